@@ -1,0 +1,1 @@
+"""Training engine: the three-network distillation loop, samplers, checkpoints and metrics."""

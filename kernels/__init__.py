@@ -1,0 +1,1 @@
+"""Fused operations: each one a PyTorch reference and a Triton kernel behind one validated public function."""

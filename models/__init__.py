@@ -1,0 +1,1 @@
+"""Networks of the EDM / PFGM++ family and their storage."""

@@ -1,0 +1,1 @@
+"""One file a dataset: a base configuration and its variants."""
