@@ -30,7 +30,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=packages(),
     package_dir={f"ipfm.{folder}": folder for folder in FOLDERS},
     install_requires=[

@@ -1,0 +1,253 @@
+"""Typed settings of a run, checked at construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ipfm.engine.noise_levels import NoiseLevels, check_sigmas, few_step_sigmas
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What training a teacher and distilling one have in common.
+
+    Raises:
+        ValueError: a setting out of its range; the message names it, what was given and what is possible.
+    """
+
+    out: Path | None = None
+    """Run folder. Default: runs/ and a name made of the recipe and its settings."""
+    batch: int = 256
+    """Global batch: images per optimiser step, over all processes and micro-batches."""
+    micro_batch: int | None = None
+    """Images one process handles at a time; the rest is accumulated. Default: its whole share of the batch."""
+    max_steps: int | None = None
+    """Optimiser steps of the run. Give this or --kimg."""
+    kimg: float | None = None
+    """Length of the run in thousands of images, instead of --max-steps."""
+    lr: float = 1e-5
+    """Learning rate."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    dropout: float = 0.0
+    """Dropout of the networks while they are trained."""
+    ema_kimg: float = 500.0
+    """Half-life of the weights' moving average, in thousands of images."""
+    ema_rampup: float = 0.05
+    """The half-life is at most this share of the images seen so far."""
+    zero: Literal[0, 1, 2] | None = None
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimiser's state, 2 the gradients as well.
+    Default: 0 in fp32, 1 in bf16."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the networks; auto is bf16 on GPUs that have it, fp32 elsewhere."""
+    tf32: bool = True
+    """Allow TF32 in fp32 convolutions and matrix products on GPUs."""
+    noise: NoiseLevels = field(default_factory=NoiseLevels)
+    """Noise levels."""
+    seed: int = 0
+    """Every random number of the run is a function of this seed and its position."""
+    log_every: int = 10
+    """Steps between two readings of the losses."""
+    eval_every: int = 0
+    """Steps between two evaluations (Frechet distance and a picture); 0 evaluates at the end only."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """Number of checkpoints that are kept."""
+    max_bad_steps: int = 50
+    """Stop with an error after this many steps that contained non-finite samples or gradients."""
+    resume: bool = True
+    """Continue the run folder's last checkpoint; --no-resume refuses a folder that holds a run."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("eval_every", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        if self.micro_batch is not None:
+            _at_least("micro-batch", self.micro_batch, 1)
+        if self.max_steps is not None and self.kimg is not None:
+            raise ValueError(f"give max-steps or kimg, not both, got {self.max_steps} and {self.kimg:g}")
+        if self.max_steps is not None:
+            _at_least("max-steps", self.max_steps, 1)
+        if self.kimg is not None:
+            _positive("kimg", self.kimg)
+        for name in ("lr", "ema_kimg", "ema_rampup"):
+            _positive(name, getattr(self, name))
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps must be a finite number >= 0, got {self.eps}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.zero not in (None, 0, 1, 2):
+            raise ValueError(f"zero must be one of the stages 0, 1, 2, got {self.zero}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision must be auto, fp32 or bf16, got {self.precision!r}")
+        if self.precision == "bf16" and self.zero == 0:
+            raise ValueError(
+                "precision bf16 needs zero 1 or 2: the fp32 master weights live in ZeRO's optimiser, got 0"
+            )
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be below 2^64, got {self.seed}")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        if self.max_steps is not None:
+            return self.max_steps
+        if self.kimg is not None:
+            return max(1, math.ceil(self.kimg * 1000 / self.batch))
+        raise ValueError("the length of the run is not set: give max-steps or kimg")
+
+    def split(self, ranks: int) -> tuple[int, int]:
+        """(images a process, images a micro-batch) for this number of processes.
+
+        Raises:
+            ValueError: the batch does not divide evenly.
+        """
+        if self.batch % ranks:
+            raise ValueError(f"batch must be divisible by the number of processes, got {self.batch} and {ranks}")
+        local = self.batch // ranks
+        micro = self.micro_batch or local
+        if local % micro:
+            raise ValueError(
+                f"micro-batch must divide the {local} images of a process (batch {self.batch}, {ranks} processes), "
+                f"got {micro}"
+            )
+        return local, micro
+
+    def ema_decay(self, step: int) -> float:
+        """Decay of the EMA at 0-based `step`: 0.5^(batch / min(half-life, ramp-up * images seen)) [EDM, training]."""
+        seen = (step + 1) * self.batch
+        half_life = min(self.ema_kimg * 1000, self.ema_rampup * seen)
+        return 0.5 ** (self.batch / half_life)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary that JSON holds exactly; infinity as the string "inf"."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(RunConfig):
+    """Training of a teacher on data: the denoising loss with PFGM++ noise at any D [Xu et al. 2023; EDM]."""
+
+    D: float = math.inf
+    """Auxiliary dimensions, in (0, inf]; inf is a diffusion model."""
+    beta1: float = 0.9
+    """Adam's first decay."""
+    lr_rampup_kimg: float = 10_000.0
+    """The learning rate grows linearly over this many thousands of images."""
+    heun_steps: int = 18
+    """Steps of the sampler in the evaluation; 18 are 35 network evaluations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_D(self.D)
+        _beta("beta1", self.beta1)
+        _at_least("heun-steps", self.heun_steps, 1)
+        if not (math.isfinite(self.lr_rampup_kimg) and self.lr_rampup_kimg >= 0):
+            raise ValueError(f"lr-rampup-kimg must be a finite number >= 0, got {self.lr_rampup_kimg}")
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate at 0-based `step`, with the linear ramp."""
+        seen = (step + 1) * self.batch
+        return self.lr * min(1.0, seen / max(self.lr_rampup_kimg * 1000, 1e-8))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(RunConfig):
+    """Distillation of a teacher into a K-step generator by inverse Poisson flow matching [IPFM, algorithms 1 and 2]."""
+
+    teacher: Path | None = None
+    """The teacher: a model folder (config.json and model.safetensors)."""
+    D: float | None = None
+    """Auxiliary dimensions, in (0, inf]; inf is a diffusion model. Default: what the teacher was trained for."""
+    alpha: float = 1.0
+    """Regularisation, in SiD's convention: 0.5 is the pure IPFM objective, 1.0 the paper's recommendation."""
+    steps: int = 1
+    """K: network evaluations of the generator."""
+    sigmas: tuple[float, ...] = ()
+    """Noise levels of the K evaluations, falling. Default: sigma_init (K - k + 1) / K."""
+    sigma_init: float = 2.5
+    """Noise level of the generator's input when --sigmas is not given."""
+    student_lr: float | None = None
+    """Learning rate of the student. Default: that of the generator."""
+    generator_beta1: float = 0.0
+    """Adam's first decay for the generator."""
+    student_beta1: float = 0.0
+    """Adam's first decay for the student."""
+    student_updates: int = 1
+    """Student updates per generator update."""
+    backward: Literal["auto", "joint", "phased"] = "auto"
+    """joint: one backward pass over all networks; phased: one network's activations at a time; auto: by memory."""
+    heun_steps: int = 18
+    """Steps of the teacher's sampler in the final table; 18 are 35 network evaluations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.D is not None:
+            check_D(self.D)
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha must be a finite number, got {self.alpha}")
+        _at_least("steps", self.steps, 1)
+        if self.sigmas:
+            levels = check_sigmas(self.sigmas)
+            object.__setattr__(self, "sigmas", levels)
+            # --sigmas alone fixes the number of steps; together with --steps the two have to agree.
+            if self.steps not in (1, len(levels)):
+                raise ValueError(f"steps and sigmas disagree: {self.steps} steps, {len(levels)} noise levels")
+            object.__setattr__(self, "steps", len(levels))
+        _positive("sigma-init", self.sigma_init)
+        if self.student_lr is not None:
+            _positive("student-lr", self.student_lr)
+        _beta("generator-beta1", self.generator_beta1)
+        _beta("student-beta1", self.student_beta1)
+        _at_least("student-updates", self.student_updates, 1)
+        _at_least("heun-steps", self.heun_steps, 1)
+        if self.backward not in ("auto", "joint", "phased"):
+            raise ValueError(f"backward must be auto, joint or phased, got {self.backward!r}")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The generator's noise levels, resolved."""
+        return self.sigmas or few_step_sigmas(self.steps, self.sigma_init)
+
+
+def check_D(D: float) -> None:
+    """D must be a number in (0, inf]."""
+    if isinstance(D, bool) or not isinstance(D, (int, float)) or not D > 0:
+        raise ValueError(f"D must lie in (0, inf], got {D}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{_option(name)} must be an integer >= {least}, got {value}")
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{_option(name)} must be a finite number > 0, got {value}")
+
+
+def _beta(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value

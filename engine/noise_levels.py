@@ -1,0 +1,95 @@
+"""Noise levels: which sigma each step of training and sampling uses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ipfm.kernels import philox
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """The noise levels of EDM [Karras et al. 2022, table 1] and of the generator step [Zhou et al. 2024].
+
+    Everything is parametrised by sigma at every D; the norm of the auxiliary variable is r = sigma sqrt(D).
+
+    Raises:
+        ValueError: a level that is not finite and positive, or a range that is empty.
+    """
+
+    sigma_min: float = 0.002
+    """Smallest noise level of the sampler's grid."""
+    sigma_max: float = 80.0
+    """Largest noise level, where the prior is drawn."""
+    rho: float = 7.0
+    """Exponent of the grid: sigma^(1/rho) is spaced evenly."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data that the preconditioning assumes."""
+    p_mean: float = -1.2
+    """Mean of ln sigma in the denoising loss."""
+    p_std: float = 1.2
+    """Standard deviation of ln sigma in the denoising loss."""
+    t_max: float = 800.0
+    """The generator step draws t uniformly in (0, t_max / 1000); t = 0 is sigma_min, t = 1 is sigma_max."""
+
+    def __post_init__(self) -> None:
+        for name in ("sigma_min", "sigma_max", "rho", "sigma_data", "p_std"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number > 0, got {value}")
+        if not math.isfinite(self.p_mean):
+            raise ValueError(f"p_mean must be finite, got {self.p_mean}")
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if not 0 < self.t_max <= 1000:
+            raise ValueError(f"t_max must lie in (0, 1000], got {self.t_max}")
+
+    def denoising(self, sample_index: Tensor, *, seed: int, stream: int, step: int) -> Tensor:
+        """sigma (B,) float32 of the denoising loss: ln sigma ~ N(p_mean, p_std^2) [Karras et al. 2022, table 1]."""
+        normal = philox.normal(sample_index, 1, seed=seed, stream=stream, step=step)[:, 0]
+        return (normal.double() * self.p_std + self.p_mean).exp().float()
+
+    def generator(self, sample_index: Tensor, *, seed: int, stream: int, step: int) -> Tensor:
+        """sigma (B,) float32 of the generator step: the grid at t ~ U(0, t_max / 1000)."""
+        t = philox.uniform(sample_index, 1, seed=seed, stream=stream, step=step)[:, 0]
+        return self.at(t.double() * (self.t_max / 1000)).float()
+
+    def at(self, t: Tensor) -> Tensor:
+        """sigma(t), t in [0, 1], increasing from sigma_min to sigma_max [Karras et al. 2022, eq. 5, reversed]."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (high + (1 - t) * (low - high)) ** self.rho
+
+    def karras(self, steps: int) -> Tensor:
+        """The sampler's grid: (steps + 1,) float64, sigma_max first, then falling to sigma_min and a last 0."""
+        if steps < 1:
+            raise ValueError(f"the number of sampling steps must be at least 1, got {steps}")
+        t = torch.linspace(1, 0, steps, dtype=torch.float64) if steps > 1 else torch.ones(1, dtype=torch.float64)
+        return torch.cat([self.at(t), torch.zeros(1, dtype=torch.float64)])
+
+
+def few_step_sigmas(steps: int, sigma_init: float = 2.5) -> tuple[float, ...]:
+    """Default levels of a K-step generator: sigma_init (K - k + 1) / K for k = 1..K, e.g. 2.5, 1.875, 1.25, 0.625."""
+    if steps < 1:
+        raise ValueError(f"a generator needs at least 1 step, got {steps}")
+    return tuple(sigma_init * (steps - k) / steps for k in range(steps))
+
+
+def check_sigmas(sigmas: tuple[float, ...]) -> tuple[float, ...]:
+    """Levels of a few-step generator: at least one, finite, positive, strictly falling; returned as floats."""
+    levels = tuple(float(sigma) for sigma in sigmas)
+    if not levels:
+        raise ValueError("sigmas must hold at least one noise level, got none")
+    if any(not (math.isfinite(sigma) and sigma > 0) for sigma in levels):
+        raise ValueError(f"sigmas must be finite and > 0, got {_listed(levels)}")
+    if any(later >= earlier for earlier, later in itertools.pairwise(levels)):
+        raise ValueError(f"sigmas must fall strictly, got {_listed(levels)}")
+    return levels
+
+
+def _listed(levels: tuple[float, ...]) -> str:
+    return ", ".join(f"{sigma:g}" for sigma in levels)

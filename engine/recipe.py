@@ -1,0 +1,159 @@
+"""What every recipe shares: its options, the way from a teacher to a run, and --dry-run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ipfm.engine.config import DistillConfig
+from ipfm.engine.memory import device_budget, plan_memory
+from ipfm.engine.resolve import resolve_D, run_device
+from ipfm.models import EDMPrecond, NetworkConfig, load_teacher
+
+# Forward passes, or as much arithmetic, of a student update, of a generator update, and what the phased form adds.
+STUDENT_FORWARDS, GENERATOR_FORWARDS, PHASED_FORWARDS = 4, 7, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(DistillConfig):
+    """Options of every recipe."""
+
+    teacher_steps: int | None = None
+    """Training steps of the teacher, in a recipe that trains one when --teacher is not given."""
+    eval_images: int = 10_000
+    """Images drawn for a Frechet distance, where the recipe has something to compare them with."""
+    dry_run: bool = False
+    """Print the resolved configuration, the memory plan and the expected duration, and stop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_steps is not None and self.teacher_steps < 1:
+            raise ValueError(f"teacher-steps must be at least 1, got {self.teacher_steps}")
+        if self.eval_images < 2:
+            raise ValueError(f"eval-images must be at least 2, got {self.eval_images}")
+
+    def distillation(self) -> DistillConfig:
+        """The settings of the distillation alone."""
+        return DistillConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DistillConfig)})
+
+
+def read_teacher(options: RecipeOptions) -> EDMPrecond | None:
+    """The teacher that --teacher names, its D checked against --D; None without --teacher.
+
+    Raises:
+        ValueError: there is no such model, it cannot be read, or D contradicts it.
+    """
+    if options.teacher is None:
+        return None
+    net = load_teacher(options.teacher)
+    resolve_D(options.D, net.config)
+    return net
+
+
+def run_name(recipe: str, config: DistillConfig, D: float) -> Path:
+    """Default run folder: runs/<recipe>-D<D>-alpha<alpha>-K<steps>."""
+    return Path("runs") / f"{recipe}-D{D:g}-alpha{config.alpha:g}-K{config.steps}"
+
+
+def launched_processes() -> int:
+    """Number of processes that the launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def describe(config: DistillConfig, network: NetworkConfig, path: Path, notes: tuple[str, ...] = ()) -> str:
+    """What a run with this resolved configuration would do: settings, memory plan, expected duration on this machine.
+
+    Runs a few forward passes of the network to estimate the duration.
+    """
+    ranks = launched_processes()
+    device = run_device()
+    assert config.precision != "auto" and config.zero is not None
+    local, micro = config.split(ranks)
+    plan = plan_memory(
+        network,
+        micro_batch=micro,
+        ranks=ranks,
+        stage=config.zero,
+        precision=config.precision,
+        student_beta1=config.student_beta1,
+        generator_beta1=config.generator_beta1,
+        budget=device_budget(device),
+    )
+    backward = plan.backward if config.backward == "auto" else config.backward
+    forwards = config.student_updates * STUDENT_FORWARDS + GENERATOR_FORWARDS
+    forwards += PHASED_FORWARDS if backward == "phased" else 0
+    seconds = seconds_per_image(network, device, config.precision == "bf16") * local * forwards * config.total_steps
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    settings |= {
+        "out": path,
+        "D": network.D,
+        "sigmas": config.levels,
+        "backward": backward,
+        "max_steps": config.total_steps,
+    }
+    settings["micro_batch"] = f"{micro} x {local // micro} on each of {ranks} process{'es' * (ranks > 1)}"
+    lines = [f"  {name:<20} {_shown(value)}" for name, value in settings.items() if name not in ("kimg", "noise")]
+    parts = [
+        "configuration",
+        *lines,
+        "network",
+        f"  {network.model_type}, {network.img_channels}x{network.img_resolution}x{network.img_resolution}, "
+        f"{plan.parameters:,} parameters",
+        "memory of one process (prediction; workspaces of convolutions not included)",
+        *(f"  {line}" for line in str(plan).splitlines()),
+        f"expected duration on this {device.type.upper()}: {_duration(seconds)} for {config.total_steps:,} steps "
+        f"({seconds / config.total_steps:.3g} s a step)",
+        *notes,
+    ]
+    return "\n".join(parts)
+
+
+def seconds_per_image(network: NetworkConfig, device: torch.device, bf16: bool) -> float:
+    """Time of one forward pass per image, measured: the best of a few passes over a small batch."""
+    net = EDMPrecond(network).to(device).eval()
+    net.compute_dtype = torch.bfloat16 if bf16 else torch.float32
+    batch = max(
+        1, min(64, 65_536 // (network.img_channels * network.img_resolution**2)) // (1 if device.type == "cuda" else 8)
+    )
+    x = torch.randn(batch, network.img_channels, network.img_resolution, network.img_resolution, device=device)
+    sigma = torch.ones(batch, device=device)
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(3):
+            _wait(device)
+            start = time.perf_counter()
+            net(x, sigma)
+            _wait(device)
+            best = min(best, time.perf_counter() - start)
+    return best / batch
+
+
+def first_process(call: Callable[[], None]) -> None:
+    """Call on the one process that prints."""
+    if os.environ.get("RANK", "0") == "0":
+        call()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(f"{v:g}" for v in value)
+    return "default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"

@@ -1,0 +1,206 @@
+"""What an evaluation leaves on disk: table of results, curve of convergence, log of distances; published figures."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ipfm.engine.files import StepLog, atomic_write, json_line
+
+
+class EvaluationHistory:
+    """Fréchet distance over training, in folder/evaluations.jsonl.
+
+    `step` counts the generator steps done before the evaluation, so the evaluation at `first_step` belongs to the
+    checkpoint that a run resumes from: on resume, lines with step > first_step are dropped (metrics.jsonl, whose
+    lines are numbered by the step they report, drops step ≥ first_step). None opens the history of another run
+    without changing it. A step evaluated twice counts once, with its last value.
+    """
+
+    def __init__(self, folder: Path | str, first_step: int | None = None) -> None:
+        self._log = StepLog(Path(folder) / "evaluations.jsonl", None if first_step is None else first_step + 1)
+
+    def add(self, step: int, distance: float, **facts: object) -> None:
+        """Appends an evaluation, with further `facts` (images, seconds …), and writes it at once."""
+        self._log.append(step, {"frechet": float(distance), **facts})
+        self._log.flush()
+
+    @property
+    def points(self) -> list[tuple[int, float]]:
+        """(step, distance) by increasing step; a distance that was not finite is NaN."""
+        last = {line["step"]: line.get("frechet") for line in self._log.read()}
+        return sorted((step, math.nan if value is None else float(value)) for step, value in last.items())
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One line of the table of results.
+
+    `label`: which network, such as "generator" or "teacher"; `steps`: K of a few-step generator, None for a teacher;
+    `nfe`: network evaluations an image; `frechet`: distance of `images` images; `images_per_second` over all ranks;
+    `paper`: the published figure as text, None where there is none. It compares only where `frechet` is an FID, with
+    Inception features and 50 000 images.
+    """
+
+    label: str
+    steps: int | None
+    nfe: int
+    frechet: float
+    images: int
+    images_per_second: float
+    paper: str | None = None
+
+
+def results_table(rows: Sequence[EvaluationRow]) -> str:
+    """Aligned plain text, a line per row in the order given; the column of the paper only if a row has a figure."""
+    header = ["network", "steps", "NFE", "Fréchet distance", "images", "images/s"]
+    cells = [
+        [
+            row.label,
+            "-" if row.steps is None else str(row.steps),
+            str(row.nfe),
+            significant(row.frechet),
+            str(row.images),
+            significant(row.images_per_second),
+        ]
+        for row in rows
+    ]
+    if any(row.paper for row in rows):
+        header.append("paper")
+        cells = [[*line, row.paper or "-"] for line, row in zip(cells, rows, strict=True)]
+    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
+    # Text to the left, numbers to the right.
+    align = ["<" if name in ("network", "paper") else ">" for name in header]
+
+    def join(line: Sequence[str]) -> str:
+        return "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(line, align, widths, strict=True)).rstrip()
+
+    return "\n".join([join(header), "  ".join("-" * w for w in widths), *map(join, cells)]) + "\n"
+
+
+def significant(value: float) -> str:
+    """Four significant digits, without an exponent for the sizes that occur: 0.01235, 3.314, 1234, 25310."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    digits = 3 - math.floor(math.log10(abs(value)))
+    return f"{value:.{min(max(digits, 0), 9)}f}"
+
+
+def write_results(folder: Path | str, rows: Sequence[EvaluationRow]) -> None:
+    """Writes folder/results.json, a list of the rows' fields (non-finite numbers null), and folder/results.txt."""
+    lines = ",\n".join(f"  {json_line(asdict(row))}" for row in rows)
+    with atomic_write(Path(folder) / "results.json") as file:
+        file.write(f"[\n{lines}\n]\n".encode())
+    with atomic_write(Path(folder) / "results.txt") as file:
+        file.write(results_table(rows).encode())
+
+
+def plot_convergence(
+    history: Sequence[tuple[int, float]], teacher: float | None, path: Path | str, title: str = ""
+) -> None:
+    """PNG of the Fréchet distance over generator steps, with the teacher's as a dashed line.
+
+    The axis is logarithmic where the distances span more than a factor of 20. Non-finite distances are left out.
+    ValueError: nothing finite to draw.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    points = sorted((step, value) for step, value in history if math.isfinite(value))
+    if not points:
+        raise ValueError("no finite Fréchet distance to plot")
+    teacher = teacher if teacher is not None and math.isfinite(teacher) else None
+    steps, distances = zip(*points, strict=True)
+
+    # Figure and canvas are made by hand: pyplot keeps global state and looks for a display.
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, distances, color="#1f5fa8", marker="o", markersize=3.5, linewidth=1.6, label="generator")
+    axes.annotate(
+        significant(distances[-1]), (steps[-1], distances[-1]), xytext=(0, 7), textcoords="offset points", ha="right"
+    )
+    if teacher is not None:
+        axes.axhline(teacher, color="#555555", linestyle="--", linewidth=1.2, label=f"teacher {significant(teacher)}")
+    values = [*distances, *([] if teacher is None else [teacher])]
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.set_xlabel("generator steps")
+    axes.set_ylabel("Fréchet distance")
+    axes.set_title(title)
+    axes.grid(alpha=0.3, which="major")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+class PaperResult(NamedTuple):
+    """A published FID (50 000 images, minimum of three) beside that of its teacher, with the teacher's NFE."""
+
+    fid: float
+    teacher_fid: float
+    teacher_nfe: int
+    source: str = "arXiv 2509.22454"
+
+    def __str__(self) -> str:
+        return f"FID {self.fid:g} ({self.source})"
+
+
+class PaperSetting(NamedTuple):
+    """`dataset` "cifar10" or "ffhq64", both unconditional; `D` in (0, ∞]; SiD's `alpha` (½: pure IPFM, which the
+    paper's table 1 prints as 0.0); `steps` of the generator."""
+
+    dataset: str
+    D: float
+    alpha: float
+    steps: int
+
+
+def _published(
+    dataset: str, D: float, alpha: float, teacher: tuple[float, int], *fids: float
+) -> dict[PaperSetting, PaperResult]:
+    """Results at 1, 2, 4 … steps."""
+    return {PaperSetting(dataset, D, alpha, 2**i): PaperResult(fid, *teacher) for i, fid in enumerate(fids)}
+
+
+PAPER_RESULTS: Mapping[PaperSetting, PaperResult] = {
+    **_published("cifar10", 128, 0.5, (1.92, 35), 5.38, 2.68, 2.08),
+    **_published("cifar10", 128, 1.0, (1.92, 35), 3.31, 2.12, 1.75),
+    **_published("cifar10", 2048, 0.5, (1.91, 35), 5.47, 3.05, 2.02),
+    **_published("cifar10", 2048, 1.0, (1.91, 35), 3.20, 2.15, 1.82),
+    **_published("cifar10", math.inf, 0.5, (1.98, 35), 5.57, 2.86, 2.13),
+    **_published("cifar10", math.inf, 1.0, (1.98, 35), 3.47, 2.15, 1.86),
+    **_published("ffhq64", 128, 0.5, (2.43, 79), 3.42, 2.12),
+    **_published("ffhq64", 128, 1.0, (2.43, 79), 2.40, 1.72),
+    **_published("ffhq64", math.inf, 0.5, (2.53, 79), 3.91, 2.04),
+    **_published("ffhq64", math.inf, 1.0, (2.53, 79), 2.60, 1.70),
+}
+
+
+def paper_result(dataset: str, D: float, alpha: float, steps: int) -> PaperResult | None:
+    """The figure of arXiv 2509.22454 for exactly this setting; None where none was published.
+
+    `dataset` is compared without case, hyphens and underscores: "CIFAR-10" finds "cifar10".
+    """
+    name = dataset.lower().replace("-", "").replace("_", "")
+    return PAPER_RESULTS.get(PaperSetting(name, D, alpha, steps))
+
+
+def read_results(folder: Path | str) -> list[EvaluationRow]:
+    """The rows that `write_results` left in `folder`; none where there are none to read."""
+    try:
+        lines = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+        return [EvaluationRow(**{k: v for k, v in line.items() if k != "non_finite"}) for line in lines]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []

@@ -1,0 +1,70 @@
+"""What a configuration leaves open, decided for a teacher and a device."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from ipfm.engine.config import DistillConfig, RunConfig
+from ipfm.engine.zero import Precision
+from ipfm.models import EDMPrecond, NetworkConfig
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def run_device() -> torch.device:
+    """The device of this process: its own GPU where there are any, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def resolve_D(D: float | None, network: NetworkConfig) -> float:
+    """D of a run: as given, or the network's.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    if D is not None and D != network.D:
+        raise ValueError(f"D {D:g} was given, but the network was trained for D {network.D:g}: leave D out or match it")
+    return network.D
+
+
+def resolve_precision(config: C, device: torch.device) -> C:
+    """The configuration with "auto" precision and ZeRO stage decided for `device`.
+
+    bf16 where a GPU has it and the stage allows it (fp32 masters live in ZeRO's optimiser), fp32 elsewhere. fp32 runs
+    at stage 0, where its state is smallest on one process.
+    """
+    precision, stage = config.precision, config.zero
+    if precision == "auto":
+        capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = "bf16" if capable and stage != 0 else "fp32"
+    if stage is None:
+        stage = 1 if precision == "bf16" else 0
+    return replace(config, precision=precision, zero=stage)
+
+
+def resolve(config: DistillConfig, network: NetworkConfig, device: torch.device) -> DistillConfig:
+    """The configuration of a distillation with nothing left open: D, noise levels, precision and ZeRO stage.
+
+    Raises:
+        ValueError: D contradicts the teacher's.
+    """
+    config = replace(config, D=resolve_D(config.D, network), sigmas=config.levels)
+    return resolve_precision(config, device)
+
+
+def apply_precision(net: EDMPrecond, precision: Precision) -> EDMPrecond:
+    """Set the network's arithmetic: bf16 convolutions, with scalings and embeddings in fp32; or all fp32."""
+    net.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return net
+
+
+def allow_tf32(allowed: bool) -> None:
+    """TF32 in fp32 convolutions and matrix products on GPUs that have it."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed

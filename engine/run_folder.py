@@ -1,0 +1,98 @@
+"""The folder of a run: whose it is, and where a run continues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ipfm.engine.checkpoint import find_checkpoint
+from ipfm.engine.config import RunConfig
+from ipfm.engine.files import atomic_write
+
+FORMAT = 1
+# Settings that may change between two parts of one run: they do not change what it computes, or only how long.
+FREE = frozenset(
+    {
+        "out", "micro_batch", "max_steps", "kimg", "zero", "tf32", "log_every", "eval_every", "checkpoint_every",
+        "keep_checkpoints", "max_bad_steps", "resume", "backward", "teacher", "heun_steps",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder that belongs to this configuration, and the checkpoint to continue from."""
+
+    path: Path
+    checkpoint: Path | None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+
+def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare what is in `path` with this configuration; nothing is written.
+
+    Args:
+        path: the run folder; it need not exist.
+        kind: "distill" or "teacher".
+        config: settings of the run.
+        facts: what else identifies the run, such as the teacher's checksum; plain JSON values. One that is not known
+            yet may be left out and is then not compared.
+
+    Returns:
+        The content of the folder's config.json.
+
+    Raises:
+        ValueError: the folder holds another run, something that is no run, or any run with ``resume=False``.
+    """
+    record = {"format": FORMAT, "kind": kind, "config": config.to_json(), **facts}
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, the run folder must be a folder or not exist")
+    if not path.is_dir() or not any(path.iterdir()):
+        return record
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} is not empty and holds no run (no config.json): choose another --out")
+    if not config.resume:
+        raise ValueError(f"{path} holds a run already and --no-resume was given: choose another --out")
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        differences = _differences(found, record)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path / 'config.json'} cannot be read as a run's configuration: choose another --out"
+        ) from error
+    if differences:
+        raise ValueError(f"{path} belongs to another configuration ({'; '.join(differences)}): choose another --out")
+    return record
+
+
+def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> RunFolder:
+    """Take a folder that `check_run_folder` approved: write its config.json, find the checkpoint to continue from.
+
+    `write`: this process is the one that writes.
+    """
+    if write:
+        with atomic_write(path / "config.json") as file:
+            file.write((json.dumps(record, indent=1) + "\n").encode())
+    return RunFolder(path, find_checkpoint(path / "checkpoints"))
+
+
+def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What identifies the two runs and differs: "alpha is 1.0 there, 1.2 here"."""
+    theirs = {k: v for k, v in found["config"].items() if k not in FREE}
+    mine = {k: v for k, v in ours["config"].items() if k not in FREE}
+    pairs = [(name, theirs.get(name), mine.get(name)) for name in mine | theirs]
+    # A fact that one side does not know yet, such as a teacher still to be trained, is no difference.
+    pairs = [(name, found[name], ours[name]) for name in ours if name in found and name != "config"] + pairs
+    return [f"{name} is {_short(there)} there, {_short(here)} here" for name, there, here in pairs if there != here]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return text if len(text) <= 60 else text[:57] + "..."

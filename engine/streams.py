@@ -1,0 +1,63 @@
+"""Names of the random streams.
+
+Every random number is a function of (seed, stream, step, sample index, element) [Salmon et al. 2011]; the stream keeps
+uses apart that share the other four. The numbers are part of what a seed means: append, never renumber.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from ipfm.kernels import philox
+
+
+class Stream(IntEnum):
+    """One entry a use of random numbers; the value is the `stream` argument of the kernels."""
+
+    STUDENT_LATENT = 0
+    STUDENT_SIGMA = 1
+    STUDENT_NOISE = 2
+    STUDENT_LABEL = 3
+    STUDENT_DROPOUT = 4
+    GENERATOR_LATENT = 5
+    GENERATOR_SIGMA = 6
+    GENERATOR_NOISE = 7
+    GENERATOR_LABEL = 8
+    GENERATOR_DROPOUT = 9
+    TEACHER_SIGMA = 10
+    TEACHER_NOISE = 11
+    TEACHER_DROPOUT = 12
+    SAMPLER_LATENT = 13
+    SAMPLER_NOISE = 14
+    SAMPLER_LABEL = 15
+
+
+def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: Stream, step: int) -> Tensor | None:
+    """One-hot class labels (B, label_dim) float32, uniform over the classes; None for label_dim = 0."""
+    if label_dim == 0:
+        return None
+    u = philox.uniform(sample_index, 1, seed=seed, stream=stream, step=step)[:, 0]
+    # u lies in (0, 1]: 1 belongs to the last class.
+    classes = (u * label_dim).long().clamp_(max=label_dim - 1)
+    # torch's one_hot would read the largest class back to the host.
+    return (classes[:, None] == torch.arange(label_dim, device=classes.device)).float()
+
+
+def seed_dropout(seed: int, stream: Stream, step: int, first_index: int) -> None:
+    """Seed PyTorch's generators for the dropout of one forward pass.
+
+    The state depends on the position alone, so that a resumed run, and the second forward of a phased step, drop the
+    same elements. `first_index` is the global index of the micro-batch's first sample.
+    """
+    words = (seed, int(stream), step, first_index)
+    mixed = 0
+    for word in words:
+        # splitmix64 finaliser [Steele et al. 2014]: neighbouring positions give unrelated seeds.
+        mixed = (mixed + word + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    torch.manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)

@@ -1,0 +1,159 @@
+"""Training a teacher on data: the denoising loss with PFGM++ noise at any D."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.config import TeacherConfig
+from ipfm.engine.data import ImageDataset
+from ipfm.engine.evaluation import Evaluation
+from ipfm.engine.measure import Measured, Tally
+from ipfm.engine.metrics import FrechetResult
+from ipfm.engine.objectives import denoising_objective
+from ipfm.engine.resolve import allow_tf32, apply_precision, resolve_D, resolve_precision
+from ipfm.engine.runs import execute
+from ipfm.engine.samplers import heun_sample
+from ipfm.engine.streams import Stream, draw_labels, seed_dropout
+from ipfm.engine.zero import TrainedNetwork, World, start_world
+from ipfm.kernels import perturb
+from ipfm.models import EDMPrecond, NetworkConfig
+
+
+class TeacherTraining:
+    """Trains a denoiser on `dataset`: minimises E w(sigma) ||net(y + noise, sigma) - y||^2 with the noise of D.
+
+    Args:
+        config: settings.
+        network: architecture; its D must be that of `config`.
+        dataset: images in the network's shape.
+        evaluation: what the samples are measured against; None measures nothing.
+        world: the run's processes; joined or started when None.
+
+    Raises:
+        ValueError: shapes or D do not fit each other, or the batch does not divide among the processes.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        network: NetworkConfig,
+        dataset: ImageDataset,
+        *,
+        evaluation: Evaluation | None = None,
+        world: World | None = None,
+    ) -> None:
+        shape = (network.img_channels, network.img_resolution, network.img_resolution)
+        if dataset.shape != shape:
+            raise ValueError(f"the network takes images {shape}, {dataset.name} has {dataset.shape}")
+        if network.label_dim not in (0, dataset.classes):
+            raise ValueError(f"the network takes {network.label_dim} classes, {dataset.name} has {dataset.classes}")
+        self.D = resolve_D(config.D, network)
+        self.world = world or start_world()
+        device = self.world.device
+        self.config = config = resolve_precision(config, device)
+        assert config.precision != "auto" and config.zero is not None
+        self.local_batch, self.micro_batch = config.split(self.world.size)
+        self.dataset = dataset.to(device)
+        self.evaluation = evaluation
+        self.title = f"teacher D={self.D:g}"
+        allow_tf32(config.tf32)
+
+        # Every process draws the same initial weights.
+        torch.manual_seed(config.seed)
+        net = apply_precision(EDMPrecond(network).to(device), config.precision)
+        self.average = copy.deepcopy(net).eval().requires_grad_(False)
+        self.net = TrainedNetwork(
+            net,
+            world=self.world,
+            lr=config.lr,
+            betas=(config.beta1, 0.999),
+            eps=config.eps,
+            ema=True,
+            stage=config.zero,
+            precision=config.precision,
+        )
+        self.networks = {"teacher": self.net}
+
+    def iteration(self, step: int) -> Measured:
+        """One update on the batch of `step`, counted from 0."""
+        config, noise, world = self.config, self.config.noise, self.world
+        tally = Tally("teacher", world)
+        self.net.module.train()
+        start = world.rank * self.local_batch
+        for first in range(start, start + self.local_batch, self.micro_batch):
+            index = torch.arange(first, first + self.micro_batch, device=world.device)
+            batch = self.dataset.batch(step, index, batch_size=config.batch, seed=config.seed)
+            labels = batch.labels if self.average.label_dim else None
+            sigma = noise.denoising(index, seed=config.seed, stream=Stream.TEACHER_SIGMA, step=step)
+            x = perturb(
+                batch.images,
+                sigma,
+                self.D,
+                seed=config.seed,
+                stream=Stream.TEACHER_NOISE,
+                step=step,
+                sample_index=index,
+            )
+            assert isinstance(x, Tensor)
+            if config.dropout > 0:
+                seed_dropout(config.seed, Stream.TEACHER_DROPOUT, step, first)
+            result = denoising_objective(
+                lambda x, sigma, labels=labels: self.net(x, sigma, labels),
+                batch.images,
+                x,
+                sigma,
+                sigma_data=noise.sigma_data,
+            )
+            self.net.backward(result.surrogate / self.local_batch)
+            tally.add(result.loss, result.valid)
+        applied = self.net.step(
+            lr=config.learning_rate(step), ema_decay=config.ema_decay(step), grad_scale=tally.grad_scale(config.batch)
+        )
+        return tally.measured(applied)
+
+    def refresh(self) -> None:
+        """Bring the averaged network up to date. Every process must call it."""
+        self.net.copy_ema_to(self.average)
+
+    def evaluate(self) -> FrechetResult | None:
+        """Fréchet distance of the averaged network's samples; None without an evaluation."""
+        return None if self.evaluation is None else evaluate_teacher(
+            self.average, self.evaluation, self.world, D=self.D, steps=self.config.heun_steps
+        )  # fmt: skip
+
+    def picture(self, count: int, seed: int) -> Tensor:
+        """`count` images from fixed latents."""
+        return sample_teacher(self.average, 0, count, D=self.D, steps=self.config.heun_steps, seed=seed)
+
+    def run(self, path: Path) -> EDMPrecond:
+        """Train in the run folder `path`, or continue there; the averaged network, also saved as path/model."""
+        execute(
+            self,
+            self.config,
+            path,
+            kind="teacher",
+            facts={"network": self.average.config.to_json(), "dataset": self.dataset.name, "images": len(self.dataset)},
+            export="model",
+            about={"task": "teacher", "dataset": self.dataset.name, "config": self.config.to_json()},
+        )
+        return self.average
+
+
+def sample_teacher(net: EDMPrecond, first: int, count: int, *, D: float, steps: int, seed: int) -> Tensor:
+    """Images first..first + count - 1 of `seed` by Heun's method, on the network's device; labels are drawn."""
+    index = torch.arange(first, first + count, device=next(net.parameters()).device)
+    labels = draw_labels(net.label_dim, index, seed=seed, stream=Stream.SAMPLER_LABEL, step=0)
+    return heun_sample(net, count, D=D, steps=steps, seed=seed, class_labels=labels, first_index=first)
+
+
+def evaluate_teacher(net: EDMPrecond, evaluation: Evaluation, world: World, *, D: float, steps: int) -> FrechetResult:
+    """Fréchet distance of a teacher's samples."""
+
+    def sample(first: int, count: int) -> Tensor:
+        return sample_teacher(net, first, count, D=D, steps=steps, seed=evaluation.seed)
+
+    return evaluation.measure(sample, world)

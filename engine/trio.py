@@ -1,0 +1,367 @@
+"""Distillation: the teacher, the student and the generator, and the two steps that train the latter two."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.config import DistillConfig
+from ipfm.engine.evaluation import Evaluation
+from ipfm.engine.loop import Progress
+from ipfm.engine.measure import Measured, Tally
+from ipfm.engine.memory import device_budget, plan_memory
+from ipfm.engine.metrics import FrechetResult
+from ipfm.engine.networks import fingerprint, with_dropout
+from ipfm.engine.objectives import Denoise, denoising_objective, generator_gradient
+from ipfm.engine.report import (
+    EvaluationHistory,
+    EvaluationRow,
+    paper_result,
+    plot_convergence,
+    read_results,
+    write_results,
+)
+from ipfm.engine.resolve import allow_tf32, apply_precision, resolve
+from ipfm.engine.run_folder import RunFolder
+from ipfm.engine.runs import execute
+from ipfm.engine.samplers import generate
+from ipfm.engine.streams import Stream, draw_labels, seed_dropout
+from ipfm.engine.teacher_training import evaluate_teacher
+from ipfm.engine.zero import TrainedNetwork, World, start_world
+from ipfm.kernels import perturb
+from ipfm.models import EDMPrecond
+
+
+class Chain(NamedTuple):
+    """Inputs of a generator's evaluations, without graphs."""
+
+    inputs: list[Tensor]
+    """x_1..x_K, each (B, C, H, W)."""
+    finite: Tensor
+    """(B, 1, 1, 1) bool: no perturbation of the sample overflowed."""
+
+
+class Distiller:
+    """Inverse Poisson flow matching of a teacher into a K-step generator [IPFM, algorithms 1 and 2].
+
+    One iteration is `student_updates` student steps, then one generator step:
+
+        student step    y = G(z), detached; x = perturb(y, sigma); S descends the denoising loss
+        generator step  y = G(z); x = perturb(y, sigma); G descends L(T(x), S(x), y) of IPFM eq. 21
+
+    Student and generator start from the teacher's weights. No data is used. Every random number is a function of
+    (seed, step, sample), so that the number of processes and the micro-batch do not change what is computed.
+
+    Args:
+        config: settings; what they leave open (D, precision, ZeRO stage) is filled in, see `.config`.
+        teacher: the frozen denoiser; it is copied.
+        evaluation: what the generator's samples are measured against; None measures nothing.
+        dataset: name of the teacher's data ("cifar10", …), under which published results are looked up.
+        world: the run's processes; joined or started when None.
+
+    Raises:
+        ValueError: D contradicts the teacher, or the batch does not divide among the processes.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        teacher: EDMPrecond,
+        *,
+        evaluation: Evaluation | None = None,
+        dataset: str = "",
+        world: World | None = None,
+    ) -> None:
+        self.world = world or start_world()
+        device = self.world.device
+        self.config = config = resolve(config, teacher.config, device)
+        assert config.D is not None and config.zero is not None and config.precision != "auto"
+        self.D = config.D
+        self.local_batch, self.micro_batch = config.split(self.world.size)
+        self.evaluation = evaluation
+        self.dataset = dataset
+        self.rows: list[EvaluationRow] = []
+        self.title = f"distil D={self.D:g} alpha={config.alpha:g} K={config.steps}"
+        allow_tf32(config.tf32)
+
+        self.teacher = apply_precision(copy.deepcopy(teacher).to(device), config.precision)
+        self.teacher.eval().requires_grad_(False)
+        # The averaged generator: filled from the sharded EMA when it is sampled.
+        self.average = copy.deepcopy(self.teacher)
+        self.student, self.generator = (
+            TrainedNetwork(
+                apply_precision(with_dropout(teacher, config.dropout).to(device), config.precision),
+                world=self.world,
+                lr=lr,
+                betas=(beta1, 0.999),
+                eps=config.eps,
+                ema=ema,
+                stage=config.zero,
+                precision=config.precision,
+            )
+            for lr, beta1, ema in (
+                (config.student_lr or config.lr, config.student_beta1, False),
+                (config.lr, config.generator_beta1, True),
+            )
+        )
+        self.networks = {"student": self.student, "generator": self.generator}
+        self.backward = config.backward if config.backward != "auto" else self._affordable_backward()
+
+    # -- the two steps ----------------------------------------------------------------------------------------------
+
+    def iteration(self, step: int) -> Measured:
+        """`student_updates` student steps, then the generator step; `step` counts from 0."""
+        updates = self.config.student_updates
+        measured = [self.student_step(step * updates + update) for update in range(updates)]
+        return Measured.merged([*measured, self.generator_step(step)])
+
+    def student_step(self, step: int) -> Measured:
+        """One update of the student on fresh samples of the generator; `step` counts the student's updates from 0."""
+        config, noise = self.config, self.config.noise
+        tally = Tally("student", self.world)
+        self.student.module.train()
+        self.generator.module.train()
+        for index in self._micro_batches():
+            labels = self._labels(index, Stream.STUDENT_LABEL, step)
+            y = self._generated(index, labels, Stream.STUDENT_LATENT, step)
+            sigma = noise.denoising(index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step)
+            x = self._perturb(y, sigma, Stream.STUDENT_NOISE, step, index)
+            self._seed_dropout(Stream.STUDENT_DROPOUT, step, index)
+            result = denoising_objective(_bind(self.student, labels), y, x, sigma, sigma_data=noise.sigma_data)
+            self.student.backward(result.surrogate / self.local_batch)
+            tally.add(result.loss, result.valid)
+        lr = config.student_lr or config.lr
+        applied = self.student.step(lr=lr, grad_scale=tally.grad_scale(config.batch))
+        return tally.measured(applied)
+
+    def generator_step(self, step: int) -> Measured:
+        """One update of the generator and its EMA; `step` counts from 0."""
+        tally = Tally("generator", self.world)
+        self.student.module.eval()
+        self.generator.module.train()
+        for index in self._micro_batches():
+            labels = self._labels(index, Stream.GENERATOR_LABEL, step)
+            tally.add(*self._generator_micro_step(step, index, labels))
+        applied = self.generator.step(
+            lr=self.config.lr,
+            ema_decay=self.config.ema_decay(step),
+            grad_scale=tally.grad_scale(self.config.batch),
+        )
+        return tally.measured(applied)
+
+    def _generator_micro_step(self, step: int, index: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch: loss (B,) and valid (B,).
+
+        Joint keeps the graph of the last evaluation of G while T and S are differentiated; phased runs it once more
+        afterwards. Every earlier evaluation is run once more in both, so that memory does not grow with K.
+        """
+        config, last = self.config, self.config.steps - 1
+        chain = self._chain(index, labels, Stream.GENERATOR_LATENT, step)
+
+        def forward(k: int) -> Tensor:
+            self._seed_dropout(Stream.GENERATOR_DROPOUT, step * config.steps + k, index)
+            return self.generator(chain.inputs[k].requires_grad_(k > 0), self._level(k, index), labels)
+
+        if self.backward == "phased":
+            graph = None
+            y = self._evaluate(last, chain.inputs[last], labels, step, index)
+        else:
+            graph = forward(last)
+            y = graph.detach()
+        y = y.masked_fill(~chain.finite, float("nan"))
+
+        sigma = config.noise.generator(index, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)
+        x = self._perturb(y, sigma, Stream.GENERATOR_NOISE, step, index)
+        with self.student.frozen() as student:
+            result = generator_gradient(
+                _bind(self.teacher, labels),
+                _bind(student, labels),
+                y,
+                x,
+                sigma,
+                alpha=config.alpha,
+                phased=self.backward == "phased",
+            )
+
+        gradient = result.gradient / self.local_batch
+        for k in range(last, -1, -1):
+            y_k = graph if k == last and graph is not None else forward(k)
+            self.generator.backward((y_k * gradient).sum())
+            if k > 0:
+                # x_k = y_{k-1} + noise: its gradient is that of the evaluation before it.
+                gradient = chain.inputs[k].grad
+                assert gradient is not None
+        return result.loss, result.valid
+
+    # -- the generator's samples ------------------------------------------------------------------------------------
+
+    def _generated(self, index: Tensor, labels: Tensor | None, stream: Stream, step: int) -> Tensor:
+        """y_K without a graph; NaN where a latent overflowed, so that the losses leave the sample out."""
+        chain = self._chain(index, labels, stream, step)
+        last = self.config.steps - 1
+        y = self._evaluate(last, chain.inputs[last], labels, step, index)
+        return y.masked_fill(~chain.finite, float("nan"))
+
+    @torch.no_grad()
+    def _chain(self, index: Tensor, labels: Tensor | None, stream: Stream, step: int) -> Chain:
+        """x_1 ~ p_{r_1}(. | 0), x_{k+1} ~ p_{r_{k+1}}(. | G(x_k, sigma_k)) [IPFM, algorithm 2]."""
+        net = self.average
+        shape = (len(index), net.img_channels, net.img_resolution, net.img_resolution)
+        y = torch.zeros(shape, device=index.device)
+        finite = torch.ones(len(index), 1, 1, 1, dtype=torch.bool, device=index.device)
+        inputs: list[Tensor] = []
+        for k in range(self.config.steps):
+            # Each level of a sample has a step of the stream to itself.
+            x = self._perturb(y, self._level(k, index), stream, step * self.config.steps + k, index)
+            # At small D a latent may overflow: it must not meet the weights, not even under a zero gradient.
+            ok = torch.isfinite(x).flatten(1).all(1).view(-1, 1, 1, 1)
+            finite = finite & ok
+            inputs.append(x.masked_fill(~ok, 0.0))
+            if k + 1 < self.config.steps:
+                y = self._evaluate(k, inputs[-1], labels, step, index)
+        return Chain(inputs, finite)
+
+    @torch.no_grad()
+    def _evaluate(self, k: int, x: Tensor, labels: Tensor | None, step: int, index: Tensor) -> Tensor:
+        """y_k = G(x_k, sigma_k) through the plain module, with the dropout that the trained pass has too."""
+        self._seed_dropout(Stream.GENERATOR_DROPOUT, step * self.config.steps + k, index)
+        return self.generator.module(x, self._level(k, index), labels)
+
+    def _level(self, k: int, index: Tensor) -> Tensor:
+        return torch.full((len(index),), self.config.levels[k], device=index.device)
+
+    def _perturb(self, y: Tensor, sigma: Tensor, stream: Stream, step: int, index: Tensor) -> Tensor:
+        x = perturb(y, sigma, self.D, seed=self.config.seed, stream=stream, step=step, sample_index=index)
+        assert isinstance(x, Tensor)
+        return x
+
+    def _labels(self, index: Tensor, stream: Stream, step: int) -> Tensor | None:
+        return draw_labels(self.teacher.label_dim, index, seed=self.config.seed, stream=stream, step=step)
+
+    def _seed_dropout(self, stream: Stream, step: int, index: Tensor) -> None:
+        if self.config.dropout > 0:
+            seed_dropout(self.config.seed, stream, step, self._first_index)
+
+    def _micro_batches(self) -> Iterator[Tensor]:
+        """Global indices within the batch of this process's samples, a micro-batch at a time."""
+        start = self.world.rank * self.local_batch
+        for first in range(start, start + self.local_batch, self.micro_batch):
+            self._first_index = first
+            yield torch.arange(first, first + self.micro_batch, device=self.world.device)
+
+    # -- looking at it ----------------------------------------------------------------------------------------------
+
+    def sample(self, first: int, count: int, *, seed: int) -> Tensor:
+        """Images first..first + count - 1 of `seed` from the averaged generator as last refreshed."""
+        index = torch.arange(first, first + count, device=self.world.device)
+        labels = draw_labels(self.average.label_dim, index, seed=seed, stream=Stream.SAMPLER_LABEL, step=0)
+        return generate(
+            self.average, count, D=self.D, sigmas=self.config.levels, seed=seed, class_labels=labels, first_index=first
+        )
+
+    def refresh(self) -> None:
+        """Bring the averaged generator up to date. Every process must call it."""
+        self.generator.copy_ema_to(self.average)
+
+    def evaluate(self) -> FrechetResult | None:
+        """Fréchet distance of the averaged generator's samples; None without an evaluation."""
+        evaluation = self.evaluation
+        if evaluation is None:
+            return None
+        return evaluation.measure(lambda first, count: self.sample(first, count, seed=evaluation.seed), self.world)
+
+    def picture(self, count: int, seed: int) -> Tensor:
+        """`count` images from fixed latents."""
+        return self.sample(0, count, seed=seed)
+
+    # -- a whole run ------------------------------------------------------------------------------------------------
+
+    def run(self, path: Path) -> EDMPrecond:
+        """Distil in the run folder `path`, or continue there.
+
+        Leaves the averaged generator in path/generator and, with an evaluation, the table of results (results.txt,
+        results.json) and the curve of convergence (convergence.png). A finished run is only read again.
+
+        Returns:
+            The averaged generator, on the run's device, in eval mode.
+
+        Raises:
+            ValueError: the folder belongs to another run.
+            TrainingFailed, Interrupted: from the loop.
+        """
+        config = self.config
+        about = {"task": "generator", "D": config.to_json()["D"], "sigmas": list(config.levels), "alpha": config.alpha}
+        folder, progress = execute(
+            self,
+            config,
+            path,
+            kind="distill",
+            facts={"teacher": fingerprint(self.teacher)},
+            export="generator",
+            about={**about, "config": config.to_json()},
+        )
+        if self.evaluation is not None:
+            self.rows = self._results(folder, progress, self.evaluation)
+        return self.average
+
+    def _results(self, folder: RunFolder, progress: Progress, evaluation: Evaluation) -> list[EvaluationRow]:
+        known = read_results(folder.path)
+        if known and progress.last is None:
+            # Nothing was trained: the table stands as it is.
+            return known
+        config = self.config
+        teacher = evaluate_teacher(self.teacher, evaluation, self.world, D=self.D, steps=config.heun_steps)
+        generator = progress.last or self.evaluate()
+        assert generator is not None
+        published = paper_result(self.dataset, self.D, config.alpha, config.steps) if self.dataset else None
+        rows = [
+            EvaluationRow(
+                label="teacher",
+                steps=None,
+                nfe=2 * config.heun_steps - 1,
+                frechet=teacher.distance,
+                images=teacher.images,
+                images_per_second=teacher.images_per_second,
+                paper=f"FID {published.teacher_fid:g}" if published else None,
+            ),
+            EvaluationRow(
+                label="generator",
+                steps=config.steps,
+                nfe=config.steps,
+                frechet=generator.distance,
+                images=generator.images,
+                images_per_second=generator.images_per_second,
+                paper=str(published) if published else None,
+            ),
+        ]
+        if self.world.first:
+            write_results(folder.path, rows)
+            points = EvaluationHistory(folder.path).points
+            plot_convergence(points, teacher.distance, folder.path / "convergence.png", self.title)
+        self.world.barrier()
+        return rows
+
+    def _affordable_backward(self) -> str:
+        """ "joint" where this device's memory allows it, else "phased"."""
+        config = self.config
+        assert config.precision != "auto" and config.zero is not None
+        plan = plan_memory(
+            self.teacher.config,
+            micro_batch=self.micro_batch,
+            ranks=self.world.size,
+            stage=config.zero,
+            precision=config.precision,
+            student_beta1=config.student_beta1,
+            generator_beta1=config.generator_beta1,
+            budget=device_budget(self.world.device),
+        )
+        return plan.backward
+
+
+def _bind(net: Callable[..., Tensor], labels: Tensor | None) -> Denoise:
+    return lambda x, sigma: net(x, sigma, labels)
