@@ -1,1 +1,21 @@
 """Training engine: the three-network distillation loop, samplers, checkpoints and metrics."""
+
+from ipfm.engine.config import DistillConfig, TeacherConfig
+from ipfm.engine.evaluation import Evaluation
+from ipfm.engine.memory import plan_memory
+from ipfm.engine.noise_levels import NoiseLevels
+from ipfm.engine.samplers import generate, heun_sample
+from ipfm.engine.teacher_training import TeacherTraining
+from ipfm.engine.trio import Distiller
+
+__all__ = [
+    "DistillConfig",
+    "Distiller",
+    "Evaluation",
+    "NoiseLevels",
+    "TeacherConfig",
+    "TeacherTraining",
+    "generate",
+    "heun_sample",
+    "plan_memory",
+]

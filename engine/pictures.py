@@ -31,9 +31,7 @@ def image_grid(images: Tensor, columns: int | None = None, scale: int | None = N
     if columns < 1 or scale < 1:
         raise ValueError(f"columns and scale must be positive, got {columns} and {scale}")
 
-    # float32 on the CPU: half precision cannot hold 127.5·v + 128 to a unit.
-    levels = images.detach().to("cpu", torch.float32).nan_to_num(nan=-1.0) * 127.5 + 128
-    pixels = levels.clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    pixels = _pixels(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
     tiles = pixels.numpy().repeat(scale, axis=1).repeat(scale, axis=2)
 
     rows = -(-count // columns)
@@ -52,3 +50,16 @@ def save_grid(images: Tensor, path: Path | str, columns: int | None = None, scal
     picture = Image.fromarray(image_grid(images, columns, scale))
     with atomic_write(path) as file:
         picture.save(file, format="PNG")
+
+
+def save_images(images: Tensor, path: Path | str) -> None:
+    """Writes images (B, C, H, W) in [-1, 1] as the entry "images" of an npz, uint8 (B, H, W, C), replaced whole."""
+    with atomic_write(path) as file:
+        np.savez_compressed(file, images=_pixels(images).permute(0, 2, 3, 1).numpy())
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """uint8 pixels on the CPU: clip(127.5·v + 128, 0, 255), truncated; NaN becomes 0."""
+    # float32 on the CPU: half precision cannot hold 127.5·v + 128 to a unit.
+    levels = images.detach().to("cpu", torch.float32).nan_to_num(nan=-1.0) * 127.5 + 128
+    return levels.clamp(0, 255).to(torch.uint8)

@@ -272,6 +272,8 @@ def _engine_config(stage: int, precision: Precision) -> dict[str, Any]:
         "managed_gradient_accumulation": False,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # DeepSpeed's default clips to norm 1.
+        "gradient_clipping": 0.0,
         "steps_per_print": 2**31,
         "zero_optimization": {
             "stage": stage,

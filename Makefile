@@ -1,0 +1,39 @@
+# Each target sets up what it needs: a virtual environment in .venv with the package (editable) and the test tools.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types bench clean
+
+demo: $(READY)  ## train a teacher on the digits, distil it to one step, print the table
+	$(BIN)/deepspeed recipes/digits_ipfm.py
+
+test: $(READY)  ## the whole suite; tests that need a GPU are skipped with a reason where there is none
+	$(BIN)/pytest
+
+lint: $(READY)  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## static types; a folder of links shows mypy the import names
+	rm -rf build/types && mkdir -p build/types/ipfm
+	for folder in engine kernels models recipes; do ln -s ../../../$$folder build/types/ipfm/$$folder; done
+	MYPYPATH=build/types $(BIN)/mypy --explicit-package-bases -p ipfm
+
+bench: $(READY)  ## kernel microbenchmarks, and the offline compile report
+	$(BIN)/ipfm bench --out build/bench
+	$(BIN)/ipfm bench --offline --out build/bench
+
+$(READY): setup.py pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "ipfm needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)." \
+	       "Set PYTHON=/path/to/python3.11, or on Debian: apt-get install python3 python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments. On Debian: apt-get install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $(READY)
+
+clean:  ## remove what the targets above made, but for runs/
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

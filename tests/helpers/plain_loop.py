@@ -1,0 +1,96 @@
+"""Distillation as a plain PyTorch loop: one process, no DeepSpeed, no explicit gradients, no kernels but the noise.
+
+Written apart from the engine, from the formulas alone; what the engine computes is compared with it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from ipfm.engine import DistillConfig
+from ipfm.engine.streams import Stream
+from ipfm.kernels import philox, reference
+from ipfm.models import EDMPrecond
+from torch import Tensor
+
+
+@dataclass
+class Plain:
+    """Networks after the loop, and the losses of each step."""
+
+    student: EDMPrecond
+    generator: EDMPrecond
+    ema: dict[str, Tensor]
+    student_loss: list[float] = field(default_factory=list)
+    generator_loss: list[float] = field(default_factory=list)
+
+
+def distill(teacher: EDMPrecond, config: DistillConfig, steps: int) -> Plain:
+    """`steps` iterations on the whole batch at once, gradients by autograd through everything."""
+    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+    S, G = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+    run = Plain(S, G, {name: p.detach().clone() for name, p in G.named_parameters()})
+    student_adam = torch.optim.Adam(
+        S.parameters(), lr=config.student_lr or config.lr, betas=(config.student_beta1, 0.999), eps=config.eps
+    )
+    generator_adam = torch.optim.Adam(
+        G.parameters(), lr=config.lr, betas=(config.generator_beta1, 0.999), eps=config.eps
+    )
+    index = torch.arange(config.batch)
+    D, levels = teacher.D, config.levels
+
+    def noisy(y: Tensor, sigma: Tensor, stream: Stream, step: int) -> Tensor:
+        noise = reference.perturb(
+            torch.zeros_like(y), sigma, D, seed=config.seed, stream=stream, step=step, sample_index=index
+        )
+        return y + noise
+
+    def samples(stream: Stream, step: int) -> Tensor:
+        y = torch.zeros(config.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
+        for k, level in enumerate(levels):
+            sigma = torch.full((config.batch,), level)
+            y = G(noisy(y, sigma, stream, step * len(levels) + k), sigma)
+        return y
+
+    for step in range(steps):
+        student_losses = []
+        for update in range(config.student_updates):
+            count = step * config.student_updates + update
+            with torch.no_grad():
+                y = samples(Stream.STUDENT_LATENT, count)
+            n = philox.normal(index, 1, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=count)[:, 0]
+            sigma = torch.exp(-1.2 + 1.2 * n.double()).float()
+            x = noisy(y, sigma, Stream.STUDENT_NOISE, count)
+            weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+            losses = weight * (S(x, sigma) - y).square().sum((1, 2, 3))
+            student_adam.zero_grad()
+            losses.mean().backward()
+            student_adam.step()
+            student_losses.append(losses.mean().item())
+        run.student_loss.append(sum(student_losses) / len(student_losses))
+
+        S.requires_grad_(False)
+        y = samples(Stream.GENERATOR_LATENT, step)
+        u = philox.uniform(index, 1, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)[:, 0].double()
+        sigma = (80 ** (1 / 7) + (1 - 0.8 * u) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+        x = noisy(y, sigma.float(), Stream.GENERATOR_NOISE, step)
+        t, s = teacher(x, sigma.float()), S(x, sigma.float())
+        with torch.no_grad():
+            weight = 1 / (y - t).abs().mean((1, 2, 3)).clamp(min=1e-5)
+        # Double precision here: the three squares nearly cancel while S is close to T.
+        t, s, y = t.double(), s.double(), y.double()
+        terms = (t - y) ** 2 - (s - y) ** 2 - 2 * (config.alpha - 0.5) * (t - s) ** 2
+        losses = weight * terms.sum((1, 2, 3))
+        generator_adam.zero_grad()
+        losses.mean().backward()
+        generator_adam.step()
+        S.requires_grad_(True)
+        run.generator_loss.append(losses.mean().item())
+
+        images = (step + 1) * config.batch
+        decay = 0.5 ** (config.batch / min(config.ema_kimg * 1000, config.ema_rampup * images))
+        for name, p in G.named_parameters():
+            run.ema[name].mul_(decay).add_(p.detach(), alpha=1 - decay)
+    return run

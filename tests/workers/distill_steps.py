@@ -1,0 +1,47 @@
+"""Worker: distils a stored teacher for some steps in several settings, and leaves the weights of each.
+
+Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?}]}
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from ipfm.engine.zero import start_world, stop_world
+from ipfm.models import load_teacher
+from safetensors.torch import save_file
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    world = start_world()
+    for case in job["cases"]:
+        distiller = Distiller(DistillConfig(**case["config"]), load_teacher(job["teacher"]), world=world)
+        first = 0
+        if "load" in case:
+            checkpoint = find_checkpoint(Path(case["load"]))
+            assert checkpoint is not None
+            first = load_checkpoint(checkpoint, distiller.networks)
+        losses: dict[str, list[torch.Tensor]] = {}
+        for step in range(first, case["steps"]):
+            measured = distiller.iteration(step)
+            for name, value in measured.sums.items():
+                losses.setdefault(name, []).append(world.sum_(torch.stack([value, measured.counts[name]])))
+        tensors = {
+            f"{which}/{kind}/{name}": tensor.detach().float().clone()
+            for which, network in distiller.networks.items()
+            for kind in network.state_kinds
+            for name, tensor in network.full(kind)
+        }
+        tensors |= {f"loss/{name}": torch.stack([s / c for s, c in values]) for name, values in losses.items()}
+        if "save" in case:
+            save_checkpoint(Path(case["save"]), case["steps"], distiller.networks, world)
+        if world.first:
+            save_file(tensors, Path(job["out"]) / f"{case['name']}-{world.size}.safetensors")
+    stop_world()
+
+
+main()
