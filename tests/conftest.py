@@ -1,0 +1,78 @@
+"""Shared by all tests: Triton's interpreter where there is no GPU, NaN-filled allocations, comparison with float64."""
+
+import os
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    # Triton looks at this when it decorates a kernel, so it has to be set before anything imports ipfm.kernels.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    for item in items:
+        if not HAS_CUDA and item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the Triton kernels run: compiled on CUDA, else in the interpreter on the CPU."""
+    return torch.device("cuda" if HAS_CUDA else "cpu")
+
+
+def _spoil(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+        elif tensor.dtype != torch.bool and not tensor.is_complex():
+            tensor.fill_(torch.iinfo(tensor.dtype).min)
+    return tensor
+
+
+@pytest.fixture
+def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN (integers: the smallest one), so that an element a kernel forgets is seen."""
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _original=original, **k: _spoil(_original(*a, **k)))
+
+
+def _worst(got: torch.Tensor, truth: torch.Tensor) -> float:
+    got, truth = got.detach().double().cpu(), truth.detach().double().cpu()
+    if not truth.numel():
+        return 0.0
+    error = (got - truth).abs() / (truth.abs() + truth.square().mean().sqrt() + 1e-30)
+    return float("inf") if bool(error.isnan().any()) else float(error.max())
+
+
+@pytest.fixture
+def no_worse():
+    """no_worse(got, plain, truth): the kernel's error may not exceed that of plain PyTorch in the same dtype.
+
+    Errors are relative to an element's size plus the root mean square, against a float64 truth; the hair allowed on top
+    is one unit in the last place (the interpreter truncates on its way to bfloat16 where a GPU rounds). In float64 the
+    truth is plain PyTorch itself, whose own rounding then counts as the kernel's: 16 units.
+    """
+
+    def check(got: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
+        assert got.shape == plain.shape == truth.shape
+        assert got.dtype == plain.dtype
+        if got.is_floating_point():
+            units = 16 if got.dtype == torch.float64 else 1
+            limit = _worst(plain, truth) + units * torch.finfo(got.dtype).eps
+            assert _worst(got, truth) <= limit
+        else:
+            assert torch.equal(got.cpu(), plain.cpu())
+            assert torch.equal(got.cpu(), truth.cpu())
+
+    return check

@@ -1,0 +1,199 @@
+"""The digits recipe as users run it: processes, launchers, kills, bad input. Small settings, real runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import launch
+import numpy as np
+import pytest
+import torch
+from ipfm.models import load_model, load_teacher, read_config
+from PIL import Image
+from safetensors.torch import load_file
+
+RECIPE = str(launch.ROOT / "recipes" / "digits_ipfm.py")
+# 8 steps of the teacher and 12 of the distillation, a checkpoint every 4.
+SHORT = [
+    "--teacher-steps", "8", "--max-steps", "12", "--batch", "32", "--checkpoint-every", "4", "--log-every", "4",
+    "--eval-every", "6", "--eval-images", "64", "--heun-steps", "2", "--eps", "1e-3",
+]  # fmt: skip
+
+
+def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,), check: bool = True, timeout: float = 300):
+    """Run the recipe and return the finished process, its output as text."""
+    command = [*launcher, RECIPE, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=launch.environment(), timeout=timeout)
+    assert not check or done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor that a finished run leaves: the export and both networks of the last checkpoint."""
+    newest = max((folder / "checkpoints").glob("step-*"))
+    files = [folder / "generator" / "model.safetensors", *sorted(newest.glob("*.safetensors"))]
+    return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def equal(first: Path, second: Path) -> bool:
+    one, two = weights(first), weights(second)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A short run from nothing, in one process."""
+    out = tmp_path_factory.mktemp("run") / "digits"
+    return out, run("--out", str(out), *SHORT)
+
+
+@pytest.mark.distributed
+def test_leaves_the_run_folder_of_the_design(finished) -> None:
+    out, done = finished
+    for name in ("config.json", "metrics.jsonl", "evaluations.jsonl", "results.json", "results.txt", "convergence.png",
+                 "generator/config.json", "generator/model.safetensors", "teacher/model/model.safetensors",
+                 "samples/step-0000006.png", "samples/step-0000012.png", "checkpoints/latest"):  # fmt: skip
+        assert (out / name).is_file(), name
+    assert list((out / "tensorboard").iterdir())
+    assert (out / "checkpoints" / "latest").read_text().strip() == "step-0000012"
+    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ["step-0000008", "step-0000012"]
+    assert not [p for p in out.rglob("*") if p.name.startswith(".")]
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == list(range(12))
+    assert {"student_loss", "generator_loss", "student_bad", "generator_bad"} < lines[0].keys()
+    assert all(line["student_bad"] == line["generator_bad"] == 0 for line in lines)
+    with Image.open(out / "samples" / "step-0000012.png") as picture:
+        assert np.asarray(picture).std() > 10
+    # The table: the teacher at 2 * 2 - 1 evaluations, the generator at one.
+    rows = json.loads((out / "results.json").read_text())
+    assert [(row["label"], row["nfe"], row["images"]) for row in rows] == [("teacher", 3, 64), ("generator", 1, 64)]
+    assert (out / "results.txt").read_text().strip() in done.stdout
+
+
+@pytest.mark.distributed
+def test_exports_a_generator_that_knows_its_D_and_levels(finished) -> None:
+    out, _ = finished
+    net, facts = load_model(out / "generator"), read_config(out / "generator").extra
+    assert (net.D, facts["D"], facts["sigmas"], facts["task"]) == (128.0, 128.0, [2.5], "generator")
+    teacher = load_teacher(out / "teacher" / "model")
+    assert teacher.config.D == 128.0
+    checkpoint = load_file(out / "checkpoints" / "step-0000012" / "generator.safetensors")
+    for name, p in net.named_parameters():
+        assert torch.equal(p, checkpoint[f"ema/{name}"]), "the export is the average"
+    assert any(not torch.equal(p, dict(teacher.named_parameters())[name]) for name, p in net.named_parameters())
+
+
+@pytest.mark.distributed
+def test_same_command_again_only_reads(finished) -> None:
+    out, done = finished
+    before = {p: p.stat().st_mtime_ns for p in (out / "checkpoints").rglob("*")} | {
+        out / "metrics.jsonl": (out / "metrics.jsonl").stat().st_mtime_ns
+    }
+    again = run("--out", str(out), *SHORT)
+    assert (out / "results.txt").read_text() in again.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    longer = run("--out", str(out), *SHORT[:3], "14", *SHORT[4:])
+    assert [line["step"] for line in metrics(out)] == list(range(14))
+    assert "continuing at step 12" in longer.stderr
+
+
+@pytest.mark.distributed
+def test_two_processes_train_on_the_same_samples(tmp_path: Path, finished) -> None:
+    """`deepspeed --num_accelerators 2` against one process: the losses of 20 steps agree to 1e-4."""
+    teacher = str(finished[0] / "teacher" / "model")
+    settings = ["--teacher", teacher, "--max-steps", "20", "--batch", "32", "--eps", "1e-3", "--eval-images", "64",
+                "--heun-steps", "1", "--eval-every", "0"]  # fmt: skip
+    run("--out", str(tmp_path / "one"), *settings)
+    deepspeed = (str(launch.BIN / "deepspeed"), "--num_accelerators", "2")
+    for stage in ("0", "2"):
+        run("--out", str(tmp_path / stage), *settings, "--zero", stage, launcher=deepspeed)
+        one, two = metrics(tmp_path / "one"), metrics(tmp_path / stage)
+        assert len(one) == len(two) == 20
+        for a, b in zip(one, two, strict=True):
+            assert a.keys() == b.keys()
+            for name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
+
+
+@pytest.mark.distributed
+def test_killed_runs_continue_bit_for_bit(tmp_path: Path, finished) -> None:
+    """SIGKILL in the teacher's training and in the distillation; the same command ends with the same weights."""
+    # The undisturbed run was made longer by another test: make one of the original length.
+    whole = tmp_path / "whole"
+    run("--out", str(whole), *SHORT)
+    out = tmp_path / "killed"
+    for milestone in ("teacher/checkpoints/step-0000008", "checkpoints/step-0000004", "checkpoints/step-0000008"):
+        _kill_when(out / milestone, "--out", str(out), *SHORT)
+    last = run("--out", str(out), *SHORT)
+    assert "continuing at step" in last.stderr
+    assert equal(out, whole)
+    assert metrics(out) == metrics(whole)
+    assert metrics(out / "teacher") == metrics(whole / "teacher")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_exit(tmp_path: Path, finished, signum: int, code: int) -> None:
+    teacher = str(finished[0] / "teacher" / "model")
+    settings = ["--teacher", teacher, "--out", str(tmp_path / "run"), *SHORT, "--checkpoint-every", "100"]
+    process = _start(*settings[:-2], "--checkpoint-every", "100", "--max-steps", "1000")
+    _wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    process.send_signal(signum)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    steps = len(metrics(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step-{steps:07d}"
+
+
+@pytest.mark.distributed
+def test_the_default_start_is_deepspeed(tmp_path: Path, finished) -> None:
+    """`deepspeed recipes/digits_ipfm.py` without a number of processes, and its exit code for bad input."""
+    teacher = str(finished[0] / "teacher" / "model")
+    deepspeed = (str(launch.BIN / "deepspeed"),)
+    done = run("--teacher", teacher, "--out", str(tmp_path / "run"), *SHORT, launcher=deepspeed)
+    assert "generator" in done.stdout
+    bad = run("--teacher", teacher, "--D", "0", launcher=deepspeed, check=False)
+    assert bad.returncode == 2
+    assert "digits_ipfm.py: error: D must lie in (0, inf], got 0.0" in bad.stderr
+    assert "Traceback" not in bad.stderr
+
+
+def _start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, RECIPE, *arguments],
+        env=launch.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _wait_for(path: Path, process: subprocess.Popen, timeout: float = 200) -> None:
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        if process.poll() is not None:
+            raise AssertionError(f"ended with {process.returncode} before {path}:\n{process.communicate()[1]}")
+        assert time.monotonic() < deadline, f"no {path} after {timeout} s"
+        time.sleep(0.02)
+
+
+def _kill_when(path: Path, *arguments: str) -> None:
+    process = _start(*arguments)
+    try:
+        _wait_for(path, process)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL

@@ -1,0 +1,88 @@
+"""The offline compile report: no spills, and 128-bit accesses wherever the data is aligned and contiguous.
+
+Compiles in a process of its own: the interpreter flag that this one may carry turns every kernel into Python.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COLUMNS = [
+    "kernel", "variant", "arch", "registers", "spills", "shared_bytes", "global_load_bits", "global_store_bits",
+    "instructions",
+]  # fmt: skip
+ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict[str, str]]:
+    out = tmp_path_factory.mktemp("offline")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "ipfm.kernels.bench", "--offline", "--quick", "--out", str(out)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip().splitlines()[-1]) == out / "offline.csv"
+    assert (out / "offline.md").read_text() in done.stdout
+    with (out / "offline.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_kernel_is_compiled_for_every_architecture(rows):
+    assert list(rows[0]) == COLUMNS
+    found = {(r["kernel"], r["arch"]) for r in rows}
+    assert found == {
+        (k, a) for k in ("perturb", "ipfm_loss", "denoising_loss", "philox", "gamma") for a in ARCHITECTURES
+    }
+    assert len({(r["kernel"], r["variant"], r["arch"]) for r in rows}) == len(rows)
+
+
+def test_nothing_spills(rows):
+    assert {(r["kernel"], r["variant"], r["arch"]): r["spills"] for r in rows if r["spills"] != "0"} == {}
+
+
+def test_aligned_contiguous_data_moves_in_128_bit_accesses(rows):
+    wide = [r for r in rows if r["kernel"] != "gamma" and "unaligned" not in r["variant"]]
+    assert len(wide) >= 3 * 10
+    for r in wide:
+        assert r["global_store_bits"] == "128", r
+        assert r["global_load_bits"] == ("0" if r["kernel"] == "philox" else "128"), r
+
+
+def test_the_report_sees_narrow_accesses(rows):
+    """The same kernels on 5 x 7 images, where nothing is aligned: proof that the width is read and not assumed."""
+    narrow = [r for r in rows if "unaligned" in r["variant"]]
+    assert {r["kernel"] for r in narrow} == {"perturb", "ipfm_loss", "denoising_loss"}
+    for r in narrow:
+        bits = "16" if "bf16" in r["variant"] else "32"
+        assert (r["global_load_bits"], r["global_store_bits"]) == (bits, bits), r
+
+
+def test_registers_leave_room_for_the_programs_that_hide_latency(rows):
+    assert all(int(r["registers"]) <= 96 for r in rows), [r for r in rows if int(r["registers"]) > 96]
+
+
+def test_refuses_to_report_on_the_interpreter(tmp_path):
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    code = f"from ipfm.kernels.bench import run_offline; run_offline({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET must not be set" in done.stderr
+
+
+def test_spills_are_counted():
+    from ipfm.kernels.bench.offline import _INSTRUCTION, _width
+
+    listing = """
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;
+        /*0020*/              @!P0 STG.E.U16 desc[UR4][R6.64], R5 ;
+        /*0030*/                   STL.64 [R1], R8 ;
+        /*0040*/               @P1 LDL R9, [R1+0x8] ;
+        /*0050*/                   LDG.E R4, desc[UR4][R2.64] ;
+    """
+    found = _INSTRUCTION.findall(listing)
+    assert found == ["LDG.E.128", "STG.E.U16", "STL.64", "LDL", "LDG.E"]
+    assert [_width(o) for o in found] == [128, 16, 64, 32, 32]

@@ -1,0 +1,307 @@
+"""SongUNet and EDMPrecond as a caller meets them: shapes, dtypes, labels, modes, memory formats."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ipfm.models import EDMPrecond, NetworkConfig, SongUNet
+
+SMALL = NetworkConfig(
+    img_resolution=8,
+    img_channels=2,
+    label_dim=3,
+    augment_dim=4,
+    model_channels=8,
+    channel_mult=(1, 2),
+    num_blocks=1,
+    attn_resolutions=(4,),
+    dropout=0.0,
+)
+NCSN = {"embedding_type": "fourier", "encoder_type": "residual", "resample_filter": (1, 3, 3, 1)}
+
+
+def build(**changes) -> EDMPrecond:
+    """A small network with random values everywhere: as built, its last layers are nearly zero."""
+    net = EDMPrecond(NetworkConfig.from_json({**SMALL.to_json(), **changes}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            spread = 0.5 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            start = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(start + spread * torch.randn(parameter.shape, generator=generator))
+    return net.eval()
+
+
+def images(batch: int = 3) -> Tensor:
+    return torch.randn(batch, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+SIGMA = torch.tensor([0.1, 1.0, 7.0])
+LABELS = torch.eye(3)
+
+
+@torch.no_grad()
+def test_preconditioning():
+    """D = c_skip·x + c_out·F with table 1 of Karras et al. (2022), in an independent spelling."""
+    net, x = build(sigma_data=0.7).double(), images().double()
+    s = SIGMA.double()[:, None, None, None]
+    total = s**2 + 0.7**2
+    raw = net.model(x / total.sqrt(), 0.25 * SIGMA.double().log(), LABELS.double())
+    expected = x * 0.7**2 / total + s * 0.7 / total.sqrt() * raw
+    torch.testing.assert_close(net(x, SIGMA.double(), LABELS), expected, rtol=0, atol=1e-12)
+    assert net.round_sigma(0.3) == 0.3 and net.round_sigma(SIGMA) is SIGMA
+
+
+@torch.no_grad()
+def test_dtypes_of_the_result():
+    net = build()
+    for x in (images(), images().double(), images().bfloat16()):
+        for compute in (None, torch.bfloat16, torch.float64):
+            net.compute_dtype = compute
+            assert net(x, SIGMA.to(x.dtype)).dtype == torch.float32
+    net.compute_dtype = None
+    net.double()
+    for x in (images(), images().double()):
+        assert net(x, SIGMA).dtype == torch.float64
+
+
+@pytest.mark.parametrize("changes", [{}, NCSN], ids=["ddpmpp", "ncsnpp"])
+@torch.no_grad()
+def test_bfloat16_compute_is_close_to_float32(changes):
+    net, seen = build(**changes), {}
+    net.model.map_noise.register_forward_hook(lambda _, __, out: seen.update(noise=out.dtype))
+    net.model.map_layer1.register_forward_hook(lambda _, __, out: seen.update(mapping=out.dtype))
+    net.model.enc["8x8_conv"].register_forward_hook(lambda _, __, out: seen.update(path=out.dtype))
+    exact = net(images(), SIGMA, LABELS)
+    assert seen == {"noise": torch.float32, "mapping": torch.float32, "path": torch.float32}
+    net.compute_dtype = torch.bfloat16
+    got = net(images(), SIGMA, LABELS)
+    assert seen == {"noise": torch.float32, "mapping": torch.float32, "path": torch.bfloat16}
+    assert got.dtype == torch.float32
+    error = (got - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert 1e-5 < error < 2e-2
+    net.compute_dtype = None
+    assert torch.equal(net(images(), SIGMA, LABELS), exact)
+
+
+@torch.no_grad()
+def test_low_precision_weights_keep_the_noise_embedding():
+    """bfloat16 parameters: the frequencies stay float32 and the mapping network computes in float32."""
+    net = build(**NCSN)
+    freqs, exact = net.model.map_noise.freqs.clone(), net(images(), SIGMA, LABELS)
+    net.to(torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in net.parameters())
+    assert torch.equal(net.model.map_noise.freqs, freqs) and net.model.map_noise.freqs.dtype == torch.float32
+    got = net(images(), SIGMA, LABELS)
+    assert got.dtype == torch.float32
+    assert (got - exact).square().mean().sqrt() < 2e-2 * exact.square().mean().sqrt()
+
+
+def test_compute_dtype_is_checked():
+    net = EDMPrecond(SMALL)
+    with pytest.raises(ValueError, match=r"compute_dtype must be None, torch.float16, .* got torch.int8"):
+        net.compute_dtype = torch.int8
+    with pytest.raises(ValueError, match="got 'bf16'"):
+        net.compute_dtype = "bf16"
+
+
+@torch.no_grad()
+def test_use_fp16_changes_nothing_on_a_cpu():
+    assert torch.equal(build(use_fp16=True)(images(), SIGMA), build()(images(), SIGMA))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@torch.no_grad()
+def test_use_fp16_on_cuda():
+    net, seen = build(use_fp16=True).cuda(), []
+    net.model.enc["8x8_conv"].register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    got = net(images().cuda(), SIGMA.cuda(), LABELS.cuda())
+    assert seen == [torch.float16] and got.dtype == torch.float32
+    torch.testing.assert_close(got.cpu(), build()(images(), SIGMA, LABELS), rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize("changes", [{}, NCSN, {"encoder_type": "skip", "decoder_type": "skip"}])
+def test_channels_last_equals_contiguous(changes):
+    net = build(**changes).double()
+    x = images().double()
+
+    def run(net: EDMPrecond, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.detach().requires_grad_()
+        y = net(x, SIGMA, LABELS)
+        return y, *torch.autograd.grad(y.square().sum(), [x, *net.parameters()], allow_unused=True)
+
+    plain = run(net, x)
+    last = run(copy.deepcopy(net).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last))
+    assert last[0].is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(plain, last, strict=True):
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+        assert (a is None) == (b is None)
+
+
+@torch.no_grad()
+def test_sigma_and_label_shapes():
+    net, x = build(), images()
+    sigmas = (2.0, torch.tensor(2.0), torch.tensor([2.0]), torch.full((3,), 2.0))
+    alike = [net(x, sigma, LABELS[:1]) for sigma in sigmas]
+    for other in alike[1:]:
+        torch.testing.assert_close(alike[0], other, rtol=0, atol=1e-6)
+    torch.testing.assert_close(net(x, SIGMA), net(x, SIGMA, torch.zeros(3, 3)), rtol=0, atol=1e-6)
+    assert (net(x, SIGMA) - net(x, SIGMA, LABELS)).abs().max() > 0.01
+    nothing = net(x, SIGMA, LABELS, torch.zeros(3, 4))
+    torch.testing.assert_close(net(x, SIGMA, LABELS), nothing, rtol=0, atol=1e-6)
+    assert (net(x, SIGMA, LABELS, torch.ones(3, 4)) - nothing).abs().max() > 0.01
+    # Each sample for itself: labels and noise levels are not mixed up over the batch.
+    for i in range(3):
+        one = net(x[i : i + 1], SIGMA[i], LABELS[i : i + 1])
+        torch.testing.assert_close(one[0], net(x, SIGMA, LABELS)[i], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_labels_enter_scaled_by_the_root_of_their_width():
+    net = build().double()
+    seen: list[Tensor] = []
+    net.model.map_label.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    net(images(), SIGMA, LABELS)
+    torch.testing.assert_close(seen[0], LABELS.double() * math.sqrt(3), rtol=0, atol=1e-15)
+
+
+@torch.no_grad()
+def test_unconditional_network_ignores_labels():
+    net = build(label_dim=0, augment_dim=0)
+    assert net.model.map_label is None and net.model.map_augment is None
+    assert torch.equal(net(images(), SIGMA), net(images(), SIGMA, LABELS, torch.ones(3, 9)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3, 1, 8, 8), SIGMA), r"x must have shape \(B, 2, 8, 8\), got \(3, 1, 8, 8\)"),
+        ((torch.zeros(3, 2, 8, 4), SIGMA), r"got \(3, 2, 8, 4\)"),
+        ((torch.zeros(2, 8, 8), SIGMA), r"got \(2, 8, 8\)"),
+        ((images(), torch.ones(2)), r"sigma must have shape \(\), \(1,\) or \(3,\), got \(2,\)"),
+        ((images(), torch.ones(3, 1)), r"got \(3, 1\)"),
+        ((images(), 0.0), "sigma must be above 0, got 0.0"),
+        ((images(), SIGMA, torch.zeros(3, 4)), r"class_labels must have shape \(3, 3\), got \(3, 4\)"),
+        ((images(), SIGMA, torch.zeros(2, 3)), r"got \(2, 3\)"),
+        ((images(), SIGMA, torch.zeros(3)), r"got \(3,\)"),
+        ((images(), SIGMA, None, torch.zeros(3, 9)), r"augment_labels must have shape \(3, 4\), got \(3, 9\)"),
+    ],
+)
+def test_wrong_inputs_are_one_clear_line(arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        EDMPrecond(SMALL)(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_ways_to_construct():
+    net = EDMPrecond(img_resolution=8, img_channels=1, model_channels=8, channel_mult=[1, 1], num_blocks=1, D=64)
+    assert net.config == NetworkConfig(
+        img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 1), num_blocks=1, D=64.0
+    )
+    assert (net.D, net.sigma_min, net.sigma_max, net.sigma_data) == (64, 0, math.inf, 0.5)
+    assert (net.img_channels, net.img_resolution, net.label_dim) == (1, 8, 0)
+    with pytest.raises(ValueError, match=r"got both \(keywords dropout\)"):
+        EDMPrecond(SMALL, dropout=0.1)
+    with pytest.raises(ValueError, match="got dict"):
+        EDMPrecond({"img_resolution": 8})
+
+
+def test_dropout_and_label_dropout_act_only_in_training():
+    for changes in ({"dropout": 0.3}, {"label_dropout": 0.5}):
+        net, labels = build(**changes), LABELS.repeat(8, 1)
+        x, sigma = images(24), torch.ones(24)
+        torch.manual_seed(0)
+        assert torch.equal(net(x, sigma, labels), net(x, sigma, labels))
+        net.train()
+        assert not torch.equal(net(x, sigma, labels), net(x, sigma, labels))
+
+
+@torch.no_grad()
+def test_label_dropout_drops_whole_rows():
+    torch.manual_seed(0)
+    net = build(label_dropout=0.25).train()
+    seen: list[Tensor] = []
+    net.model.map_label.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    labels = torch.ones(400, 3)
+    net.model(torch.zeros(400, 2, 8, 8), torch.zeros(1), labels)
+    rows = seen[0] / math.sqrt(3)
+    assert torch.equal(rows.amin(1), rows.amax(1))
+    torch.testing.assert_close(rows, rows.round())
+    assert 0.15 < (rows[:, 0] == 0).float().mean() < 0.35
+
+
+def naive_song(net: SongUNet, x: Tensor, emb: Tensor) -> Tensor:
+    """Encoder and decoder by the names of their entries, as checkpoints spell them."""
+    skips, aux = [], x
+    for name, module in net.enc.items():
+        if "aux_down" in name:
+            aux = module(aux)
+        elif "aux_skip" in name:
+            skips[-1] = x = x + module(aux)
+        elif "aux_residual" in name:
+            skips[-1] = x = aux = (x + module(aux)) * 0.5**0.5
+        else:
+            x = module(x) if name.endswith("conv") else module(x, emb)
+            skips.append(x)
+    image, normed = 0.0, x
+    for name, module in net.dec.items():
+        if "aux_up" in name:
+            image = module(image)
+        elif "aux_norm" in name:
+            normed = module(x)
+        elif "aux_conv" in name:
+            image = image + module(torch.nn.functional.silu(normed))
+        else:
+            if x.shape[1] != module.in_channels:
+                x = torch.cat([x, skips.pop()], 1)
+            x = module(x, emb)
+    assert not skips
+    return image
+
+
+@pytest.mark.parametrize("encoder", ["standard", "skip", "residual"])
+@pytest.mark.parametrize("decoder", ["standard", "skip"])
+@torch.no_grad()
+def test_wiring_of_every_encoder_and_decoder(encoder, decoder):
+    """Three levels, so that the auxiliary paths run twice; the fixtures hold only two of these six networks."""
+    net = build(encoder_type=encoder, decoder_type=decoder, channel_mult=[1, 2, 1]).double()
+    inner, emb_in = net.model, torch.tensor([0.3, -0.2, 1.1], dtype=torch.float64)
+    emb = inner.map_noise(emb_in)
+    emb = torch.cat([emb[:, 4:], emb[:, :4]], 1)
+    emb = torch.nn.functional.silu(inner.map_layer0(emb))
+    emb = torch.nn.functional.silu(inner.map_layer1(emb))
+    x = images().double()
+    torch.testing.assert_close(inner(x, emb_in), naive_song(inner, x, emb), rtol=1e-12, atol=1e-12)
+    names = list(inner.enc) + list(inner.dec)
+    aux = [name for name in names if "aux" in name]
+    downs = {"standard": [], "skip": ["4x4_aux_down", "4x4_aux_skip", "2x2_aux_down", "2x2_aux_skip"]}
+    downs["residual"] = ["4x4_aux_residual", "2x2_aux_residual"]
+    ups = ["8x8_aux_norm", "8x8_aux_conv"]
+    if decoder == "skip":
+        ups = ["2x2_aux_norm", "2x2_aux_conv", "4x4_aux_up", "4x4_aux_norm", "4x4_aux_conv", "8x8_aux_up", *ups]
+    assert aux == downs[encoder] + ups
+
+
+def test_starting_values():
+    """xavier_uniform throughout; the last convolution of a block and of the network 1e-5 of that, qkv √0.2 of it."""
+    torch.manual_seed(0)
+    net = EDMPrecond(img_resolution=8, img_channels=3, model_channels=32, channel_mult=(1, 1), num_blocks=1)
+    for name, p in net.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+        else:
+            spatial = p[0, 0].numel() if p.ndim == 4 else 1
+            bound = math.sqrt(6 / ((p.shape[0] + p.shape[1]) * spatial))
+            if name.split(".")[-2] in ("conv1", "proj") or "aux_conv" in name:
+                bound *= 1e-5
+            elif "qkv" in name:
+                bound *= math.sqrt(0.2)
+            reach = p.abs().max().item()
+            assert 0.97 * bound < reach <= bound * (1 + 1e-6), name
