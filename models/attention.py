@@ -1,0 +1,80 @@
+"""Attention with a choice of implementation; the optional ones are imported only when they are used."""
+
+import functools
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+AttentionBackend = Literal["auto", "xformers", "sdpa", "math"]
+ATTENTION_BACKENDS: tuple[AttentionBackend, ...] = get_args(AttentionBackend)
+
+
+def check_attention_backend(backend: str) -> None:
+    """ValueError unless `backend` is one of the names that `attention` knows."""
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is unknown; possible: {', '.join(ATTENTION_BACKENDS)}")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend = "auto") -> Tensor:
+    """softmax over keys of q·kᵀ/√d, times v.
+
+    q (B, L, heads, d), k and v (B, M, heads, d), of one floating dtype; returns (B, L, heads, d) of that dtype. The
+    logits and the softmax are at least float32, forward and backward.
+
+    backend: "xformers" is its memory-efficient attention (CUDA; float16, bfloat16, float32), "sdpa" torch's
+    `scaled_dot_product_attention`, "math" the formula written out, which holds B·heads·L·M logits. "auto" takes
+    xformers where it can run and torch's elsewhere. A choice that cannot run is a ValueError that says why.
+    """
+    check_attention_backend(backend)
+    if backend == "auto":
+        # Under torch.compile torch's own operation is the one that the compiler knows.
+        usable = q.is_cuda and not torch.compiler.is_compiling() and _xformers_obstacle(*_probe_key(q)) is None
+        backend = "xformers" if usable else "sdpa"
+    elif backend == "xformers":
+        obstacle = _xformers_obstacle(*_probe_key(q))
+        if obstacle is not None:
+            raise ValueError(f"attention backend 'xformers' cannot run: {obstacle}; possible: auto, sdpa, math")
+    if backend == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(q, k, v)
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    return _written_out(q, k, v)
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = torch.einsum("blhd,bmhd->bhlm", q.to(wide), (k / math.sqrt(q.shape[-1])).to(wide))
+    return torch.einsum("bhlm,bmhd->blhd", logits.softmax(dim=-1).to(q.dtype), v)
+
+
+def _probe_key(q: Tensor) -> tuple[torch.device, torch.dtype, int]:
+    return q.device, q.dtype, q.shape[-1]
+
+
+@functools.cache
+def _xformers_obstacle(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+    """Why xformers cannot serve such tensors, or None; asked once, by a tiny forward and backward pass."""
+    if device.type != "cuda":
+        return f"it needs CUDA tensors, got {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it has no kernel for {dtype}"
+    try:
+        from xformers.ops import memory_efficient_attention
+    except Exception as error:  # a build that does not fit this torch or CUDA fails in many ways, not only ImportError
+        return f"import failed ({type(error).__name__}: {_first_line(error)})"
+    try:
+        with torch.enable_grad():
+            q, k, v = (torch.zeros(1, 8, 1, head_width, device=device, dtype=dtype).requires_grad_() for _ in range(3))
+            torch.autograd.grad(memory_efficient_attention(q, k, v).sum(), (q, k, v))
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        return f"no operator for {dtype} and head width {head_width} ({_first_line(error)})"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,122 @@
+"""The residual block that every U-Net here is made of."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import AttentionBackend, attention
+from .init import DEFAULT_INIT, ZERO_INIT, Init
+from .layers import Conv2d, GroupNorm, Linear
+
+
+class QKVProjection(Conv2d):
+    """The 1×1 convolution of an attention layer: x (B, C, H, W) -> q, k, v, each (B, H·W, heads, C/heads).
+
+    Checkpoints hold the output channels as (head, channel of the head, q|k|v), the last running fastest. The rows are
+    put in the order (q|k|v, head, channel) by permuting the weight, which is small, rather than the activation: in
+    channels_last no activation is copied.
+    """
+
+    def __init__(self, channels: int, *, num_heads: int, init: Init) -> None:
+        super().__init__(channels, 3 * channels, 1, init=init)
+        self.num_heads = num_heads
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        assert self.weight is not None and self.bias is not None
+        heads, width = self.num_heads, self.in_channels // self.num_heads
+        weight = self.weight.to(x.dtype).view(heads, width, 3, -1).permute(2, 0, 1, 3).reshape(self.out_channels, -1)
+        bias = self.bias.to(x.dtype).view(heads, width, 3).permute(2, 0, 1).reshape(-1)
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = F.linear(tokens, weight, bias).unflatten(2, (3, heads, width)).unbind(2)
+        return q, k, v
+
+
+class UNetBlock(nn.Module):
+    """Residual block with an embedding input and optional resampling and self-attention.
+
+    h = conv0(silu(norm0(x))); the embedding enters before norm1, added to h, or with `adaptive_scale` after it as a
+    scale and a shift; h = conv1(dropout(silu(…))); x = (h + skip(x))·skip_scale. With attention
+    x = (x + proj(attention(qkv(norm2(x)))))·skip_scale.
+
+    x (B, in_channels, H, W) in the compute dtype, emb (B or 1, emb_channels) in its own; returns
+    (B, out_channels, H', W') in the dtype of x. `num_heads` is out_channels // channels_per_head where not given;
+    if that is 0 there is no attention. `attention_backend` may be changed at any time.
+
+    Raises ValueError where the heads do not divide the channels and where GroupNorm has no group count for them.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+        attention: bool = False,
+        num_heads: int | None = None,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        skip_scale: float = 1.0,
+        eps: float = 1e-5,
+        resample_filter: Sequence[float] = (1, 1),
+        resample_proj: bool = False,
+        adaptive_scale: bool = True,
+        init: Init = DEFAULT_INIT,
+        init_zero: Init = ZERO_INIT,
+        init_attn: Init | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.emb_channels = emb_channels
+        if not attention:
+            self.num_heads = 0
+        else:
+            self.num_heads = out_channels // channels_per_head if num_heads is None else num_heads
+        if self.num_heads and out_channels % self.num_heads:
+            raise ValueError(f"{self.num_heads} attention heads do not divide {out_channels} channels")
+        self.dropout = dropout
+        self.skip_scale = float(skip_scale)
+        self.adaptive_scale = adaptive_scale
+        self.attention_backend: AttentionBackend = "auto"
+
+        # The order of the children is the order of the state dict, and so of optimizer states in checkpoints.
+        self.norm0 = GroupNorm(in_channels, eps=eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, up=up, down=down, resample_filter=resample_filter, init=init)
+        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), init=init)
+        self.norm1 = GroupNorm(out_channels, eps=eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, init=init_zero)
+        self.skip: Conv2d | None = None
+        if out_channels != in_channels or up or down:
+            kernel = 1 if resample_proj or out_channels != in_channels else 0
+            self.skip = Conv2d(
+                in_channels, out_channels, kernel, up=up, down=down, resample_filter=resample_filter, init=init
+            )
+        if self.num_heads:
+            self.norm2 = GroupNorm(out_channels, eps=eps)
+            self.qkv = QKVProjection(out_channels, num_heads=self.num_heads, init=init_attn or init)
+            self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))
+        p = self.affine(emb).to(h.dtype)[:, :, None, None]
+        if self.adaptive_scale:
+            scale, shift = p.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        else:
+            h = F.silu(self.norm1(h + p))
+        h = self.conv1(F.dropout(h, self.dropout, training=self.training))
+        x = self._rescale((x if self.skip is None else self.skip(x)) + h)
+        if self.num_heads:
+            q, k, v = self.qkv(self.norm2(x))
+            a = attention(q, k, v, backend=self.attention_backend)
+            image = a.reshape(x.shape[0], *x.shape[2:], self.out_channels).permute(0, 3, 1, 2)
+            x = self._rescale(x + self.proj(image))
+        return x
+
+    def _rescale(self, fresh: Tensor) -> Tensor:
+        # In place: the sum was made here and no gradient needs its value.
+        return fresh if self.skip_scale == 1 else fresh.mul_(self.skip_scale)

@@ -1,0 +1,195 @@
+"""Layers of the U-Nets: linear, convolution with resampling, group normalisation.
+
+Parameters keep their own dtype (float32, float64, or bfloat16 where low-precision weights are kept) and are cast to
+the dtype of the incoming activation at each use, so one set of master weights serves every compute dtype.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .init import DEFAULT_INIT, Init
+
+
+def _cast(parameter: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.to(like.dtype)
+
+
+class Linear(nn.Module):
+    """x @ weightᵀ + bias over the last axis; `weight` (out, in), `bias` (out)."""
+
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, init: Init = DEFAULT_INIT) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        fans = (in_features, out_features)
+        self.weight = nn.Parameter(init.draw_weight((out_features, in_features), *fans))
+        self.register_parameter("bias", nn.Parameter(init.draw_bias((out_features,), *fans)) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), _cast(self.bias, x))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class Conv2d(nn.Module):
+    """A convolution (B, C, H, W) -> (B, C', H', W') that may also halve or double the resolution.
+
+    `kernel` 0 only resamples, with no weight or bias. `resample_filter` is the 1-D low-pass f of even length L: the
+    buffer of that name is outer(f, f) / (Σf)², present exactly when `up` or `down` is set, and it is applied to every
+    channel alike. Not fused, the filter comes before the convolution; `fused_resample` going down filters the
+    convolution's output (another function of x), going up it moves padding from the convolution to the filter. The
+    bias is added last.
+
+    Raises ValueError for `up` with `down`, an odd or empty filter, and a resampling that changes the channels.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    resample_filter: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        bias: bool = True,
+        up: bool = False,
+        down: bool = False,
+        resample_filter: Sequence[float] = (1, 1),
+        fused_resample: bool = False,
+        init: Init = DEFAULT_INIT,
+    ) -> None:
+        super().__init__()
+        if up and down:
+            raise ValueError("a convolution resamples either up or down, got both")
+        if kernel == 0 and in_channels != out_channels:
+            raise ValueError(f"kernel 0 keeps the channel count, got {in_channels} -> {out_channels}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel = kernel
+        self.up = up
+        self.down = down
+        self.fused_resample = fused_resample
+        fans = (in_channels * kernel**2, out_channels * kernel**2)
+        weight = nn.Parameter(init.draw_weight((out_channels, in_channels, kernel, kernel), *fans)) if kernel else None
+        self.register_parameter("weight", weight)
+        self.register_parameter(
+            "bias", nn.Parameter(init.draw_bias((out_channels,), *fans)) if kernel and bias else None
+        )
+        taps = check_resample_filter(resample_filter)
+        self.w_pad = kernel // 2
+        self.f_pad = (len(taps) - 1) // 2
+        # Two equal taps are a 2×2 mean going down and a copy going up, for which there are faster operations.
+        self._box = len(taps) == 2 and taps[0] == taps[1]
+        self._taps = taps
+        self.register_buffer("resample_filter", _filter_2d(taps) if up or down else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = _cast(self.weight, x), _cast(self.bias, x)
+        if weight is None:
+            return self._double(x) if self.up else self._halve(x) if self.down else x
+        if self.up and self.fused_resample:
+            x = self._double(x, padding=max(self.f_pad - self.w_pad, 0))
+            return F.conv2d(x, weight, bias, padding=max(self.w_pad - self.f_pad, 0))
+        if self.up and self.kernel == 1:
+            # A 1×1 convolution commutes with the filter: on the small image it costs a quarter.
+            x = self._double(F.conv2d(x, weight))
+            return x if bias is None else x + bias.view(1, -1, 1, 1)
+        if self.down and self.fused_resample:
+            x = self._halve(F.conv2d(x, weight, padding=self.w_pad + self.f_pad), padding=0)
+            return x if bias is None else x + bias.view(1, -1, 1, 1)
+        if self.up:
+            x = self._double(x)
+        elif self.down:
+            x = self._halve(x)
+        return F.conv2d(x, weight, bias, padding=self.w_pad)
+
+    def _depthwise(self, x: Tensor) -> Tensor:
+        assert self.resample_filter is not None
+        return self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+
+    def _halve(self, x: Tensor, padding: int | None = None) -> Tensor:
+        padding = self.f_pad if padding is None else padding
+        if self._box:
+            return F.avg_pool2d(x, 2)
+        return F.conv2d(x, self._depthwise(x), stride=2, padding=padding, groups=x.shape[1])
+
+    def _double(self, x: Tensor, padding: int | None = None) -> Tensor:
+        padding = self.f_pad if padding is None else padding
+        if self._box:
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.conv_transpose2d(x, 4 * self._depthwise(x), stride=2, padding=padding, groups=x.shape[1])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The filter belongs to the architecture; another one in a file would mean that the two do not fit.
+        given = state_dict.get(prefix + "resample_filter")
+        if given is not None and self.resample_filter is not None and given.shape == self.resample_filter.shape:
+            with torch.device("cpu"):
+                expected = _filter_2d(self._taps)
+            if not torch.allclose(given.detach().float().cpu(), expected, rtol=1e-2):
+                error_msgs = args[-1]
+                error_msgs.append(f"{prefix}resample_filter is not the one of the taps {list(self._taps)}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel={self.kernel}, bias={self.bias is not None}"
+        if self.up or self.down:
+            text += f", {'up' if self.up else 'down'}, taps={list(self._taps)}, fused={self.fused_resample}"
+        return text
+
+
+def check_resample_filter(taps: Sequence[float]) -> tuple[float, ...]:
+    """`taps` as floats; ValueError unless there is an even number of them and their sum is not zero."""
+    taps = tuple(float(tap) for tap in taps)
+    if not taps or len(taps) % 2:
+        raise ValueError(f"resample_filter must have an even number of taps such as [1, 1], got {list(taps)}")
+    if not 0 < abs(sum(taps)) < float("inf"):
+        raise ValueError(f"resample_filter must have a finite sum that is not zero, got {list(taps)}")
+    return taps
+
+
+def _filter_2d(taps: Sequence[float]) -> Tensor:
+    """(1, 1, L, L) float32: outer(f, f) / (Σf)²."""
+    f = torch.tensor(taps, dtype=torch.float32)
+    return (torch.outer(f, f) / f.sum() ** 2)[None, None]
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with min(num_groups, channels // min_channels_per_group) groups, in the activation's dtype.
+
+    `weight`, `bias` (channels). ValueError where that group count does not divide the channels.
+    """
+
+    def __init__(
+        self, num_channels: int, *, num_groups: int = 32, min_channels_per_group: int = 4, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.num_groups = group_count(num_channels, num_groups, min_channels_per_group)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, groups={self.num_groups}, eps={self.eps}"
+
+
+def group_count(num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4) -> int:
+    """Groups of a normalisation over `num_channels`; ValueError where they do not divide the channels."""
+    groups = min(num_groups, num_channels // min_channels_per_group)
+    if groups < 1 or num_channels % groups:
+        raise ValueError(
+            f"GroupNorm cannot divide {num_channels} channels into {max(groups, 1)} groups; possible: at least "
+            f"{min_channels_per_group} channels, divisible by min({num_groups}, channels // {min_channels_per_group})"
+        )
+    return groups

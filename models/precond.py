@@ -1,0 +1,170 @@
+"""The preconditioned network: a denoiser D(x; σ) around a U-Net (Karras et al. 2022, eq. 7 and table 1)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import AttentionBackend
+from .config import NetworkConfig
+from .song_unet import SongUNet
+
+_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class EDMPrecond(nn.Module):
+    """D(x; σ) = c_skip·x + c_out·F(c_in·x; c_noise), with σ_d = sigma_data and
+
+    c_skip = σ_d²/(σ²+σ_d²), c_out = σ·σ_d/√(σ²+σ_d²), c_in = 1/√(σ²+σ_d²), c_noise = ln(σ)/4.
+
+    PFGM++ networks of any D have this form too: they are conditioned on σ, not on r = σ√D.
+
+    Built from a `NetworkConfig`, or from its keywords: `EDMPrecond(img_resolution=8, img_channels=1)`. The attributes
+    img_channels, img_resolution, label_dim, sigma_min, sigma_max, sigma_data and D repeat those of `config`. The
+    inner U-Net is `model`.
+
+    `compute_dtype` is the dtype of the convolutional path and may be set at any time; None is float64 for a float64
+    network, float16 with use_fp16 on CUDA, else float32. The scalings, the mapping network and the result are
+    float64 for a float64 network and float32 for every other.
+    """
+
+    def __init__(self, config: NetworkConfig | None = None, **keywords: Any) -> None:
+        super().__init__()
+        if config is None:
+            config = NetworkConfig(**keywords)
+        elif not isinstance(config, NetworkConfig):
+            raise ValueError(f"a network is built from a NetworkConfig or its keywords, got {type(config).__name__}")
+        elif keywords:
+            raise ValueError(f"give either a NetworkConfig or keywords, got both (keywords {', '.join(keywords)})")
+        self.config = config
+        self.img_resolution = config.img_resolution
+        self.img_channels = config.img_channels
+        self.label_dim = config.label_dim
+        self.sigma_min = config.sigma_min
+        self.sigma_max = config.sigma_max
+        self.sigma_data = config.sigma_data
+        self.D = config.D
+        self._compute_dtype: torch.dtype | None = None
+        self.model = _build_unet(config)
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """dtype of the convolutional path; None leaves the choice to the network."""
+        return self._compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        if dtype is not None and dtype not in _COMPUTE_DTYPES:
+            raise ValueError(f"compute_dtype must be None, {', '.join(str(d) for d in _COMPUTE_DTYPES)}, got {dtype!r}")
+        self._compute_dtype = dtype
+
+    @property
+    def attention_backend(self) -> AttentionBackend:
+        """How the attention layers compute (see `attention`); may be set at any time."""
+        return self.model.attention_backend
+
+    @attention_backend.setter
+    def attention_backend(self, backend: AttentionBackend) -> None:
+        self.model.attention_backend = backend
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The denoised x, (B, C, R, R), float32 (float64 for a float64 network).
+
+        x (B, C, R, R); sigma > 0, a number, 0-d, (1) or (B); class_labels (B or 1, label_dim), None is all zeros, and
+        ignored by an unconditional network; augment_labels (B or 1, augment_dim), None is "not augmented".
+        Raises ValueError for other shapes.
+        """
+        wide = self._wide_dtype()
+        self._check_image(x)
+        x = x.to(wide)
+        sigma = self._sigma_column(sigma, x)
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        raw = self.model(
+            (c_in * x).to(self._path_dtype(x)),
+            c_noise.flatten(),
+            self._class_labels(class_labels, x),
+            self._augment_labels(augment_labels, x),
+        )
+        return torch.addcmul(c_skip * x, c_out, raw.to(wide))
+
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(c_skip, c_out, c_in, c_noise), each of the shape and dtype of `sigma`."""
+        variance = sigma.square() + self.sigma_data**2
+        c_in = variance.rsqrt()
+        return self.sigma_data**2 / variance, sigma * self.sigma_data * c_in, c_in, sigma.log() / 4
+
+    def round_sigma(self, sigma: Tensor | float) -> Tensor:
+        """The nearest noise level that the network supports: `sigma` itself, as a tensor."""
+        return torch.as_tensor(sigma)
+
+    def _wide_dtype(self) -> torch.dtype:
+        is_double = self.model.map_layer0.weight.dtype == torch.float64
+        return torch.float64 if is_double else torch.float32
+
+    def _path_dtype(self, x: Tensor) -> torch.dtype:
+        if self._compute_dtype is not None:
+            return self._compute_dtype
+        if self.config.use_fp16 and x.is_cuda and x.dtype != torch.float64:
+            return torch.float16
+        return x.dtype
+
+    def _check_image(self, x: Tensor) -> None:
+        expected = (self.img_channels, self.img_resolution, self.img_resolution)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(f"x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+
+    def _sigma_column(self, sigma: Tensor | float, x: Tensor) -> Tensor:
+        if not isinstance(sigma, Tensor):
+            if not sigma > 0:
+                raise ValueError(f"sigma must be above 0, got {sigma}")
+            # Filled on the device: a tensor made from the number would be a copy from the host.
+            return torch.full((1, 1, 1, 1), float(sigma), dtype=x.dtype, device=x.device)
+        if sigma.ndim > 1 or sigma.numel() not in (1, x.shape[0]):
+            raise ValueError(f"sigma must have shape (), (1,) or ({x.shape[0]},), got {tuple(sigma.shape)}")
+        return sigma.to(device=x.device, dtype=x.dtype).reshape(-1, 1, 1, 1)
+
+    def _class_labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
+        if not self.label_dim:
+            return None
+        if labels is None:
+            return torch.zeros(1, self.label_dim, dtype=x.dtype, device=x.device)
+        return _label_rows("class_labels", labels, self.label_dim, x)
+
+    def _augment_labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
+        if labels is None or not self.config.augment_dim:
+            return None
+        return _label_rows("augment_labels", labels, self.config.augment_dim, x)
+
+
+def _label_rows(name: str, labels: Tensor, width: int, x: Tensor) -> Tensor:
+    if labels.ndim != 2 or labels.shape[0] not in (1, x.shape[0]) or labels.shape[1] != width:
+        raise ValueError(f"{name} must have shape ({x.shape[0]}, {width}), got {tuple(labels.shape)}")
+    return labels.to(device=x.device, dtype=x.dtype)
+
+
+def _build_unet(config: NetworkConfig) -> SongUNet:
+    return SongUNet(
+        img_resolution=config.img_resolution,
+        in_channels=config.img_channels,
+        out_channels=config.img_channels,
+        label_dim=config.label_dim,
+        augment_dim=config.augment_dim,
+        model_channels=config.model_channels,
+        channel_mult=config.channel_mult,
+        channel_mult_emb=config.channel_mult_emb,
+        num_blocks=config.num_blocks,
+        attn_resolutions=config.attn_resolutions,
+        dropout=config.dropout,
+        label_dropout=config.label_dropout,
+        embedding_type=config.embedding_type,
+        channel_mult_noise=config.channel_mult_noise,
+        encoder_type=config.encoder_type,
+        decoder_type=config.decoder_type,
+        resample_filter=config.resample_filter,
+    )

@@ -1,0 +1,310 @@
+"""Networks on disk, in a format of our own: a folder with config.json and model.safetensors.
+
+config.json:
+    format, version   what this is
+    class             of the network
+    network           its NetworkConfig
+    dtype             of its parameters
+    sha256            of model.safetensors, so that damage and mixed-up files are noticed
+    extra             whatever the writer wants to say about the weights (noise levels, alpha, training facts)
+
+No code is stored and none is run. A folder is written beside its final place and renamed, so that a reader finds
+either the old network or the new one, whole, whatever interrupts the writer.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .config import NetworkConfig
+from .precond import EDMPrecond
+
+CONFIG_FILE = "config.json"
+TENSOR_FILE = "model.safetensors"
+_FORMAT = "ipfm-network"
+_VERSION = 1
+_CLASSES: dict[str, type[EDMPrecond]] = {"EDMPrecond": EDMPrecond}
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StoredConfig:
+    """What config.json of a stored network says."""
+
+    class_name: str
+    network: NetworkConfig
+    dtype: torch.dtype
+    sha256: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def save_model(
+    net: EDMPrecond,
+    folder: str | os.PathLike[str],
+    *,
+    extra: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `net` to `folder`, replacing a network stored there before, all or nothing.
+
+    extra: facts to keep beside the weights: JSON values, infinite numbers included.
+    state: values to store instead of the network's own (an average of the weights, weights gathered from other
+        processes), by the names of its state dict.
+
+    One process at a time may write to a folder. Raises ValueError where `folder` is a file or holds other files, which
+    replacing would delete, where `state` does not fit, or `extra` is no JSON; OSError where the disk refuses.
+    """
+    target = Path(folder).absolute()
+    _refuse_foreign(target)
+    tensors = _tensors_to_store(net, state)
+    payload = safetensors.torch.save(tensors)
+    config = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "class": type(net).__name__,
+        "network": net.config.to_json(),
+        "dtype": _dtype_name(_parameter_dtype(net, tensors)),
+        "sha256": hashlib.sha256(payload).hexdigest(),
+        "extra": _to_json(dict(extra or {}), "extra"),
+    }
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+
+    partial, previous = _partial(target), _previous(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists() and previous.exists():
+        previous.rename(target)  # an earlier writer was stopped between its two renames
+    for leftover in (partial, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        partial.mkdir()
+        _write_durably(partial / TENSOR_FILE, payload)
+        _write_durably(partial / CONFIG_FILE, text.encode())
+        _sync_folder(partial)
+        if target.exists():
+            target.rename(previous)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not target.exists() and previous.exists():
+            previous.rename(target)
+        raise
+    _sync_folder(target.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def read_config(folder: str | os.PathLike[str]) -> StoredConfig:
+    """What is stored in `folder`, without reading the weights; ValueError naming the file that is missing or bad."""
+    return _read_config(_existing(Path(folder)))
+
+
+def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> EDMPrecond:
+    """The network stored in `folder`, on `device`, in the dtype it was stored in and in eval mode.
+
+    Raises ValueError, one line that names the file, where anything is missing, damaged or does not fit together.
+    """
+    place = _existing(Path(folder))
+    stored = _read_config(place)
+    path = place / TENSOR_FILE
+    tensors = _read_tensors(path, stored.sha256)
+    with torch.device("meta"):
+        net = _CLASSES[stored.class_name](stored.network)
+    net.to(stored.dtype)
+    _check_fit(tensors, net.state_dict(), str(path))
+    net.to_empty(device=device)
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {CONFIG_FILE}: {' '.join(str(error).split())}") from None
+    return net.eval()
+
+
+def load_teacher(path: str | os.PathLike[str], *, D: float | None = None) -> EDMPrecond:
+    """The network at `path`, frozen and in eval mode, on the CPU.
+
+    path: a folder with config.json and model.safetensors.
+    D: the auxiliary dimensions it is expected to be trained for (inf: diffusion); None takes what the file says.
+
+    Raises ValueError where `path` is anything else, is damaged, or was trained for another D.
+    """
+    place = Path(path)
+    if D is not None and not D > 0:
+        raise ValueError(f"D must be a number above 0, or inf for diffusion, got {D}")
+    stored = read_config(place)
+    if D is not None and D != stored.network.D:
+        raise ValueError(f"{place} was trained for D = {stored.network.D:g}, but D = {D:g} was asked for")
+    return load_model(place).requires_grad_(False)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f".{target.name}.previous")
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or what a writer that was stopped between its two renames left in its stead."""
+    if not folder.exists() and _previous(folder.absolute()).is_dir():
+        return _previous(folder.absolute())
+    readable = f"a folder with {CONFIG_FILE} and {TENSOR_FILE}"
+    if not folder.exists():
+        raise ValueError(f"{folder} does not exist; what can be read: {readable}")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; what can be read: {readable}")
+    for name in (CONFIG_FILE, TENSOR_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}; what can be read: {readable}")
+    return folder
+
+
+def _refuse_foreign(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file; a network is stored as a folder")
+    foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in (CONFIG_FILE, TENSOR_FILE))
+    if foreign:
+        raise ValueError(
+            f"{target} holds {foreign[0]!r}, which storing a network there would delete; name another folder"
+        )
+
+
+def _tensors_to_store(net: EDMPrecond, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    own = net.state_dict()
+    given = own if state is None else state
+    if state is not None:
+        _check_names_and_shapes(given, own, "the state to store")
+    # Cloned: tensors that share memory, as views of one flat buffer do, cannot be stored as they are.
+    return {
+        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in given.items()
+    }
+
+
+def _parameter_dtype(net: EDMPrecond, tensors: Mapping[str, Tensor]) -> torch.dtype:
+    dtypes = {tensors[name].dtype for name, _ in net.named_parameters()}
+    if len(dtypes) != 1:
+        raise ValueError(f"the parameters must be of one dtype to be stored, got {', '.join(sorted(map(str, dtypes)))}")
+    return dtypes.pop()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    for name, known in _DTYPES.items():
+        if dtype == known:
+            return name
+    raise ValueError(f"parameters of {dtype} cannot be stored; possible: {', '.join(_DTYPES)}")
+
+
+def _read_config(folder: Path) -> StoredConfig:
+    path = folder / CONFIG_FILE
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {_one_line(error)}") from None
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise ValueError(f'{path} does not describe a stored network (no "format": "{_FORMAT}")')
+    if data.get("version") != _VERSION:
+        raise ValueError(f"{path} is of version {data.get('version')!r}; what can be read: version {_VERSION}")
+    expected = {"class": str, "network": dict, "dtype": str, "sha256": str, "extra": dict}
+    for key, kind in expected.items():
+        if not isinstance(data.get(key), kind):
+            raise ValueError(f"{path}: {key!r} must be a {kind.__name__}, got {data.get(key)!r}")
+    for key, possible in (("class", _CLASSES), ("dtype", _DTYPES)):
+        if data[key] not in possible:
+            raise ValueError(f"{path}: {key} {data[key]!r} is unknown; possible: {', '.join(possible)}")
+    try:
+        return StoredConfig(
+            class_name=data["class"],
+            network=NetworkConfig.from_json(data["network"]),
+            dtype=_DTYPES[data["dtype"]],
+            sha256=data["sha256"],
+            extra=_from_json(data["extra"]),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {_one_line(error)}") from None
+    if hashlib.sha256(payload).hexdigest() != sha256:
+        raise ValueError(f"{path} is damaged or belongs to another network: its SHA-256 is not that of {CONFIG_FILE}")
+    try:
+        return safetensors.torch.load(payload)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is no safetensors file: {_one_line(error)}") from None
+
+
+def _check_fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+    _check_names_and_shapes(tensors, expected, where)
+    for name, tensor in tensors.items():
+        if tensor.dtype != expected[name].dtype:
+            raise ValueError(f"{where}: {name} is {tensor.dtype}, expected {expected[name].dtype}")
+
+
+def _check_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+    missing = [name for name in expected if name not in tensors]
+    unknown = [name for name in tensors if name not in expected]
+    for names, what in ((missing, "lacks"), (unknown, "has the unknown")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{where} {what} tensor {names[0]}{more}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+
+
+def _to_json(value: Any, where: str) -> Any:
+    """`value` in JSON; an infinite number, which JSON lacks, becomes {"float": "inf"}."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"{where}: keys must be strings, got {key!r}")
+        return {key: _to_json(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"float": str(float(value))}
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    raise ValueError(f"{where}: {type(value).__name__} is no JSON value")
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        if list(value) == ["float"] and value["float"] in ("inf", "-inf", "nan"):
+            return float(value["float"])
+        return {key: _from_json(item) for key, item in value.items()}
+    return [_from_json(item) for item in value] if isinstance(value, list) else value
+
+
+def _write_durably(path: Path, payload: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
