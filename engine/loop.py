@@ -89,6 +89,9 @@ def train(task: Task, config: RunConfig, folder: RunFolder) -> Progress:
         progress.saved_at = progress.step
     if progress.step >= total:
         return progress
+    if world.first:
+        # The table of an earlier, shorter part of the run no longer holds.
+        (folder.path / "results.json").unlink(missing_ok=True)
 
     monitor = Monitor(
         folder.path,

@@ -12,29 +12,31 @@ from torch import Tensor
 
 from ipfm.engine.config import DistillConfig
 from ipfm.engine.evaluation import Evaluation
-from ipfm.engine.loop import Progress
 from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.memory import device_budget, plan_memory
 from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.networks import fingerprint, with_dropout
 from ipfm.engine.objectives import Denoise, denoising_objective, generator_gradient
-from ipfm.engine.report import (
-    EvaluationHistory,
-    EvaluationRow,
-    paper_result,
-    plot_convergence,
-    read_results,
-    write_results,
-)
+from ipfm.engine.report import EvaluationRow
 from ipfm.engine.resolve import allow_tf32, apply_precision, resolve
-from ipfm.engine.run_folder import RunFolder
+from ipfm.engine.results import conclude
 from ipfm.engine.runs import execute
 from ipfm.engine.samplers import generate
 from ipfm.engine.streams import Stream, draw_labels, seed_dropout
-from ipfm.engine.teacher_training import evaluate_teacher
 from ipfm.engine.zero import TrainedNetwork, World, start_world
 from ipfm.kernels import perturb
 from ipfm.models import EDMPrecond
+
+
+class MicroBatch(NamedTuple):
+    """Samples that one process handles at a time."""
+
+    first: int
+    """Index of the first sample within the global batch."""
+    index: Tensor
+    """(B,) int64: indices within the global batch."""
+    labels: Tensor | None
+    """(B, label_dim) one-hot, or None for an unconditional network."""
 
 
 class Chain(NamedTuple):
@@ -44,6 +46,10 @@ class Chain(NamedTuple):
     """x_1..x_K, each (B, C, H, W)."""
     finite: Tensor
     """(B, 1, 1, 1) bool: no perturbation of the sample overflowed."""
+
+    def marked(self, y: Tensor) -> Tensor:
+        """y (B, C, H, W) with NaN for the samples that overflowed, which the losses leave out."""
+        return y.masked_fill(~self.finite, float("nan"))
 
 
 class Distiller:
@@ -126,13 +132,13 @@ class Distiller:
         tally = Tally("student", self.world)
         self.student.module.train()
         self.generator.module.train()
-        for index in self._micro_batches():
-            labels = self._labels(index, Stream.STUDENT_LABEL, step)
-            y = self._generated(index, labels, Stream.STUDENT_LATENT, step)
-            sigma = noise.denoising(index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step)
-            x = self._perturb(y, sigma, Stream.STUDENT_NOISE, step, index)
-            self._seed_dropout(Stream.STUDENT_DROPOUT, step, index)
-            result = denoising_objective(_bind(self.student, labels), y, x, sigma, sigma_data=noise.sigma_data)
+        for micro in self._micro_batches(Stream.STUDENT_LABEL, step):
+            chain = self._chain(micro, Stream.STUDENT_LATENT, step)
+            y = chain.marked(self._evaluate(config.steps - 1, chain.inputs[-1], micro, step))
+            sigma = noise.denoising(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step)
+            x = self._perturb(y, sigma, Stream.STUDENT_NOISE, step, micro)
+            self._seed_dropout(Stream.STUDENT_DROPOUT, step, micro)
+            result = denoising_objective(_bind(self.student, micro.labels), y, x, sigma, sigma_data=noise.sigma_data)
             self.student.backward(result.surrogate / self.local_batch)
             tally.add(result.loss, result.valid)
         lr = config.student_lr or config.lr
@@ -144,9 +150,8 @@ class Distiller:
         tally = Tally("generator", self.world)
         self.student.module.eval()
         self.generator.module.train()
-        for index in self._micro_batches():
-            labels = self._labels(index, Stream.GENERATOR_LABEL, step)
-            tally.add(*self._generator_micro_step(step, index, labels))
+        for micro in self._micro_batches(Stream.GENERATOR_LABEL, step):
+            tally.add(*self._generator_micro_step(step, micro))
         applied = self.generator.step(
             lr=self.config.lr,
             ema_decay=self.config.ema_decay(step),
@@ -154,38 +159,33 @@ class Distiller:
         )
         return tally.measured(applied)
 
-    def _generator_micro_step(self, step: int, index: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _generator_micro_step(self, step: int, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch: loss (B,) and valid (B,).
 
         Joint keeps the graph of the last evaluation of G while T and S are differentiated; phased runs it once more
         afterwards. Every earlier evaluation is run once more in both, so that memory does not grow with K.
         """
-        config, last = self.config, self.config.steps - 1
-        chain = self._chain(index, labels, Stream.GENERATOR_LATENT, step)
+        config, last, phased = self.config, self.config.steps - 1, self.backward == "phased"
+        chain = self._chain(micro, Stream.GENERATOR_LATENT, step)
 
         def forward(k: int) -> Tensor:
-            self._seed_dropout(Stream.GENERATOR_DROPOUT, step * config.steps + k, index)
-            return self.generator(chain.inputs[k].requires_grad_(k > 0), self._level(k, index), labels)
+            self._seed_dropout(Stream.GENERATOR_DROPOUT, step * config.steps + k, micro)
+            return self.generator(chain.inputs[k].requires_grad_(k > 0), self._level(k, micro), micro.labels)
 
-        if self.backward == "phased":
-            graph = None
-            y = self._evaluate(last, chain.inputs[last], labels, step, index)
-        else:
-            graph = forward(last)
-            y = graph.detach()
-        y = y.masked_fill(~chain.finite, float("nan"))
-
-        sigma = config.noise.generator(index, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)
-        x = self._perturb(y, sigma, Stream.GENERATOR_NOISE, step, index)
+        graph = None if phased else forward(last)
+        y = self._evaluate(last, chain.inputs[last], micro, step) if graph is None else graph.detach()
+        y = chain.marked(y)
+        sigma = config.noise.generator(micro.index, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)
+        x = self._perturb(y, sigma, Stream.GENERATOR_NOISE, step, micro)
         with self.student.frozen() as student:
             result = generator_gradient(
-                _bind(self.teacher, labels),
-                _bind(student, labels),
+                _bind(self.teacher, micro.labels),
+                _bind(student, micro.labels),
                 y,
                 x,
                 sigma,
                 alpha=config.alpha,
-                phased=self.backward == "phased",
+                phased=phased,
             )
 
         gradient = result.gradient / self.local_batch
@@ -200,59 +200,49 @@ class Distiller:
 
     # -- the generator's samples ------------------------------------------------------------------------------------
 
-    def _generated(self, index: Tensor, labels: Tensor | None, stream: Stream, step: int) -> Tensor:
-        """y_K without a graph; NaN where a latent overflowed, so that the losses leave the sample out."""
-        chain = self._chain(index, labels, stream, step)
-        last = self.config.steps - 1
-        y = self._evaluate(last, chain.inputs[last], labels, step, index)
-        return y.masked_fill(~chain.finite, float("nan"))
-
     @torch.no_grad()
-    def _chain(self, index: Tensor, labels: Tensor | None, stream: Stream, step: int) -> Chain:
+    def _chain(self, micro: MicroBatch, stream: Stream, step: int) -> Chain:
         """x_1 ~ p_{r_1}(. | 0), x_{k+1} ~ p_{r_{k+1}}(. | G(x_k, sigma_k)) [IPFM, algorithm 2]."""
-        net = self.average
-        shape = (len(index), net.img_channels, net.img_resolution, net.img_resolution)
-        y = torch.zeros(shape, device=index.device)
-        finite = torch.ones(len(index), 1, 1, 1, dtype=torch.bool, device=index.device)
+        count, net = len(micro.index), self.average
+        y = torch.zeros(count, net.img_channels, net.img_resolution, net.img_resolution, device=micro.index.device)
+        finite = torch.ones(count, 1, 1, 1, dtype=torch.bool, device=micro.index.device)
         inputs: list[Tensor] = []
         for k in range(self.config.steps):
             # Each level of a sample has a step of the stream to itself.
-            x = self._perturb(y, self._level(k, index), stream, step * self.config.steps + k, index)
+            x = self._perturb(y, self._level(k, micro), stream, step * self.config.steps + k, micro)
             # At small D a latent may overflow: it must not meet the weights, not even under a zero gradient.
             ok = torch.isfinite(x).flatten(1).all(1).view(-1, 1, 1, 1)
             finite = finite & ok
             inputs.append(x.masked_fill(~ok, 0.0))
             if k + 1 < self.config.steps:
-                y = self._evaluate(k, inputs[-1], labels, step, index)
+                y = self._evaluate(k, inputs[-1], micro, step)
         return Chain(inputs, finite)
 
     @torch.no_grad()
-    def _evaluate(self, k: int, x: Tensor, labels: Tensor | None, step: int, index: Tensor) -> Tensor:
+    def _evaluate(self, k: int, x: Tensor, micro: MicroBatch, step: int) -> Tensor:
         """y_k = G(x_k, sigma_k) through the plain module, with the dropout that the trained pass has too."""
-        self._seed_dropout(Stream.GENERATOR_DROPOUT, step * self.config.steps + k, index)
-        return self.generator.module(x, self._level(k, index), labels)
+        self._seed_dropout(Stream.GENERATOR_DROPOUT, step * self.config.steps + k, micro)
+        return self.generator.module(x, self._level(k, micro), micro.labels)
 
-    def _level(self, k: int, index: Tensor) -> Tensor:
-        return torch.full((len(index),), self.config.levels[k], device=index.device)
+    def _level(self, k: int, micro: MicroBatch) -> Tensor:
+        return torch.full((len(micro.index),), self.config.levels[k], device=micro.index.device)
 
-    def _perturb(self, y: Tensor, sigma: Tensor, stream: Stream, step: int, index: Tensor) -> Tensor:
-        x = perturb(y, sigma, self.D, seed=self.config.seed, stream=stream, step=step, sample_index=index)
+    def _perturb(self, y: Tensor, sigma: Tensor, stream: Stream, step: int, micro: MicroBatch) -> Tensor:
+        x = perturb(y, sigma, self.D, seed=self.config.seed, stream=stream, step=step, sample_index=micro.index)
         assert isinstance(x, Tensor)
         return x
 
-    def _labels(self, index: Tensor, stream: Stream, step: int) -> Tensor | None:
-        return draw_labels(self.teacher.label_dim, index, seed=self.config.seed, stream=stream, step=step)
-
-    def _seed_dropout(self, stream: Stream, step: int, index: Tensor) -> None:
+    def _seed_dropout(self, stream: Stream, step: int, micro: MicroBatch) -> None:
         if self.config.dropout > 0:
-            seed_dropout(self.config.seed, stream, step, self._first_index)
+            seed_dropout(self.config.seed, stream, step, micro.first)
 
-    def _micro_batches(self) -> Iterator[Tensor]:
-        """Global indices within the batch of this process's samples, a micro-batch at a time."""
+    def _micro_batches(self, label_stream: Stream, step: int) -> Iterator[MicroBatch]:
+        """This process's samples of the global batch, a micro-batch at a time."""
         start = self.world.rank * self.local_batch
         for first in range(start, start + self.local_batch, self.micro_batch):
-            self._first_index = first
-            yield torch.arange(first, first + self.micro_batch, device=self.world.device)
+            index = torch.arange(first, first + self.micro_batch, device=self.world.device)
+            labels = draw_labels(self.teacher.label_dim, index, seed=self.config.seed, stream=label_stream, step=step)
+            yield MicroBatch(first, index, labels)
 
     # -- looking at it ----------------------------------------------------------------------------------------------
 
@@ -306,45 +296,8 @@ class Distiller:
             about={**about, "config": config.to_json()},
         )
         if self.evaluation is not None:
-            self.rows = self._results(folder, progress, self.evaluation)
+            self.rows = conclude(self, folder.path, self.evaluation, progress.last)
         return self.average
-
-    def _results(self, folder: RunFolder, progress: Progress, evaluation: Evaluation) -> list[EvaluationRow]:
-        known = read_results(folder.path)
-        if known and progress.last is None:
-            # Nothing was trained: the table stands as it is.
-            return known
-        config = self.config
-        teacher = evaluate_teacher(self.teacher, evaluation, self.world, D=self.D, steps=config.heun_steps)
-        generator = progress.last or self.evaluate()
-        assert generator is not None
-        published = paper_result(self.dataset, self.D, config.alpha, config.steps) if self.dataset else None
-        rows = [
-            EvaluationRow(
-                label="teacher",
-                steps=None,
-                nfe=2 * config.heun_steps - 1,
-                frechet=teacher.distance,
-                images=teacher.images,
-                images_per_second=teacher.images_per_second,
-                paper=f"FID {published.teacher_fid:g}" if published else None,
-            ),
-            EvaluationRow(
-                label="generator",
-                steps=config.steps,
-                nfe=config.steps,
-                frechet=generator.distance,
-                images=generator.images,
-                images_per_second=generator.images_per_second,
-                paper=str(published) if published else None,
-            ),
-        ]
-        if self.world.first:
-            write_results(folder.path, rows)
-            points = EvaluationHistory(folder.path).points
-            plot_convergence(points, teacher.distance, folder.path / "convergence.png", self.title)
-        self.world.barrier()
-        return rows
 
     def _affordable_backward(self) -> str:
         """ "joint" where this device's memory allows it, else "phased"."""
