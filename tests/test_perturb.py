@@ -70,7 +70,7 @@ def test_triton_is_no_worse_than_pytorch(shape, D, dtype, device, no_worse):
 
 
 @pytest.mark.parametrize("out_dtype", [None, *DTYPES], ids=ids)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("D", [2.0, INF])
 def test_scaled_copy(D, dtype, out_dtype, device, no_worse):
     y, sigma = inputs((2, 3, 4, 5), dtype, device)
@@ -344,9 +344,13 @@ def test_compiled(form, D, dtype, no_worse):
     plain = perturb(y, sigma, D, **at, out_dtype=torch.bfloat16, backend="reference")
     got = perturb(y, sigma, D, **at, out_dtype=torch.bfloat16)
     for g, p, t in zip(got, plain, truth, strict=True):
+        assert not g.isnan().any()
+        if p.dtype == torch.float64:
+            # Two double-precision libraries; below D = 2 the scale is the exponential of a number of the size of 1/D.
+            torch.testing.assert_close(g, p, rtol=1e-12 / min(D, 1.0), atol=1e-13)
+            continue
         fits = t.abs() < torch.finfo(p.dtype).max / 2
         no_worse(torch.where(fits, g, 0), torch.where(fits, p, 0), torch.where(fits, t, 0))
-        assert not g.isnan().any()
 
 
 @pytest.mark.gpu

@@ -1,0 +1,111 @@
+"""Checks that the operations share. Every failure is one ValueError line with what was given and what is possible.
+
+Only Python numbers, shapes, dtypes and devices are looked at: reading a value of a device tensor would wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor(op: str, what: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{op}: {what} must be a tensor; got {type(value).__name__}")
+    return value
+
+
+def real(op: str, what: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{op}: {what} must be a real number; got {value!r}")
+    return float(value)
+
+
+def finite(op: str, what: str, value: object) -> float:
+    number = real(op, what, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{op}: {what} must be finite; got {value!r}")
+    return number
+
+
+def positive(op: str, what: str, value: object, *, infinite: bool = False) -> float:
+    number = real(op, what, value)
+    if not number > 0 or (math.isinf(number) and not infinite):
+        raise ValueError(f"{op}: {what} must be in (0, {'inf]' if infinite else 'inf)'}; got {value!r}")
+    return number
+
+
+def integer(op: str, what: str, value: object, bits: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= int(value) < 1 << bits:
+        raise ValueError(f"{op}: {what} must be an integer in [0, 2**{bits}); got {value!r}")
+    return int(value)
+
+
+def position(op: str, seed: object, stream: object, step: object) -> dict[str, int]:
+    """Seed, stream and step of the random numbers, as keyword arguments."""
+    return {
+        "seed": integer(op, "seed", seed, 64),
+        "stream": integer(op, "stream", stream, 16),
+        "step": integer(op, "step", step, 32),
+    }
+
+
+def float_dtype(op: str, what: str, dtype: object) -> None:
+    if dtype not in FLOATS:
+        given = name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+        raise ValueError(f"{op}: {what} must be one of {', '.join(map(name, FLOATS))}; got {given}")
+
+
+def samples(op: str, what: str, value: object) -> Tensor:
+    """A batch of samples: (B, ...) floating point with at least one element a sample; B = 0 is fine."""
+    batch = tensor(op, what, value)
+    float_dtype(op, f"{what}'s dtype", batch.dtype)
+    if batch.ndim < 2 or 0 in batch.shape[1:]:
+        raise ValueError(f"{op}: {what} must be (B, C, H, W) or (B, N) with N > 0; got {tuple(batch.shape)}")
+    return batch
+
+
+def same(op: str, what: str, value: object, other: str, like: Tensor) -> Tensor:
+    """A tensor with `like`'s shape, dtype and device."""
+    given = tensor(op, what, value)
+    for attribute in ("shape", "dtype", "device"):
+        got, wanted = getattr(given, attribute), getattr(like, attribute)
+        if got != wanted:
+            show = tuple if attribute == "shape" else str
+            raise ValueError(f"{op}: {what} must have {other}'s {attribute} {show(wanted)}; got {show(got)}")
+    return given
+
+
+def per_sample(op: str, what: str, value: object, like: Tensor) -> Tensor:
+    """A contiguous float32 or float64 (B,) vector on `like`'s device."""
+    vector = tensor(op, what, value)
+    if vector.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{op}: {what} must be float32 or float64; got {name(vector.dtype)}")
+    return _vector(op, what, vector, like)
+
+
+def index(op: str, value: object, like: Tensor | None = None) -> Tensor:
+    """A contiguous int64 (B,) vector of sample indices, on `like`'s device and of its length where there is one."""
+    vector = tensor(op, "sample_index", value)
+    if vector.dtype != torch.int64:
+        raise ValueError(f"{op}: sample_index must be int64; got {name(vector.dtype)}")
+    if like is None and vector.ndim != 1:
+        raise ValueError(f"{op}: sample_index must be (B,); got {tuple(vector.shape)}")
+    return vector.contiguous() if like is None else _vector(op, "sample_index", vector, like)
+
+
+def _vector(op: str, what: str, vector: Tensor, like: Tensor) -> Tensor:
+    if vector.shape != like.shape[:1]:
+        raise ValueError(f"{op}: {what} must be (B,) = ({len(like)},); got {tuple(vector.shape)}")
+    if vector.device != like.device:
+        raise ValueError(f"{op}: {what} must be on {like.device}; got {vector.device}")
+    return vector.contiguous()

@@ -1,0 +1,72 @@
+"""Which implementation runs, and the block sizes and warps of the Triton kernels."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Literal
+
+import torch
+import triton
+
+Backend = Literal["auto", "triton", "reference"]
+BACKENDS = ("auto", "triton", "reference")
+
+# Triton reads TRITON_INTERPRET when it decorates a kernel, so the state at import is what counts.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def use_triton(op: str, backend: str, device: torch.device) -> bool:
+    """Resolves `backend` for tensors on `device`: True for the Triton kernel, False for the reference.
+
+    "auto" takes Triton on CUDA and the reference elsewhere. ValueError for an unknown name and for Triton on a device
+    that it cannot run on.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "auto":
+        return device.type == "cuda"
+    if backend == "triton" and device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"{op}: backend 'triton' needs CUDA tensors, got {device.type}; on a CPU it runs only in Triton's "
+            "interpreter (set TRITON_INTERPRET=1 before ipfm.kernels is imported)"
+        )
+    return backend == "triton"
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes `device` current for a launch: Triton launches on the current device, not on its arguments'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def signed32(value: int) -> int:
+    """The int32 with the bits of `value` mod 2³²: an argument of one type for every value, so no recompilation."""
+    return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+def float64_bits(value: float) -> int:
+    """The bits of `value` as an int64: Triton would round a float argument to float32."""
+    return int(torch.tensor(value, dtype=torch.float64).view(torch.int64))
+
+
+def noise_config(samples: int, pixels: int, rgb: bool = False) -> tuple[int, int, int]:
+    """(block, tiles, warps) of the perturbation kernel, for `pixels` inner elements a sample.
+
+    One warp a program: the sample's gamma variable is computed by every thread, so few threads with many elements each
+    make it cheap. `rgb`, three channels together, takes two, between which the exchange goes through shared memory.
+    Several tiles a program once there are programs enough to fill any GPU without that.
+    """
+    block = min(512 if rgb else 256, max(16, triton.next_power_of_2(pixels)))
+    tiles = -(-pixels // block)
+    wanted = max(1, (1 << 14) // max(1, samples))  # programs a sample that still leave 2^14 in the grid
+    return block, min(16, -(-tiles // wanted)), 2 if rgb else 1
+
+
+def row_config(elements: int) -> tuple[int, int]:
+    """(block, warps) of the kernels that give each sample one program.
+
+    Rows of up to 4096 elements stay in registers; longer ones are walked twice, the second time mostly from cache.
+    """
+    block = min(4096, max(16, triton.next_power_of_2(elements)))
+    if block < elements:
+        block = 2048
+    return block, min(8, max(1, block // 256))

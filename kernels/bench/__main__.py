@@ -1,0 +1,5 @@
+"""`python -m ipfm.kernels.bench`."""
+
+from . import main
+
+main()

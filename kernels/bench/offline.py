@@ -1,0 +1,304 @@
+"""The offline compile report: every kernel and variant compiled for sm_80, sm_90 and sm_100, with no GPU.
+
+`run_offline` writes offline.csv and offline.md with, per variant: registers a thread, spill instructions (loads and
+stores of local memory in the machine code), shared memory, the narrowest global load and store among those that move
+data, and the number of machine instructions. Read from the cubin with the tools that the triton package carries.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from .. import reference
+from .._dispatch import INTERPRETED, noise_config, row_config
+from ..denoising_loss import _denoising_loss_kernel
+from ..generator_loss import _ipfm_loss_kernel
+from ..philox import NORMAL, UNIFORM, _gamma_kernel, _philox_kernel
+from ..radial import _perturb_kernel
+
+ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+FLOAT_MAX = {"fp32": 3.4028234663852886e38, "fp16": 65504.0, "bf16": 3.3895313892515355e38}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel variant: argument types by name (those not listed are constexprs), and what alignment is known.
+
+    `scalar_loads` and `scalar_stores` count the accesses to per-sample numbers. They are narrow by nature, so that many
+    of the narrowest accesses are left out of the reported width.
+    """
+
+    kernel: str
+    variant: str
+    fn: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...] = ()
+    warps: int = 4
+    scalar_loads: int = 0
+    scalar_stores: int = 0
+    quick: bool = True  # part of the quick report
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of offline.csv; widths in bits, 0 where a kernel moves no such data."""
+
+    kernel: str
+    variant: str
+    arch: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    global_load_bits: int
+    global_store_bits: int
+    instructions: int
+
+
+@dataclass
+class MachineCode:
+    """What nvdisasm and cuobjdump tell about a cubin."""
+
+    registers: int = 0
+    instructions: int = 0
+    spills: int = 0
+    loads: list[int] = field(default_factory=list)
+    stores: list[int] = field(default_factory=list)
+
+
+# ------------------------------------------------------------------------------------------------------------ cases
+
+
+def _perturb_cases() -> Iterator[Case]:
+    position = ("seed_lo", "seed_hi", "step", "stream")
+    cifar, odd = 3072, 35
+
+    def case(
+        variant: str,
+        *,
+        dtype: str = "fp32",
+        out: str | None = None,
+        dof: float | None = 128,
+        channels: int = 1,
+        inner: int = cifar,
+        samples: int = 256,
+        sliced: bool = False,
+        quick: bool = True,
+    ) -> Case:
+        block, tiles, warps = noise_config(samples, inner, channels == 3)
+        types = {
+            "p_y": f"*{dtype}", "p_sigma": "*fp32", "p_c_in": "*fp32", "p_index": "*i64",
+            "p_x": f"*{dtype}", "p_scaled": f"*{out or dtype}",
+            "half_dof_bits": "i64", **dict.fromkeys(position, "i32"),
+            **dict.fromkeys(("inner", "n_1", "n_2", "sy_b", "sx_b"), "i32"),
+        }  # fmt: skip
+        constants: dict[str, Any] = {
+            "CHANNELS": channels, "NDIM": 1, "HEAVY": dof is not None, "BOOST": dof is not None and dof < 2,
+            "SCALED": out is not None, "RGB": channels == 3, "COMPUTE": tl.float32, "MAX": FLOAT_MAX["fp32"],
+            "LOG_RATIO_MAX": reference.LOG_RATIO_MAX, "BLOCK": block, "TILES": tiles,
+            "sy_0": 0, "sy_1": 0, "sx_0": 0, "sx_1": 0,
+        }  # fmt: skip
+        # Triton makes a constant of an argument that is 1.
+        strides = ("sy_c", "sy_2", "sx_c", "sx_2")
+        if sliced:
+            constants |= {"sx_c": 1, "sx_2": 1}
+            types |= {"sy_c": "i32", "sy_2": "i32"}
+        elif channels == 1:
+            constants |= dict.fromkeys(strides, 1)
+        else:
+            constants |= {"sy_c": 1, "sx_c": 1}
+            types |= {"sy_2": "i32", "sx_2": "i32"}
+        aligned: tuple[str, ...] = ("p_y", "p_x", "p_scaled", "p_sigma", "p_c_in", "p_index")
+        if inner % 16 == 0:
+            aligned += ("inner", "sy_b", "sx_b")
+        loads = 2 + (out is not None)
+        return Case(
+            "perturb", variant, _perturb_kernel, types, constants, aligned, warps, scalar_loads=loads, quick=quick
+        )
+
+    yield case("fp32 D=128")
+    yield case("fp32 D=128 many samples", samples=1 << 14, quick=False)
+    yield case("fp32 D=0.5", dof=0.5)
+    yield case("fp32 D=inf", dof=None)
+    yield case("bf16 D=128", dtype="bf16", quick=False)
+    yield case("fp16 D=128", dtype="fp16", quick=False)
+    yield case("fp32 D=128 c_in fp32", out="fp32", quick=False)
+    yield case("fp32 D=128 c_in bf16", out="bf16")
+    yield case("fp32 D=inf c_in bf16", dof=None, out="bf16", quick=False)
+    yield case("fp32 D=128 channels_last", channels=3, inner=1024, quick=False)
+    yield case("fp32 D=128 c_in bf16 channels_last", channels=3, inner=1024, out="bf16")
+    yield case("bf16 D=128 channels_last", channels=3, inner=1024, dtype="bf16", quick=False)
+    yield case("fp32 D=128 sliced", sliced=True, quick=False)
+    yield case("fp32 D=128 unaligned", inner=odd)
+
+
+def _row_cases() -> Iterator[Case]:
+    for label, elements in (("32x32x3", 3072), ("64x64x3", 12288), ("5x7 unaligned", 35)):
+        for dtype in ("fp32", "bf16") if elements == 35 else ("fp32", "bf16", "fp16"):
+            block, warps = row_config(elements)
+            quick = dtype == "fp32" or (elements, dtype) == (3072, "bf16")
+            row = ("elements",) if elements % 16 == 0 else ()
+            common = {
+                "COMPUTE": tl.float32, "MAX_LOSS": FLOAT_MAX["fp32"], "MAX_GRAD": FLOAT_MAX[dtype],
+                "BLOCK": block, "RESIDENT": block >= elements,
+            }  # fmt: skip
+            data: tuple[str, ...] = ("p_t", "p_s", "p_y", "p_dt", "p_ds", "p_dy")
+            strides: tuple[str, ...] = ("st_b", "ss_b", "sy_b", "sdt_b", "sds_b", "sdy_b")
+            yield Case(
+                "ipfm_loss", f"{dtype} {label}", _ipfm_loss_kernel,
+                dict.fromkeys(data, f"*{dtype}") | {"p_loss": "*fp32", "p_weight": "*fp32", "p_valid": "*i1"}
+                | dict.fromkeys(("elements", *strides), "i32"),
+                {"ALPHA": 1.0, "BETA": 2.0, "FLOOR": reference.WEIGHT_FLOOR, **common},
+                (*data, "p_loss", "p_weight", "p_valid", *row, *(strides if row else ())), warps,
+                scalar_stores=3, quick=quick,
+            )  # fmt: skip
+            data, strides = ("p_pred", "p_y", "p_grad"), ("sp_b", "sy_b", "sg_b")
+            yield Case(
+                "denoising_loss", f"{dtype} {label}", _denoising_loss_kernel,
+                dict.fromkeys(data, f"*{dtype}") | {"p_sigma": "*fp32", "p_loss": "*fp32", "p_valid": "*i1"}
+                | dict.fromkeys(("elements", *strides), "i32"),
+                {"DATA_TERM": 4.0, **common},
+                (*data, "p_sigma", "p_loss", "p_valid", *row, *(strides if row else ())), warps,
+                scalar_loads=1, scalar_stores=2, quick=quick,
+            )  # fmt: skip
+
+
+def _philox_cases() -> Iterator[Case]:
+    position = dict.fromkeys(("seed_lo", "seed_hi", "step", "stream"), "i32")
+    for variant, kind in (("uniform", UNIFORM), ("normal", NORMAL)):
+        yield Case(
+            "philox", variant, _philox_kernel,
+            {"p_index": "*i64", "p_out": "*fp32", **position, "first_block": "i32", "count": "i32"},
+            {"KIND": kind, "BLOCK": 256}, ("p_index", "p_out", "count"), scalar_loads=1, quick=kind == NORMAL,
+        )  # fmt: skip
+    for variant, boost in (("shape >= 1", False), ("shape < 1", True)):
+        yield Case(
+            "gamma", variant, _gamma_kernel, {"p_index": "*i64", "p_out": "*fp64", **position, "shape_bits": "i64"},
+            {"BOOST": boost}, ("p_index", "p_out"), 1, scalar_loads=1, scalar_stores=1, quick=boost,
+        )  # fmt: skip
+
+
+CASES: list[Callable[[], Iterator[Case]]] = [_perturb_cases, _row_cases, _philox_cases]
+
+
+# ------------------------------------------------------------------------------------------------------ compilation
+
+
+def compile_case(case: Case, capability: int) -> Any:
+    """A variant compiled for a compute capability, without a GPU: `.asm["cubin"]` and `.metadata`."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.fn.arg_names
+    missing = [n for n in names if n not in case.types and n not in case.constants]
+    if missing:
+        raise ValueError(f"{case.kernel} {case.variant}: the case says nothing about {', '.join(missing)}")
+    source = ASTSource(
+        case.fn,
+        {n: case.types.get(n, "constexpr") for n in names},
+        {(names.index(n),): v for n, v in case.constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": case.warps})
+
+
+def _tool(name: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.is_file():
+        raise FileNotFoundError(f"the triton package carries no {name} (looked for {path})")
+    return str(path)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+
+
+def _width(opcode: str) -> int:
+    parts = opcode.split(".")
+    for part, bits in (("256", 256), ("128", 128), ("64", 64), ("U16", 16), ("S16", 16), ("U8", 8), ("S8", 8)):
+        if part in parts:
+            return bits
+    return 32
+
+
+def machine_code(cubin: bytes) -> MachineCode:
+    """Reads the registers and the instructions of a cubin with one kernel."""
+    code = MachineCode()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _output(_tool("cuobjdump"), "--dump-resource-usage", str(path))
+        listing = _output(_tool("nvdisasm"), "--print-code", str(path))
+    for line in usage.splitlines():
+        if found := re.search(r"REG:(\d+)", line):
+            code.registers = int(found[1])
+    for opcode in _INSTRUCTION.findall(listing):
+        code.instructions += 1
+        kind = opcode.split(".")[0]
+        code.spills += kind in ("LDL", "STL")
+        if kind == "LDG":
+            code.loads.append(_width(opcode))
+        elif kind == "STG":
+            code.stores.append(_width(opcode))
+    if not code.registers or not code.instructions:
+        raise RuntimeError("could not read the resource usage or the instructions of a cubin")
+    return code
+
+
+def _narrowest(widths: list[int], scalars: int) -> int:
+    return min(sorted(widths)[scalars:], default=0)
+
+
+def report_row(case: Case, arch: str) -> Row:
+    """Compiles a variant and reads the numbers of its line."""
+    compiled = compile_case(case, ARCHITECTURES[arch])
+    code = machine_code(compiled.asm["cubin"])
+    return Row(
+        case.kernel,
+        case.variant,
+        arch,
+        code.registers,
+        code.spills,
+        compiled.metadata.shared,
+        _narrowest(code.loads, case.scalar_loads),
+        _narrowest(code.stores, case.scalar_stores),
+        code.instructions,
+    )
+
+
+def run_offline(out: str | Path, architectures: Sequence[str] = tuple(ARCHITECTURES), *, quick: bool = False) -> Path:
+    """Writes offline.csv and offline.md into `out` and returns the path of the CSV file.
+
+    quick: leaves out variants that differ little from one that stays. Raises RuntimeError under TRITON_INTERPRET=1,
+    where nothing is compiled.
+    """
+    if INTERPRETED:
+        raise RuntimeError("the offline report compiles: TRITON_INTERPRET must not be set in this process")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = [case for make in CASES for case in make() if case.quick or not quick]
+    rows = [report_row(case, arch) for case in cases for arch in architectures]
+    names = [f.name for f in fields(Row)]
+    path = folder / "offline.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows(map(astuple, rows))
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    lines += [f"| {' | '.join(map(str, astuple(row)))} |" for row in rows]
+    (folder / "offline.md").write_text("\n".join(lines) + "\n")
+    return path

@@ -1,0 +1,230 @@
+"""The mathematics of the kernels on one page, in plain PyTorch.
+
+Every function computes in the promoted dtype of its inputs, at least float32: float64 in gives the float64 truth that
+the Triton kernels are compared with. Nothing is validated here; the public functions of the same names do that.
+
+Random numbers: Philox4x32-10 [Salmon et al. 2011], a pure function of (seed, stream, step, sample index, element).
+
+    key   = seed                                            64 bits: low word, high word
+    c0    = block                                           see below
+    c1    = bits 0..31 of the sample index
+    c2    = step                                            0 <= step < 2^32
+    c3    = stream | bits 32..47 of the sample index << 16  0 <= stream < 2^16
+
+Blocks 0 .. 2^31-1: element i of a sample (its index in C-contiguous order, whatever the memory format) takes word i % 4
+of block i // 4. Blocks 2^31 + t: trial t of the sample's gamma variable; words 0 and 1 make its normal, word 2 is its
+acceptance uniform, and word 3 of trial 0 is the uniform of the boost for shapes below 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GAMMA_BLOCK = 1 << 31  # first Philox block of the gamma trials
+WEIGHT_FLOOR = 1e-5  # floor of the mean |y - T| below the generator loss's weight
+LOG_RATIO_MAX = 690.0  # cap of ln sqrt(D/K): keeps 0 * inf out of x at tiny D
+
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+_WORD = 0xFFFFFFFF
+
+
+class IpfmLoss(NamedTuple):
+    """What `ipfm_loss` returns: per-sample loss, weight λ and validity, and the gradients with respect to T, S, y."""
+
+    loss: Tensor
+    weight: Tensor
+    dt: Tensor
+    ds: Tensor
+    dy: Tensor
+    valid: Tensor
+
+
+class DenoisingLoss(NamedTuple):
+    """What `denoising_loss` returns: per-sample loss and validity, and the gradient with respect to the prediction."""
+
+    loss: Tensor
+    grad: Tensor
+    valid: Tensor
+
+
+# ------------------------------------------------------------------------------------------------- random numbers
+
+
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of broadcastable int64 counters in [0, 2^32): four int64 words in [0, 2^32)."""
+    c0, c1, c2, c3 = (c.contiguous().clone() for c in torch.broadcast_tensors(c0, c1, c2, c3))
+    k0, k1 = seed & _WORD, seed >> 32
+    high = torch.empty_like(c0)
+    for _ in range(10):
+        # A 32 x 32-bit product fits 64 bits; that int64 reads it as signed does not matter to its bits. c1 and c3 keep
+        # rubbish above bit 31, which the mask takes away after the exclusive or.
+        p0, p1 = c0.mul_(_MULTIPLIERS[0]), c2.mul_(_MULTIPLIERS[1])
+        c0 = c1.bitwise_xor_(torch.bitwise_right_shift(p1, 32, out=high)).bitwise_xor_(k0).bitwise_and_(_WORD)
+        c2 = c3.bitwise_xor_(torch.bitwise_right_shift(p0, 32, out=high)).bitwise_xor_(k1).bitwise_and_(_WORD)
+        c1, c3 = p1, p0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)
+
+
+def _words(sample_index: Tensor, first_block: int, blocks: int, *, seed: int, stream: int, step: int) -> list[Tensor]:
+    """The four words of blocks [first_block, first_block + blocks) of every sample, each (B, blocks)."""
+    index = sample_index.view(-1, 1)
+    block = torch.arange(first_block, first_block + blocks, device=index.device)
+    c3 = ((index >> 16) & 0xFFFF0000) | stream
+    return list(philox(block, index & _WORD, torch.full_like(index, step), c3, seed))
+
+
+def random_words(
+    sample_index: Tensor, blocks: int, *, seed: int, stream: int, step: int, first_block: int = 0
+) -> Tensor:
+    """(B, blocks, 4) int64: the words of Philox blocks [first_block, first_block + blocks)."""
+    return torch.stack(_words(sample_index, first_block, blocks, seed=seed, stream=stream, step=step), -1)
+
+
+def _uniform(word: Tensor) -> Tensor:
+    """u = w·2⁻³² + 2⁻³³ in (0, 1]. A float32 by definition, in every dtype's arithmetic."""
+    return word.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
+
+
+def _box_muller(u_radius: Tensor, u_angle: Tensor) -> tuple[Tensor, Tensor]:
+    radius, angle = u_radius.log().mul_(-2).sqrt_(), u_angle * (2 * math.pi)
+    return angle.cos().mul_(radius), angle.sin_().mul_(radius)
+
+
+def uniform(sample_index: Tensor, count: int, *, seed: int, stream: int, step: int) -> Tensor:
+    """(B, count) float32 in (0, 1]."""
+    words = _words(sample_index, 0, -(-count // 4), seed=seed, stream=stream, step=step)
+    return torch.stack([_uniform(w) for w in words], -1).flatten(1)[:, :count]
+
+
+def normal(
+    sample_index: Tensor, count: int, *, seed: int, stream: int, step: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(B, count) standard normals: two Box-Muller pairs a Philox block, computed in `dtype`."""
+    words = _words(sample_index, 0, -(-count // 4), seed=seed, stream=stream, step=step)
+    u = [_uniform(w).to(dtype) for w in words]
+    return torch.stack([*_box_muller(u[0], u[1]), *_box_muller(u[2], u[3])], -1).flatten(1)[:, :count]
+
+
+def _gamma_parts(
+    sample_index: Tensor, shape: float, *, seed: int, stream: int, step: int
+) -> tuple[Tensor, Tensor | None]:
+    """(g, b) with g·exp(b) ~ Gamma(shape), float64; b is None for shape >= 1 [Marsaglia & Tsang 2000].
+
+    The trials are as many as it takes. On a CUDA tensor the test for "all accepted" waits for the device; the Triton
+    kernel, which is what runs there, does not.
+    """
+    a = shape + 1 if shape < 1 else shape
+    d = a - 1 / 3
+    c = 1 / math.sqrt(9 * d)
+    value = torch.zeros(len(sample_index), dtype=torch.float64, device=sample_index.device)
+    pending = torch.ones_like(value, dtype=torch.bool)
+    boost, trial, trials = None, GAMMA_BLOCK, 4
+    while True:
+        words = _words(sample_index, trial, trials, seed=seed, stream=stream, step=step)
+        u = [_uniform(w).double() for w in words]
+        if boost is None:
+            boost = u[3][:, 0].log() / shape
+        x = _box_muller(u[0], u[1])[0]
+        t = c * x
+        # x²/2 + d(1 - v + ln v) for v = (1+t)³, written so that nothing of the size of d cancels.
+        bound = d * (3 * (torch.log1p(t) - t) + t * t * (1.5 - t))
+        accept = (t > -1) & ((u[2] < 1 - 0.0331 * x**4) | (u[2].log() < bound))
+        first = accept.to(torch.uint8).argmax(1, keepdim=True)
+        draw = d * (1 + t.gather(1, first)[:, 0]) ** 3
+        accepted = accept.any(1)
+        value = torch.where(pending & accepted, draw, value)
+        pending = pending & ~accepted
+        if not pending.any():
+            return value, boost if shape < 1 else None
+        trial += trials
+
+
+def gamma(sample_index: Tensor, shape: float, *, seed: int, stream: int, step: int) -> Tensor:
+    """(B,) float64 draws of Gamma(shape, 1)."""
+    g, boost = _gamma_parts(sample_index, shape, seed=seed, stream=stream, step=step)
+    return g if boost is None else torch.exp(g.log() + boost)
+
+
+# ------------------------------------------------------------------------------------------------- operations
+
+
+def _per_sample(v: Tensor, like: Tensor) -> Tensor:
+    return v.view(-1, *[1] * (like.ndim - 1))
+
+
+def perturb(
+    y: Tensor,
+    sigma: Tensor,
+    D: float,
+    *,
+    seed: int,
+    stream: int,
+    step: int,
+    sample_index: Tensor,
+    c_in: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x = y + σ·g/√(K/D), K = 2·Gamma(D/2), g ~ N(0, I); K/D = 1 at D = ∞ [PFGM++ eq. 4, a multivariate Student t]."""
+    compute = torch.promote_types(y.dtype, torch.float32)
+    position = {"seed": seed, "stream": stream, "step": step}
+    scale = sigma.double()
+    if not math.isinf(D):
+        a = D / 2
+        g, boost = _gamma_parts(sample_index, a, **position)
+        if boost is None:
+            ratio = torch.sqrt(a / g)
+        else:
+            ratio = torch.exp((0.5 * (math.log(a) - (g.log() + boost))).clamp_(max=LOG_RATIO_MAX))
+        scale = scale * ratio
+    scale = scale.clamp(max=torch.finfo(compute).max).to(compute)
+    noise = normal(sample_index, y[0].numel() if len(y) else 0, dtype=compute, **position).reshape(y.shape)
+    if not y.is_contiguous():
+        noise = torch.empty_like(y, dtype=compute).copy_(noise)  # so that x gets y's memory format
+    x = torch.addcmul(y.to(compute), noise, _per_sample(scale, y))
+    if c_in is None:
+        return x.to(y.dtype)
+    scaled = _per_sample(c_in.to(compute), y) * x
+    return x.to(y.dtype), scaled.to(out_dtype or y.dtype)
+
+
+@torch.no_grad()
+def ipfm_loss(t: Tensor, s: Tensor, y: Tensor, *, alpha: float, inplace: bool = False) -> IpfmLoss:
+    """L(α) = λ[‖T-y‖² - ‖S-y‖² - 2(α-½)‖T-S‖²] and its gradients [IPFM eq. 21; SiD eq. 23, L(α) = 2·L_SiD(α)]."""
+    compute = torch.promote_types(t.dtype, torch.float32)
+    dims = tuple(range(1, t.ndim))
+    T, S, Y = t.to(compute), s.to(compute), y.to(compute)
+    ty, ts = T - Y, T - S
+    weight = 1 / ty.abs().mean(dims).clamp_(min=WEIGHT_FLOOR)
+    # ‖T-y‖² - ‖S-y‖² = Σ (T-S)(2(T-y) - (T-S)): the factored sum does not cancel when S is close to T.
+    loss = 2 * weight * (ts * (ty - alpha * ts)).sum(dims)
+    beta = 4 * (alpha - 0.5)
+    dt, ds, dy = 2 * ty - beta * ts, beta * ts - 2 * (S - Y), -2 * ts
+    peak = torch.maximum(torch.maximum(dt.abs().amax(dims), ds.abs().amax(dims)), dy.abs().amax(dims))
+    # Any non-finite input makes the loss non-finite; so does overflow. The gradients must fit their dtype too.
+    valid = loss.isfinite() & (weight > 0) & (weight * peak <= torch.finfo(t.dtype).max)
+    keep, lam = _per_sample(valid, t), _per_sample(weight, t)
+    dt, ds, dy = (torch.where(keep, lam * g, 0).to(t.dtype) for g in (dt, ds, dy))
+    if inplace:
+        dt, ds = t.copy_(dt), s.copy_(ds)
+    return IpfmLoss(torch.where(valid, loss, 0), torch.where(valid, weight, 0), dt, ds, dy, valid)
+
+
+@torch.no_grad()
+def denoising_loss(pred: Tensor, y: Tensor, sigma: Tensor, *, sigma_data: float = 0.5) -> DenoisingLoss:
+    """L = w‖pred - y‖² and ∂L/∂pred = 2w(pred - y), w = (σ²+σ_d²)/(σσ_d)² = 1/σ_d² + 1/σ² [EDM table 1]."""
+    compute = torch.promote_types(pred.dtype, torch.float32)
+    dims = tuple(range(1, pred.ndim))
+    error = pred.to(compute) - y.to(compute)
+    level = sigma.to(compute)
+    weight = sigma_data**-2 + 1 / (level * level)
+    loss = weight * error.square().sum(dims)
+    fits = 2 * weight * error.abs().amax(dims) <= torch.finfo(pred.dtype).max
+    valid = loss.isfinite() & fits & level.isfinite() & (level > 0)
+    grad = torch.where(_per_sample(valid, pred), _per_sample(2 * weight, pred) * error, 0).to(pred.dtype)
+    return DenoisingLoss(torch.where(valid, loss, 0), grad, valid)
