@@ -78,18 +78,15 @@ class Info:
         with user_input():
             stored = read_config(self.model)
             net = load_teacher(self.model)
-        facts = {
-            "network": stored.network.to_json(),
-            "parameters": sum(p.numel() for p in net.parameters()),
-            "training": dict(stored.extra),
-        }
+        parameters = sum(p.numel() for p in net.parameters())
+        parts = {"network": stored.network.to_json(), "training": dict(stored.extra)}
         if self.json:
-            print(json.dumps(facts, indent=1))
+            print(json.dumps({"parameters": parameters, **parts}, indent=1))
             return
-        print(f"parameters: {facts['parameters']:,}")
-        for part in ("network", "training"):
+        print(f"parameters: {parameters:,}")
+        for part, facts in parts.items():
             print(f"{part}:")
-            for name, value in facts[part].items():
+            for name, value in facts.items():
                 print(f"  {name:<18} {value}")
 
 
@@ -177,7 +174,7 @@ Command = (
 
 
 def _main(argv: Sequence[str]) -> None:
-    parse(Command, list(argv) or ["--help"], prog="ipfm", description=DESCRIPTION).run()  # type: ignore[arg-type, attr-defined]
+    parse(Command, list(argv) or ["--help"], prog="ipfm", description=DESCRIPTION).run()  # type: ignore[arg-type]
 
 
 def main() -> None:

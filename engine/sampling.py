@@ -18,7 +18,8 @@ from ipfm.models import load_teacher, read_config
 def sample_model(folder: Path, device: torch.device, *, heun_steps: int, seed: int) -> Callable[[int, int], Tensor]:
     """A function (first index, count) -> images (count, C, H, W) in [-1, 1] of the model in `folder`.
 
-    A generator is evaluated at the noise levels stored with it, a teacher sampled by Heun's method; both at their own D.
+    A generator is evaluated at the noise levels stored with it, a teacher sampled by Heun's method; both at their own
+    D.
 
     Raises:
         ValueError: there is no such model, or its stored noise levels are unusable.

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ipfm.kernels.adam import AdamEMA
+from ipfm.kernels import AdamEMA
 
 Precision = Literal["fp32", "bf16"]
 
@@ -290,7 +290,6 @@ def _engine_config(stage: int, precision: Precision) -> dict[str, Any]:
 def _deepspeed() -> Any:
     """Import DeepSpeed quietly, with its CPU communication extension (a 50 s compilation) switched off."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
     import deepspeed
     import deepspeed.ops as ops
 
