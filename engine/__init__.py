@@ -1,5 +1,11 @@
 """Training engine: the three-network distillation loop, samplers, checkpoints and metrics."""
 
+import os
+
+# Threads that wait for each other should soon sleep: where another process wants a core too, threads that spin make the
+# small networks of CPU runs some thirty times slower. It is read when torch is loaded, so it has to be set before that.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 from ipfm.engine.config import DistillConfig, TeacherConfig
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.memory import plan_memory

@@ -5,7 +5,9 @@ Exit codes: 0 done; 2 bad input, nothing was written; 1 the run failed; 128 + n 
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -39,34 +41,45 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog:
     Args:
         kind: the dataclass, or a union of them for subcommands.
         argv: arguments without the program's name. DeepSpeed's --local_rank=N is accepted and ignored.
-        default: values of options that are not given; None takes the class's own.
+        default: values of options that are not given; None takes the class's own. Of two that exclude each other (the
+            class's ALTERNATIVES) the one that is given counts.
         prog: the program's name in messages.
         description: what --help says first.
 
     Raises:
-        BadInput: an unknown option or an impossible value.
-        SystemExit: --help was asked for.
+        BadInput: an unknown option or an impossible value; the message is one line and names the option as it is typed.
+        SystemExit: --help was asked for; the first process has printed it.
     """
     import tyro
 
     arguments = _without_local_rank(argv)
     captured = io.StringIO()
-    keywords = {} if default is None else {"default": default}
+    keywords = {} if default is None else {"default": _giving_way(default, arguments)}
     # Wide, so that no message is broken into lines.
     with _environment(COLUMNS="100" if {"-h", "--help"} & set(arguments) else "1000"):
         try:
-            with contextlib.redirect_stderr(captured):
+            with contextlib.redirect_stderr(captured), _only_first_process():
                 return tyro.cli(kind, args=arguments, prog=prog, description=description, **keywords)  # type: ignore[call-overload]
         except SystemExit as stop:
             if not stop.code:
                 raise
-            raise BadInput(_one_line(captured.getvalue())) from None
+            raise BadInput(_as_typed(_one_line(captured.getvalue()), kind)) from None
         except ValueError as error:
-            raise BadInput(str(error)) from error
+            raise BadInput(_as_typed(str(error), kind)) from error
 
 
 def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Call `main` with the command line and turn what it raises into a line on stderr and an exit code."""
+    """Call `main` with the command line and turn what it raises into a line on stderr and an exit code.
+
+    Args:
+        prog: the program, or its file, for the messages.
+        main: the program.
+        argv: its arguments; those of this process when None.
+
+    Raises:
+        SystemExit: with one of the exit codes above. Any other exception passes through: it is a defect, and its
+            traceback is wanted.
+    """
     name = Path(prog).name
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -92,8 +105,17 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
 
 def _complain(line: str) -> None:
     """One process speaks for all."""
-    if os.environ.get("RANK", "0") == "0":
-        print(" ".join(line.split("\n")), file=sys.stderr, flush=True)
+    if _is_first_process():
+        print(" ".join(part.strip() for part in line.splitlines()), file=sys.stderr, flush=True)
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _only_first_process() -> contextlib.AbstractContextManager[object]:
+    """Keep what is printed in this block to the first process."""
+    return contextlib.nullcontext() if _is_first_process() else contextlib.redirect_stdout(io.StringIO())
 
 
 def _without_local_rank(argv: Sequence[str]) -> list[str]:
@@ -109,17 +131,61 @@ def _without_local_rank(argv: Sequence[str]) -> list[str]:
     return arguments
 
 
+def _giving_way(default: T, arguments: Sequence[str]) -> T:
+    """`default` without what excludes an option that is given."""
+    given = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in arguments}
+    for pair in getattr(default, "ALTERNATIVES", ()):
+        for name, other in (pair, pair[::-1]):
+            if other in given and name not in given:
+                default = dataclasses.replace(default, **{name: None})  # type: ignore[type-var]
+    return default
+
+
 def _one_line(box: str) -> str:
     """The message in a box drawn by the parser, and the options that it proposes instead."""
-    rows = [re.sub(r"\x1b\[[0-9;]*m", "", row).strip("│╭╮╰╯─ ") for row in box.splitlines()]
-    # The first row is the box's title; below the message stand the help of the option in question and a hint.
-    message, *others = [row for row in rows if row][1:] or ["the arguments cannot be read"]
-    message = re.sub(r"^(Error parsing )?(\w+(Config|Options): )?", "", message).rstrip(".")
-    message = re.sub(r": no type matching \{None\}\|(\w+) could be .* from \['(.*)'\]", r" takes \1, got '\2'", message)
-    proposed = [row.split()[0] for row in others if row.startswith("--")]
+    # The first row is the box's title. Its frame, and the lines between its parts, are plain ASCII on some terminals.
+    rows = [re.sub(r"\x1b\[[0-9;]*m", "", row).strip("│").rstrip() for row in box.splitlines()[1:]]
+    rows = [row for row in rows if row.strip(" -─╰╯")] or ["the arguments cannot be read"]
+    message = rows[0].strip().rstrip(".")
+    # Names of options stand four columns deeper, their texts eight.
+    depth = len(rows[0]) - len(rows[0].lstrip()) + 4
+    options = [row.strip() for row in rows[1:] if len(row) - len(row.lstrip()) == depth]
+    if message.startswith("Missing from"):
+        needed = [option for option in options if re.match(r"--\S+ |[A-Z]", option)]
+        return f"{message.removeprefix('Missing from ').rstrip(':')} needs {' and '.join(needed)}"
     if message.startswith("Unrecognized"):
-        return message + (f"; perhaps you meant {' or '.join(proposed)}" if proposed else "; --help lists all")
+        given = message.partition(": ")[2].split(", ")
+        unknown = [argument for argument in given if argument.startswith("-")]
+        proposed = [name.rstrip(",") for option in options for name in option.split() if name.startswith("--")]
+        hint = f"perhaps you meant {' or '.join(proposed)}" if proposed else "--help lists all"
+        return f"unknown option {', '.join(unknown)}; {hint}" if unknown else f"unexpected argument {given[0]}; {hint}"
+    message = re.sub(r"^Error parsing (\w+(Config|Options): )?", "", message)
+    if found := re.match(r"Missing value for argument '(.*)'", message):
+        return f"{found[1]} needs a value"
+    if found := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of (\(.*\))", message):
+        return f"{found[2]} must be one of {', '.join(sorted(ast.literal_eval(found[3])))}, got {found[1]}"
+    if found := re.match(r"(\S+): no type matching \{None\}\|(\w+) could be .* from \[(.*)\]", message):
+        return f"{found[1]} takes {_NOUNS.get(found[2], found[2])}, got {found[3]}"
+    if found := re.match(r"(\S+): (invalid literal for int|could not convert string to float).*: (.*)", message):
+        return f"{found[1]} takes {_NOUNS['INT' if 'int' in found[2] else 'FLOAT']}, got {found[3]}"
+    if found := re.match(r"(\S+): Could not find valid parse for arguments: \[(.*)\]", message):
+        return f"{found[1]} cannot be read from {found[2]}"
     return message
+
+
+_NOUNS = {"INT": "a whole number", "FLOAT": "a number"}
+
+
+def _as_typed(message: str, kind: object) -> str:
+    """A setting's own message with the option in front: "micro_batch must …" becomes "--micro-batch must …"."""
+    if not dataclasses.is_dataclass(kind):
+        return message
+    names = {f.name.replace("_", "-") for f in dataclasses.fields(kind)}
+    group, _, rest = message.partition(": ")
+    prefix, message = (f"{group}.", rest) if group in names else ("", message)
+    first, space, rest = message.partition(" ")
+    name = first.replace("_", "-")
+    return f"--{prefix}{name}{space}{rest}" if prefix or name in names else message
 
 
 @contextlib.contextmanager

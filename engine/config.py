@@ -6,9 +6,14 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas, few_step_sigmas
+
+# Steps count in 32 bits of the random numbers' counters, which updates and levels within a step share.
+STEP_LIMIT = 10**8
+# What the loss kernel takes.
+ALPHA_LIMIT = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,8 @@ class RunConfig:
     resume: bool = True
     """Continue the run folder's last checkpoint; --no-resume refuses a folder that holds a run."""
 
+    ALTERNATIVES: ClassVar[tuple[tuple[str, str], ...]] = (("max_steps", "kimg"),)
+
     def __post_init__(self) -> None:
         for name in ("batch", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
             _at_least(name, getattr(self, name), 1)
@@ -71,18 +78,23 @@ class RunConfig:
         if self.micro_batch is not None:
             _at_least("micro-batch", self.micro_batch, 1)
         if self.max_steps is not None and self.kimg is not None:
-            raise ValueError(f"give max-steps or kimg, not both, got {self.max_steps} and {self.kimg:g}")
+            raise ValueError(f"max-steps and kimg exclude each other, got {self.max_steps} and {self.kimg}")
         if self.max_steps is not None:
             _at_least("max-steps", self.max_steps, 1)
+            _within_limit("max-steps", self.max_steps, self.max_steps)
         if self.kimg is not None:
             _positive("kimg", self.kimg)
+            _within_limit("kimg", self.kimg, self.kimg * 1000 / self.batch)
         for name in ("lr", "ema_kimg", "ema_rampup"):
             _positive(name, getattr(self, name))
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps must be a finite number >= 0, got {self.eps}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        if self.zero not in (None, 0, 1, 2):
+        _not_negative("eps", self.eps)
+        _share("dropout", self.dropout)
+        for name in ("tf32", "resume"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.noise, NoiseLevels):
+            raise ValueError(f"noise must be NoiseLevels, got {self.noise!r}")
+        if self.zero not in (None, 0, 1, 2) or isinstance(self.zero, bool):
             raise ValueError(f"zero must be one of the stages 0, 1, 2, got {self.zero}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision must be auto, fp32 or bf16, got {self.precision!r}")
@@ -95,7 +107,11 @@ class RunConfig:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimiser steps of the whole run: max_steps, or as many as reach kimg.
+
+        Raises:
+            ValueError: neither is set.
+        """
         if self.max_steps is not None:
             return self.max_steps
         if self.kimg is not None:
@@ -108,6 +124,7 @@ class RunConfig:
         Raises:
             ValueError: the batch does not divide evenly.
         """
+        _at_least("the number of processes", ranks, 1)
         if self.batch % ranks:
             raise ValueError(f"batch must be divisible by the number of processes, got {self.batch} and {ranks}")
         local = self.batch // ranks
@@ -120,7 +137,10 @@ class RunConfig:
         return local, micro
 
     def ema_decay(self, step: int) -> float:
-        """Decay of the EMA at 0-based `step`: 0.5^(batch / min(half-life, ramp-up * images seen)) [EDM, training]."""
+        """Decay of the EMA at 0-based `step`: 0.5^(batch / min(half-life, ramp-up * images seen)).
+
+        Half-life and images are counted in images; the images of this step count as seen.
+        """
         seen = (step + 1) * self.batch
         half_life = min(self.ema_kimg * 1000, self.ema_rampup * seen)
         return 0.5 ** (self.batch / half_life)
@@ -139,22 +159,22 @@ class TeacherConfig(RunConfig):
     beta1: float = 0.9
     """Adam's first decay."""
     lr_rampup_kimg: float = 10_000.0
-    """The learning rate grows linearly over this many thousands of images."""
+    """The learning rate grows linearly over this many thousands of images; 0 starts with the full rate."""
     heun_steps: int = 18
     """Steps of the sampler in the evaluation; 18 are 35 network evaluations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_D(self.D)
-        _beta("beta1", self.beta1)
+        _share("beta1", self.beta1)
         _at_least("heun-steps", self.heun_steps, 1)
-        if not (math.isfinite(self.lr_rampup_kimg) and self.lr_rampup_kimg >= 0):
-            raise ValueError(f"lr-rampup-kimg must be a finite number >= 0, got {self.lr_rampup_kimg}")
+        _not_negative("lr-rampup-kimg", self.lr_rampup_kimg)
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate at 0-based `step`, with the linear ramp."""
-        seen = (step + 1) * self.batch
-        return self.lr * min(1.0, seen / max(self.lr_rampup_kimg * 1000, 1e-8))
+        """Learning rate at 0-based `step`: it grows linearly with the images seen, those of this step included."""
+        if self.lr_rampup_kimg == 0:
+            return self.lr
+        return self.lr * min(1.0, (step + 1) * self.batch / (self.lr_rampup_kimg * 1000))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,10 +210,10 @@ class DistillConfig(RunConfig):
         super().__post_init__()
         if self.D is not None:
             check_D(self.D)
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha must be a finite number, got {self.alpha}")
+        if not (_is_number(self.alpha) and abs(self.alpha) <= ALPHA_LIMIT):
+            raise ValueError(f"alpha must be a number in [-{ALPHA_LIMIT:g}, {ALPHA_LIMIT:g}], got {self.alpha}")
         _at_least("steps", self.steps, 1)
-        if self.sigmas:
+        if self.sigmas != ():
             levels = check_sigmas(self.sigmas)
             object.__setattr__(self, "sigmas", levels)
             # --sigmas alone fixes the number of steps; together with --steps the two have to agree.
@@ -203,8 +223,8 @@ class DistillConfig(RunConfig):
         _positive("sigma-init", self.sigma_init)
         if self.student_lr is not None:
             _positive("student-lr", self.student_lr)
-        _beta("generator-beta1", self.generator_beta1)
-        _beta("student-beta1", self.student_beta1)
+        _share("generator-beta1", self.generator_beta1)
+        _share("student-beta1", self.student_beta1)
         _at_least("student-updates", self.student_updates, 1)
         _at_least("heun-steps", self.heun_steps, 1)
         if self.backward not in ("auto", "joint", "phased"):
@@ -217,8 +237,8 @@ class DistillConfig(RunConfig):
 
 
 def check_D(D: float) -> None:
-    """D must be a number in (0, inf]."""
-    if isinstance(D, bool) or not isinstance(D, (int, float)) or not D > 0:
+    """ValueError unless D is a number in (0, inf]."""
+    if not _is_number(D) or not D > 0:
         raise ValueError(f"D must lie in (0, inf], got {D}")
 
 
@@ -228,13 +248,27 @@ def _at_least(name: str, value: int, least: int) -> None:
 
 
 def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
+    if not (_is_number(value) and math.isfinite(value) and value > 0):
         raise ValueError(f"{_option(name)} must be a finite number > 0, got {value}")
 
 
-def _beta(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+def _not_negative(name: str, value: float) -> None:
+    if not (_is_number(value) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{_option(name)} must be a finite number >= 0, got {value}")
+
+
+def _share(name: str, value: float) -> None:
+    if not (_is_number(value) and 0 <= value < 1):
+        raise ValueError(f"{_option(name)} must lie in [0, 1), got {value}")
+
+
+def _within_limit(name: str, value: float, steps: float) -> None:
+    if steps > STEP_LIMIT:
+        raise ValueError(f"{name} must be at most {STEP_LIMIT:,} optimiser steps, got {value}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _option(name: str) -> str:

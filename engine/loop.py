@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,7 +44,11 @@ class Task(Protocol):
 
     title: str
     world: World
-    networks: Mapping[str, TrainedNetwork]
+
+    @property
+    def networks(self) -> Mapping[str, TrainedNetwork]:
+        """What is saved in a checkpoint, by name."""
+        ...
 
     def iteration(self, step: int) -> Measured:
         """One step of training; `step` counts from 0."""
@@ -197,7 +201,7 @@ def _due(step: int, every: int) -> bool:
 def _signals() -> Iterator[dict[str, int]]:
     """Note SIGINT and SIGTERM instead of dying; a second one acts as it normally does."""
     received: dict[str, int] = {}
-    previous = {}
+    previous: dict[int, Any] = {}
     if threading.current_thread() is not threading.main_thread():
         yield received  # Python delivers signals to the main thread alone
         return
@@ -206,11 +210,10 @@ def _signals() -> Iterator[dict[str, int]]:
         received["signum"] = signum
         signal.signal(signum, previous[signum])
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        previous[signum] = signal.getsignal(signum)
-        signal.signal(signum, note)
+    for one in (signal.SIGINT, signal.SIGTERM):
+        previous[one] = signal.signal(one, note)
     try:
         yield received
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, previous[one])

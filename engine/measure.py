@@ -40,6 +40,10 @@ class Tally:
     """Adds up the micro-batches of one optimiser step of the network `name`.
 
     Gradients are accumulated as if every sample counted; `grad_scale` corrects the divisor to the samples that do.
+
+    Args:
+        name: the network, as it appears in the log.
+        world: the run's processes.
     """
 
     def __init__(self, name: str, world: World) -> None:
@@ -55,11 +59,20 @@ class Tally:
         self._samples += len(valid)
 
     def grad_scale(self, batch: int) -> Tensor:
-        """0-d float32: global batch over the number of samples that count, on all processes together."""
+        """0-d float32: `batch` over the number of samples that count, on all processes together; each must call it.
+
+        Args:
+            batch: global batch. Where no sample counts at all, the scale is `batch` and meets gradients that are 0.
+        """
         return (batch / self.world.sum_(self._valid.clone()).clamp(min=1)).float()
 
     def measured(self, applied: Tensor) -> Measured:
-        """This process's share. `applied`: whether the optimiser took the step (counted once, by the first process)."""
+        """This process's share.
+
+        Args:
+            applied: 0-d bool: whether the optimiser took the step; a step it did not take is counted as one bad sample
+                more, by the first process alone.
+        """
         skipped = (~applied).double() if self.world.first else torch.zeros_like(self._valid)
         name = f"{self.name}_loss"
         return Measured({name: self._loss}, {name: self._valid}, {self.name: self._samples - self._valid + skipped})

@@ -8,12 +8,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ipfm.models import EDMPrecond
+from ipfm.models import EDMPrecond, NetworkConfig
 
 
-def with_dropout(net: EDMPrecond, dropout: float) -> EDMPrecond:
-    """A trainable copy of `net` with another dropout probability."""
-    twin = EDMPrecond(replace(net.config, dropout=dropout))
+def trained_config(network: NetworkConfig, dropout: float) -> NetworkConfig:
+    """The network as it is distilled: with this dropout of activations, and none of labels."""
+    return replace(network, dropout=dropout, label_dropout=0.0)
+
+
+def trainable_copy(net: EDMPrecond, dropout: float) -> EDMPrecond:
+    """A copy of `net` to distil, see `trained_config`."""
+    twin = EDMPrecond(trained_config(net.config, dropout))
     twin.load_state_dict(net.state_dict())
     return twin.to(next(net.parameters()).device).requires_grad_(True)
 

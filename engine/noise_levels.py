@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,56 +42,87 @@ class NoiseLevels:
     def __post_init__(self) -> None:
         for name in ("sigma_min", "sigma_max", "rho", "sigma_data", "p_std"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if not (_finite(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number > 0, got {value}")
-        if not math.isfinite(self.p_mean):
-            raise ValueError(f"p_mean must be finite, got {self.p_mean}")
+        if not _finite(self.p_mean):
+            raise ValueError(f"p_mean must be a finite number, got {self.p_mean}")
         if not self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
-        if not 0 < self.t_max <= 1000:
+        if not (_finite(self.t_max) and 0 < self.t_max <= 1000):
             raise ValueError(f"t_max must lie in (0, 1000], got {self.t_max}")
 
     def denoising(self, sample_index: Tensor, *, seed: int, stream: int, step: int) -> Tensor:
-        """sigma (B,) float32 of the denoising loss: ln sigma ~ N(p_mean, p_std^2) [Karras et al. 2022, table 1]."""
+        """sigma (B,) float32 of the denoising loss: ln sigma ~ N(p_mean, p_std^2) [Karras et al. 2022, table 1].
+
+        Args:
+            sample_index: (B,) int64, the samples' global indices.
+            seed, stream, step: position of the random numbers, as in `ipfm.kernels.philox`, which also says what raises
+                ValueError.
+        """
         normal = philox.normal(sample_index, 1, seed=seed, stream=stream, step=step)[:, 0]
         return (normal.double() * self.p_std + self.p_mean).exp().float()
 
     def generator(self, sample_index: Tensor, *, seed: int, stream: int, step: int) -> Tensor:
-        """sigma (B,) float32 of the generator step: the grid at t ~ U(0, t_max / 1000)."""
+        """sigma (B,) float32 of the generator step: the grid at t ~ U(0, t_max / 1000). Arguments as in `denoising`."""
         t = philox.uniform(sample_index, 1, seed=seed, stream=stream, step=step)[:, 0]
         return self.at(t.double() * (self.t_max / 1000)).float()
 
     def at(self, t: Tensor) -> Tensor:
-        """sigma(t), t in [0, 1], increasing from sigma_min to sigma_max [Karras et al. 2022, eq. 5, reversed]."""
+        """sigma(t), increasing from sigma_min to sigma_max [Karras et al. 2022, eq. 5, reversed].
+
+        t: any shape, in [0, 1]; the result has its shape and dtype.
+        """
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (high + (1 - t) * (low - high)) ** self.rho
 
     def karras(self, steps: int) -> Tensor:
-        """The sampler's grid: (steps + 1,) float64, sigma_max first, then falling to sigma_min and a last 0."""
-        if steps < 1:
-            raise ValueError(f"the number of sampling steps must be at least 1, got {steps}")
+        """The sampler's grid: (steps + 1,) float64, sigma_max first, then falling to sigma_min and a last 0.
+
+        One step has no room for sigma_min: its grid is sigma_max, 0.
+
+        Raises:
+            ValueError: fewer than one step.
+        """
+        _check_steps("the number of sampling steps", steps)
         t = torch.linspace(1, 0, steps, dtype=torch.float64) if steps > 1 else torch.ones(1, dtype=torch.float64)
         return torch.cat([self.at(t), torch.zeros(1, dtype=torch.float64)])
 
 
 def few_step_sigmas(steps: int, sigma_init: float = 2.5) -> tuple[float, ...]:
-    """Default levels of a K-step generator: sigma_init (K - k + 1) / K for k = 1..K, e.g. 2.5, 1.875, 1.25, 0.625."""
-    if steps < 1:
-        raise ValueError(f"a generator needs at least 1 step, got {steps}")
+    """Default levels of a K-step generator: sigma_init (K - k + 1) / K for k = 1..K, e.g. 2.5, 1.875, 1.25, 0.625.
+
+    Raises:
+        ValueError: fewer than one step, or a sigma_init that is not finite and positive.
+    """
+    _check_steps("the number of generator steps", steps)
+    if not (_finite(sigma_init) and sigma_init > 0):
+        raise ValueError(f"sigma_init must be a finite number > 0, got {sigma_init}")
     return tuple(sigma_init * (steps - k) / steps for k in range(steps))
 
 
 def check_sigmas(sigmas: tuple[float, ...]) -> tuple[float, ...]:
-    """Levels of a few-step generator: at least one, finite, positive, strictly falling; returned as floats."""
+    """Levels of a few-step generator, as floats.
+
+    Raises:
+        ValueError: there is none, or they are not finite, positive and strictly falling.
+    """
+    if not isinstance(sigmas, Sequence) or not all(isinstance(sigma, numbers.Real) for sigma in sigmas):
+        raise ValueError(f"sigmas must be a sequence of numbers, got {sigmas!r}")
     levels = tuple(float(sigma) for sigma in sigmas)
+    listed = ", ".join(f"{sigma:g}" for sigma in levels)
     if not levels:
         raise ValueError("sigmas must hold at least one noise level, got none")
     if any(not (math.isfinite(sigma) and sigma > 0) for sigma in levels):
-        raise ValueError(f"sigmas must be finite and > 0, got {_listed(levels)}")
+        raise ValueError(f"sigmas must be finite and > 0, got {listed}")
     if any(later >= earlier for earlier, later in itertools.pairwise(levels)):
-        raise ValueError(f"sigmas must fall strictly, got {_listed(levels)}")
+        raise ValueError(f"sigmas must fall strictly, got {listed}")
     return levels
 
 
-def _listed(levels: tuple[float, ...]) -> str:
-    return ", ".join(f"{sigma:g}" for sigma in levels)
+def _finite(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_steps(what: str, steps: object) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
+        raise ValueError(f"{what} must be an integer >= 1, got {steps}")

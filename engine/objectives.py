@@ -17,11 +17,16 @@ from ipfm.kernels import denoising_loss, ipfm_loss
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
+def bind(net: Callable[..., Tensor], labels: Tensor | None) -> Denoise:
+    """The network as a function of (x, sigma), with these class labels."""
+    return lambda x, sigma: net(x, sigma, labels)
+
+
 class Objective(NamedTuple):
     """Outcome of one objective on a micro-batch."""
 
     surrogate: Tensor
-    """Scalar whose gradient with respect to the trained network's parameters is the summed loss's."""
+    """0-d: its gradient with respect to the network's parameters is that of the loss summed over the samples."""
     loss: Tensor
     """(B,) loss per sample, 0 where the sample does not count."""
     valid: Tensor
@@ -34,9 +39,9 @@ class GeneratorGradient(NamedTuple):
     gradient: Tensor
     """(B, C, H, W): 0 where the sample does not count."""
     loss: Tensor
-    """(B,) loss per sample, weight included."""
+    """(B,) loss per sample, weight included, 0 where the sample does not count."""
     weight: Tensor
-    """(B,) the weight lambda."""
+    """(B,) the weight lambda, 0 where the sample does not count."""
     valid: Tensor
     """(B,) bool: the sample counts."""
 
@@ -46,6 +51,16 @@ def denoising_objective(net: Denoise, y: Tensor, x: Tensor, sigma: Tensor, *, si
 
     Samples with a non-finite y or x are kept out of the network: a NaN activation would reach the weights even
     under a zero gradient.
+
+    Args:
+        net: the denoiser that is trained.
+        y: (B, C, H, W) clean samples, in the dtype of the network's result, without a graph.
+        x: (B, C, H, W) their perturbation at sigma, without a graph.
+        sigma: (B,) noise levels, float32 or float64.
+        sigma_data: standard deviation of the data.
+
+    Raises:
+        ValueError: a shape, dtype or number that does not fit.
     """
     y, x = isolate(y, x)
     pred = net(x, sigma)
@@ -60,16 +75,21 @@ def generator_gradient(
     """dL/dy = partial_y L + J_S^T partial_S L + J_T^T partial_T L for L of IPFM eq. 21 with SiD's regularisation.
 
     x = y + noise, so the Jacobians with respect to x are those with respect to y. The parameters of both networks
-    should be frozen. Joint: both networks' activations live together. Phased: the teacher is run once more, so that
-    one network's activations live at a time. The result is the same.
+    should be frozen; they get no gradient in any case. Joint: both networks' activations live together. Phased: the
+    teacher is run once more, so that one network's activations live at a time. The result is the same.
+
+    A sample counts when y, x, both predictions, its loss and its gradient are finite.
 
     Args:
-        teacher, student: denoisers.
-        y: (B, C, H, W) generated samples, detached.
-        x: their perturbation at sigma, detached.
-        sigma: (B,).
-        alpha: in SiD's convention.
+        teacher, student: denoisers without randomness (in eval mode).
+        y: (B, C, H, W) generated samples, in the dtype of the networks' results, without a graph.
+        x: (B, C, H, W) their perturbation at sigma, without a graph.
+        sigma: (B,) noise levels, float32 or float64.
+        alpha: in SiD's convention; 0.5 is the pure objective.
         phased: see above.
+
+    Raises:
+        ValueError: a shape, dtype or number that does not fit.
     """
     y, x = isolate(y, x)
     with torch.enable_grad():
@@ -87,13 +107,27 @@ def generator_gradient(
         if phased:
             t = teacher(x_leaf, sigma)
         gradient = gradient + torch.autograd.grad(t, x_leaf, result.dt.to(t.dtype))[0]
-    # A network that overflowed on a sample sends NaN back to that sample's own pixels: cut it off there.
-    gradient = gradient.masked_fill(~result.valid.view(-1, *[1] * (y.ndim - 1)), 0.0)
-    return GeneratorGradient(gradient, result.loss, result.weight, result.valid)
+    # A network that overflows on a sample, forward or backward, sends NaN to that sample's own pixels: cut off there.
+    valid = result.valid & _finite_samples(gradient)
+    gradient = gradient.masked_fill(_per_sample(~valid, y), 0.0)
+    return GeneratorGradient(
+        gradient, result.loss.masked_fill(~valid, 0.0), result.weight.masked_fill(~valid, 0.0), valid
+    )
 
 
 def isolate(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep samples with a non-finite x or y out of the networks: x becomes 0 and y NaN, which the losses count out."""
-    finite = (torch.isfinite(x) & torch.isfinite(y)).flatten(1).all(1)
-    mask = finite.view(-1, *[1] * (x.ndim - 1))
-    return y.masked_fill(~mask, float("nan")), x.masked_fill(~mask, 0.0)
+    """Keep samples with a non-finite x or y out of the networks: x becomes 0 and y NaN, which the losses count out.
+
+    y, x: (B, ...), one shape. Returns copies; the other samples are as they were.
+    """
+    bad = _per_sample(~(_finite_samples(x) & _finite_samples(y)), x)
+    return y.masked_fill(bad, float("nan")), x.masked_fill(bad, 0.0)
+
+
+def _finite_samples(tensor: Tensor) -> Tensor:
+    """(B,) bool: every element of the sample is finite."""
+    return torch.isfinite(tensor).flatten(1).all(1)
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))

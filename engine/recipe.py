@@ -13,6 +13,7 @@ import torch
 
 from ipfm.engine.config import DistillConfig
 from ipfm.engine.memory import device_budget, plan_memory
+from ipfm.engine.networks import trained_config
 from ipfm.engine.resolve import resolve_D, run_device
 from ipfm.models import EDMPrecond, NetworkConfig, load_teacher
 
@@ -76,7 +77,7 @@ def describe(config: DistillConfig, network: NetworkConfig, path: Path, notes: t
     assert config.precision != "auto" and config.zero is not None
     local, micro = config.split(ranks)
     plan = plan_memory(
-        network,
+        trained_config(network, config.dropout),
         micro_batch=micro,
         ranks=ranks,
         stage=config.zero,

@@ -36,25 +36,28 @@ class RunFolder:
 
 
 def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Compare what is in `path` with this configuration; nothing is written.
+    """Compare what is in `path` with this configuration: every setting but those in `FREE`. Nothing is written.
 
     Args:
         path: the run folder; it need not exist.
         kind: "distill" or "teacher".
         config: settings of the run.
         facts: what else identifies the run, such as the teacher's checksum; plain JSON values. One that is not known
-            yet may be left out and is then not compared.
+            yet may be left out: it is then not compared, and stays as the folder has it.
 
     Returns:
-        The content of the folder's config.json.
+        The content that the folder's config.json is to have.
 
     Raises:
-        ValueError: the folder holds another run, something that is no run, or any run with ``resume=False``.
+        ValueError: `path` cannot be a folder; it holds another run, something that is no run, or any run with
+            ``resume=False``. The message is one line and names each setting that differs.
+        OSError: the folder cannot be read.
     """
     record = {"format": FORMAT, "kind": kind, "config": config.to_json(), **facts}
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file, the run folder must be a folder or not exist")
-    if not path.is_dir() or not any(path.iterdir()):
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place} is a file, the run folder {path} cannot be there: choose another --out")
+    if not path.is_dir() or all(_is_leftover(entry) for entry in path.iterdir()):
         return record
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is not empty and holds no run (no config.json): choose another --out")
@@ -63,19 +66,25 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
     try:
         found = json.loads((path / "config.json").read_text(encoding="utf-8"))
         differences = _differences(found, record)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path / 'config.json'} cannot be read as a run's configuration: choose another --out"
         ) from error
     if differences:
         raise ValueError(f"{path} belongs to another configuration ({'; '.join(differences)}): choose another --out")
-    return record
+    return {**found, **record}
 
 
 def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> RunFolder:
     """Take a folder that `check_run_folder` approved: write its config.json, find the checkpoint to continue from.
 
-    `write`: this process is the one that writes.
+    Args:
+        path: the run folder, created where it does not exist.
+        record: what `check_run_folder` returned.
+        write: this process is the one that writes.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
     if write:
         with atomic_write(path / "config.json") as file:
@@ -85,12 +94,30 @@ def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> Ru
 
 def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """What identifies the two runs and differs: "alpha is 1.0 there, 1.2 here"."""
-    theirs = {k: v for k, v in found["config"].items() if k not in FREE}
-    mine = {k: v for k, v in ours["config"].items() if k not in FREE}
-    pairs = [(name, theirs.get(name), mine.get(name)) for name in mine | theirs]
     # A fact that one side does not know yet, such as a teacher still to be trained, is no difference.
-    pairs = [(name, found[name], ours[name]) for name in ours if name in found and name != "config"] + pairs
-    return [f"{name} is {_short(there)} there, {_short(here)} here" for name, there, here in pairs if there != here]
+    known = [name for name in ours if name in found and name != "config"]
+    theirs = {name: found[name] for name in known} | _identity(found["config"])
+    mine = {name: ours[name] for name in known} | _identity(ours["config"])
+    return [
+        f"{name} is {_short(theirs.get(name))} there, {_short(mine.get(name))} here"
+        for name in mine | theirs
+        if theirs.get(name) != mine.get(name)
+    ]
+
+
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that identify a run; those within another one under their full name, such as noise.p_mean."""
+    settings: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in FREE:
+            continue
+        settings |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return settings
+
+
+def _is_leftover(entry: Path) -> bool:
+    """What a run that was killed while it wrote its first file leaves behind."""
+    return entry.name.startswith(".config.json.") and entry.name.endswith(".tmp")
 
 
 def _short(value: Any) -> str:

@@ -26,6 +26,16 @@ def draw_prior(net: Denoiser, sample_index: Tensor, sigma: float, D: float, *, s
     """x ~ p_r(. | 0) at r = sigma sqrt(D) [Xu et al. 2023, eq. 4], float32 (B, C, H, W).
 
     A sample depends on (seed, its index) alone: the batch it is drawn in changes nothing.
+
+    Args:
+        net: a network that makes images of the shape wanted; it is not called.
+        sample_index: (B,) int64; the result is on its device.
+        sigma: noise level, in the units of the data.
+        D: auxiliary dimensions, in (0, inf].
+        seed: in [0, 2^64).
+
+    Raises:
+        ValueError: a number out of its range.
     """
     shape = (len(sample_index), net.img_channels, net.img_resolution, net.img_resolution)
     zeros = torch.zeros(shape, device=sample_index.device)
@@ -49,9 +59,10 @@ def heun_sample(
     rho: float = 7.0,
     first_index: int = 0,
 ) -> Tensor:
-    """Deterministic second-order sampling of the teacher [Karras et al. 2022, algorithm 1]; 2 steps - 1 evaluations.
+    """Deterministic second-order sampling of the teacher [Karras et al. 2022, algorithm 1].
 
-    The ODE is dx/dsigma = (x - net(x, sigma)) / sigma at every D. The state is kept in float64.
+    The ODE is dx/dsigma = (x - net(x, sigma)) / sigma at every D. It takes 2 steps - 1 evaluations of the network. The
+    state is kept in float64.
 
     Args:
         net: denoiser.
@@ -62,7 +73,7 @@ def heun_sample(
         latents: x at sigma_max, (n, C, H, W); drawn from the prior p_r(. | 0) when None.
         class_labels: (n, label_dim) float32 or None.
         sigma_min, sigma_max, rho: the grid.
-        first_index: index of the first image.
+        first_index: index of the first image, >= 0.
 
     Returns:
         images (n, C, H, W), float32, about [-1, 1].
@@ -107,7 +118,7 @@ def generate(
         seed: images first_index..first_index + n - 1 of this seed are made, whatever the batch.
         latents: x_1, (n, C, H, W); drawn from the prior at sigmas[0] when None.
         class_labels: (n, label_dim) float32 or None.
-        first_index: index of the first image.
+        first_index: index of the first image, >= 0.
 
     Returns:
         images (n, C, H, W), float32, about [-1, 1].
@@ -138,8 +149,9 @@ def _start(
     first_index: int,
     device: torch.device,
 ) -> Tensor:
-    if n < 0:
-        raise ValueError(f"the number of images must be >= 0, got {n}")
+    for name, value in (("the number of images", n), ("the index of the first image", first_index)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} must be an integer >= 0, got {value}")
     shape = (n, net.img_channels, net.img_resolution, net.img_resolution)
     if latents is not None:
         if tuple(latents.shape) != shape:
@@ -158,5 +170,5 @@ def _device(net: Denoiser, latents: Tensor | None) -> torch.device:
     if latents is not None:
         return latents.device
     if isinstance(net, torch.nn.Module):
-        return next(net.parameters()).device
+        return next((p.device for p in net.parameters()), torch.device("cpu"))
     return torch.device("cpu")

@@ -36,7 +36,18 @@ class Stream(IntEnum):
 
 
 def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: Stream, step: int) -> Tensor | None:
-    """One-hot class labels (B, label_dim) float32, uniform over the classes; None for label_dim = 0."""
+    """One-hot class labels (B, label_dim) float32, uniform over the classes; None for label_dim = 0.
+
+    Args:
+        label_dim: number of classes, >= 0.
+        sample_index: (B,) int64, the samples' global indices; the labels are on its device.
+        seed, stream, step: position of the random numbers.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+    if label_dim < 0:
+        raise ValueError(f"the number of classes must be >= 0, got {label_dim}")
     if label_dim == 0:
         return None
     u = philox.uniform(sample_index, 1, seed=seed, stream=stream, step=step)[:, 0]
@@ -50,7 +61,14 @@ def seed_dropout(seed: int, stream: Stream, step: int, first_index: int) -> None
     """Seed PyTorch's generators for the dropout of one forward pass.
 
     The state depends on the position alone, so that a resumed run, and the second forward of a phased step, drop the
-    same elements. `first_index` is the global index of the micro-batch's first sample.
+    same elements. PyTorch draws the mask of a micro-batch as a whole: unlike every other random number, which elements
+    are dropped depends on how the batch is cut into micro-batches.
+
+    Args:
+        seed: of the run, in [0, 2^64).
+        stream: what the pass is for.
+        step: optimiser step, or one number a pass where a step has several.
+        first_index: global index of the micro-batch's first sample.
     """
     words = (seed, int(stream), step, first_index)
     mixed = 0

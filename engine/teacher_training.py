@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from ipfm.engine.data import ImageDataset
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.metrics import FrechetResult
-from ipfm.engine.objectives import denoising_objective
+from ipfm.engine.objectives import bind, denoising_objective
 from ipfm.engine.resolve import allow_tf32, apply_precision, resolve_D, resolve_precision
 from ipfm.engine.runs import execute
 from ipfm.engine.samplers import heun_sample
@@ -64,7 +65,7 @@ class TeacherTraining:
 
         # Every process draws the same initial weights.
         torch.manual_seed(config.seed)
-        net = apply_precision(EDMPrecond(network).to(device), config.precision)
+        net = apply_precision(EDMPrecond(replace(network, dropout=config.dropout)).to(device), config.precision)
         self.average = copy.deepcopy(net).eval().requires_grad_(False)
         self.net = TrainedNetwork(
             net,
@@ -99,10 +100,10 @@ class TeacherTraining:
                 sample_index=index,
             )
             assert isinstance(x, Tensor)
-            if config.dropout > 0:
+            if config.dropout > 0 or self.average.config.label_dropout > 0:
                 seed_dropout(config.seed, Stream.TEACHER_DROPOUT, step, first)
             result = denoising_objective(
-                lambda x, sigma, labels=labels: self.net(x, sigma, labels),
+                bind(self.net, labels),
                 batch.images,
                 x,
                 sigma,
@@ -129,12 +130,12 @@ class TeacherTraining:
         """`count` images from fixed latents."""
         return sample_teacher(self.average, 0, count, D=self.D, steps=self.config.heun_steps, seed=seed)
 
-    def run(self, path: Path) -> EDMPrecond:
+    def run(self, path: Path | str) -> EDMPrecond:
         """Train in the run folder `path`, or continue there; the averaged network, also saved as path/model."""
         execute(
             self,
             self.config,
-            path,
+            Path(path),
             kind="teacher",
             facts={"network": self.average.config.to_json(), "dataset": self.dataset.name, "images": len(self.dataset)},
             export="model",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.memory import device_budget, plan_memory
 from ipfm.engine.metrics import FrechetResult
-from ipfm.engine.networks import fingerprint, with_dropout
-from ipfm.engine.objectives import Denoise, denoising_objective, generator_gradient
+from ipfm.engine.networks import fingerprint, trainable_copy, trained_config
+from ipfm.engine.objectives import bind, denoising_objective, generator_gradient
 from ipfm.engine.report import EvaluationRow
 from ipfm.engine.resolve import allow_tf32, apply_precision, resolve
 from ipfm.engine.results import conclude
@@ -28,7 +29,8 @@ from ipfm.kernels import perturb
 from ipfm.models import EDMPrecond
 
 
-class MicroBatch(NamedTuple):
+@dataclass(frozen=True)
+class MicroBatch:
     """Samples that one process handles at a time."""
 
     first: int
@@ -61,7 +63,8 @@ class Distiller:
         generator step  y = G(z); x = perturb(y, sigma); G descends L(T(x), S(x), y) of IPFM eq. 21
 
     Student and generator start from the teacher's weights. No data is used. Every random number is a function of
-    (seed, step, sample), so that the number of processes and the micro-batch do not change what is computed.
+    (seed, step, sample), so that the number of processes and the micro-batch do not change what is computed; dropout
+    alone, if there is any, is drawn for a micro-batch as a whole.
 
     Args:
         config: settings; what they leave open (D, precision, ZeRO stage) is filled in, see `.config`.
@@ -101,7 +104,7 @@ class Distiller:
         self.average = copy.deepcopy(self.teacher)
         self.student, self.generator = (
             TrainedNetwork(
-                apply_precision(with_dropout(teacher, config.dropout).to(device), config.precision),
+                apply_precision(trainable_copy(teacher, config.dropout).to(device), config.precision),
                 world=self.world,
                 lr=lr,
                 betas=(beta1, 0.999),
@@ -138,7 +141,7 @@ class Distiller:
             sigma = noise.denoising(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step)
             x = self._perturb(y, sigma, Stream.STUDENT_NOISE, step, micro)
             self._seed_dropout(Stream.STUDENT_DROPOUT, step, micro)
-            result = denoising_objective(_bind(self.student, micro.labels), y, x, sigma, sigma_data=noise.sigma_data)
+            result = denoising_objective(bind(self.student, micro.labels), y, x, sigma, sigma_data=noise.sigma_data)
             self.student.backward(result.surrogate / self.local_batch)
             tally.add(result.loss, result.valid)
         lr = config.student_lr or config.lr
@@ -179,8 +182,8 @@ class Distiller:
         x = self._perturb(y, sigma, Stream.GENERATOR_NOISE, step, micro)
         with self.student.frozen() as student:
             result = generator_gradient(
-                _bind(self.teacher, micro.labels),
-                _bind(student, micro.labels),
+                bind(self.teacher, micro.labels),
+                bind(student, micro.labels),
                 y,
                 x,
                 sigma,
@@ -194,8 +197,9 @@ class Distiller:
             self.generator.backward((y_k * gradient).sum())
             if k > 0:
                 # x_k = y_{k-1} + noise: its gradient is that of the evaluation before it.
-                gradient = chain.inputs[k].grad
-                assert gradient is not None
+                arrived = chain.inputs[k].grad
+                assert arrived is not None
+                gradient = arrived
         return result.loss, result.valid
 
     # -- the generator's samples ------------------------------------------------------------------------------------
@@ -271,7 +275,7 @@ class Distiller:
 
     # -- a whole run ------------------------------------------------------------------------------------------------
 
-    def run(self, path: Path) -> EDMPrecond:
+    def run(self, path: Path | str) -> EDMPrecond:
         """Distil in the run folder `path`, or continue there.
 
         Leaves the averaged generator in path/generator and, with an evaluation, the table of results (results.txt,
@@ -284,7 +288,7 @@ class Distiller:
             ValueError: the folder belongs to another run.
             TrainingFailed, Interrupted: from the loop.
         """
-        config = self.config
+        config, path = self.config, Path(path)
         about = {"task": "generator", "D": config.to_json()["D"], "sigmas": list(config.levels), "alpha": config.alpha}
         folder, progress = execute(
             self,
@@ -304,7 +308,7 @@ class Distiller:
         config = self.config
         assert config.precision != "auto" and config.zero is not None
         plan = plan_memory(
-            self.teacher.config,
+            trained_config(self.teacher.config, config.dropout),
             micro_batch=self.micro_batch,
             ranks=self.world.size,
             stage=config.zero,
@@ -314,7 +318,3 @@ class Distiller:
             budget=device_budget(self.world.device),
         )
         return plan.backward
-
-
-def _bind(net: Callable[..., Tensor], labels: Tensor | None) -> Denoise:
-    return lambda x, sigma: net(x, sigma, labels)

@@ -15,20 +15,23 @@ from torch import Tensor
 
 
 class AdamEMA(torch.optim.Optimizer):
-    """Adam [Kingma & Ba 2015, algorithm 1] with decoupled EMA, on-device gradient scale and finite check.
+    """Adam [Kingma & Ba 2015, algorithm 1] with an EMA of the weights, on-device gradient scale and finite check.
 
-    One step, with g = grad_scale * grad and t the number of steps applied:
+    One step, with g = grad_scale * grad + weight_decay * w and t the number of steps applied, this one included:
 
         m = beta1 m + (1 - beta1) g          (no buffer at beta1 = 0)
         v = beta2 v + (1 - beta2) g^2
         w = w - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
         e = e + (1 - ema_decay) (w - e)      (only with ``ema=True``)
 
-    A step whose gradients hold any non-finite number changes nothing: not w, m, v, e, nor t. The check and the count
-    stay on the device, so that no step waits for the host.
+    A step in which the square of any scaled gradient is not finite changes nothing: not w, m, v, e, nor t. The check
+    and the count stay on the device, so that no step waits for the host. At eps = 0, elements whose v is 0 stay.
+
+    State: 4 bytes a float32 parameter for v, 4 more for m at beta1 > 0, 4 more for e. A step needs up to three further
+    tensors of the parameters' size while it runs.
 
     Args:
-        params: float32 or float64 tensors that require gradients (under ZeRO: the flat partitions).
+        params: float32 or float64 tensors, or groups of them, on one device (under ZeRO: the flat partitions).
         lr: learning rate, > 0 or 0.
         betas: (beta1, beta2), each in [0, 1).
         eps: added to the root of the second moment, >= 0.
@@ -38,10 +41,11 @@ class AdamEMA(torch.optim.Optimizer):
     Attributes:
         ema_decay: decay of the EMA for the next step (the half-life schedule changes it each step).
         grad_scale: 0-d tensor that multiplies the gradients of the next step, or None for 1.
-        applied: 0-d bool tensor: whether the last step changed the weights.
+        applied: 0-d bool tensor: whether the last step changed the weights; None before the first.
+        steps_applied: 0-d float64 tensor, t; None before the state exists.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: a setting out of its range, or parameters of another dtype.
     """
 
     def __init__(
@@ -54,19 +58,29 @@ class AdamEMA(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         ema: bool = False,
     ) -> None:
-        if not (math.isfinite(lr) and lr >= 0):
-            raise ValueError(f"lr must be a finite number >= 0, got {lr}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must lie in [0, 1), got {betas}")
-        if not (math.isfinite(eps) and eps >= 0):
-            raise ValueError(f"eps must be a finite number >= 0, got {eps}")
-        if not (math.isfinite(weight_decay) and weight_decay >= 0):
-            raise ValueError(f"weight_decay must be a finite number >= 0, got {weight_decay}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema": ema})
         self.ema_decay = 0.0
         self.grad_scale: Tensor | None = None
         self.applied: Tensor | None = None
         self.steps_applied: Tensor | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with settings of their own, as in `torch.optim.Optimizer`; raises what the class does."""
+        super().add_param_group(param_group)
+        _check_group(self.param_groups[-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in `torch.optim.Optimizer`, with "steps_applied" beside "state" and "param_groups"."""
+        return {**super().state_dict(), "steps_applied": self.steps_applied}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set what `state_dict` gave; KeyError for the state of another kind of optimiser."""
+        count = state_dict["steps_applied"]
+        super().load_state_dict(state_dict)
+        if count is None:
+            self.steps_applied = None
+        else:
+            self.steps_applied = count.detach().clone().to(self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
     def create_state(self) -> None:
@@ -86,7 +100,7 @@ class AdamEMA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def restart_ema(self) -> None:
-        """Set the EMA to the weights as they are now."""
+        """Set the EMA to the weights as they are now; an EMA that does not exist yet starts from them anyway."""
         for group in self.param_groups:
             for p in group["params"]:
                 if "ema" in self.state[p]:
@@ -106,6 +120,7 @@ class AdamEMA(torch.optim.Optimizer):
         groups = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups]
         grads: list[Tensor] = [p.grad for _, params in groups for p in params if p.grad is not None]
         if not grads:
+            self.applied = torch.zeros((), dtype=torch.bool, device=self.steps_applied.device)
             return
         if self.grad_scale is not None:
             torch._foreach_mul_(grads, self.grad_scale.to(grads[0].dtype))
@@ -144,8 +159,8 @@ class AdamEMA(torch.optim.Optimizer):
         root = torch._foreach_sqrt(second)
         torch._foreach_div_(root, (1 - beta2**t).sqrt().to(dtype))
         torch._foreach_add_(root, group["eps"])
-        # An element that never saw a gradient divides 0 by eps, which may be 0.
-        update = torch._foreach_div(first, root) if group["eps"] else [_ratio(f, r) for f, r in zip(first, root)]
+        # An element that never saw a gradient, or only ones whose squares vanish, divides by eps, which may be 0.
+        update = torch._foreach_div(first, root) if group["eps"] else list(map(_ratio, first, root))
         torch._foreach_mul_(update, unless_skipped(-group["lr"] / (1 - beta1**t), 0))
         torch._foreach_add_(params, update)
 
@@ -156,11 +171,22 @@ class AdamEMA(torch.optim.Optimizer):
             torch._foreach_add_(emas, gap)
 
 
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        if not (math.isfinite(group[name]) and group[name] >= 0):
+            raise ValueError(f"{name} must be a finite number >= 0, got {group[name]}")
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+    for p in group["params"]:
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"params must be float32 or float64, got {p.dtype}")
+
+
 def _all_finite(tensors: list[Tensor]) -> Tensor:
-    """0-d bool: every element is finite (a norm is non-finite when an element is, or when the square overflows)."""
-    peaks = torch._foreach_norm(tensors, float("inf"))
-    return torch.stack([torch.isfinite(peak) for peak in peaks]).all()
+    """0-d bool: the square of every element is finite. One that overflows would leave v infinite for good."""
+    peaks = torch._foreach_norm([t for t in tensors if t.numel()] or [tensors[0].new_zeros(1)], float("inf"))
+    return torch.stack([torch.isfinite(peak * peak) for peak in peaks]).all()
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(numerator == 0, torch.zeros_like(numerator), numerator / denominator)
+    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)

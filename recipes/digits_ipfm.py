@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ipfm.engine.commandline import parse, run_command, user_input
@@ -34,6 +35,7 @@ BASE = RecipeOptions(
     ema_kimg=10.0,
     alpha=1.0,
     eval_every=50,
+    eval_images=5000,
     checkpoint_every=100,
     teacher_steps=1500,
 )
@@ -95,6 +97,7 @@ def main(argv: Sequence[str]) -> None:
     world = start_world()
     world.barrier()
     open_run_folder(path, record, write=world.first)
+    config = replace(config, resume=True)  # the folder is this run's from here on
     if teacher is None:
         teacher = train_teacher(training, path / "teacher", data, world)
     features = PixelFeatures(data.shape)

@@ -9,9 +9,10 @@ from pathlib import Path
 import launch
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from ipfm.engine.checkpoint import DamagedCheckpoint, find_checkpoint, verify_checkpoint
 from ipfm.models import EDMPrecond, NetworkConfig, save_model
-from safetensors.torch import load_file
 
 BASE = {"batch": 8, "max_steps": 6, "lr": 1e-3, "eps": 1e-3, "ema_kimg": 0.05, "seed": 5, "dropout": 0.1}
 
@@ -83,7 +84,9 @@ def test_content_is_tensors_and_json(saved, folder: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_damage_is_reported_and_skipped(saved, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_reported_and_skipped(
+    saved, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = find_checkpoint(folder / "one")
     assert whole is not None
 

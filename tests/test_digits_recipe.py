@@ -14,9 +14,10 @@ import launch
 import numpy as np
 import pytest
 import torch
-from ipfm.models import load_model, load_teacher, read_config
 from PIL import Image
 from safetensors.torch import load_file
+
+from ipfm.models import load_model, load_teacher, read_config
 
 RECIPE = str(launch.ROOT / "recipes" / "digits_ipfm.py")
 # 8 steps of the teacher and 12 of the distillation, a checkpoint every 4.
@@ -95,7 +96,7 @@ def test_exports_a_generator_that_knows_its_D_and_levels(finished) -> None:
 
 @pytest.mark.distributed
 def test_same_command_again_only_reads(finished) -> None:
-    out, done = finished
+    out, _ = finished
     before = {p: p.stat().st_mtime_ns for p in (out / "checkpoints").rglob("*")} | {
         out / "metrics.jsonl": (out / "metrics.jsonl").stat().st_mtime_ns
     }

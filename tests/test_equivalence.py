@@ -8,10 +8,10 @@ import launch
 import plain_loop
 import pytest
 import torch
-from ipfm.engine import DistillConfig
-from ipfm.models import EDMPrecond, NetworkConfig, load_teacher, save_model
 from safetensors.torch import load_file
 
+from ipfm.engine import DistillConfig
+from ipfm.models import EDMPrecond, NetworkConfig, load_teacher, save_model
 
 STEPS = 4
 # A large epsilon: with a small one Adam turns the rounding noise of near-zero gradients into whole steps.

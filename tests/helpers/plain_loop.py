@@ -9,11 +9,12 @@ import copy
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
 from ipfm.engine import DistillConfig
 from ipfm.engine.streams import Stream
 from ipfm.kernels import philox, reference
 from ipfm.models import EDMPrecond
-from torch import Tensor
 
 
 @dataclass

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from ipfm.engine.zero import start_world, stop_world
 from ipfm.models import load_teacher
-from safetensors.torch import save_file
 
 
 def main() -> None:

@@ -1,0 +1,335 @@
+"""AdamEMA against torch's Adam and the EMA's definition; steps that must change nothing; its state."""
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ipfm.kernels.adam import AdamEMA
+
+SHAPES = [(7, 3), (5,), ()]
+
+
+def weights(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in SHAPES]
+
+
+@functools.cache
+def gradients(step: int, shapes: tuple[torch.Size, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    sizes = [10 ** (8 * torch.rand(shape, generator=generator) - 4) for shape in shapes]
+    return [size * torch.randn(shape, generator=generator) for size, shape in zip(sizes, shapes, strict=True)]
+
+
+def set_gradients(params: list[nn.Parameter], step: int) -> None:
+    """Gradients of sizes from 1e-4 to 1e4, the same numbers for every dtype."""
+    for p, g in zip(params, gradients(step, tuple(p.shape for p in params)), strict=True):
+        p.grad = g.to(p.dtype, copy=True)
+
+
+def everything(optimizer: AdamEMA, params: list[nn.Parameter]) -> list[Tensor]:
+    entries = [optimizer.state[p][k] for p in params for k in sorted(optimizer.state[p])]
+    return [t.detach().clone() for t in (*params, *entries, optimizer.steps_applied)]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equals_torch_adam(dtype, beta1, eps, weight_decay):
+    """1000 steps. In float32 both round, and both are held to the float64 run: ours errs no more than twice theirs."""
+    options = {"lr": 1e-2, "betas": (beta1, 0.999), "eps": eps, "weight_decay": weight_decay}
+    runs = []
+    for kind, run_dtype in ((AdamEMA, dtype), (torch.optim.Adam, dtype), (torch.optim.Adam, torch.float64)):
+        params = [nn.Parameter(p.detach().to(run_dtype)) for p in weights()]
+        optimizer = kind(params, **options)
+        for step in range(1000):
+            set_gradients(params, step)
+            optimizer.step()
+        runs.append(torch.cat([p.detach().double().flatten() for p in params]))
+    ours, theirs, truth = runs
+    if dtype == torch.float64:
+        torch.testing.assert_close(ours, truth, rtol=1e-13, atol=1e-13)
+    else:
+        error = (ours - truth).abs().max().item()
+        assert error <= 2 * (theirs - truth).abs().max().item()
+        # Each step rounds the weight once, by at most half a unit of its size, and its update less.
+        assert error <= 1000 * torch.finfo(torch.float32).eps * truth.abs().max().item()
+    start = torch.cat([p.detach().double().flatten() for p in weights()])
+    assert (truth - start).abs().max() > 0.5
+
+
+def test_learning_rate_may_change_each_step():
+    pairs = []
+    for kind in (AdamEMA, torch.optim.Adam):
+        params = weights(torch.float64)
+        optimizer = kind(params, lr=1.0, betas=(0.9, 0.999))
+        for step in range(20):
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            set_gradients(params, step)
+            optimizer.step()
+        pairs.append(params)
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ema(dtype):
+    """e = decay e + (1 - decay) w after each step, from e = w at the start, with a decay of its own each step."""
+    params = weights(dtype)
+    optimizer = AdamEMA(params, lr=1e-2, ema=True)
+    expected = [p.detach().double().clone() for p in params]
+    for step in range(200):
+        optimizer.ema_decay = decay = 0.5 ** (1 / (0.05 * (step + 1)))
+        set_gradients(params, step)
+        optimizer.step()
+        expected = [decay * e + (1 - decay) * p.detach().double() for e, p in zip(expected, params, strict=True)]
+    tolerance = 1e-14 if dtype == torch.float64 else 2e-6
+    for p, e in zip(params, expected, strict=True):
+        torch.testing.assert_close(optimizer.state[p]["ema"].double(), e, rtol=tolerance, atol=tolerance)
+        assert (p - optimizer.state[p]["ema"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("decay", "follows"), [(0.0, True), (1.0, False)])
+def test_ends_of_the_decay(decay, follows):
+    params, start = weights(torch.float64), weights(torch.float64)
+    optimizer = AdamEMA(params, lr=1e-2, ema=True)
+    optimizer.ema_decay = decay
+    set_gradients(params, 0)
+    optimizer.step()
+    for p, s in zip(params, start, strict=True):
+        torch.testing.assert_close(optimizer.state[p]["ema"], p if follows else s, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("beta1", "ema", "entries", "size"),
+    [
+        (0.0, False, {"exp_avg_sq"}, 4),
+        (0.0, True, {"exp_avg_sq", "ema"}, 8),
+        (0.9, False, {"exp_avg", "exp_avg_sq"}, 8),
+        (0.9, True, {"exp_avg", "exp_avg_sq", "ema"}, 12),
+    ],
+)
+def test_state_holds_no_more_than_it_needs(beta1, ema, entries, size):
+    p = nn.Parameter(torch.ones(1000))
+    optimizer = AdamEMA([p], lr=1e-3, betas=(beta1, 0.999), ema=ema)
+    for _ in range(2):
+        p.grad = torch.ones(1000)
+        optimizer.step()
+    assert set(optimizer.state[p]) == entries
+    assert sum(t.numel() * t.element_size() for t in optimizer.state[p].values()) == size * 1000
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30], ids=["nan", "inf", "-inf", "square overflows"])
+@pytest.mark.parametrize("when", [0, 3], ids=["first step", "later"])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_a_non_finite_gradient_changes_nothing(beta1, eps, when, bad):
+    """Not even a bit, in any parameter, and the run goes on as if the step had not been."""
+    params = weights()
+    optimizer = AdamEMA(params, lr=1e-2, betas=(beta1, 0.999), eps=eps, weight_decay=0.1, ema=True)
+    optimizer.ema_decay = 0.9
+    for step in range(when):
+        set_gradients(params, step)
+        optimizer.step()
+        assert optimizer.applied.item() is True
+    optimizer.create_state()
+    before = everything(optimizer, params)
+    set_gradients(params, 99)
+    params[1].grad[2] = bad
+    optimizer.step()
+    assert optimizer.applied.item() is False
+    assert all(torch.equal(a, b) for a, b in zip(everything(optimizer, params), before, strict=True))
+    assert optimizer.steps_applied.item() == when
+
+    twin_params = weights()
+    twin = AdamEMA(twin_params, lr=1e-2, betas=(beta1, 0.999), eps=eps, weight_decay=0.1, ema=True)
+    twin.ema_decay = 0.9
+    for step in range(when):
+        set_gradients(twin_params, step)
+        twin.step()
+    for pair in ((optimizer, params), (twin, twin_params)):
+        set_gradients(pair[1], 50)
+        pair[0].step()
+    assert optimizer.applied.item() is True
+    for a, b in zip(everything(optimizer, params), everything(twin, twin_params), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_grad_scale():
+    pairs = []
+    for scale in (None, 2.5):
+        params = weights(torch.float64)
+        optimizer = AdamEMA(params, lr=1e-2, eps=1e-3)
+        for step in range(5):
+            set_gradients(params, step)
+            if scale is None:
+                optimizer.step()
+                continue
+            for p in params:
+                p.grad /= scale
+            optimizer.grad_scale = torch.tensor(scale, dtype=torch.float64)
+            optimizer.step()
+        pairs.append(params)
+    for plain, scaled in zip(*pairs, strict=True):
+        torch.testing.assert_close(plain, scaled, rtol=1e-13, atol=1e-13)
+
+
+def test_a_non_finite_scale_changes_nothing():
+    params, start = weights(), weights()
+    optimizer = AdamEMA(params, lr=1e-2, eps=1e-3)
+    optimizer.grad_scale = torch.tensor(math.nan)
+    set_gradients(params, 0)
+    optimizer.step()
+    assert not optimizer.applied
+    assert all(torch.equal(p, s) for p, s in zip(params, start, strict=True))
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_no_epsilon(beta1):
+    """eps = 0: an element without a gradient, or with one whose square vanishes, stays; the others move by lr."""
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = AdamEMA([p], lr=0.1, betas=(beta1, 0.999), eps=0.0)
+    p.grad = torch.tensor([0.0, 1e-30, -5.0])
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([0.0, 0.0, 0.1]))
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_state_created_beforehand_is_the_same(beta1):
+    runs = []
+    for early in (False, True):
+        params = weights()
+        optimizer = AdamEMA(params, lr=1e-2, betas=(beta1, 0.999), ema=True)
+        optimizer.ema_decay = 0.5
+        if early:
+            optimizer.create_state()
+            optimizer.create_state()
+            assert all(torch.equal(optimizer.state[p]["ema"], p) for p in params)
+        for step in range(3):
+            set_gradients(params, step)
+            optimizer.step()
+        runs.append(everything(optimizer, params))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_restart_of_the_ema():
+    params = weights()
+    optimizer = AdamEMA(params, lr=1e-2, ema=True)
+    optimizer.restart_ema()  # nothing is there yet
+    optimizer.create_state()
+    with torch.no_grad():
+        params[0].fill_(7)
+    optimizer.restart_ema()
+    assert (optimizer.state[params[0]]["ema"] == 7).all()
+    AdamEMA(params, lr=1e-2).restart_ema()  # and none is kept
+
+
+def test_groups_have_settings_of_their_own():
+    """Two groups equal two optimisers, but for the check: a bad gradient in one stops both."""
+    p, q, p_alone, q_alone = (nn.Parameter(torch.ones(4, dtype=torch.float64)) for _ in range(4))
+    groups = [{"params": [p], "lr": 1e-1}, {"params": [q], "betas": (0.9, 0.99), "ema": True, "weight_decay": 0.1}]
+    together = AdamEMA(groups, lr=1e-3)
+    alone = [
+        AdamEMA([p_alone], lr=1e-1),
+        AdamEMA([q_alone], lr=1e-3, betas=(0.9, 0.99), ema=True, weight_decay=0.1),
+    ]
+    for optimizer in (together, *alone):
+        optimizer.ema_decay = 0.5
+    for step in range(10):
+        set_gradients([p, q], step)
+        set_gradients([p_alone, q_alone], step)
+        for optimizer in (together, *alone):
+            optimizer.step()
+    assert torch.equal(p, p_alone) and torch.equal(q, q_alone)
+    assert set(together.state[p]) == {"exp_avg_sq"} and set(together.state[q]) == {"exp_avg", "exp_avg_sq", "ema"}
+    assert torch.equal(together.state[q]["ema"], alone[1].state[q_alone]["ema"])
+    before = p.detach().clone()
+    set_gradients([p, q], 11)
+    q.grad[0] = math.nan
+    together.step()
+    assert torch.equal(p, before)
+
+
+def test_parameters_without_a_gradient_stay():
+    params, start = weights(), weights()
+    optimizer = AdamEMA(params, lr=1e-2)
+    optimizer.step()
+    assert not optimizer.applied and optimizer.steps_applied == 0
+    set_gradients(params, 0)
+    params[1].grad = None
+    optimizer.step()
+    assert optimizer.applied and torch.equal(params[1], start[1]) and not torch.equal(params[0], start[0])
+
+
+def test_an_empty_shard():
+    """ZeRO may leave a process without any element of a group."""
+    empty, p = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(2))
+    for params in ([empty], [empty, p]):
+        optimizer = AdamEMA(params, lr=0.1, ema=True)
+        for q in params:
+            q.grad = torch.ones_like(q)
+        optimizer.step()
+        assert optimizer.applied
+    torch.testing.assert_close(p.detach(), torch.full((2,), -0.1))
+
+
+@pytest.mark.parametrize("taken_at", [0, 5])
+def test_state_dict_continues_the_run(taken_at):
+    def advance(optimizer: AdamEMA, params: list[nn.Parameter], steps: range) -> None:
+        for step in steps:
+            set_gradients(params, step)
+            optimizer.step()
+
+    params = weights()
+    optimizer = AdamEMA(params, lr=1e-2, betas=(0.9, 0.999), ema=True)
+    optimizer.ema_decay = 0.9
+    advance(optimizer, params, range(taken_at))
+    saved = copy.deepcopy(optimizer.state_dict())
+    other_params = [nn.Parameter(p.detach().clone()) for p in params]
+    other = AdamEMA(other_params, lr=1.0, betas=(0.9, 0.999), ema=True)
+    other.ema_decay = 0.9
+    other.load_state_dict(saved)
+    for pair in ((optimizer, params), (other, other_params)):
+        advance(*pair, range(taken_at, taken_at + 5))
+    assert all(
+        torch.equal(a, b) for a, b in zip(everything(optimizer, params), everything(other, other_params), strict=True)
+    )
+    with pytest.raises(KeyError, match="steps_applied"):
+        other.load_state_dict(torch.optim.Adam(other_params).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1e-3}, "lr must be a finite number >= 0, got -0.001"),
+        ({"lr": math.nan}, "lr must be a finite number >= 0, got nan"),
+        ({"lr": math.inf}, "lr must be a finite number >= 0, got inf"),
+        ({"betas": (1.0, 0.999)}, r"betas must be two numbers in \[0, 1\), got \(1.0, 0.999\)"),
+        ({"betas": (0.0, -0.1)}, r"betas must be two numbers in \[0, 1\), got \(0.0, -0.1\)"),
+        ({"betas": (0.9,)}, r"betas must be two numbers in \[0, 1\), got \(0.9,\)"),
+        ({"betas": (0.9, math.nan)}, r"betas must be two numbers in \[0, 1\), got \(0.9, nan\)"),
+        ({"eps": -1e-8}, "eps must be a finite number >= 0, got -1e-08"),
+        ({"eps": math.nan}, "eps must be a finite number >= 0, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number >= 0, got -0.1"),
+        ({"weight_decay": math.inf}, "weight_decay must be a finite number >= 0, got inf"),
+    ],
+)
+def test_refusals(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        AdamEMA(weights(), **{"lr": 1e-3, **settings})
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        AdamEMA([{"params": weights(), **settings}], lr=1e-3)
+
+
+def test_other_refusals():
+    with pytest.raises(ValueError, match=r"^params must be float32 or float64, got torch.bfloat16$"):
+        AdamEMA(weights(torch.bfloat16), lr=1e-3)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        AdamEMA([], lr=1e-3)
+    with pytest.raises(ValueError, match="takes no closure"):
+        AdamEMA(weights(), lr=1e-3).step(lambda: 0.0)
