@@ -10,7 +10,7 @@ demo: $(READY)  ## train a teacher on the digits, distil it to one step, print t
 	$(BIN)/deepspeed recipes/digits_ipfm.py
 
 test: $(READY)  ## the whole suite; tests that need a GPU are skipped with a reason where there is none
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)  ## style
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ import os
 
 # Threads that wait for each other should soon sleep: where another process wants a core too, threads that spin make the
 # small networks of CPU runs some thirty times slower. It is read when torch is loaded, so it has to be set before that.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 from ipfm.engine.config import DistillConfig, TeacherConfig
 from ipfm.engine.evaluation import Evaluation

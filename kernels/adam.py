@@ -125,8 +125,9 @@ class AdamEMA(torch.optim.Optimizer):
         if self.grad_scale is not None:
             torch._foreach_mul_(grads, self.grad_scale.to(grads[0].dtype))
         finite = _all_finite(grads)
+        skipped = ~finite
         for grad in grads:
-            grad.masked_fill_(~finite, 0)
+            grad.masked_fill_(skipped, 0)
         self.applied = finite
         self.steps_applied += finite
         for group, params in groups:
@@ -184,8 +185,9 @@ def _check_group(group: dict[str, Any]) -> None:
 
 def _all_finite(tensors: list[Tensor]) -> Tensor:
     """0-d bool: the square of every element is finite. One that overflows would leave v infinite for good."""
-    peaks = torch._foreach_norm([t for t in tensors if t.numel()] or [tensors[0].new_zeros(1)], float("inf"))
-    return torch.stack([torch.isfinite(peak * peak) for peak in peaks]).all()
+    filled = [t for t in tensors if t.numel()] or [tensors[0].new_zeros(1)]
+    peaks = torch.stack(torch._foreach_norm(filled, float("inf")))
+    return torch.isfinite(peaks * peaks).all()
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

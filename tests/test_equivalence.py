@@ -47,9 +47,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     net = EDMPrecond(
         NetworkConfig(
-            img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
-            embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=(1, 3, 3, 1),
-            dropout=0.0, D=16.0,
+            img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1,
+            attn_resolutions=(4,), embedding_type="fourier", encoder_type="residual", channel_mult_noise=2,
+            resample_filter=(1, 3, 3, 1), dropout=0.0, D=16.0,
         )
     )  # fmt: skip
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_equals_the_plain_loop(results, plain, name: str) -> None:
     expected, found = plain[name.split("-")[0]], results[name]
     networks = {"student": expected.student, "generator": expected.generator}
     for which, net in networks.items():
-        _close({n: p for n, p in net.named_parameters()}, found, f"{which}/weight/")
+        _close(dict(net.named_parameters()), found, f"{which}/weight/")
     _close(expected.ema, found, "generator/ema/")
     for which in networks:
         torch.testing.assert_close(

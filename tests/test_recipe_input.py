@@ -114,8 +114,8 @@ def test_run_folders_of_others_stay_untouched(
     other = tmp_path / "other"
     other.mkdir()
     dry = subprocess.run(
-        [sys.executable, str(launch.ROOT / "recipes" / "digits_ipfm.py"), *teacher, "--out", str(other), "--max-steps", "1",
-         "--batch", "8", "--eval-images", "8", "--heun-steps", "1"],
+        [sys.executable, str(launch.ROOT / "recipes" / "digits_ipfm.py"), *teacher, "--out", str(other),
+         "--max-steps", "1", "--batch", "8", "--eval-images", "8", "--heun-steps", "1"],
         env=launch.environment(), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "generator" in dry.stdout
@@ -158,10 +158,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
 
 @pytest.mark.distributed
 def test_cifar_trains_from_a_model_folder(models: dict[str, Path], tmp_path: Path) -> None:
-    """End to end at reduced width: two student updates at D = 2048 by default, dropout of the teacher not carried over."""
+    """End to end at reduced width: two student updates at D = 2048, the teacher's dropout is not carried over."""
     done = subprocess.run(
-        [sys.executable, str(launch.ROOT / "recipes" / "cifar_ipfm.py"), "--teacher", str(models["cifar"]),
-         "--out", str(tmp_path / "run"), "--max-steps", "2", "--batch", "4", "--log-every", "1", "--backward", "phased"],
+        [sys.executable, str(launch.ROOT / "recipes" / "cifar_ipfm.py"), "--teacher", str(models["cifar"]), "--out",
+         str(tmp_path / "run"), "--max-steps", "2", "--batch", "4", "--log-every", "1", "--backward", "phased"],
         env=launch.environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
