@@ -38,7 +38,12 @@ def _cases(ranks: int) -> dict[str, dict]:
             cases[f"{setting}-z{stage}-{backward}-a1"] = {
                 **BASE, **SETTINGS[setting], "zero": stage, "backward": backward,
             }  # fmt: skip
+    for stage in (1, 2):
+        cases[f"bf16-z{stage}"] = {**BASE, "zero": stage, "precision": "bf16"}
     return cases
+
+
+NAMES = [name for name in _cases(1) if not name.startswith("bf16")]
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +77,13 @@ def plain(teacher: Path) -> dict[str, plain_loop.Plain]:
 def results(request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory):
     ranks, out = request.param, tmp_path_factory.mktemp("out")
     cases = [{"name": name, "steps": STEPS, "config": config} for name, config in _cases(ranks).items()]
+    cases += [{**case, "name": f"{case['name']}-start", "steps": 0} for case in cases if "bf16" in case["name"]]
     launch.run_workers("distill_steps.py", ranks, {"teacher": str(teacher), "out": str(out), "cases": cases})
-    return {name: load_file(out / f"{name}-{ranks}.safetensors") for name in _cases(ranks)}
+    return {case["name"]: load_file(out / f"{case['name']}-{ranks}.safetensors") for case in cases}
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", list(_cases(1)))
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_the_plain_loop(results, plain, name: str) -> None:
     expected, found = plain[name.split("-")[0]], results[name]
     networks = {"student": expected.student, "generator": expected.generator}
@@ -97,6 +103,24 @@ def test_joint_and_phased_agree(results) -> None:
         joint, phased = results[f"k1-z{stage}-joint-a1"], results[f"k1-z{stage}-phased-a1"]
         for key in joint:
             torch.testing.assert_close(phased[key], joint[key], rtol=1e-5, atol=2e-7)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_keeps_exact_masters_and_follows_fp32(results, plain, teacher: Path, stage: int) -> None:
+    """Masters start from the fp32 weights, not from rounded ones; four steps stay near those in fp32."""
+    start = dict(load_teacher(teacher).named_parameters())
+    for name, p in start.items():
+        for key in (f"student/weight/{name}", f"generator/weight/{name}", f"generator/ema/{name}"):
+            assert torch.equal(results[f"bf16-z{stage}-start"][key], p), key
+    found, expected = results[f"bf16-z{stage}"], plain["k1"]
+    for which, net in (("student", expected.student), ("generator", expected.generator)):
+        moved = sum((p - start[n]).square().sum() for n, p in net.named_parameters()).sqrt()
+        apart = sum((found[f"{which}/weight/{n}"] - p).square().sum() for n, p in net.named_parameters()).sqrt()
+        assert 0 < apart < 0.2 * moved, f"{which}: {apart:.2e} apart after moving {moved:.2e}"
+        torch.testing.assert_close(
+            found[f"loss/{which}_loss"], torch.tensor(getattr(expected, f"{which}_loss")).double(), rtol=0.05, atol=0.2
+        )
 
 
 def _close(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], prefix: str) -> None:
