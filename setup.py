@@ -56,6 +56,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.8",
+            "setuptools>=77",
             "mypy>=1.13",
             "build>=1.2",
         ],

@@ -25,7 +25,7 @@ class Sample:
     Example: ipfm sample runs/digits-D128-alpha1-K1/generator --n 64 --out digits.png
     """
 
-    model: tyro.conf.Positional[Path]
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Model folder. A generator's D and noise levels are its own; a teacher is sampled with Heun's method."""
     out: Path = Path("samples.png")
     """A .png (one grid) or a .npz (images NHWC, uint8)."""
@@ -66,7 +66,7 @@ class Info:
     Example: ipfm info runs/digits-D128-alpha1-K1/generator
     """
 
-    model: tyro.conf.Positional[Path]
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Model folder."""
     json: bool = False
     """Print JSON."""

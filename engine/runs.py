@@ -31,7 +31,7 @@ def execute(
         kind: "distill" or "teacher".
         facts: what identifies the run besides `config`.
         export: name of the exported model's folder within the run folder.
-        about: training facts stored with the exported model.
+        about: facts stored with the exported model, beside its settings and the number of steps.
 
     Returns:
         The folder, and where the loop ended.
@@ -49,6 +49,8 @@ def execute(
     progress = train(task, config, folder)
     task.refresh()
     if world.first:
-        save_model(task.average, path / export, extra={**about, "optimizer_steps": progress.step})
+        # Paths of this machine mean nothing to whoever gets the model.
+        settings = {name: value for name, value in config.to_json().items() if name not in ("out", "teacher")}
+        save_model(task.average, path / export, extra={**about, "optimizer_steps": progress.step, "config": settings})
     world.barrier()
     return folder, progress

@@ -139,7 +139,7 @@ class TeacherTraining:
             kind="teacher",
             facts={"network": self.average.config.to_json(), "dataset": self.dataset.name, "images": len(self.dataset)},
             export="model",
-            about={"task": "teacher", "dataset": self.dataset.name, "config": self.config.to_json()},
+            about={"task": "teacher", "dataset": self.dataset.name},
         )
         return self.average
 

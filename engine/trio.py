@@ -297,7 +297,7 @@ class Distiller:
             kind="distill",
             facts={"teacher": fingerprint(self.teacher)},
             export="generator",
-            about={**about, "config": config.to_json()},
+            about=about,
         )
         if self.evaluation is not None:
             self.rows = conclude(self, folder.path, self.evaluation, progress.last)

@@ -30,14 +30,14 @@ from ipfm.models import EDMPrecond, presets
 D = 128.0
 BASE = RecipeOptions(
     batch=128,
-    max_steps=400,
+    max_steps=300,
     lr=2e-4,
     ema_kimg=10.0,
     alpha=1.0,
     eval_every=50,
-    eval_images=5000,
+    eval_images=3000,
     checkpoint_every=100,
-    teacher_steps=1500,
+    teacher_steps=900,
 )
 
 

@@ -1,0 +1,83 @@
+"""The package as it is installed: a wheel with the ipfm.* names, the command, light imports, and no stray module."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import launch
+import pytest
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the sources, so that nothing stale in build/ gets in."""
+    root = tmp_path_factory.mktemp("wheel")
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=launch.ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    for name in files:
+        if name and not name.startswith("tests/") and (launch.ROOT / name).is_file():
+            (root / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / "source" / name).write_bytes((launch.ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(root),
+         str(root / "source")],
+        check=True, env=launch.environment(), capture_output=True,
+    )  # fmt: skip
+    return next(root.glob("*.whl"))
+
+
+def test_wheel_holds_the_mapped_packages_and_nothing_beside(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    assert {name.split("/")[0] for name in names} == {"ipfm", next(n for n in names if "dist-info" in n).split("/")[0]}
+    for name in ("engine/trio.py", "kernels/philox.py", "kernels/bench/micro.py", "models/song_unet.py",
+                 "recipes/digits_ipfm.py"):  # fmt: skip
+        assert f"ipfm/{name}" in names
+    assert "ipfm/__init__.py" not in names, "ipfm is a namespace package"
+    assert "ipfm = ipfm.engine.cli:main" in entry_points
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_installed_wheel_is_importable_and_runs(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)],
+        check=True, env=launch.environment(), capture_output=True,
+    )  # fmt: skip
+    code = "import ipfm.engine, ipfm.kernels, ipfm.models, ipfm.recipes as r; print(ipfm.engine.__file__, r.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=launch.environment(PYTHONPATH=str(target)), text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    assert all(place.startswith(str(target)) for place in done.stdout.split())
+    helped = subprocess.run(
+        [str(target / "bin" / "ipfm"), "--help"], cwd=tmp_path, env=launch.environment(PYTHONPATH=str(target)),
+        text=True, capture_output=True, check=True,
+    )  # fmt: skip
+    for command in ("sample", "info", "plan", "bench"):
+        assert command in helped.stdout
+
+
+@pytest.mark.parametrize("module", ["ipfm.engine", "ipfm.models", "ipfm.kernels", "ipfm.engine.cli"])
+def test_importing_does_not_load_the_heavy_ones(module: str) -> None:
+    heavy = ["deepspeed", "xformers", "matplotlib", "sklearn", "tensorboard"]
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=launch.environment(), text=True, capture_output=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_deepspeed_stands_in_one_file() -> None:
+    users = [
+        str(path.relative_to(launch.ROOT))
+        for folder in ("engine", "kernels", "models", "recipes")
+        for path in (launch.ROOT / folder).rglob("*.py")
+        if "import deepspeed" in path.read_text() or "from deepspeed" in path.read_text()
+    ]
+    assert users == ["engine/zero.py"]
