@@ -29,10 +29,11 @@ from ipfm.models import EDMPrecond, presets
 
 D = 128.0
 BASE = RecipeOptions(
-    batch=128,
-    max_steps=300,
-    lr=2e-4,
+    batch=64,
+    max_steps=400,
+    lr=3e-4,
     ema_kimg=10.0,
+    ema_rampup=0.2,
     alpha=1.0,
     eval_every=50,
     eval_images=3000,
