@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ipfm.engine.checkpoint import load_checkpoint, save_checkpoint
 from ipfm.engine.config import RunConfig
+from ipfm.engine.launcher import Launcher
 from ipfm.engine.measure import Measured
 from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.monitor import Monitor
@@ -113,6 +114,7 @@ def train(task: Task, config: RunConfig, folder: RunFolder) -> Progress:
                 save_checkpoint(folder.checkpoints, progress.step, task.networks, world, keep=config.keep_checkpoints)
             progress.saved_at = progress.step
 
+    launcher = Launcher(world.launched)
     with _signals() as received, monitor:
         if progress.step:
             monitor.message(f"continuing at step {progress.step} from {folder.checkpoint}")
@@ -124,7 +126,8 @@ def train(task: Task, config: RunConfig, folder: RunFolder) -> Progress:
             look = _due(progress.step, config.eval_every) or finished
             if not (due or look or _due(progress.step, config.log_every)):
                 continue
-            stop = _report(progress, world, monitor, received.get("signum", 0))
+            told = signal.SIGTERM if launcher.gone() else 0
+            stop = _report(progress, world, monitor, received.get("signum", told))
             if progress.bad_steps > config.max_bad_steps:
                 raise TrainingFailed(_too_bad(progress, config, folder))
             if look and not stop:

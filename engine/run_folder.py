@@ -11,6 +11,7 @@ from typing import Any
 from ipfm.engine.checkpoint import find_checkpoint
 from ipfm.engine.config import RunConfig
 from ipfm.engine.files import atomic_write
+from ipfm.engine.launcher import lock_folder
 
 FORMAT = 1
 # Settings that may change between two parts of one run: they do not change what it computes, or only how long.
@@ -76,7 +77,7 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
 
 
 def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> RunFolder:
-    """Take a folder that `check_run_folder` approved: write its config.json, find the checkpoint to continue from.
+    """Take a folder that `check_run_folder` approved: lock it, write its config.json, find its checkpoint.
 
     Args:
         path: the run folder, created where it does not exist.
@@ -84,9 +85,11 @@ def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> Ru
         write: this process is the one that writes.
 
     Raises:
+        ValueError: another process is using the folder and does not leave.
         OSError: the folder cannot be written.
     """
     if write:
+        lock_folder(path)
         with atomic_write(path / "config.json") as file:
             file.write((json.dumps(record, indent=1) + "\n").encode())
     return RunFolder(path, find_checkpoint(path / "checkpoints"))
@@ -117,7 +120,7 @@ def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_leftover(entry: Path) -> bool:
     """What a run that was killed while it wrote its first file leaves behind."""
-    return entry.name.startswith(".config.json.") and entry.name.endswith(".tmp")
+    return entry.name == "run.lock" or (entry.name.startswith(".config.json.") and entry.name.endswith(".tmp"))
 
 
 def _short(value: Any) -> str:

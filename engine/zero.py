@@ -35,6 +35,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    launched: bool = False
+    """A launcher started this process."""
 
     @property
     def first(self) -> bool:
@@ -84,7 +86,7 @@ def start_world() -> World:
         import deepspeed
 
         deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
-    return World(rank=rank, size=size, device=device)
+    return World(rank=rank, size=size, device=device, launched=not single)
 
 
 def stop_world() -> None:

@@ -10,15 +10,16 @@ runs: 100 000 thousand images here are this project's choice.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ipfm.engine.commandline import parse, run_command, user_input
 from ipfm.engine.recipe import RecipeOptions, describe, first_process, launched_processes, read_teacher, run_name
 from ipfm.engine.resolve import resolve, run_device
-from ipfm.engine.run_folder import check_run_folder
+from ipfm.engine.run_folder import check_run_folder, open_run_folder
 from ipfm.engine.trio import Distiller
+from ipfm.engine.zero import start_world
 from ipfm.models import presets
 
 BASE = RecipeOptions(batch=256, kimg=100_000, lr=1e-5, ema_kimg=500, alpha=1.0, dropout=0.0, log_every=50)
@@ -31,7 +32,7 @@ NO_TEACHER = (
 
 def variant(D: float) -> RecipeOptions:
     """The settings for this D."""
-    return dataclasses.replace(BASE, student_updates=2) if D == 2048 else BASE
+    return replace(BASE, student_updates=2) if D == 2048 else BASE
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,15 +57,18 @@ def main(argv: Sequence[str]) -> None:
         config = resolve(options.distillation(), network, run_device())
         config.split(launched_processes())
         path = options.out or run_name("cifar", config, network.D)
-        check_run_folder(path, "distill", config, {})
+        record = check_run_folder(path, "distill", config, {})
     if options.dry_run:
         notes = () if D in PUBLISHED_D else (f"no result is published for D = {D:g}",)
         first_process(lambda: print(describe(config, network, path, notes)))
         return
 
     assert teacher is not None
+    world = start_world()
+    world.barrier()
     with user_input():
-        distiller = Distiller(config, teacher, dataset="cifar10")
+        open_run_folder(path, record, write=world.first)
+        distiller = Distiller(replace(config, resume=True), teacher, dataset="cifar10", world=world)
     distiller.run(path)
     if distiller.world.first:
         print(f"generator: {path / 'generator'}")

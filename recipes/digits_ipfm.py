@@ -97,7 +97,8 @@ def main(argv: Sequence[str]) -> None:
 
     world = start_world()
     world.barrier()
-    open_run_folder(path, record, write=world.first)
+    with user_input():
+        open_run_folder(path, record, write=world.first)
     config = replace(config, resume=True)  # the folder is this run's from here on
     if teacher is None:
         teacher = train_teacher(training, path / "teacher", data, world)

@@ -158,6 +158,32 @@ def test_signals_save_and_exit(tmp_path: Path, finished, signum: int, code: int)
 
 
 @pytest.mark.distributed
+def test_a_killed_runner_does_not_leave_two_runs_in_one_folder(tmp_path: Path, finished) -> None:
+    """SIGKILL to the program `deepspeed` alone: its processes notice, save and leave; the same command goes on."""
+    settings = ["--teacher", str(finished[0] / "teacher" / "model"), "--out", str(tmp_path / "run"), *SHORT]
+    settings = [*settings, "--checkpoint-every", "100", "--log-every", "2", "--eval-every", "0"]
+    command = [str(launch.BIN / "deepspeed"), "--num_accelerators", "2", RECIPE, *settings]
+    runner = subprocess.Popen(
+        [*command, "--max-steps", "2000"],
+        env=launch.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _wait_for(tmp_path / "run" / "metrics.jsonl", runner)
+    runner.kill()
+    runner.wait()
+    done = subprocess.run(
+        [*command, "--max-steps", "12"], capture_output=True, text=True, env=launch.environment(), timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    # The processes of the first start had gone on to some step; the second ends there, or at its own 12.
+    steps = len(metrics(tmp_path / "run"))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(steps))
+    newest = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
+    assert newest == f"step-{max(steps, 12):07d}"
+
+
+@pytest.mark.distributed
 def test_the_default_start_is_deepspeed(tmp_path: Path, finished) -> None:
     """`deepspeed recipes/digits_ipfm.py` without a number of processes, and its exit code for bad input."""
     teacher = str(finished[0] / "teacher" / "model")

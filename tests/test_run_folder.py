@@ -42,7 +42,7 @@ def test_a_new_folder(tmp_path):
     folder = open_run_folder(path, record, write=True)
     assert folder.path == path and folder.checkpoint is None and folder.checkpoints == path / "checkpoints"
     assert json.loads((path / "config.json").read_text()) == record
-    assert list(contents(path)) == ["config.json"]
+    assert sorted(contents(path)) == ["config.json", "run.lock"]
 
 
 def test_an_empty_folder_is_new(tmp_path):
