@@ -192,7 +192,7 @@ def test_the_default_start_is_deepspeed(tmp_path: Path, finished) -> None:
     assert "generator" in done.stdout
     bad = run("--teacher", teacher, "--D", "0", launcher=deepspeed, check=False)
     assert bad.returncode == 2
-    assert "digits_ipfm.py: error: D must lie in (0, inf], got 0.0" in bad.stderr
+    assert "digits_ipfm.py: error: --D must lie in (0, inf], got 0.0" in bad.stderr
     assert "Traceback" not in bad.stderr
 
 
