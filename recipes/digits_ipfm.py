@@ -30,13 +30,13 @@ from ipfm.models import EDMPrecond, presets
 D = 128.0
 BASE = RecipeOptions(
     batch=64,
-    max_steps=400,
+    max_steps=300,
     lr=3e-4,
     ema_kimg=10.0,
     ema_rampup=0.2,
     alpha=1.0,
     eval_every=50,
-    eval_images=3000,
+    eval_images=2000,
     checkpoint_every=100,
     teacher_steps=900,
 )

@@ -133,7 +133,7 @@ def test_run_folders_of_others_stay_untouched(
 @pytest.mark.parametrize(
     ("recipe", "arguments", "expected"),
     [
-        ("digits", [], ["D                    128", "max_steps            400", "1x8x8"]),
+        ("digits", [], ["D                    128", "max_steps            300", "1x8x8"]),
         ("cifar", ["--D", "2048"], ["student_updates      2", "56,397,827 parameters", "lr                   1e-05"]),
         (
             "cifar",
