@@ -23,6 +23,11 @@ def trainable_copy(net: EDMPrecond, dropout: float) -> EDMPrecond:
     return twin.to(next(net.parameters()).device).requires_grad_(True)
 
 
+def teacher_facts(teacher: EDMPrecond | None) -> dict[str, str]:
+    """What identifies a run by its teacher, wherever its files lie; nothing while there is none yet."""
+    return {} if teacher is None else {"teacher": fingerprint(teacher)}
+
+
 def fingerprint(net: EDMPrecond) -> str:
     """SHA-256 of the weights and buffers: tells two teachers apart wherever their files lie."""
     digest = hashlib.sha256()

@@ -16,7 +16,7 @@ from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.memory import device_budget, plan_memory
 from ipfm.engine.metrics import FrechetResult
-from ipfm.engine.networks import fingerprint, trainable_copy, trained_config
+from ipfm.engine.networks import teacher_facts, trainable_copy, trained_config
 from ipfm.engine.objectives import bind, denoising_objective, generator_gradient
 from ipfm.engine.report import EvaluationRow
 from ipfm.engine.resolve import allow_tf32, apply_precision, resolve
@@ -295,7 +295,7 @@ class Distiller:
             config,
             path,
             kind="distill",
-            facts={"teacher": fingerprint(self.teacher)},
+            facts=teacher_facts(self.teacher),
             export="generator",
             about=about,
         )

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ipfm.engine.commandline import parse, run_command, user_input
+from ipfm.engine.networks import teacher_facts
 from ipfm.engine.recipe import RecipeOptions, describe, first_process, launched_processes, read_teacher, run_name
 from ipfm.engine.resolve import resolve, run_device
 from ipfm.engine.run_folder import check_run_folder, open_run_folder
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         config = resolve(options.distillation(), network, run_device())
         config.split(launched_processes())
         path = options.out or run_name("cifar", config, network.D)
-        record = check_run_folder(path, "distill", config, {})
+        record = check_run_folder(path, "distill", config, teacher_facts(teacher))
     if options.dry_run:
         notes = () if D in PUBLISHED_D else (f"no result is published for D = {D:g}",)
         first_process(lambda: print(describe(config, network, path, notes)))

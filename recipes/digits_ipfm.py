@@ -18,6 +18,7 @@ from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data import ImageDataset, digits
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.metrics import PixelFeatures, dataset_statistics
+from ipfm.engine.networks import teacher_facts
 from ipfm.engine.recipe import RecipeOptions, describe, first_process, launched_processes, read_teacher, run_name
 from ipfm.engine.report import results_table
 from ipfm.engine.resolve import resolve, resolve_precision, run_device
@@ -88,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
             )
         training = resolve_precision(teacher_config(options), run_device())
         training.split(launched_processes())
-        record = check_run_folder(path, "distill", config, {})
+        record = check_run_folder(path, "distill", config, teacher_facts(teacher))
         if teacher is None and (path / "teacher").exists():
             check_run_folder(path / "teacher", "teacher", training, {})
     if options.dry_run:
@@ -105,6 +106,8 @@ def main(argv: Sequence[str]) -> None:
     features = PixelFeatures(data.shape)
     evaluation = Evaluation(features, dataset_statistics(data, features), images=options.eval_images)
     with user_input():
+        # A folder whose generator came from a teacher that has been trained further since is refused here.
+        check_run_folder(path, "distill", config, teacher_facts(teacher))
         distiller = Distiller(config, teacher, evaluation=evaluation, world=world)
     distiller.run(path)
     if world.first:

@@ -122,6 +122,10 @@ def test_run_folders_of_others_stay_untouched(
     before = {p: p.read_bytes() for p in other.rglob("*") if p.is_file()}
     line = refused(capsys, "digits", *teacher, "--out", str(other), "--alpha", "1.2", "--batch", "8")
     assert "belongs to another configuration (alpha is 1.0 there, 1.2 here)" in line
+    torch.manual_seed(1)
+    save_model(EDMPrecond(presets.get("digits", D=128.0)), tmp_path / "another")
+    line = refused(capsys, "digits", "--teacher", str(tmp_path / "another"), "--out", str(other), "--batch", "8")
+    assert "belongs to another configuration (teacher is " in line
     assert "--no-resume was given" in refused(
         capsys, "digits", *teacher, "--out", str(other), "--batch", "8", "--no-resume"
     )
