@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The demo's processes: one on a GPU; on a CPU two with a thread each, which wait for each other less than threads do.
+PROCESSES := 'import os, torch; print(1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0))))'
 
 .PHONY: demo test lint types bench clean
 
 demo: $(READY)  ## train a teacher on the digits, distil it to one step, print the table
-	$(BIN)/deepspeed recipes/digits_ipfm.py
+	$(BIN)/deepspeed --num_accelerators $$($(BIN)/python -c $(PROCESSES)) recipes/digits_ipfm.py
 
 test: $(READY)  ## the whole suite; tests that need a GPU are skipped with a reason where there is none
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
