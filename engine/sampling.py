@@ -12,7 +12,7 @@ from ipfm.engine.noise_levels import check_sigmas
 from ipfm.engine.samplers import generate
 from ipfm.engine.streams import Stream, draw_labels
 from ipfm.engine.teacher_training import sample_teacher
-from ipfm.models import load_teacher, read_config
+from ipfm.models import EDMPrecond, load_teacher, read_config
 
 
 def sample_model(folder: Path, device: torch.device, *, heun_steps: int, seed: int) -> Callable[[int, int], Tensor]:
@@ -33,9 +33,13 @@ def sample_model(folder: Path, device: torch.device, *, heun_steps: int, seed: i
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} holds no usable noise levels of a generator: {error}") from error
 
-    def draw(first: int, count: int) -> Tensor:
-        index = torch.arange(first, first + count, device=device)
-        labels = draw_labels(net.label_dim, index, seed=seed, stream=Stream.SAMPLER_LABEL, step=0)
-        return generate(net, count, D=net.D, sigmas=sigmas, seed=seed, class_labels=labels, first_index=first)
+    return lambda first, count: sample_generator(net, first, count, D=net.D, sigmas=sigmas, seed=seed)
 
-    return draw
+
+def sample_generator(
+    net: EDMPrecond, first: int, count: int, *, D: float, sigmas: tuple[float, ...], seed: int
+) -> Tensor:
+    """Images first..first + count - 1 of `seed` from a generator, on its device; labels are drawn."""
+    index = torch.arange(first, first + count, device=next(net.parameters()).device)
+    labels = draw_labels(net.label_dim, index, seed=seed, stream=Stream.SAMPLER_LABEL, step=0)
+    return generate(net, count, D=D, sigmas=sigmas, seed=seed, class_labels=labels, first_index=first)

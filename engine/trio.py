@@ -22,7 +22,7 @@ from ipfm.engine.report import EvaluationRow
 from ipfm.engine.resolve import allow_tf32, apply_precision, resolve
 from ipfm.engine.results import conclude
 from ipfm.engine.runs import execute
-from ipfm.engine.samplers import generate
+from ipfm.engine.sampling import sample_generator
 from ipfm.engine.streams import Stream, draw_labels, seed_dropout
 from ipfm.engine.zero import TrainedNetwork, World, start_world
 from ipfm.kernels import perturb
@@ -252,11 +252,7 @@ class Distiller:
 
     def sample(self, first: int, count: int, *, seed: int) -> Tensor:
         """Images first..first + count - 1 of `seed` from the averaged generator as last refreshed."""
-        index = torch.arange(first, first + count, device=self.world.device)
-        labels = draw_labels(self.average.label_dim, index, seed=seed, stream=Stream.SAMPLER_LABEL, step=0)
-        return generate(
-            self.average, count, D=self.D, sigmas=self.config.levels, seed=seed, class_labels=labels, first_index=first
-        )
+        return sample_generator(self.average, first, count, D=self.D, sigmas=self.config.levels, seed=seed)
 
     def refresh(self) -> None:
         """Bring the averaged generator up to date. Every process must call it."""

@@ -99,7 +99,6 @@ def test_backend_of_a_built_network():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [32, 64, 256])
 def test_backends_agree_on_cuda(dtype, width):

@@ -114,7 +114,6 @@ def test_use_fp16_changes_nothing_on_a_cpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @torch.no_grad()
 def test_use_fp16_on_cuda():
     net, seen = build(use_fp16=True).cuda(), []
