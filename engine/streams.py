@@ -33,6 +33,8 @@ class Stream(IntEnum):
     SAMPLER_LATENT = 13
     SAMPLER_NOISE = 14
     SAMPLER_LABEL = 15
+    TEACHER_AUGMENT = 16
+    STUDENT_AUGMENT = 17
 
 
 def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: Stream, step: int) -> Tensor | None:

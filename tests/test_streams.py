@@ -11,11 +11,12 @@ POSITION = {"seed": 5, "stream": Stream.STUDENT_LABEL, "step": 9}
 
 def test_the_numbers_of_the_streams_are_fixed():
     """Renumbering would change what every seed means."""
-    assert {stream.name: stream.value for stream in list(Stream)[:16]} == {
+    assert {stream.name: stream.value for stream in list(Stream)[:18]} == {
         "STUDENT_LATENT": 0, "STUDENT_SIGMA": 1, "STUDENT_NOISE": 2, "STUDENT_LABEL": 3, "STUDENT_DROPOUT": 4,
         "GENERATOR_LATENT": 5, "GENERATOR_SIGMA": 6, "GENERATOR_NOISE": 7, "GENERATOR_LABEL": 8, "GENERATOR_DROPOUT": 9,
         "TEACHER_SIGMA": 10, "TEACHER_NOISE": 11, "TEACHER_DROPOUT": 12,
         "SAMPLER_LATENT": 13, "SAMPLER_NOISE": 14, "SAMPLER_LABEL": 15,
+        "TEACHER_AUGMENT": 16, "STUDENT_AUGMENT": 17,
     }  # fmt: skip
 
 
