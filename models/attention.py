@@ -18,6 +18,17 @@ def check_attention_backend(backend: str) -> None:
         raise ValueError(f"attention backend {backend!r} is unknown; possible: {', '.join(ATTENTION_BACKENDS)}")
 
 
+def head_count(channels: int, num_heads: int | None = None, *, channels_per_head: int = 64) -> int:
+    """Attention heads over `channels`: `num_heads`, or where that is None channels // channels_per_head (it may be 0).
+
+    ValueError where they do not divide the channels.
+    """
+    heads = channels // channels_per_head if num_heads is None else num_heads
+    if heads and channels % heads:
+        raise ValueError(f"{heads} attention heads do not divide {channels} channels")
+    return heads
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend = "auto") -> Tensor:
     """softmax over keys of q·kᵀ/√d, times v.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import AttentionBackend, attention
+from .attention import AttentionBackend, attention, head_count
 from .init import DEFAULT_INIT, ZERO_INIT, Init
 from .layers import Conv2d, GroupNorm, Linear
 
@@ -72,12 +72,7 @@ class UNetBlock(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.emb_channels = emb_channels
-        if not attention:
-            self.num_heads = 0
-        else:
-            self.num_heads = out_channels // channels_per_head if num_heads is None else num_heads
-        if self.num_heads and out_channels % self.num_heads:
-            raise ValueError(f"{self.num_heads} attention heads do not divide {out_channels} channels")
+        self.num_heads = head_count(out_channels, num_heads, channels_per_head=channels_per_head) if attention else 0
         self.dropout = dropout
         self.skip_scale = float(skip_scale)
         self.adaptive_scale = adaptive_scale

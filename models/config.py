@@ -2,14 +2,28 @@
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal, get_args
 
 from .embeddings import check_embedding_width
-from .layout import DecoderType, EmbeddingType, EncoderType, Layout, check_choice, song_unet_layout
+from .layout import (
+    DecoderType,
+    EmbeddingType,
+    EncoderType,
+    Layout,
+    check_choice,
+    dhariwal_unet_layout,
+    song_unet_layout,
+)
+from .schedules import iddpm_levels, vp_sigma_range
 
-ModelType = Literal["SongUNet"]
+PrecondType = Literal["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"]
+ModelType = Literal["SongUNet", "DhariwalUNet"]
+
+# The default of a field that each class has its own of; Any, as every such field holds a value once it is built.
+_OF_CLASS: Any = None
 
 
 @dataclass(frozen=True)
@@ -19,10 +33,18 @@ class NetworkConfig:
     img_resolution, img_channels: side and channels of the images
     label_dim:             width of class labels, 0 for an unconditional network
     use_fp16:              compute in float16 on CUDA unless told otherwise
-    sigma_min, sigma_max:  noise levels the network supports
-    sigma_data:            standard deviation of the data, in pixel units of [-1, 1]
+    sigma_min, sigma_max:  noise levels the network supports; they follow from the other options of VPPrecond and
+                           iDDPMPrecond
+    sigma_data:            EDMPrecond: standard deviation of the data, in pixel units of [-1, 1]
     model_type:            class of the inner U-Net; the fields after it are that class's keywords
     D:                     auxiliary dimensions that the network was trained for (PFGM++), inf for diffusion
+    precond:               class of the network (Karras et al. 2022, table 1); the fields after it are its keywords:
+                           beta_d, beta_min, epsilon_t of VPPrecond, C_1, C_2 of iDDPMPrecond, M (time steps) of both
+
+    Left out or None, these take the default of the class: sigma_min and sigma_max that of `precond`; model_channels,
+    channel_mult, num_blocks and attn_resolutions that of `model_type`. Fields of other classes must be left at their
+    defaults. `dataclasses.replace` hands on every value there is: where it exchanges a class, or an option that decides
+    the noise levels, give None for what is to follow.
 
     Values are normalised (sequences to tuples, whole numbers of any integer type to int, real ones to float). Raises
     ValueError, one line that says what was given and what is possible.
@@ -32,16 +54,16 @@ class NetworkConfig:
     img_channels: int
     label_dim: int = 0
     use_fp16: bool = False
-    sigma_min: float = 0.0
-    sigma_max: float = math.inf
+    sigma_min: float = _OF_CLASS
+    sigma_max: float = _OF_CLASS
     sigma_data: float = 0.5
     model_type: ModelType = "SongUNet"
     augment_dim: int = 0
-    model_channels: int = 128
-    channel_mult: Sequence[int] = (1, 2, 2, 2)
+    model_channels: int = _OF_CLASS
+    channel_mult: Sequence[int] = _OF_CLASS
     channel_mult_emb: int = 4
-    num_blocks: int = 4
-    attn_resolutions: Sequence[int] = (16,)
+    num_blocks: int = _OF_CLASS
+    attn_resolutions: Sequence[int] = _OF_CLASS
     dropout: float = 0.10
     label_dropout: float = 0.0
     embedding_type: EmbeddingType = "positional"
@@ -50,8 +72,21 @@ class NetworkConfig:
     decoder_type: DecoderType = "standard"
     resample_filter: Sequence[float] = (1.0, 1.0)
     D: float = math.inf
+    precond: PrecondType = "EDMPrecond"
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    epsilon_t: float = 1e-5
+    M: int = 1000
+    C_1: float = 0.001
+    C_2: float = 0.008
 
     def __post_init__(self) -> None:
+        check_choice("precond", self.precond, get_args(PrecondType))
+        check_choice("model_type", self.model_type, get_args(ModelType))
+        check_choice("embedding_type", self.embedding_type, get_args(EmbeddingType))
+        for name, default in {**_DEFAULTS[self.precond], **_DEFAULTS[self.model_type]}.items():
+            if getattr(self, name) is None:
+                self._normalise(name, default)
         for name, least in _INTEGERS.items():
             self._normalise(name, _integer(name, getattr(self, name), least))
         for name in _REALS:
@@ -63,37 +98,45 @@ class NetworkConfig:
         self._normalise("resample_filter", tuple(_real(f"resample_filter[{i}]", tap) for i, tap in enumerate(taps)))
         if not isinstance(self.use_fp16, bool):
             raise ValueError(f"use_fp16 must be True or False, got {self.use_fp16!r}")
-        check_choice("model_type", self.model_type, get_args(ModelType))
-        check_choice("embedding_type", self.embedding_type, get_args(EmbeddingType))
-        _check_range("D", self.D, self.D > 0, "a number above 0, or inf for diffusion")
-        _check_range("sigma_min", self.sigma_min, 0 <= self.sigma_min < math.inf, "a finite number of at least 0")
-        _check_range("sigma_max", self.sigma_max, self.sigma_max > self.sigma_min, f"above sigma_min {self.sigma_min}")
-        _check_range("sigma_data", self.sigma_data, 0 < self.sigma_data < math.inf, "a finite number above 0")
-        for name in ("dropout", "label_dropout"):
-            _check_range(name, getattr(self, name), 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        check_embedding_width(
-            self.model_channels * self.channel_mult_noise, endpoint=self.embedding_type == "positional"
-        )
+        self._check_ranges()
+        self._check_noise_levels()
+        self._check_other_classes()
+        endpoint = self.model_type == "SongUNet" and self.embedding_type == "positional"
+        check_embedding_width(self.model_channels * self.channel_mult_noise, endpoint=endpoint)
         self.layout()
 
     def layout(self) -> Layout:
         """The entries of the inner U-Net."""
-        return song_unet_layout(
+        make: Callable[..., Layout] = dhariwal_unet_layout
+        if self.model_type == "SongUNet":
+            make = partial(
+                song_unet_layout,
+                out_channels=self.out_channels,
+                encoder_type=self.encoder_type,
+                decoder_type=self.decoder_type,
+                resample_filter=self.resample_filter,
+            )
+        return make(
             img_resolution=self.img_resolution,
             in_channels=self.img_channels,
-            out_channels=self.img_channels,
             model_channels=self.model_channels,
             channel_mult=self.channel_mult,
             num_blocks=self.num_blocks,
             attn_resolutions=self.attn_resolutions,
-            encoder_type=self.encoder_type,
-            decoder_type=self.decoder_type,
-            resample_filter=self.resample_filter,
         )
 
+    @property
+    def out_channels(self) -> int:
+        """Channels that the inner U-Net returns: twice the image's under iDDPMPrecond, which uses the first half."""
+        return self.img_channels * (2 if self.precond == "iDDPMPrecond" else 1)
+
     def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain JSON values; an infinite number becomes the string "inf", which JSON lacks."""
-        return {name: _to_plain(value) for name, value in asdict(self).items()}
+        """A dictionary of plain JSON values: the fields of the network's own classes.
+
+        An infinite number becomes the string "inf", which JSON lacks.
+        """
+        foreign = {*self._foreign_fields(), *(() if self.precond in _FREE_RANGE else ("sigma_min", "sigma_max"))}
+        return {field.name: _to_plain(getattr(self, field.name)) for field in fields(self) if field.name not in foreign}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "NetworkConfig":
@@ -108,14 +151,90 @@ class NetworkConfig:
             if key not in data:
                 raise ValueError(f"a network configuration lacks the key {key!r}")
         keywords: dict[str, Any] = {
-            key: math.inf if key in _REALS and value == "inf" else value for key, value in data.items()
+            key: math.inf if key in _UNBOUNDED and value == "inf" else value for key, value in data.items()
         }
         return cls(**keywords)
 
     def _normalise(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
+    def _check_ranges(self) -> None:
+        _check_range("D", self.D, self.D > 0, "a number above 0, or inf for diffusion")
+        _check_range("sigma_data", self.sigma_data, 0 < self.sigma_data < math.inf, "a finite number above 0")
+        for name in ("dropout", "label_dropout"):
+            _check_range(name, getattr(self, name), 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        for name in ("beta_d", "beta_min"):
+            _check_range(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a finite number above 0")
+        for name in ("epsilon_t", "C_1"):
+            _check_range(name, getattr(self, name), 0 < getattr(self, name) < 1, "above 0 and below 1")
+        _check_range("C_2", self.C_2, 0 <= self.C_2 < math.inf, "a finite number of at least 0")
+        _check_range("M", self.M, self.M <= _MOST_STEPS, f"at most {_MOST_STEPS}")
 
+    def _check_noise_levels(self) -> None:
+        """Fill in the range of noise levels where it follows from other fields, and check it."""
+        if self.precond not in _FREE_RANGE:
+            for name, value in zip(("sigma_min", "sigma_max"), self._derived_range(), strict=True):
+                if getattr(self, name) not in (None, value):
+                    raise ValueError(
+                        f"{name} of {self.precond} follows from its other options and is {value:g} here, got "
+                        f"{getattr(self, name)!r}: leave it out (None)"
+                    )
+                self._normalise(name, value)
+        for name in ("sigma_min", "sigma_max"):
+            self._normalise(name, _real(name, getattr(self, name)))
+        _check_range("sigma_min", self.sigma_min, 0 <= self.sigma_min < math.inf, "a finite number of at least 0")
+        _check_range("sigma_max", self.sigma_max, self.sigma_max > self.sigma_min, f"above sigma_min {self.sigma_min}")
+
+    def _derived_range(self) -> tuple[float, float]:
+        if self.precond == "VPPrecond":
+            return vp_sigma_range(self.beta_d, self.beta_min, self.epsilon_t)
+        u = iddpm_levels(self.M, self.C_1, self.C_2)
+        return float(u[-2]), float(u[0])
+
+    def _foreign_fields(self) -> list[str]:
+        return [name for name, owners in _OWNERS.items() if not owners & {self.precond, self.model_type}]
+
+    def _check_other_classes(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in self._foreign_fields():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name} is no option of {self.precond} with {self.model_type}, got {getattr(self, name)!r}: "
+                    f"leave it out; it belongs to {' and '.join(sorted(_OWNERS[name]))}"
+                )
+
+
+# What a field takes where it is left out.
+_DEFAULTS: dict[str, dict[str, object]] = {
+    "EDMPrecond": {"sigma_min": 0.0, "sigma_max": math.inf},
+    "VPPrecond": {},
+    "VEPrecond": {"sigma_min": 0.02, "sigma_max": 100.0},
+    "iDDPMPrecond": {},
+    "SongUNet": {"model_channels": 128, "channel_mult": (1, 2, 2, 2), "num_blocks": 4, "attn_resolutions": (16,)},
+    "DhariwalUNet": {
+        "model_channels": 192,
+        "channel_mult": (1, 2, 3, 4),
+        "num_blocks": 3,
+        "attn_resolutions": (32, 16, 8),
+    },
+}
+# Classes whose range of noise levels is an option.
+_FREE_RANGE = ("EDMPrecond", "VEPrecond")
+# The classes that a field belongs to; every other field is common to all.
+_OWNERS: dict[str, set[str]] = {
+    "sigma_data": {"EDMPrecond"},
+    "beta_d": {"VPPrecond"},
+    "beta_min": {"VPPrecond"},
+    "epsilon_t": {"VPPrecond"},
+    "M": {"VPPrecond", "iDDPMPrecond"},
+    "C_1": {"iDDPMPrecond"},
+    "C_2": {"iDDPMPrecond"},
+    "embedding_type": {"SongUNet"},
+    "channel_mult_noise": {"SongUNet"},
+    "encoder_type": {"SongUNet"},
+    "decoder_type": {"SongUNet"},
+    "resample_filter": {"SongUNet"},
+}
 # Smallest value of each whole number.
 _INTEGERS = {
     "img_resolution": 1,
@@ -126,8 +245,12 @@ _INTEGERS = {
     "channel_mult_emb": 1,
     "num_blocks": 1,
     "channel_mult_noise": 1,
+    "M": 2,
 }
-_REALS = ("sigma_min", "sigma_max", "sigma_data", "dropout", "label_dropout", "D")
+_MOST_STEPS = 100_000
+_REALS = ("sigma_data", "dropout", "label_dropout", "D", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2")
+# Numbers that may be infinite.
+_UNBOUNDED = ("sigma_max", "D")
 
 
 def _integer(name: str, value: object, least: int) -> int:

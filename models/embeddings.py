@@ -1,10 +1,11 @@
 """Embeddings of the noise label: t (N) -> (N, channels), cosines first."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from .buffers import Float32Buffers
 
 
 def check_embedding_width(num_channels: int, *, endpoint: bool = False) -> None:
@@ -36,7 +37,7 @@ class PositionalEmbedding(nn.Module):
         return _cos_sin(t, (1 / self.max_positions) ** exponent)
 
 
-class FourierEmbedding(nn.Module):
+class FourierEmbedding(Float32Buffers):
     """concat(cos(2π·t·freqs), sin(2π·t·freqs)); the random `freqs` (channels/2), `scale` times a normal, are fixed.
 
     `freqs` is a buffer and part of a checkpoint. It stays float32 under every cast of the module: in bfloat16 the
@@ -49,13 +50,6 @@ class FourierEmbedding(nn.Module):
         super().__init__()
         check_embedding_width(num_channels)
         self.register_buffer("freqs", scale * torch.randn(num_channels // 2))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FourierEmbedding":
-        kept = self.freqs
-        super()._apply(fn, recurse)
-        if self.freqs.dtype != kept.dtype:
-            self.freqs = kept.to(self.freqs.device)
-        return self
 
     def forward(self, t: Tensor) -> Tensor:
         return _cos_sin(t, 2 * math.pi * self.freqs)

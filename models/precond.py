@@ -1,48 +1,57 @@
-"""The preconditioned network: a denoiser D(x; σ) around a U-Net (Karras et al. 2022, eq. 7 and table 1)."""
+"""Preconditioned networks: a denoiser D(x; σ) around a U-Net (Karras et al. 2022, eq. 7 and table 1)."""
 
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .attention import AttentionBackend
-from .config import NetworkConfig
+from .config import NetworkConfig, PrecondType
+from .dhariwal_unet import DhariwalUNet
 from .song_unet import SongUNet
+from .unet import UNet
 
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class EDMPrecond(nn.Module):
-    """D(x; σ) = c_skip·x + c_out·F(c_in·x; c_noise), with σ_d = sigma_data and
-
-    c_skip = σ_d²/(σ²+σ_d²), c_out = σ·σ_d/√(σ²+σ_d²), c_in = 1/√(σ²+σ_d²), c_noise = ln(σ)/4.
+class Precond(nn.Module, ABC):
+    """D(x; σ) = c_skip·x + c_out·F(c_in·x; c_noise) with the scalings (`coefficients`) of a subclass.
 
     PFGM++ networks of any D have this form too: they are conditioned on σ, not on r = σ√D.
 
-    Built from a `NetworkConfig`, or from its keywords: `EDMPrecond(img_resolution=8, img_channels=1)`. The attributes
-    img_channels, img_resolution, label_dim, sigma_min, sigma_max, sigma_data and D repeat those of `config`. The
-    inner U-Net is `model`.
+    Built from a `NetworkConfig` of the class, or from its keywords: `EDMPrecond(img_resolution=8, img_channels=1)`;
+    `build_network` chooses the class by the configuration. The attributes img_channels, img_resolution, label_dim,
+    sigma_min, sigma_max and D repeat those of `config`. The inner U-Net is `model`.
 
     `compute_dtype` is the dtype of the convolutional path and may be set at any time; None is float64 for a float64
     network, float16 with use_fp16 on CUDA, else float32. The scalings, the mapping network and the result are
     float64 for a float64 network and float32 for every other.
+
+    Raises ValueError for a configuration of another class, and for one given together with keywords.
     """
+
+    PRECOND: ClassVar[PrecondType]
+    """The class's name in a NetworkConfig."""
 
     def __init__(self, config: NetworkConfig | None = None, **keywords: Any) -> None:
         super().__init__()
         if config is None:
-            config = NetworkConfig(**keywords)
+            config = NetworkConfig(**{"precond": self.PRECOND, **keywords})
         elif not isinstance(config, NetworkConfig):
             raise ValueError(f"a network is built from a NetworkConfig or its keywords, got {type(config).__name__}")
         elif keywords:
             raise ValueError(f"give either a NetworkConfig or keywords, got both (keywords {', '.join(keywords)})")
+        if config.precond != self.PRECOND:
+            raise ValueError(f"the configuration is one of {config.precond}, it cannot build {self.PRECOND}")
         self.config = config
         self.img_resolution = config.img_resolution
         self.img_channels = config.img_channels
         self.label_dim = config.label_dim
         self.sigma_min = config.sigma_min
         self.sigma_max = config.sigma_max
-        self.sigma_data = config.sigma_data
         self.D = config.D
         self._compute_dtype: torch.dtype | None = None
         self.model = _build_unet(config)
@@ -91,13 +100,11 @@ class EDMPrecond(nn.Module):
             self._class_labels(class_labels, x),
             self._augment_labels(augment_labels, x),
         )
-        return torch.addcmul(c_skip * x, c_out, raw.to(wide))
+        return torch.addcmul(c_skip * x, c_out, raw[:, : self.img_channels].to(wide))
 
+    @abstractmethod
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(c_skip, c_out, c_in, c_noise), each of the shape and dtype of `sigma`."""
-        variance = sigma.square() + self.sigma_data**2
-        c_in = variance.rsqrt()
-        return self.sigma_data**2 / variance, sigma * self.sigma_data * c_in, c_in, sigma.log() / 4
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:
         """The nearest noise level that the network supports: `sigma` itself, as a tensor."""
@@ -148,11 +155,41 @@ def _label_rows(name: str, labels: Tensor, width: int, x: Tensor) -> Tensor:
     return labels.to(device=x.device, dtype=x.dtype)
 
 
-def _build_unet(config: NetworkConfig) -> SongUNet:
-    return SongUNet(
+class EDMPrecond(Precond):
+    """Scalings of Karras et al. (2022), also those of PFGM++ (Xu et al. 2023), with σ_d = sigma_data:
+
+    c_skip = σ_d²/(σ²+σ_d²), c_out = σ·σ_d/√(σ²+σ_d²), c_in = 1/√(σ²+σ_d²), c_noise = ln(σ)/4.
+
+    The attribute `sigma_data` repeats that of `config`; the rest is `Precond`'s.
+    """
+
+    PRECOND = "EDMPrecond"
+
+    def __init__(self, config: NetworkConfig | None = None, **keywords: Any) -> None:
+        super().__init__(config, **keywords)
+        self.sigma_data = self.config.sigma_data
+
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        variance = sigma.square() + self.sigma_data**2
+        c_in = variance.rsqrt()
+        return self.sigma_data**2 / variance, sigma * self.sigma_data * c_in, c_in, sigma.log() / 4
+
+
+def _build_unet(config: NetworkConfig) -> UNet:
+    unet: Callable[..., UNet] = DhariwalUNet
+    if config.model_type == "SongUNet":
+        unet = partial(
+            SongUNet,
+            embedding_type=config.embedding_type,
+            channel_mult_noise=config.channel_mult_noise,
+            encoder_type=config.encoder_type,
+            decoder_type=config.decoder_type,
+            resample_filter=config.resample_filter,
+        )
+    return unet(
         img_resolution=config.img_resolution,
         in_channels=config.img_channels,
-        out_channels=config.img_channels,
+        out_channels=config.out_channels,
         label_dim=config.label_dim,
         augment_dim=config.augment_dim,
         model_channels=config.model_channels,
@@ -162,9 +199,4 @@ def _build_unet(config: NetworkConfig) -> SongUNet:
         attn_resolutions=config.attn_resolutions,
         dropout=config.dropout,
         label_dropout=config.label_dropout,
-        embedding_type=config.embedding_type,
-        channel_mult_noise=config.channel_mult_noise,
-        encoder_type=config.encoder_type,
-        decoder_type=config.decoder_type,
-        resample_filter=config.resample_filter,
     )

@@ -1,8 +1,8 @@
 """The networks of the published image models, and a small one for the bundled digits.
 
 `get` gives a preset by name; change fields of one with `dataclasses.replace`. Sources: Karras et al. (2022), appendix
-F.1 and table 7, for the CIFAR-10, FFHQ and AFHQv2 networks of EDM; Xu et al. (2023) for PFGM++, which uses the same
-ones at finite D; Zhou et al. (2024, SiD) keep the teacher's.
+F.1 and table 7, for the CIFAR-10, FFHQ, AFHQv2 and ImageNet networks of EDM; Xu et al. (2023) for PFGM++, which uses
+the same ones at finite D; Zhou et al. (2024, SiD) keep the teacher's.
 """
 
 import math
@@ -31,6 +31,16 @@ def _ncsnpp(ddpmpp: NetworkConfig) -> NetworkConfig:
 _CIFAR10_NCSNPP = _ncsnpp(_CIFAR10_DDPMPP)
 _FFHQ64_DDPMPP = replace(_CIFAR10_DDPMPP, img_resolution=64, channel_mult=(1, 2, 2, 2), dropout=0.05)
 _AFHQV2_64_DDPMPP = replace(_FFHQ64_DDPMPP, dropout=0.25)
+_IMAGENET64_ADM = NetworkConfig(
+    img_resolution=64,
+    img_channels=3,
+    label_dim=1000,
+    use_fp16=True,
+    model_type="DhariwalUNet",
+    model_channels=192,
+    channel_mult=(1, 2, 3, 4),
+    dropout=0.10,
+)
 
 TABLE: Mapping[str, NetworkConfig] = MappingProxyType(
     {
@@ -42,6 +52,8 @@ TABLE: Mapping[str, NetworkConfig] = MappingProxyType(
         "ffhq64-ncsnpp": _ncsnpp(_FFHQ64_DDPMPP),
         "afhqv2-64-ddpmpp": _AFHQV2_64_DDPMPP,
         "afhqv2-64-ncsnpp": _ncsnpp(_AFHQV2_64_DDPMPP),
+        "imagenet64-adm": _IMAGENET64_ADM,
+        "imagenet64-adm-uncond": replace(_IMAGENET64_ADM, label_dim=0),
         # 8×8 digits: small enough to train and distil on a CPU in minutes. 24 channels at both levels were slower
         # and reached the same loss.
         "digits": NetworkConfig(

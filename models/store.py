@@ -20,21 +20,22 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .config import NetworkConfig
-from .precond import EDMPrecond
+from .build import build_network
+from .config import NetworkConfig, PrecondType
+from .precond import Precond
 
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"
 _FORMAT = "ipfm-network"
 _VERSION = 1
-_CLASSES: dict[str, type[EDMPrecond]] = {"EDMPrecond": EDMPrecond}
+_CLASSES: tuple[PrecondType, ...] = get_args(PrecondType)
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,7 +51,7 @@ class StoredConfig:
 
 
 def save_model(
-    net: EDMPrecond,
+    net: Precond,
     folder: str | os.PathLike[str],
     *,
     extra: Mapping[str, Any] | None = None,
@@ -72,7 +73,7 @@ def save_model(
     config = {
         "format": _FORMAT,
         "version": _VERSION,
-        "class": type(net).__name__,
+        "class": net.config.precond,
         "network": net.config.to_json(),
         "dtype": _dtype_name(_parameter_dtype(net, tensors)),
         "sha256": hashlib.sha256(payload).hexdigest(),
@@ -108,7 +109,7 @@ def read_config(folder: str | os.PathLike[str]) -> StoredConfig:
     return _read_config(_existing(Path(folder)))
 
 
-def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> EDMPrecond:
+def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Precond:
     """The network stored in `folder`, on `device`, in the dtype it was stored in and in eval mode.
 
     Raises ValueError, one line that names the file, where anything is missing, damaged or does not fit together.
@@ -118,7 +119,7 @@ def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "
     path = place / TENSOR_FILE
     tensors = _read_tensors(path, stored.sha256)
     with torch.device("meta"):
-        net = _CLASSES[stored.class_name](stored.network)
+        net = build_network(stored.network)
     net.to(stored.dtype)
     _check_fit(tensors, net.state_dict(), str(path))
     net.to_empty(device=device)
@@ -127,23 +128,6 @@ def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit {CONFIG_FILE}: {' '.join(str(error).split())}") from None
     return net.eval()
-
-
-def load_teacher(path: str | os.PathLike[str], *, D: float | None = None) -> EDMPrecond:
-    """The network at `path`, frozen and in eval mode, on the CPU.
-
-    path: a folder with config.json and model.safetensors.
-    D: the auxiliary dimensions it is expected to be trained for (inf: diffusion); None takes what the file says.
-
-    Raises ValueError where `path` is anything else, is damaged, or was trained for another D.
-    """
-    place = Path(path)
-    if D is not None and not D > 0:
-        raise ValueError(f"D must be a number above 0, or inf for diffusion, got {D}")
-    stored = read_config(place)
-    if D is not None and D != stored.network.D:
-        raise ValueError(f"{place} was trained for D = {stored.network.D:g}, but D = {D:g} was asked for")
-    return load_model(place).requires_grad_(False)
 
 
 def _partial(target: Path) -> Path:
@@ -181,7 +165,7 @@ def _refuse_foreign(target: Path) -> None:
         )
 
 
-def _tensors_to_store(net: EDMPrecond, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def _tensors_to_store(net: Precond, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     own = net.state_dict()
     given = own if state is None else state
     if state is not None:
@@ -192,7 +176,7 @@ def _tensors_to_store(net: EDMPrecond, state: Mapping[str, Tensor] | None) -> di
     }
 
 
-def _parameter_dtype(net: EDMPrecond, tensors: Mapping[str, Tensor]) -> torch.dtype:
+def _parameter_dtype(net: Precond, tensors: Mapping[str, Tensor]) -> torch.dtype:
     dtypes = {tensors[name].dtype for name, _ in net.named_parameters()}
     if len(dtypes) != 1:
         raise ValueError(f"the parameters must be of one dtype to be stored, got {', '.join(sorted(map(str, dtypes)))}")
@@ -224,9 +208,12 @@ def _read_config(folder: Path) -> StoredConfig:
         if data[key] not in possible:
             raise ValueError(f"{path}: {key} {data[key]!r} is unknown; possible: {', '.join(possible)}")
     try:
+        network = NetworkConfig.from_json(data["network"])
+        if network.precond != data["class"]:
+            raise ValueError(f"class is {data['class']}, but the network describes {network.precond}")
         return StoredConfig(
             class_name=data["class"],
-            network=NetworkConfig.from_json(data["network"]),
+            network=network,
             dtype=_DTYPES[data["dtype"]],
             sha256=data["sha256"],
             extra=_from_json(data["extra"]),

@@ -1,4 +1,4 @@
-"""Our own storage format: round trips, interruption, damage, and what a teacher is asked for."""
+"""Our own storage format: round trips, interruption, damage."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ipfm.models import EDMPrecond, NetworkConfig, load_model, load_teacher, read_config, save_model
+from ipfm.models import EDMPrecond, NetworkConfig, load_model, read_config, save_model
 
 SMALL = NetworkConfig(
     img_resolution=8,
@@ -108,23 +108,11 @@ def test_other_values_than_the_networks_own(net, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_teacher_is_frozen_and_its_D_is_checked(stored):
-    for D in (None, 128, 128.0):
-        teacher = load_teacher(stored, D=D)
-        assert not teacher.training and teacher.config.D == 128
-        assert not any(p.requires_grad for p in teacher.parameters())
-    with pytest.raises(ValueError, match=r"net was trained for D = 128, but D = inf was asked for"):
-        load_teacher(stored, D=math.inf)
-    for bad in (0, -3, math.nan):
-        with pytest.raises(ValueError, match="D must be a number above 0"):
-            load_teacher(stored, D=bad)
-
-
 def test_what_is_no_stored_network(stored, tmp_path):
     readable = "what can be read: a folder with config.json and model.safetensors"
     other = tmp_path / "teacher.pkl"
     other.write_bytes(b"\x80\x04N.")
-    for read in (load_model, load_teacher, read_config):
+    for read in (load_model, read_config):
         with pytest.raises(ValueError, match=rf"teacher.pkl is a file; {readable}"):
             read(other)
         with pytest.raises(ValueError, match=rf"nowhere does not exist; {readable}"):
@@ -133,7 +121,7 @@ def test_what_is_no_stored_network(stored, tmp_path):
             read(tmp_path)
     (stored / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"net has no model.safetensors"):
-        load_teacher(stored)
+        load_model(stored)
 
 
 def test_saving_replaces_but_never_deletes_other_files(net, stored, tmp_path):

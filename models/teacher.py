@@ -1,0 +1,52 @@
+"""A teacher from wherever it is stored: a folder of our own format, or a checkpoint of EDM, PFGM++ or SiD."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from .build import build_network
+from .checkpoint_import import ImportedNetwork, check_D, open_checkpoint
+from .precond import Precond
+from .store import load_model, read_config
+
+
+def load_teacher(
+    path: str | os.PathLike[str], *, D: float | None = None, network: str | None = None
+) -> Precond:  # fmt: skip
+    """The network at `path`, frozen and in eval mode, on the CPU; `.config` describes it.
+
+    path: a folder with config.json and model.safetensors, or a checkpoint file of EDM, PFGM++ or SiD (network
+        snapshot or training state), from which nothing is run.
+    D: the auxiliary dimensions it is expected to be trained for (inf: diffusion). None takes what the file says, and
+        inf for a checkpoint that says nothing.
+    network: which of a checkpoint's networks. None takes the average of the weights where there is one
+        (`Checkpoint.choose`).
+
+    Raises ValueError, one line that names the file, where `path` is anything else, is damaged, has no such network, or
+    was trained for another D.
+    """
+    place = Path(path)
+    check_D(D)
+    if place.is_file():
+        return build(open_checkpoint(place).read(network, D=D)).requires_grad_(False)
+    stored = read_config(place)
+    if network is not None:
+        raise ValueError(f"{place} holds one network, from which none can be chosen, but {network!r} was asked for")
+    if D is not None and D != stored.network.D:
+        raise ValueError(f"{place} was trained for D = {stored.network.D:g}, but D = {D:g} was asked for")
+    return load_model(place).requires_grad_(False)
+
+
+def build(imported: ImportedNetwork) -> Precond:
+    """The network of a checkpoint on the CPU, in eval mode, which takes the weights over without copying them.
+
+    ValueError where they do not fit.
+    """
+    with torch.device("meta"):
+        net = build_network(imported.config)
+    try:
+        net.load_state_dict(imported.weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"network {imported.key!r} does not fit: {' '.join(str(error).split())}") from None
+    return net.eval()

@@ -1,0 +1,141 @@
+"""What both U-Nets share: making the entries of a layout, running them, label dropout, the choice of attention."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import AttentionBackend, check_attention_backend
+from .blocks import UNetBlock
+from .embeddings import FourierEmbedding, PositionalEmbedding
+from .layers import Linear
+from .layout import Entry, Layout
+
+
+class BlockFactory(Protocol):
+    """Makes the residual block of an entry."""
+
+    def __call__(self, in_channels: int, out_channels: int, *, up: bool, down: bool, attention: bool) -> UNetBlock: ...
+
+
+class UNet(nn.Module, ABC):
+    """A U-Net F(x; noise label, class label, augment label) with an encoder `enc` and a decoder `dec`.
+
+    `layout` lists their entries. A subclass makes its layers in the order of the state dict, the entries among them by
+    `_make`, and says how labels become an embedding and what follows the decoder.
+    """
+
+    map_noise: PositionalEmbedding | FourierEmbedding
+    map_label: Linear | None
+    map_augment: Linear | None
+    map_layer0: Linear
+    map_layer1: Linear
+
+    def __init__(self, layout: Layout, label_dropout: float) -> None:
+        super().__init__()
+        self.layout = layout
+        self.label_dropout = label_dropout
+
+    @property
+    def blocks(self) -> Iterator[UNetBlock]:
+        """Every residual block, in order of evaluation."""
+        return (module for module in (*self.enc.values(), *self.dec.values()) if isinstance(module, UNetBlock))
+
+    @property
+    def attention_backend(self) -> AttentionBackend:
+        """How the attention layers compute (see `attention`); may be set at any time."""
+        return next(self.blocks).attention_backend
+
+    @attention_backend.setter
+    def attention_backend(self, backend: AttentionBackend) -> None:
+        check_attention_backend(backend)
+        for block in self.blocks:
+            block.attention_backend = backend
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """F (B, out_channels, R, R) in the dtype of x.
+
+        x (B, in_channels, R, R) in the compute dtype; noise_labels (B) or (1), class_labels (B or 1, label_dim) and
+        augment_labels (B or 1, augment_dim), all in one dtype of at least float32, in which the mapping network
+        computes. Labels of None add nothing to the embedding.
+        """
+        emb = self._embed(noise_labels, class_labels, augment_labels)
+        x, skips = self._encode(x, emb)
+        return self._finish(*self._decode(x, emb, skips))
+
+    @abstractmethod
+    def _embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        """The embedding (B or 1, emb_channels) that enters every block."""
+
+    @abstractmethod
+    def _finish(self, x: Tensor, image: Tensor | None) -> Tensor:
+        """F, from the last activation and the image of the auxiliary entries, if there are any."""
+
+    @abstractmethod
+    def _make_other(self, entry: Entry) -> nn.Module:
+        """The module of an entry that is no residual block."""
+
+    def _make(self, make_block: BlockFactory) -> None:
+        def make(entry: Entry) -> nn.Module:
+            if entry.kind != "block":
+                return self._make_other(entry)
+            return make_block(
+                entry.in_channels, entry.out_channels, up=entry.up, down=entry.down, attention=entry.attention
+            )
+
+        def make_all(entries: Sequence[Entry]) -> nn.ModuleDict:
+            return nn.ModuleDict({entry.name: make(entry) for entry in entries})
+
+        self.enc = make_all(self.layout.encoder)
+        self.dec = make_all(self.layout.decoder)
+
+    def _dropped(self, class_labels: Tensor) -> Tensor:
+        """While training, whole rows become zero with probability `label_dropout`."""
+        if not (self.training and self.label_dropout):
+            return class_labels
+        kept = torch.rand(class_labels.shape[0], 1, device=class_labels.device) >= self.label_dropout
+        return class_labels * kept.to(class_labels.dtype)
+
+    def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The innermost activation and those that the decoder takes up again, the newest last."""
+        skips: list[Tensor] = []
+        aux = x
+        for entry, module in zip(self.layout.encoder, self.enc.values(), strict=True):
+            if entry.kind == "aux_down":
+                aux = module(aux)
+            elif entry.kind == "aux_skip":
+                x = skips[-1] = x + module(aux)
+            elif entry.kind == "aux_residual":
+                x = skips[-1] = aux = (x + module(aux)) / math.sqrt(2)
+            else:
+                x = module(x, emb) if entry.kind == "block" else module(x)
+                skips.append(x)
+        return x, skips
+
+    def _decode(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The last activation, and the sum of the images that auxiliary entries made (None where there are none)."""
+        image: Tensor | None = None
+        normed = x
+        for entry, module in zip(self.layout.decoder, self.dec.values(), strict=True):
+            if entry.kind == "aux_up":
+                image = module(image)
+            elif entry.kind == "aux_norm":
+                normed = module(x)
+            elif entry.kind == "aux_conv":
+                part = module(F.silu(normed))
+                image = part if image is None else image + part
+            else:
+                if entry.skip_channels:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = module(x, emb)
+        return x, image
