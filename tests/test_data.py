@@ -61,6 +61,58 @@ def test_labels_are_one_hot_and_belong_to_their_images():
     assert ImageDataset(torch.zeros(3, 1, 2, 2)).batch(0, torch.arange(2), batch_size=2, seed=0).labels is None
 
 
+def test_label_vectors_are_served_as_they_are():
+    vectors = torch.arange(12, dtype=torch.float64).reshape(4, 3) / 7 - 1
+    data = ImageDataset((torch.arange(4) / 4).reshape(4, 1, 1, 1), vectors)
+    assert data.classes == 3 and data.labels.dtype == torch.float32
+    images, labels = data.batch(2, torch.arange(4), batch_size=4, seed=1)
+    assert torch.equal(labels, vectors.float()[(images.flatten() * 4).long()])
+
+
+class Numbered:
+    """A source of 50 images (1, 2, 2), whose pixels are their number; remembers what it was asked for."""
+
+    shape = (50, 1, 2, 2)
+
+    def __init__(self, device: str = "cpu"):
+        self.device = torch.device(device)
+        self.asked = []
+
+    def to(self, device):
+        return Numbered(device)
+
+    def read(self, indices: torch.Tensor) -> torch.Tensor:
+        assert indices.device.type == "cpu" and indices.dtype == torch.int64
+        self.asked += indices.tolist()
+        return indices.to(torch.uint8)[:, None, None, None].expand(-1, *self.shape[1:]).to(self.device)
+
+
+def test_a_source_serves_what_memory_serves():
+    source = Numbered()
+    lazy = ImageDataset(source, torch.arange(50) % 7, xflip=True)
+    held = ImageDataset(Numbered().read(torch.arange(50)), torch.arange(50) % 7, xflip=True)
+    assert len(lazy) == 50 and lazy.shape == (1, 2, 2) and lazy.classes == 7
+    for step in range(4):
+        for one, other in zip(*(d.batch(step, torch.arange(3, 19), batch_size=20, seed=4) for d in (lazy, held)),
+                              strict=True):  # fmt: skip
+            assert torch.equal(one, other)
+    assert len(source.asked) == 4 * 16  # nothing but the images of the batches
+    assert torch.equal(lazy.take(40, 10), held.take(40, 10))
+    moved = lazy.to("cpu")
+    assert moved.images is not source and moved.device == lazy.device == torch.device("cpu")
+
+
+@pytest.mark.gpu
+def test_batches_are_the_same_on_a_gpu():
+    for data in (numbered(50, xflip=True), ImageDataset(Numbered(), torch.arange(50) % 7, xflip=True)):
+        there = data.to("cuda")
+        expected = data.batch(3, torch.arange(20), batch_size=20, seed=4)
+        for index in (torch.arange(20), torch.arange(20, device="cuda")):
+            images, labels = there.batch(3, index, batch_size=20, seed=4)
+            assert images.is_cuda and torch.equal(images.cpu(), expected.images)
+            assert torch.equal(labels.cpu(), expected.labels)
+
+
 def test_first_place_of_an_epoch_is_uniform():
     """χ² over 2000 epochs; false alarm 1e-6."""
     data = numbered(10)
@@ -136,6 +188,12 @@ def test_digits_without_scikit_learn_say_what_is_missing(monkeypatch):
         ({"images": torch.zeros(3, 1, 2, 2), "labels": torch.tensor([0, -1, 2])}, "0…2, got values from -1 to 2"),
         ({"images": torch.zeros(3, 1, 2, 2), "labels": torch.tensor([0, 1, 2]), "classes": 2}, "0…1, got values"),
         ({"images": torch.zeros(3, 1, 2, 2), "classes": 2}, "2 classes were given without labels"),
+        ({"images": torch.zeros(3, 1, 2, 2), "labels": torch.zeros(2, 4)}, r"floats of shape \(3, K\), got torch.fl"),
+        ({"images": torch.zeros(3, 1, 2, 2), "labels": torch.zeros(3, 0)}, r"got torch.float32 \(3, 0\)"),
+        ({"images": torch.zeros(3, 1, 2, 2), "labels": torch.zeros(3, 4, dtype=torch.long)}, r"int64 \(3, 4\)"),
+        ({"images": torch.zeros(3, 1, 2, 2), "labels": torch.zeros(3, 4), "classes": 5}, "4 numbers wide, but 5"),
+        ({"images": torch.zeros(3, 1, 2, 2), "labels": torch.full((3, 4), float("inf"))}, "must be finite"),
+        ({"images": Numbered(), "value_range": (0, 16)}, "values 0 to 255, got value_range 0 to 16"),
     ],
 )
 def test_dataset_refusals_are_one_line_with_the_name(arguments, message):

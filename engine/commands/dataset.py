@@ -1,0 +1,62 @@
+"""`ipfm dataset`: a data set's zip from a folder of pictures, a zip or CIFAR-10's archive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ipfm.engine.commandline import user_input
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Make a data set of square images, as one zip in EDM's format.
+
+    Example: ipfm dataset imagenet/train imagenet-64.zip --resolution 64 --crop center
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """Folder or zip of images, or CIFAR-10's python or binary archive (.tar.gz or unpacked)."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT.zip")]
+    """The zip to write."""
+    resolution: int | None = None
+    """Side of the images; others are resized (Lanczos). Default: as they are, all alike."""
+    crop: Literal["center", "none"] = "none"
+    """What to do with images that are not square: cut out the middle, or stop."""
+    labels: Literal["auto", "folders", "none"] = "auto"
+    """auto: those of dataset.json or CIFAR-10, else the names of the top-level folders if every image lies in one.
+    folders: always these names. none: no labels."""
+    max_images: int | None = None
+    """Keep a random subset of this many images."""
+    overwrite: bool = False
+    """Replace OUT.zip where it exists."""
+
+    def run(self) -> None:
+        """Write the zip and print what is in it."""
+        from ipfm.engine.data_files import Subset, label_width
+        from ipfm.engine.dataset_making import Shaping, find_pictures
+        from ipfm.engine.dataset_zip import write_dataset_zip
+
+        with user_input():
+            if self.out.suffix != ".zip":
+                raise ValueError(f"the data set must be named *.zip, got {self.out}")
+            if self.out.is_dir():
+                raise ValueError(f"{self.out} is a folder")
+            if self.out.exists() and not self.overwrite:
+                raise ValueError(f"{self.out} exists already: give --overwrite, or another name")
+            shaping = Shaping(self.resolution, crop=self.crop == "center")
+            pictures = find_pictures(self.source, shaping, self.labels, Subset(self.max_images))
+            # The work as well: a bad image may show only when it is decoded.
+            write_dataset_zip(self.out, pictures.pngs(), pictures.labels)
+        kind = "grey" if pictures.channels == 1 else "RGB"
+        print(f"{pictures.count} images {pictures.side}x{pictures.side}, {kind}: {self.out}")
+        print(f"labels: {pictures.label_source}")
+        if pictures.labels is not None:
+            width = label_width(pictures.labels)
+            short = (
+                "" if width == pictures.width else f" (the source has {pictures.width}; the last are not among these)"
+            )
+            print(f"{width} {'classes' if pictures.labels.ndim == 1 else 'numbers a label'}{short}")
