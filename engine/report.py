@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from ipfm.engine.files import StepLog, atomic_write, json_line
 
+# What a Fréchet distance is called unless its features are Inception's.
+DISTANCE = "Fréchet distance"
+
 
 class EvaluationHistory:
     """Fréchet distance over training, in folder/evaluations.jsonl.
@@ -41,7 +44,7 @@ class EvaluationRow:
     `label`: which network, such as "generator" or "teacher"; `steps`: K of a few-step generator, None for a teacher;
     `nfe`: network evaluations an image; `frechet`: distance of `images` images; `images_per_second` over all ranks;
     `paper`: the published figure as text, None where there is none. It compares only where `frechet` is an FID, with
-    Inception features and 50 000 images.
+    Inception features and 50 000 images; `metric`: what the distance is called, "FID" for those features.
     """
 
     label: str
@@ -51,11 +54,13 @@ class EvaluationRow:
     images: int
     images_per_second: float
     paper: str | None = None
+    metric: str = DISTANCE
 
 
 def results_table(rows: Sequence[EvaluationRow]) -> str:
     """Aligned plain text, a line per row in the order given; the column of the paper only if a row has a figure."""
-    header = ["network", "steps", "NFE", "Fréchet distance", "images", "images/s"]
+    metrics = {row.metric for row in rows}
+    header = ["network", "steps", "NFE", metrics.pop() if len(metrics) == 1 else DISTANCE, "images", "images/s"]
     cells = [
         [
             row.label,
@@ -98,9 +103,13 @@ def write_results(folder: Path | str, rows: Sequence[EvaluationRow]) -> None:
 
 
 def plot_convergence(
-    history: Sequence[tuple[int, float]], teacher: float | None, path: Path | str, title: str = ""
+    history: Sequence[tuple[int, float]],
+    teacher: float | None,
+    path: Path | str,
+    title: str = "",
+    metric: str = DISTANCE,
 ) -> None:
-    """PNG of the Fréchet distance over generator steps, with the teacher's as a dashed line.
+    """PNG of the Fréchet distance, by the name `metric`, over generator steps, with the teacher's as a dashed line.
 
     The axis is logarithmic where the distances span more than a factor of 20. Non-finite distances are left out.
     ValueError: nothing finite to draw.
@@ -135,7 +144,7 @@ def plot_convergence(
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.set_xlabel("generator steps")
-    axes.set_ylabel("Fréchet distance")
+    axes.set_ylabel(metric)
     axes.set_title(title)
     axes.grid(alpha=0.3, which="major")
     for side in ("top", "right"):
@@ -193,8 +202,17 @@ def paper_result(dataset: str, D: float, alpha: float, steps: int) -> PaperResul
 
     `dataset` is compared without case, hyphens and underscores: "CIFAR-10" finds "cifar10".
     """
-    name = dataset.lower().replace("-", "").replace("_", "")
-    return PAPER_RESULTS.get(PaperSetting(name, D, alpha, steps))
+    return PAPER_RESULTS.get(PaperSetting(_plain_name(dataset), D, alpha, steps))
+
+
+def published_D(dataset: str, alpha: float, steps: int) -> tuple[float, ...]:
+    """The D for which arXiv 2509.22454 prints a figure with this `alpha` and these `steps`, rising; names as above."""
+    name = _plain_name(dataset)
+    return tuple(sorted(s.D for s in PAPER_RESULTS if (s.dataset, s.alpha, s.steps) == (name, alpha, steps)))
+
+
+def _plain_name(dataset: str) -> str:
+    return dataset.lower().replace("-", "").replace("_", "")
 
 
 def read_results(folder: Path | str) -> list[EvaluationRow]:

@@ -42,7 +42,10 @@ def conclude(
     teacher = evaluate_teacher(distiller.teacher, evaluation, distiller.world, D=distiller.D, steps=config.heun_steps)
     generator = last or distiller.evaluate()
     assert generator is not None
-    published = paper_result(distiller.dataset, distiller.D, config.alpha, config.steps)
+    # A published figure is an FID: nothing else compares with it.
+    published = None
+    if teacher.name == "FID":
+        published = paper_result(distiller.dataset, distiller.D, config.alpha, config.steps)
     rows = [
         _row(
             "teacher", None, 2 * config.heun_steps - 1, teacher, f"FID {published.teacher_fid:g}" if published else None
@@ -52,10 +55,12 @@ def conclude(
     if distiller.world.first:
         write_results(folder, rows)
         points = EvaluationHistory(folder).points
-        plot_convergence(points, teacher.distance, folder / "convergence.png", distiller.title)
+        plot_convergence(points, teacher.distance, folder / "convergence.png", distiller.title, teacher.name)
     distiller.world.barrier()
     return rows
 
 
 def _row(label: str, steps: int | None, nfe: int, result: FrechetResult, paper: str | None) -> EvaluationRow:
-    return EvaluationRow(label, steps, nfe, result.distance, result.images, result.images_per_second, paper)
+    return EvaluationRow(
+        label, steps, nfe, result.distance, result.images, result.images_per_second, paper, result.name
+    )

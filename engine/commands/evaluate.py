@@ -1,0 +1,225 @@
+"""`ipfm evaluate`: how far a model's samples, or other images, are from real ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from ipfm.engine.commandline import user_input
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ipfm.engine.evaluated import Subject
+    from ipfm.engine.evaluation import Evaluation
+    from ipfm.engine.metrics import FrechetResult
+    from ipfm.engine.zero import World
+
+# Images of a published FID.
+PUBLISHED_IMAGES = 50_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure FID, KID, Inception score, precision and recall of a model or of images.
+
+    A model is sampled at its own D: Gaussian latents, right for D = inf alone, would make a generator of finite D look
+    better or worse than it is. Several processes share the work: deepspeed .venv/bin/ipfm evaluate ...
+
+    Example: ipfm evaluate runs/cifar-D2048-alpha1-K1/generator --reference cifar10-32x32.npz
+    --inception inception-2015-12-05.pt --repeats 3
+    """
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    """Model folder, checkpoint of EDM, PFGM++ or SiD, or images: a folder, a zip, CIFAR-10's archive, an .npz."""
+    reference: Path | None = None
+    """Real images, or their statistics as EDM publishes them (.npz with mu and sigma). Only "is" needs none."""
+    inception: Path | None = None
+    """The Inception network, inception-2015-12-05.pt from NVIDIA's model store for StyleGAN2-ADA (PyTorch)."""
+    features: Literal["inception", "pixels"] = "inception"
+    """What images are compared by; pixels needs no network, and its distance is no FID."""
+    metrics: tuple[Literal["fid", "kid", "is", "pr"], ...] = ("fid",)
+    """Fréchet distance, kernel distance, Inception score, precision and recall; kid and pr need real images."""
+    images: int | None = None
+    """Images that are measured. Default: 50000 of a model, all that there are otherwise."""
+    repeats: int = 1
+    """Measure so many sets of samples, each with other latents; papers print the smallest FID of 3."""
+    pr_images: int = 10_000
+    """Images of each set for precision and recall, whose time is quadratic."""
+    batch: int = 256
+    """Images a process handles at a time."""
+    seed: int = 0
+    """Image i of a seed is the same whatever the batch and the number of processes."""
+    heun_steps: int = 18
+    """Steps of a teacher's sampler; 18 are 35 network evaluations."""
+    D: float | None = None
+    """Auxiliary dimensions of a checkpoint that does not say them."""
+    json: bool = False
+    """Print JSON."""
+    save_reference: Path | None = None
+    """Keep the statistics of a reference that is images in this .npz (mu and sigma)."""
+
+    def run(self) -> None:
+        """Print what was measured."""
+        from ipfm.engine.evaluated import open_subject
+        from ipfm.engine.evaluation import open_comparison
+        from ipfm.engine.reference import save_statistics
+        from ipfm.engine.resolve import run_device
+
+        with user_input():
+            self._check()
+            subject = open_subject(
+                self.model, run_device(), heun_steps=self.heun_steps, seed=self.seed, D=self.D, limit=self.images
+            )
+            if subject.available is not None and self.repeats > 1:
+                raise ValueError(f"repeats must be 1 for images, got {self.repeats}: {self.model} is no model")
+            comparison = open_comparison(
+                self.reference,
+                subject.shape,
+                run_device(),
+                features=self.features,
+                inception=self.inception,
+                metrics=self.metrics,
+            )
+            if self.save_reference and (comparison.file is None or comparison.file.statistics is not None):
+                raise ValueError("save-reference needs a --reference of images, whose statistics are not known yet")
+        world = _world()
+        with user_input():
+            evaluation = comparison.evaluation(
+                world,
+                images=self.images or subject.available or PUBLISHED_IMAGES,
+                batch=self.batch,
+                seed=self.seed,
+                pr_images=self.pr_images,
+            )
+        if self.save_reference and world.first:
+            with user_input():
+                save_statistics(self.save_reference, evaluation.statistics)
+        # A bad file of a large data set shows when it is read, a model's NaN when it is sampled.
+        with user_input():
+            results = [
+                evaluation.measure(
+                    _counted(subject.draw, evaluation, world), world, first_index=repeat * evaluation.images
+                )
+                for repeat in range(self.repeats)
+            ]
+        if world.first:
+            print(self._json(subject, results) if self.json else self._text(subject, evaluation, results))
+
+    def _check(self) -> None:
+        for name, least in (("repeats", 1), ("batch", 1), ("heun_steps", 1), ("images", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.save_reference and (self.save_reference.suffix != ".npz" or self.save_reference.is_dir()):
+            raise ValueError(f"save-reference must be a file that ends in .npz, got {self.save_reference}")
+        if self.reference is None and set(self.metrics) != {"is"}:
+            raise ValueError("give --reference, statistics (.npz) or real images; only the Inception score needs none")
+        if self.features == "inception" and self.inception is None:
+            from ipfm.engine.metrics.features import WHERE_TO_GET_INCEPTION
+
+            raise ValueError(
+                f"give --inception FILE ({WHERE_TO_GET_INCEPTION}), or compare pixels with --features pixels"
+            )
+
+    def _paper(self, subject: Subject, images: int) -> str | None:
+        """The published figure, where these numbers are measured as it was."""
+        return subject.paper if self.features == "inception" and images == PUBLISHED_IMAGES else None
+
+    def _json(self, subject: Subject, results: list[FrechetResult]) -> str:
+        distances = [result.distance for result in results]
+        facts = {
+            "model": str(self.model),
+            "kind": subject.kind,
+            "D": "inf" if subject.D is not None and math.isinf(subject.D) else subject.D,
+            "nfe": subject.nfe,
+            "features": self.features,
+            "reference": None if self.reference is None else str(self.reference),
+            "seed": self.seed if subject.nfe else None,
+            "images": results[0].images,
+            "frechet": min(distances) if "fid" in self.metrics else None,
+            "runs": [
+                {name: value for name, value in asdict(result).items() if not _unmeasured(value)} for result in results
+            ],
+            "paper": self._paper(subject, results[0].images),
+        }
+        return json.dumps(facts, indent=1, allow_nan=False)
+
+    def _text(self, subject: Subject, evaluation: Evaluation, results: list[FrechetResult]) -> str:
+        from ipfm.engine.report import significant
+
+        count, seconds = results[0].images, sum(result.seconds for result in results)
+        about = f"{subject.kind} {self.model}"
+        if subject.D is not None:
+            about += f", sampled at its own D = {subject.D:g}"
+            about += f", {subject.nfe} network evaluation{'s' * (subject.nfe != 1)} an image"
+        sets = f"{len(results)} x " if len(results) > 1 else ""
+        drawn = f"seed {self.seed}, " if subject.nfe else ""
+        lines = [
+            about,
+            f"{sets}{count} images, {drawn}{significant(seconds)} s, "
+            f"{significant(len(results) * count / max(seconds, 1e-9))} images/s",
+            f"features: {self.features} ({evaluation.features.dim}), reference: {self.reference or 'none'}",
+            "",
+        ]
+        rows: list[tuple[str, list[str]]] = []
+        if "fid" in self.metrics:
+            rows.append((results[0].name, [significant(result.distance) for result in results]))
+        if "kid" in self.metrics:
+            rows.append(("KID" if self.features == "inception" else "kernel distance", _pairs(results, "kid")))
+        if "is" in self.metrics:
+            rows.append(("Inception score", _pairs(results, "inception_score")))
+        if "pr" in self.metrics:
+            rows += [(name, [significant(getattr(r, name)) for r in results]) for name in ("precision", "recall")]
+        if "fid" in self.metrics and len(results) > 1:
+            smallest = min(result.distance for result in results)
+            rows.append((f"smallest {results[0].name}", [significant(smallest)]))
+        if "fid" in self.metrics and (paper := self._paper(subject, count)):
+            rows.append(("paper", [paper]))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join([*lines, *(f"{name:<{width}}  {'   '.join(values)}" for name, values in rows)])
+
+
+def _unmeasured(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _pairs(results: list[FrechetResult], name: str) -> list[str]:
+    from ipfm.engine.report import significant
+
+    return [f"{significant(getattr(r, name))} ± {significant(getattr(r, f'{name}_std'))}" for r in results]
+
+
+def _world() -> World:
+    """The processes of a launcher, or this one alone, which then needs no process group."""
+    from ipfm.engine.resolve import run_device
+    from ipfm.engine.zero import World, start_world
+
+    return start_world() if "RANK" in os.environ else World(rank=0, size=1, device=run_device())
+
+
+def _counted(draw: Callable[[int, int], Tensor], evaluation: Evaluation, world: World) -> Callable[[int, int], Tensor]:
+    """`draw` with a bar, on a terminal, that counts this process's images."""
+    from tqdm import tqdm
+
+    from ipfm.engine.metrics import index_ranges
+
+    ranges = index_ranges(evaluation.images, evaluation.batch, world.rank, world.size)
+    # None: no bar where stderr is no terminal.
+    bar = tqdm(total=sum(count for _, count in ranges), unit="img", leave=False, disable=None if world.first else True)
+
+    def counted(first: int, count: int) -> Tensor:
+        images = draw(first, count)
+        bar.update(count)
+        if bar.n >= (bar.total or 0):
+            bar.close()
+        return images
+
+    return counted
