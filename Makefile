@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # The demo's processes: one on a GPU; on a CPU two with a thread each, which wait for each other less than threads do.
 PROCESSES := 'import os, torch; print(1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0))))'
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench fuzz clean
 
 demo: $(READY)  ## train a teacher on the digits, distil it to one step, print the table
 	$(BIN)/deepspeed --num_accelerators $$($(BIN)/python -c $(PROCESSES)) recipes/digits_ipfm.py
@@ -26,6 +26,9 @@ types: $(READY)  ## static types; a folder of links shows mypy the import names
 bench: $(READY)  ## kernel microbenchmarks, and the offline compile report
 	$(BIN)/ipfm bench --out build/bench
 	$(BIN)/ipfm bench --offline --out build/bench
+
+fuzz: $(READY)  ## damage two checkpoints at every byte and every length, and read them
+	$(BIN)/python tests/helpers/fuzz_checkpoints.py tests/fixtures/*.pkl
 
 $(READY): setup.py pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -10,6 +10,9 @@ from tyro.conf import subcommand
 
 from ipfm.engine.commandline import parse, run_command
 from ipfm.engine.commands.bench import Bench
+from ipfm.engine.commands.convert import Convert
+from ipfm.engine.commands.dataset import Dataset
+from ipfm.engine.commands.evaluate import Evaluate
 from ipfm.engine.commands.info import Info
 from ipfm.engine.commands.plan import Plan
 from ipfm.engine.commands.sample import Sample
@@ -20,7 +23,10 @@ Training is done by the recipes: `deepspeed recipes/digits_ipfm.py --help`."""
 
 Command = (
     Annotated[Sample, subcommand("sample")]
+    | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Info, subcommand("info")]
+    | Annotated[Convert, subcommand("convert")]
+    | Annotated[Dataset, subcommand("dataset")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Bench, subcommand("bench")]
 )

@@ -23,7 +23,11 @@ BAD_INPUT = 2
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used; the message is one line."""
+    """What the user gave cannot be used; the message is one line. `details`: further lines on what is possible."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 @contextlib.contextmanager
@@ -84,7 +88,7 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
     try:
         main(sys.argv[1:] if argv is None else argv)
     except BadInput as error:
-        _complain(f"{name}: error: {error}")
+        _complain(f"{name}: error: {error}", error.details)
         sys.exit(BAD_INPUT)
     except TrainingFailed as error:
         _complain(f"{name}: failed: {error}")
@@ -103,10 +107,12 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
             stop_world()
 
 
-def _complain(line: str) -> None:
+def _complain(line: str, details: str = "") -> None:
     """One process speaks for all."""
     if _is_first_process():
         print(" ".join(part.strip() for part in line.splitlines()), file=sys.stderr, flush=True)
+        if details:
+            print(details, file=sys.stderr, flush=True)
 
 
 def _is_first_process() -> bool:

@@ -40,6 +40,9 @@ class RunConfig:
     """Adam's epsilon."""
     dropout: float = 0.0
     """Dropout of the networks while they are trained."""
+    augment: float = 0.0
+    """Probability of each augmentation of the images that a denoiser is trained on; 0 augments nothing. The network
+    must take augmentation labels."""
     ema_kimg: float = 500.0
     """Half-life of the weights' moving average, in thousands of images."""
     ema_rampup: float = 0.05
@@ -89,6 +92,8 @@ class RunConfig:
             _positive(name, getattr(self, name))
         _not_negative("eps", self.eps)
         _share("dropout", self.dropout)
+        if not (_is_number(self.augment) and 0 <= self.augment <= 1):
+            raise ValueError(f"augment must lie in [0, 1], got {self.augment}")
         for name in ("tf32", "resume"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -154,8 +159,8 @@ class RunConfig:
 class TeacherConfig(RunConfig):
     """Training of a teacher on data: the denoising loss with PFGM++ noise at any D [Xu et al. 2023; EDM]."""
 
-    D: float = math.inf
-    """Auxiliary dimensions, in (0, inf]; inf is a diffusion model."""
+    D: float | None = None
+    """Auxiliary dimensions, in (0, inf]; inf is a diffusion model. Default: the network's."""
     beta1: float = 0.9
     """Adam's first decay."""
     lr_rampup_kimg: float = 10_000.0
@@ -165,7 +170,8 @@ class TeacherConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_D(self.D)
+        if self.D is not None:
+            check_D(self.D)
         _share("beta1", self.beta1)
         _at_least("heun-steps", self.heun_steps, 1)
         _not_negative("lr-rampup-kimg", self.lr_rampup_kimg)
@@ -182,7 +188,7 @@ class DistillConfig(RunConfig):
     """Distillation of a teacher into a K-step generator by inverse Poisson flow matching [IPFM, algorithms 1 and 2]."""
 
     teacher: Path | None = None
-    """The teacher: a model folder (config.json and model.safetensors)."""
+    """The teacher: a checkpoint of EDM, PFGM++ or SiD, or a model folder (config.json and model.safetensors)."""
     D: float | None = None
     """Auxiliary dimensions, in (0, inf]; inf is a diffusion model. Default: what the teacher was trained for."""
     alpha: float = 1.0

@@ -45,6 +45,8 @@ class Task(Protocol):
 
     title: str
     world: World
+    first_step: int
+    """Where a run without a checkpoint starts: 0, or the steps done before by other means."""
 
     @property
     def networks(self) -> Mapping[str, TrainedNetwork]:
@@ -81,14 +83,14 @@ class Progress:
 
 
 def train(task: Task, config: RunConfig, folder: RunFolder) -> Progress:
-    """Run `task` from the folder's checkpoint (or the start) to `config.total_steps`.
+    """Run `task` from the folder's checkpoint (or its first step) to `config.total_steps`.
 
     Raises:
         TrainingFailed: more than `max_bad_steps` steps had non-finite samples or gradients.
         Interrupted: a signal stopped the run; a checkpoint was written.
     """
     world, total = task.world, config.total_steps
-    progress = Progress(0)
+    progress = Progress(task.first_step)
     if folder.checkpoint is not None:
         progress.step = load_checkpoint(folder.checkpoint, task.networks)
         progress.saved_at = progress.step
@@ -116,7 +118,7 @@ def train(task: Task, config: RunConfig, folder: RunFolder) -> Progress:
 
     launcher = Launcher(world.launched)
     with _signals() as received, monitor:
-        if progress.step:
+        if folder.checkpoint is not None:
             monitor.message(f"continuing at step {progress.step} from {folder.checkpoint}")
         while progress.step < total:
             progress.pending.append((progress.step, task.iteration(progress.step)))
@@ -180,7 +182,7 @@ def _look(task: Task, progress: Progress, monitor: Monitor, history: EvaluationH
     if result is not None:
         progress.last = result
         monitor.scalar(progress.step, "frechet", result.distance)
-        monitor.message(f"step {progress.step}: Fréchet distance {result.distance:.4f}")
+        monitor.message(f"step {progress.step}: {result.name} {result.distance:.4f}")
         if history is not None:
             history.add(progress.step, result.distance, images=result.images, seconds=round(result.seconds, 3))
 

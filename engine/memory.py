@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ipfm.engine.zero import BUCKET_ELEMENTS, Precision
-from ipfm.models import EDMPrecond, NetworkConfig
+from ipfm.models import NetworkConfig, Precond, build_network
 
 # Share of a GPU's memory that a plan may fill: the rest is for workspaces and fragmentation.
 USABLE = 0.85
@@ -157,9 +157,9 @@ def device_budget(device: torch.device) -> int | None:
         return None
 
 
-def _meta_network(network: NetworkConfig, precision: Precision) -> EDMPrecond:
+def _meta_network(network: NetworkConfig, precision: Precision) -> Precond:
     with torch.device("meta"):
-        net = EDMPrecond(network)
+        net = build_network(network)
     net.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return net
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ipfm.models import EDMPrecond, NetworkConfig
+from ipfm.models import NetworkConfig, Precond, build_network
 
 
 def trained_config(network: NetworkConfig, dropout: float) -> NetworkConfig:
@@ -16,22 +17,22 @@ def trained_config(network: NetworkConfig, dropout: float) -> NetworkConfig:
     return replace(network, dropout=dropout, label_dropout=0.0)
 
 
-def trainable_copy(net: EDMPrecond, dropout: float) -> EDMPrecond:
+def trainable_copy(net: Precond, dropout: float) -> Precond:
     """A copy of `net` to distil, see `trained_config`."""
-    twin = EDMPrecond(trained_config(net.config, dropout))
+    twin = build_network(trained_config(net.config, dropout))
     twin.load_state_dict(net.state_dict())
     return twin.to(next(net.parameters()).device).requires_grad_(True)
 
 
-def teacher_facts(teacher: EDMPrecond | None) -> dict[str, str]:
+def teacher_facts(teacher: Precond | None) -> dict[str, str]:
     """What identifies a run by its teacher, wherever its files lie; nothing while there is none yet."""
-    return {} if teacher is None else {"teacher": fingerprint(teacher)}
+    return {} if teacher is None else {"teacher": fingerprint(teacher.state_dict())}
 
 
-def fingerprint(net: EDMPrecond) -> str:
-    """SHA-256 of the weights and buffers: tells two teachers apart wherever their files lie."""
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights and buffers by name: tells two networks apart wherever their files lie."""
     digest = hashlib.sha256()
-    for name, tensor in net.state_dict().items():
+    for name, tensor in state.items():
         digest.update(name.encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()

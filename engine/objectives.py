@@ -17,9 +17,9 @@ from ipfm.kernels import denoising_loss, ipfm_loss
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
-def bind(net: Callable[..., Tensor], labels: Tensor | None) -> Denoise:
-    """The network as a function of (x, sigma), with these class labels."""
-    return lambda x, sigma: net(x, sigma, labels)
+def bind(net: Callable[..., Tensor], labels: Tensor | None, augment_labels: Tensor | None = None) -> Denoise:
+    """The network as a function of (x, sigma), with these class and augmentation labels."""
+    return lambda x, sigma: net(x, sigma, labels, augment_labels)
 
 
 class Objective(NamedTuple):

@@ -11,40 +11,40 @@ from pathlib import Path
 
 import torch
 
-from ipfm.engine.config import DistillConfig
+from ipfm.engine.config import DistillConfig, RunConfig, TeacherConfig
+from ipfm.engine.evaluation_options import EvaluationOptions
 from ipfm.engine.memory import device_budget, plan_memory
 from ipfm.engine.networks import trained_config
 from ipfm.engine.resolve import resolve_D, run_device
-from ipfm.models import EDMPrecond, NetworkConfig, load_teacher
+from ipfm.models import NetworkConfig, Precond, build_network, load_teacher
 
 # Forward passes, or as much arithmetic, of a student update, of a generator update, and what the phased form adds.
 STUDENT_FORWARDS, GENERATOR_FORWARDS, PHASED_FORWARDS = 4, 7, 2
+# Of a teacher's update: a backward pass is twice a forward pass.
+TRAINING_FORWARDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeOptions(DistillConfig):
-    """Options of every recipe."""
+class RecipeOptions(DistillConfig, EvaluationOptions):
+    """Options of every recipe that distils."""
 
     teacher_steps: int | None = None
     """Training steps of the teacher, in a recipe that trains one when --teacher is not given."""
-    eval_images: int = 10_000
-    """Images drawn for a Frechet distance, where the recipe has something to compare them with."""
     dry_run: bool = False
     """Print the resolved configuration, the memory plan and the expected duration, and stop."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_evaluation()
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise ValueError(f"teacher-steps must be at least 1, got {self.teacher_steps}")
-        if self.eval_images < 2:
-            raise ValueError(f"eval-images must be at least 2, got {self.eval_images}")
 
     def distillation(self) -> DistillConfig:
         """The settings of the distillation alone."""
         return DistillConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DistillConfig)})
 
 
-def read_teacher(options: RecipeOptions) -> EDMPrecond | None:
+def read_teacher(options: RecipeOptions) -> Precond | None:
     """The teacher that --teacher names, its D checked against --D; None without --teacher.
 
     Raises:
@@ -52,9 +52,18 @@ def read_teacher(options: RecipeOptions) -> EDMPrecond | None:
     """
     if options.teacher is None:
         return None
-    net = load_teacher(options.teacher)
+    net = load_teacher(options.teacher, D=options.D)
     resolve_D(options.D, net.config)
     return net
+
+
+def check_images(network: NetworkConfig, shape: tuple[int, int, int], whose: str) -> None:
+    """ValueError unless the network makes images (C, H, W); `whose`: "CIFAR-10 is"."""
+    if (network.img_channels, network.img_resolution, network.img_resolution) != shape:
+        side = network.img_resolution
+        raise ValueError(
+            f"the teacher makes images {network.img_channels}x{side}x{side}, {whose} {'x'.join(map(str, shape))}"
+        )
 
 
 def run_name(recipe: str, config: DistillConfig, D: float) -> Path:
@@ -75,7 +84,7 @@ def describe(config: DistillConfig, network: NetworkConfig, path: Path, notes: t
     ranks = launched_processes()
     device = run_device()
     assert config.precision != "auto" and config.zero is not None
-    local, micro = config.split(ranks)
+    _, micro = config.split(ranks)
     plan = plan_memory(
         trained_config(network, config.dropout),
         micro_batch=micro,
@@ -89,35 +98,66 @@ def describe(config: DistillConfig, network: NetworkConfig, path: Path, notes: t
     backward = plan.backward if config.backward == "auto" else config.backward
     forwards = config.student_updates * STUDENT_FORWARDS + GENERATOR_FORWARDS
     forwards += PHASED_FORWARDS if backward == "phased" else 0
-    seconds = seconds_per_image(network, device, config.precision == "bf16") * local * forwards * config.total_steps
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    settings |= {
-        "out": path,
-        "D": network.D,
-        "sigmas": config.levels,
-        "backward": backward,
-        "max_steps": config.total_steps,
-    }
-    settings["micro_batch"] = f"{micro} x {local // micro} on each of {ranks} process{'es' * (ranks > 1)}"
-    lines = [f"  {name:<20} {_shown(value)}" for name, value in settings.items() if name not in ("kimg", "noise")]
     parts = [
-        "configuration",
-        *lines,
-        "network",
-        f"  {network.model_type}, {network.img_channels}x{network.img_resolution}x{network.img_resolution}, "
-        f"{plan.parameters:,} parameters",
+        *_settings(config, path, D=network.D, sigmas=config.levels, backward=backward),
+        *_network(network, plan.parameters),
         "memory of one process (prediction; workspaces of convolutions not included)",
         *(f"  {line}" for line in str(plan).splitlines()),
-        f"expected duration on this {device.type.upper()}: {_duration(seconds)} for {config.total_steps:,} steps "
-        f"({seconds / config.total_steps:.3g} s a step)",
+        _expected_duration(config, network, forwards),
         *notes,
     ]
     return "\n".join(parts)
 
 
+def describe_training(config: TeacherConfig, network: NetworkConfig, path: Path, notes: tuple[str, ...] = ()) -> str:
+    """What training a teacher with this resolved configuration would do: settings, network, expected duration.
+
+    Runs a few forward passes of the network to estimate the duration.
+    """
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_network(network).parameters())
+    parts = [
+        *_settings(config, path),
+        *_network(network, parameters),
+        _expected_duration(config, network, TRAINING_FORWARDS),
+        *notes,
+    ]
+    return "\n".join(parts)
+
+
+def _settings(config: RunConfig, path: Path, **resolved: object) -> list[str]:
+    ranks = launched_processes()
+    local, micro = config.split(ranks)
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    settings |= {"out": path, "max_steps": config.total_steps, **resolved}
+    settings["micro_batch"] = f"{micro} x {local // micro} on each of {ranks} process{'es' * (ranks > 1)}"
+    lines = [f"  {name:<20} {_shown(value)}" for name, value in settings.items() if name not in ("kimg", "noise")]
+    return ["configuration", *lines]
+
+
+def _network(network: NetworkConfig, parameters: int) -> list[str]:
+    side = network.img_resolution
+    labels = f", {network.label_dim} classes" if network.label_dim else ""
+    return [
+        "network",
+        f"  {network.model_type}, {network.img_channels}x{side}x{side}{labels}, {parameters:,} parameters",
+    ]
+
+
+def _expected_duration(config: RunConfig, network: NetworkConfig, forwards: int) -> str:
+    """`forwards`: forward passes, or as much arithmetic, of one image in one step."""
+    device = run_device()
+    local, _ = config.split(launched_processes())
+    seconds = seconds_per_image(network, device, config.precision == "bf16") * local * forwards * config.total_steps
+    return (
+        f"expected duration on this {device.type.upper()}: {_duration(seconds)} for {config.total_steps:,} steps "
+        f"({seconds / config.total_steps:.3g} s a step)"
+    )
+
+
 def seconds_per_image(network: NetworkConfig, device: torch.device, bf16: bool) -> float:
     """Time of one forward pass per image, measured: the best of a few passes over a small batch."""
-    net = EDMPrecond(network).to(device).eval()
+    net = build_network(network).to(device).eval()
     net.compute_dtype = torch.bfloat16 if bf16 else torch.float32
     batch = max(
         1, min(64, 65_536 // (network.img_channels * network.img_resolution**2)) // (1 if device.type == "cuda" else 8)

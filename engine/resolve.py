@@ -8,9 +8,10 @@ from typing import TypeVar
 
 import torch
 
+from ipfm.engine.augmentation import AUGMENT_DIM
 from ipfm.engine.config import DistillConfig, RunConfig
 from ipfm.engine.zero import Precision
-from ipfm.models import EDMPrecond, NetworkConfig
+from ipfm.models import NetworkConfig, Precond
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -52,13 +53,23 @@ def resolve(config: DistillConfig, network: NetworkConfig, device: torch.device)
     """The configuration of a distillation with nothing left open: D, noise levels, precision and ZeRO stage.
 
     Raises:
-        ValueError: D contradicts the teacher's.
+        ValueError: D contradicts the teacher's, or it takes no augmentation labels and images are to be augmented.
     """
+    check_augment(config.augment, network)
     config = replace(config, D=resolve_D(config.D, network), sigmas=config.levels)
     return resolve_precision(config, device)
 
 
-def apply_precision(net: EDMPrecond, precision: Precision) -> EDMPrecond:
+def check_augment(probability: float, network: NetworkConfig) -> None:
+    """ValueError where images are to be augmented for a network that cannot be told so: it would learn to make them."""
+    if probability > 0 and network.augment_dim != AUGMENT_DIM:
+        raise ValueError(
+            f"augment {probability:g} needs a network with {AUGMENT_DIM} augmentation labels, "
+            f"this one has {network.augment_dim}: give --augment 0"
+        )
+
+
+def apply_precision(net: Precond, precision: Precision) -> Precond:
     """Set the network's arithmetic: bf16 convolutions, with scalings and embeddings in fp32; or all fp32."""
     net.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return net

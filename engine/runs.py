@@ -9,13 +9,13 @@ from typing import Any, Protocol
 from ipfm.engine.config import RunConfig
 from ipfm.engine.loop import Progress, Task, train
 from ipfm.engine.run_folder import RunFolder, check_run_folder, open_run_folder
-from ipfm.models import EDMPrecond, save_model
+from ipfm.models import Precond, save_model
 
 
 class Exportable(Task, Protocol):
     """A task that ends in a network."""
 
-    average: EDMPrecond
+    average: Precond
 
 
 def execute(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ class Denoiser(Protocol):
     img_resolution: int
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class RoundsSigma(Protocol):
+    """A network that knows which noise levels it supports."""
+
+    def round_sigma(self, sigma: Tensor) -> Tensor: ...
 
 
 def draw_prior(net: Denoiser, sample_index: Tensor, sigma: float, D: float, *, seed: int) -> Tensor:
@@ -62,7 +69,8 @@ def heun_sample(
     """Deterministic second-order sampling of the teacher [Karras et al. 2022, algorithm 1].
 
     The ODE is dx/dsigma = (x - net(x, sigma)) / sigma at every D. It takes 2 steps - 1 evaluations of the network. The
-    state is kept in float64.
+    state is kept in float64. A network that supports certain noise levels only says so with `round_sigma(sigma)`, and
+    is given those.
 
     Args:
         net: denoiser.
@@ -81,7 +89,7 @@ def heun_sample(
     Raises:
         ValueError: a number out of its range, or latents of another shape.
     """
-    sigmas = NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho).karras(steps).tolist()
+    sigmas = _supported(net, NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho).karras(steps))
     device = _device(net, latents)
     x = _start(net, n, sigmas[0], D, seed, latents, first_index, device).double()
     with torch.no_grad():
@@ -137,6 +145,13 @@ def generate(
             x = perturb(y, noise_level, D, seed=seed, stream=Stream.SAMPLER_NOISE, step=k, sample_index=index)
             y = _denoise(net, x, sigma, class_labels)
     return y.float()
+
+
+def _supported(net: Denoiser, sigmas: Tensor) -> list[float]:
+    """The grid, its last value 0, at the levels that the network supports."""
+    if isinstance(net, RoundsSigma):
+        sigmas = torch.stack([*(net.round_sigma(sigma).to(sigmas) for sigma in sigmas[:-1]), sigmas[-1]])
+    return sigmas.tolist()
 
 
 def _start(

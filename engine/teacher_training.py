@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ipfm.engine.augmentation import augment
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data import ImageDataset
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.metrics import FrechetResult
+from ipfm.engine.networks import fingerprint
 from ipfm.engine.objectives import bind, denoising_objective
-from ipfm.engine.resolve import allow_tf32, apply_precision, resolve_D, resolve_precision
+from ipfm.engine.resolve import allow_tf32, apply_precision, check_augment, resolve_D, resolve_precision
 from ipfm.engine.runs import execute
 from ipfm.engine.samplers import heun_sample
 from ipfm.engine.streams import Stream, draw_labels, seed_dropout
 from ipfm.engine.zero import TrainedNetwork, World, start_world
 from ipfm.kernels import perturb
-from ipfm.models import EDMPrecond, NetworkConfig
+from ipfm.models import NetworkConfig, Precond, build_network
+
+if TYPE_CHECKING:
+    from ipfm.models.training_state import TrainingState
+
+# Ends of the sampler's grid [Karras et al. 2022, table 1], where the network supports them.
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
 
 class TeacherTraining:
@@ -32,6 +42,8 @@ class TeacherTraining:
         network: architecture; its D must be that of `config`.
         dataset: images in the network's shape.
         evaluation: what the samples are measured against; None measures nothing.
+        start: a training elsewhere that this one continues: weights, EMA and optimiser state, and, as far as it is
+            known, the number of images seen.
         world: the run's processes; joined or started when None.
 
     Raises:
@@ -45,6 +57,7 @@ class TeacherTraining:
         dataset: ImageDataset,
         *,
         evaluation: Evaluation | None = None,
+        start: TrainingState | None = None,
         world: World | None = None,
     ) -> None:
         shape = (network.img_channels, network.img_resolution, network.img_resolution)
@@ -53,19 +66,23 @@ class TeacherTraining:
         if network.label_dim not in (0, dataset.classes):
             raise ValueError(f"the network takes {network.label_dim} classes, {dataset.name} has {dataset.classes}")
         self.D = resolve_D(config.D, network)
+        check_augment(config.augment, network)
         self.world = world or start_world()
         device = self.world.device
-        self.config = config = resolve_precision(config, device)
+        self.config = config = resolve_precision(replace(config, D=self.D), device)
         assert config.precision != "auto" and config.zero is not None
         self.local_batch, self.micro_batch = config.split(self.world.size)
         self.dataset = dataset.to(device)
+        self.start = start
         self.evaluation = evaluation
         self.title = f"teacher D={self.D:g}"
         allow_tf32(config.tf32)
 
         # Every process draws the same initial weights.
         torch.manual_seed(config.seed)
-        net = apply_precision(EDMPrecond(replace(network, dropout=config.dropout)).to(device), config.precision)
+        net = apply_precision(build_network(replace(network, dropout=config.dropout)).to(device), config.precision)
+        if start is not None:
+            net.load_state_dict(dict(start.weights))
         self.average = copy.deepcopy(net).eval().requires_grad_(False)
         self.net = TrainedNetwork(
             net,
@@ -78,6 +95,21 @@ class TeacherTraining:
             precision=config.precision,
         )
         self.networks = {"teacher": self.net}
+        self.first_step = 0
+        if start is not None:
+            self._continue(start)
+
+    def _continue(self, start: TrainingState) -> None:
+        """Take over what the optimiser knew; the schedules go on from the images seen."""
+        state: dict[str, Mapping[str, Tensor]] = {"exp_avg_sq": start.exp_avg_sq}
+        if self.config.beta1 > 0:
+            state["exp_avg"] = start.exp_avg
+        if start.ema is not None:
+            state["ema"] = start.ema
+        for kind, tensors in state.items():
+            self.net.load(kind, tensors)
+        self.net.steps_applied = start.adam_steps
+        self.first_step = start.adam_steps if start.images_seen is None else start.images_seen // self.config.batch
 
     def iteration(self, step: int) -> Measured:
         """One update on the batch of `step`, counted from 0."""
@@ -90,8 +122,16 @@ class TeacherTraining:
             batch = self.dataset.batch(step, index, batch_size=config.batch, seed=config.seed)
             labels = batch.labels if self.average.label_dim else None
             sigma = noise.denoising(index, seed=config.seed, stream=Stream.TEACHER_SIGMA, step=step)
-            x = perturb(
+            y, augment_labels = augment(
                 batch.images,
+                config.augment,
+                seed=config.seed,
+                stream=Stream.TEACHER_AUGMENT,
+                step=step,
+                sample_index=index,
+            )
+            x = perturb(
+                y,
                 sigma,
                 self.D,
                 seed=config.seed,
@@ -103,8 +143,8 @@ class TeacherTraining:
             if config.dropout > 0 or self.average.config.label_dropout > 0:
                 seed_dropout(config.seed, Stream.TEACHER_DROPOUT, step, first)
             result = denoising_objective(
-                bind(self.net, labels),
-                batch.images,
+                bind(self.net, labels, augment_labels),
+                y,
                 x,
                 sigma,
                 sigma_data=noise.sigma_data,
@@ -130,28 +170,50 @@ class TeacherTraining:
         """`count` images from fixed latents."""
         return sample_teacher(self.average, 0, count, D=self.D, steps=self.config.heun_steps, seed=seed)
 
-    def run(self, path: Path | str) -> EDMPrecond:
+    def run(self, path: Path | str) -> Precond:
         """Train in the run folder `path`, or continue there; the averaged network, also saved as path/model."""
         execute(
             self,
             self.config,
             Path(path),
             kind="teacher",
-            facts={"network": self.average.config.to_json(), "dataset": self.dataset.name, "images": len(self.dataset)},
+            facts=training_facts(self.config, self.average.config, self.dataset, self.start),
             export="model",
             about={"task": "teacher", "dataset": self.dataset.name},
         )
         return self.average
 
 
-def sample_teacher(net: EDMPrecond, first: int, count: int, *, D: float, steps: int, seed: int) -> Tensor:
+def training_facts(
+    config: TeacherConfig, network: NetworkConfig, dataset: ImageDataset | None, start: TrainingState | None
+) -> dict[str, Any]:
+    """What identifies a training beside its settings; what the data say is left out while they are not known."""
+    facts: dict[str, Any] = {"network": replace(network, dropout=config.dropout).to_json()}
+    if dataset is not None:
+        facts |= {"dataset": dataset.name, "images": len(dataset), "xflip": dataset.xflip}
+    if start is not None:
+        facts["continues"] = fingerprint(start.weights)
+    return facts
+
+
+def sample_teacher(net: Precond, first: int, count: int, *, D: float, steps: int, seed: int) -> Tensor:
     """Images first..first + count - 1 of `seed` by Heun's method, on the network's device; labels are drawn."""
     index = torch.arange(first, first + count, device=next(net.parameters()).device)
     labels = draw_labels(net.label_dim, index, seed=seed, stream=Stream.SAMPLER_LABEL, step=0)
-    return heun_sample(net, count, D=D, steps=steps, seed=seed, class_labels=labels, first_index=first)
+    return heun_sample(
+        net,
+        count,
+        D=D,
+        steps=steps,
+        seed=seed,
+        class_labels=labels,
+        sigma_min=max(SIGMA_MIN, net.sigma_min),
+        sigma_max=min(SIGMA_MAX, net.sigma_max),
+        first_index=first,
+    )
 
 
-def evaluate_teacher(net: EDMPrecond, evaluation: Evaluation, world: World, *, D: float, steps: int) -> FrechetResult:
+def evaluate_teacher(net: Precond, evaluation: Evaluation, world: World, *, D: float, steps: int) -> FrechetResult:
     """Fréchet distance of a teacher's samples."""
 
     def sample(first: int, count: int) -> Tensor:

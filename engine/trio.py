@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ipfm.engine.augmentation import augment
 from ipfm.engine.config import DistillConfig
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured, Tally
@@ -26,7 +27,7 @@ from ipfm.engine.sampling import sample_generator
 from ipfm.engine.streams import Stream, draw_labels, seed_dropout
 from ipfm.engine.zero import TrainedNetwork, World, start_world
 from ipfm.kernels import perturb
-from ipfm.models import EDMPrecond
+from ipfm.models import Precond
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Distiller:
 
     One iteration is `student_updates` student steps, then one generator step:
 
-        student step    y = G(z), detached; x = perturb(y, sigma); S descends the denoising loss
+        student step    y = G(z), detached, augmented if asked; x = perturb(y, sigma); S descends the denoising loss
         generator step  y = G(z); x = perturb(y, sigma); G descends L(T(x), S(x), y) of IPFM eq. 21
 
     Student and generator start from the teacher's weights. No data is used. Every random number is a function of
@@ -80,7 +81,7 @@ class Distiller:
     def __init__(
         self,
         config: DistillConfig,
-        teacher: EDMPrecond,
+        teacher: Precond,
         *,
         evaluation: Evaluation | None = None,
         dataset: str = "",
@@ -95,6 +96,7 @@ class Distiller:
         self.evaluation = evaluation
         self.dataset = dataset
         self.rows: list[EvaluationRow] = []
+        self.first_step = 0
         self.title = f"distil D={self.D:g} alpha={config.alpha:g} K={config.steps}"
         allow_tf32(config.tf32)
 
@@ -138,10 +140,14 @@ class Distiller:
         for micro in self._micro_batches(Stream.STUDENT_LABEL, step):
             chain = self._chain(micro, Stream.STUDENT_LATENT, step)
             y = chain.marked(self._evaluate(config.steps - 1, chain.inputs[-1], micro, step))
+            y, augment_labels = augment(
+                y, config.augment, seed=config.seed, stream=Stream.STUDENT_AUGMENT, step=step, sample_index=micro.index
+            )
             sigma = noise.denoising(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step)
             x = self._perturb(y, sigma, Stream.STUDENT_NOISE, step, micro)
             self._seed_dropout(Stream.STUDENT_DROPOUT, step, micro)
-            result = denoising_objective(bind(self.student, micro.labels), y, x, sigma, sigma_data=noise.sigma_data)
+            student = bind(self.student, micro.labels, augment_labels)
+            result = denoising_objective(student, y, x, sigma, sigma_data=noise.sigma_data)
             self.student.backward(result.surrogate / self.local_batch)
             tally.add(result.loss, result.valid)
         lr = config.student_lr or config.lr
@@ -271,7 +277,7 @@ class Distiller:
 
     # -- a whole run ------------------------------------------------------------------------------------------------
 
-    def run(self, path: Path | str) -> EDMPrecond:
+    def run(self, path: Path | str) -> Precond:
         """Distil in the run folder `path`, or continue there.
 
         Leaves the averaged generator in path/generator and, with an evaluation, the table of results (results.txt,
@@ -285,7 +291,13 @@ class Distiller:
             TrainingFailed, Interrupted: from the loop.
         """
         config, path = self.config, Path(path)
-        about = {"task": "generator", "D": config.to_json()["D"], "sigmas": list(config.levels), "alpha": config.alpha}
+        about = {
+            "task": "generator",
+            "dataset": self.dataset,
+            "D": config.to_json()["D"],
+            "sigmas": list(config.levels),
+            "alpha": config.alpha,
+        }
         folder, progress = execute(
             self,
             config,

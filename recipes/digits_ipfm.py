@@ -19,14 +19,22 @@ from ipfm.engine.data import ImageDataset, digits
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.metrics import PixelFeatures, dataset_statistics
 from ipfm.engine.networks import teacher_facts
-from ipfm.engine.recipe import RecipeOptions, describe, first_process, launched_processes, read_teacher, run_name
+from ipfm.engine.recipe import (
+    RecipeOptions,
+    check_images,
+    describe,
+    first_process,
+    launched_processes,
+    read_teacher,
+    run_name,
+)
 from ipfm.engine.report import results_table
 from ipfm.engine.resolve import resolve, resolve_precision, run_device
 from ipfm.engine.run_folder import check_run_folder, open_run_folder
 from ipfm.engine.teacher_training import TeacherTraining
 from ipfm.engine.trio import Distiller
 from ipfm.engine.zero import World, start_world
-from ipfm.models import EDMPrecond, presets
+from ipfm.models import Precond, presets
 
 D = 128.0
 BASE = RecipeOptions(
@@ -65,8 +73,9 @@ def teacher_config(options: RecipeOptions) -> TeacherConfig:
     )
 
 
-def train_teacher(config: TeacherConfig, path: Path, data: ImageDataset, world: World) -> EDMPrecond:
+def train_teacher(config: TeacherConfig, path: Path, data: ImageDataset, world: World) -> Precond:
     """The averaged teacher; trained in the run folder `path`, or read from there."""
+    assert config.D is not None
     training = TeacherTraining(config, presets.get("digits", D=config.D), data, world=world)
     return training.run(path)
 
@@ -82,11 +91,9 @@ def main(argv: Sequence[str]) -> None:
         path = options.out or run_name("digits", config, network.D)
         config = resolve(config, network, run_device())
         data = digits()
-        if (network.img_channels, network.img_resolution) != (1, 8):
-            raise ValueError(
-                f"the teacher makes images {network.img_channels}x{network.img_resolution}x{network.img_resolution}, "
-                "the digits are 1x8x8"
-            )
+        check_images(network, data.shape, "the digits are")
+        if options.reference is not None:
+            raise ValueError("reference was given, but this recipe compares with the digits themselves")
         training = resolve_precision(teacher_config(options), run_device())
         training.split(launched_processes())
         record = check_run_folder(path, "distill", config, teacher_facts(teacher))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import official_files
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +15,7 @@ from ipfm.engine import generate, heun_sample
 from ipfm.engine.cli import _main
 from ipfm.engine.commandline import run_command
 from ipfm.engine.pictures import image_grid
-from ipfm.models import EDMPrecond, load_model, presets, save_model
+from ipfm.models import EDMPrecond, load_model, load_teacher, presets, save_model
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,47 @@ def test_info_describes_a_model(models: Path, capsys: pytest.CaptureFixture[str]
     ipfm("info", models / "generator")
     printed = capsys.readouterr().out
     assert f"parameters: {facts['parameters']:,}" in printed and "sigmas" in printed
+
+
+FIXTURE = Path(__file__).parent / "fixtures" / "edm_ncsnpp_uncond.pkl"
+
+
+def test_official_files_are_models_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    ipfm("info", FIXTURE, "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"] == 48_899
+    assert facts["file"] == {"format": "EDM network snapshot", "networks": "ema", "taken": "ema", "D from": "assumed"}
+    assert (facts["network"]["D"], facts["network"]["encoder_type"]) == ("inf", "residual")
+
+    ipfm("sample", FIXTURE, "--n", 3, "--heun-steps", 2, "--D", 64, "--out", tmp_path / "a.png")
+    expected = image_grid(heun_sample(load_teacher(FIXTURE), 3, D=64.0, steps=2, seed=0))
+    with Image.open(tmp_path / "a.png") as picture:
+        assert np.array_equal(np.asarray(picture), expected)
+    ipfm("plan", "--model", FIXTURE, "--batch", 4)
+    assert "activations" in capsys.readouterr().out
+
+
+def test_a_training_state_is_described(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = official_files.randomize(EDMPrecond(presets.get("digits", D=64.0)))
+    state = official_files.pfgmpp_state(net, net, step=2048, pfgmpp=True, D=64)
+    path = official_files.write_torch(tmp_path / "training-state-000002.pt", state)
+    ipfm("info", path, "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["file"]["D from"] == "file" and facts["network"]["D"] == 64.0
+    assert (facts["training"]["images seen"], facts["training"]["optimizer steps"]) == (2048, 3)
+
+
+def test_a_generator_in_a_file_has_no_levels_to_sample_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = EDMPrecond(presets.get("digits"))
+    path = official_files.write_torch(tmp_path / "training-state-000001.pt", official_files.sid_state(net))
+    with pytest.raises(SystemExit):
+        ipfm("sample", path, "--out", tmp_path / "a.png")
+    assert "G_ema is a generator" in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
+    ipfm("convert", path, tmp_path / "model", "--sigmas", 2.5)
+    ipfm("sample", tmp_path / "model", "--n", 2, "--out", tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
 
 
 def test_plan_chooses_by_the_memory_of_the_gpu(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ REALS = {
     **dict.fromkeys(
         ("dropout", "beta1", "generator_beta1", "student_beta1"), ("must lie in [0, 1)", (-0.1, 1, 1.5, NAN, "0"))
     ),
+    "augment": ("must lie in [0, 1]", (-0.1, 1.01, NAN, "0", True)),
     "alpha": ("must be a number in [-1e+06, 1e+06]", (NAN, INF, -INF, 2e6, "1", True)),
     "D": ("must lie in (0, inf]", (0, -1.0, NAN, "128", True, -INF)),
 }

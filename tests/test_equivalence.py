@@ -20,6 +20,7 @@ BASE = {"batch": 8, "max_steps": STEPS, "lr": 1e-3, "eps": 1e-3, "ema_kimg": 0.0
 SETTINGS = {
     "k1": {},
     "k2": {"steps": 2},
+    "augmented": {"augment": 0.5},
     "options": {"student_updates": 2, "student_lr": 5e-4, "generator_beta1": 0.9, "student_beta1": 0.5, "alpha": 1.2},
 }
 
@@ -33,7 +34,7 @@ def _cases(ranks: int) -> dict[str, dict]:
                 cases[f"k1-z{stage}-{backward}-a{accumulation}"] = {
                     **BASE, "zero": stage, "backward": backward, "micro_batch": micro,
                 }  # fmt: skip
-    for setting in ("k2", "options"):
+    for setting in ("k2", "options", "augmented"):
         for stage, backward in ((0, "phased"), (2, "joint")):
             cases[f"{setting}-z{stage}-{backward}-a1"] = {
                 **BASE, **SETTINGS[setting], "zero": stage, "backward": backward,
@@ -48,13 +49,13 @@ NAMES = [name for name in _cases(1) if not name.startswith("bf16")]
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small NCSN++ with attention, a Fourier buffer and weights that matter everywhere; D = 16."""
+    """A small conditional NCSN++ with attention, a Fourier buffer and weights that matter everywhere; D = 16."""
     torch.manual_seed(0)
     net = EDMPrecond(
         NetworkConfig(
             img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1,
             attn_resolutions=(4,), embedding_type="fourier", encoder_type="residual", channel_mult_noise=2,
-            resample_filter=(1, 3, 3, 1), dropout=0.0, D=16.0,
+            resample_filter=(1, 3, 3, 1), dropout=0.0, label_dim=3, augment_dim=9, D=16.0,
         )
     )  # fmt: skip
     with torch.no_grad():

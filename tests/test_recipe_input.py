@@ -91,13 +91,17 @@ def test_batch_that_the_processes_cannot_share(
 def test_teachers_that_do_not_fit(capsys: pytest.CaptureFixture[str], models: dict[str, Path], tmp_path: Path) -> None:
     digits, cifar = str(models["digits"]), str(models["cifar"])
     out = ("--out", str(tmp_path / "run"))
-    assert "D 64 was given, but the network was trained for D 128" in refused(
+    assert "was trained for D = 128, but D = 64 was asked for" in refused(
         capsys, "digits", "--teacher", digits, "--D", "64", *out
     )
     assert "makes images 3x32x32, the digits are 1x8x8" in refused(capsys, "digits", "--teacher", cifar, *out)
     assert "makes images 1x8x8, CIFAR-10 is 3x32x32" in refused(capsys, "cifar", "--teacher", digits, *out)
-    assert "give --teacher" in refused(capsys, "cifar", *out)
     assert "this recipe trains no teacher" in refused(capsys, "cifar", "--teacher", cifar, "--teacher-steps", "9", *out)
+    with pytest.raises(SystemExit) as stop:
+        run_command("cifar_ipfm.py", cifar_ipfm.main, out)
+    line, *details = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line == "cifar_ipfm.py: error: give --teacher; --dry-run works without one"
+    assert details[0].startswith("Teachers that fit (3x32x32)")
     assert not (tmp_path / "run").exists()
 
 

@@ -74,6 +74,7 @@ CHANGED = {
     "lr": 2e-5,
     "eps": 1e-6,
     "dropout": 0.1,
+    "augment": 0.12,
     "ema_kimg": 1.0,
     "ema_rampup": 0.1,
     "precision": "fp32",

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.samplers import draw_prior, generate, heun_sample
 from ipfm.engine.streams import Stream
+from ipfm.engine.teacher_training import sample_teacher
 from ipfm.kernels import perturb
-from ipfm.models import EDMPrecond, NetworkConfig
+from ipfm.models import EDMPrecond, NetworkConfig, VEPrecond, iDDPMPrecond
 
 SPREAD = 0.5
 COUNT = 6
@@ -259,3 +260,27 @@ def test_the_prior_has_the_heavy_tail():
     assert scipy.stats.kstest((radii(math.inf) / 80).square().numpy(), gaussian).pvalue > 1e-7
     # The test has the power to tell one from the other.
     assert scipy.stats.kstest(ratio * D, gaussian).pvalue < 1e-50
+
+
+def test_networks_of_discrete_time_are_sampled_at_the_levels_they_know():
+    net = iDDPMPrecond(
+        img_resolution=4, img_channels=1, model_type="SongUNet", model_channels=8, channel_mult=(1,), num_blocks=1,
+        attn_resolutions=(), dropout=0.0, M=50,
+    ).eval()  # fmt: skip
+    seen = []
+    net.register_forward_pre_hook(lambda _module, inputs: seen.append(float(inputs[1][0])))
+    sample_teacher(net, 0, 2, D=math.inf, steps=5, seed=0)
+    assert len(seen) == 9
+    assert {torch.tensor(sigma).item() for sigma in seen} <= set(net.u.tolist())
+    assert max(seen) <= 80 * 1.5 and min(seen) >= net.sigma_min
+
+
+def test_a_teacher_is_sampled_within_its_range():
+    net = VEPrecond(
+        img_resolution=4, img_channels=1, model_type="SongUNet", model_channels=8, channel_mult=(1,), num_blocks=1,
+        attn_resolutions=(), dropout=0.0,
+    ).eval()  # fmt: skip
+    seen = []
+    net.register_forward_pre_hook(lambda _module, inputs: seen.append(float(inputs[1][0])))
+    sample_teacher(net, 0, 2, D=math.inf, steps=4, seed=0)
+    assert (max(seen), min(seen)) == pytest.approx((80.0, 0.02))

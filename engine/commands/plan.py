@@ -17,7 +17,7 @@ class Plan:
     """
 
     model: str
-    """Name of a network preset, or a model folder."""
+    """Name of a network preset, a model folder, or a checkpoint of EDM, PFGM++ or SiD."""
     batch: int = 256
     """Global batch."""
     ranks: int = 1
@@ -36,14 +36,18 @@ class Plan:
         from ipfm.engine.config import DistillConfig
         from ipfm.engine.memory import USABLE, plan_memory
         from ipfm.models import presets, read_config
+        from ipfm.models.checkpoint_import import open_checkpoint
 
         with user_input():
             if self.ranks < 1:
                 raise ValueError(f"ranks must be at least 1, got {self.ranks}")
             if self.gpu_memory is not None and not self.gpu_memory > 0:
                 raise ValueError(f"gpu-memory must be > 0, got {self.gpu_memory}")
-            folder = Path(self.model)
-            network = read_config(folder).network if folder.is_dir() else presets.get(self.model)
+            path = Path(self.model)
+            if path.is_file():
+                network = open_checkpoint(path).read().config
+            else:
+                network = read_config(path).network if path.is_dir() else presets.get(self.model)
             config = DistillConfig(
                 batch=self.batch, micro_batch=self.micro_batch, zero=self.zero, precision=self.precision
             )

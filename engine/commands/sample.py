@@ -19,7 +19,8 @@ class Sample:
     """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """Model folder. A generator's D and noise levels are its own; a teacher is sampled with Heun's method."""
+    """Model folder, or a teacher's checkpoint of EDM, PFGM++ or SiD. A generator's D and noise levels are its own; a
+    teacher is sampled with Heun's method."""
     out: Path = Path("samples.png")
     """A .png (one grid) or a .npz (images NHWC, uint8)."""
     n: int = 64
@@ -30,6 +31,8 @@ class Sample:
     """Images at a time."""
     heun_steps: int = 18
     """Steps of a teacher's sampler; 18 are 35 network evaluations."""
+    D: float | None = None
+    """Auxiliary dimensions of a checkpoint that does not say them."""
 
     def run(self) -> None:
         """Write the images to `out`."""
@@ -45,7 +48,7 @@ class Sample:
                     raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
             if self.out.suffix not in (".png", ".npz"):
                 raise ValueError(f"out must end in .png or .npz, got {self.out}")
-            draw = sample_model(self.model, run_device(), heun_steps=self.heun_steps, seed=self.seed)
+            draw = sample_model(self.model, run_device(), heun_steps=self.heun_steps, seed=self.seed, D=self.D)
         images = torch.cat([draw(i, min(self.batch, self.n - i)).cpu() for i in range(0, self.n, self.batch)])
         with user_input():
             (save_grid if self.out.suffix == ".png" else save_images)(images, self.out)

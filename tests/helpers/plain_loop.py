@@ -12,23 +12,24 @@ import torch
 from torch import Tensor
 
 from ipfm.engine import DistillConfig
-from ipfm.engine.streams import Stream
+from ipfm.engine.augmentation import augment
+from ipfm.engine.streams import Stream, draw_labels
 from ipfm.kernels import philox, reference
-from ipfm.models import EDMPrecond
+from ipfm.models import Precond
 
 
 @dataclass
 class Plain:
     """Networks after the loop, and the losses of each step."""
 
-    student: EDMPrecond
-    generator: EDMPrecond
+    student: Precond
+    generator: Precond
     ema: dict[str, Tensor]
     student_loss: list[float] = field(default_factory=list)
     generator_loss: list[float] = field(default_factory=list)
 
 
-def distill(teacher: EDMPrecond, config: DistillConfig, steps: int) -> Plain:
+def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
     """`steps` iterations on the whole batch at once, gradients by autograd through everything."""
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     S, G = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
@@ -48,24 +49,30 @@ def distill(teacher: EDMPrecond, config: DistillConfig, steps: int) -> Plain:
         )
         return y + noise
 
-    def samples(stream: Stream, step: int) -> Tensor:
+    def classes(stream: Stream, step: int) -> Tensor | None:
+        return draw_labels(teacher.label_dim, index, seed=config.seed, stream=stream, step=step)
+
+    def samples(stream: Stream, step: int, labels: Tensor | None) -> Tensor:
         y = torch.zeros(config.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
         for k, level in enumerate(levels):
             sigma = torch.full((config.batch,), level)
-            y = G(noisy(y, sigma, stream, step * len(levels) + k), sigma)
+            y = G(noisy(y, sigma, stream, step * len(levels) + k), sigma, labels)
         return y
 
     for step in range(steps):
         student_losses = []
         for update in range(config.student_updates):
             count = step * config.student_updates + update
+            labels = classes(Stream.STUDENT_LABEL, count)
             with torch.no_grad():
-                y = samples(Stream.STUDENT_LATENT, count)
+                y = samples(Stream.STUDENT_LATENT, count, labels)
+            position = {"seed": config.seed, "stream": Stream.STUDENT_AUGMENT, "step": count, "sample_index": index}
+            y, augment_labels = augment(y, config.augment, **position)
             n = philox.normal(index, 1, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=count)[:, 0]
             sigma = torch.exp(-1.2 + 1.2 * n.double()).float()
             x = noisy(y, sigma, Stream.STUDENT_NOISE, count)
             weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
-            losses = weight * (S(x, sigma) - y).square().sum((1, 2, 3))
+            losses = weight * (S(x, sigma, labels, augment_labels) - y).square().sum((1, 2, 3))
             student_adam.zero_grad()
             losses.mean().backward()
             student_adam.step()
@@ -73,11 +80,12 @@ def distill(teacher: EDMPrecond, config: DistillConfig, steps: int) -> Plain:
         run.student_loss.append(sum(student_losses) / len(student_losses))
 
         S.requires_grad_(False)
-        y = samples(Stream.GENERATOR_LATENT, step)
+        labels = classes(Stream.GENERATOR_LABEL, step)
+        y = samples(Stream.GENERATOR_LATENT, step, labels)
         u = philox.uniform(index, 1, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)[:, 0].double()
         sigma = (80 ** (1 / 7) + (1 - 0.8 * u) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
         x = noisy(y, sigma.float(), Stream.GENERATOR_NOISE, step)
-        t, s = teacher(x, sigma.float()), S(x, sigma.float())
+        t, s = teacher(x, sigma.float(), labels), S(x, sigma.float(), labels)
         with torch.no_grad():
             weight = 1 / (y - t).abs().mean((1, 2, 3)).clamp(min=1e-5)
         # Double precision here: the three squares nearly cancel while S is close to T.

@@ -1,0 +1,98 @@
+"""`ipfm convert`: a checkpoint of EDM, PFGM++ or SiD becomes a model folder."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from ipfm.engine.commandline import user_input
+
+if TYPE_CHECKING:
+    from ipfm.models.checkpoint_import import Checkpoint, ImportedNetwork
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write a network of a checkpoint as a model folder, running nothing from the file.
+
+    Reads EDM's and SiD's network snapshots and training states, PFGM++'s training states (.pt, .pkl), and those of the
+    distillation projects built on SiD.
+
+    Example: ipfm convert training-state-097000.pt models/cifar10-D2048
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IN")]
+    """Checkpoint file."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Model folder to write; a network stored there before is replaced."""
+    D: float | None = None
+    """Auxiliary dimensions the network was trained for, where the file does not say; inf is diffusion."""
+    network: str | None = None
+    """Which of the file's networks. Default: the average of the weights (ema, G_ema), where there is one."""
+    generator: bool = False
+    """The network is a generator, not a teacher; known by itself for networks named G, G_ema, generator."""
+    sigmas: tuple[float, ...] = ()
+    """A generator's noise levels, highest first; 2.5 for SiD's."""
+
+    def run(self) -> None:
+        """Print what the file holds and write the folder."""
+        from ipfm.engine.noise_levels import check_sigmas
+        from ipfm.models import save_model
+        from ipfm.models.checkpoint_import import open_checkpoint
+        from ipfm.models.teacher import build
+
+        with user_input():
+            if self.sigmas:
+                check_sigmas(self.sigmas)
+            checkpoint = open_checkpoint(self.source)
+            facts = self._task(checkpoint, checkpoint.choose(self.network))
+            imported = checkpoint.read(self.network, D=self.D)
+            facts |= {"D": imported.config.D, "source": self._source(checkpoint, imported)}
+            net = build(imported)
+            save_model(net, self.out, extra=facts)
+        size = sum(p.numel() for p in net.parameters())
+        for name, value in (*describe(checkpoint, imported), ("parameters", f"{size:,}"), ("written", str(self.out))):
+            print(f"{name + ':':<14}{value}")
+
+    def _task(self, checkpoint: Checkpoint, name: str) -> dict[str, object]:
+        generator = self.generator or checkpoint.is_generator(name)
+        if generator and not self.sigmas:
+            raise ValueError(
+                f"{checkpoint.where}: {name} is a generator; give its noise levels with --sigmas (2.5 for SiD's)"
+            )
+        if self.sigmas and not generator:
+            raise ValueError(f"sigmas are a generator's; give --generator if {name} of {checkpoint.where} is one")
+        return {"task": "generator", "sigmas": list(self.sigmas)} if generator else {"task": "teacher"}
+
+    def _source(self, checkpoint: Checkpoint, imported: ImportedNetwork) -> dict[str, str]:
+        with self.source.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {
+            "file": self.source.name,
+            "format": checkpoint.layout,
+            "network": imported.key,
+            "sha256": digest,
+            "D": imported.D_source,
+        }
+
+
+def describe(checkpoint: Checkpoint, imported: ImportedNetwork) -> list[tuple[str, str]]:
+    """What there is to say about a checkpoint and the network taken from it, as (name, value) lines."""
+    config = imported.config
+    sources = {"file": "says the file", "caller": "as given", "assumed": "assumed: neither the file nor --D says it"}
+    labels = f", {config.label_dim} classes" if config.label_dim else ""
+    return [
+        ("file", f"{checkpoint.layout} ({checkpoint.container})"),
+        ("networks", ", ".join(checkpoint.networks)),
+        ("taken", imported.key),
+        (
+            "architecture",
+            f"{imported.class_name}, {config.model_type}, {config.img_channels}×{config.img_resolution}×"
+            f"{config.img_resolution}{labels}, {config.model_channels} channels × {tuple(config.channel_mult)}",
+        ),
+        ("D", f"{config.D:g} ({sources[imported.D_source]})"),
+    ]

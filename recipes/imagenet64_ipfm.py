@@ -1,0 +1,58 @@
+"""ImageNet, 64x64, class-conditional: distils an EDM teacher. Settings carried over from SiD; not published for this
+method.
+
+    deepspeed recipes/imagenet64_ipfm.py --teacher edm-imagenet-64x64-cond-adm.pkl --micro-batch 32 --zero 2
+    deepspeed recipes/imagenet64_ipfm.py --dry-run
+
+Batch 8192, learning rate 4e-6, Adam with beta1 = 0, alpha 1.2, dropout 0.1, no augmentation and an average with a
+half-life of 2 million images are SiD's for ImageNet-64 (arXiv 2404.04057). The length, 200 000 thousand images, is this
+project's choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ipfm.engine.commandline import run_command
+from ipfm.engine.distil_recipe import DistilRecipe
+from ipfm.engine.recipe import RecipeOptions
+
+BASE = RecipeOptions(
+    batch=8192,
+    kimg=200_000,
+    lr=4e-6,
+    ema_kimg=2000,
+    alpha=1.2,
+    dropout=0.1,
+    augment=0.0,
+    heun_steps=40,
+    log_every=10,
+)
+
+TEACHERS = """
+  EDM, D = inf           edm-imagenet-64x64-cond-adm.pkl (ADM, 1000 classes)             README of NVlabs/edm
+This project has no recipe that trains such a teacher."""
+
+RECIPE = DistilRecipe(
+    file="imagenet64_ipfm.py",
+    about=__doc__ or "",
+    dataset="imagenet-64",
+    title="ImageNet-64",
+    shape=(3, 64, 64),
+    preset="imagenet64-adm",
+    D=math.inf,
+    base=BASE,
+    settings_from="ImageNet-64: these settings are carried over from SiD (arXiv 2404.04057); no result of this method "
+    "is published for this data set",
+    teachers=TEACHERS,
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the recipe with these arguments."""
+    RECIPE.main(argv)
+
+
+if __name__ == "__main__":
+    run_command(__file__, main)
