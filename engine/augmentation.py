@@ -62,7 +62,8 @@ SYM6 = (
 _CENTRE = sum(k * h for k, h in enumerate(SYM6)) / math.sqrt(2)
 _SCALE_STEP = 0.2  # binary orders of magnitude, of both kinds of scaling
 _SHIFT_STEP = 0.125  # of the size
-_SMALLEST_SIZE = 8
+SMALLEST_SIZE = 8
+"""Side of the smallest images that can be augmented."""
 _UNIFORMS = 14  # random numbers a sample
 _WORKSPACE = 1 << 26  # upsampled pixels at a time; bounds the memory, changes no result
 
@@ -99,7 +100,8 @@ def augment(
 
     Args:
         images: (B, C, N, N) float32, N >= 8; usually in [-1, 1], which the filter may leave by a little.
-        probability: p of each effect, in [0, 1]; x-flips are a fair coin for every p > 0. 0 returns `images` itself.
+        probability: p of each effect, in [0, 1]; x-flips are a fair coin for every p > 0. 0 returns `images` itself,
+            whatever its shape and dtype.
         seed, stream, step: position of the random numbers, as in `ipfm.kernels.philox.uniform`.
         sample_index: (B,) int64, the samples' global indices, on the device of `images`.
 
@@ -109,19 +111,19 @@ def augment(
     Raises:
         ValueError: anything else.
     """
-    if images.ndim != 4 or images.shape[2] != images.shape[3] or images.shape[2] < _SMALLEST_SIZE:
+    if not 0 <= probability <= 1:
+        raise ValueError(f"augment: probability must lie in [0, 1], got {probability}")
+    if probability == 0:
+        return Augmented(images, torch.zeros(len(images), AUGMENT_DIM, device=images.device))
+    if images.ndim != 4 or images.shape[2] != images.shape[3] or images.shape[2] < SMALLEST_SIZE:
         raise ValueError(f"augment: images must have shape (B, C, N, N) with N >= 8, got {tuple(images.shape)}")
     if images.dtype != torch.float32:
         raise ValueError(f"augment: images must be float32, got {images.dtype}")
-    if not 0 <= probability <= 1:
-        raise ValueError(f"augment: probability must lie in [0, 1], got {probability}")
     if sample_index.shape != images.shape[:1] or sample_index.device != images.device:
         raise ValueError(
             f"augment: sample_index must have shape ({len(images)},) on {images.device}, "
             f"got {tuple(sample_index.shape)} on {sample_index.device}"
         )
-    if probability == 0:
-        return Augmented(images, torch.zeros(len(images), AUGMENT_DIM, device=images.device))
     u = philox.uniform(sample_index, _UNIFORMS, seed=seed, stream=stream, step=step)
     transform, labels = _draw(u, probability)
     return Augmented(_warp(images, transform), labels)

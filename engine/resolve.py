@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from ipfm.engine.augmentation import AUGMENT_DIM
+from ipfm.engine.augmentation import AUGMENT_DIM, SMALLEST_SIZE
 from ipfm.engine.config import DistillConfig, RunConfig
 from ipfm.engine.zero import Precision
 from ipfm.models import NetworkConfig, Precond
@@ -66,6 +66,11 @@ def check_augment(probability: float, network: NetworkConfig) -> None:
         raise ValueError(
             f"augment {probability:g} needs a network with {AUGMENT_DIM} augmentation labels, "
             f"this one has {network.augment_dim}: give --augment 0"
+        )
+    if probability > 0 and network.img_resolution < SMALLEST_SIZE:
+        raise ValueError(
+            f"augment {probability:g} needs images of at least {SMALLEST_SIZE}x{SMALLEST_SIZE}, "
+            f"this network's have side {network.img_resolution}: give --augment 0"
         )
 
 

@@ -179,7 +179,7 @@ class TeacherTraining:
             kind="teacher",
             facts=training_facts(self.config, self.average.config, self.dataset, self.start),
             export="model",
-            about={"task": "teacher", "dataset": self.dataset.name},
+            about={"task": "teacher", "dataset": _place_free(self.dataset.name)},
         )
         return self.average
 
@@ -190,10 +190,15 @@ def training_facts(
     """What identifies a training beside its settings; what the data say is left out while they are not known."""
     facts: dict[str, Any] = {"network": replace(network, dropout=config.dropout).to_json()}
     if dataset is not None:
-        facts |= {"dataset": dataset.name, "images": len(dataset), "xflip": dataset.xflip}
+        facts |= {"dataset": _place_free(dataset.name), "images": len(dataset), "xflip": dataset.xflip}
     if start is not None:
         facts["continues"] = fingerprint(start.weights)
     return facts
+
+
+def _place_free(name: str) -> str:
+    """A data set's name without the folders it lies in, which differ between machines."""
+    return Path(name).name
 
 
 def sample_teacher(net: Precond, first: int, count: int, *, D: float, steps: int, seed: int) -> Tensor:

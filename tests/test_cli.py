@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -153,3 +154,12 @@ def test_without_a_command_it_helps(capsys: pytest.CaptureFixture[str]) -> None:
         ipfm()
     assert not stop.value.code
     assert "sample" in capsys.readouterr().out
+
+
+def test_bench_measures_the_metrics(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    ipfm("bench", "--metrics", "--quick", "--out", tmp_path)
+    printed = capsys.readouterr().out
+    rows = {row["metric"]: row for row in csv.DictReader((tmp_path / "metrics.csv").open())}
+    assert set(rows) == {"FID", "FID of a set with itself", "KID", "Inception score", "precision and recall"}
+    assert float(rows["FID of a set with itself"]["result"]) <= 1e-3 < float(rows["FID"]["result"])
+    assert all(float(row["seconds"]) >= 0 and row["metric"] in printed for row in rows.values())

@@ -12,7 +12,7 @@ import torch
 from ipfm.engine.config import DistillConfig, RunConfig, TeacherConfig, check_D
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.resolve import apply_precision, resolve, resolve_D, resolve_precision, run_device
-from ipfm.models import EDMPrecond, presets
+from ipfm.models import EDMPrecond, NetworkConfig, presets
 
 NAN, INF = math.nan, math.inf
 CPU = torch.device("cpu")
@@ -251,6 +251,20 @@ def test_precision_on_a_gpu(zero, expected, capable, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: capable)
     config = resolve_precision(DistillConfig(zero=zero), torch.device("cuda", 0))
     assert (config.precision, config.zero) == (expected if capable else ("fp32", zero or 0))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"img_resolution": 8}, "augment 0.12 needs a network with 9 augmentation labels, this one has 0"),
+        ({"img_resolution": 4, "augment_dim": 9}, "augment 0.12 needs images of at least 8x8"),
+    ],
+)
+def test_a_network_that_cannot_be_told_of_augmentation(network, message):
+    config = NetworkConfig(img_channels=1, model_channels=8, channel_mult=(1,), num_blocks=1, **network)
+    with pytest.raises(ValueError, match=message):
+        resolve(DistillConfig(augment=0.12), config, torch.device("cpu"))
+    assert resolve(DistillConfig(), config, torch.device("cpu")).augment == 0
 
 
 def test_resolve_leaves_nothing_open():
