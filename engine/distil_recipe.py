@@ -91,8 +91,10 @@ class DistilRecipe:
         with user_input():
             evaluation = options.evaluation(comparison, world)
             open_run_folder(path, record, write=world.first)
+            # Published figures are those of unconditional networks.
+            dataset = f"{self.dataset}-cond" if network.label_dim else self.dataset
             distiller = Distiller(
-                replace(config, resume=True), teacher, evaluation=evaluation, dataset=self.dataset, world=world
+                replace(config, resume=True), teacher, evaluation=evaluation, dataset=dataset, world=world
             )
         first_process(lambda: print(*notes, sep="\n", end="\n" if notes else ""))
         distiller.run(path)
@@ -120,13 +122,15 @@ class DistilRecipe:
                 f"{self.title}: no result is published for D = {network.D:g} at alpha = {alpha:g} "
                 f"and {steps} step{'s' * (steps > 1)}{possible}"
             )
+        if self.base.augment > 0 and not network.augment_dim:
+            lines.append(f"{self.title}: without augmentation, as the teacher takes no augmentation labels")
         return tuple(lines)
 
     def help_with_teachers(self) -> str:
         """Which published checkpoints fit, where they are, how to use, convert or train one."""
         C, H, W = self.shape
         return (
-            f"Teachers that fit ({C}x{H}x{W}), published by their authors:\n{self.teachers.strip()}\n"
+            f"Teachers that fit ({C}x{H}x{W}), published by their authors:\n{self.teachers}\n"
             f"Give such a file as it is:           {self.file} --teacher FILE [--D D where the file does not say it]\n"
             f"or make a model folder of it first:  ipfm convert FILE FOLDER [--D D]"
         )

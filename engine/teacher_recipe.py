@@ -51,6 +51,10 @@ class TeacherOptions(TeacherConfig, EvaluationOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+            if value is not None and self.continue_from is not None:
+                raise ValueError(f"{name.replace('_', '-')} was given, but continue-from says what the network is")
+        if self.conditional and self.continue_from is not None:
+            raise ValueError("conditional was given, but continue-from says what the network is")
 
     def training(self) -> TeacherConfig:
         """The settings of the training alone."""
@@ -91,7 +95,7 @@ class TeacherRecipe:
             options = parse(TeacherOptions, argv, default=self.base, prog=self.file, description=self.about)
             state = None if options.continue_from is None else self._state(options, options.continue_from)
             if options.data is None and not options.dry_run:
-                raise BadInput("give --data; --dry-run works without it", self.data.strip())
+                raise BadInput("give --data; --dry-run works without it", self.data)
             data = None
             if options.data is not None:
                 data = open_dataset(options.data, labels=self._labelled(options, state), xflip=options.xflip)
@@ -108,7 +112,7 @@ class TeacherRecipe:
             comparison = options.comparison(self.shape, run_device())
         if options.dry_run:
             notes = [f"continues {options.continue_from}: {state}"] if state is not None else []
-            notes += [self.data.strip()] if data is None else [f"data: {data.name}, {len(data):,} images"]
+            notes += [self.data] if data is None else [f"data: {data.name}, {len(data):,} images"]
             first_process(lambda: print(describe_training(config, network, path, tuple(notes))))
             return
 

@@ -28,7 +28,7 @@ BASE = RecipeOptions(
     log_every=50,
 )
 
-TEACHERS = """
+TEACHERS = """\
   EDM, D = inf           edm-afhqv2-64x64-uncond-vp.pkl (ddpm++), -ve.pkl (ncsn++)       README of NVlabs/edm
 To train one at another D: deepspeed recipes/ffhq_teacher.py --data afhqv2-64x64.zip --D 128 --dropout 0.25"""
 

@@ -23,7 +23,7 @@ BASE = RecipeOptions(
     batch=256, kimg=100_000, lr=1e-5, ema_kimg=500, alpha=1.0, dropout=0.0, augment=0.12, heun_steps=18, log_every=50
 )
 
-TEACHERS = """
+TEACHERS = """\
   PFGM++, D = 128, 2048, inf   training-state-*.pt, ncsn++       README of the repository Newbeeer/pfgmpp
   PFGM++, converted            cifar10_ncsnpp_D_2048.pkl, ...    README of daniil-shlenskii/pfgmpp-idmd
   EDM, D = inf                 edm-cifar10-32x32-uncond-ve.pkl (ncsn++), -vp.pkl (ddpm++)    README of NVlabs/edm

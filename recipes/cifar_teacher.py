@@ -6,6 +6,7 @@
 
 Settings: those of EDM (arXiv 2206.00364), which PFGM++ (arXiv 2302.04265) keeps: batch 512, learning rate 1e-3 after
 10 million images of linear growth, Adam (0.9, 0.999), dropout 0.13, augmentation 0.12, 200 million images.
+Without --D the teacher is one of D = 2048.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BASE = TeacherOptions(
     log_every=50,
 )
 
-DATA = """
+DATA = """\
 CIFAR-10, as its authors publish it: cifar-10-python.tar.gz or cifar-10-binary.tar.gz ("The CIFAR-10 dataset", Alex
 Krizhevsky's page at the University of Toronto), used as it is; or a zip made of it: ipfm dataset ARCHIVE cifar10.zip"""
 

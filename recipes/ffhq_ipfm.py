@@ -30,7 +30,7 @@ BASE = RecipeOptions(
     log_every=50,
 )
 
-TEACHERS = """
+TEACHERS = """\
   PFGM++, D = 128, inf   training-state-*.pt, ddpm++                                     README of Newbeeer/pfgmpp
   EDM, D = inf           edm-ffhq-64x64-uncond-vp.pkl (ddpm++), -ve.pkl (ncsn++)         README of NVlabs/edm
 To train one: deepspeed recipes/ffhq_teacher.py --data ffhq-64x64.zip --D 128"""

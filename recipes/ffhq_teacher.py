@@ -5,7 +5,7 @@
 
 Settings: those of EDM (arXiv 2206.00364), which PFGM++ (arXiv 2302.04265) keeps: batch 256, learning rate 2e-4 after
 10 million images of linear growth, Adam (0.9, 0.999), dropout 0.05 (AFHQv2: 0.25), augmentation 0.15, 200 million
-images.
+images. Without --D the teacher is one of D = 128.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BASE = TeacherOptions(
     log_every=50,
 )
 
-DATA = """
+DATA = """\
 FFHQ, as its authors publish it (README of the repository NVlabs/ffhq-dataset: the 1024x1024 images or the 128x128
 thumbnails), resized to 64x64: ipfm dataset FOLDER ffhq-64x64.zip --resolution 64"""
 

@@ -30,7 +30,7 @@ BASE = RecipeOptions(
     log_every=10,
 )
 
-TEACHERS = """
+TEACHERS = """\
   EDM, D = inf           edm-imagenet-64x64-cond-adm.pkl (ADM, 1000 classes)             README of NVlabs/edm
 This project has no recipe that trains such a teacher."""
 

@@ -8,6 +8,7 @@ import pytest
 
 from ipfm.engine.commandline import BadInput
 from ipfm.engine.report import PAPER_RESULTS
+from ipfm.models import EDMPrecond, save_model
 from ipfm.recipes import afhqv2_ipfm, cifar_ipfm, cifar_teacher, ffhq_ipfm, ffhq_teacher, imagenet64_ipfm
 
 DISTIL = {"cifar": cifar_ipfm, "ffhq": ffhq_ipfm, "afhqv2": afhqv2_ipfm, "imagenet64": imagenet64_ipfm}
@@ -78,6 +79,20 @@ def test_what_was_never_published_is_said(capsys: pytest.CaptureFixture[str]) ->
         assert "carried over from SiD" in text and "no result of this method is published for this data set" in text
 
 
+def test_what_a_teacher_lacks_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    net = EDMPrecond(
+        img_resolution=32, img_channels=3, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(),
+        label_dim=10, D=128.0,
+    )  # fmt: skip
+    save_model(net, tmp_path / "model")
+    said = dry(capsys, cifar_ipfm, "--teacher", str(tmp_path / "model"))
+    assert "no result of this method is published for class-conditional networks" in said["text"]
+    assert "without augmentation, as the teacher takes no augmentation labels" in said["text"]
+    assert float(said["augment"]) == 0
+    with pytest.raises(BadInput, match=r"augment 0.12 needs a network with 9 augmentation labels"):
+        cifar_ipfm.main(["--teacher", str(tmp_path / "model"), "--augment", "0.12", "--dry-run"])
+
+
 @pytest.mark.parametrize("recipe", DISTIL)
 def test_without_a_teacher_it_says_which_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path, recipe: str) -> None:
     with pytest.raises(BadInput) as error:
@@ -116,6 +131,8 @@ def test_teacher_recipes(capsys: pytest.CaptureFixture[str], tmp_path: Path, rec
         (cifar_teacher, ["--model-channels", "0"], "--model-channels must be at least 1, got 0"),
         (cifar_teacher, ["--data", "nowhere.zip"], "nowhere.zip"),
         (cifar_teacher, ["--continue-from", "nowhere.pt"], "nowhere.pt"),
+        (cifar_teacher, ["--continue-from", "x.pt", "--num-blocks", "2"], "--num-blocks was given, but continue-from"),
+        (cifar_teacher, ["--continue-from", "x.pt", "--conditional"], "--conditional was given, but continue-from"),
     ],
 )  # fmt: skip
 def test_bad_options(tmp_path: Path, module, arguments: list[str], message: str) -> None:
