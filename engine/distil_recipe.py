@@ -110,12 +110,12 @@ class DistilRecipe:
 
     def notes(self, network: NetworkConfig, alpha: float, steps: int) -> tuple[str, ...]:
         """What to know of these settings' standing, a line each."""
-        lines = [self.settings_from] if self.settings_from else []
+        lines: list[str] = []
         known = published_D(self.dataset, alpha, steps)
-        if network.label_dim:
+        if self.settings_from:
+            lines.append(self.settings_from)
+        elif network.label_dim:
             lines.append(f"{self.title}: no result of this method is published for class-conditional networks")
-        elif self.settings_from:
-            pass  # says so itself
         elif network.D not in known:
             possible = f"; published there: D = {', '.join(f'{D:g}' for D in known)}" if known else ""
             lines.append(
