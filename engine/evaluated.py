@@ -13,7 +13,6 @@ from torch import Tensor
 from ipfm.engine.reference import open_images
 from ipfm.engine.report import paper_result
 from ipfm.engine.sampling import sample_model
-from ipfm.models import load_teacher, read_config
 from ipfm.models.store import CONFIG_FILE
 
 IMAGE_SUFFIXES = (".npz", ".zip", ".gz", ".tgz", ".tar")
@@ -63,9 +62,7 @@ def open_subject(
         if limit is not None and len(images) < limit:
             raise ValueError(f"images must be at most {len(images)}, as many as {path} holds, got {limit}")
         return Subject("images", lambda i, n: images.take(i, n).to(device), images.shape, len(images))
-    draw = sample_model(path, device, heun_steps=heun_steps, seed=seed, D=D)
-    network = read_config(path).network if stored else load_teacher(path, D=D).config
-    facts = read_config(path).extra if stored else {}
+    draw, network, facts = sample_model(path, device, heun_steps=heun_steps, seed=seed, D=D)
     shape = (network.img_channels, network.img_resolution, network.img_resolution)
     if facts.get("task") == "generator":
         steps = len(facts["sigmas"])

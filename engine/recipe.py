@@ -15,7 +15,7 @@ from ipfm.engine.config import DistillConfig, RunConfig, TeacherConfig
 from ipfm.engine.evaluation_options import EvaluationOptions
 from ipfm.engine.memory import device_budget, plan_memory
 from ipfm.engine.networks import trained_config
-from ipfm.engine.resolve import resolve_D, run_device
+from ipfm.engine.resolve import run_device
 from ipfm.models import NetworkConfig, Precond, build_network, load_teacher
 
 # Forward passes, or as much arithmetic, of a student update, of a generator update, and what the phased form adds.
@@ -52,9 +52,7 @@ def read_teacher(options: RecipeOptions) -> Precond | None:
     """
     if options.teacher is None:
         return None
-    net = load_teacher(options.teacher, D=options.D)
-    resolve_D(options.D, net.config)
-    return net
+    return load_teacher(options.teacher, D=options.D)
 
 
 def check_images(network: NetworkConfig, shape: tuple[int, int, int], whose: str) -> None:

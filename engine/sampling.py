@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,14 +13,25 @@ from ipfm.engine.noise_levels import check_sigmas
 from ipfm.engine.samplers import generate
 from ipfm.engine.streams import Stream, draw_labels
 from ipfm.engine.teacher_training import sample_teacher
-from ipfm.models import Precond, load_teacher, read_config
+from ipfm.models import NetworkConfig, Precond, load_teacher, read_config
 from ipfm.models.checkpoint_import import open_checkpoint
+
+
+class SampledModel(NamedTuple):
+    """A stored model, ready to be sampled."""
+
+    draw: Callable[[int, int], Tensor]
+    """(first index, count) -> images (count, C, H, W) in [-1, 1] on the device asked for."""
+    network: NetworkConfig
+    """Its architecture and D."""
+    facts: Mapping[str, Any]
+    """What its folder says beside the weights; nothing of a checkpoint."""
 
 
 def sample_model(
     path: Path, device: torch.device, *, heun_steps: int, seed: int, D: float | None = None
-) -> Callable[[int, int], Tensor]:
-    """A function (first index, count) -> images (count, C, H, W) in [-1, 1] of the model at `path`.
+) -> SampledModel:
+    """The model at `path`, to be drawn from.
 
     A generator is evaluated at the noise levels stored with it, a teacher sampled by Heun's method; both at their own
     D.
@@ -38,13 +50,19 @@ def sample_model(
     net = load_denoiser(path, D=D).to(device)
     facts = {} if path.is_file() else read_config(path).extra
     if facts.get("task") != "generator":
-        return lambda first, count: sample_teacher(net, first, count, D=net.D, steps=heun_steps, seed=seed)
+        return SampledModel(
+            lambda first, count: sample_teacher(net, first, count, D=net.D, steps=heun_steps, seed=seed),
+            net.config,
+            facts,
+        )
     try:
         sigmas = check_sigmas(tuple(facts["sigmas"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / 'config.json'} holds no usable noise levels of a generator: {error}") from error
 
-    return lambda first, count: sample_generator(net, first, count, D=net.D, sigmas=sigmas, seed=seed)
+    return SampledModel(
+        lambda first, count: sample_generator(net, first, count, D=net.D, sigmas=sigmas, seed=seed), net.config, facts
+    )
 
 
 def load_denoiser(path: Path, *, D: float | None) -> Precond:

@@ -79,7 +79,7 @@ def test_a_generator_is_sampled_as_one(net, kind, tmp_path):
     Convert(source=source, out=tmp_path / "g", sigmas=(2.5,), D=64, **options).run()
     extra = read_config(tmp_path / "g").extra
     assert (extra["task"], extra["sigmas"], extra["D"]) == ("generator", [2.5], 64.0)
-    images = sample_model(tmp_path / "g", torch.device("cpu"), heun_steps=18, seed=3)(0, 4)
+    images = sample_model(tmp_path / "g", torch.device("cpu"), heun_steps=18, seed=3).draw(0, 4)
     net_written = load_model(tmp_path / "g")
     assert torch.equal(images, sample_generator(net_written, 0, 4, D=64.0, sigmas=(2.5,), seed=3))
     # The generator of the state is off by the writer's shift of -2 + 2: equal up to rounding.

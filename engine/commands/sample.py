@@ -48,7 +48,7 @@ class Sample:
                     raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
             if self.out.suffix not in (".png", ".npz"):
                 raise ValueError(f"out must end in .png or .npz, got {self.out}")
-            draw = sample_model(self.model, run_device(), heun_steps=self.heun_steps, seed=self.seed, D=self.D)
+            draw, _, _ = sample_model(self.model, run_device(), heun_steps=self.heun_steps, seed=self.seed, D=self.D)
         images = torch.cat([draw(i, min(self.batch, self.n - i)).cpu() for i in range(0, self.n, self.batch)])
         with user_input():
             (save_grid if self.out.suffix == ".png" else save_images)(images, self.out)
