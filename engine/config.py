@@ -47,11 +47,17 @@ class RunConfig:
     """Half-life of the weights' moving average, in thousands of images."""
     ema_rampup: float = 0.05
     """The half-life is at most this share of the images seen so far."""
-    zero: Literal[0, 1, 2] | None = None
-    """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimiser's state, 2 the gradients as well.
-    Default: 0 in fp32, 1 in bf16."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the networks; auto is bf16 on GPUs that have it, fp32 elsewhere."""
+    zero: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimiser's state, 2 the gradients as well, 3 the weights too.
+    Default: 0 in fp32, 1 in bf16 and fp16."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in the host's memory: the optimiser's state (needs --zero 1 to 3), or the weights too (--zero 3)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the networks; auto is bf16 on GPUs that have it, fp32 elsewhere. fp16 scales its losses."""
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Keep the inputs of a network's blocks alone and compute the rest again on the way back; auto: by memory."""
+    clip_grad: float | None = None
+    """Largest norm of a network's gradient; default: no limit."""
     tf32: bool = True
     """Allow TF32 in fp32 convolutions and matrix products on GPUs."""
     noise: NoiseLevels = field(default_factory=NoiseLevels)
@@ -66,6 +72,10 @@ class RunConfig:
     """Steps between two checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """Number of checkpoints that are kept."""
+    async_checkpoints: bool = True
+    """Write checkpoints while the training goes on; needs host memory for one of them."""
+    profile_memory: int = 0
+    """Measure the memory of this many steps at the start and compare it with the prediction (memory/ in --out)."""
     max_bad_steps: int = 50
     """Stop with an error after this many steps that contained non-finite samples or gradients."""
     resume: bool = True
@@ -76,7 +86,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("batch", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("eval_every", "seed"):
+        for name in ("eval_every", "seed", "profile_memory"):
             _at_least(name, getattr(self, name), 0)
         if self.micro_batch is not None:
             _at_least("micro-batch", self.micro_batch, 1)
@@ -94,19 +104,16 @@ class RunConfig:
         _share("dropout", self.dropout)
         if not (_is_number(self.augment) and 0 <= self.augment <= 1):
             raise ValueError(f"augment must lie in [0, 1], got {self.augment}")
-        for name in ("tf32", "resume"):
+        for name in ("tf32", "resume", "async_checkpoints"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.noise, NoiseLevels):
             raise ValueError(f"noise must be NoiseLevels, got {self.noise!r}")
-        if self.zero not in (None, 0, 1, 2) or isinstance(self.zero, bool):
-            raise ValueError(f"zero must be one of the stages 0, 1, 2, got {self.zero}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision must be auto, fp32 or bf16, got {self.precision!r}")
-        if self.precision == "bf16" and self.zero == 0:
-            raise ValueError(
-                "precision bf16 needs zero 1 or 2: the fp32 master weights live in ZeRO's optimiser, got 0"
-            )
+        if self.clip_grad is not None:
+            _positive("clip-grad", self.clip_grad)
+        if self.activation_checkpointing not in ("auto", "on", "off"):
+            raise ValueError(f"activation-checkpointing must be auto, on or off, got {self.activation_checkpointing!r}")
+        check_sharding(self.zero, self.precision, self.offload)
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2^64, got {self.seed}")
 
@@ -207,6 +214,9 @@ class DistillConfig(RunConfig):
     """Adam's first decay for the student."""
     student_updates: int = 1
     """Student updates per generator update."""
+    teacher_storage: Literal["auto", "fp32", "half", "sharded"] = "auto"
+    """How the frozen teacher is kept: fp32 on every process; half: in the run's own 16 bits wherever its arithmetic has
+    no more (the same results); sharded: among the processes, by ZeRO 3. auto: half in bf16 and fp16, else fp32."""
     backward: Literal["auto", "joint", "phased"] = "auto"
     """joint: one backward pass over all networks; phased: one network's activations at a time; auto: by memory."""
     heun_steps: int = 18
@@ -233,6 +243,12 @@ class DistillConfig(RunConfig):
         _share("student-beta1", self.student_beta1)
         _at_least("student-updates", self.student_updates, 1)
         _at_least("heun-steps", self.heun_steps, 1)
+        if self.teacher_storage not in ("auto", "fp32", "half", "sharded"):
+            raise ValueError(f"teacher-storage must be auto, fp32, half or sharded, got {self.teacher_storage!r}")
+        if self.teacher_storage == "half" and self.precision == "fp32":
+            raise ValueError(
+                "teacher-storage half needs precision bf16 or fp16: in fp32 it would round the teacher's weights"
+            )
         if self.backward not in ("auto", "joint", "phased"):
             raise ValueError(f"backward must be auto, joint or phased, got {self.backward!r}")
 
@@ -240,6 +256,24 @@ class DistillConfig(RunConfig):
     def levels(self) -> tuple[float, ...]:
         """The generator's noise levels, resolved."""
         return self.sigmas or few_step_sigmas(self.steps, self.sigma_init)
+
+
+def check_sharding(zero: int | None, precision: str, offload: str) -> None:
+    """ValueError where ZeRO stage, precision and offload are impossible, alone or together; None leaves a stage open."""
+    if zero not in (None, 0, 1, 2, 3) or isinstance(zero, bool):
+        raise ValueError(f"zero must be one of the stages 0, 1, 2, 3, got {zero}")
+    if precision not in ("auto", "fp32", "bf16", "fp16"):
+        raise ValueError(f"precision must be auto, fp32, bf16 or fp16, got {precision!r}")
+    if offload not in ("none", "optimizer", "all"):
+        raise ValueError(f"offload must be none, optimizer or all, got {offload!r}")
+    if precision in ("bf16", "fp16") and zero == 0:
+        raise ValueError(
+            f"precision {precision} needs zero 1, 2 or 3: the fp32 master weights live in ZeRO's optimiser, got 0"
+        )
+    if offload == "optimizer" and zero in (None, 0):
+        raise ValueError(f"offload optimizer needs zero 1, 2 or 3, got {'none' if zero is None else zero}")
+    if offload == "all" and zero != 3:
+        raise ValueError(f"offload all needs zero 3, which shards the weights, got {'none' if zero is None else zero}")
 
 
 def check_D(D: float) -> None:
