@@ -259,7 +259,7 @@ class DistillConfig(RunConfig):
 
 
 def check_sharding(zero: int | None, precision: str, offload: str) -> None:
-    """ValueError where ZeRO stage, precision and offload are impossible, alone or together; None leaves a stage open."""
+    """ValueError where ZeRO stage, precision and offload are impossible, alone or together; None: still open."""
     if zero not in (None, 0, 1, 2, 3) or isinstance(zero, bool):
         raise ValueError(f"zero must be one of the stages 0, 1, 2, 3, got {zero}")
     if precision not in ("auto", "fp32", "bf16", "fp16"):
