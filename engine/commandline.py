@@ -102,7 +102,7 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
     finally:
         # Only where a run has started: a process group that is left open warns at exit.
         if "torch.distributed" in sys.modules:
-            from ipfm.engine.zero import stop_world
+            from ipfm.engine.world import stop_world
 
             stop_world()
 

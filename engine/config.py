@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas, few_step_sigmas
 
+Offload = Literal["none", "optimizer", "all"]
+
 # Steps count in 32 bits of the random numbers' counters, which updates and levels within a step share.
 STEP_LIMIT = 10**8
 # What the loss kernel takes.
@@ -50,7 +52,7 @@ class RunConfig:
     zero: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimiser's state, 2 the gradients as well, 3 the weights too.
     Default: 0 in fp32, 1 in bf16 and fp16."""
-    offload: Literal["none", "optimizer", "all"] = "none"
+    offload: Offload = "none"
     """What lives in the host's memory: the optimiser's state (needs --zero 1 to 3), or the weights too (--zero 3)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the networks; auto is bf16 on GPUs that have it, fp32 elsewhere. fp16 scales its losses."""

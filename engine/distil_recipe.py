@@ -20,7 +20,7 @@ from ipfm.engine.report import published_D, results_table
 from ipfm.engine.resolve import resolve, run_device
 from ipfm.engine.run_folder import check_run_folder, open_run_folder
 from ipfm.engine.trio import Distiller
-from ipfm.engine.zero import start_world
+from ipfm.engine.world import start_world
 from ipfm.models import NetworkConfig, Precond, presets
 
 

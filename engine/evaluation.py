@@ -23,7 +23,7 @@ from ipfm.engine.metrics import (
 from ipfm.engine.metrics.evaluate import PR_IMAGES, check_metrics
 from ipfm.engine.metrics.features import WHERE_TO_GET_INCEPTION
 from ipfm.engine.reference import ReferenceFile, make_reference, open_reference
-from ipfm.engine.zero import World
+from ipfm.engine.world import World
 
 FeatureName = Literal["inception", "pixels"]
 

@@ -10,7 +10,7 @@ import torch
 
 if TYPE_CHECKING:
     from ipfm.engine.evaluation import Comparison, Evaluation
-    from ipfm.engine.zero import World
+    from ipfm.engine.world import World
 
 
 @dataclass(frozen=True, kw_only=True)

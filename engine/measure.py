@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ipfm.engine.zero import World
+from ipfm.engine.world import World
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ipfm.engine.memory.phases import mark
 from ipfm.kernels import denoising_loss, ipfm_loss
 
 # A denoiser with its labels bound: (x (B, C, H, W), sigma (B,)) -> (B, C, H, W).
@@ -70,7 +71,15 @@ def denoising_objective(net: Denoise, y: Tensor, x: Tensor, sigma: Tensor, *, si
 
 
 def generator_gradient(
-    teacher: Denoise, student: Denoise, y: Tensor, x: Tensor, sigma: Tensor, *, alpha: float, phased: bool
+    teacher: Denoise,
+    student: Denoise,
+    y: Tensor,
+    x: Tensor,
+    sigma: Tensor,
+    *,
+    alpha: float,
+    phased: bool,
+    rescale: bool = False,
 ) -> GeneratorGradient:
     """dL/dy = partial_y L + J_S^T partial_S L + J_T^T partial_T L for L of IPFM eq. 21 with SiD's regularisation.
 
@@ -87,11 +96,14 @@ def generator_gradient(
         sigma: (B,) noise levels, float32 or float64.
         alpha: in SiD's convention; 0.5 is the pure objective.
         phased: see above.
+        rescale: multiply each sample's gradient by a power of two on its way through the networks and divide by it
+            afterwards, so that fp16 holds it.
 
     Raises:
         ValueError: a shape, dtype or number that does not fit.
     """
     y, x = isolate(y, x)
+    mark("generator: student")
     with torch.enable_grad():
         x_leaf = x.detach().requires_grad_()
         if phased:
@@ -102,11 +114,12 @@ def generator_gradient(
         s = student(x_leaf, sigma)
         result = ipfm_loss(t.detach(), s.detach(), y, alpha=alpha)
         # The student's graph is freed first; in the phased form the teacher's does not exist before that.
-        gradient = result.dy + torch.autograd.grad(s, x_leaf, result.ds.to(s.dtype))[0]
+        gradient = result.dy + _vjp(s, x_leaf, result.ds, rescale)
         del s
+        mark("generator: teacher")
         if phased:
             t = teacher(x_leaf, sigma)
-        gradient = gradient + torch.autograd.grad(t, x_leaf, result.dt.to(t.dtype))[0]
+        gradient = gradient + _vjp(t, x_leaf, result.dt, rescale)
     # A network that overflows on a sample, forward or backward, sends NaN to that sample's own pixels: cut off there.
     valid = result.valid & _finite_samples(gradient)
     gradient = gradient.masked_fill(_per_sample(~valid, y), 0.0)
@@ -122,6 +135,17 @@ def isolate(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     bad = _per_sample(~(_finite_samples(x) & _finite_samples(y)), x)
     return y.masked_fill(bad, float("nan")), x.masked_fill(bad, 0.0)
+
+
+def _vjp(out: Tensor, x: Tensor, cotangent: Tensor, rescale: bool) -> Tensor:
+    """J^T cotangent for out(x), all (B, ...); with `rescale` by way of a largest element in [16, 32) per sample."""
+    cotangent = cotangent.to(out.dtype)
+    if not rescale:
+        return torch.autograd.grad(out, x, cotangent)[0]
+    # Samples do not mix, so that each may have a factor of its own; a power of two rounds nothing.
+    _, exponent = torch.frexp(cotangent.flatten(1).abs().amax(1))
+    shift = _per_sample((5 - exponent).clamp(-100, 100), cotangent)
+    return torch.ldexp(torch.autograd.grad(out, x, torch.ldexp(cotangent, shift))[0], -shift)
 
 
 def _finite_samples(tensor: Tensor) -> Tensor:

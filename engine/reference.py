@@ -14,7 +14,7 @@ from ipfm.engine.data import ImageDataset
 from ipfm.engine.files import atomic_write
 from ipfm.engine.metrics import Features, Reference, Statistics, collect
 from ipfm.engine.metrics.frechet import check_statistics
-from ipfm.engine.zero import World
+from ipfm.engine.world import World
 
 # Names of an array of images in an .npz: ADM's sample and reference batches, and those of `ipfm sample`.
 IMAGE_ARRAYS = ("arr_0", "images")

@@ -10,8 +10,7 @@ import torch
 
 from ipfm.engine.augmentation import AUGMENT_DIM, SMALLEST_SIZE
 from ipfm.engine.config import DistillConfig, RunConfig
-from ipfm.engine.zero import Precision
-from ipfm.models import NetworkConfig, Precond
+from ipfm.models import NetworkConfig
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -39,25 +38,34 @@ def resolve_precision(config: C, device: torch.device) -> C:
 
     bf16 where a GPU has it and the stage allows it (fp32 masters live in ZeRO's optimiser), fp32 elsewhere. fp32 runs
     at stage 0, where its state is smallest on one process.
+
+    Raises:
+        ValueError: the device cannot do it.
     """
     precision, stage = config.precision, config.zero
     if precision == "auto":
         capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
         precision = "bf16" if capable and stage != 0 else "fp32"
     if stage is None:
-        stage = 1 if precision == "bf16" else 0
+        stage = 0 if precision == "fp32" else 1
+    if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ValueError("precision fp16 does not run on this cpu: give fp32 or bf16")
     return replace(config, precision=precision, zero=stage)
 
 
 def resolve(config: DistillConfig, network: NetworkConfig, device: torch.device) -> DistillConfig:
-    """The configuration of a distillation with nothing left open: D, noise levels, precision and ZeRO stage.
+    """The configuration of a distillation with nothing left open but what memory decides: D, noise levels, precision,
+    ZeRO stage and the teacher's storage.
 
     Raises:
         ValueError: D contradicts the teacher's, or it takes no augmentation labels and images are to be augmented.
     """
     check_augment(config.augment, network)
     config = replace(config, D=resolve_D(config.D, network), sigmas=config.levels)
-    return resolve_precision(config, device)
+    config = resolve_precision(config, device)
+    if config.teacher_storage == "auto":
+        config = replace(config, teacher_storage="fp32" if config.precision == "fp32" else "half")
+    return config
 
 
 def check_augment(probability: float, network: NetworkConfig) -> None:
@@ -72,12 +80,6 @@ def check_augment(probability: float, network: NetworkConfig) -> None:
             f"augment {probability:g} needs images of at least {SMALLEST_SIZE}x{SMALLEST_SIZE}, "
             f"this network's have side {network.img_resolution}: give --augment 0"
         )
-
-
-def apply_precision(net: Precond, precision: Precision) -> Precond:
-    """Set the network's arithmetic: bf16 convolutions, with scalings and embeddings in fp32; or all fp32."""
-    net.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return net
 
 
 def allow_tf32(allowed: bool) -> None:

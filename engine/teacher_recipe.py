@@ -16,7 +16,7 @@ from ipfm.engine.recipe import check_images, describe_training, first_process, l
 from ipfm.engine.resolve import check_augment, resolve_D, resolve_precision, run_device
 from ipfm.engine.run_folder import check_run_folder, open_run_folder
 from ipfm.engine.teacher_training import TeacherTraining, training_facts
-from ipfm.engine.zero import start_world
+from ipfm.engine.world import start_world
 from ipfm.models import NetworkConfig, presets
 from ipfm.models.training_state import TrainingState, read_training_state
 

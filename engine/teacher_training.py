@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +11,22 @@ import torch
 from torch import Tensor
 
 from ipfm.engine.augmentation import augment
+from ipfm.engine.averaged import Averaged
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data import ImageDataset
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured, Tally
+from ipfm.engine.memory.phases import mark
 from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.networks import fingerprint
 from ipfm.engine.objectives import bind, denoising_objective
-from ipfm.engine.resolve import allow_tf32, apply_precision, check_augment, resolve_D, resolve_precision
+from ipfm.engine.precision import apply_precision
+from ipfm.engine.resolve import allow_tf32, check_augment, resolve_D, resolve_precision
 from ipfm.engine.runs import execute
 from ipfm.engine.samplers import heun_sample
 from ipfm.engine.streams import Stream, draw_labels, seed_dropout
-from ipfm.engine.zero import TrainedNetwork, World, start_world
+from ipfm.engine.world import World, start_world
+from ipfm.engine.zero import TrainedNetwork
 from ipfm.kernels import perturb
 from ipfm.models import NetworkConfig, Precond, build_network
 
@@ -80,10 +83,11 @@ class TeacherTraining:
 
         # Every process draws the same initial weights.
         torch.manual_seed(config.seed)
-        net = apply_precision(build_network(replace(network, dropout=config.dropout)).to(device), config.precision)
+        self.network = replace(network, dropout=config.dropout)
+        net = apply_precision(build_network(self.network).to(device), config.precision)
         if start is not None:
             net.load_state_dict(dict(start.weights))
-        self.average = copy.deepcopy(net).eval().requires_grad_(False)
+        buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
         self.net = TrainedNetwork(
             net,
             world=self.world,
@@ -93,7 +97,10 @@ class TeacherTraining:
             ema=True,
             stage=config.zero,
             precision=config.precision,
+            offload=config.offload,
+            clip_norm=config.clip_grad,
         )
+        self.averaged = Averaged(self.net, self.network, buffers, config.precision, device)
         self.networks = {"teacher": self.net}
         self.first_step = 0
         if start is not None:
@@ -113,14 +120,16 @@ class TeacherTraining:
 
     def iteration(self, step: int) -> Measured:
         """One update on the batch of `step`, counted from 0."""
+        self.averaged.release()
         config, noise, world = self.config, self.config.noise, self.world
         tally = Tally("teacher", world)
         self.net.module.train()
         start = world.rank * self.local_batch
         for first in range(start, start + self.local_batch, self.micro_batch):
+            mark("teacher: forward and backward")
             index = torch.arange(first, first + self.micro_batch, device=world.device)
             batch = self.dataset.batch(step, index, batch_size=config.batch, seed=config.seed)
-            labels = batch.labels if self.average.label_dim else None
+            labels = batch.labels if self.network.label_dim else None
             sigma = noise.denoising(index, seed=config.seed, stream=Stream.TEACHER_SIGMA, step=step)
             y, augment_labels = augment(
                 batch.images,
@@ -140,7 +149,7 @@ class TeacherTraining:
                 sample_index=index,
             )
             assert isinstance(x, Tensor)
-            if config.dropout > 0 or self.average.config.label_dropout > 0:
+            if config.dropout > 0 or self.network.label_dropout > 0:
                 seed_dropout(config.seed, Stream.TEACHER_DROPOUT, step, first)
             result = denoising_objective(
                 bind(self.net, labels, augment_labels),
@@ -151,6 +160,7 @@ class TeacherTraining:
             )
             self.net.backward(result.surrogate / self.local_batch)
             tally.add(result.loss, result.valid)
+        mark("teacher: optimiser")
         applied = self.net.step(
             lr=config.learning_rate(step), ema_decay=config.ema_decay(step), grad_scale=tally.grad_scale(config.batch)
         )
@@ -158,7 +168,12 @@ class TeacherTraining:
 
     def refresh(self) -> None:
         """Bring the averaged network up to date. Every process must call it."""
-        self.net.copy_ema_to(self.average)
+        self.averaged.refresh()
+
+    @property
+    def average(self) -> Precond:
+        """The averaged network of the last `refresh`; the next step frees it."""
+        return self.averaged.net
 
     def evaluate(self) -> FrechetResult | None:
         """Fréchet distance of the averaged network's samples; None without an evaluation."""
@@ -177,7 +192,7 @@ class TeacherTraining:
             self.config,
             Path(path),
             kind="teacher",
-            facts=training_facts(self.config, self.average.config, self.dataset, self.start),
+            facts=training_facts(self.config, self.network, self.dataset, self.start),
             export="model",
             about={"task": "teacher", "dataset": _place_free(self.dataset.name)},
         )

@@ -12,20 +12,24 @@ import torch
 from torch import Tensor
 
 from ipfm.engine.augmentation import augment
+from ipfm.engine.averaged import Averaged
 from ipfm.engine.config import DistillConfig
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.memory import device_budget, plan_memory
+from ipfm.engine.memory.phases import mark
 from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.networks import teacher_facts, trainable_copy, trained_config
 from ipfm.engine.objectives import bind, denoising_objective, generator_gradient
+from ipfm.engine.precision import apply_precision, halve_storage
 from ipfm.engine.report import EvaluationRow
-from ipfm.engine.resolve import allow_tf32, apply_precision, resolve
+from ipfm.engine.resolve import allow_tf32, resolve
 from ipfm.engine.results import conclude
 from ipfm.engine.runs import execute
 from ipfm.engine.sampling import sample_generator
 from ipfm.engine.streams import Stream, draw_labels, seed_dropout
-from ipfm.engine.zero import TrainedNetwork, World, start_world
+from ipfm.engine.world import World, start_world
+from ipfm.engine.zero import TrainedNetwork, shard_frozen
 from ipfm.kernels import perturb
 from ipfm.models import Precond
 
@@ -100,10 +104,8 @@ class Distiller:
         self.title = f"distil D={self.D:g} alpha={config.alpha:g} K={config.steps}"
         allow_tf32(config.tf32)
 
-        self.teacher = apply_precision(copy.deepcopy(teacher).to(device), config.precision)
-        self.teacher.eval().requires_grad_(False)
-        # The averaged generator: filled from the sharded EMA when it is sampled.
-        self.average = copy.deepcopy(self.teacher)
+        self.network = teacher.config
+        self._facts = teacher_facts(teacher)
         self.student, self.generator = (
             TrainedNetwork(
                 apply_precision(trainable_copy(teacher, config.dropout).to(device), config.precision),
@@ -114,19 +116,37 @@ class Distiller:
                 ema=ema,
                 stage=config.zero,
                 precision=config.precision,
+                offload=config.offload,
+                clip_norm=config.clip_grad,
             )
             for lr, beta1, ema in (
                 (config.student_lr or config.lr, config.student_beta1, False),
                 (config.lr, config.generator_beta1, True),
             )
         )
+        buffers = {name: buffer.detach().to(device, copy=True) for name, buffer in teacher.named_buffers()}
+        self.averaged = Averaged(self.generator, teacher.config, buffers, config.precision, device)
+        self.teacher = self._stored(teacher)
         self.networks = {"student": self.student, "generator": self.generator}
         self.backward = config.backward if config.backward != "auto" else self._affordable_backward()
+
+    def _stored(self, teacher: Precond) -> Precond:
+        """The run's own copy of the teacher, kept as `teacher_storage` says."""
+        config = self.config
+        assert config.precision != "auto"
+        net = apply_precision(copy.deepcopy(teacher).to(self.world.device), config.precision)
+        net.eval().requires_grad_(False)
+        if config.teacher_storage == "half":
+            halve_storage(net, config.precision)
+        elif config.teacher_storage == "sharded":
+            shard_frozen(net, offload=config.offload)
+        return net
 
     # -- the two steps ----------------------------------------------------------------------------------------------
 
     def iteration(self, step: int) -> Measured:
         """`student_updates` student steps, then the generator step; `step` counts from 0."""
+        self.averaged.release()
         updates = self.config.student_updates
         measured = [self.student_step(step * updates + update) for update in range(updates)]
         return Measured.merged([*measured, self.generator_step(step)])
@@ -138,6 +158,7 @@ class Distiller:
         self.student.module.train()
         self.generator.module.train()
         for micro in self._micro_batches(Stream.STUDENT_LABEL, step):
+            mark("student: samples")
             chain = self._chain(micro, Stream.STUDENT_LATENT, step)
             y = chain.marked(self._evaluate(config.steps - 1, chain.inputs[-1], micro, step))
             y, augment_labels = augment(
@@ -146,10 +167,12 @@ class Distiller:
             sigma = noise.denoising(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step)
             x = self._perturb(y, sigma, Stream.STUDENT_NOISE, step, micro)
             self._seed_dropout(Stream.STUDENT_DROPOUT, step, micro)
+            mark("student: forward and backward")
             student = bind(self.student, micro.labels, augment_labels)
             result = denoising_objective(student, y, x, sigma, sigma_data=noise.sigma_data)
             self.student.backward(result.surrogate / self.local_batch)
             tally.add(result.loss, result.valid)
+        mark("student: optimiser")
         lr = config.student_lr or config.lr
         applied = self.student.step(lr=lr, grad_scale=tally.grad_scale(config.batch))
         return tally.measured(applied)
@@ -161,6 +184,7 @@ class Distiller:
         self.generator.module.train()
         for micro in self._micro_batches(Stream.GENERATOR_LABEL, step):
             tally.add(*self._generator_micro_step(step, micro))
+        mark("generator: optimiser")
         applied = self.generator.step(
             lr=self.config.lr,
             ema_decay=self.config.ema_decay(step),
@@ -175,6 +199,7 @@ class Distiller:
         afterwards. Every earlier evaluation is run once more in both, so that memory does not grow with K.
         """
         config, last, phased = self.config, self.config.steps - 1, self.backward == "phased"
+        mark("generator: samples")
         chain = self._chain(micro, Stream.GENERATOR_LATENT, step)
 
         def forward(k: int) -> Tensor:
@@ -195,17 +220,22 @@ class Distiller:
                 sigma,
                 alpha=config.alpha,
                 phased=phased,
+                rescale=config.precision == "fp16",
             )
 
+        mark("generator: backward")
         gradient = result.gradient / self.local_batch
         for k in range(last, -1, -1):
             y_k = graph if k == last and graph is not None else forward(k)
+            graph = None
+            scale = self.generator.loss_scale
             self.generator.backward((y_k * gradient).sum())
+            del y_k
             if k > 0:
                 # x_k = y_{k-1} + noise: its gradient is that of the evaluation before it.
                 arrived = chain.inputs[k].grad
                 assert arrived is not None
-                gradient = arrived
+                gradient = arrived / scale
         return result.loss, result.valid
 
     # -- the generator's samples ------------------------------------------------------------------------------------
@@ -213,7 +243,7 @@ class Distiller:
     @torch.no_grad()
     def _chain(self, micro: MicroBatch, stream: Stream, step: int) -> Chain:
         """x_1 ~ p_{r_1}(. | 0), x_{k+1} ~ p_{r_{k+1}}(. | G(x_k, sigma_k)) [IPFM, algorithm 2]."""
-        count, net = len(micro.index), self.average
+        count, net = len(micro.index), self.network
         y = torch.zeros(count, net.img_channels, net.img_resolution, net.img_resolution, device=micro.index.device)
         finite = torch.ones(count, 1, 1, 1, dtype=torch.bool, device=micro.index.device)
         inputs: list[Tensor] = []
@@ -251,7 +281,7 @@ class Distiller:
         start = self.world.rank * self.local_batch
         for first in range(start, start + self.local_batch, self.micro_batch):
             index = torch.arange(first, first + self.micro_batch, device=self.world.device)
-            labels = draw_labels(self.teacher.label_dim, index, seed=self.config.seed, stream=label_stream, step=step)
+            labels = draw_labels(self.network.label_dim, index, seed=self.config.seed, stream=label_stream, step=step)
             yield MicroBatch(first, index, labels)
 
     # -- looking at it ----------------------------------------------------------------------------------------------
@@ -262,7 +292,12 @@ class Distiller:
 
     def refresh(self) -> None:
         """Bring the averaged generator up to date. Every process must call it."""
-        self.generator.copy_ema_to(self.average)
+        self.averaged.refresh()
+
+    @property
+    def average(self) -> Precond:
+        """The averaged generator of the last `refresh`; the next step frees it."""
+        return self.averaged.net
 
     def evaluate(self) -> FrechetResult | None:
         """Fréchet distance of the averaged generator's samples; None without an evaluation."""
@@ -303,7 +338,7 @@ class Distiller:
             config,
             path,
             kind="distill",
-            facts=teacher_facts(self.teacher),
+            facts=self._facts,
             export="generator",
             about=about,
         )
@@ -316,7 +351,7 @@ class Distiller:
         config = self.config
         assert config.precision != "auto" and config.zero is not None
         plan = plan_memory(
-            trained_config(self.teacher.config, config.dropout),
+            trained_config(self.network, config.dropout),
             micro_batch=self.micro_batch,
             ranks=self.world.size,
             stage=config.zero,

@@ -1,98 +1,28 @@
-"""The processes of a run, and a network trained under DeepSpeed ZeRO.
+"""Networks under DeepSpeed ZeRO: trained ones with their optimiser, and a frozen one that is sharded.
 
-DeepSpeed is imported here alone, and only when a process group is started. Two rules keep several engines right
-(wrong ones fail silently at some stages): an engine is called only for the network that is trained at that moment, and
-every other use of a network goes through its plain module.
+Two rules keep several engines right (wrong ones fail silently at some stages): an engine is called only for the network
+that is trained at that moment, and every other use of a network goes through its plain module.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from ipfm.engine.config import Offload, check_sharding
+from ipfm.engine.precision import Precision
+from ipfm.engine.world import World, import_deepspeed
 from ipfm.kernels import AdamEMA
-
-Precision = Literal["fp32", "bf16"]
 
 # Elements a reduction bucket holds: DeepSpeed's own default reserves 2 GB an engine.
 BUCKET_ELEMENTS = 10_000_000
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes of a run: this one's rank, their number, and this one's device."""
-
-    rank: int
-    size: int
-    device: torch.device
-    launched: bool = False
-    """A launcher started this process."""
-
-    @property
-    def first(self) -> bool:
-        """True on the one process that prints and writes."""
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        """Wait for every process."""
-        if self.size > 1:
-            dist.barrier()
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum `tensor` over the processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def max_(self, tensor: Tensor) -> Tensor:
-        """Largest value of `tensor` over the processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor
-
-
-def start_world() -> World:
-    """Join the processes that a launcher (`deepspeed`, torchrun) started, or be the only one.
-
-    Nothing is compiled: DeepSpeed's CPU communication extension serves inference only and is switched off.
-    """
-    single = "RANK" not in os.environ
-    if single:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu")
-    if cuda:
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        _share_cores(int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", size))))
-    _deepspeed()
-    if not dist.is_initialized():
-        import deepspeed
-
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
-    return World(rank=rank, size=size, device=device, launched=not single)
-
-
-def stop_world() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+# Smaller parameters are not sharded at stage 3: gathering them would cost more time than they cost memory.
+PERSISTENT_ELEMENTS = 10_000
 
 
 class TrainedNetwork:
@@ -105,11 +35,15 @@ class TrainedNetwork:
         world: the run's processes.
         lr, betas, eps: Adam's settings.
         ema: keep an average of the weights, sharded like the rest of the optimiser's state.
-        stage: ZeRO stage 0, 1 or 2.
-        precision: "fp32", or "bf16" (parameters and gradients in bf16, masters, EMA and state in fp32; stage >= 1).
+        stage: ZeRO stage: 0 replicates, 1 shards the optimiser's state, 2 gradients too, 3 weights too.
+        precision: "fp32"; "bf16" or "fp16": parameters and gradients in 16 bits, masters, EMA and state in fp32
+            (stage >= 1), fp16 with a loss scale that adapts itself.
+        offload: "optimizer" keeps the optimiser's state in the host's memory (stage >= 1), "all" the weights too
+            (stage 3).
+        clip_norm: largest norm of the gradient; None sets no limit.
 
     Raises:
-        ValueError: a stage that is not offered, or bf16 at stage 0.
+        ValueError: stage, precision and offload do not go together.
     """
 
     def __init__(
@@ -123,34 +57,32 @@ class TrainedNetwork:
         ema: bool,
         stage: int = 0,
         precision: Precision = "fp32",
+        offload: Offload = "none",
+        clip_norm: float | None = None,
     ) -> None:
-        if stage not in (0, 1, 2):
-            raise ValueError(f"the ZeRO stage must be 0, 1 or 2, got {stage}")
-        if precision == "bf16" and stage == 0:
-            raise ValueError("bf16 needs ZeRO stage 1 or 2 (fp32 master weights live in its optimiser), got stage 0")
-        deepspeed = _deepspeed()
+        check_sharding(stage, precision, offload)
+        deepspeed = import_deepspeed()
         self.world = world
         self.stage = stage
+        self.precision = precision
         parameters = [p for p in module.parameters() if p.requires_grad]
-        exact = {name: p.detach().clone() for name, p in module.named_parameters()} if precision == "bf16" else {}
-        self.optimizer = AdamEMA(parameters, lr=lr, betas=betas, eps=eps, ema=ema)
+        exact = {n: p.detach().cpu().clone() for n, p in module.named_parameters()} if precision != "fp32" else {}
+        self.optimizer = AdamEMA(parameters, lr=lr, betas=betas, eps=eps, ema=ema, clip_norm=clip_norm)
+        if stage > 0 and world.size > 1:
+            self.optimizer.sum_over_shards = self._sum_over_shards
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=self.optimizer,
                 model_parameters=parameters,
-                config=_engine_config(stage, precision),
+                config=_engine_config(stage, precision, offload),
             )
         self.module: nn.Module = self.engine.module
-        # All state exists from the start, so that it can be saved, loaded and averaged before the first step.
-        self.optimizer.create_state()
-        if stage > 0:
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._create_state()
         if exact:
             # Masters are made from the rounded weights: put the exact ones in their place.
-            for name, p in self.module.named_parameters():
-                self._set(p, "weight", exact[name])
+            self.load("weight", exact)
             self.optimizer.restart_ema()
 
     def __call__(self, *args: Any, **keywords: Any) -> Tensor:
@@ -158,8 +90,16 @@ class TrainedNetwork:
         return self.engine(*args, **keywords)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a scalar; averaged over the processes at the next `step`."""
+        """Accumulate the gradient of a scalar; averaged over the processes at the next `step`.
+
+        Gradients of other tensors than the weights arrive multiplied by `loss_scale`.
+        """
         self.engine.backward(loss)
+
+    @property
+    def loss_scale(self) -> float:
+        """What `backward` multiplies its loss by: 1 but in fp16. Known on the host."""
+        return float(self.engine.optimizer.loss_scale) if self.precision == "fp16" else 1.0
 
     def step(self, *, lr: float, ema_decay: float = 0.0, grad_scale: Tensor | None = None) -> Tensor:
         """Update the weights from the gradients since the last step.
@@ -170,16 +110,19 @@ class TrainedNetwork:
             grad_scale: 0-d tensor that multiplies the averaged gradient.
 
         Returns:
-            0-d bool tensor on the device: False when a non-finite gradient made the step void.
+            0-d bool tensor on the device: False when a non-finite gradient made the step void. In fp16 a loss scale
+            that was too large, and is smaller now, is no such reason.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.ema_decay = ema_decay
         self.optimizer.grad_scale = grad_scale
+        scale = self.loss_scale
         self.engine.step()
         if not self.engine.was_step_applied() or self.optimizer.applied is None:
-            return torch.zeros((), dtype=torch.bool, device=self.world.device)
-        return self.optimizer.applied
+            expected = self.precision == "fp16" and scale > 1.0
+            return torch.full((), expected, dtype=torch.bool, device=self.world.device)
+        return self.optimizer.applied.to(self.world.device)
 
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
@@ -218,11 +161,12 @@ class TrainedNetwork:
         for name, p in self.module.named_parameters():
             if name not in tensors:
                 raise ValueError(f"{kind} of parameter {name} is missing")
-            if tensors[name].shape != p.shape:
+            shape = self._shape(p)
+            if tensors[name].shape != shape:
                 raise ValueError(
-                    f"{kind} of parameter {name} has shape {tuple(tensors[name].shape)}, expected {tuple(p.shape)}"
+                    f"{kind} of parameter {name} has shape {tuple(tensors[name].shape)}, expected {tuple(shape)}"
                 )
-            self._set(p, kind, tensors[name].to(p.device))
+            self._set(p, kind, tensors[name].to(self.world.device))
 
     @property
     def steps_applied(self) -> int:
@@ -242,6 +186,31 @@ class TrainedNetwork:
         for name, tensor in self.full("ema"):
             targets[name].copy_(tensor)
 
+    # -- what differs between the stages ----------------------------------------------------------------------------
+
+    def _create_state(self) -> None:
+        """All state exists from the start, so that it can be saved, loaded and averaged before the first step."""
+        if self.stage == 3:
+            # The optimiser's groups are filled during its step alone; there is one flat partition a group.
+            groups, flat = self.optimizer.param_groups, self.engine.optimizer.fp32_partitioned_groups_flat
+            assert len(groups) == len(flat)
+            for group, partition in zip(groups, flat, strict=True):
+                group["params"] = [partition]
+            self.optimizer.create_state()
+            for group in groups:
+                group["params"] = []
+            return
+        self.optimizer.create_state()
+        if self.stage > 0:
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _sum_over_shards(self, tensor: Tensor) -> None:
+        # A shard in the host's memory is summed on the device, where the processes can talk.
+        tensor.copy_(self.world.sum_(tensor.to(self.world.device)))
+
+    def _shape(self, p: Tensor) -> torch.Size:
+        return p.ds_shape if self.stage == 3 else p.shape  # type: ignore[attr-defined]
+
     def _get(self, p: Tensor, kind: str) -> Tensor:
         if self.stage == 0:
             return p.detach() if kind == "weight" else self.optimizer.state[p][kind]
@@ -251,6 +220,9 @@ class TrainedNetwork:
 
     @torch.no_grad()
     def _set(self, p: Tensor, kind: str, value: Tensor) -> None:
+        if self.stage == 3:
+            self._set_shard(p, kind, value.float())
+            return
         if kind == "weight":
             p.data.copy_(value)
         if self.stage == 0:
@@ -264,9 +236,62 @@ class TrainedNetwork:
         else:
             safe_set_full_optimizer_state(p, value.float(), kind)
 
+    def _set_shard(self, p: Any, kind: str, value: Tensor) -> None:
+        """Stage 3: this process's part of `value`. DeepSpeed's own setters want it whole and without padding."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-def _engine_config(stage: int, precision: Precision) -> dict[str, Any]:
+        size = p.ds_tensor.numel()
+        padded = value.new_zeros(size * self.world.size)
+        padded[: value.numel()] = value.flatten()
+        shard = padded.narrow(0, size * self.world.rank, size)
+        if kind != "weight":
+            safe_set_local_optimizer_state(p, shard, kind)
+            return
+        safe_set_local_fp32_param(p, shard)
+        p.ds_tensor.data.copy_(shard)
+        if p.numel() == value.numel():
+            # A small parameter that every process keeps whole.
+            p.data.copy_(value)
+
+
+def shard_frozen(module: nn.Module, *, offload: Offload = "none") -> nn.Module:
+    """Distribute a frozen network's fp32 weights over the processes (ZeRO 3); its modules gather theirs at each use.
+
+    Args:
+        module: the network, on the run's device; its parameters are replaced.
+        offload: "all" keeps the shards in the host's memory.
+
+    Returns:
+        The same module.
+    """
+    deepspeed = import_deepspeed()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine, *_ = deepspeed.initialize(model=module, config=_engine_config(3, "fp32", offload))
+    return engine.module
+
+
+def _engine_config(stage: int, precision: Precision, offload: Offload) -> dict[str, Any]:
     """DeepSpeed's settings; batch sizes only have to be present, since the trainer scales its losses itself."""
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "overlap_comm": False,
+    }
+    if stage == 3:
+        # Weights are released as soon as they were used: by default DeepSpeed keeps up to 1e9 of them gathered.
+        zero |= {
+            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+        }
+    pinned = torch.cuda.is_available()
+    if offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    if offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -274,39 +299,13 @@ def _engine_config(stage: int, precision: Precision) -> dict[str, Any]:
         "managed_gradient_accumulation": False,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # DeepSpeed's default clips to norm 1.
+        # DeepSpeed's default clips to norm 1; AdamEMA clips, the same way at every stage.
         "gradient_clipping": 0.0,
         "steps_per_print": 2**31,
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-            "overlap_comm": False,
-        },
+        "zero_optimization": zero,
     }
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "min_loss_scale": 1}
     return config
-
-
-def _deepspeed() -> Any:
-    """Import DeepSpeed quietly, with its CPU communication extension (a 50 s compilation) switched off."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-    import deepspeed.ops as ops
-
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    return deepspeed
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _share_cores(local_size: int) -> None:
-    """Divide this machine's cores among its processes, unless the user has set a number."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, local_size)))

@@ -7,17 +7,21 @@ Because the EMA lives in the optimiser's state, whatever shards that state (ZeRO
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# Elements that are updated at a time: it bounds the temporaries, three of this size.
+CHUNK = 2**24
+
 
 class AdamEMA(torch.optim.Optimizer):
     """Adam [Kingma & Ba 2015, algorithm 1] with an EMA of the weights, on-device gradient scale and finite check.
 
-    One step, with g = grad_scale * grad + weight_decay * w and t the number of steps applied, this one included:
+    One step, with g = c * grad_scale * grad + weight_decay * w, c = min(1, clip_norm / ||grad_scale * grad||) over all
+    parameters together, and t the number of steps applied, this one included:
 
         m = beta1 m + (1 - beta1) g          (no buffer at beta1 = 0)
         v = beta2 v + (1 - beta2) g^2
@@ -27,8 +31,8 @@ class AdamEMA(torch.optim.Optimizer):
     A step in which the square of any scaled gradient is not finite changes nothing: not w, m, v, e, nor t. The check
     and the count stay on the device, so that no step waits for the host. At eps = 0, elements whose v is 0 stay.
 
-    State: 4 bytes a float32 parameter for v, 4 more for m at beta1 > 0, 4 more for e. A step needs up to three further
-    tensors of the parameters' size while it runs.
+    State: 4 bytes a float32 parameter for v, 4 more for m at beta1 > 0, 4 more for e. A step works on `CHUNK` elements
+    at a time and needs three temporaries of that size.
 
     Args:
         params: float32 or float64 tensors, or groups of them, on one device (under ZeRO: the flat partitions).
@@ -37,10 +41,13 @@ class AdamEMA(torch.optim.Optimizer):
         eps: added to the root of the second moment, >= 0.
         weight_decay: L2 term added to the gradient, >= 0.
         ema: keep an average of the weights, starting from the weights themselves.
+        clip_norm: largest L2 norm of the scaled gradient, > 0; None sets no limit.
 
     Attributes:
         ema_decay: decay of the EMA for the next step (the half-life schedule changes it each step).
         grad_scale: 0-d tensor that multiplies the gradients of the next step, or None for 1.
+        sum_over_shards: where each process holds a shard of the parameters: sums a float64 tensor over the processes,
+            in place, so that norm and finite check are those of all shards together. None: nothing is sharded.
         applied: 0-d bool tensor: whether the last step changed the weights; None before the first.
         steps_applied: 0-d float64 tensor, t; None before the state exists.
 
@@ -57,10 +64,15 @@ class AdamEMA(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         ema: bool = False,
+        clip_norm: float | None = None,
     ) -> None:
+        if clip_norm is not None and not (math.isfinite(clip_norm) and clip_norm > 0):
+            raise ValueError(f"clip_norm must be a finite number > 0 or None, got {clip_norm}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema": ema})
         self.ema_decay = 0.0
+        self.clip_norm = clip_norm
         self.grad_scale: Tensor | None = None
+        self.sum_over_shards: Callable[[Tensor], object] | None = None
         self.applied: Tensor | None = None
         self.steps_applied: Tensor | None = None
 
@@ -101,10 +113,10 @@ class AdamEMA(torch.optim.Optimizer):
     @torch.no_grad()
     def restart_ema(self) -> None:
         """Set the EMA to the weights as they are now; an EMA that does not exist yet starts from them anyway."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if "ema" in self.state[p]:
-                    self.state[p]["ema"].copy_(p)
+        # Not by way of the groups: under ZeRO 3 they are empty between the steps.
+        for p, state in self.state.items():
+            if "ema" in state:
+                state["ema"].copy_(p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -123,8 +135,8 @@ class AdamEMA(torch.optim.Optimizer):
             self.applied = torch.zeros((), dtype=torch.bool, device=self.steps_applied.device)
             return
         if self.grad_scale is not None:
-            torch._foreach_mul_(grads, self.grad_scale.to(grads[0].dtype))
-        finite = _all_finite(grads)
+            torch._foreach_mul_(grads, self.grad_scale.to(grads[0]))
+        finite = self._judge(grads)
         skipped = ~finite
         for grad in grads:
             grad.masked_fill_(skipped, 0)
@@ -134,42 +146,82 @@ class AdamEMA(torch.optim.Optimizer):
             if params:
                 self._update(group, params, finite)
 
+    def _judge(self, grads: list[Tensor]) -> Tensor:
+        """0-d bool: the step can be taken. Gradients are brought to `clip_norm` on the way."""
+        overflow = (~_all_finite(grads)).double()
+        filled = [grad for grad in grads if grad.numel()]
+        squares = torch.zeros_like(overflow)
+        if self.clip_norm is not None and filled:
+            squares = torch.stack(torch._foreach_norm(filled)).double().square().sum()
+        found = torch.stack([overflow, squares])
+        if self.sum_over_shards is not None:
+            self.sum_over_shards(found)
+        if self.clip_norm is not None:
+            # A norm of 0 gives an infinite factor, of which 1 is taken.
+            torch._foreach_mul_(grads, (self.clip_norm / found[1].sqrt()).clamp(max=1.0).to(grads[0].dtype))
+        return (found[0] == 0) & torch.isfinite(found[1])
+
     def _update(self, group: dict[str, Any], params: list[Tensor], finite: Tensor) -> None:
         assert self.steps_applied is not None
         beta1, beta2 = group["betas"]
         dtype = params[0].dtype
-        grads = [p.grad for p in params if p.grad is not None]
-        states = [self.state[p] for p in params]
-        if group["weight_decay"]:
-            torch._foreach_add_(grads, torch._foreach_mul(params, finite.to(dtype)), alpha=group["weight_decay"])
 
         def unless_skipped(value: Tensor | float, otherwise: float) -> Tensor:
             return (otherwise + finite.to(torch.float64) * (value - otherwise)).to(dtype)
 
         # t = 0 only while every step so far was skipped; the factor then multiplies zeros.
         t = self.steps_applied.clamp(min=1)
-        first = grads
-        if beta1 > 0:
-            first = [state["exp_avg"] for state in states]
-            torch._foreach_mul_(first, unless_skipped(beta1, 1))
-            torch._foreach_add_(first, grads, alpha=1 - beta1)
-        second = [state["exp_avg_sq"] for state in states]
-        torch._foreach_mul_(second, unless_skipped(beta2, 1))
-        torch._foreach_addcmul_(second, grads, grads, value=1 - beta2)
+        decay1, decay2 = unless_skipped(beta1, 1), unless_skipped(beta2, 1)
+        correction = (1 - beta2**t).sqrt().to(dtype)
+        rate = unless_skipped(-group["lr"] / (1 - beta1**t), 0)
+        share = unless_skipped(1 - self.ema_decay, 0)
+        kinds = [kind for kind, used in (("exp_avg", beta1 > 0), ("exp_avg_sq", True), ("ema", group["ema"])) if used]
+        columns = [params, [p.grad for p in params], *([self.state[p][kind] for p in params] for kind in kinds)]
+        for weights, grads, *rest in _chunks(columns):
+            state = dict(zip(kinds, rest, strict=True))
+            if group["weight_decay"]:
+                torch._foreach_add_(grads, torch._foreach_mul(weights, finite.to(dtype)), alpha=group["weight_decay"])
+            first = grads
+            if beta1 > 0:
+                first = state["exp_avg"]
+                torch._foreach_mul_(first, decay1)
+                torch._foreach_add_(first, grads, alpha=1 - beta1)
+            second = state["exp_avg_sq"]
+            torch._foreach_mul_(second, decay2)
+            torch._foreach_addcmul_(second, grads, grads, value=1 - beta2)
 
-        root = torch._foreach_sqrt(second)
-        torch._foreach_div_(root, (1 - beta2**t).sqrt().to(dtype))
-        torch._foreach_add_(root, group["eps"])
-        # An element that never saw a gradient, or only ones whose squares vanish, divides by eps, which may be 0.
-        update = torch._foreach_div(first, root) if group["eps"] else list(map(_ratio, first, root))
-        torch._foreach_mul_(update, unless_skipped(-group["lr"] / (1 - beta1**t), 0))
-        torch._foreach_add_(params, update)
+            root = torch._foreach_sqrt(second)
+            torch._foreach_div_(root, correction)
+            torch._foreach_add_(root, group["eps"])
+            # An element that never saw a gradient, or only ones whose squares vanish, divides by eps, which may be 0.
+            update = torch._foreach_div(first, root) if group["eps"] else list(map(_ratio, first, root))
+            torch._foreach_mul_(update, rate)
+            torch._foreach_add_(weights, update)
 
-        if group["ema"]:
-            emas = [state["ema"] for state in states]
-            gap = torch._foreach_sub(params, emas)
-            torch._foreach_mul_(gap, unless_skipped(1 - self.ema_decay, 0))
-            torch._foreach_add_(emas, gap)
+            if group["ema"]:
+                gap = torch._foreach_sub(weights, state["ema"])
+                torch._foreach_mul_(gap, share)
+                torch._foreach_add_(state["ema"], gap)
+
+
+def _chunks(columns: list[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
+    """The columns, lists of tensors of the same shapes, in pieces of at most about `CHUNK` elements."""
+    piece: list[list[Tensor]] = [[] for _ in columns]
+    size = 0
+    for row in zip(*columns, strict=True):
+        # Whole rows, so that a piece keeps the strides of its tensor.
+        length = len(row[0]) if row[0].ndim else 1
+        rows = max(1, CHUNK * length // max(1, row[0].numel())) if row[0].numel() > CHUNK else length
+        parts = zip(*(t.split(rows) if rows < length else (t,) for t in row), strict=True)
+        for part in parts:
+            if size and size + part[0].numel() > CHUNK:
+                yield piece
+                piece, size = [[] for _ in columns], 0
+            for column, tensor in zip(piece, part, strict=True):
+                column.append(tensor)
+            size += part[0].numel()
+    if size or piece[0]:
+        yield piece
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from ipfm.engine.resolve import resolve, resolve_precision, run_device
 from ipfm.engine.run_folder import check_run_folder, open_run_folder
 from ipfm.engine.teacher_training import TeacherTraining
 from ipfm.engine.trio import Distiller
-from ipfm.engine.zero import World, start_world
+from ipfm.engine.world import World, start_world
 from ipfm.models import Precond, presets
 
 D = 128.0

@@ -11,7 +11,8 @@ import torch
 
 from ipfm.engine.config import DistillConfig, RunConfig, TeacherConfig, check_D
 from ipfm.engine.noise_levels import NoiseLevels
-from ipfm.engine.resolve import apply_precision, resolve, resolve_D, resolve_precision, run_device
+from ipfm.engine.precision import apply_precision
+from ipfm.engine.resolve import resolve, resolve_D, resolve_precision, run_device
 from ipfm.models import EDMPrecond, NetworkConfig, presets
 
 NAN, INF = math.nan, math.inf

@@ -28,7 +28,7 @@ from ipfm.engine.metrics import (
     kernel_distance,
     precision_recall,
 )
-from ipfm.engine.zero import World
+from ipfm.engine.world import World
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, device=CPU)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.objectives import denoising_objective, generator_gradient, isolate
-from ipfm.engine.zero import World
+from ipfm.engine.world import World
 from ipfm.models import EDMPrecond, NetworkConfig
 
 BATCH = 5

@@ -13,7 +13,7 @@ import torch
 
 from ipfm.engine.metrics import InceptionFeatures, PixelFeatures, Statistics, frechet_distance
 from ipfm.engine.reference import make_reference, open_images, open_reference, save_statistics
-from ipfm.engine.zero import World
+from ipfm.engine.world import World
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ipfm.engine.evaluated import Subject
     from ipfm.engine.evaluation import Evaluation
     from ipfm.engine.metrics import FrechetResult
-    from ipfm.engine.zero import World
+    from ipfm.engine.world import World
 
 # Images of a published FID.
 PUBLISHED_IMAGES = 50_000
@@ -200,7 +200,7 @@ def _pairs(results: list[FrechetResult], name: str) -> list[str]:
 def _world() -> World:
     """The processes of a launcher, or this one alone, which then needs no process group."""
     from ipfm.engine.resolve import run_device
-    from ipfm.engine.zero import World, start_world
+    from ipfm.engine.world import World, start_world
 
     return start_world() if "RANK" in os.environ else World(rank=0, size=1, device=run_device())
 

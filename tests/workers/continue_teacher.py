@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ipfm.engine import TeacherConfig, TeacherTraining
 from ipfm.engine.data import digits
-from ipfm.engine.zero import start_world, stop_world
+from ipfm.engine.world import start_world, stop_world
 from ipfm.models import NetworkConfig
 from ipfm.models.training_state import TrainingState
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from ipfm.engine.zero import start_world, stop_world
+from ipfm.engine.world import start_world, stop_world
 from ipfm.models import load_teacher
 
 

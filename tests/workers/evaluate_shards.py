@@ -14,7 +14,7 @@ import torch
 
 from ipfm.engine.commands.evaluate import Evaluate
 from ipfm.engine.evaluation import open_comparison
-from ipfm.engine.zero import start_world, stop_world
+from ipfm.engine.world import start_world, stop_world
 
 
 def main() -> None:

@@ -1,0 +1,38 @@
+"""Arithmetic of the networks: which dtype computes, and which may store."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ipfm.models import Precond
+from ipfm.models.layers import Conv2d, GroupNorm
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def apply_precision(net: Precond, precision: Precision) -> Precond:
+    """Set the network's arithmetic: 16-bit convolutions, with scalings and embeddings in fp32; or all fp32."""
+    net.compute_dtype = DTYPES[precision]
+    return net
+
+
+def halve_storage(net: Precond, precision: Precision) -> Precond:
+    """Store in the arithmetic's own 16 bits what is cast to them at each use, for good; the results stay the same.
+
+    Embeddings are computed in fp32 and keep their weights. For frozen networks: nothing smaller than a 16-bit step
+    could be learned any more.
+    """
+    for p in sixteen_bit_parameters(net):
+        p.data = p.data.to(DTYPES[precision])
+    return net
+
+
+def sixteen_bit_parameters(net: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a 16-bit network uses in 16 bits: those of convolutions and normalisations."""
+    kinds = (Conv2d, GroupNorm)
+    return [p for module in net.modules() if isinstance(module, kinds) for p in module.parameters(recurse=False)]
