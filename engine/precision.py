@@ -36,3 +36,8 @@ def sixteen_bit_parameters(net: nn.Module) -> list[nn.Parameter]:
     """The parameters that a 16-bit network uses in 16 bits: those of convolutions and normalisations."""
     kinds = (Conv2d, GroupNorm)
     return [p for module in net.modules() if isinstance(module, kinds) for p in module.parameters(recurse=False)]
+
+
+def fp16_supported(device: torch.device) -> bool:
+    """Whether DeepSpeed trains in fp16 here: on every GPU, and on processors with fp16 arithmetic."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_fp16_supported()

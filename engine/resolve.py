@@ -10,6 +10,7 @@ import torch
 
 from ipfm.engine.augmentation import AUGMENT_DIM, SMALLEST_SIZE
 from ipfm.engine.config import DistillConfig, RunConfig
+from ipfm.engine.precision import fp16_supported
 from ipfm.models import NetworkConfig
 
 C = TypeVar("C", bound=RunConfig)
@@ -48,8 +49,8 @@ def resolve_precision(config: C, device: torch.device) -> C:
         precision = "bf16" if capable and stage != 0 else "fp32"
     if stage is None:
         stage = 0 if precision == "fp32" else 1
-    if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        raise ValueError("precision fp16 does not run on this cpu: give fp32 or bf16")
+    if precision == "fp16" and not fp16_supported(device):
+        raise ValueError(f"precision fp16 does not run on this {device.type}: give fp32 or bf16")
     return replace(config, precision=precision, zero=stage)
 
 

@@ -307,5 +307,13 @@ def _engine_config(stage: int, precision: Precision, offload: Offload) -> dict[s
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
     if precision == "fp16":
-        config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "min_loss_scale": 1}
+        # The losses are sums over an image's elements: DeepSpeed's first scale, 2^16, would waste steps on overflows.
+        config["fp16"] = {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": 8,
+            "loss_scale_window": 500,
+            "hysteresis": 1,
+            "min_loss_scale": 1,
+        }
     return config

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ipfm.engine import DistillConfig
 from ipfm.engine.augmentation import augment
-from ipfm.engine.streams import Stream, draw_labels
+from ipfm.engine.streams import Stream, draw_labels, seed_dropout
 from ipfm.kernels import philox, reference
 from ipfm.models import Precond
 
@@ -33,6 +33,9 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
     """`steps` iterations on the whole batch at once, gradients by autograd through everything."""
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     S, G = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+    for module in (*S.modules(), *G.modules()):
+        if hasattr(module, "dropout"):
+            module.dropout = config.dropout
     run = Plain(S, G, {name: p.detach().clone() for name, p in G.named_parameters()})
     student_adam = torch.optim.Adam(
         S.parameters(), lr=config.student_lr or config.lr, betas=(config.student_beta1, 0.999), eps=config.eps
@@ -56,8 +59,17 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
         y = torch.zeros(config.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
         for k, level in enumerate(levels):
             sigma = torch.full((config.batch,), level)
-            y = G(noisy(y, sigma, stream, step * len(levels) + k), sigma, labels)
+            x = noisy(y, sigma, stream, step * len(levels) + k)
+            seed_dropout(config.seed, Stream.GENERATOR_DROPOUT, step * len(levels) + k, 0)
+            y = G.train()(x, sigma, labels)
         return y
+
+    def descend(net: Precond, adam: torch.optim.Adam, loss: Tensor) -> None:
+        adam.zero_grad()
+        loss.backward()
+        if config.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip_grad)
+        adam.step()
 
     for step in range(steps):
         student_losses = []
@@ -72,14 +84,13 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
             sigma = torch.exp(-1.2 + 1.2 * n.double()).float()
             x = noisy(y, sigma, Stream.STUDENT_NOISE, count)
             weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
-            losses = weight * (S(x, sigma, labels, augment_labels) - y).square().sum((1, 2, 3))
-            student_adam.zero_grad()
-            losses.mean().backward()
-            student_adam.step()
+            seed_dropout(config.seed, Stream.STUDENT_DROPOUT, count, 0)
+            losses = weight * (S.train()(x, sigma, labels, augment_labels) - y).square().sum((1, 2, 3))
+            descend(S, student_adam, losses.mean())
             student_losses.append(losses.mean().item())
         run.student_loss.append(sum(student_losses) / len(student_losses))
 
-        S.requires_grad_(False)
+        S.requires_grad_(False).eval()
         labels = classes(Stream.GENERATOR_LABEL, step)
         y = samples(Stream.GENERATOR_LATENT, step, labels)
         u = philox.uniform(index, 1, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)[:, 0].double()
@@ -92,9 +103,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
         t, s, y = t.double(), s.double(), y.double()
         terms = (t - y) ** 2 - (s - y) ** 2 - 2 * (config.alpha - 0.5) * (t - s) ** 2
         losses = weight * terms.sum((1, 2, 3))
-        generator_adam.zero_grad()
-        losses.mean().backward()
-        generator_adam.step()
+        descend(G, generator_adam, losses.mean())
         S.requires_grad_(True)
         run.generator_loss.append(losses.mean().item())
 

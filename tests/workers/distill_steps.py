@@ -1,6 +1,7 @@
 """Worker: distils a stored teacher for some steps in several settings, and leaves the weights of each.
 
-Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?}]}
+Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?,
+"persistent"?}]}. "persistent": elements below which ZeRO 3 keeps a parameter whole; 0, so that small ones are sharded.
 """
 
 import json
@@ -10,16 +11,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine import DistillConfig, Distiller, resolve, zero
 from ipfm.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from ipfm.engine.world import start_world, stop_world
+from ipfm.engine.world import import_deepspeed, start_world, stop_world
 from ipfm.models import load_teacher
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
     world = start_world()
+    if any(case["config"].get("precision") == "fp16" for case in job["cases"]):
+        # Processors without fast fp16 can do it too, slowly.
+        resolve.fp16_supported = lambda device: True
+        import_deepspeed().accelerator.get_accelerator().is_fp16_supported = lambda: True
     for case in job["cases"]:
+        zero.PERSISTENT_ELEMENTS = case.get("persistent", 0)
         distiller = Distiller(DistillConfig(**case["config"]), load_teacher(job["teacher"]), world=world)
         first = 0
         if "load" in case:
