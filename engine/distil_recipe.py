@@ -82,7 +82,8 @@ class DistilRecipe:
         notes = self.notes(network, config.alpha, config.steps)
         if options.dry_run:
             more = (self.help_with_teachers(),) if teacher is None else ()
-            first_process(lambda: print(describe(config, network, path, (*notes, *more))))
+            given = options.distillation()
+            first_process(lambda: print(describe(config, network, path, (*notes, *more), given=given)))
             return
 
         assert teacher is not None
@@ -97,6 +98,8 @@ class DistilRecipe:
                 replace(config, resume=True), teacher, evaluation=evaluation, dataset=dataset, world=world
             )
         first_process(lambda: print(*notes, sep="\n", end="\n" if notes else ""))
+        # The run has its own copy.
+        del teacher
         distiller.run(path)
         if world.first:
             if distiller.rows:

@@ -6,21 +6,20 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ipfm.engine.config import DistillConfig, RunConfig, TeacherConfig
 from ipfm.engine.evaluation_options import EvaluationOptions
-from ipfm.engine.memory import device_budget, plan_memory
+from ipfm.engine.layouts import layout_table
+from ipfm.engine.memory import MemoryPlan, choose, choose_training, device_budget, forwards
 from ipfm.engine.networks import trained_config
-from ipfm.engine.resolve import run_device
+from ipfm.engine.resolve import resolve_precision, run_device
 from ipfm.models import NetworkConfig, Precond, build_network, load_teacher
 
-# Forward passes, or as much arithmetic, of a student update, of a generator update, and what the phased form adds.
-STUDENT_FORWARDS, GENERATOR_FORWARDS, PHASED_FORWARDS = 4, 7, 2
-# Of a teacher's update: a backward pass is twice a forward pass.
+# Forward passes, or as much arithmetic, of a teacher's update: a backward pass is twice a forward pass.
 TRAINING_FORWARDS = 3
 
 
@@ -74,36 +73,53 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def describe(config: DistillConfig, network: NetworkConfig, path: Path, notes: tuple[str, ...] = ()) -> str:
-    """What a run with this resolved configuration would do: settings, memory plan, expected duration on this machine.
+def describe(
+    config: DistillConfig,
+    network: NetworkConfig,
+    path: Path,
+    notes: tuple[str, ...] = (),
+    *,
+    given: DistillConfig | None = None,
+) -> str:
+    """What a run with this resolved configuration would do: settings, memory plan, expected duration on this machine;
+    and how it would be laid out on GPUs.
 
     Runs a few forward passes of the network to estimate the duration.
+
+    Args:
+        config: settings with nothing left open but what memory decides.
+        network: the teacher's architecture.
+        path: the run folder.
+        notes: lines to add.
+        given: the settings as the user gave them, whose open ones the GPUs' layouts decide; default: `config`.
     """
     ranks = launched_processes()
-    device = run_device()
-    assert config.precision != "auto" and config.zero is not None
-    _, micro = config.split(ranks)
-    plan = plan_memory(
-        trained_config(network, config.dropout),
-        micro_batch=micro,
-        ranks=ranks,
-        stage=config.zero,
-        precision=config.precision,
-        student_beta1=config.student_beta1,
-        generator_beta1=config.generator_beta1,
-        budget=device_budget(device),
-    )
-    backward = plan.backward if config.backward == "auto" else config.backward
-    forwards = config.student_updates * STUDENT_FORWARDS + GENERATOR_FORWARDS
-    forwards += PHASED_FORWARDS if backward == "phased" else 0
-    parts = [
-        *_settings(config, path, D=network.D, sigmas=config.levels, backward=backward),
-        *_network(network, plan.parameters),
-        "memory of one process (prediction; workspaces of convolutions not included)",
-        *(f"  {line}" for line in str(plan).splitlines()),
-        _expected_duration(config, network, forwards),
-        *notes,
-    ]
+    trained = trained_config(network, config.dropout)
+    parts: list[str] = []
+    try:
+        choice = choose(config, trained, ranks=ranks, budget=device_budget(run_device()))
+    except ValueError as error:
+        if "divisible" in str(error) or "divide" in str(error):
+            raise
+        parts = [*_settings(config, path, D=network.D, sigmas=config.levels), f"memory: {error}"]
+    else:
+        plan = choice.plan
+        cost = forwards(config, phased=plan.backward == "phased", checkpointed=plan.activation_checkpointing)
+        parts = [
+            *_settings(
+                replace(config, micro_batch=plan.micro_batch),
+                path,
+                D=network.D,
+                sigmas=config.levels,
+                backward=plan.backward,
+                activation_checkpointing="on" if plan.activation_checkpointing else "off",
+            ),
+            *_network(network, plan.parameters),
+            *_memory(plan),
+            _expected_duration(config, network, cost),
+        ]
+    given = given or config
+    parts += [layout_table(given, trained, zero=given.zero), *notes]
     return "\n".join(parts)
 
 
@@ -112,12 +128,20 @@ def describe_training(config: TeacherConfig, network: NetworkConfig, path: Path,
 
     Runs a few forward passes of the network to estimate the duration.
     """
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_network(network).parameters())
+    plan = choose_training(
+        resolve_precision(config, run_device()),
+        network,
+        ranks=launched_processes(),
+        budget=device_budget(run_device()),
+    )
+    again = plan.activation_checkpointing
     parts = [
-        *_settings(config, path),
-        *_network(network, parameters),
-        _expected_duration(config, network, TRAINING_FORWARDS),
+        *_settings(
+            replace(config, micro_batch=plan.micro_batch), path, activation_checkpointing="on" if again else "off"
+        ),
+        *_network(network, plan.parameters),
+        *_memory(plan),
+        _expected_duration(config, network, TRAINING_FORWARDS + again),
         *notes,
     ]
     return "\n".join(parts)
@@ -131,6 +155,13 @@ def _settings(config: RunConfig, path: Path, **resolved: object) -> list[str]:
     settings["micro_batch"] = f"{micro} x {local // micro} on each of {ranks} process{'es' * (ranks > 1)}"
     lines = [f"  {name:<20} {_shown(value)}" for name, value in settings.items() if name not in ("kimg", "noise")]
     return ["configuration", *lines]
+
+
+def _memory(plan: MemoryPlan) -> list[str]:
+    return [
+        "memory of one process (prediction; workspaces of convolutions not included)",
+        *(f"  {line}" for line in str(plan).splitlines()),
+    ]
 
 
 def _network(network: NetworkConfig, parameters: int) -> list[str]:

@@ -16,6 +16,7 @@ from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data import ImageDataset
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured, Tally
+from ipfm.engine.memory import choose_training, device_budget
 from ipfm.engine.memory.phases import mark
 from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.networks import fingerprint
@@ -74,7 +75,7 @@ class TeacherTraining:
         device = self.world.device
         self.config = config = resolve_precision(replace(config, D=self.D), device)
         assert config.precision != "auto" and config.zero is not None
-        self.local_batch, self.micro_batch = config.split(self.world.size)
+        self.local_batch = config.split(self.world.size)[0]
         self.dataset = dataset.to(device)
         self.start = start
         self.evaluation = evaluation
@@ -84,9 +85,12 @@ class TeacherTraining:
         # Every process draws the same initial weights.
         torch.manual_seed(config.seed)
         self.network = replace(network, dropout=config.dropout)
+        plan = choose_training(config, self.network, ranks=self.world.size, budget=device_budget(device))
+        self.micro_batch = plan.micro_batch
         net = apply_precision(build_network(self.network).to(device), config.precision)
         if start is not None:
             net.load_state_dict(dict(start.weights))
+        net.activation_checkpointing = plan.activation_checkpointing
         buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
         self.net = TrainedNetwork(
             net,

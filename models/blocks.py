@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import AttentionBackend, attention, head_count
+from .frozen import frozen_linear, is_frozen
 from .init import DEFAULT_INIT, ZERO_INIT, Init
 from .layers import Conv2d, GroupNorm, Linear
 
@@ -25,12 +26,17 @@ class QKVProjection(Conv2d):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         assert self.weight is not None and self.bias is not None
-        heads, width = self.num_heads, self.in_channels // self.num_heads
-        weight = self.weight.to(x.dtype).view(heads, width, 3, -1).permute(2, 0, 1, 3).reshape(self.out_channels, -1)
-        bias = self.bias.to(x.dtype).view(heads, width, 3).permute(2, 0, 1).reshape(-1)
-        tokens = x.flatten(2).transpose(1, 2)
-        q, k, v = F.linear(tokens, weight, bias).unflatten(2, (3, heads, width)).unbind(2)
+        tokens, bias = x.flatten(2).transpose(1, 2), self._arranged(self.bias.to(x.dtype)).flatten()
+        if is_frozen(x, self.weight, self.bias):
+            joined = frozen_linear(tokens, self.weight, bias, arrange=self._arranged)
+        else:
+            joined = F.linear(tokens, self._arranged(self.weight.to(x.dtype)), bias)
+        q, k, v = joined.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         return q, k, v
+
+    def _arranged(self, rows: Tensor) -> Tensor:
+        """(3·C, ...) in the order of checkpoints -> (3·C, n) in the order of use."""
+        return rows.view(self.num_heads, -1, 3, rows[0].numel()).permute(2, 0, 1, 3).reshape(self.out_channels, -1)
 
 
 class UNetBlock(nn.Module):
@@ -96,14 +102,17 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
+        h = self.conv0(self.norm0(x, silu=True))
         p = self.affine(emb).to(h.dtype)[:, :, None, None]
         if self.adaptive_scale:
             scale, shift = p.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+            h = self.norm1(h, silu=True, scale=scale, shift=shift)
         else:
-            h = F.silu(self.norm1(h + p))
-        h = self.conv1(F.dropout(h, self.dropout, training=self.training))
+            h = self.norm1(h + p, silu=True)
+        if self.training and self.dropout:
+            # F.dropout's own on CUDA; elsewhere that one keeps a mask as wide as the activation.
+            h, _ = torch.native_dropout(h, self.dropout, True)
+        h = self.conv1(h)
         x = self._rescale((x if self.skip is None else self.skip(x)) + h)
         if self.num_heads:
             q, k, v = self.qkv(self.norm2(x))

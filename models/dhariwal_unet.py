@@ -93,4 +93,4 @@ class DhariwalUNet(UNet):
         return F.silu(emb)
 
     def _finish(self, x: Tensor, image: Tensor | None) -> Tensor:
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(self.out_norm(x, silu=True))

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .frozen import frozen_conv2d, frozen_conv_transpose2d, is_frozen, mean_2x2
 from .init import DEFAULT_INIT, Init
+from .recomputed import group_norm_silu
 
 
 def _cast(parameter: Tensor | None, like: Tensor) -> Tensor | None:
@@ -93,40 +95,46 @@ class Conv2d(nn.Module):
         self.register_buffer("resample_filter", _filter_2d(taps) if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = _cast(self.weight, x), _cast(self.bias, x)
-        if weight is None:
+        if self.weight is None:
             return self._double(x) if self.up else self._halve(x) if self.down else x
         if self.up and self.fused_resample:
             x = self._double(x, padding=max(self.f_pad - self.w_pad, 0))
-            return F.conv2d(x, weight, bias, padding=max(self.w_pad - self.f_pad, 0))
+            return self._convolve(x, self.bias, max(self.w_pad - self.f_pad, 0))
         if self.up and self.kernel == 1:
             # A 1×1 convolution commutes with the filter: on the small image it costs a quarter.
-            x = self._double(F.conv2d(x, weight))
-            return x if bias is None else x + bias.view(1, -1, 1, 1)
+            return self._add_bias(self._double(self._convolve(x, None, 0)))
         if self.down and self.fused_resample:
-            x = self._halve(F.conv2d(x, weight, padding=self.w_pad + self.f_pad), padding=0)
-            return x if bias is None else x + bias.view(1, -1, 1, 1)
+            return self._add_bias(self._halve(self._convolve(x, None, self.w_pad + self.f_pad), padding=0))
         if self.up:
             x = self._double(x)
         elif self.down:
             x = self._halve(x)
-        return F.conv2d(x, weight, bias, padding=self.w_pad)
+        return self._convolve(x, self.bias, self.w_pad)
 
-    def _depthwise(self, x: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+        assert self.weight is not None
+        if is_frozen(x, self.weight, bias):
+            return frozen_conv2d(x, self.weight, bias, padding=padding)
+        return F.conv2d(x, self.weight.to(x.dtype), _cast(bias, x), padding=padding)
+
+    def _add_bias(self, x: Tensor) -> Tensor:
+        return x if self.bias is None else x + self.bias.to(x.dtype).view(1, -1, 1, 1)
+
+    def _depthwise(self, x: Tensor, gain: float = 1) -> Tensor:
         assert self.resample_filter is not None
-        return self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        return (gain * self.resample_filter.to(x.dtype)).expand(x.shape[1], -1, -1, -1)
 
     def _halve(self, x: Tensor, padding: int | None = None) -> Tensor:
         padding = self.f_pad if padding is None else padding
         if self._box:
-            return F.avg_pool2d(x, 2)
-        return F.conv2d(x, self._depthwise(x), stride=2, padding=padding, groups=x.shape[1])
+            return mean_2x2(x)
+        return frozen_conv2d(x, self._depthwise(x), stride=2, padding=padding, groups=x.shape[1])
 
     def _double(self, x: Tensor, padding: int | None = None) -> Tensor:
         padding = self.f_pad if padding is None else padding
         if self._box:
             return F.interpolate(x, scale_factor=2, mode="nearest")
-        return F.conv_transpose2d(x, 4 * self._depthwise(x), stride=2, padding=padding, groups=x.shape[1])
+        return frozen_conv_transpose2d(x, self._depthwise(x, 4), stride=2, padding=padding, groups=x.shape[1])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The filter belongs to the architecture; another one in a file would mean that the two do not fit.
@@ -177,8 +185,14 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+    def forward(
+        self, x: Tensor, *, silu: bool = False, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """The normalised x; with `silu` after it SiLU, before which it may be scaled by scale + 1 and shifted."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if silu:
+            return group_norm_silu(x, self.num_groups, weight, bias, scale=scale, shift=shift, eps=self.eps)
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, groups={self.num_groups}, eps={self.eps}"

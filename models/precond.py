@@ -76,6 +76,18 @@ class Precond(nn.Module, ABC):
     def attention_backend(self, backend: AttentionBackend) -> None:
         self.model.attention_backend = backend
 
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether the backward pass runs each block once more instead of keeping its activations; may be set any time.
+
+        Not part of the configuration, and not saved.
+        """
+        return self.model.activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        self.model.activation_checkpointing = on
+
     def forward(
         self,
         x: Tensor,

@@ -1,5 +1,6 @@
 """What both U-Nets share: making the entries of a layout, running them, label dropout, the choice of attention."""
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -7,7 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .attention import AttentionBackend, check_attention_backend
 from .blocks import UNetBlock
@@ -27,7 +28,12 @@ class UNet(nn.Module, ABC):
 
     `layout` lists their entries. A subclass makes its layers in the order of the state dict, the entries among them by
     `_make`, and says how labels become an embedding and what follows the decoder.
+
+    `activation_checkpointing` may be set at any time: while a graph is made, of each residual block only what goes in
+    is kept, and the backward pass runs the block once more, with the same dropout.
     """
+
+    activation_checkpointing = False
 
     map_noise: PositionalEmbedding | FourierEmbedding
     map_label: Linear | None
@@ -118,7 +124,7 @@ class UNet(nn.Module, ABC):
             elif entry.kind == "aux_residual":
                 x = skips[-1] = aux = (x + module(aux)) / math.sqrt(2)
             else:
-                x = module(x, emb) if entry.kind == "block" else module(x)
+                x = self._run(module, emb, x) if entry.kind == "block" else module(x)
                 skips.append(x)
         return x, skips
 
@@ -130,12 +136,27 @@ class UNet(nn.Module, ABC):
             if entry.kind == "aux_up":
                 image = module(image)
             elif entry.kind == "aux_norm":
-                normed = module(x)
+                normed = module(x, silu=True)
             elif entry.kind == "aux_conv":
-                part = module(F.silu(normed))
+                part = module(normed)
                 image = part if image is None else image + part
             else:
-                if entry.skip_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
-                x = module(x, emb)
+                x = self._run(module, emb, x, skips.pop()) if entry.skip_channels else self._run(module, emb, x)
         return x, image
+
+    def _run(self, block: nn.Module, emb: Tensor, *parts: Tensor) -> Tensor:
+        """A residual block of the concatenated `parts`."""
+
+        def run(emb: Tensor, *parts: Tensor) -> Tensor:
+            x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            out: Tensor = block(x, emb)
+            return out
+
+        assert isinstance(block, UNetBlock)
+        sources = itertools.chain((emb, *parts), block.parameters())
+        if not (self.activation_checkpointing and torch.is_grad_enabled() and any(s.requires_grad for s in sources)):
+            return run(emb, *parts)
+        # The concatenation is made again too: its parts are the outputs of other blocks, which are kept anyway.
+        random = block.training and block.dropout > 0
+        again: Tensor = checkpoint(run, emb, *parts, use_reentrant=False, preserve_rng_state=random)
+        return again

@@ -1,5 +1,17 @@
 """The memory of a run: predicted before it, measured in it."""
 
-from ipfm.engine.memory.plan import USABLE, MemoryPlan, counting_saved_bytes, device_budget, plan_memory
+from ipfm.engine.memory.budget import device_budget, gpu_budget
+from ipfm.engine.memory.choose import Choice, choose, choose_training, forwards
+from ipfm.engine.memory.plan import MemoryPlan, plan_memory, plan_teacher_training
 
-__all__ = ["USABLE", "MemoryPlan", "counting_saved_bytes", "device_budget", "plan_memory"]
+__all__ = [
+    "Choice",
+    "MemoryPlan",
+    "choose",
+    "choose_training",
+    "device_budget",
+    "forwards",
+    "gpu_budget",
+    "plan_memory",
+    "plan_teacher_training",
+]

@@ -1,72 +1,81 @@
-"""Prediction of the memory that a distillation needs on one process."""
+"""Prediction of the memory that a run needs on one process: permanent state, and the peak of each part of a step."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-
-from ipfm.engine.zero import BUCKET_ELEMENTS, Precision
-from ipfm.models import NetworkConfig, Precond, build_network
-
-# Share of a GPU's memory that a plan may fill: the rest is for workspaces and fragmentation.
-USABLE = 0.85
+from ipfm.engine.config import Offload, check_sharding
+from ipfm.engine.memory.phases import Phase
+from ipfm.engine.memory.simulate import StepSettings, simulate_distillation, simulate_teacher
+from ipfm.engine.memory.state import Sharding, StateBytes, state_bytes
+from ipfm.engine.precision import Precision
+from ipfm.models import NetworkConfig
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one process, by part, and the backward mode that fits."""
+    """Bytes on one process, by part and by phase of a step."""
 
-    parameters: int
-    """Number of parameters of one network."""
-    weights: int
-    """Teacher, student, generator and averaged generator, and ZeRO's fp32 master weights."""
-    gradients: int
-    """Of the one network that is being trained."""
-    optimizer: int
-    """Adam's moments of student and generator, and the generator's EMA."""
-    buckets: int
-    """Communication buffer of the network that is being trained."""
-    activations_phased: int
-    """What the largest backward pass keeps alive: one network's activations."""
-    activations_joint: int
-    """What a joint generator step keeps alive: the activations of all three networks."""
-    budget: int | None
-    """Bytes that the process may use; None: not known."""
+    micro_batch: int
+    """Images a process handles at a time."""
     backward: str
-    """"joint" or "phased"."""
+    """"joint" or "phased"; "" for a teacher's training."""
+    activation_checkpointing: bool
+    parts: StateBytes
+    """Permanent state and gradients."""
+    phases: Mapping[Phase, int]
+    """Bytes above the permanent state at the peak of each phase, gradients and buckets included."""
+    budget: int | None = None
+    """Bytes that the process may use; None: not known."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of one network."""
+        return self.parts.parameters
 
     @property
     def state(self) -> int:
-        """Bytes of everything but activations."""
-        return self.weights + self.gradients + self.optimizer + self.buckets
+        """Bytes that are there at all times."""
+        return self.parts.permanent
 
-    def total(self, backward: str) -> int:
-        """Bytes at the peak with this backward mode."""
-        return self.state + (self.activations_phased if backward == "phased" else self.activations_joint)
+    @property
+    def working(self) -> int:
+        """Bytes above the permanent state at the step's peak."""
+        return max(self.phases.values())
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the step's peak."""
+        return self.state + self.working
+
+    @property
+    def fits(self) -> bool:
+        """The peak is within the budget, as far as that is known."""
+        return self.budget is None or self.peak <= self.budget
 
     def __str__(self) -> str:
-        parts = [
-            ("weights of four networks", self.weights),
-            ("gradients of one network", self.gradients),
-            ("optimiser state and EMA", self.optimizer),
-            ("communication bucket", self.buckets),
-            ("activations, joint", self.activations_joint),
-            ("activations, phased", self.activations_phased),
-            ("total, joint", self.total("joint")),
-            ("total, phased", self.total("phased")),
+        parts = self.parts
+        kept = [
+            ("teacher", parts.teacher),
+            ("weights in training", parts.weights),
+            ("fp32 masters", parts.masters),
+            ("optimiser state and EMA", parts.optimizer),
         ]
-        lines = [f"{name:<28}{_size(value):>12}" for name, value in parts]
-        limit = "none given" if self.budget is None else _size(self.budget)
-        return "\n".join([*lines, f"{'budget':<28}{limit:>12}", f"{'backward':<28}{self.backward:>12}"])
+        if parts.stage == 3:
+            kept += [("gradients", parts.gradients), ("communication buckets", parts.buckets)]
+        kept += [("permanent state", self.state)]
+        rows = [(name, value) for name, value in kept if value or name == "permanent state"]
+        rows += [(f"+ {phase}", value) for phase, value in self.phases.items()]
+        lines = [f"{name:<34}{size(value):>12}" for name, value in [*rows, ("peak", self.peak)]]
+        if parts.host:
+            lines.append(f"{'in the host memory':<34}{size(parts.host):>12}")
+        limit = "not known" if self.budget is None else size(self.budget) + ("" if self.fits else ", TOO SMALL")
+        lines.append(f"{'budget':<34}{limit:>12}")
+        if self.backward:
+            again = "with" if self.activation_checkpointing else "without"
+            lines.append(f"{'backward':<34}{self.backward:>12}, {again} activation checkpointing")
+        return "\n".join([*lines, f"{'bytes a parameter, all networks':<34}{parts.per_parameter:>12.1f}"])
 
 
 def plan_memory(
@@ -76,158 +85,150 @@ def plan_memory(
     ranks: int = 1,
     stage: int = 0,
     precision: Precision = "fp32",
+    offload: Offload = "none",
+    teacher_storage: str = "auto",
     student_beta1: float = 0.0,
     generator_beta1: float = 0.0,
+    backward: str = "auto",
+    activation_checkpointing: str = "off",
+    steps: int = 1,
+    augment: bool = False,
+    accumulates: bool = False,
     budget: int | None = None,
 ) -> MemoryPlan:
     """Predict the memory of a distillation on each process.
 
-    Parameters are counted; activations are measured: the networks run on the meta device, which computes nothing, and
-    what autograd keeps is added up. Not included: workspaces of convolutions, the allocator's fragmentation, and the
-    copy of the weights that DeepSpeed keeps in the host's memory at stages 1 and 2.
+    The state is counted; the rest is found by running the engine's own step on the meta device, which computes nothing,
+    and adding up what lives. Not included: what single operations need within themselves (workspaces of convolutions)
+    and the allocator's fragmentation.
 
     Args:
-        network: architecture of all three networks.
+        network: architecture of all three networks, as it is trained.
         micro_batch: images a process handles at a time.
         ranks: number of processes.
-        stage: ZeRO stage 0, 1 or 2.
-        precision: "fp32" or "bf16" (stage 1 or 2).
+        stage: ZeRO stage 0 to 3.
+        precision: "fp32", or "bf16" or "fp16" (stage 1 to 3).
+        offload: "none", "optimizer" or "all", see `RunConfig`.
+        teacher_storage: "fp32", "half", "sharded"; "auto" as in `DistillConfig`.
         student_beta1, generator_beta1: Adam's first decays; 0 needs no first moment.
-        budget: bytes that a process may use; decides joint or phased. None chooses joint.
+        backward: "joint", "phased"; "auto" chooses joint where the budget allows it.
+        activation_checkpointing: "on", "off"; "auto" turns it on where even phased does not fit without.
+        steps: K, the generator's evaluations.
+        augment: the student's images are augmented.
+        accumulates: several micro-batches make a step.
+        budget: bytes that a process may use; None: everything fits.
 
     Returns:
-        The plan; "phased" when the joint form exceeds the budget, whether or not the phased one fits.
+        The plan of the cheapest form that fits the budget, or of the smallest one where none does.
 
     Raises:
-        ValueError: a number out of its range, or bf16 at stage 0.
+        ValueError: a number out of its range, or settings that do not go together.
     """
-    for name, value in (("micro-batch", micro_batch), ("ranks", ranks)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value}")
-    if stage not in (0, 1, 2):
-        raise ValueError(f"the ZeRO stage must be 0, 1 or 2, got {stage}")
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
-    if precision == "bf16" and stage == 0:
-        raise ValueError("precision bf16 needs ZeRO stage 1 or 2, got stage 0")
+    sharding = check_plan(micro_batch, ranks, stage, precision, offload, teacher_storage, budget)
     for name, beta in (("student-beta1", student_beta1), ("generator-beta1", generator_beta1)):
         if not 0 <= beta < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {beta}")
+    moments = (1 + (student_beta1 > 0), 2 + (generator_beta1 > 0))
+    parts = state_bytes(network, sharding, moments, teacher=True)
+    plan = None
+    for phased, again in forms(backward, activation_checkpointing):
+        kept = stage < 2 and not accumulates
+        settings = StepSettings(network, micro_batch, sharding, phased, again, steps, augment, kept)
+        phases = with_gradients(simulate_distillation(settings), parts, accumulates, kept)
+        plan = MemoryPlan(micro_batch, "phased" if phased else "joint", again, parts, phases, budget)
+        if plan.fits:
+            break
+    assert plan is not None
+    return plan
+
+
+def plan_teacher_training(
+    network: NetworkConfig,
+    *,
+    micro_batch: int,
+    ranks: int = 1,
+    stage: int = 0,
+    precision: Precision = "fp32",
+    offload: Offload = "none",
+    beta1: float = 0.9,
+    activation_checkpointing: bool = False,
+    accumulates: bool = False,
+    budget: int | None = None,
+) -> MemoryPlan:
+    """The same for the training of a teacher: one network, its optimiser and its EMA. Arguments as in `plan_memory`."""
+    sharding = check_plan(micro_batch, ranks, stage, precision, offload, "fp32", budget)
+    parts = state_bytes(network, sharding, (2 + (beta1 > 0),), teacher=False)
+    kept = stage < 2 and not accumulates
+    settings = StepSettings(
+        network, micro_batch, sharding, activation_checkpointing=activation_checkpointing, keeps_gradients=kept
+    )
+    phases = with_gradients(simulate_teacher(settings), parts, accumulates, kept)
+    return MemoryPlan(micro_batch, "", activation_checkpointing, parts, phases, budget)
+
+
+def forms(backward: str, activation_checkpointing: str) -> list[tuple[bool, bool]]:
+    """(phased, checkpointed) in the order of their cost, as far as the settings leave it open.
+
+    Raises:
+        ValueError: another word than the settings know.
+    """
+    if backward not in ("auto", "joint", "phased"):
+        raise ValueError(f"backward must be auto, joint or phased, got {backward!r}")
+    if activation_checkpointing not in ("auto", "on", "off"):
+        raise ValueError(f"activation-checkpointing must be auto, on or off, got {activation_checkpointing!r}")
+    return [
+        (phased, again)
+        for again in (False, True)
+        for phased in (False, True)
+        if backward in ("auto", "phased" if phased else "joint")
+        and activation_checkpointing in ("auto", "on" if again else "off")
+    ]
+
+
+def with_gradients(phases: Mapping[Phase, int], parts: StateBytes, accumulates: bool, kept: bool) -> dict[Phase, int]:
+    """The phases with gradients and communication buckets, which at stage 3 are there at all times.
+
+    Args:
+        phases: as simulated.
+        parts: what the networks hold.
+        accumulates: from the second micro-batch on gradients are there all the time.
+        kept: `phases` have the gradients, but not the buckets.
+    """
+    extra = 0 if parts.stage == 3 else parts.buckets + (0 if kept else parts.gradients)
+    at_step = 0 if kept or parts.stage == 3 else parts.gradients
+    return {
+        phase: value + (at_step if "optimiser" in phase else extra if accumulates or "backward" in phase else 0)
+        for phase, value in phases.items()
+    }
+
+
+def check_plan(
+    micro_batch: int,
+    ranks: int,
+    stage: int,
+    precision: Precision,
+    offload: Offload,
+    teacher_storage: str,
+    budget: int | None,
+) -> Sharding:
+    """The sharding, its parts checked: ValueError for what is out of its range or does not go together."""
+    for name, value in (("micro-batch", micro_batch), ("ranks", ranks)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value}")
+    check_sharding(stage, precision, offload)
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
+    if teacher_storage not in ("auto", "fp32", "half", "sharded"):
+        raise ValueError(f"teacher-storage must be auto, fp32, half or sharded, got {teacher_storage!r}")
+    if teacher_storage == "half" and precision == "fp32":
+        raise ValueError("teacher-storage half needs precision bf16 or fp16, got fp32")
     if budget is not None and budget < 0:
         raise ValueError(f"the budget must be >= 0 bytes, got {budget}")
-
-    n = sum(p.numel() for p in _meta_network(network, precision).parameters())
-    element = 2 if precision == "bf16" else 4
-    shard = ranks if stage > 0 else 1
-    # Teacher and averaged generator stay in fp32. At stages 1 and 2 each process keeps fp32 masters of its shards.
-    weights = 2 * 4 * n + 2 * element * n + (2 * 4 * n // shard if stage > 0 else 0)
-    moments = 2 + (student_beta1 > 0) + (generator_beta1 > 0)
-    optimizer = 4 * n * (moments + 1) // shard
-    # A network's gradients, and the bucket in which they are reduced, are freed when its optimiser has stepped.
-    gradients = element * n // (ranks if stage == 2 else 1)
-    # DeepSpeed allocates the whole bucket at stages 1 and 2, on a single process too.
-    buckets = element * (BUCKET_ELEMENTS if stage > 0 else min(n, BUCKET_ELEMENTS) if ranks > 1 else 0)
-
-    trained = _saved_bytes(network, precision, micro_batch, frozen=False)
-    student = _saved_bytes(network, precision, micro_batch, frozen=True)
-    teacher = student
-    if precision == "bf16":
-        # The teacher's weights are fp32: it keeps a bf16 cast of each one that its backward pass needs.
-        teacher = _saved_bytes(network, precision, micro_batch, frozen=True, fp32_weights=True)
-    phased = max(trained, student, teacher)
-    joint = trained + student + teacher
-    state = weights + gradients + optimizer + buckets
-    backward = "phased" if budget is not None and state + joint > budget else "joint"
-    return MemoryPlan(n, weights, gradients, optimizer, buckets, phased, joint, budget, backward)
+    if teacher_storage == "auto":
+        teacher_storage = "fp32" if precision == "fp32" else "half"
+    return Sharding(ranks, stage, precision, offload, teacher_storage)
 
 
-def device_budget(device: torch.device) -> int | None:
-    """Bytes that this process may plan with on `device`; None where that is not known.
-
-    A share of the GPU's memory; or, on a CPU, of the machine's available memory, divided among its processes.
-    """
-    if device.type == "cuda":
-        return int(USABLE * torch.cuda.get_device_properties(device).total_memory)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    try:
-        with open("/proc/meminfo") as file:
-            available = next(line for line in file if line.startswith("MemAvailable"))
-        return int(USABLE * int(available.split()[1]) * 1024) // max(1, processes)
-    except (OSError, StopIteration, ValueError):
-        return None
-
-
-def _meta_network(network: NetworkConfig, precision: Precision) -> Precond:
-    with torch.device("meta"):
-        net = build_network(network)
-    net.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return net
-
-
-def _saved_bytes(
-    network: NetworkConfig, precision: Precision, batch: int, *, frozen: bool, fp32_weights: bool = False
-) -> int:
-    """Bytes that autograd keeps for one backward pass over `batch` samples; parameters and buffers are not counted.
-
-    frozen: the gradient goes to x alone, in eval mode (teacher and student in a generator step); else to the weights.
-    fp32_weights: the weights are fp32 at either precision.
-    """
-    net = _meta_network(network, precision).requires_grad_(not frozen).train(not frozen)
-    if precision == "bf16" and not fp32_weights:
-        net = net.to(torch.bfloat16)
-    x = torch.empty(batch, net.img_channels, net.img_resolution, net.img_resolution, device="meta")
-    with _EfficientAttention(), counting_saved_bytes([*net.parameters(), *net.buffers()]) as count:
-        net(x.requires_grad_(frozen), torch.ones(batch, device="meta"))
-    return count[0]
-
-
-@contextmanager
-def counting_saved_bytes(own: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Adds up, in the list's only entry, the bytes of the tensors that autograd saves meanwhile, on any device.
-
-    What shares a storage (views, the same tensor saved by two operations) counts once; what shares it with a tensor in
-    `own` does not count.
-    """
-    # By storage: autograd hands a new tensor object over for each saved one. Kept alive, so that none is reused.
-    seen = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in own}
-    count = [0]
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen[storage._cdata] = storage
-            count[0] += storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield count
-
-
-class _EfficientAttention(TorchFunctionMode):
-    """Attention on the meta device saves what the fused kernels of real devices save: no L x L logits."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _SavedByAttention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
-
-
-class _SavedByAttention(torch.autograd.Function):
-    """q, k, v (B, heads, L, d) -> a tensor like q; saves them, the result and a float32 number a query and head."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise NotImplementedError("only what is saved is measured")
-
-
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes for people: "1.50 GiB", "3.0 MiB"."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

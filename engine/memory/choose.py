@@ -1,0 +1,172 @@
+"""The choice of micro-batch, backward pass, activation checkpointing and ZeRO stage for a budget of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ipfm.engine.config import DistillConfig, TeacherConfig
+from ipfm.engine.memory.phases import Phase
+from ipfm.engine.memory.plan import MemoryPlan, check_plan, forms, plan_teacher_training, size, with_gradients
+from ipfm.engine.memory.simulate import StepSettings, simulate_distillation
+from ipfm.engine.memory.state import Sharding, StateBytes, state_bytes
+from ipfm.kernels.adam import CHUNK
+from ipfm.models import NetworkConfig
+
+# Forward passes, or as much arithmetic, of an image in a student update, in a generator update, what the phased form
+# adds, and activation checkpointing for each of the networks that are differentiated.
+STUDENT_FORWARDS, GENERATOR_FORWARDS, PHASED_FORWARDS = 4, 7, 2
+# An assumption, not a measurement: with fewer images at a time a GPU is not busy.
+COMFORTABLE = 16
+# Micro-batches that are simulated; in between, peaks are convex, so that a chord is on the safe side.
+POINTS = (1, 16, 128)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a run is laid out."""
+
+    plan: MemoryPlan
+    accumulation: int
+    """Micro-batches a step on each process."""
+    relative_cost: float
+    """Arithmetic of an iteration over that of the joint form without activation checkpointing."""
+
+
+def forwards(config: DistillConfig, *, phased: bool, checkpointed: bool) -> int:
+    """Forward passes, or as much arithmetic, of one image in an iteration."""
+    updates, K = config.student_updates, config.steps
+    # Each further evaluation of the generator costs a forward pass; in the generator's update one more, and a backward.
+    student = STUDENT_FORWARDS + K - 1 + checkpointed
+    generator = GENERATOR_FORWARDS + 4 * (K - 1) + phased * PHASED_FORWARDS + checkpointed * (2 + K)
+    return updates * student + generator
+
+
+def choose(config: DistillConfig, network: NetworkConfig, *, ranks: int, budget: int | None) -> Choice:
+    """The cheapest layout that fits; what the configuration fixes stands.
+
+    Preferred are, in this order: at least `COMFORTABLE` images at a time, the least arithmetic, the lowest ZeRO stage
+    (3, which sends weights about, last of all). Without a budget: everything at once, joint.
+
+    Args:
+        config: settings; its precision must not be "auto". A stage of None is open.
+        network: architecture as it is trained.
+        ranks: number of processes.
+        budget: bytes that a process may use; None: not known.
+
+    Raises:
+        ValueError: nothing fits, or the batch does not divide among the processes.
+    """
+    assert config.precision != "auto"
+    local, fixed = config.split(ranks)
+    lowest = 0 if config.precision == "fp32" else 1
+    stages = [config.zero] if config.zero is not None else [s for s in (0, 1, 2) if s >= lowest]
+    sizes = [fixed] if config.micro_batch is not None else [m for m in range(local, 0, -1) if local % m == 0]
+    best: MemoryPlan | None = None
+    smallest: MemoryPlan | None = None
+    for stage in (stages, [3] if config.zero is None else []):
+        for phased, again in forms(config.backward, config.activation_checkpointing):
+            for one in stage:
+                for plan in _plans(config, network, ranks, one, phased, again, sizes, local):
+                    plan = replace(plan, budget=budget)
+                    if smallest is None or plan.peak < smallest.peak:
+                        smallest = plan
+                    if plan.fits:
+                        if plan.micro_batch >= min(sizes[0], COMFORTABLE):
+                            return _choice(config, plan, local)
+                        if best is None or plan.micro_batch > best.micro_batch:
+                            best = plan
+                        break
+    if best is not None:
+        return _choice(config, best, local)
+    assert smallest is not None and budget is not None
+    raise ValueError(
+        f"a process may use {size(budget)}, but needs at least {size(smallest.peak)} (micro-batch "
+        f"{smallest.micro_batch}, {smallest.backward}, ZeRO {smallest.parts.stage}, {ranks} "
+        f"process{'es' * (ranks > 1)}): more processes, --zero 3, --offload or --precision bf16 help"
+    )
+
+
+def choose_training(config: TeacherConfig, network: NetworkConfig, *, ranks: int, budget: int | None) -> MemoryPlan:
+    """The same for the training of a teacher: the largest micro-batch that fits, checkpointed where nothing else does.
+
+    Raises:
+        ValueError: nothing fits, or the batch does not divide among the processes.
+    """
+    assert config.precision != "auto" and config.zero is not None
+    local, fixed = config.split(ranks)
+    sizes = [fixed] if config.micro_batch is not None else [m for m in range(local, 0, -1) if local % m == 0]
+    plan = None
+    for _, again in forms("joint", config.activation_checkpointing):
+        for micro in sizes:
+            plan = plan_teacher_training(
+                network,
+                micro_batch=micro,
+                ranks=ranks,
+                stage=config.zero,
+                precision=config.precision,
+                offload=config.offload,
+                beta1=config.beta1,
+                activation_checkpointing=again,
+                accumulates=micro < local,
+                budget=budget,
+            )
+            if plan.fits:
+                return plan
+    assert plan is not None and budget is not None
+    raise ValueError(
+        f"a process may use {size(budget)}, but needs at least {size(plan.peak)}: more processes, --zero or --offload "
+        f"help"
+    )
+
+
+def _choice(config: DistillConfig, plan: MemoryPlan, local: int) -> Choice:
+    cost = forwards(config, phased=plan.backward == "phased", checkpointed=plan.activation_checkpointing)
+    return Choice(plan, local // plan.micro_batch, cost / forwards(config, phased=False, checkpointed=False))
+
+
+def _plans(
+    config: DistillConfig,
+    network: NetworkConfig,
+    ranks: int,
+    stage: int,
+    phased: bool,
+    again: bool,
+    sizes: list[int],
+    local: int,
+) -> Iterator[MemoryPlan]:
+    """Plans of one form, the largest micro-batch first. The first is simulated as it is, the others in between."""
+    assert config.precision != "auto"
+    sharding = check_plan(sizes[0], ranks, stage, config.precision, config.offload, config.teacher_storage, None)
+    moments = (1 + (config.student_beta1 > 0), 2 + (config.generator_beta1 > 0))
+    parts = state_bytes(network, sharding, moments, teacher=True)
+    form = "phased" if phased else "joint"
+    exact = sizes[0] <= POINTS[-1]
+    for micro in sizes:
+        accumulates, kept = micro < local, exact and stage < 2 and micro == local
+        settings = StepSettings(
+            network, micro, sharding, phased, again, config.steps, config.augment > 0, keeps_gradients=kept
+        )
+        phases = simulate_distillation(settings) if exact else _interpolated(settings, parts)
+        yield MemoryPlan(micro, form, again, parts, with_gradients(phases, parts, accumulates, kept))
+        exact = False
+
+
+def _interpolated(settings: StepSettings, parts: StateBytes) -> dict[Phase, int]:
+    """The phases of any micro-batch from those of `POINTS`, which all stages and process counts share."""
+    common = Sharding(1, 2, settings.sharding.precision, "none", settings.sharding.teacher_storage)
+    upper = next((i for i, point in enumerate(POINTS) if settings.micro_batch <= point), len(POINTS) - 1)
+    low, high = POINTS[max(0, upper - 1)], POINTS[max(1, upper)]
+    a, b = (simulate_distillation(replace(settings, micro_batch=point, sharding=common)) for point in (low, high))
+    phases: dict[Phase, int] = {}
+    for phase, value in a.items():
+        phases[phase] = value + (b[phase] - value) * (settings.micro_batch - low) // (high - low)
+        if "optimiser" in phase:
+            phases[phase] = _optimiser(settings.sharding, parts.parameters)
+    return phases
+
+
+def _optimiser(sharding: Sharding, parameters: int) -> int:
+    """The shard's gradient in fp32, and the optimiser's temporaries."""
+    shard = sharding.share(parameters, 1)
+    return 0 if sharding.offload != "none" else 3 * 4 * min(shard, CHUNK) + (4 * shard if sharding.stage else 0)

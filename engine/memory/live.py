@@ -1,0 +1,95 @@
+"""Bytes of live tensors, counted operation by operation: on the CPU, whose allocator keeps no books, and on the meta
+device, where nothing is allocated and everything can be predicted."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Points of a timeline that are kept: beyond, every other one is dropped.
+POINTS = 20_000
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensor storages that are made while it is active and are not freed yet.
+
+    Forward and backward passes count alike, with what autograd saves and the temporaries of backward operations; views
+    count once. What an operation allocates and frees within itself is not seen.
+
+    Args:
+        timeline: keep (seconds since the epoch of `time.perf_counter`, bytes) at each change of more than 0.1 % of the
+            peak.
+
+    Attributes:
+        current: bytes alive now.
+        peak: largest `current` since the start or the last `reset_peak`.
+        timeline: what was asked for; empty otherwise.
+    """
+
+    def __init__(self, *, timeline: bool = False) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self.timeline: list[tuple[float, int]] = []
+        self._wanted = timeline
+        self._noted = 0
+        self._sizes: dict[int, int] = {}
+
+    def reset_peak(self) -> None:
+        """Start a new peak from what is alive now."""
+        self.peak = self.current
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    # A view of what was there before, such as a parameter, is nothing new.
+                    given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+                    self._add(storage, 0 if storage._cdata in given else storage.nbytes())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        self._sizes[key] = size
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        # The storage's Python object lives as long as the storage does, also when only autograd holds it.
+        weakref.finalize(storage, self._remove, key)
+        self._note()
+
+    def _remove(self, key: int) -> None:
+        self.current -= self._sizes.pop(key)
+        self._note()
+
+    def _note(self) -> None:
+        if self._wanted and abs(self.current - self._noted) * 1000 >= self.peak:
+            self._noted = self.current
+            self.timeline.append((time.perf_counter(), self.current))
+            if len(self.timeline) > POINTS:
+                del self.timeline[::2]
+
+
+def tensor_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes of the storages of all tensors on `device` that Python knows in this process, gradients included."""
+    kind = torch.device(device).type
+    sizes: dict[int, int] = {}
+    for thing in gc.get_objects():
+        # By type: isinstance would wake lazy modules.
+        if issubclass(type(thing), Tensor):
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None and tensor.device.type == kind and tensor.layout == torch.strided:
+                    storage = tensor.untyped_storage()
+                    sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())

@@ -1,0 +1,199 @@
+"""What a training step needs beyond the permanent state: the engine's own step, run on the meta device and counted.
+
+Nothing is computed and nothing allocated there, so that a batch of any size can be looked at; the code of the steps is
+the one that trains. What is not seen is what single operations use within themselves (workspaces of convolutions).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ipfm.engine.config import DistillConfig
+from ipfm.engine.memory.live import LiveBytes
+from ipfm.engine.memory.phases import Phase, listening, mark
+from ipfm.engine.memory.state import Sharding
+from ipfm.engine.objectives import denoising_objective
+from ipfm.engine.precision import DTYPES, apply_precision, halve_storage
+from ipfm.engine.steps import DistillSteps
+from ipfm.engine.world import World
+from ipfm.kernels.adam import CHUNK
+from ipfm.models import NetworkConfig, Precond, build_network
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What decides over the memory of a step."""
+
+    network: NetworkConfig
+    """As it is trained."""
+    micro_batch: int
+    sharding: Sharding
+    phased: bool = False
+    activation_checkpointing: bool = False
+    steps: int = 1
+    """K: evaluations of the generator."""
+    augment: bool = False
+    keeps_gradients: bool = True
+    """Gradients stay where they arise until the optimiser takes them. False: they are counted elsewhere, because they
+    leave for their shard at once, or are there already from an earlier micro-batch."""
+
+
+@functools.lru_cache(maxsize=256)
+def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
+    """Bytes above the permanent state at the peak of each phase of an iteration, without communication buckets."""
+    sharding = settings.sharding
+    nets = [_meta_network(settings, trained=trained) for trained in (False, True, True)]
+    # Gamma variates are drawn until they fit, which nothing can decide here: the noise of D = inf takes their place.
+    config = DistillConfig(
+        batch=settings.micro_batch,
+        max_steps=1,
+        D=math.inf,
+        zero=0,
+        precision="fp32",
+        steps=settings.steps,
+        dropout=settings.network.dropout,
+        augment=0.5 if settings.augment else 0.0,
+    )
+    steps = DistillSteps(
+        replace(config, precision=sharding.precision, zero=max(sharding.stage, int(sharding.precision != "fp32"))),
+        student=_Trained(nets[1], settings),
+        generator=_Trained(nets[2], settings),
+        teacher=nets[0],
+        network=settings.network,
+        D=math.inf,
+        micro_batch=settings.micro_batch,
+        phased=settings.phased,
+        world=World(0, 1, META),
+    )
+    with _peaks() as peaks:
+        steps.student_step(0)
+        steps.generator_step(0)
+    return peaks
+
+
+@functools.lru_cache(maxsize=64)
+def simulate_teacher(settings: StepSettings) -> dict[Phase, int]:
+    """The same for a step of a teacher's training: the denoising loss and its optimiser."""
+    net = _Trained(_meta_network(settings, trained=True), settings)
+    net.module.train()
+    size = settings.network.img_resolution
+    with _peaks() as peaks:
+        mark("teacher: forward and backward")
+        y = torch.empty(settings.micro_batch, settings.network.img_channels, size, size, device=META)
+        x, sigma = torch.empty_like(y), torch.empty(settings.micro_batch, device=META)
+        result = denoising_objective(net, y, x, sigma, sigma_data=0.5)
+        net.backward(result.surrogate)
+        mark("teacher: optimiser")
+        net.step(lr=0.0)
+    return peaks
+
+
+@contextmanager
+def _peaks() -> Iterator[dict[Phase, int]]:
+    """The peak of each phase that is announced meanwhile."""
+    peaks: dict[Phase, int] = {}
+    current: list[Phase] = ["between steps"]
+    with _efficient_attention(), LiveBytes() as live:
+
+        def begin(phase: Phase) -> None:
+            peaks[current[0]] = max(peaks.get(current[0], 0), live.peak)
+            live.reset_peak()
+            current[0] = phase
+
+        with listening(begin):
+            yield peaks
+        begin("between steps")
+        peaks.pop("between steps")
+
+
+def _meta_network(settings: StepSettings, *, trained: bool) -> Precond:
+    precision, storage = settings.sharding.precision, settings.sharding.teacher_storage
+    with META:
+        net = build_network(settings.network)
+    net = apply_precision(net, precision)
+    net.activation_checkpointing = settings.activation_checkpointing
+    if trained:
+        return net.to(DTYPES[precision])
+    net.eval().requires_grad_(False)
+    return halve_storage(net, precision) if storage == "half" else net
+
+
+class _Trained:
+    """A network in training without a DeepSpeed engine, and with the memory of one."""
+
+    loss_scale = 1.0
+
+    def __init__(self, module: nn.Module, settings: StepSettings) -> None:
+        self.module = module
+        self._sharding = settings.sharding
+        self._numbers = sum(p.numel() for p in module.parameters())
+        if not settings.keeps_gradients:
+            for p in module.parameters():
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def __call__(self, *args: Any) -> Tensor:
+        return self.module(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, *, lr: float, ema_decay: float = 0.0, grad_scale: Tensor | None = None) -> Tensor:
+        if self._sharding.offload == "none":
+            shard = self._sharding.share(self._numbers, 1)
+            # The shard's gradient in fp32, and what AdamEMA works with.
+            flat = torch.empty(shard, device=META) if self._sharding.stage > 0 else None
+            work = [torch.empty(min(shard, CHUNK), device=META) for _ in range(3)]
+            del flat, work
+        for p in self.module.parameters():
+            p.grad = None
+        return torch.ones((), dtype=torch.bool, device=META)
+
+    @contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        self.module.requires_grad_(False)
+        yield self.module
+        self.module.requires_grad_(True)
+
+
+@contextmanager
+def _efficient_attention() -> Iterator[None]:
+    """Attention on the meta device saves what the fused kernels of real devices save: no L x L logits."""
+    real = F.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _SavedByAttention.apply(q, k, v) if q.is_meta else real(q, k, v)
+
+    # Not by a TorchFunctionMode: none is active while a checkpointed block is computed again on the way back.
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = real
+
+
+class _SavedByAttention(torch.autograd.Function):
+    """q, k, v (B, heads, L, d) -> a tensor like q; saves them, the result and a float32 number a query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        q, k, v, *_rest = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

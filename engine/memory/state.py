@@ -1,0 +1,119 @@
+"""Memory that a distillation holds for as long as it runs: counted, part by part.
+
+What DeepSpeed 0.19.8 keeps was measured, in bytes a parameter of e bytes on N processes, for each network in training:
+
+    stage      weights   masters   moments, EMA   gradients
+    0          e         -         4 each         e        while the network is trained
+    1          e         4/N       4/N each       e        while the network is trained
+    2          e         4/N       4/N each       e/N      while the network is trained
+    3          e/N       4/N       4/N each       e/N      all the time
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ipfm.engine.config import Offload
+from ipfm.engine.precision import DTYPES, Precision, sixteen_bit_parameters
+from ipfm.engine.zero import BUCKET_ELEMENTS
+from ipfm.models import NetworkConfig, build_network
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the networks of a run are spread over its processes; checked where the run is configured."""
+
+    ranks: int = 1
+    stage: int = 0
+    precision: Precision = "fp32"
+    offload: Offload = "none"
+    teacher_storage: str = "fp32"
+    """fp32, half or sharded."""
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight in training."""
+        return DTYPES[self.precision].itemsize
+
+    def share(self, numbers: int, since: int) -> int:
+        """How many of `numbers` a process holds, if they are sharded from stage `since` on; shards are padded."""
+        return -(-numbers // self.ranks) if self.stage >= since else numbers
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes on one process, outside the host's memory but for `host`."""
+
+    parameters: int
+    """Number of parameters of one network."""
+    teacher: int
+    weights: int
+    """Of the networks in training."""
+    masters: int
+    """ZeRO's fp32 weights."""
+    optimizer: int
+    """Adam's moments and the EMA."""
+    gradients: int
+    """Of one network, while it is trained; at stage 3 of all, all the time."""
+    buckets: int
+    """Communication buffers; at stages 1 and 2 while a network is trained."""
+    host: int
+    """In the host's memory, for --offload."""
+    stage: int
+
+    @property
+    def permanent(self) -> int:
+        """What is there at all times."""
+        kept = self.gradients + self.buckets if self.stage == 3 else 0
+        return self.teacher + self.weights + self.masters + self.optimizer + kept
+
+    @property
+    def training(self) -> int:
+        """What is added while a network's backward pass fills its gradients, beside activations."""
+        return 0 if self.stage == 3 else self.gradients + self.buckets
+
+    @property
+    def per_parameter(self) -> float:
+        """Bytes of all networks together, gradients included and buckets not, per parameter of one network."""
+        return (self.permanent + self.training - self.buckets) / self.parameters
+
+
+def state_bytes(network: NetworkConfig, sharding: Sharding, moments: tuple[int, ...], *, teacher: bool) -> StateBytes:
+    """What the networks of a run hold.
+
+    Args:
+        network: architecture of all of them.
+        sharding: how they are spread.
+        moments: for each network in training, the number of fp32 values that its optimiser keeps a parameter.
+        teacher: there is a frozen teacher too.
+    """
+    with torch.device("meta"):
+        net = build_network(network)
+    n = sum(p.numel() for p in net.parameters())
+    halved = sum(p.numel() for p in sixteen_bit_parameters(net))
+    trained, element = len(moments), sharding.element
+    shard = sharding.share(n, 1)
+    stored = {"fp32": 4 * n, "half": 4 * n - 2 * halved, "sharded": 4 * -(-n // sharding.ranks)}
+    kept = stored[sharding.teacher_storage] if teacher else 0
+    weights = trained * element * sharding.share(n, 3)
+    masters = trained * 4 * shard if sharding.stage > 0 else 0
+    optimizer = 4 * shard * sum(moments)
+    gradients = element * sharding.share(n, 2) * (trained if sharding.stage == 3 else 1)
+    bucket = element * BUCKET_ELEMENTS
+    # DeepSpeed allocates whole buckets, on a single process too; at stage 0 it gathers what there is.
+    buckets = {0: min(bucket, element * n) if sharding.ranks > 1 else 0, 3: trained * bucket}.get(
+        sharding.stage, bucket
+    )
+    host = 0
+    if sharding.offload != "none":
+        # With them go two buffers in which the gradients arrive.
+        host = masters + optimizer + 8 * trained * shard
+        masters = optimizer = 0
+    if sharding.offload == "all":
+        host += weights + (gradients if sharding.stage == 3 else 0)
+        weights = gradients = 0
+        if sharding.teacher_storage == "sharded":
+            host, kept = host + kept, 0
+    return StateBytes(n, kept, weights, masters, optimizer, gradients, buckets, host, sharding.stage)

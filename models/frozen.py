@@ -1,0 +1,135 @@
+"""Layers with constant weights that keep nothing of their input for the backward pass.
+
+A convolution's gradient with respect to its input needs the weight alone, yet PyTorch keeps the input as well
+(pytorch#133566), and a cast of the weight beside the weight. These keep the weight as it is stored, a parameter as
+itself: one that is sharded may leave the memory between the two passes. Values are those of PyTorch's operations, bit
+for bit, gradients theirs but for rounding; the backward passes are differentiable in turn.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def is_frozen(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether a graph is being made in which `x` needs a gradient and no parameter does."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    return not any(p is not None and p.requires_grad for p in parameters)
+
+
+def frozen_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 0, groups: int = 1
+) -> Tensor:
+    """`F.conv2d` that is differentiable with respect to x alone.
+
+    x (B, C, H, W), contiguous or channels_last; weight (O, C/groups, k, k) and bias (O), of any floating dtype, are
+    cast to that of x at each use, in the backward pass again. Returns (B, O, H', W').
+    """
+    out: Tensor = _Conv.apply(x, weight, bias, stride, padding, groups)
+    return out
+
+
+def frozen_conv_transpose2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 0, groups: int = 1
+) -> Tensor:
+    """`F.conv_transpose2d` that is differentiable with respect to x alone; weight (C, O/groups, k, k), see above."""
+    out: Tensor = _ConvTranspose.apply(x, weight, bias, stride, padding, groups)
+    return out
+
+
+def frozen_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, arrange: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`F.linear(x, arrange(weight), bias)` that is differentiable with respect to x alone.
+
+    x (..., C); weight of any shape and floating dtype is cast to that of x and handed to `arrange`, which makes the
+    matrix (O, C), in the backward pass again; bias (O), in the order of its rows. Returns (..., O).
+    """
+    out: Tensor = _Linear.apply(x, weight, bias, arrange)
+    return out
+
+
+def mean_2x2(x: Tensor) -> Tensor:
+    """x (B, C, 2H, 2W) -> (B, C, H, W): the mean of each 2×2 square. A last odd row or column is left out."""
+    if x.shape[-2] % 2 or x.shape[-1] % 2:
+        return F.avg_pool2d(x, 2)
+    out: Tensor = _Mean2x2.apply(x)
+    return out
+
+
+def _cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(like.dtype)
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.stride, ctx.padding, ctx.groups = stride, padding, groups
+        ctx.size = x.shape[-2:]
+        return F.conv2d(x, weight.to(x.dtype), _cast(bias, x), stride=stride, padding=padding, groups=groups)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (weight,) = gradients, ctx.saved_tensors
+        # Rows and columns at the end that a stride left out.
+        rest = [
+            size - ((reached - 1) * ctx.stride - 2 * ctx.padding + taps)
+            for size, reached, taps in zip(ctx.size, gradient.shape[-2:], weight.shape[-2:], strict=True)
+        ]
+        back = F.conv_transpose2d(
+            gradient,
+            weight.to(gradient.dtype),
+            stride=ctx.stride,
+            padding=ctx.padding,
+            output_padding=rest,
+            groups=ctx.groups,
+        )
+        return back, None, None, None, None, None
+
+
+class _ConvTranspose(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.stride, ctx.padding, ctx.groups = stride, padding, groups
+        return F.conv_transpose2d(x, weight.to(x.dtype), _cast(bias, x), stride=stride, padding=padding, groups=groups)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (weight,) = gradients, ctx.saved_tensors
+        back = F.conv2d(gradient, weight.to(gradient.dtype), stride=ctx.stride, padding=ctx.padding, groups=ctx.groups)
+        return back, None, None, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, arrange: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.arrange = arrange
+        return F.linear(x, arrange(weight.to(x.dtype)), _cast(bias, x))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (weight,) = gradients, ctx.saved_tensors
+        return gradient @ ctx.arrange(weight.to(gradient.dtype)), None, None, None
+
+
+class _Mean2x2(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return F.interpolate(gradients[0] / 4, scale_factor=2, mode="nearest")

@@ -1,0 +1,49 @@
+"""Worker: bytes of live tensors that one network in training holds, at every stage. Argument (JSON): {"out": file}"""
+
+import gc
+import json
+import sys
+
+import torch
+
+from ipfm.engine import zero
+from ipfm.engine.memory.live import tensor_bytes
+from ipfm.engine.precision import apply_precision
+from ipfm.engine.world import start_world, stop_world
+from ipfm.models import build_network, presets
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    # Small buckets: what is counted is what a parameter costs.
+    zero.BUCKET_ELEMENTS, zero.PERSISTENT_ELEMENTS = 10, 0
+    world = start_world()
+    found = []
+    for precision in ("fp32", "bf16"):
+        for stage in (0, 1, 2, 3):
+            for offload in ("none", "optimizer"):
+                if stage == 0 and (precision, offload) != ("fp32", "none"):
+                    continue
+                if precision == "bf16" and offload != "none":
+                    continue
+                gc.collect()
+                before = tensor_bytes()
+                trained = zero.TrainedNetwork(
+                    apply_precision(build_network(presets.get("digits")), precision), world=world, lr=1e-3,
+                    betas=(0.0, 0.999), eps=1e-3, ema=True, stage=stage, precision=precision, offload=offload,
+                )  # fmt: skip
+                trained.backward(trained(torch.zeros(1, 1, 8, 8), torch.ones(1)).square().sum())
+                gc.collect()
+                grads = tensor_bytes() - before
+                trained.step(lr=1e-3, ema_decay=0.5)
+                gc.collect()
+                case = {"stage": stage, "precision": precision, "offload": offload}
+                found.append({**case, "grads": grads, "after": tensor_bytes() - before})
+                trained.engine.destroy()
+                del trained
+    if world.first:
+        torch.save(found, job["out"])
+    stop_world()
+
+
+main()
