@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # The demo's processes: one on a GPU; on a CPU two with a thread each, which wait for each other less than threads do.
 PROCESSES := 'import os, torch; print(1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0))))'
 
-.PHONY: demo test lint types bench fuzz clean
+.PHONY: demo test lint types bench soak equivalence fuzz clean
 
 demo: $(READY)  ## train a teacher on the digits, distil it to one step, print the table
 	$(BIN)/deepspeed --num_accelerators $$($(BIN)/python -c $(PROCESSES)) recipes/digits_ipfm.py
@@ -26,6 +26,12 @@ types: $(READY)  ## static types; a folder of links shows mypy the import names
 bench: $(READY)  ## kernel microbenchmarks, and the offline compile report
 	$(BIN)/ipfm bench --out build/bench
 	$(BIN)/ipfm bench --offline --out build/bench
+
+soak: $(READY)  ## kill a distillation fifty times and compare its end with an undisturbed one
+	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/soak.py
+
+equivalence: $(READY)  ## the engine against a plain PyTorch loop, 20 steps, every ZeRO stage: a table
+	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/equivalence.py
 
 fuzz: $(READY)  ## damage two checkpoints at every byte and every length, and read them
 	$(BIN)/python tests/helpers/fuzz_checkpoints.py tests/fixtures/*.pkl

@@ -108,7 +108,7 @@ class RunConfig:
             raise ValueError(f"augment must lie in [0, 1], got {self.augment}")
         for name in ("tf32", "resume", "async_checkpoints"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise ValueError(f"{_option(name)} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.noise, NoiseLevels):
             raise ValueError(f"noise must be NoiseLevels, got {self.noise!r}")
         if self.clip_grad is not None:

@@ -8,14 +8,20 @@ from typing import Any, Protocol
 
 from ipfm.engine.config import RunConfig
 from ipfm.engine.loop import Progress, Task, train
-from ipfm.engine.run_folder import RunFolder, check_run_folder, open_run_folder
+from ipfm.engine.run_folder import FREE, RunFolder, check_run_folder, open_run_folder
 from ipfm.models import Precond, save_model
+
+# Settings that say where and how a run was made, and nothing of its result: a model is the same whatever they are.
+PLACE = FREE - {"max_steps", "kimg", "heun_steps", "tf32"}
 
 
 class Exportable(Task, Protocol):
     """A task that ends in a network."""
 
-    average: Precond
+    @property
+    def average(self) -> Precond:
+        """The averaged network of the last `refresh`."""
+        ...
 
 
 def execute(
@@ -47,10 +53,22 @@ def execute(
     folder = open_run_folder(path, record, write=world.first)
     world.barrier()
     progress = train(task, config, folder)
-    task.refresh()
-    if world.first:
-        # Paths of this machine mean nothing to whoever gets the model.
-        settings = {name: value for name, value in config.to_json().items() if name not in ("out", "teacher")}
-        save_model(task.average, path / export, extra={**about, "optimizer_steps": progress.step, "config": settings})
-    world.barrier()
+    export_network(task, config, path / export, about=about, steps=progress.step)
     return folder, progress
+
+
+def export_network(task: Exportable, config: RunConfig, folder: Path, *, about: Mapping[str, Any], steps: int) -> None:
+    """Store the averaged network of `task`, with the settings that it owes its weights to. Every process calls it.
+
+    Args:
+        task: what was trained.
+        config: its settings.
+        folder: where the model is stored; what is there is replaced.
+        about: facts to store with it.
+        steps: number of optimiser steps done.
+    """
+    task.refresh()
+    if task.world.first:
+        settings = {name: value for name, value in config.to_json().items() if name not in PLACE}
+        save_model(task.average, folder, extra={**about, "optimizer_steps": steps, "config": settings})
+    task.world.barrier()

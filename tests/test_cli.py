@@ -82,7 +82,7 @@ def test_official_files_are_models_too(capsys: pytest.CaptureFixture[str], tmp_p
     with Image.open(tmp_path / "a.png") as picture:
         assert np.array_equal(np.asarray(picture), expected)
     ipfm("plan", "--model", FIXTURE, "--batch", 4)
-    assert "activations" in capsys.readouterr().out
+    assert "generator: backward" in capsys.readouterr().out
 
 
 def test_a_training_state_is_described(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -110,12 +110,17 @@ def test_a_generator_in_a_file_has_no_levels_to_sample_at(tmp_path: Path, capsys
 
 def test_plan_chooses_by_the_memory_of_the_gpu(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = []
-    for memory in (80, 5):
-        ipfm("plan", "--model", "cifar10-ncsnpp", "--batch", 64, "--gpu-memory", memory)
-        chosen.append(capsys.readouterr().out.split()[-1])
-    assert chosen == ["joint", "phased"]
+    for memory in (80, 4):
+        ipfm("plan", "--model", "ncsnpp", "--batch", 16, "--micro-batch", 16, "--gpu-memory", memory, "--json")
+        found = json.loads(capsys.readouterr().out)
+        assert found["peak"] <= found["budget"] == int(0.85 * memory * 1e9)
+        chosen.append((found["backward"], found["activation_checkpointing"], found["relative_cost"]))
+    assert chosen == [("joint", False, 1.0), ("phased", False, pytest.approx(13 / 11))]
     ipfm("plan", "--model", models / "teacher", "--batch", 64)
-    assert "activations" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "+ generator: backward" in printed and "64 x 1" in printed
+    ipfm("plan", "--model", models / "teacher", "--batch", 64, "--teacher-training", "--zero", 3)
+    assert "+ teacher: forward and backward" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -132,7 +137,8 @@ def test_plan_chooses_by_the_memory_of_the_gpu(models: Path, capsys: pytest.Capt
             ["plan", "--model", "digits", "--ranks", "3"],
             "batch must be divisible by the number of processes, got 256 and 3",
         ),
-        (["plan", "--model", "digits", "--precision", "bf16"], "bf16 needs"),
+        (["plan", "--model", "digits", "--precision", "bf16", "--zero", "0"], "bf16 needs"),
+        (["plan", "--model", "digits", "--gpu-memory", "0.0001"], "but needs at least"),
         (["paint"], "paint"),
     ],
 )

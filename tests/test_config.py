@@ -43,8 +43,14 @@ REALS = {
     "D": ("must lie in (0, inf]", (0, -1.0, NAN, "128", True, -INF)),
 }
 CHOICES = {
-    "zero": ("must be one of the stages 0, 1, 2", (3, -1, "2", True)),
-    "precision": ("must be auto, fp32 or bf16", ("fp16", 16)),
+    "zero": ("must be one of the stages 0, 1, 2, 3", (4, -1, "2", True)),
+    "precision": ("must be auto, fp32, bf16 or fp16", ("fp8", 16)),
+    "offload": ("must be none, optimizer or all", ("cpu", None)),
+    "activation_checkpointing": ("must be auto, on or off", ("yes", True)),
+    "teacher_storage": ("must be auto, fp32, half or sharded", ("bf16", None)),
+    "clip_grad": ("must be a finite number > 0", (0, -1.0, INF, NAN, True)),
+    "async_checkpoints": ("must be True or False", (1, None)),
+    "profile_memory": ("must be an integer >= 0", (-1, 1.5, True)),
     "backward": ("must be auto, joint or phased", ("both", None)),
     "tf32": ("must be True or False", (1, "no")),
     "resume": ("must be True or False", (0, None)),
@@ -66,7 +72,11 @@ def owner(name: str) -> type[RunConfig]:
 def test_a_refusal_names_setting_and_value(name, says, value):
     with pytest.raises(ValueError) as error:
         owner(name)(**{name: value})
-    shown = repr(value) if name in ("precision", "backward", "tf32", "resume") else str(value)
+    words = (
+        "precision", "backward", "tf32", "resume", "offload", "activation_checkpointing", "teacher_storage",
+        "async_checkpoints",
+    )  # fmt: skip
+    shown = repr(value) if name in words else str(value)
     assert str(error.value) == f"{name.replace('_', '-')} {says}, got {shown}"
 
 
@@ -92,7 +102,14 @@ def test_teacher_settings_of_the_same_name(name, value):
         ({"seed": 2**64}, f"seed must be below 2^64, got {2**64}"),
         (
             {"precision": "bf16", "zero": 0},
-            "precision bf16 needs zero 1 or 2: the fp32 master weights live in ZeRO's optimiser, got 0",
+            "precision bf16 needs zero 1, 2 or 3: the fp32 master weights live in ZeRO's optimiser, got 0",
+        ),
+        ({"offload": "optimizer"}, "offload optimizer needs zero 1, 2 or 3, got none"),
+        ({"offload": "optimizer", "zero": 0}, "offload optimizer needs zero 1, 2 or 3, got 0"),
+        ({"offload": "all", "zero": 2}, "offload all needs zero 3, which shards the weights, got 2"),
+        (
+            {"teacher_storage": "half", "precision": "fp32"},
+            "teacher-storage half needs precision bf16 or fp16: in fp32 it would round the teacher's weights",
         ),
         ({"noise": {"rho": 7}}, "noise must be NoiseLevels, got {'rho': 7}"),
         ({"sigmas": (1.0, 2.0)}, "sigmas must fall strictly, got 1, 2"),
@@ -108,6 +125,7 @@ def test_settings_that_do_not_go_together(settings, message):
 
 def test_the_ends_of_the_ranges_are_possible():
     DistillConfig(batch=1, max_steps=10**8, eps=0.0, dropout=0.0, seed=2**64 - 1, alpha=0, D=INF, zero=2)
+    DistillConfig(zero=3, offload="all", precision="fp16", teacher_storage="sharded", clip_grad=1e-9, profile_memory=0)
     DistillConfig(D=1, precision="bf16", zero=1, generator_beta1=0.999, eval_every=0, kimg=1e-9)
     TeacherConfig(D=0.5, beta1=0.0, lr_rampup_kimg=0.0)
     for D in (1, 0.001, 2048.0, INF):

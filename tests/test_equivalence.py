@@ -13,8 +13,8 @@ import torch
 from ipfm.engine import DistillConfig
 from ipfm.models import load_teacher
 
-# `make equivalence` makes 20.
-STEPS = 4
+# `make equivalence` makes 20, and goes through every combination on one process too.
+STEPS = 3
 BASE = {**equivalence.BASE, "max_steps": STEPS}
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -28,22 +28,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # What is compared beside the grid: stage, backward, accumulation and further settings.
 MORE: tuple[tuple[str, int, str, int, dict[str, Any]], ...] = (
-    *(("k2", stage, backward, 2, {}) for stage in (0, 1, 2, 3) for backward in ("joint", "phased")),
+    *(("k2", stage, backward, 2, {}) for stage, backward in enumerate(("phased", "joint", "phased", "joint"))),
     ("augmented", 0, "phased", 1, {}),
-    ("augmented", 2, "joint", 1, {}),
-    ("options", 0, "phased", 1, {}),
     ("options", 3, "joint", 1, {}),
-    *(("clipped", stage, "phased", 2, {}) for stage in (0, 1, 2, 3)),
+    *(("clipped", stage, "phased", 2, {}) for stage in (0, 2, 3)),
     *(("k2", stage, "phased", 2, {"activation_checkpointing": "on"}) for stage in (0, 3)),
     *(("k1", stage, "phased", 2, {"offload": "optimizer"}) for stage in (1, 2, 3)),
     ("k1", 3, "joint", 2, {"offload": "all", "teacher_storage": "sharded"}),
-    *(("k1", stage, backward, 1, {"teacher_storage": "sharded"}) for stage, backward in ((0, "joint"), (2, "phased"))),
+    ("k1", 0, "phased", 1, {"teacher_storage": "sharded"}),
 )
 DROPOUT = tuple(
     ("dropout", stage, backward, 1, {"activation_checkpointing": again})
     for stage, backward, again in ((0, "joint", "off"), (0, "phased", "off"), (3, "phased", "on"))
 )
-HALF = tuple((precision, stage) for precision in ("bf16", "fp16") for stage in (1, 2, 3))
+HALF = (("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 1), ("fp16", 3))
 
 
 def _name(setting: str, stage: int, backward: str, parts: int, more: dict[str, Any]) -> str:
@@ -51,8 +49,12 @@ def _name(setting: str, stage: int, backward: str, parts: int, more: dict[str, A
 
 
 def _cases(ranks: int) -> dict[str, dict[str, Any]]:
-    cases = {name: {**config, "max_steps": STEPS} for name, config in equivalence.grid(ranks).items()}
-    for setting, stage, backward, parts, more in (*MORE, *(DROPOUT if ranks == 1 else ())):
+    cases = {
+        name: {**config, "max_steps": STEPS}
+        for name, config in equivalence.grid(ranks).items()
+        if ranks == 2 or name.endswith("a1")
+    }
+    for setting, stage, backward, parts, more in DROPOUT if ranks == 1 else MORE:
         cases[_name(setting, stage, backward, parts, more)] = {
             **BASE, **SETTINGS[setting], **more, "zero": stage, "backward": backward,
             "micro_batch": BASE["batch"] // ranks // parts,
@@ -112,18 +114,14 @@ def test_settings_matter(plain, teacher: Path) -> None:
 def half(teacher: Path, tmp_path_factory: pytest.TempPathFactory):
     """16-bit runs of two processes, at the start and after some steps."""
     out = tmp_path_factory.mktemp("half")
-    cases = {
-        f"{p}-z{z}{'-k2' if two else ''}": {**BASE, "zero": z, "precision": p, "backward": "phased", "steps": 1 + two}
-        for p, z in HALF
-        for two in (False, True)
-        if not two or z == 2
-    }
+    cases = {f"{p}-z{z}": {**BASE, "zero": z, "precision": p, "backward": "phased"} for p, z in HALF}
+    cases["fp16-z2-k2"] = {**BASE, "zero": 2, "precision": "fp16", "backward": "phased", "steps": 2}
     start = {f"{name}-start": config for name, config in cases.items()}
     return equivalence.run(teacher, out, 2, start, 0) | equivalence.run(teacher, out, 2, cases, STEPS)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", [f"{p}-z{z}" for p, z in HALF] + ["bf16-z2-k2", "fp16-z2-k2"])
+@pytest.mark.parametrize("case", [*(f"{p}-z{z}" for p, z in HALF), "fp16-z2-k2"])
 def test_16_bits_keep_exact_masters_and_follow_fp32(half, plain, teacher: Path, case: str) -> None:
     """Masters start from the fp32 weights, not from rounded ones; four steps stay near those in fp32."""
     start = dict(load_teacher(teacher).named_parameters())

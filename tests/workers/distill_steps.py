@@ -1,7 +1,7 @@
 """Worker: distils a stored teacher for some steps in several settings, and leaves the weights of each.
 
 Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?,
-"persistent"?}]}. "persistent": elements below which ZeRO 3 keeps a parameter whole; 0, so that small ones are sharded.
+"export"?, "persistent"?}]}. "persistent": elements below which ZeRO 3 keeps a parameter whole; 0: all are sharded.
 """
 
 import json
@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from ipfm.engine import DistillConfig, Distiller, resolve, zero
-from ipfm.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from ipfm.engine.checkpoint import find_checkpoint, load_checkpoint
+from ipfm.engine.checkpoint_writer import save_checkpoint
+from ipfm.engine.runs import export_network
 from ipfm.engine.world import import_deepspeed, start_world, stop_world
 from ipfm.models import load_teacher
 
@@ -46,6 +48,8 @@ def main() -> None:
         tensors |= {f"loss/{name}": torch.stack([s / c for s, c in values]) for name, values in losses.items()}
         if "save" in case:
             save_checkpoint(Path(case["save"]), case["steps"], distiller.networks, world)
+        if "export" in case:
+            export_network(distiller, distiller.config, Path(case["export"]), about={}, steps=case["steps"])
         if world.first:
             save_file(tensors, Path(job["out"]) / f"{case['name']}-{world.size}.safetensors")
     stop_world()
