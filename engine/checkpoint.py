@@ -1,8 +1,14 @@
-"""Crash-safe, portable checkpoints: tensors only, one entry a parameter, whatever the ZeRO stage and process count.
+"""Checkpoints on disk: portable, checked, and never half-written.
 
 A checkpoint is a folder `step-0000400` with one safetensors file a network, `progress.json`, and `manifest.json` with
-the SHA-256 of each. It is written beside its final place, synced, and renamed; `latest` is replaced last. A folder that
-is incomplete or damaged is therefore never taken for a checkpoint.
+the SHA-256 of each: tensors only, one entry a parameter, whatever the ZeRO stage and the number of processes. It is
+written beside its final place, synced, and renamed; `latest` is replaced last. A folder that is incomplete or damaged
+is therefore never taken for a checkpoint. Names in a run's checkpoints folder:
+
+    step-0000400            a checkpoint
+    .replaced-step-0000400  an older one of the same step, while the new one takes its place
+    .partial-step-0000400   one that is being written, or removed
+    latest                  name of the newest, for people: what counts is the newest one that is whole
 """
 
 from __future__ import annotations
@@ -10,19 +16,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ipfm.engine.files import atomic_write
-from ipfm.engine.zero import TrainedNetwork, World
+from ipfm.engine.zero import TrainedNetwork
+from ipfm.models.durable import atomic_write, make_folder, sync, why, write_durably
 
 FORMAT = 1
 
@@ -31,65 +37,99 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint folder that is incomplete or does not match its manifest; the message names the file."""
 
 
-def save_checkpoint(
-    folder: Path, step: int, networks: Mapping[str, TrainedNetwork], world: World, *, keep: int = 2
-) -> Path:
-    """Write `folder`/step-…: `step` optimiser steps are done. Every process calls it; the first one writes.
+class Draft:
+    """A checkpoint in the making. One process at a time writes in a run's checkpoints folder.
 
     Args:
-        folder: the run's checkpoints folder.
+        folder: the run's checkpoints folder, made where it does not exist.
         step: number of steps done.
-        networks: what is saved: weights, optimiser state, EMA and step count of each.
-        world: the run's processes.
-        keep: number of checkpoints that stay, newest first.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
-        OSError: the disk is full or not writable; the checkpoints before it are untouched.
+        OSError: from here and from every method: the disk is full or cannot be written. The checkpoints before it are
+            untouched.
     """
-    target = folder / f"step-{step:07d}"
-    partial = folder / f".partial-{target.name}"
-    if world.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    progress: dict[str, Any] = {"format": FORMAT, "step": step, "steps_applied": {}}
-    manifest: dict[str, str] = {}
-    for name, network in networks.items():
-        tensors = _gather(network, world)
-        progress["steps_applied"][name] = network.steps_applied
-        if world.first:
-            path = partial / f"{name}.safetensors"
-            save_file(tensors, path)
-            _sync(path)
-            manifest[path.name] = _sha256(path)
-    if world.first:
-        _write_json(partial / "progress.json", progress)
-        manifest["progress.json"] = _sha256(partial / "progress.json")
-        _write_json(partial / "manifest.json", manifest)
-        _sync(partial)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
-        with atomic_write(folder / "latest") as file:
-            file.write(f"{target.name}\n".encode())
-        _forget_old(folder, keep)
-    world.barrier()
-    return target
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._folder, self._step = folder, step
+        self.target = folder / f"step-{step:07d}"
+        self._partial = folder / f".partial-{self.target.name}"
+        self._steps_applied: dict[str, int] = {}
+        self._manifest: dict[str, str] = {}
+        make_folder(folder)
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir()
+
+    def add(self, name: str, tensors: Mapping[str, Tensor], steps_applied: int) -> None:
+        """The state of a network: float32 tensors in the host's memory, by "kind/parameter"."""
+        path = self._partial / f"{name}.safetensors"
+        try:
+            save_file(dict(tensors), path)
+        except SafetensorError as error:
+            # How safetensors tells that the disk refuses.
+            raise OSError(str(error)) from error
+        sync(path)
+        self._manifest[path.name] = _sha256(path)
+        self._steps_applied[name] = steps_applied
+
+    def finish(self) -> Path:
+        """Make it the newest checkpoint; its folder."""
+        self._json("progress.json", {"format": FORMAT, "step": self._step, "steps_applied": self._steps_applied})
+        self._json("manifest.json", self._manifest)
+        sync(self._partial)
+        if self.target.exists():
+            if is_whole(self.target):
+                # At every moment one of the two has a name by which it is found.
+                replaced = self._folder / f".replaced-{self.target.name}"
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.replace(self.target, replaced)
+            else:
+                shutil.rmtree(self.target)
+        os.replace(self._partial, self.target)
+        sync(self._folder)
+        with atomic_write(self._folder / "latest") as file:
+            file.write(f"{self.target.name}\n".encode())
+        return self.target
+
+    def discard(self) -> None:
+        """Remove what was written; never fails."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _json(self, name: str, value: Any) -> None:
+        payload = (json.dumps(value, indent=1) + "\n").encode()
+        write_durably(self._partial / name, payload)
+        self._manifest[name] = hashlib.sha256(payload).hexdigest()
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """What may be a checkpoint in `folder`, newest first."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        named = re.fullmatch(r"(\.replaced-)?step-(\d+)", path.name)
+        if named and path.is_dir():
+            found.append((int(named[2]), named[1] is None, path))
+    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def find_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` that is whole, or None. A damaged one is reported on stderr and skipped."""
     # By name rather than by `latest`: a folder renamed just before a crash is whole although `latest` is older.
-    for name in sorted((p.name for p in folder.glob("step-*") if p.is_dir()), reverse=True):
+    for path in checkpoints_in(folder):
         try:
-            verify_checkpoint(folder / name)
+            verify_checkpoint(path)
         except DamagedCheckpoint as error:
             print(f"ipfm: skipping a damaged checkpoint: {error}", file=sys.stderr)
         else:
-            return folder / name
+            return path
     return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file of the checkpoint is there and matches its manifest."""
+    try:
+        verify_checkpoint(checkpoint)
+    except DamagedCheckpoint:
+        return False
+    return True
 
 
 def verify_checkpoint(checkpoint: Path) -> None:
@@ -109,7 +149,11 @@ def verify_checkpoint(checkpoint: Path) -> None:
         path = checkpoint / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{path} is missing")
-        if _sha256(path) != digest:
+        try:
+            found = _sha256(path)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path} cannot be read ({why(error)})") from error
+        if found != digest:
             raise DamagedCheckpoint(f"{path} does not match its checksum")
 
 
@@ -122,7 +166,10 @@ def load_checkpoint(checkpoint: Path, networks: Mapping[str, TrainedNetwork]) ->
     Raises:
         ValueError: the checkpoint holds other networks or shapes.
     """
-    progress = json.loads((checkpoint / "progress.json").read_text())
+    try:
+        progress = json.loads((checkpoint / "progress.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{checkpoint / 'progress.json'} cannot be read: {why(error)}") from error
     if progress.get("format") != FORMAT:
         raise ValueError(f"{checkpoint} has checkpoint format {progress.get('format')}, this version reads {FORMAT}")
     for name, network in networks.items():
@@ -140,35 +187,6 @@ def load_checkpoint(checkpoint: Path, networks: Mapping[str, TrainedNetwork]) ->
                 raise ValueError(f"{path}: {error}") from error
         network.steps_applied = progress["steps_applied"][name]
     return int(progress["step"])
-
-
-def _gather(network: TrainedNetwork, world: World) -> dict[str, Tensor]:
-    tensors = {}
-    for kind in network.state_kinds:
-        for name, tensor in network.full(kind):
-            if world.first:
-                tensors[f"{kind}/{name}"] = tensor.detach().to("cpu", torch.float32).contiguous().clone()
-    return tensors
-
-
-def _forget_old(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("step-*"), reverse=True)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    for partial in folder.glob(".partial-step-*"):
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Command lines: typed options from a dataclass, errors of one line, exit codes.
 
-Exit codes: 0 done; 2 bad input, nothing was written; 1 the run failed; 128 + n stopped by signal n, state saved.
+Exit codes: 0 done; 2 bad input, nothing was written; 1 the run failed: a line says why and where to continue;
+128 + n stopped by signal n, state saved.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -16,10 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ipfm.engine.loop import Interrupted, TrainingFailed
+from ipfm.engine.launcher import lost_process
+from ipfm.engine.loop import Interrupted, ProcessLost, TrainingFailed
 
 T = TypeVar("T")
-BAD_INPUT = 2
+BAD_INPUT, FAILED = 2, 1
+# What a disk says that takes no more: full, quota, too large a file, read-only.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class BadInput(Exception):
@@ -90,9 +95,23 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
     except BadInput as error:
         _complain(f"{name}: error: {error}", error.details)
         sys.exit(BAD_INPUT)
+    except ProcessLost as error:
+        # The one that speaks for all may be the one that is gone.
+        _complain(f"{name}: failed: {error}", everyone=True)
+        sys.exit(FAILED)
     except TrainingFailed as error:
         _complain(f"{name}: failed: {error}")
-        sys.exit(1)
+        sys.exit(FAILED)
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            where = f" {error.filename}" if error.filename else ""
+            _complain(f"{name}: failed: cannot write{where}: {error.strerror}", everyone=True)
+        elif reason := lost_process(error):
+            message = f"another process of this run has ended or does not answer ({reason})"
+            _complain(f"{name}: failed: {message}", everyone=True)
+        else:
+            raise
+        sys.exit(FAILED)
     except Interrupted as stop:
         _complain(f"{name}: {stop}; the same command continues")
         sys.exit(128 + stop.signum)
@@ -107,9 +126,9 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
             stop_world()
 
 
-def _complain(line: str, details: str = "") -> None:
-    """One process speaks for all."""
-    if _is_first_process():
+def _complain(line: str, details: str = "", *, everyone: bool = False) -> None:
+    """One process speaks for all, unless it is said that `everyone` does."""
+    if everyone or _is_first_process():
         print(" ".join(part.strip() for part in line.splitlines()), file=sys.stderr, flush=True)
         if details:
             print(details, file=sys.stderr, flush=True)

@@ -23,6 +23,7 @@ from ipfm.engine.metrics import (
 from ipfm.engine.metrics.evaluate import PR_IMAGES, check_metrics
 from ipfm.engine.metrics.features import WHERE_TO_GET_INCEPTION
 from ipfm.engine.reference import ReferenceFile, make_reference, open_reference
+from ipfm.engine.stopping import check_stop
 from ipfm.engine.world import World
 
 FeatureName = Literal["inception", "pixels"]
@@ -60,8 +61,13 @@ class Evaluation:
 
         `first_index`: index of the first image; another one measures other images of the same seed.
         """
+
+        def drawn(first: int, count: int) -> Tensor:
+            check_stop(world)
+            return sample(first_index + first, count)
+
         return evaluate_images(
-            lambda first, count: sample(first_index + first, count),
+            drawn,
             self.images,
             self.features,
             self._reference,

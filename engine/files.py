@@ -1,29 +1,16 @@
-"""Files of a run folder: replaced whole or not at all, and logs of JSON lines that can be cut back to a step."""
+"""Logs of a run: JSON lines that can be cut back to a step. Whole files are replaced by `atomic_write`."""
 
 import contextlib
 import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
+from ipfm.models.durable import atomic_write
 
-@contextlib.contextmanager
-def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
-    """Opens a temporary binary file beside `path` that replaces it when the block ends without an exception."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+__all__ = ["StepLog", "atomic_write", "json_line"]
 
 
 def json_line(values: Mapping[str, object]) -> str:
@@ -57,18 +44,35 @@ class StepLog:
             raise ValueError("'step' is the name of the line's own step, values cannot have one")
         self._pending.append(json_line({"step": int(step), **values}))
 
+    @property
+    def waiting(self) -> int:
+        """Number of lines that wait for `flush`."""
+        return len(self._pending)
+
     def flush(self) -> None:
-        """Writes the waiting lines; they survive a kill of the process from here on."""
+        """Writes the waiting lines; they survive a kill of the process from here on.
+
+        OSError: the disk refuses; the file is what it was, as far as the system lets it be, and the lines wait on.
+        """
         if not self._pending:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(f"{line}\n" for line in self._pending)
-        with open(self.path, "a+b") as file:
+        # Without a buffer: what a full disk refused must not be written when the file is closed.
+        with open(self.path, "a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
             # A log that was opened without a rewrite may end in a cut line, to which nothing must be glued.
-            if file.seek(0, os.SEEK_END) > 0:
+            if size > 0:
                 file.seek(-1, os.SEEK_END)
                 text = text if file.read(1) == b"\n" else f"\n{text}"
-            file.write(text.encode())
+            payload = text.encode()
+            try:
+                while payload:
+                    payload = payload[file.write(payload) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
         self._pending.clear()
 
     def read(self) -> list[dict]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import sys
 import time
 from pathlib import Path
 from typing import IO
+
+import torch.distributed as dist
 
 # How long a start waits for the processes of an earlier one to leave the folder.
 PATIENCE = 120.0
@@ -32,6 +35,16 @@ class Launcher:
         if self._parent is None:
             return False
         return os.getppid() != self._parent or (self._runner is not None and _parent_of(self._parent) != self._runner)
+
+
+def lost_process(error: BaseException) -> str:
+    """What is wrong with another process of the run, if that is what `error` of torch.distributed says; else ""."""
+    text = " ".join(str(error).split())
+    if found := re.search(r"Connection (?:closed|reset) by peer|Broken pipe|Timed out waiting \d+ ?ms", text):
+        return found[0] if isinstance(error, RuntimeError) else ""
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+        return text.partition(".")[0][:200]
+    return "connection closed after a timeout" if "Application timeout caused pair closure" in text else ""
 
 
 def lock_folder(path: Path, patience: float = PATIENCE) -> None:

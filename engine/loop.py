@@ -2,223 +2,261 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, Protocol
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ipfm.engine.checkpoint import load_checkpoint, save_checkpoint
+from ipfm.engine.checkpoint import find_checkpoint, load_checkpoint
+from ipfm.engine.checkpoint_writer import CheckpointFailed, CheckpointWriter
 from ipfm.engine.config import RunConfig
-from ipfm.engine.launcher import Launcher
-from ipfm.engine.measure import Measured
-from ipfm.engine.metrics import FrechetResult
-from ipfm.engine.monitor import Monitor
+from ipfm.engine.launcher import Launcher, lost_process
+from ipfm.engine.monitor import Monitor, picture_path
 from ipfm.engine.report import EvaluationHistory
 from ipfm.engine.run_folder import RunFolder
-from ipfm.engine.zero import TrainedNetwork, World
+from ipfm.engine.stopping import Interrupted, Noted, StopAsked, noting_signals
+from ipfm.engine.task import ProcessLost, Progress, Task, TrainingFailed
+from ipfm.engine.world import World
+from ipfm.models.durable import why
+
+__all__ = ["Interrupted", "ProcessLost", "Progress", "Task", "TrainingFailed", "train"]
 
 PICTURE_IMAGES = 64
 PICTURE_SEED = 20_000
-
-
-class TrainingFailed(RuntimeError):
-    """The run cannot go on; the message says why and where to continue."""
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived and the state is saved. `signum` is the signal."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}, state saved")
-        self.signum = signum
-
-
-class Task(Protocol):
-    """What the loop trains."""
-
-    title: str
-    world: World
-    first_step: int
-    """Where a run without a checkpoint starts: 0, or the steps done before by other means."""
-
-    @property
-    def networks(self) -> Mapping[str, TrainedNetwork]:
-        """What is saved in a checkpoint, by name."""
-        ...
-
-    def iteration(self, step: int) -> Measured:
-        """One step of training; `step` counts from 0."""
-        ...
-
-    def refresh(self) -> None:
-        """Bring the averaged network up to date, on every process."""
-        ...
-
-    def evaluate(self) -> FrechetResult | None:
-        """Fréchet distance of the averaged network; None without a reference."""
-        ...
-
-    def picture(self, count: int, seed: int) -> Tensor:
-        """Images of the averaged network from fixed latents, (count, C, H, W) in [-1, 1]."""
-        ...
-
-
-@dataclass
-class Progress:
-    """Where the loop stands; also what it leaves behind."""
-
-    step: int
-    last: FrechetResult | None = None
-    bad_steps: int = 0
-    bad_networks: Counter[str] = field(default_factory=Counter)
-    saved_at: int = -1
-    pending: list[tuple[int, Measured]] = field(default_factory=list)
+# The processes talk at least this often about signals: a scheduler that sends one gives some 30 s.
+SECONDS_TO_NOTICE = 10.0
 
 
 def train(task: Task, config: RunConfig, folder: RunFolder) -> Progress:
-    """Run `task` from the folder's checkpoint (or its first step) to `config.total_steps`.
+    """Run `task` from the folder's newest whole checkpoint (or its first step) to `config.total_steps`.
+
+    SIGINT, SIGTERM and SIGUSR1, to any of the processes, save and stop; so does the end of the launcher.
 
     Raises:
-        TrainingFailed: more than `max_bad_steps` steps had non-finite samples or gradients.
+        TrainingFailed: more than `max_bad_steps` steps had non-finite samples or gradients; a checkpoint could not be
+            written or read, or the logs not be opened. On every process.
+        ProcessLost: another process has ended, or has not answered for the time of IPFM_TIMEOUT.
         Interrupted: a signal stopped the run; a checkpoint was written.
     """
-    world, total = task.world, config.total_steps
-    progress = Progress(task.first_step)
-    if folder.checkpoint is not None:
-        progress.step = load_checkpoint(folder.checkpoint, task.networks)
-        progress.saved_at = progress.step
-    if progress.step >= total:
+    world = task.world
+    with noting_signals(Launcher(world.launched)) as noted, _failures(folder):
+        found = find_checkpoint(folder.checkpoints) if world.first else None
+        name = world.first_says("" if found is None else found.name)
+        checkpoint = folder.checkpoints / name if name else None
+        progress = Progress(task.first_step)
+        if checkpoint is not None:
+            try:
+                progress.step = load_checkpoint(checkpoint, task.networks)
+            except ValueError as error:
+                raise TrainingFailed(str(error)) from error
+            progress.saved_at = progress.step
+        missing_look = checkpoint is not None and _look_is_missing(progress.step, config, folder, world)
+        if progress.step >= config.total_steps and not missing_look:
+            return progress
+        return _Run(task, config, folder, progress, checkpoint, noted).go(missing_look)
+
+
+class _Run:
+    """One part of a run: from a start or a checkpoint to the end or an interruption."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: RunConfig,
+        folder: RunFolder,
+        progress: Progress,
+        checkpoint: Path | None,
+        noted: Noted,
+    ) -> None:
+        self.task, self.config, self.folder, self.progress = task, config, folder, progress
+        self.world, self.checkpoint, self.noted = task.world, checkpoint, noted
+        self.writer = CheckpointWriter(
+            folder.checkpoints,
+            self.world,
+            keep=config.keep_checkpoints,
+            background=config.async_checkpoints,
+            last=checkpoint,
+        )
+        reason = ""
+        try:
+            self.monitor, self.history = self._logs()
+        except OSError as error:
+            reason = why(error)
+        if reason := self.world.first_says(reason):
+            raise TrainingFailed(f"the logs in {folder.path} cannot be written: {reason}")
+        # When the processes talk next: soon, so that they know how long a step takes.
+        self._exchange_at = progress.step + 1
+        self._since = 0.0
+
+    def _logs(self) -> tuple[Monitor, EvaluationHistory | None]:
+        path, first = self.folder.path, self.progress.step
+        if self.world.first:
+            # The table of an earlier, shorter part of the run no longer holds.
+            (path / "results.json").unlink(missing_ok=True)
+        monitor = Monitor(
+            path,
+            title=self.task.title,
+            total_steps=self.config.total_steps,
+            first_step=first,
+            batch_size=self.config.batch,
+            enabled=self.world.first,
+        )
+        return monitor, EvaluationHistory(path, first) if self.world.first else None
+
+    def go(self, missing_look: bool) -> Progress:
+        """To the end; `missing_look`: the evaluation at the checkpoint is still to be made."""
+        config, progress = self.config, self.progress
+        total = config.total_steps
+        try:
+            with self.monitor:
+                if self.checkpoint is not None:
+                    self.monitor.message(f"continuing at step {progress.step} from {self.checkpoint}")
+                if missing_look:
+                    self._stop(self._look())
+                self._since = time.perf_counter()
+                while progress.step < total:
+                    progress.pending.append((progress.step, self.task.iteration(progress.step)))
+                    progress.step += 1
+                    finished = progress.step == total
+                    due = _due(progress.step, config.checkpoint_every) or finished
+                    look = _due(progress.step, config.eval_every) or finished
+                    log = _due(progress.step, config.log_every) or progress.step >= self._exchange_at
+                    if not (due or look or log):
+                        continue
+                    stop = self._exchange()
+                    if look and not stop:
+                        stop = self._look()
+                    if due:
+                        self._save()
+                    self._stop(stop)
+                    self._since = time.perf_counter()
+                self.writer.wait()
+        finally:
+            self.writer.settle()
         return progress
-    if world.first:
-        # The table of an earlier, shorter part of the run no longer holds.
-        (folder.path / "results.json").unlink(missing_ok=True)
 
-    monitor = Monitor(
-        folder.path,
-        title=task.title,
-        total_steps=total,
-        first_step=progress.step,
-        batch_size=config.batch,
-        enabled=world.first,
-    )
-    history = EvaluationHistory(folder.path, progress.step) if world.first else None
+    def _exchange(self) -> int:
+        """Bring the pending measurements of all processes to the host in one transfer and log them.
 
-    def checkpoint() -> None:
+        Returns:
+            The signal that some process received, or 0.
+        """
+        progress, monitor, config = self.progress, self.monitor, self.config
+        names = list(progress.pending[0][1].sums)
+        bad_names = list(progress.pending[0][1].bad)
+        rows = [
+            torch.stack(
+                [m.sums[n].double() for n in names]
+                + [m.counts[n].double() for n in names]
+                + [m.bad[n].double() for n in bad_names]
+            )
+            for _, m in progress.pending
+        ]
+        table = self.world.sum_(torch.stack(rows)).tolist()
+        # All decide alike, from the slowest process's time.
+        seconds = (time.perf_counter() - self._since) / len(rows)
+        own = [float(self.noted.signum), float(self.writer.failed), seconds]
+        stop, failed, seconds = self.world.max_(
+            torch.tensor(own, dtype=torch.float64, device=self.world.device)
+        ).tolist()
+        self._exchange_at = progress.step + max(1, min(config.log_every, int(SECONDS_TO_NOTICE / max(seconds, 1e-9))))
+        values: dict[str, float] = {}
+        for (step, _), row in zip(progress.pending, table, strict=True):
+            sums, counts, bad = row[: len(names)], row[len(names) : 2 * len(names)], row[2 * len(names) :]
+            values = {n: s / c if c else float("nan") for n, s, c in zip(names, sums, counts, strict=True)}
+            values |= {f"{n}_bad": b for n, b in zip(bad_names, bad, strict=True)}
+            progress.bad_steps += any(b > 0 for b in bad)
+            progress.bad_networks.update(n for n, b in zip(bad_names, bad, strict=True) if b > 0)
+            monitor.record(step, values)
+        monitor.flush()
+        monitor.advance(progress.step - 1, {n: values[n] for n in names})
+        progress.pending.clear()
+        if failed:
+            self.writer.wait()
+        if progress.bad_steps > config.max_bad_steps:
+            self.writer.wait()
+            raise TrainingFailed(self._too_bad())
+        return int(stop)
+
+    def _look(self) -> int:
+        """Evaluate and draw a picture; a signal that came meanwhile, or 0."""
+        task, progress, monitor = self.task, self.progress, self.monitor
+        with monitor.paused():
+            task.refresh()
+            try:
+                result = task.evaluate()
+            except StopAsked as asked:
+                return asked.signum
+            images = task.picture(PICTURE_IMAGES, PICTURE_SEED)
+            if result is not None:
+                progress.last = result
+                monitor.scalar(progress.step, "frechet", result.distance)
+                monitor.message(f"step {progress.step}: {result.name} {result.distance:.4f}")
+                if self.history is not None:
+                    facts = {"images": result.images, "seconds": round(result.seconds, 3)}
+                    with monitor.tolerant("evaluations.jsonl"):
+                        self.history.add(progress.step, result.distance, **facts)
+            # The picture is the last, so that it stands for the whole: see `_look_is_missing`.
+            monitor.image(progress.step, images)
+        return 0
+
+    def _save(self) -> None:
+        progress = self.progress
         if progress.saved_at != progress.step:
-            with monitor.paused():
-                save_checkpoint(folder.checkpoints, progress.step, task.networks, world, keep=config.keep_checkpoints)
+            with self.monitor.paused():
+                self.monitor.sync()
+                self.writer.save(progress.step, self.task.networks)
             progress.saved_at = progress.step
 
-    launcher = Launcher(world.launched)
-    with _signals() as received, monitor:
-        if folder.checkpoint is not None:
-            monitor.message(f"continuing at step {progress.step} from {folder.checkpoint}")
-        while progress.step < total:
-            progress.pending.append((progress.step, task.iteration(progress.step)))
-            progress.step += 1
-            finished = progress.step == total
-            due = _due(progress.step, config.checkpoint_every) or finished
-            look = _due(progress.step, config.eval_every) or finished
-            if not (due or look or _due(progress.step, config.log_every)):
-                continue
-            told = signal.SIGTERM if launcher.gone() else 0
-            stop = _report(progress, world, monitor, received.get("signum", told))
-            if progress.bad_steps > config.max_bad_steps:
-                raise TrainingFailed(_too_bad(progress, config, folder))
-            if look and not stop:
-                with monitor.paused():
-                    _look(task, progress, monitor, history)
-            if due or stop:
-                checkpoint()
-            if stop and not finished:
-                raise Interrupted(stop)
-    return progress
+    def _stop(self, signum: int) -> None:
+        """Save and raise, if there is a signal."""
+        if signum:
+            self._save()
+            self.writer.wait()
+            raise Interrupted(signum)
 
-
-def _report(progress: Progress, world: World, monitor: Monitor, signum: int) -> int:
-    """Bring the pending measurements of all processes to the host in one transfer and log them.
-
-    Returns:
-        The signal that some process received, or 0.
-    """
-    names = list(progress.pending[0][1].sums)
-    bad_names = list(progress.pending[0][1].bad)
-    rows = [
-        torch.stack(
-            [m.sums[n].double() for n in names]
-            + [m.counts[n].double() for n in names]
-            + [m.bad[n].double() for n in bad_names]
+    def _too_bad(self) -> str:
+        progress = self.progress
+        networks = ", ".join(f"{name} in {count}" for name, count in progress.bad_networks.items())
+        where = (
+            f"its checkpoint of step {progress.saved_at}"
+            if progress.saved_at >= 0
+            else "the start, it has no checkpoint"
         )
-        for _, m in progress.pending
-    ]
-    table = world.sum_(torch.stack(rows)).tolist()
-    stop = int(world.max_(torch.tensor(signum, device=rows[0].device)))
-    values: dict[str, float] = {}
-    for (step, _), row in zip(progress.pending, table, strict=True):
-        sums, counts, bad = row[: len(names)], row[len(names) : 2 * len(names)], row[2 * len(names) :]
-        values = {n: s / c if c else float("nan") for n, s, c in zip(names, sums, counts, strict=True)}
-        values |= {f"{n}_bad": b for n, b in zip(bad_names, bad, strict=True)}
-        progress.bad_steps += any(b > 0 for b in bad)
-        progress.bad_networks.update(n for n, b in zip(bad_names, bad, strict=True) if b > 0)
-        monitor.record(step, values)
-    monitor.flush()
-    monitor.advance(progress.step - 1, {n: values[n] for n in names})
-    progress.pending.clear()
-    return stop
+        return (
+            f"{progress.bad_steps} steps up to step {progress.step} had non-finite samples or gradients ({networks}; "
+            f"max-bad-steps is {self.config.max_bad_steps}): {self.folder.path} can be continued from {where}"
+        )
 
 
-def _look(task: Task, progress: Progress, monitor: Monitor, history: EvaluationHistory | None) -> None:
-    task.refresh()
-    result = task.evaluate()
-    images = task.picture(PICTURE_IMAGES, PICTURE_SEED)
-    monitor.image(progress.step, images)
-    if result is not None:
-        progress.last = result
-        monitor.scalar(progress.step, "frechet", result.distance)
-        monitor.message(f"step {progress.step}: {result.name} {result.distance:.4f}")
-        if history is not None:
-            history.add(progress.step, result.distance, images=result.images, seconds=round(result.seconds, 3))
+@contextmanager
+def _failures(folder: RunFolder) -> Iterator[None]:
+    """What comes from the disk or from other processes becomes a line that says where to continue."""
+    try:
+        yield
+    except CheckpointFailed as error:
+        raise TrainingFailed(str(error)) from error
+    except RuntimeError as error:
+        if isinstance(error, TrainingFailed) or not (reason := lost_process(error)):
+            raise
+        try:
+            where = f"its checkpoint {(folder.checkpoints / 'latest').read_text().strip()}"
+        except OSError:
+            where = "the start, it has no checkpoint"
+        raise ProcessLost(
+            f"another process of this run has ended or does not answer ({reason}): the same command continues "
+            f"{folder.path} from {where}"
+        ) from error
 
 
-def _too_bad(progress: Progress, config: RunConfig, folder: RunFolder) -> str:
-    networks = ", ".join(f"{name} in {count}" for name, count in progress.bad_networks.items())
-    where = (
-        f"its checkpoint of step {progress.saved_at}" if progress.saved_at >= 0 else "the start, it has no checkpoint"
-    )
-    return (
-        f"{progress.bad_steps} steps up to step {progress.step} had non-finite samples or gradients ({networks}; "
-        f"max-bad-steps is {config.max_bad_steps}): {folder.path} can be continued from {where}"
-    )
+def _look_is_missing(step: int, config: RunConfig, folder: RunFolder, world: World) -> bool:
+    """Whether the evaluation that is due at the checkpoint of `step` was cut off, or not begun, by a signal."""
+    due = _due(step, config.eval_every) or step == config.total_steps
+    missing = world.first and due and not picture_path(folder.path, step).exists()
+    return bool(world.max_(torch.tensor(int(missing), device=world.device)))
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextmanager
-def _signals() -> Iterator[dict[str, int]]:
-    """Note SIGINT and SIGTERM instead of dying; a second one acts as it normally does."""
-    received: dict[str, int] = {}
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python delivers signals to the main thread alone
-        return
-
-    def note(signum: int, _frame: FrameType | None) -> None:
-        received["signum"] = signum
-        signal.signal(signum, previous[signum])
-
-    for one in (signal.SIGINT, signal.SIGTERM):
-        previous[one] = signal.signal(one, note)
-    try:
-        yield received
-    finally:
-        for one in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(one, previous[one])

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from ipfm.engine.files import StepLog
 from ipfm.engine.pictures import image_grid, save_grid
 from ipfm.engine.report import significant
+from ipfm.models.durable import sync, why
 
 # Where nobody watches (stderr is a file), the progress of the whole run is this many lines.
 LINES = 20
@@ -26,7 +28,10 @@ class Monitor:
 
     `title` names the run in front of the progress. `total_steps` ends it, `first_step` is where this process starts.
     `batch_size` is the global one, for images per second. One process of a run has `enabled`; a monitor without does
-    nothing at all. `tensorboard`: whether to write for it; a folder that it cannot write is one warning, not an end.
+    nothing at all. `tensorboard`: whether to write for it.
+
+    Once it is open, nothing here ends a run: what the disk refuses is one warning a kind. Lines of metrics.jsonl then
+    wait in memory, and are written as soon as the disk takes them. OSError: metrics.jsonl cannot be opened.
 
     Step numbers: `record` and `advance` take the index of the step just made, 0…total_steps-1; `scalar` and `image`,
     which tell of the state between two steps, take the number of steps done, as a checkpoint does, and so does
@@ -57,6 +62,7 @@ class Monitor:
         self.images_per_second = math.nan  # over the steps between the last two calls of `advance`
         self._done, self._since = first_step, time.perf_counter()
         self._board: Any = None
+        self._refused: set[str] = set()
         if not enabled:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +104,8 @@ class Monitor:
         if not self.enabled:
             return
         with self.paused():
-            save_grid(images, self.folder / "samples" / f"step-{step:07d}.png")
+            with self.tolerant("samples"):
+                save_grid(images, picture_path(self.folder, step))
             self._to_board(lambda board: board.add_image("samples", image_grid(images), step, dataformats="HWC"))
 
     @contextlib.contextmanager
@@ -116,16 +123,35 @@ class Monitor:
         if self.enabled:
             tqdm.write(text, file=sys.stderr)
 
+    @contextlib.contextmanager
+    def tolerant(self, name: str) -> Iterator[None]:
+        """The block writes `name` in the run folder: what the disk refuses there is a warning, once for each name."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self._refused:
+                self._refused.add(name)
+                self.message(f"warning: {self.folder / name} cannot be written: {why(error)}")
+
     def flush(self) -> None:
         """Writes all lines recorded so far to metrics.jsonl; from here on they survive a kill."""
         if self.enabled:
-            self._log.flush()
+            with self.tolerant("metrics.jsonl"):
+                self._log.flush()
+
+    def sync(self) -> None:
+        """Lines flushed so far survive the end of the machine as well."""
+        if self.enabled and self._log.path.exists():
+            with self.tolerant("metrics.jsonl"):
+                sync(self._log.path)
 
     def close(self) -> None:
         """Flushes and closes everything. May be called twice."""
         if not self.enabled:
             return
-        self._log.flush()
+        self.flush()
+        if self._log.waiting:
+            self.message(f"warning: {self._log.waiting} lines of {self._log.path} are lost")
         self._progress.close()
         self._to_board(lambda board: board.close())
         self._board = None
@@ -141,6 +167,7 @@ class Monitor:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _quiet_about_the_board
             # Without events from before there is nothing to purge.
             purge = first_step + 1 if folder.is_dir() and any(folder.iterdir()) else None
             self._board = SummaryWriter(str(folder), purge_step=purge)
@@ -157,7 +184,19 @@ class Monitor:
 
     def _board_failed(self, error: Exception) -> None:
         self._board = None
-        self.message(f"warning: no TensorBoard in {self.folder / 'tensorboard'}: {error}")
+        self.message(f"warning: no TensorBoard in {self.folder / 'tensorboard'}: {why(error)}")
+
+
+def _quiet_about_the_board(args: threading.ExceptHookArgs) -> None:
+    """No traceback of TensorBoard's writer thread when the disk refuses: the board's next call raises the same."""
+    thread = type(args.thread).__module__
+    if not (issubclass(args.exc_type, OSError) and thread.startswith("tensorboard.")):
+        threading.__excepthook__(args)
+
+
+def picture_path(folder: Path, step: int) -> Path:
+    """Where the run `folder` keeps the images drawn after `step` steps."""
+    return folder / "samples" / f"step-{step:07d}.png"
 
 
 class _Progress:

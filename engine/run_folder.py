@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ipfm.engine.checkpoint import find_checkpoint
 from ipfm.engine.config import RunConfig
 from ipfm.engine.files import atomic_write
 from ipfm.engine.launcher import lock_folder
+from ipfm.models.durable import forget_unfinished
 
 FORMAT = 1
 # Settings that may change between two parts of one run: they do not change what it computes, or only how long.
@@ -26,10 +27,9 @@ FREE = frozenset(
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder that belongs to this configuration, and the checkpoint to continue from."""
+    """A run folder that belongs to this configuration."""
 
     path: Path
-    checkpoint: Path | None
 
     @property
     def checkpoints(self) -> Path:
@@ -51,14 +51,18 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
         The content that the folder's config.json is to have.
 
     Raises:
-        ValueError: `path` cannot be a folder; it holds another run, something that is no run, or any run with
-            ``resume=False``. The message is one line and names each setting that differs.
+        ValueError: `path` cannot be a folder or cannot be written; it holds another run, something that is no run, or
+            any run with ``resume=False``. The message is one line and names each setting that differs.
         OSError: the folder cannot be read.
     """
     record = {"format": FORMAT, "kind": kind, "config": config.to_json(), **facts}
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} is a file, the run folder {path} cannot be there: choose another --out")
+    # Every process can tell beforehand, and before the networks are built, what would stop the first one.
+    for place in (path / "checkpoints", next(p for p in (path, *path.absolute().parents) if p.exists())):
+        if place.exists() and not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"{place} cannot be written: choose another --out")
     if not path.is_dir() or all(_is_leftover(entry) for entry in path.iterdir()):
         return record
     if not (path / "config.json").is_file():
@@ -78,7 +82,7 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
 
 
 def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> RunFolder:
-    """Take a folder that `check_run_folder` approved: lock it, write its config.json, find its checkpoint.
+    """Take a folder that `check_run_folder` approved: lock it, write its config.json, remove what killed runs left.
 
     Args:
         path: the run folder, created where it does not exist.
@@ -91,9 +95,10 @@ def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> Ru
     """
     if write:
         lock_folder(path)
+        forget_unfinished(path)
         with atomic_write(path / "config.json") as file:
             file.write((json.dumps(record, indent=1) + "\n").encode())
-    return RunFolder(path, find_checkpoint(path / "checkpoints"))
+    return RunFolder(path)
 
 
 def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

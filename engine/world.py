@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 # Seconds after which a process gives up on one that does not answer; IPFM_TIMEOUT changes it.
 TIMEOUT = 600.0
@@ -50,6 +51,13 @@ class World:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
+    def first_says(self, text: str) -> str:
+        """`text` of the first process, on every process."""
+        said = [text]
+        if self.size > 1:
+            dist.broadcast_object_list(said, src=0, device=self.device)
+        return said[0]
+
 
 def start_world() -> World:
     """Join the processes that a launcher (`deepspeed`, torchrun) started, or be the only one.
@@ -76,7 +84,9 @@ def start_world() -> World:
         _share_cores(int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", size))))
     deepspeed = import_deepspeed()
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=_timeout())
+        # DeepSpeed makes further groups, of which it gives none a time of its own: they take torch's default.
+        timeout = distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = _timeout()
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timeout)
     return World(rank=rank, size=size, device=device, launched=not single)
 
 

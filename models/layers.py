@@ -188,7 +188,13 @@ class GroupNorm(nn.Module):
     def forward(
         self, x: Tensor, *, silu: bool = False, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Tensor:
-        """The normalised x; with `silu` after it SiLU, before which it may be scaled by scale + 1 and shifted."""
+        """The normalised x; with `silu` after it SiLU, before which it may be scaled by scale + 1 and shifted.
+
+        x (B, C, H, W); scale and shift (B or 1, C, 1, 1), both or neither, in the dtype of x. ValueError for one alone,
+        and for either without `silu`.
+        """
+        if not silu and not (scale is None and shift is None):
+            raise ValueError("scale and shift are for normalisation with SiLU, got silu=False")
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if silu:
             return group_norm_silu(x, self.num_groups, weight, bias, scale=scale, shift=shift, eps=self.eps)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .build import build_network
 from .config import NetworkConfig, PrecondType
+from .durable import make_folder, sync, write_durably
 from .precond import Precond
 
 CONFIG_FILE = "config.json"
@@ -82,16 +83,16 @@ def save_model(
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
 
     partial, previous = _partial(target), _previous(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     if not target.exists() and previous.exists():
         previous.rename(target)  # an earlier writer was stopped between its two renames
     for leftover in (partial, previous):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         partial.mkdir()
-        _write_durably(partial / TENSOR_FILE, payload)
-        _write_durably(partial / CONFIG_FILE, text.encode())
-        _sync_folder(partial)
+        write_durably(partial / TENSOR_FILE, payload)
+        write_durably(partial / CONFIG_FILE, text.encode())
+        sync(partial)
         if target.exists():
             target.rename(previous)
         partial.rename(target)
@@ -100,7 +101,7 @@ def save_model(
         if not target.exists() and previous.exists():
             previous.rename(target)
         raise
-    _sync_folder(target.parent)
+    sync(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -276,21 +277,6 @@ def _from_json(value: Any) -> Any:
             return float(value["float"])
         return {key: _from_json(item) for key, item in value.items()}
     return [_from_json(item) for item in value] if isinstance(value, list) else value
-
-
-def _write_durably(path: Path, payload: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _one_line(error: BaseException) -> str:

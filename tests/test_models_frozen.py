@@ -201,6 +201,16 @@ def test_norm_and_silu_have_no_second_derivative():
         torch.autograd.grad(norm(x, silu=True).sum(), x, create_graph=True)
 
 
+def test_scale_and_shift_go_together():
+    norm, x, row = GroupNorm(4), torch.ones(1, 4, 2, 2), torch.ones(1, 4, 1, 1)
+    with pytest.raises(ValueError, match="got scale alone"):
+        norm(x, silu=True, scale=row)
+    with pytest.raises(ValueError, match="got shift alone"):
+        norm(x, silu=True, shift=row)
+    with pytest.raises(ValueError, match="got silu=False"):
+        norm(x, scale=row, shift=row)
+
+
 # -- whole networks ---------------------------------------------------------------------------------------------------
 
 

@@ -189,6 +189,51 @@ def test_tensorboard_that_cannot_be_written_is_one_warning(tmp_path, capsys):
     assert (tmp_path / "samples" / "step-0000003.png").exists()
 
 
+FULL_DISK = """
+import resource, sys
+import torch
+from ipfm.engine.monitor import Monitor
+monitor = Monitor(sys.argv[1], title="run", total_steps=100, batch_size=8)
+monitor.record(0, {"loss": 1.0})
+monitor.flush()
+# SIGXFSZ is ignored by Python: a file that grows beyond this is an error, as on a full disk.
+resource.setrlimit(resource.RLIMIT_FSIZE, (150, resource.RLIM_INFINITY))
+for step in range(1, 40):
+    monitor.record(step, {"loss": 1.0})
+    monitor.flush()
+    if step % 10 == 0:
+        monitor.image(step, torch.zeros(4, 1, 8, 8))
+cut = open(f"{sys.argv[1]}/metrics.jsonl").read()
+if sys.argv[2] == "again":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+monitor.close()
+print(cut, end="")
+"""
+
+
+@pytest.mark.parametrize("again", ["again", "never"])
+def test_a_disk_that_fills_up_is_a_warning_for_each_file(tmp_path, again):
+    """The training goes on; the lines wait, and are written whole once there is room."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path), again], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    cut = done.stdout.splitlines(keepends=True)
+    assert 0 < len(cut) < 10 and all(line.endswith("}\n") for line in cut)
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning")]
+    names = ["metrics.jsonl cannot be written: File too large", "samples cannot be written: File too large"]
+    for name in names:
+        assert sum(name in line for line in warnings) == 1, done.stderr
+    written = (tmp_path / "metrics.jsonl").read_text()
+    assert written.startswith(done.stdout)
+    if again == "again":
+        assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == list(range(40))
+    else:
+        assert written == done.stdout
+        assert sum(f"{40 - len(cut)} lines of" in line and line.endswith("are lost") for line in warnings) == 1
+    assert "Traceback" not in done.stderr, done.stderr
+
+
 def test_progress_in_a_file_is_a_line_at_first_and_every_five_percent(tmp_path, capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("ipfm.engine.monitor.time.perf_counter", lambda: now[0])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_a_new_folder(tmp_path):
     assert not path.exists() and not path.parent.exists()
     assert record == {"format": 1, "kind": "distill", "config": CONFIG.to_json(), "teacher": "ab12"}
     folder = open_run_folder(path, record, write=True)
-    assert folder.path == path and folder.checkpoint is None and folder.checkpoints == path / "checkpoints"
+    assert folder.path == path and folder.checkpoints == path / "checkpoints"
     assert json.loads((path / "config.json").read_text()) == record
     assert sorted(contents(path)) == ["config.json", "run.lock"]
 
@@ -56,9 +57,40 @@ def test_what_a_killed_start_leaves_is_new(tmp_path):
     assert (tmp_path / "config.json").is_file()
 
 
+def test_what_killed_writers_leave_is_removed(tmp_path):
+    start(tmp_path)
+    leftovers = [tmp_path / ".results.json.11.tmp", tmp_path / "checkpoints" / ".latest.4711.tmp"]
+    for leftover in leftovers:
+        leftover.parent.mkdir(exist_ok=True)
+        leftover.write_bytes(b"half")
+    open_run_folder(tmp_path, check_run_folder(tmp_path, "distill", CONFIG, FACTS), write=False)
+    assert all(leftover.exists() for leftover in leftovers)
+    start(tmp_path)
+    assert not any(leftover.exists() for leftover in leftovers)
+
+
+@pytest.mark.parametrize("there", ["", "runs", "runs/a", "runs/a/checkpoints"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_done(tmp_path, monkeypatch, there):
+    path, closed = tmp_path / "runs" / "a", tmp_path / there
+    if there.startswith("runs/a"):
+        start(path)
+        (path / "checkpoints").mkdir()
+    closed.mkdir(parents=True, exist_ok=True)
+    closed.chmod(0o555)
+    if os.access(closed, os.W_OK):  # root may write everywhere: let the system say what it tells others
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda p, mode: access(p, mode) and Path(p).stat().st_mode & 0o200 > 0)
+    try:
+        with pytest.raises(ValueError) as error:
+            check_run_folder(path, "distill", CONFIG, FACTS)
+    finally:
+        closed.chmod(0o755)
+    assert str(error.value) == f"{closed} cannot be written: choose another --out"
+
+
 def test_other_processes_write_nothing(tmp_path):
     folder = open_run_folder(tmp_path / "a", check_run_folder(tmp_path / "a", "distill", CONFIG, FACTS), write=False)
-    assert folder.checkpoint is None and not (tmp_path / "a").exists()
+    assert folder.path == tmp_path / "a" and not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, D=math.inf), TeacherConfig(max_steps=3)])
@@ -87,6 +119,7 @@ CHANGED = {
     "generator_beta1": 0.9,
     "student_beta1": 0.9,
     "student_updates": 2,
+    "clip_grad": 1.0,
 }
 FREELY = {
     "out": Path("elsewhere"),
@@ -102,14 +135,18 @@ FREELY = {
     "backward": "phased",
     "teacher": Path("moved"),
     "heun_steps": 40,
+    "activation_checkpointing": "on",
+    "async_checkpoints": False,
+    "profile_memory": 3,
+    "teacher_storage": "sharded",
 }
 
 
 def test_every_setting_is_of_one_kind():
     """A new setting has to be put on one of the two lists."""
-    elsewhere = {"kimg", "resume", "steps", "noise"}  # tested on their own below
+    elsewhere = {"kimg", "resume", "steps", "noise", "offload"}  # tested on their own below
     assert set(CHANGED) | set(FREELY) | elsewhere == set(CONFIG.to_json())
-    assert set(FREELY) | {"kimg", "resume"} == FREE
+    assert set(FREELY) | {"kimg", "resume", "offload"} == FREE
 
 
 @pytest.mark.parametrize("name", CHANGED)
@@ -129,6 +166,11 @@ def test_a_setting_that_may_change(tmp_path, name):
     assert other != CONFIG
     start(tmp_path, other)
     assert json.loads((tmp_path / "config.json").read_text())["config"] == other.to_json()
+
+
+def test_where_the_state_lives_may_change(tmp_path):
+    start(tmp_path)
+    start(tmp_path, replace(CONFIG, zero=2, offload="optimizer"))
 
 
 def test_the_length_may_be_given_in_images(tmp_path):

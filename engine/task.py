@@ -1,0 +1,65 @@
+"""What the training loop trains, where it stands, and what may end it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from ipfm.engine.measure import Measured
+from ipfm.engine.metrics import FrechetResult
+from ipfm.engine.world import World
+from ipfm.engine.zero import TrainedNetwork
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on; the message says why and where to continue."""
+
+
+class ProcessLost(TrainingFailed):
+    """Another process of the run has ended, or does not answer."""
+
+
+class Task(Protocol):
+    """What the loop trains."""
+
+    title: str
+    world: World
+    first_step: int
+    """Where a run without a checkpoint starts: 0, or the steps done before by other means."""
+
+    @property
+    def networks(self) -> Mapping[str, TrainedNetwork]:
+        """What is saved in a checkpoint, by name."""
+        ...
+
+    def iteration(self, step: int) -> Measured:
+        """One step of training; `step` counts from 0."""
+        ...
+
+    def refresh(self) -> None:
+        """Bring the averaged network up to date, on every process."""
+        ...
+
+    def evaluate(self) -> FrechetResult | None:
+        """Fréchet distance of the averaged network; None without a reference."""
+        ...
+
+    def picture(self, count: int, seed: int) -> Tensor:
+        """Images of the averaged network from fixed latents, (count, C, H, W) in [-1, 1]."""
+        ...
+
+
+@dataclass
+class Progress:
+    """Where the loop stands; also what it leaves behind."""
+
+    step: int
+    last: FrechetResult | None = None
+    bad_steps: int = 0
+    bad_networks: Counter[str] = field(default_factory=Counter)
+    saved_at: int = -1
+    pending: list[tuple[int, Measured]] = field(default_factory=list)

@@ -1,0 +1,79 @@
+"""Files and folders that a crash leaves whole: written beside their place, synced to the disk, and renamed."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+# What file systems that cannot sync a folder answer; they order its entries themselves, or not at all.
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+
+
+def sync(path: Path) -> None:
+    """Waits until the file's content, or the folder's entries, are on the disk. OSError: the disk refuses."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder and those above it, each synced into the one that holds it. OSError: it cannot be made."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def write_durably(path: Path, payload: bytes) -> None:
+    """Writes a new file in place and syncs it; for a folder that is renamed as a whole afterwards."""
+    with path.open("wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
+    """Opens a temporary binary file beside `path` that replaces it when the block ends without an exception.
+
+    OSError: the disk refuses; `path` is what it was.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def forget_unfinished(folder: Path) -> None:
+    """Removes the temporary files of `atomic_write` that killed processes left in `folder` and below.
+
+    Nobody may be writing there.
+    """
+    for leftover in folder.rglob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+def why(error: BaseException) -> str:
+    """The reason in one line: the system's words where it gave any ("No space left on device")."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
