@@ -13,6 +13,7 @@ from ipfm.engine.checkpoint import find_checkpoint, load_checkpoint
 from ipfm.engine.checkpoint_writer import CheckpointFailed, CheckpointWriter
 from ipfm.engine.config import RunConfig
 from ipfm.engine.launcher import Launcher, lost_process
+from ipfm.engine.memory.watch import MemoryWatch
 from ipfm.engine.monitor import Monitor, picture_path
 from ipfm.engine.report import EvaluationHistory
 from ipfm.engine.run_folder import RunFolder
@@ -86,6 +87,7 @@ class _Run:
             reason = why(error)
         if reason := self.world.first_says(reason):
             raise TrainingFailed(f"the logs in {folder.path} cannot be written: {reason}")
+        self.watch = MemoryWatch(task, config.profile_memory, folder.path, self.monitor.message)
         # When the processes talk next: soon, so that they know how long a step takes.
         self._exchange_at = progress.step + 1
         self._since = 0.0
@@ -117,7 +119,7 @@ class _Run:
                     self._stop(self._look())
                 self._since = time.perf_counter()
                 while progress.step < total:
-                    progress.pending.append((progress.step, self.task.iteration(progress.step)))
+                    progress.pending.append((progress.step, self.watch.iteration(progress.step)))
                     progress.step += 1
                     finished = progress.step == total
                     due = _due(progress.step, config.checkpoint_every) or finished

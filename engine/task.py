@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ipfm.engine.measure import Measured
+from ipfm.engine.memory import MemoryPlan
 from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.world import World
 from ipfm.engine.zero import TrainedNetwork
@@ -38,6 +39,10 @@ class Task(Protocol):
 
     def iteration(self, step: int) -> Measured:
         """One step of training; `step` counts from 0."""
+        ...
+
+    def memory_plan(self) -> MemoryPlan:
+        """The predicted memory of a step."""
         ...
 
     def refresh(self) -> None:

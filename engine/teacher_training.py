@@ -16,7 +16,7 @@ from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data import ImageDataset
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured, Tally
-from ipfm.engine.memory import choose_training, device_budget
+from ipfm.engine.memory import MemoryPlan, choose_training, device_budget
 from ipfm.engine.memory.phases import mark
 from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.networks import fingerprint
@@ -85,12 +85,12 @@ class TeacherTraining:
         # Every process draws the same initial weights.
         torch.manual_seed(config.seed)
         self.network = replace(network, dropout=config.dropout)
-        plan = choose_training(config, self.network, ranks=self.world.size, budget=device_budget(device))
-        self.micro_batch = plan.micro_batch
+        self._plan = choose_training(config, self.network, ranks=self.world.size, budget=device_budget(device))
+        self.micro_batch = self._plan.micro_batch
         net = apply_precision(build_network(self.network).to(device), config.precision)
         if start is not None:
             net.load_state_dict(dict(start.weights))
-        net.activation_checkpointing = plan.activation_checkpointing
+        net.activation_checkpointing = self._plan.activation_checkpointing
         buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
         self.net = TrainedNetwork(
             net,
@@ -169,6 +169,10 @@ class TeacherTraining:
             lr=config.learning_rate(step), ema_decay=config.ema_decay(step), grad_scale=tally.grad_scale(config.batch)
         )
         return tally.measured(applied)
+
+    def memory_plan(self) -> MemoryPlan:
+        """The predicted memory of a step."""
+        return self._plan
 
     def refresh(self) -> None:
         """Bring the averaged network up to date. Every process must call it."""

@@ -11,7 +11,7 @@ from ipfm.engine.averaged import Averaged
 from ipfm.engine.config import DistillConfig
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured
-from ipfm.engine.memory import choose, device_budget
+from ipfm.engine.memory import MemoryPlan, choose, device_budget, plan_memory
 from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.networks import teacher_facts, trainable_copy, trained_config
 from ipfm.engine.precision import apply_precision, halve_storage
@@ -201,3 +201,25 @@ class Distiller:
         network = trained_config(self.network, config.dropout)
         plan = choose(config, network, ranks=self.world.size, budget=budget).plan
         return plan.micro_batch, plan.backward, plan.activation_checkpointing
+
+    def memory_plan(self) -> MemoryPlan:
+        """The predicted memory of an iteration as it is laid out."""
+        config = self.config
+        assert config.precision != "auto" and config.zero is not None
+        return plan_memory(
+            trained_config(self.network, config.dropout),
+            micro_batch=self.micro_batch,
+            ranks=self.world.size,
+            stage=config.zero,
+            precision=config.precision,
+            offload=config.offload,
+            teacher_storage=config.teacher_storage,
+            student_beta1=config.student_beta1,
+            generator_beta1=config.generator_beta1,
+            backward=self.backward,
+            activation_checkpointing="on" if self.activation_checkpointing else "off",
+            steps=config.steps,
+            augment=config.augment > 0,
+            accumulates=self.micro_batch * self.world.size < config.batch,
+            budget=device_budget(self.world.device),
+        )

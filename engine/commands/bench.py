@@ -1,4 +1,4 @@
-"""`ipfm bench`: the kernels, measured or compiled offline."""
+"""`ipfm bench`: the kernels, measured or compiled offline; the metrics; the memory of a step."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipfm.engine.commandline import user_input
+from ipfm.engine.loop import TrainingFailed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure the kernels or the metrics, or compile the kernels for GPUs that are not here.
+    """Measure the kernels, the metrics or a step's memory, or compile the kernels for GPUs that are not here.
 
-    Example: ipfm bench --offline --out build/bench
+    Examples: ipfm bench --offline --out build/bench;
+    ipfm bench --memory --model ncsnpp --channels 32 --batch 64 --out build/bench
     """
 
     out: Path = Path("bench")
@@ -21,19 +23,54 @@ class Bench:
     """Compile every kernel for sm_80, sm_90 and sm_100 and report registers, spills and access widths; needs no GPU."""
     metrics: bool = False
     """Measure FID, KID, Inception score, precision and recall on 50 000 random features of 2048 dimensions."""
+    memory: bool = False
+    """Measure the memory of a teacher's training step and of a distillation, joint and phased, beside its plan."""
+    model: str = "ncsnpp"
+    """With --memory: the network, ncsnpp, ddpmpp (CIFAR-10's), adm (ImageNet's) or the name of a preset."""
+    channels: int | None = None
+    """With --memory: channels of the network's first level. Default: as published."""
+    batch: int = 64
+    """With --memory: images in a step."""
+    activation_checkpointing: bool = False
+    """With --memory: measure the distillation with activation checkpointing too."""
     quick: bool = False
-    """Small shapes and few repetitions."""
+    """Small shapes and few repetitions; with --memory one step instead of two."""
 
     def run(self) -> None:
         """Write the tables to `out` and print a summary."""
+        with user_input():
+            given = [name for name in ("offline", "metrics", "memory") if getattr(self, name)]
+            if len(given) > 1:
+                raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
+        table = self._run_memory() if self.memory else self._run_speed()
+        print(table.with_suffix(".md").read_text(encoding="utf-8"))
+        print(table)
+
+    def _run_speed(self) -> Path:
         from ipfm.engine.metrics.bench import run_metrics
         from ipfm.kernels import bench
 
         with user_input():
-            if self.offline and self.metrics:
-                raise ValueError("offline and metrics exclude each other: give one of them")
             self.out.mkdir(parents=True, exist_ok=True)
         run = run_metrics if self.metrics else bench.run_offline if self.offline else bench.run_microbenchmarks
-        table = run(self.out, quick=self.quick)
-        print(table.with_suffix(".md").read_text(encoding="utf-8"))
-        print(table)
+        return run(self.out, quick=self.quick)
+
+    def _run_memory(self) -> Path:
+        from ipfm.engine.memory.bench import bench_network, run_memory
+
+        with user_input():
+            if self.batch < 1:
+                raise ValueError(f"batch must be an integer >= 1, got {self.batch}")
+            network = bench_network(self.model, self.channels)
+            self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            return run_memory(
+                self.out,
+                network,
+                batch=self.batch,
+                checkpointed=self.activation_checkpointing,
+                quick=self.quick,
+                title=self.model,
+            )
+        except RuntimeError as error:
+            raise TrainingFailed(str(error)) from error

@@ -22,7 +22,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensor storages that are made while it is active and are not freed yet.
 
     Forward and backward passes count alike, with what autograd saves and the temporaries of backward operations; views
-    count once. What an operation allocates and frees within itself is not seen.
+    count once. What an operation allocates and frees within itself is not seen; a storage keeps the size it had first.
 
     Args:
         timeline: keep (seconds since the epoch of `time.perf_counter`, bytes) at each change of more than 0.1 % of the
@@ -46,6 +46,13 @@ class LiveBytes(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Start a new peak from what is alive now."""
         self.peak = self.current
+
+    def adopt(self, device: torch.device | str = "cpu") -> None:
+        """Count what is alive on `device` already: `current` is then all of it, and its release is seen too."""
+        for storage in _storages(device):
+            if storage._cdata not in self._sizes:
+                self._add(storage, storage.nbytes())
+        self.reset_peak()
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -83,13 +90,17 @@ class LiveBytes(TorchDispatchMode):
 
 def tensor_bytes(device: torch.device | str = "cpu") -> int:
     """Bytes of the storages of all tensors on `device` that Python knows in this process, gradients included."""
+    return sum(storage.nbytes() for storage in _storages(device))
+
+
+def _storages(device: torch.device | str) -> list[torch.UntypedStorage]:
     kind = torch.device(device).type
-    sizes: dict[int, int] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
     for thing in gc.get_objects():
         # By type: isinstance would wake lazy modules.
         if issubclass(type(thing), Tensor):
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None and tensor.device.type == kind and tensor.layout == torch.strided:
                     storage = tensor.untyped_storage()
-                    sizes[storage._cdata] = storage.nbytes()
-    return sum(sizes.values())
+                    storages[storage._cdata] = storage
+    return list(storages.values())

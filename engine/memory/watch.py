@@ -1,0 +1,59 @@
+"""The first steps of a run under the memory profiler, for --profile-memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from ipfm.engine.measure import Measured
+from ipfm.engine.memory.plan import MemoryPlan
+from ipfm.engine.memory.profile import MemoryProfiler
+from ipfm.engine.world import World
+
+
+class Profiled(Protocol):
+    """What is watched."""
+
+    world: World
+
+    def iteration(self, step: int) -> Measured:
+        """One step of training."""
+        ...
+
+    def memory_plan(self) -> MemoryPlan:
+        """What its steps should need."""
+        ...
+
+
+class MemoryWatch:
+    """Runs the steps of `task`, and measures the first ones.
+
+    Args:
+        task: what is trained.
+        steps: how many steps are measured; 0 measures none.
+        folder: the run folder; memory/ in it gets the table and the picture, from the first process.
+        tell: takes a line for whoever watches the run.
+    """
+
+    def __init__(self, task: Profiled, steps: int, folder: Path, tell: Callable[[str], None]) -> None:
+        self._task, self._left, self._folder, self._tell = task, steps, folder, tell
+        self._profiler: MemoryProfiler | None = None
+
+    def iteration(self, step: int) -> Measured:
+        """One step of training, measured if it is among the first."""
+        if self._left == 0:
+            return self._task.iteration(step)
+        if self._profiler is None:
+            plan = self._task.memory_plan()
+            self._profiler = MemoryProfiler(self._task.world.device, plan.phases, plan.state)
+        with self._profiler.step():
+            measured = self._task.iteration(step)
+        self._left -= 1
+        if self._left == 0:
+            warnings = self._profiler.finish(self._folder if self._task.world.first else None)
+            self._tell(f"memory of a step, predicted and measured: {self._folder / 'memory' / 'memory.md'}")
+            for line in warnings:
+                self._tell(f"warning: {line}")
+            self._profiler = None
+        return measured
