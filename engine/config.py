@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas, few_step_sigmas
 
+ZeroStage = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "all"]
 
 # Steps count in 32 bits of the random numbers' counters, which updates and levels within a step share.
@@ -49,7 +50,7 @@ class RunConfig:
     """Half-life of the weights' moving average, in thousands of images."""
     ema_rampup: float = 0.05
     """The half-life is at most this share of the images seen so far."""
-    zero: Literal[0, 1, 2, 3] | None = None
+    zero: ZeroStage | None = None
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimiser's state, 2 the gradients as well, 3 the weights too.
     Default: 0 in fp32, 1 in bf16 and fp16."""
     offload: Offload = "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ipfm.engine.config import DistillConfig
+from ipfm.engine.config import DistillConfig, ZeroStage
 from ipfm.engine.memory import MemoryPlan, choose, gpu_budget
 from ipfm.engine.precision import Precision
 from ipfm.models import NetworkConfig
@@ -21,7 +21,7 @@ def layout_table(
     *,
     ranks: Sequence[int] = RANKS,
     gpus: Sequence[float] = GPUS,
-    zero: int | None = None,
+    zero: ZeroStage | None = None,
 ) -> str:
     """The cheapest layout for each number of processes and each GPU, a row each.
 

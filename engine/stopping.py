@@ -82,8 +82,8 @@ def noting_signals(launcher: Launcher) -> Iterator[Noted]:
         yield noted
     finally:
         _listening = None
-        for one, handler in previous.items():
-            signal.signal(one, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def check_stop(world: World) -> None:

@@ -176,7 +176,8 @@ class AdamEMA(torch.optim.Optimizer):
         rate = unless_skipped(-group["lr"] / (1 - beta1**t), 0)
         share = unless_skipped(1 - self.ema_decay, 0)
         kinds = [kind for kind, used in (("exp_avg", beta1 > 0), ("exp_avg_sq", True), ("ema", group["ema"])) if used]
-        columns = [params, [p.grad for p in params], *([self.state[p][kind] for p in params] for kind in kinds)]
+        given: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        columns = [params, given, *([self.state[p][kind] for p in params] for kind in kinds)]
         for weights, grads, *rest in _chunks(columns):
             state = dict(zip(kinds, rest, strict=True))
             if group["weight_decay"]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from ipfm.engine.commandline import user_input
-from ipfm.engine.config import Offload
+from ipfm.engine.config import DistillConfig, Offload, TeacherConfig, ZeroStage
+from ipfm.models import NetworkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Plan:
     """Number of processes."""
     micro_batch: int | None = None
     """Images one process handles at a time. Default: what --gpu-memory allows, else its whole share of the batch."""
-    zero: Literal[0, 1, 2, 3] | None = None
+    zero: ZeroStage | None = None
     """ZeRO stage. Default: the lowest that fits; without --gpu-memory 0 in fp32, 1 in bf16 and fp16."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks."""
@@ -53,7 +54,6 @@ class Plan:
 
     def run(self) -> None:
         """Print the plan."""
-        from ipfm.engine.config import DistillConfig, TeacherConfig
         from ipfm.engine.memory import choose, choose_training, gpu_budget
 
         with user_input():
@@ -66,26 +66,11 @@ class Plan:
             zero = self.zero
             if zero is None and (budget is None or self.teacher_training):
                 zero = 0 if self.precision == "fp32" else 1
-            common = {
-                "batch": self.batch,
-                "micro_batch": self.micro_batch,
-                "zero": zero,
-                "precision": self.precision,
-                "offload": self.offload,
-                "activation_checkpointing": self.activation_checkpointing,
-            }
             if self.teacher_training:
-                plan = choose_training(TeacherConfig(**common), network, ranks=self.ranks, budget=budget)
+                plan = choose_training(self._training(zero), network, ranks=self.ranks, budget=budget)
                 accumulation, cost = self.batch // self.ranks // plan.micro_batch, 1 + plan.activation_checkpointing / 3
             else:
-                config = DistillConfig(
-                    **common,
-                    steps=self.steps,
-                    student_updates=self.student_updates,
-                    teacher_storage=self.teacher_storage,
-                    backward=self.backward,
-                )
-                choice = choose(config, network, ranks=self.ranks, budget=budget)
+                choice = choose(self._distillation(zero), network, ranks=self.ranks, budget=budget)
                 plan, accumulation, cost = choice.plan, choice.accumulation, choice.relative_cost
         if self.json:
             facts = {"accumulation": accumulation, "relative_cost": cost, "state": plan.state, "peak": plan.peak}
@@ -96,8 +81,32 @@ class Plan:
         print(f"{'ZeRO stage':<34}{plan.parts.stage:>12}")
         print(f"{'arithmetic, relative':<34}{cost:>12.2f}")
 
+    def _training(self, zero: ZeroStage | None) -> TeacherConfig:
+        return TeacherConfig(
+            batch=self.batch,
+            micro_batch=self.micro_batch,
+            zero=zero,
+            precision=self.precision,
+            offload=self.offload,
+            activation_checkpointing=self.activation_checkpointing,
+        )
 
-def read_network(model: str):
+    def _distillation(self, zero: ZeroStage | None) -> DistillConfig:
+        return DistillConfig(
+            batch=self.batch,
+            micro_batch=self.micro_batch,
+            zero=zero,
+            precision=self.precision,
+            offload=self.offload,
+            activation_checkpointing=self.activation_checkpointing,
+            steps=self.steps,
+            student_updates=self.student_updates,
+            teacher_storage=self.teacher_storage,
+            backward=self.backward,
+        )
+
+
+def read_network(model: str) -> NetworkConfig:
     """The architecture that `model` names: a preset, a family of presets, a model folder or a checkpoint.
 
     Raises:

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,14 +60,14 @@ def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
         batch=settings.micro_batch,
         max_steps=1,
         D=math.inf,
-        zero=0,
-        precision="fp32",
+        zero=1,
+        precision=sharding.precision,
         steps=settings.steps,
         dropout=settings.network.dropout,
         augment=0.5 if settings.augment else 0.0,
     )
     steps = DistillSteps(
-        replace(config, precision=sharding.precision, zero=max(sharding.stage, int(sharding.precision != "fp32"))),
+        config,
         student=_Trained(nets[1], settings),
         generator=_Trained(nets[2], settings),
         teacher=nets[0],
@@ -176,7 +176,7 @@ def _efficient_attention() -> Iterator[None]:
         return _SavedByAttention.apply(q, k, v) if q.is_meta else real(q, k, v)
 
     # Not by a TorchFunctionMode: none is active while a checkpointed block is computed again on the way back.
-    F.scaled_dot_product_attention = attention
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
     try:
         yield
     finally:
