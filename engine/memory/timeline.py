@@ -86,8 +86,8 @@ class Timeline:
         shift = state - before[0][1] if before else 0
         resident = tuple((t, value + shift) for t, value in self.resident)
         for points, colour, label in (
+            (resident, "#a0a0a0", "resident memory, from the state on"),
             (self.live, "#1f3f66", "tensors alive"),
-            (resident, "#808080", "resident memory, from the state on"),
         ):
             # What the last change before the first phase left, too.
             shown = [(max(t, origin) - origin, v / unit) for t, v in _since(points, origin, end)]
