@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,10 @@ class StepSettings:
     keeps_gradients: bool = True
     """Gradients stay where they arise until the optimiser takes them. False: they are counted elsewhere, because they
     leave for their shard at once, or are there already from an earlier micro-batch."""
+
+    def __post_init__(self) -> None:
+        # D changes no size: networks that differ in it alone share a simulation.
+        object.__setattr__(self, "network", replace(self.network, D=math.inf))
 
 
 @functools.lru_cache(maxsize=256)
