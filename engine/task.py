@@ -29,6 +29,9 @@ class Task(Protocol):
 
     title: str
     world: World
+    other_bytes: int
+    """Bytes on the device that `memory_plan` does not speak of, such as a data set's; only known if steps are
+    profiled."""
     first_step: int
     """Where a run without a checkpoint starts: 0, or the steps done before by other means."""
 

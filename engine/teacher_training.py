@@ -17,6 +17,7 @@ from ipfm.engine.data import ImageDataset
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.memory import MemoryPlan, choose_training, device_budget
+from ipfm.engine.memory.live import bytes_in_use
 from ipfm.engine.memory.phases import mark
 from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.networks import fingerprint
@@ -81,6 +82,7 @@ class TeacherTraining:
         self.evaluation = evaluation
         self.title = f"teacher D={self.D:g}"
         allow_tf32(config.tf32)
+        self.other_bytes = bytes_in_use(device) if config.profile_memory else 0
 
         # Every process draws the same initial weights.
         torch.manual_seed(config.seed)

@@ -12,6 +12,7 @@ from ipfm.engine.config import DistillConfig
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured
 from ipfm.engine.memory import MemoryPlan, choose, device_budget, plan_memory
+from ipfm.engine.memory.live import bytes_in_use
 from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.networks import teacher_facts, trainable_copy, trained_config
 from ipfm.engine.precision import apply_precision, halve_storage
@@ -71,6 +72,8 @@ class Distiller:
         self.first_step = 0
         self.title = f"distil D={self.D:g} alpha={config.alpha:g} K={config.steps}"
         allow_tf32(config.tf32)
+        # The caller's teacher, where it lies on this device, is the caller's to release.
+        self.other_bytes = bytes_in_use(device, without=teacher) if config.profile_memory else 0
 
         self.network = teacher.config
         self.micro_batch, self.backward, self.activation_checkpointing = self._lay_out()

@@ -83,8 +83,8 @@ MISTAKES = {
     "--noise.rho x": "--noise.rho takes a number, got 'x'",
     "--batch": "--batch needs a value",
     "--D --seed 3": "--D needs a value",
-    "--precision fp8": "--precision must be one of auto, bf16, fp32, got 'fp8'",
-    "--zero 5": "--zero must be one of 0, 1, 2, None, got '5'",
+    "--precision fp8": "--precision must be one of auto, bf16, fp16, fp32, got 'fp8'",
+    "--zero 5": "--zero must be one of 0, 1, 2, 3, None, got '5'",
     # values that the configuration refuses
     "--batch 0": "--batch must be an integer >= 1, got 0",
     "--batch -3": "--batch must be an integer >= 1, got -3",
@@ -101,7 +101,7 @@ MISTAKES = {
     "--kimg 1e308": "--kimg must be at most 100,000,000 optimiser steps, got 1e+308",
     "--seed 99999999999999999999": "--seed must be below 2^64, got 99999999999999999999",
     "--precision bf16 --zero 0": (
-        "--precision bf16 needs zero 1 or 2: the fp32 master weights live in ZeRO's optimiser, got 0"
+        "--precision bf16 needs zero 1, 2 or 3: the fp32 master weights live in ZeRO's optimiser, got 0"
     ),
     "--noise.sigma-min -1": "--noise.sigma-min must be a finite number > 0, got -1.0",
     "--noise.sigma_min 90": "--noise.sigma-min must be below sigma_max, got 90.0 and 80.0",
@@ -295,7 +295,7 @@ def test_a_defect_keeps_its_traceback(capfd):
 @pytest.mark.parametrize("error", [None, BadInput("x"), ZeroDivisionError()], ids=repr)
 def test_the_process_group_is_left_in_any_case(error, monkeypatch, capfd):
     left = []
-    monkeypatch.setattr("ipfm.engine.zero.stop_world", lambda: left.append(True))
+    monkeypatch.setattr("ipfm.engine.world.stop_world", lambda: left.append(True))
     with contextlib.suppress(ZeroDivisionError):
         ends(error, capfd)
     assert left == [True]

@@ -93,6 +93,16 @@ def tensor_bytes(device: torch.device | str = "cpu") -> int:
     return sum(storage.nbytes() for storage in _storages(device))
 
 
+def bytes_in_use(device: torch.device, *, without: torch.nn.Module | None = None) -> int:
+    """Bytes of tensors on `device` now, those of a network excepted: by the allocator's account on a GPU, else
+    `tensor_bytes`."""
+    used = torch.cuda.memory_allocated(device) if device.type == "cuda" else tensor_bytes(device)
+    if without is None:
+        return used
+    state = (*without.parameters(), *without.buffers())
+    return used - sum(tensor.nbytes for tensor in state if tensor.device.type == device.type)
+
+
 def _storages(device: torch.device | str) -> list[torch.UntypedStorage]:
     kind = torch.device(device).type
     storages: dict[int, torch.UntypedStorage] = {}

@@ -16,6 +16,8 @@ class Profiled(Protocol):
     """What is watched."""
 
     world: World
+    other_bytes: int
+    """Bytes on the device that the plan does not speak of, such as a data set's; only known if steps are profiled."""
 
     def iteration(self, step: int) -> Measured:
         """One step of training."""
@@ -46,7 +48,9 @@ class MemoryWatch:
             return self._task.iteration(step)
         if self._profiler is None:
             plan = self._task.memory_plan()
-            self._profiler = MemoryProfiler(self._task.world.device, plan.phases, plan.state)
+            self._profiler = MemoryProfiler(
+                self._task.world.device, plan.phases, plan.state, other=self._task.other_bytes
+            )
         with self._profiler.step():
             measured = self._task.iteration(step)
         self._left -= 1
