@@ -278,6 +278,100 @@ def test_an_empty_shard():
     torch.testing.assert_close(p.detach(), torch.full((2,), -0.1))
 
 
+@pytest.mark.parametrize("clip_norm", [1e-3, 30.0, 1e9])
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_clipping_is_that_of_torch(clip_norm, scale):
+    """The norm is that of all scaled gradients together; below the limit nothing changes."""
+    pairs = []
+    for kind in (AdamEMA, torch.optim.Adam):
+        params = weights(torch.float64)
+        optimizer = kind(params, lr=1e-2, betas=(0.5, 0.9), eps=1.0)
+        optimizer.clip_norm = clip_norm
+        for step in range(10):
+            set_gradients(params, step)
+            if kind is AdamEMA:
+                optimizer.grad_scale = None if scale is None else torch.tensor(scale)
+            else:
+                for p in params:
+                    p.grad.mul_(scale or 1.0)
+                # torch adds 1e-6 to the norm.
+                torch.nn.utils.clip_grad_norm_(params, clip_norm)
+            optimizer.step()
+        pairs.append(params)
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_clipping_of_nothing_and_of_too_much():
+    params = weights()
+    start = [p.detach().clone() for p in params]
+    optimizer = AdamEMA(params, lr=1e-2, clip_norm=1.0)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.applied and all(map(torch.equal, params, start))
+    # Finite squares, but a norm that is not: the step is not taken.
+    params[0].grad = torch.full_like(params[0], 1.5e19)
+    optimizer.step()
+    assert not optimizer.applied and all(map(torch.equal, params, start))
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"^clip_norm must be a finite number > 0 or None, got {bad}$"):
+            AdamEMA(weights(), lr=1e-2, clip_norm=bad)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 21])
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_pieces_change_nothing(monkeypatch, chunk, beta1):
+    """Whatever is updated at a time, the bits are the same; strides too."""
+    runs = []
+    for size in (2**24, chunk):
+        monkeypatch.setattr("ipfm.kernels.adam.CHUNK", size)
+        params = [*weights(), nn.Parameter(torch.linspace(-1, 1, 60).reshape(5, 12).t())]
+        optimizer = AdamEMA(params, lr=1e-2, betas=(beta1, 0.999), ema=True, clip_norm=50.0, weight_decay=0.1)
+        optimizer.ema_decay = 0.9
+        for step in range(5):
+            set_gradients(params, step)
+            optimizer.step()
+        runs.append(everything(optimizer, params))
+        assert params[-1].stride() == optimizer.state[params[-1]]["ema"].stride() == (1, 12)
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("bad", [None, 0, 1])
+def test_shards_act_as_one(bad):
+    """Two halves of the parameters, in lockstep: clipped by their common norm, stopped by a bad gradient in either."""
+    whole = weights(torch.float64)
+    flat = torch.cat([p.detach().flatten() for p in whole])
+
+    def tell(found: Tensor) -> None:
+        told.append(found.clone())
+        raise InterruptedError
+
+    halves = [nn.Parameter(part.clone()) for part in flat.split([10, len(flat) - 10])]
+    single = AdamEMA(whole, lr=1e-2, clip_norm=3.0)
+    sharded = [AdamEMA([half], lr=1e-2, clip_norm=3.0) for half in halves]
+    for step in range(4):
+        set_gradients(whole, step)
+        if bad is not None and step == 2:
+            whole[0 if bad == 0 else -1].grad.fill_(math.nan)
+        parts = torch.cat([p.grad.flatten() for p in whole]).split([10, len(flat) - 10])
+        # One after the other: first each tells what it has found, then each is told the sum.
+        told: list[Tensor] = []
+        for optimizer, half, part in zip(sharded, halves, parts, strict=True):
+            half.grad, optimizer.sum_over_shards = part.clone(), tell
+            with pytest.raises(InterruptedError):
+                optimizer.step()
+        common = told[0] + told[1]
+        for optimizer, half, part in zip(sharded, halves, parts, strict=True):
+            half.grad, optimizer.sum_over_shards = part.clone(), lambda found, common=common: found.copy_(common)
+            optimizer.step()
+        single.step()
+        assert {bool(o.applied) for o in (single, *sharded)} == {bad is None or step != 2}
+        now = torch.cat([p.detach().flatten() for p in whole])
+        torch.testing.assert_close(torch.cat([h.detach() for h in halves]), now, rtol=1e-13, atol=1e-13)
+    assert not torch.equal(now, flat)
+
+
 @pytest.mark.parametrize("taken_at", [0, 5])
 def test_state_dict_continues_the_run(taken_at):
     def advance(optimizer: AdamEMA, params: list[nn.Parameter], steps: range) -> None:

@@ -25,9 +25,10 @@ PUBLISHED = {
 
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In an empty folder, without timing full-size networks."""
+    """In an empty folder, without timing full-size networks or laying them out (test_layouts does)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ipfm.engine.recipe.seconds_per_image", lambda *_: 0.001)
+    monkeypatch.setattr("ipfm.engine.recipe.layout_table", lambda *_, **__: "layouts")
 
 
 def dry(capsys: pytest.CaptureFixture[str], module, *arguments: str) -> dict[str, str]:

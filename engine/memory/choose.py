@@ -80,10 +80,16 @@ def choose(config: DistillConfig, network: NetworkConfig, *, ranks: int, budget:
     if best is not None:
         return _choice(config, best, local)
     assert smallest is not None and budget is not None
+    helps = [
+        "more processes",
+        *(["--zero 3"] if config.zero not in (None, 3) else []),
+        *(["--offload"] if config.offload == "none" else []),
+        *(["--precision bf16"] if config.precision == "fp32" else []),
+    ]
     raise ValueError(
         f"a process may use {size(budget)}, but needs at least {size(smallest.peak)} (micro-batch "
         f"{smallest.micro_batch}, {smallest.backward}, ZeRO {smallest.parts.stage}, {ranks} "
-        f"process{'es' * (ranks > 1)}): more processes, --zero 3, --offload or --precision bf16 help"
+        f"process{'es' * (ranks > 1)}): {' or '.join(helps)} help{'s' * (len(helps) == 1)}"
     )
 
 

@@ -37,6 +37,8 @@ from ipfm.models import EDMPrecond, NetworkConfig, save_model
 RECIPE = str(launch.ROOT / "recipes" / "digits_ipfm.py")
 RANKS = 2
 STEPS_PER_KILL = 10
+# Seconds that processes wait for each other.
+PATIENCE = 30
 
 
 def make_teacher(folder: Path) -> Path:
@@ -77,7 +79,9 @@ class Group:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        env = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **environment)
+        # Nothing above tells those started by hand of one that ends before they have met: they wait for it.
+        patience = {"IPFM_TIMEOUT": str(PATIENCE), **environment}
+        env = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **patience)
         starts: list[tuple[list[str], dict[str, str]]] = []
         if launcher == "deepspeed":
             program = [str(launch.BIN / "deepspeed"), "--num_accelerators", str(RANKS), "--master_port", port]
@@ -271,8 +275,8 @@ class Soak:
     def _let_go(self, group: Group) -> None:
         """The others have to go by themselves."""
         # After a launcher's end they are no longer found below it.
-        gone = ended([*group.ranks(), *_trainers(self.out)], 60)
-        assert gone, f"processes live on a minute after a kill:\n{group.output()[-3000:]}"
+        gone = ended([*group.ranks(), *_trainers(self.out)], 3 * PATIENCE)
+        assert gone, f"processes live on long after a kill:\n{group.output()[-3000:]}"
 
 
 def _trainers(out: Path) -> list[psutil.Process]:
