@@ -6,6 +6,7 @@ import csv
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ import torch
 
 from ipfm.engine import DistillConfig
 from ipfm.engine.memory import plan_memory
+from ipfm.engine.memory.live import bytes_in_use
 from ipfm.engine.memory.phases import mark
 from ipfm.engine.memory.process import Sampler, driver_bytes, largest_resident_bytes, resident_bytes
 from ipfm.engine.memory.profile import STATE, MemoryProfiler, PhaseMemory
 from ipfm.engine.memory.timeline import Span, Timeline
+from ipfm.engine.memory.watch import MemoryWatch
 from ipfm.engine.steps import DistillSteps
 from ipfm.engine.world import World
 from ipfm.kernels import AdamEMA
@@ -239,6 +242,50 @@ def test_a_distillation_holds_what_was_planned(backward: str, tmp_path: Path):
     assert profiler.finish(tmp_path) == []
     assert abs(profiler.peak_bytes / plan.peak - 1) < 0.05
     assert profiler.peak_bytes > 2 * plan.state
+
+
+class Watched(Toy):
+    """A task of the loop, with `other_bytes` of images beside it."""
+
+    def __init__(self, predicted: int, other_bytes: int) -> None:
+        super().__init__(2 * MEGA, MEGA)
+        self.world = World(0, 1, CPU)
+        self.predicted, self.other_bytes = predicted, other_bytes
+        self.steps: list[int] = []
+
+    def iteration(self, step: int) -> int:
+        super().iteration()
+        self.steps.append(step)
+        return step
+
+    def memory_plan(self):
+        plan = plan_memory(SMALL, micro_batch=1)
+        phases = {"teacher: forward and backward": self.predicted, "teacher: optimiser": MEGA}
+        return replace(plan, phases=phases, parts=replace(plan.parts, teacher=0, weights=0, optimizer=0))
+
+
+@pytest.mark.parametrize(("predicted", "warnings"), [(2 * MEGA, 0), (4 * MEGA, 1)])
+def test_the_first_steps_of_a_run_are_watched(tmp_path: Path, predicted: int, warnings: int):
+    """As many as were asked for; what was there before, such as images, is not the training's."""
+    images = torch.empty(64 * MEGA, dtype=torch.uint8)
+    said: list[str] = []
+    task = Watched(predicted, bytes_in_use(CPU))
+    watch = MemoryWatch(task, 2, tmp_path, said.append)
+    assert [watch.iteration(step) for step in (5, 6, 7)] == [5, 6, 7] == task.steps
+    table = tmp_path / "memory" / "memory.md"
+    assert said[0] == f"memory of a step, predicted and measured: {table}"
+    assert [line.startswith("warning: memory of 'teacher: forward") for line in said[1:]] == [True] * warnings
+    (state,) = [line for line in table.read_text().splitlines() if "permanent state |" in line]
+    assert state.startswith("| permanent state | 0.0 MiB | 0.")
+    before = table.stat().st_mtime_ns
+    watch.iteration(8)
+    assert table.stat().st_mtime_ns == before and images.numel()
+
+
+def test_nothing_is_watched_unasked(tmp_path: Path):
+    task = Watched(0, 0)
+    MemoryWatch(task, 0, tmp_path, pytest.fail).iteration(3)
+    assert task.steps == [3] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

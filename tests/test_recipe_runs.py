@@ -96,7 +96,7 @@ def test_cifar_from_an_official_file_to_the_fid(files: dict[str, Path], tmp_path
 @pytest.mark.distributed
 def test_a_teacher_is_trained_and_continued(files: dict[str, Path], tmp_path: Path) -> None:
     """From CIFAR-10's archive; then a PFGM++ training state goes on at the step that its images make."""
-    small = ("--data", files["data"], "--batch", 8, "--log-every", 1, "--heun-steps", 2)
+    small = ("--data", files["data"], "--batch", 8, "--log-every", 1, "--heun-steps", 2, "--profile-memory", 1)
     fresh = tmp_path / "fresh"
     command(
         "cifar_teacher.py", *small, "--out", fresh, "--D", 128, "--max-steps", 2, "--model-channels", 8,
@@ -105,6 +105,9 @@ def test_a_teacher_is_trained_and_continued(files: dict[str, Path], tmp_path: Pa
     stored = read_config(fresh / "model")
     assert (stored.network.D, stored.network.label_dim, stored.network.augment_dim) == (128.0, 10, 9)
     assert len((fresh / "metrics.jsonl").read_text().splitlines()) == 2
+    # The data set's memory is not taken for the training's.
+    memory = (fresh / "memory" / "memory.md").read_text()
+    assert "| teacher: forward and backward |" in memory and "warning" not in memory
 
     more = tmp_path / "more"
     command(
