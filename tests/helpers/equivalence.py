@@ -63,11 +63,26 @@ def grid(ranks: int) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def run(teacher: Path, out: Path, ranks: int, cases: Mapping[str, Mapping[str, Any]], steps: int) -> dict[str, dict]:
-    """The engine's tensors after `steps` in each case, from one group of `ranks` processes."""
-    jobs = [{"name": name, "steps": steps, "config": config} for name, config in cases.items()]
+def run(
+    teacher: Path,
+    out: Path,
+    ranks: int,
+    cases: Mapping[str, Mapping[str, Any]],
+    steps: int,
+    *,
+    start: bool = False,
+    whole: int = 0,
+) -> dict[str, dict]:
+    """The engine's tensors after `steps` in each case, from one group of `ranks` processes.
+
+    `start`: before the steps too, under the name with -start. `whole`: parameters of up to so many elements are not
+    sharded at stage 3.
+    """
+    more = {"steps": steps, "start": start, "persistent": whole}
+    jobs = [{"name": name, "config": config, **more} for name, config in cases.items()]
     launch.run_workers("distill_steps.py", ranks, {"teacher": str(teacher), "out": str(out), "cases": jobs}, 900)
-    return {name: load_file(out / f"{name}-{ranks}.safetensors") for name in cases}
+    names = [*cases, *(f"{name}-start" for name in cases if start)]
+    return {name: load_file(out / f"{name}-{ranks}.safetensors") for name in names}
 
 
 def difference(plain: plain_loop.Plain, found: Mapping[str, Tensor]) -> Difference:

@@ -1,7 +1,8 @@
 """Worker: distils a stored teacher for some steps in several settings, and leaves the weights of each.
 
 Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?,
-"export"?, "persistent"?}]}. "persistent": elements below which ZeRO 3 keeps a parameter whole; 0: all are sharded.
+"export"?, "persistent"?, "start"?}]}. "persistent": elements below which ZeRO 3 keeps a parameter whole; 0: all are
+sharded. "start": leave what is there before the first step too, under the name with -start.
 """
 
 import json
@@ -19,6 +20,16 @@ from ipfm.engine.world import import_deepspeed, start_world, stop_world
 from ipfm.models import load_teacher
 
 
+def state(distiller: Distiller) -> dict[str, torch.Tensor]:
+    """Everything that is trained, whole, by "network/kind/name"."""
+    return {
+        f"{which}/{kind}/{name}": tensor.detach().float().clone()
+        for which, network in distiller.networks.items()
+        for kind in network.state_kinds
+        for name, tensor in network.full(kind)
+    }
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     world = start_world()
@@ -34,17 +45,16 @@ def main() -> None:
             checkpoint = find_checkpoint(Path(case["load"]))
             assert checkpoint is not None
             first = load_checkpoint(checkpoint, distiller.networks)
+        if case.get("start"):
+            start = state(distiller)
+            if world.first:
+                save_file(start, Path(job["out"]) / f"{case['name']}-start-{world.size}.safetensors")
         losses: dict[str, list[torch.Tensor]] = {}
         for step in range(first, case["steps"]):
             measured = distiller.iteration(step)
             for name, value in measured.sums.items():
                 losses.setdefault(name, []).append(world.sum_(torch.stack([value, measured.counts[name]])))
-        tensors = {
-            f"{which}/{kind}/{name}": tensor.detach().float().clone()
-            for which, network in distiller.networks.items()
-            for kind in network.state_kinds
-            for name, tensor in network.full(kind)
-        }
+        tensors = state(distiller)
         tensors |= {f"loss/{name}": torch.stack([s / c for s, c in values]) for name, values in losses.items()}
         if "save" in case:
             save_checkpoint(Path(case["save"]), case["steps"], distiller.networks, world)
