@@ -54,13 +54,16 @@ class Draft:
         self.target = folder / f"step-{step:07d}"
         self._partial = folder / f".partial-{self.target.name}"
         self._steps_applied: dict[str, int] = {}
+        self._loss_scale: dict[str, Mapping[str, float]] = {}
         self._manifest: dict[str, str] = {}
         make_folder(folder)
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir()
 
-    def add(self, name: str, tensors: Mapping[str, Tensor], steps_applied: int) -> None:
-        """The state of a network: float32 tensors in the host's memory, by "kind/parameter"."""
+    def add(
+        self, name: str, tensors: Mapping[str, Tensor], steps_applied: int, loss_scale: Mapping[str, float]
+    ) -> None:
+        """The state of a network: float32 tensors in the host's memory, by "kind/parameter", and its counters."""
         path = self._partial / f"{name}.safetensors"
         try:
             save_file(dict(tensors), path)
@@ -70,10 +73,13 @@ class Draft:
         sync(path)
         self._manifest[path.name] = _sha256(path)
         self._steps_applied[name] = steps_applied
+        if loss_scale:
+            self._loss_scale[name] = loss_scale
 
     def finish(self) -> Path:
         """Make it the newest checkpoint; its folder."""
-        self._json("progress.json", {"format": FORMAT, "step": self._step, "steps_applied": self._steps_applied})
+        progress = {"format": FORMAT, "step": self._step, "steps_applied": self._steps_applied}
+        self._json("progress.json", progress | ({"loss_scale": self._loss_scale} if self._loss_scale else {}))
         self._json("manifest.json", self._manifest)
         sync(self._partial)
         if self.target.exists():
@@ -186,6 +192,7 @@ def load_checkpoint(checkpoint: Path, networks: Mapping[str, TrainedNetwork]) ->
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
         network.steps_applied = progress["steps_applied"][name]
+        network.loss_scale_state = progress.get("loss_scale", {}).get(name, {})
     return int(progress["step"])
 
 

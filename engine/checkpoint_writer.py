@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,20 @@ from ipfm.engine.checkpoint import Draft, checkpoints_in, is_whole
 from ipfm.engine.world import World
 from ipfm.engine.zero import TrainedNetwork
 from ipfm.models.durable import why
+
+
+class _State(NamedTuple):
+    """What is saved of a network."""
+
+    tensors: dict[str, Tensor]
+    """On the first process alone."""
+    steps_applied: int
+    loss_scale: dict[str, float]
+
+    @classmethod
+    def of(cls, network: TrainedNetwork, world: World) -> _State:
+        """As it is now. Every process takes part."""
+        return cls(_gather(network, world), network.steps_applied, network.loss_scale_state)
 
 
 class CheckpointFailed(RuntimeError):
@@ -59,7 +74,7 @@ class CheckpointWriter:
         self.wait()
         target = self.folder / f"step-{step:07d}"
         if self.background:
-            gathered = {name: (_gather(net, self.world), net.steps_applied) for name, net in networks.items()}
+            gathered = {name: _State.of(net, self.world) for name, net in networks.items()}
             if self._thread is not None:
                 self._pending = self._thread.submit(self._write, step, gathered)
             self._expected = target
@@ -67,16 +82,15 @@ class CheckpointWriter:
         draft: Draft | None = None
         reason = ""
         for name, network in networks.items():
-            tensors = _gather(network, self.world)
-            applied = network.steps_applied
+            state = _State.of(network, self.world)
             if self.world.first:
                 try:
                     draft = draft or Draft(self.folder, step)
-                    draft.add(name, tensors, applied)
+                    draft.add(name, *state)
                 except OSError as error:
                     reason = why(error)
             # Without it the next network's would come on top.
-            del tensors
+            del state
             # Every process stops here, or none: the next network is gathered by all of them.
             self._agree(target, reason, draft)
         if draft is not None:
@@ -114,15 +128,13 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _write(self, step: int, gathered: dict[str, tuple[dict[str, Tensor], int]]) -> None:
+    def _write(self, step: int, gathered: dict[str, _State]) -> None:
         """In the thread: no communication with other processes here."""
         draft: Draft | None = None
         try:
             draft = Draft(self.folder, step)
             for name in list(gathered):
-                tensors, applied = gathered.pop(name)
-                draft.add(name, tensors, applied)
-                del tensors
+                draft.add(name, *gathered.pop(name))
             self._finish(draft)
         except BaseException:
             if draft is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,8 @@ from torch.distributed import distributed_c10d
 
 # Seconds after which a process gives up on one that does not answer; IPFM_TIMEOUT changes it.
 TIMEOUT = 600.0
+# Seconds that threads get at the end of a run.
+SETTLE = 0.25
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,12 @@ def start_world() -> World:
 def stop_world() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        threads = dist.get_backend() == "gloo" and dist.get_world_size() > 1
         dist.destroy_process_group()
+        if threads:
+            # Gloo's threads let go of the last exchange's tensors, for which they need the interpreter: one that comes
+            # too late, when the interpreter ends, aborts the whole process.
+            time.sleep(SETTLE)
 
 
 def import_deepspeed() -> Any:

@@ -80,6 +80,9 @@ class TrainedNetwork:
             )
         self.module: nn.Module = self.engine.module
         self._create_state()
+        if precision == "fp16":
+            # NaN that no scale explains is counted and reported like any other, not raised in the middle of a step.
+            self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         if exact:
             # Masters are made from the rounded weights: put the exact ones in their place.
             self.load("weight", exact)
@@ -178,6 +181,21 @@ class TrainedNetwork:
     def steps_applied(self, count: int) -> None:
         assert self.optimizer.steps_applied is not None
         self.optimizer.steps_applied.fill_(count)
+
+    @property
+    def loss_scale_state(self) -> dict[str, float]:
+        """What the loss scale of fp16 remembers; empty otherwise."""
+        if self.precision != "fp16":
+            return {}
+        scaler = self.engine.optimizer.loss_scaler
+        return {"scale": scaler.cur_scale, "steps": scaler.cur_iter, "last_overflow": scaler.last_overflow_iter}
+
+    @loss_scale_state.setter
+    def loss_scale_state(self, state: Mapping[str, float]) -> None:
+        if self.precision == "fp16" and state:
+            scaler = self.engine.optimizer.loss_scaler
+            scaler.cur_scale = state["scale"]
+            scaler.cur_iter, scaler.last_overflow_iter = int(state["steps"]), int(state["last_overflow"])
 
     @torch.no_grad()
     def copy_ema_to(self, net: nn.Module) -> None:

@@ -38,6 +38,7 @@ class Network:
             "ema": {"a": torch.randn(5, 3, generator=values).double(), "b": torch.randn(6, 4, generator=values)},
         }
         self.steps_applied = seed
+        self.loss_scale_state: dict[str, float] = {}
 
     def full(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.tensors[kind].items()
@@ -115,10 +116,10 @@ def test_without_a_thread_one_network_is_in_memory_at_a_time(tmp_path: Path, mon
     most = []
     add = Draft.add
 
-    def counted(self, name, tensors, applied) -> None:
+    def counted(self, name, tensors, *counters) -> None:
         held.extend(weakref.ref(tensor) for tensor in tensors.values())
         most.append(sum(ref() is not None for ref in held))
-        add(self, name, tensors, applied)
+        add(self, name, tensors, *counters)
 
     monkeypatch.setattr(Draft, "add", counted)
     writer(tmp_path, background=False).save(1, networks())

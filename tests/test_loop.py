@@ -30,6 +30,7 @@ class Net:
     def __init__(self) -> None:
         self.weight = torch.zeros(1)
         self.steps_applied = 0
+        self.loss_scale_state: dict[str, float] = {}
 
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         yield "w", self.weight

@@ -141,23 +141,23 @@ def test_the_timeline_has_the_peak():
     with LiveBytes(timeline=True) as live:
         kept = [torch.empty(1000) for _ in range(3)]
         del kept[1:]
-    times = [time for time, _ in live.timeline]
-    assert [value for _, value in live.timeline] == [KILO, 2 * KILO, 3 * KILO, 2 * KILO, KILO]
+    times = [time for time, _ in live.timeline.points]
+    assert [value for _, value in live.timeline.points] == [KILO, 2 * KILO, 3 * KILO, 2 * KILO, KILO]
     assert times == sorted(times)
     with LiveBytes() as silent:
         _ = torch.empty(1000)
-    assert silent.timeline == []
+    assert len(silent.timeline) == 0
 
 
 def test_the_timeline_is_bounded(monkeypatch):
-    monkeypatch.setattr("ipfm.engine.memory.live.POINTS", 100)
+    monkeypatch.setattr("ipfm.engine.memory.series.POINTS", 100)
     with LiveBytes(timeline=True) as live:
         kept = torch.empty(1000)
         for _ in range(500):
             torch.empty(1000)
         del kept
     assert 20 <= len(live.timeline) <= 100
-    assert live.timeline[-1][1] == 0
+    assert live.timeline.points[-1][1] == 0
 
 
 def test_tensor_bytes_counts_storages_once_with_gradients():

@@ -168,7 +168,7 @@ def test_resident_memory_grows_with_pages_in_use():
 
 
 def test_the_sampler_starts_anew_and_is_bounded(monkeypatch):
-    monkeypatch.setattr("ipfm.engine.memory.process.READINGS", 10)
+    monkeypatch.setattr("ipfm.engine.memory.series.POINTS", 12)
     value = [7]
     sampler = Sampler(lambda: value[0])  # not entered: it reads when it is asked
     assert sampler.take_peak() == 7
@@ -177,7 +177,7 @@ def test_the_sampler_starts_anew_and_is_bounded(monkeypatch):
     assert sampler.take_peak() == 3
     for _ in range(100):
         sampler.take_peak()
-    assert len(sampler.readings) <= 10
+    assert len(sampler.readings) <= 12
 
 
 # -- the engine's steps ------------------------------------------------------------------------------------------------

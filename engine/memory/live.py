@@ -15,9 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ipfm.engine.memory.meta import meta_outputs
-
-# Points of a timeline that are kept: beyond, every other one is dropped.
-POINTS = 20_000
+from ipfm.engine.memory.series import Series
 
 
 class LiveBytes(TorchDispatchMode):
@@ -33,14 +31,14 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         current: bytes alive now.
         peak: largest `current` since the start or the last `reset_peak`.
-        timeline: what was asked for; empty otherwise.
+        timeline: what was asked for, thinned where it is long; empty otherwise.
     """
 
     def __init__(self, *, timeline: bool = False) -> None:
         super().__init__()
         self.current = 0
         self.peak = 0
-        self.timeline: list[tuple[float, int]] = []
+        self.timeline = Series()
         self._wanted = timeline
         self._noted = 0
         self._sizes: dict[int, int] = {}
@@ -85,9 +83,7 @@ class LiveBytes(TorchDispatchMode):
     def _note(self) -> None:
         if self._wanted and abs(self.current - self._noted) * 1000 >= self.peak:
             self._noted = self.current
-            self.timeline.append((time.perf_counter(), self.current))
-            if len(self.timeline) > POINTS:
-                del self.timeline[::2]
+            self.timeline.add(time.perf_counter(), self.current)
 
 
 def tensor_bytes(device: torch.device | str = "cpu") -> int:

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 
+from ipfm.engine.memory.series import Series
+
 # Seconds between two readings: short beside a phase of a step.
 INTERVAL = 0.002
-# Readings that are kept: beyond, every other one is dropped.
-READINGS = 20_000
 
 
 def resident_bytes() -> int:
@@ -39,11 +39,11 @@ class Sampler:
         read: gives the number; must be safe to call from another thread.
 
     Attributes:
-        readings: (seconds since the epoch of `time.perf_counter`, number).
+        readings: (seconds since the epoch of `time.perf_counter`, number), thinned where they are many.
     """
 
     def __init__(self, read: Callable[[], int]) -> None:
-        self.readings: list[tuple[float, int]] = []
+        self.readings = Series()
         self._read = read
         self._peak = 0
         self._lock = threading.Lock()
@@ -75,9 +75,7 @@ class Sampler:
         value = self._read()
         with self._lock:
             self._peak = max(self._peak, value)
-            self.readings.append((time.perf_counter(), value))
-            if len(self.readings) > READINGS:
-                del self.readings[::2]
+            self.readings.add(time.perf_counter(), value)
 
 
 def driver_bytes(device: torch.device) -> int | None:

@@ -16,6 +16,7 @@ from ipfm.engine.memory.live import LiveBytes
 from ipfm.engine.memory.phases import Phase, listening
 from ipfm.engine.memory.plan import size
 from ipfm.engine.memory.process import Sampler, driver_bytes, largest_resident_bytes, resident_bytes
+from ipfm.engine.memory.series import Series
 from ipfm.engine.memory.timeline import Span, Timeline
 
 # How far a measurement may lie from the prediction, relative to it, without a warning.
@@ -104,14 +105,14 @@ class MemoryProfiler:
             stack.enter_context(listening(begin))
             yield
             self._end_phase(host)
-            points = gpu.readings if gpu is not None else self._live.timeline if self._live is not None else []
+            points = gpu.readings if gpu is not None else self._live.timeline if self._live is not None else Series()
         largest = largest_resident_bytes()
         # The kernel's account misses nothing that falls between two samples, where it speaks of this step.
         self._largest = max(self._largest, largest if largest > before else 0)
         self._live = None
         self._timeline = Timeline(
-            tuple((time, value - self._other) for time, value in points),
-            tuple(host.readings),
+            tuple((time, value - self._other) for time, value in points.points),
+            host.readings.points,
             tuple(self._spans),
         )
 

@@ -1,0 +1,42 @@
+"""Worker: an fp16 network whose gradients overflow, then hold a NaN. Argument (JSON): {"out": file, "stage": 1 to 3}"""
+
+import json
+import math
+import sys
+
+import torch
+
+from ipfm.engine.world import import_deepspeed, start_world, stop_world
+from ipfm.engine.zero import TrainedNetwork
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    world = start_world()
+    # Processors without fast fp16 can do it too, slowly.
+    import_deepspeed().accelerator.get_accelerator().is_fp16_supported = lambda: True
+    torch.manual_seed(0)
+    trained = TrainedNetwork(
+        torch.nn.Linear(4, 4), world=world, lr=1e-2, betas=(0.0, 0.999), eps=1e-3, ema=True, stage=job["stage"],
+        precision="fp16",
+    )  # fmt: skip
+
+    def weights() -> torch.Tensor:
+        return torch.cat([p.detach().flatten().clone() for _, p in trained.full("weight")])
+
+    found = []
+    # 300 x the scale of 256 does not fit into 16 bits; 1 does. On one process alone: all have to agree. NaN looks the
+    # same, until no scale is left to blame.
+    for factor in (300.0, 1.0, *[math.nan] * 9, 1.0):
+        before, scale = weights(), trained.loss_scale
+        y = trained(torch.ones(1, 4, dtype=torch.float16))
+        trained.backward((y * (factor if world.rank == 0 else 1.0)).sum())
+        good = trained.step(lr=1e-2, ema_decay=0.5)
+        moved = not torch.equal(weights(), before)
+        found.append([factor, scale, trained.loss_scale, bool(good), moved])
+    if world.first:
+        torch.save(found, job["out"])
+    stop_world()
+
+
+main()
