@@ -69,6 +69,11 @@ TABLE: Mapping[str, NetworkConfig] = MappingProxyType(
     }
 )
 
+# Short names of the architectures, at the size of their best-known data set.
+FAMILIES: Mapping[str, str] = MappingProxyType(
+    {"ncsnpp": "cifar10-ncsnpp", "ddpmpp": "cifar10-ddpmpp", "adm": "imagenet64-adm"}
+)
+
 
 def get(name: str, *, D: float = math.inf) -> NetworkConfig:
     """The preset `name` for D auxiliary dimensions (inf: diffusion); ValueError listing the names if there is none."""

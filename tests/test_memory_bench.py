@@ -12,7 +12,7 @@ import pytest
 from ipfm.engine.cli import _main
 from ipfm.engine.commandline import run_command
 from ipfm.engine.memory import plan_memory, plan_teacher_training
-from ipfm.engine.memory.bench import FAMILIES, bench_network, report, run_memory
+from ipfm.engine.memory.bench import bench_network, report, run_memory
 from ipfm.engine.memory.bench_step import StepRow
 from ipfm.models import presets
 
@@ -30,7 +30,7 @@ def ipfm(*arguments: object) -> None:
 
 
 def test_networks():
-    for family, name in FAMILIES.items():
+    for family, name in presets.FAMILIES.items():
         published = presets.get(name)
         assert bench_network(family) == bench_network(name) == replace(published, dropout=0.0)
         assert bench_network(family, 32) == replace(published, dropout=0.0, model_channels=32)

@@ -118,8 +118,4 @@ def read_network(model: str) -> NetworkConfig:
     path = Path(model)
     if path.is_file():
         return open_checkpoint(path).read().config
-    return read_config(path).network if path.is_dir() else presets.get(FAMILIES.get(model, model))
-
-
-# Short names of the architectures, at the size of their best-known data set.
-FAMILIES = {"ncsnpp": "cifar10-ncsnpp", "ddpmpp": "cifar10-ddpmpp", "adm": "imagenet64-adm"}
+    return read_config(path).network if path.is_dir() else presets.get(presets.FAMILIES.get(model, model))

@@ -16,7 +16,6 @@ from ipfm.engine.memory.bench_step import Kind, StepCase, StepRow
 from ipfm.engine.memory.plan import size
 from ipfm.models import NetworkConfig, presets
 
-FAMILIES = {"ncsnpp": "cifar10-ncsnpp", "ddpmpp": "cifar10-ddpmpp", "adm": "imagenet64-adm"}
 KINDS: tuple[Kind, ...] = ("teacher", "joint", "phased")
 # What the project promises: a distillation in the memory of training the teacher, and plans that hold.
 RATIO, TOLERANCE = 1.05, 0.1
@@ -36,9 +35,9 @@ def bench_network(model: str, channels: int | None = None) -> NetworkConfig:
     Raises:
         ValueError: the model is unknown, or cannot have so many channels.
     """
-    name = FAMILIES.get(model, model)
+    name = presets.FAMILIES.get(model, model)
     if name not in presets.names():
-        raise ValueError(f"model {model!r} is unknown; possible: {', '.join([*FAMILIES, *presets.names()])}")
+        raise ValueError(f"model {model!r} is unknown; possible: {', '.join([*presets.FAMILIES, *presets.names()])}")
     network = replace(presets.get(name), dropout=0.0)
     if channels is None:
         return network
