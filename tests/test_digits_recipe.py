@@ -116,14 +116,13 @@ def test_two_processes_train_on_the_same_samples(tmp_path: Path, finished) -> No
                 "--heun-steps", "1", "--eval-every", "0"]  # fmt: skip
     run("--out", str(tmp_path / "one"), *settings)
     deepspeed = (str(launch.BIN / "deepspeed"), "--num_accelerators", "2")
-    for stage in ("0", "2"):
-        run("--out", str(tmp_path / stage), *settings, "--zero", stage, launcher=deepspeed)
-        one, two = metrics(tmp_path / "one"), metrics(tmp_path / stage)
-        assert len(one) == len(two) == 20
-        for a, b in zip(one, two, strict=True):
-            assert a.keys() == b.keys()
-            for name in a:
-                assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
+    run("--out", str(tmp_path / "two"), *settings, "--zero", "2", launcher=deepspeed)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 20
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
 
 
 @pytest.mark.distributed

@@ -30,21 +30,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # What is compared beside the grid: stage, backward, accumulation and further settings.
 MORE: tuple[tuple[str, int, str, int, dict[str, Any]], ...] = (
-    *(("k2", stage, backward, 2, {}) for stage, backward in enumerate(("phased", "joint", "phased"))),
+    ("k2", 0, "phased", 2, {}),
+    ("k2", 2, "joint", 2, {}),
     ("k2", 3, "joint", 1, {}),
     ("augmented", 0, "phased", 1, {}),
     ("options", 3, "joint", 1, {}),
-    *(("clipped", stage, "phased", 2 - stage // 3, {}) for stage in (0, 2, 3)),
-    *(("k2", stage, "phased", 2 - stage // 3, {"activation_checkpointing": "on"}) for stage in (0, 3)),
-    *(("k1", stage, "phased", 2 - stage // 3, {"offload": "optimizer"}) for stage in (1, 2, 3)),
-    ("k1", 3, "joint", 2, {"offload": "all", "teacher_storage": "sharded"}),
+    *(("clipped", stage, "phased", 2 - stage // 3, {}) for stage in (2, 3)),
+    ("k2", 3, "phased", 1, {"activation_checkpointing": "on"}),
+    *(("k1", stage, "phased", 2 - stage // 3, {"offload": "optimizer"}) for stage in (1, 3)),
+    ("k1", 3, "joint", 1, {"offload": "all", "teacher_storage": "sharded"}),
     ("k1", 0, "phased", 1, {"teacher_storage": "sharded"}),
 )
 DROPOUT = tuple(
     ("dropout", stage, backward, 1, {"activation_checkpointing": again})
     for stage, backward, again in ((0, "joint", "off"), (0, "phased", "off"), (3, "phased", "on"))
 )
-HALF = (("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 1), ("fp16", 3))
+HALF = (("bf16", 1), ("bf16", 3), ("fp16", 1), ("fp16", 3))
 
 
 def _name(setting: str, stage: int, backward: str, parts: int, more: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", 
 sharded. "start": leave what is there before the first step too, under the name with -start.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ def state(distiller: Distiller) -> dict[str, torch.Tensor]:
 def main() -> None:
     job = json.loads(sys.argv[1])
     world = start_world()
+    # What is imported stays: DeepSpeed and this program look for garbage often.
+    gc.freeze()
     if any(case["config"].get("precision") == "fp16" for case in job["cases"]):
         # Processors without fast fp16 can do it too, slowly.
         resolve.fp16_supported = lambda device: True

@@ -4,6 +4,7 @@ Argument (JSON): {"out": folder}. Rank 0 leaves out/gradients.safetensors and ou
 """
 
 import copy
+import gc
 import json
 import sys
 from pathlib import Path
@@ -38,6 +39,8 @@ def measure(net: Precond, dtype: torch.dtype, again: bool) -> tuple[torch.Tensor
 def main() -> None:
     out = Path(json.loads(sys.argv[1])["out"])
     world = start_world()
+    # What is imported stays: DeepSpeed and this program look for garbage often.
+    gc.freeze()
     zero.PERSISTENT_ELEMENTS = 0
     net = EDMPrecond(
         img_resolution=8, img_channels=1, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),

@@ -18,6 +18,8 @@ def main() -> None:
     # Small buckets: what is counted is what a parameter costs.
     zero.BUCKET_ELEMENTS, zero.PERSISTENT_ELEMENTS = 10, 0
     world = start_world()
+    # What is imported stays: DeepSpeed and this program look for garbage often.
+    gc.freeze()
     found = []
     for precision in ("fp32", "bf16"):
         for stage in (0, 1, 2, 3):
