@@ -52,7 +52,7 @@ class RunConfig:
     """The half-life is at most this share of the images seen so far."""
     zero: ZeroStage | None = None
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimiser's state, 2 the gradients as well, 3 the weights too.
-    Default: 0 in fp32, 1 in bf16 and fp16."""
+    Default: the lowest that memory allows; at least 1 in bf16 and fp16."""
     offload: Offload = "none"
     """What lives in the host's memory: the optimiser's state (needs --zero 1 to 3), or the weights too (--zero 3)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

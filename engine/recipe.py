@@ -111,6 +111,7 @@ def describe(
                 path,
                 D=network.D,
                 sigmas=config.levels,
+                zero=plan.parts.stage,
                 backward=plan.backward,
                 activation_checkpointing="on" if plan.activation_checkpointing else "off",
             ),
@@ -137,7 +138,10 @@ def describe_training(config: TeacherConfig, network: NetworkConfig, path: Path,
     again = plan.activation_checkpointing
     parts = [
         *_settings(
-            replace(config, micro_batch=plan.micro_batch), path, activation_checkpointing="on" if again else "off"
+            replace(config, micro_batch=plan.micro_batch),
+            path,
+            zero=plan.parts.stage,
+            activation_checkpointing="on" if again else "off",
         ),
         *_network(network, plan.parameters),
         *_memory(plan),

@@ -35,28 +35,25 @@ def resolve_D(D: float | None, network: NetworkConfig) -> float:
 
 
 def resolve_precision(config: C, device: torch.device) -> C:
-    """The configuration with "auto" precision and ZeRO stage decided for `device`.
+    """The configuration with "auto" precision decided for `device`.
 
-    bf16 where a GPU has it and the stage allows it (fp32 masters live in ZeRO's optimiser), fp32 elsewhere. fp32 runs
-    at stage 0, where its state is smallest on one process.
+    bf16 where a GPU has it and the stage allows it (fp32 masters live in ZeRO's optimiser), fp32 elsewhere.
 
     Raises:
         ValueError: the device cannot do it.
     """
-    precision, stage = config.precision, config.zero
+    precision = config.precision
     if precision == "auto":
         capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bf16" if capable and stage != 0 else "fp32"
-    if stage is None:
-        stage = 0 if precision == "fp32" else 1
+        precision = "bf16" if capable and config.zero != 0 else "fp32"
     if precision == "fp16" and not fp16_supported(device):
         raise ValueError(f"precision fp16 does not run on this {device.type}: give fp32 or bf16")
-    return replace(config, precision=precision, zero=stage)
+    return replace(config, precision=precision)
 
 
 def resolve(config: DistillConfig, network: NetworkConfig, device: torch.device) -> DistillConfig:
-    """The configuration of a distillation with nothing left open but what memory decides: D, noise levels, precision,
-    ZeRO stage and the teacher's storage.
+    """The configuration of a distillation with nothing left open but what memory decides: D, noise levels, precision
+    and the teacher's storage.
 
     Raises:
         ValueError: D contradicts the teacher's, or it takes no augmentation labels and images are to be augmented.

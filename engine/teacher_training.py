@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from ipfm.engine.augmentation import augment
 from ipfm.engine.averaged import Averaged
-from ipfm.engine.config import TeacherConfig
+from ipfm.engine.config import TeacherConfig, ZeroStage
 from ipfm.engine.data import ImageDataset
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured, Tally
@@ -75,7 +75,7 @@ class TeacherTraining:
         self.world = world or start_world()
         device = self.world.device
         self.config = config = resolve_precision(replace(config, D=self.D), device)
-        assert config.precision != "auto" and config.zero is not None
+        assert config.precision != "auto"
         self.local_batch = config.split(self.world.size)[0]
         self.dataset = dataset.to(device)
         self.start = start
@@ -89,6 +89,7 @@ class TeacherTraining:
         self.network = replace(network, dropout=config.dropout)
         self._plan = choose_training(config, self.network, ranks=self.world.size, budget=device_budget(device))
         self.micro_batch = self._plan.micro_batch
+        self.config = replace(config, zero=cast(ZeroStage, self._plan.parts.stage))
         net = apply_precision(build_network(self.network).to(device), config.precision)
         if start is not None:
             net.load_state_dict(dict(start.weights))
@@ -101,7 +102,7 @@ class TeacherTraining:
             betas=(config.beta1, 0.999),
             eps=config.eps,
             ema=True,
-            stage=config.zero,
+            stage=self._plan.parts.stage,
             precision=config.precision,
             offload=config.offload,
             clip_norm=config.clip_grad,

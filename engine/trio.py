@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
 from ipfm.engine.averaged import Averaged
-from ipfm.engine.config import DistillConfig
+from ipfm.engine.config import DistillConfig, ZeroStage
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.measure import Measured
 from ipfm.engine.memory import MemoryPlan, choose, device_budget, plan_memory
@@ -40,8 +42,8 @@ class Distiller:
     alone, if there is any, is drawn for a micro-batch as a whole.
 
     Args:
-        config: settings; what they leave open (D, precision, ZeRO stage) is filled in, see `.config`, and what memory
-            decides is chosen for this device: `.micro_batch`, `.backward`, `.activation_checkpointing`.
+        config: settings; what they leave open (D, precision) is filled in, see `.config`, and what memory decides is
+            chosen for this device: the ZeRO stage, `.micro_batch`, `.backward`, `.activation_checkpointing`.
         teacher: the frozen denoiser; it is copied.
         evaluation: what the generator's samples are measured against; None measures nothing.
         dataset: name of the teacher's data ("cifar10", …), under which published results are looked up.
@@ -63,7 +65,10 @@ class Distiller:
     ) -> None:
         self.world = world or start_world()
         device = self.world.device
-        self.config = config = resolve(config, teacher.config, device)
+        self.network = teacher.config
+        self.config = resolve(config, teacher.config, device)
+        self.micro_batch, self.backward, self.activation_checkpointing = self._lay_out()
+        config = self.config
         assert config.D is not None and config.zero is not None and config.precision != "auto"
         self.D = config.D
         self.evaluation = evaluation
@@ -75,8 +80,6 @@ class Distiller:
         # The caller's teacher, where it lies on this device, is the caller's to release.
         self.other_bytes = bytes_in_use(device, without=teacher) if config.profile_memory else 0
 
-        self.network = teacher.config
-        self.micro_batch, self.backward, self.activation_checkpointing = self._lay_out()
         self._facts = teacher_facts(teacher)
         self.student, self.generator = (
             TrainedNetwork(
@@ -194,15 +197,18 @@ class Distiller:
         return self.average
 
     def _lay_out(self) -> tuple[int, str, bool]:
-        """(micro-batch, backward, activation checkpointing): as configured, or the cheapest that this device holds."""
+        """(micro-batch, backward, activation checkpointing), and the ZeRO stage in `config`: as configured, or the
+        cheapest that this device holds."""
         config = self.config
         _, micro = config.split(self.world.size)
-        fixed = config.micro_batch is not None and "auto" not in (config.backward, config.activation_checkpointing)
-        budget = device_budget(self.world.device)
-        if fixed or budget is None:
-            return micro, config.backward.replace("auto", "joint"), config.activation_checkpointing == "on"
+        if None not in (config.micro_batch, config.zero) and "auto" not in (
+            config.backward,
+            config.activation_checkpointing,
+        ):
+            return micro, config.backward, config.activation_checkpointing == "on"
         network = trained_config(self.network, config.dropout)
-        plan = choose(config, network, ranks=self.world.size, budget=budget).plan
+        plan = choose(config, network, ranks=self.world.size, budget=device_budget(self.world.device)).plan
+        self.config = replace(config, zero=cast(ZeroStage, plan.parts.stage))
         return plan.micro_batch, plan.backward, plan.activation_checkpointing
 
     def memory_plan(self) -> MemoryPlan:

@@ -251,11 +251,11 @@ def test_D_of_a_run():
 @pytest.mark.parametrize(
     ("precision", "zero", "expected"),
     [
-        ("auto", None, ("fp32", 0)),
+        ("auto", None, ("fp32", None)),
         ("auto", 2, ("fp32", 2)),
-        ("fp32", None, ("fp32", 0)),
+        ("fp32", None, ("fp32", None)),
         ("fp32", 1, ("fp32", 1)),
-        ("bf16", None, ("bf16", 1)),
+        ("bf16", None, ("bf16", None)),
         ("bf16", 2, ("bf16", 2)),
     ],
 )
@@ -264,12 +264,12 @@ def test_precision_on_a_cpu(precision, zero, expected):
     assert (config.precision, config.zero) == expected
 
 
-@pytest.mark.parametrize(("zero", "expected"), [(None, ("bf16", 1)), (0, ("fp32", 0)), (2, ("bf16", 2))])
+@pytest.mark.parametrize(("zero", "expected"), [(None, ("bf16", None)), (0, ("fp32", 0)), (2, ("bf16", 2))])
 @pytest.mark.parametrize("capable", [True, False])
 def test_precision_on_a_gpu(zero, expected, capable, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: capable)
     config = resolve_precision(DistillConfig(zero=zero), torch.device("cuda", 0))
-    assert (config.precision, config.zero) == (expected if capable else ("fp32", zero or 0))
+    assert (config.precision, config.zero) == (expected if capable else ("fp32", zero))
 
 
 @pytest.mark.parametrize(
@@ -286,9 +286,10 @@ def test_a_network_that_cannot_be_told_of_augmentation(network, message):
     assert resolve(DistillConfig(), config, torch.device("cpu")).augment == 0
 
 
-def test_resolve_leaves_nothing_open():
+def test_resolve_leaves_open_what_memory_decides():
     config = resolve(DistillConfig(steps=2), DIGITS, CPU)
-    assert (config.D, config.sigmas, config.precision, config.zero) == (128.0, (2.5, 1.25), "fp32", 0)
+    assert (config.D, config.sigmas, config.precision, config.zero) == (128.0, (2.5, 1.25), "fp32", None)
+    assert (config.micro_batch, config.backward, config.activation_checkpointing) == (None, "auto", "auto")
     assert resolve(config, DIGITS, CPU) == config
     with pytest.raises(ValueError, match="D 64 was given"):
         resolve(DistillConfig(D=64.0), DIGITS, CPU)

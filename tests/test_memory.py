@@ -11,7 +11,7 @@ import launch
 import pytest
 import torch
 
-from ipfm.engine import DistillConfig, plan_memory
+from ipfm.engine import DistillConfig, Distiller, plan_memory
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.memory import choose, choose_training, device_budget, forwards, gpu_budget, plan_teacher_training
 from ipfm.engine.memory.choose import POINTS
@@ -20,6 +20,7 @@ from ipfm.engine.memory.phases import listening
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation, simulate_teacher
 from ipfm.engine.memory.state import Sharding, state_bytes
 from ipfm.engine.precision import DTYPES, apply_precision, halve_storage
+from ipfm.engine.resolve import resolve
 from ipfm.engine.steps import DistillSteps
 from ipfm.engine.world import World
 from ipfm.models import NetworkConfig, build_network, presets
@@ -236,6 +237,39 @@ def test_choice():
         ValueError, match=r"but needs at least .*: more processes or --offload or --precision bf16 help$"
     ):
         choose(_config(), network, ranks=2, budget=10_000)
+
+
+def test_the_lowest_stage_that_fits():
+    """Sharding before a second forward pass."""
+    network = NETWORKS["attention"]
+    config = _config(batch=8, micro_batch=2)
+    assert choose(config, network, ranks=4, budget=None).plan.parts.stage == 0
+    large = replace(network, model_channels=256)
+    budgets = [plan_memory(large, micro_batch=2, ranks=4, stage=s, backward="joint").peak for s in (0, 1, 2)]
+    assert budgets == sorted(budgets, reverse=True)
+    stages = [choose(config, large, ranks=4, budget=budget).plan.parts.stage for budget in budgets]
+    assert stages == [0, 1, 2]
+    teaching = TeacherConfig(batch=8, micro_batch=2, max_steps=1, precision="fp32")
+    for stage in (0, 1, 2):
+        budget = plan_teacher_training(large, micro_batch=2, ranks=4, stage=stage).peak
+        assert choose_training(teaching, large, ranks=4, budget=budget).parts.stage == stage
+    bf16 = replace(config, precision="bf16")
+    assert choose(bf16, network, ranks=4, budget=None).plan.parts.stage == 1
+
+
+def test_a_run_takes_the_stage_that_was_chosen(monkeypatch):
+    network = replace(SMALL, model_channels=256)
+    config = resolve(_config(batch=8, micro_batch=2, D=math.inf), network, CPU)
+    run = object.__new__(Distiller)
+    run.config, run.network, run.world = config, network, World(0, 4, CPU)
+    budget = plan_memory(network, micro_batch=2, ranks=4, stage=2, backward="joint").peak
+    monkeypatch.setattr("ipfm.engine.trio.device_budget", lambda _: budget)
+    assert run._lay_out() == (2, "joint", False) and run.config == replace(config, zero=2)
+    # What is given stands, and nothing is looked at when nothing is open.
+    given = replace(config, zero=1, backward="phased", activation_checkpointing="on")
+    run.config = given
+    monkeypatch.setattr("ipfm.engine.trio.device_budget", pytest.fail)
+    assert run._lay_out() == (2, "phased", True) and run.config == given
 
 
 def test_choice_respects_what_is_fixed():

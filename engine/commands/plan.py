@@ -30,7 +30,7 @@ class Plan:
     micro_batch: int | None = None
     """Images one process handles at a time. Default: what --gpu-memory allows, else its whole share of the batch."""
     zero: ZeroStage | None = None
-    """ZeRO stage. Default: the lowest that fits; without --gpu-memory 0 in fp32, 1 in bf16 and fp16."""
+    """ZeRO stage. Default: the lowest that fits; at least 1 in bf16 and fp16."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks."""
     offload: Offload = "none"
@@ -63,14 +63,11 @@ class Plan:
                 raise ValueError(f"gpu-memory must be > 0, got {self.gpu_memory}")
             network = read_network(self.model)
             budget = None if self.gpu_memory is None else gpu_budget(self.gpu_memory * 1e9)
-            zero = self.zero
-            if zero is None and (budget is None or self.teacher_training):
-                zero = 0 if self.precision == "fp32" else 1
             if self.teacher_training:
-                plan = choose_training(self._training(zero), network, ranks=self.ranks, budget=budget)
+                plan = choose_training(self._training(), network, ranks=self.ranks, budget=budget)
                 accumulation, cost = self.batch // self.ranks // plan.micro_batch, 1 + plan.activation_checkpointing / 3
             else:
-                choice = choose(self._distillation(zero), network, ranks=self.ranks, budget=budget)
+                choice = choose(self._distillation(), network, ranks=self.ranks, budget=budget)
                 plan, accumulation, cost = choice.plan, choice.accumulation, choice.relative_cost
         if self.json:
             facts = {"accumulation": accumulation, "relative_cost": cost, "state": plan.state, "peak": plan.peak}
@@ -81,21 +78,21 @@ class Plan:
         print(f"{'ZeRO stage':<34}{plan.parts.stage:>12}")
         print(f"{'arithmetic, relative':<34}{cost:>12.2f}")
 
-    def _training(self, zero: ZeroStage | None) -> TeacherConfig:
+    def _training(self) -> TeacherConfig:
         return TeacherConfig(
             batch=self.batch,
             micro_batch=self.micro_batch,
-            zero=zero,
+            zero=self.zero,
             precision=self.precision,
             offload=self.offload,
             activation_checkpointing=self.activation_checkpointing,
         )
 
-    def _distillation(self, zero: ZeroStage | None) -> DistillConfig:
+    def _distillation(self) -> DistillConfig:
         return DistillConfig(
             batch=self.batch,
             micro_batch=self.micro_batch,
-            zero=zero,
+            zero=self.zero,
             precision=self.precision,
             offload=self.offload,
             activation_checkpointing=self.activation_checkpointing,

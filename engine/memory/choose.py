@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ipfm.engine.config import DistillConfig, TeacherConfig
+from ipfm.engine.config import DistillConfig, RunConfig, TeacherConfig
 from ipfm.engine.memory.phases import Phase
 from ipfm.engine.memory.plan import MemoryPlan, check_plan, forms, plan_teacher_training, size, with_gradients
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation
@@ -58,16 +58,13 @@ def choose(config: DistillConfig, network: NetworkConfig, *, ranks: int, budget:
         ValueError: nothing fits, or the batch does not divide among the processes.
     """
     assert config.precision != "auto"
-    local, fixed = config.split(ranks)
-    lowest = 0 if config.precision == "fp32" else 1
-    stages = [config.zero] if config.zero is not None else [s for s in (0, 1, 2) if s >= lowest]
-    sizes = [fixed] if config.micro_batch is not None else [m for m in range(local, 0, -1) if local % m == 0]
+    local, sizes = _sizes(config, ranks)
     best: MemoryPlan | None = None
     smallest: MemoryPlan | None = None
-    for stage in (stages, [3] if config.zero is None else []):
+    for stages in _stages(config):
         for phased, again in forms(config.backward, config.activation_checkpointing):
-            for one in stage:
-                for plan in _plans(config, network, ranks, one, phased, again, sizes, local):
+            for stage in stages:
+                for plan in _plans(config, network, ranks, stage, phased, again, sizes, local):
                     plan = replace(plan, budget=budget)
                     if smallest is None or plan.peak < smallest.peak:
                         smallest = plan
@@ -80,49 +77,74 @@ def choose(config: DistillConfig, network: NetworkConfig, *, ranks: int, budget:
     if best is not None:
         return _choice(config, best, local)
     assert smallest is not None and budget is not None
+    raise _too_small(config, smallest, budget, ranks)
+
+
+def choose_training(config: TeacherConfig, network: NetworkConfig, *, ranks: int, budget: int | None) -> MemoryPlan:
+    """The same for the training of a teacher, with the same preferences: without checkpointing where that fits.
+
+    Raises:
+        ValueError: nothing fits, or the batch does not divide among the processes.
+    """
+    assert config.precision != "auto"
+    local, sizes = _sizes(config, ranks)
+    best: MemoryPlan | None = None
+    smallest: MemoryPlan | None = None
+    for stages in _stages(config):
+        for _, again in forms("joint", config.activation_checkpointing):
+            for stage in stages:
+                for micro in sizes:
+                    plan = plan_teacher_training(
+                        network,
+                        micro_batch=micro,
+                        ranks=ranks,
+                        stage=stage,
+                        precision=config.precision,
+                        offload=config.offload,
+                        beta1=config.beta1,
+                        activation_checkpointing=again,
+                        accumulates=micro < local,
+                        budget=budget,
+                    )
+                    if smallest is None or plan.peak < smallest.peak:
+                        smallest = plan
+                    if plan.fits:
+                        if micro >= min(sizes[0], COMFORTABLE):
+                            return plan
+                        if best is None or micro > best.micro_batch:
+                            best = plan
+                        break
+    if best is not None:
+        return best
+    assert smallest is not None and budget is not None
+    raise _too_small(config, smallest, budget, ranks)
+
+
+def _sizes(config: RunConfig, ranks: int) -> tuple[int, list[int]]:
+    """A process's share of the batch, and the micro-batches that are possible, the largest first."""
+    local, fixed = config.split(ranks)
+    return local, [fixed] if config.micro_batch is not None else [m for m in range(local, 0, -1) if local % m == 0]
+
+
+def _stages(config: RunConfig) -> list[list[int]]:
+    """The ZeRO stages that are possible, in the groups in which they are tried."""
+    if config.zero is not None:
+        return [[config.zero]]
+    return [[0, 1, 2] if config.precision == "fp32" else [1, 2], [3]]
+
+
+def _too_small(config: RunConfig, smallest: MemoryPlan, budget: int, ranks: int) -> ValueError:
     helps = [
         "more processes",
         *(["--zero 3"] if config.zero not in (None, 3) else []),
         *(["--offload"] if config.offload == "none" else []),
         *(["--precision bf16"] if config.precision == "fp32" else []),
     ]
-    raise ValueError(
+    form = f"{smallest.backward}, " if smallest.backward else ""
+    return ValueError(
         f"a process may use {size(budget)}, but needs at least {size(smallest.peak)} (micro-batch "
-        f"{smallest.micro_batch}, {smallest.backward}, ZeRO {smallest.parts.stage}, {ranks} "
-        f"process{'es' * (ranks > 1)}): {' or '.join(helps)} help{'s' * (len(helps) == 1)}"
-    )
-
-
-def choose_training(config: TeacherConfig, network: NetworkConfig, *, ranks: int, budget: int | None) -> MemoryPlan:
-    """The same for the training of a teacher: the largest micro-batch that fits, checkpointed where nothing else does.
-
-    Raises:
-        ValueError: nothing fits, or the batch does not divide among the processes.
-    """
-    assert config.precision != "auto" and config.zero is not None
-    local, fixed = config.split(ranks)
-    sizes = [fixed] if config.micro_batch is not None else [m for m in range(local, 0, -1) if local % m == 0]
-    plan = None
-    for _, again in forms("joint", config.activation_checkpointing):
-        for micro in sizes:
-            plan = plan_teacher_training(
-                network,
-                micro_batch=micro,
-                ranks=ranks,
-                stage=config.zero,
-                precision=config.precision,
-                offload=config.offload,
-                beta1=config.beta1,
-                activation_checkpointing=again,
-                accumulates=micro < local,
-                budget=budget,
-            )
-            if plan.fits:
-                return plan
-    assert plan is not None and budget is not None
-    raise ValueError(
-        f"a process may use {size(budget)}, but needs at least {size(plan.peak)}: more processes, --zero or --offload "
-        f"help"
+        f"{smallest.micro_batch}, {form}ZeRO {smallest.parts.stage}, {ranks} process{'es' * (ranks > 1)}): "
+        f"{' or '.join(helps)} help{'s' * (len(helps) == 1)}"
     )
 
 
