@@ -70,3 +70,21 @@ def row_config(elements: int) -> tuple[int, int]:
     if block < elements:
         block = 2048
     return block, min(8, max(1, block // 256))
+
+
+def group_config(
+    channels: int, groups: int, pixels: int, element_size: int, channels_last: bool
+) -> tuple[int, int, int, int]:
+    """(groups a program, padded channels a group, pixels a block, warps) of the group normalisation kernels.
+
+    Groups of up to 4096 elements stay in registers. In channels_last a program takes as many groups side by side as
+    fill 64 bytes of a pixel, so that no sector is read for a part of it.
+    """
+    padded = triton.next_power_of_2(channels)
+    together = 1
+    while channels_last and groups % (2 * together) == 0 and together * channels * element_size < 64:
+        together *= 2
+    block = min(triton.next_power_of_2(pixels), max(1, 4096 // (padded * together)))
+    if block < pixels:
+        block = max(1, 2048 // (padded * together))
+    return together, padded, block, min(8, max(1, together * padded * block // 256))

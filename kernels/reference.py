@@ -215,6 +215,21 @@ def ipfm_loss(t: Tensor, s: Tensor, y: Tensor, *, alpha: float, inplace: bool = 
     return IpfmLoss(torch.where(valid, loss, 0), torch.where(valid, weight, 0), dt, ds, dy, valid)
 
 
+def group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """silu(n), or silu(n (scale + 1) + shift), n = (x - mean)/√(var + eps)·weight + bias over each group's channels."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    grouped = x.to(dtype).unflatten(1, (groups, -1)).flatten(2)
+    centred = grouped - grouped.mean(2, keepdim=True)
+    n = (centred / (centred.square().mean(2, keepdim=True) + eps).sqrt()).view_as(x)
+    n = n * weight.to(dtype)[:, None, None] + bias.to(dtype)[:, None, None]
+    if scale is not None and shift is not None:
+        n = n * (scale.to(dtype) + 1) + shift.to(dtype)
+    return n * torch.sigmoid(n)
+
+
 @torch.no_grad()
 def denoising_loss(pred: Tensor, y: Tensor, sigma: Tensor, *, sigma_data: float = 0.5) -> DenoisingLoss:
     """L = w‖pred - y‖² and ∂L/∂pred = 2w(pred - y), w = (σ²+σ_d²)/(σσ_d)² = 1/σ_d² + 1/σ² [EDM table 1]."""

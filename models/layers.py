@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ipfm.kernels.group_norm import group_norm_silu
+
 from .frozen import frozen_conv2d, frozen_conv_transpose2d, is_frozen, mean_2x2
 from .init import DEFAULT_INIT, Init
-from .recomputed import group_norm_silu
 
 
 def _cast(parameter: Tensor | None, like: Tensor) -> Tensor | None:

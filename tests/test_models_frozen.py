@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ipfm.kernels.recomputed import group_norm_silu
 from ipfm.models.blocks import QKVProjection, UNetBlock
 from ipfm.models.frozen import frozen_conv2d, frozen_conv_transpose2d, frozen_linear, mean_2x2
 from ipfm.models.init import Init
 from ipfm.models.layers import Conv2d, GroupNorm
-from ipfm.models.recomputed import group_norm_silu
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 

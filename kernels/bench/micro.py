@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import denoising_loss, ipfm_loss, perturb, reference
+from .. import denoising_loss, group_norm_silu, ipfm_loss, perturb, recomputed, reference
 
 QUANTILES = (0.2, 0.5, 0.8)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -88,6 +88,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "perturb": (perturb, reference.perturb),
     "ipfm_loss": (ipfm_loss, reference.ipfm_loss),
     "denoising_loss": (denoising_loss, reference.denoising_loss),
+    "group_norm_silu": (group_norm_silu, recomputed.group_norm_silu),
 }
 
 
@@ -101,6 +102,29 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for shape in shapes[:: 2 if quick else 1]:
         for dtype in dtypes[: 1 if quick else None]:
             yield from _cases(device, shape, dtype, quick)
+    large = [(256, 256, 16, 16), (256, 256, 32, 32), (64, 192, 64, 64)] if device.type == "cuda" else [(8, 64, 16, 16)]
+    for shape in large[: 1 if quick else None]:
+        for dtype in dtypes[: 1 if quick else None]:
+            yield from _group_norm_cases(device, shape, dtype, quick)
+
+
+def _group_norm_cases(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    """The forward pass; the channels of the networks, in 32 groups."""
+    batch, channels = shape[:2]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(device, dtype)
+    weight, bias = (torch.randn(channels, generator=generator).to(device, dtype) for _ in range(2))
+    scale, shift = (0.1 * torch.randn(2 * batch, channels, 1, 1, generator=generator)).to(device, dtype).chunk(2)
+    moved = 2 * x.numel() * x.element_size()
+    reread = 1 if x[0].numel() // 32 <= 4096 else 3
+    for name, options in (("", {}), ("scaled", {"scale": scale, "shift": shift})):
+        for layout in (torch.contiguous_format, torch.channels_last)[: 1 if quick else None]:
+            last = " channels_last" if layout == torch.channels_last else ""
+            yield Case(
+                "group_norm_silu", f"{name}{last}".strip(), shape, dtype,
+                (x.contiguous(memory_format=layout), 32, weight, bias), {**options, "eps": 1e-5},
+                moved, moved // 2 * (1 + reread),
+            )  # fmt: skip
 
 
 def _cases(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, quick: bool) -> Iterator[Case]:
@@ -174,8 +198,12 @@ def outputs(result: Any) -> list[Tensor]:
 
 def correct(case: Case, result: Any) -> bool:
     """Whether a result agrees with the float64 reference within a tolerance for the dtype, element by element."""
-    doubled = tuple(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in case.inputs)
-    arguments = {k: torch.float64 if k == "out_dtype" else v for k, v in case.arguments.items()}
+
+    def double(v: Any) -> Any:
+        return v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+
+    doubled = tuple(map(double, case.inputs))
+    arguments = {k: torch.float64 if k == "out_dtype" else double(v) for k, v in case.arguments.items()}
     truth = OPS[case.op][1](*doubled, **arguments)
     for got, want in zip(outputs(result), outputs(truth), strict=True):
         got, want = got.double(), want.double()

@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 
 from .. import reference
-from .._dispatch import INTERPRETED, noise_config, row_config
+from .._dispatch import INTERPRETED, group_config, noise_config, row_config
 from ..denoising_loss import _denoising_loss_kernel
 from ..generator_loss import _ipfm_loss_kernel
+from ..group_norm import _group_norm_silu_backward_kernel, _group_norm_silu_kernel
 from ..philox import NORMAL, UNIFORM, _gamma_kernel, _philox_kernel
 from ..radial import _perturb_kernel
 
@@ -35,7 +36,8 @@ class Case:
     """A kernel variant: argument types by name (those not listed are constexprs), and what alignment is known.
 
     `scalar_loads` and `scalar_stores` count the accesses to per-sample numbers. They are narrow by nature, so that many
-    of the narrowest accesses are left out of the reported width.
+    of the narrowest accesses are left out of the reported width; so are loads that ask to stay in the cache
+    (evict_last), which fetch parameters and statistics.
     """
 
     kernel: str
@@ -173,6 +175,46 @@ def _row_cases() -> Iterator[Case]:
             )  # fmt: skip
 
 
+def _group_norm_cases() -> Iterator[Case]:
+    """Forward and backward at the levels of the CIFAR-10 networks and, with six channels a group, of ADM."""
+    shapes = [
+        ("256ch 16x16", 256, 256, False), ("256ch 32x32", 256, 1024, False), ("192ch 64x64", 192, 4096, False),
+        ("256ch 16x16 channels_last", 256, 256, True), ("256ch 32x32 channels_last", 256, 1024, True),
+        ("128ch 7x5 unaligned", 128, 35, False),
+    ]  # fmt: skip
+    for label, channels, pixels, last in shapes:
+        for dtype, element_size in (("bf16", 2), ("fp32", 4)):
+            for scaled in (True, False):
+                quick = scaled and ("32x32" in label or "unaligned" in label) and (dtype == "bf16" or not last)
+                together, padded, block, warps = group_config(channels // 32, 32, pixels, element_size, last)
+                constants: dict[str, Any] = {
+                    "SCALED": scaled, "GROUPS_ALL": 32, "CHANNELS": channels // 32, "GROUPS": together, "CP": padded,
+                    "BLOCK": block, "RESIDENT": block >= pixels, "COMPUTE": tl.float32,
+                    "s_c" if last else "s_hw": 1, "s_pc": 1,
+                }  # fmt: skip
+                data: tuple[str, ...] = ("p_x", "p_weight", "p_bias", "p_scale", "p_shift")
+                numbers = ["HW", "s_b", "s_hw" if last else "s_c", "s_pb"]
+                aligned = tuple(n for n in numbers if n != "HW" or pixels % 16 == 0)
+                if pixels % 16:
+                    aligned = ("s_pb",)
+                variant = f"{dtype} {label}{' scaled' if scaled else ''}"
+                for kernel, fn, more, statistics in (
+                    ("group_norm_silu", _group_norm_silu_kernel, ("p_y",), ("p_mean", "p_rstd")),
+                    (
+                        "group_norm_silu backward", _group_norm_silu_backward_kernel, ("p_dy", "p_dx"),
+                        ("p_mean", "p_rstd", "p_du", "p_dun"),
+                    ),
+                ):  # fmt: skip
+                    types = dict.fromkeys((*data, *more), f"*{dtype}") | dict.fromkeys(statistics, "*fp32")
+                    types |= dict.fromkeys(numbers, "i32")
+                    here = constants | ({"EPS": 1e-5} if kernel == "group_norm_silu" else {})
+                    # Two numbers a group, or a channel.
+                    yield Case(
+                        kernel, variant, fn, types, here, (*data, *more, *statistics, *aligned), warps,
+                        scalar_stores=2, quick=quick,
+                    )  # fmt: skip
+
+
 def _philox_cases() -> Iterator[Case]:
     position = dict.fromkeys(("seed_lo", "seed_hi", "step", "stream"), "i32")
     for variant, kind in (("uniform", UNIFORM), ("normal", NORMAL)):
@@ -188,7 +230,7 @@ def _philox_cases() -> Iterator[Case]:
         )  # fmt: skip
 
 
-CASES: list[Callable[[], Iterator[Case]]] = [_perturb_cases, _row_cases, _philox_cases]
+CASES: list[Callable[[], Iterator[Case]]] = [_perturb_cases, _row_cases, _group_norm_cases, _philox_cases]
 
 
 # ------------------------------------------------------------------------------------------------------ compilation
@@ -250,7 +292,7 @@ def machine_code(cubin: bytes) -> MachineCode:
         code.instructions += 1
         kind = opcode.split(".")[0]
         code.spills += kind in ("LDL", "STL")
-        if kind == "LDG":
+        if kind == "LDG" and "EL" not in opcode.split("."):
             code.loads.append(_width(opcode))
         elif kind == "STG":
             code.stores.append(_width(opcode))

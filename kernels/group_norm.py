@@ -1,0 +1,344 @@
+"""group_norm_silu: group normalisation, an optional scale and shift of each channel, and SiLU, in one pass each way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _checks, recomputed
+from ._dispatch import Backend, group_config, on_device, use_triton
+
+# --------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _tile(i_hw, HW, s_c, s_hw, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets and mask (GROUPS, CP, BLOCK) of pixels i_hw.. of this program's groups."""
+    o_g = tl.arange(0, GROUPS)[:, None, None]
+    o_c = tl.arange(0, CP)[None, :, None]
+    o_hw = i_hw + tl.arange(0, BLOCK)[None, None, :]
+    return (o_g * CHANNELS + o_c) * s_c + o_hw * s_hw, (o_c < CHANNELS) & (o_hw < HW)
+
+
+@triton.jit
+def _mean(b_v, count, COMPUTE: tl.constexpr):
+    """(GROUPS, CP, BLOCK) -> (GROUPS, 1, 1): the sum over a group, divided by `count`."""
+    return (tl.sum(tl.sum(b_v, axis=2), axis=1) / tl.cast(count, COMPUTE))[:, None, None]
+
+
+@triton.jit
+def _parameters(
+    p_weight, p_bias, p_scale, p_shift, i_b, i_c, s_pb, s_pc,
+    SCALED: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, CP: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Weight, bias, scale + 1 and shift of this program's channels, each (GROUPS, CP, 1); 0 where there is none."""
+    o_cp = tl.arange(0, CP)[None, :, None]
+    o_c = i_c + tl.arange(0, GROUPS)[:, None, None] * CHANNELS + o_cp
+    m_c = (o_cp < CHANNELS) & (o_c >= 0)
+    b_w = tl.load(p_weight + o_c, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
+    b_b = tl.load(p_bias + o_c, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
+    b_shift = tl.zeros_like(b_w)
+    b_scale = b_shift + 1.0
+    if SCALED:
+        o_p = i_b * s_pb + o_c * s_pc
+        b_scale += tl.load(p_scale + o_p, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
+        b_shift += tl.load(p_shift + o_p, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
+    return b_w, b_b, b_scale, b_shift
+
+
+@triton.jit
+def _sigmoid(b_u):
+    return 1.0 / (1.0 + tl.exp(-b_u))
+
+
+@triton.jit
+def _group_norm_silu_kernel(
+    p_x, p_weight, p_bias, p_scale, p_shift, p_y, p_mean, p_rstd,
+    HW, s_b, s_c, s_hw, s_pb, s_pc,
+    EPS: tl.constexpr, SCALED: tl.constexpr, GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
+    CP: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Program (sample, GROUPS groups): y = silu((w (x - mean)·rstd + b)(1 + scale) + shift), rstd = 1/√(var + eps).
+
+    The variance is the mean of (x - mean)²: the group waits in registers (RESIDENT), or is read again, from cache.
+    """
+    parts: tl.constexpr = GROUPS_ALL // GROUPS
+    i_b = (tl.program_id(0) // parts).to(tl.int64)
+    i_g = (tl.program_id(0) % parts) * GROUPS
+    p_x += i_b * s_b + i_g.to(tl.int64) * CHANNELS * s_c
+    p_y += i_b * s_b + i_g.to(tl.int64) * CHANNELS * s_c
+    count = HW * CHANNELS
+    if RESIDENT:
+        o, m = _tile(0, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
+        b_x = tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE)
+        mean = _mean(b_x, count, COMPUTE)
+        b_d = tl.where(m, b_x - mean, 0.0)
+        variance = _mean(b_d * b_d, count, COMPUTE)
+    else:
+        b_sum = tl.zeros((GROUPS, CP, BLOCK), COMPUTE)
+        for i_hw in range(0, HW, BLOCK):
+            o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
+            b_sum += tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE)
+        mean = _mean(b_sum, count, COMPUTE)
+        b_sum = tl.zeros((GROUPS, CP, BLOCK), COMPUTE)
+        for i_hw in range(0, HW, BLOCK):
+            o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
+            b_d = tl.where(m, tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE) - mean, 0.0)
+            b_sum += b_d * b_d
+        variance = _mean(b_sum, count, COMPUTE)
+    rstd = 1.0 / tl.sqrt(variance + tl.full((), EPS, COMPUTE))
+    o_g = i_b * GROUPS_ALL + i_g + tl.arange(0, GROUPS)[:, None, None]
+    tl.store(p_mean + o_g, mean)
+    tl.store(p_rstd + o_g, rstd)
+
+    b_w, b_b, b_scale, b_shift = _parameters(
+        p_weight, p_bias, p_scale, p_shift, i_b, i_g * CHANNELS, s_pb, s_pc, SCALED, CHANNELS, GROUPS, CP, COMPUTE
+    )
+    dtype = p_y.dtype.element_ty
+    if RESIDENT:
+        b_u = (b_d * rstd * b_w + b_b) * b_scale + b_shift
+        tl.store(p_y + o, (b_u * _sigmoid(b_u)).to(dtype), mask=m)
+    else:
+        for i_hw in range(0, HW, BLOCK):
+            o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
+            b_n = (tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE) - mean) * rstd
+            b_u = (b_n * b_w + b_b) * b_scale + b_shift
+            tl.store(p_y + o, (b_u * _sigmoid(b_u)).to(dtype), mask=m)
+
+
+@triton.jit
+def _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, COMPUTE: tl.constexpr):
+    """(n, ∂L/∂u) with n = (x - mean)·rstd and u = v n + c; both 0 where masked."""
+    b_n = tl.where(m, (tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE) - mean) * rstd, 0.0)
+    b_u = b_n * b_v + b_c
+    # σ(-u) for 1 - σ(u), of which nothing cancels.
+    b_slope = _sigmoid(b_u) * (1.0 + b_u * _sigmoid(-b_u))
+    return b_n, tl.load(p_dy + o, mask=m, other=0.0).to(COMPUTE) * b_slope
+
+
+@triton.jit
+def _group_norm_silu_backward_kernel(
+    p_x, p_dy, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd, p_dx, p_du, p_dun,
+    HW, s_b, s_c, s_hw, s_pb, s_pc,
+    SCALED: tl.constexpr, GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, CP: tl.constexpr,
+    BLOCK: tl.constexpr, RESIDENT: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Program (sample, GROUPS groups), u = v n + … with v = w (1 + scale):
+
+        ∂L/∂x = rstd (v ∂L/∂u - mean(v ∂L/∂u) - n mean(v n ∂L/∂u)),   means over the group
+
+    and for each channel Σ ∂L/∂u and Σ n ∂L/∂u, from which the gradients of the parameters follow.
+    """
+    parts: tl.constexpr = GROUPS_ALL // GROUPS
+    i_b = (tl.program_id(0) // parts).to(tl.int64)
+    i_g = (tl.program_id(0) % parts) * GROUPS
+    start = i_b * s_b + i_g.to(tl.int64) * CHANNELS * s_c
+    p_x += start
+    p_dy += start
+    p_dx += start
+    o_g = i_b * GROUPS_ALL + i_g + tl.arange(0, GROUPS)[:, None, None]
+    mean = tl.load(p_mean + o_g, eviction_policy="evict_last")
+    rstd = tl.load(p_rstd + o_g, eviction_policy="evict_last")
+    b_w, b_b, b_scale, b_shift = _parameters(
+        p_weight, p_bias, p_scale, p_shift, i_b, i_g * CHANNELS, s_pb, s_pc, SCALED, CHANNELS, GROUPS, CP, COMPUTE
+    )
+    b_v = b_w * b_scale
+    b_c = b_b * b_scale + b_shift
+    if RESIDENT:
+        o, m = _tile(0, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
+        b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, COMPUTE)
+        b_sum = b_du
+        b_sum_n = b_du * b_n
+    else:
+        b_sum = tl.zeros((GROUPS, CP, BLOCK), COMPUTE)
+        b_sum_n = tl.zeros((GROUPS, CP, BLOCK), COMPUTE)
+        for i_hw in range(0, HW, BLOCK):
+            o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
+            b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, COMPUTE)
+            b_sum += b_du
+            b_sum_n += b_du * b_n
+    b_sum = tl.sum(b_sum, axis=2)[:, :, None]
+    b_sum_n = tl.sum(b_sum_n, axis=2)[:, :, None]
+    o_cp = tl.arange(0, CP)[None, :, None]
+    o_c = i_b * (GROUPS_ALL * CHANNELS) + (i_g + tl.arange(0, GROUPS)[:, None, None]) * CHANNELS + o_cp
+    m_c = (o_cp < CHANNELS) & (o_c >= 0)
+    tl.store(p_du + o_c, b_sum, mask=m_c)
+    tl.store(p_dun + o_c, b_sum_n, mask=m_c)
+
+    count = tl.cast(HW * CHANNELS, COMPUTE)
+    mean_v = tl.sum(b_sum * b_v, axis=1)[:, :, None] / count
+    mean_vn = tl.sum(b_sum_n * b_v, axis=1)[:, :, None] / count
+    dtype = p_dx.dtype.element_ty
+    if RESIDENT:
+        tl.store(p_dx + o, (rstd * (b_du * b_v - mean_v - b_n * mean_vn)).to(dtype), mask=m)
+    else:
+        for i_hw in range(0, HW, BLOCK):
+            o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
+            b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, COMPUTE)
+            tl.store(p_dx + o, (rstd * (b_du * b_v - mean_v - b_n * mean_vn)).to(dtype), mask=m)
+
+
+# -------------------------------------------------------------------------------------------------------- launchers
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x as it is if it is contiguous or channels_last, else a contiguous copy."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def _layout(x: Tensor, groups: int) -> tuple[dict[str, int], dict[str, Any], int]:
+    """(strides, block sizes, warps) for a dense x (B, C, H, W)."""
+    _, channels, height, width = x.shape
+    pixels = height * width
+    # The strides of sides of one pixel say nothing.
+    last = not x.is_contiguous()
+    strides = {"s_b": channels * pixels, "s_c": 1 if last else pixels, "s_hw": channels if last else 1}
+    together, padded, block, warps = group_config(channels // groups, groups, pixels, x.element_size(), last)
+    sizes = {
+        "GROUPS_ALL": groups, "CHANNELS": channels // groups, "GROUPS": together, "CP": padded, "BLOCK": block,
+        "RESIDENT": block >= pixels, "COMPUTE": tl.float64 if x.dtype == torch.float64 else tl.float32,
+    }  # fmt: skip
+    return strides, sizes, warps
+
+
+def _per_channel(scale: Tensor | None, shift: Tensor | None, weight: Tensor) -> tuple[Any, Any, int, int]:
+    """(scale, shift, stride of the batch, stride of a channel) as the kernels take them."""
+    if scale is None or shift is None:
+        return weight, weight, 0, 0
+    if scale.stride() != shift.stride():
+        scale, shift = scale.contiguous(), shift.contiguous()
+    return scale, shift, scale.stride(0) if len(scale) > 1 else 0, scale.stride(1)
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    """The Triton kernels; x is dense."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
+        y = torch.empty_like(x)
+        compute = torch.promote_types(x.dtype, torch.float32)
+        mean, rstd = (torch.empty(len(x), groups, dtype=compute, device=x.device) for _ in range(2))
+        strides, sizes, warps = _layout(x, groups)
+        p_scale, p_shift, s_pb, s_pc = _per_channel(scale, shift, weight)
+        if x.numel():
+            grid = (len(x) * (groups // sizes["GROUPS"]),)
+            with on_device(x.device):
+                _group_norm_silu_kernel[grid](
+                    x, weight, bias, p_scale, p_shift, y, mean, rstd, x.shape[2] * x.shape[3],
+                    **strides, s_pb=s_pb, s_pc=s_pc, EPS=eps, SCALED=scale is not None, **sizes, num_warps=warps,
+                )  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
+        ctx.groups = groups
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+        strides, sizes, warps = _layout(x, ctx.groups)
+        dy = gradients[0]
+        if dy.stride() != x.stride():
+            dy = torch.empty_like(x).copy_(dy)
+        dx = torch.empty_like(x)
+        du, dun = (torch.empty(x.shape[:2], dtype=mean.dtype, device=x.device) for _ in range(2))
+        p_scale, p_shift, s_pb, s_pc = _per_channel(scale, shift, weight)
+        if x.numel():
+            grid = (len(x) * (ctx.groups // sizes["GROUPS"]),)
+            with on_device(x.device):
+                _group_norm_silu_backward_kernel[grid](
+                    x, dy, weight, bias, p_scale, p_shift, mean, rstd, dx, du, dun, x.shape[2] * x.shape[3],
+                    **strides, s_pb=s_pb, s_pc=s_pc, SCALED=scale is not None, **sizes, num_warps=warps,
+                )  # fmt: skip
+        needed = ctx.needs_input_grad
+        to_weight = to_bias = to_scale = to_shift = None
+        if needed[1] or needed[2]:
+            factor = 1.0 if scale is None else scale.flatten(1).to(du.dtype) + 1
+            to_weight = (dun * factor).sum(0).to(weight.dtype) if needed[1] else None
+            to_bias = (du * factor).sum(0).to(bias.dtype) if needed[2] else None
+        if scale is not None and needed[3]:
+            to_scale = (dun * weight.to(du.dtype) + du * bias.to(du.dtype))[:, :, None, None]
+            to_scale = to_scale.sum_to_size(scale.shape).to(scale.dtype)
+        if shift is not None and needed[4]:
+            to_shift = du[:, :, None, None].sum_to_size(shift.shape).to(shift.dtype)
+        return dx if needed[0] else None, to_weight, to_bias, to_scale, to_shift, None, None
+
+
+# -------------------------------------------------------------------------------------------------- public function
+
+
+def group_norm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    backend: Backend = "auto",
+) -> Tensor:
+    """silu(n), or silu(n (scale + 1) + shift), with n the group normalisation [Wu & He 2018] of x.
+
+    Differentiable once, with respect to every tensor; of the input autograd keeps x alone, beside two numbers a group.
+
+    Args:
+        x: (B, C, H, W) float32, bfloat16, float16 or float64; contiguous and channels_last as they are, anything else
+            is copied. B = 0 is fine.
+        groups: number of groups, a divisor of C.
+        weight, bias: (C,), of the dtype of x.
+        scale, shift: both or neither, (B, C, 1, 1) or (1, C, 1, 1), of the dtype of x.
+        eps: added to the variance, > 0.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        (B, C, H, W) in x's dtype and memory format. Triton computes in float32 (float64 for float64) and rounds once:
+        mean first, then the mean of squared differences from it; all sums in an order that depends on the shape alone.
+        The reference rounds after each of PyTorch's operations, bit for bit as they do.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit, or a scale without a shift.
+
+    Bytes moved: forward 2, backward 3 times those of x where a group has at most 4096 elements; larger groups are read
+    again, mostly from cache. One launch each.
+    """
+    op = "group_norm_silu"
+    _checks.samples(op, "x", x)
+    if x.ndim != 4:
+        raise ValueError(f"{op}: x must be (B, C, H, W); got {tuple(x.shape)}")
+    channels = x.shape[1]
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or channels % groups:
+        raise ValueError(f"{op}: groups must be a divisor of the {channels} channels; got {groups!r}")
+    if (scale is None) != (shift is None):
+        raise ValueError(f"{op}: scale and shift go together; got {'scale' if shift is None else 'shift'} alone")
+    for what, vector in (("weight", weight), ("bias", bias)):
+        _parameter(op, what, vector, x, ((channels,),))
+    for what, factor in (("scale", scale), ("shift", shift)):
+        if factor is not None:
+            _parameter(op, what, factor, x, ((len(x), channels, 1, 1), (1, channels, 1, 1)))
+    eps = _checks.positive(op, "eps", eps)
+    if use_triton(op, backend, x.device):
+        if scale is not None and shift is not None and scale.shape != shift.shape:
+            scale, shift = torch.broadcast_tensors(scale, shift)
+        out: Tensor = _GroupNormSilu.apply(_dense(x), weight.contiguous(), bias.contiguous(), scale, shift, groups, eps)
+        return out
+    return recomputed.group_norm_silu(x, groups, weight, bias, scale=scale, shift=shift, eps=eps)
+
+
+def _parameter(op: str, what: str, value: object, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    given = _checks.tensor(op, what, value)
+    if tuple(given.shape) not in shapes:
+        raise ValueError(
+            f"{op}: {what} must be {' or '.join(map(str, dict.fromkeys(shapes)))}; got {tuple(given.shape)}"
+        )
+    for attribute in ("dtype", "device"):
+        got, wanted = getattr(given, attribute), getattr(x, attribute)
+        if got != wanted:
+            raise ValueError(f"{op}: {what} must have x's {attribute} {wanted}; got {got}")
