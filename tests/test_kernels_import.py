@@ -101,7 +101,7 @@ def test_microbenchmarks_write_their_tables(tmp_path):
     main(["--quick", "--out", str(tmp_path)])
     header, *rows = (tmp_path / "micro.csv").read_text().splitlines()
     column = header.split(",").index("correct")
-    assert {r.split(",")[0] for r in rows} == {"perturb", "ipfm_loss", "denoising_loss"}
+    assert {r.split(",")[0] for r in rows} == {"perturb", "ipfm_loss", "denoising_loss", "group_norm_silu"}
     assert all(r.split(",")[column] == "True" for r in rows)
     table = (tmp_path / "micro.md").read_text()
     assert torch.__version__ in table
