@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ipfm.engine.config import DistillConfig, RunConfig, TeacherConfig
@@ -57,27 +57,12 @@ def choose(config: DistillConfig, network: NetworkConfig, *, ranks: int, budget:
     Raises:
         ValueError: nothing fits, or the batch does not divide among the processes.
     """
-    assert config.precision != "auto"
     local, sizes = _sizes(config, ranks)
-    best: MemoryPlan | None = None
-    smallest: MemoryPlan | None = None
-    for stages in _stages(config):
-        for phased, again in forms(config.backward, config.activation_checkpointing):
-            for stage in stages:
-                for plan in _plans(config, network, ranks, stage, phased, again, sizes, local):
-                    plan = replace(plan, budget=budget)
-                    if smallest is None or plan.peak < smallest.peak:
-                        smallest = plan
-                    if plan.fits:
-                        if plan.micro_batch >= min(sizes[0], COMFORTABLE):
-                            return _choice(config, plan, local)
-                        if best is None or plan.micro_batch > best.micro_batch:
-                            best = plan
-                        break
-    if best is not None:
-        return _choice(config, best, local)
-    assert smallest is not None and budget is not None
-    raise _too_small(config, smallest, budget, ranks)
+
+    def plans(stage: int, phased: bool, again: bool) -> Iterator[MemoryPlan]:
+        return _plans(config, network, ranks, stage, phased, again, sizes, local)
+
+    return _choice(config, _cheapest(config, config.backward, plans, sizes, ranks, budget), local)
 
 
 def choose_training(config: TeacherConfig, network: NetworkConfig, *, ranks: int, budget: int | None) -> MemoryPlan:
@@ -86,32 +71,60 @@ def choose_training(config: TeacherConfig, network: NetworkConfig, *, ranks: int
     Raises:
         ValueError: nothing fits, or the batch does not divide among the processes.
     """
-    assert config.precision != "auto"
     local, sizes = _sizes(config, ranks)
+
+    def plans(stage: int, _: bool, again: bool) -> Iterator[MemoryPlan]:
+        assert config.precision != "auto"
+        for micro in sizes:
+            yield plan_teacher_training(
+                network,
+                micro_batch=micro,
+                ranks=ranks,
+                stage=stage,
+                precision=config.precision,
+                offload=config.offload,
+                beta1=config.beta1,
+                activation_checkpointing=again,
+                accumulates=micro < local,
+            )
+
+    return _cheapest(config, "joint", plans, sizes, ranks, budget)
+
+
+def _cheapest(
+    config: RunConfig,
+    backward: str,
+    plans: Callable[[int, bool, bool], Iterator[MemoryPlan]],
+    sizes: list[int],
+    ranks: int,
+    budget: int | None,
+) -> MemoryPlan:
+    """The first plan in the order of preference that fits.
+
+    Args:
+        config: settings.
+        backward: the forms of the step that are possible, as of `DistillConfig`.
+        plans: for (stage, phased, checkpointed) the plans of `sizes`, in their order.
+        sizes: micro-batches, the largest first.
+        ranks: number of processes.
+        budget: bytes that a process may use; None: not known.
+
+    Raises:
+        ValueError: nothing fits.
+    """
     best: MemoryPlan | None = None
     smallest: MemoryPlan | None = None
     for stages in _stages(config):
-        for _, again in forms("joint", config.activation_checkpointing):
+        for phased, again in forms(backward, config.activation_checkpointing):
             for stage in stages:
-                for micro in sizes:
-                    plan = plan_teacher_training(
-                        network,
-                        micro_batch=micro,
-                        ranks=ranks,
-                        stage=stage,
-                        precision=config.precision,
-                        offload=config.offload,
-                        beta1=config.beta1,
-                        activation_checkpointing=again,
-                        accumulates=micro < local,
-                        budget=budget,
-                    )
+                for plan in plans(stage, phased, again):
+                    plan = replace(plan, budget=budget)
                     if smallest is None or plan.peak < smallest.peak:
                         smallest = plan
                     if plan.fits:
-                        if micro >= min(sizes[0], COMFORTABLE):
+                        if plan.micro_batch >= min(sizes[0], COMFORTABLE):
                             return plan
-                        if best is None or micro > best.micro_batch:
+                        if best is None or plan.micro_batch > best.micro_batch:
                             best = plan
                         break
     if best is not None:
