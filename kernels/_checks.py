@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -74,10 +75,17 @@ def samples(op: str, what: str, value: object) -> Tensor:
     return batch
 
 
-def same(op: str, what: str, value: object, other: str, like: Tensor) -> Tensor:
-    """A tensor with `like`'s shape, dtype and device."""
+def same(
+    op: str,
+    what: str,
+    value: object,
+    other: str,
+    like: Tensor,
+    attributes: Sequence[str] = ("shape", "dtype", "device"),
+) -> Tensor:
+    """A tensor with `like`'s shape, dtype and device, or with some of them."""
     given = tensor(op, what, value)
-    for attribute in ("shape", "dtype", "device"):
+    for attribute in attributes:
         got, wanted = getattr(given, attribute), getattr(like, attribute)
         if got != wanted:
             show = tuple if attribute == "shape" else str

@@ -32,14 +32,20 @@ def _mean(b_v, count, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _channels(i_g, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, CP: tl.constexpr):
+    """Numbers and mask (GROUPS, CP, 1) of the channels of groups i_g.. ."""
+    o_cp = tl.arange(0, CP)[None, :, None]
+    o_c = (i_g + tl.arange(0, GROUPS)[:, None, None]) * CHANNELS + o_cp
+    return o_c, (o_cp < CHANNELS) & (o_c >= 0)
+
+
+@triton.jit
 def _parameters(
-    p_weight, p_bias, p_scale, p_shift, i_b, i_c, s_pb, s_pc,
+    p_weight, p_bias, p_scale, p_shift, i_b, i_g, s_pb, s_pc,
     SCALED: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, CP: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Weight, bias, scale + 1 and shift of this program's channels, each (GROUPS, CP, 1); 0 where there is none."""
-    o_cp = tl.arange(0, CP)[None, :, None]
-    o_c = i_c + tl.arange(0, GROUPS)[:, None, None] * CHANNELS + o_cp
-    m_c = (o_cp < CHANNELS) & (o_c >= 0)
+    o_c, m_c = _channels(i_g, CHANNELS, GROUPS, CP)
     b_w = tl.load(p_weight + o_c, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
     b_b = tl.load(p_bias + o_c, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
     b_shift = tl.zeros_like(b_w)
@@ -49,11 +55,6 @@ def _parameters(
         b_scale += tl.load(p_scale + o_p, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
         b_shift += tl.load(p_shift + o_p, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
     return b_w, b_b, b_scale, b_shift
-
-
-@triton.jit
-def _sigmoid(b_u):
-    return 1.0 / (1.0 + tl.exp(-b_u))
 
 
 @triton.jit
@@ -97,18 +98,18 @@ def _group_norm_silu_kernel(
     tl.store(p_rstd + o_g, rstd)
 
     b_w, b_b, b_scale, b_shift = _parameters(
-        p_weight, p_bias, p_scale, p_shift, i_b, i_g * CHANNELS, s_pb, s_pc, SCALED, CHANNELS, GROUPS, CP, COMPUTE
+        p_weight, p_bias, p_scale, p_shift, i_b, i_g, s_pb, s_pc, SCALED, CHANNELS, GROUPS, CP, COMPUTE
     )
     dtype = p_y.dtype.element_ty
     if RESIDENT:
         b_u = (b_d * rstd * b_w + b_b) * b_scale + b_shift
-        tl.store(p_y + o, (b_u * _sigmoid(b_u)).to(dtype), mask=m)
+        tl.store(p_y + o, (b_u * tl.sigmoid(b_u)).to(dtype), mask=m)
     else:
         for i_hw in range(0, HW, BLOCK):
             o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
             b_n = (tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE) - mean) * rstd
             b_u = (b_n * b_w + b_b) * b_scale + b_shift
-            tl.store(p_y + o, (b_u * _sigmoid(b_u)).to(dtype), mask=m)
+            tl.store(p_y + o, (b_u * tl.sigmoid(b_u)).to(dtype), mask=m)
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, COMPUTE: tl.constexpr):
     b_n = tl.where(m, (tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE) - mean) * rstd, 0.0)
     b_u = b_n * b_v + b_c
     # σ(-u) for 1 - σ(u), of which nothing cancels.
-    b_slope = _sigmoid(b_u) * (1.0 + b_u * _sigmoid(-b_u))
+    b_slope = tl.sigmoid(b_u) * (1.0 + b_u * tl.sigmoid(-b_u))
     return b_n, tl.load(p_dy + o, mask=m, other=0.0).to(COMPUTE) * b_slope
 
 
@@ -145,7 +146,7 @@ def _group_norm_silu_backward_kernel(
     mean = tl.load(p_mean + o_g, eviction_policy="evict_last")
     rstd = tl.load(p_rstd + o_g, eviction_policy="evict_last")
     b_w, b_b, b_scale, b_shift = _parameters(
-        p_weight, p_bias, p_scale, p_shift, i_b, i_g * CHANNELS, s_pb, s_pc, SCALED, CHANNELS, GROUPS, CP, COMPUTE
+        p_weight, p_bias, p_scale, p_shift, i_b, i_g, s_pb, s_pc, SCALED, CHANNELS, GROUPS, CP, COMPUTE
     )
     b_v = b_w * b_scale
     b_c = b_b * b_scale + b_shift
@@ -164,9 +165,8 @@ def _group_norm_silu_backward_kernel(
             b_sum_n += b_du * b_n
     b_sum = tl.sum(b_sum, axis=2)[:, :, None]
     b_sum_n = tl.sum(b_sum_n, axis=2)[:, :, None]
-    o_cp = tl.arange(0, CP)[None, :, None]
-    o_c = i_b * (GROUPS_ALL * CHANNELS) + (i_g + tl.arange(0, GROUPS)[:, None, None]) * CHANNELS + o_cp
-    m_c = (o_cp < CHANNELS) & (o_c >= 0)
+    o_c, m_c = _channels(i_g, CHANNELS, GROUPS, CP)
+    o_c += i_b * (GROUPS_ALL * CHANNELS)
     tl.store(p_du + o_c, b_sum, mask=m_c)
     tl.store(p_dun + o_c, b_sum_n, mask=m_c)
 
@@ -191,6 +191,18 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
+def block_sizes(
+    channels: int, groups: int, pixels: int, dtype: torch.dtype, channels_last: bool
+) -> tuple[dict[str, Any], int]:
+    """(what is constant in the kernels for this shape, warps)."""
+    together, padded, block, warps = group_config(channels // groups, groups, pixels, dtype.itemsize, channels_last)
+    sizes = {
+        "GROUPS_ALL": groups, "CHANNELS": channels // groups, "GROUPS": together, "CP": padded, "BLOCK": block,
+        "RESIDENT": block >= pixels, "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
+    }  # fmt: skip
+    return sizes, warps
+
+
 def _layout(x: Tensor, groups: int) -> tuple[dict[str, int], dict[str, Any], int]:
     """(strides, block sizes, warps) for a dense x (B, C, H, W)."""
     _, channels, height, width = x.shape
@@ -198,12 +210,7 @@ def _layout(x: Tensor, groups: int) -> tuple[dict[str, int], dict[str, Any], int
     # The strides of sides of one pixel say nothing.
     last = not x.is_contiguous()
     strides = {"s_b": channels * pixels, "s_c": 1 if last else pixels, "s_hw": channels if last else 1}
-    together, padded, block, warps = group_config(channels // groups, groups, pixels, x.element_size(), last)
-    sizes = {
-        "GROUPS_ALL": groups, "CHANNELS": channels // groups, "GROUPS": together, "CP": padded, "BLOCK": block,
-        "RESIDENT": block >= pixels, "COMPUTE": tl.float64 if x.dtype == torch.float64 else tl.float32,
-    }  # fmt: skip
-    return strides, sizes, warps
+    return strides, *block_sizes(channels, groups, pixels, x.dtype, last)
 
 
 def _per_channel(scale: Tensor | None, shift: Tensor | None, weight: Tensor) -> tuple[Any, Any, int, int]:
@@ -338,7 +345,4 @@ def _parameter(op: str, what: str, value: object, x: Tensor, shapes: tuple[tuple
         raise ValueError(
             f"{op}: {what} must be {' or '.join(map(str, dict.fromkeys(shapes)))}; got {tuple(given.shape)}"
         )
-    for attribute in ("dtype", "device"):
-        got, wanted = getattr(given, attribute), getattr(x, attribute)
-        if got != wanted:
-            raise ValueError(f"{op}: {what} must have x's {attribute} {wanted}; got {got}")
+    _checks.same(op, what, given, "x", x, ("dtype", "device"))

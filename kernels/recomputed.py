@@ -25,11 +25,9 @@ def group_norm_silu(
 
     x (B, C, H, W), contiguous or channels_last; weight, bias (C); scale and shift both or neither, (B or 1, C, 1, 1);
     all of one floating dtype, which is also the result's. The value and the gradients are those of PyTorch's
-    operations, bit for bit. ValueError for a scale without a shift or a shift without a scale. There is no second
-    derivative: RuntimeError where one is asked for (create_graph=True).
+    operations, bit for bit. There is no second derivative: RuntimeError where one is asked for (create_graph=True).
+    Nothing is validated here; `ipfm.kernels.group_norm_silu` does that.
     """
-    if (scale is None) != (shift is None):
-        raise ValueError(f"scale and shift go together, got {'scale' if shift is None else 'shift'} alone")
     out: Tensor = _GroupNormSilu.apply(x, weight, bias, scale, shift, groups, eps)
     return out
 

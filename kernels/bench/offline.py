@@ -16,14 +16,15 @@ from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
 from .. import reference
-from .._dispatch import INTERPRETED, group_config, noise_config, row_config
+from .._dispatch import INTERPRETED, noise_config, row_config
 from ..denoising_loss import _denoising_loss_kernel
 from ..generator_loss import _ipfm_loss_kernel
-from ..group_norm import _group_norm_silu_backward_kernel, _group_norm_silu_kernel
+from ..group_norm import _group_norm_silu_backward_kernel, _group_norm_silu_kernel, block_sizes
 from ..philox import NORMAL, UNIFORM, _gamma_kernel, _philox_kernel
 from ..radial import _perturb_kernel
 
@@ -183,20 +184,14 @@ def _group_norm_cases() -> Iterator[Case]:
         ("128ch 7x5 unaligned", 128, 35, False),
     ]  # fmt: skip
     for label, channels, pixels, last in shapes:
-        for dtype, element_size in (("bf16", 2), ("fp32", 4)):
+        for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             for scaled in (True, False):
                 quick = scaled and ("32x32" in label or "unaligned" in label) and (dtype == "bf16" or not last)
-                together, padded, block, warps = group_config(channels // 32, 32, pixels, element_size, last)
-                constants: dict[str, Any] = {
-                    "SCALED": scaled, "GROUPS_ALL": 32, "CHANNELS": channels // 32, "GROUPS": together, "CP": padded,
-                    "BLOCK": block, "RESIDENT": block >= pixels, "COMPUTE": tl.float32,
-                    "s_c" if last else "s_hw": 1, "s_pc": 1,
-                }  # fmt: skip
+                sizes, warps = block_sizes(channels, 32, pixels, torch_dtype, last)
+                constants = {**sizes, "SCALED": scaled, "s_c" if last else "s_hw": 1, "s_pc": 1}
                 data: tuple[str, ...] = ("p_x", "p_weight", "p_bias", "p_scale", "p_shift")
-                numbers = ["HW", "s_b", "s_hw" if last else "s_c", "s_pb"]
-                aligned = tuple(n for n in numbers if n != "HW" or pixels % 16 == 0)
-                if pixels % 16:
-                    aligned = ("s_pb",)
+                numbers = ("HW", "s_b", "s_hw" if last else "s_c", "s_pb")
+                aligned = numbers if pixels % 16 == 0 else ("s_pb",)
                 variant = f"{dtype} {label}{' scaled' if scaled else ''}"
                 for kernel, fn, more, statistics in (
                     ("group_norm_silu", _group_norm_silu_kernel, ("p_y",), ("p_mean", "p_rstd")),
