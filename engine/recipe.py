@@ -94,13 +94,12 @@ def describe(
         given: the settings as the user gave them, whose open ones the GPUs' layouts decide; default: `config`.
     """
     ranks = launched_processes()
+    config.split(ranks)  # a batch that cannot be shared is bad input; too little memory is not
     trained = trained_config(network, config.dropout)
     parts: list[str] = []
     try:
         choice = choose(config, trained, ranks=ranks, budget=device_budget(run_device()))
     except ValueError as error:
-        if "divisible" in str(error) or "divide" in str(error):
-            raise
         parts = [*_settings(config, path, D=network.D, sigmas=config.levels), f"memory: {error}"]
     else:
         plan = choice.plan

@@ -288,7 +288,7 @@ def test_nothing_is_watched_unasked(tmp_path: Path):
     assert task.steps == [3] and not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_the_allocator_is_asked(tmp_path: Path):
     device = torch.device("cuda")
     profiler = MemoryProfiler(device, {"teacher: optimiser": 20 * MEGA}, torch.cuda.memory_allocated())
