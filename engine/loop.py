@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ipfm.engine.checkpoint import find_checkpoint, load_checkpoint
+from ipfm.engine.checkpoint import checkpoints_in, find_checkpoint, load_checkpoint
 from ipfm.engine.checkpoint_writer import CheckpointFailed, CheckpointWriter
 from ipfm.engine.config import RunConfig
 from ipfm.engine.launcher import Launcher, lost_process
@@ -243,10 +243,9 @@ def _failures(folder: RunFolder) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, TrainingFailed) or not (reason := lost_process(error)):
             raise
-        try:
-            where = f"its checkpoint {(folder.checkpoints / 'latest').read_text().strip()}"
-        except OSError:
-            where = "the start, it has no checkpoint"
+        # By name, as resuming does: the lost process may not have come to replace `latest`.
+        found = checkpoints_in(folder.checkpoints)
+        where = f"its checkpoint {found[0].name}" if found else "the start, it has no checkpoint"
         raise ProcessLost(
             f"another process of this run has ended or does not answer ({reason}): the same command continues "
             f"{folder.path} from {where}"

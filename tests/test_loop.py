@@ -179,6 +179,10 @@ def test_a_lost_process_says_where_to_continue(tmp_path) -> None:
         train(Counting(at={1: lose}), config(), RunFolder(tmp_path))
     with pytest.raises(ProcessLost, match=f"{message}its checkpoint step-0000004"):
         train(Counting(at={5: lose}), config(), RunFolder(tmp_path))
+    # What a process leaves that is killed between its first checkpoint's two renamings.
+    (tmp_path / "checkpoints" / "latest").unlink()
+    with pytest.raises(ProcessLost, match=f"{message}its checkpoint step-0000004"):
+        train(Counting(at={5: lose}), config(), RunFolder(tmp_path))
 
     def other() -> None:
         raise RuntimeError("a defect")
