@@ -79,6 +79,9 @@ class TrainedNetwork:
                 config=_engine_config(stage, precision, offload),
             )
         self.module: nn.Module = self.engine.module
+        if stage == 0 and world.size == 1:
+            # DeepSpeed would gather all gradients into one tensor, exchange it with nobody, and copy them back.
+            self.engine.enable_backward_allreduce = False
         self._create_state()
         if precision == "fp16":
             # NaN that no scale explains is counted and reported like any other, not raised in the middle of a step.
@@ -305,6 +308,9 @@ def _engine_config(stage: int, precision: Precision, offload: Offload) -> dict[s
             "stage3_prefetch_bucket_size": 0,
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
         }
+    elif stage > 0 and precision != "fp16" and offload == "none":
+        # AdamEMA judges the gradients on the device; DeepSpeed's own look at their norm would have the host wait.
+        zero["compute_grad_norm"] = False
     pinned = torch.cuda.is_available()
     if offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
@@ -323,7 +329,7 @@ def _engine_config(stage: int, precision: Precision, offload: Offload) -> dict[s
         "zero_optimization": zero,
     }
     if precision == "bf16":
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}
     if precision == "fp16":
         # The losses are sums over an image's elements: DeepSpeed's first scale, 2^16, would waste steps on overflows.
         config["fp16"] = {
