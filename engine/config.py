@@ -63,6 +63,11 @@ class RunConfig:
     """Largest norm of a network's gradient; default: no limit."""
     tf32: bool = True
     """Allow TF32 in fp32 convolutions and matrix products on GPUs."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """Order of the activations in memory: channels_last has the channels of a pixel side by side, as convolutions on
+    GPUs want them; auto is that on GPUs, contiguous elsewhere."""
+    compile: bool = False
+    """Compile the networks with torch.compile: the first steps take minutes, the others less time. Not with --zero 3."""
     noise: NoiseLevels = field(default_factory=NoiseLevels)
     """Noise levels."""
     seed: int = 0
@@ -107,7 +112,7 @@ class RunConfig:
         _share("dropout", self.dropout)
         if not (_is_number(self.augment) and 0 <= self.augment <= 1):
             raise ValueError(f"augment must lie in [0, 1], got {self.augment}")
-        for name in ("tf32", "resume", "async_checkpoints"):
+        for name in ("tf32", "resume", "async_checkpoints", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{_option(name)} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.noise, NoiseLevels):
@@ -116,7 +121,11 @@ class RunConfig:
             _positive("clip-grad", self.clip_grad)
         if self.activation_checkpointing not in ("auto", "on", "off"):
             raise ValueError(f"activation-checkpointing must be auto, on or off, got {self.activation_checkpointing!r}")
+        if self.memory_format not in ("auto", "contiguous", "channels_last"):
+            raise ValueError(f"memory-format must be auto, contiguous or channels_last, got {self.memory_format!r}")
         check_sharding(self.zero, self.precision, self.offload)
+        if self.compile:
+            check_compilable(self.zero)
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2^64, got {self.seed}")
 
@@ -252,6 +261,8 @@ class DistillConfig(RunConfig):
             raise ValueError(
                 "teacher-storage half needs precision bf16 or fp16: in fp32 it would round the teacher's weights"
             )
+        if self.compile:
+            check_compilable(self.zero, self.teacher_storage)
         if self.backward not in ("auto", "joint", "phased"):
             raise ValueError(f"backward must be auto, joint or phased, got {self.backward!r}")
 
@@ -259,6 +270,16 @@ class DistillConfig(RunConfig):
     def levels(self) -> tuple[float, ...]:
         """The generator's noise levels, resolved."""
         return self.sigmas or few_step_sigmas(self.steps, self.sigma_init)
+
+
+def check_compilable(zero: int | None, teacher_storage: str = "auto") -> None:
+    """ValueError where a network's weights are gathered module by module, which a compiled network does not know."""
+    if zero == 3:
+        raise ValueError(
+            "compile does not go with zero 3, which gathers the weights of a module at a time: use 0, 1, 2"
+        )
+    if teacher_storage == "sharded":
+        raise ValueError("compile does not go with teacher-storage sharded: use fp32 or half")
 
 
 def check_sharding(zero: int | None, precision: str, offload: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ipfm.engine.augmentation import AUGMENT_DIM, SMALLEST_SIZE
 from ipfm.engine.config import DistillConfig, RunConfig
+from ipfm.engine.execution import check_compiler
 from ipfm.engine.precision import fp16_supported
 from ipfm.models import NetworkConfig
 
@@ -48,6 +49,8 @@ def resolve_precision(config: C, device: torch.device) -> C:
         precision = "bf16" if capable and config.zero != 0 else "fp32"
     if precision == "fp16" and not fp16_supported(device):
         raise ValueError(f"precision fp16 does not run on this {device.type}: give fp32 or bf16")
+    if config.compile:
+        check_compiler(device)
     return replace(config, precision=precision)
 
 

@@ -15,6 +15,7 @@ from ipfm.engine.averaged import Averaged
 from ipfm.engine.config import TeacherConfig, ZeroStage
 from ipfm.engine.data import ImageDataset
 from ipfm.engine.evaluation import Evaluation
+from ipfm.engine.execution import execute_as
 from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.memory import MemoryPlan, choose_training, device_budget
 from ipfm.engine.memory.live import bytes_in_use
@@ -107,6 +108,7 @@ class TeacherTraining:
             offload=config.offload,
             clip_norm=config.clip_grad,
         )
+        execute_as(net, memory_format=config.memory_format, compiled=config.compile, device=device)
         self.averaged = Averaged(self.net, self.network, buffers, config.precision, device)
         self.networks = {"teacher": self.net}
         self.first_step = 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from ipfm.engine.averaged import Averaged
 from ipfm.engine.config import DistillConfig, ZeroStage
 from ipfm.engine.evaluation import Evaluation
+from ipfm.engine.execution import execute_as
 from ipfm.engine.measure import Measured
 from ipfm.engine.memory import MemoryPlan, choose, device_budget, plan_memory
 from ipfm.engine.memory.live import bytes_in_use
@@ -103,8 +104,10 @@ class Distiller:
         self.averaged = Averaged(self.generator, teacher.config, buffers, config.precision, device)
         self.teacher = self._stored(teacher)
         self.networks = {"student": self.student, "generator": self.generator}
-        for net in (self.teacher, self.student.module, self.generator.module):
-            net.activation_checkpointing = self.activation_checkpointing  # type: ignore[assignment]
+        for module in (self.teacher, self.student.module, self.generator.module):
+            net = cast(Precond, module)
+            net.activation_checkpointing = self.activation_checkpointing
+            execute_as(net, memory_format=config.memory_format, compiled=config.compile, device=device)
         self.steps = DistillSteps(
             config,
             student=self.student,

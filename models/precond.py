@@ -88,6 +88,18 @@ class Precond(nn.Module, ABC):
     def activation_checkpointing(self, on: bool) -> None:
         self.model.activation_checkpointing = on
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether the activations have the channels of a pixel side by side in memory; may be set at any time.
+
+        Not part of the configuration, and not saved.
+        """
+        return self.model.channels_last
+
+    @channels_last.setter
+    def channels_last(self, on: bool) -> None:
+        self.model.channels_last = on
+
     def forward(
         self,
         x: Tensor,

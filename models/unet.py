@@ -30,10 +30,12 @@ class UNet(nn.Module, ABC):
     `_make`, and says how labels become an embedding and what follows the decoder.
 
     `activation_checkpointing` may be set at any time: while a graph is made, of each residual block only what goes in
-    is kept, and the backward pass runs the block once more, with the same dropout.
+    is kept, and the backward pass runs the block once more, with the same dropout. So may `channels_last`: activations
+    then have the channels of a pixel side by side in memory.
     """
 
     activation_checkpointing = False
+    channels_last = False
 
     map_noise: PositionalEmbedding | FourierEmbedding
     map_label: Linear | None
@@ -75,6 +77,8 @@ class UNet(nn.Module, ABC):
         augment_labels (B or 1, augment_dim), all in one dtype of at least float32, in which the mapping network
         computes. Labels of None add nothing to the embedding.
         """
+        if self.channels_last:
+            x = x.to(memory_format=torch.channels_last)
         emb = self._embed(noise_labels, class_labels, augment_labels)
         x, skips = self._encode(x, emb)
         return self._finish(*self._decode(x, emb, skips))

@@ -53,6 +53,8 @@ CHOICES = {
     "profile_memory": ("must be an integer >= 0", (-1, 1.5, True)),
     "backward": ("must be auto, joint or phased", ("both", None)),
     "tf32": ("must be True or False", (1, "no")),
+    "compile": ("must be True or False", (1, "no")),
+    "memory_format": ("must be auto, contiguous or channels_last", ("nhwc", None)),
     "resume": ("must be True or False", (0, None)),
 }
 CASES = [
@@ -74,7 +76,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
         owner(name)(**{name: value})
     words = (
         "precision", "backward", "tf32", "resume", "offload", "activation_checkpointing", "teacher_storage",
-        "async_checkpoints",
+        "async_checkpoints", "compile", "memory_format",
     )  # fmt: skip
     shown = repr(value) if name in words else str(value)
     assert str(error.value) == f"{name.replace('_', '-')} {says}, got {shown}"

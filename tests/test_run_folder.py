@@ -139,6 +139,8 @@ FREELY = {
     "async_checkpoints": False,
     "profile_memory": 3,
     "teacher_storage": "sharded",
+    "compile": True,
+    "memory_format": "channels_last",
 }
 
 
