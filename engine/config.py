@@ -67,7 +67,7 @@ class RunConfig:
     """Order of the activations in memory: channels_last has the channels of a pixel side by side, as convolutions on
     GPUs want them; auto is that on GPUs, contiguous elsewhere."""
     compile: bool = False
-    """Compile the networks with torch.compile: the first steps take minutes, the others less time. Not with --zero 3."""
+    """Compile the networks with torch.compile: the first steps take minutes, the others less. Not with --zero 3."""
     noise: NoiseLevels = field(default_factory=NoiseLevels)
     """Noise levels."""
     seed: int = 0
@@ -275,9 +275,7 @@ class DistillConfig(RunConfig):
 def check_compilable(zero: int | None, teacher_storage: str = "auto") -> None:
     """ValueError where a network's weights are gathered module by module, which a compiled network does not know."""
     if zero == 3:
-        raise ValueError(
-            "compile does not go with zero 3, which gathers the weights of a module at a time: use 0, 1, 2"
-        )
+        raise ValueError("compile does not go with zero 3, which gathers weights module by module: use 0, 1 or 2")
     if teacher_storage == "sharded":
         raise ValueError("compile does not go with teacher-storage sharded: use fp32 or half")
 

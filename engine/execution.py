@@ -26,7 +26,11 @@ def execute_as(net: Precond, *, memory_format: MemoryFormat, compiled: bool, dev
     """
     net.channels_last = memory_format == "channels_last" or (memory_format == "auto" and device.type == "cuda")
     if compiled:
+        from torch._inductor import config as inductor
+
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
+        # The dropout of PyTorch's operations: a network's second pass must repeat the first one's, whatever was fused.
+        inductor.fallback_random = True
         # The U-Net alone: what is around it is little, and looks at its arguments with conditions.
         net.model.compile(dynamic=False)
 
@@ -41,6 +45,5 @@ def check_compiler(device: torch.device) -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise ValueError(
-            "compile needs a C++ compiler on this CPU, and found none: install g++, or leave it out"
-        ) from error
+        message = "compile needs a C++ compiler on a CPU, and there is none: install g++, or leave compile out"
+        raise ValueError(message) from error

@@ -64,9 +64,11 @@ class _GroupNormSilu(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("group_norm_silu has no second derivative: create_graph=True cannot pass through it")
         (gradient,) = gradients
-        x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+        # Once: a checkpointed block gives each of them out a single time.
+        saved = ctx.saved_tensors
+        x, weight, _, _, _, mean, rstd = saved
         through_silu = _through_silu_wide if _is_wide(x) else _through_silu
-        gradient, to_scale, to_shift = through_silu(gradient, ctx.saved_tensors, ctx.groups, ctx.eps)
+        gradient, to_scale, to_shift = through_silu(gradient, saved, ctx.groups, ctx.eps)
         to_x, to_weight, to_bias = torch.ops.aten.native_group_norm_backward(
             _dense(gradient, x),
             _dense(x, x),
