@@ -8,11 +8,20 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Position(TypedDict):
+    """Where in the random numbers; a tensor as the step is read when the numbers are drawn, by a replayed graph too."""
+
+    seed: int
+    stream: int
+    step: int | Tensor
 
 
 def name(dtype: torch.dtype) -> str:
@@ -51,13 +60,23 @@ def integer(op: str, what: str, value: object, bits: int) -> int:
     return int(value)
 
 
-def position(op: str, seed: object, stream: object, step: object) -> dict[str, int]:
-    """Seed, stream and step of the random numbers, as keyword arguments."""
+def position(op: str, seed: object, stream: object, step: object, like: Tensor) -> Position:
+    """Seed, stream and step of the random numbers, as keyword arguments; the step may be a tensor on like's device."""
     return {
         "seed": integer(op, "seed", seed, 64),
         "stream": integer(op, "stream", stream, 16),
-        "step": integer(op, "step", step, 32),
+        "step": _clock(op, step, like) if isinstance(step, Tensor) else integer(op, "step", step, 32),
     }
+
+
+def _clock(op: str, step: Tensor, like: Tensor) -> Tensor:
+    if step.shape or step.dtype != torch.int64:
+        raise ValueError(
+            f"{op}: step must be an integer or a 0-d int64 tensor; got {name(step.dtype)} {tuple(step.shape)}"
+        )
+    if step.device != like.device:
+        raise ValueError(f"{op}: step must be on {like.device}; got {step.device}")
+    return step
 
 
 def float_dtype(op: str, what: str, dtype: object) -> None:

@@ -43,6 +43,11 @@ def signed32(value: int) -> int:
     return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
+def signed64(value: int) -> int:
+    """The int64 with the bits of `value` in [0, 2⁶⁴): what an operator's argument can hold."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
 def float64_bits(value: float) -> int:
     """The bits of `value` as an int64: Triton would round a float argument to float32."""
     return int(torch.tensor(value, dtype=torch.float64).view(torch.int64))

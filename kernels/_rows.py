@@ -1,4 +1,8 @@
-"""Tensors as dense rows, one a sample: what the loss kernels walk."""
+"""Tensors as dense rows, one a sample: what the loss kernels walk.
+
+A sum over a sample does not care for the order of its elements, so tensors that share a memory format are walked in
+memory order, whichever it is.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,15 @@ import torch
 from torch import Tensor
 
 
-def rows(like: Tensor, *others: Tensor) -> list[Tensor]:
-    """An empty output for `like`, then `like` and `others`, all with the same dense layout inside every sample.
-
-    A sum over a sample does not care for the order of its elements, so tensors that share a memory format are walked
-    in memory order, whichever it is. One that does not fit is copied; the layout is that of `like` where its samples
-    are dense and C-contiguous where they are not.
-    """
+def empty_rows(like: Tensor) -> Tensor:
+    """An empty tensor with the layout of `like` where its samples are dense, C-contiguous where they are not."""
     out = torch.empty_like(like)
-    elements = like[:1].numel()
-    if len(like) > 1 and out.stride(0) != elements:  # another dimension lies outside the batch
+    if like.shape[0] > 1 and out.stride(0) != like.shape[1:].numel():  # another dimension lies outside the batch
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return out
 
-    def as_rows(v: Tensor) -> Tensor:
-        fits = v.stride()[1:] == out.stride()[1:] and (len(v) <= 1 or v.stride(0) >= elements)
-        return v if fits else torch.empty_strided(out.shape, out.stride(), dtype=v.dtype, device=v.device).copy_(v)
 
-    return [out, as_rows(like), *map(as_rows, others)]
+def as_rows(v: Tensor, like: Tensor) -> Tensor:
+    """`v`, or a copy of it, with the layout of `like`, which `empty_rows` made, inside every sample."""
+    fits = v.stride()[1:] == like.stride()[1:] and (v.shape[0] <= 1 or v.stride(0) >= like.shape[1:].numel())
+    return v if fits else torch.empty_strided(like.shape, like.stride(), dtype=v.dtype, device=v.device).copy_(v)

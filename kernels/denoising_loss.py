@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._dispatch import Backend, on_device, row_config, use_triton
-from ._rows import rows
+from ._operators import operator
+from ._rows import as_rows, empty_rows
 from .reference import DenoisingLoss
 
 # ---------------------------------------------------------------------------------------------------------- kernel
@@ -71,12 +72,18 @@ def _denoising_loss_kernel(
 # -------------------------------------------------------------------------------------------------------- launcher
 
 
-def launch_denoising_loss(pred: Tensor, y: Tensor, sigma: Tensor, sigma_data: float) -> DenoisingLoss:
-    """One launch of the Triton kernel; arguments are valid."""
-    compute = torch.promote_types(pred.dtype, torch.float32)
-    grad, row_pred, row_y = rows(pred, y)
-    loss = torch.empty(len(pred), dtype=compute, device=pred.device)
-    valid = torch.empty(len(pred), dtype=torch.bool, device=pred.device)
+def _outputs(pred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient and validity, still empty."""
+    batch, dtype = pred.shape[:1], torch.promote_types(pred.dtype, torch.float32)
+    return pred.new_empty(batch, dtype=dtype), empty_rows(pred), pred.new_empty(batch, dtype=torch.bool)
+
+
+@operator("denoising_loss")
+def _denoising_loss(pred: Tensor, y: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of `DenoisingLoss`, in one launch of the Triton kernel."""
+    loss, grad, valid = _outputs(pred)
+    row_pred, row_y = as_rows(pred, grad), as_rows(y, grad)
+    compute = loss.dtype
     if len(pred):
         elements = pred[0].numel()
         block, warps = row_config(elements)
@@ -88,7 +95,12 @@ def launch_denoising_loss(pred: Tensor, y: Tensor, sigma: Tensor, sigma_data: fl
                 MAX_LOSS=torch.finfo(compute).max, MAX_GRAD=torch.finfo(pred.dtype).max,
                 BLOCK=block, RESIDENT=block >= elements, num_warps=warps,
             )  # fmt: skip
-    return DenoisingLoss(loss, grad, valid)
+    return loss, grad, valid
+
+
+@_denoising_loss.register_fake
+def _(pred: Tensor, y: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(pred)
 
 
 # -------------------------------------------------------------------------------------------------- public function
@@ -131,5 +143,5 @@ def denoising_loss(
     if not 1e-6 <= sigma_data <= 1e6:
         raise ValueError(f"{op}: sigma_data must be in [1e-6, 1e6]; got {sigma_data}")
     if use_triton(op, backend, pred.device):
-        return launch_denoising_loss(pred, y, sigma, sigma_data)
+        return DenoisingLoss(*_denoising_loss(pred, y, sigma, sigma_data))
     return reference.denoising_loss(pred, y, sigma, sigma_data=sigma_data)

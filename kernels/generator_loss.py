@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._dispatch import Backend, on_device, row_config, use_triton
-from ._rows import rows
+from ._operators import operator
+from ._rows import as_rows, empty_rows
 from .reference import IpfmLoss
 
 # ---------------------------------------------------------------------------------------------------------- kernel
@@ -104,14 +105,19 @@ def _ipfm_loss_kernel(
 # -------------------------------------------------------------------------------------------------------- launcher
 
 
+def _per_sample_outputs(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, weight and validity, still empty."""
+    batch, dtype = t.shape[:1], torch.promote_types(t.dtype, torch.float32)
+    return t.new_empty(batch, dtype=dtype), t.new_empty(batch, dtype=dtype), t.new_empty(batch, dtype=torch.bool)
+
+
 def launch_ipfm_loss(t: Tensor, s: Tensor, y: Tensor, alpha: float, inplace: bool) -> IpfmLoss:
-    """One launch of the Triton kernel; arguments are valid."""
-    compute = torch.promote_types(t.dtype, torch.float32)
-    dy, row_t, row_s, row_y = rows(t, s, y)
-    dt = row_t if inplace else torch.empty_strided(dy.shape, dy.stride(), dtype=t.dtype, device=t.device)
-    ds = row_s if inplace else torch.empty_strided(dy.shape, dy.stride(), dtype=t.dtype, device=t.device)
-    loss, weight = (torch.empty(len(t), dtype=compute, device=t.device) for _ in range(2))
-    valid = torch.empty(len(t), dtype=torch.bool, device=t.device)
+    """One launch of the Triton kernel; dt and ds lie over t and s, or over copies of them in rows, if `inplace`."""
+    dy = empty_rows(t)
+    row_t, row_s, row_y = as_rows(t, dy), as_rows(s, dy), as_rows(y, dy)
+    dt, ds = (row_t, row_s) if inplace else (empty_rows(t), empty_rows(t))
+    loss, weight, valid = _per_sample_outputs(t)
+    compute = loss.dtype
     if len(t):
         elements = t[0].numel()
         block, warps = row_config(elements)
@@ -124,18 +130,44 @@ def launch_ipfm_loss(t: Tensor, s: Tensor, y: Tensor, alpha: float, inplace: boo
                 MAX_LOSS=torch.finfo(compute).max, MAX_GRAD=torch.finfo(t.dtype).max,
                 BLOCK=block, RESIDENT=block >= elements, num_warps=warps,
             )  # fmt: skip
-    if inplace:
-        # Autograd must see that saved values changed; copy_ tells it, a kernel that wrote into the tensor does not.
-        for given, row in ((t, dt), (s, ds)):
-            if row is given:
-                torch.autograd.graph.increment_version(given)
-            else:
-                given.copy_(row)
-        dt, ds = t, s
     return IpfmLoss(loss, weight, dt, ds, dy, valid)
 
 
+@operator("ipfm_loss")
+def _ipfm_loss(t: Tensor, s: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `IpfmLoss`."""
+    return launch_ipfm_loss(t, s, y, alpha, inplace=False)
+
+
+@_ipfm_loss.register_fake
+def _(t: Tensor, s: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    loss, weight, valid = _per_sample_outputs(t)
+    return loss, weight, empty_rows(t), empty_rows(t), empty_rows(t), valid
+
+
+@operator("ipfm_loss_", mutates=("t", "s"))
+def _ipfm_loss_(t: Tensor, s: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, weight, dy, valid); dt is written over t and ds over s."""
+    got = launch_ipfm_loss(t, s, y, alpha, inplace=True)
+    for given, row in ((t, got.dt), (s, got.ds)):
+        if row is not given:
+            given.copy_(row)
+    return got.loss, got.weight, got.dy, got.valid
+
+
+@_ipfm_loss_.register_fake
+def _(t: Tensor, s: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, weight, valid = _per_sample_outputs(t)
+    return loss, weight, empty_rows(t), valid
+
+
 # -------------------------------------------------------------------------------------------------- public function
+
+
+def _share_memory(*tensors: Tensor) -> bool:
+    """Whether some start at one address, as far as there are addresses: a compiler traces tensors that have none."""
+    addresses = [] if torch.compiler.is_compiling() else [v.data_ptr() for v in tensors if v.numel() and not v.is_meta]
+    return len(set(addresses)) < len(addresses)
 
 
 @torch.no_grad()
@@ -175,8 +207,11 @@ def ipfm_loss(
     alpha = _checks.finite(op, "alpha", alpha)
     if abs(alpha) > 1e6:
         raise ValueError(f"{op}: alpha must be in [-1e6, 1e6]; got {alpha}")
-    if inplace and t.numel() and len({t.data_ptr(), s.data_ptr(), y.data_ptr()}) < 3:
+    if inplace and _share_memory(t, s, y):
         raise ValueError(f"{op}: inplace=True overwrites t and s; got tensors that share memory")
     if use_triton(op, backend, t.device):
-        return launch_ipfm_loss(t, s, y, alpha, inplace)
+        if not inplace:
+            return IpfmLoss(*_ipfm_loss(t, s, y, alpha))
+        loss, weight, dy, valid = _ipfm_loss_(t, s, y, alpha)
+        return IpfmLoss(loss, weight, t, s, dy, valid)
     return reference.ipfm_loss(t, s, y, alpha=alpha, inplace=inplace)

@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _checks, recomputed
 from ._dispatch import Backend, group_config, on_device, use_triton
+from ._operators import operator
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
@@ -222,60 +222,99 @@ def _per_channel(scale: Tensor | None, shift: Tensor | None, weight: Tensor) -> 
     return scale, shift, scale.stride(0) if len(scale) > 1 else 0, scale.stride(1)
 
 
-class _GroupNormSilu(torch.autograd.Function):
-    """The Triton kernels; x is dense."""
+def _statistics(x: Tensor, *sizes: int, count: int) -> list[Tensor]:
+    """`count` empty tensors of these sizes, in the dtype that is computed in."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return [x.new_empty(sizes, dtype=dtype) for _ in range(count)]
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int,
-        eps: float,
-    ) -> Tensor:  # fmt: skip
-        y = torch.empty_like(x)
-        compute = torch.promote_types(x.dtype, torch.float32)
-        mean, rstd = (torch.empty(len(x), groups, dtype=compute, device=x.device) for _ in range(2))
-        strides, sizes, warps = _layout(x, groups)
-        p_scale, p_shift, s_pb, s_pc = _per_channel(scale, shift, weight)
-        if x.numel():
-            grid = (len(x) * (groups // sizes["GROUPS"]),)
-            with on_device(x.device):
-                _group_norm_silu_kernel[grid](
-                    x, weight, bias, p_scale, p_shift, y, mean, rstd, x.shape[2] * x.shape[3],
-                    **strides, s_pb=s_pb, s_pc=s_pc, EPS=eps, SCALED=scale is not None, **sizes, num_warps=warps,
-                )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
-        ctx.groups = groups
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-        strides, sizes, warps = _layout(x, ctx.groups)
-        dy = gradients[0]
-        if dy.stride() != x.stride():
-            dy = torch.empty_like(x).copy_(dy)
-        dx = torch.empty_like(x)
-        du, dun = (torch.empty(x.shape[:2], dtype=mean.dtype, device=x.device) for _ in range(2))
-        p_scale, p_shift, s_pb, s_pc = _per_channel(scale, shift, weight)
-        if x.numel():
-            grid = (len(x) * (ctx.groups // sizes["GROUPS"]),)
-            with on_device(x.device):
-                _group_norm_silu_backward_kernel[grid](
-                    x, dy, weight, bias, p_scale, p_shift, mean, rstd, dx, du, dun, x.shape[2] * x.shape[3],
-                    **strides, s_pb=s_pb, s_pc=s_pc, SCALED=scale is not None, **sizes, num_warps=warps,
-                )  # fmt: skip
-        needed = ctx.needs_input_grad
-        to_weight = to_bias = to_scale = to_shift = None
-        if needed[1] or needed[2]:
-            factor = 1.0 if scale is None else scale.flatten(1).to(du.dtype) + 1
-            to_weight = (dun * factor).sum(0).to(weight.dtype) if needed[1] else None
-            to_bias = (du * factor).sum(0).to(bias.dtype) if needed[2] else None
-        if scale is not None and needed[3]:
-            to_scale = (dun * weight.to(du.dtype) + du * bias.to(du.dtype))[:, :, None, None]
-            to_scale = to_scale.sum_to_size(scale.shape).to(scale.dtype)
-        if shift is not None and needed[4]:
-            to_shift = du[:, :, None, None].sum_to_size(shift.shape).to(shift.dtype)
-        return dx if needed[0] else None, to_weight, to_bias, to_scale, to_shift, None, None
+@operator("group_norm_silu")
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, 1/√(var + eps)), the latter (B, groups); x is dense."""
+    y = torch.empty_like(x)
+    mean, rstd = _statistics(x, len(x), groups, count=2)
+    strides, sizes, warps = _layout(x, groups)
+    p_scale, p_shift, s_pb, s_pc = _per_channel(scale, shift, weight)
+    if x.numel():
+        grid = (len(x) * (groups // sizes["GROUPS"]),)
+        with on_device(x.device):
+            _group_norm_silu_kernel[grid](
+                x, weight, bias, p_scale, p_shift, y, mean, rstd, x.shape[2] * x.shape[3],
+                **strides, s_pb=s_pb, s_pc=s_pc, EPS=eps, SCALED=scale is not None, **sizes, num_warps=warps,
+            )  # fmt: skip
+    return y, mean, rstd
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = _statistics(x, x.shape[0], groups, count=2)
+    return torch.empty_like(x), mean, rstd
+
+
+@operator("group_norm_silu_backward")
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(∂L/∂x, Σ ∂L/∂u, Σ n ∂L/∂u), the sums (B, C) over the pixels."""
+    groups = mean.shape[1]
+    strides, sizes, warps = _layout(x, groups)
+    if dy.stride() != x.stride():
+        dy = torch.empty_like(x).copy_(dy)
+    dx = torch.empty_like(x)
+    du, dun = _statistics(x, *x.shape[:2], count=2)
+    p_scale, p_shift, s_pb, s_pc = _per_channel(scale, shift, weight)
+    if x.numel():
+        grid = (len(x) * (groups // sizes["GROUPS"]),)
+        with on_device(x.device):
+            _group_norm_silu_backward_kernel[grid](
+                x, dy, weight, bias, p_scale, p_shift, mean, rstd, dx, du, dun, x.shape[2] * x.shape[3],
+                **strides, s_pb=s_pb, s_pc=s_pc, SCALED=scale is not None, **sizes, num_warps=warps,
+            )  # fmt: skip
+    return dx, du, dun
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    du, dun = _statistics(x, *x.shape[:2], count=2)
+    return torch.empty_like(x), du, dun
+
+
+# -------------------------------------------------------------------------------------------------------- autograd
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(*inputs[:5], mean, rstd)
+
+
+def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+    dx, du, dun = _backward(dy, x, weight, bias, scale, shift, mean, rstd)
+    needed = ctx.needs_input_grad
+    to_weight = to_bias = to_scale = to_shift = None
+    if needed[1] or needed[2]:
+        factor = 1.0 if scale is None else scale.flatten(1).to(du.dtype) + 1
+        to_weight = (dun * factor).sum(0).to(weight.dtype) if needed[1] else None
+        to_bias = (du * factor).sum(0).to(bias.dtype) if needed[2] else None
+    if scale is not None and needed[3]:
+        to_scale = (dun * weight.to(du.dtype) + du * bias.to(du.dtype))[:, :, None, None]
+        to_scale = to_scale.sum_to_size(scale.shape).to(scale.dtype)
+    if shift is not None and needed[4]:
+        to_shift = du[:, :, None, None].sum_to_size(shift.shape).to(shift.dtype)
+    return dx if needed[0] else None, to_weight, to_bias, to_scale, to_shift, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 # -------------------------------------------------------------------------------------------------- public function
@@ -334,8 +373,8 @@ def group_norm_silu(
     if use_triton(op, backend, x.device):
         if scale is not None and shift is not None and scale.shape != shift.shape:
             scale, shift = torch.broadcast_tensors(scale, shift)
-        out: Tensor = _GroupNormSilu.apply(_dense(x), weight.contiguous(), bias.contiguous(), scale, shift, groups, eps)
-        return out
+        y: Tensor = _forward(_dense(x), weight.contiguous(), bias.contiguous(), scale, shift, groups, eps)[0]
+        return y
     return recomputed.group_norm_silu(x, groups, weight, bias, scale=scale, shift=shift, eps=eps)
 
 

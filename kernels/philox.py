@@ -12,7 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _checks, reference
-from ._dispatch import Backend, float64_bits, on_device, signed32, use_triton
+from ._checks import Position
+from ._dispatch import Backend, float64_bits, on_device, signed32, signed64, use_triton
+from ._operators import operator
 
 WORDS, UNIFORM, NORMAL = 0, 1, 2
 _BLOCK = 256  # Philox blocks a program
@@ -24,6 +26,15 @@ _BLOCK = 256  # Philox blocks a program
 def philox_seed(seed_lo, seed_hi):
     """The 64-bit seed from its two int32 halves."""
     return (seed_hi.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_lo.to(tl.uint32, bitcast=True).to(tl.uint64)
+
+
+@triton.jit
+def philox_step(step):
+    """The step as an int32: the argument itself, or what it points to. A replayed graph reads the latter anew."""
+    if step.dtype.is_ptr():
+        return tl.load(step).to(tl.int32)
+    else:
+        return step
 
 
 @triton.jit
@@ -200,6 +211,7 @@ def _philox_kernel(
     i_tile = tl.program_id(0) % tiles
     b_index = tl.load(p_index + i_sample)
     seed = philox_seed(seed_lo, seed_hi)
+    step = philox_step(step)
     o_q = i_tile * BLOCK + tl.arange(0, BLOCK)
     o_block = o_q.to(tl.uint32) + first_block.to(tl.uint32, bitcast=True)
     if KIND == 2:
@@ -218,6 +230,7 @@ def _gamma_kernel(p_index, p_out, seed_lo, seed_hi, step, stream, shape_bits, BO
     """One draw a program."""
     i_sample = tl.program_id(0)
     shape = shape_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    step = philox_step(step)
     g, boost = gamma_parts(tl.load(p_index + i_sample), shape, philox_seed(seed_lo, seed_hi), step, stream, BOOST=BOOST)
     if BOOST:
         g = tl.exp(tl.log(g) + boost)
@@ -227,23 +240,60 @@ def _gamma_kernel(p_index, p_out, seed_lo, seed_hi, step, stream, shape_bits, BO
 # -------------------------------------------------------------------------------------------------------- launchers
 
 
-def scalar_arguments(seed: int, stream: int, step: int) -> tuple[int, int, int, int]:
+def operands(position: Position) -> tuple[int, int, int, Tensor | None]:
+    """(seed, stream, step, clock) as the operators take them: the seed signed, the step a number or the clock."""
+    step = position["step"]
+    number, clock = (0, step) if isinstance(step, Tensor) else (step, None)
+    return signed64(position["seed"]), position["stream"], number, clock
+
+
+def scalar_arguments(seed: int, stream: int, step: int, clock: Tensor | None) -> tuple[int, int, int | Tensor, int]:
     """(seed_lo, seed_hi, step, stream) as the kernels take them."""
-    return signed32(seed), signed32(seed >> 32), signed32(step), stream
+    return signed32(seed), signed32(seed >> 32), signed32(step) if clock is None else clock, stream
 
 
-def _launch_philox(
-    index: Tensor, count: int, kind: int, dtype: torch.dtype, position: dict[str, int], first_block: int = 0
+def _dtype(kind: int) -> torch.dtype:
+    return torch.int64 if kind == WORDS else torch.float32
+
+
+@operator("philox")
+def launch_philox(
+    index: Tensor, count: int, kind: int, first_block: int, seed: int, stream: int, step: int, clock: Tensor | None
 ) -> Tensor:
-    out = torch.empty(len(index), count, dtype=dtype, device=index.device)
+    """(B, count) numbers of this kind."""
+    out = torch.empty(len(index), count, dtype=_dtype(kind), device=index.device)
     if out.numel():
         block = min(_BLOCK, triton.next_power_of_2(-(-count // 4)))
         grid = (len(index) * triton.cdiv(count, 4 * block),)
+        position = scalar_arguments(seed, stream, step, clock)
         with on_device(index.device):
-            _philox_kernel[grid](
-                index, out, *scalar_arguments(**position), signed32(first_block), count, KIND=kind, BLOCK=block
-            )
+            _philox_kernel[grid](index, out, *position, signed32(first_block), count, KIND=kind, BLOCK=block)
     return out
+
+
+@launch_philox.register_fake
+def _(
+    index: Tensor, count: int, kind: int, first_block: int, seed: int, stream: int, step: int, clock: Tensor | None
+) -> Tensor:
+    return torch.empty(index.shape[0], count, dtype=_dtype(kind), device=index.device)
+
+
+@operator("gamma")
+def launch_gamma(index: Tensor, shape: float, seed: int, stream: int, step: int, clock: Tensor | None) -> Tensor:
+    """(B,) float64 draws of Gamma(shape, 1)."""
+    out = torch.empty(len(index), dtype=torch.float64, device=index.device)
+    if len(index):
+        position = scalar_arguments(seed, stream, step, clock)
+        with on_device(index.device):
+            _gamma_kernel[(len(index),)](
+                index, out, *position, float64_bits(shape), BOOST=shape < 1, num_warps=1
+            )  # fmt: skip
+    return out
+
+
+@launch_gamma.register_fake
+def _(index: Tensor, shape: float, seed: int, stream: int, step: int, clock: Tensor | None) -> Tensor:
+    return index.new_empty(index.shape, dtype=torch.float64)
 
 
 # -------------------------------------------------------------------------------------------------- public functions
@@ -255,7 +305,7 @@ def random_words(
     *,
     seed: int,
     stream: int,
-    step: int,
+    step: int | Tensor,
     first_block: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -264,49 +314,58 @@ def random_words(
     For tests; arguments and errors as in `uniform`.
     """
     op = "random_words"
-    index, position = _checks.index(op, sample_index), _checks.position(op, seed, stream, step)
+    index = _checks.index(op, sample_index)
+    position = _checks.position(op, seed, stream, step, index)
     blocks, first_block = _checks.integer(op, "blocks", blocks, 31), _checks.integer(op, "first_block", first_block, 32)
     if first_block + blocks > 1 << 32:
         raise ValueError(f"{op}: first_block + blocks must be at most 2**32; got {first_block + blocks}")
     if use_triton(op, backend, index.device):
-        words = _launch_philox(index, 4 * blocks, WORDS, torch.int64, position, first_block)
+        words: Tensor = launch_philox(index, 4 * blocks, WORDS, first_block, *operands(position))
         return words.view(len(index), blocks, 4)
     return reference.random_words(index, blocks, **position, first_block=first_block)
 
 
 def uniform(
-    sample_index: Tensor, count: int, *, seed: int, stream: int, step: int, backend: Backend = "auto"
+    sample_index: Tensor, count: int, *, seed: int, stream: int, step: int | Tensor, backend: Backend = "auto"
 ) -> Tensor:
     """`count` uniform numbers in (0, 1] for each sample: (B, count) float32, u = w·2⁻³² + 2⁻³³ of a 32-bit word w.
 
     sample_index: (B,) int64 in [0, 2⁴⁸), the samples' global indices (higher bits are ignored). 0 <= seed < 2⁶⁴,
-    0 <= stream < 2¹⁶, 0 <= step < 2³². Two calls that agree in (seed, stream, step, sample index) return the same
-    numbers: different purposes take different streams. Equal bits on every backend. Raises ValueError for anything
-    else. Source: Salmon et al. 2011, Philox4x32-10.
+    0 <= stream < 2¹⁶, 0 <= step < 2³². The step may also be a 0-d int64 tensor on the samples' device, with the same
+    result: a captured CUDA graph keeps a number but reads a tensor at each replay. Its value is not checked; the low 32
+    bits count. Two calls that agree in (seed, stream, step, sample index) return the same numbers: different purposes
+    take different streams. Equal bits on every backend. Raises ValueError for anything else. Source: Salmon et al.
+    2011, Philox4x32-10.
     """
     op = "uniform"
-    index, position = _checks.index(op, sample_index), _checks.position(op, seed, stream, step)
+    index = _checks.index(op, sample_index)
+    position = _checks.position(op, seed, stream, step, index)
     count = _checks.integer(op, "count", count, 31)
     if use_triton(op, backend, index.device):
-        return _launch_philox(index, count, UNIFORM, torch.float32, position)
+        numbers: Tensor = launch_philox(index, count, UNIFORM, 0, *operands(position))
+        return numbers
     return reference.uniform(index, count, **position)
 
 
-def normal(sample_index: Tensor, count: int, *, seed: int, stream: int, step: int, backend: Backend = "auto") -> Tensor:
+def normal(
+    sample_index: Tensor, count: int, *, seed: int, stream: int, step: int | Tensor, backend: Backend = "auto"
+) -> Tensor:
     """`count` standard normal numbers for each sample: (B, count) float32, two Box-Muller pairs a Philox block.
 
     Arguments and errors as in `uniform`. Equal on every backend up to the last bits of log, sqrt, sin and cos.
     """
     op = "normal"
-    index, position = _checks.index(op, sample_index), _checks.position(op, seed, stream, step)
+    index = _checks.index(op, sample_index)
+    position = _checks.position(op, seed, stream, step, index)
     count = _checks.integer(op, "count", count, 31)
     if use_triton(op, backend, index.device):
-        return _launch_philox(index, count, NORMAL, torch.float32, position)
+        numbers: Tensor = launch_philox(index, count, NORMAL, 0, *operands(position))
+        return numbers
     return reference.normal(index, count, dtype=torch.float32, **position)
 
 
 def gamma(
-    sample_index: Tensor, shape: float, *, seed: int, stream: int, step: int, backend: Backend = "auto"
+    sample_index: Tensor, shape: float, *, seed: int, stream: int, step: int | Tensor, backend: Backend = "auto"
 ) -> Tensor:
     """One Gamma(shape, 1) draw for each sample: (B,) float64; 0 < shape < inf.
 
@@ -315,14 +374,10 @@ def gamma(
     `uniform`.
     """
     op = "gamma"
-    index, position = _checks.index(op, sample_index), _checks.position(op, seed, stream, step)
+    index = _checks.index(op, sample_index)
+    position = _checks.position(op, seed, stream, step, index)
     shape = _checks.positive(op, "shape", shape)
-    if not use_triton(op, backend, index.device):
-        return reference.gamma(index, shape, **position)
-    out = torch.empty(len(index), dtype=torch.float64, device=index.device)
-    if len(index):
-        with on_device(index.device):
-            _gamma_kernel[(len(index),)](
-                index, out, *scalar_arguments(**position), float64_bits(shape), BOOST=shape < 1, num_warps=1
-            )
-    return out
+    if use_triton(op, backend, index.device):
+        numbers: Tensor = launch_gamma(index, shape, *operands(position))
+        return numbers
+    return reference.gamma(index, shape, **position)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import overload
+from typing import Any, overload
 
 import torch
 import triton
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._dispatch import Backend, float64_bits, noise_config, on_device, use_triton
-from .philox import gamma_parts, interleave4, normals, philox_seed, scalar_arguments
+from ._operators import operator
+from .philox import gamma_parts, interleave4, normals, operands, philox_seed, philox_step, scalar_arguments
 
 # ---------------------------------------------------------------------------------------------------------- kernel
 
@@ -64,6 +65,7 @@ def _perturb_kernel(
     b_index = tl.load(p_index + i_sample)
     b_scale = tl.load(p_sigma + i_sample).to(tl.float64)
     seed = philox_seed(seed_lo, seed_hi)
+    step = philox_step(step)
     if HEAVY:
         a = half_dof_bits.to(tl.int64).to(tl.float64, bitcast=True)
         g, boost = gamma_parts(b_index, a, seed, step, stream, BOOST=BOOST)
@@ -140,7 +142,7 @@ def launch_perturb(
     y: Tensor,
     sigma: Tensor,
     D: float,
-    position: dict[str, int],
+    position: tuple[int, int, int | Tensor, int],
     index: Tensor,
     c_in: Tensor | None,
     out_dtype: torch.dtype,
@@ -169,7 +171,7 @@ def launch_perturb(
     with on_device(y.device):
         _perturb_kernel[grid](
             y, sigma, sigma if c_in is None else c_in, index, x, x if scaled is None else scaled,
-            *scalar_arguments(**position), float64_bits(D / 2 if heavy else 1.0),
+            *position, float64_bits(D / 2 if heavy else 1.0),
             inner, *sizes[1:],
             y.stride(0), y.stride(1), *sy,
             x.stride(0), x.stride(1), *sx,
@@ -180,32 +182,67 @@ def launch_perturb(
     return x, scaled
 
 
-class _Perturb(torch.autograd.Function):
-    """dx/dy = I and d(c_in·x)/dy = c_in: the noise does not depend on y."""
+@operator("perturb")
+def _perturb(
+    y: Tensor, sigma: Tensor, D: float, seed: int, stream: int, step: int, clock: Tensor | None, index: Tensor
+) -> Tensor:
+    """x."""
+    x, _ = launch_perturb(y, sigma, D, scalar_arguments(seed, stream, step, clock), index, None, y.dtype)
+    return x
 
-    @staticmethod
-    def forward(ctx, y, sigma, D, position, index, c_in, out_dtype, triton_runs):
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(c_in)
-        ctx.dtype = y.dtype
-        if triton_runs:
-            x, scaled = launch_perturb(y, sigma, D, position, index, c_in, out_dtype)
-        else:
-            result = reference.perturb(y, sigma, D, **position, sample_index=index, c_in=c_in, out_dtype=out_dtype)
-            x, scaled = (result, None) if isinstance(result, Tensor) else result
-        return x if scaled is None else (x, scaled)
 
-    @staticmethod
-    def backward(ctx, grad_x, grad_scaled=None):
+@_perturb.register_fake
+def _(
+    y: Tensor, sigma: Tensor, D: float, seed: int, stream: int, step: int, clock: Tensor | None, index: Tensor
+) -> Tensor:
+    return torch.empty_like(y)
+
+
+@operator("perturb_scaled")
+def _perturb_scaled(
+    y: Tensor, sigma: Tensor, D: float, seed: int, stream: int, step: int, clock: Tensor | None, index: Tensor,
+    c_in: Tensor, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(x, c_in·x)."""
+    x, scaled = launch_perturb(y, sigma, D, scalar_arguments(seed, stream, step, clock), index, c_in, out_dtype)
+    assert scaled is not None
+    return x, scaled
+
+
+@_perturb_scaled.register_fake
+def _(
+    y: Tensor, sigma: Tensor, D: float, seed: int, stream: int, step: int, clock: Tensor | None, index: Tensor,
+    c_in: Tensor, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(y), torch.empty_like(y, dtype=out_dtype)
+
+
+# -------------------------------------------------------------------------------------------------------- autograd
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dx/dy = I: the noise does not depend on y."""
+    return grad, None, None, None, None, None, None, None
+
+
+def _setup_scaled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[8])
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward_scaled(ctx: Any, grad: Tensor | None, grad_scaled: Tensor | None) -> tuple[Tensor | None, ...]:
+    """d(c_in·x)/dy = c_in."""
+    if grad_scaled is not None:
         (c_in,) = ctx.saved_tensors
-        grad = grad_x
-        if grad_scaled is not None:
-            compute = torch.promote_types(ctx.dtype, torch.float32)
-            grad = c_in.to(compute).view(-1, *[1] * (grad_scaled.ndim - 1)) * grad_scaled.to(compute)
-            if grad_x is not None:
-                grad = grad + grad_x
-            grad = grad.to(ctx.dtype)
-        return grad, None, None, None, None, None, None, None
+        compute = torch.promote_types(ctx.dtype, torch.float32)
+        through = c_in.to(compute).view(-1, *[1] * (grad_scaled.ndim - 1)) * grad_scaled.to(compute)
+        grad = (through if grad is None else through + grad).to(ctx.dtype)
+    return grad, None, None, None, None, None, None, None, None, None
+
+
+_perturb.register_autograd(_backward)
+_perturb_scaled.register_autograd(_backward_scaled, setup_context=_setup_scaled)
 
 
 # -------------------------------------------------------------------------------------------------- public function
@@ -219,7 +256,7 @@ def perturb(
     *,
     seed: int,
     stream: int,
-    step: int,
+    step: int | Tensor,
     sample_index: Tensor,
     c_in: None = None,
     out_dtype: None = None,
@@ -235,7 +272,7 @@ def perturb(
     *,
     seed: int,
     stream: int,
-    step: int,
+    step: int | Tensor,
     sample_index: Tensor,
     c_in: Tensor,
     out_dtype: torch.dtype | None = None,
@@ -250,7 +287,7 @@ def perturb(
     *,
     seed: int,
     stream: int,
-    step: int,
+    step: int | Tensor,
     sample_index: Tensor,
     c_in: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
@@ -268,14 +305,15 @@ def perturb(
         sigma: (B,) float32 or float64, noise levels in the units of y.
         D: number of auxiliary dimensions, any real in (0, ∞].
         seed, stream, step, sample_index: position of the noise, as in `ipfm.kernels.philox.uniform`; sample_index is
-            (B,) int64. Element i (in C-contiguous order) of a sample gets the same noise whatever the batch, the order,
-            the memory format, the dtype and the backend.
+            (B,) int64, the step a number or a 0-d int64 tensor. Element i (in C-contiguous order) of a sample gets the
+            same noise whatever the batch, the order, the memory format, the dtype and the backend.
         c_in: (B,) float32 or float64; asks for c_in·x too, computed from x before it is rounded.
         out_dtype: dtype of c_in·x; y's when None.
         backend: "auto", "triton" or "reference".
 
     Returns:
-        x, or (x, c_in·x): shape and memory format of y; x in y's dtype. Differentiable in y (dx/dy = I).
+        x, or (x, c_in·x): shape and memory format of y; x in y's dtype. Differentiable in y (dx/dy = I),
+        not in sigma and c_in.
 
     Where the heavy tail leaves the range of the dtype (most draws at D = 0.001 do), x is ±inf, never NaN.
     Raises ValueError for a shape, dtype, device or number that does not fit. Bytes moved: y read once, x (and c_in·x)
@@ -285,15 +323,21 @@ def perturb(
     _checks.samples(op, "y", y)
     if y[:1].numel() > 1 << 30:
         raise ValueError(f"{op}: y may have at most 2**30 elements a sample; got {tuple(y.shape)}")
-    sigma = _checks.per_sample(op, "sigma", sigma, y)
+    sigma = _checks.per_sample(op, "sigma", sigma, y).detach()
     D = _checks.positive(op, "D", D, infinite=True)
     index = _checks.index(op, sample_index, y)
-    position = _checks.position(op, seed, stream, step)
+    position = _checks.position(op, seed, stream, step, y)
     if c_in is not None:
-        c_in = _checks.per_sample(op, "c_in", c_in, y)
+        c_in = _checks.per_sample(op, "c_in", c_in, y).detach()
     elif out_dtype is not None:
         raise ValueError(f"{op}: out_dtype is the dtype of c_in·x and needs c_in; got out_dtype without it")
     if out_dtype is None:
         out_dtype = y.dtype
     _checks.float_dtype(op, "out_dtype", out_dtype)
-    return _Perturb.apply(y, sigma, D, position, index, c_in, out_dtype, use_triton(op, backend, y.device))
+    if use_triton(op, backend, y.device):
+        if c_in is None:
+            x: Tensor = _perturb(y, sigma, D, *operands(position), index)
+            return x
+        both: tuple[Tensor, Tensor] = _perturb_scaled(y, sigma, D, *operands(position), index, c_in, out_dtype)
+        return both
+    return reference.perturb(y, sigma, D, **position, sample_index=index, c_in=c_in, out_dtype=out_dtype)

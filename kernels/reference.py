@@ -24,9 +24,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import Position
+from ._dispatch import signed64
+
 GAMMA_BLOCK = 1 << 31  # first Philox block of the gamma trials
 WEIGHT_FLOOR = 1e-5  # floor of the mean |y - T| below the generator loss's weight
 LOG_RATIO_MAX = 690.0  # cap of ln sqrt(D/K): keeps 0 * inf out of x at tiny D
+
+# Trials of a gamma variable. One is accepted with probability 0.95 or more: that none of 16 is has probability 1e-21.
+# A fixed number, so that nothing waits for the device, and compilers and the meta device have no value to ask for.
+_TRIALS = 16
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
@@ -58,29 +65,33 @@ class DenoisingLoss(NamedTuple):
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of broadcastable int64 counters in [0, 2^32): four int64 words in [0, 2^32)."""
     c0, c1, c2, c3 = (c.contiguous().clone() for c in torch.broadcast_tensors(c0, c1, c2, c3))
-    k0, k1 = seed & _WORD, seed >> 32
+    # The rounds' keys as tensors: torch.compile makes floats of the Python numbers that a changing seed would give.
+    key, rounds = torch.full((), signed64(seed), device=c0.device), torch.arange(10, device=c0.device)
+    keys = [((key >> shift) & _WORD) + rounds * step & _WORD for shift, step in zip((0, 32), _KEY_STEPS, strict=True)]
     high = torch.empty_like(c0)
-    for _ in range(10):
+    for k0, k1 in zip(*(k.unbind() for k in keys), strict=True):
         # A 32 x 32-bit product fits 64 bits; that int64 reads it as signed does not matter to its bits. c1 and c3 keep
         # rubbish above bit 31, which the mask takes away after the exclusive or.
         p0, p1 = c0.mul_(_MULTIPLIERS[0]), c2.mul_(_MULTIPLIERS[1])
         c0 = c1.bitwise_xor_(torch.bitwise_right_shift(p1, 32, out=high)).bitwise_xor_(k0).bitwise_and_(_WORD)
         c2 = c3.bitwise_xor_(torch.bitwise_right_shift(p0, 32, out=high)).bitwise_xor_(k1).bitwise_and_(_WORD)
         c1, c3 = p1, p0
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
     return c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)
 
 
-def _words(sample_index: Tensor, first_block: int, blocks: int, *, seed: int, stream: int, step: int) -> list[Tensor]:
+def _words(
+    sample_index: Tensor, first_block: int, blocks: int, *, seed: int, stream: int, step: int | Tensor
+) -> list[Tensor]:
     """The four words of blocks [first_block, first_block + blocks) of every sample, each (B, blocks)."""
     index = sample_index.view(-1, 1)
     block = torch.arange(first_block, first_block + blocks, device=index.device)
+    c2 = step & _WORD if isinstance(step, Tensor) else torch.full_like(index, step)
     c3 = ((index >> 16) & 0xFFFF0000) | stream
-    return list(philox(block, index & _WORD, torch.full_like(index, step), c3, seed))
+    return list(philox(block, index & _WORD, c2, c3, seed))
 
 
 def random_words(
-    sample_index: Tensor, blocks: int, *, seed: int, stream: int, step: int, first_block: int = 0
+    sample_index: Tensor, blocks: int, *, seed: int, stream: int, step: int | Tensor, first_block: int = 0
 ) -> Tensor:
     """(B, blocks, 4) int64: the words of Philox blocks [first_block, first_block + blocks)."""
     return torch.stack(_words(sample_index, first_block, blocks, seed=seed, stream=stream, step=step), -1)
@@ -96,14 +107,14 @@ def _box_muller(u_radius: Tensor, u_angle: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos().mul_(radius), angle.sin_().mul_(radius)
 
 
-def uniform(sample_index: Tensor, count: int, *, seed: int, stream: int, step: int) -> Tensor:
+def uniform(sample_index: Tensor, count: int, *, seed: int, stream: int, step: int | Tensor) -> Tensor:
     """(B, count) float32 in (0, 1]."""
     words = _words(sample_index, 0, -(-count // 4), seed=seed, stream=stream, step=step)
     return torch.stack([_uniform(w) for w in words], -1).flatten(1)[:, :count]
 
 
 def normal(
-    sample_index: Tensor, count: int, *, seed: int, stream: int, step: int, dtype: torch.dtype = torch.float32
+    sample_index: Tensor, count: int, *, seed: int, stream: int, step: int | Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """(B, count) standard normals: two Box-Muller pairs a Philox block, computed in `dtype`."""
     words = _words(sample_index, 0, -(-count // 4), seed=seed, stream=stream, step=step)
@@ -112,40 +123,28 @@ def normal(
 
 
 def _gamma_parts(
-    sample_index: Tensor, shape: float, *, seed: int, stream: int, step: int
+    sample_index: Tensor, shape: float, *, seed: int, stream: int, step: int | Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """(g, b) with g·exp(b) ~ Gamma(shape), float64; b is None for shape >= 1 [Marsaglia & Tsang 2000].
 
-    The trials are as many as it takes. On a CUDA tensor the test for "all accepted" waits for the device; the Triton
-    kernel, which is what runs there, does not.
+    Of the trials the first accepted one counts; were there none, the value would be d, which is close to the mean.
     """
     a = shape + 1 if shape < 1 else shape
     d = a - 1 / 3
     c = 1 / math.sqrt(9 * d)
-    value = torch.zeros(len(sample_index), dtype=torch.float64, device=sample_index.device)
-    pending = torch.ones_like(value, dtype=torch.bool)
-    boost, trial, trials = None, GAMMA_BLOCK, 4
-    while True:
-        words = _words(sample_index, trial, trials, seed=seed, stream=stream, step=step)
-        u = [_uniform(w).double() for w in words]
-        if boost is None:
-            boost = u[3][:, 0].log() / shape
-        x = _box_muller(u[0], u[1])[0]
-        t = c * x
-        # x²/2 + d(1 - v + ln v) for v = (1+t)³, written so that nothing of the size of d cancels.
-        bound = d * (3 * (torch.log1p(t) - t) + t * t * (1.5 - t))
-        accept = (t > -1) & ((u[2] < 1 - 0.0331 * x**4) | (u[2].log() < bound))
-        first = accept.to(torch.uint8).argmax(1, keepdim=True)
-        draw = d * (1 + t.gather(1, first)[:, 0]) ** 3
-        accepted = accept.any(1)
-        value = torch.where(pending & accepted, draw, value)
-        pending = pending & ~accepted
-        if not pending.any():
-            return value, boost if shape < 1 else None
-        trial += trials
+    words = _words(sample_index, GAMMA_BLOCK, _TRIALS, seed=seed, stream=stream, step=step)
+    u = [_uniform(w).double() for w in words]
+    x = _box_muller(u[0], u[1])[0]
+    t = c * x
+    # x²/2 + d(1 - v + ln v) for v = (1+t)³, written so that nothing of the size of d cancels.
+    bound = d * (3 * (torch.log1p(t) - t) + t * t * (1.5 - t))
+    accept = (t > -1) & ((u[2] < 1 - 0.0331 * x**4) | (u[2].log() < bound))
+    first = accept.to(torch.uint8).argmax(1, keepdim=True)
+    value = d * (1 + torch.where(accept, t, 0).gather(1, first)[:, 0]) ** 3
+    return value, u[3][:, 0].log() / shape if shape < 1 else None
 
 
-def gamma(sample_index: Tensor, shape: float, *, seed: int, stream: int, step: int) -> Tensor:
+def gamma(sample_index: Tensor, shape: float, *, seed: int, stream: int, step: int | Tensor) -> Tensor:
     """(B,) float64 draws of Gamma(shape, 1)."""
     g, boost = _gamma_parts(sample_index, shape, seed=seed, stream=stream, step=step)
     return g if boost is None else torch.exp(g.log() + boost)
@@ -165,14 +164,14 @@ def perturb(
     *,
     seed: int,
     stream: int,
-    step: int,
+    step: int | Tensor,
     sample_index: Tensor,
     c_in: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """x = y + σ·g/√(K/D), K = 2·Gamma(D/2), g ~ N(0, I); K/D = 1 at D = ∞ [PFGM++ eq. 4, a multivariate Student t]."""
     compute = torch.promote_types(y.dtype, torch.float32)
-    position = {"seed": seed, "stream": stream, "step": step}
+    position: Position = {"seed": seed, "stream": stream, "step": step}
     scale = sigma.double()
     if not math.isinf(D):
         a = D / 2

@@ -96,6 +96,7 @@ def _perturb_cases() -> Iterator[Case]:
         inner: int = cifar,
         samples: int = 256,
         sliced: bool = False,
+        clock: bool = False,
         quick: bool = True,
     ) -> Case:
         block, tiles, warps = noise_config(samples, inner, channels == 3)
@@ -124,7 +125,9 @@ def _perturb_cases() -> Iterator[Case]:
         aligned: tuple[str, ...] = ("p_y", "p_x", "p_scaled", "p_sigma", "p_c_in", "p_index")
         if inner % 16 == 0:
             aligned += ("inner", "sy_b", "sx_b")
-        loads = 2 + (out is not None)
+        if clock:
+            types["step"] = "*i64"
+        loads = 2 + (out is not None) + clock
         return Case(
             "perturb", variant, _perturb_kernel, types, constants, aligned, warps, scalar_loads=loads, quick=quick
         )
@@ -142,6 +145,7 @@ def _perturb_cases() -> Iterator[Case]:
     yield case("fp32 D=128 c_in bf16 channels_last", channels=3, inner=1024, out="bf16")
     yield case("bf16 D=128 channels_last", channels=3, inner=1024, dtype="bf16", quick=False)
     yield case("fp32 D=128 sliced", sliced=True, quick=False)
+    yield case("fp32 D=128 step in memory", clock=True)
     yield case("fp32 D=128 unaligned", inner=odd)
 
 
@@ -212,16 +216,23 @@ def _group_norm_cases() -> Iterator[Case]:
 
 def _philox_cases() -> Iterator[Case]:
     position = dict.fromkeys(("seed_lo", "seed_hi", "step", "stream"), "i32")
-    for variant, kind in (("uniform", UNIFORM), ("normal", NORMAL)):
+    clock = position | {"step": "*i64"}
+    for variant, kind, at in (
+        ("uniform", UNIFORM, position), ("normal", NORMAL, position), ("normal step in memory", NORMAL, clock)
+    ):  # fmt: skip
         yield Case(
             "philox", variant, _philox_kernel,
-            {"p_index": "*i64", "p_out": "*fp32", **position, "first_block": "i32", "count": "i32"},
-            {"KIND": kind, "BLOCK": 256}, ("p_index", "p_out", "count"), scalar_loads=1, quick=kind == NORMAL,
+            {"p_index": "*i64", "p_out": "*fp32", **at, "first_block": "i32", "count": "i32"},
+            {"KIND": kind, "BLOCK": 256}, ("p_index", "p_out", "count"), scalar_loads=1 + (at is clock),
+            quick=variant == "normal",
         )  # fmt: skip
-    for variant, boost in (("shape >= 1", False), ("shape < 1", True)):
+    for variant, boost, at in (
+        ("shape >= 1", False, position), ("shape < 1", True, position), ("shape < 1 step in memory", True, clock)
+    ):  # fmt: skip
         yield Case(
-            "gamma", variant, _gamma_kernel, {"p_index": "*i64", "p_out": "*fp64", **position, "shape_bits": "i64"},
-            {"BOOST": boost}, ("p_index", "p_out"), 1, scalar_loads=1, scalar_stores=1, quick=boost,
+            "gamma", variant, _gamma_kernel, {"p_index": "*i64", "p_out": "*fp64", **at, "shape_bits": "i64"},
+            {"BOOST": boost}, ("p_index", "p_out"), 1, scalar_loads=1 + (at is clock), scalar_stores=1,
+            quick=variant == "shape < 1",
         )  # fmt: skip
 
 
