@@ -1,0 +1,172 @@
+"""What is measured: the shapes of the recipes and of their networks, odd ones, and on CUDA ones of 2^25 elements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import denoising_loss, group_norm_silu, ipfm_loss, perturb, recomputed, reference
+from .._dispatch import row_config
+from ..group_norm import block_sizes
+from .optimiser import AdamWorkload
+from .providers import EAGER, FunctionWorkload, Workload
+
+LARGE = 1 << 25
+GROUPS = 32
+# CIFAR-10's batch; one of ImageNet's micro-batches; the batch of FFHQ and AFHQv2; an odd one; two large ones.
+CUDA_IMAGES = [
+    (256, 3, 32, 32), (32, 3, 64, 64), (512, 3, 64, 64), (13, 3, 31, 29), (10923, 3, 32, 32), (2731, 3, 64, 64),
+]  # fmt: skip
+CPU_IMAGES = [(64, 3, 32, 32), (16, 3, 64, 64), (13, 3, 31, 29)]
+# (channels, height, width, samples on CUDA, samples on the CPU): ncsn++ on CIFAR-10, ADM on ImageNet, an odd one.
+NCSNPP_LEVELS = [(256, 32, 32, 256, 4), (256, 16, 16, 256, 8), (256, 8, 8, 256, 16)]
+ADM_LEVELS = [(192, 64, 64, 64, 2), (384, 32, 32, 32, 2), (576, 16, 16, 32, 4), (768, 8, 8, 32, 8)]
+ODD_LEVEL = (96, 7, 5, 13, 5)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes that any implementation must move, and those that the Triton kernels move."""
+
+    needed: int
+    kernel: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation on given inputs; `bytes` names its modes: forward, backward, both, or step."""
+
+    op: str
+    variant: str
+    shape: str
+    dtype: torch.dtype
+    elements: int
+    bytes: Mapping[str, Bytes]
+    workload: Workload
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Every case for a device, made one after the other: their tensors together would fill it. `quick`: one an op."""
+    cuda = device.type == "cuda"
+    images = CUDA_IMAGES if cuda else CPU_IMAGES
+    for shape in images[: 1 if quick else None]:
+        main = not quick and (shape == images[0] or math.prod(shape) >= LARGE)
+        for dtype in [torch.float32, torch.bfloat16] if cuda and main else [torch.float32]:
+            yield from perturb_cases(device, shape, dtype, every_variant=main)
+            yield from loss_cases(device, shape, dtype)
+    levels = [*NCSNPP_LEVELS, *ADM_LEVELS, ODD_LEVEL]
+    for channels, height, width, on_cuda, on_cpu in levels[1:2] if quick else levels:
+        shape = (on_cuda if cuda else on_cpu, channels, height, width)
+        for dtype in [torch.bfloat16, torch.float32] if cuda and not quick else [torch.float32]:
+            for last in [False] if quick or not (cuda or channels == 256) else [False, True]:
+                yield group_norm_case(device, shape, dtype, last=last, scaled=True)
+            if (channels, height) == (256, 32):
+                yield group_norm_case(device, shape, dtype, last=False, scaled=False)
+    # As many parameters as ncsn++ has: 55.7 million.
+    width, convolutions, vectors = (256, 95, 405) if cuda else (32, 32, 32)
+    shapes: list[tuple[int, ...]] = [(width, width, 3, 3)] * convolutions
+    shapes += [(width,)] * vectors
+    yield adam_case(device, [(sum(map(math.prod, shapes)),)], "one flat tensor")
+    if not quick:
+        yield adam_case(device, shapes, f"{len(shapes)} tensors")
+
+
+def perturb_cases(
+    device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, *, every_variant: bool
+) -> Iterator[Case]:
+    """D = 128; with `every_variant` also the Gaussian kernel, channels_last, and c_in·x in bfloat16."""
+    generator = torch.Generator(device).manual_seed(0)
+    y = torch.randn(shape, generator=generator, device=device).to(dtype)
+    sigma = torch.rand(shape[0], generator=generator, device=device) + 0.1
+    position = {"seed": 1, "stream": 0, "step": 7, "sample_index": torch.arange(shape[0], device=device)}
+    size = y.nbytes
+    once = {"forward": Bytes(2 * size, 2 * size)}
+
+    def make(variant: str, bytes_: Mapping[str, Bytes], y: Tensor, D: float, arguments: Mapping[str, Any]) -> Case:
+        work = FunctionWorkload({EAGER: reference.perturb}, perturb, (y, sigma, D), arguments)
+        return Case("perturb", variant, _name(shape), dtype, y.numel(), bytes_, work)
+
+    yield make("D=128", once, y, 128.0, position)
+    if not every_variant:
+        return
+    yield make("D=inf", once, y, math.inf, position)
+    yield make("D=128 channels_last", once, y.to(memory_format=torch.channels_last), 128.0, position)
+    half = 2 * y.numel()
+    # The way back is PyTorch's, whose bytes are counted as they run.
+    modes = {
+        "forward": Bytes(2 * size + half, 2 * size + half),
+        "backward": Bytes(2 * size + half, 0),
+        "both": Bytes(2 * (2 * size + half), 2 * size + half),
+    }
+    arguments = {**position, "c_in": 1 / (sigma.square() + 0.25).sqrt(), "out_dtype": torch.bfloat16}
+    yield make("D=128 c_in bf16", modes, y.clone().requires_grad_(), 128.0, arguments)
+
+
+def loss_cases(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
+    """The losses with their gradients; a row too long for the registers is read twice."""
+    generator = torch.Generator(device).manual_seed(0)
+    t, s, y = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3))
+    sigma = torch.rand(shape[0], generator=generator, device=device) + 0.1
+    size, row = y.nbytes, y[0].numel()
+    reads = 1 if row_config(row)[0] >= row else 2
+    make = partial(Case, shape=_name(shape), dtype=dtype, elements=y.numel())
+    work = FunctionWorkload({EAGER: reference.ipfm_loss}, ipfm_loss, (t, s, y), {"alpha": 1.0})
+    yield make("ipfm_loss", "alpha=1", bytes={"forward": Bytes(6 * size, (3 + 3 * reads) * size)}, workload=work)
+    work = FunctionWorkload({EAGER: reference.denoising_loss}, denoising_loss, (t, y, sigma), {})
+    yield make("denoising_loss", "", bytes={"forward": Bytes(3 * size, (1 + 2 * reads) * size)}, workload=work)
+
+
+def plain_group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """PyTorch's operations one after the other, as autograd records them."""
+    n = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(n if scale is None or shift is None else torch.addcmul(shift, n, scale + 1))
+
+
+def group_norm_case(
+    device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, *, last: bool, scaled: bool
+) -> Case:
+    """Gradients with respect to everything; "recomputed" is the operation's reference, which keeps the input alone."""
+    batch, channels, height, width = shape
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).to(dtype)
+
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = draw(*shape).contiguous(memory_format=layout).requires_grad_()
+    inputs = (x, GROUPS, draw(channels).requires_grad_(), draw(channels).requires_grad_())
+    arguments: dict[str, Any] = {"eps": 1e-5}
+    if scaled:
+        arguments |= {name: (0.1 * draw(batch, channels, 1, 1)).requires_grad_() for name in ("scale", "shift")}
+    plain: dict[str, Callable[..., Any]] = {EAGER: plain_group_norm_silu, "recomputed": recomputed.group_norm_silu}
+    work = FunctionWorkload(plain, group_norm_silu, inputs, arguments, oracle=reference.group_norm_silu)
+    resident = block_sizes(channels, GROUPS, height * width, dtype, last)[0]["RESIDENT"]
+    forward = Bytes(2 * x.nbytes, (2 if resident else 4) * x.nbytes)
+    backward = Bytes(3 * x.nbytes, (3 if resident else 5) * x.nbytes)
+    both = Bytes(forward.needed + backward.needed, forward.kernel + backward.kernel)
+    variant = " ".join(part for part, given in (("scaled", scaled), ("channels_last", last)) if given)
+    modes = {"forward": forward, "backward": backward, "both": both}
+    return Case("group_norm_silu", variant, _name(shape), dtype, x.numel(), modes, work)
+
+
+def adam_case(device: torch.device, shapes: Sequence[tuple[int, ...]], name: str) -> Case:
+    """Weights, second moment and average read and written, gradients read: twice by the kernels, which first see
+    whether all are finite."""
+    elements = sum(map(math.prod, shapes))
+    moved = {"step": Bytes(7 * 4 * elements, 8 * 4 * elements)}
+    work = AdamWorkload(shapes, device)
+    return Case("AdamEMA", name, f"{elements / 1e6:.3g}M", torch.float32, elements, moved, work)
+
+
+def _name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
