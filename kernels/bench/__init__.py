@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from .floor import run_floor
 from .micro import run_microbenchmarks
 from .offline import run_offline
 
-__all__ = ["main", "run_microbenchmarks", "run_offline"]
+__all__ = ["main", "run_floor", "run_microbenchmarks", "run_offline"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the microbenchmarks, or with --offline the compile report, and prints the table and where it went."""
+    """Runs the microbenchmarks, or with --offline the compile report and the instruction count of perturb.
+
+    Prints the tables and where they went.
+    """
     parser = argparse.ArgumentParser(prog="python -m ipfm.kernels.bench", description=__doc__)
     parser.add_argument("--offline", action="store_true", help="compile for sm_80, sm_90 and sm_100 without a GPU")
     parser.add_argument(
@@ -20,7 +24,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases and shorter measurements")
     options = parser.parse_args(argv)
-    run = run_offline if options.offline else run_microbenchmarks
-    path = run(options.out, quick=options.quick)
-    print(path.with_suffix(".md").read_text())
-    print(path)
+    if options.offline:
+        report = run_offline(options.out, quick=options.quick)
+        paths = [run_floor(options.out, ("sm_90",)) if options.quick else run_floor(options.out), report]
+    else:
+        paths = [run_microbenchmarks(options.out, quick=options.quick)]
+    for path in paths:
+        print(path.with_suffix(".md").read_text(encoding="utf-8"))
+    for path in paths:
+        print(path)
