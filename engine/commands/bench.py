@@ -1,20 +1,24 @@
-"""`ipfm bench`: the kernels, measured or compiled offline; the metrics; the memory of a step."""
+"""`ipfm bench`: the kernels, measured or compiled offline; the metrics; the memory and the time of a step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from ipfm.engine.commandline import user_input
+from ipfm.engine.config import check_D
+from ipfm.engine.execution import check_compiler
 from ipfm.engine.loop import TrainingFailed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure the kernels, the metrics or a step's memory, or compile the kernels for GPUs that are not here.
+    """Measure the kernels, the metrics or a step's time or memory, or compile the kernels for GPUs that are not here.
 
     Examples: ipfm bench --offline --out build/bench;
-    ipfm bench --memory --model ncsnpp --channels 32 --batch 64 --out build/bench
+    ipfm bench --memory --model ncsnpp --channels 32 --batch 64 --out build/bench;
+    ipfm bench --step --model digits --precision fp32 bf16
     """
 
     out: Path = Path("bench")
@@ -25,24 +29,32 @@ class Bench:
     """Measure FID, KID, Inception score, precision and recall on 50 000 random features of 2048 dimensions."""
     memory: bool = False
     """Measure the memory of a teacher's training step and of a distillation, joint and phased, beside its plan."""
+    step: bool = False
+    """Time a distillation's step, joint and phased, beside the same step in plain PyTorch, in alternation."""
     model: str = "ncsnpp"
-    """With --memory: the network, ncsnpp, ddpmpp (CIFAR-10's), adm (ImageNet's) or the name of a preset."""
+    """With --memory and --step: the network, ncsnpp, ddpmpp (CIFAR-10's), adm (ImageNet's) or the name of a preset."""
     channels: int | None = None
-    """With --memory: channels of the network's first level. Default: as published."""
+    """With --memory and --step: channels of the network's first level. Default: as published."""
     batch: int = 64
-    """With --memory: images in a step."""
+    """With --memory and --step: images in a step."""
+    precision: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32",)
+    """With --step: arithmetic of the networks, one or several."""
+    compile: bool = False
+    """With --step: measure with torch.compile too, the plain networks as well."""
+    D: float = 128.0
+    """With --step: auxiliary dimensions, in (0, inf]."""
     activation_checkpointing: bool = False
     """With --memory: measure the distillation with activation checkpointing too."""
     quick: bool = False
-    """Small shapes and few repetitions; with --memory one step instead of two."""
+    """Small shapes and few repetitions; with --memory one step instead of two, with --step 3 rounds instead of 20."""
 
     def run(self) -> None:
         """Write the tables to `out` and print a summary."""
         with user_input():
-            given = [name for name in ("offline", "metrics", "memory") if getattr(self, name)]
+            given = [name for name in ("offline", "metrics", "memory", "step") if getattr(self, name)]
             if len(given) > 1:
                 raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
-        table = self._run_memory() if self.memory else self._run_speed()
+        table = self._run_memory() if self.memory else self._run_step() if self.step else self._run_speed()
         print(table.with_suffix(".md").read_text(encoding="utf-8"))
         print(table)
 
@@ -54,6 +66,33 @@ class Bench:
             self.out.mkdir(parents=True, exist_ok=True)
         run = run_metrics if self.metrics else bench.run_offline if self.offline else bench.run_microbenchmarks
         return run(self.out, quick=self.quick)
+
+    def _run_step(self) -> Path:
+        from ipfm.engine.memory.bench import bench_network
+        from ipfm.engine.precision import fp16_supported
+        from ipfm.engine.resolve import run_device
+        from ipfm.engine.speed.bench import run_step
+
+        with user_input():
+            if self.batch < 1:
+                raise ValueError(f"batch must be an integer >= 1, got {self.batch}")
+            check_D(self.D)
+            network = replace(bench_network(self.model, self.channels), D=self.D)
+            device = run_device()
+            if "fp16" in self.precision and not fp16_supported(device):
+                raise ValueError(f"precision fp16 does not run on this {device.type}: give fp32 or bf16")
+            if self.compile:
+                check_compiler(device)
+            self.out.mkdir(parents=True, exist_ok=True)
+        return run_step(
+            self.out,
+            network,
+            batch=self.batch,
+            precisions=self.precision,
+            compiled=self.compile,
+            quick=self.quick,
+            title=self.model,
+        )
 
     def _run_memory(self) -> Path:
         from ipfm.engine.memory.bench import bench_network, run_memory

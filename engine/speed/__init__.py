@@ -1,0 +1,1 @@
+"""How fast whole training steps are: `ipfm bench --step`."""
