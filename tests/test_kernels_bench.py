@@ -58,7 +58,9 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr(micro, "cases", lambda device, quick: small_cases())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(measurement, "SECONDS", {True: 0.01})
-    without_compiling(monkeypatch, "denoising_loss")
+    without_compiling(monkeypatch, "denoising_loss", "group_norm_silu")
+    # Everything of a compilation but the C++ compiler's part.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     main(["--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert printed.rstrip().endswith(str(tmp_path / "micro.csv"))
@@ -77,10 +79,9 @@ def test_a_run_leaves_tables_and_plots(tables: Path) -> None:
     assert {r["provider"] for r in rows if r["op"] == "AdamEMA"} == {"eager", "fused", "reference"}
     assert not any(r["provider"] == "triton" for r in rows), "the interpreter's times mean nothing"
     for r in rows:
-        assert r["correct"] == "True" or (r["provider"] == "compile" and r["note"]), r
-        if r["correct"] == "True":
-            assert 0 < float(r["us_20"]) <= float(r["us_50"]) <= float(r["us_80"])
-            assert float(r["share_of_copy"]) > 0
+        assert r["correct"] == "True", r
+        assert 0 < float(r["us_20"]) <= float(r["us_50"]) <= float(r["us_80"])
+        assert float(r["share_of_copy"]) > 0
         if r["provider"] == "eager":
             assert float(r["speedup"]) == 1.0
             assert float(r["moved_over_needed"]) >= 0.99
