@@ -1,4 +1,4 @@
-"""Group normalisation with the SiLU that follows it, of which autograd keeps the input alone.
+"""Group normalisation with the SiLU that follows it, of which autograd keeps the input alone where it is large.
 
 PyTorch's operations one after the other keep the normalised activation too, and a scaled and shifted one: what the
 backward pass can make again from the input by reading it once more.
@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# Elements up to which an activation is kept: making it again would cost a CPU more time than a megabyte is worth. It is
+# so on every device, that what is planned without data be what happens.
+SMALL = 2**18
+
 _Gradients = tuple[Tensor, Tensor | None, Tensor | None]
+_SILU_BACKWARD = torch.ops.aten.silu_backward.grad_input
+_GROUP_NORM_BACKWARD = torch.ops.aten.native_group_norm_backward.default
 
 
 def group_norm_silu(
@@ -28,10 +34,15 @@ def group_norm_silu(
 
     x (B, C, H, W), contiguous or channels_last; weight, bias (C); scale and shift both or neither, (B or 1, C, 1, 1);
     all of one floating dtype, which is also the result's. The value and the gradients are those of PyTorch's
-    operations, bit for bit in 16 bits and but for rounding in more. There is no second derivative: RuntimeError where
-    one is asked for (create_graph=True).
+    operations, bit for bit in 16 bits and but for rounding in more. Of more than `SMALL` elements there is no second
+    derivative: RuntimeError where one is asked for (create_graph=True).
     Nothing is validated here; `ipfm.kernels.group_norm_silu` does that.
     """
+    if x.numel() <= SMALL and torch.is_grad_enabled():
+        normed = F.group_norm(x, groups, weight, bias, eps)
+        if scale is not None and shift is not None:
+            normed = _modulated(normed, scale + 1, shift)
+        return F.silu(normed)
     out: Tensor = _GroupNormSilu.apply(x, weight, bias, scale, shift, groups, eps)
     return out
 
@@ -52,11 +63,7 @@ class _GroupNormSilu(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
         ctx.groups, ctx.eps = groups, eps
         if scale is not None and shift is not None:
-            if _is_wide(x):
-                # On a CPU two passes are several times faster than addcmul's one, but each of them rounds.
-                normed = normed.mul_(scale + 1).add_(shift)
-            else:
-                normed = torch.addcmul(shift, normed, scale + 1)
+            normed = _modulated(normed, scale + 1, shift)
         return F.silu(normed, inplace=True)
 
     @staticmethod
@@ -69,7 +76,7 @@ class _GroupNormSilu(torch.autograd.Function):
         x, weight, _, _, _, mean, rstd = saved
         through_silu = _through_silu_wide if _is_wide(x) else _through_silu
         gradient, to_scale, to_shift = through_silu(gradient, saved, ctx.groups, ctx.eps)
-        to_x, to_weight, to_bias = torch.ops.aten.native_group_norm_backward(
+        to_x, to_weight, to_bias = _GROUP_NORM_BACKWARD(
             _dense(gradient, x),
             _dense(x, x),
             mean,
@@ -89,7 +96,7 @@ def _through_silu(gradient: Tensor, saved: Sequence[Any], groups: int, eps: floa
     if scale is None:
         return _silu_backward(gradient, normed), None, None
     multiplier = scale + 1
-    gradient = _silu_backward(gradient, torch.addcmul(shift, normed, multiplier))
+    gradient = _silu_backward(gradient, _modulated(normed, multiplier, shift))
     to_scale = (gradient * normed).sum_to_size(scale.shape)
     to_shift = gradient.sum_to_size(shift.shape)
     return gradient.mul_(multiplier), to_scale, to_shift
@@ -115,12 +122,20 @@ def _through_silu_wide(gradient: Tensor, saved: Sequence[Any], groups: int, eps:
 
 def _silu_backward(gradient: Tensor, inner: Tensor) -> Tensor:
     """gradient silu'(inner), written over `inner`."""
-    return torch.ops.aten.silu_backward.grad_input(gradient, inner, grad_input=inner)
+    out: Tensor = _SILU_BACKWARD(gradient, inner, grad_input=inner)
+    return out
 
 
 def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised x, and each group's mean and 1/√(variance + eps)."""
     return torch.native_group_norm(_dense(x, x), weight, bias, *_sizes(x), groups, eps)
+
+
+def _modulated(normed: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
+    """normed·multiplier + shift; on a CPU two passes are faster than addcmul's one, but in 16 bits each would round."""
+    if _is_wide(normed):
+        return (normed * multiplier).add_(shift)
+    return torch.addcmul(shift, normed, multiplier)
 
 
 def _is_wide(x: Tensor) -> bool:
@@ -134,5 +149,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 def _dense(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` in the memory format in which the operations take `like`: channels_last on the CPU only."""
+    if tensor.is_contiguous() and like.is_contiguous():
+        return tensor
     last = like.device.type == "cpu" and like.is_contiguous(memory_format=torch.channels_last)
     return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

@@ -13,10 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ipfm.kernels.recomputed import SMALL
+
 
 def is_frozen(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether a graph is being made in which `x` needs a gradient and no parameter does."""
+    """Whether a graph is being made in which `x` needs a gradient and no parameter does, and keeping nothing pays.
+
+    It does not where x has up to `SMALL` elements: PyTorch's own operations are faster. But they would keep a cast of
+    a parameter, or one that ZeRO gathers for its use (it has a ds_id).
+    """
     if not (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    if x.numel() <= SMALL and all(p is None or (p.dtype == x.dtype and not hasattr(p, "ds_id")) for p in parameters):
         return False
     return not any(p is not None and p.requires_grad for p in parameters)
 

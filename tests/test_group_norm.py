@@ -4,17 +4,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ipfm.kernels import group_norm_silu, reference
+from ipfm.kernels import group_norm_silu, recomputed, reference
 from ipfm.kernels._dispatch import group_config
 
 pytestmark = [
-    pytest.mark.usefixtures("nan_filled_empty"),
+    pytest.mark.usefixtures("nan_filled_empty", "nothing_is_small"),
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
 ]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # (B, C, H, W), groups: whole powers, odd sizes, one pixel, groups of six channels, one that does not stay in registers
 SHAPES = [((2, 8, 4, 4), 4), ((3, 6, 5, 7), 3), ((2, 4, 1, 1), 2), ((1, 12, 3, 5), 2), ((1, 4, 47, 53), 2)]
 FORMS = ["plain", "scaled", "one for all"]
+
+
+@pytest.fixture
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference treats these little inputs as it does large ones."""
+    monkeypatch.setattr(recomputed, "SMALL", 0)
 
 
 def ids(value: object) -> str:
@@ -85,9 +91,16 @@ def test_triton_is_no_worse_than_pytorch(shape, groups, dtype, form, device, no_
     truth = differentiated(reference.group_norm_silu, doubled, gradient.double(), groups)
     plain = differentiated(group_norm_silu, tensors, gradient, groups, backend="reference")
     got = differentiated(group_norm_silu, tensors, gradient, groups, backend="triton")
-    for g, p, r in zip(got, plain, truth, strict=True):
-        assert g.dtype == dtype
+    assert {g.dtype for g in got} == {dtype}
+    for g, p, r in zip(got[:2], plain, truth, strict=False):
         no_worse(g, p, r, hair=2)
+
+    def together(results):
+        """The parameters' gradients in one: of the few numbers of each, either side's may be lucky."""
+        sizes = [r.square().mean().sqrt() for r in truth[2:]]
+        return torch.cat([(v / size.to(v.dtype)).flatten() for v, size in zip(results[2:], sizes, strict=True)])
+
+    no_worse(together(got), together(plain), together(truth), hair=2)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
