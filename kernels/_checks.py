@@ -120,6 +120,28 @@ def per_sample(op: str, what: str, value: object, like: Tensor) -> Tensor:
     return _vector(op, what, vector, like)
 
 
+def preconditioning(
+    op: str, x: object, c_skip: object, c_out: object, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    """x like y and c_skip and c_out (B,), or none of them."""
+    given = {"x": x, "c_skip": c_skip, "c_out": c_out}
+    there = [what for what, value in given.items() if value is not None]
+    if not there:
+        return None, None, None
+    if len(there) < 3:
+        raise ValueError(f"{op}: x, c_skip and c_out go together; got {' and '.join(there)} alone")
+    return same(op, "x", x, "y", y), per_sample(op, "c_skip", c_skip, y), per_sample(op, "c_out", c_out, y)
+
+
+def narrower(op: str, what: str, value: Tensor, other: str, like: Tensor) -> None:
+    """`like`'s dtype holds every number of `value`'s."""
+    if torch.promote_types(value.dtype, like.dtype) != like.dtype:
+        raise ValueError(
+            f"{op}: {what}'s dtype must be {other}'s or one that it holds; "
+            f"got {name(value.dtype)} beside {name(like.dtype)}"
+        )
+
+
 def index(op: str, value: object, like: Tensor | None = None) -> Tensor:
     """A contiguous int64 (B,) vector of sample indices, on `like`'s device and of its length where there is one."""
     vector = tensor(op, "sample_index", value)

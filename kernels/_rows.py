@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 
-def empty_rows(like: Tensor) -> Tensor:
+def empty_rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor with the layout of `like` where its samples are dense, C-contiguous where they are not."""
-    out = torch.empty_like(like)
+    out = torch.empty_like(like, dtype=dtype)
     if like.shape[0] > 1 and out.stride(0) != like.shape[1:].numel():  # another dimension lies outside the batch
-        out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        out = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     return out
 
 

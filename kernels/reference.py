@@ -192,23 +192,42 @@ def perturb(
     return x.to(y.dtype), scaled.to(out_dtype or y.dtype)
 
 
+def _column(v: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return _per_sample(v.to(dtype), like)
+
+
 @torch.no_grad()
-def ipfm_loss(t: Tensor, s: Tensor, y: Tensor, *, alpha: float, inplace: bool = False) -> IpfmLoss:
-    """L(α) = λ[‖T-y‖² - ‖S-y‖² - 2(α-½)‖T-S‖²] and its gradients [IPFM eq. 21; SiD eq. 23, L(α) = 2·L_SiD(α)]."""
-    compute = torch.promote_types(t.dtype, torch.float32)
+def ipfm_loss(
+    t: Tensor, s: Tensor, y: Tensor, *, alpha: float, inplace: bool = False,
+    x: Tensor | None = None, c_skip: Tensor | None = None, c_out: Tensor | None = None,
+) -> IpfmLoss:  # fmt: skip
+    """L(α) = λ[‖T-y‖² - ‖S-y‖² - 2(α-½)‖T-S‖²] and its gradients [IPFM eq. 21; SiD eq. 23, L(α) = 2·L_SiD(α)].
+
+    T = t and S = s, or T = c_skip x + c_out t and S = c_skip x + c_out s [EDM eq. 7]. In the latter ∂L/∂y includes the
+    part that goes through x = y + noise, c_skip (∂L/∂T + ∂L/∂S), which is -c_skip times the direct one.
+    """
+    compute = torch.promote_types(y.dtype, torch.float32)
     dims = tuple(range(1, t.ndim))
     T, S, Y = t.to(compute), s.to(compute), y.to(compute)
-    ty, ts = T - Y, T - S
+    ts = T - S
+    out: Tensor | float = 1.0
+    rest: Tensor | float = 1.0
+    if x is not None and c_skip is not None and c_out is not None:
+        skip, out, rest = _column(c_skip, t, compute), _column(c_out, t, compute), _column(1 - c_skip, t, compute)
+        T, S, ts = skip * x.to(compute) + out * T, skip * x.to(compute) + out * S, out * ts
+    ty = T - Y
     weight = 1 / ty.abs().mean(dims).clamp_(min=WEIGHT_FLOOR)
     # ‖T-y‖² - ‖S-y‖² = Σ (T-S)(2(T-y) - (T-S)): the factored sum does not cancel when S is close to T.
     loss = 2 * weight * (ts * (ty - alpha * ts)).sum(dims)
     beta = 4 * (alpha - 0.5)
-    dt, ds, dy = 2 * ty - beta * ts, beta * ts - 2 * (S - Y), -2 * ts
-    peak = torch.maximum(torch.maximum(dt.abs().amax(dims), ds.abs().amax(dims)), dy.abs().amax(dims))
+    lam = _per_sample(weight, t)
+    dt, ds, dy = lam * out * (2 * ty - beta * ts), lam * out * (beta * ts - 2 * (S - Y)), lam * rest * (-2 * ts)
     # Any non-finite input makes the loss non-finite; so does overflow. The gradients must fit their dtype too.
-    valid = loss.isfinite() & (weight > 0) & (weight * peak <= torch.finfo(t.dtype).max)
-    keep, lam = _per_sample(valid, t), _per_sample(weight, t)
-    dt, ds, dy = (torch.where(keep, lam * g, 0).to(t.dtype) for g in (dt, ds, dy))
+    valid = loss.isfinite() & (weight > 0)
+    for gradient, like in ((dt, t), (ds, s), (dy, y)):
+        valid &= gradient.abs().amax(dims) <= torch.finfo(like.dtype).max
+    keep = _per_sample(valid, t)
+    dt, ds, dy = (torch.where(keep, g, 0).to(like.dtype) for g, like in ((dt, t), (ds, s), (dy, y)))
     if inplace:
         dt, ds = t.copy_(dt), s.copy_(ds)
     return IpfmLoss(torch.where(valid, loss, 0), torch.where(valid, weight, 0), dt, ds, dy, valid)
@@ -230,15 +249,25 @@ def group_norm_silu(
 
 
 @torch.no_grad()
-def denoising_loss(pred: Tensor, y: Tensor, sigma: Tensor, *, sigma_data: float = 0.5) -> DenoisingLoss:
-    """L = w‖pred - y‖² and ∂L/∂pred = 2w(pred - y), w = (σ²+σ_d²)/(σσ_d)² = 1/σ_d² + 1/σ² [EDM table 1]."""
-    compute = torch.promote_types(pred.dtype, torch.float32)
+def denoising_loss(
+    pred: Tensor, y: Tensor, sigma: Tensor, *, sigma_data: float = 0.5,
+    x: Tensor | None = None, c_skip: Tensor | None = None, c_out: Tensor | None = None,
+) -> DenoisingLoss:  # fmt: skip
+    """L = w‖pred - y‖² and ∂L/∂pred = 2w(pred - y), w = (σ²+σ_d²)/(σσ_d)² = 1/σ_d² + 1/σ² [EDM table 1].
+
+    With x, c_skip and c_out `pred` is F, the prediction c_skip x + c_out F [EDM eq. 7] and the gradient that by F.
+    """
+    compute = torch.promote_types(y.dtype, torch.float32)
     dims = tuple(range(1, pred.ndim))
-    error = pred.to(compute) - y.to(compute)
-    level = sigma.to(compute)
+    prediction, level = pred.to(compute), sigma.to(compute)
     weight = sigma_data**-2 + 1 / (level * level)
+    slope = 2 * weight
+    if x is not None and c_skip is not None and c_out is not None:
+        prediction = _column(c_skip, y, compute) * x.to(compute) + _column(c_out, y, compute) * prediction
+        slope = slope * c_out.to(compute)
+    error = prediction - y.to(compute)
     loss = weight * error.square().sum(dims)
-    fits = 2 * weight * error.abs().amax(dims) <= torch.finfo(pred.dtype).max
+    fits = slope.abs() * error.abs().amax(dims) <= torch.finfo(pred.dtype).max
     valid = loss.isfinite() & fits & level.isfinite() & (level > 0)
-    grad = torch.where(_per_sample(valid, pred), _per_sample(2 * weight, pred) * error, 0).to(pred.dtype)
+    grad = torch.where(_per_sample(valid, pred), _per_sample(slope, pred) * error, 0).to(pred.dtype)
     return DenoisingLoss(torch.where(valid, loss, 0), grad, valid)

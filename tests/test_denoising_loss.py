@@ -11,6 +11,7 @@ pytestmark = [
     pytest.mark.usefixtures("nan_filled_empty"),
     # NumPy's, in the interpreter, about the non-finite samples that the tests feed it.
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
 ]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(3, 1, 5, 7), (2, 3, 4), (1, 3, 8, 8), (4, 1), (2, 4100)]
@@ -136,7 +137,111 @@ def test_overflow_of_finite_inputs_is_isolated(backend, device):
     assert_isolated(got, got, 1)
 
 
+# -------------------------------------------------------------------------------- raw output, with preconditioning
+
+# The dtypes of the network's output and of x and y.
+PAIRS = [
+    (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+    (torch.float64, torch.float64), (torch.float32, torch.float64), (torch.bfloat16, torch.bfloat16),
+]  # fmt: skip
+RAW = ("x", "c_skip", "c_out")
+
+
+def raw_inputs(shape, raw=torch.float64, clean=torch.float64, device="cpu", numbers=None) -> dict[str, torch.Tensor]:
+    """What `denoising_loss` takes: F, x and y of the size of data, EDM's coefficients."""
+    _, y, sigma = inputs(shape)
+    f, noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    spread = (sigma**2 + 0.25).sqrt()
+    x = y + sigma.view(-1, *[1] * (y.ndim - 1)) * noise
+    numbers = numbers or torch.promote_types(clean, torch.float32)
+    vectors = {"sigma": sigma, "c_skip": 0.25 / spread**2, "c_out": 0.5 * sigma / spread}
+    return {
+        "pred": f.to(device, raw), "y": y.to(device, clean), "x": x.to(device, clean),
+        **{name: v.to(device, numbers) for name, v in vectors.items()},
+    }  # fmt: skip
+
+
+def doubled(arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: v.double() for name, v in arguments.items()}
+
+
+def column(v: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return v.view(-1, *[1] * (like.ndim - 1))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (2, 4100)], ids=ids)
+def test_raw_equals_autograd_of_the_formula(shape, backend, device):
+    a = raw_inputs(shape, device=device)
+    f = a["pred"].requires_grad_()
+    prediction = column(a["c_skip"], f) * a["x"] + column(a["c_out"], f) * f
+    weight = (a["sigma"] ** 2 + 0.25) / (a["sigma"] * 0.5) ** 2
+    loss = weight * (prediction - a["y"]).flatten(1).square().sum(1)
+    (wanted,) = torch.autograd.grad(loss.sum(), f)
+    got = denoising_loss(**a, backend=backend)
+    torch.testing.assert_close(got.loss, loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.grad, wanted, rtol=1e-11, atol=1e-12)
+    assert got.valid.all()
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(map(ids, pair)))
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+def test_raw_triton_is_no_worse_than_pytorch(shape, pair, device, no_worse):
+    a = raw_inputs(shape, *pair, device=device)
+    plain = denoising_loss(**a, backend="reference")
+    got = denoising_loss(**a, backend="triton")
+    for g, p, r in zip(got, plain, reference.denoising_loss(**doubled(a)), strict=True):
+        no_worse(g, p, r, hair=2)
+    assert got.grad.dtype == pair[0]
+    assert got.loss.dtype == torch.promote_types(pair[1], torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("other", ["pred", "y", "x"])
+def test_raw_memory_layouts(other, backend, device):
+    """All in channels_last, and one of them in another format than the rest."""
+    a = raw_inputs((3, 2, 4, 5), torch.bfloat16, torch.float32, device, numbers=torch.float64)
+    wanted = denoising_loss(**a, backend="reference")
+    last = {n: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in a.items()}
+    got = denoising_loss(**last, backend=backend)
+    assert got.grad.stride() == last["pred"].stride()
+    mixed = last | {other: torch.stack([a[other]] * 2, -1).flatten(-2)[..., ::2]}
+    for result in (got, denoising_loss(**mixed, backend=backend)):
+        for g, w in zip(result, wanted, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-2 if g.dtype == torch.bfloat16 else 5e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["pred", "y", *RAW])
+@pytest.mark.parametrize("shape", [(3, 35), (2, 4100)], ids=ids)
+def test_raw_non_finite_sample_is_isolated(shape, which, value, backend, device):
+    a = raw_inputs(shape, torch.bfloat16, torch.float32, device)
+    clean = denoising_loss(**a, backend=backend)
+    a[which].view(shape[0], -1)[1, -1] = value
+    assert_isolated(denoising_loss(**a, backend=backend), clean, 1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_raw_gradient_that_its_dtype_does_not_hold(backend, device):
+    a = raw_inputs((2, 35), torch.float16, torch.float32, device)
+    a["x"][1] = 1e5  # a gradient beyond 65504, in a loss that float32 holds
+    got = denoising_loss(**a, backend=backend)
+    assert_isolated(got, got, 1)
+    wide = denoising_loss(**(a | {"pred": a["pred"].float()}), backend=backend)
+    assert wide.valid.all()
+    assert wide.grad[1].abs().max() > 65504
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_raw_empty_batch(backend, device):
+    a = {n: v[:0] for n, v in raw_inputs((2, 3, 4, 4), torch.bfloat16, torch.float32, device).items()}
+    got = denoising_loss(**a, backend=backend)
+    assert [v.shape for v in got] == [(0,), (0, 3, 4, 4), (0,)]
+
+
 ONES = torch.ones(2, 4)
+COEFFICIENTS = {"x": ONES, "c_skip": torch.ones(2), "c_out": torch.ones(2)}
 
 
 @pytest.mark.parametrize(
@@ -153,6 +258,21 @@ ONES = torch.ones(2, 4)
         ({"sigma_data": math.nan}, "got nan"),
         ({"sigma_data": 1e9}, r"sigma_data must be in \[1e-6, 1e6\]"),
         ({"backend": None}, "auto, triton, reference; got None"),
+        ({"x": ONES}, "x, c_skip and c_out go together; got x alone"),
+        ({"x": ONES, "c_out": torch.ones(2)}, "x, c_skip and c_out go together; got x and c_out alone"),
+        (COEFFICIENTS | {"x": torch.ones(2, 5)}, r"x must have y's shape \(2, 4\); got \(2, 5\)"),
+        (COEFFICIENTS | {"x": ONES.half()}, "x must have y's dtype torch.float32; got torch.float16"),
+        (COEFFICIENTS | {"c_skip": torch.ones(3)}, r"c_skip must be \(B,\) = \(2,\); got \(3,\)"),
+        (COEFFICIENTS | {"c_out": 0.5}, "c_out must be a tensor; got float"),
+        (
+            COEFFICIENTS | {"pred": ONES.double()},
+            "pred's dtype must be y's or one that it holds; got float64 beside float32",
+        ),
+        (
+            COEFFICIENTS | {"pred": ONES.half(), "y": ONES.bfloat16(), "x": ONES.bfloat16()},
+            "got float16 beside bfloat16",
+        ),
+        (COEFFICIENTS | {"y": ONES.int()}, "y's dtype must be one of .*; got int32"),
     ],
 )
 def test_errors(change, message):
@@ -174,6 +294,18 @@ def test_compiled(shape, dtype, no_worse):
     plain = denoising_loss(pred, y, sigma, backend="reference")
     for g, p, r in zip(denoising_loss(pred, y, sigma), plain, truth, strict=True):
         no_worse(g, p, r)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(map(ids, pair)))
+@pytest.mark.parametrize("shape", [(37, 3, 32, 32), (9, 3, 64, 64), (5, 3, 31, 29)], ids=ids)
+def test_raw_compiled(shape, pair, no_worse):
+    a = raw_inputs(shape, *pair, device="cuda")
+    a["sigma"] = a["sigma"].clamp(min=0.05)
+    a["x"].view(shape[0], -1)[2, 5] = math.nan
+    plain = denoising_loss(**a, backend="reference")
+    for g, p, r in zip(denoising_loss(**a), plain, reference.denoising_loss(**doubled(a)), strict=True):
+        no_worse(g, p, r, hair=2)
 
 
 @pytest.mark.gpu

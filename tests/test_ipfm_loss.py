@@ -13,6 +13,7 @@ pytestmark = [
     pytest.mark.usefixtures("nan_filled_empty"),
     # NumPy's, in the interpreter, about the non-finite samples that the tests feed it.
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
 ]
 ALPHAS = [0.0, 0.5, 1.0, 1.2]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -243,9 +244,144 @@ def test_overflow_of_finite_inputs_is_isolated(case, backend, device):
     assert clean.loss.isfinite().all()
 
 
+# -------------------------------------------------------------------------------- raw outputs, with preconditioning
+
+# The dtypes of the networks' outputs and of x and y.
+PAIRS = [
+    (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+    (torch.float64, torch.float64), (torch.float32, torch.float64), (torch.bfloat16, torch.bfloat16),
+]  # fmt: skip
+RAW = ("x", "c_skip", "c_out")
+
+
+def raw_inputs(shape, raw=torch.float64, clean=torch.float64, device="cpu", numbers=None) -> dict[str, torch.Tensor]:
+    """What `ipfm_loss` takes: raw outputs, x and y of the size of data, EDM's coefficients."""
+    t, s, y = inputs(shape)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    sigma = torch.linspace(0.3, 5, shape[0], dtype=torch.float64)
+    numbers = numbers or torch.promote_types(clean, torch.float32)
+    vectors = {"c_skip": 0.25 / (sigma**2 + 0.25), "c_out": 0.5 * sigma / (sigma**2 + 0.25).sqrt()}
+    tensors = {"y": y, "x": y + column(sigma, y) * noise}
+    return {
+        "t": t.to(device, raw), "s": s.to(device, raw), **{name: v.to(device, clean) for name, v in tensors.items()},
+        **{name: v.to(device, numbers) for name, v in vectors.items()},
+    }  # fmt: skip
+
+
+def doubled(arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: v.double() for name, v in arguments.items()}
+
+
+def column(v: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return v.view(-1, *[1] * (like.ndim - 1))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("alpha", [0.5, 1.2])
+@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (2, 4100)], ids=ids)
+def test_raw_equals_autograd_of_the_formula(shape, alpha, backend, device):
+    """y has two ways into the loss: its own, and that through x = y + noise."""
+    a = raw_inputs(shape, device=device)
+    noise = a["x"] - a["y"]
+    t, s, y = (a[name].requires_grad_() for name in "tsy")
+    skipped = column(a["c_skip"], y) * (y + noise)
+    T, S = (skipped + column(a["c_out"], y) * f for f in (t, s))
+    loss, weight = formula(T, S, y, alpha)
+    wanted = torch.autograd.grad(loss.sum(), (t, s, y))
+    got = ipfm_loss(**a, alpha=alpha, backend=backend)
+    torch.testing.assert_close(got.loss, loss.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got.weight, weight, rtol=1e-9, atol=0)
+    assert got.valid.all()
+    for name, gradient in zip(GRADIENTS, wanted, strict=True):
+        torch.testing.assert_close(getattr(got, name), gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.2])
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(map(ids, pair)))
+@pytest.mark.parametrize("shape", [(3, 1, 5, 7), (1, 3, 8, 8), (2, 4100)], ids=ids)
+def test_raw_triton_is_no_worse_than_pytorch(shape, pair, alpha, device, no_worse):
+    a = raw_inputs(shape, *pair, device=device)
+    truth = reference.ipfm_loss(**doubled(a), alpha=alpha)
+    plain = ipfm_loss(**a, alpha=alpha, backend="reference")
+    got = ipfm_loss(**a, alpha=alpha, backend="triton")
+    for g, p, r in zip(got, plain, truth, strict=True):
+        no_worse(g, p, r, hair=2)
+    assert (got.dt.dtype, got.ds.dtype, got.dy.dtype) == (pair[0], pair[0], pair[1])
+    assert got.loss.dtype == got.weight.dtype == torch.promote_types(pair[1], torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_raw_outputs_that_are_close_do_not_cancel(backend, device):
+    a = raw_inputs((2, 3000), torch.float32, torch.float32, device)
+    a["s"] = a["t"] + 1e-5 * torch.randn(2, 3000, generator=torch.Generator().manual_seed(3)).to(device)
+    truth = reference.ipfm_loss(**doubled(a), alpha=1.0)
+    got = ipfm_loss(**a, alpha=1.0, backend=backend)
+    torch.testing.assert_close(got.loss.double(), truth.loss, rtol=2e-4, atol=0)
+    torch.testing.assert_close(got.dy.double(), truth.dy, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("other", ["t", "s", "y", "x"])
+def test_raw_memory_layouts(other, inplace, backend, device):
+    """All in channels_last, and one of them in another format than the rest."""
+    a = raw_inputs((3, 2, 4, 5), torch.bfloat16, torch.float32, device, numbers=torch.float64)
+    wanted = ipfm_loss(**a, alpha=1.2, backend="reference")
+    last = {n: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in a.items()}
+    mixed = last | {other: torch.stack([a[other]] * 2, -1).flatten(-2)[..., ::2]}
+    for arranged in (last, mixed):
+        a = {n: v.clone() if v.is_contiguous(memory_format=torch.channels_last) else v for n, v in arranged.items()}
+        got = ipfm_loss(**a, alpha=1.2, inplace=inplace, backend=backend)
+        for g, w in zip(got, wanted, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-2 if g.dtype == torch.bfloat16 else 5e-6, atol=1e-6)
+        assert all(torch.equal(a[n], last[n]) for n in ("y", *RAW))
+        if inplace:
+            assert got.dt is a["t"]
+            assert got.ds is a["s"]
+        elif arranged is last:
+            assert got.dt.stride() == got.ds.stride() == got.dy.stride() == a["t"].stride()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["t", "s", "y", *RAW])
+@pytest.mark.parametrize("shape", [(3, 35), (2, 4100)], ids=ids)
+def test_raw_non_finite_sample_is_isolated(shape, which, value, backend, device):
+    a = raw_inputs(shape, torch.bfloat16, torch.float32, device)
+    clean = ipfm_loss(**a, alpha=0.5, backend=backend)
+    a[which].view(shape[0], -1)[1, -1] = value
+    assert_isolated(ipfm_loss(**a, alpha=0.5, backend=backend), clean, 1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_raw_gradient_that_its_dtype_does_not_hold(backend, device):
+    """Each gradient has its own limit: that of float16 for the outputs', none that matters for y's in float32."""
+    a = raw_inputs((2, 35), torch.float16, torch.float32, device)
+    a["c_skip"][1] = 0
+    a["y"][1], a["t"][1], a["s"][1] = 0, 0, 2.0  # λ = 1e5: gradients of some 1e5
+    got = ipfm_loss(**a, alpha=1.0, backend=backend)
+    assert_isolated(got, got, 1)
+    wide = ipfm_loss(**(a | {"t": a["t"].float(), "s": a["s"].float()}), alpha=1.0, backend=backend)
+    assert wide.valid.all()
+    assert wide.ds[1].abs().max() > 65504
+    a["c_out"][1] = 1e-3  # the outputs' gradients get small, y's stays
+    a["s"][1] = 500.0
+    got = ipfm_loss(**a, alpha=1.0, backend=backend)
+    assert got.valid.all()
+    assert got.dy[1].abs().max() > 65504
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_raw_empty_batch(backend, device):
+    a = {n: v[:0] for n, v in raw_inputs((2, 3, 4, 4), torch.bfloat16, torch.float32, device).items()}
+    got = ipfm_loss(**a, alpha=1.0, backend=backend)
+    assert [v.shape for v in got] == [(0,), (0,), *[(0, 3, 4, 4)] * 3, (0,)]
+
+
 # ---------------------------------------------------------------------------------------------------------- errors
 
 ONES = torch.ones(2, 4)
+COEFFICIENTS = {"x": ONES, "c_skip": torch.ones(2), "c_out": torch.ones(2)}
 
 
 @pytest.mark.parametrize(
@@ -263,6 +399,16 @@ ONES = torch.ones(2, 4)
         ({"alpha": "1"}, "alpha must be a real number; got '1'"),
         ({"inplace": True, "t": ONES, "s": ONES}, "share memory"),
         ({"backend": "cpu"}, "auto, triton, reference; got 'cpu'"),
+        ({"c_skip": torch.ones(2)}, "x, c_skip and c_out go together; got c_skip alone"),
+        (COEFFICIENTS | {"x": torch.ones(2, 5)}, r"x must have y's shape \(2, 4\); got \(2, 5\)"),
+        (COEFFICIENTS | {"x": ONES.double()}, "x must have y's dtype torch.float32; got torch.float64"),
+        (COEFFICIENTS | {"c_out": torch.ones(2).half()}, "c_out must be float32 or float64; got float16"),
+        (COEFFICIENTS | {"s": ONES.half()}, "s must have t's dtype torch.float32; got torch.float16"),
+        (
+            COEFFICIENTS | {"y": ONES.half(), "x": ONES.half()},
+            "t's dtype must be y's or one that it holds; got float32 beside float16",
+        ),
+        (COEFFICIENTS | {"inplace": True, "t": ONES}, "share memory"),
     ],
 )
 def test_errors(change, message):
@@ -289,6 +435,22 @@ def test_compiled(shape, dtype, alpha, no_worse):
     for g, p, r in zip(got, plain, truth, strict=True):
         no_worse(g, p, r)
     again = ipfm_loss(t, s, y, alpha=alpha, inplace=True)
+    assert torch.equal(again.dt, got.dt)
+    assert torch.equal(again.ds, got.ds)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(map(ids, pair)))
+@pytest.mark.parametrize("shape", [(37, 3, 32, 32), (9, 3, 64, 64), (5, 3, 31, 29)], ids=ids)
+def test_raw_compiled(shape, pair, no_worse):
+    a = raw_inputs(shape, *pair, device="cuda")
+    a["x"].view(shape[0], -1)[2, 5] = math.nan
+    truth = reference.ipfm_loss(**doubled(a), alpha=1.0)
+    plain = ipfm_loss(**a, alpha=1.0, backend="reference")
+    got = ipfm_loss(**a, alpha=1.0)
+    for g, p, r in zip(got, plain, truth, strict=True):
+        no_worse(g, p, r, hair=2)
+    again = ipfm_loss(**a, alpha=1.0, inplace=True)
     assert torch.equal(again.dt, got.dt)
     assert torch.equal(again.ds, got.ds)
 

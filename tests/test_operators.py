@@ -53,6 +53,11 @@ def tensors(batch: int = 2, device: torch.device | str = "cpu", seed: int = 0) -
     }
 
 
+def preconditioning(v: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Arguments of the losses of raw outputs; any numbers will do."""
+    return {"x": v["s"] + v["y"], "c_skip": 1 / (1 + v["sigma"]), "c_out": v["sigma"]}
+
+
 # Each takes the inputs, a step, a seed and a backend, and returns the results and what is to be differentiated.
 def run_uniform(v, step, seed, backend):
     return philox.uniform(v["index"], 6, seed=seed, stream=1, step=step, backend=backend)
@@ -74,16 +79,19 @@ def run_perturb(v, step, seed, backend):
 
 
 def run_ipfm_loss(v, step, seed, backend):
-    return ipfm_loss(v["t"], v["s"], v["y"], alpha=1.0, backend=backend)
+    plain = ipfm_loss(v["t"], v["s"], v["y"], alpha=1.0, backend=backend)
+    return plain, ipfm_loss(v["t"].half(), v["s"].half(), v["y"], alpha=1.0, **preconditioning(v), backend=backend)
 
 
 def run_ipfm_loss_inplace(v, step, seed, backend):
-    t, s = v["t"] + 0, v["s"] * 1
-    return ipfm_loss(t, s, v["y"], alpha=1.2, inplace=True, backend=backend), t, s
+    t, s, raw = v["t"] + 0, v["s"] * 1, {"t": v["t"].half(), "s": v["s"].half()}
+    plain = ipfm_loss(t, s, v["y"], alpha=1.2, inplace=True, backend=backend)
+    return plain, ipfm_loss(**raw, y=v["y"], alpha=1.2, inplace=True, **preconditioning(v), backend=backend), t, s, raw
 
 
 def run_denoising_loss(v, step, seed, backend):
-    return denoising_loss(v["t"], v["y"], v["sigma"], backend=backend)
+    plain = denoising_loss(v["t"], v["y"], v["sigma"], backend=backend)
+    return plain, denoising_loss(v["t"].half(), v["y"], v["sigma"], **preconditioning(v), backend=backend)
 
 
 def run_group_norm_silu(v, step, seed, backend):
@@ -215,7 +223,7 @@ def operator_cases():
     scale, shift = v["scale"].requires_grad_(), v["shift"].requires_grad_()
     last, sliced = y.to(memory_format=LAST), torch.stack([y, y], -1).flatten(-2)[..., ::2]
     inside = y.movedim(0, -1).contiguous().movedim(-1, 0)
-    half = y.to(torch.bfloat16)
+    half, none = y.to(torch.bfloat16), (None, None, None)
     statistics = torch.zeros(2, 2), torch.ones(2, 2)
     return {
         "philox words": (philox.launch_philox, (index, 6, philox.WORDS, 2**31, *position)),
@@ -227,12 +235,15 @@ def operator_cases():
         "perturb channels_last": (radial._perturb, (last, sigma, 8.0, *position, index)),
         "perturb sliced": (radial._perturb, (sliced, sigma, 8.0, -5, 1, 0, torch.tensor(3), index)),
         "perturb_scaled": (radial._perturb_scaled, (leaf, sigma, 8.0, *position, index, sigma, torch.bfloat16)),
-        "ipfm_loss": (generator_loss._ipfm_loss, (last, y + 1, y * 2, 1.0)),
-        "ipfm_loss bf16": (generator_loss._ipfm_loss, (half, half + 1, half * 2, 1.0)),
-        "ipfm_loss_": (generator_loss._ipfm_loss_, (y.clone(), last + 1, sliced * 2, 1.0)),
-        "ipfm_loss_ batch inside": (generator_loss._ipfm_loss_, (inside + 0, inside + 1, y, 1.0)),
-        "denoising_loss": (LOSS._denoising_loss, (last, y + 1, sigma, 0.5)),
-        "denoising_loss batch inside": (LOSS._denoising_loss, (inside, y + 1, sigma.double(), 0.5)),
+        "ipfm_loss": (generator_loss._ipfm_loss, (last, y + 1, y * 2, 1.0, *none)),
+        "ipfm_loss bf16": (generator_loss._ipfm_loss, (half, half + 1, half * 2, 1.0, *none)),
+        "ipfm_loss raw": (generator_loss._ipfm_loss, (half, half + 1, y, 1.0, last + 1, sigma, sigma.double())),
+        "ipfm_loss_": (generator_loss._ipfm_loss_, (y.clone(), last + 1, sliced * 2, 1.0, *none)),
+        "ipfm_loss_ raw": (generator_loss._ipfm_loss_, (half + 0, half + 1, last, 1.0, y + 1, sigma, sigma)),
+        "ipfm_loss_ batch inside": (generator_loss._ipfm_loss_, (inside + 0, inside + 1, y, 1.0, *none)),
+        "denoising_loss": (LOSS._denoising_loss, (last, y + 1, sigma, 0.5, *none)),
+        "denoising_loss raw": (LOSS._denoising_loss, (half, y, sigma, 0.5, last + 1, sigma, sigma.double())),
+        "denoising_loss batch inside": (LOSS._denoising_loss, (inside, y + 1, sigma.double(), 0.5, *none)),
         "group_norm_silu": (group_norm._forward, (leaf, weight, bias, scale, shift, 2, 1e-5)),
         "group_norm_silu channels_last": (group_norm._forward, (last, weight, bias, None, None, 2, 1e-5)),
         "group_norm_silu_backward": (

@@ -150,34 +150,44 @@ def _perturb_cases() -> Iterator[Case]:
 
 
 def _row_cases() -> Iterator[Case]:
+    """The losses; raw: with the preconditioning, x and y in float32."""
     for label, elements in (("32x32x3", 3072), ("64x64x3", 12288), ("5x7 unaligned", 35)):
         for dtype in ("fp32", "bf16") if elements == 35 else ("fp32", "bf16", "fp16"):
-            block, warps = row_config(elements)
             quick = dtype == "fp32" or (elements, dtype) == (3072, "bf16")
-            row = ("elements",) if elements % 16 == 0 else ()
-            common = {
-                "COMPUTE": tl.float32, "MAX_LOSS": FLOAT_MAX["fp32"], "MAX_GRAD": FLOAT_MAX[dtype],
-                "BLOCK": block, "RESIDENT": block >= elements,
-            }  # fmt: skip
-            data: tuple[str, ...] = ("p_t", "p_s", "p_y", "p_dt", "p_ds", "p_dy")
-            strides: tuple[str, ...] = ("st_b", "ss_b", "sy_b", "sdt_b", "sds_b", "sdy_b")
-            yield Case(
-                "ipfm_loss", f"{dtype} {label}", _ipfm_loss_kernel,
-                dict.fromkeys(data, f"*{dtype}") | {"p_loss": "*fp32", "p_weight": "*fp32", "p_valid": "*i1"}
-                | dict.fromkeys(("elements", *strides), "i32"),
-                {"ALPHA": 1.0, "BETA": 2.0, "FLOOR": reference.WEIGHT_FLOOR, **common},
-                (*data, "p_loss", "p_weight", "p_valid", *row, *(strides if row else ())), warps,
-                scalar_stores=3, quick=quick,
-            )  # fmt: skip
-            data, strides = ("p_pred", "p_y", "p_grad"), ("sp_b", "sy_b", "sg_b")
-            yield Case(
-                "denoising_loss", f"{dtype} {label}", _denoising_loss_kernel,
-                dict.fromkeys(data, f"*{dtype}") | {"p_sigma": "*fp32", "p_loss": "*fp32", "p_valid": "*i1"}
-                | dict.fromkeys(("elements", *strides), "i32"),
-                {"DATA_TERM": 4.0, **common},
-                (*data, "p_sigma", "p_loss", "p_valid", *row, *(strides if row else ())), warps,
-                scalar_loads=1, scalar_stores=2, quick=quick,
-            )  # fmt: skip
+            yield from _losses(f"{dtype} {label}", elements, dtype, raw=False, quick=quick)
+            if dtype != "fp16":
+                raw_quick = quick and elements != 35 and (elements, dtype) != (12288, "fp32")
+                yield from _losses(f"{dtype} {label} raw", elements, dtype, raw=True, quick=raw_quick)
+
+
+def _losses(variant: str, elements: int, dtype: str, *, raw: bool, quick: bool) -> Iterator[Case]:
+    """Both kernels; `dtype` is that of the predictions, or of the raw outputs."""
+    block, warps = row_config(elements)
+    clean = "fp32" if raw else dtype
+    row = ("elements",) if elements % 16 == 0 else ()
+    common = {
+        "RAW": raw, "COMPUTE": tl.float32, "MAX_LOSS": FLOAT_MAX["fp32"], "MAX_GRAD": FLOAT_MAX[dtype],
+        "BLOCK": block, "RESIDENT": block >= elements,
+    }  # fmt: skip
+    per_sample = {"p_c_skip": "*fp32", "p_c_out": "*fp32", "p_loss": "*fp32", "p_valid": "*i1"}
+    for kernel, fn, outputs, targets, numbers, constants, loads, stores in (
+        (
+            "ipfm_loss", _ipfm_loss_kernel, ("t", "s", "dt", "ds"), ("y", "x", "dy"), {"p_weight": "*fp32"},
+            {"ALPHA": 1.0, "BETA": 2.0, "FLOOR": reference.WEIGHT_FLOOR, "MAX_DY": FLOAT_MAX[clean]}, 0, 3,
+        ),
+        (
+            "denoising_loss", _denoising_loss_kernel, ("pred", "grad"), ("y", "x"), {"p_sigma": "*fp32"},
+            {"DATA_TERM": 4.0}, 1, 2,
+        ),
+    ):  # fmt: skip
+        types = {f"p_{v}": f"*{dtype}" for v in outputs} | {f"p_{v}": f"*{clean}" for v in targets}
+        pointers = types | per_sample | numbers
+        strides = tuple(f"s{v[0] if kernel == 'denoising_loss' else v}_b" for v in (*outputs, *targets))
+        yield Case(
+            kernel, variant, fn, pointers | dict.fromkeys(("elements", *strides), "i32"), constants | common,
+            (*pointers, *row, *(strides if row else ())), warps,
+            scalar_loads=loads + 2 * raw, scalar_stores=stores, quick=quick,
+        )  # fmt: skip
 
 
 def _group_norm_cases() -> Iterator[Case]:
