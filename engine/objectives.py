@@ -6,21 +6,56 @@ Functions of plain networks and tensors: no optimiser, no process group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ipfm.engine.memory.phases import mark
-from ipfm.kernels import denoising_loss, ipfm_loss
+from ipfm.kernels import denoising_loss, ipfm_loss, perturb
+from ipfm.models import Precond
 
-# A denoiser with its labels bound: (x (B, C, H, W), sigma (B,)) -> (B, C, H, W).
-Denoise = Callable[[Tensor, Tensor], Tensor]
+# A network with its labels bound: (c_in x (B, C, H, W) in its compute dtype, sigma (B,)) -> its raw output F.
+Raw = Callable[[Tensor, Tensor], Tensor]
 
 
-def bind(net: Callable[..., Tensor], labels: Tensor | None, augment_labels: Tensor | None = None) -> Denoise:
-    """The network as a function of (x, sigma), with these class and augmentation labels."""
-    return lambda x, sigma: net(x, sigma, labels, augment_labels)
+def bind(net: Callable[..., Tensor], labels: Tensor | None, augment_labels: Tensor | None = None) -> Raw:
+    """The network's raw output as a function of (scaled, sigma), with these class and augmentation labels."""
+    return lambda scaled, sigma: net(scaled, sigma, labels, augment_labels, raw=True)
+
+
+class Noisy(NamedTuple):
+    """A perturbed sample, as the losses and as the networks take it; the denoised one is c_skip x + c_out F(scaled)."""
+
+    x: Tensor
+    """(B, C, H, W)."""
+    scaled: Tensor
+    """(B, C, H, W): c_in x, in the networks' compute dtype."""
+    sigma: Tensor
+    """(B,) noise levels."""
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    """(B,) each, of the networks' preconditioning."""
+
+
+def add_noise(
+    y: Tensor, sigma: Tensor, D: float, net: Precond, *, seed: int, stream: int, step: int, sample_index: Tensor
+) -> Noisy:
+    """x ~ p_r(x | y), r = sigma sqrt(D), ready for `net` and networks of its kind; arguments as in `perturb`."""
+    c_skip, c_out, c_in, _ = net.coefficients(sigma.to(net.wide_dtype))
+    x, scaled = perturb(
+        y,
+        sigma,
+        D,
+        seed=seed,
+        stream=stream,
+        step=step,
+        sample_index=sample_index,
+        c_in=c_in,
+        out_dtype=net.input_dtype,
+    )
+    return Noisy(x, scaled, sigma, c_skip, c_out, c_in)
 
 
 class Objective(NamedTuple):
@@ -47,39 +82,31 @@ class GeneratorGradient(NamedTuple):
     """(B,) bool: the sample counts."""
 
 
-def denoising_objective(net: Denoise, y: Tensor, x: Tensor, sigma: Tensor, *, sigma_data: float) -> Objective:
-    """w(sigma) ||net(x, sigma) - y||^2, summed over elements [Karras et al. 2022, table 1]: teacher and student.
+def denoising_objective(net: Raw, y: Tensor, noisy: Noisy, *, sigma_data: float) -> Objective:
+    """w(sigma) ||D(x, sigma) - y||^2, summed over elements [Karras et al. 2022, table 1]: teacher and student.
 
-    Samples with a non-finite y or x are kept out of the network: a NaN activation would reach the weights even
-    under a zero gradient.
+    Samples with a non-finite x are kept out of the network: a NaN activation would reach the weights even under a
+    zero gradient. One with a non-finite y does not count either.
 
     Args:
-        net: the denoiser that is trained.
-        y: (B, C, H, W) clean samples, in the dtype of the network's result, without a graph.
-        x: (B, C, H, W) their perturbation at sigma, without a graph.
-        sigma: (B,) noise levels, float32 or float64.
+        net: the network that is trained.
+        y: (B, C, H, W) clean samples, without a graph.
+        noisy: their perturbation, without a graph.
         sigma_data: standard deviation of the data.
 
     Raises:
         ValueError: a shape, dtype or number that does not fit.
     """
-    y, x = isolate(y, x)
-    pred = net(x, sigma)
-    result = denoising_loss(pred.detach(), y, sigma, sigma_data=sigma_data)
-    surrogate = (pred * result.grad).sum()
-    return Objective(surrogate, result.loss, result.valid)
+    noisy = isolate(noisy)
+    out = _held(net(noisy.scaled, noisy.sigma))
+    result = denoising_loss(
+        out.detach(), y, noisy.sigma, sigma_data=sigma_data, x=noisy.x, c_skip=noisy.c_skip, c_out=noisy.c_out
+    )
+    return Objective(along(out, result.grad), result.loss, result.valid)
 
 
 def generator_gradient(
-    teacher: Denoise,
-    student: Denoise,
-    y: Tensor,
-    x: Tensor,
-    sigma: Tensor,
-    *,
-    alpha: float,
-    phased: bool,
-    rescale: bool = False,
+    teacher: Raw, student: Raw, y: Tensor, noisy: Noisy, *, alpha: float, phased: bool, rescale: bool = False
 ) -> GeneratorGradient:
     """dL/dy = partial_y L + J_S^T partial_S L + J_T^T partial_T L for L of IPFM eq. 21 with SiD's regularisation.
 
@@ -90,10 +117,9 @@ def generator_gradient(
     A sample counts when y, x, both predictions, its loss and its gradient are finite.
 
     Args:
-        teacher, student: denoisers without randomness (in eval mode).
-        y: (B, C, H, W) generated samples, in the dtype of the networks' results, without a graph.
-        x: (B, C, H, W) their perturbation at sigma, without a graph.
-        sigma: (B,) noise levels, float32 or float64.
+        teacher, student: networks without randomness (in eval mode), of one preconditioning.
+        y: (B, C, H, W) generated samples, without a graph.
+        noisy: their perturbation, without a graph.
         alpha: in SiD's convention; 0.5 is the pure objective.
         phased: see above.
         rescale: multiply each sample's gradient by a power of two on its way through the networks and divide by it
@@ -102,24 +128,26 @@ def generator_gradient(
     Raises:
         ValueError: a shape, dtype or number that does not fit.
     """
-    y, x = isolate(y, x)
+    noisy = isolate(noisy)
+    sigma = noisy.sigma
     mark("generator: student")
     with torch.enable_grad():
-        x_leaf = x.detach().requires_grad_()
+        scaled = noisy.scaled.detach().requires_grad_()
         if phased:
             with torch.no_grad():
-                t = teacher(x, sigma)
+                t = _held(teacher(scaled, sigma))
         else:
-            t = teacher(x_leaf, sigma)
-        s = student(x_leaf, sigma)
-        result = ipfm_loss(t.detach(), s.detach(), y, alpha=alpha)
+            t = _held(teacher(scaled, sigma))
+        s = _held(student(scaled, sigma))
+        result = ipfm_loss(t.detach(), s.detach(), y, alpha=alpha, x=noisy.x, c_skip=noisy.c_skip, c_out=noisy.c_out)
         # The student's graph is freed first; in the phased form the teacher's does not exist before that.
-        gradient = result.dy + _vjp(s, x_leaf, result.ds, rescale)
+        c_in = _per_sample(noisy.c_in, y)
+        gradient = result.dy + c_in * _vjp(s, scaled, result.ds, rescale)
         del s
         mark("generator: teacher")
         if phased:
-            t = teacher(x_leaf, sigma)
-        gradient = gradient + _vjp(t, x_leaf, result.dt, rescale)
+            t = _held(teacher(scaled, sigma))
+        gradient = gradient + c_in * _vjp(t, scaled, result.dt, rescale)
     # A network that overflows on a sample, forward or backward, sends NaN to that sample's own pixels: cut off there.
     valid = result.valid & _finite_samples(gradient)
     gradient = gradient.masked_fill(_per_sample(~valid, y), 0.0)
@@ -128,24 +156,49 @@ def generator_gradient(
     )
 
 
-def isolate(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep samples with a non-finite x or y out of the networks: x becomes 0 and y NaN, which the losses count out.
+def isolate(noisy: Noisy) -> Noisy:
+    """Keep samples whose input is not finite out of the networks: it becomes 0, and c_skip NaN, which the losses count
+    out. The other samples are as they were."""
+    bad = ~_finite_samples(noisy.scaled)
+    return noisy._replace(
+        scaled=noisy.scaled.masked_fill(_per_sample(bad, noisy.scaled), 0.0),
+        c_skip=noisy.c_skip.masked_fill(bad, float("nan")),
+    )
 
-    y, x: (B, ...), one shape. Returns copies; the other samples are as they were.
-    """
-    bad = _per_sample(~(_finite_samples(x) & _finite_samples(y)), x)
-    return y.masked_fill(bad, float("nan")), x.masked_fill(bad, 0.0)
+
+def along(out: Tensor, gradient: Tensor) -> Tensor:
+    """0-d, of the value 0, whose gradient with respect to `out` is `gradient`, of its shape and dtype."""
+    result: Tensor = _Along.apply(out, gradient)
+    return result
+
+
+class _Along(torch.autograd.Function):
+    """(out * gradient).sum() without the passes over the data that make its value."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return out.new_zeros((), dtype=torch.promote_types(out.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, *factor: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * factor[0], None
+
+
+def _held(out: Tensor) -> Tensor:
+    """A raw output in a dtype that holds its gradient before it is scaled: fp16 does not."""
+    return out.float() if out.dtype == torch.float16 else out
 
 
 def _vjp(out: Tensor, x: Tensor, cotangent: Tensor, rescale: bool) -> Tensor:
     """J^T cotangent for out(x), all (B, ...); with `rescale` by way of a largest element in [16, 32) per sample."""
-    cotangent = cotangent.to(out.dtype)
     if not rescale:
         return torch.autograd.grad(out, x, cotangent)[0]
     # Samples do not mix, so that each may have a factor of its own; a power of two rounds nothing.
     _, exponent = torch.frexp(cotangent.flatten(1).abs().amax(1))
     shift = _per_sample((5 - exponent).clamp(-100, 100), cotangent)
-    return torch.ldexp(torch.autograd.grad(out, x, torch.ldexp(cotangent, shift))[0], -shift)
+    return torch.ldexp(torch.autograd.grad(out, x, torch.ldexp(cotangent, shift))[0].float(), -shift)
 
 
 def _finite_samples(tensor: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from ipfm.engine.augmentation import augment
 from ipfm.engine.config import DistillConfig
 from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.memory.phases import mark
-from ipfm.engine.objectives import bind, denoising_objective, generator_gradient
+from ipfm.engine.objectives import Noisy, add_noise, along, bind, denoising_objective, generator_gradient
 from ipfm.engine.streams import Stream, draw_labels, seed_dropout
 from ipfm.engine.world import World
 from ipfm.kernels import perturb
-from ipfm.models import NetworkConfig
+from ipfm.models import NetworkConfig, Precond
 
 
 class Trained(Protocol):
@@ -30,7 +30,7 @@ class Trained(Protocol):
     @property
     def loss_scale(self) -> float: ...
 
-    def __call__(self, *args: Any) -> Tensor: ...
+    def __call__(self, *args: Any, **keywords: Any) -> Tensor: ...
 
     def backward(self, loss: Tensor) -> None: ...
 
@@ -84,7 +84,7 @@ class DistillSteps:
         *,
         student: Trained,
         generator: Trained,
-        teacher: nn.Module,
+        teacher: Precond,
         network: NetworkConfig,
         D: float,
         micro_batch: int,
@@ -118,11 +118,11 @@ class DistillSteps:
                 y, config.augment, seed=config.seed, stream=Stream.STUDENT_AUGMENT, step=step, sample_index=micro.index
             )
             sigma = noise.denoising(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step)
-            x = self._perturb(y, sigma, Stream.STUDENT_NOISE, step, micro)
+            noisy = self._add_noise(y, sigma, Stream.STUDENT_NOISE, step, micro)
             self._seed_dropout(Stream.STUDENT_DROPOUT, step, micro)
             mark("student: forward and backward")
             student = bind(self.student, micro.labels, augment_labels)
-            result = denoising_objective(student, y, x, sigma, sigma_data=noise.sigma_data)
+            result = denoising_objective(student, y, noisy, sigma_data=noise.sigma_data)
             self.student.backward(result.surrogate / self.local_batch)
             tally.add(result.loss, result.valid)
         mark("student: optimiser")
@@ -163,14 +163,13 @@ class DistillSteps:
         y = self._evaluate(last, chain.inputs[last], micro, step) if graph is None else graph.detach()
         y = chain.marked(y)
         sigma = config.noise.generator(micro.index, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)
-        x = self._perturb(y, sigma, Stream.GENERATOR_NOISE, step, micro)
+        noisy = self._add_noise(y, sigma, Stream.GENERATOR_NOISE, step, micro)
         with self.student.frozen() as student:
             result = generator_gradient(
                 bind(self.teacher, micro.labels),
                 bind(student, micro.labels),
                 y,
-                x,
-                sigma,
+                noisy,
                 alpha=config.alpha,
                 phased=phased,
                 rescale=config.precision == "fp16",
@@ -182,7 +181,7 @@ class DistillSteps:
             y_k = graph if k == last and graph is not None else forward(k)
             graph = None
             scale = self.generator.loss_scale
-            self.generator.backward((y_k * gradient).sum())
+            self.generator.backward(along(y_k, gradient))
             del y_k
             if k > 0:
                 # x_k = y_{k-1} + noise: its gradient is that of the evaluation before it.
@@ -224,6 +223,10 @@ class DistillSteps:
         x = perturb(y, sigma, self.D, seed=self.config.seed, stream=stream, step=step, sample_index=micro.index)
         assert isinstance(x, Tensor)
         return x
+
+    def _add_noise(self, y: Tensor, sigma: Tensor, stream: Stream, step: int, micro: MicroBatch) -> Noisy:
+        position = {"seed": self.config.seed, "stream": stream, "step": step}
+        return add_noise(y, sigma, self.D, self.teacher, **position, sample_index=micro.index)
 
     def _seed_dropout(self, stream: Stream, step: int, micro: MicroBatch) -> None:
         if self.config.dropout > 0:

@@ -22,7 +22,7 @@ from ipfm.engine.memory.live import bytes_in_use
 from ipfm.engine.memory.phases import mark
 from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.networks import fingerprint
-from ipfm.engine.objectives import bind, denoising_objective
+from ipfm.engine.objectives import add_noise, bind, denoising_objective
 from ipfm.engine.precision import apply_precision
 from ipfm.engine.resolve import allow_tf32, check_augment, resolve_D, resolve_precision
 from ipfm.engine.runs import execute
@@ -30,7 +30,6 @@ from ipfm.engine.samplers import heun_sample
 from ipfm.engine.streams import Stream, draw_labels, seed_dropout
 from ipfm.engine.world import World, start_world
 from ipfm.engine.zero import TrainedNetwork
-from ipfm.kernels import perturb
 from ipfm.models import NetworkConfig, Precond, build_network
 
 if TYPE_CHECKING:
@@ -148,23 +147,22 @@ class TeacherTraining:
                 step=step,
                 sample_index=index,
             )
-            x = perturb(
+            noisy = add_noise(
                 y,
                 sigma,
                 self.D,
+                cast(Precond, self.net.module),
                 seed=config.seed,
                 stream=Stream.TEACHER_NOISE,
                 step=step,
                 sample_index=index,
             )
-            assert isinstance(x, Tensor)
             if config.dropout > 0 or self.network.label_dropout > 0:
                 seed_dropout(config.seed, Stream.TEACHER_DROPOUT, step, first)
             result = denoising_objective(
                 bind(self.net, labels, augment_labels),
                 y,
-                x,
-                sigma,
+                noisy,
                 sigma_data=noise.sigma_data,
             )
             self.net.backward(result.surrogate / self.local_batch)

@@ -106,25 +106,30 @@ class Precond(nn.Module, ABC):
         sigma: Tensor | float,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        *,
+        raw: bool = False,
     ) -> Tensor:
         """The denoised x, (B, C, R, R), float32 (float64 for a float64 network).
 
         x (B, C, R, R); sigma > 0, a number, 0-d, (1) or (B); class_labels (B or 1, label_dim), None is all zeros, and
         ignored by an unconditional network; augment_labels (B or 1, augment_dim), None is "not augmented".
         Raises ValueError for other shapes.
+
+        raw: x is c_in·x already, in `input_dtype`, and the result F in that dtype, for whoever does the scaling in
+        passes over the data that it makes anyway.
         """
-        wide = self._wide_dtype()
+        wide = self.wide_dtype
         self._check_image(x)
-        x = x.to(wide)
-        sigma = self._sigma_column(sigma, x)
+        x = x.to(self.input_dtype if raw else wide)
+        sigma = self._sigma_column(sigma, x, wide)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        raw = self.model(
-            (c_in * x).to(self._path_dtype(x)),
+        inner: Tensor = self.model(
+            x if raw else (c_in * x).to(self.input_dtype),
             c_noise.flatten(),
-            self._class_labels(class_labels, x),
-            self._augment_labels(augment_labels, x),
-        )
-        return torch.addcmul(c_skip * x, c_out, raw[:, : self.img_channels].to(wide))
+            self._class_labels(class_labels, sigma, len(x)),
+            self._augment_labels(augment_labels, sigma, len(x)),
+        )[:, : self.img_channels]
+        return inner if raw else torch.addcmul(c_skip * x, c_out, inner.to(wide))
 
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,49 +139,54 @@ class Precond(nn.Module, ABC):
         """The nearest noise level that the network supports: `sigma` itself, as a tensor."""
         return torch.as_tensor(sigma)
 
-    def _wide_dtype(self) -> torch.dtype:
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """dtype of the scalings, of the mapping network and of the result: float64 for a float64 network."""
         is_double = self.model.map_layer0.weight.dtype == torch.float64
         return torch.float64 if is_double else torch.float32
 
-    def _path_dtype(self, x: Tensor) -> torch.dtype:
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """dtype in which the U-Net takes its images: `compute_dtype`, or what the network chooses."""
         if self._compute_dtype is not None:
             return self._compute_dtype
-        if self.config.use_fp16 and x.is_cuda and x.dtype != torch.float64:
+        if self.config.use_fp16 and self.model.map_layer0.weight.is_cuda and self.wide_dtype != torch.float64:
             return torch.float16
-        return x.dtype
+        return self.wide_dtype
 
     def _check_image(self, x: Tensor) -> None:
         expected = (self.img_channels, self.img_resolution, self.img_resolution)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(f"x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
 
-    def _sigma_column(self, sigma: Tensor | float, x: Tensor) -> Tensor:
+    def _sigma_column(self, sigma: Tensor | float, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not isinstance(sigma, Tensor):
             if not sigma > 0:
                 raise ValueError(f"sigma must be above 0, got {sigma}")
             # Filled on the device: a tensor made from the number would be a copy from the host.
-            return torch.full((1, 1, 1, 1), float(sigma), dtype=x.dtype, device=x.device)
+            return torch.full((1, 1, 1, 1), float(sigma), dtype=dtype, device=x.device)
         if sigma.ndim > 1 or sigma.numel() not in (1, x.shape[0]):
             raise ValueError(f"sigma must have shape (), (1,) or ({x.shape[0]},), got {tuple(sigma.shape)}")
-        return sigma.to(device=x.device, dtype=x.dtype).reshape(-1, 1, 1, 1)
+        return sigma.to(device=x.device, dtype=dtype).reshape(-1, 1, 1, 1)
 
-    def _class_labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
+    def _class_labels(self, labels: Tensor | None, sigma: Tensor, batch: int) -> Tensor | None:
         if not self.label_dim:
             return None
         if labels is None:
-            return torch.zeros(1, self.label_dim, dtype=x.dtype, device=x.device)
-        return _label_rows("class_labels", labels, self.label_dim, x)
+            return sigma.new_zeros(1, self.label_dim)
+        return _label_rows("class_labels", labels, self.label_dim, sigma, batch)
 
-    def _augment_labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
+    def _augment_labels(self, labels: Tensor | None, sigma: Tensor, batch: int) -> Tensor | None:
         if labels is None or not self.config.augment_dim:
             return None
-        return _label_rows("augment_labels", labels, self.config.augment_dim, x)
+        return _label_rows("augment_labels", labels, self.config.augment_dim, sigma, batch)
 
 
-def _label_rows(name: str, labels: Tensor, width: int, x: Tensor) -> Tensor:
-    if labels.ndim != 2 or labels.shape[0] not in (1, x.shape[0]) or labels.shape[1] != width:
-        raise ValueError(f"{name} must have shape ({x.shape[0]}, {width}), got {tuple(labels.shape)}")
-    return labels.to(device=x.device, dtype=x.dtype)
+def _label_rows(name: str, labels: Tensor, width: int, sigma: Tensor, batch: int) -> Tensor:
+    """The labels on the device and in the dtype of `sigma`."""
+    if labels.ndim != 2 or labels.shape[0] not in (1, batch) or labels.shape[1] != width:
+        raise ValueError(f"{name} must have shape ({batch}, {width}), got {tuple(labels.shape)}")
+    return labels.to(device=sigma.device, dtype=sigma.dtype)
 
 
 class EDMPrecond(Precond):

@@ -49,8 +49,8 @@ class Real:
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
 
-    def __call__(self, *args):
-        return self.module(*args)
+    def __call__(self, *args, **keywords):
+        return self.module(*args, **keywords)
 
     def backward(self, loss):
         loss.backward()

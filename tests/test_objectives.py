@@ -1,15 +1,25 @@
 """The two objectives against autograd of their formulas, and samples that overflow; what a step measures of itself."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ipfm.engine.measure import Measured, Tally
-from ipfm.engine.objectives import denoising_objective, generator_gradient, isolate
+from ipfm.engine.objectives import (
+    GeneratorGradient,
+    Noisy,
+    Raw,
+    add_noise,
+    along,
+    bind,
+    denoising_objective,
+    generator_gradient,
+    isolate,
+)
 from ipfm.engine.world import World
+from ipfm.kernels import perturb
 from ipfm.models import EDMPrecond, NetworkConfig
 
 BATCH = 5
@@ -39,6 +49,16 @@ def samples(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (y / 2).to(dtype), (noise * SIGMA.view(-1, 1, 1, 1)).to(dtype)
 
 
+def noisy(x: Tensor, sigma: Tensor = SIGMA) -> Noisy:
+    """x as `add_noise` gives it, by the preconditioning that all networks here share."""
+    c_skip, c_out, c_in, _ = network(0).coefficients(sigma.to(x.dtype))
+    return Noisy(x, c_in.view(-1, 1, 1, 1) * x, sigma, c_skip, c_out, c_in)
+
+
+def gradient_of(teacher: nn.Module, student: nn.Module, y: Tensor, x: Tensor, **options) -> GeneratorGradient:
+    return generator_gradient(bind(teacher, None), bind(student, None), y, noisy(x), **options)
+
+
 def written_out(teacher: nn.Module, student: nn.Module, y: Tensor, noise: Tensor, alpha: float) -> tuple[Tensor, ...]:
     """(dL/dy, L, lambda) by autograd of L = lambda [|T-y|^2 - |S-y|^2 - 2(alpha-1/2)|T-S|^2] at x = y + noise."""
     y = y.clone().requires_grad_()
@@ -56,7 +76,7 @@ def written_out(teacher: nn.Module, student: nn.Module, y: Tensor, noise: Tensor
 def test_generator_gradient_is_autograd_of_the_formula(kind, alpha, phased):
     teacher, student = (network(seed, **NETWORKS[kind]).double() for seed in (0, 1))
     y, noise = samples(torch.float64)
-    result = generator_gradient(teacher, student, y, y + noise, SIGMA, alpha=alpha, phased=phased)
+    result = gradient_of(teacher, student, y, y + noise, alpha=alpha, phased=phased)
     gradient, loss, weight = written_out(teacher, student, y, noise, alpha)
     scale = gradient.abs().max().item()
     torch.testing.assert_close(result.gradient, gradient, rtol=0, atol=1e-12 * scale)
@@ -73,7 +93,7 @@ def test_phased_equals_joint(kind, alpha):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         y, noise = samples(dtype)
         nets = teacher.to(dtype), student.to(dtype)
-        joint, phased = (generator_gradient(*nets, y, y + noise, SIGMA, alpha=alpha, phased=p) for p in (False, True))
+        joint, phased = (gradient_of(*nets, y, y + noise, alpha=alpha, phased=p) for p in (False, True))
         for a, b in zip(joint, phased, strict=True):
             assert a.dtype == b.dtype
             if a.is_floating_point():
@@ -84,7 +104,7 @@ def test_phased_equals_joint(kind, alpha):
 def test_single_precision_is_near_the_truth():
     teacher, student = network(0), network(1)
     y, noise = samples(torch.float32)
-    result = generator_gradient(teacher, student, y, y + noise, SIGMA, alpha=1.0, phased=True)
+    result = gradient_of(teacher, student, y, y + noise, alpha=1.0, phased=True)
     truth, *_ = written_out(teacher.double(), student.double(), y.double(), noise.double(), 1.0)
     torch.testing.assert_close(result.gradient.double(), truth, rtol=0, atol=1e-4 * truth.abs().max().item())
 
@@ -93,11 +113,13 @@ def test_half_is_the_pure_objective():
     """At alpha = 1/2 equal networks give no gradient at all; T = y gives the weight its floor, and no division by 0."""
     net = network(0).double()
     y, noise = samples(torch.float64)
-    result = generator_gradient(net, net, y, y + noise, SIGMA, alpha=0.5, phased=True)
+    result = gradient_of(net, net, y, y + noise, alpha=0.5, phased=True)
     assert torch.equal(result.loss, torch.zeros(BATCH, dtype=torch.float64))
     assert result.gradient.abs().max() < 1e-12
-    exact: Callable[[Tensor, Tensor], Tensor] = lambda x, _: x - noise  # noqa: E731
-    result = generator_gradient(exact, net, y, y + noise, SIGMA, alpha=0.5, phased=True)
+    given = noisy(y + noise)
+    c_skip, c_out = (c.view(-1, 1, 1, 1) for c in (given.c_skip, given.c_out))
+    exact: Raw = lambda scaled, _: (y - c_skip * given.x) / c_out + 0 * scaled  # noqa: E731
+    result = generator_gradient(exact, bind(net, None), y, given, alpha=0.5, phased=True)
     assert result.valid.all() and result.weight.tolist() == pytest.approx([1e5] * BATCH)
 
 
@@ -108,7 +130,7 @@ def test_no_gradient_is_left_behind(phased):
     y, noise = samples(torch.float32)
     x = y + noise
     with torch.no_grad():  # the caller's grad mode does not matter
-        result = generator_gradient(teacher, student, y, x, SIGMA, alpha=1.0, phased=phased)
+        result = gradient_of(teacher, student, y, x, alpha=1.0, phased=phased)
     assert all(p.grad is None for net in (teacher, student) for p in net.parameters())
     assert x.grad is None and y.grad is None and not x.requires_grad and not y.requires_grad
     assert not any(part.requires_grad for part in result)
@@ -122,10 +144,10 @@ class Counting(nn.Module):
         super().__init__()
         self.inner, self.log, self.name = inner, log, name
 
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        assert torch.isfinite(x).all(), "a non-finite sample reached the network"
-        self.log.append(self.name + (" with graph" if torch.is_grad_enabled() and x.requires_grad else ""))
-        return self.inner(x, sigma)
+    def forward(self, scaled: Tensor, *others: Tensor | None, raw: bool) -> Tensor:
+        assert torch.isfinite(scaled).all(), "a non-finite sample reached the network"
+        self.log.append(self.name + (" with graph" if torch.is_grad_enabled() and scaled.requires_grad else ""))
+        return self.inner(scaled, *others, raw=raw)
 
 
 def test_order_of_evaluations():
@@ -133,10 +155,10 @@ def test_order_of_evaluations():
     log: list[str] = []
     teacher, student = Counting(network(0), log, "T"), Counting(network(1), log, "S")
     y, noise = samples(torch.float32)
-    generator_gradient(teacher, student, y, y + noise, SIGMA, alpha=1.0, phased=True)
+    gradient_of(teacher, student, y, y + noise, alpha=1.0, phased=True)
     assert log == ["T", "S with graph", "T with graph"]
     log.clear()
-    generator_gradient(teacher, student, y, y + noise, SIGMA, alpha=1.0, phased=False)
+    gradient_of(teacher, student, y, y + noise, alpha=1.0, phased=False)
     assert log == ["T with graph", "S with graph"]
 
 
@@ -152,14 +174,14 @@ def test_a_non_finite_sample_is_isolated(value, where, phased):
     teacher, student = Counting(network(0), log, "T"), Counting(network(1), log, "S")
     y, noise = samples(torch.float32)
     x = y + noise
-    clean = generator_gradient(teacher, student, y, x, SIGMA, alpha=1.0, phased=phased)
+    clean = gradient_of(teacher, student, y, x, alpha=1.0, phased=phased)
     assert clean.valid.all()
     y, x = y.clone(), x.clone()
     if where != "x":
         y[2, 1, 3, 0] = value
     if where != "y":
         x[2, 0, 0, 1] = value
-    result = generator_gradient(teacher, student, y, x, SIGMA, alpha=1.0, phased=phased)
+    result = gradient_of(teacher, student, y, x, alpha=1.0, phased=phased)
     good = torch.tensor([True, True, False, True, True])
     assert torch.equal(result.valid, good)
     for got, expected in zip(result, clean, strict=True):
@@ -174,14 +196,14 @@ class Broken(nn.Module):
         super().__init__()
         self.inner, self.sigma, self.value, self.backward = inner, sigma, value, backward
 
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def forward(self, scaled: Tensor, sigma: Tensor, *labels: None, raw: bool) -> Tensor:
         hit = (sigma == self.sigma).view(-1, 1, 1, 1)
         if self.backward:
-            if x.requires_grad:
-                x.register_hook(lambda grad: torch.where(hit, grad + self.value, grad))
-            return self.inner(x, sigma)
+            if scaled.requires_grad:
+                scaled.register_hook(lambda grad: torch.where(hit, grad + self.value, grad))
+            return self.inner(scaled, sigma, raw=raw)
         # Multiplied in, so that 0 times it comes back as NaN.
-        return self.inner(x, sigma) * torch.where(hit, self.value, 1.0)
+        return self.inner(scaled, sigma, raw=raw) * torch.where(hit, self.value, 1.0)
 
 
 @pytest.mark.parametrize("phased", [False, True], ids=["joint", "phased"])
@@ -191,10 +213,10 @@ class Broken(nn.Module):
 def test_a_network_that_overflows_costs_that_sample_alone(value, which, backward, phased):
     teacher, student = network(0), network(1)
     y, noise = samples(torch.float32)
-    clean = generator_gradient(teacher, student, y, y + noise, SIGMA, alpha=1.0, phased=phased)
+    clean = gradient_of(teacher, student, y, y + noise, alpha=1.0, phased=phased)
     broken = {"teacher": teacher, "student": student}
     broken[which] = Broken(broken[which], float(SIGMA[1]), value, backward)
-    result = generator_gradient(broken["teacher"], broken["student"], y, y + noise, SIGMA, alpha=1.0, phased=phased)
+    result = gradient_of(broken["teacher"], broken["student"], y, y + noise, alpha=1.0, phased=phased)
     good = torch.tensor([True, False, True, True, True])
     assert torch.equal(result.valid, good)
     for got, expected in zip(result, clean, strict=True):
@@ -204,16 +226,16 @@ def test_a_network_that_overflows_costs_that_sample_alone(value, which, backward
 
 def test_a_batch_of_bad_samples_is_nothing():
     y, noise = samples(torch.float32)
-    result = generator_gradient(network(0), network(1), y * math.nan, y + noise, SIGMA, alpha=1.0, phased=True)
+    result = gradient_of(network(0), network(1), y * math.nan, y + noise, alpha=1.0, phased=True)
     assert not result.valid.any() and not result.gradient.any() and not result.loss.any()
 
 
 def test_generator_gradient_refuses():
     y, noise = samples(torch.float32)
     with pytest.raises(ValueError, match="alpha must be finite; got nan"):
-        generator_gradient(network(0), network(1), y, y + noise, SIGMA, alpha=math.nan, phased=False)
-    with pytest.raises(ValueError, match=r"y must have t's dtype torch.float32; got torch.float64"):
-        generator_gradient(network(0), network(1), y.double(), y + noise, SIGMA, alpha=1.0, phased=False)
+        gradient_of(network(0), network(1), y, y + noise, alpha=math.nan, phased=False)
+    with pytest.raises(ValueError, match=r"x must have y's dtype torch.float64; got torch.float32"):
+        gradient_of(network(0), network(1), y.double(), y + noise, alpha=1.0, phased=False)
 
 
 # -- the denoising objective -------------------------------------------------------------------------------------------
@@ -229,7 +251,7 @@ def test_denoising_objective_is_autograd_of_the_formula(kind, sigma_data):
     """w |net(x) - y|^2 summed over elements and samples, w = (sigma^2 + sigma_d^2) / (sigma sigma_d)^2."""
     net = network(0, **NETWORKS[kind]).double().requires_grad_(True)
     y, noise = samples(torch.float64)
-    result = denoising_objective(net, y, y + noise, SIGMA, sigma_data=sigma_data)
+    result = denoising_objective(bind(net, None), y, noisy(y + noise), sigma_data=sigma_data)
     result.surrogate.backward()
     got = [g.clone() for g in gradients(net)]
     net.zero_grad()
@@ -252,11 +274,11 @@ def test_denoising_isolates_a_non_finite_sample(value, where):
     y, noise = samples(torch.float64)
     x = y + noise
     good = torch.tensor([True, True, False, True, True])
-    denoising_objective(net, y[good], x[good], SIGMA[good], sigma_data=0.5).surrogate.backward()
+    denoising_objective(bind(net, None), y[good], noisy(x[good], SIGMA[good]), sigma_data=0.5).surrogate.backward()
     expected = [g.clone() for g in gradients(net)]
     net.zero_grad()
     (y if where == "y" else x)[2, 0, 1, 1] = value
-    result = denoising_objective(Counting(net, log, "S"), y, x, SIGMA, sigma_data=0.5)
+    result = denoising_objective(bind(Counting(net, log, "S"), None), y, noisy(x), sigma_data=0.5)
     result.surrogate.backward()
     assert torch.equal(result.valid, good) and result.loss[2] == 0
     for a, b in zip(gradients(net), expected, strict=True):
@@ -264,13 +286,48 @@ def test_denoising_isolates_a_non_finite_sample(value, where):
 
 
 def test_isolate():
-    y, x = torch.ones(3, 2), torch.ones(3, 2)
-    y[0, 1], x[2, 0] = math.inf, math.nan
-    before = y.clone(), x.clone()
-    y_out, x_out = isolate(y, x)
-    assert y_out.isnan().all(1).tolist() == [True, False, True] and torch.equal(y_out[1], y[1])
-    assert torch.equal(x_out, torch.tensor([[0.0, 0], [1, 1], [0, 0]]))
-    assert torch.equal(y, before[0]) and torch.equal(x.nan_to_num(5), before[1].nan_to_num(5))
+    x = torch.ones(5, 1, 2, 2)
+    x[0, 0, 1, 1], x[2, 0, 0, 0] = math.inf, math.nan
+    given = noisy(x)
+    before = given.scaled.clone()
+    out = isolate(given)
+    good = torch.tensor([False, True, False, True, True])
+    assert torch.equal(out.scaled[good], given.scaled[good]) and not out.scaled[~good].any()
+    assert torch.equal(out.c_skip[good], given.c_skip[good]) and out.c_skip[~good].isnan().all()
+    assert out.x is x and torch.equal(given.scaled.nan_to_num(5), before.nan_to_num(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_along(dtype):
+    """The gradient of (out * gradient).sum(), for any factor that follows, in the tensors' own dtype."""
+    out = torch.linspace(-1, 1, 12).view(3, 4).to(dtype).requires_grad_()
+    gradient = torch.linspace(2, 5, 12).view(3, 4).to(dtype)
+    value = along(out, gradient)
+    assert value.shape == () and value == 0 and value.dtype == torch.promote_types(dtype, torch.float32)
+    (value / 3).backward()
+    assert out.grad.dtype == dtype
+    torch.testing.assert_close(out.grad, (gradient.double() / 3).to(dtype), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("D", [16.0, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_noise_comes_ready_for_the_network(D, dtype):
+    """D(x, sigma) = c_skip x + c_out F(scaled), to the last bit of the compute dtype."""
+    net = network(0)
+    if dtype == torch.float64:
+        net.double()
+    else:
+        net.compute_dtype = dtype
+    y = samples(net.wide_dtype)[0]
+    position = {"seed": 3, "stream": 1, "step": 2, "sample_index": torch.arange(BATCH)}
+    given = add_noise(y, SIGMA, D, net, **position)
+    assert torch.equal(given.x, perturb(y, SIGMA, D, **position))
+    assert given.scaled.dtype == net.input_dtype == dtype
+    raw = bind(net, None)(given.scaled, given.sigma)
+    assert raw.dtype == dtype
+    c_skip, c_out = (c.view(-1, 1, 1, 1) for c in (given.c_skip, given.c_out))
+    expected = net(given.x, SIGMA)
+    torch.testing.assert_close(c_skip * given.x + c_out * raw.to(y.dtype), expected, rtol=1e-6, atol=1e-6)
 
 
 # -- what a step measures ----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ipfm.engine.config import DistillConfig
 from ipfm.engine.memory.live import LiveBytes
 from ipfm.engine.memory.phases import Phase, listening, mark
 from ipfm.engine.memory.state import Sharding
-from ipfm.engine.objectives import denoising_objective
+from ipfm.engine.objectives import add_noise, bind, denoising_objective
 from ipfm.engine.precision import DTYPES, apply_precision, halve_storage
 from ipfm.engine.steps import DistillSteps
 from ipfm.engine.world import World
@@ -96,8 +96,10 @@ def simulate_teacher(settings: StepSettings) -> dict[Phase, int]:
     with _peaks() as peaks:
         mark("teacher: forward and backward")
         y = torch.empty(settings.micro_batch, settings.network.img_channels, size, size, device=META)
-        x, sigma = torch.empty_like(y), torch.empty(settings.micro_batch, device=META)
-        result = denoising_objective(net, y, x, sigma, sigma_data=0.5)
+        sigma = torch.empty(settings.micro_batch, device=META)
+        index = torch.empty(settings.micro_batch, dtype=torch.int64, device=META)
+        noisy = add_noise(y, sigma, math.inf, net.module, seed=0, stream=0, step=0, sample_index=index)
+        result = denoising_objective(bind(net, None), y, noisy, sigma_data=0.5)
         net.backward(result.surrogate)
         mark("teacher: optimiser")
         net.step(lr=0.0)
@@ -139,7 +141,7 @@ class _Trained:
 
     loss_scale = 1.0
 
-    def __init__(self, module: nn.Module, settings: StepSettings) -> None:
+    def __init__(self, module: Precond, settings: StepSettings) -> None:
         self.module = module
         self._sharding = settings.sharding
         self._numbers = sum(p.numel() for p in module.parameters())
@@ -147,8 +149,8 @@ class _Trained:
             for p in module.parameters():
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
-    def __call__(self, *args: Any) -> Tensor:
-        return self.module(*args)
+    def __call__(self, *args: Any, **keywords: Any) -> Tensor:
+        return self.module(*args, **keywords)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
