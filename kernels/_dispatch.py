@@ -93,3 +93,12 @@ def group_config(
     if block < pixels:
         block = max(1, 2048 // (padded * together))
     return together, padded, block, min(8, max(1, together * padded * block // 256))
+
+
+def adam_config() -> tuple[int, int, int]:
+    """(elements a program, elements at a time, warps) of AdamEMA's kernels.
+
+    Four elements a thread and tensor at a time: one 128-bit access each, and registers few enough for every warp that a
+    multiprocessor holds. Several times that a program, for what it looks up before it starts.
+    """
+    return 4096, 512, 4

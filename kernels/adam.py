@@ -1,19 +1,22 @@
-"""Adam with the exponential moving average (EMA) of the weights as part of its own state.
+"""Adam with exponential moving averages (EMA) of the weights as part of its own state.
 
 The distillation runs with beta1 = 0, where Adam's first moment equals the gradient: no buffer is kept for it then.
-Because the EMA lives in the optimiser's state, whatever shards that state (ZeRO) shards the EMA with it.
+Because an EMA lives in the optimiser's state, whatever shards that state (ZeRO) shards the EMA with it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Elements that are updated at a time: it bounds the temporaries, three of this size.
+from ._dispatch import Backend, use_triton
+from .adam_fused import MOST_AVERAGES, FusedAdam, Group
+
+# Elements that the reference updates at a time: it bounds its temporaries, three of this size.
 CHUNK = 2**24
 
 
@@ -26,55 +29,73 @@ class AdamEMA(torch.optim.Optimizer):
         m = beta1 m + (1 - beta1) g          (no buffer at beta1 = 0)
         v = beta2 v + (1 - beta2) g^2
         w = w - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
-        e = e + (1 - ema_decay) (w - e)      (only with ``ema=True``)
+        e = e + (1 - ema_decay) (w - e)      (for each average)
 
-    A step in which the square of any scaled gradient is not finite changes nothing: not w, m, v, e, nor t. The check
-    and the count stay on the device, so that no step waits for the host. At eps = 0, elements whose v is 0 stay.
+    A step in which the square of any scaled gradient is not finite, or with clip_norm their sum, changes nothing: not
+    w, m, v, e, nor t. The check and the count stay on the device, so that no step waits for the host. At eps = 0,
+    elements whose v is 0 stay.
 
-    State: 4 bytes a float32 parameter for v, 4 more for m at beta1 > 0, 4 more for e. A step works on `CHUNK` elements
-    at a time and needs three temporaries of that size.
+    State: 4 bytes a float32 parameter for v ("exp_avg_sq"), 4 more for m ("exp_avg") at beta1 > 0, 4 more for each
+    average ("ema", "ema_1", ...). The reference works on `CHUNK` elements at a time and needs three temporaries of that
+    size; it overwrites gradients. The Triton kernels need none, and as many launches for one tensor as for thousands.
+
+    Bytes moved by the kernels, for a float32 parameter at beta1 = 0 with one average: 4 to measure g, 28 to update
+    (g, w, v, e read, w, v, e written); 8 more for m, 8 for each further average. A tensor whose elements have gaps, or
+    another order than its parameter's, goes through a copy.
+
+    CUDA graphs: a step can be captured after one like it outside the graph. Give lr and ema_decay as tensors, which
+    replays read anew: Python numbers stay as they were captured. Parameters, state and grad_scale must stay where they
+    are, and gradients too, unless the graph computes them itself.
 
     Args:
         params: float32 or float64 tensors, or groups of them, on one device (under ZeRO: the flat partitions).
-        lr: learning rate, > 0 or 0.
+        lr: learning rate, > 0 or 0; a number or a 0-d float64 tensor on the parameters' device, not checked then.
         betas: (beta1, beta2), each in [0, 1).
         eps: added to the root of the second moment, >= 0.
         weight_decay: L2 term added to the gradient, >= 0.
-        ema: keep an average of the weights, starting from the weights themselves.
+        ema: number of averages of the weights to keep, up to 4, each starting from the weights themselves; True for 1.
         clip_norm: largest L2 norm of the scaled gradient, > 0; None sets no limit.
+        backend: "auto" (Triton for CUDA parameters, the reference elsewhere), "triton" or "reference".
 
     Attributes:
-        ema_decay: decay of the EMA for the next step (the half-life schedule changes it each step).
+        ema_decay: decay of the averages in the next step (the half-life schedule changes it each step): a number for
+            all of them, or a number for each, or a float64 tensor of one for each on the parameters' device (0-d for
+            one). Groups that keep fewer averages take the first ones.
         grad_scale: 0-d tensor that multiplies the gradients of the next step, or None for 1.
         sum_over_shards: where each process holds a shard of the parameters: sums a float64 tensor over the processes,
             in place, so that norm and finite check are those of all shards together. None: nothing is sharded.
-        applied: 0-d bool tensor: whether the last step changed the weights; None before the first.
-        steps_applied: 0-d float64 tensor, t; None before the state exists.
+        applied: 0-d bool tensor: whether the last step changed the weights; None before the first. A new tensor each
+            step, but for the replays of a graph.
+        steps_applied: 0-d float64 tensor, t; None before the state exists. Changed in place.
 
     Raises:
-        ValueError: a setting out of its range, or parameters of another dtype.
+        ValueError: a setting out of its range, parameters of another dtype, or a backend that cannot run on them.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor],
         *,
-        lr: float,
+        lr: float | Tensor,
         betas: tuple[float, float] = (0.0, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        ema: bool = False,
+        ema: bool | int = False,
         clip_norm: float | None = None,
+        backend: Backend = "auto",
     ) -> None:
         if clip_norm is not None and not (math.isfinite(clip_norm) and clip_norm > 0):
             raise ValueError(f"clip_norm must be a finite number > 0 or None, got {clip_norm}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema": ema})
-        self.ema_decay = 0.0
+        use_triton("AdamEMA", backend, self.param_groups[0]["params"][0].device)
+        self.backend = backend
+        self.ema_decay: float | Sequence[float] | Tensor = 0.0
         self.clip_norm = clip_norm
         self.grad_scale: Tensor | None = None
         self.sum_over_shards: Callable[[Tensor], object] | None = None
         self.applied: Tensor | None = None
         self.steps_applied: Tensor | None = None
+        self._fused = FusedAdam()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with settings of their own, as in `torch.optim.Optimizer`; raises what the class does."""
@@ -104,26 +125,30 @@ class AdamEMA(torch.optim.Optimizer):
                     if group["betas"][0] > 0:
                         state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
-                if group["ema"] and "ema" not in state:
-                    state["ema"] = p.detach().clone()
+                for entry in ema_entries(group["ema"]):
+                    if entry not in state:
+                        state[entry] = p.detach().clone()
         if self.steps_applied is None:
             device = self.param_groups[0]["params"][0].device
             self.steps_applied = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def restart_ema(self) -> None:
-        """Set the EMA to the weights as they are now; an EMA that does not exist yet starts from them anyway."""
+        """Set each EMA to the weights as they are now; an EMA that does not exist yet starts from them anyway."""
         # Not by way of the groups: under ZeRO 3 they are empty between the steps.
         for p, state in self.state.items():
-            if "ema" in state:
-                state["ema"].copy_(p)
+            for entry in ema_entries(MOST_AVERAGES):
+                if entry in state:
+                    state[entry].copy_(p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Apply one update to every parameter that has a gradient. Gradients are overwritten.
+        """Apply one update to every parameter that has a gradient. Gradients may be overwritten.
 
         Raises:
-            ValueError: a closure is given (gradients come from outside here).
+            ValueError: a closure is given (gradients come from outside here), or lr or ema_decay has another form than
+                described above.
+            RuntimeError: a CUDA graph is captured, and no step outside it was taken with the same parameters before.
         """
         if closure is not None:
             raise ValueError("AdamEMA takes no closure: compute the gradients, then call step()")
@@ -133,6 +158,18 @@ class AdamEMA(torch.optim.Optimizer):
         grads: list[Tensor] = [p.grad for _, params in groups for p in params if p.grad is not None]
         if not grads:
             self.applied = torch.zeros((), dtype=torch.bool, device=self.steps_applied.device)
+            return
+        device = grads[0].device
+        decays = _decays(self.ema_decay, max(int(g["ema"]) for g in self.param_groups), device)
+        if use_triton("AdamEMA", self.backend, device):
+            self.applied = self._fused.step(
+                [self._columns(group, params) for group, params in groups if params],
+                self.steps_applied,
+                grad_scale=self.grad_scale,
+                clip_norm=self.clip_norm,
+                ema_decay=decays,
+                sum_over_shards=self.sum_over_shards,
+            )
             return
         if self.grad_scale is not None:
             torch._foreach_mul_(grads, self.grad_scale.to(grads[0]))
@@ -144,7 +181,18 @@ class AdamEMA(torch.optim.Optimizer):
         self.steps_applied += finite
         for group, params in groups:
             if params:
-                self._update(group, params, finite)
+                self._update(group, params, finite, decays)
+
+    def _columns(self, group: dict[str, Any], params: list[Tensor]) -> Group:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            _check_on_device("lr", lr, params[0].device)
+        entries = ["exp_avg_sq", "exp_avg", *ema_entries(group["ema"])]
+        columns = [[self.state[p][e] for p in params if e in self.state[p]] for e in entries]
+        if group["betas"][0] == 0:
+            columns[1] = []
+        given = [p.grad for p in params if p.grad is not None]
+        return Group(lr, group["betas"], group["eps"], group["weight_decay"], given, [params, *columns])
 
     def _judge(self, grads: list[Tensor]) -> Tensor:
         """0-d bool: the step can be taken. Gradients are brought to `clip_norm` on the way."""
@@ -161,7 +209,9 @@ class AdamEMA(torch.optim.Optimizer):
             torch._foreach_mul_(grads, (self.clip_norm / found[1].sqrt()).clamp(max=1.0).to(grads[0].dtype))
         return (found[0] == 0) & torch.isfinite(found[1])
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], finite: Tensor) -> None:
+    def _update(
+        self, group: dict[str, Any], params: list[Tensor], finite: Tensor, decays: Tensor | list[float]
+    ) -> None:
         assert self.steps_applied is not None
         beta1, beta2 = group["betas"]
         dtype = params[0].dtype
@@ -174,8 +224,9 @@ class AdamEMA(torch.optim.Optimizer):
         decay1, decay2 = unless_skipped(beta1, 1), unless_skipped(beta2, 1)
         correction = (1 - beta2**t).sqrt().to(dtype)
         rate = unless_skipped(-group["lr"] / (1 - beta1**t), 0)
-        share = unless_skipped(1 - self.ema_decay, 0)
-        kinds = [kind for kind, used in (("exp_avg", beta1 > 0), ("exp_avg_sq", True), ("ema", group["ema"])) if used]
+        averages = ema_entries(group["ema"])
+        shares = [unless_skipped(1 - decays[i], 0) for i in range(len(averages))]
+        kinds = [*(["exp_avg"] if beta1 > 0 else []), "exp_avg_sq", *averages]
         given: list[Tensor] = [p.grad for p in params if p.grad is not None]
         columns = [params, given, *([self.state[p][kind] for p in params] for kind in kinds)]
         for weights, grads, *rest in _chunks(columns):
@@ -199,10 +250,15 @@ class AdamEMA(torch.optim.Optimizer):
             torch._foreach_mul_(update, rate)
             torch._foreach_add_(weights, update)
 
-            if group["ema"]:
-                gap = torch._foreach_sub(weights, state["ema"])
+            for entry, share in zip(averages, shares, strict=True):
+                gap = torch._foreach_sub(weights, state[entry])
                 torch._foreach_mul_(gap, share)
-                torch._foreach_add_(state["ema"], gap)
+                torch._foreach_add_(state[entry], gap)
+
+
+def ema_entries(ema: bool | int) -> list[str]:
+    """Names of the state's entries that hold that many averages: "ema", "ema_1", ..."""
+    return [f"ema_{i}" if i else "ema" for i in range(int(ema))]
 
 
 def _chunks(columns: list[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
@@ -227,13 +283,42 @@ def _chunks(columns: list[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
 
 def _check_group(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
-        if not (math.isfinite(group[name]) and group[name] >= 0):
+        if name == "lr" and isinstance(group["lr"], Tensor):
+            # Its value is the device's.
+            if group["lr"].dtype != torch.float64 or group["lr"].ndim:
+                raise ValueError(f"lr as a tensor must be 0-d float64, got {_described(group['lr'])}")
+        elif not (math.isfinite(group[name]) and group[name] >= 0):
             raise ValueError(f"{name} must be a finite number >= 0, got {group[name]}")
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+    if not (isinstance(group["ema"], int) and 0 <= group["ema"] <= MOST_AVERAGES):
+        raise ValueError(f"ema must be a number of averages from 0 to {MOST_AVERAGES}, got {group['ema']}")
     for p in group["params"]:
         if p.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"params must be float32 or float64, got {p.dtype}")
+
+
+def _decays(given: float | Sequence[float] | Tensor, averages: int, device: torch.device) -> Tensor | list[float]:
+    """A decay for each average."""
+    if isinstance(given, Tensor):
+        if given.dtype != torch.float64 or given.shape not in {(averages,), ()} or given.numel() != averages:
+            raise ValueError(f"ema_decay as a tensor must be ({averages},) float64, got {_described(given)}")
+        _check_on_device("ema_decay", given, device)
+        return given.reshape(averages)
+    if not isinstance(given, Sequence):
+        return [given] * averages
+    if len(given) != averages:
+        raise ValueError(f"ema_decay must be a number or {averages}, one for each average, got {len(given)}")
+    return list(given)
+
+
+def _check_on_device(name: str, given: Tensor, device: torch.device) -> None:
+    if given.device != device:
+        raise ValueError(f"{name} as a tensor must be on the parameters' device {device}, got {given.device}")
+
+
+def _described(given: Tensor) -> str:
+    return f"{tuple(given.shape)} {str(given.dtype).removeprefix('torch.')}"
 
 
 def _all_finite(tensors: list[Tensor]) -> Tensor:

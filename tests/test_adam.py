@@ -94,6 +94,71 @@ def test_ema(dtype):
         assert (p - optimizer.state[p]["ema"]).abs().max() > 1e-4
 
 
+def test_several_averages():
+    """Each is what it would be alone; a number is the decay of all; groups with fewer take the first decays."""
+    decays = (0.5, 0.9, 0.99)
+
+    def run(ema: int, decay: float | tuple[float, ...] | Tensor, groups: int = 1) -> list[dict[str, Tensor]]:
+        params = [nn.Parameter(torch.ones(4, dtype=torch.float64)) for _ in range(groups)]
+        optimizer = AdamEMA([{"params": [p], "ema": ema - i} for i, p in enumerate(params)], lr=1e-2)
+        optimizer.ema_decay = decay
+        for step in range(5):
+            for p in params:
+                set_gradients([p], step)
+            optimizer.step()
+        return [optimizer.state[p] for p in params]
+
+    alone = [run(1, decay)[0]["ema"] for decay in decays]
+    for several in (decays, torch.tensor(decays, dtype=torch.float64)):
+        (state,) = run(3, several)
+        assert list(state) == ["exp_avg_sq", "ema", "ema_1", "ema_2"]
+        assert all(map(torch.equal, (state["ema"], state["ema_1"], state["ema_2"]), alone))
+    assert torch.equal(run(2, 0.9)[0]["ema"], alone[1]) and torch.equal(run(2, 0.9)[0]["ema_1"], alone[1])
+    two, one = run(2, (0.5, 0.9), groups=2)
+    assert torch.equal(two["ema"], alone[0]) and torch.equal(two["ema_1"], alone[1])
+    assert set(one) == {"exp_avg_sq", "ema"} and torch.equal(one["ema"], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((0.5,), "ema_decay must be a number or 2, one for each average, got 1"),
+        ((0.5, 0.6, 0.7), "ema_decay must be a number or 2, one for each average, got 3"),
+        (torch.tensor([0.5, 0.6]), r"ema_decay as a tensor must be \(2,\) float64, got \(2,\) float32"),
+        (torch.tensor(0.5).double(), r"ema_decay as a tensor must be \(2,\) float64, got \(\) float64"),
+        (
+            torch.zeros(2, dtype=torch.float64, device="meta"),
+            "ema_decay as a tensor must be on the parameters' device cpu, got meta",
+        ),
+    ],
+)
+def test_refused_decays(given, message):
+    p = nn.Parameter(torch.ones(2))
+    optimizer = AdamEMA([p], lr=1e-2, ema=2)
+    optimizer.ema_decay = given
+    p.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        optimizer.step()
+
+
+def test_learning_rate_and_decay_as_tensors():
+    runs = []
+    for tensors in (False, True):
+        params = weights()
+        rate = torch.tensor(0.0, dtype=torch.float64)
+        optimizer = AdamEMA(params, lr=rate if tensors else 0.0, ema=True)
+        for step in range(5):
+            rate.fill_(0.1 / (step + 1))
+            if tensors:
+                optimizer.ema_decay = torch.tensor(0.9, dtype=torch.float64)
+            else:
+                optimizer.param_groups[0]["lr"], optimizer.ema_decay = float(rate), 0.9
+            set_gradients(params, step)
+            optimizer.step()
+        runs.append(everything(optimizer, params))
+    assert all(map(torch.equal, *runs))
+
+
 @pytest.mark.parametrize(("decay", "follows"), [(0.0, True), (1.0, False)])
 def test_ends_of_the_decay(decay, follows):
     params, start = weights(torch.float64), weights(torch.float64)
@@ -110,6 +175,8 @@ def test_ends_of_the_decay(decay, follows):
     [
         (0.0, False, {"exp_avg_sq"}, 4),
         (0.0, True, {"exp_avg_sq", "ema"}, 8),
+        (0.0, 1, {"exp_avg_sq", "ema"}, 8),
+        (0.0, 3, {"exp_avg_sq", "ema", "ema_1", "ema_2"}, 16),
         (0.9, False, {"exp_avg", "exp_avg_sq"}, 8),
         (0.9, True, {"exp_avg", "exp_avg_sq", "ema"}, 12),
     ],
@@ -219,13 +286,13 @@ def test_state_created_beforehand_is_the_same(beta1):
 
 def test_restart_of_the_ema():
     params = weights()
-    optimizer = AdamEMA(params, lr=1e-2, ema=True)
+    optimizer = AdamEMA(params, lr=1e-2, ema=2)
     optimizer.restart_ema()  # nothing is there yet
     optimizer.create_state()
     with torch.no_grad():
         params[0].fill_(7)
     optimizer.restart_ema()
-    assert (optimizer.state[params[0]]["ema"] == 7).all()
+    assert all((optimizer.state[params[0]][entry] == 7).all() for entry in ("ema", "ema_1"))
     AdamEMA(params, lr=1e-2).restart_ema()  # and none is kept
 
 
@@ -409,6 +476,11 @@ def test_state_dict_continues_the_run(taken_at):
         ({"betas": (0.9, math.nan)}, r"betas must be two numbers in \[0, 1\), got \(0.9, nan\)"),
         ({"eps": -1e-8}, "eps must be a finite number >= 0, got -1e-08"),
         ({"eps": math.nan}, "eps must be a finite number >= 0, got nan"),
+        ({"lr": torch.tensor(0.1)}, r"lr as a tensor must be 0-d float64, got \(\) float32"),
+        ({"lr": torch.zeros(1).double()}, r"lr as a tensor must be 0-d float64, got \(1,\) float64"),
+        ({"ema": 5}, "ema must be a number of averages from 0 to 4, got 5"),
+        ({"ema": -1}, "ema must be a number of averages from 0 to 4, got -1"),
+        ({"ema": 0.5}, "ema must be a number of averages from 0 to 4, got 0.5"),
         ({"weight_decay": -0.1}, "weight_decay must be a finite number >= 0, got -0.1"),
         ({"weight_decay": math.inf}, "weight_decay must be a finite number >= 0, got inf"),
     ],
