@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 
 from .. import reference
-from .._dispatch import INTERPRETED, noise_config, row_config
+from .._dispatch import INTERPRETED, adam_config, noise_config, row_config
+from ..adam_kernels import _measure_kernel, _numbers_kernel, _reduce_kernel, _update_kernel
 from ..denoising_loss import _denoising_loss_kernel
 from ..generator_loss import _ipfm_loss_kernel
 from ..group_norm import _group_norm_silu_backward_kernel, _group_norm_silu_kernel, block_sizes
@@ -246,7 +247,59 @@ def _philox_cases() -> Iterator[Case]:
         )  # fmt: skip
 
 
-CASES: list[Callable[[], Iterator[Case]]] = [_perturb_cases, _row_cases, _group_norm_cases, _philox_cases]
+def _adam_cases() -> Iterator[Case]:
+    segment, block, warps = adam_config()
+    tables = {"p_blocks": "*i32", "p_table": "*i64", "p_grads": "*i64", "p_scale": "*fp32"}
+    # beta1, averages, weight decay
+    options = [(0.0, 1, 0.0), (0.9, 2, 0.01), (0.0, 0, 0.0), (0.0, 0, 0.01), (0.0, 2, 0.0), (0.9, 0, 0.0)]
+    for dtype, aligned, (beta1, averages, decay) in (
+        *(("fp32", True, option) for option in options), ("fp32", False, options[0]), ("fp64", True, options[0]),
+    ):  # fmt: skip
+        common = {
+            "WIDTH": 4 + averages, "SCALED": True, "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
+            "ALIGNED": aligned, "SEGMENT": segment,
+        }  # fmt: skip
+        quick = dtype == "fp32" and aligned and (beta1, averages, decay) in options[:2]
+        yield Case(
+            "adam update",
+            f"{dtype} beta1={beta1} ema={averages}{' weight decay' if decay else ''}{'' if aligned else ' unaligned'}",
+            _update_kernel, {**tables, "p_numbers": "*fp64", "first_program": "i32"},
+            {
+                "LIMITED": True, "BETA1": beta1, "BETA2": 0.999, "EPS": 1e-8, "WEIGHT_DECAY": decay,
+                "AVERAGES": averages, "BLOCK": block, **common,
+            },
+            (*tables, "p_numbers"), warps, quick=quick,
+        )  # fmt: skip
+        if averages == 1 and beta1 == 0:
+            yield Case(
+                "adam measure", f"{dtype}{'' if aligned else ' unaligned'}", _measure_kernel,
+                {**tables, "p_partials": "*fp64", "first_program": "i32"},
+                {"NORM": True, "MAX": FLOAT_MAX["fp32"], **common}, (*tables, "p_partials"), warps,
+                scalar_stores=1, quick=quick,
+            )  # fmt: skip
+    results = {"p_found": "*fp64", "p_steps": "*fp64", "p_applied": "*i1", "p_numbers": "*fp64"}
+    yield Case(
+        "adam reduce", "fp64", _reduce_kernel, {"p_partials": "*fp64", "p_found": "*fp64", "programs": "i32"},
+        {"MAX": FLOAT_MAX["fp32"], "BLOCK": 4096}, ("p_partials", "p_found"), 16, scalar_stores=2,
+    )  # fmt: skip
+    for given in (False, True):
+        yield Case(
+            "adam numbers", f"beta1=0.9 ema=2{' on the device' if given else ''}", _numbers_kernel,
+            {
+                **results, "p_rate": "*fp64", "p_decays": "*fp64",
+                **dict.fromkeys(("rate_bits", *(f"decay_bits_{i}" for i in range(4))), "i64"),
+            },
+            {
+                "RATE_TENSOR": given, "DECAY_TENSOR": given, "COUNTS": True, "LIMIT": 1.0, "LOG_BETA1": -0.1,
+                "LOG_BETA2": -0.001, "MOMENT": True, "AVERAGES": 2, "MAX": 1.7976931348623157e308,
+            },
+            (*results, "p_rate", "p_decays"), 1, scalar_loads=6, scalar_stores=8, quick=not given,
+        )  # fmt: skip
+
+
+CASES: list[Callable[[], Iterator[Case]]] = [
+    _perturb_cases, _row_cases, _group_norm_cases, _philox_cases, _adam_cases,
+]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ compilation
