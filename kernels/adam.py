@@ -7,7 +7,7 @@ Because an EMA lives in the optimiser's state, whatever shards that state (ZeRO)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,7 @@ from torch import Tensor
 
 from ._dispatch import Backend, use_triton
 from .adam_fused import MOST_AVERAGES, FusedAdam, Group
-
-# Elements that the reference updates at a time: it bounds its temporaries, three of this size.
-CHUNK = 2**24
+from .adam_reference import reference_step
 
 
 class AdamEMA(torch.optim.Optimizer):
@@ -31,13 +29,14 @@ class AdamEMA(torch.optim.Optimizer):
         w = w - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
         e = e + (1 - ema_decay) (w - e)      (for each average)
 
-    A step in which the square of any scaled gradient is not finite, or with clip_norm their sum, changes nothing: not
-    w, m, v, e, nor t. The check and the count stay on the device, so that no step waits for the host. At eps = 0,
-    elements whose v is 0 stay.
+    A step in which the square of any scaled gradient is not finite, or with clip_norm their sum (in the reference, that
+    of any tensor always), changes nothing: not w, m, v, e, nor t. The check and the count stay on the device, so that
+    no step waits for the host. At eps = 0, elements whose v is 0 stay.
 
     State: 4 bytes a float32 parameter for v ("exp_avg_sq"), 4 more for m ("exp_avg") at beta1 > 0, 4 more for each
-    average ("ema", "ema_1", ...). The reference works on `CHUNK` elements at a time and needs three temporaries of that
-    size; it overwrites gradients. The Triton kernels need none, and as many launches for one tensor as for thousands.
+    average ("ema", "ema_1", ...). The Triton kernels need no temporaries, and as many launches for one tensor as for
+    thousands. The reference overwrites gradients. On a CPU it is torch's own fused Adam; where that does not go (on
+    another device, at eps = 0, or where strides differ) it works on 2^24 elements at a time, with three temporaries.
 
     Bytes moved by the kernels, for a float32 parameter at beta1 = 0 with one average: 4 to measure g, 28 to update
     (g, w, v, e read, w, v, e written); 8 more for m, 8 for each further average. A tensor whose elements have gaps, or
@@ -160,28 +159,15 @@ class AdamEMA(torch.optim.Optimizer):
             self.applied = torch.zeros((), dtype=torch.bool, device=self.steps_applied.device)
             return
         device = grads[0].device
-        decays = _decays(self.ema_decay, max(int(g["ema"]) for g in self.param_groups), device)
-        if use_triton("AdamEMA", self.backend, device):
-            self.applied = self._fused.step(
-                [self._columns(group, params) for group, params in groups if params],
-                self.steps_applied,
-                grad_scale=self.grad_scale,
-                clip_norm=self.clip_norm,
-                ema_decay=decays,
-                sum_over_shards=self.sum_over_shards,
-            )
-            return
-        if self.grad_scale is not None:
-            torch._foreach_mul_(grads, self.grad_scale.to(grads[0]))
-        finite = self._judge(grads)
-        skipped = ~finite
-        for grad in grads:
-            grad.masked_fill_(skipped, 0)
-        self.applied = finite
-        self.steps_applied += finite
-        for group, params in groups:
-            if params:
-                self._update(group, params, finite, decays)
+        step = self._fused.step if use_triton("AdamEMA", self.backend, device) else reference_step
+        self.applied = step(
+            [self._columns(group, params) for group, params in groups if params],
+            self.steps_applied,
+            grad_scale=self.grad_scale,
+            clip_norm=self.clip_norm,
+            ema_decay=_decays(self.ema_decay, max(int(g["ema"]) for g in self.param_groups), device),
+            sum_over_shards=self.sum_over_shards,
+        )
 
     def _columns(self, group: dict[str, Any], params: list[Tensor]) -> Group:
         lr = group["lr"]
@@ -194,91 +180,10 @@ class AdamEMA(torch.optim.Optimizer):
         given = [p.grad for p in params if p.grad is not None]
         return Group(lr, group["betas"], group["eps"], group["weight_decay"], given, [params, *columns])
 
-    def _judge(self, grads: list[Tensor]) -> Tensor:
-        """0-d bool: the step can be taken. Gradients are brought to `clip_norm` on the way."""
-        overflow = (~_all_finite(grads)).double()
-        filled = [grad for grad in grads if grad.numel()]
-        squares = torch.zeros_like(overflow)
-        if self.clip_norm is not None and filled:
-            squares = torch.stack(torch._foreach_norm(filled)).double().square().sum()
-        found = torch.stack([overflow, squares])
-        if self.sum_over_shards is not None:
-            self.sum_over_shards(found)
-        if self.clip_norm is not None:
-            # A norm of 0 gives an infinite factor, of which 1 is taken.
-            torch._foreach_mul_(grads, (self.clip_norm / found[1].sqrt()).clamp(max=1.0).to(grads[0].dtype))
-        return (found[0] == 0) & torch.isfinite(found[1])
-
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], finite: Tensor, decays: Tensor | list[float]
-    ) -> None:
-        assert self.steps_applied is not None
-        beta1, beta2 = group["betas"]
-        dtype = params[0].dtype
-
-        def unless_skipped(value: Tensor | float, otherwise: float) -> Tensor:
-            return (otherwise + finite.to(torch.float64) * (value - otherwise)).to(dtype)
-
-        # t = 0 only while every step so far was skipped; the factor then multiplies zeros.
-        t = self.steps_applied.clamp(min=1)
-        decay1, decay2 = unless_skipped(beta1, 1), unless_skipped(beta2, 1)
-        correction = (1 - beta2**t).sqrt().to(dtype)
-        rate = unless_skipped(-group["lr"] / (1 - beta1**t), 0)
-        averages = ema_entries(group["ema"])
-        shares = [unless_skipped(1 - decays[i], 0) for i in range(len(averages))]
-        kinds = [*(["exp_avg"] if beta1 > 0 else []), "exp_avg_sq", *averages]
-        given: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        columns = [params, given, *([self.state[p][kind] for p in params] for kind in kinds)]
-        for weights, grads, *rest in _chunks(columns):
-            state = dict(zip(kinds, rest, strict=True))
-            if group["weight_decay"]:
-                torch._foreach_add_(grads, torch._foreach_mul(weights, finite.to(dtype)), alpha=group["weight_decay"])
-            first = grads
-            if beta1 > 0:
-                first = state["exp_avg"]
-                torch._foreach_mul_(first, decay1)
-                torch._foreach_add_(first, grads, alpha=1 - beta1)
-            second = state["exp_avg_sq"]
-            torch._foreach_mul_(second, decay2)
-            torch._foreach_addcmul_(second, grads, grads, value=1 - beta2)
-
-            root = torch._foreach_sqrt(second)
-            torch._foreach_div_(root, correction)
-            torch._foreach_add_(root, group["eps"])
-            # An element that never saw a gradient, or only ones whose squares vanish, divides by eps, which may be 0.
-            update = torch._foreach_div(first, root) if group["eps"] else list(map(_ratio, first, root))
-            torch._foreach_mul_(update, rate)
-            torch._foreach_add_(weights, update)
-
-            for entry, share in zip(averages, shares, strict=True):
-                gap = torch._foreach_sub(weights, state[entry])
-                torch._foreach_mul_(gap, share)
-                torch._foreach_add_(state[entry], gap)
-
 
 def ema_entries(ema: bool | int) -> list[str]:
     """Names of the state's entries that hold that many averages: "ema", "ema_1", ..."""
     return [f"ema_{i}" if i else "ema" for i in range(int(ema))]
-
-
-def _chunks(columns: list[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
-    """The columns, lists of tensors of the same shapes, in pieces of at most about `CHUNK` elements."""
-    piece: list[list[Tensor]] = [[] for _ in columns]
-    size = 0
-    for row in zip(*columns, strict=True):
-        # Whole rows, so that a piece keeps the strides of its tensor.
-        length = len(row[0]) if row[0].ndim else 1
-        rows = max(1, CHUNK * length // max(1, row[0].numel())) if row[0].numel() > CHUNK else length
-        parts = zip(*(t.split(rows) if rows < length else (t,) for t in row), strict=True)
-        for part in parts:
-            if size and size + part[0].numel() > CHUNK:
-                yield piece
-                piece, size = [[] for _ in columns], 0
-            for column, tensor in zip(piece, part, strict=True):
-                column.append(tensor)
-            size += part[0].numel()
-    if size or piece[0]:
-        yield piece
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -319,14 +224,3 @@ def _check_on_device(name: str, given: Tensor, device: torch.device) -> None:
 
 def _described(given: Tensor) -> str:
     return f"{tuple(given.shape)} {str(given.dtype).removeprefix('torch.')}"
-
-
-def _all_finite(tensors: list[Tensor]) -> Tensor:
-    """0-d bool: the square of every element is finite. One that overflows would leave v infinite for good."""
-    filled = [t for t in tensors if t.numel()] or [tensors[0].new_zeros(1)]
-    peaks = torch.stack(torch._foreach_norm(filled, float("inf")))
-    return torch.isfinite(peaks * peaks).all()
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)

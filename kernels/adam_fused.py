@@ -252,18 +252,18 @@ def _dense(group: Group, copies: list[tuple[Tensor, Tensor]]) -> Group:
     columns = [list(column) for column in group.columns]
     gradients = list(group.gradients)
     for k, w in enumerate(columns[0]):
-        like = w.detach() if _is_dense(w) else torch.empty_like(w)
-        if not _same_order(gradients[k], like):
+        like = w.detach() if is_dense(w) else torch.empty_like(w)
+        if not same_order(gradients[k], like):
             gradients[k] = torch.empty_like(like).copy_(gradients[k])
         for column in columns:
-            if column and not _same_order(column[k], like):
+            if column and not same_order(column[k], like):
                 copy = torch.empty_like(like).copy_(column[k])
                 copies.append((column[k], copy))
                 column[k] = copy
     return replace(group, gradients=gradients, columns=columns)
 
 
-def _is_dense(t: Tensor) -> bool:
+def is_dense(t: Tensor) -> bool:
     if t.is_contiguous():
         return True
     expected = 1
@@ -274,7 +274,7 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
-def _same_order(t: Tensor, like: Tensor) -> bool:
+def same_order(t: Tensor, like: Tensor) -> bool:
     """Elements of the same index lie at the same place, and are of one dtype."""
     if t.dtype != like.dtype or t.shape != like.shape:
         return False

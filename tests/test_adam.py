@@ -389,10 +389,11 @@ def test_clipping_of_nothing_and_of_too_much():
 @pytest.mark.parametrize("chunk", [1, 4, 21])
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 def test_pieces_change_nothing(monkeypatch, chunk, beta1):
-    """Whatever is updated at a time, the bits are the same; strides too."""
+    """Whatever the foreach operations update at a time, the bits are the same; strides too."""
+    monkeypatch.setattr("ipfm.kernels.adam_reference._torch_can", lambda group: False)
     runs = []
     for size in (2**24, chunk):
-        monkeypatch.setattr("ipfm.kernels.adam.CHUNK", size)
+        monkeypatch.setattr("ipfm.kernels.adam_reference.CHUNK", size)
         params = [*weights(), nn.Parameter(torch.linspace(-1, 1, 60).reshape(5, 12).t())]
         optimizer = AdamEMA(params, lr=1e-2, betas=(beta1, 0.999), ema=True, clip_norm=50.0, weight_decay=0.1)
         optimizer.ema_decay = 0.9
@@ -402,6 +403,47 @@ def test_pieces_change_nothing(monkeypatch, chunk, beta1):
         runs.append(everything(optimizer, params))
         assert params[-1].stride() == optimizer.state[params[-1]]["ema"].stride() == (1, 12)
     assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("clip_norm", [None, 3.0])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_torchs_fused_adam_and_foreach_operations_agree(monkeypatch, beta1, weight_decay, clip_norm):
+    """In float64, with a step between that is not applied; the former is what runs where it can."""
+    runs = []
+    for fused in (True, False):
+        calls = []
+        if not fused:
+            monkeypatch.setattr("ipfm.kernels.adam_reference._torch_can", lambda group: False)
+        original = torch._fused_adam_
+        monkeypatch.setattr(torch, "_fused_adam_", lambda *a, c=calls, f=original, **k: c.append(1) or f(*a, **k))
+        params = weights(torch.float64)
+        options = {"betas": (beta1, 0.999), "weight_decay": weight_decay, "clip_norm": clip_norm, "ema": 2}
+        optimizer = AdamEMA(params, lr=1e-2, **options)
+        optimizer.ema_decay = (0.9, 0.5)
+        for step in range(6):
+            set_gradients(params, step)
+            if step == 3:
+                params[0].grad[0, 0] = math.inf
+            optimizer.step()
+            assert bool(optimizer.applied) == (step != 3)
+        runs.append(everything(optimizer, params))
+        assert len(calls) == (6 if fused else 0)
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_strides_that_differ_go_to_the_foreach_operations(monkeypatch):
+    """torch's fused Adam walks memory; a gradient in another order than its weight would be taken for another."""
+    runs = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        p = nn.Parameter(torch.linspace(-1, 1, 48).view(2, 3, 2, 4).clone())
+        optimizer = AdamEMA([p], lr=1e-2, ema=True)
+        p.grad = torch.linspace(1, 3, 48).view(2, 3, 2, 4).clone().to(memory_format=order)
+        optimizer.step()
+        runs.append([p.detach(), *optimizer.state[p].values()])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bad", [None, 0, 1])

@@ -10,7 +10,6 @@ from ipfm.engine.memory.phases import Phase
 from ipfm.engine.memory.plan import MemoryPlan, check_plan, forms, plan_teacher_training, size, with_gradients
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation
 from ipfm.engine.memory.state import Sharding, StateBytes, state_bytes
-from ipfm.kernels.adam import CHUNK
 from ipfm.models import NetworkConfig
 
 # Forward passes, or as much arithmetic, of an image in a student update, in a generator update, what the phased form
@@ -208,6 +207,5 @@ def _interpolated(settings: StepSettings, parts: StateBytes) -> dict[Phase, int]
 
 
 def _optimiser(sharding: Sharding, parameters: int) -> int:
-    """The shard's gradient in fp32, and the optimiser's temporaries."""
-    shard = sharding.share(parameters, 1)
-    return 0 if sharding.offload != "none" else 3 * 4 * min(shard, CHUNK) + (4 * shard if sharding.stage else 0)
+    """The shard's gradient in fp32; AdamEMA itself needs nothing."""
+    return 0 if sharding.offload != "none" or sharding.stage == 0 else 4 * sharding.share(parameters, 1)

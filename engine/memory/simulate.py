@@ -26,7 +26,6 @@ from ipfm.engine.objectives import add_noise, bind, denoising_objective
 from ipfm.engine.precision import DTYPES, apply_precision, halve_storage
 from ipfm.engine.steps import DistillSteps
 from ipfm.engine.world import World
-from ipfm.kernels.adam import CHUNK
 from ipfm.models import NetworkConfig, Precond, build_network
 
 META = torch.device("meta")
@@ -59,7 +58,6 @@ def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
     """Bytes above the permanent state at the peak of each phase of an iteration, without communication buckets."""
     sharding = settings.sharding
     nets = [_meta_network(settings, trained=trained) for trained in (False, True, True)]
-    # Gamma variates are drawn until they fit, which nothing can decide here: the noise of D = inf takes their place.
     config = DistillConfig(
         batch=settings.micro_batch,
         max_steps=1,
@@ -156,12 +154,10 @@ class _Trained:
         loss.backward()
 
     def step(self, *, lr: float, ema_decay: float = 0.0, grad_scale: Tensor | None = None) -> Tensor:
-        if self._sharding.offload == "none":
-            shard = self._sharding.share(self._numbers, 1)
-            # The shard's gradient in fp32, and what AdamEMA works with.
-            flat = torch.empty(shard, device=META) if self._sharding.stage > 0 else None
-            work = [torch.empty(min(shard, CHUNK), device=META) for _ in range(3)]
-            del flat, work
+        if self._sharding.offload == "none" and self._sharding.stage > 0:
+            # The shard's gradient in fp32; AdamEMA itself needs nothing.
+            flat = torch.empty(self._sharding.share(self._numbers, 1), device=META)
+            del flat
         for p in self.module.parameters():
             p.grad = None
         return torch.ones((), dtype=torch.bool, device=META)
