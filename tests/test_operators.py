@@ -144,7 +144,7 @@ def test_one_graph_serves_every_batch_step_and_seed(run, backend, device):
         got = evaluate(run, compiled, v, step, seed, backend)
         assert_same(got, evaluate(run, run, v, step, seed, backend))
         assert counter.frame_count == min(i + 1, 2)
-    if run not in DRAWS:
+    if run not in DRAWS and backend == "triton":
         v = {n: t.contiguous(memory_format=LAST) if t.ndim == 4 else t for n, t in tensors(2, device).items()}
         got, wanted = (evaluate(run, function, v, backend=backend) for function in (compiled, run))
         assert_same(got, wanted)
