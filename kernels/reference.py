@@ -80,11 +80,21 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[T
 
 
 def _words(
-    sample_index: Tensor, first_block: int, blocks: int, *, seed: int, stream: int, step: int | Tensor
+    sample_index: Tensor,
+    first_block: int,
+    blocks: int,
+    *,
+    seed: int,
+    stream: int,
+    step: int | Tensor,
+    trials: int = 0,
 ) -> list[Tensor]:
-    """The four words of blocks [first_block, first_block + blocks) of every sample, each (B, blocks)."""
+    """The four words of blocks [first_block, first_block + blocks) of every sample, and after them those of the gamma
+    variable's first `trials`; each (B, blocks + trials)."""
     index = sample_index.view(-1, 1)
     block = torch.arange(first_block, first_block + blocks, device=index.device)
+    if trials:
+        block = torch.cat([block, torch.arange(GAMMA_BLOCK, GAMMA_BLOCK + trials, device=index.device)])
     c2 = step & _WORD if isinstance(step, Tensor) else torch.full_like(index, step)
     c3 = ((index >> 16) & 0xFFFF0000) | stream
     return list(philox(block, index & _WORD, c2, c3, seed))
@@ -118,21 +128,23 @@ def normal(
 ) -> Tensor:
     """(B, count) standard normals: two Box-Muller pairs a Philox block, computed in `dtype`."""
     words = _words(sample_index, 0, -(-count // 4), seed=seed, stream=stream, step=step)
+    return _normals(words, dtype)[:, :count]
+
+
+def _normals(words: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Four words (B, blocks) -> (B, 4·blocks)."""
     u = [_uniform(w).to(dtype) for w in words]
-    return torch.stack([*_box_muller(u[0], u[1]), *_box_muller(u[2], u[3])], -1).flatten(1)[:, :count]
+    return torch.stack([*_box_muller(u[0], u[1]), *_box_muller(u[2], u[3])], -1).flatten(1)
 
 
-def _gamma_parts(
-    sample_index: Tensor, shape: float, *, seed: int, stream: int, step: int | Tensor
-) -> tuple[Tensor, Tensor | None]:
+def _gamma_parts(words: list[Tensor], shape: float) -> tuple[Tensor, Tensor | None]:
     """(g, b) with g·exp(b) ~ Gamma(shape), float64; b is None for shape >= 1 [Marsaglia & Tsang 2000].
 
-    Of the trials the first accepted one counts; were there none, the value would be d, which is close to the mean.
+    `words`, four (B, _TRIALS), are those of the trials' blocks. Of the trials the first accepted one counts; were there none, the value would be d, which is close to the mean.
     """
     a = shape + 1 if shape < 1 else shape
     d = a - 1 / 3
     c = 1 / math.sqrt(9 * d)
-    words = _words(sample_index, GAMMA_BLOCK, _TRIALS, seed=seed, stream=stream, step=step)
     u = [_uniform(w).double() for w in words]
     x = _box_muller(u[0], u[1])[0]
     t = c * x
@@ -146,7 +158,8 @@ def _gamma_parts(
 
 def gamma(sample_index: Tensor, shape: float, *, seed: int, stream: int, step: int | Tensor) -> Tensor:
     """(B,) float64 draws of Gamma(shape, 1)."""
-    g, boost = _gamma_parts(sample_index, shape, seed=seed, stream=stream, step=step)
+    words = _words(sample_index, GAMMA_BLOCK, _TRIALS, seed=seed, stream=stream, step=step)
+    g, boost = _gamma_parts(words, shape)
     return g if boost is None else torch.exp(g.log() + boost)
 
 
@@ -172,20 +185,23 @@ def perturb(
     """x = y + σ·g/√(K/D), K = 2·Gamma(D/2), g ~ N(0, I); K/D = 1 at D = ∞ [PFGM++ eq. 4, a multivariate Student t]."""
     compute = torch.promote_types(y.dtype, torch.float32)
     position: Position = {"seed": seed, "stream": stream, "step": step}
+    elements = y.shape[1:].numel()
+    blocks, trials = -(-elements // 4), 0 if math.isinf(D) else _TRIALS
+    words = _words(sample_index, 0, blocks, **position, trials=trials)
     scale = sigma.double()
-    if not math.isinf(D):
+    if trials:
         a = D / 2
-        g, boost = _gamma_parts(sample_index, a, **position)
+        g, boost = _gamma_parts([w[:, blocks:] for w in words], a)
         if boost is None:
             ratio = torch.sqrt(a / g)
         else:
             ratio = torch.exp((0.5 * (math.log(a) - (g.log() + boost))).clamp_(max=LOG_RATIO_MAX))
         scale = scale * ratio
     scale = scale.clamp(max=torch.finfo(compute).max).to(compute)
-    noise = normal(sample_index, y[0].numel() if len(y) else 0, dtype=compute, **position).reshape(y.shape)
-    if not y.is_contiguous():
+    noise = _normals([w[:, :blocks] for w in words], compute)[:, :elements].reshape(y.shape)
+    if noise.stride() != y.stride():
         noise = torch.empty_like(y, dtype=compute).copy_(noise)  # so that x gets y's memory format
-    x = torch.addcmul(y.to(compute), noise, _per_sample(scale, y))
+    x = noise.mul_(_per_sample(scale, y)).add_(y)
     if c_in is None:
         return x.to(y.dtype)
     scaled = _per_sample(c_in.to(compute), y) * x

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ipfm.kernels.group_norm import group_norm_silu
 
-from .frozen import frozen_conv2d, frozen_conv_transpose2d, is_frozen, mean_2x2
+from .frozen import frozen_conv2d, frozen_conv_transpose2d, is_frozen, mean_2x2, repeat_2x2
 from .init import DEFAULT_INIT, Init
 
 
@@ -134,7 +134,7 @@ class Conv2d(nn.Module):
     def _double(self, x: Tensor, padding: int | None = None) -> Tensor:
         padding = self.f_pad if padding is None else padding
         if self._box:
-            return F.interpolate(x, scale_factor=2, mode="nearest")
+            return repeat_2x2(x)
         return frozen_conv_transpose2d(x, self._depthwise(x, 4), stride=2, padding=padding, groups=x.shape[1])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

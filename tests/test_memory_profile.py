@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import gc
+import mmap
 import threading
 import time
 from contextlib import contextmanager
@@ -45,6 +47,7 @@ class Toy:
 
 
 def measure(profiler: MemoryProfiler, *steps: Toy) -> dict[str, PhaseMemory]:
+    gc.collect()  # what earlier tests have left must not go in between
     for toy in steps:
         with profiler.step():
             toy.iteration()
@@ -157,10 +160,12 @@ def test_resident_memory_grows_with_pages_in_use():
         pytest.skip("this system does not say how much memory a process has")
     before = resident_bytes()
     with Sampler(resident_bytes) as sampler:
-        block = torch.ones(64 * MEGA, dtype=torch.uint8)
+        # Pages of its own: an allocator would give what earlier tests have left.
+        block = mmap.mmap(-1, 64 * MEGA)
+        block.write(b"1" * (64 * MEGA))
         while len(sampler.readings) < 3:
             time.sleep(0.005)
-        del block
+        block.close()
         first = sampler.take_peak()
     assert 60 * MEGA < first - before < 80 * MEGA
     assert 1.02 * largest_resident_bytes() >= first
@@ -198,8 +203,8 @@ class Trained:
         self.optimizer = AdamEMA(self.module.parameters(), lr=1e-4, eps=1e-3, ema=ema)
         self.optimizer.create_state()
 
-    def __call__(self, *args):
-        return self.module(*args)
+    def __call__(self, *args, **keywords):
+        return self.module(*args, **keywords)
 
     def backward(self, loss):
         loss.backward()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ipfm.kernels.recomputed import group_norm_silu
 from ipfm.models.blocks import QKVProjection, UNetBlock
-from ipfm.models.frozen import frozen_conv2d, frozen_conv_transpose2d, frozen_linear, mean_2x2
+from ipfm.models.frozen import frozen_conv2d, frozen_conv_transpose2d, frozen_linear, mean_2x2, repeat_2x2
 from ipfm.models.init import Init
 from ipfm.models.layers import Conv2d, GroupNorm
 
@@ -82,7 +82,20 @@ def test_linear_and_mean():
     for sides in ((4, 6), (5, 4), (4, 7)):
         assert_same(mean_2x2, partial(F.avg_pool2d, kernel_size=2), rand(2, 3, *sides, seed=3))
     even = rand(2, 3, 4, 6, seed=3).requires_grad_()
-    assert kept_bytes(lambda: mean_2x2(even)) == 0
+    for function in (mean_2x2, repeat_2x2):
+        assert kept_bytes(partial(function, even)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())
+def test_squares_of_pixels(memory_format, dtype):
+    """Mean and repetition, and the gradients of both, are PyTorch's pooling and interpolation, whatever walks."""
+    for sides in ((4, 6), (2, 2), (6, 10)):
+        x = rand(2, 3, *sides, seed=3).to(dtype, memory_format=memory_format)
+        assert_same(mean_2x2, partial(F.avg_pool2d, kernel_size=2), x)
+        assert_same(repeat_2x2, partial(F.interpolate, scale_factor=2, mode="nearest"), x)
+        for function in (mean_2x2, repeat_2x2):
+            assert function(x).is_contiguous(memory_format=memory_format)
 
 
 def test_they_can_be_differentiated_twice():
@@ -92,6 +105,7 @@ def test_they_can_be_differentiated_twice():
         partial(frozen_conv2d, weight=weight, stride=2, padding=1),
         partial(frozen_conv_transpose2d, weight=weight, stride=2, padding=1),
         mean_2x2,
+        repeat_2x2,
         lambda x: frozen_linear(x, weight[:, 0].flatten(1).t()[:4], arrange=torch.t),
     ):
         assert torch.autograd.gradgradcheck(lambda x, f=function: f(x).square(), x)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -105,8 +106,8 @@ def _storages(device: torch.device | str) -> list[torch.UntypedStorage]:
     kind = torch.device(device).type
     storages: dict[int, torch.UntypedStorage] = {}
     for thing in gc.get_objects():
-        # By type: isinstance would wake lazy modules.
-        if issubclass(type(thing), Tensor):
+        # By type: isinstance would wake lazy modules. A compiler's fake tensors hold nothing.
+        if issubclass(type(thing), Tensor) and not issubclass(type(thing), FakeTensor):
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None and tensor.device.type == kind and tensor.layout == torch.strided:
                     storage = tensor.untyped_storage()
