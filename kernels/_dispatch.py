@@ -50,7 +50,7 @@ def signed64(value: int) -> int:
 
 def float64_bits(value: float) -> int:
     """The bits of `value` as an int64: Triton would round a float argument to float32."""
-    return int(torch.tensor(value, dtype=torch.float64).view(torch.int64))
+    return int(torch.tensor(value, dtype=torch.float64, device="cpu").view(torch.int64))
 
 
 def noise_config(samples: int, pixels: int, rgb: bool = False) -> tuple[int, int, int]:

@@ -58,15 +58,24 @@ def _parameters(
 
 
 @triton.jit
+def _activated(b_u, SILU: tl.constexpr):
+    if SILU:
+        return b_u * tl.sigmoid(b_u)
+    else:
+        return b_u
+
+
+@triton.jit
 def _group_norm_silu_kernel(
     p_x, p_weight, p_bias, p_scale, p_shift, p_y, p_mean, p_rstd,
     HW, s_b, s_c, s_hw, s_pb, s_pc,
-    EPS: tl.constexpr, SCALED: tl.constexpr, GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
-    CP: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, COMPUTE: tl.constexpr,
+    EPS: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Program (sample, GROUPS groups): y = silu((w (x - mean)·rstd + b)(1 + scale) + shift), rstd = 1/√(var + eps).
 
-    The variance is the mean of (x - mean)²: the group waits in registers (RESIDENT), or is read again, from cache.
+    Without SILU, y is what goes into it. The variance is the mean of (x - mean)²: the group waits in registers
+    (RESIDENT), or is read again, from cache.
     """
     parts: tl.constexpr = GROUPS_ALL // GROUPS
     i_b = (tl.program_id(0) // parts).to(tl.int64)
@@ -103,31 +112,33 @@ def _group_norm_silu_kernel(
     dtype = p_y.dtype.element_ty
     if RESIDENT:
         b_u = (b_d * rstd * b_w + b_b) * b_scale + b_shift
-        tl.store(p_y + o, (b_u * tl.sigmoid(b_u)).to(dtype), mask=m)
+        tl.store(p_y + o, _activated(b_u, SILU).to(dtype), mask=m)
     else:
         for i_hw in range(0, HW, BLOCK):
             o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
             b_n = (tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE) - mean) * rstd
             b_u = (b_n * b_w + b_b) * b_scale + b_shift
-            tl.store(p_y + o, (b_u * tl.sigmoid(b_u)).to(dtype), mask=m)
+            tl.store(p_y + o, _activated(b_u, SILU).to(dtype), mask=m)
 
 
 @triton.jit
-def _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, COMPUTE: tl.constexpr):
+def _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, SILU: tl.constexpr, COMPUTE: tl.constexpr):
     """(n, ∂L/∂u) with n = (x - mean)·rstd and u = v n + c; both 0 where masked."""
     b_n = tl.where(m, (tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE) - mean) * rstd, 0.0)
-    b_u = b_n * b_v + b_c
-    # σ(-u) for 1 - σ(u), of which nothing cancels.
-    b_slope = tl.sigmoid(b_u) * (1.0 + b_u * tl.sigmoid(-b_u))
-    return b_n, tl.load(p_dy + o, mask=m, other=0.0).to(COMPUTE) * b_slope
+    b_du = tl.load(p_dy + o, mask=m, other=0.0).to(COMPUTE)
+    if SILU:
+        b_u = b_n * b_v + b_c
+        # σ(-u) for 1 - σ(u), of which nothing cancels.
+        b_du *= tl.sigmoid(b_u) * (1.0 + b_u * tl.sigmoid(-b_u))
+    return b_n, b_du
 
 
 @triton.jit
 def _group_norm_silu_backward_kernel(
     p_x, p_dy, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd, p_dx, p_du, p_dun,
     HW, s_b, s_c, s_hw, s_pb, s_pc,
-    SCALED: tl.constexpr, GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, CP: tl.constexpr,
-    BLOCK: tl.constexpr, RESIDENT: tl.constexpr, COMPUTE: tl.constexpr,
+    SCALED: tl.constexpr, SILU: tl.constexpr, GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
+    CP: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Program (sample, GROUPS groups), u = v n + … with v = w (1 + scale):
 
@@ -152,7 +163,7 @@ def _group_norm_silu_backward_kernel(
     b_c = b_b * b_scale + b_shift
     if RESIDENT:
         o, m = _tile(0, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
-        b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, COMPUTE)
+        b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, SILU, COMPUTE)
         b_sum = b_du
         b_sum_n = b_du * b_n
     else:
@@ -160,7 +171,7 @@ def _group_norm_silu_backward_kernel(
         b_sum_n = tl.zeros((GROUPS, CP, BLOCK), COMPUTE)
         for i_hw in range(0, HW, BLOCK):
             o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
-            b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, COMPUTE)
+            b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, SILU, COMPUTE)
             b_sum += b_du
             b_sum_n += b_du * b_n
     b_sum = tl.sum(b_sum, axis=2)[:, :, None]
@@ -179,7 +190,7 @@ def _group_norm_silu_backward_kernel(
     else:
         for i_hw in range(0, HW, BLOCK):
             o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
-            b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, COMPUTE)
+            b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, SILU, COMPUTE)
             tl.store(p_dx + o, (rstd * (b_du * b_v - mean_v - b_n * mean_vn)).to(dtype), mask=m)
 
 
@@ -230,8 +241,9 @@ def _statistics(x: Tensor, *sizes: int, count: int) -> list[Tensor]:
 
 @operator("group_norm_silu")
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
+    activation: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, mean, 1/√(var + eps)), the latter (B, groups); x is dense."""
     y = torch.empty_like(x)
     mean, rstd = _statistics(x, len(x), groups, count=2)
@@ -242,15 +254,17 @@ def _forward(
         with on_device(x.device):
             _group_norm_silu_kernel[grid](
                 x, weight, bias, p_scale, p_shift, y, mean, rstd, x.shape[2] * x.shape[3],
-                **strides, s_pb=s_pb, s_pc=s_pc, EPS=eps, SCALED=scale is not None, **sizes, num_warps=warps,
+                **strides, s_pb=s_pb, s_pc=s_pc, EPS=eps, SCALED=scale is not None, SILU=activation, **sizes,
+                num_warps=warps,
             )  # fmt: skip
     return y, mean, rstd
 
 
 @_forward.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
+    activation: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     mean, rstd = _statistics(x, x.shape[0], groups, count=2)
     return torch.empty_like(x), mean, rstd
 
@@ -258,7 +272,7 @@ def _(
 @operator("group_norm_silu_backward")
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
-    rstd: Tensor,
+    rstd: Tensor, activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(∂L/∂x, Σ ∂L/∂u, Σ n ∂L/∂u), the sums (B, C) over the pixels."""
     groups = mean.shape[1]
@@ -273,7 +287,7 @@ def _backward(
         with on_device(x.device):
             _group_norm_silu_backward_kernel[grid](
                 x, dy, weight, bias, p_scale, p_shift, mean, rstd, dx, du, dun, x.shape[2] * x.shape[3],
-                **strides, s_pb=s_pb, s_pc=s_pc, SCALED=scale is not None, **sizes, num_warps=warps,
+                **strides, s_pb=s_pb, s_pc=s_pc, SCALED=scale is not None, SILU=activation, **sizes, num_warps=warps,
             )  # fmt: skip
     return dx, du, dun
 
@@ -281,7 +295,7 @@ def _backward(
 @_backward.register_fake
 def _(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
-    rstd: Tensor,
+    rstd: Tensor, activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     du, dun = _statistics(x, *x.shape[:2], count=2)
     return torch.empty_like(x), du, dun
@@ -295,11 +309,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(*inputs[:5], mean, rstd)
+    ctx.activation = inputs[7]
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-    dx, du, dun = _backward(dy, x, weight, bias, scale, shift, mean, rstd)
+    dx, du, dun = _backward(dy, x, weight, bias, scale, shift, mean, rstd, ctx.activation)
     needed = ctx.needs_input_grad
     to_weight = to_bias = to_scale = to_shift = None
     if needed[1] or needed[2]:
@@ -311,7 +326,7 @@ def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         to_scale = to_scale.sum_to_size(scale.shape).to(scale.dtype)
     if shift is not None and needed[4]:
         to_shift = du[:, :, None, None].sum_to_size(shift.shape).to(shift.dtype)
-    return dx if needed[0] else None, to_weight, to_bias, to_scale, to_shift, None, None
+    return dx if needed[0] else None, to_weight, to_bias, to_scale, to_shift, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -329,6 +344,7 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     eps: float = 1e-5,
+    activation: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
     """silu(n), or silu(n (scale + 1) + shift), with n the group normalisation [Wu & He 2018] of x.
@@ -342,6 +358,7 @@ def group_norm_silu(
         weight, bias: (C,), of the dtype of x.
         scale, shift: both or neither, (B, C, 1, 1) or (1, C, 1, 1), of the dtype of x.
         eps: added to the variance, > 0.
+        activation: False leaves out SiLU.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -373,9 +390,10 @@ def group_norm_silu(
     if use_triton(op, backend, x.device):
         if scale is not None and shift is not None and scale.shape != shift.shape:
             scale, shift = torch.broadcast_tensors(scale, shift)
-        y: Tensor = _forward(_dense(x), weight.contiguous(), bias.contiguous(), scale, shift, groups, eps)[0]
+        parameters = weight.contiguous(), bias.contiguous()
+        y: Tensor = _forward(_dense(x), *parameters, scale, shift, groups, eps, activation)[0]
         return y
-    return recomputed.group_norm_silu(x, groups, weight, bias, scale=scale, shift=shift, eps=eps)
+    return recomputed.group_norm_silu(x, groups, weight, bias, scale=scale, shift=shift, eps=eps, activation=activation)
 
 
 def _parameter(op: str, what: str, value: object, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:

@@ -29,20 +29,22 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     eps: float,
+    activation: bool = True,
 ) -> Tensor:
     """silu(n), or silu(n·(scale + 1) + shift), with n = `F.group_norm(x, groups, weight, bias, eps)`.
 
     x (B, C, H, W), contiguous or channels_last; weight, bias (C); scale and shift both or neither, (B or 1, C, 1, 1);
     all of one floating dtype, which is also the result's. The value and the gradients are those of PyTorch's
     operations, bit for bit in 16 bits and but for rounding in more. Of more than `SMALL` elements there is no second
-    derivative: RuntimeError where one is asked for (create_graph=True).
+    derivative: RuntimeError where one is asked for (create_graph=True). Without `activation`, what goes into SiLU, by
+    PyTorch's own operations.
     Nothing is validated here; `ipfm.kernels.group_norm_silu` does that.
     """
-    if x.numel() <= SMALL and torch.is_grad_enabled():
+    if not activation or (x.numel() <= SMALL and torch.is_grad_enabled()):
         normed = F.group_norm(x, groups, weight, bias, eps)
         if scale is not None and shift is not None:
             normed = _modulated(normed, scale + 1, shift)
-        return F.silu(normed)
+        return F.silu(normed) if activation else normed
     out: Tensor = _GroupNormSilu.apply(x, weight, bias, scale, shift, groups, eps)
     return out
 

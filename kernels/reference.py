@@ -140,7 +140,8 @@ def _normals(words: list[Tensor], dtype: torch.dtype) -> Tensor:
 def _gamma_parts(words: list[Tensor], shape: float) -> tuple[Tensor, Tensor | None]:
     """(g, b) with g·exp(b) ~ Gamma(shape), float64; b is None for shape >= 1 [Marsaglia & Tsang 2000].
 
-    `words`, four (B, _TRIALS), are those of the trials' blocks. Of the trials the first accepted one counts; were there none, the value would be d, which is close to the mean.
+    `words`, four (B, _TRIALS), are those of the trials' blocks. Of the trials the first accepted one counts; were there
+    none, the value would be d, which is close to the mean.
     """
     a = shape + 1 if shape < 1 else shape
     d = a - 1 / 3
@@ -251,7 +252,7 @@ def ipfm_loss(
 
 def group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None,
-    eps: float = 1e-5,
+    eps: float = 1e-5, activation: bool = True,
 ) -> Tensor:  # fmt: skip
     """silu(n), or silu(n (scale + 1) + shift), n = (x - mean)/√(var + eps)·weight + bias over each group's channels."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -261,7 +262,7 @@ def group_norm_silu(
     n = n * weight.to(dtype)[:, None, None] + bias.to(dtype)[:, None, None]
     if scale is not None and shift is not None:
         n = n * (scale.to(dtype) + 1) + shift.to(dtype)
-    return n * torch.sigmoid(n)
+    return n * torch.sigmoid(n) if activation else n
 
 
 @torch.no_grad()

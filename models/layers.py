@@ -197,9 +197,9 @@ class GroupNorm(nn.Module):
         if not silu and not (scale is None and shift is None):
             raise ValueError("scale and shift are for normalisation with SiLU, got silu=False")
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if silu:
-            return group_norm_silu(x, self.num_groups, weight, bias, scale=scale, shift=shift, eps=self.eps)
-        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        return group_norm_silu(
+            x, self.num_groups, weight, bias, scale=scale, shift=shift, eps=self.eps, activation=silu
+        )
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, groups={self.num_groups}, eps={self.eps}"

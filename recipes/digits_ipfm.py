@@ -64,6 +64,8 @@ def teacher_config(options: RecipeOptions) -> TeacherConfig:
         zero=options.zero,
         precision=options.precision,
         tf32=options.tf32,
+        memory_format=options.memory_format,
+        compile=options.compile,
         noise=options.noise,
         seed=options.seed,
         log_every=options.log_every,

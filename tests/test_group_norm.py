@@ -51,6 +51,12 @@ def differentiated(function, tensors, gradient, groups, **options):
     return [y.detach(), *torch.autograd.grad(y, wanted, gradient.to(y.dtype))]
 
 
+def together(results, truth):
+    """The parameters' gradients in one: of the few numbers of each, either side's may be lucky."""
+    sizes = [r.square().mean().sqrt() for r in truth[2:]]
+    return torch.cat([(v / size.to(v.dtype)).flatten() for v, size in zip(results[2:], sizes, strict=True)])
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_formula_is_pytorchs(form):
     tensors, gradient = inputs((3, 6, 4, 5), form=form)
@@ -94,13 +100,28 @@ def test_triton_is_no_worse_than_pytorch(shape, groups, dtype, form, device, no_
     assert {g.dtype for g in got} == {dtype}
     for g, p, r in zip(got[:2], plain, truth, strict=False):
         no_worse(g, p, r, hair=2)
+    no_worse(together(got, truth), together(plain, truth), together(truth, truth), hair=2)
 
-    def together(results):
-        """The parameters' gradients in one: of the few numbers of each, either side's may be lucky."""
-        sizes = [r.square().mean().sqrt() for r in truth[2:]]
-        return torch.cat([(v / size.to(v.dtype)).flatten() for v, size in zip(results[2:], sizes, strict=True)])
 
-    no_worse(together(got), together(plain), together(truth), hair=2)
+@pytest.mark.parametrize("form", ["plain", "scaled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize(("shape", "groups"), [SHAPES[1], SHAPES[4]], ids=ids)
+def test_without_silu(shape, groups, dtype, form, device, no_worse):
+    """What goes into it, and its gradients."""
+    tensors, gradient = inputs(shape, dtype, form, device)
+    doubled = [None if t is None else t.double() for t in tensors]
+    truth = differentiated(reference.group_norm_silu, doubled, gradient.double(), groups, activation=False)
+    plain, got = (
+        differentiated(group_norm_silu, tensors, gradient, groups, activation=False, backend=backend)
+        for backend in ("reference", "triton")
+    )
+    x, weight, bias, scale, shift = doubled
+    written = F.group_norm(x, groups, weight, bias, 1e-5)
+    written = written if scale is None else written * (scale + 1) + shift
+    torch.testing.assert_close(truth[0], written, rtol=1e-10, atol=1e-10)
+    for g, p, r in zip(got[:2], plain, truth, strict=False):
+        no_worse(g, p, r, hair=2)
+    no_worse(together(got, truth), together(plain, truth), together(truth, truth), hair=2)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

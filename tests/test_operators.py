@@ -245,10 +245,10 @@ def operator_cases():
         "denoising_loss": (LOSS._denoising_loss, (last, y + 1, sigma, 0.5, *none)),
         "denoising_loss raw": (LOSS._denoising_loss, (half, y, sigma, 0.5, last + 1, sigma, sigma.double())),
         "denoising_loss batch inside": (LOSS._denoising_loss, (inside, y + 1, sigma.double(), 0.5, *none)),
-        "group_norm_silu": (group_norm._forward, (leaf, weight, bias, scale, shift, 2, 1e-5)),
-        "group_norm_silu channels_last": (group_norm._forward, (last, weight, bias, None, None, 2, 1e-5)),
+        "group_norm_silu": (group_norm._forward, (leaf, weight, bias, scale, shift, 2, 1e-5, True)),
+        "group_norm_silu channels_last": (group_norm._forward, (last, weight, bias, None, None, 2, 1e-5, False)),
         "group_norm_silu_backward": (
-            group_norm._backward, (y, last, *(p.detach() for p in (weight, bias, scale, shift)), *statistics)
+            group_norm._backward, (y, last, *(p.detach() for p in (weight, bias, scale, shift)), *statistics, True)
         ),
     }  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import denoising_loss, group_norm_silu, ipfm_loss, perturb, recomputed, reference
+from .. import DenoisingLoss, IpfmLoss, denoising_loss, group_norm_silu, ipfm_loss, perturb, recomputed, reference
 from .._dispatch import row_config
 from ..group_norm import block_sizes
 from .optimiser import AdamWorkload
@@ -60,7 +60,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         main = not quick and (shape == images[0] or math.prod(shape) >= LARGE)
         for dtype in [torch.float32, torch.bfloat16] if cuda and main else [torch.float32]:
             yield from perturb_cases(device, shape, dtype, every_variant=main)
-            yield from loss_cases(device, shape, dtype)
+            yield from loss_cases(device, shape, dtype, raw=not quick and dtype == torch.float32)
     levels = [*NCSNPP_LEVELS, *ADM_LEVELS, ODD_LEVEL]
     for channels, height, width, on_cuda, on_cpu in levels[1:2] if quick else levels:
         shape = (on_cuda if cuda else on_cpu, channels, height, width)
@@ -109,8 +109,9 @@ def perturb_cases(
     yield make("D=128 c_in bf16", modes, y.clone().requires_grad_(), 128.0, arguments)
 
 
-def loss_cases(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
-    """The losses with their gradients; a row too long for the registers is read twice."""
+def loss_cases(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, *, raw: bool) -> Iterator[Case]:
+    """The losses with their gradients; a row too long for the registers is read twice. `raw`: and those of raw outputs
+    in bfloat16, beside images in `dtype`."""
     generator = torch.Generator(device).manual_seed(0)
     t, s, y = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3))
     sigma = torch.rand(shape[0], generator=generator, device=device) + 0.1
@@ -121,6 +122,46 @@ def loss_cases(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype)
     yield make("ipfm_loss", "alpha=1", bytes={"forward": Bytes(6 * size, (3 + 3 * reads) * size)}, workload=work)
     work = FunctionWorkload({EAGER: reference.denoising_loss}, denoising_loss, (t, y, sigma), {})
     yield make("denoising_loss", "", bytes={"forward": Bytes(3 * size, (1 + 2 * reads) * size)}, workload=work)
+    if not raw:
+        return
+    # The preconditioning within the losses, of raw outputs in bfloat16, against the same around them.
+    raw_t, raw_s, half = t.bfloat16(), s.bfloat16(), y.numel() * 2
+    c_out = sigma / (sigma.square() + 0.25).sqrt() / 2
+    given = {"x": y + sigma.view(-1, 1, 1, 1) * s, "c_skip": 0.25 / (sigma.square() + 0.25), "c_out": c_out}
+    reading, writing = 2 * half + 2 * size, 2 * half + size
+    work = FunctionWorkload(
+        {EAGER: preconditioned_ipfm_loss}, ipfm_loss, (raw_t, raw_s, y), {"alpha": 1.0, **given},
+        oracle=reference.ipfm_loss,
+    )  # fmt: skip
+    moved = {"forward": Bytes(reading + writing, reads * reading + writing)}
+    yield make("ipfm_loss", "alpha=1 raw bf16", bytes=moved, workload=work)
+    work = FunctionWorkload(
+        {EAGER: preconditioned_denoising_loss}, denoising_loss, (raw_t, y, sigma), given,
+        oracle=reference.denoising_loss,
+    )  # fmt: skip
+    reading = half + 2 * size
+    moved = {"forward": Bytes(reading + half, reads * reading + half)}
+    yield make("denoising_loss", "raw bf16", bytes=moved, workload=work)
+
+
+def preconditioned_ipfm_loss(
+    t: Tensor, s: Tensor, y: Tensor, *, alpha: float, x: Tensor, c_skip: Tensor, c_out: Tensor
+) -> IpfmLoss:
+    """The denoised images as tensors of their own, and the gradients taken back to the raw outputs and to x."""
+    skip, out = c_skip.view(-1, 1, 1, 1), c_out.view(-1, 1, 1, 1)
+    denoised_t, denoised_s = (torch.addcmul(skip * x, out, v.to(x.dtype)) for v in (t, s))
+    result = reference.ipfm_loss(denoised_t, denoised_s, y, alpha=alpha)
+    dy = result.dy + skip * (result.dt + result.ds)
+    return result._replace(dt=(out * result.dt).to(t.dtype), ds=(out * result.ds).to(s.dtype), dy=dy)
+
+
+def preconditioned_denoising_loss(
+    pred: Tensor, y: Tensor, sigma: Tensor, *, x: Tensor, c_skip: Tensor, c_out: Tensor
+) -> DenoisingLoss:
+    """The same for the denoising loss."""
+    skip, out = c_skip.view(-1, 1, 1, 1), c_out.view(-1, 1, 1, 1)
+    result = reference.denoising_loss(torch.addcmul(skip * x, out, pred.to(x.dtype)), y, sigma)
+    return result._replace(grad=(out * result.grad).to(pred.dtype))
 
 
 def plain_group_norm_silu(

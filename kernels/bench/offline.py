@@ -202,7 +202,7 @@ def _group_norm_cases() -> Iterator[Case]:
             for scaled in (True, False):
                 quick = scaled and ("32x32" in label or "unaligned" in label) and (dtype == "bf16" or not last)
                 sizes, warps = block_sizes(channels, 32, pixels, torch_dtype, last)
-                constants = {**sizes, "SCALED": scaled, "s_c" if last else "s_hw": 1, "s_pc": 1}
+                constants = {**sizes, "SCALED": scaled, "SILU": True, "s_c" if last else "s_hw": 1, "s_pc": 1}
                 data: tuple[str, ...] = ("p_x", "p_weight", "p_bias", "p_scale", "p_shift")
                 numbers = ("HW", "s_b", "s_hw" if last else "s_c", "s_pb")
                 aligned = numbers if pixels % 16 == 0 else ("s_pb",)

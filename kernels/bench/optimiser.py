@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import AdamEMA
+from .._dispatch import Backend
 from .providers import COMPILE, EAGER, TRITON, Run, compiled, kernels_run_on
 
 FUSED, REFERENCE = "fused", "reference"
@@ -22,7 +23,7 @@ class AdamWorkload:
     """Parameters of these shapes on a device.
 
     eager is torch.optim.Adam with foreach operations and an average of the weights beside it, compile its compilation,
-    fused torch's fused Adam with the same average; then AdamEMA, whose own choice on CUDA is its Triton kernels.
+    fused torch's fused Adam with the same average; then AdamEMA by its reference, and on CUDA by its Triton kernels.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], device: torch.device) -> None:
@@ -33,14 +34,15 @@ class AdamWorkload:
         )
 
     def providers(self) -> Sequence[str]:
-        return [EAGER, FUSED, COMPILE, TRITON if kernels_run_on(self.device) else REFERENCE]
+        return [EAGER, FUSED, COMPILE, REFERENCE, *([TRITON] if kernels_run_on(self.device) else [])]
 
     def prepare(self, provider: str) -> Mapping[str, Run]:
         params = [w.clone().requires_grad_() for w in self.weights]
         for param, grad in zip(params, self.grads, strict=True):
             param.grad = grad.clone()
         if provider in (TRITON, REFERENCE):
-            optimizer = AdamEMA(params, lr=LR, betas=(0.0, BETA2), eps=EPS, ema=True)
+            backend: Backend = "triton" if provider == TRITON else "reference"
+            optimizer = AdamEMA(params, lr=LR, betas=(0.0, BETA2), eps=EPS, ema=True, backend=backend)
             optimizer.ema_decay = EMA_DECAY
             optimizer.create_state()
             averages = [optimizer.state[p]["ema"] for p in params]
