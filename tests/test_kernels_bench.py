@@ -24,7 +24,7 @@ def small_cases(device: torch.device = CPU) -> list[cases.Case]:
     """Every operation and mode, at sizes that the interpreter can do too."""
     return [
         *cases.perturb_cases(device, IMAGES, torch.float32, every_variant=True),
-        *cases.loss_cases(device, IMAGES, torch.float32),
+        *cases.loss_cases(device, IMAGES, torch.float32, raw=True),
         cases.group_norm_case(device, (2, 32, 2, 3), torch.float32, last=True, scaled=True),
         cases.group_norm_case(device, (1, 32, 2, 3), torch.bfloat16, last=False, scaled=False),
         cases.adam_case(device, [(3, 5), (7,)], "2 tensors"),
@@ -85,7 +85,8 @@ def test_a_run_leaves_tables_and_plots(tables: Path) -> None:
         if r["provider"] == "eager":
             assert float(r["speedup"]) == 1.0
             assert float(r["moved_over_needed"]) >= 0.99
-    assert [r["provider"] for r in rows if r["op"] == "denoising_loss"] == ["eager", "compile"]
+    variants = [(r["variant"], r["provider"]) for r in rows if r["op"] == "denoising_loss"]
+    assert variants == [(v, p) for v in ("", "raw bf16") for p in ("eager", "compile")]
 
     text = (tables / "micro.md").read_text()
     assert text.startswith(f"# Kernel microbenchmarks on {rows[0]['device']}\n")
@@ -280,7 +281,7 @@ def test_a_gpu_gets_the_shapes_that_the_targets_speak_of(monkeypatch: pytest.Mon
         return [None]
 
     monkeypatch.setattr(cases, "perturb_cases", lambda device, shape, dtype, **_: note("perturb", [shape]))
-    monkeypatch.setattr(cases, "loss_cases", lambda device, shape, dtype: note("losses", [shape]))
+    monkeypatch.setattr(cases, "loss_cases", lambda device, shape, dtype, **_: note("losses", [shape]))
     monkeypatch.setattr(cases, "group_norm_case", lambda device, shape, dtype, **_: note("group norm", [shape]))
     monkeypatch.setattr(cases, "adam_case", lambda device, shapes, name: note(f"adam {name}", list(shapes)))
     for device, quick, large in (("cuda", False, True), ("cpu", False, False), ("cpu", True, False)):

@@ -109,7 +109,9 @@ def perturb_cases(
     yield make("D=128 c_in bf16", modes, y.clone().requires_grad_(), 128.0, arguments)
 
 
-def loss_cases(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, *, raw: bool) -> Iterator[Case]:
+def loss_cases(
+    device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, *, raw: bool = False
+) -> Iterator[Case]:
     """The losses with their gradients; a row too long for the registers is read twice. `raw`: and those of raw outputs
     in bfloat16, beside images in `dtype`."""
     generator = torch.Generator(device).manual_seed(0)
