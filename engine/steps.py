@@ -108,8 +108,8 @@ class DistillSteps:
         """One update of the student on fresh samples of the generator; `step` counts the student's updates from 0."""
         config, noise = self.config, self.config.noise
         tally = Tally("student", self.world)
-        self.student.module.train()
-        self.generator.module.train()
+        self._set_mode(self.student.module, training=True)
+        self._set_mode(self.generator.module, training=True)
         for micro in self._micro_batches(Stream.STUDENT_LABEL, step):
             mark("student: samples")
             chain = self._chain(micro, Stream.STUDENT_LATENT, step)
@@ -133,8 +133,8 @@ class DistillSteps:
     def generator_step(self, step: int) -> Measured:
         """One update of the generator and its EMA; `step` counts from 0."""
         tally = Tally("generator", self.world)
-        self.student.module.eval()
-        self.generator.module.train()
+        self._set_mode(self.student.module, training=False)
+        self._set_mode(self.generator.module, training=True)
         for micro in self._micro_batches(Stream.GENERATOR_LABEL, step):
             tally.add(*self._generator_micro_step(step, micro))
         mark("generator: optimiser")
@@ -227,6 +227,11 @@ class DistillSteps:
     def _add_noise(self, y: Tensor, sigma: Tensor, stream: Stream, step: int, micro: MicroBatch) -> Noisy:
         position = {"seed": self.config.seed, "stream": stream, "step": step}
         return add_noise(y, sigma, self.D, self.teacher, **position, sample_index=micro.index)
+
+    def _set_mode(self, module: nn.Module, *, training: bool) -> None:
+        # A walk over all modules, and without dropout in vain.
+        if module.training != training and (self.config.dropout > 0 or self.network.label_dropout > 0):
+            module.train(training)
 
     def _seed_dropout(self, stream: Stream, step: int, micro: MicroBatch) -> None:
         if self.config.dropout > 0:

@@ -28,15 +28,14 @@ def reference_step(
         0-d bool tensor: whether the step was applied.
     """
     grads = [grad for group in groups for grad in group.gradients]
-    if grad_scale is not None:
-        torch._foreach_mul_(grads, grad_scale.to(grads[0]))
-    finite = _judge(grads, clip_norm, sum_over_shards)
+    scale = torch.ones_like(steps) if grad_scale is None else grad_scale.to(steps)
+    finite, scale = _judge(grads, scale, clip_norm, sum_over_shards)
     steps += finite
     # t = 0 only while every step so far was skipped, and then nothing is updated.
     t = steps.clamp(min=1)
     for group in groups:
         update = _update_by_torch if _torch_can(group) else _update
-        update(group, t, finite)
+        update(group, scale, t, finite)
         dtype = group.columns[0][0].dtype
         for i, averages in enumerate(group.columns[3:]):
             share = (finite.double() * (1 - ema_decay[i])).to(dtype)
@@ -44,22 +43,24 @@ def reference_step(
     return finite
 
 
-def _judge(grads: list[Tensor], clip_norm: float | None, sum_over_shards: Callable[[Tensor], object] | None) -> Tensor:
-    """0-d bool: the step can be taken. Gradients are brought to `clip_norm` on the way."""
+def _judge(
+    grads: list[Tensor], scale: Tensor, clip_norm: float | None, sum_over_shards: Callable[[Tensor], object] | None
+) -> tuple[Tensor, Tensor]:
+    """0-d: whether the step can be taken, and the factor of the gradients, which brings them to `clip_norm` too."""
     filled = [grad for grad in grads if grad.numel()]
     found = torch.zeros(2, dtype=torch.float64, device=grads[0].device)
     if filled:
         # A square that overflows would leave v infinite for good; it makes the norm infinite.
         norms = torch.stack(torch._foreach_norm(filled))
+        norms = norms * scale.to(norms)
         found[0] = ~torch.isfinite(norms * norms).all()
         found[1] = norms.double().square().sum()
     if sum_over_shards is not None:
         sum_over_shards(found)
     if clip_norm is None:
-        return found[0] == 0
+        return found[0] == 0, scale
     # A norm of 0 gives an infinite factor, of which 1 is taken.
-    torch._foreach_mul_(grads, (clip_norm / found[1].sqrt()).clamp(max=1.0).to(grads[0].dtype))
-    return (found[0] == 0) & torch.isfinite(found[1])
+    return (found[0] == 0) & torch.isfinite(found[1]), scale * (clip_norm / found[1].sqrt()).clamp(max=1.0)
 
 
 def _torch_can(group: Group) -> bool:
@@ -67,13 +68,19 @@ def _torch_can(group: Group) -> bool:
     weights, *state = group.columns
     if weights[0].device.type != "cpu" or group.eps == 0:
         return False
+    if all(t.is_contiguous() for column in (weights, group.gradients, *state[:2]) for t in column):
+        return True
     return all(is_dense(w) for w in weights) and all(
         same_order(t, w) for column in (group.gradients, *state[:2]) for t, w in zip(column, weights, strict=False)
     )
 
 
-def _update_by_torch(group: Group, t: Tensor, finite: Tensor) -> None:
+def _update_by_torch(group: Group, scale: Tensor, t: Tensor, finite: Tensor) -> None:
     weights, second, first, *_ = group.columns
+    double = weights[0].dtype == torch.float64
+    if double:
+        # The factor that torch takes is a float32 one.
+        torch._foreach_mul_(group.gradients, scale)
     torch._fused_adam_(
         weights,
         group.gradients,
@@ -89,17 +96,19 @@ def _update_by_torch(group: Group, t: Tensor, finite: Tensor) -> None:
         eps=group.eps,
         amsgrad=False,
         maximize=False,
+        grad_scale=None if double else scale.reciprocal().float(),
         found_inf=(~finite).float(),
     )
 
 
-def _update(group: Group, t: Tensor, finite: Tensor) -> None:
+def _update(group: Group, scale: Tensor, t: Tensor, finite: Tensor) -> None:
     beta1, beta2 = group.betas
     dtype = group.columns[0][0].dtype
 
     def unless_skipped(value: Tensor | float, otherwise: float) -> Tensor:
         return (otherwise + finite.to(torch.float64) * (value - otherwise)).to(dtype)
 
+    torch._foreach_mul_(group.gradients, scale.to(dtype))
     skipped = ~finite
     for grad in group.gradients:
         grad.masked_fill_(skipped, 0)

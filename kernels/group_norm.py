@@ -387,7 +387,26 @@ def group_norm_silu(
         if factor is not None:
             _parameter(op, what, factor, x, ((len(x), channels, 1, 1), (1, channels, 1, 1)))
     eps = _checks.positive(op, "eps", eps)
-    if use_triton(op, backend, x.device):
+    return unchecked_group_norm_silu(
+        x, groups, weight, bias, scale=scale, shift=shift, eps=eps, activation=activation,
+        triton_runs=use_triton(op, backend, x.device),
+    )  # fmt: skip
+
+
+def unchecked_group_norm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    activation: bool,
+    triton_runs: bool,
+) -> Tensor:
+    """`group_norm_silu` for a layer that knows its arguments to be valid: small tensors would wait for the checks."""
+    if triton_runs:
         if scale is not None and shift is not None and scale.shape != shift.shape:
             scale, shift = torch.broadcast_tensors(scale, shift)
         parameters = weight.contiguous(), bias.contiguous()

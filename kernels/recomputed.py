@@ -45,8 +45,20 @@ def group_norm_silu(
         if scale is not None and shift is not None:
             normed = _modulated(normed, scale + 1, shift)
         return F.silu(normed) if activation else normed
+    if not torch.is_grad_enabled():
+        return _forward(x, weight, bias, scale, shift, groups, eps)[0]
     out: Tensor = _GroupNormSilu.apply(x, weight, bias, scale, shift, groups, eps)
     return out
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and each group's mean and 1/√(variance + eps)."""
+    normed, mean, rstd = _group_norm(x, weight, bias, groups, eps)
+    if scale is not None and shift is not None:
+        normed = _modulated(normed, scale + 1, shift)
+    return F.silu(normed, inplace=True), mean, rstd
 
 
 class _GroupNormSilu(torch.autograd.Function):
@@ -61,12 +73,10 @@ class _GroupNormSilu(torch.autograd.Function):
         groups: int,
         eps: float,
     ) -> Tensor:
-        normed, mean, rstd = _group_norm(x, weight, bias, groups, eps)
+        y, mean, rstd = _forward(x, weight, bias, scale, shift, groups, eps)
         ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
         ctx.groups, ctx.eps = groups, eps
-        if scale is not None and shift is not None:
-            normed = _modulated(normed, scale + 1, shift)
-        return F.silu(normed, inplace=True)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

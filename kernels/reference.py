@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ._checks import Position
 from ._dispatch import signed64
+from ._numpy_philox import numpy_is_faster, numpy_philox
 
 GAMMA_BLOCK = 1 << 31  # first Philox block of the gamma trials
 WEIGHT_FLOOR = 1e-5  # floor of the mean |y - T| below the generator loss's weight
@@ -88,28 +89,29 @@ def _words(
     stream: int,
     step: int | Tensor,
     trials: int = 0,
-) -> list[Tensor]:
-    """The four words of blocks [first_block, first_block + blocks) of every sample, and after them those of the gamma
-    variable's first `trials`; each (B, blocks + trials)."""
+) -> Tensor:
+    """(4, B, blocks + trials): the words of blocks [first_block, first_block + blocks) of every sample, and after them
+    those of the gamma variable's first `trials`."""
     index = sample_index.view(-1, 1)
     block = torch.arange(first_block, first_block + blocks, device=index.device)
     if trials:
         block = torch.cat([block, torch.arange(GAMMA_BLOCK, GAMMA_BLOCK + trials, device=index.device)])
     c2 = step & _WORD if isinstance(step, Tensor) else torch.full_like(index, step)
     c3 = ((index >> 16) & 0xFFFF0000) | stream
-    return list(philox(block, index & _WORD, c2, c3, seed))
+    counters = block, index & _WORD, c2, c3
+    return numpy_philox(*counters, seed) if numpy_is_faster(*counters) else torch.stack(philox(*counters, seed))
 
 
 def random_words(
     sample_index: Tensor, blocks: int, *, seed: int, stream: int, step: int | Tensor, first_block: int = 0
 ) -> Tensor:
     """(B, blocks, 4) int64: the words of Philox blocks [first_block, first_block + blocks)."""
-    return torch.stack(_words(sample_index, first_block, blocks, seed=seed, stream=stream, step=step), -1)
+    return _words(sample_index, first_block, blocks, seed=seed, stream=stream, step=step).movedim(0, -1).contiguous()
 
 
-def _uniform(word: Tensor) -> Tensor:
+def _uniform(words: Tensor) -> Tensor:
     """u = w·2⁻³² + 2⁻³³ in (0, 1]. A float32 by definition, in every dtype's arithmetic."""
-    return word.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
+    return words.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
 
 
 def _box_muller(u_radius: Tensor, u_angle: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +122,7 @@ def _box_muller(u_radius: Tensor, u_angle: Tensor) -> tuple[Tensor, Tensor]:
 def uniform(sample_index: Tensor, count: int, *, seed: int, stream: int, step: int | Tensor) -> Tensor:
     """(B, count) float32 in (0, 1]."""
     words = _words(sample_index, 0, -(-count // 4), seed=seed, stream=stream, step=step)
-    return torch.stack([_uniform(w) for w in words], -1).flatten(1)[:, :count]
+    return _uniform(words).movedim(0, -1).flatten(1)[:, :count]
 
 
 def normal(
@@ -131,22 +133,22 @@ def normal(
     return _normals(words, dtype)[:, :count]
 
 
-def _normals(words: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Four words (B, blocks) -> (B, 4·blocks)."""
-    u = [_uniform(w).to(dtype) for w in words]
-    return torch.stack([*_box_muller(u[0], u[1]), *_box_muller(u[2], u[3])], -1).flatten(1)
+def _normals(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Words (4, B, blocks) -> (B, 4·blocks)."""
+    u = _uniform(words).to(dtype)
+    return torch.stack(_box_muller(u[0::2], u[1::2]), -1).permute(1, 2, 0, 3).flatten(1)
 
 
-def _gamma_parts(words: list[Tensor], shape: float) -> tuple[Tensor, Tensor | None]:
+def _gamma_parts(words: Tensor, shape: float) -> tuple[Tensor, Tensor | None]:
     """(g, b) with g·exp(b) ~ Gamma(shape), float64; b is None for shape >= 1 [Marsaglia & Tsang 2000].
 
-    `words`, four (B, _TRIALS), are those of the trials' blocks. Of the trials the first accepted one counts; were there
+    `words` (4, B, _TRIALS) are those of the trials' blocks. Of the trials the first accepted one counts; were there
     none, the value would be d, which is close to the mean.
     """
     a = shape + 1 if shape < 1 else shape
     d = a - 1 / 3
     c = 1 / math.sqrt(9 * d)
-    u = [_uniform(w).double() for w in words]
+    u = _uniform(words).double()
     x = _box_muller(u[0], u[1])[0]
     t = c * x
     # x²/2 + d(1 - v + ln v) for v = (1+t)³, written so that nothing of the size of d cancels.
@@ -192,14 +194,14 @@ def perturb(
     scale = sigma.double()
     if trials:
         a = D / 2
-        g, boost = _gamma_parts([w[:, blocks:] for w in words], a)
+        g, boost = _gamma_parts(words[..., blocks:], a)
         if boost is None:
             ratio = torch.sqrt(a / g)
         else:
             ratio = torch.exp((0.5 * (math.log(a) - (g.log() + boost))).clamp_(max=LOG_RATIO_MAX))
         scale = scale * ratio
     scale = scale.clamp(max=torch.finfo(compute).max).to(compute)
-    noise = _normals([w[:, :blocks] for w in words], compute)[:, :elements].reshape(y.shape)
+    noise = _normals(words[..., :blocks], compute)[:, :elements].reshape(y.shape)
     if noise.stride() != y.stride():
         noise = torch.empty_like(y, dtype=compute).copy_(noise)  # so that x gets y's memory format
     x = noise.mul_(_per_sample(scale, y)).add_(y)

@@ -22,11 +22,11 @@ def is_frozen(x: Tensor, *parameters: Tensor | None) -> bool:
     It does not where x has up to `SMALL` elements: PyTorch's own operations are faster. But they would keep a cast of
     a parameter, or one that ZeRO gathers for its use (it has a ds_id).
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not x.requires_grad or not torch.is_grad_enabled() or any(p is not None and p.requires_grad for p in parameters):
         return False
-    if x.numel() <= SMALL and all(p is None or (p.dtype == x.dtype and not hasattr(p, "ds_id")) for p in parameters):
-        return False
-    return not any(p is not None and p.requires_grad for p in parameters)
+    if x.numel() > SMALL:
+        return True
+    return any(p is not None and (p.dtype != x.dtype or hasattr(p, "ds_id")) for p in parameters)
 
 
 def frozen_conv2d(

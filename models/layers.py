@@ -11,14 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ipfm.kernels.group_norm import group_norm_silu
+from ipfm.kernels.group_norm import unchecked_group_norm_silu
 
 from .frozen import frozen_conv2d, frozen_conv_transpose2d, is_frozen, mean_2x2, repeat_2x2
 from .init import DEFAULT_INIT, Init
 
 
+def cast(parameter: Tensor, like: Tensor) -> Tensor:
+    """The parameter in the dtype of `like`. (Small networks make thousands of these calls.)"""
+    return parameter if parameter.dtype == like.dtype else parameter.to(like.dtype)
+
+
 def _cast(parameter: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if parameter is None else parameter.to(like.dtype)
+    return None if parameter is None else cast(parameter, like)
 
 
 class Linear(nn.Module):
@@ -35,7 +40,7 @@ class Linear(nn.Module):
         self.register_parameter("bias", nn.Parameter(init.draw_bias((out_features,), *fans)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), _cast(self.bias, x))
+        return F.linear(x, cast(self.weight, x), _cast(self.bias, x))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
@@ -116,10 +121,10 @@ class Conv2d(nn.Module):
         assert self.weight is not None
         if is_frozen(x, self.weight, bias):
             return frozen_conv2d(x, self.weight, bias, padding=padding)
-        return F.conv2d(x, self.weight.to(x.dtype), _cast(bias, x), padding=padding)
+        return F.conv2d(x, cast(self.weight, x), _cast(bias, x), padding=padding)
 
     def _add_bias(self, x: Tensor) -> Tensor:
-        return x if self.bias is None else x + self.bias.to(x.dtype).view(1, -1, 1, 1)
+        return x if self.bias is None else x + cast(self.bias, x).view(1, -1, 1, 1)
 
     def _depthwise(self, x: Tensor, gain: float = 1) -> Tensor:
         assert self.resample_filter is not None
@@ -196,9 +201,19 @@ class GroupNorm(nn.Module):
         """
         if not silu and not (scale is None and shift is None):
             raise ValueError("scale and shift are for normalisation with SiLU, got silu=False")
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return group_norm_silu(
-            x, self.num_groups, weight, bias, scale=scale, shift=shift, eps=self.eps, activation=silu
+        weight, bias = cast(self.weight, x), cast(self.bias, x)
+        if (scale is None) != (shift is None):
+            raise ValueError(f"scale and shift go together, got {'scale' if shift is None else 'shift'} alone")
+        return unchecked_group_norm_silu(
+            x,
+            self.num_groups,
+            weight,
+            bias,
+            scale=scale,
+            shift=shift,
+            eps=self.eps,
+            activation=silu,
+            triton_runs=x.is_cuda,
         )
 
     def extra_repr(self) -> str:
