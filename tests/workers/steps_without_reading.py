@@ -28,8 +28,7 @@ NETWORK = NetworkConfig(
 )  # fmt: skip
 BASE = {"batch": 4, "micro_batch": 1, "max_steps": 9, "augment": 0.5, "clip_grad": 1.0}
 SETTINGS = (
-    ("fp32", 0, "joint", 1), ("fp32", 1, "phased", 2), ("fp32", 2, "joint", 2), ("bf16", 1, "phased", 1),
-    ("bf16", 2, "joint", 1),
+    ("fp32", 0, "joint", 1), ("fp32", 2, "phased", 2), ("bf16", 1, "joint", 1),
 )  # fmt: skip
 
 
@@ -64,9 +63,8 @@ def main() -> None:
         run(name, Distiller(config, build_network(NETWORK), world=world))
     images = torch.randint(256, (8, 2, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = ImageDataset(images, torch.arange(8) % 3, classes=3)
-    for precision, zero in (("fp32", 0), ("bf16", 2)):
-        teaching = TeacherConfig(**BASE, zero=zero, precision=precision)
-        run(f"teacher, {precision}, ZeRO {zero}", TeacherTraining(teaching, NETWORK, data, world=world))
+    teaching = TeacherConfig(**BASE, zero=2, precision="bf16")
+    run("teacher, bf16, ZeRO 2", TeacherTraining(teaching, NETWORK, data, world=world))
     if world.first:
         Path(job["out"]).write_text(json.dumps(found))
     stop_world()
