@@ -12,6 +12,7 @@ from ipfm.engine.noise_levels import NoiseLevels, check_sigmas, few_step_sigmas
 
 ZeroStage = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "all"]
+MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 
 # Steps count in 32 bits of the random numbers' counters, which updates and levels within a step share.
 STEP_LIMIT = 10**8
@@ -63,7 +64,7 @@ class RunConfig:
     """Largest norm of a network's gradient; default: no limit."""
     tf32: bool = True
     """Allow TF32 in fp32 convolutions and matrix products on GPUs."""
-    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    memory_format: MemoryFormat = "auto"
     """Order of the activations in memory: channels_last has the channels of a pixel side by side, as convolutions on
     GPUs want them; auto is that on GPUs, contiguous elsewhere."""
     compile: bool = False
@@ -124,8 +125,8 @@ class RunConfig:
         if self.memory_format not in ("auto", "contiguous", "channels_last"):
             raise ValueError(f"memory-format must be auto, contiguous or channels_last, got {self.memory_format!r}")
         check_sharding(self.zero, self.precision, self.offload)
-        if self.compile:
-            check_compilable(self.zero)
+        if self.compile and self.zero == 3:
+            raise ValueError("compile does not go with zero 3, which gathers weights module by module: use 0, 1 or 2")
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2^64, got {self.seed}")
 
@@ -261,8 +262,8 @@ class DistillConfig(RunConfig):
             raise ValueError(
                 "teacher-storage half needs precision bf16 or fp16: in fp32 it would round the teacher's weights"
             )
-        if self.compile:
-            check_compilable(self.zero, self.teacher_storage)
+        if self.compile and self.teacher_storage == "sharded":
+            raise ValueError("compile does not go with teacher-storage sharded: use fp32 or half")
         if self.backward not in ("auto", "joint", "phased"):
             raise ValueError(f"backward must be auto, joint or phased, got {self.backward!r}")
 
@@ -270,14 +271,6 @@ class DistillConfig(RunConfig):
     def levels(self) -> tuple[float, ...]:
         """The generator's noise levels, resolved."""
         return self.sigmas or few_step_sigmas(self.steps, self.sigma_init)
-
-
-def check_compilable(zero: int | None, teacher_storage: str = "auto") -> None:
-    """ValueError where a network's weights are gathered module by module, which a compiled network does not know."""
-    if zero == 3:
-        raise ValueError("compile does not go with zero 3, which gathers weights module by module: use 0, 1 or 2")
-    if teacher_storage == "sharded":
-        raise ValueError("compile does not go with teacher-storage sharded: use fp32 or half")
 
 
 def check_sharding(zero: int | None, precision: str, offload: str) -> None:

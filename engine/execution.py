@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
+from ipfm.engine.config import MemoryFormat
 from ipfm.models import Precond
-
-MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 
 # Networks of one class share a code object, whose compiled forms are counted together: trained, frozen, without
 # gradients, for each of the networks and shapes of a run. Beyond the limit torch would run them uncompiled.

@@ -153,7 +153,6 @@ def generator_gradient(
             # At once, where the sum is not rounded to 16 bits: two passes have more to begin and to end.
             (both,) = torch.autograd.grad((s, t), scaled, (result.ds, result.dt))
             gradient = result.dy + c_in * both
-            del s
             mark("generator: teacher")
     # A network that overflows on a sample, forward or backward, sends NaN to that sample's own pixels: cut off there.
     valid = result.valid & _finite_samples(gradient)

@@ -349,7 +349,8 @@ def group_norm_silu(
 ) -> Tensor:
     """silu(n), or silu(n (scale + 1) + shift), with n the group normalisation [Wu & He 2018] of x.
 
-    Differentiable once, with respect to every tensor; of the input autograd keeps x alone, beside two numbers a group.
+    Differentiable once, with respect to every tensor; of the input autograd keeps x alone, beside two numbers a group
+    (the reference up to `recomputed.SMALL` elements what PyTorch's operations keep).
 
     Args:
         x: (B, C, H, W) float32, bfloat16, float16 or float64; contiguous and channels_last as they are, anything else
@@ -364,7 +365,7 @@ def group_norm_silu(
     Returns:
         (B, C, H, W) in x's dtype and memory format. Triton computes in float32 (float64 for float64) and rounds once:
         mean first, then the mean of squared differences from it; all sums in an order that depends on the shape alone.
-        The reference rounds after each of PyTorch's operations, bit for bit as they do.
+        The reference rounds after each of PyTorch's operations, in 16 bits as they do to the bit.
 
     Raises:
         ValueError: a shape, dtype, device or number that does not fit, or a scale without a shift.

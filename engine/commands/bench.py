@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from ipfm.engine.commandline import user_input
-from ipfm.engine.config import check_D
-from ipfm.engine.execution import check_compiler
+from ipfm.engine.config import DistillConfig, check_D
 from ipfm.engine.loop import TrainingFailed
+from ipfm.models import NetworkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,21 +68,14 @@ class Bench:
         return run(self.out, quick=self.quick)
 
     def _run_step(self) -> Path:
-        from ipfm.engine.memory.bench import bench_network
-        from ipfm.engine.precision import fp16_supported
-        from ipfm.engine.resolve import run_device
+        from ipfm.engine.resolve import resolve_precision, run_device
         from ipfm.engine.speed.bench import run_step
 
         with user_input():
-            if self.batch < 1:
-                raise ValueError(f"batch must be an integer >= 1, got {self.batch}")
             check_D(self.D)
-            network = replace(bench_network(self.model, self.channels), D=self.D)
-            device = run_device()
-            if "fp16" in self.precision and not fp16_supported(device):
-                raise ValueError(f"precision fp16 does not run on this {device.type}: give fp32 or bf16")
-            if self.compile:
-                check_compiler(device)
+            network = replace(self._network(), D=self.D)
+            for precision in self.precision:
+                resolve_precision(DistillConfig(precision=precision, compile=self.compile), run_device())
             self.out.mkdir(parents=True, exist_ok=True)
         return run_step(
             self.out,
@@ -94,13 +87,19 @@ class Bench:
             title=self.model,
         )
 
+    def _network(self) -> NetworkConfig:
+        """What --memory and --step measure; ValueError where it, or the batch, is impossible."""
+        from ipfm.engine.memory.bench import bench_network
+
+        if self.batch < 1:
+            raise ValueError(f"batch must be an integer >= 1, got {self.batch}")
+        return bench_network(self.model, self.channels)
+
     def _run_memory(self) -> Path:
-        from ipfm.engine.memory.bench import bench_network, run_memory
+        from ipfm.engine.memory.bench import run_memory
 
         with user_input():
-            if self.batch < 1:
-                raise ValueError(f"batch must be an integer >= 1, got {self.batch}")
-            network = bench_network(self.model, self.channels)
+            network = self._network()
             self.out.mkdir(parents=True, exist_ok=True)
         try:
             return run_memory(

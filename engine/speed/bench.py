@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from ipfm.engine.config import DistillConfig
+from ipfm.engine.execution import execute_as
 from ipfm.engine.memory.live import LiveBytes, bytes_in_use
 from ipfm.engine.precision import Precision
 from ipfm.engine.resolve import allow_tf32, resolve
@@ -194,7 +195,7 @@ def _prepare(
     )
     if variant.compiled:
         for net in (plain.teacher, plain.student, plain.generator):
-            net.model.compile(dynamic=False)
+            execute_as(net, memory_format="contiguous", compiled=True, device=world.device)
     return plain.iteration
 
 
