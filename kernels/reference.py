@@ -21,14 +21,14 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ._checks import Position
 from ._dispatch import signed64
-from ._numpy_philox import numpy_is_faster, numpy_philox
+from ._numpy_philox import GAMMA_BLOCK, MOST, TRIALS, blocks_of, gamma_parts_of, on_host, uniform_of, words_of
 
-GAMMA_BLOCK = 1 << 31  # first Philox block of the gamma trials
 WEIGHT_FLOOR = 1e-5  # floor of the mean |y - T| below the generator loss's weight
 LOG_RATIO_MAX = 690.0  # cap of ln sqrt(D/K): keeps 0 * inf out of x at tiny D
 
@@ -80,76 +80,77 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[T
     return c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)
 
 
-def _words(
-    sample_index: Tensor,
-    first_block: int,
-    blocks: int,
-    *,
-    seed: int,
-    stream: int,
-    step: int | Tensor,
-    trials: int = 0,
-) -> Tensor:
-    """(4, B, blocks + trials): the words of blocks [first_block, first_block + blocks) of every sample, and after them
-    those of the gamma variable's first `trials`."""
-    index = sample_index.view(-1, 1)
+def _words(sample_index: Tensor, first_block: int, blocks: int, position: Position) -> Tensor:
+    """(4, B, blocks) int64: the words of blocks [first_block, first_block + blocks) of every sample."""
+    if _few(sample_index, blocks):
+        words = words_of(sample_index, blocks_of(first_block, blocks), position)
+        return torch.from_numpy(words.view(np.int64))
+    index, step = sample_index.view(-1, 1), position["step"]
     block = torch.arange(first_block, first_block + blocks, device=index.device)
-    if trials:
-        block = torch.cat([block, torch.arange(GAMMA_BLOCK, GAMMA_BLOCK + trials, device=index.device)])
     c2 = step & _WORD if isinstance(step, Tensor) else torch.full_like(index, step)
-    c3 = ((index >> 16) & 0xFFFF0000) | stream
-    counters = block, index & _WORD, c2, c3
-    return numpy_philox(*counters, seed) if numpy_is_faster(*counters) else torch.stack(philox(*counters, seed))
+    c3 = ((index >> 16) & 0xFFFF0000) | position["stream"]
+    return torch.stack(philox(block, index & _WORD, c2, c3, position["seed"]))
+
+
+def _uniform(sample_index: Tensor, blocks: int, position: Position, first_block: int = 0) -> Tensor:
+    """(4, B, blocks) float32 in (0, 1]."""
+    if _few(sample_index, blocks):
+        return torch.from_numpy(uniform_of(words_of(sample_index, blocks_of(first_block, blocks), position)))
+    return _to_uniform(_words(sample_index, first_block, blocks, position))
+
+
+def _to_uniform(words: Tensor) -> Tensor:
+    """u = w·2⁻³² + 2⁻³³ in (0, 1]. A float32 by definition, in every dtype's arithmetic."""
+    return words.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
+
+
+def _few(sample_index: Tensor, blocks: int) -> bool:
+    return len(sample_index) * blocks <= MOST and on_host(sample_index)
 
 
 def random_words(
     sample_index: Tensor, blocks: int, *, seed: int, stream: int, step: int | Tensor, first_block: int = 0
 ) -> Tensor:
     """(B, blocks, 4) int64: the words of Philox blocks [first_block, first_block + blocks)."""
-    return _words(sample_index, first_block, blocks, seed=seed, stream=stream, step=step).movedim(0, -1).contiguous()
-
-
-def _uniform(words: Tensor) -> Tensor:
-    """u = w·2⁻³² + 2⁻³³ in (0, 1]. A float32 by definition, in every dtype's arithmetic."""
-    return words.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
-
-
-def _box_muller(u_radius: Tensor, u_angle: Tensor) -> tuple[Tensor, Tensor]:
-    radius, angle = u_radius.log().mul_(-2).sqrt_(), u_angle * (2 * math.pi)
-    return angle.cos().mul_(radius), angle.sin_().mul_(radius)
+    words = _words(sample_index, first_block, blocks, {"seed": seed, "stream": stream, "step": step})
+    return words.movedim(0, -1).contiguous()
 
 
 def uniform(sample_index: Tensor, count: int, *, seed: int, stream: int, step: int | Tensor) -> Tensor:
     """(B, count) float32 in (0, 1]."""
-    words = _words(sample_index, 0, -(-count // 4), seed=seed, stream=stream, step=step)
-    return _uniform(words).movedim(0, -1).flatten(1)[:, :count]
+    u = _uniform(sample_index, -(-count // 4), {"seed": seed, "stream": stream, "step": step})
+    return u.movedim(0, -1).flatten(1)[:, :count]
 
 
 def normal(
     sample_index: Tensor, count: int, *, seed: int, stream: int, step: int | Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """(B, count) standard normals: two Box-Muller pairs a Philox block, computed in `dtype`."""
-    words = _words(sample_index, 0, -(-count // 4), seed=seed, stream=stream, step=step)
-    return _normals(words, dtype)[:, :count]
+    u = _uniform(sample_index, -(-count // 4), {"seed": seed, "stream": stream, "step": step})
+    return _normals(u, dtype)[:, :count]
 
 
-def _normals(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """Words (4, B, blocks) -> (B, 4·blocks)."""
-    u = _uniform(words).to(dtype)
-    return torch.stack(_box_muller(u[0::2], u[1::2]), -1).permute(1, 2, 0, 3).flatten(1)
+def _normals(u: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uniforms (4, B, blocks) -> (B, 4·blocks)."""
+    u = u.to(dtype)
+    radius, angle = u[0::2].log().mul_(-2).sqrt_(), u[1::2] * (2 * math.pi)
+    cosine, sine = angle.cos().mul_(radius), angle.sin_().mul_(radius)
+    return torch.stack((cosine[0], sine[0], cosine[1], sine[1]), -1).flatten(1)
 
 
-def _gamma_parts(words: Tensor, shape: float) -> tuple[Tensor, Tensor | None]:
-    """(g, b) with g·exp(b) ~ Gamma(shape), float64; b is None for shape >= 1 [Marsaglia & Tsang 2000].
+def _gamma_parts(sample_index: Tensor, shape: float, position: Position) -> tuple[Tensor, Tensor | None]:
+    """(g, b), (B,) float64, with g·exp(b) ~ Gamma(shape); b is None for shape >= 1 [Marsaglia & Tsang 2000].
 
-    `words` (4, B, _TRIALS) are those of the trials' blocks. Of the trials the first accepted one counts; were there
-    none, the value would be d, which is close to the mean.
+    Of the trials the first accepted one counts; were there none, the value would be d, which is close to the mean.
     """
+    if on_host(sample_index):
+        g, boost = gamma_parts_of(sample_index, shape, position)
+        return torch.from_numpy(g), None if boost is None else torch.from_numpy(boost)
     a = shape + 1 if shape < 1 else shape
     d = a - 1 / 3
     c = 1 / math.sqrt(9 * d)
-    u = _uniform(words).double()
-    x = _box_muller(u[0], u[1])[0]
+    u = _uniform(sample_index, _TRIALS, position, GAMMA_BLOCK).double()
+    x = (u[0].log() * -2).sqrt() * (u[1] * (2 * math.pi)).cos()
     t = c * x
     # x²/2 + d(1 - v + ln v) for v = (1+t)³, written so that nothing of the size of d cancels.
     bound = d * (3 * (torch.log1p(t) - t) + t * t * (1.5 - t))
@@ -159,10 +160,21 @@ def _gamma_parts(words: Tensor, shape: float) -> tuple[Tensor, Tensor | None]:
     return value, u[3][:, 0].log() / shape if shape < 1 else None
 
 
+def _uniform_and_gamma(
+    sample_index: Tensor, blocks: int, shape: float, position: Position
+) -> tuple[Tensor, tuple[Tensor, Tensor | None] | None]:
+    """`_uniform` and `_gamma_parts`, by one call of Philox where that saves time; no gamma variable of shape ∞."""
+    if math.isinf(shape) or not _few(sample_index, blocks + TRIALS):
+        parts = None if math.isinf(shape) else _gamma_parts(sample_index, shape, position)
+        return _uniform(sample_index, blocks, position), parts
+    u = uniform_of(words_of(sample_index, blocks_of(0, blocks, trials=TRIALS), position))
+    g, boost = gamma_parts_of(sample_index, shape, position, u[..., blocks:])
+    return torch.from_numpy(u[..., :blocks]), (torch.from_numpy(g), None if boost is None else torch.from_numpy(boost))
+
+
 def gamma(sample_index: Tensor, shape: float, *, seed: int, stream: int, step: int | Tensor) -> Tensor:
     """(B,) float64 draws of Gamma(shape, 1)."""
-    words = _words(sample_index, GAMMA_BLOCK, _TRIALS, seed=seed, stream=stream, step=step)
-    g, boost = _gamma_parts(words, shape)
+    g, boost = _gamma_parts(sample_index, shape, {"seed": seed, "stream": stream, "step": step})
     return g if boost is None else torch.exp(g.log() + boost)
 
 
@@ -189,19 +201,17 @@ def perturb(
     compute = torch.promote_types(y.dtype, torch.float32)
     position: Position = {"seed": seed, "stream": stream, "step": step}
     elements = y.shape[1:].numel()
-    blocks, trials = -(-elements // 4), 0 if math.isinf(D) else _TRIALS
-    words = _words(sample_index, 0, blocks, **position, trials=trials)
+    u, gammas = _uniform_and_gamma(sample_index, -(-elements // 4), D / 2, position)
     scale = sigma.double()
-    if trials:
-        a = D / 2
-        g, boost = _gamma_parts(words[..., blocks:], a)
+    if gammas is not None:
+        g, boost = gammas
         if boost is None:
-            ratio = torch.sqrt(a / g)
+            ratio = torch.sqrt(D / 2 / g)
         else:
-            ratio = torch.exp((0.5 * (math.log(a) - (g.log() + boost))).clamp_(max=LOG_RATIO_MAX))
+            ratio = torch.exp((0.5 * (math.log(D / 2) - (g.log() + boost))).clamp_(max=LOG_RATIO_MAX))
         scale = scale * ratio
     scale = scale.clamp(max=torch.finfo(compute).max).to(compute)
-    noise = _normals(words[..., :blocks], compute)[:, :elements].reshape(y.shape)
+    noise = _normals(u, compute)[:, :elements].reshape(y.shape)
     if noise.stride() != y.stride():
         noise = torch.empty_like(y, dtype=compute).copy_(noise)  # so that x gets y's memory format
     x = noise.mul_(_per_sample(scale, y)).add_(y)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ipfm.kernels import philox, reference
+from ipfm.kernels import perturb, philox, reference
+from ipfm.kernels._numpy_philox import uniform_of
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 LEVEL = 1e-9
@@ -112,6 +113,30 @@ def test_gamma_trials_beyond_the_first_are_used(device):
     torch.testing.assert_close(again.cpu(), got[~accepted][:5], rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("step", [5, 2**32 - 1, torch.tensor(2**40 + 5)])
+def test_numpy_draws_what_pytorch_draws(step, monkeypatch):
+    """The reference on a CPU is NumPy's; elsewhere, and while something is compiled, PyTorch's."""
+    index = torch.tensor([0, 3, 977, 2**33 + 1, 2**48 - 1]).repeat(40) + torch.arange(200)
+    at = {"seed": 2**63 + 12345, "stream": 65535, "step": step}
+    draws = {
+        "words": lambda: philox.random_words(index, 3, **at, first_block=2**31 - 1),
+        "uniform": lambda: philox.uniform(index, 7, **at),
+        "normal": lambda: philox.normal(index, 7, **at),
+        **{f"gamma {a}": lambda a=a: philox.gamma(index, a, **at) for a in (0.05, 0.5, 1.0, 1.7, 64.0, 1e9)},
+        **{
+            f"perturb {D}": lambda D=D: perturb(torch.zeros(200, 1, 3, 3), torch.ones(200), D, **at, sample_index=index)
+            for D in (0.5, 128.0, float("inf"))
+        },
+    }
+    numpy = {name: draw() for name, draw in draws.items()}
+    monkeypatch.setattr(reference, "on_host", lambda _: False)
+    for name, draw in draws.items():
+        if name in ("words", "uniform", "normal", "perturb inf"):
+            assert torch.equal(numpy[name], draw()), name
+        else:
+            torch.testing.assert_close(numpy[name], draw(), rtol=1e-6 if "perturb" in name else 1e-12, atol=0)
+
+
 # ------------------------------------------------------------------------------------------------- reproducibility
 
 
@@ -161,7 +186,9 @@ def test_uniform_extremes_and_law():
     assert 0 < float(u.min()) < 1e-4
     assert 1 - 1e-4 < float(u.max()) <= 1
     assert stats.kstest(u.double().flatten().numpy(), "uniform").pvalue > LEVEL
-    assert reference._uniform(torch.tensor([0, 2**32 - 1])).tolist() == [2.0**-33, 1.0]
+    ends = [0, 2**32 - 1]
+    assert reference._to_uniform(torch.tensor(ends)).tolist() == [2.0**-33, 1.0]
+    assert uniform_of(np.array(ends, np.uint64)).tolist() == [2.0**-33, 1.0]
 
 
 @pytest.mark.parametrize("word", range(4))
