@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ipfm.engine.config import Offload, check_sharding
 from ipfm.engine.precision import Precision
+from ipfm.engine.unsharded import UnshardedEngine
 from ipfm.engine.world import World, import_deepspeed
 from ipfm.kernels import AdamEMA
 
@@ -26,7 +27,7 @@ PERSISTENT_ELEMENTS = 10_000
 
 
 class TrainedNetwork:
-    """A network with its optimiser under one DeepSpeed engine.
+    """A network with its optimiser under one DeepSpeed engine, or by itself: one process at stage 0 shares nothing.
 
     Call the object for the forward pass of the network being trained; use `.module` for everything else.
 
@@ -61,7 +62,6 @@ class TrainedNetwork:
         clip_norm: float | None = None,
     ) -> None:
         check_sharding(stage, precision, offload)
-        deepspeed = import_deepspeed()
         self.world = world
         self.stage = stage
         self.precision = precision
@@ -70,18 +70,12 @@ class TrainedNetwork:
         self.optimizer = AdamEMA(parameters, lr=lr, betas=betas, eps=eps, ema=ema, clip_norm=clip_norm)
         if stage > 0 and world.size > 1:
             self.optimizer.sum_over_shards = self._sum_over_shards
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.engine, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=self.optimizer,
-                model_parameters=parameters,
-                config=_engine_config(stage, precision, offload),
-            )
-        self.module: nn.Module = self.engine.module
+        self.engine: Any
         if stage == 0 and world.size == 1:
-            # DeepSpeed would gather all gradients into one tensor, exchange it with nobody, and copy them back.
-            self.engine.enable_backward_allreduce = False
+            self.engine = UnshardedEngine(module, self.optimizer)
+        else:
+            self.engine = _initialize(stage, precision, offload, module, self.optimizer)
+        self.module: nn.Module = self.engine.module
         self._create_state()
         if precision == "fp16":
             # NaN that no scale explains is counted and reported like any other, not raised in the middle of a step.
@@ -285,11 +279,23 @@ def shard_frozen(module: nn.Module, *, offload: Offload = "none") -> nn.Module:
     Returns:
         The same module.
     """
+    sharded: nn.Module = _initialize(3, "fp32", offload, module).module
+    return sharded
+
+
+def _initialize(
+    stage: int, precision: Precision, offload: Offload, module: nn.Module, optimizer: AdamEMA | None = None
+) -> Any:
+    """DeepSpeed's engine for the network, with its optimiser where it is trained."""
     deepspeed = import_deepspeed()
+    trained: dict[str, Any] = {}
+    if optimizer is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        trained = {"optimizer": optimizer, "model_parameters": parameters}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        engine, *_ = deepspeed.initialize(model=module, config=_engine_config(3, "fp32", offload))
-    return engine.module
+        engine, *_ = deepspeed.initialize(model=module, config=_engine_config(stage, precision, offload), **trained)
+    return engine
 
 
 def _engine_config(stage: int, precision: Precision, offload: Offload) -> dict[str, Any]:
