@@ -3,7 +3,8 @@
 A convolution's gradient with respect to its input needs the weight alone, yet PyTorch keeps the input as well
 (pytorch#133566), and a cast of the weight beside the weight. These keep the weight as it is stored, a parameter as
 itself: one that is sharded may leave the memory between the two passes. Values are those of PyTorch's operations, bit
-for bit, gradients theirs but for rounding; the backward passes are differentiable in turn.
+for bit unless a function says otherwise, gradients theirs but for rounding; the backward passes are differentiable in
+turn.
 """
 
 from collections.abc import Callable
@@ -49,6 +50,29 @@ def frozen_conv_transpose2d(
     return out
 
 
+def doubled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.conv2d(repeat_2x2(x), weight, bias, padding=k // 2)` for odd k, without the larger image and most of the work.
+
+    Each pixel of the result sees k² repeated pixels, but not more than ((k + 1) / 2)² different ones. Their weights are
+    summed first. For k = 3 that leaves 4 of 9 multiplications.
+
+    x (B, C, H, W); weight (O, C, k, k) and bias (O), of any floating dtype, are cast to that of x. Returns
+    (B, O, 2H, 2W), equal but for rounding.
+    """
+    padding = weight.shape[-1] // 2
+    if is_frozen(x, weight, bias):
+        out: Tensor = _DoubledConv.apply(x, weight, bias, padding)
+        return out
+    return F.conv_transpose2d(x, _spread(weight).to(x.dtype), _cast(bias, x), stride=2, padding=padding)
+
+
+def _spread(weight: Tensor) -> Tensor:
+    """(O, C, k, k) -> (C, O, k + 1, k + 1): what a pixel of the small image gives to its surroundings in the large."""
+    flipped = weight.transpose(0, 1).flip(2, 3)
+    rows = F.pad(flipped, (0, 0, 0, 1)) + F.pad(flipped, (0, 0, 1, 0))
+    return F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))
+
+
 def frozen_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, arrange: Callable[[Tensor], Tensor]
 ) -> Tensor:
@@ -62,7 +86,8 @@ def frozen_linear(
 
 
 def mean_2x2(x: Tensor) -> Tensor:
-    """x (B, C, 2H, 2W) -> (B, C, H, W): the mean of each 2×2 square. A last odd row or column is left out."""
+    """x (B, C, 2H, 2W) -> (B, C, H, W): the mean of each 2×2 square, but for rounding. An odd last row or column
+    is left out."""
     if x.shape[-2] % 2 or x.shape[-1] % 2:
         return F.avg_pool2d(x, 2)
     out: Tensor = _Sum2x2.apply(x, 0.25)
@@ -80,12 +105,6 @@ def repeat_2x2(x: Tensor) -> Tensor:
 def _walks_fast(x: Tensor) -> bool:
     """Whether strided slices do it: on a CPU they are several times faster than pooling and interpolation."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
-
-
-def _four(x: Tensor) -> tuple[Tensor, ...]:
-    """The pixels of each 2×2 square, row by row; a last odd row or column is left out."""
-    x = x[..., : x.shape[-2] // 2 * 2, : x.shape[-1] // 2 * 2]
-    return tuple(x[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
 
 
 def _cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
@@ -137,6 +156,20 @@ class _ConvTranspose(torch.autograd.Function):
         return back, None, None, None, None, None
 
 
+class _DoubledConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.padding = padding
+        return F.conv_transpose2d(x, _spread(weight).to(x.dtype), _cast(bias, x), stride=2, padding=padding)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (weight,) = gradients, ctx.saved_tensors
+        back = F.conv2d(gradient, _spread(weight).to(gradient.dtype), stride=2, padding=ctx.padding)
+        return back, None, None, None
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -158,8 +191,8 @@ class _Sum2x2(torch.autograd.Function):
         ctx.factor = factor
         if not _walks_fast(x):
             return F.avg_pool2d(x, 2) if factor == 0.25 else F.avg_pool2d(x, 2).mul_(4 * factor)
-        first, second, third, fourth = _four(x)
-        total = (first + second).add_(third).add_(fourth)
+        rows = x[..., 0::2, :] + x[..., 1::2, :]
+        total = rows[..., 0::2] + rows[..., 1::2]
         return total if factor == 1 else total.mul_(factor)
 
     @staticmethod
@@ -170,10 +203,13 @@ class _Sum2x2(torch.autograd.Function):
 class _Repeat2x2(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = x.new_empty(*x.shape[:-2], 2 * x.shape[-2], 2 * x.shape[-1])
-        for part in _four(out):
-            part.copy_(x)
-        return out
+        height, width = x.shape[-2:]
+        rows = x.new_empty(*x.shape[:-2], height, 2, 2 * width)
+        upper, lower = rows.unbind(-2)
+        upper[..., 0::2] = x
+        upper[..., 1::2] = x
+        lower.copy_(upper)
+        return rows.flatten(-3, -2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ipfm.kernels.group_norm import unchecked_group_norm_silu
 
-from .frozen import frozen_conv2d, frozen_conv_transpose2d, is_frozen, mean_2x2, repeat_2x2
+from .frozen import doubled_conv2d, frozen_conv2d, frozen_conv_transpose2d, is_frozen, mean_2x2, repeat_2x2
 from .init import DEFAULT_INIT, Init
 
 
@@ -103,7 +103,8 @@ class Conv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return self._double(x) if self.up else self._halve(x) if self.down else x
-        if self.up and self.fused_resample:
+        if self.up and self.fused_resample and not self._box:
+            # (A copy of the pixels needs no padding that could be moved.)
             x = self._double(x, padding=max(self.f_pad - self.w_pad, 0))
             return self._convolve(x, self.bias, max(self.w_pad - self.f_pad, 0))
         if self.up and self.kernel == 1:
@@ -112,10 +113,15 @@ class Conv2d(nn.Module):
         if self.down and self.fused_resample:
             return self._add_bias(self._halve(self._convolve(x, None, self.w_pad + self.f_pad), padding=0))
         if self.up:
-            x = self._double(x)
-        elif self.down:
+            return self._convolve_doubled(x, self.weight)
+        if self.down:
             x = self._halve(x)
         return self._convolve(x, self.bias, self.w_pad)
+
+    def _convolve_doubled(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self._box and self.kernel % 2:
+            return doubled_conv2d(x, weight, self.bias)
+        return self._convolve(self._double(x), self.bias, self.w_pad)
 
     def _convolve(self, x: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         assert self.weight is not None

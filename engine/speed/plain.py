@@ -39,6 +39,9 @@ class PlainConv2d(Conv2d):
         assert self.weight is not None
         return F.conv2d(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=padding)
 
+    def _convolve_doubled(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._convolve(self._double(x), self.bias, self.w_pad)
+
     def _halve(self, x: Tensor, padding: int | None = None) -> Tensor:
         padding = self.f_pad if padding is None else padding
         return F.conv2d(x, self._depthwise(x), stride=2, padding=padding, groups=x.shape[1])
