@@ -97,6 +97,11 @@ class DistillSteps:
         self.local_batch, self.micro_batch = config.batch // world.size, micro_batch
         self.phased = phased
         self.world = world
+        # What every micro-batch starts from; nothing writes to it.
+        shape = (micro_batch, network.img_channels, network.img_resolution, network.img_resolution)
+        self._zeros = torch.zeros(shape, device=world.device)
+        self._levels = [torch.full((micro_batch,), level, device=world.device) for level in config.levels]
+        self._offsets = torch.arange(micro_batch, device=world.device)
 
     def iteration(self, step: int) -> Measured:
         """`student_updates` student steps, then the generator step; `step` counts from 0."""
@@ -157,7 +162,7 @@ class DistillSteps:
 
         def forward(k: int) -> Tensor:
             self._seed_dropout(Stream.GENERATOR_DROPOUT, step * config.steps + k, micro)
-            return self.generator(chain.inputs[k].requires_grad_(k > 0), self._level(k, micro), micro.labels)
+            return self.generator(chain.inputs[k].requires_grad_(k > 0), self._levels[k], micro.labels)
 
         graph = None if phased else forward(last)
         y = self._evaluate(last, chain.inputs[last], micro, step) if graph is None else graph.detach()
@@ -195,29 +200,25 @@ class DistillSteps:
     @torch.no_grad()
     def _chain(self, micro: MicroBatch, stream: Stream, step: int) -> Chain:
         """x_1 ~ p_{r_1}(. | 0), x_{k+1} ~ p_{r_{k+1}}(. | G(x_k, sigma_k)) [IPFM, algorithm 2]."""
-        count, net = len(micro.index), self.network
-        y = torch.zeros(count, net.img_channels, net.img_resolution, net.img_resolution, device=micro.index.device)
-        finite = torch.ones(count, 1, 1, 1, dtype=torch.bool, device=micro.index.device)
+        y, finite = self._zeros, None
         inputs: list[Tensor] = []
         for k in range(self.config.steps):
             # Each level of a sample has a step of the stream to itself.
-            x = self._perturb(y, self._level(k, micro), stream, step * self.config.steps + k, micro)
+            x = self._perturb(y, self._levels[k], stream, step * self.config.steps + k, micro)
             # At small D a latent may overflow: it must not meet the weights, not even under a zero gradient.
             ok = torch.isfinite(x).flatten(1).all(1).view(-1, 1, 1, 1)
-            finite = finite & ok
+            finite = ok if finite is None else finite & ok
             inputs.append(x.masked_fill(~ok, 0.0))
             if k + 1 < self.config.steps:
                 y = self._evaluate(k, inputs[-1], micro, step)
+        assert finite is not None
         return Chain(inputs, finite)
 
     @torch.no_grad()
     def _evaluate(self, k: int, x: Tensor, micro: MicroBatch, step: int) -> Tensor:
         """y_k = G(x_k, sigma_k) through the plain module, with the dropout that the trained pass has too."""
         self._seed_dropout(Stream.GENERATOR_DROPOUT, step * self.config.steps + k, micro)
-        return self.generator.module(x, self._level(k, micro), micro.labels)
-
-    def _level(self, k: int, micro: MicroBatch) -> Tensor:
-        return torch.full((len(micro.index),), self.config.levels[k], device=micro.index.device)
+        return self.generator.module(x, self._levels[k], micro.labels)
 
     def _perturb(self, y: Tensor, sigma: Tensor, stream: Stream, step: int, micro: MicroBatch) -> Tensor:
         x = perturb(y, sigma, self.D, seed=self.config.seed, stream=stream, step=step, sample_index=micro.index)
@@ -241,6 +242,6 @@ class DistillSteps:
         """This process's samples of the global batch, a micro-batch at a time."""
         start = self.world.rank * self.local_batch
         for first in range(start, start + self.local_batch, self.micro_batch):
-            index = torch.arange(first, first + self.micro_batch, device=self.world.device)
+            index = self._offsets + first
             labels = draw_labels(self.network.label_dim, index, seed=self.config.seed, stream=label_stream, step=step)
             yield MicroBatch(first, index, labels)
