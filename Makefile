@@ -25,7 +25,7 @@ types: $(READY)  ## static types; a folder of links shows mypy the import names
 
 bench: $(READY)  ## kernel microbenchmarks; the offline compile report and the instruction count of perturb
 	$(BIN)/ipfm bench --out build/bench
-	$(BIN)/python -m ipfm.kernels.bench --offline --out build/bench
+	$(BIN)/ipfm bench --offline --out build/bench
 
 soak: $(READY)  ## kill a distillation fifty times and compare its end with an undisturbed one
 	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/soak.py

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class UnshardedEngine:
-    """The part of `deepspeed.DeepSpeedEngine` that `TrainedNetwork` uses, without the bookkeeping of thousandfold use.
+    """The part of `deepspeed.DeepSpeedEngine` that `TrainedNetwork` uses, without its bookkeeping.
 
     Args:
         model: the network; its forward and backward passes are its own.
@@ -27,7 +27,10 @@ class UnshardedEngine:
 
     def step(self) -> None:
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        # What zero_grad() does, which takes three times as long to find out what it should do.
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     def was_step_applied(self) -> bool:
         return True

@@ -65,7 +65,7 @@ class TrainedNetwork:
         self.world = world
         self.stage = stage
         self.precision = precision
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters = self._parameters = [p for p in module.parameters() if p.requires_grad]
         exact = {n: p.detach().cpu().clone() for n, p in module.named_parameters()} if precision != "fp32" else {}
         self.optimizer = AdamEMA(parameters, lr=lr, betas=betas, eps=eps, ema=ema, clip_norm=clip_norm)
         if stage > 0 and world.size > 1:
@@ -127,13 +127,12 @@ class TrainedNetwork:
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
         """The plain module with its parameters frozen: no weight gradient is computed or stored meanwhile."""
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        for p in parameters:
+        for p in self._parameters:
             p.requires_grad_(False)
         try:
             yield self.module
         finally:
-            for p in parameters:
+            for p in self._parameters:
                 p.requires_grad_(True)
 
     # -- state, a parameter at a time, independent of stage and number of processes ---------------------------------

@@ -174,7 +174,8 @@ class AdamEMA(torch.optim.Optimizer):
         if isinstance(lr, Tensor):
             _check_on_device("lr", lr, params[0].device)
         entries = ["exp_avg_sq", "exp_avg", *ema_entries(group["ema"])]
-        columns = [[self.state[p][e] for p in params if e in self.state[p]] for e in entries]
+        states = [self.state[p] for p in params]
+        columns = [[state[e] for state in states] if e in states[0] else [] for e in entries]
         if group["betas"][0] == 0:
             columns[1] = []
         given = [p.grad for p in params if p.grad is not None]

@@ -25,7 +25,16 @@ ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
 def rows(tmp_path_factory) -> list[dict[str, str]]:
     out = tmp_path_factory.mktemp("offline")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "ipfm.kernels.bench", "--offline", "--quick", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-c",
+        "from ipfm.engine.cli import main; main()",
+        "bench",
+        "--offline",
+        "--quick",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip().splitlines()[-1]) == out / "offline.csv"

@@ -24,7 +24,8 @@ class Bench:
     out: Path = Path("bench")
     """Folder for the tables."""
     offline: bool = False
-    """Compile every kernel for sm_80, sm_90 and sm_100 and report registers, spills and access widths; needs no GPU."""
+    """Compile every kernel for sm_80, sm_90 and sm_100; report registers, spills, access widths and the instructions of
+    perturb beside their floor; needs no GPU."""
     metrics: bool = False
     """Measure FID, KID, Inception score, precision and recall on 50 000 random features of 2048 dimensions."""
     memory: bool = False
@@ -54,18 +55,21 @@ class Bench:
             given = [name for name in ("offline", "metrics", "memory", "step") if getattr(self, name)]
             if len(given) > 1:
                 raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
-        table = self._run_memory() if self.memory else self._run_step() if self.step else self._run_speed()
-        print(table.with_suffix(".md").read_text(encoding="utf-8"))
-        print(table)
+        tables = [self._run_memory()] if self.memory else [self._run_step()] if self.step else self._run_speed()
+        for table in tables:
+            print(table.with_suffix(".md").read_text(encoding="utf-8"))
+        for table in tables:
+            print(table)
 
-    def _run_speed(self) -> Path:
+    def _run_speed(self) -> list[Path]:
         from ipfm.engine.metrics.bench import run_metrics
         from ipfm.kernels import bench
 
         with user_input():
             self.out.mkdir(parents=True, exist_ok=True)
-        run = run_metrics if self.metrics else bench.run_offline if self.offline else bench.run_microbenchmarks
-        return run(self.out, quick=self.quick)
+        if self.offline:
+            return bench.run_compiled(self.out, quick=self.quick)
+        return [(run_metrics if self.metrics else bench.run_microbenchmarks)(self.out, quick=self.quick)]
 
     def _run_step(self) -> Path:
         from ipfm.engine.resolve import resolve_precision, run_device

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from .floor import run_floor
 from .micro import run_microbenchmarks
 from .offline import run_offline
 
-__all__ = ["main", "run_floor", "run_microbenchmarks", "run_offline"]
+__all__ = ["main", "run_compiled", "run_floor", "run_microbenchmarks", "run_offline"]
+
+
+def run_compiled(out: str | Path, *, quick: bool = False) -> list[Path]:
+    """What needs no GPU: `run_floor` (quick: for sm_90 alone) and `run_offline`, with their paths and errors."""
+    report = run_offline(out, quick=quick)
+    return [run_floor(out, ("sm_90",)) if quick else run_floor(out), report]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer cases and shorter measurements")
     options = parser.parse_args(argv)
     if options.offline:
-        report = run_offline(options.out, quick=options.quick)
-        paths = [run_floor(options.out, ("sm_90",)) if options.quick else run_floor(options.out), report]
+        paths = run_compiled(options.out, quick=options.quick)
     else:
         paths = [run_microbenchmarks(options.out, quick=options.quick)]
     for path in paths:
