@@ -29,6 +29,14 @@ class AdamEMA(torch.optim.Optimizer):
         w = w - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
         e = e + (1 - ema_decay) (w - e)      (for each average)
 
+    `rectified` makes it Rectified Adam [Liu et al. 2020, algorithm 2], as torch.optim.RAdam has it, in place of line 3:
+
+        w = w - lr (m / (1 - beta1^t)) r sqrt(1 - beta2^t) / (sqrt(v) + eps)    where rho > 5, else
+        w = w - lr (m / (1 - beta1^t))                                         (t <= 5 at beta2 = 0.999)
+
+    with rho_inf = 2 / (1 - beta2) - 1, rho = rho_inf - 2 t beta2^t / (1 - beta2^t) and
+    r^2 = (rho - 4) (rho - 2) rho_inf / ((rho_inf - 4) (rho_inf - 2) rho). Which of the two it is, the device decides.
+
     A step in which the square of any scaled gradient is not finite, or with clip_norm their sum (in the reference, that
     of any tensor always), changes nothing: not w, m, v, e, nor t. The check and the count stay on the device, so that
     no step waits for the host. At eps = 0, elements whose v is 0 stay.
@@ -36,7 +44,8 @@ class AdamEMA(torch.optim.Optimizer):
     State: 4 bytes a float32 parameter for v ("exp_avg_sq"), 4 more for m ("exp_avg") at beta1 > 0, 4 more for each
     average ("ema", "ema_1", ...). The Triton kernels need no temporaries, and as many launches for one tensor as for
     thousands. The reference overwrites gradients. On a CPU it is torch's own fused Adam; where that does not go (on
-    another device, at eps = 0, or where strides differ) it works on 2^24 elements at a time, with three temporaries.
+    another device, rectified, at eps = 0, or where strides differ) it works on 2^24 elements at a time, with three
+    temporaries.
 
     Bytes moved by the kernels, for a float32 parameter at beta1 = 0 with one average: 4 to measure g, 28 to update
     (g, w, v, e read, w, v, e written); 8 more for m, 8 for each further average. A tensor whose elements have gaps, or
@@ -52,6 +61,7 @@ class AdamEMA(torch.optim.Optimizer):
         betas: (beta1, beta2), each in [0, 1).
         eps: added to the root of the second moment, >= 0.
         weight_decay: L2 term added to the gradient, >= 0.
+        rectified: Rectified Adam.
         ema: number of averages of the weights to keep, up to 4, each starting from the weights themselves; True for 1.
         clip_norm: largest L2 norm of the scaled gradient, > 0; None sets no limit.
         backend: "auto" (Triton for CUDA parameters, the reference elsewhere), "triton" or "reference".
@@ -79,13 +89,15 @@ class AdamEMA(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.0, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        rectified: bool = False,
         ema: bool | int = False,
         clip_norm: float | None = None,
         backend: Backend = "auto",
     ) -> None:
         if clip_norm is not None and not (math.isfinite(clip_norm) and clip_norm > 0):
             raise ValueError(f"clip_norm must be a finite number > 0 or None, got {clip_norm}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema": ema})
+        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rectified": rectified}
+        super().__init__(params, {**adam, "ema": ema})
         use_triton("AdamEMA", backend, self.param_groups[0]["params"][0].device)
         self.backend = backend
         self.ema_decay: float | Sequence[float] | Tensor = 0.0
@@ -179,7 +191,8 @@ class AdamEMA(torch.optim.Optimizer):
         if group["betas"][0] == 0:
             columns[1] = []
         given = [p.grad for p in params if p.grad is not None]
-        return Group(lr, group["betas"], group["eps"], group["weight_decay"], given, [params, *columns])
+        settings = (group["betas"], group["eps"], group["weight_decay"], group["rectified"])
+        return Group(lr, *settings, given, [params, *columns])
 
 
 def ema_entries(ema: bool | int) -> list[str]:
@@ -197,6 +210,8 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a finite number >= 0, got {group[name]}")
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+    if not isinstance(group["rectified"], bool):
+        raise ValueError(f"rectified must be True or False, got {group['rectified']!r}")
     if not (isinstance(group["ema"], int) and 0 <= group["ema"] <= MOST_AVERAGES):
         raise ValueError(f"ema must be a number of averages from 0 to {MOST_AVERAGES}, got {group['ema']}")
     for p in group["params"]:

@@ -33,12 +33,18 @@ class Group:
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    rectified: bool
     gradients: list[Tensor]
     columns: list[list[Tensor]]
 
     @property
     def averages(self) -> int:
         return len(self.columns) - 3
+
+
+def rho_inf(beta2: float) -> float:
+    """The longest that the average v gets, in gradients, for Rectified Adam [Liu et al. 2020, algorithm 2]."""
+    return 2 / (1 - beta2) - 1
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class FusedAdam:
                 _update_kernel[(batch.programs,)](
                     plan.blocks, plan.table, plan.gradient_table, scale, numbers[batch.group], batch.first_program,
                     WIDTH=plan.width, SCALED=scaled, LIMITED=limited, BETA1=group.betas[0], BETA2=group.betas[1],
-                    EPS=group.eps, WEIGHT_DECAY=group.weight_decay, AVERAGES=group.averages,
+                    EPS=group.eps, WEIGHT_DECAY=group.weight_decay, RECTIFIED=group.rectified, AVERAGES=group.averages,
                     COMPUTE=_COMPUTE[batch.dtype], ALIGNED=batch.aligned, SEGMENT=segment, BLOCK=block,
                     num_warps=warps,
                 )  # fmt: skip
@@ -239,8 +245,8 @@ def _launch_numbers(
         found, steps, applied, numbers, lr if isinstance(lr, Tensor) else steps, ema_decay if given else steps,
         0 if isinstance(lr, Tensor) else float64_bits(lr), *map(float64_bits, decays),
         RATE_TENSOR=isinstance(lr, Tensor), DECAY_TENSOR=given, COUNTS=counts, LIMIT=clip_norm or 0.0,
-        LOG_BETA1=beta1, LOG_BETA2=beta2, MOMENT=group.betas[0] > 0, AVERAGES=group.averages,
-        MAX=torch.finfo(torch.float64).max, num_warps=1,
+        LOG_BETA1=beta1, LOG_BETA2=beta2, RHO=rho_inf(group.betas[1]) if group.rectified else 0.0,
+        MOMENT=group.betas[0] > 0, AVERAGES=group.averages, MAX=torch.finfo(torch.float64).max, num_warps=1,
     )  # fmt: skip
 
 

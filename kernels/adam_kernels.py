@@ -17,7 +17,8 @@ import triton.language as tl
 
 # Columns of p_table after the number of elements; further averages follow.
 WEIGHT, SECOND, FIRST, AVERAGE = (tl.constexpr(i) for i in range(1, 5))
-# Where the numbers of a step stand in p_numbers, float64; shares of further averages follow.
+# Where the numbers of a step stand in p_numbers, float64; shares of further averages follow. CORRECTION is that of √v,
+# but for Rectified Adam, where it is 1 in a rectified step and 0 in one without a denominator.
 APPLIED, FACTOR, RATE, CORRECTION, SHARE = (tl.constexpr(i) for i in range(5))
 
 
@@ -95,17 +96,28 @@ def _bias(t, LOG_BETA: tl.constexpr):
     return 1.0 - tl.exp(t * tl.full((), LOG_BETA, tl.float64))
 
 
+@triton.jit
+def _rectification(t, LOG_BETA2: tl.constexpr, RHO: tl.constexpr):
+    """As in `adam_reference`; RHO: rho_inf."""
+    longest = tl.full((), RHO, tl.float64)
+    bias = _bias(t, LOG_BETA2)
+    rho = longest - 2.0 * t * (1.0 - bias) / bias
+    square = (rho - 4.0) * (rho - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * rho)
+    return tl.where(rho > 5.0, tl.sqrt(square * bias), 0.0)
+
+
 @triton.jit(do_not_specialize=["rate_bits", "decay_bits_0", "decay_bits_1", "decay_bits_2", "decay_bits_3"])
 def _numbers_kernel(
     p_found, p_steps, p_applied, p_numbers, p_rate, p_decays,
     rate_bits, decay_bits_0, decay_bits_1, decay_bits_2, decay_bits_3,
     RATE_TENSOR: tl.constexpr, DECAY_TENSOR: tl.constexpr, COUNTS: tl.constexpr, LIMIT: tl.constexpr,
-    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, MOMENT: tl.constexpr, AVERAGES: tl.constexpr,
-    MAX: tl.constexpr,
+    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, RHO: tl.constexpr, MOMENT: tl.constexpr,
+    AVERAGES: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
     """One program: what the update of a group needs; COUNTS: and the number of steps applied, for all groups.
 
-    LIMIT: the largest norm, 0 for none. A rate, or decays, of *_TENSOR are read from the device.
+    LIMIT: the largest norm, 0 for none. RHO: rho_inf of Rectified Adam, 0 for Adam. A rate, or decays, of *_TENSOR are
+    read from the device.
     """
     squares = tl.load(p_found + 1)
     applied = (tl.load(p_found) == 0.0) & (squares <= MAX)  # not NaN either
@@ -124,8 +136,12 @@ def _numbers_kernel(
     rate = tl.load(p_rate) if RATE_TENSOR else rate_bits.to(tl.int64).to(tl.float64, bitcast=True)
     if MOMENT:
         rate = rate / _bias(t, LOG_BETA1)
+    if RHO > 0:
+        rectification = _rectification(t, LOG_BETA2, RHO)
+        rate *= tl.where(rectification > 0.0, rectification, 1.0)
     tl.store(p_numbers + RATE, -rate)
-    tl.store(p_numbers + CORRECTION, 1.0 / tl.sqrt(_bias(t, LOG_BETA2)))
+    correction = (rectification > 0.0).to(tl.float64) if RHO > 0 else 1.0 / tl.sqrt(_bias(t, LOG_BETA2))
+    tl.store(p_numbers + CORRECTION, correction)
     for i in tl.static_range(AVERAGES):
         if DECAY_TENSOR:
             decay = tl.load(p_decays + i)
@@ -136,15 +152,19 @@ def _numbers_kernel(
 
 
 @triton.jit
-def _move(b_first, b_v, correction, EPS: tl.constexpr, COMPUTE: tl.constexpr):
-    """m / (√v · correction + eps); 0 where that divides by 0.
+def _move(b_first, b_v, correction, RECTIFIED: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.constexpr):
+    """m / (√v · correction + eps), or m in a step of Rectified Adam whose correction is 0; 0 where that divides by 0.
 
     Root and quotient are rounded as IEEE 754 has it, also for subnormal numbers; in float64 they are anyway.
     """
     DOUBLE: tl.constexpr = COMPUTE.primitive_bitwidth == 64
-    b_root = (tl.sqrt(b_v) if DOUBLE else tl.sqrt_rn(b_v)) * correction
+    b_root = tl.sqrt(b_v) if DOUBLE else tl.sqrt_rn(b_v)
+    if not RECTIFIED:
+        b_root *= correction
     if EPS > 0:
         b_root += tl.full((), EPS, COMPUTE)
+    if RECTIFIED:
+        b_root = tl.where(correction == 0.0, 1.0, b_root)
     b_move = b_first / b_root if DOUBLE else tl.div_rn(b_first, b_root)
     if EPS == 0:
         # Elements that never saw a gradient, or only ones whose squares vanish, stay.
@@ -156,8 +176,8 @@ def _move(b_first, b_v, correction, EPS: tl.constexpr, COMPUTE: tl.constexpr):
 def _update_kernel(
     p_blocks, p_table, p_grads, p_scale, p_numbers, first_program,
     WIDTH: tl.constexpr, SCALED: tl.constexpr, LIMITED: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
-    EPS: tl.constexpr, WEIGHT_DECAY: tl.constexpr, AVERAGES: tl.constexpr, COMPUTE: tl.constexpr,
-    ALIGNED: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, WEIGHT_DECAY: tl.constexpr, RECTIFIED: tl.constexpr, AVERAGES: tl.constexpr,
+    COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program = SEGMENT elements: the step as AdamEMA states it, each number read once and written once.
 
@@ -198,7 +218,7 @@ def _update_kernel(
             tl.store(p_m, b_first, mask=m)
         b_v = b_v * tl.full((), BETA2, COMPUTE) + tl.full((), 1.0 - BETA2, COMPUTE) * b_g * b_g
         tl.store(p_v + o, b_v, mask=m)
-        b_w += _move(b_first, b_v, correction, EPS, COMPUTE) * rate
+        b_w += _move(b_first, b_v, correction, RECTIFIED, EPS, COMPUTE) * rate
         tl.store(p_w + o, b_w, mask=m)
         for i in tl.static_range(AVERAGES):
             p_e, b_e = averages[i]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .adam_fused import Group, is_dense, same_order
+from .adam_fused import Group, is_dense, rho_inf, same_order
 
 # Elements that the foreach form updates at a time: it bounds its temporaries, three of this size.
 CHUNK = 2**24
@@ -64,9 +64,9 @@ def _judge(
 
 
 def _torch_can(group: Group) -> bool:
-    """Whether torch's fused Adam on a CPU takes the group: no division by 0, elements in one order in memory."""
+    """Whether torch's fused Adam on a CPU takes the group: Adam, no division by 0, elements in one order in memory."""
     weights, *state = group.columns
-    if weights[0].device.type != "cpu" or group.eps == 0:
+    if weights[0].device.type != "cpu" or group.eps == 0 or group.rectified:
         return False
     if all(t.is_contiguous() for column in (weights, group.gradients, *state[:2]) for t in column):
         return True
@@ -114,7 +114,12 @@ def _update(group: Group, scale: Tensor, t: Tensor, finite: Tensor) -> None:
         grad.masked_fill_(skipped, 0)
     decay1, decay2 = unless_skipped(beta1, 1), unless_skipped(beta2, 1)
     correction = (1 - beta2**t).sqrt().to(dtype)
-    rate = unless_skipped(-group.lr / (1 - beta1**t), 0)
+    rate = -group.lr / (1 - beta1**t)
+    if group.rectified:
+        factor = _rectification(t, beta2)
+        plain = factor == 0
+        rate = rate * torch.where(plain, 1.0, factor)
+    rate = unless_skipped(rate, 0)
     columns = [column for column in (*group.columns[:3], group.gradients) if column]
     for weights, second, *rest in _chunks(columns):
         grads = rest[-1]
@@ -129,12 +134,27 @@ def _update(group: Group, scale: Tensor, t: Tensor, finite: Tensor) -> None:
         torch._foreach_addcmul_(second, grads, grads, value=1 - beta2)
 
         root = torch._foreach_sqrt(second)
-        torch._foreach_div_(root, correction)
+        if not group.rectified:
+            torch._foreach_div_(root, correction)
         torch._foreach_add_(root, group.eps)
+        if group.rectified:
+            for denominator in root:
+                denominator.masked_fill_(plain, 1)
         # An element that never saw a gradient, or only ones whose squares vanish, divides by eps, which may be 0.
         update = torch._foreach_div(first, root) if group.eps else list(map(_ratio, first, root))
         torch._foreach_mul_(update, rate)
         torch._foreach_add_(weights, update)
+
+
+def _rectification(t: Tensor, beta2: float) -> Tensor:
+    """r_t sqrt(1 - beta2^t) of Rectified Adam [Liu et al. 2020, algorithm 2]: 0-d, 0 in a step without a denominator.
+
+    Those are the steps with rho_t <= 5, where torch.optim.RAdam draws the line too; the paper has 4.
+    """
+    longest = rho_inf(beta2)
+    rho = longest - 2 * t * beta2**t / (1 - beta2**t)
+    square = (rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho)
+    return torch.where(rho > 5, (square * (1 - beta2**t)).sqrt(), 0.0)
 
 
 def _chunks(columns: list[list[Tensor]]) -> Iterator[list[list[Tensor]]]:

@@ -3,9 +3,11 @@
 import copy
 import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from no_reading import NoReading
 from torch import Tensor, nn
 
 from ipfm.kernels.adam import AdamEMA
@@ -36,15 +38,15 @@ def everything(optimizer: AdamEMA, params: list[nn.Parameter]) -> list[Tensor]:
     return [t.detach().clone() for t in (*params, *entries, optimizer.steps_applied)]
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-@pytest.mark.parametrize("eps", [1e-8, 1e-3])
-@pytest.mark.parametrize("beta1", [0.0, 0.9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_equals_torch_adam(dtype, beta1, eps, weight_decay):
+def assert_equals_torch(
+    ours_kind: Callable[..., AdamEMA],
+    torch_kind: type[torch.optim.Optimizer],
+    options: dict[str, object],
+    dtype: torch.dtype,
+) -> None:
     """1000 steps. In float32 both round, and both are held to the float64 run: ours errs no more than twice theirs."""
-    options = {"lr": 1e-2, "betas": (beta1, 0.999), "eps": eps, "weight_decay": weight_decay}
     runs = []
-    for kind, run_dtype in ((AdamEMA, dtype), (torch.optim.Adam, dtype), (torch.optim.Adam, torch.float64)):
+    for kind, run_dtype in ((ours_kind, dtype), (torch_kind, dtype), (torch_kind, torch.float64)):
         params = [nn.Parameter(p.detach().to(run_dtype)) for p in weights()]
         optimizer = kind(params, **options)
         for step in range(1000):
@@ -61,6 +63,73 @@ def test_equals_torch_adam(dtype, beta1, eps, weight_decay):
         assert error <= 1000 * torch.finfo(torch.float32).eps * truth.abs().max().item()
     start = torch.cat([p.detach().double().flatten() for p in weights()])
     assert (truth - start).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equals_torch_adam(dtype, beta1, eps, weight_decay):
+    options = {"lr": 1e-2, "betas": (beta1, 0.999), "eps": eps, "weight_decay": weight_decay}
+    assert_equals_torch(AdamEMA, torch.optim.Adam, options, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "beta1", "eps", "weight_decay"),
+    [(torch.float32, 0.9, 1e-8, 0.0), (torch.float32, 0.0, 1e-3, 0.01), (torch.float64, 0.9, 1.0, 0.01)],
+    ids=str,
+)
+def test_equals_torch_rectified_adam(dtype, beta1, eps, weight_decay):
+    """The first five steps have no denominator. An eps of 1 beside gradients from 1e-4 to 1e4 shows its place."""
+    options = {"lr": 1e-2, "betas": (beta1, 0.999), "eps": eps, "weight_decay": weight_decay}
+    assert_equals_torch(functools.partial(AdamEMA, rectified=True), torch.optim.RAdam, options, dtype)
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.6, 0.9, 0.999])
+def test_the_step_in_which_rectification_begins(beta2):
+    """Each of 12 steps: it is never reached where rho_inf <= 5, as at 0 and 0.6, where a factor of r_t divides by 0."""
+    ours, theirs = weights(torch.float64), weights(torch.float64)
+    optimizers = [
+        AdamEMA(ours, lr=torch.tensor(1e-2, dtype=torch.float64), betas=(0.9, beta2), rectified=True),
+        torch.optim.RAdam(theirs, lr=1e-2, betas=(0.9, beta2)),
+    ]
+    for step in range(12):
+        for params, optimizer in zip((ours, theirs), optimizers, strict=True):
+            set_gradients(params, step)
+            optimizer.step()
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_rectification_is_decided_without_reading_a_tensor():
+    params = weights()
+    optimizer = AdamEMA(params, lr=1e-2, betas=(0.9, 0.999), rectified=True, clip_norm=50.0, ema=True)
+    optimizer.grad_scale = torch.tensor(0.5)
+    for step in range(7):
+        set_gradients(params, step)
+        with NoReading():
+            optimizer.step()
+    assert optimizer.steps_applied == 7
+
+
+def test_a_skipped_step_does_not_bring_rectification_closer():
+    """The sixth applied step is the first that is rectified, however many were void before it."""
+    runs = []
+    for bad in ((), (0, 3, 5)):
+        params = weights()
+        optimizer = AdamEMA(params, lr=1e-2, betas=(0.9, 0.999), rectified=True, weight_decay=0.1, ema=2)
+        optimizer.ema_decay = (0.5, 0.9)
+        good = 0
+        for step in range(7 + len(bad)):
+            set_gradients(params, good)
+            if step in bad:
+                params[1].grad[2] = math.nan
+            optimizer.step()
+            good += step not in bad
+            assert bool(optimizer.applied) == (step not in bad)
+        assert optimizer.steps_applied == good == 7
+        runs.append(everything(optimizer, params))
+    assert all(map(torch.equal, *runs))
 
 
 def test_learning_rate_may_change_each_step():
@@ -267,6 +336,22 @@ def test_no_epsilon(beta1):
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_no_epsilon_but_rectification(beta1):
+    """Under a constant gradient the first five steps are lr g, and the sixth lr r_6 where v is not 0."""
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = AdamEMA([p], lr=0.1, betas=(beta1, 0.999), eps=0.0, rectified=True)
+    for _ in range(6):
+        p.grad = torch.tensor([0.0, 1e-30, -5.0])
+        optimizer.step()
+    # rho_t by its definition: twice the mean age of the gradients in v, counted from 1, less 1.
+    rho, rho_inf = (
+        2 * sum((i + 1) * 0.999**i for i in range(t)) / sum(0.999**i for i in range(t)) - 1 for t in (6, 10**5)
+    )
+    r = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+    torch.testing.assert_close(p.detach(), torch.tensor([0.0, -0.5e-30, 2.5 + 0.1 * r]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
 def test_state_created_beforehand_is_the_same(beta1):
     runs = []
     for early in (False, True):
@@ -296,15 +381,13 @@ def test_restart_of_the_ema():
     AdamEMA(params, lr=1e-2).restart_ema()  # and none is kept
 
 
-def test_groups_have_settings_of_their_own():
+@pytest.mark.parametrize("rectified", [False, True])
+def test_groups_have_settings_of_their_own(rectified):
     """Two groups equal two optimisers, but for the check: a bad gradient in one stops both."""
     p, q, p_alone, q_alone = (nn.Parameter(torch.ones(4, dtype=torch.float64)) for _ in range(4))
-    groups = [{"params": [p], "lr": 1e-1}, {"params": [q], "betas": (0.9, 0.99), "ema": True, "weight_decay": 0.1}]
-    together = AdamEMA(groups, lr=1e-3)
-    alone = [
-        AdamEMA([p_alone], lr=1e-1),
-        AdamEMA([q_alone], lr=1e-3, betas=(0.9, 0.99), ema=True, weight_decay=0.1),
-    ]
+    settings = {"betas": (0.9, 0.99), "ema": True, "weight_decay": 0.1, "rectified": rectified}
+    together = AdamEMA([{"params": [p], "lr": 1e-1}, {"params": [q], **settings}], lr=1e-3)
+    alone = [AdamEMA([p_alone], lr=1e-1), AdamEMA([q_alone], lr=1e-3, **settings)]
     for optimizer in (together, *alone):
         optimizer.ema_decay = 0.5
     for step in range(10):
@@ -481,15 +564,17 @@ def test_shards_act_as_one(bad):
     assert not torch.equal(now, flat)
 
 
-@pytest.mark.parametrize("taken_at", [0, 5])
-def test_state_dict_continues_the_run(taken_at):
+@pytest.mark.parametrize(("taken_at", "rectified"), [(0, False), (5, False), (3, True), (7, True)])
+def test_state_dict_continues_the_run(taken_at, rectified):
+    """Rectified: from before its begin over it, and from after it; the settings are those of the state."""
+
     def advance(optimizer: AdamEMA, params: list[nn.Parameter], steps: range) -> None:
         for step in steps:
             set_gradients(params, step)
             optimizer.step()
 
     params = weights()
-    optimizer = AdamEMA(params, lr=1e-2, betas=(0.9, 0.999), ema=True)
+    optimizer = AdamEMA(params, lr=1e-2, betas=(0.9, 0.999), rectified=rectified, ema=True)
     optimizer.ema_decay = 0.9
     advance(optimizer, params, range(taken_at))
     saved = copy.deepcopy(optimizer.state_dict())
@@ -525,6 +610,7 @@ def test_state_dict_continues_the_run(taken_at):
         ({"ema": 0.5}, "ema must be a number of averages from 0 to 4, got 0.5"),
         ({"weight_decay": -0.1}, "weight_decay must be a finite number >= 0, got -0.1"),
         ({"weight_decay": math.inf}, "weight_decay must be a finite number >= 0, got inf"),
+        ({"rectified": 1}, "rectified must be True or False, got 1"),
     ],
 )
 def test_refusals(settings, message):

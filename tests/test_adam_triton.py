@@ -18,6 +18,7 @@ pytestmark = [
 
 SHAPES = [(7, 3), (5,), ()]
 EVERYTHING = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "ema": 2, "clip_norm": 50.0}
+RECTIFIED = {**EVERYTHING, "rectified": True}
 
 
 @pytest.fixture
@@ -55,17 +56,20 @@ def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize(("beta1", "steps"), [(0.0, 1000), (0.9, 50)])
-def test_equals_torch_adam_and_the_average_of_its_definition(device, beta1, steps):
+@pytest.mark.parametrize(
+    ("kind", "beta1", "steps"),
+    [(torch.optim.Adam, 0.0, 1000), (torch.optim.Adam, 0.9, 50), (torch.optim.RAdam, 0.9, 50)],
+)
+def test_equals_torch_and_the_average_of_its_definition(device, kind, beta1, steps):
     """Ours and torch's float32 runs are held to torch's float64 one: ours errs no more than twice theirs."""
     start = torch.randn(40, generator=torch.Generator().manual_seed(0))
     ours, theirs = (nn.Parameter(start.to(device, copy=True)) for _ in range(2))
     truth = nn.Parameter(start.to(device, torch.float64))
     options = {"lr": 1e-2, "betas": (beta1, 0.999), "weight_decay": 0.01}
     optimizers = [
-        AdamEMA([ours], ema=True, backend="triton", **options),
-        torch.optim.Adam([theirs], **options),
-        torch.optim.Adam([truth], **options),
+        AdamEMA([ours], ema=True, rectified=kind is torch.optim.RAdam, backend="triton", **options),
+        kind([theirs], **options),
+        kind([truth], **options),
     ]
     average = ours.detach().double()
     for step in range(steps):
@@ -93,18 +97,28 @@ def test_equals_torch_adam_and_the_average_of_its_definition(device, beta1, step
         {"lr": 1e-2, "betas": (0.5, 0.0), "ema": True},
         {"lr": 1e-2, "clip_norm": 1e9},
         EVERYTHING,
+        RECTIFIED,
+        {"lr": 1e-2, "betas": (0.0, 0.99), "eps": 0.0, "rectified": True},
+        {"lr": 1e-2, "betas": (0.5, 0.6), "rectified": True},
     ],
-    ids=["plain", "no eps", "no beta2", "norm below the limit", "everything"],
-)
+    ids=[
+        "plain", "no eps", "no beta2", "norm below the limit", "everything", "rectified", "rectified, no eps",
+        "never rectified",
+    ],
+)  # fmt: skip
 def test_agrees_with_the_reference(small, device, settings, dtype):
     runs = []
     for backend in ("triton", "reference"):
         params = weights(dtype, device)
         optimizer = AdamEMA(params, backend=backend, **settings)
-        optimizer.ema_decay = (0.5, 0.9) if settings is EVERYTHING else 0.9
+        optimizer.ema_decay = (0.5, 0.9) if settings.get("ema") == 2 else 0.9
+        if "rectified" in settings:
+            # The first of the three steps is the last without a denominator.
+            optimizer.create_state()
+            optimizer.steps_applied.fill_(4)
         for step in range(3):
             set_gradients(params, step)
-            if settings is EVERYTHING:
+            if settings.get("ema") == 2:
                 optimizer.grad_scale = torch.tensor(0.25, device=device)
             optimizer.step()
             assert optimizer.applied.item() is True
@@ -120,7 +134,7 @@ def test_groups_dtypes_missing_gradients_and_empty_shards(small, device):
         groups = [
             {"params": params[:2] + params[6:], "lr": 0.1, "ema": 1},
             {"params": params[2:4], "betas": (0.9, 0.99), "ema": 3, "eps": 0.0},
-            {"params": params[4:6], "weight_decay": 0.1},
+            {"params": params[4:6], "weight_decay": 0.1, "rectified": True},
         ]
         optimizer = AdamEMA(groups, lr=1e-2, backend=backend)
         optimizer.ema_decay = (0.5, 0.9, 0.99)
@@ -244,6 +258,27 @@ def test_a_non_finite_gradient_changes_nothing(small, device, bad):
             set_gradients(params, step)
             optimizer.step()
             assert optimizer.applied.item() is True
+        runs.append(everything(optimizer, params))
+    assert equal(*runs)
+
+
+def test_a_skipped_step_does_not_bring_rectification_closer(small, device):
+    """The sixth applied step is the first that is rectified, however many were void before it."""
+    runs = []
+    for stumbles in (True, False):
+        params = weights(device=device)
+        optimizer = AdamEMA(params, backend="triton", **RECTIFIED)
+        optimizer.create_state()
+        optimizer.steps_applied.fill_(4)
+        for step in range(2):
+            if stumbles:
+                set_gradients(params, 99)
+                params[step].grad.view(-1)[-1] = math.nan
+                optimizer.step()
+                assert optimizer.applied.item() is False
+            set_gradients(params, step)
+            optimizer.step()
+        assert optimizer.steps_applied == 6
         runs.append(everything(optimizer, params))
     assert equal(*runs)
 
@@ -453,16 +488,20 @@ def test_no_step_waits_for_the_device(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("settings", [EVERYTHING, RECTIFIED], ids=["everything", "rectified"])
 @pytest.mark.parametrize("static", [True, False], ids=["gradients stay", "gradients of the graph"])
-def test_a_captured_graph_follows_tensors(device, static):
-    """Replays with other gradients, rates and decays equal steps outside the graph, bit for bit."""
+def test_a_captured_graph_follows_tensors(device, static, settings):
+    """Replays with other gradients, rates and decays equal steps outside the graph, bit for bit; rectification, too,
+    begins in a replay."""
     runs = []
     for captured in (True, False):
         params = _network(device)
         rate = torch.tensor(1e-3, dtype=torch.float64, device=device)
         decays = torch.tensor([0.5, 0.9], dtype=torch.float64, device=device)
-        optimizer = AdamEMA(params, **{**EVERYTHING, "lr": rate if captured else 1e-3})
+        optimizer = AdamEMA(params, **{**settings, "lr": rate if captured else 1e-3})
         optimizer.ema_decay = decays if captured else (0.5, 0.9)
+        optimizer.create_state()
+        optimizer.steps_applied.fill_(3)
         _random_gradients(params, 0)
         inputs = [p.grad for p in params]
         if captured:

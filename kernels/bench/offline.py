@@ -249,23 +249,28 @@ def _philox_cases() -> Iterator[Case]:
 def _adam_cases() -> Iterator[Case]:
     segment, block, warps = adam_config()
     tables = {"p_blocks": "*i32", "p_table": "*i64", "p_grads": "*i64", "p_scale": "*fp32"}
-    # beta1, averages, weight decay
-    options = [(0.0, 1, 0.0), (0.9, 2, 0.01), (0.0, 0, 0.0), (0.0, 0, 0.01), (0.0, 2, 0.0), (0.9, 0, 0.0)]
-    for dtype, aligned, (beta1, averages, decay) in (
+    # beta1, averages, weight decay, whether rectified
+    options = [
+        (0.0, 1, 0.0, False), (0.9, 2, 0.01, False), (0.9, 1, 0.0, True),
+        (0.0, 0, 0.0, False), (0.0, 0, 0.01, False), (0.0, 2, 0.0, False), (0.9, 0, 0.0, False),
+    ]  # fmt: skip
+    for dtype, aligned, option in (
         *(("fp32", True, option) for option in options), ("fp32", False, options[0]), ("fp64", True, options[0]),
     ):  # fmt: skip
+        beta1, averages, decay, rectified = option
         common = {
             "WIDTH": 4 + averages, "SCALED": True, "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
             "ALIGNED": aligned, "SEGMENT": segment,
         }  # fmt: skip
-        quick = dtype == "fp32" and aligned and (beta1, averages, decay) in options[:2]
+        quick = dtype == "fp32" and aligned and option in options[:3]
+        more = (" weight decay", decay), (" rectified", rectified), (" unaligned", not aligned)
         yield Case(
             "adam update",
-            f"{dtype} beta1={beta1} ema={averages}{' weight decay' if decay else ''}{'' if aligned else ' unaligned'}",
+            f"{dtype} beta1={beta1} ema={averages}{''.join(part for part, given in more if given)}",
             _update_kernel, {**tables, "p_numbers": "*fp64", "first_program": "i32"},
             {
                 "LIMITED": True, "BETA1": beta1, "BETA2": 0.999, "EPS": 1e-8, "WEIGHT_DECAY": decay,
-                "AVERAGES": averages, "BLOCK": block, **common,
+                "RECTIFIED": rectified, "AVERAGES": averages, "BLOCK": block, **common,
             },
             (*tables, "p_numbers"), warps, quick=quick,
         )  # fmt: skip
@@ -281,16 +286,16 @@ def _adam_cases() -> Iterator[Case]:
         "adam reduce", "fp64", _reduce_kernel, {"p_partials": "*fp64", "p_found": "*fp64", "programs": "i32"},
         {"MAX": FLOAT_MAX["fp32"], "BLOCK": 4096}, ("p_partials", "p_found"), 16, scalar_stores=2,
     )  # fmt: skip
-    for given in (False, True):
+    for variant, given, rho in (("", False, 0.0), (" on the device", True, 0.0), (" rectified", False, 1999.0)):
         yield Case(
-            "adam numbers", f"beta1=0.9 ema=2{' on the device' if given else ''}", _numbers_kernel,
+            "adam numbers", f"beta1=0.9 ema=2{variant}", _numbers_kernel,
             {
                 **results, "p_rate": "*fp64", "p_decays": "*fp64",
                 **dict.fromkeys(("rate_bits", *(f"decay_bits_{i}" for i in range(4))), "i64"),
             },
             {
                 "RATE_TENSOR": given, "DECAY_TENSOR": given, "COUNTS": True, "LIMIT": 1.0, "LOG_BETA1": -0.1,
-                "LOG_BETA2": -0.001, "MOMENT": True, "AVERAGES": 2, "MAX": 1.7976931348623157e308,
+                "LOG_BETA2": -0.001, "RHO": rho, "MOMENT": True, "AVERAGES": 2, "MAX": 1.7976931348623157e308,
             },
             (*results, "p_rate", "p_decays"), 1, scalar_loads=6, scalar_stores=8, quick=not given,
         )  # fmt: skip
