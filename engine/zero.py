@@ -42,6 +42,7 @@ class TrainedNetwork:
         offload: "optimizer" keeps the optimiser's state in the host's memory (stage >= 1), "all" the weights too
             (stage 3).
         clip_norm: largest norm of the gradient; None sets no limit.
+        rectified: Rectified Adam in place of Adam.
 
     Raises:
         ValueError: stage, precision and offload do not go together.
@@ -60,6 +61,7 @@ class TrainedNetwork:
         precision: Precision = "fp32",
         offload: Offload = "none",
         clip_norm: float | None = None,
+        rectified: bool = False,
     ) -> None:
         check_sharding(stage, precision, offload)
         self.world = world
@@ -67,7 +69,9 @@ class TrainedNetwork:
         self.precision = precision
         parameters = self._parameters = [p for p in module.parameters() if p.requires_grad]
         exact = {n: p.detach().cpu().clone() for n, p in module.named_parameters()} if precision != "fp32" else {}
-        self.optimizer = AdamEMA(parameters, lr=lr, betas=betas, eps=eps, ema=ema, clip_norm=clip_norm)
+        self.optimizer = AdamEMA(
+            parameters, lr=lr, betas=betas, eps=eps, rectified=rectified, ema=ema, clip_norm=clip_norm
+        )
         if stage > 0 and world.size > 1:
             self.optimizer.sum_over_shards = self._sum_over_shards
         self.engine: Any
