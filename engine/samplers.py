@@ -1,16 +1,19 @@
-"""Sampling: the teacher's probability-flow ODE and the few-step generator."""
+"""Sampling: the teacher's probability-flow ODE, also stochastically, and the few-step generator."""
 
 from __future__ import annotations
 
-import itertools
-from typing import Protocol, runtime_checkable
+import math
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ipfm.engine.churn import Churn
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
+from ipfm.engine.seeds import Draws, Seeds
 from ipfm.engine.streams import Stream
-from ipfm.kernels import perturb
+
+Solver = Literal["heun", "euler"]
 
 
 class Denoiser(Protocol):
@@ -44,12 +47,20 @@ def draw_prior(net: Denoiser, sample_index: Tensor, sigma: float, D: float, *, s
     Raises:
         ValueError: a number out of its range.
     """
-    shape = (len(sample_index), net.img_channels, net.img_resolution, net.img_resolution)
-    zeros = torch.zeros(shape, device=sample_index.device)
-    sigmas = torch.full((len(sample_index),), sigma, device=sample_index.device)
-    x = perturb(zeros, sigmas, D, seed=seed, stream=Stream.SAMPLER_LATENT, step=0, sample_index=sample_index)
-    assert isinstance(x, Tensor)
-    return x
+    zeros = torch.zeros(_shape(net, len(sample_index)), device=sample_index.device)
+    return _perturbed(Draws(((seed, sample_index),)), zeros, sigma, D, stream=Stream.SAMPLER_LATENT, step=0)
+
+
+def evaluations(steps: int, solver: Solver = "heun") -> int:
+    """Network evaluations an image of `heun_sample`: 2 steps - 1, or `steps` with Euler's method; churn adds none.
+
+    Raises:
+        ValueError: fewer than one step, or no such solver.
+    """
+    _check_solver(solver)
+    if steps < 1:
+        raise ValueError(f"the number of sampling steps must be an integer >= 1, got {steps}")
+    return steps if solver == "euler" else 2 * steps - 1
 
 
 def heun_sample(
@@ -57,48 +68,71 @@ def heun_sample(
     n: int,
     *,
     D: float,
-    steps: int,
-    seed: int,
+    steps: int | None = None,
+    seed: Seeds,
     latents: Tensor | None = None,
     class_labels: Tensor | None = None,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
     first_index: int = 0,
+    sigmas: tuple[float, ...] | None = None,
+    solver: Solver = "heun",
+    churn: Churn | None = None,
 ) -> Tensor:
-    """Deterministic second-order sampling of the teacher [Karras et al. 2022, algorithm 1].
+    """Sampling of the teacher by its ODE, deterministic or stochastic [Karras et al. 2022, algorithms 1 and 2].
 
-    The ODE is dx/dsigma = (x - net(x, sigma)) / sigma at every D. It takes 2 steps - 1 evaluations of the network. The
-    state is kept in float64. A network that supports certain noise levels only says so with `round_sigma(sigma)`, and
-    is given those.
+    The ODE is dx/dsigma = (x - net(x, sigma)) / sigma at every D. It takes `evaluations(steps, solver)` evaluations of
+    the network. The state is kept in float64. A network that supports certain noise levels only says so with
+    `round_sigma(sigma)`, and is given those.
+
+    With `churn`, noise is added before each step, x_hat = x + churn.noise sqrt(sigma_hat^2 - sigma^2) eps, and the step
+    starts from the higher level sigma_hat. At D = inf eps is Gaussian, and exact: noise of level sigma becomes noise of
+    level sigma_hat. At finite D eps is drawn from the kernel of that D, as the prior is, and this is an approximation,
+    as the sum of two Student t variables is none: above D = 2 it has the right covariance and too light tails, below
+    too heavy ones. Karras et al. treat D = inf alone.
 
     Args:
         net: denoiser.
         n: number of images, >= 0.
-        D: auxiliary dimensions of the prior, in (0, inf].
-        steps: number of Heun steps, >= 1 (18 for CIFAR-10, 40 for 64x64 in the paper).
-        seed: images first_index..first_index + n - 1 of this seed are made, whatever the batch.
-        latents: x at sigma_max, (n, C, H, W); drawn from the prior p_r(. | 0) when None.
+        D: auxiliary dimensions of the prior and of the churn, in (0, inf].
+        steps: number of steps, >= 1 (18 for CIFAR-10, 40 for 64x64 in the paper).
+        seed: images first_index..first_index + n - 1 of this seed are made, whatever the batch; or n seeds, each of
+            which makes its image first_index.
+        latents: x at the first level, (n, C, H, W); drawn from the prior p_r(. | 0) when None.
         class_labels: (n, label_dim) float32 or None.
         sigma_min, sigma_max, rho: the grid.
         first_index: index of the first image, >= 0.
+        sigmas: noise levels, strictly falling, one a step, in place of `steps` and the grid; 0 follows the last one.
+        solver: "heun", or "euler": first order, one evaluation a step.
+        churn: noise to add; None adds none.
 
     Returns:
         images (n, C, H, W), float32, about [-1, 1].
 
     Raises:
-        ValueError: a number out of its range, or latents of another shape.
+        ValueError: a number out of its range, no or two sets of noise levels, a level that the network rounds to 0, or
+            latents of another shape.
     """
-    sigmas = _supported(net, NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho).karras(steps))
+    _check_solver(solver)
+    grid = _grid(steps, sigmas, NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
+    levels = _supported(net, grid)
+    count, churn = len(levels), churn or Churn()
     device = _device(net, latents)
-    x = _start(net, n, sigmas[0], D, seed, latents, first_index, device).double()
+    draws = Draws.of(n, seed, first_index, device)
+    x = _start(net, n, levels[0], D, draws, latents, device).double()
     with torch.no_grad():
-        for current, following in itertools.pairwise(sigmas):
-            slope = (x - _denoise(net, x, current, class_labels)) / current
-            euler = x + (following - current) * slope
-            if following > 0:
+        for i, (current, following) in enumerate(zip(levels, [*levels[1:], 0.0], strict=True)):
+            raised = churn.raised(current, count)
+            if raised > current:
+                (raised,) = _supported(net, [raised])
+                level = churn.noise * math.sqrt(raised**2 - current**2)
+                x = _perturbed(draws, x, level, D, stream=Stream.SAMPLER_CHURN, step=i)
+            slope = (x - _denoise(net, x, raised, class_labels)) / raised
+            euler = x + (following - raised) * slope
+            if following > 0 and solver == "heun":
                 slope_there = (euler - _denoise(net, euler, following, class_labels)) / following
-                euler = x + (following - current) * (slope + slope_there) / 2
+                euler = x + (following - raised) * (slope + slope_there) / 2
             x = euler
     return x.float()
 
@@ -109,7 +143,7 @@ def generate(
     *,
     D: float,
     sigmas: tuple[float, ...],
-    seed: int,
+    seed: Seeds,
     latents: Tensor | None = None,
     class_labels: Tensor | None = None,
     first_index: int = 0,
@@ -123,7 +157,8 @@ def generate(
         n: number of images, >= 0.
         D: auxiliary dimensions the generator was trained for, in (0, inf].
         sigmas: its noise levels, strictly falling; their number is the number of evaluations.
-        seed: images first_index..first_index + n - 1 of this seed are made, whatever the batch.
+        seed: images first_index..first_index + n - 1 of this seed are made, whatever the batch; or n seeds, each of
+            which makes its image first_index.
         latents: x_1, (n, C, H, W); drawn from the prior at sigmas[0] when None.
         class_labels: (n, label_dim) float32 or None.
         first_index: index of the first image, >= 0.
@@ -136,44 +171,61 @@ def generate(
     """
     levels = check_sigmas(sigmas)
     device = _device(net, latents)
-    x = _start(net, n, levels[0], D, seed, latents, first_index, device)
-    index = torch.arange(first_index, first_index + n, device=device)
+    draws = Draws.of(n, seed, first_index, device)
+    x = _start(net, n, levels[0], D, draws, latents, device)
     with torch.no_grad():
         y = _denoise(net, x, levels[0], class_labels)
         for k, sigma in enumerate(levels[1:], start=1):
-            noise_level = torch.full((n,), sigma, device=device)
-            x = perturb(y, noise_level, D, seed=seed, stream=Stream.SAMPLER_NOISE, step=k, sample_index=index)
+            x = _perturbed(draws, y, sigma, D, stream=Stream.SAMPLER_NOISE, step=k)
             y = _denoise(net, x, sigma, class_labels)
     return y.float()
 
 
-def _supported(net: Denoiser, sigmas: Tensor) -> list[float]:
-    """The grid, its last value 0, at the levels that the network supports."""
-    if isinstance(net, RoundsSigma):
-        sigmas = torch.stack([*(net.round_sigma(sigma).to(sigmas) for sigma in sigmas[:-1]), sigmas[-1]])
-    return sigmas.tolist()
+def _check_solver(solver: str) -> None:
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
+
+
+def _grid(steps: int | None, sigmas: tuple[float, ...] | None, noise: NoiseLevels) -> list[float]:
+    """The levels at which the steps start."""
+    if sigmas is None:
+        if steps is None:
+            raise ValueError("give the number of sampling steps, or their noise levels as sigmas")
+        return noise.karras(steps)[:-1].tolist()
+    if steps is not None or noise != NoiseLevels():
+        raise ValueError("sigmas take the place of steps, sigma_min, sigma_max and rho: give one or the other")
+    return list(check_sigmas(sigmas))
+
+
+def _supported(net: Denoiser, sigmas: list[float]) -> list[float]:
+    """The noise levels nearest to `sigmas` that the network supports."""
+    if not isinstance(net, RoundsSigma):
+        return sigmas
+    levels = [float(net.round_sigma(torch.tensor(sigma, dtype=torch.float64))) for sigma in sigmas]
+    for sigma, level in zip(sigmas, levels, strict=True):
+        if not level > 0:
+            raise ValueError(f"the network rounds noise level {sigma:g} to {level:g}: give no level that low")
+    return levels
 
 
 def _start(
-    net: Denoiser,
-    n: int,
-    sigma: float,
-    D: float,
-    seed: int,
-    latents: Tensor | None,
-    first_index: int,
-    device: torch.device,
+    net: Denoiser, n: int, sigma: float, D: float, draws: Draws, latents: Tensor | None, device: torch.device
 ) -> Tensor:
-    for name, value in (("the number of images", n), ("the index of the first image", first_index)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name} must be an integer >= 0, got {value}")
-    shape = (n, net.img_channels, net.img_resolution, net.img_resolution)
-    if latents is not None:
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-        return latents
-    index = torch.arange(first_index, first_index + n, device=device)
-    return draw_prior(net, index, sigma, D, seed=seed)
+    """x at the first level: the latents given, or else the prior."""
+    if latents is None:
+        zeros = torch.zeros(_shape(net, n), device=device)
+        return _perturbed(draws, zeros, sigma, D, stream=Stream.SAMPLER_LATENT, step=0)
+    if tuple(latents.shape) != _shape(net, n):
+        raise ValueError(f"latents must have shape {_shape(net, n)}, got {tuple(latents.shape)}")
+    return latents
+
+
+def _perturbed(draws: Draws, y: Tensor, sigma: float, D: float, *, stream: Stream, step: int) -> Tensor:
+    return draws.perturb(y, torch.full((len(y),), sigma, device=y.device), D, stream=stream, step=step)
+
+
+def _shape(net: Denoiser, n: int) -> tuple[int, int, int, int]:
+    return n, net.img_channels, net.img_resolution, net.img_resolution
 
 
 def _denoise(net: Denoiser, x: Tensor, sigma: float, class_labels: Tensor | None) -> Tensor:

@@ -35,6 +35,7 @@ class Stream(IntEnum):
     SAMPLER_LABEL = 15
     TEACHER_AUGMENT = 16
     STUDENT_AUGMENT = 17
+    SAMPLER_CHURN = 18
 
 
 def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: Stream, step: int) -> Tensor | None:
