@@ -1,4 +1,4 @@
-"""Sampling: the teacher's probability-flow ODE, also stochastically, and the few-step generator."""
+"""Sampling: the teacher's probability-flow ODE, also stochastically, and generators of one and of a few steps."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ipfm.engine.churn import Churn
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
 from ipfm.engine.seeds import Draws, Seeds
 from ipfm.engine.streams import Stream
+from ipfm.engine.trajectory import trajectory, trajectory_network
 
 Solver = Literal["heun", "euler"]
 
@@ -179,6 +180,57 @@ def generate(
             x = _perturbed(draws, y, sigma, D, stream=Stream.SAMPLER_NOISE, step=k)
             y = _denoise(net, x, sigma, class_labels)
     return y.float()
+
+
+def trajectory_sample(
+    net: Denoiser,
+    n: int,
+    *,
+    D: float,
+    sigma_max: float = 80.0,
+    sigma_min: float = 0.002,
+    seed: Seeds,
+    latents: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    first_index: int = 0,
+) -> Tensor:
+    """Images of a generator made by physics informed distillation, in one evaluation [Tee et al., PID].
+
+    z ~ p_r(. | 0) at level T = sigma_max, which at D = inf is the paper's Gaussian; the image is x_theta(z, sigma_min)
+    of `ipfm.engine.trajectory.trajectory`.
+
+    Args:
+        net: generator, a network with EDM's preconditioning.
+        n: number of images, >= 0.
+        D: auxiliary dimensions the generator was trained for, in (0, inf].
+        sigma_max, sigma_min: ends of the trajectory that the generator was trained on.
+        seed: images first_index..first_index + n - 1 of this seed are made, whatever the batch; or n seeds, each of
+            which makes its image first_index.
+        latents: z, (n, C, H, W); drawn from the prior at sigma_max when None.
+        class_labels: (n, label_dim) float32 or None.
+        first_index: index of the first image, >= 0.
+
+    Returns:
+        images (n, C, H, W), float32, about [-1, 1].
+
+    Raises:
+        ValueError: another preconditioning, a number out of its range, or latents of another shape.
+    """
+    network = trajectory_network(net)
+    ends = NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max)
+    device = _device(network, latents)
+    z = _start(network, n, ends.sigma_max, D, Draws.of(n, seed, first_index, device), latents, device)
+    with torch.no_grad():
+        x = trajectory(
+            network,
+            z,
+            torch.full((n,), ends.sigma_min, dtype=torch.float64, device=device),
+            sigma_max=ends.sigma_max,
+            sigma_data=network.sigma_data,
+            input_dtype=network.input_dtype,
+            class_labels=class_labels,
+        )
+    return x.float()
 
 
 def _check_solver(solver: str) -> None:
