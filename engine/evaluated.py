@@ -62,12 +62,10 @@ def open_subject(
         if limit is not None and len(images) < limit:
             raise ValueError(f"images must be at most {len(images)}, as many as {path} holds, got {limit}")
         return Subject("images", lambda i, n: images.take(i, n).to(device), images.shape, len(images))
-    draw, network, facts = sample_model(path, device, heun_steps=heun_steps, seed=seed, D=D)
+    draw, network, facts, nfe = sample_model(path, device, heun_steps=heun_steps, seed=seed, D=D)
     shape = (network.img_channels, network.img_resolution, network.img_resolution)
     if facts.get("task") == "generator":
-        steps = len(facts["sigmas"])
-        return Subject("generator", draw, shape, None, network.D, steps, _generator_paper(facts, network.D, steps))
-    nfe = 2 * heun_steps - 1
+        return Subject("generator", draw, shape, None, network.D, nfe, _generator_paper(facts, network.D, nfe))
     return Subject("teacher", draw, shape, None, network.D, nfe, _teacher_paper(facts, network.D, nfe))
 
 

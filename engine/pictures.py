@@ -1,6 +1,7 @@
 """Grids of samples, as an array and as a PNG."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,21 @@ def save_grid(images: Tensor, path: Path | str, columns: int | None = None, scal
     picture = Image.fromarray(image_grid(images, columns, scale))
     with atomic_write(path) as file:
         picture.save(file, format="PNG")
+
+
+def save_pngs(images: Tensor, paths: Sequence[Path | str]) -> None:
+    """Writes each of the images (B, C, H, W) in [-1, 1], C = 1 or 3, as a PNG of its own, grey or RGB, replaced whole.
+
+    Pixels as in `image_grid`. ValueError: another shape, or not one path for each image.
+    """
+    from PIL import Image
+
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) != len(paths):
+        raise ValueError(f"images must have shape ({len(paths)}, 1 or 3, H, W), got {tuple(images.shape)}")
+    for pixels, path in zip(_pixels(images).numpy(), paths, strict=True):
+        picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+        with atomic_write(path) as file:
+            picture.save(file, format="PNG")
 
 
 def save_images(images: Tensor, path: Path | str) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ipfm.engine.noise_levels import check_sigmas
-from ipfm.engine.samplers import generate
-from ipfm.engine.streams import Stream, draw_labels
-from ipfm.engine.teacher_training import sample_teacher
+from ipfm.engine.churn import Churn
+from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
+from ipfm.engine.samplers import Solver, evaluations, generate, heun_sample, trajectory_sample
+from ipfm.engine.seeds import Draws, Seeds
+from ipfm.engine.teacher_training import SIGMA_MAX, SIGMA_MIN
+from ipfm.engine.trajectory import trajectory_network
 from ipfm.models import NetworkConfig, Precond, load_teacher, read_config
 from ipfm.models.checkpoint_import import open_checkpoint
+from ipfm.models.store import CONFIG_FILE
 
 
 class SampledModel(NamedTuple):
@@ -26,42 +30,58 @@ class SampledModel(NamedTuple):
     """Its architecture and D."""
     facts: Mapping[str, Any]
     """What its folder says beside the weights; nothing of a checkpoint."""
+    nfe: int
+    """Network evaluations an image."""
+
+
+class Sampler(Protocol):
+    """A sampler with its network and levels bound."""
+
+    def __call__(self, n: int, *, seed: Seeds, class_labels: Tensor | None, first_index: int) -> Tensor: ...
 
 
 def sample_model(
-    path: Path, device: torch.device, *, heun_steps: int, seed: int, D: float | None = None
+    path: Path,
+    device: torch.device,
+    *,
+    heun_steps: int,
+    seed: Seeds,
+    D: float | None = None,
+    sigmas: tuple[float, ...] | None = None,
+    solver: Solver = "heun",
+    churn: Churn | None = None,
+    classes: Sequence[int] | None = None,
 ) -> SampledModel:
     """The model at `path`, to be drawn from.
 
-    A generator is evaluated at the noise levels stored with it, a teacher sampled by Heun's method; both at their own
-    D.
+    A generator is evaluated at the noise levels stored with it, one whose config.json says "parametrisation":
+    "trajectory" as the end of the trajectory from its sigma_max to its sigma_min; a teacher is sampled by Heun's
+    method; all at their own D.
 
     Args:
         path: a model folder, or a teacher's checkpoint of EDM, PFGM++ or SiD.
         device: where images are drawn.
         heun_steps: of a teacher's sampler.
-        seed: of the images.
+        seed: of the images; of several seeds, image i is the first one of seed[i].
         D: auxiliary dimensions, for a checkpoint that does not say them.
+        sigmas, solver, churn: of a teacher's sampler, see `heun_sample`; sigmas take the place of heun_steps.
+        classes: image i is of class classes[i modulo their number]; None draws the classes at random.
 
     Raises:
-        ValueError: there is no such model, D contradicts it, its stored noise levels are unusable, or it is a generator
-            in a file, which cannot hold noise levels.
+        ValueError: there is no such model, D contradicts it, its stored noise levels are unusable, it is a generator in
+            a file, which cannot hold noise levels, or sigmas or classes are not what the network knows.
     """
     net = load_denoiser(path, D=D).to(device)
+    if classes is not None:
+        _check_classes(classes, net.label_dim)
     facts = {} if path.is_file() else read_config(path).extra
+    sampler: Sampler
     if facts.get("task") != "generator":
-        return SampledModel(
-            lambda first, count: sample_teacher(net, first, count, D=net.D, steps=heun_steps, seed=seed),
-            net.config,
-            facts,
-        )
-    try:
-        sigmas = check_sigmas(tuple(facts["sigmas"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / 'config.json'} holds no usable noise levels of a generator: {error}") from error
-
+        sampler, nfe = _teacher_sampler(net, heun_steps, sigmas, solver, churn)
+    else:
+        sampler, nfe = _generator_sampler(net, facts, path / CONFIG_FILE)
     return SampledModel(
-        lambda first, count: sample_generator(net, first, count, D=net.D, sigmas=sigmas, seed=seed), net.config, facts
+        lambda first, count: _draw(sampler, net, first, count, seed=seed, classes=classes), net.config, facts, nfe
     )
 
 
@@ -80,6 +100,66 @@ def load_denoiser(path: Path, *, D: float | None) -> Precond:
 
 def sample_generator(net: Precond, first: int, count: int, *, D: float, sigmas: tuple[float, ...], seed: int) -> Tensor:
     """Images first..first + count - 1 of `seed` from a generator, on its device; labels are drawn."""
-    index = torch.arange(first, first + count, device=next(net.parameters()).device)
-    labels = draw_labels(net.label_dim, index, seed=seed, stream=Stream.SAMPLER_LABEL, step=0)
-    return generate(net, count, D=D, sigmas=sigmas, seed=seed, class_labels=labels, first_index=first)
+    return _draw(partial(generate, net, D=D, sigmas=sigmas), net, first, count, seed=seed)
+
+
+def _teacher_sampler(
+    net: Precond, steps: int, sigmas: tuple[float, ...] | None, solver: Solver, churn: Churn | None
+) -> tuple[Sampler, int]:
+    """The sampler and its network evaluations."""
+    bound = partial(heun_sample, net, D=net.D, solver=solver, churn=churn)
+    if sigmas is None:
+        low, high = max(SIGMA_MIN, net.sigma_min), min(SIGMA_MAX, net.sigma_max)
+        return partial(bound, steps=steps, sigma_min=low, sigma_max=high), evaluations(steps, solver)
+    levels = check_sigmas(sigmas)
+    if not (net.sigma_min <= levels[-1] and levels[0] <= net.sigma_max):
+        raise ValueError(
+            f"sigmas must lie in what the network knows, [{net.sigma_min:g}, {net.sigma_max:g}], "
+            f"got {', '.join(f'{sigma:g}' for sigma in levels)}"
+        )
+    return partial(bound, sigmas=levels), evaluations(len(levels), solver)
+
+
+def _generator_sampler(net: Precond, facts: Mapping[str, Any], where: Path) -> tuple[Sampler, int]:
+    """The sampler that the config.json at `where` says, and its network evaluations."""
+    kind = facts.get("parametrisation")
+    if kind not in (None, "trajectory"):
+        raise ValueError(f"{where}: parametrisation {kind!r} is unknown; possible: trajectory, or none for a denoiser")
+    if kind is not None:
+        trajectory_network(net)
+    try:
+        if kind is None:
+            levels = check_sigmas(tuple(facts["sigmas"]))
+            return partial(generate, net, D=net.D, sigmas=levels), len(levels)
+        ends = NoiseLevels(sigma_max=facts["sigma_max"], sigma_min=facts["sigma_min"])
+        return partial(trajectory_sample, net, D=net.D, sigma_max=ends.sigma_max, sigma_min=ends.sigma_min), 1
+    except KeyError as error:
+        raise ValueError(f"{where} holds no usable noise levels of a generator: no {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} holds no usable noise levels of a generator: {error}") from error
+
+
+def _draw(
+    sampler: Sampler, net: Precond, first: int, count: int, *, seed: Seeds, classes: Sequence[int] | None = None
+) -> Tensor:
+    """Images first..first + count - 1 of one seed, or of a list of seeds, on the network's device."""
+    device = next(net.parameters()).device
+    start = first
+    if isinstance(seed, Sequence):
+        seed, start = seed[first : first + count], 0
+    if classes is None:
+        labels = Draws.of(count, seed, start, device).labels(net.label_dim)
+    else:
+        wanted = torch.tensor([classes[i % len(classes)] for i in range(first, first + count)], device=device)
+        labels = (wanted[:, None] == torch.arange(net.label_dim, device=device)).float()
+    return sampler(count, seed=seed, class_labels=labels, first_index=start)
+
+
+def _check_classes(classes: Sequence[int], label_dim: int) -> None:
+    if not label_dim:
+        raise ValueError("classes were given, but the network is unconditional: leave them out")
+    for number in classes:
+        if not 0 <= number < label_dim:
+            raise ValueError(f"classes must be from 0 to {label_dim - 1} for this network, got {number}")
+    if not classes:
+        raise ValueError("classes must be at least one, got none")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import official_files
@@ -13,15 +15,20 @@ import torch
 from PIL import Image
 
 from ipfm.engine import generate, heun_sample
+from ipfm.engine.churn import Churn
 from ipfm.engine.cli import _main
 from ipfm.engine.commandline import run_command
-from ipfm.engine.pictures import image_grid
-from ipfm.models import EDMPrecond, load_model, load_teacher, presets, save_model
+from ipfm.engine.pictures import image_grid, save_pngs
+from ipfm.engine.samplers import trajectory_sample
+from ipfm.engine.sampling import sample_model
+from ipfm.engine.teacher_training import sample_teacher
+from ipfm.models import EDMPrecond, VEPrecond, load_model, load_teacher, presets, save_model
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher and a two-step generator at D = 128, with weights that are not at their start."""
+    """At D = 128, with weights that are not at their start: a teacher and a two-step generator; small ones: a generator
+    that knows its trajectory, of four classes, the same as a teacher, and a teacher that knows a range of levels."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     net = EDMPrecond(presets.get("digits", D=128.0))
@@ -31,6 +38,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(net, root / "teacher", extra={"task": "teacher"})
     save_model(net, root / "generator", extra={"task": "generator", "sigmas": [2.5, 1.25]})
     save_model(net, root / "odd", extra={"task": "generator", "sigmas": [1.25, 2.5]})
+    small = {
+        "img_resolution": 8, "img_channels": 3, "model_channels": 8, "channel_mult": (1,), "num_blocks": 1,
+        "attn_resolutions": (), "dropout": 0.0, "D": 128.0,
+    }  # fmt: skip
+    classed = EDMPrecond(label_dim=4, **small)
+    with torch.no_grad():
+        for p in classed.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    save_model(classed, root / "classed", extra={"task": "teacher"})
+    ends = {"sigma_max": 80.0, "sigma_min": 0.002}
+    save_model(classed, root / "trajectory", extra={"task": "generator", "parametrisation": "trajectory", **ends})
+    save_model(VEPrecond(**small), root / "ve", extra={"task": "teacher"})
     return root
 
 
@@ -54,6 +73,103 @@ def test_sample_draws_a_teacher_by_heun(models: Path, tmp_path: Path) -> None:
     expected = image_grid(heun_sample(load_model(models / "teacher"), 4, D=128.0, steps=3, seed=0))
     with Image.open(tmp_path / "a.png") as picture:
         assert np.array_equal(np.asarray(picture), expected)
+
+
+def levels_of(images: torch.Tensor) -> np.ndarray:
+    """uint8 NHWC, as images are written."""
+    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def close(found: np.ndarray, expected: torch.Tensor) -> bool:
+    """The batch may move a value by rounding, and so a pixel across a level."""
+    return found.shape == levels_of(expected).shape and np.abs(found.astype(int) - levels_of(expected)).max() <= 1
+
+
+def test_a_teacher_is_sampled_as_in_training(models: Path) -> None:
+    """Bit for bit, within what it knows; the first images of two seeds are those of each."""
+    for name in ("teacher", "ve"):
+        net = load_model(models / name)
+        model = sample_model(models / name, torch.device("cpu"), heun_steps=3, seed=5)
+        assert torch.equal(model.draw(2, 3), sample_teacher(net, 2, 3, D=128.0, steps=3, seed=5))
+        assert model.nfe == 5
+    model = sample_model(models / "classed", torch.device("cpu"), heun_steps=2, seed=(5, 9))
+    of_each = [sample_teacher(load_model(models / "classed"), 0, 1, D=128.0, steps=2, seed=seed) for seed in (5, 9)]
+    torch.testing.assert_close(model.draw(0, 2), torch.cat(of_each), rtol=1e-4, atol=1e-5)
+
+
+def test_sample_draws_a_list_of_seeds_into_a_folder(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file for each seed, whatever the batch; what else lies there stays. A range without a folder: its index."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("kept")
+    given = ("sample", models / "generator", "--batch", 3)
+    ipfm(*given, "--seeds", "7,1-3", "--out", tmp_path / "a")
+    assert capsys.readouterr().out == f"4 images, 2 network evaluations each: {tmp_path / 'a'}\n"
+    seeds = (7, 1, 2, 3)
+    assert {file.name for file in (tmp_path / "a").iterdir()} == {"notes.txt", *(f"{seed:06d}.png" for seed in seeds)}
+    net = load_model(models / "generator")
+    for seed in seeds:
+        with Image.open(tmp_path / "a" / f"{seed:06d}.png") as picture:
+            assert picture.mode == "L"
+            expected = generate(net, 1, D=128.0, sigmas=(2.5, 1.25), seed=seed)
+            assert close(np.asarray(picture)[None, :, :, None], expected)
+    ipfm(*given, "--n", 4, "--seed", 7, "--out", tmp_path / "b" / "c")
+    assert [file.name for file in sorted((tmp_path / "b" / "c").iterdir())] == [f"{i:06d}.png" for i in range(4)]
+    first = (tmp_path / "b" / "c" / "000000.png").read_bytes()
+    assert first == (tmp_path / "a" / "000007.png").read_bytes()
+
+
+def test_a_disk_that_fills_leaves_whole_pictures(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save, saved = Image.Image.save, []
+
+    def full(picture: Image.Image, file: IO[bytes], format: str) -> None:
+        saved.append(picture)
+        if len(saved) == 3:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(picture, file, format=format)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        ipfm("sample", models / "generator", "--n", 4, "--out", tmp_path / "a")
+    assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err
+    assert [file.name for file in sorted((tmp_path / "a").iterdir())] == ["000000.png", "000001.png"]
+    with pytest.raises(ValueError, match=r"^images must have shape \(1, 1 or 3, H, W\), got \(2, 1, 4, 4\)$"):
+        save_pngs(torch.zeros(2, 1, 4, 4), [tmp_path / "a.png"])
+
+
+def test_sample_draws_a_trajectory_and_classes(models: Path, tmp_path: Path) -> None:
+    """Classes in turn over the images, across batches; without them they are drawn."""
+    net, out = load_model(models / "trajectory"), tmp_path / "a.npz"
+    ipfm("sample", models / "trajectory", "--n", 5, "--batch", 3, "--classes", "2,0-1", "--out", out)
+    labels = torch.eye(4)[[2, 0, 1, 2, 0]]
+    assert close(np.load(out)["images"], trajectory_sample(net, 5, D=128.0, seed=0, class_labels=labels))
+    ipfm("sample", models / "trajectory", "--seeds", "4,4", "--classes", "3,1", "--out", out)
+    labels = torch.eye(4)[[3, 1]]
+    assert close(np.load(out)["images"], trajectory_sample(net, 2, D=128.0, seed=[4, 4], class_labels=labels))
+    ipfm("sample", models / "trajectory", "--n", 3, "--out", tmp_path / "folder")
+    with Image.open(tmp_path / "folder" / "000001.png") as picture:
+        drawn = sample_model(models / "trajectory", torch.device("cpu"), heun_steps=18, seed=0).draw(0, 3)
+        assert picture.mode == "RGB" and close(np.asarray(picture)[None], drawn[1:2])
+
+
+def test_sample_draws_a_teacher_with_other_samplers(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net, out = load_model(models / "teacher"), tmp_path / "a.npz"
+    given = ("sample", models / "teacher", "--n", 3, "--out", out)
+    ipfm(*given, "--solver", "euler", "--heun-steps", 4)
+    assert close(np.load(out)["images"], heun_sample(net, 3, D=128.0, steps=4, seed=0, solver="euler"))
+    ipfm(*given, "--sigmas", 60, 3, 0.2)
+    assert close(np.load(out)["images"], heun_sample(net, 3, D=128.0, sigmas=(60.0, 3.0, 0.2), seed=0))
+    ipfm(*given, "--heun-steps", 4, "--churn", 2, "--churn-min", 0.05, "--churn-max", 50, "--churn-noise", 1.003)
+    churn = Churn(2.0, sigma_min=0.05, sigma_max=50.0, noise=1.003)
+    assert close(np.load(out)["images"], heun_sample(net, 3, D=128.0, steps=4, seed=0, churn=churn))
+    printed = [line.partition(",")[2].partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert printed == [f" {nfe} network evaluations each" for nfe in (4, 5, 7)]
 
 
 def test_info_describes_a_model(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +243,37 @@ def test_plan_chooses_by_the_memory_of_the_gpu(models: Path, capsys: pytest.Capt
     ("arguments", "message"),
     [
         (["sample", "nowhere"], "nowhere does not exist"),
-        (["sample", "MODELS/generator", "--out", "x.jpg"], "out must end in .png or .npz, got x.jpg"),
+        (
+            ["sample", "MODELS/generator", "--out", "x.jpg"],
+            "out must end in .png or .npz, or be a folder (no suffix), got x.jpg",
+        ),
+        (
+            ["sample", "MODELS/generator", "--out", "MODELS/teacher/config.json/a"],
+            "config.json is no folder that takes",
+        ),
+        (["sample", "MODELS/generator", "--seed", "-1"], "seed must lie in [0, 2^64), got -1"),
+        (["sample", "MODELS/generator", "--seeds", "0,b"], "seeds must be whole numbers and ranges like 0,3,7-12"),
+        (["sample", "MODELS/generator", "--seeds", "0", "--n", "1"], "seeds and n exclude each other"),
+        (["sample", "MODELS/generator", "--seeds", "0", "--seed", "0"], "seeds and seed exclude each other"),
+        (["sample", "MODELS/generator", "--seeds", "1,3,1", "--out", "a"], "seeds must differ where each names a file"),
+        (["sample", "MODELS/generator", "--classes", "0"], "classes were given, but the network is unconditional"),
+        (["sample", "MODELS/classed", "--classes", "0,4"], "classes must be from 0 to 3 for this network, got 4"),
+        (["sample", "MODELS/classed", "--classes", "cat"], "classes must be whole numbers and ranges"),
+        (
+            ["sample", "MODELS/generator", "--heun-steps", "18", "--churn", "0"],
+            "heun-steps, churn cannot be given: MODELS/generator is a generator, which has noise levels of its own",
+        ),
+        (["sample", "MODELS/trajectory", "--solver", "heun"], "solver cannot be given: "),
+        (["sample", "MODELS/generator", "--sigmas", "2.5"], "sigmas cannot be given: "),
+        (["sample", "MODELS/teacher", "--sigmas", "2", "3"], "sigmas must fall strictly, got 2, 3"),
+        (
+            ["sample", "MODELS/teacher", "--sigmas", "2", "--heun-steps", "1"],
+            "sigmas and heun-steps exclude each other",
+        ),
+        (["sample", "MODELS/ve", "--sigmas", "80", "0.01"], "what the network knows, [0.02, 100], got 80, 0.01"),
+        (["sample", "MODELS/teacher", "--solver", "rk4"], "euler, heun, got 'rk4'"),
+        (["sample", "MODELS/teacher", "--churn", "-1"], "churn: amount must be a finite number >= 0, got -1.0"),
+        (["sample", "MODELS/teacher", "--churn-noise", "1"], "churn-min, churn-max and churn-noise need churn"),
         (["sample", "MODELS/generator", "--n", "0"], "n must be at least 1, got 0"),
         (["sample", "MODELS/odd"], "holds no usable noise levels of a generator: sigmas must fall strictly"),
         (["sample"], "needs MODEL"),
@@ -151,7 +297,8 @@ def test_bad_input_is_one_line(
         ipfm(*(argument.replace("MODELS", str(models)) for argument in arguments))
     printed = capsys.readouterr()
     (line,) = printed.err.splitlines()
-    assert stop.value.code == 2 and line.startswith("ipfm: error: ") and message in line
+    assert stop.value.code == 2 and line.startswith("ipfm: error: ")
+    assert message.replace("MODELS", str(models)) in line
     assert not list(tmp_path.iterdir())
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from ipfm.engine.evaluated import open_subject
 from ipfm.engine.samplers import draw_prior, trajectory_sample
+from ipfm.engine.sampling import sample_model
 from ipfm.engine.trajectory import trajectory
-from ipfm.models import EDMPrecond, VEPrecond
+from ipfm.models import EDMPrecond, VEPrecond, save_model
 
 SMALL = {
     "img_resolution": 8, "img_channels": 1, "model_channels": 8, "channel_mult": (1,), "num_blocks": 1,
     "attn_resolutions": (), "dropout": 0.0,
 }  # fmt: skip
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +138,44 @@ def test_refusals(network):
         trajectory_sample(network, 1, D=1.0, sigma_min=90.0, seed=0)
     with pytest.raises(ValueError, match=r"^latents must have shape \(2, 1, 8, 8\), got \(1, 1, 8, 8\)$"):
         trajectory_sample(network, 2, D=1.0, seed=0, latents=torch.zeros(1, 1, 8, 8))
+
+
+FACTS = {"task": "generator", "parametrisation": "trajectory", "sigma_max": 70.0, "sigma_min": 0.004}
+
+
+def test_a_stored_generator_says_that_it_is_one(network, tmp_path: Path):
+    """It is sampled at its own D and ends, with classes that are drawn or given; `ipfm evaluate` knows its NFE."""
+    save_model(network, tmp_path / "g", extra=FACTS)
+    model = sample_model(tmp_path / "g", CPU, heun_steps=18, seed=3, classes=(2, 0))
+    assert model.nfe == 1 and model.network.D == 128.0
+    labels, ends = torch.eye(3)[[2, 0, 2, 0]], {"sigma_max": 70.0, "sigma_min": 0.004}
+    expected = trajectory_sample(network, 4, D=128.0, seed=3, class_labels=labels, **ends)
+    assert torch.equal(model.draw(0, 4), expected)
+    torch.testing.assert_close(model.draw(1, 2), expected[1:3], rtol=1e-4, atol=1e-5)
+    subject = open_subject(tmp_path / "g", CPU, heun_steps=18, seed=3)
+    assert (subject.kind, subject.nfe, subject.D, subject.paper) == ("generator", 1, 128.0, None)
+    assert subject.draw(0, 2).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parametrisation": "flow"}, "parametrisation 'flow' is unknown; possible: trajectory, or none"),
+        ({"sigma_min": 80.0}, "holds no usable noise levels of a generator: sigma_min must be below sigma_max"),
+        ({"sigma_max": "high"}, "holds no usable noise levels of a generator: sigma_max must be a finite number > 0"),
+        ({"sigma_max": None}, "holds no usable noise levels of a generator: sigma_max must be a finite number > 0"),
+    ],
+)
+def test_a_stored_generator_that_cannot_be_sampled(network, tmp_path: Path, change, message):
+    save_model(network, tmp_path / "g", extra=FACTS | change)
+    with pytest.raises(ValueError, match=message):
+        sample_model(tmp_path / "g", CPU, heun_steps=18, seed=0)
+
+
+def test_facts_that_are_missing_or_do_not_fit_the_network(network, tmp_path: Path):
+    save_model(network, tmp_path / "g", extra={k: v for k, v in FACTS.items() if k != "sigma_max"})
+    with pytest.raises(ValueError, match=r"config.json holds no usable noise levels of a generator: no 'sigma_max'$"):
+        sample_model(tmp_path / "g", CPU, heun_steps=18, seed=0)
+    save_model(VEPrecond(**SMALL), tmp_path / "ve", extra=FACTS)
+    with pytest.raises(ValueError, match=r"^a trajectory needs .* got VEPrecond$"):
+        sample_model(tmp_path / "ve", CPU, heun_steps=18, seed=0)
