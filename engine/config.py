@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas, few_step_sigmas
+from ipfm.models import NetworkConfig
+
+if TYPE_CHECKING:
+    from ipfm.engine.objective import Objective
 
 ZeroStage = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "all"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
+InitialWeights = Literal["auto", "teacher", "random"]
 
 # Steps count in 32 bits of the random numbers' counters, which updates and levels within a step share.
 STEP_LIMIT = 10**8
@@ -204,29 +209,18 @@ class TeacherConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(RunConfig):
-    """Distillation of a teacher into a K-step generator by inverse Poisson flow matching [IPFM, algorithms 1 and 2]."""
+class Distillation(RunConfig):
+    """What every way to distil a teacher has in common. A way adds its own settings, and says what it trains."""
 
     teacher: Path | None = None
     """The teacher: a checkpoint of EDM, PFGM++ or SiD, or a model folder (config.json and model.safetensors)."""
     D: float | None = None
     """Auxiliary dimensions, in (0, inf]; inf is a diffusion model. Default: what the teacher was trained for."""
-    alpha: float = 1.0
-    """Regularisation, in SiD's convention: 0.5 is the pure IPFM objective, 1.0 the paper's recommendation."""
-    steps: int = 1
-    """K: network evaluations of the generator."""
-    sigmas: tuple[float, ...] = ()
-    """Noise levels of the K evaluations, falling. Default: sigma_init (K - k + 1) / K."""
-    sigma_init: float = 2.5
-    """Noise level of the generator's input when --sigmas is not given."""
-    student_lr: float | None = None
-    """Learning rate of the student. Default: that of the generator."""
-    generator_beta1: float = 0.0
-    """Adam's first decay for the generator."""
-    student_beta1: float = 0.0
-    """Adam's first decay for the student."""
-    student_updates: int = 1
-    """Student updates per generator update."""
+    init: InitialWeights = "auto"
+    """First weights of the generator: the teacher's, or random ones; auto is the teacher's, but random at another
+    width."""
+    width: float = 1.0
+    """Channels of the generator by those of the teacher, e.g. 0.5."""
     teacher_storage: Literal["auto", "fp32", "half", "sharded"] = "auto"
     """How the frozen teacher is kept: fp32 on every process; half: in the run's own 16 bits wherever its arithmetic has
     no more (the same results); sharded: among the processes, by ZeRO 3. auto: half in bf16 and fp16, else fp32."""
@@ -239,22 +233,7 @@ class DistillConfig(RunConfig):
         super().__post_init__()
         if self.D is not None:
             check_D(self.D)
-        if not (_is_number(self.alpha) and abs(self.alpha) <= ALPHA_LIMIT):
-            raise ValueError(f"alpha must be a number in [-{ALPHA_LIMIT:g}, {ALPHA_LIMIT:g}], got {self.alpha}")
-        _at_least("steps", self.steps, 1)
-        if self.sigmas != ():
-            levels = check_sigmas(self.sigmas)
-            object.__setattr__(self, "sigmas", levels)
-            # --sigmas alone fixes the number of steps; together with --steps the two have to agree.
-            if self.steps not in (1, len(levels)):
-                raise ValueError(f"steps and sigmas disagree: {self.steps} steps, {len(levels)} noise levels")
-            object.__setattr__(self, "steps", len(levels))
-        _positive("sigma-init", self.sigma_init)
-        if self.student_lr is not None:
-            _positive("student-lr", self.student_lr)
-        _share("generator-beta1", self.generator_beta1)
-        _share("student-beta1", self.student_beta1)
-        _at_least("student-updates", self.student_updates, 1)
+        check_start("init", self.init, "width", self.width)
         _at_least("heun-steps", self.heun_steps, 1)
         if self.teacher_storage not in ("auto", "fp32", "half", "sharded"):
             raise ValueError(f"teacher-storage must be auto, fp32, half or sharded, got {self.teacher_storage!r}")
@@ -267,10 +246,104 @@ class DistillConfig(RunConfig):
         if self.backward not in ("auto", "joint", "phased"):
             raise ValueError(f"backward must be auto, joint or phased, got {self.backward!r}")
 
+    def resolved(self, network: NetworkConfig) -> Self:
+        """These settings with what they leave open decided by the teacher's architecture alone.
+
+        Raises:
+            ValueError: something does not go with this network.
+        """
+        return self
+
+    def objective(self, network: NetworkConfig) -> Objective:
+        """What is trained, and how; for settings with nothing left open but what memory decides.
+
+        Args:
+            network: the teacher's architecture, as it is trained.
+        """
+        raise NotImplementedError(f"{type(self).__name__} names no objective")
+
+    def name(self) -> str:
+        """What tells runs of the same teacher apart, for the name of a run folder, e.g. "alpha1-K1"."""
+        raise NotImplementedError(f"{type(self).__name__} has no name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Distillation):
+    """Distillation of a teacher into a K-step generator by inverse Poisson flow matching [IPFM, algorithms 1 and 2]."""
+
+    alpha: float = 1.0
+    """Regularisation, in SiD's convention: 0.5 is the pure IPFM objective, 1.0 the paper's recommendation."""
+    steps: int = 1
+    """K: network evaluations of the generator."""
+    sigmas: tuple[float, ...] = ()
+    """Noise levels of the K evaluations, falling. Default: sigma_init (K - k + 1) / K."""
+    sigma_init: float = 2.5
+    """Noise level of the generator's input when --sigmas is not given."""
+    gradient: Literal["all", "last"] = "all"
+    """With several steps: all: the gradient passes through all of them; last: the chain ends after a number of steps
+    drawn anew for each update, and the gradient passes through the last of these alone."""
+    student_lr: float | None = None
+    """Learning rate of the student. Default: that of the generator."""
+    generator_beta1: float = 0.0
+    """Adam's first decay for the generator."""
+    student_beta1: float = 0.0
+    """Adam's first decay for the student."""
+    student_updates: int = 1
+    """Student updates per generator update."""
+    student_init: InitialWeights = "auto"
+    """First weights of the student, as in --init."""
+    student_width: float = 1.0
+    """Channels of the student by those of the teacher."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (_is_number(self.alpha) and abs(self.alpha) <= ALPHA_LIMIT):
+            raise ValueError(f"alpha must be a number in [-{ALPHA_LIMIT:g}, {ALPHA_LIMIT:g}], got {self.alpha}")
+        _at_least("steps", self.steps, 1)
+        if self.sigmas != ():
+            levels = check_sigmas(self.sigmas)
+            object.__setattr__(self, "sigmas", levels)
+            # --sigmas alone fixes the number of steps; together with --steps the two have to agree.
+            if self.steps not in (1, len(levels)):
+                raise ValueError(f"steps and sigmas disagree: {self.steps} steps, {len(levels)} noise levels")
+            object.__setattr__(self, "steps", len(levels))
+        _positive("sigma-init", self.sigma_init)
+        if self.gradient not in ("all", "last"):
+            raise ValueError(f"gradient must be all or last, got {self.gradient!r}")
+        if self.student_lr is not None:
+            _positive("student-lr", self.student_lr)
+        _share("generator-beta1", self.generator_beta1)
+        _share("student-beta1", self.student_beta1)
+        _at_least("student-updates", self.student_updates, 1)
+        check_start("student-init", self.student_init, "student-width", self.student_width)
+
     @property
     def levels(self) -> tuple[float, ...]:
         """The generator's noise levels, resolved."""
         return self.sigmas or few_step_sigmas(self.steps, self.sigma_init)
+
+    def resolved(self, network: NetworkConfig) -> Self:
+        """See `Distillation.resolved`: with the noise levels."""
+        return replace(self, sigmas=self.levels)
+
+    def objective(self, network: NetworkConfig) -> Objective:
+        """See `Distillation.objective`."""
+        from ipfm.engine.ipfm import InversePoissonFlowMatching
+
+        return InversePoissonFlowMatching(self, network)
+
+    def name(self) -> str:
+        """See `Distillation.name`."""
+        return f"alpha{self.alpha:g}-K{self.steps}"
+
+
+def check_start(init_name: str, init: str, width_name: str, width: float) -> None:
+    """ValueError unless a network can start like this at this width."""
+    if init not in ("auto", "teacher", "random"):
+        raise ValueError(f"{init_name} must be auto, teacher or random, got {init!r}")
+    _positive(width_name, width)
+    if init == "teacher" and width != 1:
+        raise ValueError(f"{init_name} teacher needs {width_name} 1, got {width:g}: give {init_name} random")
 
 
 def check_sharding(zero: int | None, precision: str, offload: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ipfm.engine.commandline import BadInput, parse, user_input
+from ipfm.engine.config import Distillation
 from ipfm.engine.networks import teacher_facts
 from ipfm.engine.recipe import (
-    RecipeOptions,
+    DistillationOptions,
     check_images,
     describe,
     first_process,
@@ -16,7 +18,7 @@ from ipfm.engine.recipe import (
     read_teacher,
     run_name,
 )
-from ipfm.engine.report import published_D, results_table
+from ipfm.engine.report import results_table
 from ipfm.engine.resolve import resolve, run_device
 from ipfm.engine.run_folder import check_run_folder, open_run_folder
 from ipfm.engine.trio import Distiller
@@ -24,7 +26,7 @@ from ipfm.engine.world import start_world
 from ipfm.models import NetworkConfig, Precond, presets
 
 
-def same_for_every_D(base: RecipeOptions, D: float) -> RecipeOptions:
+def same_for_every_D(base: DistillationOptions, D: float) -> DistillationOptions:
     """The settings of a recipe that has no variants."""
     return base
 
@@ -47,9 +49,9 @@ class DistilRecipe:
     """Network of a --dry-run without --teacher."""
     D: float
     """Auxiliary dimensions of a --dry-run with neither --teacher nor --D."""
-    base: RecipeOptions
-    """Settings, but for what a D changes."""
-    variant: Callable[[RecipeOptions, float], RecipeOptions] = same_for_every_D
+    base: DistillationOptions
+    """Settings, but for what a D changes; of the type of its objective's options."""
+    variant: Callable[[Any, float], Any] = same_for_every_D
     """(base, D) -> the settings for this D."""
     settings_from: str = ""
     """Where the settings come from, if not from the paper of the method; printed with every run."""
@@ -64,7 +66,7 @@ class DistilRecipe:
             TrainingFailed, Interrupted: from the run.
         """
         with user_input():
-            options = parse(RecipeOptions, argv, default=self.base, prog=self.file, description=self.about)
+            options = parse(type(self.base), argv, default=self.base, prog=self.file, description=self.about)
             if options.teacher_steps is not None:
                 raise ValueError("teacher-steps was given, but this recipe trains no teacher")
             if options.teacher is None and not options.dry_run:
@@ -73,13 +75,13 @@ class DistilRecipe:
             network = self._network(options, teacher)
             # What the user gave stands; the rest comes from the variant for this teacher.
             default = self.settings_for(network)
-            options = parse(RecipeOptions, argv, default=default, prog=self.file, description=self.about)
+            options = parse(type(self.base), argv, default=default, prog=self.file, description=self.about)
             config = resolve(options.distillation(), network, run_device())
             config.split(launched_processes())
             path = options.out or run_name(self.file.removesuffix("_ipfm.py"), config, network.D)
             record = check_run_folder(path, "distill", config, teacher_facts(teacher))
             comparison = options.comparison(self.shape, run_device())
-        notes = self.notes(network, config.alpha, config.steps)
+        notes = self.notes(network, config)
         if options.dry_run:
             more = (self.help_with_teachers(),) if teacher is None else ()
             given = options.distillation()
@@ -106,25 +108,23 @@ class DistilRecipe:
                 print(results_table(distiller.rows))
             print(f"generator: {path / 'generator'}")
 
-    def settings_for(self, network: NetworkConfig) -> RecipeOptions:
+    def settings_for(self, network: NetworkConfig) -> DistillationOptions:
         """The settings for a teacher: those for its D, without augmentation where it cannot be told of it."""
-        options = self.variant(self.base, network.D)
+        options: DistillationOptions = self.variant(self.base, network.D)
         return options if network.augment_dim else replace(options, augment=0.0)
 
-    def notes(self, network: NetworkConfig, alpha: float, steps: int) -> tuple[str, ...]:
+    def notes(self, network: NetworkConfig, config: Distillation) -> tuple[str, ...]:
         """What to know of these settings' standing, a line each."""
         lines: list[str] = []
-        known = published_D(self.dataset, alpha, steps)
+        objective = config.objective(network)
+        known = objective.published(self.dataset)
         if self.settings_from:
             lines.append(self.settings_from)
         elif network.label_dim:
             lines.append(f"{self.title}: no result of this method is published for class-conditional networks")
         elif network.D not in known:
             possible = f"; published there: D = {', '.join(f'{D:g}' for D in known)}" if known else ""
-            lines.append(
-                f"{self.title}: no result is published for D = {network.D:g} at alpha = {alpha:g} "
-                f"and {steps} step{'s' * (steps > 1)}{possible}"
-            )
+            lines.append(f"{self.title}: no result is published for D = {network.D:g} {objective.manner}{possible}")
         if self.base.augment > 0 and not network.augment_dim:
             lines.append(f"{self.title}: without augmentation, as the teacher takes no augmentation labels")
         return tuple(lines)
@@ -138,7 +138,7 @@ class DistilRecipe:
             f"or make a model folder of it first:  ipfm convert FILE FOLDER [--D D]"
         )
 
-    def _network(self, options: RecipeOptions, teacher: Precond | None) -> NetworkConfig:
+    def _network(self, options: DistillationOptions, teacher: Precond | None) -> NetworkConfig:
         if teacher is None:
             return presets.get(self.preset, D=self.D if options.D is None else options.D)
         check_images(teacher.config, self.shape, f"{self.title} is")

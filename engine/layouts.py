@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ipfm.engine.config import DistillConfig, ZeroStage
+from ipfm.engine.config import Distillation, ZeroStage
 from ipfm.engine.memory import MemoryPlan, choose, gpu_budget
 from ipfm.engine.precision import Precision
 from ipfm.models import NetworkConfig
@@ -16,7 +16,7 @@ GPUS = (24, 80, 141)
 
 
 def layout_table(
-    config: DistillConfig,
+    config: Distillation,
     network: NetworkConfig,
     *,
     ranks: Sequence[int] = RANKS,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from ipfm.engine.config import DistillConfig, RunConfig, TeacherConfig
+from ipfm.engine.config import Distillation, DistillConfig, RunConfig, TeacherConfig
 from ipfm.engine.evaluation_options import EvaluationOptions
 from ipfm.engine.layouts import layout_table
-from ipfm.engine.memory import MemoryPlan, choose, choose_training, device_budget, forwards
+from ipfm.engine.memory import MemoryPlan, choose, choose_training, device_budget
 from ipfm.engine.networks import trained_config
 from ipfm.engine.resolve import resolve_precision, run_device
 from ipfm.models import NetworkConfig, Precond, build_network, load_teacher
@@ -24,8 +24,8 @@ TRAINING_FORWARDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeOptions(DistillConfig, EvaluationOptions):
-    """Options of every recipe that distils."""
+class DistillationOptions(Distillation, EvaluationOptions):
+    """Options of every recipe that distils, beside those of its objective."""
 
     teacher_steps: int | None = None
     """Training steps of the teacher, in a recipe that trains one when --teacher is not given."""
@@ -38,12 +38,20 @@ class RecipeOptions(DistillConfig, EvaluationOptions):
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise ValueError(f"teacher-steps must be at least 1, got {self.teacher_steps}")
 
-    def distillation(self) -> DistillConfig:
+    def distillation(self) -> Distillation:
         """The settings of the distillation alone."""
-        return DistillConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DistillConfig)})
+        kind = next(
+            c for c in type(self).__mro__ if issubclass(c, Distillation) and not issubclass(c, EvaluationOptions)
+        )
+        return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
 
 
-def read_teacher(options: RecipeOptions) -> Precond | None:
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(DistillationOptions, DistillConfig):
+    """Options of every recipe that distils by inverse Poisson flow matching or SiD."""
+
+
+def read_teacher(options: DistillationOptions) -> Precond | None:
     """The teacher that --teacher names, its D checked against --D; None without --teacher.
 
     Raises:
@@ -63,9 +71,9 @@ def check_images(network: NetworkConfig, shape: tuple[int, int, int], whose: str
         )
 
 
-def run_name(recipe: str, config: DistillConfig, D: float) -> Path:
-    """Default run folder: runs/<recipe>-D<D>-alpha<alpha>-K<steps>."""
-    return Path("runs") / f"{recipe}-D{D:g}-alpha{config.alpha:g}-K{config.steps}"
+def run_name(recipe: str, config: Distillation, D: float) -> Path:
+    """Default run folder: runs/<recipe>-D<D>-<what the settings say>, e.g. runs/cifar-D2048-alpha1-K1."""
+    return Path("runs") / f"{recipe}-D{D:g}-{config.name()}"
 
 
 def launched_processes() -> int:
@@ -74,12 +82,12 @@ def launched_processes() -> int:
 
 
 def describe(
-    config: DistillConfig,
+    config: Distillation,
     network: NetworkConfig,
     path: Path,
     notes: tuple[str, ...] = (),
     *,
-    given: DistillConfig | None = None,
+    given: Distillation | None = None,
 ) -> str:
     """What a run with this resolved configuration would do: settings, memory plan, expected duration on this machine;
     and how it would be laid out on GPUs.
@@ -100,16 +108,16 @@ def describe(
     try:
         choice = choose(config, trained, ranks=ranks, budget=device_budget(run_device()))
     except ValueError as error:
-        parts = [*_settings(config, path, D=network.D, sigmas=config.levels), f"memory: {error}"]
+        parts = [*_settings(config, path, D=network.D), f"memory: {error}"]
     else:
         plan = choice.plan
-        cost = forwards(config, phased=plan.backward == "phased", checkpointed=plan.activation_checkpointing)
+        objective = config.objective(trained)
+        cost = objective.forwards(phased=plan.backward == "phased", checkpointed=plan.activation_checkpointing)
         parts = [
             *_settings(
                 replace(config, micro_batch=plan.micro_batch),
                 path,
                 D=network.D,
-                sigmas=config.levels,
                 zero=plan.parts.stage,
                 backward=plan.backward,
                 activation_checkpointing="on" if plan.activation_checkpointing else "off",

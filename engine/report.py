@@ -205,10 +205,11 @@ def paper_result(dataset: str, D: float, alpha: float, steps: int) -> PaperResul
     return PAPER_RESULTS.get(PaperSetting(_plain_name(dataset), D, alpha, steps))
 
 
-def published_D(dataset: str, alpha: float, steps: int) -> tuple[float, ...]:
-    """The D for which arXiv 2509.22454 prints a figure with this `alpha` and these `steps`, rising; names as above."""
+def paper_results(dataset: str, alpha: float, steps: int) -> dict[float, PaperResult]:
+    """The figures of arXiv 2509.22454 with this `alpha` and these `steps` by D, rising; names as above."""
     name = _plain_name(dataset)
-    return tuple(sorted(s.D for s in PAPER_RESULTS if (s.dataset, s.alpha, s.steps) == (name, alpha, steps)))
+    found = {s.D: r for s, r in PAPER_RESULTS.items() if (s.dataset, s.alpha, s.steps) == (name, alpha, steps)}
+    return dict(sorted(found.items()))
 
 
 def _plain_name(dataset: str) -> str:

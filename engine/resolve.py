@@ -9,12 +9,13 @@ from typing import TypeVar
 import torch
 
 from ipfm.engine.augmentation import AUGMENT_DIM, SMALLEST_SIZE
-from ipfm.engine.config import DistillConfig, RunConfig
+from ipfm.engine.config import Distillation, RunConfig
 from ipfm.engine.execution import check_compiler
 from ipfm.engine.precision import fp16_supported
 from ipfm.models import NetworkConfig
 
 C = TypeVar("C", bound=RunConfig)
+K = TypeVar("K", bound=Distillation)
 
 
 def run_device() -> torch.device:
@@ -54,15 +55,16 @@ def resolve_precision(config: C, device: torch.device) -> C:
     return replace(config, precision=precision)
 
 
-def resolve(config: DistillConfig, network: NetworkConfig, device: torch.device) -> DistillConfig:
-    """The configuration of a distillation with nothing left open but what memory decides: D, noise levels, precision
-    and the teacher's storage.
+def resolve(config: K, network: NetworkConfig, device: torch.device) -> K:
+    """The configuration of a distillation with nothing left open but what memory decides: D, precision, the teacher's
+    storage, and what its own `resolved` decides.
 
     Raises:
-        ValueError: D contradicts the teacher's, or it takes no augmentation labels and images are to be augmented.
+        ValueError: D contradicts the teacher's, it takes no augmentation labels and images are to be augmented, or
+            something else does not go with it.
     """
     check_augment(config.augment, network)
-    config = replace(config, D=resolve_D(config.D, network), sigmas=config.levels)
+    config = replace(config, D=resolve_D(config.D, network)).resolved(network)
     config = resolve_precision(config, device)
     if config.teacher_storage == "auto":
         config = replace(config, teacher_storage="fp32" if config.precision == "fp32" else "half")

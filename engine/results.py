@@ -10,7 +10,6 @@ from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.report import (
     EvaluationHistory,
     EvaluationRow,
-    paper_result,
     plot_convergence,
     read_results,
     write_results,
@@ -45,12 +44,12 @@ def conclude(
     # A published figure is an FID: nothing else compares with it.
     published = None
     if teacher.name == "FID":
-        published = paper_result(distiller.dataset, distiller.D, config.alpha, config.steps)
+        published = distiller.objective.published(distiller.dataset).get(distiller.D)
     rows = [
         _row(
             "teacher", None, 2 * config.heun_steps - 1, teacher, f"FID {published.teacher_fid:g}" if published else None
         ),
-        _row("generator", config.steps, config.steps, generator, published and str(published)),
+        _row("generator", distiller.objective.nfe, distiller.objective.nfe, generator, published and str(published)),
     ]
     if distiller.world.first:
         write_results(folder, rows)

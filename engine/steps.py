@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +13,11 @@ from ipfm.engine.augmentation import augment
 from ipfm.engine.config import DistillConfig
 from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.memory.phases import mark
+from ipfm.engine.objective import Setting
 from ipfm.engine.objectives import Noisy, add_noise, along, bind, denoising_objective, generator_gradient
-from ipfm.engine.streams import Stream, draw_labels, seed_dropout
-from ipfm.engine.world import World
+from ipfm.engine.streams import Stream, draw_labels, draw_number, seed_dropout
 from ipfm.kernels import perturb
-from ipfm.models import NetworkConfig, Precond
-
-
-class Trained(Protocol):
-    """What the steps need of a network in training: see `TrainedNetwork`."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    @property
-    def loss_scale(self) -> float: ...
-
-    def __call__(self, *args: Any, **keywords: Any) -> Tensor: ...
-
-    def backward(self, loss: Tensor) -> None: ...
-
-    def step(self, *, lr: float, ema_decay: float = 0.0, grad_scale: Tensor | None = None) -> Tensor: ...
-
-    def frozen(self) -> AbstractContextManager[nn.Module]: ...
+from ipfm.models import NetworkConfig
 
 
 @dataclass(frozen=True)
@@ -65,38 +46,27 @@ class Chain(NamedTuple):
 
 
 class DistillSteps:
-    """The steps of `Distiller`, on networks that somebody else made: real ones, or those of a plan on the meta device.
+    """The steps of inverse Poisson flow matching [IPFM, algorithms 1 and 2].
+
+    One iteration is `student_updates` student steps, then one generator step:
+
+        student step    y = G(z), detached, augmented if asked; x = perturb(y, sigma); S descends the denoising loss
+        generator step  y = G(z); x = perturb(y, sigma); G descends L(T(x), S(x), y) of IPFM eq. 21
 
     Args:
-        config: settings with nothing left open.
-        student, generator: the networks in training.
-        teacher: the frozen denoiser.
-        network: architecture of all three.
-        D: auxiliary dimensions.
-        micro_batch: images this process handles at a time; divides its share of the batch.
-        phased: one network's activations at a time.
-        world: the run's processes.
+        config: settings with nothing left open but what memory decides.
+        setting: the networks "student" and "generator", and where they run.
+        network: the teacher's architecture, as it is trained.
     """
 
-    def __init__(
-        self,
-        config: DistillConfig,
-        *,
-        student: Trained,
-        generator: Trained,
-        teacher: Precond,
-        network: NetworkConfig,
-        D: float,
-        micro_batch: int,
-        phased: bool,
-        world: World,
-    ) -> None:
-        self.config = config
-        self.student, self.generator, self.teacher = student, generator, teacher
-        self.network, self.D = network, D
-        self.local_batch, self.micro_batch = config.batch // world.size, micro_batch
-        self.phased = phased
-        self.world = world
+    def __init__(self, config: DistillConfig, setting: Setting, network: NetworkConfig) -> None:
+        assert config.D is not None
+        self.config, self.D = config, config.D
+        self.student, self.generator = setting.trained["student"], setting.trained["generator"]
+        self.teacher, self.network, self.phased = setting.teacher, network, setting.phased
+        self.world = world = setting.world
+        self.micro_batch = micro_batch = setting.micro_batch
+        self.local_batch = config.batch // world.size
         # What every micro-batch starts from; nothing writes to it.
         shape = (micro_batch, network.img_channels, network.img_resolution, network.img_resolution)
         self._zeros = torch.zeros(shape, device=world.device)
@@ -117,8 +87,9 @@ class DistillSteps:
         self._set_mode(self.generator.module, training=True)
         for micro in self._micro_batches(Stream.STUDENT_LABEL, step):
             mark("student: samples")
-            chain = self._chain(micro, Stream.STUDENT_LATENT, step)
-            y = chain.marked(self._evaluate(config.steps - 1, chain.inputs[-1], micro, step))
+            last = self._last(Stream.STUDENT_LAST, step)
+            chain = self._chain(micro, Stream.STUDENT_LATENT, step, last)
+            y = chain.marked(self._evaluate(last, chain.inputs[-1], micro, step))
             y, augment_labels = augment(
                 y, config.augment, seed=config.seed, stream=Stream.STUDENT_AUGMENT, step=step, sample_index=micro.index
             )
@@ -154,15 +125,18 @@ class DistillSteps:
         """Forward and backward of one micro-batch: loss (B,) and valid (B,).
 
         Joint keeps the graph of the last evaluation of G while T and S are differentiated; phased runs it once more
-        afterwards. Every earlier evaluation is run once more in both, so that memory does not grow with K.
+        afterwards. Every earlier evaluation that the gradient reaches is run once more in both, so that memory does not
+        grow with K.
         """
-        config, last, phased = self.config, self.config.steps - 1, self.phased
+        config, phased = self.config, self.phased
+        last = self._last(Stream.GENERATOR_LAST, step)
+        first = 0 if config.gradient == "all" else last
         mark("generator: samples")
-        chain = self._chain(micro, Stream.GENERATOR_LATENT, step)
+        chain = self._chain(micro, Stream.GENERATOR_LATENT, step, last)
 
         def forward(k: int) -> Tensor:
             self._seed_dropout(Stream.GENERATOR_DROPOUT, step * config.steps + k, micro)
-            return self.generator(chain.inputs[k].requires_grad_(k > 0), self._levels[k], micro.labels)
+            return self.generator(chain.inputs[k].requires_grad_(k > first), self._levels[k], micro.labels)
 
         graph = None if phased else forward(last)
         y = self._evaluate(last, chain.inputs[last], micro, step) if graph is None else graph.detach()
@@ -182,13 +156,13 @@ class DistillSteps:
 
         mark("generator: backward")
         gradient = result.gradient / self.local_batch
-        for k in range(last, -1, -1):
+        for k in range(last, first - 1, -1):
             y_k = graph if k == last and graph is not None else forward(k)
             graph = None
             scale = self.generator.loss_scale
             self.generator.backward(along(y_k, gradient))
             del y_k
-            if k > 0:
+            if k > first:
                 # x_k = y_{k-1} + noise: its gradient is that of the evaluation before it.
                 arrived = chain.inputs[k].grad
                 assert arrived is not None
@@ -197,19 +171,26 @@ class DistillSteps:
 
     # -- the generator's samples ------------------------------------------------------------------------------------
 
+    def _last(self, stream: Stream, step: int) -> int:
+        """The evaluation that ends the chain of this update, counted from 0: the last one, or one drawn for the whole
+        batch, as in the backward simulation of DMD2 [Yin et al. 2024, section 4.5]."""
+        if self.config.gradient == "all":
+            return self.config.steps - 1
+        return draw_number(self.config.steps, seed=self.config.seed, stream=stream, step=step)
+
     @torch.no_grad()
-    def _chain(self, micro: MicroBatch, stream: Stream, step: int) -> Chain:
-        """x_1 ~ p_{r_1}(. | 0), x_{k+1} ~ p_{r_{k+1}}(. | G(x_k, sigma_k)) [IPFM, algorithm 2]."""
+    def _chain(self, micro: MicroBatch, stream: Stream, step: int, last: int) -> Chain:
+        """x_1 ~ p_{r_1}(. | 0), x_{k+1} ~ p_{r_{k+1}}(. | G(x_k, sigma_k)) [IPFM, algorithm 2], up to k = `last`."""
         y, finite = self._zeros, None
         inputs: list[Tensor] = []
-        for k in range(self.config.steps):
+        for k in range(last + 1):
             # Each level of a sample has a step of the stream to itself.
             x = self._perturb(y, self._levels[k], stream, step * self.config.steps + k, micro)
             # At small D a latent may overflow: it must not meet the weights, not even under a zero gradient.
             ok = torch.isfinite(x).flatten(1).all(1).view(-1, 1, 1, 1)
             finite = ok if finite is None else finite & ok
             inputs.append(x.masked_fill(~ok, 0.0))
-            if k + 1 < self.config.steps:
+            if k < last:
                 y = self._evaluate(k, inputs[-1], micro, step)
         assert finite is not None
         return Chain(inputs, finite)

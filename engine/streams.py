@@ -36,6 +36,9 @@ class Stream(IntEnum):
     TEACHER_AUGMENT = 16
     STUDENT_AUGMENT = 17
     SAMPLER_CHURN = 18
+    # 19: SHAPES
+    STUDENT_LAST = 20
+    GENERATOR_LAST = 21
 
 
 def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: Stream, step: int) -> Tensor | None:
@@ -58,6 +61,12 @@ def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: Stre
     classes = (u * label_dim).long().clamp_(max=label_dim - 1)
     # torch's one_hot would read the largest class back to the host.
     return (classes[:, None] == torch.arange(label_dim, device=classes.device)).float()
+
+
+def draw_number(count: int, *, seed: int, stream: Stream, step: int) -> int:
+    """A number of 0..count - 1, each as likely, known to the host: the same on every process and device."""
+    word = philox.host_word(seed=seed, stream=stream, step=step)
+    return word * count >> 32
 
 
 def seed_dropout(seed: int, stream: Stream, step: int, first_index: int) -> None:

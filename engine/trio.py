@@ -1,4 +1,4 @@
-"""Distillation: the teacher, the student and the generator, and the two steps that train the latter two."""
+"""Distillation: the teacher and the networks that an objective trains."""
 
 from __future__ import annotations
 
@@ -10,37 +10,31 @@ from typing import cast
 from torch import Tensor
 
 from ipfm.engine.averaged import Averaged
-from ipfm.engine.config import DistillConfig, ZeroStage
+from ipfm.engine.config import Distillation, ZeroStage
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.execution import execute_as
 from ipfm.engine.measure import Measured
-from ipfm.engine.memory import MemoryPlan, choose, device_budget, plan_memory
+from ipfm.engine.memory import MemoryPlan, choose, device_budget, plan_layout
 from ipfm.engine.memory.live import bytes_in_use
 from ipfm.engine.metrics import FrechetResult
-from ipfm.engine.networks import teacher_facts, trainable_copy, trained_config
+from ipfm.engine.networks import starting_network, teacher_facts, trained_config
+from ipfm.engine.objective import Role, Setting
 from ipfm.engine.precision import apply_precision, halve_storage
 from ipfm.engine.report import EvaluationRow
 from ipfm.engine.resolve import allow_tf32, resolve
 from ipfm.engine.results import conclude
 from ipfm.engine.runs import execute
-from ipfm.engine.sampling import sample_generator
-from ipfm.engine.steps import DistillSteps
 from ipfm.engine.world import World, start_world
 from ipfm.engine.zero import TrainedNetwork, shard_frozen
-from ipfm.models import Precond
+from ipfm.models import NetworkConfig, Precond
 
 
 class Distiller:
-    """Inverse Poisson flow matching of a teacher into a K-step generator [IPFM, algorithms 1 and 2].
+    """Distils a teacher into a generator, by the objective that the settings stand for.
 
-    One iteration is `student_updates` student steps, then one generator step:
-
-        student step    y = G(z), detached, augmented if asked; x = perturb(y, sigma); S descends the denoising loss
-        generator step  y = G(z); x = perturb(y, sigma); G descends L(T(x), S(x), y) of IPFM eq. 21
-
-    Student and generator start from the teacher's weights. No data is used. Every random number is a function of
-    (seed, step, sample), so that the number of processes and the micro-batch do not change what is computed; dropout
-    alone, if there is any, is drawn for a micro-batch as a whole.
+    `DistillConfig` is inverse Poisson flow matching [IPFM, algorithms 1 and 2] and SiD, see `DistillSteps`. No data is
+    used. Every random number is a function of (seed, step, sample), so that the number of processes and the micro-batch
+    do not change what is computed; dropout alone, if there is any, is drawn for a micro-batch as a whole.
 
     Args:
         config: settings; what they leave open (D, precision) is filled in, see `.config`, and what memory decides is
@@ -57,7 +51,7 @@ class Distiller:
 
     def __init__(
         self,
-        config: DistillConfig,
+        config: Distillation,
         teacher: Precond,
         *,
         evaluation: Evaluation | None = None,
@@ -68,7 +62,8 @@ class Distiller:
         device = self.world.device
         self.network = teacher.config
         self.config = resolve(config, teacher.config, device)
-        self.micro_batch, self.backward, self.activation_checkpointing = self._lay_out()
+        trained = trained_config(self.network, self.config.dropout)
+        self.micro_batch, self.backward, self.activation_checkpointing = self._lay_out(trained)
         config = self.config
         assert config.D is not None and config.zero is not None and config.precision != "auto"
         self.D = config.D
@@ -76,49 +71,54 @@ class Distiller:
         self.dataset = dataset
         self.rows: list[EvaluationRow] = []
         self.first_step = 0
-        self.title = f"distil D={self.D:g} alpha={config.alpha:g} K={config.steps}"
+        self.objective = config.objective(trained)
+        self.title = self.objective.title
         allow_tf32(config.tf32)
         # The caller's teacher, where it lies on this device, is the caller's to release.
         self.other_bytes = bytes_in_use(device, without=teacher) if config.profile_memory else 0
 
         self._facts = teacher_facts(teacher)
-        self.student, self.generator = (
-            TrainedNetwork(
-                apply_precision(trainable_copy(teacher, config.dropout).to(device), config.precision),
-                world=self.world,
-                lr=lr,
-                betas=(beta1, 0.999),
-                eps=config.eps,
-                ema=ema,
-                stage=config.zero,
-                precision=config.precision,
-                offload=config.offload,
-                clip_norm=config.clip_grad,
-            )
-            for lr, beta1, ema in (
-                (config.student_lr or config.lr, config.student_beta1, False),
-                (config.lr, config.generator_beta1, True),
-            )
-        )
-        buffers = {name: buffer.detach().to(device, copy=True) for name, buffer in teacher.named_buffers()}
-        self.averaged = Averaged(self.generator, teacher.config, buffers, config.precision, device)
+        self.networks: dict[str, TrainedNetwork] = {}
+        for role in self.objective.roles:
+            net = starting_network(role.network, role.start, teacher, role.seed(config.seed)).to(device)
+            if role.name == self.objective.generator:
+                # As they are before the engine rounds them.
+                buffers = {name: buffer.detach().clone() for name, buffer in net.named_buffers()}
+            self.networks[role.name] = self._train(role, net)
+        self.generator = self.networks[self.objective.generator]
+        self.averaged = Averaged(self.generator, self._exported(), buffers, config.precision, device)
         self.teacher = self._stored(teacher)
-        self.networks = {"student": self.student, "generator": self.generator}
-        for module in (self.teacher, self.student.module, self.generator.module):
+        for module in (self.teacher, *(net.module for net in self.networks.values())):
             net = cast(Precond, module)
             net.activation_checkpointing = self.activation_checkpointing
             execute_as(net, memory_format=config.memory_format, compiled=config.compile, device=device)
-        self.steps = DistillSteps(
-            config,
-            student=self.student,
-            generator=self.generator,
-            teacher=self.teacher,
-            network=self.network,
-            D=self.D,
-            micro_batch=self.micro_batch,
-            phased=self.backward == "phased",
-            world=self.world,
+        self.steps = self.objective.steps(
+            Setting(self.networks, self.teacher, self.micro_batch, self.backward == "phased", self.world)
         )
+
+    def _train(self, role: Role, net: Precond) -> TrainedNetwork:
+        """The network of a role under its optimiser."""
+        config = self.config
+        assert config.zero is not None and config.precision != "auto"
+        return TrainedNetwork(
+            apply_precision(net, config.precision),
+            world=self.world,
+            lr=role.lr,
+            betas=(role.beta1, 0.999),
+            eps=config.eps,
+            ema=role.averaged,
+            rectified=role.rectified,
+            stage=config.zero,
+            precision=config.precision,
+            offload=config.offload,
+            clip_norm=config.clip_grad,
+        )
+
+    def _exported(self) -> NetworkConfig:
+        """Architecture of the result: the generator's as it is used, without dropout's setting changed."""
+        role = next(role for role in self.objective.roles if role.name == self.objective.generator)
+        used = replace(role.network, dropout=self.network.dropout, label_dropout=self.network.label_dropout)
+        return self.network if used == self.network else used
 
     def _stored(self, teacher: Precond) -> Precond:
         """The run's own copy of the teacher, kept as `teacher_storage` says."""
@@ -141,7 +141,7 @@ class Distiller:
 
     def sample(self, first: int, count: int, *, seed: int) -> Tensor:
         """Images first..first + count - 1 of `seed` from the averaged generator as last refreshed."""
-        return sample_generator(self.average, first, count, D=self.D, sigmas=self.config.levels, seed=seed)
+        return self.objective.sample(self.average, first, count, seed=seed)
 
     def refresh(self) -> None:
         """Bring the averaged generator up to date. Every process must call it."""
@@ -183,8 +183,7 @@ class Distiller:
             "task": "generator",
             "dataset": self.dataset,
             "D": config.to_json()["D"],
-            "sigmas": list(config.levels),
-            "alpha": config.alpha,
+            **self.objective.facts,
         }
         folder, progress = execute(
             self,
@@ -199,7 +198,7 @@ class Distiller:
             self.rows = conclude(self, folder.path, self.evaluation, progress.last)
         return self.average
 
-    def _lay_out(self) -> tuple[int, str, bool]:
+    def _lay_out(self, network: NetworkConfig) -> tuple[int, str, bool]:
         """(micro-batch, backward, activation checkpointing), and the ZeRO stage in `config`: as configured, or the
         cheapest that this device holds."""
         config = self.config
@@ -209,29 +208,17 @@ class Distiller:
             config.activation_checkpointing,
         ):
             return micro, config.backward, config.activation_checkpointing == "on"
-        network = trained_config(self.network, config.dropout)
         plan = choose(config, network, ranks=self.world.size, budget=device_budget(self.world.device)).plan
         self.config = replace(config, zero=cast(ZeroStage, plan.parts.stage))
         return plan.micro_batch, plan.backward, plan.activation_checkpointing
 
     def memory_plan(self) -> MemoryPlan:
         """The predicted memory of an iteration as it is laid out."""
-        config = self.config
-        assert config.precision != "auto" and config.zero is not None
-        return plan_memory(
-            trained_config(self.network, config.dropout),
-            micro_batch=self.micro_batch,
+        return plan_layout(
+            replace(self.config, micro_batch=self.micro_batch),
+            trained_config(self.network, self.config.dropout),
             ranks=self.world.size,
-            stage=config.zero,
-            precision=config.precision,
-            offload=config.offload,
-            teacher_storage=config.teacher_storage,
-            student_beta1=config.student_beta1,
-            generator_beta1=config.generator_beta1,
-            backward=self.backward,
-            activation_checkpointing="on" if self.activation_checkpointing else "off",
-            steps=config.steps,
-            augment=config.augment > 0,
-            accumulates=self.micro_batch * self.world.size < config.batch,
+            phased=self.backward == "phased",
+            activation_checkpointing=self.activation_checkpointing,
             budget=device_budget(self.world.device),
         )

@@ -121,6 +121,9 @@ class AdamEMA(torch.optim.Optimizer):
         """Set what `state_dict` gave; KeyError for the state of another kind of optimiser."""
         count = state_dict["steps_applied"]
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            # A state from before this setting existed.
+            group.setdefault("rectified", False)
         if count is None:
             self.steps_applied = None
         else:

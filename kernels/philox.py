@@ -14,6 +14,7 @@ from torch import Tensor
 from . import _checks, reference
 from ._checks import Position
 from ._dispatch import Backend, float64_bits, on_device, signed32, signed64, use_triton
+from ._numpy_philox import blocks_of, words_of
 from ._operators import operator
 
 WORDS, UNIFORM, NORMAL = 0, 1, 2
@@ -323,6 +324,14 @@ def random_words(
         words: Tensor = launch_philox(index, 4 * blocks, WORDS, first_block, *operands(position))
         return words.view(len(index), blocks, 4)
     return reference.random_words(index, blocks, **position, first_block=first_block)
+
+
+def host_word(*, seed: int, stream: int, step: int, index: int = 0) -> int:
+    """Word 0 of Philox block 0 of a sample, in [0, 2³²), as a Python number: the host decides by it without asking a
+    device. Arguments and errors as in `uniform`."""
+    sample = torch.tensor([index])
+    words = words_of(sample, blocks_of(0, 1), _checks.position("host_word", seed, stream, step, sample))
+    return int(words[0, 0, 0])
 
 
 def uniform(

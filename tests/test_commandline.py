@@ -18,7 +18,7 @@ import tyro
 
 from ipfm.engine import commandline
 from ipfm.engine.commandline import BadInput, parse, run_command, user_input
-from ipfm.engine.config import DistillConfig, RunConfig, TeacherConfig
+from ipfm.engine.config import Distillation, DistillConfig, RunConfig, TeacherConfig
 from ipfm.engine.loop import Interrupted, TrainingFailed
 
 BASE = DistillConfig(D=128.0, max_steps=10, sigma_init=3.0)
@@ -230,7 +230,7 @@ def test_help_lists_every_option_with_its_text(spelling, capfd):
     assert err == ""
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", re.sub(r"\x1b\[[0-9;]*m", "", out)).split())
     assert shown.startswith("usage: recipe.py") and "What it does." in shown
-    texts = documented(RunConfig, DistillConfig)
+    texts = documented(RunConfig, Distillation, DistillConfig)
     # Every setting has its text, and the group of noise levels those of its own.
     assert set(texts) == set(DistillConfig().to_json())
     for name, text in texts.items():

@@ -31,7 +31,7 @@ INTEGERS = {
 }  # fmt: skip
 REALS = {
     **dict.fromkeys(
-        ("kimg", "lr", "ema_kimg", "ema_rampup", "sigma_init", "student_lr"),
+        ("kimg", "lr", "ema_kimg", "ema_rampup", "sigma_init", "student_lr", "width", "student_width"),
         ("must be a finite number > 0", (0, -1.0, INF, NAN, "1", True)),
     ),
     **dict.fromkeys(("eps", "lr_rampup_kimg"), ("must be a finite number >= 0", (-1e-9, INF, NAN, "1"))),
@@ -56,6 +56,9 @@ CHOICES = {
     "compile": ("must be True or False", (1, "no")),
     "memory_format": ("must be auto, contiguous or channels_last", ("nhwc", None)),
     "resume": ("must be True or False", (0, None)),
+    "gradient": ("must be all or last", ("first", None)),
+    "init": ("must be auto, teacher or random", ("zero", None)),
+    "student_init": ("must be auto, teacher or random", ("zero", True)),
 }
 CASES = [
     (name, says, value)
@@ -76,7 +79,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
         owner(name)(**{name: value})
     words = (
         "precision", "backward", "tf32", "resume", "offload", "activation_checkpointing", "teacher_storage",
-        "async_checkpoints", "compile", "memory_format",
+        "async_checkpoints", "compile", "memory_format", "gradient", "init", "student_init",
     )  # fmt: skip
     shown = repr(value) if name in words else str(value)
     assert str(error.value) == f"{name.replace('_', '-')} {says}, got {shown}"

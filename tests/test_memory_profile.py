@@ -22,6 +22,7 @@ from ipfm.engine.memory.process import Sampler, driver_bytes, largest_resident_b
 from ipfm.engine.memory.profile import STATE, MemoryProfiler, PhaseMemory
 from ipfm.engine.memory.timeline import Span, Timeline
 from ipfm.engine.memory.watch import MemoryWatch
+from ipfm.engine.objective import Setting
 from ipfm.engine.steps import DistillSteps
 from ipfm.engine.world import World
 from ipfm.kernels import AdamEMA
@@ -227,17 +228,15 @@ def test_a_distillation_holds_what_was_planned(backward: str, tmp_path: Path):
     batch = 16
     plan = plan_memory(SMALL, micro_batch=batch, backward=backward)
     outside = measure(MemoryProfiler(CPU), Toy(1, 1))[STATE].measured_bytes
-    steps = DistillSteps(
-        DistillConfig(batch=batch, max_steps=1, D=128.0, zero=0, precision="fp32"),
-        student=Trained(ema=False),
-        generator=Trained(ema=True),
-        teacher=EDMPrecond(SMALL).eval().requires_grad_(False),
-        network=SMALL,
-        D=128.0,
-        micro_batch=batch,
-        phased=backward == "phased",
-        world=World(0, 1, CPU),
+    config = DistillConfig(batch=batch, max_steps=1, D=128.0, zero=0, precision="fp32")
+    setting = Setting(
+        {"student": Trained(ema=False), "generator": Trained(ema=True)},
+        EDMPrecond(SMALL).eval().requires_grad_(False),
+        batch,
+        backward == "phased",
+        World(0, 1, CPU),
     )
+    steps = DistillSteps(config, setting, SMALL)
     profiler = MemoryProfiler(CPU, plan.phases, plan.state, other=outside)
     with profiler.step():
         steps.iteration(0)

@@ -102,6 +102,11 @@ def test_the_same_configuration_continues(tmp_path, config):
 
 
 CHANGED = {
+    "init": "random",
+    "width": 0.5,
+    "student_init": "random",
+    "student_width": 0.5,
+    "gradient": "last",
     "batch": 16,
     "lr": 2e-5,
     "eps": 1e-6,

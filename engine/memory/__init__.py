@@ -1,7 +1,7 @@
 """The memory of a run: predicted before it, measured in it."""
 
 from ipfm.engine.memory.budget import device_budget, gpu_budget
-from ipfm.engine.memory.choose import Choice, choose, choose_training, forwards
+from ipfm.engine.memory.choose import Choice, choose, choose_training, plan_layout
 from ipfm.engine.memory.plan import MemoryPlan, plan_memory, plan_teacher_training
 
 __all__ = [
@@ -10,8 +10,8 @@ __all__ = [
     "choose",
     "choose_training",
     "device_budget",
-    "forwards",
     "gpu_budget",
+    "plan_layout",
     "plan_memory",
     "plan_teacher_training",
 ]

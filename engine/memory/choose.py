@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from ipfm.engine.config import DistillConfig, RunConfig, TeacherConfig
+from ipfm.engine.config import Distillation, RunConfig, TeacherConfig
 from ipfm.engine.memory.phases import Phase
-from ipfm.engine.memory.plan import MemoryPlan, check_plan, forms, plan_teacher_training, size, with_gradients
+from ipfm.engine.memory.plan import (
+    MemoryPlan,
+    check_plan,
+    distillation_bytes,
+    forms,
+    plan_teacher_training,
+    size,
+    with_gradients,
+)
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation
-from ipfm.engine.memory.state import Sharding, StateBytes, state_bytes
+from ipfm.engine.memory.state import Sharding, StateBytes
 from ipfm.models import NetworkConfig
 
-# Forward passes, or as much arithmetic, of an image in a student update, in a generator update, what the phased form
-# adds, and activation checkpointing for each of the networks that are differentiated.
-STUDENT_FORWARDS, GENERATOR_FORWARDS, PHASED_FORWARDS = 4, 7, 2
 # An assumption, not a measurement: with fewer images at a time a GPU is not busy.
 COMFORTABLE = 16
 # Micro-batches that are simulated; in between, peaks are convex, so that a chord is on the safe side.
@@ -32,16 +37,7 @@ class Choice:
     """Arithmetic of an iteration over that of the joint form without activation checkpointing."""
 
 
-def forwards(config: DistillConfig, *, phased: bool, checkpointed: bool) -> int:
-    """Forward passes, or as much arithmetic, of one image in an iteration."""
-    updates, K = config.student_updates, config.steps
-    # Each further evaluation of the generator costs a forward pass; in the generator's update one more, and a backward.
-    student = STUDENT_FORWARDS + K - 1 + checkpointed
-    generator = GENERATOR_FORWARDS + 4 * (K - 1) + phased * PHASED_FORWARDS + checkpointed * (2 + K)
-    return updates * student + generator
-
-
-def choose(config: DistillConfig, network: NetworkConfig, *, ranks: int, budget: int | None) -> Choice:
+def choose(config: Distillation, network: NetworkConfig, *, ranks: int, budget: int | None) -> Choice:
     """The cheapest layout that fits; what the configuration fixes stands.
 
     Preferred are, in this order: at least `COMFORTABLE` images at a time, the least arithmetic, the lowest ZeRO stage
@@ -61,7 +57,7 @@ def choose(config: DistillConfig, network: NetworkConfig, *, ranks: int, budget:
     def plans(stage: int, phased: bool, again: bool) -> Iterator[MemoryPlan]:
         return _plans(config, network, ranks, stage, phased, again, sizes, local)
 
-    return _choice(config, _cheapest(config, config.backward, plans, sizes, ranks, budget), local)
+    return _choice(config, network, _cheapest(config, config.backward, plans, sizes, ranks, budget), local)
 
 
 def choose_training(config: TeacherConfig, network: NetworkConfig, *, ranks: int, budget: int | None) -> MemoryPlan:
@@ -102,7 +98,7 @@ def _cheapest(
 
     Args:
         config: settings.
-        backward: the forms of the step that are possible, as of `DistillConfig`.
+        backward: the forms of the step that are possible, as of `Distillation`.
         plans: for (stage, phased, checkpointed) the plans of `sizes`, in their order.
         sizes: micro-batches, the largest first.
         ranks: number of processes.
@@ -160,13 +156,33 @@ def _too_small(config: RunConfig, smallest: MemoryPlan, budget: int, ranks: int)
     )
 
 
-def _choice(config: DistillConfig, plan: MemoryPlan, local: int) -> Choice:
-    cost = forwards(config, phased=plan.backward == "phased", checkpointed=plan.activation_checkpointing)
-    return Choice(plan, local // plan.micro_batch, cost / forwards(config, phased=False, checkpointed=False))
+def _choice(config: Distillation, network: NetworkConfig, plan: MemoryPlan, local: int) -> Choice:
+    objective = config.objective(network)
+    cost = objective.forwards(phased=plan.backward == "phased", checkpointed=plan.activation_checkpointing)
+    return Choice(plan, local // plan.micro_batch, cost / objective.forwards(phased=False, checkpointed=False))
+
+
+def plan_layout(
+    config: Distillation,
+    network: NetworkConfig,
+    *,
+    ranks: int,
+    phased: bool,
+    activation_checkpointing: bool,
+    budget: int | None,
+) -> MemoryPlan:
+    """The plan of one layout, of which the configuration says the rest: micro-batch, ZeRO stage and precision.
+
+    Args and errors as in `choose`.
+    """
+    local, sizes = _sizes(config, ranks)
+    assert config.zero is not None
+    (plan,) = _plans(config, network, ranks, config.zero, phased, activation_checkpointing, sizes, local)
+    return replace(plan, budget=budget)
 
 
 def _plans(
-    config: DistillConfig,
+    config: Distillation,
     network: NetworkConfig,
     ranks: int,
     stage: int,
@@ -178,15 +194,12 @@ def _plans(
     """Plans of one form, the largest micro-batch first. The first is simulated as it is, the others in between."""
     assert config.precision != "auto"
     sharding = check_plan(sizes[0], ranks, stage, config.precision, config.offload, config.teacher_storage, None)
-    moments = (1 + (config.student_beta1 > 0), 2 + (config.generator_beta1 > 0))
-    parts = state_bytes(network, sharding, moments, teacher=True)
     form = "phased" if phased else "joint"
-    exact = sizes[0] <= POINTS[-1]
+    exact = sizes[0] <= POINTS[-1] or len(sizes) == 1
     for micro in sizes:
         accumulates, kept = micro < local, exact and stage < 2 and micro == local
-        settings = StepSettings(
-            network, micro, sharding, phased, again, config.steps, config.augment > 0, keeps_gradients=kept
-        )
+        settings = StepSettings(network, micro, sharding, phased, again, keeps_gradients=kept, config=config)
+        parts = distillation_bytes(settings)
         phases = simulate_distillation(settings) if exact else _interpolated(settings, parts)
         yield MemoryPlan(micro, form, again, parts, with_gradients(phases, parts, accumulates, kept))
         exact = False
@@ -202,7 +215,7 @@ def _interpolated(settings: StepSettings, parts: StateBytes) -> dict[Phase, int]
     for phase, value in a.items():
         phases[phase] = value + (b[phase] - value) * (settings.micro_batch - low) // (high - low)
         if "optimiser" in phase:
-            phases[phase] = _optimiser(settings.sharding, parts.parameters)
+            phases[phase] = _optimiser(settings.sharding, parts.trained)
     return phases
 
 

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
 
-Phase = Literal[
-    "student: samples",  # y = G(z) without a graph, and its perturbation
-    "student: forward and backward",
-    "student: optimiser",
-    "generator: samples",  # y = G(z); joint: with its graph
-    "generator: student",  # S forward and backward to x; joint: T forward too
-    "generator: teacher",  # phased: T forward and backward to x; joint: T's backward
-    "generator: backward",  # phased: G forward again; G's backward
-    "generator: optimiser",
-    "teacher: forward and backward",  # of a teacher's training
-    "teacher: optimiser",
-    "between steps",
-]
+# Who trains gives his own names. "backward" in one says that gradients arise there, "optimiser" that they are used up:
+#
+#   student: samples                 y = G(z) without a graph, and its perturbation
+#   student: forward and backward
+#   student: optimiser
+#   generator: samples               y = G(z); joint: with its graph
+#   generator: student               S forward and backward to x; joint: T forward too
+#   generator: teacher               phased: T forward and backward to x; joint: T's backward
+#   generator: backward              phased: G forward again; G's backward
+#   generator: optimiser
+#   teacher: forward and backward    of a teacher's training
+#   teacher: optimiser
+#   between steps
+Phase = str
 
 _listeners: list[Callable[[Phase], None]] = []
 

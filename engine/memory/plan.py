@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ipfm.engine.config import Offload, check_sharding
+from ipfm.engine.config import Distillation, DistillConfig, Offload, check_sharding
 from ipfm.engine.memory.phases import Phase
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation, simulate_teacher
 from ipfm.engine.memory.state import Sharding, StateBytes, state_bytes
@@ -31,7 +31,7 @@ class MemoryPlan:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of one network."""
+        """Number of parameters of the teacher, or of the network where there is none."""
         return self.parts.parameters
 
     @property
@@ -87,14 +87,11 @@ def plan_memory(
     precision: Precision = "fp32",
     offload: Offload = "none",
     teacher_storage: str = "auto",
-    student_beta1: float = 0.0,
-    generator_beta1: float = 0.0,
     backward: str = "auto",
     activation_checkpointing: str = "off",
-    steps: int = 1,
-    augment: bool = False,
     accumulates: bool = False,
     budget: int | None = None,
+    config: Distillation | None = None,
 ) -> MemoryPlan:
     """Predict the memory of a distillation on each process.
 
@@ -103,20 +100,19 @@ def plan_memory(
     and the allocator's fragmentation.
 
     Args:
-        network: architecture of all three networks, as it is trained.
+        network: the teacher's architecture, as it is trained.
         micro_batch: images a process handles at a time.
         ranks: number of processes.
         stage: ZeRO stage 0 to 3.
         precision: "fp32", or "bf16" or "fp16" (stage 1 to 3).
         offload: "none", "optimizer" or "all", see `RunConfig`.
-        teacher_storage: "fp32", "half", "sharded"; "auto" as in `DistillConfig`.
-        student_beta1, generator_beta1: Adam's first decays; 0 needs no first moment.
+        teacher_storage: "fp32", "half", "sharded"; "auto" as in `Distillation`.
         backward: "joint", "phased"; "auto" chooses joint where the budget allows it.
         activation_checkpointing: "on", "off"; "auto" turns it on where even phased does not fit without.
-        steps: K, the generator's evaluations.
-        augment: the student's images are augmented.
         accumulates: several micro-batches make a step.
         budget: bytes that a process may use; None: everything fits.
+        config: what is distilled, and how, such as the generator's steps and width; by default as `DistillConfig`. What
+            the other arguments say is not taken from it.
 
     Returns:
         The plan of the cheapest form that fits the budget, or of the smallest one where none does.
@@ -125,21 +121,25 @@ def plan_memory(
         ValueError: a number out of its range, or settings that do not go together.
     """
     sharding = check_plan(micro_batch, ranks, stage, precision, offload, teacher_storage, budget)
-    for name, beta in (("student-beta1", student_beta1), ("generator-beta1", generator_beta1)):
-        if not 0 <= beta < 1:
-            raise ValueError(f"{name} must lie in [0, 1), got {beta}")
-    moments = (1 + (student_beta1 > 0), 2 + (generator_beta1 > 0))
-    parts = state_bytes(network, sharding, moments, teacher=True)
+    kept = stage < 2 and not accumulates
+    settings = StepSettings(network, micro_batch, sharding, keeps_gradients=kept, config=config or DistillConfig())
+    parts = distillation_bytes(settings)
     plan = None
     for phased, again in forms(backward, activation_checkpointing):
-        kept = stage < 2 and not accumulates
-        settings = StepSettings(network, micro_batch, sharding, phased, again, steps, augment, kept)
-        phases = with_gradients(simulate_distillation(settings), parts, accumulates, kept)
+        simulated = simulate_distillation(replace(settings, phased=phased, activation_checkpointing=again))
+        phases = with_gradients(simulated, parts, accumulates, kept)
         plan = MemoryPlan(micro_batch, "phased" if phased else "joint", again, parts, phases, budget)
         if plan.fits:
             break
     assert plan is not None
     return plan
+
+
+def distillation_bytes(settings: StepSettings) -> StateBytes:
+    """What the networks of a distillation hold."""
+    roles = settings.config.objective(settings.network).roles
+    trained = [(role.network, role.moments) for role in roles]
+    return state_bytes(settings.network, settings.sharding, trained, teacher=True)
 
 
 def plan_teacher_training(
@@ -157,7 +157,7 @@ def plan_teacher_training(
 ) -> MemoryPlan:
     """The same for the training of a teacher: one network, its optimiser and its EMA. Arguments as in `plan_memory`."""
     sharding = check_plan(micro_batch, ranks, stage, precision, offload, "fp32", budget)
-    parts = state_bytes(network, sharding, (2 + (beta1 > 0),), teacher=False)
+    parts = state_bytes(network, sharding, [(network, 2 + (beta1 > 0))], teacher=False)
     kept = stage < 2 and not accumulates
     settings = StepSettings(
         network, micro_batch, sharding, activation_checkpointing=activation_checkpointing, keeps_gradients=kept

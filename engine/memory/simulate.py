@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ipfm.engine.config import DistillConfig
+from ipfm.engine.config import Distillation, DistillConfig, RunConfig
 from ipfm.engine.memory.live import LiveBytes
 from ipfm.engine.memory.phases import Phase, listening, mark
 from ipfm.engine.memory.state import Sharding
+from ipfm.engine.noise_levels import NoiseLevels
+from ipfm.engine.objective import Setting
 from ipfm.engine.objectives import add_noise, bind, denoising_objective
 from ipfm.engine.precision import DTYPES, apply_precision, halve_storage
-from ipfm.engine.steps import DistillSteps
 from ipfm.engine.world import World
 from ipfm.models import NetworkConfig, Precond, build_network
 
@@ -36,59 +37,58 @@ class StepSettings:
     """What decides over the memory of a step."""
 
     network: NetworkConfig
-    """As it is trained."""
+    """The teacher's, as it is trained."""
     micro_batch: int
     sharding: Sharding
     phased: bool = False
     activation_checkpointing: bool = False
-    steps: int = 1
-    """K: evaluations of the generator."""
-    augment: bool = False
     keeps_gradients: bool = True
     """Gradients stay where they arise until the optimiser takes them. False: they are counted elsewhere, because they
     leave for their shard at once, or are there already from an earlier micro-batch."""
+    config: Distillation = field(default_factory=DistillConfig)
+    """What is distilled, and how; of no matter to a teacher's training."""
 
     def __post_init__(self) -> None:
         # D changes no size: networks that differ in it alone share a simulation.
         object.__setattr__(self, "network", replace(self.network, D=math.inf))
+        object.__setattr__(self, "config", _all_that_matters(self.config, self.micro_batch, self.sharding))
+
+
+def _all_that_matters(config: Distillation, micro_batch: int, sharding: Sharding) -> Distillation:
+    """One iteration on a micro-batch: what changes no size is as it is by default."""
+    given = {f.name: f.default for f in fields(RunConfig) if f.default is not MISSING}
+    config = replace(config, **{**given, "augment": 0.5 if config.augment > 0 else 0.0}, noise=NoiseLevels())
+    return replace(
+        config, teacher=None, D=math.inf, batch=micro_batch, max_steps=1, zero=1, precision=sharding.precision,
+        teacher_storage="auto", backward="auto",
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
 def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
     """Bytes above the permanent state at the peak of each phase of an iteration, without communication buckets."""
-    sharding = settings.sharding
-    nets = [_meta_network(settings, trained=trained) for trained in (False, True, True)]
-    config = DistillConfig(
-        batch=settings.micro_batch,
-        max_steps=1,
-        D=math.inf,
-        zero=1,
-        precision=sharding.precision,
-        steps=settings.steps,
-        dropout=settings.network.dropout,
-        augment=0.5 if settings.augment else 0.0,
+    config = replace(settings.config, dropout=settings.network.dropout)
+    objective = config.objective(settings.network)
+    setting = Setting(
+        {
+            role.name: _Trained(_meta_network(role.network, settings, trained=True), settings)
+            for role in objective.roles
+        },
+        _meta_network(settings.network, settings, trained=False),
+        settings.micro_batch,
+        settings.phased,
+        World(0, 1, META),
     )
-    steps = DistillSteps(
-        config,
-        student=_Trained(nets[1], settings),
-        generator=_Trained(nets[2], settings),
-        teacher=nets[0],
-        network=settings.network,
-        D=math.inf,
-        micro_batch=settings.micro_batch,
-        phased=settings.phased,
-        world=World(0, 1, META),
-    )
+    steps = objective.steps(setting)
     with _peaks() as peaks:
-        steps.student_step(0)
-        steps.generator_step(0)
+        steps.iteration(0)
     return peaks
 
 
 @functools.lru_cache(maxsize=64)
 def simulate_teacher(settings: StepSettings) -> dict[Phase, int]:
     """The same for a step of a teacher's training: the denoising loss and its optimiser."""
-    net = _Trained(_meta_network(settings, trained=True), settings)
+    net = _Trained(_meta_network(settings.network, settings, trained=True), settings)
     net.module.train()
     size = settings.network.img_resolution
     with _peaks() as peaks:
@@ -122,10 +122,10 @@ def _peaks() -> Iterator[dict[Phase, int]]:
         peaks.pop("between steps")
 
 
-def _meta_network(settings: StepSettings, *, trained: bool) -> Precond:
+def _meta_network(network: NetworkConfig, settings: StepSettings, *, trained: bool) -> Precond:
     precision, storage = settings.sharding.precision, settings.sharding.teacher_storage
     with META:
-        net = build_network(settings.network)
+        net = build_network(network)
     net = apply_precision(net, precision)
     net.activation_checkpointing = settings.activation_checkpointing
     if trained:

@@ -11,7 +11,9 @@ What DeepSpeed 0.19.8 keeps was measured, in bytes a parameter of e bytes on N p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -47,7 +49,9 @@ class StateBytes:
     """Bytes on one process, outside the host's memory but for `host`."""
 
     parameters: int
-    """Number of parameters of one network."""
+    """Number of parameters of the teacher, or of the network where there is none."""
+    trained: int
+    """Number of parameters of the largest network in training."""
     teacher: int
     weights: int
     """Of the networks in training."""
@@ -56,7 +60,7 @@ class StateBytes:
     optimizer: int
     """Adam's moments and the EMA."""
     gradients: int
-    """Of one network, while it is trained; at stage 3 of all, all the time."""
+    """Of one network, the largest, while it is trained; at stage 3 of all, all the time."""
     buckets: int
     """Communication buffers; at stages 1 and 2 while a network is trained."""
     host: int
@@ -80,40 +84,49 @@ class StateBytes:
         return (self.permanent + self.training - self.buckets) / self.parameters
 
 
-def state_bytes(network: NetworkConfig, sharding: Sharding, moments: tuple[int, ...], *, teacher: bool) -> StateBytes:
+def state_bytes(
+    network: NetworkConfig, sharding: Sharding, trained: Sequence[tuple[NetworkConfig, int]], *, teacher: bool
+) -> StateBytes:
     """What the networks of a run hold.
 
     Args:
-        network: architecture of all of them.
+        network: the teacher's architecture, or that of a network in training where there is no teacher.
         sharding: how they are spread.
-        moments: for each network in training, the number of fp32 values that its optimiser keeps a parameter.
+        trained: each network in training, with the number of fp32 values that its optimiser keeps a parameter.
         teacher: there is a frozen teacher too.
     """
-    with torch.device("meta"):
-        net = build_network(network)
-    n = sum(p.numel() for p in net.parameters())
-    halved = sum(p.numel() for p in sixteen_bit_parameters(net))
-    trained, element = len(moments), sharding.element
-    shard = sharding.share(n, 1)
+    n, halved = _parameters(network)
+    numbers = [_parameters(net)[0] for net, _ in trained]
+    largest, element = max(numbers), sharding.element
+    shards = [sharding.share(count, 1) for count in numbers]
     stored = {"fp32": 4 * n, "half": 4 * n - 2 * halved, "sharded": 4 * -(-n // sharding.ranks)}
     kept = stored[sharding.teacher_storage] if teacher else 0
-    weights = trained * element * sharding.share(n, 3)
-    masters = trained * 4 * shard if sharding.stage > 0 else 0
-    optimizer = 4 * shard * sum(moments)
-    gradients = element * sharding.share(n, 2) * (trained if sharding.stage == 3 else 1)
+    weights = element * sum(sharding.share(count, 3) for count in numbers)
+    masters = 4 * sum(shards) if sharding.stage > 0 else 0
+    optimizer = 4 * sum(shard * moments for shard, (_, moments) in zip(shards, trained, strict=True))
+    shares = [element * sharding.share(count, 2) for count in numbers]
+    gradients = sum(shares) if sharding.stage == 3 else max(shares)
     bucket = element * BUCKET_ELEMENTS
     # DeepSpeed allocates whole buckets, on a single process too; at stage 0 it gathers what there is.
-    buckets = {0: min(bucket, element * n) if sharding.ranks > 1 else 0, 3: trained * bucket}.get(
+    buckets = {0: min(bucket, element * largest) if sharding.ranks > 1 else 0, 3: len(trained) * bucket}.get(
         sharding.stage, bucket
     )
     host = 0
     if sharding.offload != "none":
         # With them go two buffers in which the gradients arrive.
-        host = masters + optimizer + 8 * trained * shard
+        host = masters + optimizer + 8 * sum(shards)
         masters = optimizer = 0
     if sharding.offload == "all":
         host += weights + (gradients if sharding.stage == 3 else 0)
         weights = gradients = 0
         if sharding.teacher_storage == "sharded":
             host, kept = host + kept, 0
-    return StateBytes(n, kept, weights, masters, optimizer, gradients, buckets, host, sharding.stage)
+    return StateBytes(n, largest, kept, weights, masters, optimizer, gradients, buckets, host, sharding.stage)
+
+
+@lru_cache(maxsize=64)
+def _parameters(network: NetworkConfig) -> tuple[int, int]:
+    """Number of parameters, and of those that sixteen bits may hold."""
+    with torch.device("meta"):
+        net = build_network(network)
+    return sum(p.numel() for p in net.parameters()), sum(p.numel() for p in sixteen_bit_parameters(net))
