@@ -155,11 +155,12 @@ def plot_convergence(
 
 
 class PaperResult(NamedTuple):
-    """A published FID (50 000 images, minimum of three) beside that of its teacher, with the teacher's NFE."""
+    """A published FID (50 000 images, minimum of three) beside that of its teacher, with the teacher's NFE, where
+    these are known."""
 
     fid: float
-    teacher_fid: float
-    teacher_nfe: int
+    teacher_fid: float | None
+    teacher_nfe: int | None
     source: str = "arXiv 2509.22454"
 
     def __str__(self) -> str:

@@ -47,7 +47,11 @@ def conclude(
         published = distiller.objective.published(distiller.dataset).get(distiller.D)
     rows = [
         _row(
-            "teacher", None, 2 * config.heun_steps - 1, teacher, f"FID {published.teacher_fid:g}" if published else None
+            "teacher",
+            None,
+            2 * config.heun_steps - 1,
+            teacher,
+            f"FID {published.teacher_fid:g}" if published and published.teacher_fid else None,
         ),
         _row("generator", distiller.objective.nfe, distiller.objective.nfe, generator, published and str(published)),
     ]

@@ -39,6 +39,10 @@ class Stream(IntEnum):
     # 19: SHAPES
     STUDENT_LAST = 20
     GENERATOR_LAST = 21
+    PID_LATENT = 22
+    PID_LEVEL = 23
+    PID_LABEL = 24
+    PID_DROPOUT = 25
 
 
 def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: Stream, step: int) -> Tensor | None:

@@ -22,6 +22,7 @@ BASE = {**equivalence.BASE, "max_steps": STEPS}
 SETTINGS: dict[str, dict[str, Any]] = {
     "k1": {},
     "k2": {"steps": 2},
+    "last": {"steps": 3, "gradient": "last"},
     "augmented": {"augment": 0.5},
     "options": {"student_updates": 2, "student_lr": 5e-4, "generator_beta1": 0.9, "student_beta1": 0.5, "alpha": 1.2},
     "clipped": {"clip_grad": 0.05},
@@ -33,6 +34,7 @@ MORE: tuple[tuple[str, int, str, int, dict[str, Any]], ...] = (
     ("k2", 0, "phased", 2, {}),
     ("k2", 2, "joint", 2, {}),
     ("k2", 3, "joint", 1, {}),
+    *(("last", stage, backward, 1, {}) for stage, backward in ((0, "joint"), (1, "phased"))),
     ("augmented", 0, "phased", 1, {}),
     ("options", 3, "joint", 1, {}),
     *(("clipped", stage, "phased", 2 - stage // 3, {}) for stage in (2, 3)),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ipfm.engine import DistillConfig
 from ipfm.engine.augmentation import augment
-from ipfm.engine.streams import Stream, draw_labels, seed_dropout
+from ipfm.engine.streams import Stream, draw_labels, draw_number, seed_dropout
 from ipfm.kernels import philox, reference
 from ipfm.models import Precond
 
@@ -55,9 +55,14 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
     def classes(stream: Stream, step: int) -> Tensor | None:
         return draw_labels(teacher.label_dim, index, seed=config.seed, stream=stream, step=step)
 
-    def samples(stream: Stream, step: int, labels: Tensor | None) -> Tensor:
+    def samples(stream: Stream, step: int, labels: Tensor | None, last: Stream) -> Tensor:
         y = torch.zeros(config.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
-        for k, level in enumerate(levels):
+        ends = len(levels)
+        if config.gradient == "last":
+            ends = 1 + draw_number(len(levels), seed=config.seed, stream=last, step=step)
+        for k, level in enumerate(levels[:ends]):
+            if config.gradient == "last":
+                y = y.detach()
             sigma = torch.full((config.batch,), level)
             x = noisy(y, sigma, stream, step * len(levels) + k)
             seed_dropout(config.seed, Stream.GENERATOR_DROPOUT, step * len(levels) + k, 0)
@@ -77,7 +82,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
             count = step * config.student_updates + update
             labels = classes(Stream.STUDENT_LABEL, count)
             with torch.no_grad():
-                y = samples(Stream.STUDENT_LATENT, count, labels)
+                y = samples(Stream.STUDENT_LATENT, count, labels, Stream.STUDENT_LAST)
             position = {"seed": config.seed, "stream": Stream.STUDENT_AUGMENT, "step": count, "sample_index": index}
             y, augment_labels = augment(y, config.augment, **position)
             n = philox.normal(index, 1, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=count)[:, 0]
@@ -92,7 +97,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
 
         S.requires_grad_(False).eval()
         labels = classes(Stream.GENERATOR_LABEL, step)
-        y = samples(Stream.GENERATOR_LATENT, step, labels)
+        y = samples(Stream.GENERATOR_LATENT, step, labels, Stream.GENERATOR_LAST)
         u = philox.uniform(index, 1, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)[:, 0].double()
         sigma = (80 ** (1 / 7) + (1 - 0.8 * u) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
         x = noisy(y, sigma.float(), Stream.GENERATOR_NOISE, step)
