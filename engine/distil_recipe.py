@@ -11,6 +11,8 @@ from ipfm.engine.config import Distillation
 from ipfm.engine.networks import teacher_facts
 from ipfm.engine.recipe import (
     DistillationOptions,
+    PidOptions,
+    RecipeOptions,
     check_images,
     describe,
     first_process,
@@ -78,7 +80,7 @@ class DistilRecipe:
             options = parse(type(self.base), argv, default=default, prog=self.file, description=self.about)
             config = resolve(options.distillation(), network, run_device())
             config.split(launched_processes())
-            path = options.out or run_name(self.file.removesuffix("_ipfm.py"), config, network.D)
+            path = options.out or run_name(self.file.removesuffix(".py").removesuffix("_ipfm"), config, network.D)
             record = check_run_folder(path, "distill", config, teacher_facts(teacher))
             comparison = options.comparison(self.shape, run_device())
         notes = self.notes(network, config)
@@ -107,6 +109,22 @@ class DistilRecipe:
             if distiller.rows:
                 print(results_table(distiller.rows))
             print(f"generator: {path / 'generator'}")
+
+    def as_sid(
+        self, file: str, about: str | None, base: RecipeOptions, *, D: float, preset: str | None = None
+    ) -> DistilRecipe:
+        """The same data set with the settings of SiD, the case D = inf."""
+        return replace(
+            self, file=file, about=about or "", base=base, variant=same_for_every_D, D=D, preset=preset or self.preset,
+            settings_from=f"{self.title}: the settings of SiD (arXiv 2404.04057)",
+        )  # fmt: skip
+
+    def as_pid(self, file: str, about: str | None, base: PidOptions, *, D: float) -> DistilRecipe:
+        """The same data set by physics informed distillation."""
+        return replace(
+            self, file=file, about=about or "", base=base, variant=same_for_every_D, D=D,
+            settings_from=f"{self.title}: the settings of Physics Informed Distillation (Tee et al.), D = inf there",
+        )  # fmt: skip
 
     def settings_for(self, network: NetworkConfig) -> DistillationOptions:
         """The settings for a teacher: those for its D, without augmentation where it cannot be told of it."""

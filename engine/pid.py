@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from ipfm.engine.config import Distillation
+from ipfm.engine.lpips import Lpips, load_lpips, lpips_gradient
+from ipfm.engine.lpips_weights import read_weights, shapes
 from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.memory.phases import mark
 from ipfm.engine.networks import generator_network, start_of
@@ -47,8 +50,14 @@ class PidConfig(Distillation):
     """N: noise levels of the grid on which the trajectory is differentiated."""
     difference: Difference = "first"
     """first: the slope at a level by the difference to the next one; central: at the middle between the two."""
-    distance: Literal["l2"] = "l2"
-    """What measures the residual: l2, its square summed over the elements."""
+    distance: Literal["l2", "lpips"] = "l2"
+    """What measures the residual: l2, its square summed over the elements; lpips, the distance of the two images in the
+    features of VGG-16 (1 or 3 channels)."""
+    lpips: Path | None = None
+    """With --distance lpips: its weights, the state dict of lpips.LPIPS(net="vgg") or a folder with the two files that
+    it is made of. Default: those of the installed package lpips and of torch's hub folder."""
+    lpips_side: int | None = None
+    """With --distance lpips: resize images to this side first. Default: as they are, at least 16."""
     beta1: float = 0.9
     """First decay of Rectified Adam."""
 
@@ -58,8 +67,12 @@ class PidConfig(Distillation):
             raise ValueError(f"points must be an integer >= 2, got {self.points}")
         if self.difference not in ("first", "central"):
             raise ValueError(f"difference must be first or central, got {self.difference!r}")
-        if self.distance not in ("l2",):
-            raise ValueError(f"distance must be l2, got {self.distance!r}")
+        if self.distance not in ("l2", "lpips"):
+            raise ValueError(f"distance must be l2 or lpips, got {self.distance!r}")
+        if self.distance != "lpips" and not self.lpips is self.lpips_side is None:
+            raise ValueError("lpips and lpips-side are settings of --distance lpips, got distance l2")
+        if self.lpips_side is not None and (not isinstance(self.lpips_side, int) or self.lpips_side < 16):
+            raise ValueError(f"lpips-side must be an integer >= 16, got {self.lpips_side}")
         if isinstance(self.beta1, bool) or not isinstance(self.beta1, (int, float)) or not 0 <= self.beta1 < 1:
             raise ValueError(f"beta1 must lie in [0, 1), got {self.beta1}")
         if self.augment > 0:
@@ -75,6 +88,16 @@ class PidConfig(Distillation):
             raise ValueError(
                 f"a trajectory needs a teacher with EDM's preconditioning ({EDMPrecond.PRECOND}), got {network.precond}"
             )
+        if self.distance == "lpips":
+            if network.img_channels not in (1, 3):
+                raise ValueError(f"distance lpips is for images of 1 or 3 channels, got {network.img_channels}")
+            if self.lpips_side is None and network.img_resolution < 16:
+                raise ValueError(
+                    f"distance lpips needs images of at least 16x16, this network's have side "
+                    f"{network.img_resolution}: give --lpips-side 32"
+                )
+            # They are looked for before anything expensive begins.
+            read_weights(self.lpips)
         return self
 
     def objective(self, network: NetworkConfig) -> Objective:
@@ -211,6 +234,7 @@ class PidSteps:
         self.phased, self.world = setting.phased, setting.world
         self.local_batch, self.micro_batch = config.batch // setting.world.size, setting.micro_batch
         device = setting.world.device
+        self._lpips = None if config.distance == "l2" else _lpips(config, device)
         self._grid = config.noise.karras(config.points)[:-1].to(device)
         shape = (setting.micro_batch, network.img_channels, network.img_resolution, network.img_resolution)
         self._zeros = torch.zeros(shape, device=device)
@@ -287,10 +311,10 @@ class PidSteps:
             x = p_z * z + p_here * f_here + p_there * f_there
             sound = finite & torch.isfinite(x.square().sum((1, 2, 3)))
             target = self.teacher(x.masked_fill(_column(~sound), 0.0), at.level, labels)
-            residual = _column(at.a) * f_here + _column(at.b) * f_there - target
-            loss = residual.square().sum((1, 2, 3))
-            valid = sound & torch.isfinite(loss)
-            gradient = (2 * residual).masked_fill(_column(~valid), 0.0) / self.local_batch
+            prediction = _column(at.a) * f_here + _column(at.b) * f_there
+            loss, gradient, fits = self._distance(prediction, target)
+            valid = sound & fits
+            gradient = gradient.masked_fill(_column(~valid), 0.0) / self.local_batch
         mark("generator: backward")
         if graph is not None:
             both = torch.cat([_column(at.a) * gradient, _column(at.b) * gradient])
@@ -302,9 +326,25 @@ class PidSteps:
                 del out
         return loss.masked_fill(~valid, 0.0), valid
 
+    def _distance(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """d (B,), its gradient with respect to the prediction, and whether both are finite (B,)."""
+        if self._lpips is not None:
+            return lpips_gradient(self._lpips, prediction, target)
+        residual = prediction - target
+        loss = residual.square().sum((1, 2, 3))
+        return loss, 2 * residual, torch.isfinite(loss)
+
     def _seed_dropout(self, step: int, first: int) -> None:
         if self.config.dropout > 0:
             seed_dropout(self.config.seed, Stream.PID_DROPOUT, step, first)
+
+
+def _lpips(config: PidConfig, device: torch.device) -> Lpips:
+    """The distance; for a memory plan without values."""
+    if device.type != "meta":
+        return load_lpips(config.lpips, device, resize=config.lpips_side)
+    weights = {name: torch.empty(size, device=device) for name, size in shapes().items()}
+    return Lpips(weights, resize=config.lpips_side)
 
 
 def _column(values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from ipfm.engine.evaluation_options import EvaluationOptions
 from ipfm.engine.layouts import layout_table
 from ipfm.engine.memory import MemoryPlan, choose, choose_training, device_budget
 from ipfm.engine.networks import trained_config
+from ipfm.engine.pid import PidConfig
 from ipfm.engine.resolve import resolve_precision, run_device
 from ipfm.models import NetworkConfig, Precond, build_network, load_teacher
 
@@ -49,6 +51,16 @@ class DistillationOptions(Distillation, EvaluationOptions):
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions(DistillationOptions, DistillConfig):
     """Options of every recipe that distils by inverse Poisson flow matching or SiD."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PidOptions(DistillationOptions, PidConfig):
+    """Options of every recipe that distils by physics informed distillation."""
+
+
+def ema_kimg(decay: float, batch: int) -> float:
+    """The half-life, in thousands of images, of a moving average with this decay a step."""
+    return batch * math.log(0.5) / math.log(decay) / 1000
 
 
 def read_teacher(options: DistillationOptions) -> Precond | None:

@@ -21,7 +21,7 @@ FREE = frozenset(
         "out", "micro_batch", "max_steps", "kimg", "zero", "tf32", "log_every", "eval_every", "checkpoint_every",
         "keep_checkpoints", "max_bad_steps", "resume", "backward", "teacher", "heun_steps", "offload",
         "activation_checkpointing", "async_checkpoints", "profile_memory", "teacher_storage", "compile",
-        "memory_format",
+        "memory_format", "lpips",
     }
 )  # fmt: skip
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ipfm.engine import Distiller, NoiseLevels
+from ipfm.engine.lpips_weights import shapes
 from ipfm.engine.pid import PidConfig, stencil
 from ipfm.engine.sampling import sample_model
 from ipfm.engine.streams import Stream, draw_labels, seed_dropout
@@ -154,6 +156,23 @@ def test_samples_that_overflow_do_not_count(teacher: Precond) -> None:
     assert all(p.isfinite().all() for _, p in run.generator.full("weight"))
 
 
+def test_lpips_as_the_distance(teacher: Precond, tmp_path: Path) -> None:
+    """Weights are asked for before anything begins; a step descends the distance, and the plan knows its memory."""
+    config = replace(BASE, distance="lpips", lpips=tmp_path / "lpips.safetensors", lpips_side=16, batch=2)
+    with pytest.raises(ValueError, match="lpips"):
+        Distiller(config, teacher, world=ALONE)
+    torch.manual_seed(1)
+    fans = {name: math.prod(size[1:]) for name, size in shapes().items()}
+    save_file({n: torch.randn(s) * (2 / max(1, fans[n])) ** 0.5 for n, s in shapes().items()}, config.lpips)
+    with pytest.raises(ValueError, match=r"needs images of at least 16x16, .* give --lpips-side 32"):
+        Distiller(replace(config, lpips_side=None), teacher, world=ALONE)
+    run = Distiller(config, teacher, world=ALONE)
+    measured = run.iteration(0)
+    assert float(measured.bad["generator"]) == 0 and float(measured.sums["generator_loss"]) > 0
+    plain = Distiller(replace(config, distance="l2", lpips=None, lpips_side=None), teacher, world=ALONE)
+    assert run.memory_plan().working > plain.memory_plan().working + 4 * 14_700_000  # VGG-16
+
+
 def test_published_figures() -> None:
     config = PidConfig(D=math.inf, distance="l2")
     network = replace(NETWORK, D=math.inf)
@@ -169,7 +188,9 @@ def test_published_figures() -> None:
     [
         ({"points": 1}, "points must be an integer >= 2, got 1"),
         ({"difference": "second"}, "difference must be first or central, got 'second'"),
-        ({"distance": "l1"}, "distance must be l2.*, got 'l1'"),
+        ({"distance": "l1"}, "distance must be l2 or lpips, got 'l1'"),
+        ({"lpips_side": 32}, "lpips and lpips-side are settings of --distance lpips, got distance l2"),
+        ({"lpips_side": 8, "distance": "lpips"}, "lpips-side must be an integer >= 16, got 8"),
         ({"beta1": 1.0}, r"beta1 must lie in \[0, 1\), got 1.0"),
         ({"augment": 0.1}, "augment must be 0, .* got 0.1"),
         ({"precision": "fp16"}, "precision fp16 is not for this objective.*"),

@@ -9,9 +9,26 @@ import pytest
 from ipfm.engine.commandline import BadInput
 from ipfm.engine.report import PAPER_RESULTS
 from ipfm.models import EDMPrecond, save_model
-from ipfm.recipes import afhqv2_ipfm, cifar_ipfm, cifar_teacher, ffhq_ipfm, ffhq_teacher, imagenet64_ipfm
+from ipfm.recipes import (
+    afhqv2_ipfm,
+    afhqv2_sid,
+    cifar_ipfm,
+    cifar_pid,
+    cifar_sid,
+    cifar_teacher,
+    ffhq_ipfm,
+    ffhq_sid,
+    ffhq_teacher,
+    imagenet64_ipfm,
+    imagenet64_pid,
+    imagenet64_sid,
+)
 
-DISTIL = {"cifar": cifar_ipfm, "ffhq": ffhq_ipfm, "afhqv2": afhqv2_ipfm, "imagenet64": imagenet64_ipfm}
+DISTIL = {
+    "cifar": cifar_ipfm, "ffhq": ffhq_ipfm, "afhqv2": afhqv2_ipfm, "imagenet64": imagenet64_ipfm,
+    "cifar SiD": cifar_sid, "ffhq SiD": ffhq_sid, "afhqv2 SiD": afhqv2_sid, "imagenet64 SiD": imagenet64_sid,
+}  # fmt: skip
+PID = {"cifar": cifar_pid, "imagenet64": imagenet64_pid}
 TEACH = {"cifar": cifar_teacher, "ffhq": ffhq_teacher}
 
 # recipe -> (lr, beta1 of student and generator, alpha, batch, dropout, augment, EMA half-life in kimg, Heun steps)
@@ -20,6 +37,10 @@ PUBLISHED = {
     "ffhq": (1e-5, 0.0, 0.9, 1.0, 512, 0.05, 0.15, 500, 40),
     "afhqv2": (5e-6, 0.0, 0.0, 1.0, 512, 0.05, 0.15, 500, 40),
     "imagenet64": (4e-6, 0.0, 0.0, 1.2, 8192, 0.1, 0.0, 2000, 40),
+    "cifar SiD": (1e-5, 0.0, 0.0, 1.2, 256, 0.13, 0.12, 500, 18),
+    "ffhq SiD": (1e-5, 0.0, 0.9, 1.2, 512, 0.05, 0.15, 500, 40),
+    "afhqv2 SiD": (5e-6, 0.0, 0.0, 1.0, 512, 0.05, 0.15, 500, 40),
+    "imagenet64 SiD": (4e-6, 0.0, 0.0, 1.2, 8192, 0.1, 0.0, 2000, 40),
 }
 
 
@@ -50,6 +71,23 @@ def test_settings_are_those_of_the_papers(capsys: pytest.CaptureFixture[str], tm
     }  # fmt: skip
     assert {name: float(said[name]) for name in expected} == pytest.approx(expected)
     assert not list(tmp_path.iterdir())
+
+
+def test_sid_is_diffusion(capsys: pytest.CaptureFixture[str]) -> None:
+    said = dry(capsys, cifar_sid)
+    assert said["D"] == "inf" and said["out"] == "runs/cifar_sid-Dinf-alpha1.2-K1"
+    assert "the settings of SiD (arXiv 2404.04057)" in said["text"] and "55,733,891" in said["text"]  # ddpm++
+
+
+@pytest.mark.parametrize(("recipe", "lr", "batch"), [("cifar", 2e-4, 512), ("imagenet64", 1e-4, 2048)])
+def test_settings_of_pid(capsys: pytest.CaptureFixture[str], recipe: str, lr: float, batch: int) -> None:
+    said = dry(capsys, PID[recipe], "--distance", "l2", "--micro-batch", "4")
+    assert (float(said["lr"]), int(said["batch"]), int(said["points"])) == (lr, batch, 250)
+    # 0.99995 in every step: the ramp ends with the first one.
+    assert 0.5 ** (batch / (1000 * float(said["ema_kimg"]))) == pytest.approx(0.99995, abs=1e-9)
+    assert float(said["ema_rampup"]) == 1e6 and float(said["dropout"]) == 0
+    with pytest.raises(BadInput, match="LPIPS"):
+        PID[recipe].main(["--dry-run"])
 
 
 @pytest.mark.parametrize("setting", PAPER_RESULTS)

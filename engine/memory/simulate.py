@@ -79,9 +79,9 @@ def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
         settings.phased,
         World(0, 1, META),
     )
-    steps = objective.steps(setting)
     with _peaks() as peaks:
-        steps.iteration(0)
+        # What the steps hold beside the networks, such as those of a distance, is there in each phase.
+        objective.steps(setting).iteration(0)
     return peaks
 
 

@@ -1,0 +1,29 @@
+"""FFHQ, 64x64: score identity distillation, the case D = inf with SiD's own settings.
+
+    deepspeed recipes/ffhq_sid.py --teacher edm-ffhq-64x64-uncond-vp.pkl
+    deepspeed recipes/ffhq_sid.py --dry-run
+
+The loss of SiD (arXiv 2404.04057, eq. 23) is half of IPFM's at the same alpha; everything else is `ffhq_ipfm.py`.
+Batch 512, learning rate 1e-5, Adam with beta1 = 0 (student) and 0.9 (generator), alpha 1.2, dropout 0.05, augmentation
+0.15.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ipfm.engine.commandline import run_command
+from ipfm.recipes import ffhq_ipfm
+
+RECIPE = ffhq_ipfm.RECIPE.as_sid("ffhq_sid.py", __doc__, replace(ffhq_ipfm.BASE, alpha=1.2), D=math.inf)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the recipe with these arguments."""
+    RECIPE.main(argv)
+
+
+if __name__ == "__main__":
+    run_command(__file__, main)
