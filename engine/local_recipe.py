@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from ipfm.engine.commandline import parse, user_input
-from ipfm.engine.config import DistillConfig, TeacherConfig
+from ipfm.engine.config import Distillation, TeacherConfig
 from ipfm.engine.data import ImageDataset
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.metrics import Features, dataset_statistics
 from ipfm.engine.networks import teacher_facts
 from ipfm.engine.recipe import (
-    RecipeOptions,
+    DistillationOptions,
     check_images,
     describe,
     first_process,
@@ -32,7 +32,8 @@ from ipfm.engine.trio import Distiller
 from ipfm.engine.world import World, start_world
 from ipfm.models import NetworkConfig, Precond
 
-O = TypeVar("O", bound=RecipeOptions)
+O = TypeVar("O", bound=DistillationOptions)
+P = TypeVar("P", bound=DistillationOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,10 @@ class LocalRecipe(Generic[O]):
     training: TeacherConfig
     """Settings of the teacher's training, but for those that the options decide, see `teaching`."""
 
+    def with_options(self, file: str, about: str | None, base: P) -> LocalRecipe[P]:
+        """The same data and teacher, distilled as the class of these options says."""
+        return replace(cast(LocalRecipe[Any], self), file=file, about=about or "", base=base)
+
     # -- without a command line -------------------------------------------------------------------------------------
 
     @cached_property
@@ -110,7 +115,7 @@ class LocalRecipe(Generic[O]):
         return TeacherTraining(config, network, self.dataset, world=world).run(path)
 
     def distil(
-        self, teacher: Precond, config: DistillConfig, path: Path, world: World, *, images: int | None = None
+        self, teacher: Precond, config: Distillation, path: Path, world: World, *, images: int | None = None
     ) -> list[EvaluationRow]:
         """Distil `teacher` in the run folder `path`, or continue there.
 
@@ -139,7 +144,7 @@ class LocalRecipe(Generic[O]):
         statistics = dataset_statistics(self.dataset, features)
         return Evaluation(features, statistics, images=self.base.eval_images if images is None else images)
 
-    def _distiller(self, teacher: Precond, config: DistillConfig, evaluation: Evaluation, world: World) -> Distiller:
+    def _distiller(self, teacher: Precond, config: Distillation, evaluation: Evaluation, world: World) -> Distiller:
         return Distiller(config, teacher, evaluation=evaluation, world=world)
 
     # -- the command line -------------------------------------------------------------------------------------------
