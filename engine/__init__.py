@@ -1,4 +1,4 @@
-"""Training engine: the three-network distillation loop, samplers, checkpoints and metrics."""
+"""Training engine: the distillation loop, its objectives, samplers, checkpoints and metrics."""
 
 import os
 
@@ -10,7 +10,8 @@ from ipfm.engine.config import DistillConfig, TeacherConfig
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.memory import plan_memory
 from ipfm.engine.noise_levels import NoiseLevels
-from ipfm.engine.samplers import generate, heun_sample
+from ipfm.engine.pid import PidConfig
+from ipfm.engine.samplers import generate, heun_sample, trajectory_sample
 from ipfm.engine.teacher_training import TeacherTraining
 from ipfm.engine.trio import Distiller
 
@@ -19,9 +20,11 @@ __all__ = [
     "Distiller",
     "Evaluation",
     "NoiseLevels",
+    "PidConfig",
     "TeacherConfig",
     "TeacherTraining",
     "generate",
     "heun_sample",
     "plan_memory",
+    "trajectory_sample",
 ]

@@ -14,6 +14,7 @@ from ipfm.engine.report import (
     read_results,
     write_results,
 )
+from ipfm.engine.samplers import evaluations
 from ipfm.engine.teacher_training import evaluate_teacher
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def conclude(
         _row(
             "teacher",
             None,
-            2 * config.heun_steps - 1,
+            evaluations(config.heun_steps, "heun"),
             teacher,
             f"FID {published.teacher_fid:g}" if published and published.teacher_fid else None,
         ),
