@@ -115,7 +115,7 @@ class Distiller:
         )
 
     def _exported(self) -> NetworkConfig:
-        """Architecture of the result: the generator's as it is used, without dropout's setting changed."""
+        """Architecture of the result; its dropout is the teacher's again, as a record, for it is used without any."""
         role = next(role for role in self.objective.roles if role.name == self.objective.generator)
         used = replace(role.network, dropout=self.network.dropout, label_dropout=self.network.label_dropout)
         return self.network if used == self.network else used
@@ -133,7 +133,7 @@ class Distiller:
         return net
 
     def iteration(self, step: int) -> Measured:
-        """`student_updates` student steps, then the generator step; `step` counts from 0."""
+        """One update of every network of the objective; `step` counts from 0."""
         self.averaged.release()
         return self.steps.iteration(step)
 
