@@ -36,7 +36,7 @@ class Stream(IntEnum):
     TEACHER_AUGMENT = 16
     STUDENT_AUGMENT = 17
     SAMPLER_CHURN = 18
-    # 19: SHAPES
+    SHAPES = 19
     STUDENT_LAST = 20
     GENERATOR_LAST = 21
     PID_LATENT = 22

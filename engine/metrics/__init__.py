@@ -1,10 +1,11 @@
 """Metrics of sets of images, in a feature space that the caller chooses.
 
-With the features of the Inception network the Fréchet distance is the FID; with :class:`PixelFeatures` it needs no
-network. All of them are computed in float64, and depend neither on how the images were split into batches nor on the
-number of ranks, beyond rounding.
+With the features of the Inception network the Fréchet distance is the FID; with :class:`PixelFeatures` or
+:class:`BlockFeatures` it needs no network. All of them are computed in float64, and depend neither on how the images
+were split into batches nor on the number of ranks, beyond rounding.
 """
 
+from ipfm.engine.metrics.blocks import BlockFeatures
 from ipfm.engine.metrics.collection import collect, index_ranges
 from ipfm.engine.metrics.evaluate import (
     METRICS,
@@ -24,6 +25,7 @@ from ipfm.engine.metrics.precision_recall import PrecisionRecall, precision_reca
 
 __all__ = [
     "METRICS",
+    "BlockFeatures",
     "FeatureMoments",
     "Features",
     "FrechetResult",
