@@ -18,7 +18,7 @@ from ipfm.engine.monitor import Monitor, picture_path
 from ipfm.engine.report import EvaluationHistory
 from ipfm.engine.run_folder import RunFolder
 from ipfm.engine.stopping import Interrupted, Noted, StopAsked, noting_signals
-from ipfm.engine.task import ProcessLost, Progress, Task, TrainingFailed
+from ipfm.engine.task import NotFinite, ProcessLost, Progress, Task, TrainingFailed
 from ipfm.engine.world import World
 from ipfm.models.durable import why
 
@@ -179,7 +179,7 @@ class _Run:
             self.writer.wait()
         if progress.bad_steps > config.max_bad_steps:
             self.writer.wait()
-            raise TrainingFailed(self._too_bad())
+            raise NotFinite(self._too_bad(), progress.step)
         return int(stop)
 
     def _look(self) -> int:

@@ -20,6 +20,14 @@ class TrainingFailed(RuntimeError):
     """The run cannot go on; the message says why and where to continue."""
 
 
+class NotFinite(TrainingFailed):
+    """Too many steps, of the `step` ones done, had non-finite samples or gradients."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class ProcessLost(TrainingFailed):
     """Another process of the run has ended, or does not answer."""
 
