@@ -139,7 +139,7 @@ def plot(
     """PNG of the distance over thousands of images: a line for each variant's mean over the seeds whose distance is
     finite, a band from the smallest to the largest, a cross where a run diverged, dashed lines for teachers.
 
-    The axis is logarithmic where the distances span more than a factor of 20. ValueError: nothing finite to draw.
+    The axis is logarithmic where the distances span more than a factor of 5. ValueError: nothing finite to draw.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -182,7 +182,7 @@ def plot(
     elif known:
         axes.plot([], [], color="#555555", linestyle="--", linewidth=1, label="teachers, by colour")
     values = [*finite, *known.values()]
-    if min(values) > 0 and max(values) > 20 * min(values):
+    if min(values) > 0 and max(values) > 5 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")

@@ -38,7 +38,6 @@ DIGITS: LocalRecipe[AblationOptions] = replace(
             eval_images=2000,
             checkpoint_every=100,
             teacher_steps=600,
-            heun_steps=9,
             max_bad_steps=10,
         ),
     ),
