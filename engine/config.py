@@ -254,6 +254,10 @@ class Distillation(RunConfig):
         """
         return self
 
+    def sized(self) -> Self:
+        """These settings with all that changes no tensor's size as it is by default: equal ones need equal memory."""
+        return self
+
     def objective(self, network: NetworkConfig) -> Objective:
         """What is trained, and how; for settings with nothing left open but what memory decides.
 
@@ -325,6 +329,10 @@ class DistillConfig(Distillation):
     def resolved(self, network: NetworkConfig) -> Self:
         """See `Distillation.resolved`: with the noise levels."""
         return replace(self, sigmas=self.levels)
+
+    def sized(self) -> Self:
+        """See `Distillation.sized`."""
+        return replace(self, alpha=1.0, sigmas=(), sigma_init=2.5, student_lr=None, student_updates=1)
 
     def objective(self, network: NetworkConfig) -> Objective:
         """See `Distillation.objective`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -99,6 +99,10 @@ class PidConfig(Distillation):
             # They are looked for before anything expensive begins.
             read_weights(self.lpips)
         return self
+
+    def sized(self) -> Self:
+        """See `Distillation.sized`."""
+        return replace(self, points=2, difference="first")
 
     def objective(self, network: NetworkConfig) -> Objective:
         """See `Distillation.objective`."""

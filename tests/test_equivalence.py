@@ -33,11 +33,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 MORE: tuple[tuple[str, int, str, int, dict[str, Any]], ...] = (
     ("k2", 0, "phased", 2, {}),
     ("k2", 2, "joint", 2, {}),
-    ("k2", 3, "joint", 1, {}),
     *(("last", stage, backward, 1, {}) for stage, backward in ((0, "joint"), (1, "phased"))),
     ("augmented", 0, "phased", 1, {}),
     ("options", 3, "joint", 1, {}),
-    *(("clipped", stage, "phased", 2 - stage // 3, {}) for stage in (2, 3)),
+    ("clipped", 2, "phased", 2, {}),
     ("k2", 3, "phased", 1, {"activation_checkpointing": "on"}),
     *(("k1", stage, "phased", 2 - stage // 3, {"offload": "optimizer"}) for stage in (1, 3)),
     ("k1", 3, "joint", 1, {"offload": "all", "teacher_storage": "sharded"}),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ipfm.kernels.bench import floor
+
 COLUMNS = [
     "kernel", "variant", "arch", "registers", "spills", "shared_bytes", "global_load_bits", "global_store_bits",
     "instructions",
@@ -22,7 +24,8 @@ ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict[str, str]]:
+def report(tmp_path_factory) -> Path:
+    """The folder of a quick report."""
     out = tmp_path_factory.mktemp("offline")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [
@@ -38,8 +41,14 @@ def rows(tmp_path_factory) -> list[dict[str, str]]:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip().splitlines()[-1]) == out / "offline.csv"
-    assert (out / "offline.md").read_text() in done.stdout
-    with (out / "offline.csv").open(newline="") as file:
+    for name in ("floor", "offline"):
+        assert (out / f"{name}.md").read_text() in done.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def rows(report) -> list[dict[str, str]]:
+    with (report / "offline.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -96,3 +105,23 @@ def test_spills_are_counted():
     found = _INSTRUCTION.findall(listing)
     assert found == ["LDG.E.128", "STG.E.U16", "STL.64", "LDL", "LDG.E"]
     assert [_width(o) for o in found] == [128, 16, 64, 32, 32]
+
+
+def test_perturb_stands_a_little_above_its_floor(report):
+    """The same run has counted its instructions, for sm_90."""
+    with (report / "floor.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["kernel"], r["variant"], r["counted"]) for r in rows] == [
+        ("perturb", "fp32 D=inf", "loop"), ("perturb", "fp32 D=128", "loop"), ("philox normal", "fp32", "difference"),
+    ]  # fmt: skip
+    for r in rows:
+        # A wrong loop or number of elements would be off by a factor of two or more.
+        assert 0.99 < float(r["over_floor"]) < 1.6, r
+        assert sum(float(r[c]) for c in floor.CLASSES) == pytest.approx(float(r["instructions"]), abs=0.05)
+        # Both are what the algorithm says, whatever the assembler does with the rest.
+        assert float(r["square root"]) == 0.5
+        assert float(r["conversion"]) == 1.5
+    assert [float(r["memory"]) for r in rows] == [0.5, 0.5, 0.25]
+    text = (report / "floor.md").read_text()
+    assert "| perturb | fp32 D=inf | sm_90 | loop |" in text
+    assert "30.5 each" in text

@@ -158,6 +158,13 @@ def test_memory_does_not_grow_with_k():
     assert max(b.values()) <= max(a.values()) + 3 * 3 * image < 1.03 * max(a.values())
 
 
+def test_what_changes_no_size_shares_a_simulation():
+    one = StepSettings(SMALL, 8, STAGE0, config=DistillConfig(steps=2, alpha=0.5, student_updates=2, lr=1.0, seed=7))
+    assert one == StepSettings(SMALL, 8, STAGE0, config=DistillConfig(sigmas=(3.0, 1.0), D=8.0, kimg=3.0))
+    assert one.config != StepSettings(SMALL, 8, STAGE0, config=DistillConfig()).config
+    assert one.config != StepSettings(SMALL, 8, STAGE0, config=DistillConfig(steps=2, width=0.5)).config
+
+
 def test_targets_in_bytes_a_parameter():
     """All networks together, gradients included: 32 on one process, 20 with ZeRO 2 on four, 12 in bf16."""
     for name in ("cifar10-ncsnpp", "cifar10-ddpmpp", "imagenet64-adm"):

@@ -57,7 +57,7 @@ class StepSettings:
 def _all_that_matters(config: Distillation, micro_batch: int, sharding: Sharding) -> Distillation:
     """One iteration on a micro-batch: what changes no size is as it is by default."""
     given = {f.name: f.default for f in fields(RunConfig) if f.default is not MISSING}
-    config = replace(config, **{**given, "augment": 0.5 if config.augment > 0 else 0.0}, noise=NoiseLevels())
+    config = replace(config.sized(), **{**given, "augment": 0.5 if config.augment > 0 else 0.0}, noise=NoiseLevels())
     return replace(
         config, teacher=None, D=math.inf, batch=micro_batch, max_steps=1, zero=1, precision=sharding.precision,
         teacher_storage="auto", backward="auto",
