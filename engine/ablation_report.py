@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ipfm.engine.files import atomic_write
-from ipfm.engine.report import DISTANCE, significant
+from ipfm.engine.report import DISTANCE, distance_axis, significant
 
 # A run has diverged where its distance stays beyond so many times its best one.
 GROWTH = 5.0
@@ -144,7 +144,6 @@ def plot(
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     groups = by_variant(curves)
     finite = [value for curve in curves for _, value in curve.points if math.isfinite(value)]
@@ -181,20 +180,9 @@ def plot(
         axes.axhline(distance, color="#555555", linestyle="--", linewidth=1, label=f"teacher {significant(distance)}")
     elif known:
         axes.plot([], [], color="#555555", linestyle="--", linewidth=1, label="teachers, by colour")
-    values = [*finite, *known.values()]
-    if min(values) > 0 and max(values) > 5 * min(values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.set_ylim(bottom=0)
+    distance_axis(axes, [*finite, *known.values()], span=5, metric=metric)
     axes.set_xlabel("thousands of images")
-    axes.set_ylabel(metric)
     axes.set_title(title)
-    axes.grid(alpha=0.3, which="major")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -209,7 +210,7 @@ class TeacherConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distillation(RunConfig):
+class Distillation(RunConfig, ABC):
     """What every way to distil a teacher has in common. A way adds its own settings, and says what it trains."""
 
     teacher: Path | None = None
@@ -258,17 +259,17 @@ class Distillation(RunConfig):
         """These settings with all that changes no tensor's size as it is by default: equal ones need equal memory."""
         return self
 
+    @abstractmethod
     def objective(self, network: NetworkConfig) -> Objective:
         """What is trained, and how; for settings with nothing left open but what memory decides.
 
         Args:
             network: the teacher's architecture, as it is trained.
         """
-        raise NotImplementedError(f"{type(self).__name__} names no objective")
 
+    @abstractmethod
     def name(self) -> str:
         """What tells runs of the same teacher apart, for the name of a run folder, e.g. "alpha1-K1"."""
-        raise NotImplementedError(f"{type(self).__name__} has no name")
 
 
 @dataclass(frozen=True, kw_only=True)

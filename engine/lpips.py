@@ -22,6 +22,7 @@ from ipfm.engine.lpips_weights import (
     shapes,
     vgg_names,
 )
+from ipfm.engine.objectives import finite_samples, per_sample
 
 # Four poolings leave one pixel of it.
 _SMALLEST_SIDE = 16
@@ -149,17 +150,17 @@ def lpips_gradient(lpips: Lpips, x: Tensor, target: Tensor) -> LpipsGradient:
     if x.shape != target.shape:
         raise ValueError(f"x and target must have one shape, got {tuple(x.shape)} and {tuple(target.shape)}")
     x, target = x.detach(), target.detach()
-    bad = ~(_finite_samples(x) & _finite_samples(target))
+    bad = ~(finite_samples(x) & finite_samples(target))
     # Kept out of the network: 0 · inf would reach the gradient.
-    prediction = x.to(lpips.shift.dtype).masked_fill(_per_sample(bad, x), 0.0).requires_grad_()
-    constant = target.masked_fill(_per_sample(bad, x), 0.0)
+    prediction = x.to(lpips.shift.dtype).masked_fill(per_sample(bad, x), 0.0).requires_grad_()
+    constant = target.masked_fill(per_sample(bad, x), 0.0)
     with torch.enable_grad():
         loss = lpips.distance(prediction, constant)
         (gradient,) = torch.autograd.grad(loss.sum(), prediction)
     gradient, loss = gradient.to(x.dtype), loss.detach()
-    valid = ~bad & torch.isfinite(loss) & _finite_samples(gradient)
+    valid = ~bad & torch.isfinite(loss) & finite_samples(gradient)
     return LpipsGradient(
-        loss.masked_fill(~valid, 0.0), gradient.masked_fill(_per_sample(~valid, x), 0.0), valid
+        loss.masked_fill(~valid, 0.0), gradient.masked_fill(per_sample(~valid, x), 0.0), valid
     )  # fmt: skip
 
 
@@ -207,12 +208,3 @@ def _resampling(size: int, side: int, like: Tensor) -> Tensor:
     """(side, size): what each pixel of a resized column takes from those of the column."""
     columns = torch.eye(size, dtype=like.dtype, device=like.device)[None, None]
     return F.interpolate(columns, (side, size), mode="bilinear", antialias=True)[0, 0]
-
-
-def _finite_samples(tensor: Tensor) -> Tensor:
-    """(B,) bool: every element of the sample is finite."""
-    return torch.isfinite(tensor).flatten(1).all(1)
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))

@@ -140,7 +140,7 @@ def generator_gradient(
             t = _held(teacher(scaled, sigma))
         s = _held(student(scaled, sigma))
         result = ipfm_loss(t.detach(), s.detach(), y, alpha=alpha, x=noisy.x, c_skip=noisy.c_skip, c_out=noisy.c_out)
-        c_in = _per_sample(noisy.c_in, y)
+        c_in = per_sample(noisy.c_in, y)
         if phased or rescale or scaled.dtype.itemsize < 4:
             # The student's graph is freed first; in the phased form the teacher's does not exist before that.
             gradient = result.dy + c_in * _vjp(s, scaled, result.ds, rescale)
@@ -155,8 +155,8 @@ def generator_gradient(
             gradient = result.dy + c_in * both
             mark("generator: teacher")
     # A network that overflows on a sample, forward or backward, sends NaN to that sample's own pixels: cut off there.
-    valid = result.valid & _finite_samples(gradient)
-    gradient = gradient.masked_fill(_per_sample(~valid, y), 0.0)
+    valid = result.valid & finite_samples(gradient)
+    gradient = gradient.masked_fill(per_sample(~valid, y), 0.0)
     return GeneratorGradient(
         gradient, result.loss.masked_fill(~valid, 0.0), result.weight.masked_fill(~valid, 0.0), valid
     )
@@ -165,9 +165,9 @@ def generator_gradient(
 def isolate(noisy: Noisy) -> Noisy:
     """Keep samples whose input is not finite out of the networks: it becomes 0, and c_skip NaN, which the losses count
     out. The other samples are as they were."""
-    bad = ~_finite_samples(noisy.scaled)
+    bad = ~finite_samples(noisy.scaled)
     return noisy._replace(
-        scaled=noisy.scaled.masked_fill(_per_sample(bad, noisy.scaled), 0.0),
+        scaled=noisy.scaled.masked_fill(per_sample(bad, noisy.scaled), 0.0),
         c_skip=noisy.c_skip.masked_fill(bad, float("nan")),
     )
 
@@ -203,14 +203,15 @@ def _vjp(out: Tensor, x: Tensor, cotangent: Tensor, rescale: bool) -> Tensor:
         return torch.autograd.grad(out, x, cotangent)[0]
     # Samples do not mix, so that each may have a factor of its own; a power of two rounds nothing.
     _, exponent = torch.frexp(cotangent.flatten(1).abs().amax(1))
-    shift = _per_sample((5 - exponent).clamp(-100, 100), cotangent)
+    shift = per_sample((5 - exponent).clamp(-100, 100), cotangent)
     return torch.ldexp(torch.autograd.grad(out, x, torch.ldexp(cotangent, shift))[0].float(), -shift)
 
 
-def _finite_samples(tensor: Tensor) -> Tensor:
+def finite_samples(tensor: Tensor) -> Tensor:
     """(B,) bool: every element of the sample is finite."""
     return torch.isfinite(tensor).flatten(1).all(1)
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) values as a column that meets each sample of `like`, (B, ...)."""
     return values.view(-1, *[1] * (like.ndim - 1))

@@ -8,7 +8,7 @@ dx/dt = (x - T(x, t)) / t, at every D in this parametrisation. One evaluation at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -23,9 +23,9 @@ from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.memory.phases import mark
 from ipfm.engine.networks import generator_network, start_of
 from ipfm.engine.objective import Objective, Role, Setting
-from ipfm.engine.objectives import along
-from ipfm.engine.report import PaperResult
-from ipfm.engine.samplers import trajectory_sample
+from ipfm.engine.objectives import along, per_sample
+from ipfm.engine.report import PaperResult, plain_name
+from ipfm.engine.sampling import sample_trajectory
 from ipfm.engine.streams import Stream, draw_labels, seed_dropout
 from ipfm.kernels import perturb, philox
 from ipfm.models import EDMPrecond, NetworkConfig, Precond
@@ -157,22 +157,11 @@ class PhysicsInformedDistillation:
 
     def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
         """See `Objective.sample`."""
-        noise, index = self.config.noise, torch.arange(first, first + count, device=next(net.parameters()).device)
-        labels = draw_labels(net.label_dim, index, seed=seed, stream=Stream.SAMPLER_LABEL, step=0)
-        return trajectory_sample(
-            net,
-            count,
-            D=self.D,
-            sigma_max=noise.sigma_max,
-            sigma_min=noise.sigma_min,
-            seed=seed,
-            class_labels=labels,
-            first_index=first,
-        )
+        return sample_trajectory(net, first, count, D=self.D, noise=self.config.noise, seed=seed)
 
     def published(self, dataset: str) -> Mapping[float, PaperResult]:
         """See `Objective.published`."""
-        key = dataset.lower().replace("-", "").replace("_", ""), self.config.difference, self.config.distance
+        key = plain_name(dataset), self.config.difference, self.config.distance
         known = _PUBLISHED.get(key) if self.config.points == 250 and self.config.width == 1 else None
         return {} if known is None else {math.inf: PaperResult(known, None, None, SOURCE)}
 
@@ -238,6 +227,8 @@ class PidSteps:
         self.phased, self.world = setting.phased, setting.world
         self.local_batch, self.micro_batch = config.batch // setting.world.size, setting.micro_batch
         device = setting.world.device
+        # Once: nobody else changes it, and it is a walk over all modules.
+        self.generator.module.train(config.dropout > 0)
         self._lpips = None if config.distance == "l2" else _lpips(config, device)
         self._grid = config.noise.karras(config.points)[:-1].to(device)
         shape = (setting.micro_batch, network.img_channels, network.img_resolution, network.img_resolution)
@@ -249,8 +240,7 @@ class PidSteps:
     def iteration(self, step: int) -> Measured:
         """One update of the generator and its EMA; `step` counts from 0."""
         tally = Tally("generator", self.world)
-        self.generator.module.train(self.config.dropout > 0)
-        for first in self._micro_batches():
+        for first in self.world.micro_batches(self.config.batch, self.micro_batch):
             tally.add(*self._micro_step(step, first))
         mark("generator: optimiser")
         applied = self.generator.step(
@@ -259,10 +249,6 @@ class PidSteps:
             grad_scale=tally.grad_scale(self.config.batch),
         )
         return tally.measured(applied)
-
-    def _micro_batches(self) -> Iterator[int]:
-        start = self.world.rank * self.local_batch
-        yield from range(start, start + self.local_batch, self.micro_batch)
 
     def _micro_step(self, step: int, first: int) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch: loss (B,) and valid (B,).
@@ -285,7 +271,7 @@ class PidSteps:
         # A latent that overflowed, or would within the network, must not meet the weights, not even under a zero
         # gradient. At small D there are such.
         finite = torch.isfinite(z.square().sum((1, 2, 3)))
-        z = z.masked_fill(_column(~finite), 0.0)
+        z = z.masked_fill(per_sample(~finite, z), 0.0)
         scaled = (self._c_in * z).to(self.teacher.input_dtype)
 
         def forward(net: Callable[..., Tensor], *levels: Tensor) -> Tensor:
@@ -311,22 +297,22 @@ class PidSteps:
             f_here, f_there = graph.detach().float().chunk(2)
         mark("generator: teacher")
         with torch.no_grad():
-            p_z, p_here, p_there = map(_column, at.point)
+            p_z, p_here, p_there = (per_sample(p, z) for p in at.point)
             x = p_z * z + p_here * f_here + p_there * f_there
             sound = finite & torch.isfinite(x.square().sum((1, 2, 3)))
-            target = self.teacher(x.masked_fill(_column(~sound), 0.0), at.level, labels)
-            prediction = _column(at.a) * f_here + _column(at.b) * f_there
+            target = self.teacher(x.masked_fill(per_sample(~sound, z), 0.0), at.level, labels)
+            prediction = per_sample(at.a, z) * f_here + per_sample(at.b, z) * f_there
             loss, gradient, fits = self._distance(prediction, target)
             valid = sound & fits
-            gradient = gradient.masked_fill(_column(~valid), 0.0) / self.local_batch
+            gradient = gradient.masked_fill(per_sample(~valid, z), 0.0) / self.local_batch
         mark("generator: backward")
         if graph is not None:
-            both = torch.cat([_column(at.a) * gradient, _column(at.b) * gradient])
+            both = torch.cat([per_sample(at.a, z) * gradient, per_sample(at.b, z) * gradient])
             self.generator.backward(along(graph, both.to(graph.dtype)))
         else:
             for level, factor in ((at.here, at.a), (at.there, at.b)):
                 out = alone(self.generator, level)
-                self.generator.backward(along(out, (_column(factor) * gradient).to(out.dtype)))
+                self.generator.backward(along(out, (per_sample(factor, z) * gradient).to(out.dtype)))
                 del out
         return loss.masked_fill(~valid, 0.0), valid
 
@@ -349,7 +335,3 @@ def _lpips(config: PidConfig, device: torch.device) -> Lpips:
         return load_lpips(config.lpips, device, resize=config.lpips_side)
     weights = {name: torch.empty(size, device=device) for name, size in shapes().items()}
     return Lpips(weights, resize=config.lpips_side)
-
-
-def _column(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)

@@ -1,13 +1,18 @@
 """What an evaluation leaves on disk: table of results, curve of convergence, log of distances; published figures."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ipfm.engine.files import StepLog, atomic_write, json_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # What a Fréchet distance is called unless its features are Inception's.
 DISTANCE = "Fréchet distance"
@@ -116,7 +121,7 @@ def plot_convergence(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import MaxNLocator
 
     points = sorted((step, value) for step, value in history if math.isfinite(value))
     if not points:
@@ -134,24 +139,31 @@ def plot_convergence(
     )
     if teacher is not None:
         axes.axhline(teacher, color="#555555", linestyle="--", linewidth=1.2, label=f"teacher {significant(teacher)}")
-    values = [*distances, *([] if teacher is None else [teacher])]
-    if min(values) > 0 and max(values) > 20 * min(values):
+    distance_axis(axes, [*distances, *([] if teacher is None else [teacher])], span=20, metric=metric)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.set_xlabel("generator steps")
+    axes.set_title(title)
+    axes.legend(frameon=False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def distance_axis(axes: Axes, values: Sequence[float], *, span: float, metric: str) -> None:
+    """Make the vertical axis one of distances: logarithmic where `values`, all finite, span more than a factor `span`,
+    else from 0 on."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if min(values) > 0 and max(values) > span * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    axes.set_xlabel("generator steps")
     axes.set_ylabel(metric)
-    axes.set_title(title)
     axes.grid(alpha=0.3, which="major")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
 
 
 class PaperResult(NamedTuple):
@@ -203,17 +215,17 @@ def paper_result(dataset: str, D: float, alpha: float, steps: int) -> PaperResul
 
     `dataset` is compared without case, hyphens and underscores: "CIFAR-10" finds "cifar10".
     """
-    return PAPER_RESULTS.get(PaperSetting(_plain_name(dataset), D, alpha, steps))
+    return PAPER_RESULTS.get(PaperSetting(plain_name(dataset), D, alpha, steps))
 
 
 def paper_results(dataset: str, alpha: float, steps: int) -> dict[float, PaperResult]:
     """The figures of arXiv 2509.22454 with this `alpha` and these `steps` by D, rising; names as above."""
-    name = _plain_name(dataset)
+    name = plain_name(dataset)
     found = {s.D: r for s, r in PAPER_RESULTS.items() if (s.dataset, s.alpha, s.steps) == (name, alpha, steps)}
     return dict(sorted(found.items()))
 
 
-def _plain_name(dataset: str) -> str:
+def plain_name(dataset: str) -> str:
     return dataset.lower().replace("-", "").replace("_", "")
 
 

@@ -103,6 +103,12 @@ def sample_generator(net: Precond, first: int, count: int, *, D: float, sigmas: 
     return _draw(partial(generate, net, D=D, sigmas=sigmas), net, first, count, seed=seed)
 
 
+def sample_trajectory(net: Precond, first: int, count: int, *, D: float, noise: NoiseLevels, seed: int) -> Tensor:
+    """The same from a network of trajectories, from their start at noise.sigma_max to noise.sigma_min."""
+    sampler = partial(trajectory_sample, net, D=D, sigma_max=noise.sigma_max, sigma_min=noise.sigma_min)
+    return _draw(sampler, net, first, count, seed=seed)
+
+
 def _teacher_sampler(
     net: Precond, steps: int, sigmas: tuple[float, ...] | None, solver: Solver, churn: Churn | None
 ) -> tuple[Sampler, int]:

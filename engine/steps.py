@@ -14,7 +14,16 @@ from ipfm.engine.config import DistillConfig
 from ipfm.engine.measure import Measured, Tally
 from ipfm.engine.memory.phases import mark
 from ipfm.engine.objective import Setting
-from ipfm.engine.objectives import Noisy, add_noise, along, bind, denoising_objective, generator_gradient
+from ipfm.engine.objectives import (
+    Noisy,
+    add_noise,
+    along,
+    bind,
+    denoising_objective,
+    finite_samples,
+    generator_gradient,
+    per_sample,
+)
 from ipfm.engine.streams import Stream, draw_labels, draw_number, seed_dropout
 from ipfm.kernels import perturb
 from ipfm.models import NetworkConfig
@@ -187,7 +196,7 @@ class DistillSteps:
             # Each level of a sample has a step of the stream to itself.
             x = self._perturb(y, self._levels[k], stream, step * self.config.steps + k, micro)
             # At small D a latent may overflow: it must not meet the weights, not even under a zero gradient.
-            ok = torch.isfinite(x).flatten(1).all(1).view(-1, 1, 1, 1)
+            ok = per_sample(finite_samples(x), x)
             finite = ok if finite is None else finite & ok
             inputs.append(x.masked_fill(~ok, 0.0))
             if k < last:
@@ -221,8 +230,7 @@ class DistillSteps:
 
     def _micro_batches(self, label_stream: Stream, step: int) -> Iterator[MicroBatch]:
         """This process's samples of the global batch, a micro-batch at a time."""
-        start = self.world.rank * self.local_batch
-        for first in range(start, start + self.local_batch, self.micro_batch):
+        for first in self.world.micro_batches(self.config.batch, self.micro_batch):
             index = self._offsets + first
             labels = draw_labels(self.network.label_dim, index, seed=self.config.seed, stream=label_stream, step=step)
             yield MicroBatch(first, index, labels)

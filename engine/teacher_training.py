@@ -132,8 +132,7 @@ class TeacherTraining:
         config, noise, world = self.config, self.config.noise, self.world
         tally = Tally("teacher", world)
         self.net.module.train()
-        start = world.rank * self.local_batch
-        for first in range(start, start + self.local_batch, self.micro_batch):
+        for first in world.micro_batches(config.batch, self.micro_batch):
             mark("teacher: forward and backward")
             index = torch.arange(first, first + self.micro_batch, device=world.device)
             batch = self.dataset.batch(step, index, batch_size=config.batch, seed=config.seed)

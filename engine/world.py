@@ -37,6 +37,11 @@ class World:
         """True on the one process that prints and writes."""
         return self.rank == 0
 
+    def micro_batches(self, batch: int, micro_batch: int) -> range:
+        """First index, within the global batch, of each of this process's micro-batches."""
+        share = batch // self.size
+        return range(self.rank * share, (self.rank + 1) * share, micro_batch)
+
     def barrier(self) -> None:
         """Wait for every process."""
         if self.size > 1:

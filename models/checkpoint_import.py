@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .architecture import network_config, trained_for
@@ -21,7 +20,7 @@ from .config import NetworkConfig
 from .containers import ContainerKind, map_file, read_container, shown_path
 from .pickle_values import DEFAULT_LIMITS, Limits, shown
 from .records import GLOBALS, MAX_TENSORS, Record, modules, own_tensors
-from .stored_tensors import StoredTensor
+from .stored_tensors import StoredTensor, finite_float32
 
 DSource = Literal["file", "caller", "assumed"]
 CAN_BE_READ = "a checkpoint of EDM, PFGM++ or SiD (.pkl, .pt)"
@@ -29,7 +28,6 @@ _FIRST_CHOICES = ("ema", "G_ema")
 _LAST_CHOICES = ("net", "G", "generator")
 _DISTILLATION_EMA = re.compile(r"ema_(\d)_(\d{1,9})")
 _GENERATOR = re.compile(r"G(_ema\d*)?|generator|ema_\d_\d{1,9}")
-_WIDENED = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -187,14 +185,7 @@ def check_bounds(tensors: Mapping[str, StoredTensor], size: int) -> None:
 
 
 def _load(name: str, tensor: StoredTensor) -> Tensor:
-    values = tensor.load()
-    if values.dtype in _WIDENED:
-        values = values.float()
-    if values.dtype != torch.float32:
-        raise ValueError(f"{name} is {values.dtype}; possible: float32, float16, bfloat16")
-    if not torch.isfinite(values).all():
-        raise ValueError(f"{name} holds values that are not finite")
-    return values
+    return finite_float32(name, tensor.load())
 
 
 def _decay(name: str) -> float:

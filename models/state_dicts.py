@@ -4,16 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .containers import map_file, read_container, shown_path
 from .pickle_values import DEFAULT_LIMITS, Inert, Table, shown
 from .records import GLOBALS
-from .stored_tensors import StoredTensor, stored_tensor
-
-_WIDENED = (torch.float16, torch.bfloat16)
+from .stored_tensors import StoredTensor, finite_float32, stored_tensor
 
 
 @dataclass(frozen=True)
@@ -38,13 +35,7 @@ class StateDict:
             values = self.read(name)
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{self.where}: {name}: {' '.join(str(error).split())}") from None
-        if values.dtype in _WIDENED:
-            values = values.float()
-        if values.dtype != torch.float32:
-            raise ValueError(f"{self.where}: {name} is {values.dtype}; possible: float32, float16, bfloat16")
-        if not torch.isfinite(values).all():
-            raise ValueError(f"{self.where}: {name} holds values that are not finite")
-        return values
+        return finite_float32(f"{self.where}: {name}", values)
 
 
 def open_state_dict(path: Path) -> StateDict:

@@ -189,3 +189,18 @@ def _whole_numbers(values: object) -> tuple[int, ...]:
         if type(value) is not int or not 0 <= value < 1 << 48:
             raise ValueError(f"{shown(value)} cannot be a size or a position")
     return values
+
+
+def finite_float32(name: str, values: Tensor) -> Tensor:
+    """A weight as networks hold it: float16 and bfloat16 are widened.
+
+    Raises:
+        ValueError: one line that begins with `name`: another dtype, or a value that is not finite.
+    """
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    if values.dtype != torch.float32:
+        raise ValueError(f"{name} is {values.dtype}; possible: float32, float16, bfloat16")
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{name} holds values that are not finite")
+    return values
