@@ -16,7 +16,15 @@ from ipfm.engine.distil_recipe import DistilRecipe
 from ipfm.engine.evaluation import Evaluation
 from ipfm.engine.local_recipe import LocalRecipe
 from ipfm.engine.networks import teacher_facts
-from ipfm.engine.recipe import RecipeOptions, check_images, describe, first_process, launched_processes
+from ipfm.engine.recipe import (
+    DistillationOptions,
+    PidOptions,
+    RecipeOptions,
+    check_images,
+    describe,
+    first_process,
+    launched_processes,
+)
 from ipfm.engine.resolve import resolve, resolve_D, resolve_precision, run_device
 from ipfm.engine.run_folder import check_run_folder
 from ipfm.engine.teacher_training import training_facts
@@ -33,7 +41,7 @@ QUICK: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationOptions(RecipeOptions):
+class AblationOptions(DistillationOptions):
     """Options of every ablation, beside those of the recipes."""
 
     data: Literal["digits", "cifar"] = "digits"
@@ -63,6 +71,16 @@ class AblationOptions(RecipeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class IpfmAblationOptions(AblationOptions, RecipeOptions):
+    """Options of an ablation by inverse Poisson flow matching."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PidAblationOptions(AblationOptions, PidOptions):
+    """Options of an ablation by physics informed distillation."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Variant:
     """One value of what an ablation varies: of the teacher's D or architecture, or of the distillation's settings."""
 
@@ -71,7 +89,7 @@ class Variant:
     D: float | None = None
     arch: Arch | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Name of a field of `DistillConfig` -> its value."""
+    """Name of a field of the objective's settings -> its value."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +185,10 @@ class Ablation:
                 config = replace(base, **variant.settings, seed=seed, out=None, teacher=None, D=None, resume=True)
                 config = resolve(config, teacher.network, run_device())
                 # Roles are made here, so that a width that cannot be is refused before anything is trained.
-                _ = config.objective(teacher.network).roles
+                objective = config.objective(teacher.network)
+                _ = objective.roles
                 check_run_folder(run_path, "distill", config, facts)
-                runs.append((Run(variant.label, seed, config, run_path), place))
+                runs.append((Run(variant.label, seed, config, objective.nfe, run_path), place))
         return Plan(options, path, teachers, runs, record)
 
     def describe(self, plan: Plan) -> str:
@@ -206,7 +225,7 @@ class Ablation:
         """The options; which data and whether --quick decide the values of those that are not given."""
 
         def read(default: AblationOptions) -> AblationOptions:
-            return parse(AblationOptions, argv, default=default, prog=self.file, description=self.about)
+            return parse(type(default), argv, default=default, prog=self.file, description=self.about)
 
         base = self._base(read(self.digits.base).data)
         options = read(base)
@@ -333,10 +352,11 @@ def arch_of(network: NetworkConfig) -> Arch:
     return "ncsnpp" if network.encoder_type == "residual" else "ddpmpp"
 
 
-def as_ablation(base: RecipeOptions, **changes: Any) -> AblationOptions:
+def as_ablation(base: DistillationOptions, **changes: Any) -> AblationOptions:
     """The settings of a recipe as those of an ablation, with these changed."""
     values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-    return AblationOptions(**{**values, **changes})
+    kind = PidAblationOptions if isinstance(base, PidOptions) else IpfmAblationOptions
+    return kind(**{**values, **changes})
 
 
 def _printer(world: World) -> Callable[[str], None]:

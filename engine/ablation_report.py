@@ -21,12 +21,15 @@ COLUMNS = ("variant", "seed", "step", "kimg", "distance", "diverged")
 @dataclass(frozen=True)
 class Curve:
     """One run: `points`, (generator steps, distance) by increasing step, NaN where the training failed or the distance
-    was not finite; `batch`: images a step."""
+    was not finite; `batch`: images a step; `nfe`: network evaluations of an image; `images_per_second` at which they
+    were drawn, NaN where it was not measured."""
 
     variant: str
     seed: int
     batch: int
     points: tuple[tuple[int, float], ...]
+    nfe: int = 1
+    images_per_second: float = math.nan
 
     @property
     def diverged(self) -> int | None:
@@ -96,16 +99,22 @@ def write_csv(curves: Sequence[Curve], path: Path) -> None:
 
 
 def table(curves: Sequence[Curve], teachers: Mapping[str, float], metric: str = DISTANCE) -> str:
-    """Markdown: a row for each variant with its teacher's distance and, over its seeds, the mean and the smallest and
-    largest of the distance at the start, of the best and of the last one; and how many runs diverged, and when."""
-    lines = [f"| variant | teacher | {metric}: start | best | last | diverged |", "|---|---|---|---|---|---|"]
+    """Markdown: a row for each variant with network evaluations of an image and images a second (of the fastest of its
+    runs), its teacher's distance and, over its seeds, the mean and the smallest and largest of the distance at the
+    start, of the best and of the last one; and how many runs diverged, and when."""
+    lines = [
+        f"| variant | NFE | images/s | teacher | {metric}: start | best | last | diverged |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for variant, group in by_variant(curves).items():
         since = [curve.diverged for curve in group if curve.diverged is not None]
         when = f", from step {min(since)}" if since else ""
         start = spread([curve.points[0][1] for curve in group if curve.points])
         best, last = spread([curve.best for curve in group]), spread([curve.last for curve in group])
+        rate = max((c.images_per_second for c in group if math.isfinite(c.images_per_second)), default=math.nan)
+        drawn = significant(rate) if math.isfinite(rate) else "-"
         lines.append(
-            f"| {variant} | {significant(teachers[variant])} | {start} | {best} | {last} "
+            f"| {variant} | {group[0].nfe} | {drawn} | {significant(teachers[variant])} | {start} | {best} | {last} "
             f"| {len(since)} of {len(group)}{when} |"
         )
     return "\n".join(lines) + "\n"
@@ -153,7 +162,7 @@ def plot(
     figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    colours = colormaps["tab10" if len(groups) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     known = {v: d for v, d in teachers.items() if v in groups and math.isfinite(d)}
     shared = len(set(known.values())) == 1
     for number, (variant, group) in enumerate(groups.items()):

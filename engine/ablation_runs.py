@@ -41,11 +41,13 @@ class MeasuredDistiller(Distiller):
 
 @dataclass(frozen=True)
 class Run:
-    """One variant with one seed: its settings, with nothing left open but what memory decides, and its folder."""
+    """One variant with one seed: its settings, with nothing left open but what memory decides; its generator's network
+    evaluations an image; its folder."""
 
     variant: str
     seed: int
     config: Distillation
+    nfe: int
     path: Path
 
     @property
@@ -67,7 +69,8 @@ class Run:
         if failure is not None:
             points[failure] = math.nan
         kept = sorted((step, value) for step, value in points.items() if step <= self.config.total_steps)
-        return Curve(self.variant, self.seed, self.config.batch, tuple(kept))
+        rate = EvaluationHistory(self.path).images_per_second
+        return Curve(self.variant, self.seed, self.config.batch, tuple(kept), self.nfe, rate)
 
     def go(self, teacher: Precond, evaluation: Evaluation, world: World) -> None:
         """Distil, or continue, unless it is done; every process calls it.
@@ -94,7 +97,7 @@ class Run:
             distiller.refresh()
             start = distiller.evaluate()
             if world.first:
-                EvaluationHistory(self.path, 0).add(0, start.distance, images=start.images)
+                EvaluationHistory(self.path, 0).add(0, start.distance, images=start.images, seconds=start.seconds)
         try:
             distiller.run(self.path)
         except NotFinite as error:

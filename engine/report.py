@@ -41,6 +41,12 @@ class EvaluationHistory:
         last = {line["step"]: line.get("frechet") for line in self._log.read()}
         return sorted((step, math.nan if value is None else float(value)) for step, value in last.items())
 
+    @property
+    def images_per_second(self) -> float:
+        """At which the images of the fastest evaluation were drawn; NaN where no time was recorded."""
+        lines = [line for line in self._log.read() if line.get("seconds") and line.get("images")]
+        return max((line["images"] / line["seconds"] for line in lines), default=math.nan)
+
 
 @dataclass(frozen=True)
 class EvaluationRow:

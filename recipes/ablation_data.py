@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ipfm.engine.ablation import AblationOptions, Arch, as_ablation
 from ipfm.engine.local_recipe import LocalRecipe
@@ -26,22 +27,15 @@ def digits_network(arch: Arch, D: float) -> NetworkConfig:
     return network
 
 
+def digits_ablation(recipe: LocalRecipe[Any], **changes: Any) -> LocalRecipe[AblationOptions]:
+    """The settings of a recipe of the digits, with these changed, on a network of the options' family."""
+    options = as_ablation(recipe.base, **{"max_bad_steps": 10, **changes})
+    return replace(recipe.with_options("", "", options), network=lambda o, D: digits_network(o.arch, D))
+
+
 # Those of the digits recipe but for the number of steps and evaluations.
-DIGITS: LocalRecipe[AblationOptions] = replace(
-    digits_ipfm.RECIPE.with_options(
-        "",
-        "",
-        as_ablation(
-            digits_ipfm.RECIPE.base,
-            max_steps=150,
-            eval_every=25,
-            eval_images=2000,
-            checkpoint_every=100,
-            teacher_steps=600,
-            max_bad_steps=10,
-        ),
-    ),
-    network=lambda options, D: digits_network(options.arch, D),
+DIGITS = digits_ablation(
+    digits_ipfm.RECIPE, max_steps=150, eval_every=25, eval_images=2000, checkpoint_every=100, teacher_steps=600
 )
 
 # Those of the CIFAR-10 recipe, the same for every variant; the length is this project's choice.

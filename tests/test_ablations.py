@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -20,9 +21,23 @@ from ipfm.engine.ablation_runs import Run
 from ipfm.engine.commandline import BadInput
 from ipfm.engine.stopping import Interrupted
 from ipfm.models import EDMPrecond, NetworkConfig, load_model, presets, save_model
-from ipfm.recipes import ablation_alpha, ablation_architecture, ablation_D, ablation_init
+from ipfm.recipes import (
+    ablation_alpha,
+    ablation_architecture,
+    ablation_D,
+    ablation_init,
+    ablation_pid,
+    ablation_steps,
+)
 
-ALL = {"D": ablation_D, "alpha": ablation_alpha, "init": ablation_init, "architecture": ablation_architecture}
+ALL = {
+    "D": ablation_D,
+    "alpha": ablation_alpha,
+    "init": ablation_init,
+    "architecture": ablation_architecture,
+    "steps": ablation_steps,
+    "pid": ablation_pid,
+}
 TWO = ("--quick", "--variants", "teacher", "half-width")
 
 
@@ -159,6 +174,8 @@ def thin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("alpha", {"alpha"}),
         ("init", {"init", "width", "student_init"}),
         ("architecture", set()),
+        ("steps", {"steps", "sigmas", "gradient"}),
+        ("pid", {"D", "difference", "points"}),
     ],
 )
 def test_nothing_else_varies(name: str, free: set[str]) -> None:
@@ -176,6 +193,8 @@ def test_nothing_else_varies(name: str, free: set[str]) -> None:
         "alpha": [(128.0, "ncsnpp")],
         "init": [(128.0, "ddpmpp")],
         "architecture": [(128.0, "ncsnpp"), (128.0, "ddpmpp"), (128.0, "adm")],
+        "steps": [(128.0, "ddpmpp")],
+        "pid": [(math.inf, "ddpmpp"), (128.0, "ddpmpp")],
     }
     assert networks == expected[name]
     assert len({str(t.training and t.training.to_json() | {"D": None}) for t in plan.teachers.values()}) == 1
@@ -253,6 +272,19 @@ def test_options_given_stand_beside_quick() -> None:
     assert (options.max_steps, options.seeds, options.batch, options.arch) == (7, (2, 3), 16, "ncsnpp")
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("module", "variant", "nfe"), [(ablation_steps, "K4-low", 4), (ablation_pid, "Dinf-central-N35", 1)]
+)
+def test_other_generators_are_distilled_and_timed(module: ModuleType, variant: str, nfe: int) -> None:
+    module.main(["--quick", "--variants", variant, "--out", "out"])
+    name, evaluations, rate = (
+        cell.strip() for cell in Path("out/ablation.md").read_text().splitlines()[2].split("|")[1:4]
+    )
+    assert (name, evaluations) == (variant, str(nfe)) and float(rate) > 0
+    assert [r["step"] for r in rows(Path("out"))] == ["0", "2", "4"]
+
+
 # -- curves ------------------------------------------------------------------------------------------------------------
 
 
@@ -277,14 +309,18 @@ def test_divergence_is_a_tail_beyond_the_best(distances: tuple[float, ...], sinc
 
 
 def test_table_and_sentence_say_what_was_measured(tmp_path: Path) -> None:
-    a = [curve(8.0, 2.0, 3.0, seed=0), curve(8.0, 2.5, 5.0, seed=1)]
+    a = [
+        replace(curve(8.0, 2.0, 3.0, seed=0), nfe=4, images_per_second=20.0),
+        replace(curve(8.0, 2.5, 5.0, seed=1), nfe=4, images_per_second=30.0),
+    ]
     b = [curve(8.0, 1.0, 6.0, variant="b", seed=0), curve(8.0, 1.0, math.nan, variant="b", seed=1)]
     c = [curve(8.0, 4.5, 4.5, variant="c", seed=0), curve(8.0, 5.5, 5.5, variant="c", seed=1)]
     lines = table([*a, *b, *c], {"a": 0.5, "b": 0.5, "c": 0.25}).splitlines()
-    assert (
-        lines[2] == "| a | 0.5000 | 8.000 (8.000 to 8.000) | 2.250 (2.000 to 2.500) | 4.000 (3.000 to 5.000) | 0 of 2 |"
+    found = "8.000 (8.000 to 8.000) | 2.250 (2.000 to 2.500) | 4.000 (3.000 to 5.000)"
+    assert lines[2] == f"| a | 4 | 30.00 | 0.5000 | {found} | 0 of 2 |"
+    assert lines[3].startswith("| b | 1 | - | 0.5000 |") and lines[3].endswith(
+        "| 1.000 (1.000 to 1.000) | 6.000 (6.000 to 6.000) | 2 of 2, from step 40 |"
     )
-    assert lines[3].endswith("| 1.000 (1.000 to 1.000) | 6.000 (6.000 to 6.000) | 2 of 2, from step 40 |")
     assert sentence([*a, *b, *c]) == (
         "a ends lowest (4.000), before c (5.000); the ranges of their seeds overlap; some run of b diverged."
     )
