@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ipfm.engine.commandline import BadInput
+from ipfm.engine.config import Distillation
+from ipfm.engine.memory import choose
+from ipfm.engine.memory.choose import Choice
 from ipfm.engine.report import PAPER_RESULTS
-from ipfm.models import EDMPrecond, save_model
+from ipfm.models import EDMPrecond, NetworkConfig, save_model
 from ipfm.recipes import (
     afhqv2_ipfm,
     afhqv2_sid,
@@ -52,6 +56,17 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("ipfm.engine.recipe.layout_table", lambda *_, **__: "layouts")
 
 
+@pytest.fixture
+def thin_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory plan of a thin network: those of full size take half a minute each (test_recipe_input has one)."""
+
+    def thin(config: Distillation, network: NetworkConfig, *, ranks: int, budget: int | None) -> Choice:
+        network = replace(network, model_channels=32, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+        return choose(config, network, ranks=ranks, budget=budget)
+
+    monkeypatch.setattr("ipfm.engine.recipe.choose", thin)
+
+
 def dry(capsys: pytest.CaptureFixture[str], module, *arguments: str) -> dict[str, str]:
     """The settings that --dry-run prints, by name, and the whole text as "text"."""
     module.main([*arguments, "--dry-run"])
@@ -60,6 +75,7 @@ def dry(capsys: pytest.CaptureFixture[str], module, *arguments: str) -> dict[str
     return dict(lines) | {"text": text}
 
 
+@pytest.mark.usefixtures("thin_plan")
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_settings_are_those_of_the_papers(capsys: pytest.CaptureFixture[str], tmp_path: Path, recipe: str) -> None:
     # Nothing is left open for memory to decide, which takes longer for the large networks.
@@ -80,6 +96,7 @@ def test_sid_is_diffusion(capsys: pytest.CaptureFixture[str]) -> None:
     assert "the settings of SiD (arXiv 2404.04057)" in said["text"] and "55,733,891" in said["text"]  # ddpm++
 
 
+@pytest.mark.usefixtures("thin_plan")
 @pytest.mark.parametrize(("recipe", "lr", "batch"), [("cifar", 2e-4, 512), ("imagenet64", 1e-4, 2048)])
 def test_settings_of_pid(capsys: pytest.CaptureFixture[str], recipe: str, lr: float, batch: int) -> None:
     said = dry(capsys, PID[recipe], "--distance", "l2", "--micro-batch", "4")
@@ -91,6 +108,7 @@ def test_settings_of_pid(capsys: pytest.CaptureFixture[str], recipe: str, lr: fl
         PID[recipe].main(["--dry-run"])
 
 
+@pytest.mark.usefixtures("thin_plan")
 @pytest.mark.parametrize("setting", PAPER_RESULTS)
 def test_every_published_setting_is_recognised(capsys: pytest.CaptureFixture[str], setting) -> None:
     recipe = {"cifar10": "cifar", "ffhq64": "ffhq"}[setting.dataset]
@@ -103,6 +121,7 @@ def test_every_published_setting_is_recognised(capsys: pytest.CaptureFixture[str
     assert "no result" not in said["text"]
 
 
+@pytest.mark.usefixtures("thin_plan")
 def test_what_was_never_published_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     line = "CIFAR-10: no result is published for D = 64 at alpha = 1 and 1 step; published there: D = 128, 2048, inf"
     assert line in dry(capsys, cifar_ipfm, "--D", "64")["text"]
@@ -133,6 +152,7 @@ def test_what_a_teacher_lacks_is_said(capsys: pytest.CaptureFixture[str], tmp_pa
         cifar_ipfm.main(["--teacher", str(tmp_path / "model"), "--augment", "0.12", "--dry-run"])
 
 
+@pytest.mark.usefixtures("thin_plan")
 @pytest.mark.parametrize("recipe", DISTIL)
 def test_without_a_teacher_it_says_which_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path, recipe: str) -> None:
     with pytest.raises(BadInput) as error:
