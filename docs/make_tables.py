@@ -1,0 +1,258 @@
+"""Writes tables of the pages: the recipes' settings, published figures, and how GPUs are filled, by the project's plan.
+
+    python docs/make_tables.py                       # all, in place: some minutes on one core
+    python docs/make_tables.py settings published    # these alone
+    python docs/make_tables.py --check               # exit code 1 and the lines that differ; nothing is written
+
+A table stands between two comments, `<!-- table: NAME -->` and `<!-- end of table -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ipfm.engine.config import Distillation, RunConfig
+from ipfm.engine.memory import Choice, choose, gpu_budget
+from ipfm.engine.networks import trained_config
+from ipfm.engine.precision import Precision
+from ipfm.engine.report import PAPER_RESULTS, PaperSetting
+from ipfm.models import presets
+from ipfm.recipes import (
+    afhqv2_ipfm,
+    afhqv2_sid,
+    cifar_ipfm,
+    cifar_pid,
+    cifar_sid,
+    cifar_teacher,
+    digits_ipfm,
+    digits_pid,
+    ffhq_ipfm,
+    ffhq_sid,
+    ffhq_teacher,
+    imagenet64_ipfm,
+    imagenet64_pid,
+    imagenet64_sid,
+    shapes_ipfm,
+)
+
+FOLDER = Path(__file__).parent
+GPUS = (24, 48, 80, 141)
+PROCESSES = (1, 8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe's settings on the network of a preset."""
+
+    preset: str
+    recipe: str
+    config: Distillation
+
+    def choice(self, precision: Precision, processes: int, gpu: float, **form: str) -> Choice | None:
+        """The layout on so many GPUs of `gpu` GB; None where nothing fits. `form`: what is not left open."""
+        config = replace(self.config, precision=precision, **form)  # type: ignore[arg-type]
+        network = trained_config(presets.get(self.preset), config.dropout)
+        try:
+            return choose(config, network, ranks=processes, budget=gpu_budget(gpu * 1e9))
+        except ValueError:
+            return None
+
+
+CASES = (
+    Case("cifar10-ncsnpp", "cifar_ipfm.py", cifar_ipfm.BASE.distillation()),
+    Case("cifar10-ddpmpp", "cifar_sid.py", cifar_sid.RECIPE.base.distillation()),
+    Case("ffhq64-ddpmpp", "ffhq_ipfm.py", ffhq_ipfm.BASE.distillation()),
+    Case("ffhq64-ncsnpp", "ffhq_ipfm.py", ffhq_ipfm.BASE.distillation()),
+    Case("imagenet64-adm", "imagenet64_ipfm.py", imagenet64_ipfm.BASE.distillation()),
+    Case("digits", "digits_ipfm.py", digits_ipfm.RECIPE.base.distillation()),
+)
+FORMS = {
+    "joint": {"backward": "joint", "activation_checkpointing": "off"},
+    "phased": {"backward": "phased", "activation_checkpointing": "off"},
+    "joint, checkpointed": {"backward": "joint", "activation_checkpointing": "on"},
+    "phased, checkpointed": {"backward": "phased", "activation_checkpointing": "on"},
+}
+
+
+def layouts(precision: Precision, cases: Sequence[Case] = CASES) -> list[str]:
+    """A row for each case and number of processes: what a run chooses on each GPU."""
+    rows = [_row(["preset", "batch", "GPUs", *(f"{gpu} GB" for gpu in GPUS)]), _row(["---"] * (3 + len(GPUS)))]
+    for case in cases:
+        for processes in PROCESSES:
+            cells = [layout(case, precision, processes, gpu) for gpu in GPUS]
+            rows.append(_row([f"`{case.preset}`", str(case.config.batch), str(processes), *cells]))
+    return rows
+
+
+def largest(precision: Precision = "bf16", gpu: int = 24, cases: Sequence[Case] = CASES) -> list[str]:
+    """A row for each case: the largest micro-batch of each form of the step on one GPU."""
+    rows = [_row(["preset", *FORMS]), _row(["---"] * (1 + len(FORMS)))]
+    for case in cases:
+        found = [case.choice(precision, 1, gpu, **form) for form in FORMS.values()]
+        cells = ["–" if one is None else f"{one.plan.micro_batch}, {_gigabytes(one)} GB" for one in found]
+        rows.append(_row([f"`{case.preset}`", *cells]))
+    return rows
+
+
+def settings() -> list[str]:
+    """The recipes that distil with a student, a row each."""
+    names = ("recipe", "batch", "lr", "α", "β₁ of S, G", "dropout", "augment", "EMA half-life, kimg", "length")
+    rows = [_row(names), _row(["---"] * len(names))]
+    for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid,
+                   imagenet64_sid, digits_ipfm, shapes_ipfm):  # fmt: skip
+        base = module.RECIPE.base
+        betas = f"{base.student_beta1:g}, {base.generator_beta1:g}"
+        numbers = (base.batch, base.lr, base.alpha, betas, base.dropout, base.augment, base.ema_kimg)
+        rows.append(_row([f"`{module.RECIPE.file}`", *map(_shown, numbers), _length(base)]))
+    return rows
+
+
+def pid_settings() -> list[str]:
+    """The recipes of physics informed distillation, a row each."""
+    names = ("recipe", "batch", "lr", "levels", "difference", "distance", "EMA half-life, kimg", "length")
+    rows = [_row(names), _row(["---"] * len(names))]
+    for module in (cifar_pid, imagenet64_pid, digits_pid):
+        base = module.RECIPE.base
+        values = (base.batch, base.lr, base.points, base.difference, base.distance, base.ema_kimg)
+        rows.append(_row([f"`{module.RECIPE.file}`", *map(_shown, values), _length(base)]))
+    return rows
+
+
+def teacher_settings() -> list[str]:
+    """The recipes that train a teacher, a row each."""
+    names = ("recipe", "preset", "D", "batch", "lr", "lr ramp, kimg", "dropout", "augment", "length")
+    rows = [_row(names), _row(["---"] * len(names))]
+    for module in (cifar_teacher, ffhq_teacher):
+        recipe, base = module.RECIPE, module.RECIPE.base
+        values = (recipe.D, base.batch, base.lr, base.lr_rampup_kimg, base.dropout, base.augment)
+        preset = f"`{recipe.presets[base.arch]}`"
+        rows.append(_row([f"`{recipe.file}`", preset, *map(_shown, values), _length(base)]))
+    return rows
+
+
+def published() -> list[str]:
+    """The figures of the method's paper, as the recipes print them."""
+    steps = (1, 2, 4)
+    names = ("images", "D", "α", "teacher (NFE)", *(f"K = {K}" for K in steps))
+    rows = [_row(names), _row(["---"] * len(names))]
+    titles = {recipe.dataset: recipe.title for recipe in (cifar_ipfm.RECIPE, ffhq_ipfm.RECIPE)}
+    for dataset, D, alpha in dict.fromkeys((s.dataset, s.D, s.alpha) for s in PAPER_RESULTS):
+        found = [PAPER_RESULTS.get(PaperSetting(dataset, D, alpha, K)) for K in steps]
+        first = next(one for one in found if one is not None)
+        cells = [titles[dataset], _shown(D), _shown(alpha), f"{first.teacher_fid:.2f} ({first.teacher_nfe})"]
+        rows.append(_row([*cells, *("–" if one is None else f"{one.fid:.2f}" for one in found)]))
+    return rows
+
+
+def pid_published() -> list[str]:
+    """Those of physics informed distillation, at D = inf."""
+    rows = [_row(["images", "difference", "distance", "FID"]), _row(["---"] * 4)]
+    for module, ways in ((cifar_pid, (("first", "lpips"), ("central", "lpips"), ("first", "l2"))),
+                         (imagenet64_pid, (("first", "lpips"),))):  # fmt: skip
+        recipe = module.RECIPE
+        network = presets.get(recipe.preset)
+        dataset = f"{recipe.dataset}-cond" if network.label_dim else recipe.dataset
+        for difference, distance in ways:
+            config = replace(recipe.base.distillation(), difference=difference, distance=distance)
+            (result,) = config.objective(network).published(dataset).values()
+            rows.append(_row([recipe.title, difference, distance, f"{result.fid:.2f}"]))
+    return rows
+
+
+# Page -> the tables on it.
+PAGES: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
+    "recipes.md": {
+        "settings": settings,
+        "settings of physics informed distillation": pid_settings,
+        "settings of teachers": teacher_settings,
+        "published": published,
+        "published of physics informed distillation": pid_published,
+    },
+    "memory.md": {
+        "layouts in bf16": lambda: layouts("bf16"),
+        "layouts in fp32": lambda: layouts("fp32"),
+        "largest micro-batch": largest,
+    },
+}
+
+
+def table(page: str, name: str) -> list[str]:
+    """The lines of a table as the text `page` has them. ValueError: it has no such table."""
+    return _place(page, name)[0].split("\n")
+
+
+def _place(page: str, name: str) -> tuple[str, int, int]:
+    found = re.search(rf"<!-- table: {re.escape(name)} -->\n\n(.*?)\n\n<!-- end of table -->", page, re.DOTALL)
+    if found is None:
+        raise ValueError(f"the page has no table {name!r}")
+    return found[1], found.start(1), found.end(1)
+
+
+def layout(case: Case, precision: Precision, processes: int, gpu: float) -> str:
+    """A cell of `layouts`: micro-batch x accumulation, form, stage, predicted peak."""
+    choice = case.choice(precision, processes, gpu)
+    if choice is None:
+        return "–"
+    plan = choice.plan
+    again = ", checkpointed" if plan.activation_checkpointing else ""
+    return (
+        f"{plan.micro_batch} × {choice.accumulation}, {plan.backward}{again}, ZeRO {plan.parts.stage}, "
+        f"{_gigabytes(choice)} GB"
+    )
+
+
+def _gigabytes(choice: Choice) -> str:
+    return f"{choice.plan.peak / 1e9:.3g}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |" if cells[0] != "---" else "|" + "|".join(cells) + "|"
+
+
+def _length(config: RunConfig) -> str:
+    return f"{config.kimg:,g} kimg".replace(",", " ") if config.max_steps is None else f"{config.max_steps} steps"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        if 0 < value < 0.01:
+            return f"{value:.0e}".replace("e-0", "e-")
+        return "∞" if math.isinf(value) else f"{value:.0f}" if value >= 1000 else f"{value:g}"
+    return str(value)
+
+
+def main() -> None:
+    """Rewrite the tables asked for, or compare them."""
+    names = [name for tables in PAGES.values() for name in tables]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="NAME", help=f"default: all of {', '.join(names)}")
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    given = parser.parse_args()
+    if unknown := sorted({*given.tables} - {*names}):
+        parser.error(f"there is no table {', '.join(unknown)}; possible: {', '.join(names)}")
+    differences: list[str] = []
+    for page, tables in PAGES.items():
+        # First what takes minutes: the page may be edited meanwhile.
+        made = {name: make() for name, make in tables.items() if name in given.tables or not given.tables}
+        path = FOLDER / page
+        before = text = path.read_text(encoding="utf-8")
+        for name, rows in made.items():
+            _, start, end = _place(text, name)
+            text = text[:start] + "\n".join(rows) + text[end:]
+        if given.check:
+            differences += difflib.unified_diff(before.splitlines(), text.splitlines(), page, page, lineterm="", n=0)
+        elif text != before:
+            path.write_text(text, encoding="utf-8")
+    if differences:
+        sys.exit("\n".join(differences))
+
+
+if __name__ == "__main__":
+    main()
