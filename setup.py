@@ -32,6 +32,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=packages(),
+    package_data={"ipfm.engine.run_report": ["*.j2"]},
     package_dir={f"ipfm.{folder}": folder for folder in FOLDERS},
     install_requires=[
         "torch>=2.10,<2.14",
@@ -44,6 +45,7 @@ setup(
         "tqdm>=4.66",
         "Pillow>=10",
         "matplotlib>=3.8",
+        "Jinja2>=3.1",
         "tensorboard>=2.16",
         "tyro>=1.0,<2",
         "scikit-learn>=1.4",

@@ -15,6 +15,7 @@ from ipfm.engine.commands.dataset import Dataset
 from ipfm.engine.commands.evaluate import Evaluate
 from ipfm.engine.commands.info import Info
 from ipfm.engine.commands.plan import Plan
+from ipfm.engine.commands.report import Report
 from ipfm.engine.commands.sample import Sample
 
 DESCRIPTION = """Inverse Poisson flow matching: distils PFGM++ and diffusion models into one- to four-step generators.
@@ -24,6 +25,7 @@ Training is done by the recipes: `deepspeed recipes/digits_ipfm.py --help`."""
 Command = (
     Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Report, subcommand("report")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Dataset, subcommand("dataset")]

@@ -202,7 +202,7 @@ def _expected_duration(config: RunConfig, network: NetworkConfig, forwards: int)
     local, _ = config.split(launched_processes())
     seconds = seconds_per_image(network, device, config.precision == "bf16") * local * forwards * config.total_steps
     return (
-        f"expected duration on this {device.type.upper()}: {_duration(seconds)} for {config.total_steps:,} steps "
+        f"expected duration on this {device.type.upper()}: {duration(seconds)} for {config.total_steps:,} steps "
         f"({seconds / config.total_steps:.3g} s a step)"
     )
 
@@ -244,7 +244,8 @@ def _shown(value: object) -> str:
     return "default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people: "48 s", "12 min", "3.4 h", "2.1 days"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:

@@ -127,6 +127,31 @@ def plot_convergence(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    # Figure and canvas are made by hand: pyplot keeps global state and looks for a display.
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    draw_convergence(axes, history, teacher, metric)
+    axes.set_title(title)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def draw_convergence(
+    axes: Axes,
+    history: Sequence[tuple[int, float]],
+    teacher: float | None,
+    metric: str,
+    *,
+    label: str = "generator",
+    colour: str = "#1f5fa8",
+    ink: str = "#555555",
+) -> None:
+    """Draw what `plot_convergence` writes: the network `label` in `colour`, the teacher in `ink`.
+
+    ValueError: nothing finite to draw.
+    """
     from matplotlib.ticker import MaxNLocator
 
     points = sorted((step, value) for step, value in history if math.isfinite(value))
@@ -134,24 +159,17 @@ def plot_convergence(
         raise ValueError("no finite Fréchet distance to plot")
     teacher = teacher if teacher is not None and math.isfinite(teacher) else None
     steps, distances = zip(*points, strict=True)
-
-    # Figure and canvas are made by hand: pyplot keeps global state and looks for a display.
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(steps, distances, color="#1f5fa8", marker="o", markersize=3.5, linewidth=1.6, label="generator")
+    axes.plot(steps, distances, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=label)
+    # To the right, where no curve is.
     axes.annotate(
-        significant(distances[-1]), (steps[-1], distances[-1]), xytext=(0, 7), textcoords="offset points", ha="right"
+        significant(distances[-1]), (steps[-1], distances[-1]), xytext=(7, 0), textcoords="offset points", va="center"
     )
     if teacher is not None:
-        axes.axhline(teacher, color="#555555", linestyle="--", linewidth=1.2, label=f"teacher {significant(teacher)}")
+        axes.axhline(teacher, color=ink, linestyle="--", linewidth=1.2, label=f"teacher {significant(teacher)}")
     distance_axis(axes, [*distances, *([] if teacher is None else [teacher])], span=20, metric=metric)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    axes.set_xlabel("generator steps")
-    axes.set_title(title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("generator steps" if label == "generator" else "steps")
     axes.legend(frameon=False)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
 
 
 def distance_axis(axes: Axes, values: Sequence[float], *, span: float, metric: str) -> None:
