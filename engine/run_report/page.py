@@ -75,7 +75,7 @@ def write_page(record: RunRecord, facts: Facts, where: Target) -> None:
         ValueError: a file that is no picture of a report is where one would go.
         OSError: the disk refuses.
     """
-    drawn, grids, timeline = curves(record, facts), samples(record), memory_timeline(record)
+    drawn, grids, timeline = curves(record, facts, dark=where.images is None), samples(record), memory_timeline(record)
     files: dict[str, Picture] = dict(drawn)
     files |= {"samples": grids.last[1]} if grids.last else {}
     files |= {f"samples-{number}": found for number, (_, found) in enumerate(grids.over_time, start=1)}
@@ -137,9 +137,12 @@ class _Verbatim(str):
 
 def _escaped(text: str) -> str:
     """Text with what Markdown or HTML would read as more than letters made plain."""
-    text = re.sub(r"[<>&|]", lambda found: f"&#{ord(found[0])};", text)
+
+    def plain(found: re.Match[str]) -> str:
+        return f"&#{ord(found[0])};" if found[0] in "<>&|" else f"\\{found[0]}"
+
     # Within a word an underscore is one.
-    return re.sub(r"[\\`*\[\]#]|(?<!\w)_|_(?!\w)", lambda found: f"\\{found[0]}", text)
+    return re.sub(r"[<>&|\\`*\[\]#]|(?<!\w)_|_(?!\w)", plain, text)
 
 
 def _environment(*, autoescape: bool) -> jinja2.Environment:

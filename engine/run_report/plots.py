@@ -49,19 +49,23 @@ class Smoothed(NamedTuple):
     values: np.ndarray
 
 
-def curves(record: RunRecord, facts: Facts) -> dict[str, Picture]:
-    """By name: "distance", "losses" and "pace", those of which there is anything to draw."""
+def curves(record: RunRecord, facts: Facts, *, dark: bool) -> dict[str, Picture]:
+    """By name: "distance", "losses" and "pace", those of which there is anything to draw; `dark`: in both themes."""
+
+    def both(alt: str, draw: Callable[[Theme], Figure]) -> Picture:
+        return Picture(alt, _drawn(draw, LIGHT), _drawn(draw, DARK) if dark else None)
+
     found: dict[str, Picture] = {}
     finite = [e for e in facts.evaluations if math.isfinite(e.frechet)]
     if finite:
         alt = f"{facts.metric} over steps, from {significant(finite[0].frechet)} to {significant(finite[-1].frechet)}"
-        found["distance"] = _in_both(alt, lambda theme: _distance(facts, theme))
+        found["distance"] = both(alt, lambda theme: _distance(facts, theme))
     if any(np.isfinite(_values(record, loss.name)).any() for loss in facts.losses):
         alt = f"{' and '.join(loss.name for loss in facts.losses)} over steps"
-        found["losses"] = _in_both(alt, lambda theme: _losses(record, facts, theme))
+        found["losses"] = both(alt, lambda theme: _losses(record, facts, theme))
     if len(facts.pace) > 1 and facts.images_per_second is not None:
         alt = f"images/s over steps, {significant(facts.images_per_second)} in the median"
-        found["pace"] = _in_both(alt, lambda theme: _pace(facts, theme))
+        found["pace"] = both(alt, lambda theme: _pace(facts, theme))
     return found
 
 
@@ -162,10 +166,6 @@ def _plain_axes(axes: Axes, label: str) -> None:
 def _values(record: RunRecord, name: str) -> np.ndarray:
     """(lines,) of metrics.jsonl, NaN where the loss is missing or was not finite."""
     return np.array([number(line.get(name)) for line in record.metrics], dtype=float)
-
-
-def _in_both(alt: str, draw: Callable[[Theme], Figure]) -> Picture:
-    return Picture(alt, _drawn(draw, LIGHT), _drawn(draw, DARK))
 
 
 def _drawn(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
