@@ -55,7 +55,7 @@ def reproduce(record: RunRecord) -> Command:
     """The command whose run has this run's settings; relative to the folder that holds recipes/."""
     if not record.config:
         return Command(None, ("The settings cannot be read.",))
-    if (record.path.parent.parent / "ablation.json").is_file():
+    if (record.path.resolve().parent.parent / "ablation.json").is_file():
         return Command(None, ("This is one run of an ablation, whose ablation.md compares all of them.",))
     if record.kind == "teacher":
         return _training(record)
@@ -85,13 +85,13 @@ def reproduce(record: RunRecord) -> Command:
 def use(record: RunRecord, network: str) -> tuple[tuple[str, str], ...]:
     """(what it does, command) for the network that the run left in the folder `network`."""
     place = shlex.quote(network)
-    pixels = record.results and record.results[0].metric != "FID"
-    features = "--features pixels" if pixels else "--inception INCEPTION"
     lines = [
         ("Draw images", f"ipfm sample {place} --n 64 --out samples.png"),
         ("What the network is", f"ipfm info {place}"),
-        ("Measure it", f"ipfm evaluate {place} --reference REFERENCE {features}"),
     ]
+    # Features that are not Inception's may be a recipe's own.
+    if all(row.metric == "FID" for row in record.results):
+        lines.append(("Measure it", f"ipfm evaluate {place} --reference REFERENCE --inception INCEPTION"))
     if record.kind == "teacher":
         lines.append(("Distil it", f"deepspeed recipes/RECIPE.py --teacher {place}"))
     return tuple(lines)

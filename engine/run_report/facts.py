@@ -12,26 +12,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from ipfm.engine.config import DistillConfig, TeacherConfig
 from ipfm.engine.memory.profile import PhaseMemory
+from ipfm.engine.pid import PidConfig
 from ipfm.engine.recipe import duration
 from ipfm.engine.report import DISTANCE, EvaluationRow, significant
 from ipfm.engine.run_report.command import Command, is_default, portable, reproduce, settings_class, use
-from ipfm.engine.run_report.reading import Measured, RunRecord, number
+from ipfm.engine.run_report.reading import EvaluationPoint, RunRecord, number
 
 State = Literal["finished", "going on", "stopped", "diverged"]
 
 # How to read a loss, by the class of the settings and the loss's name.
-READING = {
-    "DistillConfig": {
+READING: Mapping[type, Mapping[str, str]] = {
+    DistillConfig: {
         "generator_loss": "generator_loss is a difference of two denoising losses: it oscillates about zero and says "
         "little; watch the distance.",
         "student_loss": "student_loss is a denoising loss: it falls, then follows the generator.",
     },
-    "PidConfig": {
+    PidConfig: {
         "generator_loss": "generator_loss is the residual of the teacher's ODE on the trajectories that the network "
         "has learned: it falls.",
     },
-    "TeacherConfig": {"teacher_loss": "teacher_loss is a denoising loss: it falls, then levels off above zero."},
+    TeacherConfig: {"teacher_loss": "teacher_loss is a denoising loss: it falls, then levels off above zero."},
 }
 
 
@@ -75,8 +77,8 @@ class Facts:
     metric: str
     """What the distance is called."""
     results: tuple[EvaluationRow, ...]
-    evaluations: tuple[Measured, ...]
-    best: Measured | None
+    evaluations: tuple[EvaluationPoint, ...]
+    best: EvaluationPoint | None
     losses: tuple[Loss, ...]
     loss_reading: str
     started: str | None
@@ -120,7 +122,7 @@ def facts_of(record: RunRecord) -> Facts:
     pace = _pace(record, whole_batch)
     kind = settings_class(record)
     names = record.losses
-    reading = [READING.get(kind.__name__, {}).get(name, "") for name in names] if kind and config else []
+    reading = [READING[kind].get(name, "") for name in names] if kind and config else []
     bad_names = dict.fromkeys(name for line in record.metrics for name in line if name.endswith("_bad"))
     bad = {name.removesuffix("_bad"): [_count(line.get(name)) for line in record.metrics] for name in bad_names}
     images = None if whole_batch is None else done * whole_batch
@@ -175,7 +177,7 @@ def _objective(record: RunRecord) -> str:
     config, kind = record.config, settings_class(record)
     if kind is None:
         return "an objective that this version does not know" if config else "an objective that is not recorded"
-    if kind.__name__ == "PidConfig":
+    if kind is PidConfig:
         points, difference, distance = (config.get(name) for name in ("points", "difference", "distance"))
         return f"physics informed distillation ({difference} difference, {distance}, {points} levels)"
     alpha = number(config.get("alpha"))
@@ -189,13 +191,19 @@ def _title(record: RunRecord, D: float) -> str:
     if record.kind == "teacher":
         return f"Training of a teacher{at}"
     config, kind = record.config, settings_class(record)
-    if kind is None or kind.__name__ != "DistillConfig":
+    if kind is not DistillConfig:
         return f"{'Distillation' if kind is None else 'Physics informed distillation'}{at}"
     return f"Distillation{at}, α = {number(config.get('alpha')):g}, {_counted(config.get('steps'), 'step')}"
 
 
 def _summary(
-    record: RunRecord, state: State, objective: str, D: float, metric: str, best: Measured | None, images: int | None
+    record: RunRecord,
+    state: State,
+    objective: str,
+    D: float,
+    metric: str,
+    best: EvaluationPoint | None,
+    images: int | None,
 ) -> Iterator[str]:
     at = f" at D = {_D(D)}" if D > 0 else ""
     if record.kind == "teacher":

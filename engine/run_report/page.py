@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 
@@ -104,9 +106,6 @@ def _is_report(path: Path) -> bool:
 
 def _link(picture: Path, page: Path) -> str:
     """The picture's place as seen from the page, with "/" between its parts."""
-    import os
-    from urllib.parse import quote
-
     return quote(Path(os.path.relpath(picture.resolve(), page.resolve().parent)).as_posix())
 
 
@@ -184,8 +183,10 @@ def _texts(facts: Facts) -> dict[str, str]:
     return {
         "table": f"NFE: network evaluations an image. {facts.metric}: between {facts.results[0].images:,} drawn images "
         f"and the reference{'' if fid else '; it is no FID, as its features are not those of Inception'}."
+        f"{' Published figures are of 50,000 images.' if any(row.paper for row in facts.results) else ''}"
         if facts.results
         else "",
+        "settings": "The defaults are those of the settings themselves; a recipe has its own for its data.",
         "last": "images from fixed latents, the same ones at every step.",
         "over_time": f"The first of these images over time{', with the ' + facts.metric if facts.evaluations else ''}:",
         "losses": "Pale: each step; strong: the mean over a thirtieth of the run.",

@@ -122,7 +122,8 @@ def _losses(record: RunRecord, facts: Facts, theme: Theme) -> Figure:
         low, high = axes.get_ylim()
         if low < 0 < high:
             axes.axhline(0, color=theme.faint, linewidth=0.9, linestyle=":")
-        axes.legend(frameon=False, fontsize=8)
+        # "best" looks at every point, of which there may be half a million.
+        axes.legend(frameon=False, fontsize=8, loc="upper right")
         _plain_axes(axes, "steps")
     return figure
 

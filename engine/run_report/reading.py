@@ -29,7 +29,7 @@ TRACES = ("metrics.jsonl", "evaluations.jsonl", "checkpoints")
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvaluationPoint:
     """An evaluation: `frechet` after `step` steps, NaN where it was not finite; `images` drawn in `seconds`, which are
     None where they are not recorded."""
 
@@ -52,7 +52,7 @@ class RunRecord:
     """What else config.json says of the run: the teacher's checksum, or network and data."""
     metrics: tuple[Mapping[str, Any], ...]
     """The lines of metrics.jsonl by their step, which counts from 0."""
-    evaluations: tuple[Measured, ...]
+    evaluations: tuple[EvaluationPoint, ...]
     results: tuple[EvaluationRow, ...]
     pictures: tuple[tuple[int, Path], ...]
     """(steps done, samples/step-*.png), in order; whether they can be read is not yet known."""
@@ -186,11 +186,11 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _evaluations(path: Path) -> tuple[Measured, ...]:
+def _evaluations(path: Path) -> tuple[EvaluationPoint, ...]:
     found = {}
     for line in StepLog(path / "evaluations.jsonl", None).read():
         images, seconds = number(line.get("images")), number(line.get("seconds"))
-        found[line["step"]] = Measured(
+        found[line["step"]] = EvaluationPoint(
             line["step"],
             number(line.get("frechet")),
             int(images) if math.isfinite(images) else None,
