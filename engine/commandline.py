@@ -1,7 +1,7 @@
 """Command lines: typed options from a dataclass, errors of one line, exit codes.
 
 Exit codes: 0 done; 2 bad input, nothing was written; 1 the run failed: a line says why and where to continue;
-128 + n stopped by signal n, state saved.
+128 + n stopped by signal n, state saved; 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from typing import TypeVar
 
 from ipfm.engine.launcher import lost_process
 from ipfm.engine.loop import Interrupted, ProcessLost, TrainingFailed
+from ipfm.engine.standard_streams import usable_streams
+from ipfm.models.durable import NO_ROOM
 
 T = TypeVar("T")
 BAD_INPUT, FAILED = 2, 1
-# What a disk says that takes no more: full, quota, too large a file, read-only.
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# What a disk says that takes no more, or nothing at all: read-only.
+FULL = NO_ROOM | {errno.EROFS}
 
 
 class BadInput(Exception):
@@ -41,6 +43,9 @@ def user_input() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        # A full disk, and a reader of --help that has gone, are not what the user gave.
+        if isinstance(error, OSError) and error.errno in NO_ROOM | {errno.EPIPE}:
+            raise
         raise BadInput(str(error)) from error
 
 
@@ -77,6 +82,7 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog:
             raise BadInput(_as_typed(str(error), kind)) from error
 
 
+@usable_streams()
 def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Call `main` with the command line and turn what it raises into a line on stderr and an exit code.
 
@@ -92,6 +98,8 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
     name = Path(prog).name
     try:
         main(sys.argv[1:] if argv is None else argv)
+        # What is printed has come out, or this is where it fails.
+        sys.stdout.flush()
     except BadInput as error:
         _complain(f"{name}: error: {error}", error.details)
         sys.exit(BAD_INPUT)
@@ -129,9 +137,11 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
 def _complain(line: str, details: str = "", *, everyone: bool = False) -> None:
     """One process speaks for all, unless it is said that `everyone` does."""
     if everyone or _is_first_process():
-        print(" ".join(part.strip() for part in line.splitlines()), file=sys.stderr, flush=True)
-        if details:
-            print(details, file=sys.stderr, flush=True)
+        # The exit code says it too, where stderr takes nothing.
+        with contextlib.suppress(OSError):
+            print(" ".join(part.strip() for part in line.splitlines()), file=sys.stderr, flush=True)
+            if details:
+                print(details, file=sys.stderr, flush=True)
 
 
 def _is_first_process() -> bool:

@@ -30,8 +30,9 @@ class Monitor:
     `batch_size` is the global one, for images per second. One process of a run has `enabled`; a monitor without does
     nothing at all. `tensorboard`: whether to write for it.
 
-    Once it is open, nothing here ends a run: what the disk refuses is one warning a kind. Lines of metrics.jsonl then
-    wait in memory, and are written as soon as the disk takes them. OSError: metrics.jsonl cannot be opened.
+    Once it is open, nothing here ends a run: what the disk refuses is one warning a kind, and what stderr refuses (its
+    terminal or reader is gone) is not said. Lines of metrics.jsonl then wait in memory, and are written as soon as the
+    disk takes them. OSError: metrics.jsonl cannot be opened.
 
     Step numbers: `record` and `advance` take the index of the step just made, 0…total_steps-1; `scalar` and `image`,
     which tell of the state between two steps, take the number of steps done, as a checkpoint does, and so does
@@ -97,7 +98,8 @@ class Monitor:
         if step + 1 > self._done:
             self.images_per_second = (step + 1 - self._done) * self.batch_size / max(now - self._since, 1e-9)
         self._done, self._since = step + 1, now
-        self._progress.move(step + 1, f"{significant(self.images_per_second)} img/s", values)
+        with contextlib.suppress(OSError):
+            self._progress.move(step + 1, f"{significant(self.images_per_second)} img/s", values)
 
     def image(self, step: int, images: Tensor) -> None:
         """Saves images (B, C, H, W) in [-1, 1], drawn after `step` steps: samples/step-XXXXXXX.png, TensorBoard."""
@@ -121,7 +123,8 @@ class Monitor:
     def message(self, text: str) -> None:
         """A line for the person who watches, above the bar."""
         if self.enabled:
-            tqdm.write(text, file=sys.stderr)
+            with contextlib.suppress(OSError):
+                tqdm.write(text, file=sys.stderr)
 
     @contextlib.contextmanager
     def tolerant(self, name: str) -> Iterator[None]:
@@ -152,7 +155,8 @@ class Monitor:
         self.flush()
         if self._log.waiting:
             self.message(f"warning: {self._log.waiting} lines of {self._log.path} are lost")
-        self._progress.close()
+        with contextlib.suppress(OSError):
+            self._progress.close()
         self._to_board(lambda board: board.close())
         self._board = None
 
@@ -171,7 +175,7 @@ class Monitor:
             # Without events from before there is nothing to purge.
             purge = first_step + 1 if folder.is_dir() and any(folder.iterdir()) else None
             self._board = SummaryWriter(str(folder), purge_step=purge)
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, UnicodeError) as error:  # it takes no path that is not UTF-8
             self._board_failed(error)
 
     def _to_board(self, write: Callable[[Any], object]) -> None:

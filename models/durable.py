@@ -9,6 +9,8 @@ from typing import IO
 
 # What file systems that cannot sync a folder answer; they order its entries themselves, or not at all.
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+# What a disk answers that has no room: full, quota, too large a file.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def sync(path: Path) -> None:
@@ -34,9 +36,20 @@ def make_folder(path: Path) -> None:
         sync(folder.parent)
 
 
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A disk without room says which file it had none for: the system does not, once a file is open."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_durably(path: Path, payload: bytes) -> None:
     """Writes a new file in place and syncs it; for a folder that is renamed as a whole afterwards."""
-    with path.open("wb") as file:
+    with _named(path), path.open("wb") as file:
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())
@@ -46,13 +59,15 @@ def write_durably(path: Path, payload: bytes) -> None:
 def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     """Opens a temporary binary file beside `path` that replaces it when the block ends without an exception.
 
-    OSError: the disk refuses; `path` is what it was.
+    A symbolic link stays one; what it leads to is replaced. OSError: the disk refuses; `path` is what it was.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with _named(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

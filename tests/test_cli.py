@@ -135,7 +135,7 @@ def test_a_disk_that_fills_leaves_whole_pictures(
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(SystemExit) as stop:
         ipfm("sample", models / "generator", "--n", 4, "--out", tmp_path / "a")
-    assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err
+    assert stop.value.code == 1 and "No space left on device" in capsys.readouterr().err
     assert [file.name for file in sorted((tmp_path / "a").iterdir())] == ["000000.png", "000001.png"]
     with pytest.raises(ValueError, match=r"^images must have shape \(1, 1 or 3, H, W\), got \(2, 1, 4, 4\)$"):
         save_pngs(torch.zeros(2, 1, 4, 4), [tmp_path / "a.png"])
