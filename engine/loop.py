@@ -33,7 +33,7 @@ SECONDS_TO_NOTICE = 10.0
 def train(task: Task, config: RunConfig, folder: RunFolder) -> Progress:
     """Run `task` from the folder's newest whole checkpoint (or its first step) to `config.total_steps`.
 
-    SIGINT, SIGTERM and SIGUSR1, to any of the processes, save and stop; so does the end of the launcher.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP, to any of the processes, save and stop; so does the end of the launcher.
 
     Raises:
         TrainingFailed: more than `max_bad_steps` steps had non-finite samples or gradients; a checkpoint could not be

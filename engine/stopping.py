@@ -14,8 +14,9 @@ import torch
 from ipfm.engine.launcher import Launcher
 from ipfm.engine.world import World
 
-# SIGUSR1 is what people have Slurm send some time before the end (--signal=USR1@120).
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# SIGUSR1 is what people have Slurm send some time before the end (--signal=USR1@120); SIGHUP comes when the
+# terminal, or the connection to it, is gone.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Interrupted(Exception):
@@ -60,7 +61,7 @@ _listening: Noted | None = None
 
 @contextmanager
 def noting_signals(launcher: Launcher) -> Iterator[Noted]:
-    """Note SIGINT, SIGTERM and SIGUSR1 meanwhile instead of dying.
+    """Note SIGINT, SIGTERM, SIGUSR1 and SIGHUP meanwhile instead of dying; under `nohup`, SIGHUP stays ignored.
 
     A second SIGINT acts as it normally does. Repeated others are ignored: launchers send SIGTERM more than once.
     """
@@ -76,6 +77,8 @@ def noting_signals(launcher: Launcher) -> Iterator[Noted]:
     # Python delivers signals to the main thread alone.
     if threading.current_thread() is threading.main_thread():
         for one in SIGNALS:
+            if one == signal.SIGHUP and signal.getsignal(one) == signal.SIG_IGN:
+                continue
             previous[one] = signal.signal(one, note)
     _listening = noted
     try:
