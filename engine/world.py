@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 import warnings
 from dataclasses import dataclass
@@ -68,22 +67,22 @@ class World:
 
 
 def start_world() -> World:
-    """Join the processes that a launcher (`deepspeed`, torchrun) started, or be the only one.
+    """Join the caller's process group or the processes that a launcher (`deepspeed`, torchrun) started; or be alone.
 
-    Nothing is compiled: DeepSpeed's CPU communication extension serves inference only and is switched off.
+    Nothing is compiled: DeepSpeed's CPU communication extension serves inference only and is switched off. DeepSpeed
+    reads LOCAL_RANK, and DS_ACCELERATOR without a GPU: they are set in the environment where they are missing.
 
     Raises:
         ValueError: the environment's IPFM_TIMEOUT is no number of seconds.
     """
-    single = "RANK" not in os.environ
-    if single:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    launched = "RANK" in os.environ
+    rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", str(rank % torch.cuda.device_count() if cuda else rank)))
     device = torch.device("cpu")
     if cuda:
         device = torch.device("cuda", local_rank)
@@ -94,8 +93,13 @@ def start_world() -> World:
     if not dist.is_initialized():
         # DeepSpeed makes further groups, of which it gives none a time of its own: they take torch's default.
         timeout = distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = _timeout()
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timeout)
-    return World(rank=rank, size=size, device=device, launched=not single)
+        backend = "nccl" if cuda else "gloo"
+        if launched:
+            deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
+        else:
+            # Without a port, and without variables that programs started from here would take for a launcher's.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return World(rank=rank, size=size, device=device, launched=launched)
 
 
 def stop_world() -> None:
@@ -131,12 +135,6 @@ def _timeout() -> timedelta:
     if not 0 < seconds < 1e9:
         raise ValueError(f"IPFM_TIMEOUT must be a number of seconds > 0, got {given!r}")
     return timedelta(seconds=seconds)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _share_cores(local_size: int) -> None:
