@@ -163,6 +163,20 @@ def verify_checkpoint(checkpoint: Path) -> None:
             raise DamagedCheckpoint(f"{path} does not match its checksum")
 
 
+def check_format(checkpoint: Path) -> None:
+    """ValueError: another version wrote the checkpoint. One that cannot be read passes: it is damaged, not foreign."""
+    try:
+        found = json.loads((checkpoint / "progress.json").read_text()).get("format")
+    except (OSError, ValueError, AttributeError):
+        return
+    if isinstance(found, int) and found != FORMAT:
+        raise ValueError(_another_format(checkpoint, found))
+
+
+def _another_format(checkpoint: Path, found: object) -> str:
+    return f"{checkpoint} has checkpoint format {found}, this version reads {FORMAT}"
+
+
 def load_checkpoint(checkpoint: Path, networks: Mapping[str, TrainedNetwork]) -> int:
     """Restore networks from a verified checkpoint, on any number of processes and any ZeRO stage.
 
@@ -177,7 +191,7 @@ def load_checkpoint(checkpoint: Path, networks: Mapping[str, TrainedNetwork]) ->
     except (OSError, ValueError) as error:
         raise ValueError(f"{checkpoint / 'progress.json'} cannot be read: {why(error)}") from error
     if progress.get("format") != FORMAT:
-        raise ValueError(f"{checkpoint} has checkpoint format {progress.get('format')}, this version reads {FORMAT}")
+        raise ValueError(_another_format(checkpoint, progress.get("format")))
     for name, network in networks.items():
         path = checkpoint / f"{name}.safetensors"
         try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ipfm.engine.checkpoint import check_format, checkpoints_in
 from ipfm.engine.config import RunConfig
 from ipfm.engine.files import atomic_write
 from ipfm.engine.launcher import lock_folder
@@ -52,8 +53,9 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
         The content that the folder's config.json is to have.
 
     Raises:
-        ValueError: `path` cannot be a folder or cannot be written; it holds another run, something that is no run, or
-            any run with ``resume=False``. The message is one line and names each setting that differs.
+        ValueError: `path` cannot be a folder or cannot be written; it holds another run, something that is no run,
+            checkpoints of another version's format, or any run with ``resume=False``. The message is one line and names
+            each setting that differs.
         OSError: the folder cannot be read.
     """
     record = {"format": FORMAT, "kind": kind, "config": config.to_json(), **facts}
@@ -79,6 +81,11 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
         ) from error
     if differences:
         raise ValueError(f"{path} belongs to another configuration ({'; '.join(differences)}): choose another --out")
+    for checkpoint in checkpoints_in(path / "checkpoints"):
+        try:
+            check_format(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"{error}: choose another --out") from None
     return {**found, **record}
 
 

@@ -58,7 +58,7 @@ def save_model(
     extra: Mapping[str, Any] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write `net` to `folder`, replacing a network stored there before, all or nothing.
+    """Write `net` to `folder`, replacing a network stored there before, all or nothing. A symbolic link stays one.
 
     extra: facts to keep beside the weights: JSON values, infinite numbers included.
     state: values to store instead of the network's own (an average of the weights, weights gathered from other
@@ -67,7 +67,7 @@ def save_model(
     One process at a time may write to a folder. Raises ValueError where `folder` is a file or holds other files, which
     replacing would delete, where `state` does not fit, or `extra` is no JSON; OSError where the disk refuses.
     """
-    target = Path(folder).absolute()
+    target = Path(folder).resolve()
     _refuse_foreign(target)
     tensors = _tensors_to_store(net, state)
     payload = safetensors.torch.save(tensors)
@@ -141,8 +141,8 @@ def _previous(target: Path) -> Path:
 
 def _existing(folder: Path) -> Path:
     """`folder`, or what a writer that was stopped between its two renames left in its stead."""
-    if not folder.exists() and _previous(folder.absolute()).is_dir():
-        return _previous(folder.absolute())
+    if not folder.exists() and _previous(folder.resolve()).is_dir():
+        return _previous(folder.resolve())
     readable = f"a folder with {CONFIG_FILE} and {TENSOR_FILE}"
     if not folder.exists():
         raise ValueError(f"{folder} does not exist; what can be read: {readable}")
