@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 import triton
 
+from ._cache import usable_cache
+
 Backend = Literal["auto", "triton", "reference"]
 BACKENDS = ("auto", "triton", "reference")
 
@@ -35,7 +37,10 @@ def use_triton(op: str, backend: str, device: torch.device) -> bool:
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Makes `device` current for a launch: Triton launches on the current device, not on its arguments'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    usable_cache()
+    return torch.cuda.device(device)
 
 
 def signed32(value: int) -> int:
