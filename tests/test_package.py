@@ -1,7 +1,8 @@
-"""The package as it is installed: a wheel with the ipfm.* names, the command, light imports, and no stray module."""
+"""The package as it is installed: a wheel with the ipfm.* names, the command, the recipes, and no stray module."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -63,14 +64,23 @@ def test_installed_wheel_is_importable_and_runs(wheel: Path, tmp_path: Path) -> 
         assert command in helped.stdout
 
 
-@pytest.mark.parametrize("module", ["ipfm.engine", "ipfm.models", "ipfm.kernels", "ipfm.engine.cli"])
-def test_importing_does_not_load_the_heavy_ones(module: str) -> None:
-    heavy = ["deepspeed", "xformers", "matplotlib", "sklearn", "tensorboard"]
-    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+@pytest.mark.distributed
+def test_an_installed_recipe_is_started_as_a_module(wheel: Path, tmp_path: Path) -> None:
+    """Where there is no folder of recipes; the launcher hands on paths as they are typed."""
+    target = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)],
+        check=True, env=launch.environment(), capture_output=True,
+    )  # fmt: skip
+    out = tmp_path / 'it\'s "an" é $HOME run'
     done = subprocess.run(
-        [sys.executable, "-c", code], env=launch.environment(), text=True, capture_output=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+        [str(launch.BIN / "deepspeed"), "--num_accelerators", "1", "--module", "ipfm.recipes.digits_ipfm",
+         "--dry-run", "--batch", "8", "--out", str(out)], cwd=tmp_path,
+        env=launch.environment(PYTHONPATH=str(target)), text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"^  out +{re.escape(str(out))}$", done.stdout, flags=re.MULTILINE)
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
 
 def test_deepspeed_stands_in_two_files() -> None:
