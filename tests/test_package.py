@@ -44,20 +44,26 @@ def test_wheel_holds_the_mapped_packages_and_nothing_beside(wheel: Path) -> None
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_installed_wheel_is_importable_and_runs(wheel: Path, tmp_path: Path) -> None:
-    target = tmp_path / "site"
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel installed, and nothing else of the project."""
+    place = tmp_path_factory.mktemp("installed") / "site"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)],
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), str(wheel)],
         check=True, env=launch.environment(), capture_output=True,
     )  # fmt: skip
+    return place
+
+
+def test_installed_wheel_is_importable_and_runs(site: Path, tmp_path: Path) -> None:
     code = "import ipfm.engine, ipfm.kernels, ipfm.models, ipfm.recipes as r; print(ipfm.engine.__file__, r.__file__)"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=launch.environment(PYTHONPATH=str(target)), text=True,
+        [sys.executable, "-c", code], cwd=tmp_path, env=launch.environment(PYTHONPATH=str(site)), text=True,
         capture_output=True, check=True,
     )  # fmt: skip
-    assert all(place.startswith(str(target)) for place in done.stdout.split())
+    assert all(place.startswith(str(site)) for place in done.stdout.split())
     helped = subprocess.run(
-        [str(target / "bin" / "ipfm"), "--help"], cwd=tmp_path, env=launch.environment(PYTHONPATH=str(target)),
+        [str(site / "bin" / "ipfm"), "--help"], cwd=tmp_path, env=launch.environment(PYTHONPATH=str(site)),
         text=True, capture_output=True, check=True,
     )  # fmt: skip
     for command in ("sample", "info", "plan", "bench"):
@@ -65,22 +71,17 @@ def test_installed_wheel_is_importable_and_runs(wheel: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.distributed
-def test_an_installed_recipe_is_started_as_a_module(wheel: Path, tmp_path: Path) -> None:
+def test_an_installed_recipe_is_started_as_a_module(site: Path, tmp_path: Path) -> None:
     """Where there is no folder of recipes; the launcher hands on paths as they are typed."""
-    target = tmp_path / "site"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)],
-        check=True, env=launch.environment(), capture_output=True,
-    )  # fmt: skip
     out = tmp_path / 'it\'s "an" é $HOME run'
     done = subprocess.run(
         [str(launch.BIN / "deepspeed"), "--num_accelerators", "1", "--module", "ipfm.recipes.digits_ipfm",
          "--dry-run", "--batch", "8", "--out", str(out)], cwd=tmp_path,
-        env=launch.environment(PYTHONPATH=str(target)), text=True, capture_output=True,
+        env=launch.environment(PYTHONPATH=str(site)), text=True, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(rf"^  out +{re.escape(str(out))}$", done.stdout, flags=re.MULTILINE)
-    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_deepspeed_stands_in_two_files() -> None:
