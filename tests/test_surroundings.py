@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,13 +72,14 @@ def test_a_recipe_where_nothing_but_the_run_folder_can_be_written(tmp_path: Path
     out.symlink_to(real)
     home.chmod(0o555)
     before = {path: path.read_bytes() for path in teacher.iterdir()}
+    temporary = tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path)
     environment = {
         "PATH": "/usr/bin:/bin", "HOME": str(home), "OMP_NUM_THREADS": "1", "LC_ALL": "C",
         "PYTHONIOENCODING": "ascii", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "1", "CUDA_VISIBLE_DEVICES": "",
-        "TMPDIR": "/dev/shm" if os.access("/dev/shm", os.W_OK) else str(tmp_path),
+        "TMPDIR": temporary.name,
     }  # fmt: skip
     try:
-        with open(tmp_path / "log", "wb") as log:
+        with temporary, open(tmp_path / "log", "wb") as log:
             done = subprocess.run(
                 [*held_to_permissions(), "sh", "-c", 'exec "$0" "$@" <&- 2>&-', sys.executable, soak.RECIPE,
                  *soak.settings(teacher, out, 2)], cwd=home, env=environment, stdout=log,
