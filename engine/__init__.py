@@ -1,19 +1,22 @@
 """Training engine: the distillation loop, its objectives, samplers, checkpoints and metrics."""
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 # Threads that wait for each other should soon sleep: where another process wants a core too, threads that spin make the
 # small networks of CPU runs some thirty times slower. It is read when torch is loaded, so it has to be set before that.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-from ipfm.engine.config import DistillConfig, TeacherConfig
-from ipfm.engine.evaluation import Evaluation
-from ipfm.engine.memory import plan_memory
-from ipfm.engine.noise_levels import NoiseLevels
-from ipfm.engine.pid import PidConfig
-from ipfm.engine.samplers import generate, heun_sample, trajectory_sample
-from ipfm.engine.teacher_training import TeacherTraining
-from ipfm.engine.trio import Distiller
+if TYPE_CHECKING:
+    from ipfm.engine.config import DistillConfig, TeacherConfig
+    from ipfm.engine.evaluation import Evaluation
+    from ipfm.engine.memory import plan_memory
+    from ipfm.engine.noise_levels import NoiseLevels
+    from ipfm.engine.pid import PidConfig
+    from ipfm.engine.samplers import generate, heun_sample, trajectory_sample
+    from ipfm.engine.teacher_training import TeacherTraining
+    from ipfm.engine.trio import Distiller
 
 __all__ = [
     "DistillConfig",
@@ -28,3 +31,27 @@ __all__ = [
     "plan_memory",
     "trajectory_sample",
 ]
+
+# Loaded when they are asked for: the command line is a part of this package, and answers without torch.
+_HOMES = {
+    "config": ("DistillConfig", "TeacherConfig"),
+    "evaluation": ("Evaluation",),
+    "memory": ("plan_memory",),
+    "noise_levels": ("NoiseLevels",),
+    "pid": ("PidConfig",),
+    "samplers": ("generate", "heun_sample", "trajectory_sample"),
+    "teacher_training": ("TeacherTraining",),
+    "trio": ("Distiller",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

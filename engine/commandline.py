@@ -1,7 +1,8 @@
 """Command lines: typed options from a dataclass, errors of one line, exit codes.
 
 Exit codes: 0 done; 2 bad input, nothing was written; 1 the run failed: a line says why and where to continue;
-128 + n stopped by signal n, state saved; 141 nobody reads the output any more.
+128 + n stopped by signal n, the state of a training saved; 141, without a word, where nobody reads what is printed
+(`| head`).
 """
 
 from __future__ import annotations
@@ -18,15 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from ipfm.engine.errors import Interrupted, ProcessLost, TrainingFailed
 from ipfm.engine.launcher import lost_process
-from ipfm.engine.loop import Interrupted, ProcessLost, TrainingFailed
 from ipfm.engine.standard_streams import usable_streams
-from ipfm.models.durable import NO_ROOM
 
 T = TypeVar("T")
 BAD_INPUT, FAILED = 2, 1
-# What a disk says that takes no more, or nothing at all: read-only.
-FULL = NO_ROOM | {errno.EROFS}
+# Columns of --help.
+HELP_WIDTH = 100
 
 
 class BadInput(Exception):
@@ -44,7 +44,7 @@ def user_input() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         # A full disk, and a reader of --help that has gone, are not what the user gave.
-        if isinstance(error, OSError) and error.errno in NO_ROOM | {errno.EPIPE}:
+        if isinstance(error, BrokenPipeError) or _no_room(error):
             raise
         raise BadInput(str(error)) from error
 
@@ -66,16 +66,30 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog:
     """
     import tyro
 
+    from ipfm.engine.option_help import Shown, registry
+
     arguments = _without_local_rank(argv)
-    captured = io.StringIO()
+    captured, shown = io.StringIO(), Shown(sys.stdout)
+    # Options of a subcommand are off unless they are given; a recipe may have some of its own on.
+    single = () if dataclasses.is_dataclass(kind) else (tyro.conf.FlagCreatePairsOff,)
     keywords = {} if default is None else {"default": _giving_way(default, arguments)}
     # Wide, so that no message is broken into lines.
-    with _environment(COLUMNS="100" if {"-h", "--help"} & set(arguments) else "1000"):
+    with _environment(COLUMNS=str(HELP_WIDTH) if {"-h", "--help"} & set(arguments) else "1000"):
         try:
-            with contextlib.redirect_stderr(captured), _only_first_process():
-                return tyro.cli(kind, args=arguments, prog=prog, description=description, **keywords)  # type: ignore[call-overload]
+            with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(shown):
+                return tyro.cli(  # type: ignore[call-overload]
+                    kind,
+                    args=arguments,
+                    prog=prog,
+                    description=description,
+                    config=single,
+                    registry=registry(),
+                    **keywords,
+                )
         except SystemExit as stop:
             if not stop.code:
+                if _is_first_process():
+                    sys.stdout.write(shown.tidied(HELP_WIDTH))
                 raise
             raise BadInput(_as_typed(_one_line(captured.getvalue()), kind)) from None
         except ValueError as error:
@@ -97,9 +111,11 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
     """
     name = Path(prog).name
     try:
-        main(sys.argv[1:] if argv is None else argv)
-        # What is printed has come out, or this is where it fails.
-        sys.stdout.flush()
+        try:
+            main(sys.argv[1:] if argv is None else argv)
+        finally:
+            # What is printed has come out, or this is where it fails.
+            sys.stdout.flush()
     except BadInput as error:
         _complain(f"{name}: error: {error}", error.details)
         sys.exit(BAD_INPUT)
@@ -111,7 +127,7 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
         _complain(f"{name}: failed: {error}")
         sys.exit(FAILED)
     except (RuntimeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and (_no_room(error) or error.errno == errno.EROFS):
             where = f" {error.filename}" if error.filename else ""
             _complain(f"{name}: failed: cannot write{where}: {error.strerror}", everyone=True)
         elif reason := lost_process(error):
@@ -148,9 +164,13 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _only_first_process() -> contextlib.AbstractContextManager[object]:
-    """Keep what is printed in this block to the first process."""
-    return contextlib.nullcontext() if _is_first_process() else contextlib.redirect_stdout(io.StringIO())
+def _no_room(error: Exception) -> bool:
+    """Whether a disk has no room."""
+    if not isinstance(error, OSError):
+        return False
+    from ipfm.models.durable import NO_ROOM
+
+    return error.errno in NO_ROOM
 
 
 def _without_local_rank(argv: Sequence[str]) -> list[str]:

@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 from typing import IO
 
-import torch.distributed as dist
-
 # How long a start waits for the processes of an earlier one to leave the folder.
 PATIENCE = 120.0
 _held: dict[Path, IO[str]] = {}
@@ -42,8 +40,12 @@ def lost_process(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if found := re.search(r"Connection (?:closed|reset) by peer|Broken pipe|Timed out waiting \d+ ?ms", text):
         return found[0] if isinstance(error, RuntimeError) else ""
-    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
-        return text.partition(".")[0][:200]
+    # Errors of a library that nobody has loaded need not be looked for.
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+            return text.partition(".")[0][:200]
     return "connection closed after a timeout" if "Application timeout caused pair closure" in text else ""
 
 

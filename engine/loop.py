@@ -12,13 +12,14 @@ import torch
 from ipfm.engine.checkpoint import checkpoints_in, find_checkpoint, load_checkpoint
 from ipfm.engine.checkpoint_writer import CheckpointFailed, CheckpointWriter
 from ipfm.engine.config import RunConfig
+from ipfm.engine.errors import Interrupted, ProcessLost, TrainingFailed
 from ipfm.engine.launcher import Launcher, lost_process
 from ipfm.engine.memory.watch import MemoryWatch
 from ipfm.engine.monitor import Monitor, picture_path
 from ipfm.engine.report import EvaluationHistory
 from ipfm.engine.run_folder import RunFolder
-from ipfm.engine.stopping import Interrupted, Noted, StopAsked, noting_signals
-from ipfm.engine.task import NotFinite, ProcessLost, Progress, Task, TrainingFailed
+from ipfm.engine.stopping import Noted, StopAsked, noting_signals
+from ipfm.engine.task import NotFinite, Progress, Task
 from ipfm.engine.world import World
 from ipfm.models.durable import why
 

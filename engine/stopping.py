@@ -19,14 +19,6 @@ from ipfm.engine.world import World
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
-class Interrupted(Exception):
-    """A signal arrived and the state is saved. `signum` is the signal."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}, state saved")
-        self.signum = signum
-
-
 class StopAsked(Exception):
     """Some process received the signal `signum`; raised on all of them at the same point."""
 

@@ -9,15 +9,12 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ipfm.engine.errors import TrainingFailed
 from ipfm.engine.measure import Measured
 from ipfm.engine.memory import MemoryPlan
 from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.world import World
 from ipfm.engine.zero import TrainedNetwork
-
-
-class TrainingFailed(RuntimeError):
-    """The run cannot go on; the message says why and where to continue."""
 
 
 class NotFinite(TrainingFailed):
@@ -26,10 +23,6 @@ class NotFinite(TrainingFailed):
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
         self.step = step
-
-
-class ProcessLost(TrainingFailed):
-    """Another process of the run has ended, or does not answer."""
 
 
 class Task(Protocol):

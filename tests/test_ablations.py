@@ -19,7 +19,7 @@ from ipfm.engine.ablation import AblationOptions, Plan, arch_of
 from ipfm.engine.ablation_report import GROWTH, Curve, plot, sentence, spread, table, write_csv
 from ipfm.engine.ablation_runs import Run
 from ipfm.engine.commandline import BadInput
-from ipfm.engine.stopping import Interrupted
+from ipfm.engine.errors import Interrupted
 from ipfm.models import EDMPrecond, NetworkConfig, load_model, presets, save_model
 from ipfm.recipes import (
     ablation_alpha,

@@ -19,7 +19,7 @@ import tyro
 from ipfm.engine import commandline
 from ipfm.engine.commandline import BadInput, parse, run_command, user_input
 from ipfm.engine.config import Distillation, DistillConfig, RunConfig, TeacherConfig
-from ipfm.engine.loop import Interrupted, TrainingFailed
+from ipfm.engine.errors import Interrupted, TrainingFailed
 
 BASE = DistillConfig(D=128.0, max_steps=10, sigma_init=3.0)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from ipfm.engine import loop
 from ipfm.engine.checkpoint import find_checkpoint
 from ipfm.engine.config import TeacherConfig
-from ipfm.engine.loop import Interrupted, ProcessLost, TrainingFailed, train
+from ipfm.engine.errors import Interrupted, ProcessLost, TrainingFailed
+from ipfm.engine.loop import train
 from ipfm.engine.measure import Measured
 from ipfm.engine.run_folder import RunFolder
 from ipfm.engine.stopping import check_stop

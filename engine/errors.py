@@ -1,0 +1,21 @@
+"""What ends a run other than success. Nothing here is imported with torch, so that a command line can start without."""
+
+from __future__ import annotations
+
+import signal
+
+
+class Interrupted(Exception):
+    """A signal arrived and the state is saved. `signum` is the signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}, state saved")
+        self.signum = signum
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on; the message says why and where to continue."""
+
+
+class ProcessLost(TrainingFailed):
+    """Another process of the run has ended, or does not answer."""
