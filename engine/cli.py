@@ -8,8 +8,9 @@ from typing import Annotated
 
 from tyro.conf import subcommand
 
-from ipfm.engine.commandline import parse, run_command
+from ipfm.engine.commandline import is_first_process, parse, run_command, without_local_rank
 from ipfm.engine.commands.bench import Bench
+from ipfm.engine.commands.completion import Completion
 from ipfm.engine.commands.convert import Convert
 from ipfm.engine.commands.dataset import Dataset
 from ipfm.engine.commands.evaluate import Evaluate
@@ -17,10 +18,7 @@ from ipfm.engine.commands.info import Info
 from ipfm.engine.commands.plan import Plan
 from ipfm.engine.commands.report import Report
 from ipfm.engine.commands.sample import Sample
-
-DESCRIPTION = """Inverse Poisson flow matching: distils PFGM++ and diffusion models into one- to four-step generators.
-
-Training is done by the recipes: `deepspeed recipes/digits_ipfm.py --help`."""
+from ipfm.engine.overview import overview, versions
 
 Command = (
     Annotated[Sample, subcommand("sample")]
@@ -31,11 +29,17 @@ Command = (
     | Annotated[Dataset, subcommand("dataset")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Bench, subcommand("bench")]
+    | Annotated[Completion, subcommand("completion")]
 )
 
 
 def _main(argv: Sequence[str]) -> None:
-    parse(Command, list(argv) or ["--help"], prog="ipfm", description=DESCRIPTION).run()  # type: ignore[arg-type]
+    given = without_local_rank(argv) or ["--help"]
+    if given[0] in ("-h", "--help", "--version"):
+        if is_first_process():
+            print(versions() if given[0] == "--version" else overview(Command))
+        sys.exit()
+    parse(Command, given, prog="ipfm", description="").run()  # type: ignore[arg-type]
 
 
 def main() -> None:

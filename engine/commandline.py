@@ -68,7 +68,7 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog:
 
     from ipfm.engine.option_help import Shown, registry
 
-    arguments = _without_local_rank(argv)
+    arguments = without_local_rank(argv)
     captured, shown = io.StringIO(), Shown(sys.stdout)
     # Options of a subcommand are off unless they are given; a recipe may have some of its own on.
     single = () if dataclasses.is_dataclass(kind) else (tyro.conf.FlagCreatePairsOff,)
@@ -88,7 +88,7 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog:
                 )
         except SystemExit as stop:
             if not stop.code:
-                if _is_first_process():
+                if is_first_process():
                     sys.stdout.write(shown.tidied(HELP_WIDTH))
                 raise
             raise BadInput(_as_typed(_one_line(captured.getvalue()), kind)) from None
@@ -152,7 +152,7 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
 
 def _complain(line: str, details: str = "", *, everyone: bool = False) -> None:
     """One process speaks for all, unless it is said that `everyone` does."""
-    if everyone or _is_first_process():
+    if everyone or is_first_process():
         # The exit code says it too, where stderr takes nothing.
         with contextlib.suppress(OSError):
             print(" ".join(part.strip() for part in line.splitlines()), file=sys.stderr, flush=True)
@@ -160,7 +160,8 @@ def _complain(line: str, details: str = "", *, everyone: bool = False) -> None:
                 print(details, file=sys.stderr, flush=True)
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
+    """Whether this process is the one of its run that speaks."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -173,7 +174,8 @@ def _no_room(error: Exception) -> bool:
     return error.errno in NO_ROOM
 
 
-def _without_local_rank(argv: Sequence[str]) -> list[str]:
+def without_local_rank(argv: Sequence[str]) -> list[str]:
+    """The arguments without DeepSpeed's --local_rank=N."""
     arguments: list[str] = []
     skip = False
     for argument in argv:

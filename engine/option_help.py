@@ -7,6 +7,7 @@ import re
 import textwrap
 import types
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, TextIO, Union, get_args, get_origin
 
 from tyro.conf import arg
@@ -20,9 +21,13 @@ from tyro.constructors import (
 )
 
 
-def registry() -> ConstructorRegistry:
+def registry(*, none: bool = True) -> ConstructorRegistry:
     """Rules for `tyro.cli`: an option that may be left out is shown by the type of its values, and has no "(default:
-    None)"; texts are paragraphs, whatever their lines are in the source."""
+    None)"; texts are paragraphs, whatever their lines are in the source.
+
+    Args:
+        none: the word None is read as what an option is that is left out.
+    """
     rules = ConstructorRegistry()
     asking: list[bool] = []
 
@@ -39,7 +44,7 @@ def registry() -> ConstructorRegistry:
             return None
         return replace(spec, fields=tuple(map(_field, spec.fields)))
 
-    rules.primitive_rule(_optional)
+    rules.primitive_rule(partial(_optional, none=none))
 
     @rules.primitive_rule
     def several(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -60,7 +65,7 @@ def registry() -> ConstructorRegistry:
     return rules
 
 
-def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+def _optional(info: PrimitiveTypeInfo, *, none: bool) -> PrimitiveConstructorSpec[Any] | None:
     """X | None, shown and read as X; None is the word None."""
     if get_origin(info.type) not in (Union, types.UnionType):
         return None
@@ -76,7 +81,7 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         instance_from_str=lambda words: None if words == ["None"] else inner.instance_from_str(words),
         is_instance=lambda value: value is None or inner.is_instance(value),
         str_from_instance=lambda value: ["None"] if value is None else inner.str_from_instance(value),
-        choices=inner.choices and (*inner.choices, "None"),
+        choices=inner.choices and (*inner.choices, *(["None"] if none else [])),
     )
 
 

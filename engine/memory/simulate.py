@@ -24,7 +24,6 @@ from ipfm.engine.memory.phases import Phase, listening, mark
 from ipfm.engine.memory.state import Sharding
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objective import Setting
-from ipfm.engine.objectives import add_noise, bind, denoising_objective
 from ipfm.engine.precision import DTYPES, apply_precision, halve_storage
 from ipfm.engine.world import World
 from ipfm.models import NetworkConfig, Precond, build_network
@@ -88,6 +87,9 @@ def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
 @functools.lru_cache(maxsize=64)
 def simulate_teacher(settings: StepSettings) -> dict[Phase, int]:
     """The same for a step of a teacher's training: the denoising loss and its optimiser."""
+    # Here, for objectives mark the phases of a step, which are a part of this package.
+    from ipfm.engine.objectives import add_noise, bind, denoising_objective
+
     net = _Trained(_meta_network(settings.network, settings, trained=True), settings)
     net.module.train()
     size = settings.network.img_resolution
