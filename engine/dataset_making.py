@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ipfm.engine.cifar import read_cifar
 from ipfm.engine.data_files import Subset, is_cifar, label_width, open_image_files
@@ -18,6 +17,7 @@ from ipfm.engine.dataset_labels import MAX_CLASSES, read_labels
 from ipfm.engine.dataset_zip import encode_png
 from ipfm.engine.decoding import Header, read_header, read_picture, threads, to_array
 from ipfm.engine.image_files import LABEL_FILE, ImageFiles, printable
+from ipfm.engine.progress import ProgressBar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -82,11 +82,11 @@ class Pictures:
         def make(index: int) -> bytes:
             return encode_png(to_array(self.load(index)))
 
-        with tqdm(total=self.count, desc="images", unit="img", disable=None) as bar:
+        with ProgressBar("images", self.count) as bar:
             for first in range(0, self.count, _AT_ONCE):
                 for png in threads().map(make, range(first, min(first + _AT_ONCE, self.count))):
                     yield png
-                    bar.update()
+                    bar.advance()
 
 
 def find_pictures(source: Path, shaping: Shaping, labelling: Labelling, subset: Subset) -> Pictures:
@@ -146,11 +146,11 @@ def _from_files(files: ImageFiles, shaping: Shaping, labelling: Labelling, subse
 
 
 def _headers(files: ImageFiles, names: list[str]) -> Iterator[Header]:
-    with tqdm(total=len(names), desc="looking", unit="img", disable=None) as bar:
+    with ProgressBar("looking", len(names)) as bar:
         for first in range(0, len(names), _AT_ONCE):
             for header in threads().map(lambda name: read_header(files, name), names[first : first + _AT_ONCE]):
                 yield header
-                bar.update()
+                bar.advance()
 
 
 def _labels(files: ImageFiles, labelling: Labelling) -> tuple[Tensor | None, str]:

@@ -16,11 +16,9 @@ from tqdm import tqdm
 
 from ipfm.engine.files import StepLog
 from ipfm.engine.pictures import image_grid, save_grid
+from ipfm.engine.progress import ProgressBar
 from ipfm.engine.report import significant
 from ipfm.models.durable import sync, why
-
-# Where nobody watches (stderr is a file), the progress of the whole run is this many lines.
-LINES = 20
 
 
 class Monitor:
@@ -68,7 +66,7 @@ class Monitor:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._log = StepLog(self.folder / "metrics.jsonl", keep_below=first_step)
-        self._progress = _Progress(title, total_steps, first_step)
+        self._progress = ProgressBar(title, total_steps, first=first_step, unit=" step", pause=0.0, leave=True)
         if tensorboard:
             self._open_board(first_step)
 
@@ -99,7 +97,7 @@ class Monitor:
             self.images_per_second = (step + 1 - self._done) * self.batch_size / max(now - self._since, 1e-9)
         self._done, self._since = step + 1, now
         with contextlib.suppress(OSError):
-            self._progress.move(step + 1, f"{significant(self.images_per_second)} img/s", values)
+            self._progress.move(step + 1, _postfix(f"{significant(self.images_per_second)} img/s", values))
 
     def image(self, step: int, images: Tensor) -> None:
         """Saves images (B, C, H, W) in [-1, 1], drawn after `step` steps: samples/step-XXXXXXX.png, TensorBoard."""
@@ -201,43 +199,6 @@ def _quiet_about_the_board(args: threading.ExceptHookArgs) -> None:
 def picture_path(folder: Path, step: int) -> Path:
     """Where the run `folder` keeps the images drawn after `step` steps."""
     return folder / "samples" / f"step-{step:07d}.png"
-
-
-class _Progress:
-    """A tqdm bar on a terminal; elsewhere a line of the same form at first and at every 5 %."""
-
-    def __init__(self, title: str, total: int, first: int) -> None:
-        self.title, self.total, self.first = title, total, first
-        self.started = time.perf_counter()
-        self.shown = -1  # twentieth of the run in which the last line was printed; the first line comes at once
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(desc=title, total=total, initial=first, unit=" step", dynamic_ncols=True, file=sys.stderr)
-
-    def move(self, done: int, speed: str, values: Mapping[str, float]) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str(_postfix(speed, values), refresh=False)
-            self.bar.update(done - self.bar.n)
-            return
-        part = done * LINES // max(self.total, 1)
-        if part > self.shown:
-            self.shown = part
-            # ncols=0 prints the numbers without a bar; tqdm subtracts `initial` when it computes the rate.
-            line = tqdm.format_meter(
-                done,
-                self.total,
-                time.perf_counter() - self.started,
-                ncols=0,
-                prefix=self.title,
-                unit=" step",
-                postfix=_postfix(speed, values),
-                initial=self.first,
-            )
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def _postfix(speed: str, values: Mapping[str, float]) -> str:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ipfm.engine.data import ImageDataset
 from ipfm.engine.files import atomic_write
 from ipfm.engine.metrics import Features, Reference, Statistics, collect
 from ipfm.engine.metrics.frechet import check_statistics
+from ipfm.engine.progress import ProgressBar
 from ipfm.engine.world import World
 
 # Names of an array of images in an .npz: ADM's sample and reference batches, and those of `ipfm sample`.
@@ -95,16 +97,24 @@ def make_reference(
         assert file.statistics is not None
         return Reference(file.statistics)
     images = file.images
+    # Processes have almost equal shares; the first one speaks for all.
+    bar = ProgressBar("reference", -(-len(images) // world.size), enabled=world.first)
+
+    def take(first: int, count: int) -> Tensor:
+        bar.advance(count)
+        return images.take(first, count).to(world.device)
+
     try:
-        found = collect(
-            lambda first, count: images.take(first, count).to(world.device),
-            len(images),
-            features,
-            batch=batch,
-            rank=world.rank,
-            world_size=world.size,
-            keep_features=keep_features,
-        )
+        with bar:
+            found = collect(
+                take,
+                len(images),
+                features,
+                batch=batch,
+                rank=world.rank,
+                world_size=world.size,
+                keep_features=keep_features,
+            )
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
     statistics = found.moments.statistics if file.statistics is None else file.statistics

@@ -16,6 +16,7 @@ from ipfm.engine.metrics.inception_score import inception_score
 from ipfm.engine.metrics.kernel_distance import kernel_distance
 from ipfm.engine.metrics.moments import FeatureMoments
 from ipfm.engine.metrics.precision_recall import precision_recall
+from ipfm.engine.progress import ProgressBar
 
 # Images and features of a published FID; classes of the Inception network; images for precision and recall.
 IMAGES, DIM, CLASSES, PR_IMAGES = 50_000, 2048, 1008, 10_000
@@ -55,10 +56,12 @@ def run_metrics(out: str | Path, quick: bool = False) -> Path:
         ("precision and recall", pr_images, dim, lambda: _shares(real[:pr_images], generated[:pr_images])),
     ]
     rows = []
-    for name, count, width, run in cases:
-        started = time.perf_counter()
-        result = str(run())  # the text needs the value: nothing is still running on the device
-        rows.append(Row(name, count, width, round(time.perf_counter() - started, 2), result))
+    with ProgressBar("metrics", len(cases), unit=" metric") as bar:
+        for name, count, width, run in cases:
+            started = time.perf_counter()
+            result = str(run())  # the text needs the value: nothing is still running on the device
+            rows.append(Row(name, count, width, round(time.perf_counter() - started, 2), result))
+            bar.advance()
     return _write(Path(out), rows, device)
 
 

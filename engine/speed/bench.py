@@ -17,6 +17,7 @@ from ipfm.engine.config import DistillConfig
 from ipfm.engine.execution import execute_as
 from ipfm.engine.memory.live import LiveBytes, bytes_in_use
 from ipfm.engine.precision import Precision
+from ipfm.engine.progress import ProgressBar
 from ipfm.engine.resolve import allow_tf32, resolve
 from ipfm.engine.speed.plain import PlainDistillation
 from ipfm.engine.trio import Distiller
@@ -155,13 +156,15 @@ def _measure(
         gc.collect()
         states.append(bytes_in_use(device) - before)
     times: list[list[float]] = [[] for _ in tasks]
-    for step in range(WARM_UP, WARM_UP + rounds):
-        for task, taken in zip(tasks, times, strict=True):
-            _synchronize(device)
-            started = time.perf_counter()
-            task(step)
-            _synchronize(device)
-            taken.append(time.perf_counter() - started)
+    with ProgressBar("rounds", rounds, unit=" round") as bar:
+        for step in range(WARM_UP, WARM_UP + rounds):
+            for task, taken in zip(tasks, times, strict=True):
+                _synchronize(device)
+                started = time.perf_counter()
+                task(step)
+                _synchronize(device)
+                taken.append(time.perf_counter() - started)
+            bar.advance()
     timed = list(zip(variants, times, strict=True))
     plain = {v.precision: taken for v, taken in timed if v.form == "plain" and not v.compiled}
     for variant, task, taken, state in zip(variants, tasks, times, states, strict=True):
