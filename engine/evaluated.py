@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ipfm.engine.pid import published_figures
 from ipfm.engine.reference import open_images
 from ipfm.engine.report import paper_result
 from ipfm.engine.sampling import sample_model
@@ -62,7 +63,8 @@ def open_subject(
         if limit is not None and len(images) < limit:
             raise ValueError(f"images must be at most {len(images)}, as many as {path} holds, got {limit}")
         return Subject("images", lambda i, n: images.take(i, n).to(device), images.shape, len(images))
-    draw, network, facts, nfe = sample_model(path, device, heun_steps=heun_steps, seed=seed, D=D)
+    model = sample_model(path, device, heun_steps=heun_steps, seed=seed, D=D)
+    draw, network, facts, nfe = model.draw, model.network, model.facts, model.nfe
     shape = (network.img_channels, network.img_resolution, network.img_resolution)
     if facts.get("task") == "generator":
         return Subject("generator", draw, shape, None, network.D, nfe, _generator_paper(facts, network.D, nfe))
@@ -70,11 +72,16 @@ def open_subject(
 
 
 def _generator_paper(facts: Mapping[str, Any], D: float, steps: int) -> str | None:
-    """The published figure for a generator that says what data, and with which alpha, it was distilled on."""
-    dataset, alpha = facts.get("dataset"), facts.get("alpha")
-    if not isinstance(dataset, str) or not isinstance(alpha, (int, float)):
+    """The published figure for a generator that says on what data, by which objective and how it was distilled."""
+    dataset, alpha, settings = facts.get("dataset"), facts.get("alpha"), facts.get("config")
+    if not isinstance(dataset, str):
         return None
-    found = paper_result(dataset, D, float(alpha), steps)
+    if facts.get("parametrisation") == "trajectory" and isinstance(settings, Mapping):
+        found = published_figures(dataset, settings).get(D)
+    elif isinstance(alpha, (int, float)):
+        found = paper_result(dataset, D, float(alpha), steps)
+    else:
+        return None
     return None if found is None else str(found)
 
 

@@ -84,6 +84,14 @@ class PidConfig(Distillation):
 
     def resolved(self, network: NetworkConfig) -> Self:
         """See `Distillation.resolved`."""
+        self.check_network(network)
+        if self.distance == "lpips":
+            # They are looked for before anything expensive begins.
+            read_weights(self.lpips)
+        return self
+
+    def check_network(self, network: NetworkConfig) -> None:
+        """ValueError where this objective cannot do with a teacher of this architecture."""
         if network.precond != EDMPrecond.PRECOND:
             raise ValueError(
                 f"a trajectory needs a teacher with EDM's preconditioning ({EDMPrecond.PRECOND}), got {network.precond}"
@@ -96,9 +104,6 @@ class PidConfig(Distillation):
                     f"distance lpips needs images of at least 16x16, this network's have side "
                     f"{network.img_resolution}: give --lpips-side 32"
                 )
-            # They are looked for before anything expensive begins.
-            read_weights(self.lpips)
-        return self
 
     def sized(self) -> Self:
         """See `Distillation.sized`."""
@@ -161,9 +166,15 @@ class PhysicsInformedDistillation:
 
     def published(self, dataset: str) -> Mapping[float, PaperResult]:
         """See `Objective.published`."""
-        key = plain_name(dataset), self.config.difference, self.config.distance
-        known = _PUBLISHED.get(key) if self.config.points == 250 and self.config.width == 1 else None
-        return {} if known is None else {math.inf: PaperResult(known, None, None, SOURCE)}
+        return published_figures(dataset, self.config.to_json())
+
+
+def published_figures(dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
+    """The published figures by D of a generator distilled with these `settings`, a `PidConfig` as JSON has it."""
+    if settings.get("points") != 250 or settings.get("width") != 1:
+        return {}
+    known = _PUBLISHED.get((plain_name(dataset), str(settings.get("difference")), str(settings.get("distance"))))
+    return {} if known is None else {math.inf: PaperResult(known, None, None, SOURCE)}
 
 
 class Stencil(NamedTuple):

@@ -32,6 +32,8 @@ class SampledModel(NamedTuple):
     """What its folder says beside the weights; nothing of a checkpoint."""
     nfe: int
     """Network evaluations an image."""
+    sigmas: tuple[float, ...]
+    """Its noise levels, the highest first: those of a generator, or of a teacher's steps before what churn adds."""
 
 
 class Sampler(Protocol):
@@ -77,11 +79,15 @@ def sample_model(
     facts = {} if path.is_file() else read_config(path).extra
     sampler: Sampler
     if facts.get("task") != "generator":
-        sampler, nfe = _teacher_sampler(net, heun_steps, sigmas, solver, churn)
+        sampler, nfe, levels = _teacher_sampler(net, heun_steps, sigmas, solver, churn)
     else:
-        sampler, nfe = _generator_sampler(net, facts, path / CONFIG_FILE)
+        sampler, nfe, levels = _generator_sampler(net, facts, path / CONFIG_FILE)
     return SampledModel(
-        lambda first, count: _draw(sampler, net, first, count, seed=seed, classes=classes), net.config, facts, nfe
+        lambda first, count: _draw(sampler, net, first, count, seed=seed, classes=classes),
+        net.config,
+        facts,
+        nfe,
+        levels,
     )
 
 
@@ -111,23 +117,24 @@ def sample_trajectory(net: Precond, first: int, count: int, *, D: float, noise: 
 
 def _teacher_sampler(
     net: Precond, steps: int, sigmas: tuple[float, ...] | None, solver: Solver, churn: Churn | None
-) -> tuple[Sampler, int]:
-    """The sampler and its network evaluations."""
+) -> tuple[Sampler, int, tuple[float, ...]]:
+    """The sampler, its network evaluations and its noise levels."""
     bound = partial(heun_sample, net, D=net.D, solver=solver, churn=churn)
     if sigmas is None:
         low, high = max(SIGMA_MIN, net.sigma_min), min(SIGMA_MAX, net.sigma_max)
-        return partial(bound, steps=steps, sigma_min=low, sigma_max=high), evaluations(steps, solver)
+        grid = NoiseLevels(sigma_min=low, sigma_max=high).karras(steps)[:-1].tolist()
+        return partial(bound, steps=steps, sigma_min=low, sigma_max=high), evaluations(steps, solver), tuple(grid)
     levels = check_sigmas(sigmas)
     if not (net.sigma_min <= levels[-1] and levels[0] <= net.sigma_max):
         raise ValueError(
             f"sigmas must lie in what the network knows, [{net.sigma_min:g}, {net.sigma_max:g}], "
             f"got {', '.join(f'{sigma:g}' for sigma in levels)}"
         )
-    return partial(bound, sigmas=levels), evaluations(len(levels), solver)
+    return partial(bound, sigmas=levels), evaluations(len(levels), solver), levels
 
 
-def _generator_sampler(net: Precond, facts: Mapping[str, Any], where: Path) -> tuple[Sampler, int]:
-    """The sampler that the config.json at `where` says, and its network evaluations."""
+def _generator_sampler(net: Precond, facts: Mapping[str, Any], where: Path) -> tuple[Sampler, int, tuple[float, ...]]:
+    """The sampler that the config.json at `where` says, its network evaluations and its noise levels."""
     kind = facts.get("parametrisation")
     if kind not in (None, "trajectory"):
         raise ValueError(f"{where}: parametrisation {kind!r} is unknown; possible: trajectory, or none for a denoiser")
@@ -136,9 +143,10 @@ def _generator_sampler(net: Precond, facts: Mapping[str, Any], where: Path) -> t
     try:
         if kind is None:
             levels = check_sigmas(tuple(facts["sigmas"]))
-            return partial(generate, net, D=net.D, sigmas=levels), len(levels)
+            return partial(generate, net, D=net.D, sigmas=levels), len(levels), levels
         ends = NoiseLevels(sigma_max=facts["sigma_max"], sigma_min=facts["sigma_min"])
-        return partial(trajectory_sample, net, D=net.D, sigma_max=ends.sigma_max, sigma_min=ends.sigma_min), 1
+        sampler = partial(trajectory_sample, net, D=net.D, sigma_max=ends.sigma_max, sigma_min=ends.sigma_min)
+        return sampler, 1, (ends.sigma_max, ends.sigma_min)
     except KeyError as error:
         raise ValueError(f"{where} holds no usable noise levels of a generator: no {error}") from error
     except (TypeError, ValueError) as error:

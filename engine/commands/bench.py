@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from ipfm.engine.answers import answering
 from ipfm.engine.commandline import user_input
-from ipfm.engine.config import DistillConfig, check_D
-from ipfm.engine.loop import TrainingFailed
-from ipfm.models import NetworkConfig
+from ipfm.engine.errors import TrainingFailed
+
+if TYPE_CHECKING:
+    from ipfm.models import NetworkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure the kernels, the metrics or a step's time or memory, or compile the kernels for GPUs that are not here.
+    """Measure the kernels; or the metrics, the memory or the time of a step, one of them at a time.
 
-    Examples: ipfm bench --offline --out build/bench;
-    ipfm bench --memory --model ncsnpp --channels 32 --batch 64 --out build/bench;
-    ipfm bench --step --model digits --precision fp32 bf16
+    Example: ipfm bench --offline --out build/bench
+
+    Example: ipfm bench --memory --model ncsnpp --channels 32 --batch 64 --out build/bench
+
+    Example: ipfm bench --step --model digits --precision fp32 bf16
     """
 
     out: Path = Path("bench")
@@ -49,17 +54,20 @@ class Bench:
     quick: bool = False
     """Small shapes and few repetitions; with --memory one step instead of two, with --step 3 rounds instead of 20."""
 
+    json: bool = False
+    """Print JSON: the rows of the tables."""
+
     def run(self) -> None:
-        """Write the tables to `out` and print a summary."""
+        """Write the tables to `out` and print them."""
         with user_input():
             given = [name for name in ("offline", "metrics", "memory", "step") if getattr(self, name)]
             if len(given) > 1:
                 raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
-        tables = [self._run_memory()] if self.memory else [self._run_step()] if self.step else self._run_speed()
-        for table in tables:
-            print(table.with_suffix(".md").read_text(encoding="utf-8"))
-        for table in tables:
-            print(table)
+        with answering(as_json=self.json) as answer:
+            tables = [self._run_memory()] if self.memory else [self._run_step()] if self.step else self._run_speed()
+            facts = {"tables": [{"file": table, "rows": read_rows(table)} for table in tables]}
+            texts = [table.with_suffix(".md").read_text(encoding="utf-8") for table in tables]
+            answer(facts, "\n".join([*texts, *map(str, tables)]))
 
     def _run_speed(self) -> list[Path]:
         from ipfm.engine.metrics.bench import run_metrics
@@ -72,6 +80,7 @@ class Bench:
         return [(run_metrics if self.metrics else bench.run_microbenchmarks)(self.out, quick=self.quick)]
 
     def _run_step(self) -> Path:
+        from ipfm.engine.config import DistillConfig, check_D
         from ipfm.engine.resolve import resolve_precision, run_device
         from ipfm.engine.speed.bench import run_step
 
@@ -116,3 +125,18 @@ class Bench:
             )
         except RuntimeError as error:
             raise TrainingFailed(str(error)) from error
+
+
+def read_rows(table: Path) -> list[dict[str, object]]:
+    """The rows of a CSV file by the names of its columns: numbers as such, nothing as None."""
+
+    def value(text: str) -> object:
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        return {"": None, "True": True, "False": False}.get(text, text)
+
+    with table.open(newline="", encoding="utf-8") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from ipfm.engine.answers import answering
 from ipfm.engine.commandline import user_input
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class Convert:
     sigmas: tuple[float, ...] = ()
     """A generator's noise levels, highest first; 2.5 for SiD's."""
 
+    json: bool = False
+    """Print JSON: what the file holds, the network taken, its parameters, its facts."""
+
     def run(self) -> None:
         """Print what the file holds and write the folder."""
         from ipfm.engine.noise_levels import check_sigmas
@@ -49,14 +53,19 @@ class Convert:
             if self.sigmas:
                 check_sigmas(self.sigmas)
             checkpoint = open_checkpoint(self.source)
-            facts = self._task(checkpoint, checkpoint.choose(self.network))
+            task = self._task(checkpoint, checkpoint.choose(self.network))
             imported = checkpoint.read(self.network, D=self.D)
-            facts |= {"D": imported.config.D, "source": self._source(checkpoint, imported)}
+            facts = task | {"D": imported.config.D, "source": self._source(checkpoint, imported)}
             net = build(imported)
             save_model(net, self.out, extra=facts)
         size = sum(p.numel() for p in net.parameters())
-        for name, value in (*describe(checkpoint, imported), ("parameters", f"{size:,}"), ("written", str(self.out))):
-            print(f"{name + ':':<14}{value}")
+        told = {"out": self.out, "networks": checkpoint.networks, "parameters": size, **facts}
+        lines = (*describe(checkpoint, imported), ("parameters", f"{size:,}"), ("written", str(self.out)))
+        with answering(as_json=self.json) as answer:
+            answer(
+                told | {"network": imported.config.to_json()},
+                "\n".join(f"{name + ':':<14}{value}" for name, value in lines),
+            )
 
     def _task(self, checkpoint: Checkpoint, name: str) -> dict[str, object]:
         generator = self.generator or checkpoint.is_generator(name)

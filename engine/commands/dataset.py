@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from ipfm.engine.answers import answering
 from ipfm.engine.commandline import user_input
+
+if TYPE_CHECKING:
+    from ipfm.engine.dataset_making import Pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,9 @@ class Dataset:
     overwrite: bool = False
     """Replace OUT.zip where it exists."""
 
+    json: bool = False
+    """Print JSON: out, images, resolution, channels, labels."""
+
     def run(self) -> None:
         """Write the zip and print what is in it."""
         from ipfm.engine.data_files import Subset, label_width
@@ -51,12 +58,30 @@ class Dataset:
             pictures = find_pictures(self.source, shaping, self.labels, Subset(self.max_images))
             # The work as well: a bad image may show only when it is decoded.
             write_dataset_zip(self.out, pictures.pngs(), pictures.labels)
-        kind = "grey" if pictures.channels == 1 else "RGB"
-        print(f"{pictures.count} images {pictures.side}x{pictures.side}, {kind}: {self.out}")
-        print(f"labels: {pictures.label_source}")
-        if pictures.labels is not None:
-            width = label_width(pictures.labels)
-            short = (
-                "" if width == pictures.width else f" (the source has {pictures.width}; the last are not among these)"
+        width = 0 if pictures.labels is None else label_width(pictures.labels)
+        classes = pictures.labels is not None and pictures.labels.ndim == 1
+        with answering(as_json=self.json) as answer:
+            answer(
+                {
+                    "out": self.out,
+                    "images": pictures.count,
+                    "resolution": pictures.side,
+                    "channels": pictures.channels,
+                    "labels": pictures.label_source,
+                    "classes": width if classes else None,
+                    "label_width": width,
+                },
+                self._text(pictures, width, classes),
             )
-            print(f"{width} {'classes' if pictures.labels.ndim == 1 else 'numbers a label'}{short}")
+
+    def _text(self, pictures: Pictures, width: int, classes: bool) -> str:
+        kind = "grey" if pictures.channels == 1 else "RGB"
+        lines = [
+            f"{pictures.count} images {pictures.side}x{pictures.side}, {kind}: {self.out}",
+            f"labels: {pictures.label_source}",
+        ]
+        if pictures.labels is not None:
+            whole = f" (the source has {pictures.width}; the last are not among these)"
+            said = f"{width} {'classes' if classes else 'numbers a label'}"
+            lines.append(said + ("" if width == pictures.width else whole))
+        return "\n".join(lines)

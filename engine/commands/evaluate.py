@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from ipfm.engine.answers import Answer, answering
 from ipfm.engine.commandline import user_input
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ipfm.engine.evaluated import Subject
     from ipfm.engine.evaluation import Evaluation
     from ipfm.engine.metrics import FrechetResult
+    from ipfm.engine.progress import ProgressBar
     from ipfm.engine.world import World
 
 # Images of a published FID.
@@ -62,12 +63,16 @@ class Evaluate:
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
     json: bool = False
-    """Print JSON."""
+    """Print JSON: the distances of each set, nfe, D, the published figure."""
     save_reference: Path | None = None
     """Keep the statistics of a reference that is images in this .npz (mu and sigma)."""
 
     def run(self) -> None:
         """Print what was measured."""
+        with answering(as_json=self.json) as answer:
+            self._run(answer)
+
+    def _run(self, answer: Answer) -> None:
         from ipfm.engine.evaluated import open_subject
         from ipfm.engine.evaluation import open_comparison
         from ipfm.engine.reference import save_statistics
@@ -102,16 +107,14 @@ class Evaluate:
         if self.save_reference and world.first:
             with user_input():
                 save_statistics(self.save_reference, evaluation.statistics)
+        results = []
         # A bad file of a large data set shows when it is read, a model's NaN when it is sampled.
-        with user_input():
-            results = [
-                evaluation.measure(
-                    _counted(subject.draw, evaluation, world), world, first_index=repeat * evaluation.images
-                )
-                for repeat in range(self.repeats)
-            ]
+        with user_input(), self._bar(evaluation, world) as bar:
+            for repeat in range(self.repeats):
+                draw = _counted(subject.draw, bar)
+                results.append(evaluation.measure(draw, world, first_index=repeat * evaluation.images))
         if world.first:
-            print(self._json(subject, results) if self.json else self._text(subject, evaluation, results))
+            answer(self._facts(subject, results), self._text(subject, evaluation, results))
 
     def _check(self) -> None:
         for name, least in (("repeats", 1), ("batch", 1), ("heun_steps", 1), ("images", 2), ("seed", 0)):
@@ -129,19 +132,27 @@ class Evaluate:
                 f"give --inception FILE ({WHERE_TO_GET_INCEPTION}), or compare pixels with --features pixels"
             )
 
+    def _bar(self, evaluation: Evaluation, world: World) -> ProgressBar:
+        """Counts the images of this process."""
+        from ipfm.engine.metrics import index_ranges
+        from ipfm.engine.progress import ProgressBar
+
+        ranges = index_ranges(evaluation.images, evaluation.batch, world.rank, world.size)
+        return ProgressBar("evaluate", self.repeats * sum(count for _, count in ranges), enabled=world.first)
+
     def _paper(self, subject: Subject, images: int) -> str | None:
         """The published figure, where these numbers are measured as it was."""
         return subject.paper if self.features == "inception" and images == PUBLISHED_IMAGES else None
 
-    def _json(self, subject: Subject, results: list[FrechetResult]) -> str:
+    def _facts(self, subject: Subject, results: list[FrechetResult]) -> dict[str, object]:
         distances = [result.distance for result in results]
-        facts = {
-            "model": str(self.model),
+        return {
+            "model": self.model,
             "kind": subject.kind,
-            "D": "inf" if subject.D is not None and math.isinf(subject.D) else subject.D,
+            "D": subject.D,
             "nfe": subject.nfe,
             "features": self.features,
-            "reference": None if self.reference is None else str(self.reference),
+            "reference": self.reference,
             "seed": self.seed if subject.nfe else None,
             "images": results[0].images,
             "frechet": min(distances) if "fid" in self.metrics else None,
@@ -150,7 +161,6 @@ class Evaluate:
             ],
             "paper": self._paper(subject, results[0].images),
         }
-        return json.dumps(facts, indent=1, allow_nan=False)
 
     def _text(self, subject: Subject, evaluation: Evaluation, results: list[FrechetResult]) -> str:
         from ipfm.engine.report import significant
@@ -205,21 +215,12 @@ def _world() -> World:
     return start_world() if "RANK" in os.environ else World(rank=0, size=1, device=run_device())
 
 
-def _counted(draw: Callable[[int, int], Tensor], evaluation: Evaluation, world: World) -> Callable[[int, int], Tensor]:
-    """`draw` with a bar, on a terminal, that counts this process's images."""
-    from tqdm import tqdm
-
-    from ipfm.engine.metrics import index_ranges
-
-    ranges = index_ranges(evaluation.images, evaluation.batch, world.rank, world.size)
-    # None: no bar where stderr is no terminal.
-    bar = tqdm(total=sum(count for _, count in ranges), unit="img", leave=False, disable=None if world.first else True)
+def _counted(draw: Callable[[int, int], Tensor], bar: ProgressBar) -> Callable[[int, int], Tensor]:
+    """`draw`, seen by the bar."""
 
     def counted(first: int, count: int) -> Tensor:
         images = draw(first, count)
-        bar.update(count)
-        if bar.n >= (bar.total or 0):
-            bar.close()
+        bar.advance(count)
         return images
 
     return counted

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from ipfm.engine.answers import answering
 from ipfm.engine.commandline import user_input
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ipfm.engine.churn import Churn
+    from ipfm.engine.progress import ProgressBar
     from ipfm.engine.sampling import SampledModel
 
 IMAGES, HEUN_STEPS = 64, 18
@@ -62,9 +62,12 @@ class Sample:
     """S_noise, factor of the noise added. Default: 1."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
+    json: bool = False
+    """Print JSON: files, seeds, nfe, D, sigmas, seconds, images/s."""
 
     def run(self) -> None:
         """Write the images to `out`."""
+        from ipfm.engine.progress import ProgressBar
         from ipfm.engine.resolve import run_device
         from ipfm.engine.sampling import sample_model
         from ipfm.engine.seeds import read_numbers
@@ -86,10 +89,11 @@ class Sample:
             )
             self._check_model(model)
         names = range(IMAGES if self.n is None else self.n) if seeds is None else seeds
-        write = self._write_folder if self._is_folder() else self._write_file
-        write(model.draw, [f"{name:06d}.png" for name in names])
-        each = f"{model.nfe} network evaluation{'s' * (model.nfe != 1)} each"
-        print(f"{len(names)} images, {each}: {self.out}")
+        with answering(as_json=self.json) as answer:
+            files = [self.out / f"{name:06d}.png" for name in names] if self._is_folder() else [self.out]
+            with ProgressBar("sample", len(names)) as bar:
+                seconds = self._write(model, len(names), files, bar)
+            answer(self._facts(model, seeds, files, len(names), seconds), self._text(model, len(names), seconds))
 
     def _check(self) -> None:
         """ValueError: options that cannot be, or not together."""
@@ -158,23 +162,54 @@ class Sample:
     def _batches(self, count: int) -> list[tuple[int, int]]:
         return [(i, min(self.batch, count - i)) for i in range(0, count, self.batch)]
 
-    def _write_folder(self, draw: Callable[[int, int], Tensor], names: list[str]) -> None:
-        """Each batch as it is drawn: a folder may hold more than memory does."""
-        from ipfm.engine.pictures import save_pngs
-
-        for first, count in self._batches(len(names)):
-            images = draw(first, count)
-            with user_input():
-                save_pngs(images, [self.out / name for name in names[first : first + count]])
-
-    def _write_file(self, draw: Callable[[int, int], Tensor], names: list[str]) -> None:
+    def _write(self, model: SampledModel, count: int, files: list[Path], bar: ProgressBar) -> float:
+        """Draw `count` images into `files`, one each or all in one; the seconds that drawing them took."""
         import torch
 
-        from ipfm.engine.pictures import save_grid, save_images
+        from ipfm.engine.pictures import save_grid, save_images, save_pngs
 
-        images = torch.cat([draw(first, count).cpu() for first, count in self._batches(len(names))])
-        with user_input():
-            (save_grid if self.out.suffix == ".png" else save_images)(images, self.out)
+        seconds, kept = 0.0, []
+        for first, size in self._batches(count):
+            started = time.perf_counter()
+            # On the host: what draws is done with them.
+            images = model.draw(first, size).cpu()
+            seconds += time.perf_counter() - started
+            if self._is_folder():
+                # Each batch as it is drawn: a folder may hold more than memory does.
+                with user_input():
+                    save_pngs(images, files[first : first + size])
+            else:
+                kept.append(images)
+            bar.advance(size)
+        if kept:
+            with user_input():
+                (save_grid if self.out.suffix == ".png" else save_images)(torch.cat(kept), self.out)
+        return seconds
+
+    def _facts(
+        self, model: SampledModel, seeds: tuple[int, ...] | None, files: list[Path], count: int, seconds: float
+    ) -> dict[str, object]:
+        return {
+            "model": self.model,
+            "kind": "generator" if model.facts.get("task") == "generator" else "teacher",
+            "files": files,
+            "images": count,
+            "seed": (self.seed or 0) if seeds is None else None,
+            "seeds": seeds,
+            "classes": self.classes,
+            "nfe": model.nfe,
+            "D": model.network.D,
+            "sigmas": model.sigmas,
+            "seconds": seconds,
+            "images_per_second": count / max(seconds, 1e-9),
+        }
+
+    def _text(self, model: SampledModel, count: int, seconds: float) -> str:
+        from ipfm.engine.report import significant
+
+        each = f"{model.nfe} network evaluation{'s' * (model.nfe != 1)} each"
+        speed = f"{significant(count / max(seconds, 1e-9))} images/s"
+        return f"{count} images, {each}, {speed}: {self.out}"
 
 
 def _typed(name: str) -> str:
