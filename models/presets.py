@@ -76,10 +76,12 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
 
 
 def get(name: str, *, D: float = math.inf) -> NetworkConfig:
-    """The preset `name` for D auxiliary dimensions (inf: diffusion); ValueError listing the names if there is none."""
-    if name not in TABLE:
-        raise ValueError(f"network preset {name!r} is unknown; possible: {', '.join(names())}")
-    return replace(TABLE[name], D=D)
+    """The preset `name`, which may be a short one, for D auxiliary dimensions (inf: diffusion); ValueError listing the
+    names if there is none."""
+    full = FAMILIES.get(name, name)
+    if full not in TABLE:
+        raise ValueError(f"network preset {name!r} is unknown; possible: {', '.join([*names(), *FAMILIES])}")
+    return replace(TABLE[full], D=D)
 
 
 def names() -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def test_networks():
 @pytest.mark.parametrize(
     ("model", "channels", "message"),
     [
-        ("unet", None, r"model 'unet' is unknown; possible: ncsnpp, ddpmpp, adm, cifar10-ddpmpp, .*digits"),
+        ("unet", None, r"network preset 'unet' is unknown; possible: cifar10-ddpmpp, .*digits, ncsnpp, ddpmpp, adm"),
         ("ncsnpp", 0, r"ncsnpp cannot have 0 channels: model_channels must be .* at least 1, got 0"),
         ("adm", 3, r"adm cannot have 3 channels: .*3.*"),
         ("digits", -4, r"digits cannot have -4 channels: .*"),
@@ -125,7 +125,7 @@ def test_a_row_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--memory", "--metrics"], "metrics and memory exclude each other: give one of them"),
         (["--memory", "--offline"], "offline and memory exclude each other: give one of them"),
         (["--memory", "--batch", "0"], "batch must be an integer >= 1, got 0"),
-        (["--memory", "--model", "vgg"], "model 'vgg' is unknown; possible: ncsnpp"),
+        (["--memory", "--model", "vgg"], "network preset 'vgg' is unknown; possible: cifar10-ddpmpp"),
         (["--memory", "--channels", "3"], "ncsnpp cannot have 3 channels"),
     ],
 )

@@ -2,105 +2,172 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from ipfm.engine.answers import Answer, answering, plain
 from ipfm.engine.commandline import user_input
-from ipfm.engine.config import DistillConfig, Offload, TeacherConfig, ZeroStage
-from ipfm.models import NetworkConfig
+
+if TYPE_CHECKING:
+    from ipfm.engine.config import Distillation, TeacherConfig
+    from ipfm.engine.memory import Choice
+    from ipfm.models import NetworkConfig
+
+# Options that one kind of run alone has; others would not change the plan.
+OF_IPFM = ("steps", "student_updates")
+OF_PID = ("distance", "lpips_side")
+OF_A_DISTILLATION = ("objective", "teacher_storage", "backward", *OF_IPFM, *OF_PID)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Predict the memory of a distillation on each process, by part and by phase of a step.
 
-    With --gpu-memory: the largest micro-batch, and the cheapest form of the step that fits.
+    With --gpu-memory: the largest micro-batch, and the cheapest form of the step that fits; --fits: for several GPUs.
 
-    Example: ipfm plan --model cifar10-ncsnpp --batch 256 --ranks 8 --zero 2 --precision bf16 --gpu-memory 24
+    Example: ipfm plan --model cifar10-ncsnpp --ranks 8 --zero 2 --precision bf16 --gpu-memory 24
+
+    Example: ipfm plan --model adm --objective pid --ranks 8 --precision bf16 --fits 24 48 80 141
     """
 
     model: str
     """Network preset (or ncsnpp, ddpmpp, adm), a model folder, or a checkpoint of EDM, PFGM++ or SiD."""
+    objective: Literal["ipfm", "pid"] | None = None
+    """What is distilled by. Default: ipfm, which SiD shares."""
     batch: int = 256
     """Global batch."""
     ranks: int = 1
     """Number of processes."""
     micro_batch: int | None = None
-    """Images one process handles at a time. Default: what --gpu-memory allows, else its whole share of the batch."""
-    zero: ZeroStage | None = None
+    """Images one process handles at a time. Default: what memory allows, else its whole share of the batch."""
+    zero: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage. Default: the lowest that fits; at least 1 in bf16 and fp16."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks."""
-    offload: Offload = "none"
+    offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in the host's memory."""
-    teacher_storage: Literal["auto", "fp32", "half", "sharded"] = "auto"
-    """How the frozen teacher is kept."""
-    backward: Literal["auto", "joint", "phased"] = "auto"
-    """Form of the generator's step."""
+    teacher_storage: Literal["auto", "fp32", "half", "sharded"] | None = None
+    """How the frozen teacher is kept. Default: auto."""
+    backward: Literal["auto", "joint", "phased"] | None = None
+    """Form of the generator's step. Default: auto."""
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Compute activations again on the way back."""
-    steps: int = 1
-    """K: evaluations of the generator."""
-    student_updates: int = 1
-    """Student updates per generator update."""
+    steps: int | None = None
+    """K: evaluations of an IPFM generator. Default: 1."""
+    student_updates: int | None = None
+    """Of IPFM: student updates per generator update. Default: 1."""
+    distance: Literal["l2", "lpips"] | None = None
+    """Of PID. Default: l2."""
+    lpips_side: int | None = None
+    """Of PID with lpips: side that images are resized to. Default: as they are."""
     teacher_training: bool = False
     """Plan the training of a teacher instead."""
     gpu_memory: float | None = None
     """Memory of one GPU in GB."""
+    fits: tuple[float, ...] = ()
+    """Memory of several GPUs in GB: a table of what fits on each."""
     json: bool = False
     """Print JSON, in bytes."""
 
     def run(self) -> None:
-        """Print the plan."""
-        from ipfm.engine.memory import choose, choose_training, gpu_budget
+        """Print the plan, or the table."""
+        with answering(as_json=self.json) as answer:
+            with user_input():
+                self._check()
+                network = read_network(self.model)
+                config = self._training() if self.teacher_training else self._distillation(network)
+                config.split(self.ranks)
+            (self._fits if self.fits else self._plan)(config, network, answer)
 
+    def _plan(self, config: Distillation | TeacherConfig, network: NetworkConfig, answer: Answer) -> None:
+        from ipfm.engine.memory import gpu_budget, layout
+
+        budget = None if self.gpu_memory is None else gpu_budget(self.gpu_memory * 1e9)
         with user_input():
-            if self.ranks < 1:
-                raise ValueError(f"ranks must be at least 1, got {self.ranks}")
-            if self.gpu_memory is not None and not self.gpu_memory > 0:
-                raise ValueError(f"gpu-memory must be > 0, got {self.gpu_memory}")
-            network = read_network(self.model)
-            budget = None if self.gpu_memory is None else gpu_budget(self.gpu_memory * 1e9)
-            if self.teacher_training:
-                plan = choose_training(self._training(), network, ranks=self.ranks, budget=budget)
-                accumulation, cost = self.batch // self.ranks // plan.micro_batch, 1 + plan.activation_checkpointing / 3
-            else:
-                choice = choose(self._distillation(), network, ranks=self.ranks, budget=budget)
-                plan, accumulation, cost = choice.plan, choice.accumulation, choice.relative_cost
-        if self.json:
-            facts = {"accumulation": accumulation, "relative_cost": cost, "state": plan.state, "peak": plan.peak}
-            print(json.dumps(asdict(plan) | facts, indent=1))
-            return
-        print(plan)
-        print(f"{'micro-batch x accumulation':<34}{f'{plan.micro_batch} x {accumulation}':>12}")
-        print(f"{'ZeRO stage':<34}{plan.parts.stage:>12}")
-        print(f"{'arithmetic, relative':<34}{cost:>12.2f}")
+            choice = layout(config, network, ranks=self.ranks, budget=budget)
+        plan = choice.plan
+        lines = [
+            str(plan),
+            f"{'micro-batch x accumulation':<34}{f'{plan.micro_batch} x {choice.accumulation}':>12}",
+            f"{'ZeRO stage':<34}{plan.parts.stage:>12}",
+            f"{'arithmetic, relative':<34}{choice.relative_cost:>12.2f}",
+        ]
+        answer(self._kind() | _facts(choice), "\n".join(lines))
+
+    def _fits(self, config: Distillation | TeacherConfig, network: NetworkConfig, answer: Answer) -> None:
+        from ipfm.engine.layouts import fit_table
+        from ipfm.engine.memory import fits
+
+        found = list(fits(config, network, ranks=(self.ranks,), gpus=self.fits))
+        facts = [
+            {
+                "gpu_memory": fit.gpu,
+                "fits": fit.choice is not None,
+                "reason": fit.reason or None,
+                **({} if fit.choice is None else _facts(fit.choice)),
+            }
+            for fit in found
+        ]
+        answer(self._kind() | {"gpus": facts}, "\n".join(fit_table(config, found)))
+
+    def _kind(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "objective": None if self.teacher_training else self.objective or "ipfm",
+            "batch": self.batch,
+            "ranks": self.ranks,
+            "precision": self.precision,
+        }
+
+    def _check(self) -> None:
+        """ValueError: options that cannot be, or that do not change this plan."""
+        if self.ranks < 1:
+            raise ValueError(f"ranks must be at least 1, got {self.ranks}")
+        for name, sizes in (("gpu-memory", () if self.gpu_memory is None else (self.gpu_memory,)), ("fits", self.fits)):
+            for size in sizes:
+                if not 0 < size < math.inf:
+                    raise ValueError(f"{name} must be a finite number > 0, got {size}")
+        if self.gpu_memory is not None and self.fits:
+            raise ValueError("gpu-memory and fits exclude each other: give one of them")
+        for named, names in (
+            ("the training of a teacher has no", OF_A_DISTILLATION if self.teacher_training else ()),
+            ("the objective pid has no", OF_IPFM if self.objective == "pid" else ()),
+            ("only the objective pid has", () if self.objective == "pid" else OF_PID),
+        ):
+            given = [name.replace("_", "-") for name in names if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"{named} {' and '.join(given)}: leave it out")
 
     def _training(self) -> TeacherConfig:
-        return TeacherConfig(
-            batch=self.batch,
-            micro_batch=self.micro_batch,
-            zero=self.zero,
-            precision=self.precision,
-            offload=self.offload,
-            activation_checkpointing=self.activation_checkpointing,
-        )
+        from ipfm.engine.config import TeacherConfig
 
-    def _distillation(self) -> DistillConfig:
-        return DistillConfig(
-            batch=self.batch,
-            micro_batch=self.micro_batch,
-            zero=self.zero,
-            precision=self.precision,
-            offload=self.offload,
-            activation_checkpointing=self.activation_checkpointing,
-            steps=self.steps,
-            student_updates=self.student_updates,
-            teacher_storage=self.teacher_storage,
-            backward=self.backward,
-        )
+        return TeacherConfig(**self._common())
+
+    def _distillation(self, network: NetworkConfig) -> Distillation:
+        from ipfm.engine.config import DistillConfig
+        from ipfm.engine.pid import PidConfig
+
+        common = self._common() | {
+            "teacher_storage": self.teacher_storage or "auto",
+            "backward": self.backward or "auto",
+        }
+        if self.objective != "pid":
+            return DistillConfig(**common, steps=self.steps or 1, student_updates=self.student_updates or 1)
+        config = PidConfig(**common, distance=self.distance or "l2", lpips_side=self.lpips_side)
+        config.check_network(network)
+        return config
+
+    def _common(self) -> dict[str, Any]:
+        names = ("batch", "micro_batch", "zero", "precision", "offload", "activation_checkpointing")
+        return {name: getattr(self, name) for name in names}
+
+
+def _facts(choice: Choice) -> dict[str, Any]:
+    plan = choice.plan
+    more = {"accumulation": choice.accumulation, "relative_cost": choice.relative_cost}
+    return plain(plan) | more | {"stage": plan.parts.stage, "state": plan.state, "peak": plan.peak}
 
 
 def read_network(model: str) -> NetworkConfig:
@@ -115,4 +182,4 @@ def read_network(model: str) -> NetworkConfig:
     path = Path(model)
     if path.is_file():
         return open_checkpoint(path).read().config
-    return read_config(path).network if path.is_dir() else presets.get(presets.FAMILIES.get(model, model))
+    return read_config(path).network if path.is_dir() else presets.get(model)

@@ -2,15 +2,19 @@
 
 from ipfm.engine.memory.budget import device_budget, gpu_budget
 from ipfm.engine.memory.choose import Choice, choose, choose_training, plan_layout
+from ipfm.engine.memory.fits import Fit, fits, layout
 from ipfm.engine.memory.plan import MemoryPlan, plan_memory, plan_teacher_training
 
 __all__ = [
     "Choice",
+    "Fit",
     "MemoryPlan",
     "choose",
     "choose_training",
     "device_budget",
+    "fits",
     "gpu_budget",
+    "layout",
     "plan_layout",
     "plan_memory",
     "plan_teacher_training",

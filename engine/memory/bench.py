@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ipfm.engine.memory.bench_step import Kind, StepCase, StepRow
 from ipfm.engine.memory.plan import size
+from ipfm.engine.progress import ProgressBar
 from ipfm.models import NetworkConfig, presets
 
 KINDS: tuple[Kind, ...] = ("teacher", "joint", "phased")
@@ -35,10 +36,7 @@ def bench_network(model: str, channels: int | None = None) -> NetworkConfig:
     Raises:
         ValueError: the model is unknown, or cannot have so many channels.
     """
-    name = presets.FAMILIES.get(model, model)
-    if name not in presets.names():
-        raise ValueError(f"model {model!r} is unknown; possible: {', '.join([*presets.FAMILIES, *presets.names()])}")
-    network = replace(presets.get(name), dropout=0.0)
+    network = replace(presets.get(model), dropout=0.0)
     if channels is None:
         return network
     try:
@@ -80,7 +78,12 @@ def run_memory(
         raise ValueError(f"batch must be an integer >= 1, got {batch}")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [_measure(case) for case in _cases(folder, network, batch, checkpointed, STEPS_QUICK if quick else STEPS)]
+    cases = list(_cases(folder, network, batch, checkpointed, STEPS_QUICK if quick else STEPS))
+    rows = []
+    with ProgressBar("steps", len(cases), unit=" form") as bar:
+        for case in cases:
+            rows.append(_measure(case))
+            bar.advance()
     path = folder / "memory.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
