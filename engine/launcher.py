@@ -78,6 +78,19 @@ def lock_folder(path: Path, patience: float = PATIENCE) -> None:
     _held[path] = file
 
 
+def folder_user(path: Path) -> str | None:
+    """The number of the process that uses the run folder `path` on this machine; None where nobody does."""
+    try:
+        with open(path / "run.lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "unknown"
+    except OSError:  # no lock to look at
+        pass
+    return None
+
+
 def _locked(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

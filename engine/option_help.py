@@ -114,7 +114,7 @@ class Shown(io.StringIO):
 
     def tidied(self, width: int) -> str:
         """What was printed, without empty rows in boxes, with paragraphs no wider than `width`."""
-        rows = []
+        rows: list[str] = []
         for row in self.getvalue().splitlines():
             plain = re.sub(r"\x1b\[[0-9;]*m", "", row)
             if re.fullmatch(r"[│|] +[│|]", plain) or (not plain and rows and not rows[-1]):

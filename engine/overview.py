@@ -78,7 +78,7 @@ def completion_script(commands: Any, shell: Shell) -> str:
     with warnings.catch_warnings():
         # Its own scripts start Python at every press of the key; this is what others are made of.
         warnings.simplefilter("ignore", DeprecationWarning)
-        parser = tyro.extras.get_parser(
+        parser = tyro.extras.get_parser(  # type: ignore[call-overload]
             functools.reduce(operator.or_, named),
             prog="ipfm",
             config=(tyro.conf.FlagCreatePairsOff,),

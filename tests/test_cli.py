@@ -182,7 +182,8 @@ def test_info_describes_a_model(models: Path, capsys: pytest.CaptureFixture[str]
     assert facts["parameters"] == sum(p.numel() for p in load_model(models / "generator").parameters())
     ipfm("info", models / "generator")
     printed = capsys.readouterr().out
-    assert f"parameters: {facts['parameters']:,}" in printed and "sigmas" in printed
+    assert re.search(rf"^parameters +{facts['parameters']:,}$", printed, re.M)
+    assert re.search(r"^architecture +ddpm\+\+", printed, re.M) and re.search(r"^sigmas +2.5, 1.25$", printed, re.M)
 
 
 FIXTURE = Path(__file__).parent / "fixtures" / "edm_ncsnpp_uncond.pkl"
@@ -241,6 +242,54 @@ def test_plan_chooses_by_the_memory_of_the_gpu(models: Path, capsys: pytest.Capt
     assert "+ teacher: forward and backward" in capsys.readouterr().out
 
 
+def test_plan_of_pid_and_of_a_training(capsys: pytest.CaptureFixture[str]) -> None:
+    """One network in training instead of two; what the distance holds is there too; nothing else needs to be given."""
+
+    def planned(*arguments: object) -> dict:
+        ipfm("plan", "--model", "digits", "--batch", 8, "--json", *arguments)
+        return json.loads(capsys.readouterr().out)
+
+    plans = {name: planned("--objective", name) for name in ("ipfm", "pid")}
+    assert plans["ipfm"]["parts"]["weights"] == 2 * plans["pid"]["parts"]["weights"]
+    assert set(plans["pid"]["phases"]) == {f"generator: {p}" for p in ("samples", "teacher", "backward", "optimiser")}
+    lpips = planned("--objective", "pid", "--distance", "lpips", "--lpips-side", 32)
+    vgg = 4 * 14_714_688
+    assert lpips["phases"]["generator: optimiser"] - plans["pid"]["phases"]["generator: optimiser"] > 0.99 * vgg
+    training = planned("--teacher-training")
+    assert training["objective"] is None and training["backward"] == "" and training["relative_cost"] == 1.0
+
+
+def test_plan_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["plan", "--model", "digits", "--batch", 32, "--micro-batch", 16, "--ranks", 2, "--zero", 0]
+    given += ["--fits", 24, 0.015, 0.0001]
+    ipfm(*given, "--json")
+    large, small, none = json.loads(capsys.readouterr().out)["gpus"]
+    assert (large["micro_batch"], large["accumulation"], large["backward"], large["fits"]) == (16, 1, "joint", True)
+    assert small["peak"] <= small["budget"] == int(0.85 * 0.015e9) < large["peak"] and small["relative_cost"] > 1
+    assert (none["gpu_memory"], none["fits"]) == (0.0001, False) and "but needs at least" in none["reason"]
+    ipfm(*given)
+    title, head, *rows = capsys.readouterr().out.splitlines()
+    assert "fp32, global batch 32" in title and head.split()[:2] == ["ranks", "GPU"]
+    assert rows[0].split()[:6] == ["2", "24", "GB", "16", "x", "1"] and none["reason"] in rows[2]
+
+
+def test_json_of_samples(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ipfm("sample", models / "generator", "--seeds", "7,1-2", "--out", tmp_path / "a", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["files"] == [str(tmp_path / "a" / f"{seed:06d}.png") for seed in (7, 1, 2)]
+    assert all(Path(file).is_file() for file in facts["files"])
+    assert (facts["nfe"], facts["sigmas"], facts["D"], facts["seeds"], facts["seed"]) == (
+        2, [2.5, 1.25], 128.0, [7, 1, 2], None
+    )  # fmt: skip
+    assert facts["images"] / facts["seconds"] == pytest.approx(facts["images_per_second"])
+    ipfm("sample", FIXTURE, "--n", 2, "--heun-steps", 3, "--out", tmp_path / "b.npz", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["kind"], facts["D"], facts["nfe"], facts["seed"], facts["files"]) == (
+        "teacher", "inf", 5, 0, [str(tmp_path / "b.npz")]
+    )  # fmt: skip
+    assert (facts["sigmas"][0], facts["sigmas"][-1], len(facts["sigmas"])) == (80.0, pytest.approx(0.002), 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -287,6 +336,18 @@ def test_plan_chooses_by_the_memory_of_the_gpu(models: Path, capsys: pytest.Capt
         ),
         (["plan", "--model", "digits", "--precision", "bf16", "--zero", "0"], "bf16 needs"),
         (["plan", "--model", "digits", "--gpu-memory", "0.0001"], "but needs at least"),
+        (["plan", "--model", "digits", "--gpu-memory", "0"], "gpu-memory must be a finite number > 0, got 0.0"),
+        (["plan", "--model", "digits", "--fits", "8", "-1"], "fits must be a finite number > 0, got -1.0"),
+        (["plan", "--model", "digits", "--fits", "8", "--gpu-memory", "8"], "gpu-memory and fits exclude each other"),
+        (["plan", "--model", "digits", "--objective", "pid", "--steps", "2"], "the objective pid has no steps"),
+        (["plan", "--model", "digits", "--lpips-side", "32"], "only the objective pid has lpips-side"),
+        (["plan", "--model", "digits", "--steps", "0"], "steps must be an integer >= 1, got 0"),
+        (["plan", "--model", "digits", "--teacher-training", "--backward", "joint"], "of a teacher has no backward"),
+        (
+            ["plan", "--model", "digits", "--objective", "pid", "--distance", "lpips"],
+            "distance lpips needs images of at least 16x16",
+        ),
+        (["completion", "tcsh"], "shell must be one of bash, fish, zsh, got 'tcsh'"),
         (["paint"], "paint"),
     ],
 )
@@ -311,10 +372,18 @@ def test_without_a_command_it_helps(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sample" in capsys.readouterr().out
 
 
-def test_bench_measures_the_metrics(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_bench_measures_the_metrics(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ipfm("bench", "--metrics", "--quick", "--out", tmp_path)
     printed = capsys.readouterr().out
     rows = {row["metric"]: row for row in csv.DictReader((tmp_path / "metrics.csv").open())}
     assert set(rows) == {"FID", "FID of a set with itself", "KID", "Inception score", "precision and recall"}
     assert float(rows["FID of a set with itself"]["result"]) <= 1e-3 < float(rows["FID"]["result"])
     assert all(float(row["seconds"]) >= 0 and row["metric"] in printed for row in rows.values())
+    # The same table again, as JSON.
+    monkeypatch.setattr("ipfm.engine.metrics.bench.run_metrics", lambda out, quick: out / "metrics.csv")
+    ipfm("bench", "--metrics", "--quick", "--out", tmp_path, "--json")
+    (table,) = json.loads(capsys.readouterr().out)["tables"]
+    assert table["file"] == str(tmp_path / "metrics.csv") and [row["metric"] for row in table["rows"]] == list(rows)
+    assert all(isinstance(row["seconds"], float) and isinstance(row["images"], int) for row in table["rows"])

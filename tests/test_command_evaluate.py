@@ -20,6 +20,7 @@ from ipfm.engine.commands import evaluate as command
 from ipfm.engine.commands.evaluate import Evaluate
 from ipfm.engine.evaluated import open_subject
 from ipfm.engine.metrics import FeatureMoments, frechet_distance
+from ipfm.engine.pid import PidConfig
 from ipfm.engine.reference import open_reference
 from ipfm.models import EDMPrecond, load_model, load_teacher, presets, save_model
 
@@ -183,7 +184,7 @@ def test_the_text_says_what_was_measured(capsys: pytest.CaptureFixture[str], roo
 
 
 def test_published_figures_stand_beside_what_is_measured_as_they_were(
-    capsys: pytest.CaptureFixture[str], root: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {
         kind: open_subject(root / kind, CPU, heun_steps=18, seed=0).paper for kind in ("generator", "teacher", "plain")
@@ -192,6 +193,14 @@ def test_published_figures_stand_beside_what_is_measured_as_they_were(
         "generator": "FID 2.12 (arXiv 2509.22454)", "teacher": "FID 1.92 (arXiv 2509.22454)", "plain": None
     }  # fmt: skip
     assert open_subject(root / "teacher", CPU, heun_steps=17, seed=0).paper is None
+    # A generator of physics informed distillation is known by the settings that were stored with it.
+    net = EDMPrecond(presets.get("digits"))
+    for difference, known in (("central", "FID 3.68 (Tee et al., Physics Informed Distillation)"), ("first", None)):
+        config = PidConfig(difference=difference, distance="lpips", points=250 if known else 100)
+        facts = config.objective(net.config).facts
+        stored = {"task": "generator", "dataset": "cifar10", **facts, "config": config.to_json()}
+        save_model(net, tmp_path / difference, extra=stored)
+        assert open_subject(tmp_path / difference, CPU, heun_steps=18, seed=0).paper == known
     monkeypatch.setattr(command, "PUBLISHED_IMAGES", 20)
     options = Evaluate(
         model=root / "generator", reference=root / "real.npz", inception=root / "inception.pt", json=True

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure the kernels; or the metrics, the memory or the time of a step, one of them at a time.
+    """Measure the kernels, the metrics, or the memory or the time of a training step.
 
     Example: ipfm bench --offline --out build/bench
 

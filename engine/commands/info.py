@@ -1,73 +1,161 @@
-"""`ipfm info`: what a model folder or a checkpoint holds."""
+"""`ipfm info`: what a run folder, a model folder or a checkpoint holds."""
 
 from __future__ import annotations
 
-import json
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from ipfm.engine.answers import answering
 from ipfm.engine.commandline import user_input
+
+if TYPE_CHECKING:
+    from ipfm.models import NetworkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Describe a model folder or a checkpoint: architecture, D, parameters, training facts.
+    """Describe a run, a model or a checkpoint: how far, what it is, how it was made.
 
-    Example: ipfm info runs/digits-D128-alpha1-K1/generator
+    Example: ipfm info runs/digits-D128-alpha1-K1
+
+    Example: ipfm info training-state-097000.pt --json
     """
 
-    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """Model folder, or a checkpoint of EDM, PFGM++ or SiD."""
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
+    """Run folder, model folder, or a checkpoint of EDM, PFGM++ or SiD."""
     json: bool = False
-    """Print JSON."""
+    """Print JSON: all that is known."""
 
     def run(self) -> None:
-        """Print what is known of the model."""
-        with user_input():
-            parameters, parts = _checkpoint(self.model) if self.model.is_file() else _folder(self.model)
-        if self.json:
-            print(json.dumps(_plain({"parameters": parameters, **parts}), indent=1, allow_nan=False))
-            return
-        print(f"parameters: {parameters:,}")
-        for part, facts in parts.items():
-            print(f"{part}:")
-            for name, value in facts.items():
-                print(f"  {name:<18} {value}")
+        """Print what is known."""
+        from ipfm.engine.run_state import is_run
+
+        with answering(as_json=self.json) as answer:
+            with user_input():
+                describe = _checkpoint if self.model.is_file() else _run if is_run(self.model) else _folder
+                facts, text = describe(self.model)
+            answer({"path": self.model, **facts}, text)
 
 
-def _folder(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Number of parameters, and facts by part. ValueError: there is no model, or it is damaged."""
+def _run(path: Path) -> tuple[dict[str, Any], str]:
+    """The facts of a run folder, and as text. ValueError: it cannot be read."""
+    from ipfm.engine import described
+    from ipfm.engine.report import results_table, significant
+    from ipfm.engine.run_state import read_run
+
+    run = read_run(path)
+    step, distance = run.distances[-1] if run.distances else (None, None)
+    best = min(run.distances, key=lambda point: (point[1] != point[1], point[1]), default=None)
+    facts = {
+        "kind": run.kind,
+        "state": run.state,
+        "steps_done": run.steps_done,
+        "steps_total": run.steps_total,
+        "checkpoint": run.checkpoint,
+        "checkpoint_step": run.checkpoint_step,
+        "metric": run.metric,
+        "distance": distance,
+        "distance_step": step,
+        "distances": run.distances,
+        "results": run.results,
+        "objective": described.objective(run.config),
+        "D": run.config.get("D"),
+        "sigmas": run.config.get("sigmas"),
+        "network": run.network,
+        "last": run.last,
+        "config": run.config,
+    }
+    losses = {name: value for name, value in run.last.items() if name.endswith("_loss") and value is not None}
+    measured = None if distance is None else f"{significant(distance)} at step {step}"
+    if best is not None and best[0] != step:
+        measured = f"{measured}; smallest {significant(best[1])} at step {best[0]}"
+    text = described.rows(
+        [
+            ("run", "distillation" if run.kind == "distill" else "training of a teacher"),
+            ("state", run.state + ("; the same command continues" if run.state == "stopped" else "")),
+            ("steps", f"{run.steps_done} of {run.steps_total or 'an unknown number'}"),
+            ("checkpoint", None if run.checkpoint is None else f"{run.checkpoint} (step {run.checkpoint_step})"),
+            (run.metric, measured),
+            ("losses", ", ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in losses.items())),
+            ("generator" if run.kind == "distill" else "teacher", run.network or "not exported yet"),
+            ("objective", described.manner(run.config)),
+            ("D", None if run.config.get("D") is None else described.number(run.config["D"])),
+            ("sigmas", _levels(run.config.get("sigmas"))),
+            ("settings", described.training(run.config)),
+        ]
+    )
+    return facts, f"{text}\n\n{results_table(run.results).rstrip()}" if run.results else text
+
+
+def _folder(path: Path) -> tuple[dict[str, Any], str]:
+    """The same of a model folder. ValueError: there is no model, or it is damaged."""
+    from ipfm.engine import described
     from ipfm.models import load_teacher, read_config
 
     stored = read_config(path)
     net = load_teacher(path)
     parameters = sum(p.numel() for p in net.parameters())
-    return parameters, {"network": stored.network.to_json(), "training": dict(stored.extra)}
+    extra = stored.extra
+    settings = extra["config"] if isinstance(extra.get("config"), dict) else {}
+    generator = extra.get("task") == "generator"
+    sigmas, nfe = _sampling(extra) if generator else (None, None)
+    source = extra["source"] if isinstance(extra.get("source"), dict) else {}
+    facts = _network(stored.network, parameters) | {
+        "kind": "generator" if generator else "teacher",
+        "nfe": nfe,
+        "sigmas": sigmas,
+        "training": dict(extra),
+    }
+    text = described.rows(
+        [
+            ("kind", facts["kind"]),
+            *_network_rows(stored.network, parameters),
+            ("NFE", nfe if generator else "35 (18 steps of Heun's method, unless others are asked for)"),
+            ("sigmas", _levels(sigmas)),
+            ("distilled by", described.manner(settings) if generator else None),
+            ("dataset", extra.get("dataset")),
+            ("training", described.training(settings, extra.get("optimizer_steps"))),
+            ("converted from", " ".join(str(source[name]) for name in ("file", "network") if name in source)),
+        ]
+    )
+    return facts, text
 
 
-def _checkpoint(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """As `_folder`, of the network that would be taken from a checkpoint."""
+def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
+    """The same of the network that would be taken from a checkpoint."""
+    from ipfm.engine import described
     from ipfm.models.checkpoint_import import open_checkpoint
     from ipfm.models.training_state import read_training_state
 
     checkpoint = open_checkpoint(path)
     network = checkpoint.read()
-    parts: dict[str, dict[str, Any]] = {
+    parameters = sum(network.weights[name].numel() for name in network.parameters)
+    generator = checkpoint.is_generator(network.key)
+    facts: dict[str, Any] = _network(network.config, parameters) | {
+        "kind": "generator" if generator else "teacher",
+        "nfe": None,
+        "sigmas": None,
         "file": {
             "format": checkpoint.layout,
             "networks": ", ".join(checkpoint.networks),
             "taken": network.key,
             "D from": network.D_source,
         },
-        "network": network.config.to_json(),
     }
+    lines: list[tuple[str, object]] = [
+        ("kind", facts["kind"] + ("; ipfm convert gives it noise levels" if generator else "")),
+        *_network_rows(network.config, parameters),
+        ("format", checkpoint.layout),
+        ("networks", f"{facts['file']['networks']}; taken: {network.key}"),
+        ("D from", {"file": "the file", "assumed": "nowhere: assumed"}.get(network.D_source, network.D_source)),
+    ]
     if "net" in checkpoint.networks and "optimizer_state" in checkpoint.entries:
         state = read_training_state(path)
-        parts["training"] = {
+        facts["training"] = {
             "images seen": state.images_seen,
             "optimizer steps": state.adam_steps,
             "lr": state.lr,
@@ -75,13 +163,43 @@ def _checkpoint(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
             "eps": state.eps,
             "average from": state.ema_from,
         }
-    return sum(network.weights[name].numel() for name in network.parameters), parts
+        seen = "" if state.images_seen is None else f", {state.images_seen:,} images"
+        lines.append(("training", f"{state.adam_steps:,} steps{seen}, lr {state.lr:g}"))
+    return facts, described.rows(lines)
 
 
-def _plain(value: Any) -> Any:
-    """`value` with infinity, which JSON lacks, as text."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def _network(network: NetworkConfig, parameters: int) -> dict[str, Any]:
+    from ipfm.engine import described
+
+    return {
+        "architecture": described.family(network),
+        "resolution": network.img_resolution,
+        "channels": network.img_channels,
+        "classes": network.label_dim,
+        "D": network.D,
+        "parameters": parameters,
+        "network": network.to_json(),
+    }
+
+
+def _network_rows(network: NetworkConfig, parameters: int) -> list[tuple[str, object]]:
+    from ipfm.engine import described
+
+    return [
+        ("architecture", described.architecture(network)),
+        ("images", described.images(network)),
+        ("D", described.number(network.D)),
+        ("parameters", f"{parameters:,}"),
+    ]
+
+
+def _sampling(extra: Mapping[str, Any]) -> tuple[list[float] | None, int | None]:
+    """Noise levels and network evaluations of a generator, as far as its folder says them."""
+    if extra.get("parametrisation") == "trajectory":
+        return [extra[name] for name in ("sigma_max", "sigma_min") if name in extra], 1
+    sigmas = extra.get("sigmas")
+    return (sigmas, len(sigmas)) if isinstance(sigmas, list) else (None, None)
+
+
+def _levels(sigmas: object) -> str | None:
+    return ", ".join(f"{sigma:g}" for sigma in sigmas) if isinstance(sigmas, list) and sigmas else None

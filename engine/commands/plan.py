@@ -149,15 +149,15 @@ class Plan:
         from ipfm.engine.config import DistillConfig
         from ipfm.engine.pid import PidConfig
 
-        common = self._common() | {
-            "teacher_storage": self.teacher_storage or "auto",
-            "backward": self.backward or "auto",
-        }
+        common = self._common() | self._given(("teacher_storage", "backward"))
         if self.objective != "pid":
-            return DistillConfig(**common, steps=self.steps or 1, student_updates=self.student_updates or 1)
-        config = PidConfig(**common, distance=self.distance or "l2", lpips_side=self.lpips_side)
+            return DistillConfig(**common, **self._given(OF_IPFM))
+        config = PidConfig(**common, **self._given(OF_PID))
         config.check_network(network)
         return config
+
+    def _given(self, names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _common(self) -> dict[str, Any]:
         names = ("batch", "micro_batch", "zero", "precision", "offload", "activation_checkpointing")
