@@ -1,6 +1,7 @@
 """ipfm convert: what it writes, what it says, and what it refuses."""
 
 import hashlib
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,12 @@ def test_D_and_network_by_option(net, tmp_path, capsys):
     Convert(source=source, out=tmp_path / "a").run()
     assert math.inf == read_config(tmp_path / "a").network.D
     assert "inf (assumed: neither the file nor --D says it)" in capsys.readouterr().out
+    Convert(source=source, out=tmp_path / "a", json=True).run()
+    told = json.loads(capsys.readouterr().out)
+    assert (told["D"], told["task"], told["out"]) == ("inf", "teacher", str(tmp_path / "a"))
+    assert told["networks"] == ["ema", "net"] and told["source"]["D"] == "assumed"
+    assert told["parameters"] == sum(p.numel() for p in net.parameters())
+    assert told["network"] == read_config(tmp_path / "a").network.to_json()
     Convert(source=source, out=tmp_path / "a", D=128, network="net").run()
     assert "128 (as given)" in capsys.readouterr().out
     facts = read_config(tmp_path / "a")

@@ -71,6 +71,12 @@ def test_a_folder_with_labels(tmp_path, capsys):
     # A zip as the source: the same again, to the byte.
     Dataset(source=tmp_path / "out.zip", out=tmp_path / "again.zip").run()
     assert (tmp_path / "again.zip").read_bytes() == (tmp_path / "out.zip").read_bytes()
+    capsys.readouterr()
+    Dataset(source=tmp_path / "in", out=tmp_path / "out.zip", overwrite=True, json=True).run()
+    assert json.loads(capsys.readouterr().out) == {
+        "out": str(tmp_path / "out.zip"), "images": 3, "resolution": 8, "channels": 3,
+        "labels": "those of dataset.json", "classes": 4, "label_width": 4,
+    }  # fmt: skip
 
 
 def test_folders_as_classes(tmp_path, capsys):

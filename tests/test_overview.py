@@ -14,7 +14,7 @@ from typing import get_args
 
 import launch
 import pytest
-from launch import BIN
+from launch import BIN, ROOT
 
 from ipfm.engine.cli import Command, _main
 from ipfm.engine.commandline import run_command
@@ -52,6 +52,16 @@ def test_help_of_a_command_is_a_page_without_noise(name: str, capsys: pytest.Cap
     for noise in ("None", "(default: )", "(default: False)", "--no-", "[FLOAT"):
         assert noise not in text
     assert not [row for row in rows if re.fullmatch(r"[│|] +[│|]", row)]
+
+
+def test_every_command_is_documented() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.M | re.S))
+    assert list(sections) == list(COMMANDS)
+    for name, text in sections.items():
+        assert f"| [`{name}`](#{name}) |" in page and re.search(rf"^    ipfm {name} ", text, re.M)
+        if "json" in {f.name for f in fields(COMMANDS[name])}:
+            assert "| key | |" in text
 
 
 QUICK = """

@@ -59,7 +59,7 @@ class Convert:
             net = build(imported)
             save_model(net, self.out, extra=facts)
         size = sum(p.numel() for p in net.parameters())
-        told = {"out": self.out, "networks": checkpoint.networks, "parameters": size, **facts}
+        told = {"out": self.out, "networks": list(checkpoint.networks), "parameters": size, **facts}
         lines = (*describe(checkpoint, imported), ("parameters", f"{size:,}"), ("written", str(self.out)))
         with answering(as_json=self.json) as answer:
             answer(
