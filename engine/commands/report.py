@@ -14,7 +14,7 @@ from ipfm.engine.commandline import user_input
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Make a page about a run, for later or for others: result, samples, curves, settings, how to make it again.
+    """Make a page about a run: result, samples, curves, settings, how to make it again.
 
     The HTML page is one file that needs nothing else; a Markdown page has its pictures in a folder beside it. Of a run
     that is going on, was stopped, or has damaged files, it says what there is and what is missing.
@@ -44,7 +44,7 @@ class Report:
             record = read_run(self.run_folder)
         facts = facts_of(record)
         if self.json:
-            print(json.dumps(facts.to_json(), indent=1, ensure_ascii=False, allow_nan=False))
+            print(json.dumps(facts.to_json(), indent=1, allow_nan=False))
             return
         with user_input():
             write_page(record, facts, where)
