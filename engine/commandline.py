@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ipfm.engine.errors import Interrupted, ProcessLost, TrainingFailed
+from ipfm.engine.errors import FolderInUse, Interrupted, ProcessLost, TrainingFailed
 from ipfm.engine.launcher import lost_process
 from ipfm.engine.standard_streams import usable_streams
 
@@ -118,6 +118,10 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
             sys.stdout.flush()
     except BadInput as error:
         _complain(f"{name}: error: {error}", error.details)
+        sys.exit(BAD_INPUT)
+    except FolderInUse as error:
+        # That of a teacher, which is taken in the course of a run, is the user's to mend too.
+        _complain(f"{name}: error: {error}")
         sys.exit(BAD_INPUT)
     except ProcessLost as error:
         # The one that speaks for all may be the one that is gone.

@@ -13,6 +13,10 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+class FolderInUse(ValueError):
+    """Another process uses a run folder; the message says which."""
+
+
 class TrainingFailed(RuntimeError):
     """The run cannot go on; the message says why and where to continue."""
 

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+from ipfm.engine.errors import FolderInUse
+
 # How long a start waits for the processes of an earlier one to leave the folder.
 PATIENCE = 120.0
 _held: dict[Path, IO[str]] = {}
@@ -53,7 +55,7 @@ def lock_folder(path: Path, patience: float = PATIENCE) -> None:
     """Keep other runs out of the run folder `path` until this process ends; waits for one that is about to leave.
 
     Raises:
-        ValueError: another process is still there after `patience` seconds; the message names it.
+        FolderInUse: another process is still there after `patience` seconds; the message names it.
         OSError: the folder cannot be written.
     """
     path = path.resolve()
@@ -67,7 +69,7 @@ def lock_folder(path: Path, patience: float = PATIENCE) -> None:
         owner = file.read().strip() or "unknown"
         if time.monotonic() > deadline:
             file.close()
-            raise ValueError(f"{path} is in use by process {owner}: stop it, or choose another --out")
+            raise FolderInUse(f"{path} is in use by process {owner}: stop it, or choose another --out")
         if not told:
             print(f"{path} is in use by process {owner}: waiting for it to stop", file=sys.stderr, flush=True)
             told = True

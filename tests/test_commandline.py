@@ -19,7 +19,7 @@ import tyro
 from ipfm.engine import commandline
 from ipfm.engine.commandline import BadInput, parse, run_command, user_input
 from ipfm.engine.config import Distillation, DistillConfig, RunConfig, TeacherConfig
-from ipfm.engine.errors import Interrupted, TrainingFailed
+from ipfm.engine.errors import FolderInUse, Interrupted, TrainingFailed
 
 BASE = DistillConfig(D=128.0, max_steps=10, sigma_init=3.0)
 
@@ -273,6 +273,7 @@ def ends(error: BaseException | None, capfd, argv: list[str] | None = None) -> t
         (None, 0, ""),
         (BadInput("no such file"), 2, "recipe.py: error: no such file\n"),
         (BadInput("two\n  lines"), 2, "recipe.py: error: two lines\n"),
+        (FolderInUse("runs/a is in use"), 2, "recipe.py: error: runs/a is in use\n"),
         (TrainingFailed("too many"), 1, "recipe.py: failed: too many\n"),
         (Interrupted(signal.SIGINT), 130, "recipe.py: stopped by SIGINT, state saved; the same command continues\n"),
         (Interrupted(signal.SIGTERM), 143, "recipe.py: stopped by SIGTERM, state saved; the same command continues\n"),
