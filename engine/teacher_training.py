@@ -216,8 +216,8 @@ def training_facts(
     facts: dict[str, Any] = {"network": replace(network, dropout=config.dropout).to_json()}
     if dataset is not None:
         facts |= {"dataset": _place_free(dataset.name), "images": len(dataset), "xflip": dataset.xflip}
-    if start is not None:
-        facts["continues"] = fingerprint(start.weights)
+    # Said of a fresh training too: a folder of one must not go on where --continue-from is given, and ignore it.
+    facts["continues"] = None if start is None else fingerprint(start.weights)
     return facts
 
 
