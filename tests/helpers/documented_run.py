@@ -1,0 +1,261 @@
+"""How a documented command is executed in this process: what it starts, with options that make a long run short."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType, ModuleType
+from typing import Literal
+
+import launch
+import stand_ins
+from documented import Command
+
+from ipfm.engine.cli import Command as Subcommand
+from ipfm.engine.cli import _main as ipfm
+from ipfm.engine.commandline import parse
+from ipfm.engine.local_recipe import LocalRecipe
+
+How = Literal["executed", "marked", "covered"]
+
+# Commands that other tests run: what they begin with -> the test. `make` targets: what the target runs.
+COVERED: Mapping[str, str] = MappingProxyType(
+    {
+        "make demo": "test_digits_recipe.py::test_the_default_start_is_deepspeed",
+        "make test": "test_documented_commands.py::test_what_make_starts_is_there",
+        "make lint": "test_documented_commands.py::test_what_make_starts_is_there",
+        "make types": "test_documented_commands.py::test_what_make_starts_is_there",
+        "make bench": "test_kernels_bench.py::test_a_run_leaves_tables_and_plots",
+        "make soak": "test_failures.py::test_a_small_soak",
+        "make equivalence": "test_equivalence.py::test_equals_the_plain_loop",
+        "make fuzz": "test_checkpoint_fuzz.py::test_flipped_and_missing_bytes",
+        # It compiles, which a process with Triton's interpreter cannot.
+        "ipfm bench --offline": "test_kernels_offline.py::test_every_kernel_is_compiled_for_every_architecture",
+    }
+)
+
+
+class Unknown(Exception):
+    """A command that cannot be executed here, is not marked, and that no other test is named for."""
+
+    def __init__(self, command: Command, why: str) -> None:
+        super().__init__(
+            f"{command.where}: `{command.text}` {why}. Mend the command; or, if it needs a GPU, real data or a "
+            "published checkpoint, end it in a comment with the word GPU; or teach tests/helpers/documented_run.py to "
+            "execute it; or name in its table COVERED the test that does"
+        )
+
+
+# What a recipe leaves open is chosen by a simulation of every layout: seconds each.
+LAYOUT: Mapping[str, object] = MappingProxyType({"zero": 0, "backward": "joint", "activation-checkpointing": "off"})
+SHELL = frozenset({"|", "||", "&", "&&", ";", "<", ">", ">>"})
+
+# That installing this project works; what else is installed has to be what its setup.py names.
+INSTALLED = "test_package.py::test_installed_wheel_is_importable_and_runs"
+
+
+def covering(command: Command) -> list[str]:
+    """The tests that run a command in the place of this module; all targets of a `make`."""
+    words = command.words
+    if words[0] == "pip":
+        return [INSTALLED] if words[1:2] == ["install"] and all(map(_installable, words[2:])) else []
+    lines = [f"make {target}" for target in words[1:]] if words[0] == "make" else [" ".join(words)]
+    return [test for line in lines for start, test in COVERED.items() if f"{line} ".startswith(f"{start} ")]
+
+
+def _installable(word: str) -> bool:
+    """Whether `pip install` may be told it: an option, this project's folder, or one of its dependencies."""
+    path, _, extras = word.partition("[")
+    if word.startswith("-"):
+        return True
+    declared = (launch.ROOT / "setup.py").read_text(encoding="utf-8")
+    if path == "." or path.endswith("/ipfm"):
+        return all(f'"{extra}": [' in declared for extra in extras.rstrip("]").split(",") if extra)
+    return re.search(rf'"{re.escape(re.split("[<>=!~]", path)[0])}\b', declared) is not None
+
+
+def how(command: Command) -> How:
+    """What is done about a command.
+
+    Raises:
+        Unknown: nothing can be.
+    """
+    program, *rest = command.words
+    if not SHELL.isdisjoint(rest):
+        raise Unknown(command, "is more than one command, or reads or writes by the shell")
+    if program in ("make", "pip") or covering(command):
+        if len(covering(command)) < (len(rest) if program == "make" else 1):
+            raise Unknown(command, "is run by no test")
+        return "covered"
+    if program == "pytest":
+        return "covered"
+    return "marked" if command.marked else "executed"
+
+
+def inputs(command: Command) -> str:
+    """The part of a command that may name files which it reads: not what `ipfm dataset` and `convert` write."""
+    words = command.words
+    if words[:2] in (["ipfm", "convert"], ["ipfm", "dataset"]):
+        del words[3:4]
+    return shlex.join(words)
+
+
+def run(command: Command) -> None:
+    """Execute a command in the current folder, shortened.
+
+    Raises:
+        Unknown: there is no way to.
+    """
+    start(command, short=True)
+
+
+def accept(command: Command) -> None:
+    """See that the options of a marked command are accepted: a recipe's by its dry run, those of `ipfm` by its parser.
+
+    Raises:
+        Unknown: there is no way to.
+    """
+    start(command, short=False)
+
+
+def start(command: Command, *, short: bool) -> None:
+    """Execute what a command starts (`short`), or have its options read alone."""
+    words = _started(command)
+    # An absolute folder that machines share is one of the current folder.
+    words = [word.removeprefix("/") if word.startswith("/shared/") else word for word in words]
+    program, *arguments = words
+    if PurePosixPath(program).parent.name == "recipes":
+        module = recipe(program, command)
+        module.main([*arguments, *(shorter(module, arguments) if short else _dry(arguments))])
+    elif program == "ipfm":
+        if short:
+            ipfm([*arguments, *shorter_subcommand(arguments)])
+        else:
+            parse(Subcommand, arguments, prog="ipfm", description="")  # type: ignore[arg-type]
+    elif program == "-c":
+        code = compile(arguments[0], command.where, "exec")
+        if short:
+            exec(code, {"__name__": "__main__"})
+    elif program == "tensorboard":
+        read_curves(arguments, command)
+    elif program.endswith(".py") and short and Path(program).exists():
+        script(program, arguments)
+    else:
+        raise Unknown(command, f"starts {program!r}, which is no recipe, no `ipfm` and no file that the page makes")
+
+
+def _started(command: Command) -> list[str]:
+    """The program that a command starts in the end, and its arguments; launchers read their own options themselves."""
+    program, *rest = command.words
+    if program in ("python", "python3"):
+        return rest
+    if program == "deepspeed":
+        from deepspeed.launcher.runner import parse_args
+
+        options = parse_args(rest)
+        rest = [options.user_script, *options.user_args]
+    elif program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        options = get_args_parser().parse_args(rest)
+        rest = [options.training_script, *options.training_script_args]
+    else:
+        return [program, *rest]
+    # `deepspeed .venv/bin/ipfm evaluate …`
+    return ["ipfm", *rest[1:]] if PurePosixPath(rest[0]).name == "ipfm" else rest
+
+
+def recipe(file: str, command: Command) -> ModuleType:
+    """The module of recipes/<name>.py."""
+    if not (launch.ROOT / file).is_file():
+        raise Unknown(command, f"names {file}, which does not exist")
+    return importlib.import_module(f"ipfm.recipes.{PurePosixPath(file).stem}")
+
+
+def options_of(module: ModuleType) -> set[str]:
+    """Names of a recipe's options."""
+    thing = module.ABLATION.digits if hasattr(module, "ABLATION") else module.RECIPE
+    return {field.name for field in dataclasses.fields(thing.base)}
+
+
+def shorter(module: ModuleType, arguments: Sequence[str]) -> list[str]:
+    """Options after which a recipe ends within seconds; the last of two equal options counts."""
+    if "--dry-run" in arguments or "--help" in arguments:
+        return []
+    given = dict(itertools.pairwise(arguments))
+    ours: dict[str, object] = {"eval-images": 16, "heun-steps": 2, "batch": 4}
+    ours |= {name: value for name, value in LAYOUT.items() if f"--{name}" not in given}
+    ours["micro-batch"] = 2 if "--micro-batch" in given else 4
+    if not {"bf16", "fp16"}.isdisjoint(arguments):
+        ours["zero"] = given.get("--zero", 1)
+    known = options_of(module)
+    if "seeds" in known:
+        ours |= {"quick": "", "seeds": 0, "eval-every": 2}
+        ours |= {"augment": 0} if given.get("--data") == "cifar" else {}
+    if state := given.get("--continue-from"):
+        ours["kimg"] = stand_ins.kimg_of(state) + 0.008
+    elif "--kimg" in given:
+        ours["kimg"] = 0.008
+    else:
+        ours["max-steps"] = 2
+    if trains_a_teacher(module, given):
+        ours["teacher-steps"] = 2
+    chosen = {name: value for name, value in ours.items() if name.replace("-", "_") in known}
+    return [word for name, value in chosen.items() for word in (f"--{name}", str(value)) if word]
+
+
+def trains_a_teacher(module: ModuleType, given: Mapping[str, str]) -> bool:
+    """Whether a recipe may be told how long to train the teacher that it distils."""
+    if hasattr(module, "ABLATION"):
+        return given.get("--data") != "cifar"
+    return isinstance(module.RECIPE, LocalRecipe)
+
+
+def _dry(arguments: Sequence[str]) -> list[str]:
+    return [] if {"--dry-run", "--help"} & set(arguments) else ["--dry-run"]
+
+
+def shorter_subcommand(arguments: Sequence[str]) -> list[str]:
+    """The same for a subcommand of `ipfm`."""
+    subcommand = arguments[0] if arguments else ""
+    if "--help" in arguments:
+        return []
+    if subcommand == "evaluate":
+        return ["--images", "16", "--heun-steps", "2"]
+    if subcommand == "sample":
+        few = [] if "--seeds" in arguments else ["--n", "4"]
+        return [*few, *(["--heun-steps", "4"] if "--heun-steps" in arguments else [])]
+    if subcommand == "bench":
+        sized = {"--memory", "--step"} & set(arguments)
+        narrow = ["--channels", "8"] if "--channels" in arguments else []
+        one = [word for word in arguments if word in ("fp32", "bf16", "fp16")][-1:]
+        return ["--quick", *(["--batch", "2"] if sized else []), *narrow, *(["--precision", *one] if one else [])]
+    return []
+
+
+def read_curves(arguments: Sequence[str], command: Command) -> None:
+    """Read what `tensorboard --logdir` would show, with its own reader: the server would not end."""
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    try:
+        folder = arguments[arguments.index("--logdir") + 1]
+    except (ValueError, IndexError):
+        raise Unknown(command, "has no --logdir") from None
+    reader = EventMultiplexer().AddRunsFromDirectory(folder).Reload()
+    assert any(tags["scalars"] for tags in reader.Runs().values()), f"{command.where}: {folder} holds no curves"
+
+
+def script(file: str, arguments: Sequence[str]) -> None:
+    """Run a Python file as `python FILE ARGUMENTS` does."""
+    before, sys.argv = sys.argv, [file, *arguments]
+    try:
+        runpy.run_path(file, run_name="__main__")
+    finally:
+        sys.argv = before

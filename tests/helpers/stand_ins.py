@@ -1,0 +1,209 @@
+"""Small files under the names that the pages use: checkpoints, data, run folders. What is documented works on them.
+
+`provide` finds in a text the names below and puts a stand-in in the place of each. A page that names another file fails
+in `test_documented_commands.py`, with a message that points here.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import re
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import official_files
+import tiny_inception
+import torch
+from PIL import Image
+
+from ipfm.engine.lpips_weights import shapes
+from ipfm.models import EDMPrecond, NetworkConfig, Precond, presets, save_model
+
+NAME = r"[\w.+-]+"
+KIMG = 512
+"""What a training state has seen, in thousands of images, where its name has no number."""
+
+
+def thin(network: NetworkConfig) -> NetworkConfig:
+    """The same architecture with the fewest levels, blocks and channels."""
+    return replace(network, model_channels=8, channel_mult=(1, 1), num_blocks=1, attn_resolutions=())
+
+
+# The published presets under their names, thin; the digits' network is small as it is.
+THIN_PRESETS: Mapping[str, NetworkConfig] = MappingProxyType(
+    {name: network if name == "digits" else thin(network) for name, network in presets.TABLE.items()}
+)
+
+
+def network(preset: str, D: float = math.inf) -> Precond:
+    """A thin network with random weights, whose samples are no plain zeros."""
+    net = EDMPrecond(replace(THIN_PRESETS[preset], D=D))
+    return official_files.randomize(net)  # type: ignore[return-value]
+
+
+def preset_of(name: str) -> str:
+    """The preset that a published file's name, or a model folder's, speaks of; CIFAR-10's NCSN++ when of none."""
+    if "imagenet" in name:
+        return "imagenet64-adm"
+    family = "ncsnpp" if re.search(r"-ve\b|ncsnpp", name) else "ddpmpp"
+    for data, prefix in (("ffhq", "ffhq64"), ("afhqv2", "afhqv2-64")):
+        if data in name:
+            return f"{prefix}-{family}"
+    return "cifar10-ddpmpp" if "-vp" in name else "cifar10-ncsnpp"
+
+
+def kimg_of(name: str) -> int:
+    """Thousands of images that a training state of this name has seen."""
+    found = re.search(r"training-state-(\d+)", name)
+    return int(found[1]) if found else KIMG
+
+
+def _training_state(path: Path) -> None:
+    D = 128 if "128" in path.stem else 2048
+    net = network(preset_of(path.name), D)
+    average = official_files.shifted(net, 0.01)
+    state = official_files.pfgmpp_state(net, average, step=1000 * kimg_of(path.name), pfgmpp=True, D=D)
+    (official_files.write_pickle if path.suffix == ".pkl" else official_files.write_torch)(path, state)
+
+
+def _converted(path: Path) -> None:
+    D = float(re.findall(r"_D_(\d+)", path.name)[0])
+    net = network(preset_of(path.name), D)
+    both = {name: official_files.official(net, pfgmpp=True, D=D) for name in ("ema", "net")}
+    official_files.write_pickle(path, both)
+
+
+def _snapshot(path: Path) -> None:
+    official_files.write_pickle(path, official_files.edm_snapshot(network(preset_of(path.name))))
+
+
+def _model(path: Path) -> None:
+    save_model(network(preset_of(path.name)), path)
+
+
+def _statistics(path: Path) -> None:
+    np.savez(path, mu=np.zeros(tiny_inception.DIM), sigma=np.eye(tiny_inception.DIM))
+
+
+def smooth_images(count: int, side: int) -> np.ndarray:
+    """(N, H, W, 3) uint8: plain colours that fall off, so that there is something to tell apart from noise."""
+    colours = np.random.default_rng(0).integers(0, 256, (count, 1, 1, 3)) * np.linspace(0.5, 1, side)[:, None, None]
+    return np.broadcast_to(colours, (count, side, side, 3)).astype(np.uint8)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _zip(path: Path) -> None:
+    side = re.search(r"(\d+)x\1", path.name)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, pixels in enumerate(smooth_images(24, int(side[1]) if side else 8)):
+            archive.writestr(f"00000/img{i:08d}.png", _png(pixels))
+
+
+def _folder(path: Path) -> None:
+    """Images in two folders, which are classes where the data set has any."""
+    for i, pixels in enumerate(smooth_images(8, 80)):
+        place = path / f"n{i % 2:08d}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{i:05d}.png").write_bytes(_png(pixels))
+
+
+def _cifar(path: Path) -> None:
+    binary = "binary" in path.name
+    with tarfile.open(path, "w:gz") as archive:
+        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+            pixels = smooth_images(8, 32).transpose(0, 3, 1, 2).reshape(8, 3072)
+            labels = list(range(8))
+            if binary:
+                content = np.concatenate([np.array(labels, np.uint8)[:, None], pixels], axis=1).tobytes()
+            else:
+                batch = {b"data": pixels, b"labels": labels, b"batch_label": b"x", b"filenames": [b"x.png"] * 8}
+                # The name that NumPy 1, with which the archive was written, had for its module.
+                content = pickle.dumps(batch, protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin" if binary else f"cifar-10-batches-py/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def lpips_weights() -> dict[str, torch.Tensor]:
+    """Random weights by the names of lpips.LPIPS(net="vgg")."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.rand(shape, generator=generator) / math.prod(shape[1:]) for name, shape in sorted(shapes().items())
+    }
+
+
+def _lpips(path: Path) -> None:
+    torch.save(lpips_weights(), path)
+
+
+def _digits_run(path: Path) -> None:
+    from ipfm.recipes import digits_ipfm
+
+    digits_ipfm.main([
+        "--teacher-steps", "2", "--max-steps", "2", "--eval-every", "1", "--log-every", "1", "--eval-images", "16",
+        "--heun-steps", "2", "--out", str(path),
+    ])  # fmt: skip
+
+
+def _cifar_run(path: Path) -> None:
+    from ipfm.recipes import cifar_ipfm
+
+    with_teacher = path.parent / "stand-in-teacher_D_2048.pkl"
+    _converted(with_teacher)
+    reference, inception = path.parent / "stand-in.npz", tiny_inception.write(path.parent / "stand-in.pt")
+    _statistics(reference)
+    cifar_ipfm.main([
+        "--teacher", str(with_teacher), "--batch", "4", "--max-steps", "2", "--eval-every", "1", "--log-every", "1",
+        "--eval-images", "16", "--heun-steps", "2", "--reference", str(reference), "--inception", str(inception),
+        "--out", str(path),
+    ])  # fmt: skip
+
+
+# Names in the pages -> what puts a stand-in there. Folders of runs and models are whole once they are named.
+MAKERS: Mapping[str, Callable[[Path], object]] = {
+    r"runs/digits-D128-alpha1-K1(?=[/\s\"']|$)": _digits_run,
+    r"runs/cifar-D2048-alpha1-K1(?=[/\s\"']|$)": _cifar_run,
+    rf"models/(?:cifar10|ffhq|afhqv2|imagenet64){NAME}": _model,
+    rf"(?:{NAME}/)*{NAME}_D_\d+\.pkl": _converted,
+    rf"(?:{NAME}/)*training-state-{NAME}\.(?:pt|pkl)": _training_state,
+    rf"(?:{NAME}/)*(?:network-snapshot-|edm-){NAME}\.pkl": _snapshot,
+    rf"(?:{NAME}/)*cifar-10-(?:python|binary)\.tar\.gz": _cifar,
+    rf"(?:{NAME}/)*{NAME}\.zip": _zip,
+    rf"(?:{NAME}/)*{NAME}x{NAME}\.npz": _statistics,
+    rf"(?:{NAME}/)*inception-2015-12-05\.pt": tiny_inception.write,
+    rf"(?:{NAME}/)*(?:lpips-)?vgg\.pth": _lpips,
+    r"\b(?:ffhq/images1024x1024|imagenet/train|my-images)\b": _folder,
+}
+
+
+def provide(text: str, place: Path, cache: Path) -> None:
+    """Put a stand-in for every name in `text` that is known, and not there yet, into the folder `place`.
+
+    Args:
+        text: command line or code.
+        place: where it will run.
+        cache: folder that keeps what was made, for the next place.
+    """
+    for pattern, make in MAKERS.items():
+        for name in re.findall(pattern, text):
+            if (place / name).exists():
+                continue
+            made = cache / name
+            if not made.exists():
+                made.parent.mkdir(parents=True, exist_ok=True)
+                make(made)
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if made.is_dir() else shutil.copyfile)(made, place / name)
