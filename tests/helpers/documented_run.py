@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -87,9 +88,9 @@ def how(command: Command) -> How:
     Raises:
         Unknown: nothing can be.
     """
-    program, *rest = command.words
+    program, *rest = _redirected(command.words)[0]
     if not SHELL.isdisjoint(rest):
-        raise Unknown(command, "is more than one command, or reads or writes by the shell")
+        raise Unknown(command, "is more than one command, or reads by the shell")
     if program in ("make", "pip") or covering(command):
         if len(covering(command)) < (len(rest) if program == "make" else 1):
             raise Unknown(command, "is run by no test")
@@ -127,7 +128,23 @@ def accept(command: Command) -> None:
 
 def start(command: Command, *, short: bool) -> None:
     """Execute what a command starts (`short`), or have its options read alone."""
-    words = _started(command)
+    words, output = _redirected(_started(command))
+    if output is not None:
+        with output.open("w") as file, contextlib.redirect_stdout(file):
+            _start(command, words, short=short)
+        assert not short or output.stat().st_size > 0, f"{command.where}: nothing was printed"
+    else:
+        _start(command, words, short=short)
+
+
+def _redirected(words: list[str]) -> tuple[list[str], Path | None]:
+    """A command without `> FILE` at its end, and that file, in the current folder."""
+    if words[-2:-1] != [">"]:
+        return words, None
+    return words[:-2], Path(words[-1].removeprefix("~/"))
+
+
+def _start(command: Command, words: list[str], *, short: bool) -> None:
     # An absolute folder that machines share is one of the current folder.
     words = [word.removeprefix("/") if word.startswith("/shared/") else word for word in words]
     program, *arguments = words
