@@ -40,7 +40,8 @@ def group_norm_silu(
     PyTorch's own operations.
     Nothing is validated here; `ipfm.kernels.group_norm_silu` does that.
     """
-    if not activation or (x.numel() <= SMALL and torch.is_grad_enabled()):
+    # An exported graph holds for every batch size, of which a comparison would make a limit.
+    if not activation or torch.compiler.is_exporting() or (x.numel() <= SMALL and torch.is_grad_enabled()):
         normed = F.group_norm(x, groups, weight, bias, eps)
         if scale is not None and shift is not None:
             normed = _modulated(normed, scale + 1, shift)

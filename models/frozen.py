@@ -103,8 +103,12 @@ def repeat_2x2(x: Tensor) -> Tensor:
 
 
 def _walks_fast(x: Tensor) -> bool:
-    """Whether strided slices do it: on a CPU they are several times faster than pooling and interpolation."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
+    """Whether strided slices do it: on a CPU they are several times faster than pooling and interpolation.
+
+    Not in a graph to be exported: it runs elsewhere, and pooling is one node where these are a dozen.
+    """
+    fast = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
+    return fast and not torch.compiler.is_exporting()
 
 
 def _cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:

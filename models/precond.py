@@ -126,8 +126,8 @@ class Precond(nn.Module, ABC):
         inner: Tensor = self.model(
             x if raw else (c_in * x).to(self.input_dtype),
             c_noise.flatten(),
-            self._class_labels(class_labels, sigma, len(x)),
-            self._augment_labels(augment_labels, sigma, len(x)),
+            self._class_labels(class_labels, sigma, x.shape[0]),
+            self._augment_labels(augment_labels, sigma, x.shape[0]),
         )[:, : self.img_channels]
         return inner if raw else torch.addcmul(c_skip * x, c_out, inner.to(wide))
 
