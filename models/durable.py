@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -75,6 +76,43 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Makes an empty folder beside `target` that replaces it when the block ends without an exception.
+
+    Whoever fills it syncs the files (`write_durably`). A reader finds the old folder or the new one, whole, whatever
+    interrupts the writer: between two renames the old one lies at `previous_of(target)`. One process at a time may
+    write to a target. A symbolic link stays one. OSError: the disk refuses; `target` is what it was.
+    """
+    target = target.resolve()
+    partial, previous = target.with_name(f".{target.name}.partial"), previous_of(target)
+    make_folder(target.parent)
+    if not target.exists() and previous.exists():
+        previous.rename(target)  # an earlier writer was stopped between its two renames
+    for leftover in (partial, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        sync(partial)
+        if target.exists():
+            target.rename(previous)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not target.exists() and previous.exists():
+            previous.rename(target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def previous_of(target: Path) -> Path:
+    """Where `atomic_folder` has the old folder while the new one takes its place."""
+    target = target.resolve()
+    return target.with_name(f".{target.name}.previous")
 
 
 def forget_unfinished(folder: Path) -> None:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from .build import build_network
 from .config import NetworkConfig, PrecondType
-from .durable import make_folder, sync, write_durably
+from .durable import atomic_folder, previous_of, write_durably
 from .precond import Precond
 
 CONFIG_FILE = "config.json"
@@ -82,27 +81,9 @@ def save_model(
     }
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
 
-    partial, previous = _partial(target), _previous(target)
-    make_folder(target.parent)
-    if not target.exists() and previous.exists():
-        previous.rename(target)  # an earlier writer was stopped between its two renames
-    for leftover in (partial, previous):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        partial.mkdir()
+    with atomic_folder(target) as partial:
         write_durably(partial / TENSOR_FILE, payload)
         write_durably(partial / CONFIG_FILE, text.encode())
-        sync(partial)
-        if target.exists():
-            target.rename(previous)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not target.exists() and previous.exists():
-            previous.rename(target)
-        raise
-    sync(target.parent)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def read_config(folder: str | os.PathLike[str]) -> StoredConfig:
@@ -131,18 +112,10 @@ def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "
     return net.eval()
 
 
-def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
-
-
-def _previous(target: Path) -> Path:
-    return target.with_name(f".{target.name}.previous")
-
-
 def _existing(folder: Path) -> Path:
     """`folder`, or what a writer that was stopped between its two renames left in its stead."""
-    if not folder.exists() and _previous(folder.resolve()).is_dir():
-        return _previous(folder.resolve())
+    if not folder.exists() and previous_of(folder).is_dir():
+        return previous_of(folder)
     readable = f"a folder with {CONFIG_FILE} and {TENSOR_FILE}"
     if not folder.exists():
         raise ValueError(f"{folder} does not exist; what can be read: {readable}")
