@@ -104,6 +104,11 @@ def load_denoiser(path: Path, *, D: float | None) -> Precond:
     return load_teacher(path, D=D)
 
 
+def teacher_range(net: Precond) -> tuple[float, float]:
+    """The lowest and the highest noise level that a teacher is sampled at."""
+    return max(SIGMA_MIN, net.sigma_min), min(SIGMA_MAX, net.sigma_max)
+
+
 def sample_generator(net: Precond, first: int, count: int, *, D: float, sigmas: tuple[float, ...], seed: int) -> Tensor:
     """Images first..first + count - 1 of `seed` from a generator, on its device; labels are drawn."""
     return _draw(partial(generate, net, D=D, sigmas=sigmas), net, first, count, seed=seed)
@@ -121,7 +126,7 @@ def _teacher_sampler(
     """The sampler, its network evaluations and its noise levels."""
     bound = partial(heun_sample, net, D=net.D, solver=solver, churn=churn)
     if sigmas is None:
-        low, high = max(SIGMA_MIN, net.sigma_min), min(SIGMA_MAX, net.sigma_max)
+        low, high = teacher_range(net)
         grid = NoiseLevels(sigma_min=low, sigma_max=high).karras(steps)[:-1].tolist()
         return partial(bound, steps=steps, sigma_min=low, sigma_max=high), evaluations(steps, solver), tuple(grid)
     levels = check_sigmas(sigmas)
@@ -135,6 +140,24 @@ def _teacher_sampler(
 
 def _generator_sampler(net: Precond, facts: Mapping[str, Any], where: Path) -> tuple[Sampler, int, tuple[float, ...]]:
     """The sampler that the config.json at `where` says, its network evaluations and its noise levels."""
+    levels = generator_levels(net, facts, where)
+    if isinstance(levels, NoiseLevels):
+        sampler = partial(trajectory_sample, net, D=net.D, sigma_max=levels.sigma_max, sigma_min=levels.sigma_min)
+        return sampler, 1, (levels.sigma_max, levels.sigma_min)
+    return partial(generate, net, D=net.D, sigmas=levels), len(levels), levels
+
+
+def generator_levels(net: Precond, facts: Mapping[str, Any], where: Path) -> tuple[float, ...] | NoiseLevels:
+    """The levels of a generator's evaluations, or the ends of the trajectory that it knows.
+
+    Args:
+        net: the generator.
+        facts: what its config.json says beside the weights.
+        where: the config.json, for the messages.
+
+    Raises:
+        ValueError: `facts` hold no usable levels, or ones for another kind of network.
+    """
     kind = facts.get("parametrisation")
     if kind not in (None, "trajectory"):
         raise ValueError(f"{where}: parametrisation {kind!r} is unknown; possible: trajectory, or none for a denoiser")
@@ -142,11 +165,8 @@ def _generator_sampler(net: Precond, facts: Mapping[str, Any], where: Path) -> t
         trajectory_network(net)
     try:
         if kind is None:
-            levels = check_sigmas(tuple(facts["sigmas"]))
-            return partial(generate, net, D=net.D, sigmas=levels), len(levels), levels
-        ends = NoiseLevels(sigma_max=facts["sigma_max"], sigma_min=facts["sigma_min"])
-        sampler = partial(trajectory_sample, net, D=net.D, sigma_max=ends.sigma_max, sigma_min=ends.sigma_min)
-        return sampler, 1, (ends.sigma_max, ends.sigma_min)
+            return check_sigmas(tuple(facts["sigmas"]))
+        return NoiseLevels(sigma_max=facts["sigma_max"], sigma_min=facts["sigma_min"])
     except KeyError as error:
         raise ValueError(f"{where} holds no usable noise levels of a generator: no {error}") from error
     except (TypeError, ValueError) as error:
