@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+ONNX = ["onnx>=1.18", "onnxscript>=0.6", "onnxruntime>=1.22"]
 FOLDERS = ("engine", "kernels", "models", "recipes")
 
 
@@ -53,7 +54,10 @@ setup(
         "scipy>=1.11",
     ],
     extras_require={
+        # `ipfm export --format onnx`: torch's exporter is written with onnxscript; onnxruntime checks what it made.
+        "onnx": ONNX,
         "test": [
+            *ONNX,
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

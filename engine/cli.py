@@ -14,6 +14,7 @@ from ipfm.engine.commands.completion import Completion
 from ipfm.engine.commands.convert import Convert
 from ipfm.engine.commands.dataset import Dataset
 from ipfm.engine.commands.evaluate import Evaluate
+from ipfm.engine.commands.export import Export
 from ipfm.engine.commands.info import Info
 from ipfm.engine.commands.plan import Plan
 from ipfm.engine.commands.report import Report
@@ -26,6 +27,7 @@ Command = (
     | Annotated[Report, subcommand("report")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[Dataset, subcommand("dataset")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Bench, subcommand("bench")]
