@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from ipfm.engine.answers import answering
 from ipfm.engine.commandline import FAILED, user_input
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ IMAGES, IMAGES_OF_TEACHER, HEUN_STEPS = 64, 16, 18
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a model for other programs: as an ONNX file, a plain PyTorch program, or a folder for Hugging Face.
+    """Write a model as an ONNX file, a plain PyTorch program, or a folder for Hugging Face.
 
     A one-step generator becomes a graph from latents to images, a generator of several steps and a teacher the
     denoiser (x, sigma) -> x. D, noise levels and training facts are stored with it; what was written is compared with
@@ -41,6 +42,8 @@ class Export:
     """Images in the picture of a Hugging Face folder, 0 for none. Default: 64, of a teacher 16."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
+    json: bool = False
+    """Print JSON: what was written, its inputs and output, the largest difference from the network."""
 
     def run(self) -> None:
         """Write `out` and print how far it is from the network."""
@@ -80,8 +83,16 @@ class Export:
             print(f"ipfm: failed: {error}", file=sys.stderr)
             sys.exit(FAILED)
         batches = " and ".join(map(str, BATCHES))
-        print(f"{self.out}: {format}, {', '.join(network.inputs)} -> {network.output}")
-        print(f"largest difference from the network: {difference:.1e} (batches of {batches}; limit {LIMIT:.0e})")
+        told = {
+            "out": self.out, "format": format, "inputs": network.inputs, "output": network.output,
+            "difference": difference, "batches": BATCHES, "limit": LIMIT,
+        }  # fmt: skip
+        with answering(as_json=self.json) as answer:
+            answer(
+                told,
+                f"{self.out}: {format}, {', '.join(network.inputs)} -> {network.output}\n"
+                f"largest difference from the network: {difference:.1e} (batches of {batches}; limit {LIMIT:.0e})",
+            )
 
     def _check_samples(self, format: str) -> None:
         if self.samples is not None and self.samples < 0:
