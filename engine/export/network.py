@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ipfm.engine.answers import plain
 from ipfm.engine.export.functions import Denoising, OneStep, TrajectoryEnd
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.samplers import draw_prior
@@ -78,7 +79,7 @@ class ExportedNetwork:
             "torch": torch.__version__,
             "training": dict(self.stored),
         }
-        return {name: _plain(value) for name, value in facts.items()}
+        return {name: plain(value) for name, value in facts.items()}
 
     def facts_json(self) -> str:
         """`facts` as a text."""
@@ -130,12 +131,3 @@ def open_network(path: Path, *, D: float | None) -> ExportedNetwork:
     if isinstance(levels, NoiseLevels):
         return ExportedNetwork(net, TrajectoryEnd(trajectory_network(net), levels), levels, stored)
     return ExportedNetwork(net, OneStep(net, levels[0]) if len(levels) == 1 else Denoising(net), levels, stored)
-
-
-def _plain(value: Any) -> Any:
-    """`value` with infinite numbers, which JSON lacks, as text."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from ipfm.engine.answers import plain
 from ipfm.engine.config import DistillConfig, TeacherConfig
 from ipfm.engine.memory.profile import PhaseMemory
 from ipfm.engine.pid import PidConfig
@@ -104,9 +104,8 @@ class Facts:
     """Version and time of the report."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; numbers that are not finite become null, an infinite D "inf"."""
-        found = _plain(dataclasses.asdict(self))
-        return {"format": 1, **found, "D": "inf" if math.isinf(self.D) else found["D"]}
+        """Plain JSON values, see `plain`."""
+        return {"format": 1, **plain(self)}
 
 
 def facts_of(record: RunRecord) -> Facts:
@@ -391,11 +390,3 @@ def _version() -> str:
 
 def _is_object(value: object) -> bool:
     return isinstance(value, dict)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
