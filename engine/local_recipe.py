@@ -23,6 +23,7 @@ from ipfm.engine.recipe import (
     launched_processes,
     read_teacher,
     run_name,
+    teacher_duration,
 )
 from ipfm.engine.report import EvaluationRow, results_table
 from ipfm.engine.resolve import resolve, resolve_precision, run_device
@@ -176,7 +177,8 @@ class LocalRecipe(Generic[O]):
                 facts = training_facts(teaching, network, self.dataset, None)
                 check_run_folder(path / "teacher", "teacher", teaching, facts)
         if options.dry_run:
-            first_process(lambda: print(describe(config, network, path)))
+            before = () if teacher is not None else (teacher_duration(teaching, network),)
+            first_process(lambda: print(describe(config, network, path, before)))
             return
 
         world = start_world()

@@ -12,6 +12,7 @@ import torch
 from ipfm.engine.checkpoint import checkpoints_in, find_checkpoint, load_checkpoint
 from ipfm.engine.checkpoint_writer import CheckpointFailed, CheckpointWriter
 from ipfm.engine.config import RunConfig
+from ipfm.engine.environment import log_start
 from ipfm.engine.errors import Interrupted, ProcessLost, TrainingFailed
 from ipfm.engine.launcher import Launcher, lost_process
 from ipfm.engine.memory.watch import MemoryWatch
@@ -98,6 +99,7 @@ class _Run:
         if self.world.first:
             # The table of an earlier, shorter part of the run no longer holds.
             (path / "results.json").unlink(missing_ok=True)
+            log_start(path, first, self.world)
         monitor = Monitor(
             path,
             title=self.task.title,

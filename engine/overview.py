@@ -7,11 +7,11 @@ import inspect
 import operator
 import platform
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal, get_args
 
+from ipfm.engine.installed import PACKAGES, installed
+
 Shell = Literal["bash", "zsh", "fish"]
-PACKAGES = ("torch", "triton", "deepspeed")
 
 TEXT = """usage: ipfm COMMAND ...
 
@@ -43,14 +43,8 @@ def overview(commands: Any) -> str:
 def versions() -> str:
     """Lines of names and versions; nothing is imported for it."""
 
-    def found(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "not installed"
-
-    lines = [f"ipfm {found('ipfm')}", f"Python {platform.python_version()}"]
-    return "\n".join([*lines, *(f"{name} {found(name)}" for name in PACKAGES)])
+    lines = [f"ipfm {installed('ipfm')}", f"Python {platform.python_version()}"]
+    return "\n".join([*lines, *(f"{name} {installed(name)}" for name in PACKAGES if name != "ipfm")])
 
 
 def summary(kind: type) -> str:

@@ -207,6 +207,11 @@ def _expected_duration(config: RunConfig, network: NetworkConfig, forwards: int)
     )
 
 
+def teacher_duration(config: TeacherConfig, network: NetworkConfig) -> str:
+    """A line for the notes of `describe`: what the training of the run's teacher takes on this machine."""
+    return f"training of the teacher, before it: {_expected_duration(config, network, TRAINING_FORWARDS)}"
+
+
 def seconds_per_image(network: NetworkConfig, device: torch.device, bf16: bool) -> float:
     """Time of one forward pass per image, measured: the best of a few passes over a small batch."""
     net = build_network(network).to(device).eval()

@@ -61,7 +61,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
 @pytest.mark.distributed
 def test_leaves_the_run_folder_of_the_design(finished) -> None:
     out, done = finished
-    for name in ("config.json", "metrics.jsonl", "evaluations.jsonl", "results.json", "results.txt", "convergence.png",
+    for name in ("config.json", "environment.jsonl", "metrics.jsonl", "evaluations.jsonl", "results.json",
+                 "results.txt", "convergence.png",
                  "generator/config.json", "generator/model.safetensors", "teacher/model/model.safetensors",
                  "samples/step-0000006.png", "samples/step-0000012.png", "checkpoints/latest"):  # fmt: skip
         assert (out / name).is_file(), name

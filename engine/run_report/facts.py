@@ -7,12 +7,13 @@ import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from ipfm.engine.answers import plain
 from ipfm.engine.config import DistillConfig, TeacherConfig
+from ipfm.engine.environment import in_words
+from ipfm.engine.installed import installed
 from ipfm.engine.memory.profile import PhaseMemory
 from ipfm.engine.pid import PidConfig
 from ipfm.engine.recipe import duration
@@ -156,7 +157,7 @@ def facts_of(record: RunRecord) -> Facts:
         command=reproduce(record),
         uses=use(record, f"{_place(record.path)}/{record.export_path.name}") if record.export else (),
         missing=tuple(_missing(record, state)),
-        made=f"Made by ipfm {_version()} on {made}.",
+        made=f"Made by ipfm {installed('ipfm')} on {made}.",
     )
 
 
@@ -324,7 +325,10 @@ def _environment(record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "SHA-256 of the teacher's weights", checksum
     if isinstance(record.export.get("sha256"), str):
         yield f"SHA-256 of {record.export_path.name}/model.safetensors", record.export["sha256"]
-    yield "versions of software, hardware, number of processes", "not recorded in the run folder"
+    if record.starts:
+        yield from in_words(record.starts)
+    else:
+        yield "versions of software, hardware, number of processes", "not recorded in the run folder"
 
 
 def _missing(record: RunRecord, state: State) -> Iterator[str]:
@@ -379,13 +383,6 @@ def _D(D: float) -> str:
 
 def _date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _version() -> str:
-    try:
-        return version("ipfm")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def _is_object(value: object) -> bool:

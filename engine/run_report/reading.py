@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from ipfm.engine.ablation_runs import FAILED_FILE, read_json
 from ipfm.engine.checkpoint import checkpoints_in
+from ipfm.engine.environment import ENVIRONMENT_FILE, read_starts
 from ipfm.engine.files import StepLog
 from ipfm.engine.memory.profile import PhaseMemory
 from ipfm.engine.report import EvaluationRow, read_results
@@ -56,6 +57,8 @@ class RunRecord:
     results: tuple[EvaluationRow, ...]
     pictures: tuple[tuple[int, Path], ...]
     """(steps done, samples/step-*.png), in order; whether they can be read is not yet known."""
+    starts: tuple[Mapping[str, Any], ...]
+    """The lines of environment.jsonl: versions, processes and device of each part of the run."""
     memory: tuple[PhaseMemory, ...]
     memory_picture: Path | None
     export: Mapping[str, Any]
@@ -139,6 +142,7 @@ def read_run(path: Path) -> RunRecord:
         evaluations=tolerant("evaluations.jsonl", lambda: _evaluations(path), ()),
         results=tolerant("results.json", lambda: tuple(_checked(row) for row in results), ()),
         pictures=tolerant("samples", lambda: _pictures(path / "samples"), ()),
+        starts=tolerant(ENVIRONMENT_FILE, lambda: read_starts(path), ()),
         memory=tolerant("memory/memory.csv", lambda: _memory(memory / "memory.csv"), ()),
         memory_picture=memory / "timeline.png" if (memory / "timeline.png").is_file() else None,
         export=export or {},
