@@ -12,7 +12,7 @@ demo: $(READY)  ## train a teacher on the digits, distil it to one step, print t
 	$(BIN)/deepspeed --num_accelerators $$($(BIN)/python -c $(PROCESSES)) recipes/digits_ipfm.py
 
 test: $(READY)  ## the whole suite; tests that need a GPU are skipped with a reason where there is none
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## style
 	$(BIN)/ruff check .

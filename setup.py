@@ -60,7 +60,7 @@ setup(
             *ONNX,
             "pytest>=8",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "hypothesis>=6.100",
             "ruff>=0.8",
             "setuptools>=77",

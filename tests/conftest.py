@@ -11,11 +11,21 @@ if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+LONGEST = (
+    "test_documented_commands", "test_digits_recipe", "test_failures", "test_memory", "test_equivalence",
+    "test_operators", "test_kernels_offline", "test_export", "test_recipes", "test_elsewhere", "test_perturb", "test_recipe_input",
+    "test_memory_profile", "test_checkpoint_fuzz", "test_layouts", "test_shapes", "test_ablations", "test_surroundings",
+    "test_package",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
     for item in items:
         if not HAS_CUDA and item.get_closest_marker("gpu"):
             item.add_marker(skip)
+    # The longest files first, so that two workers end together (with --no-loadscope-reorder).
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture

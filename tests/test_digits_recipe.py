@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def test_exports_a_generator_that_knows_its_D_and_levels(finished) -> None:
 
 
 @pytest.mark.distributed
-def test_same_command_again_only_reads(finished) -> None:
+def test_same_command_again_only_reads(tmp_path: Path, finished) -> None:
     out, _ = finished
     before = {p: p.stat().st_mtime_ns for p in (out / "checkpoints").rglob("*")} | {
         out / "metrics.jsonl": (out / "metrics.jsonl").stat().st_mtime_ns
@@ -104,8 +105,9 @@ def test_same_command_again_only_reads(finished) -> None:
     again = run("--out", str(out), *SHORT)
     assert (out / "results.txt").read_text() in again.stdout
     assert before == {p: p.stat().st_mtime_ns for p in before}
-    longer = run("--out", str(out), *SHORT[:3], "14", *SHORT[4:])
-    assert [line["step"] for line in metrics(out)] == list(range(14))
+    shutil.copytree(out, tmp_path / "longer")
+    longer = run("--out", str(tmp_path / "longer"), *SHORT[:3], "14", *SHORT[4:])
+    assert [line["step"] for line in metrics(tmp_path / "longer")] == list(range(14))
     assert "continuing at step 12" in longer.stderr
 
 
@@ -129,10 +131,7 @@ def test_two_processes_train_on_the_same_samples(tmp_path: Path, finished) -> No
 @pytest.mark.distributed
 def test_killed_runs_continue_bit_for_bit(tmp_path: Path, finished) -> None:
     """SIGKILL in the teacher's training and in the distillation; the same command ends with the same weights."""
-    # The undisturbed run was made longer by another test: make one of the original length.
-    whole = tmp_path / "whole"
-    run("--out", str(whole), *SHORT)
-    out = tmp_path / "killed"
+    whole, out = finished[0], tmp_path / "killed"
     for milestone in ("teacher/checkpoints/step-0000008", "checkpoints/step-0000004", "checkpoints/step-0000008"):
         _kill_when(out / milestone, "--out", str(out), *SHORT)
     last = run("--out", str(out), *SHORT)

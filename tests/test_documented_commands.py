@@ -226,7 +226,23 @@ def only_compiled(block: Block) -> bool:
     return block.lines[0].startswith("#") and "GPU" in block.lines[0]
 
 
-@pytest.mark.parametrize("page", PAGES_WITH_PYTHON, ids=lambda page: page.name)
+# Pages whose blocks another test runs, as printed.
+ELSEWHERE = {
+    "interchange.md": (
+        "test_export.py::test_the_documented_loader_draws_the_same_images_without_this_package",
+        "test_export.py::test_a_one_step_generator_in_onnx",
+    ),
+    "kernels-alone.md": ("test_documented_code.py::test_the_snippets_for_other_code",),
+}
+
+
+@pytest.mark.parametrize("test", [test for tests in ELSEWHERE.values() for test in tests])
+def test_blocks_that_are_run_elsewhere(test: str) -> None:
+    file, _, name = test.partition("::")
+    assert f"def {name}(" in (launch.ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES_WITH_PYTHON if p.name not in ELSEWHERE], ids=lambda page: page.name)
 def test_blocks_of_python(page: Path, places: dict[str, Path], cache: Path) -> None:
     """As printed, one after the other, as they continue each other."""
     names: dict[str, object] = {"__name__": "__main__"}
@@ -294,7 +310,7 @@ def test_what_cannot_be_executed_is_said(tmp_path: Path, monkeypatch: pytest.Mon
             documented_run.run(Command("page.md", 1, text))
     nothing_runs_it = ("make nothing", "pip install something-else", "make demo nothing")
     for text in (*nothing_runs_it, "ipfm info x | less", "ipfm info x > y"):
-        why = "is run by no test" if text in nothing_runs_it else "is more than one command, or reads or writes by the"
+        why = "is run by no test" if text in nothing_runs_it else "is more than one command, or reads by the"
         with pytest.raises(documented_run.Unknown, match=rf"^page.md:1: `{re.escape(text)}` {why}"):
             documented_run.how(Command("page.md", 1, text))
     with pytest.raises(BadInput, match="unknown option --nothing"):

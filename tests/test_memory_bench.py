@@ -88,7 +88,7 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setenv("RANK", "7")
     monkeypatch.setenv("WORLD_SIZE", "8")
     # The first process alone prints.
-    monkeypatch.setattr("ipfm.engine.commandline._is_first_process", lambda: True)
+    monkeypatch.setattr("ipfm.engine.commandline.is_first_process", lambda: True)
     batch = 8
     ipfm("bench", "--memory", "--model", "digits", "--batch", batch, "--quick", "--out", tmp_path)
     printed = capsys.readouterr().out

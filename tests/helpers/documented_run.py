@@ -37,6 +37,8 @@ COVERED: Mapping[str, str] = MappingProxyType(
         "make soak": "test_failures.py::test_a_small_soak",
         "make equivalence": "test_equivalence.py::test_equals_the_plain_loop",
         "make fuzz": "test_checkpoint_fuzz.py::test_flipped_and_missing_bytes",
+        "ipfm bench --step": "test_speed.py::test_the_table_of_the_command",
+        "ipfm bench --memory": "test_memory_bench.py::test_a_run",
         # It compiles, which a process with Triton's interpreter cannot.
         "ipfm bench --offline": "test_kernels_offline.py::test_every_kernel_is_compiled_for_every_architecture",
     }
@@ -216,6 +218,7 @@ def shorter(module: ModuleType, arguments: Sequence[str]) -> list[str]:
     if "seeds" in known:
         ours |= {"quick": "", "seeds": 0, "eval-every": 2}
         ours |= {"augment": 0} if given.get("--data") == "cifar" else {}
+        ours |= {} if "--variants" in given else {"variants": module.ABLATION.variants[0].label}
     if state := given.get("--continue-from"):
         ours["kimg"] = stand_ins.kimg_of(state) + 0.008
     elif "--kimg" in given:
@@ -250,10 +253,7 @@ def shorter_subcommand(arguments: Sequence[str]) -> list[str]:
         few = [] if "--seeds" in arguments else ["--n", "4"]
         return [*few, *(["--heun-steps", "4"] if "--heun-steps" in arguments else [])]
     if subcommand == "bench":
-        sized = {"--memory", "--step"} & set(arguments)
-        narrow = ["--channels", "8"] if "--channels" in arguments else []
-        one = [word for word in arguments if word in ("fp32", "bf16", "fp16")][-1:]
-        return ["--quick", *(["--batch", "2"] if sized else []), *narrow, *(["--precision", *one] if one else [])]
+        return ["--quick"]
     return []
 
 
