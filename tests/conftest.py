@@ -12,11 +12,26 @@ if not HAS_CUDA:
 
 
 LONGEST = (
-    "test_documented_commands", "test_digits_recipe", "test_failures", "test_memory", "test_equivalence",
-    "test_operators", "test_kernels_offline", "test_export", "test_recipes", "test_elsewhere", "test_perturb", "test_recipe_input",
-    "test_memory_profile", "test_checkpoint_fuzz", "test_layouts", "test_shapes", "test_ablations", "test_surroundings",
+    "test_documented_commands",
+    "test_digits_recipe",
+    "test_failures",
+    "test_memory",
+    "test_equivalence",
+    "test_operators",
+    "test_kernels_offline",
+    "test_export",
+    "test_recipes",
+    "test_elsewhere",
+    "test_perturb",
+    "test_recipe_input",
+    "test_memory_profile",
+    "test_checkpoint_fuzz",
+    "test_layouts",
+    "test_shapes",
+    "test_ablations",
+    "test_surroundings",
     "test_package",
-)  # fmt: skip
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

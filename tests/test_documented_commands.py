@@ -309,9 +309,10 @@ def test_what_cannot_be_executed_is_said(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(documented_run.Unknown, match=message):
             documented_run.run(Command("page.md", 1, text))
     nothing_runs_it = ("make nothing", "pip install something-else", "make demo nothing")
-    for text in (*nothing_runs_it, "ipfm info x | less", "ipfm info x > y"):
+    for text in (*nothing_runs_it, "ipfm info x | less", "ipfm info x > y z"):
         why = "is run by no test" if text in nothing_runs_it else "is more than one command, or reads by the"
         with pytest.raises(documented_run.Unknown, match=rf"^page.md:1: `{re.escape(text)}` {why}"):
             documented_run.how(Command("page.md", 1, text))
+    assert documented_run.how(Command("page.md", 1, "ipfm info x > y")) == "executed"
     with pytest.raises(BadInput, match="unknown option --nothing"):
         documented_run.accept(Command("page.md", 1, "ipfm info x --nothing  # GPU"))
