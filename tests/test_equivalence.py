@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 MORE: tuple[tuple[str, int, str, int, dict[str, Any]], ...] = (
     ("k2", 0, "phased", 2, {}),
     ("k2", 2, "joint", 2, {}),
-    *(("last", stage, backward, 1, {}) for stage, backward in ((0, "joint"), (1, "phased"))),
+    ("last", 1, "phased", 1, {}),
     ("augmented", 0, "phased", 1, {}),
     ("options", 3, "joint", 1, {}),
     ("clipped", 2, "phased", 2, {}),
@@ -46,7 +46,7 @@ DROPOUT = tuple(
     ("dropout", stage, backward, 1, {"activation_checkpointing": again})
     for stage, backward, again in ((0, "joint", "off"), (0, "phased", "off"), (3, "phased", "on"))
 )
-HALF = (("bf16", 1), ("bf16", 3), ("fp16", 1), ("fp16", 3))
+HALF = (("bf16", 1), ("bf16", 3), ("fp16", 1))
 
 
 def _name(setting: str, stage: int, backward: str, parts: int, more: dict[str, Any]) -> str:

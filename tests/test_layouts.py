@@ -11,7 +11,7 @@ from ipfm.engine.config import DistillConfig
 from ipfm.engine.layouts import GPUS, RANKS, layout_table
 from ipfm.engine.memory.budget import USABLE
 from ipfm.models import NetworkConfig
-from ipfm.recipes import cifar_ipfm, imagenet64_ipfm
+from ipfm.recipes import cifar_ipfm
 
 SMALL = NetworkConfig(
     img_resolution=16, img_channels=2, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(),
@@ -54,17 +54,14 @@ def rows(text: str) -> list[Row]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("recipe", "arguments", "batch"), [(cifar_ipfm, ("--batch", "4096"), 4096), (imagenet64_ipfm, (), 8192)]
-)
-def test_a_large_batch(capsys, monkeypatch, tmp_path, recipe, arguments, batch) -> None:
+def test_a_large_batch(capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ipfm.engine.recipe.seconds_per_image", lambda *_: 0.001)
-    recipe.main([*arguments, "--dry-run"])
+    cifar_ipfm.main(["--batch", "4096", "--dry-run"])
     table = rows(capsys.readouterr().out)
     assert [(row.ranks, row.gpu) for row in table] == [(ranks, gpu) for ranks in RANKS for gpu in GPUS]
     for row in table:
-        assert row.ranks * row.micro * row.accumulation == batch
+        assert row.ranks * row.micro * row.accumulation == 4096
         assert row.peak <= USABLE * row.gpu
         parts = row.weights + row.masters + row.optimizer + row.gradients + row.buckets + row.step
         assert parts == pytest.approx(row.peak, abs=0.05)
