@@ -12,7 +12,7 @@ from ipfm.engine.ablation_report import Curve
 from ipfm.engine.commandline import user_input
 from ipfm.engine.config import Distillation
 from ipfm.engine.evaluation import Evaluation
-from ipfm.engine.files import atomic_write
+from ipfm.engine.files import atomic_write, read_json
 from ipfm.engine.metrics import FrechetResult
 from ipfm.engine.networks import teacher_facts
 from ipfm.engine.report import EvaluationHistory
@@ -156,15 +156,6 @@ def check_ablation_folder(path: Path, record: dict[str, Any]) -> None:
     ]
     if differences:
         raise ValueError(f"{path} belongs to another ablation ({'; '.join(differences)}): choose another --out")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is none to read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

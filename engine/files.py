@@ -7,10 +7,27 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ipfm.models.durable import atomic_write
 
-__all__ = ["StepLog", "atomic_write", "json_line"]
+__all__ = ["StepLog", "atomic_write", "json_line", "read_json", "refusing"]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is none to read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def refusing(folder: Path) -> Path | None:
+    """The place that keeps files from being written to `folder`, there or still to be made; None where none does."""
+    folder = folder.absolute()
+    above = next(place for place in (folder, *folder.parents) if place.exists())
+    return None if above.is_dir() and os.access(above, os.W_OK | os.X_OK) else above
 
 
 def json_line(values: Mapping[str, object]) -> str:

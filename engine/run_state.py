@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ipfm.engine.checkpoint import checkpoints_in
-from ipfm.engine.files import StepLog
+from ipfm.engine.files import StepLog, read_json
 from ipfm.engine.launcher import folder_user
 from ipfm.engine.report import EvaluationHistory, EvaluationRow, read_results
 from ipfm.models.store import CONFIG_FILE
@@ -49,7 +48,7 @@ class RunState:
 
 def is_run(path: Path) -> bool:
     """Whether `path` is the folder of a distillation or of a teacher's training."""
-    return _record(path).get("kind") in EXPORTS
+    return (read_json(path / CONFIG_FILE) or {}).get("kind") in EXPORTS
 
 
 def read_run(path: Path) -> RunState:
@@ -59,18 +58,18 @@ def read_run(path: Path) -> RunState:
         ValueError: there is none.
         OSError: it cannot be read.
     """
-    record = _record(path)
+    record = read_json(path / CONFIG_FILE) or {}
     kind, config = record.get("kind"), record.get("config")
     if kind not in EXPORTS or not isinstance(config, dict):
         raise ValueError(f"{path} holds no run: no {CONFIG_FILE} that says distill or teacher")
-    checkpoint = next(iter(checkpoints_in(path / "checkpoints")), None)
-    saved = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    checkpoint = newest_checkpoint(path)
+    saved = None if checkpoint is None else step_of(checkpoint)
     lines = StepLog(path / "metrics.jsonl", None).read()
     last = lines[-1] if lines else {}
     done = max(saved or 0, last.get("step", -1) + 1)
     network = path / EXPORTS[kind]
-    exported = _record(network).get("extra")
-    total = _total(config)
+    exported = (read_json(network / CONFIG_FILE) or {}).get("extra")
+    total = total_steps(config)
     over = isinstance(exported, dict) and total is not None and exported.get("optimizer_steps", 0) >= total
     results = read_results(path)
     return RunState(
@@ -89,20 +88,26 @@ def read_run(path: Path) -> RunState:
     )
 
 
-def _record(path: Path) -> Mapping[str, Any]:
-    """What config.json in `path` says; nothing where there is none that can be read."""
-    try:
-        found = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def newest_checkpoint(path: Path) -> Path | None:
+    """Of the run in `path`; whether it is whole is not looked at."""
+    return next(iter(checkpoints_in(path / "checkpoints")), None)
 
 
-def _total(config: Mapping[str, Any]) -> int | None:
-    """Optimiser steps of the whole run, as `RunConfig.total_steps`."""
-    if isinstance(steps := config.get("max_steps"), int):
-        return steps
-    kimg, batch = config.get("kimg"), config.get("batch")
-    if isinstance(kimg, (int, float)) and isinstance(batch, int):
-        return max(1, math.ceil(kimg * 1000 / batch))
-    return None
+def step_of(checkpoint: Path) -> int:
+    """The number of steps that its name says."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def total_steps(config: Mapping[str, Any]) -> int | None:
+    """Optimiser steps of the whole run, as `RunConfig.total_steps`; None where the settings do not say."""
+    steps, kimg, batch = (number(config.get(name)) for name in ("max_steps", "kimg", "batch"))
+    if math.isfinite(steps):
+        return int(steps)
+    return max(1, math.ceil(kimg * 1000 / batch)) if math.isfinite(kimg) and batch > 0 else None
+
+
+def number(value: object) -> float:
+    """`value` as a number, "inf" among them; NaN for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    return math.inf if value == "inf" else math.nan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -97,6 +96,7 @@ class Sample:
 
     def _check(self) -> None:
         """ValueError: options that cannot be, or not together."""
+        from ipfm.engine.files import refusing
         from ipfm.engine.noise_levels import check_sigmas
         from ipfm.engine.seeds import check_seeds
 
@@ -115,9 +115,7 @@ class Sample:
             raise ValueError(f"out must end in .png or .npz, or be a folder (no suffix), got {self.out}")
         if self._is_folder() and self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out must end in .png or .npz, or be a folder, got the file {self.out}")
-        place = self.out.absolute()
-        above = place if place.is_dir() else next(folder for folder in place.parents if folder.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        if (above := refusing(self.out if self.out.is_dir() else self.out.absolute().parent)) is not None:
             raise ValueError(f"out cannot be written to {self.out}: {above} is no folder that takes files")
 
     def _given(self) -> set[str]:

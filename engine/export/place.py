@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,6 +10,7 @@ from typing import Literal, get_args
 from ipfm.engine.export import hub_folder, onnx_file
 from ipfm.engine.export.network import FORMAT
 from ipfm.engine.export.program import FACTS_FILE
+from ipfm.engine.files import refusing
 
 Format = Literal["onnx", "torch", "huggingface"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
@@ -31,8 +31,7 @@ def check_place(out: Path, format: Format, model: Path) -> None:
     """ValueError: `out` cannot be written, lies in the model folder, or is something else than an earlier export."""
     if model.resolve() in (out.resolve(), out.resolve().parent):
         raise ValueError(f"{out} belongs to the model itself, where other files are refused: name another OUT")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+    if (above := refusing(out.absolute().parent)) is not None:
         raise ValueError(f"{out} cannot be written: {above} is no folder that takes files")
     if not out.exists():
         return

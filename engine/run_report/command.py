@@ -13,17 +13,22 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ipfm.engine.config import Distillation, DistillConfig, TeacherConfig
+from ipfm.engine.described import objective
 from ipfm.engine.distil_recipe import DistilRecipe
 from ipfm.engine.local_recipe import LocalRecipe
 from ipfm.engine.noise_levels import few_step_sigmas
 from ipfm.engine.pid import PidConfig
-from ipfm.engine.run_report.reading import RunRecord, number, read_run
+from ipfm.engine.run_report.reading import RunRecord, read_run
+from ipfm.engine.run_state import number
 from ipfm.engine.runs import PLACE
 from ipfm.engine.teacher_recipe import TeacherRecipe
 from ipfm.models import NetworkConfig, presets
 
 # Settings that a command need not repeat: those that change nothing of the result, but for the evaluations' steps.
 UNSAID = (PLACE | {"teacher", "lpips"}) - {"eval_every"}
+
+# What `objective` calls them.
+OBJECTIVES: Mapping[str | None, type[Distillation]] = {"ipfm": DistillConfig, "pid": PidConfig}
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def settings_class(record: RunRecord) -> type[Distillation] | type[TeacherConfig
     """The class of the run's settings, None for an objective that is not this project's."""
     if record.kind == "teacher":
         return TeacherConfig
-    return PidConfig if "points" in record.config else DistillConfig if "alpha" in record.config else None
+    return OBJECTIVES.get(objective(record.config))
 
 
 def is_default(record: RunRecord, name: str, default: object) -> bool:

@@ -19,7 +19,8 @@ from ipfm.engine.pid import PidConfig
 from ipfm.engine.recipe import duration
 from ipfm.engine.report import DISTANCE, EvaluationRow, significant
 from ipfm.engine.run_report.command import Command, is_default, portable, reproduce, settings_class, use
-from ipfm.engine.run_report.reading import EvaluationPoint, RunRecord, number
+from ipfm.engine.run_report.reading import EvaluationPoint, RunRecord
+from ipfm.engine.run_state import number
 
 State = Literal["finished", "going on", "stopped", "diverged"]
 

@@ -14,7 +14,8 @@ from PIL import Image
 from ipfm.engine.report import draw_convergence, significant
 from ipfm.engine.run_report.facts import Facts
 from ipfm.engine.run_report.pictures import Picture, png
-from ipfm.engine.run_report.reading import RunRecord, number
+from ipfm.engine.run_report.reading import RunRecord
+from ipfm.engine.run_state import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

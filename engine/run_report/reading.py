@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import math
 import re
@@ -13,18 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ipfm.engine.ablation_runs import FAILED_FILE, read_json
-from ipfm.engine.checkpoint import checkpoints_in
+from ipfm.engine.ablation_runs import FAILED_FILE
 from ipfm.engine.environment import ENVIRONMENT_FILE, read_starts
-from ipfm.engine.files import StepLog
+from ipfm.engine.files import StepLog, read_json
+from ipfm.engine.launcher import folder_user
 from ipfm.engine.memory.profile import PhaseMemory
 from ipfm.engine.report import EvaluationRow, read_results
 from ipfm.engine.run_report.pace import Pace, read_pace
+from ipfm.engine.run_state import EXPORTS, newest_checkpoint, number, step_of, total_steps
 from ipfm.models.durable import why
 
 T = TypeVar("T")
-# Where the two kinds of run leave their network.
-EXPORTS = {"distill": "generator", "teacher": "model"}
 # A folder without a readable config.json is a run's if it has one of these.
 TRACES = ("metrics.jsonl", "evaluations.jsonl", "checkpoints")
 
@@ -84,10 +82,7 @@ class RunRecord:
     @property
     def total_steps(self) -> int | None:
         """Steps that the settings ask for; None where they are not known."""
-        steps, kimg, batch = (number(self.config.get(name)) for name in ("max_steps", "kimg", "batch"))
-        if math.isfinite(steps):
-            return int(steps)
-        return max(1, math.ceil(kimg * 1000 / batch)) if math.isfinite(kimg) and batch > 0 else None
+        return total_steps(self.config)
 
     @property
     def export_path(self) -> Path:
@@ -147,19 +142,12 @@ def read_run(path: Path) -> RunRecord:
         memory_picture=memory / "timeline.png" if (memory / "timeline.png").is_file() else None,
         export=export or {},
         teacher=read_json(path / "teacher" / "config.json") or {},
-        checkpoint=tolerant("checkpoints", lambda: _newest(path / "checkpoints"), None),
+        checkpoint=tolerant("checkpoints", lambda: _newest(path), None),
         pace=tolerant("tensorboard", lambda: read_pace(path / "tensorboard"), Pace()),
         diverged=tolerant(FAILED_FILE, lambda: _diverged(path / FAILED_FILE), None),
-        in_use=_in_use(path / "run.lock"),
+        in_use=folder_user(path) is not None,
         problems=tuple(problems),
     )
-
-
-def number(value: object) -> float:
-    """`value` as a number, "inf" among them; NaN for anything else."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    return math.inf if value == "inf" else math.nan
 
 
 def _config(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -240,22 +228,10 @@ def _memory(path: Path) -> tuple[PhaseMemory, ...]:
         )
 
 
-def _newest(folder: Path) -> int | None:
-    found = checkpoints_in(folder)
-    return int(found[0].name.rpartition("-")[2]) if found else None
+def _newest(path: Path) -> int | None:
+    checkpoint = newest_checkpoint(path)
+    return None if checkpoint is None else step_of(checkpoint)
 
 
 def _diverged(path: Path) -> int | None:
     return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.exists() else None
-
-
-def _in_use(lock: Path) -> bool:
-    """Whether a process holds the folder. A run that begins in this very moment waits for us and goes on."""
-    try:
-        with open(lock) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock, or a file system without locks
-        return False
-    return False
