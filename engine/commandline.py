@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ipfm.engine.errors import FolderInUse, Interrupted, ProcessLost, TrainingFailed
+from ipfm.engine.errors import Failed, FolderInUse, Interrupted, ProcessLost
 from ipfm.engine.launcher import lost_process
 from ipfm.engine.standard_streams import usable_streams
 
@@ -127,7 +127,7 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
         # The one that speaks for all may be the one that is gone.
         _complain(f"{name}: failed: {error}", everyone=True)
         sys.exit(FAILED)
-    except TrainingFailed as error:
+    except Failed as error:
         _complain(f"{name}: failed: {error}")
         sys.exit(FAILED)
     except (RuntimeError, OSError) as error:

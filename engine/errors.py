@@ -17,7 +17,11 @@ class FolderInUse(ValueError):
     """Another process uses a run folder; the message says which."""
 
 
-class TrainingFailed(RuntimeError):
+class Failed(RuntimeError):
+    """A command cannot do what was asked, and not for the user's input; the message, one line, says why."""
+
+
+class TrainingFailed(Failed):
     """The run cannot go on; the message says why and where to continue."""
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import launch
-import numpy as np
 import official_files
 import pytest
+import stand_ins
 import tiny_inception
 import torch
 
@@ -48,26 +45,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     teacher = official_files.write_torch(root / "training-state-000512.pt", state)
     return {
         "teacher": teacher,
-        "data": _cifar(root / "cifar-10-python.tar.gz"),
+        "data": stand_ins.cifar_archive(root / "cifar-10-python.tar.gz"),
         "inception": tiny_inception.write(root / "inception.pt"),
     }
-
-
-def _cifar(path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    with tarfile.open(path, "w:gz") as archive:
-        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-            # Smooth images, so that there is something to tell apart from noise.
-            colours = rng.integers(0, 256, (8, 3, 1, 1)) * np.linspace(0.5, 1, 32)[None, None, :, None]
-            pixels = np.broadcast_to(colours, (8, 3, 32, 32)).astype(np.uint8).reshape(8, 3072)
-            labels = [int(label) for label in rng.integers(0, 10, 8)]
-            batch = {b"data": pixels, b"labels": labels, b"batch_label": name.encode(), b"filenames": [b"x.png"] * 8}
-            # The name that NumPy 1, with which the archive was written, had for its module.
-            content = pickle.dumps(batch, protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 @pytest.mark.distributed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ipfm.engine.answers import answering
-from ipfm.engine.commandline import FAILED, user_input
+from ipfm.engine.commandline import user_input
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +46,7 @@ class Export:
 
     def run(self) -> None:
         """Write `out` and print how far it is from the network."""
-        from ipfm.engine.export.comparison import BATCHES, LIMIT, ExportFailed
+        from ipfm.engine.export.comparison import BATCHES, LIMIT
         from ipfm.engine.export.hub_folder import export_folder
         from ipfm.engine.export.model_card import origin_of
         from ipfm.engine.export.network import open_network
@@ -64,24 +63,20 @@ class Export:
             network = open_network(self.model, D=self.D)
             if format == "onnx":
                 check_onnx(network)
-        try:
-            program = make_program(network)
-            if format == "onnx":
-                difference = export_onnx(network, program, self.out)
-            elif format == "torch":
-                difference = export_program(network, program, self.out)
-            else:
-                count = self._count(network)
-                difference = export_folder(
-                    network,
-                    program,
-                    self.out,
-                    origin=origin_of(self.model),
-                    draw=(lambda: self._draw(count)) if count else None,
-                )
-        except ExportFailed as error:
-            print(f"ipfm: failed: {error}", file=sys.stderr)
-            sys.exit(FAILED)
+        program = make_program(network)
+        if format == "onnx":
+            difference = export_onnx(network, program, self.out)
+        elif format == "torch":
+            difference = export_program(network, program, self.out)
+        else:
+            count = self._count(network)
+            difference = export_folder(
+                network,
+                program,
+                self.out,
+                origin=origin_of(self.model),
+                draw=(lambda: self._draw(count)) if count else None,
+            )
         batches = " and ".join(map(str, BATCHES))
         told = {
             "out": self.out, "format": format, "inputs": network.inputs, "output": network.output,

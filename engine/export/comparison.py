@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ipfm.engine.errors import Failed
 from ipfm.engine.export.network import ExportedNetwork
 
 LIMIT = 1e-4
 BATCHES = (1, 3)
 
 
-class ExportFailed(Exception):
+class ExportFailed(Failed):
     """The graph cannot be made, or does not compute what the network does; the message is one line."""
 
 

@@ -120,7 +120,8 @@ def _folder(path: Path) -> None:
         (place / f"{i:05d}.png").write_bytes(_png(pixels))
 
 
-def _cifar(path: Path) -> None:
+def cifar_archive(path: Path) -> Path:
+    """CIFAR-10's archive of 48 smooth images, by its name for Python or binary."""
     binary = "binary" in path.name
     with tarfile.open(path, "w:gz") as archive:
         for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
@@ -135,6 +136,7 @@ def _cifar(path: Path) -> None:
             member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin" if binary else f"cifar-10-batches-py/{name}")
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
+    return path
 
 
 def lpips_weights() -> dict[str, torch.Tensor]:
@@ -180,7 +182,7 @@ MAKERS: Mapping[str, Callable[[Path], object]] = {
     rf"(?:{NAME}/)*{NAME}_D_\d+\.pkl": _converted,
     rf"(?:{NAME}/)*training-state-{NAME}\.(?:pt|pkl)": _training_state,
     rf"(?:{NAME}/)*(?:network-snapshot-|edm-){NAME}\.pkl": _snapshot,
-    rf"(?:{NAME}/)*cifar-10-(?:python|binary)\.tar\.gz": _cifar,
+    rf"(?:{NAME}/)*cifar-10-(?:python|binary)\.tar\.gz": cifar_archive,
     rf"(?:{NAME}/)*{NAME}\.zip": _zip,
     rf"(?:{NAME}/)*{NAME}x{NAME}\.npz": _statistics,
     rf"(?:{NAME}/)*inception-2015-12-05\.pt": tiny_inception.write,
