@@ -33,7 +33,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=packages(),
-    package_data={"ipfm.engine.run_report": ["*.j2"]},
+    package_data={"ipfm.engine.commands.report": ["*.j2"]},
     package_dir={f"ipfm.{folder}": folder for folder in FOLDERS},
     install_requires=[
         "torch>=2.10,<2.14",
@@ -68,7 +68,7 @@ setup(
             "build>=1.2",
         ],
     },
-    entry_points={"console_scripts": ["ipfm = ipfm.engine.cli:main"]},
+    entry_points={"console_scripts": ["ipfm = ipfm.engine.commands.main:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Operating System :: POSIX :: Linux",

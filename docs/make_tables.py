@@ -18,11 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ipfm.engine.config import Distillation, RunConfig
-from ipfm.engine.memory import Choice, choose, gpu_budget
-from ipfm.engine.networks import trained_config
-from ipfm.engine.precision import Precision
-from ipfm.engine.report import PAPER_RESULTS, PaperSetting
+from ipfm.engine.config import RunConfig
+from ipfm.engine.distributed.precision import Precision
+from ipfm.engine.memory import Layout, choose_layout, gpu_budget
+from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.initial_networks import trained_config
+from ipfm.engine.objectives.published import PAPER_RESULTS, PaperSetting
 from ipfm.models import presets
 from ipfm.recipes import (
     afhqv2_ipfm,
@@ -55,12 +56,12 @@ class Case:
     recipe: str
     config: Distillation
 
-    def choice(self, precision: Precision, processes: int, gpu: float, **form: str) -> Choice | None:
+    def choice(self, precision: Precision, processes: int, gpu: float, **form: str) -> Layout | None:
         """The layout on so many GPUs of `gpu` GB; None where nothing fits. `form`: what is not left open."""
         config = replace(self.config, precision=precision, **form)  # type: ignore[arg-type]
         network = trained_config(presets.get(self.preset), config.dropout)
         try:
-            return choose(config, network, ranks=processes, budget=gpu_budget(gpu * 1e9))
+            return choose_layout(config, network, ranks=processes, budget=gpu_budget(gpu * 1e9))
         except ValueError:
             return None
 
@@ -208,7 +209,7 @@ def layout(case: Case, precision: Precision, processes: int, gpu: float) -> str:
     )
 
 
-def _gigabytes(choice: Choice) -> str:
+def _gigabytes(choice: Layout) -> str:
     return f"{choice.plan.peak / 1e9:.3g}"
 
 

@@ -4,19 +4,22 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from ipfm.engine.config import TeacherConfig
+    from ipfm.engine.evaluation.evaluation import Evaluation
+    from ipfm.engine.memory import plan_memory
+    from ipfm.engine.noise_levels import NoiseLevels
+    from ipfm.engine.objectives.ipfm import DistillConfig
+    from ipfm.engine.objectives.pid import PidConfig
+    from ipfm.engine.sampling.samplers import generate, heun_sample, trajectory_sample
+    from ipfm.engine.training.distiller import Distiller
+    from ipfm.engine.training.teacher import TeacherTraining
+
+
 # Threads that wait for each other should soon sleep: where another process wants a core too, threads that spin make the
 # small networks of CPU runs some thirty times slower. It is read when torch is loaded, so it has to be set before that.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-if TYPE_CHECKING:
-    from ipfm.engine.config import DistillConfig, TeacherConfig
-    from ipfm.engine.evaluation import Evaluation
-    from ipfm.engine.memory import plan_memory
-    from ipfm.engine.noise_levels import NoiseLevels
-    from ipfm.engine.pid import PidConfig
-    from ipfm.engine.samplers import generate, heun_sample, trajectory_sample
-    from ipfm.engine.teacher_training import TeacherTraining
-    from ipfm.engine.trio import Distiller
 
 __all__ = [
     "DistillConfig",
@@ -34,14 +37,15 @@ __all__ = [
 
 # Loaded when they are asked for: the command line is a part of this package, and answers without torch.
 _HOMES = {
-    "config": ("DistillConfig", "TeacherConfig"),
-    "evaluation": ("Evaluation",),
+    "config": ("TeacherConfig",),
+    "evaluation.evaluation": ("Evaluation",),
     "memory": ("plan_memory",),
     "noise_levels": ("NoiseLevels",),
-    "pid": ("PidConfig",),
-    "samplers": ("generate", "heun_sample", "trajectory_sample"),
-    "teacher_training": ("TeacherTraining",),
-    "trio": ("Distiller",),
+    "objectives.ipfm": ("DistillConfig",),
+    "objectives.pid": ("PidConfig",),
+    "sampling.samplers": ("generate", "heun_sample", "trajectory_sample"),
+    "training.teacher": ("TeacherTraining",),
+    "training.distiller": ("Distiller",),
 }
 
 

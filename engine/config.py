@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
-from ipfm.engine.noise_levels import NoiseLevels, check_sigmas, few_step_sigmas
-from ipfm.models import NetworkConfig
-
-if TYPE_CHECKING:
-    from ipfm.engine.objective import Objective
+from ipfm.engine.checks import at_least, check_D, is_number, not_negative, option_name, positive, share
+from ipfm.engine.noise_levels import NoiseLevels
 
 ZeroStage = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "all"]
@@ -22,8 +18,6 @@ InitialWeights = Literal["auto", "teacher", "random"]
 
 # Steps count in 32 bits of the random numbers' counters, which updates and levels within a step share.
 STEP_LIMIT = 10**8
-# What the loss kernel takes.
-ALPHA_LIMIT = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,32 +94,32 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name in ("eval_every", "seed", "profile_memory"):
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         if self.micro_batch is not None:
-            _at_least("micro-batch", self.micro_batch, 1)
+            at_least("micro-batch", self.micro_batch, 1)
         if self.max_steps is not None and self.kimg is not None:
             raise ValueError(f"max-steps and kimg exclude each other, got {self.max_steps} and {self.kimg}")
         if self.max_steps is not None:
-            _at_least("max-steps", self.max_steps, 1)
+            at_least("max-steps", self.max_steps, 1)
             _within_limit("max-steps", self.max_steps, self.max_steps)
         if self.kimg is not None:
-            _positive("kimg", self.kimg)
+            positive("kimg", self.kimg)
             _within_limit("kimg", self.kimg, self.kimg * 1000 / self.batch)
         for name in ("lr", "ema_kimg", "ema_rampup"):
-            _positive(name, getattr(self, name))
-        _not_negative("eps", self.eps)
-        _share("dropout", self.dropout)
-        if not (_is_number(self.augment) and 0 <= self.augment <= 1):
+            positive(name, getattr(self, name))
+        not_negative("eps", self.eps)
+        share("dropout", self.dropout)
+        if not (is_number(self.augment) and 0 <= self.augment <= 1):
             raise ValueError(f"augment must lie in [0, 1], got {self.augment}")
         for name in ("tf32", "resume", "async_checkpoints", "compile"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{_option(name)} must be True or False, got {getattr(self, name)!r}")
+                raise ValueError(f"{option_name(name)} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.noise, NoiseLevels):
             raise ValueError(f"noise must be NoiseLevels, got {self.noise!r}")
         if self.clip_grad is not None:
-            _positive("clip-grad", self.clip_grad)
+            positive("clip-grad", self.clip_grad)
         if self.activation_checkpointing not in ("auto", "on", "off"):
             raise ValueError(f"activation-checkpointing must be auto, on or off, got {self.activation_checkpointing!r}")
         if self.memory_format not in ("auto", "contiguous", "channels_last"):
@@ -155,7 +149,7 @@ class RunConfig:
         Raises:
             ValueError: the batch does not divide evenly.
         """
-        _at_least("the number of processes", ranks, 1)
+        at_least("the number of processes", ranks, 1)
         if self.batch % ranks:
             raise ValueError(f"batch must be divisible by the number of processes, got {self.batch} and {ranks}")
         local = self.batch // ranks
@@ -198,161 +192,15 @@ class TeacherConfig(RunConfig):
         super().__post_init__()
         if self.D is not None:
             check_D(self.D)
-        _share("beta1", self.beta1)
-        _at_least("heun-steps", self.heun_steps, 1)
-        _not_negative("lr-rampup-kimg", self.lr_rampup_kimg)
+        share("beta1", self.beta1)
+        at_least("heun-steps", self.heun_steps, 1)
+        not_negative("lr-rampup-kimg", self.lr_rampup_kimg)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate at 0-based `step`: it grows linearly with the images seen, those of this step included."""
         if self.lr_rampup_kimg == 0:
             return self.lr
         return self.lr * min(1.0, (step + 1) * self.batch / (self.lr_rampup_kimg * 1000))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distillation(RunConfig, ABC):
-    """What every way to distil a teacher has in common. A way adds its own settings, and says what it trains."""
-
-    teacher: Path | None = None
-    """The teacher: a checkpoint of EDM, PFGM++ or SiD, or a model folder (config.json and model.safetensors)."""
-    D: float | None = None
-    """Auxiliary dimensions, in (0, inf]; inf is a diffusion model. Default: what the teacher was trained for."""
-    init: InitialWeights = "auto"
-    """First weights of the generator: the teacher's, or random ones; auto is the teacher's, but random at another
-    width."""
-    width: float = 1.0
-    """Channels of the generator by those of the teacher, e.g. 0.5."""
-    teacher_storage: Literal["auto", "fp32", "half", "sharded"] = "auto"
-    """How the frozen teacher is kept: fp32 on every process; half: in the run's own 16 bits wherever its arithmetic has
-    no more (the same results); sharded: among the processes, by ZeRO 3. auto: half in bf16 and fp16, else fp32."""
-    backward: Literal["auto", "joint", "phased"] = "auto"
-    """joint: one backward pass over all networks; phased: one network's activations at a time; auto: by memory."""
-    heun_steps: int = 18
-    """Steps of the teacher's sampler in the final table; 18 are 35 network evaluations."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.D is not None:
-            check_D(self.D)
-        check_start("init", self.init, "width", self.width)
-        _at_least("heun-steps", self.heun_steps, 1)
-        if self.teacher_storage not in ("auto", "fp32", "half", "sharded"):
-            raise ValueError(f"teacher-storage must be auto, fp32, half or sharded, got {self.teacher_storage!r}")
-        if self.teacher_storage == "half" and self.precision == "fp32":
-            raise ValueError(
-                "teacher-storage half needs precision bf16 or fp16: in fp32 it would round the teacher's weights"
-            )
-        if self.compile and self.teacher_storage == "sharded":
-            raise ValueError("compile does not go with teacher-storage sharded: use fp32 or half")
-        if self.backward not in ("auto", "joint", "phased"):
-            raise ValueError(f"backward must be auto, joint or phased, got {self.backward!r}")
-
-    def resolved(self, network: NetworkConfig) -> Self:
-        """These settings with what they leave open decided by the teacher's architecture alone.
-
-        Raises:
-            ValueError: something does not go with this network.
-        """
-        return self
-
-    def sized(self) -> Self:
-        """These settings with all that changes no tensor's size as it is by default: equal ones need equal memory."""
-        return self
-
-    @abstractmethod
-    def objective(self, network: NetworkConfig) -> Objective:
-        """What is trained, and how; for settings with nothing left open but what memory decides.
-
-        Args:
-            network: the teacher's architecture, as it is trained.
-        """
-
-    @abstractmethod
-    def name(self) -> str:
-        """What tells runs of the same teacher apart, for the name of a run folder, e.g. "alpha1-K1"."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig(Distillation):
-    """Distillation of a teacher into a K-step generator by inverse Poisson flow matching [IPFM, algorithms 1 and 2]."""
-
-    alpha: float = 1.0
-    """Regularisation, in SiD's convention: 0.5 is the pure IPFM objective, 1.0 the paper's recommendation."""
-    steps: int = 1
-    """K: network evaluations of the generator."""
-    sigmas: tuple[float, ...] = ()
-    """Noise levels of the K evaluations, falling. Default: sigma_init (K - k + 1) / K."""
-    sigma_init: float = 2.5
-    """Noise level of the generator's input when --sigmas is not given."""
-    gradient: Literal["all", "last"] = "all"
-    """With several steps: all: the gradient passes through all of them; last: the chain ends after a number of steps
-    drawn anew for each update, and the gradient passes through the last of these alone."""
-    student_lr: float | None = None
-    """Learning rate of the student. Default: that of the generator."""
-    generator_beta1: float = 0.0
-    """Adam's first decay for the generator."""
-    student_beta1: float = 0.0
-    """Adam's first decay for the student."""
-    student_updates: int = 1
-    """Student updates per generator update."""
-    student_init: InitialWeights = "auto"
-    """First weights of the student, as in --init."""
-    student_width: float = 1.0
-    """Channels of the student by those of the teacher."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (_is_number(self.alpha) and abs(self.alpha) <= ALPHA_LIMIT):
-            raise ValueError(f"alpha must be a number in [-{ALPHA_LIMIT:g}, {ALPHA_LIMIT:g}], got {self.alpha}")
-        _at_least("steps", self.steps, 1)
-        if self.sigmas != ():
-            levels = check_sigmas(self.sigmas)
-            object.__setattr__(self, "sigmas", levels)
-            # --sigmas alone fixes the number of steps; together with --steps the two have to agree.
-            if self.steps not in (1, len(levels)):
-                raise ValueError(f"steps and sigmas disagree: {self.steps} steps, {len(levels)} noise levels")
-            object.__setattr__(self, "steps", len(levels))
-        _positive("sigma-init", self.sigma_init)
-        if self.gradient not in ("all", "last"):
-            raise ValueError(f"gradient must be all or last, got {self.gradient!r}")
-        if self.student_lr is not None:
-            _positive("student-lr", self.student_lr)
-        _share("generator-beta1", self.generator_beta1)
-        _share("student-beta1", self.student_beta1)
-        _at_least("student-updates", self.student_updates, 1)
-        check_start("student-init", self.student_init, "student-width", self.student_width)
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """The generator's noise levels, resolved."""
-        return self.sigmas or few_step_sigmas(self.steps, self.sigma_init)
-
-    def resolved(self, network: NetworkConfig) -> Self:
-        """See `Distillation.resolved`: with the noise levels."""
-        return replace(self, sigmas=self.levels)
-
-    def sized(self) -> Self:
-        """See `Distillation.sized`."""
-        return replace(self, alpha=1.0, sigmas=(), sigma_init=2.5, student_lr=None, student_updates=1)
-
-    def objective(self, network: NetworkConfig) -> Objective:
-        """See `Distillation.objective`."""
-        from ipfm.engine.ipfm import InversePoissonFlowMatching
-
-        return InversePoissonFlowMatching(self, network)
-
-    def name(self) -> str:
-        """See `Distillation.name`."""
-        return f"alpha{self.alpha:g}-K{self.steps}"
-
-
-def check_start(init_name: str, init: str, width_name: str, width: float) -> None:
-    """ValueError unless a network can start like this at this width."""
-    if init not in ("auto", "teacher", "random"):
-        raise ValueError(f"{init_name} must be auto, teacher or random, got {init!r}")
-    _positive(width_name, width)
-    if init == "teacher" and width != 1:
-        raise ValueError(f"{init_name} teacher needs {width_name} 1, got {width:g}: give {init_name} random")
 
 
 def check_sharding(zero: int | None, precision: str, offload: str) -> None:
@@ -373,43 +221,9 @@ def check_sharding(zero: int | None, precision: str, offload: str) -> None:
         raise ValueError(f"offload all needs zero 3, which shards the weights, got {'none' if zero is None else zero}")
 
 
-def check_D(D: float) -> None:
-    """ValueError unless D is a number in (0, inf]."""
-    if not _is_number(D) or not D > 0:
-        raise ValueError(f"D must lie in (0, inf], got {D}")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{_option(name)} must be an integer >= {least}, got {value}")
-
-
-def _positive(name: str, value: float) -> None:
-    if not (_is_number(value) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{_option(name)} must be a finite number > 0, got {value}")
-
-
-def _not_negative(name: str, value: float) -> None:
-    if not (_is_number(value) and math.isfinite(value) and value >= 0):
-        raise ValueError(f"{_option(name)} must be a finite number >= 0, got {value}")
-
-
-def _share(name: str, value: float) -> None:
-    if not (_is_number(value) and 0 <= value < 1):
-        raise ValueError(f"{_option(name)} must lie in [0, 1), got {value}")
-
-
 def _within_limit(name: str, value: float, steps: float) -> None:
     if steps > STEP_LIMIT:
         raise ValueError(f"{name} must be at most {STEP_LIMIT:,} optimiser steps, got {value}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _option(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _plain(value: Any) -> Any:

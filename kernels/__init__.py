@@ -1,11 +1,11 @@
 """Fused operations: each one a PyTorch reference and a Triton kernel behind one validated public function."""
 
-from . import philox, reference
-from .adam import AdamEMA
-from .denoising_loss import DenoisingLoss, denoising_loss
-from .generator_loss import IpfmLoss, ipfm_loss
-from .group_norm import group_norm_silu
-from .radial import perturb
+from ipfm.kernels import philox, reference
+from ipfm.kernels.adam import AdamEMA
+from ipfm.kernels.denoising_loss import DenoisingLoss, denoising_loss
+from ipfm.kernels.generator_loss import IpfmLoss, ipfm_loss
+from ipfm.kernels.group_norm import group_norm_silu
+from ipfm.kernels.perturbation import perturb
 
 __all__ = [
     "AdamEMA",

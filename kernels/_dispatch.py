@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import triton
 
-from ._cache import usable_cache
+from ipfm.kernels._cache import usable_cache
 
 Backend = Literal["auto", "triton", "reference"]
 BACKENDS = ("auto", "triton", "reference")

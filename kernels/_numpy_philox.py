@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._checks import Position
+from ipfm.kernels._checks import Position
 
 Words = NDArray[np.uint64]
 Uniforms = NDArray[np.float32]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import Backend, use_triton
-from .adam_fused import MOST_AVERAGES, FusedAdam, Group
-from .adam_reference import reference_step
+from ipfm.kernels._dispatch import Backend, use_triton
+from ipfm.kernels.adam_fused import MOST_AVERAGES, FusedAdam, Group
+from ipfm.kernels.adam_reference import reference_step
 
 
 class AdamEMA(torch.optim.Optimizer):

@@ -14,8 +14,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._dispatch import adam_config, float64_bits, on_device
-from .adam_kernels import _measure_kernel, _numbers_kernel, _reduce_kernel, _update_kernel
+from ipfm.kernels._dispatch import adam_config, float64_bits, on_device
+from ipfm.kernels.adam_kernels import _measure_kernel, _numbers_kernel, _reduce_kernel, _update_kernel
 
 # Averages that the kernels have arguments for.
 MOST_AVERAGES = 4

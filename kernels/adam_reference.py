@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .adam_fused import Group, is_dense, rho_inf, same_order
+from ipfm.kernels.adam_fused import Group, is_dense, rho_inf, same_order
 
 # Elements that the foreach form updates at a time: it bounds its temporaries, three of this size.
 CHUNK = 2**24

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks, reference
-from ._dispatch import Backend, on_device, row_config, use_triton
-from ._operators import operator
-from ._rows import as_rows, empty_rows
-from .reference import DenoisingLoss
+from ipfm.kernels import _checks, reference
+from ipfm.kernels._dispatch import Backend, on_device, row_config, use_triton
+from ipfm.kernels._operators import operator
+from ipfm.kernels._rows import as_rows, empty_rows
+from ipfm.kernels.reference import DenoisingLoss
 
 # ---------------------------------------------------------------------------------------------------------- kernel
 

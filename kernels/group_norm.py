@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks, recomputed
-from ._dispatch import Backend, group_config, on_device, use_triton
-from ._operators import operator
+from ipfm.kernels import _checks
+from ipfm.kernels import group_norm_reference as recomputed
+from ipfm.kernels._dispatch import Backend, group_config, on_device, use_triton
+from ipfm.kernels._operators import operator
 
 # --------------------------------------------------------------------------------------------------------- kernels
 

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks, reference
-from ._checks import Position
-from ._dispatch import Backend, float64_bits, on_device, signed32, signed64, use_triton
-from ._numpy_philox import blocks_of, words_of
-from ._operators import operator
+from ipfm.kernels import _checks, reference
+from ipfm.kernels._checks import Position
+from ipfm.kernels._dispatch import Backend, float64_bits, on_device, signed32, signed64, use_triton
+from ipfm.kernels._numpy_philox import blocks_of, words_of
+from ipfm.kernels._operators import operator
 
 WORDS, UNIFORM, NORMAL = 0, 1, 2
 _BLOCK = 256  # Philox blocks a program

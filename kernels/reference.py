@@ -25,9 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import Position
-from ._dispatch import signed64
-from ._numpy_philox import GAMMA_BLOCK, MOST, TRIALS, blocks_of, gamma_parts_of, on_host, uniform_of, words_of
+from ipfm.kernels._checks import Position
+from ipfm.kernels._dispatch import signed64
+from ipfm.kernels._numpy_philox import (
+    GAMMA_BLOCK,
+    MOST,
+    TRIALS,
+    blocks_of,
+    gamma_parts_of,
+    on_host,
+    uniform_of,
+    words_of,
+)
 
 WEIGHT_FLOOR = 1e-5  # floor of the mean |y - T| below the generator loss's weight
 LOG_RATIO_MAX = 690.0  # cap of ln sqrt(D/K): keeps 0 * inf out of x at tiny D

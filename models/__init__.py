@@ -1,14 +1,12 @@
 """Networks of the EDM / PFGM++ family and their storage."""
 
-from . import presets
-from .build import build_network
-from .config import NetworkConfig
-from .dhariwal_unet import DhariwalUNet
-from .precond import EDMPrecond, Precond
-from .precond_baselines import VEPrecond, VPPrecond, iDDPMPrecond
-from .song_unet import SongUNet
-from .store import load_model, read_config, save_model
-from .teacher import load_teacher
+from ipfm.models import presets
+from ipfm.models.config import NetworkConfig
+from ipfm.models.dhariwal_unet import DhariwalUNet
+from ipfm.models.precond import EDMPrecond, Precond, VEPrecond, VPPrecond, build_network, iDDPMPrecond
+from ipfm.models.song_unet import SongUNet
+from ipfm.models.store import load_model, read_config, save_model
+from ipfm.models.teacher import load_teacher
 
 __all__ = [
     "DhariwalUNet",

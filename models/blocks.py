@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import AttentionBackend, attention, head_count
-from .frozen import frozen_linear, is_frozen
-from .init import DEFAULT_INIT, ZERO_INIT, Init
-from .layers import Conv2d, GroupNorm, Linear
+from ipfm.models.attention import AttentionBackend, attention, head_count
+from ipfm.models.frozen_ops import frozen_linear, is_frozen
+from ipfm.models.initialisation import DEFAULT_INIT, ZERO_INIT, Init
+from ipfm.models.layers import Conv2d, GroupNorm, Linear
 
 
 class QKVProjection(Conv2d):

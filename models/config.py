@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, get_args
 
-from .embeddings import check_embedding_width
-from .layout import (
+from ipfm.models.embeddings import check_embedding_width
+from ipfm.models.schedules import iddpm_levels, vp_sigma_range
+from ipfm.models.unet_layout import (
     DecoderType,
     EmbeddingType,
     EncoderType,
@@ -17,7 +18,6 @@ from .layout import (
     dhariwal_unet_layout,
     song_unet_layout,
 )
-from .schedules import iddpm_levels, vp_sigma_range
 
 PrecondType = Literal["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"]
 ModelType = Literal["SongUNet", "DhariwalUNet"]

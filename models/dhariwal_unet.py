@@ -7,12 +7,12 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import UNetBlock
-from .embeddings import PositionalEmbedding
-from .init import Init
-from .layers import Conv2d, GroupNorm, Linear
-from .layout import CHANNELS_PER_HEAD, Entry, dhariwal_unet_layout
-from .unet import UNet
+from ipfm.models.blocks import UNetBlock
+from ipfm.models.embeddings import PositionalEmbedding
+from ipfm.models.initialisation import Init
+from ipfm.models.layers import Conv2d, GroupNorm, Linear
+from ipfm.models.unet import UNet
+from ipfm.models.unet_layout import CHANNELS_PER_HEAD, Entry, dhariwal_unet_layout
 
 _EPS = 1e-5
 _INIT = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))

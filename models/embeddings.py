@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .buffers import Float32Buffers
+from ipfm.models.layers import Float32Buffers
 
 
 def check_embedding_width(num_channels: int, *, endpoint: bool = False) -> None:

@@ -4,7 +4,7 @@ Parameters keep their own dtype (float32, float64, or bfloat16 where low-precisi
 the dtype of the incoming activation at each use, so one set of master weights serves every compute dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipfm.kernels.group_norm import unchecked_group_norm_silu
-
-from .frozen import doubled_conv2d, frozen_conv2d, frozen_conv_transpose2d, is_frozen, mean_2x2, repeat_2x2
-from .init import DEFAULT_INIT, Init
+from ipfm.models.frozen_ops import (
+    doubled_conv2d,
+    frozen_conv2d,
+    frozen_conv_transpose2d,
+    is_frozen,
+    mean_2x2,
+    repeat_2x2,
+)
+from ipfm.models.initialisation import DEFAULT_INIT, Init
 
 
 def cast(parameter: Tensor, like: Tensor) -> Tensor:
@@ -235,3 +241,19 @@ def group_count(num_channels: int, num_groups: int = 32, min_channels_per_group:
             f"{min_channels_per_group} channels, divisible by min({num_groups}, channels // {min_channels_per_group})"
         )
     return groups
+
+
+class Float32Buffers(nn.Module):
+    """A module whose own buffers stay float32 under every cast of it; they follow it to other devices.
+
+    For constants that low precision would spoil and that are defined by their float32 values.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Buffers":
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            before = kept[name]
+            if buffer is not None and before is not None and buffer.dtype != torch.float32:
+                self._buffers[name] = before.to(buffer.device)
+        return self

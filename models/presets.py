@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from .config import NetworkConfig
+from ipfm.models.config import NetworkConfig
 
 _CIFAR10_DDPMPP = NetworkConfig(
     img_resolution=32, img_channels=3, augment_dim=9, model_channels=128, channel_mult=(2, 2, 2), dropout=0.13

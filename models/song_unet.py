@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .blocks import UNetBlock
-from .embeddings import FourierEmbedding, PositionalEmbedding
-from .init import Init
-from .layers import Conv2d, GroupNorm, Linear
-from .layout import DecoderType, EmbeddingType, EncoderType, Entry, check_choice, song_unet_layout
-from .unet import UNet
+from ipfm.models.blocks import UNetBlock
+from ipfm.models.embeddings import FourierEmbedding, PositionalEmbedding
+from ipfm.models.initialisation import Init
+from ipfm.models.layers import Conv2d, GroupNorm, Linear
+from ipfm.models.unet import UNet
+from ipfm.models.unet_layout import DecoderType, EmbeddingType, EncoderType, Entry, check_choice, song_unet_layout
 
 _EPS = 1e-6
 _INIT = Init("xavier_uniform")

@@ -26,10 +26,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .build import build_network
-from .config import NetworkConfig, PrecondType
-from .durable import atomic_folder, previous_of, write_durably
-from .precond import Precond
+from ipfm.models.atomic_files import atomic_folder, previous_of, write_durably
+from ipfm.models.config import NetworkConfig, PrecondType
+from ipfm.models.precond import Precond, build_network
 
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 
-from .build import build_network
-from .checkpoint_import import ImportedNetwork, check_D, open_checkpoint
-from .precond import Precond
-from .store import load_model, read_config
+from ipfm.models.checkpoints.reader import ImportedNetwork, check_D, open_checkpoint
+from ipfm.models.precond import Precond, build_network
+from ipfm.models.store import load_model, read_config
 
 
 def load_teacher(

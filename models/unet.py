@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import AttentionBackend, check_attention_backend
-from .blocks import UNetBlock
-from .embeddings import FourierEmbedding, PositionalEmbedding
-from .layers import Linear
-from .layout import Entry, Layout
+from ipfm.models.attention import AttentionBackend, check_attention_backend
+from ipfm.models.blocks import UNetBlock
+from ipfm.models.embeddings import FourierEmbedding, PositionalEmbedding
+from ipfm.models.layers import Linear
+from ipfm.models.unet_layout import Entry, Layout
 
 
 class BlockFactory(Protocol):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ipfm.engine.ablation import AblationOptions, Arch, as_ablation
-from ipfm.engine.local_recipe import LocalRecipe
+from ipfm.engine.experiments.ablation import AblationOptions, Arch, as_ablation
+from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.models import NetworkConfig, presets
 from ipfm.recipes import cifar_ipfm, digits_ipfm
 
@@ -27,7 +27,7 @@ def digits_network(arch: Arch, D: float) -> NetworkConfig:
     return network
 
 
-def digits_ablation(recipe: LocalRecipe[Any], **changes: Any) -> LocalRecipe[AblationOptions]:
+def digits_ablation(recipe: TrainAndDistil[Any], **changes: Any) -> TrainAndDistil[AblationOptions]:
     """The settings of a recipe of the digits, with these changed, on a network of the options' family."""
     options = as_ablation(recipe.base, **{"max_bad_steps": 10, **changes})
     return replace(recipe.with_options("", "", options), network=lambda o, D: digits_network(o.arch, D))

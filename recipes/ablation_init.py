@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ipfm.engine.ablation import Ablation, Variant
-from ipfm.engine.commandline import run_command
+from ipfm.engine.experiments.ablation import Ablation, Variant
+from ipfm.engine.runtime.commandline import run_command
 from ipfm.recipes.ablation_data import CIFAR, DIGITS
 
 ABLATION = Ablation(

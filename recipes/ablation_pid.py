@@ -16,8 +16,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ipfm.engine.ablation import Ablation, Variant, as_ablation
-from ipfm.engine.commandline import run_command
+from ipfm.engine.experiments.ablation import Ablation, Variant, as_ablation
+from ipfm.engine.runtime.commandline import run_command
 from ipfm.recipes import cifar_pid, digits_pid
 from ipfm.recipes.ablation_data import digits_ablation
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ipfm.engine.commandline import run_command
-from ipfm.engine.distil_recipe import DistilRecipe
-from ipfm.engine.recipe import RecipeOptions
+from ipfm.engine.experiments.distil import DistilRecipe
+from ipfm.engine.experiments.options import RecipeOptions
+from ipfm.engine.runtime.commandline import run_command
 
 BASE = RecipeOptions(
     batch=512,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ipfm.engine.commandline import run_command
+from ipfm.engine.runtime.commandline import run_command
 from ipfm.recipes import afhqv2_ipfm
 
 RECIPE = afhqv2_ipfm.RECIPE.as_sid("afhqv2_sid.py", __doc__, afhqv2_ipfm.BASE, D=math.inf)

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ipfm.engine.commandline import run_command
-from ipfm.engine.distil_recipe import DistilRecipe
-from ipfm.engine.recipe import RecipeOptions
+from ipfm.engine.experiments.distil import DistilRecipe
+from ipfm.engine.experiments.options import RecipeOptions
+from ipfm.engine.runtime.commandline import run_command
 
 BASE = RecipeOptions(
     batch=256, kimg=100_000, lr=1e-5, ema_kimg=500, alpha=1.0, dropout=0.0, augment=0.12, heun_steps=18, log_every=50

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ipfm.engine.commandline import run_command
+from ipfm.engine.runtime.commandline import run_command
 from ipfm.recipes import cifar_ipfm
 
 RECIPE = cifar_ipfm.RECIPE.as_sid(

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ipfm.engine.commandline import run_command
 from ipfm.engine.config import TeacherConfig
-from ipfm.engine.data import digits
-from ipfm.engine.local_recipe import LocalRecipe
-from ipfm.engine.metrics import PixelFeatures
-from ipfm.engine.recipe import RecipeOptions
+from ipfm.engine.data.dataset import digits
+from ipfm.engine.evaluation.metrics import PixelFeatures
+from ipfm.engine.experiments.local import TrainAndDistil
+from ipfm.engine.experiments.options import RecipeOptions
+from ipfm.engine.runtime.commandline import run_command
 from ipfm.models import presets
 
-RECIPE = LocalRecipe(
+RECIPE = TrainAndDistil(
     file="digits_ipfm.py",
     about=__doc__ or "",
     name=lambda _: "digits",

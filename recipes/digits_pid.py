@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ipfm.engine.commandline import run_command
-from ipfm.engine.recipe import PidOptions
+from ipfm.engine.experiments.options import PidOptions
+from ipfm.engine.runtime.commandline import run_command
 from ipfm.recipes import digits_ipfm
 
 RECIPE = digits_ipfm.RECIPE.with_options(

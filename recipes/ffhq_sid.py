@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ipfm.engine.commandline import run_command
+from ipfm.engine.runtime.commandline import run_command
 from ipfm.recipes import ffhq_ipfm
 
 RECIPE = ffhq_ipfm.RECIPE.as_sid("ffhq_sid.py", __doc__, replace(ffhq_ipfm.BASE, alpha=1.2), D=math.inf)

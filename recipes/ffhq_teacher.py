@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ipfm.engine.commandline import run_command
-from ipfm.engine.teacher_recipe import TeacherOptions, TeacherRecipe
+from ipfm.engine.experiments.teacher import TeacherOptions, TeacherRecipe
+from ipfm.engine.runtime.commandline import run_command
 
 BASE = TeacherOptions(
     batch=256,

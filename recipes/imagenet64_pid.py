@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ipfm.engine.commandline import run_command
-from ipfm.engine.recipe import PidOptions, ema_kimg
+from ipfm.engine.experiments.options import PidOptions, ema_kimg
+from ipfm.engine.runtime.commandline import run_command
 from ipfm.recipes import imagenet64_ipfm
 
 BASE = PidOptions(

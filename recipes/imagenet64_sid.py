@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ipfm.engine.commandline import run_command
+from ipfm.engine.runtime.commandline import run_command
 from ipfm.recipes import imagenet64_ipfm
 
 RECIPE = imagenet64_ipfm.RECIPE.as_sid("imagenet64_sid.py", __doc__, imagenet64_ipfm.BASE, D=math.inf)

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ipfm.engine.commandline import run_command
 from ipfm.engine.config import TeacherConfig
-from ipfm.engine.local_recipe import LocalRecipe
-from ipfm.engine.metrics import BlockFeatures
-from ipfm.engine.recipe import RecipeOptions
-from ipfm.engine.shapes import KINDS, shapes
+from ipfm.engine.data.shapes import KINDS, shapes
+from ipfm.engine.evaluation.metrics import BlockFeatures
+from ipfm.engine.experiments.local import TrainAndDistil
+from ipfm.engine.experiments.options import RecipeOptions
+from ipfm.engine.runtime.commandline import run_command
 from ipfm.models import NetworkConfig, presets
 
 SIDE = 32
@@ -74,7 +74,7 @@ def name(options: ShapesOptions) -> str:
     return f"shapes-{options.arch}{width}{'-full' * options.full}{'-cond' * options.conditional}"
 
 
-RECIPE = LocalRecipe(
+RECIPE = TrainAndDistil(
     file="shapes_ipfm.py",
     about=__doc__ or "",
     name=name,

@@ -40,7 +40,7 @@ def test_wheel_holds_the_mapped_packages_and_nothing_beside(wheel: Path) -> None
                  "models/song_unet.py", "recipes/digits_ipfm.py"):  # fmt: skip
         assert f"ipfm/{name}" in names
     assert "ipfm/__init__.py" not in names, "ipfm is a namespace package"
-    assert "ipfm = ipfm.engine.cli:main" in entry_points
+    assert "ipfm = ipfm.engine.commands.main:main" in entry_points
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

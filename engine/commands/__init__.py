@@ -1,1 +1,1 @@
-"""The subcommands of `ipfm`, one file each."""
+"""The `ipfm` command: a subcommand is a file, or a folder where it needs more than one."""

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ipfm.engine.answers import answering
-from ipfm.engine.commandline import user_input
+from ipfm.engine.runtime.commandline import user_input
+from ipfm.engine.runtime.json_output import output
 
 if TYPE_CHECKING:
-    from ipfm.models.checkpoint_import import Checkpoint, ImportedNetwork
+    from ipfm.models.checkpoints.reader import Checkpoint, ImportedNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Convert:
         """Print what the file holds and write the folder."""
         from ipfm.engine.noise_levels import check_sigmas
         from ipfm.models import save_model
-        from ipfm.models.checkpoint_import import open_checkpoint
+        from ipfm.models.checkpoints.reader import open_checkpoint
         from ipfm.models.teacher import build
 
         with user_input():
@@ -61,8 +61,8 @@ class Convert:
         size = sum(p.numel() for p in net.parameters())
         told = {"out": self.out, "networks": list(checkpoint.networks), "parameters": size, **facts}
         lines = (*describe(checkpoint, imported), ("parameters", f"{size:,}"), ("written", str(self.out)))
-        with answering(as_json=self.json) as answer:
-            answer(
+        with output(as_json=self.json) as write:
+            write(
                 told | {"network": imported.config.to_json()},
                 "\n".join(f"{name + ':':<14}{value}" for name, value in lines),
             )
@@ -82,7 +82,7 @@ class Convert:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {
             "file": self.source.name,
-            "format": checkpoint.layout,
+            "format": checkpoint.origin,
             "network": imported.key,
             "sha256": digest,
             "D": imported.D_source,
@@ -95,7 +95,7 @@ def describe(checkpoint: Checkpoint, imported: ImportedNetwork) -> list[tuple[st
     sources = {"file": "says the file", "caller": "as given", "assumed": "assumed: neither the file nor --D says it"}
     labels = f", {config.label_dim} classes" if config.label_dim else ""
     return [
-        ("file", f"{checkpoint.layout} ({checkpoint.container})"),
+        ("file", f"{checkpoint.origin} ({checkpoint.container})"),
         ("networks", ", ".join(checkpoint.networks)),
         ("taken", imported.key),
         (

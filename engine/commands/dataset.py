@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ipfm.engine.answers import answering
-from ipfm.engine.commandline import user_input
+from ipfm.engine.runtime.commandline import user_input
+from ipfm.engine.runtime.json_output import output
 
 if TYPE_CHECKING:
-    from ipfm.engine.dataset_making import Pictures
+    from ipfm.engine.data.preparation import Pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ class Dataset:
 
     def run(self) -> None:
         """Write the zip and print what is in it."""
-        from ipfm.engine.data_files import Subset, label_width
-        from ipfm.engine.dataset_making import Shaping, find_pictures
-        from ipfm.engine.dataset_zip import write_dataset_zip
+        from ipfm.engine.data.open_dataset import Subset, label_width
+        from ipfm.engine.data.preparation import Shaping, find_pictures
+        from ipfm.engine.data.zip_writer import write_dataset_zip
 
         with user_input():
             if self.out.suffix != ".zip":
@@ -60,8 +60,8 @@ class Dataset:
             write_dataset_zip(self.out, pictures.pngs(), pictures.labels)
         width = 0 if pictures.labels is None else label_width(pictures.labels)
         classes = pictures.labels is not None and pictures.labels.ndim == 1
-        with answering(as_json=self.json) as answer:
-            answer(
+        with output(as_json=self.json) as write:
+            write(
                 {
                     "out": self.out,
                     "images": pictures.count,

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ipfm.engine.answers import Answer, answering
-from ipfm.engine.commandline import user_input
+from ipfm.engine.runtime.commandline import user_input
+from ipfm.engine.runtime.json_output import Write, output
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ipfm.engine.evaluated import Subject
-    from ipfm.engine.evaluation import Evaluation
-    from ipfm.engine.metrics import FrechetResult
-    from ipfm.engine.progress import ProgressBar
-    from ipfm.engine.world import World
+    from ipfm.engine.distributed.world import World
+    from ipfm.engine.evaluation.evaluation import Evaluation
+    from ipfm.engine.evaluation.metrics import FrechetResult
+    from ipfm.engine.evaluation.subject import Subject
+    from ipfm.engine.runtime.progress import ProgressBar
+
 
 # Images of a published FID.
 PUBLISHED_IMAGES = 50_000
@@ -69,14 +70,14 @@ class Evaluate:
 
     def run(self) -> None:
         """Print what was measured."""
-        with answering(as_json=self.json) as answer:
-            self._run(answer)
+        with output(as_json=self.json) as write:
+            self._run(write)
 
-    def _run(self, answer: Answer) -> None:
-        from ipfm.engine.evaluated import open_subject
-        from ipfm.engine.evaluation import open_comparison
-        from ipfm.engine.reference import save_statistics
-        from ipfm.engine.resolve import run_device
+    def _run(self, write: Write) -> None:
+        from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.evaluation.evaluation import open_comparison
+        from ipfm.engine.evaluation.reference_data import save_statistics
+        from ipfm.engine.evaluation.subject import open_subject
 
         with user_input():
             self._check()
@@ -104,7 +105,7 @@ class Evaluate:
                 seed=self.seed,
                 pr_images=self.pr_images,
             )
-        if self.save_reference and world.first:
+        if self.save_reference and world.is_main:
             with user_input():
                 save_statistics(self.save_reference, evaluation.statistics)
         results = []
@@ -113,8 +114,8 @@ class Evaluate:
             for repeat in range(self.repeats):
                 draw = _counted(subject.draw, bar)
                 results.append(evaluation.measure(draw, world, first_index=repeat * evaluation.images))
-        if world.first:
-            answer(self._facts(subject, results), self._text(subject, evaluation, results))
+        if world.is_main:
+            write(self._facts(subject, results), self._text(subject, evaluation, results))
 
     def _check(self) -> None:
         for name, least in (("repeats", 1), ("batch", 1), ("heun_steps", 1), ("images", 2), ("seed", 0)):
@@ -126,7 +127,7 @@ class Evaluate:
         if self.reference is None and set(self.metrics) != {"is"}:
             raise ValueError("give --reference, statistics (.npz) or real images; only the Inception score needs none")
         if self.features == "inception" and self.inception is None:
-            from ipfm.engine.metrics.features import WHERE_TO_GET_INCEPTION
+            from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION
 
             raise ValueError(
                 f"give --inception FILE ({WHERE_TO_GET_INCEPTION}), or compare pixels with --features pixels"
@@ -134,11 +135,11 @@ class Evaluate:
 
     def _bar(self, evaluation: Evaluation, world: World) -> ProgressBar:
         """Counts the images of this process."""
-        from ipfm.engine.metrics import index_ranges
-        from ipfm.engine.progress import ProgressBar
+        from ipfm.engine.evaluation.metrics import index_ranges
+        from ipfm.engine.runtime.progress import ProgressBar
 
         ranges = index_ranges(evaluation.images, evaluation.batch, world.rank, world.size)
-        return ProgressBar("evaluate", self.repeats * sum(count for _, count in ranges), enabled=world.first)
+        return ProgressBar("evaluate", self.repeats * sum(count for _, count in ranges), enabled=world.is_main)
 
     def _paper(self, subject: Subject, images: int) -> str | None:
         """The published figure, where these numbers are measured as it was."""
@@ -163,7 +164,7 @@ class Evaluate:
         }
 
     def _text(self, subject: Subject, evaluation: Evaluation, results: list[FrechetResult]) -> str:
-        from ipfm.engine.report import significant
+        from ipfm.engine.runtime.wording import significant
 
         count, seconds = results[0].images, sum(result.seconds for result in results)
         about = f"{subject.kind} {self.model}"
@@ -202,15 +203,14 @@ def _unmeasured(value: object) -> bool:
 
 
 def _pairs(results: list[FrechetResult], name: str) -> list[str]:
-    from ipfm.engine.report import significant
+    from ipfm.engine.runtime.wording import significant
 
     return [f"{significant(getattr(r, name))} ± {significant(getattr(r, f'{name}_std'))}" for r in results]
 
 
 def _world() -> World:
     """The processes of a launcher, or this one alone, which then needs no process group."""
-    from ipfm.engine.resolve import run_device
-    from ipfm.engine.world import World, start_world
+    from ipfm.engine.distributed.world import World, run_device, start_world
 
     return start_world() if "RANK" in os.environ else World(rank=0, size=1, device=run_device())
 

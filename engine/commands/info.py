@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ipfm.engine.answers import answering
-from ipfm.engine.commandline import user_input
+from ipfm.engine.runtime.commandline import user_input
+from ipfm.engine.runtime.json_output import output
 
 if TYPE_CHECKING:
     from ipfm.models import NetworkConfig
@@ -32,20 +32,21 @@ class Info:
 
     def run(self) -> None:
         """Print what is known."""
-        from ipfm.engine.run_state import is_run
+        from ipfm.engine.training.run_state import is_run
 
-        with answering(as_json=self.json) as answer:
+        with output(as_json=self.json) as write:
             with user_input():
                 describe = _checkpoint if self.model.is_file() else _run if is_run(self.model) else _folder
                 facts, text = describe(self.model)
-            answer({"path": self.model, **facts}, text)
+            write({"path": self.model, **facts}, text)
 
 
 def _run(path: Path) -> tuple[dict[str, Any], str]:
     """The facts of a run folder, and as text. ValueError: it cannot be read."""
-    from ipfm.engine import described
-    from ipfm.engine.report import results_table, significant
-    from ipfm.engine.run_state import read_run
+    from ipfm.engine.commands import describe as described
+    from ipfm.engine.evaluation.results import results_table
+    from ipfm.engine.runtime.wording import significant
+    from ipfm.engine.training.run_state import read_run
 
     run = read_run(path)
     step, distance = run.distances[-1] if run.distances else (None, None)
@@ -93,7 +94,7 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
 
 def _folder(path: Path) -> tuple[dict[str, Any], str]:
     """The same of a model folder. ValueError: there is no model, or it is damaged."""
-    from ipfm.engine import described
+    from ipfm.engine.commands import describe as described
     from ipfm.models import load_teacher, read_config
 
     stored = read_config(path)
@@ -127,9 +128,9 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
     """The same of the network that would be taken from a checkpoint."""
-    from ipfm.engine import described
-    from ipfm.models.checkpoint_import import open_checkpoint
-    from ipfm.models.training_state import read_training_state
+    from ipfm.engine.commands import describe as described
+    from ipfm.models.checkpoints.reader import open_checkpoint
+    from ipfm.models.checkpoints.training_state import read_training_state
 
     checkpoint = open_checkpoint(path)
     network = checkpoint.read()
@@ -140,7 +141,7 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
         "nfe": None,
         "sigmas": None,
         "file": {
-            "format": checkpoint.layout,
+            "format": checkpoint.origin,
             "networks": ", ".join(checkpoint.networks),
             "taken": network.key,
             "D from": network.D_source,
@@ -149,7 +150,7 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
     lines: list[tuple[str, object]] = [
         ("kind", facts["kind"] + ("; ipfm convert gives it noise levels" if generator else "")),
         *_network_rows(network.config, parameters),
-        ("format", checkpoint.layout),
+        ("format", checkpoint.origin),
         ("networks", f"{facts['file']['networks']}; taken: {network.key}"),
         ("D from", {"file": "the file", "assumed": "nowhere: assumed"}.get(network.D_source, network.D_source)),
     ]
@@ -169,7 +170,7 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _network(network: NetworkConfig, parameters: int) -> dict[str, Any]:
-    from ipfm.engine import described
+    from ipfm.engine.commands import describe as described
 
     return {
         "architecture": described.family(network),
@@ -183,7 +184,7 @@ def _network(network: NetworkConfig, parameters: int) -> dict[str, Any]:
 
 
 def _network_rows(network: NetworkConfig, parameters: int) -> list[tuple[str, object]]:
-    from ipfm.engine import described
+    from ipfm.engine.commands import describe as described
 
     return [
         ("architecture", described.architecture(network)),

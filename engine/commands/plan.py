@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ipfm.engine.answers import Answer, answering, plain
-from ipfm.engine.commandline import user_input
+from ipfm.engine.runtime.commandline import user_input
+from ipfm.engine.runtime.json_output import Write, output, plain
 
 if TYPE_CHECKING:
-    from ipfm.engine.config import Distillation, TeacherConfig
-    from ipfm.engine.memory import Choice
+    from ipfm.engine.config import TeacherConfig
+    from ipfm.engine.memory import Layout
+    from ipfm.engine.objectives.base import Distillation
     from ipfm.models import NetworkConfig
+
 
 # Options that one kind of run alone has; others would not change the plan.
 OF_IPFM = ("steps", "student_updates")
@@ -73,44 +75,44 @@ class Plan:
 
     def run(self) -> None:
         """Print the plan, or the table."""
-        with answering(as_json=self.json) as answer:
+        with output(as_json=self.json) as write:
             with user_input():
                 self._check()
                 network = read_network(self.model)
                 config = self._training() if self.teacher_training else self._distillation(network)
                 config.split(self.ranks)
-            (self._fits if self.fits else self._plan)(config, network, answer)
+            (self._fits if self.fits else self._plan)(config, network, write)
 
-    def _plan(self, config: Distillation | TeacherConfig, network: NetworkConfig, answer: Answer) -> None:
-        from ipfm.engine.memory import gpu_budget, layout
+    def _plan(self, config: Distillation | TeacherConfig, network: NetworkConfig, write: Write) -> None:
+        from ipfm.engine.memory import gpu_budget, layout_of
 
         budget = None if self.gpu_memory is None else gpu_budget(self.gpu_memory * 1e9)
         with user_input():
-            choice = layout(config, network, ranks=self.ranks, budget=budget)
-        plan = choice.plan
+            layout = layout_of(config, network, ranks=self.ranks, budget=budget)
+        plan = layout.plan
         lines = [
             str(plan),
-            f"{'micro-batch x accumulation':<34}{f'{plan.micro_batch} x {choice.accumulation}':>12}",
+            f"{'micro-batch x accumulation':<34}{f'{plan.micro_batch} x {layout.accumulation}':>12}",
             f"{'ZeRO stage':<34}{plan.parts.stage:>12}",
-            f"{'arithmetic, relative':<34}{choice.relative_cost:>12.2f}",
+            f"{'arithmetic, relative':<34}{layout.relative_cost:>12.2f}",
         ]
-        answer(self._kind() | _facts(choice), "\n".join(lines))
+        write(self._kind() | _facts(layout), "\n".join(lines))
 
-    def _fits(self, config: Distillation | TeacherConfig, network: NetworkConfig, answer: Answer) -> None:
-        from ipfm.engine.layouts import fit_table
+    def _fits(self, config: Distillation | TeacherConfig, network: NetworkConfig, write: Write) -> None:
         from ipfm.engine.memory import fits
+        from ipfm.engine.memory.fits import fit_table
 
         found = list(fits(config, network, ranks=(self.ranks,), gpus=self.fits))
         facts = [
             {
                 "gpu_memory": fit.gpu,
-                "fits": fit.choice is not None,
+                "fits": fit.layout is not None,
                 "reason": fit.reason or None,
-                **({} if fit.choice is None else _facts(fit.choice)),
+                **({} if fit.layout is None else _facts(fit.layout)),
             }
             for fit in found
         ]
-        answer(self._kind() | {"gpus": facts}, "\n".join(fit_table(config, found)))
+        write(self._kind() | {"gpus": facts}, "\n".join(fit_table(config, found)))
 
     def _kind(self) -> dict[str, Any]:
         return {
@@ -146,8 +148,8 @@ class Plan:
         return TeacherConfig(**self._common())
 
     def _distillation(self, network: NetworkConfig) -> Distillation:
-        from ipfm.engine.config import DistillConfig
-        from ipfm.engine.pid import PidConfig
+        from ipfm.engine.objectives.ipfm import DistillConfig
+        from ipfm.engine.objectives.pid import PidConfig
 
         common = self._common() | self._given(("teacher_storage", "backward"))
         if self.objective != "pid":
@@ -164,9 +166,9 @@ class Plan:
         return {name: getattr(self, name) for name in names}
 
 
-def _facts(choice: Choice) -> dict[str, Any]:
-    plan = choice.plan
-    more = {"accumulation": choice.accumulation, "relative_cost": choice.relative_cost}
+def _facts(layout: Layout) -> dict[str, Any]:
+    plan = layout.plan
+    more = {"accumulation": layout.accumulation, "relative_cost": layout.relative_cost}
     return plain(plan) | more | {"stage": plan.parts.stage, "state": plan.state, "peak": plan.peak}
 
 
@@ -177,7 +179,7 @@ def read_network(model: str) -> NetworkConfig:
         ValueError: there is none.
     """
     from ipfm.models import presets, read_config
-    from ipfm.models.checkpoint_import import open_checkpoint
+    from ipfm.models.checkpoints.reader import open_checkpoint
 
     path = Path(model)
     if path.is_file():

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ipfm.engine.answers import answering
-from ipfm.engine.commandline import user_input
+from ipfm.engine.runtime.commandline import user_input
+from ipfm.engine.runtime.json_output import output
 
 if TYPE_CHECKING:
-    from ipfm.engine.churn import Churn
-    from ipfm.engine.progress import ProgressBar
-    from ipfm.engine.sampling import SampledModel
+    from ipfm.engine.runtime.progress import ProgressBar
+    from ipfm.engine.sampling.samplers import Churn
+    from ipfm.engine.sampling.stored_model import SampledModel
+
 
 IMAGES, HEUN_STEPS = 64, 18
 # Options of a teacher's sampler; a generator's is its own.
@@ -66,10 +67,10 @@ class Sample:
 
     def run(self) -> None:
         """Write the images to `out`."""
-        from ipfm.engine.progress import ProgressBar
-        from ipfm.engine.resolve import run_device
-        from ipfm.engine.sampling import sample_model
-        from ipfm.engine.seeds import read_numbers
+        from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.runtime.progress import ProgressBar
+        from ipfm.engine.sampling.seeds import read_numbers
+        from ipfm.engine.sampling.stored_model import sample_model
 
         with user_input():
             self._check()
@@ -88,17 +89,17 @@ class Sample:
             )
             self._check_model(model)
         names = range(IMAGES if self.n is None else self.n) if seeds is None else seeds
-        with answering(as_json=self.json) as answer:
+        with output(as_json=self.json) as write:
             files = [self.out / f"{name:06d}.png" for name in names] if self._is_folder() else [self.out]
             with ProgressBar("sample", len(names)) as bar:
                 seconds = self._write(model, len(names), files, bar)
-            answer(self._facts(model, seeds, files, len(names), seconds), self._text(model, len(names), seconds))
+            write(self._facts(model, seeds, files, len(names), seconds), self._text(model, len(names), seconds))
 
     def _check(self) -> None:
         """ValueError: options that cannot be, or not together."""
-        from ipfm.engine.files import refusing
         from ipfm.engine.noise_levels import check_sigmas
-        from ipfm.engine.seeds import check_seeds
+        from ipfm.engine.runtime.files import unwritable_ancestor
+        from ipfm.engine.sampling.seeds import check_seeds
 
         for name in ("n", "batch", "heun_steps"):
             value = getattr(self, name)
@@ -115,7 +116,7 @@ class Sample:
             raise ValueError(f"out must end in .png or .npz, or be a folder (no suffix), got {self.out}")
         if self._is_folder() and self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out must end in .png or .npz, or be a folder, got the file {self.out}")
-        if (above := refusing(self.out if self.out.is_dir() else self.out.absolute().parent)) is not None:
+        if (above := unwritable_ancestor(self.out if self.out.is_dir() else self.out.absolute().parent)) is not None:
             raise ValueError(f"out cannot be written to {self.out}: {above} is no folder that takes files")
 
     def _given(self) -> set[str]:
@@ -123,7 +124,7 @@ class Sample:
         return {name for name in ("n", "seed", "seeds", *OF_A_TEACHER) if getattr(self, name) not in (None, ())}
 
     def _seeds(self, text: str) -> tuple[int, ...]:
-        from ipfm.engine.seeds import check_seeds, read_numbers
+        from ipfm.engine.sampling.seeds import check_seeds, read_numbers
 
         seeds = read_numbers("seeds", text)
         check_seeds("seeds", seeds)
@@ -133,7 +134,7 @@ class Sample:
         return seeds
 
     def _churn(self) -> Churn | None:
-        from ipfm.engine.churn import Churn
+        from ipfm.engine.sampling.samplers import Churn
 
         values = {"sigma_min": self.churn_min, "sigma_max": self.churn_max, "noise": self.churn_noise}
         given = {name: value for name, value in values.items() if value is not None}
@@ -164,7 +165,7 @@ class Sample:
         """Draw `count` images into `files`, one each or all in one; the seconds that drawing them took."""
         import torch
 
-        from ipfm.engine.pictures import save_grid, save_images, save_pngs
+        from ipfm.engine.data.image_grid import save_grid, save_images, save_pngs
 
         seconds, kept = 0.0, []
         for first, size in self._batches(count):
@@ -203,7 +204,7 @@ class Sample:
         }
 
     def _text(self, model: SampledModel, count: int, seconds: float) -> str:
-        from ipfm.engine.report import significant
+        from ipfm.engine.runtime.wording import significant
 
         each = f"{model.nfe} network evaluation{'s' * (model.nfe != 1)} each"
         speed = f"{significant(count / max(seconds, 1e-9))} images/s"

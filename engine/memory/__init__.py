@@ -1,20 +1,20 @@
 """The memory of a run: predicted before it, measured in it."""
 
 from ipfm.engine.memory.budget import device_budget, gpu_budget
-from ipfm.engine.memory.choose import Choice, choose, choose_training, plan_layout
-from ipfm.engine.memory.fits import Fit, fits, layout
+from ipfm.engine.memory.choose import Layout, choose_layout, choose_training, plan_layout
+from ipfm.engine.memory.fits import LayoutOnGpu, fits, layout_of
 from ipfm.engine.memory.plan import MemoryPlan, plan_memory, plan_teacher_training
 
 __all__ = [
-    "Choice",
-    "Fit",
+    "Layout",
+    "LayoutOnGpu",
     "MemoryPlan",
-    "choose",
+    "choose_layout",
     "choose_training",
     "device_budget",
     "fits",
     "gpu_budget",
-    "layout",
+    "layout_of",
     "plan_layout",
     "plan_memory",
     "plan_teacher_training",

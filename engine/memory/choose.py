@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from ipfm.engine.config import Distillation, RunConfig, TeacherConfig
-from ipfm.engine.memory.phases import Phase
+from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.memory.plan import (
     MemoryPlan,
+    backward_forms,
     check_plan,
     distillation_bytes,
-    forms,
     plan_teacher_training,
-    size,
     with_gradients,
 )
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation
 from ipfm.engine.memory.state import Sharding, StateBytes
+from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.phases import Phase
+from ipfm.engine.runtime.wording import size
 from ipfm.models import NetworkConfig
 
 # An assumption, not a measurement: with fewer images at a time a GPU is not busy.
@@ -27,7 +28,7 @@ POINTS = (1, 16, 128)
 
 
 @dataclass(frozen=True)
-class Choice:
+class Layout:
     """How a run is laid out."""
 
     plan: MemoryPlan
@@ -37,7 +38,7 @@ class Choice:
     """Arithmetic of an iteration over that of the joint form without activation checkpointing."""
 
 
-def choose(config: Distillation, network: NetworkConfig, *, ranks: int, budget: int | None) -> Choice:
+def choose_layout(config: Distillation, network: NetworkConfig, *, ranks: int, budget: int | None) -> Layout:
     """The cheapest layout that fits; what the configuration fixes stands.
 
     Preferred are, in this order: at least `COMFORTABLE` images at a time, the least arithmetic, the lowest ZeRO stage
@@ -54,10 +55,10 @@ def choose(config: Distillation, network: NetworkConfig, *, ranks: int, budget: 
     """
     local, sizes = _sizes(config, ranks)
 
-    def plans(stage: int, phased: bool, again: bool) -> Iterator[MemoryPlan]:
-        return _plans(config, network, ranks, stage, phased, again, sizes, local)
+    def plans(stage: int, phased: bool, checkpointed: bool) -> Iterator[MemoryPlan]:
+        return _plans(config, network, ranks, stage, phased, checkpointed, sizes, local)
 
-    return _choice(config, network, _cheapest(config, config.backward, plans, sizes, ranks, budget), local)
+    return _layout(config, network, _cheapest(config, config.backward, plans, sizes, ranks, budget), local)
 
 
 def choose_training(config: TeacherConfig, network: NetworkConfig, *, ranks: int, budget: int | None) -> MemoryPlan:
@@ -68,7 +69,7 @@ def choose_training(config: TeacherConfig, network: NetworkConfig, *, ranks: int
     """
     local, sizes = _sizes(config, ranks)
 
-    def plans(stage: int, _: bool, again: bool) -> Iterator[MemoryPlan]:
+    def plans(stage: int, _: bool, checkpointed: bool) -> Iterator[MemoryPlan]:
         assert config.precision != "auto"
         for micro in sizes:
             yield plan_teacher_training(
@@ -79,7 +80,7 @@ def choose_training(config: TeacherConfig, network: NetworkConfig, *, ranks: int
                 precision=config.precision,
                 offload=config.offload,
                 beta1=config.beta1,
-                activation_checkpointing=again,
+                activation_checkpointing=checkpointed,
                 accumulates=micro < local,
             )
 
@@ -110,9 +111,9 @@ def _cheapest(
     best: MemoryPlan | None = None
     smallest: MemoryPlan | None = None
     for stages in _stages(config):
-        for phased, again in forms(backward, config.activation_checkpointing):
+        for phased, checkpointed in backward_forms(backward, config.activation_checkpointing):
             for stage in stages:
-                for plan in plans(stage, phased, again):
+                for plan in plans(stage, phased, checkpointed):
                     plan = replace(plan, budget=budget)
                     if smallest is None or plan.peak < smallest.peak:
                         smallest = plan
@@ -156,10 +157,10 @@ def _too_small(config: RunConfig, smallest: MemoryPlan, budget: int, ranks: int)
     )
 
 
-def _choice(config: Distillation, network: NetworkConfig, plan: MemoryPlan, local: int) -> Choice:
+def _layout(config: Distillation, network: NetworkConfig, plan: MemoryPlan, local: int) -> Layout:
     objective = config.objective(network)
     cost = objective.forwards(phased=plan.backward == "phased", checkpointed=plan.activation_checkpointing)
-    return Choice(plan, local // plan.micro_batch, cost / objective.forwards(phased=False, checkpointed=False))
+    return Layout(plan, local // plan.micro_batch, cost / objective.forwards(phased=False, checkpointed=False))
 
 
 def plan_layout(
@@ -173,7 +174,7 @@ def plan_layout(
 ) -> MemoryPlan:
     """The plan of one layout, of which the configuration says the rest: micro-batch, ZeRO stage and precision.
 
-    Args and errors as in `choose`.
+    Args and errors as in `choose_layout`.
     """
     local, sizes = _sizes(config, ranks)
     assert config.zero is not None
@@ -187,7 +188,7 @@ def _plans(
     ranks: int,
     stage: int,
     phased: bool,
-    again: bool,
+    checkpointed: bool,
     sizes: list[int],
     local: int,
 ) -> Iterator[MemoryPlan]:
@@ -198,10 +199,10 @@ def _plans(
     exact = sizes[0] <= POINTS[-1] or len(sizes) == 1
     for micro in sizes:
         accumulates, kept = micro < local, exact and stage < 2 and micro == local
-        settings = StepSettings(network, micro, sharding, phased, again, keeps_gradients=kept, config=config)
+        settings = StepSettings(network, micro, sharding, phased, checkpointed, keeps_gradients=kept, config=config)
         parts = distillation_bytes(settings)
         phases = simulate_distillation(settings) if exact else _interpolated(settings, parts)
-        yield MemoryPlan(micro, form, again, parts, with_gradients(phases, parts, accumulates, kept))
+        yield MemoryPlan(micro, form, checkpointed, parts, with_gradients(phases, parts, accumulates, kept))
         exact = False
 
 

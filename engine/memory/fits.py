@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from ipfm.engine.config import Distillation, TeacherConfig
+from ipfm.engine.config import TeacherConfig, ZeroStage
+from ipfm.engine.distributed.precision import Precision
 from ipfm.engine.memory.budget import gpu_budget
-from ipfm.engine.memory.choose import Choice, choose, choose_training
+from ipfm.engine.memory.choose import Layout, choose_layout, choose_training
+from ipfm.engine.memory.plan import MemoryPlan
+from ipfm.engine.objectives.base import Distillation
 from ipfm.models import NetworkConfig
 
 
 @dataclass(frozen=True)
-class Fit:
+class LayoutOnGpu:
     """The layout of a run on some GPUs."""
 
     ranks: int
     """Number of processes, a GPU each."""
     gpu: float
     """Memory of a GPU in GB."""
-    choice: Choice | None
+    layout: Layout | None
     """None where the run does not fit."""
     reason: str = ""
     """Why it does not, or why so many processes cannot share the batch."""
 
 
-def layout(config: Distillation | TeacherConfig, network: NetworkConfig, *, ranks: int, budget: int | None) -> Choice:
-    """The cheapest layout that fits, of a distillation as of a teacher's training: arguments and errors of `choose`."""
+def layout_of(
+    config: Distillation | TeacherConfig, network: NetworkConfig, *, ranks: int, budget: int | None
+) -> Layout:
+    """The cheapest layout that fits, of a distillation as of a teacher's training: arguments and errors as there."""
     if isinstance(config, Distillation):
-        return choose(config, network, ranks=ranks, budget=budget)
+        return choose_layout(config, network, ranks=ranks, budget=budget)
     plan = choose_training(config, network, ranks=ranks, budget=budget)
     # A forward and a backward pass are three forward passes' arithmetic; checkpointing computes one again.
-    return Choice(plan, config.batch // ranks // plan.micro_batch, 1 + plan.activation_checkpointing / 3)
+    return Layout(plan, config.batch // ranks // plan.micro_batch, 1 + plan.activation_checkpointing / 3)
 
 
 def fits(
     config: Distillation | TeacherConfig, network: NetworkConfig, *, ranks: Sequence[int], gpus: Sequence[float]
-) -> Iterator[Fit]:
+) -> Iterator[LayoutOnGpu]:
     """The cheapest layout, with its largest micro-batch, for each number of processes and each GPU.
 
     Args:
         config: settings; its precision must not be "auto". What is open of micro-batch, ZeRO stage, form of the step
-            and activation checkpointing is chosen, see `choose`.
+            and activation checkpointing is chosen, see `choose_layout`.
         network: architecture as it is trained.
         ranks: numbers of processes, one GPU each.
         gpus: memory of a GPU in GB, of which a plan uses 85 %.
@@ -49,6 +54,76 @@ def fits(
     for count in ranks:
         for gpu in gpus:
             try:
-                yield Fit(count, gpu, layout(config, network, ranks=count, budget=gpu_budget(gpu * 1e9)))
+                yield LayoutOnGpu(count, gpu, layout_of(config, network, ranks=count, budget=gpu_budget(gpu * 1e9)))
             except ValueError as error:  # nothing fits, or the batch does not divide
-                yield Fit(count, gpu, None, str(error))
+                yield LayoutOnGpu(count, gpu, None, str(error))
+
+
+RANKS = (1, 4, 8)
+# GPUs by their memory in GB: consumer, A100/H100, H200.
+GPUS = (24, 80, 141)
+
+
+def layout_table(
+    config: Distillation,
+    network: NetworkConfig,
+    *,
+    ranks: Sequence[int] = RANKS,
+    gpus: Sequence[float] = GPUS,
+    zero: ZeroStage | None = None,
+) -> str:
+    """The cheapest layout for each number of processes and each GPU, a row each.
+
+    Args:
+        config: settings; what they fix stands. bf16 where they leave the precision open.
+        network: architecture as it is trained.
+        ranks: numbers of processes, one GPU each.
+        gpus: memory of a GPU in GB.
+        zero: the ZeRO stage, None: any.
+
+    Returns:
+        Lines of text: micro-batch x accumulation, form, memory by part in GB, arithmetic relative to the joint form.
+    """
+    precision: Precision = "bf16" if config.precision == "auto" else config.precision
+    if zero == 0 and precision != "fp32":
+        precision = "fp32"
+    storage = config.teacher_storage
+    if storage == "half" and precision == "fp32":
+        storage = "auto"
+    config = replace(config, precision=precision, zero=zero, teacher_storage=storage)
+    return "\n".join(fit_table(config, fits(config, network, ranks=ranks, gpus=gpus)))
+
+
+def fit_table(config: Distillation | TeacherConfig, found: Iterable[LayoutOnGpu]) -> list[str]:
+    """A title, a head, a row for each layout, and what the columns are."""
+    head = (
+        f"{'ranks':>5} {'GPU':>6} {'micro x accum.':>14} {'backward':>8} {'checkpointed':>12} {'ZeRO':>4} "
+        f"{'weights':>8} {'masters':>8} {'Adam+EMA':>8} {'grads':>6} {'buckets':>7} {'step':>7} {'peak GB':>8} "
+        f"{'cost':>5}"
+    )
+    lines = [f"layouts on GPUs, {config.precision}, global batch {config.batch} (prediction)", head]
+    for fit in found:
+        start = f"{fit.ranks:>5} {fit.gpu:>3g} GB"
+        if fit.layout is None:
+            lines.append(f"{start} {fit.reason}")
+        else:
+            row = _row(fit.layout.plan, fit.layout.accumulation)
+            lines.append(f"{start} {row} {fit.layout.relative_cost:>5.2f}")
+    plainest = "joint without checkpointing" if isinstance(config, Distillation) else "a step without checkpointing"
+    return [
+        *lines,
+        f"step: activations and temporaries at the peak; cost: arithmetic relative to {plainest};",
+        "at least 16 images at a time are preferred (an assumption: fewer leave a GPU idle)",
+    ]
+
+
+def _row(plan: MemoryPlan, accumulation: int) -> str:
+    parts = plan.parts
+    numbers = (parts.teacher + parts.weights, parts.masters, parts.optimizer, parts.gradients, parts.buckets)
+    widths = (8, 8, 8, 6, 7)
+    shown = " ".join(f"{value / 1e9:>{width}.2f}" for value, width in zip(numbers, widths, strict=True))
+    return (
+        f"{f'{plan.micro_batch} x {accumulation}':>14} {plan.backward or '-':>8} "
+        f"{'yes' if plan.activation_checkpointing else 'no':>12} {parts.stage:>4} {shown} "
+        f"{max(0, plan.peak - sum(numbers)) / 1e9:>7.2f} {plan.peak / 1e9:>8.2f}"
+    )

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ipfm.engine.config import Distillation, DistillConfig, Offload, check_sharding
-from ipfm.engine.memory.phases import Phase
+from ipfm.engine.config import Offload, check_sharding
+from ipfm.engine.distributed.precision import Precision
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation, simulate_teacher
 from ipfm.engine.memory.state import Sharding, StateBytes, state_bytes
-from ipfm.engine.precision import Precision
+from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.objectives.phases import Phase
+from ipfm.engine.runtime.wording import size
 from ipfm.models import NetworkConfig
 
 
@@ -125,10 +128,10 @@ def plan_memory(
     settings = StepSettings(network, micro_batch, sharding, keeps_gradients=kept, config=config or DistillConfig())
     parts = distillation_bytes(settings)
     plan = None
-    for phased, again in forms(backward, activation_checkpointing):
-        simulated = simulate_distillation(replace(settings, phased=phased, activation_checkpointing=again))
+    for phased, checkpointed in backward_forms(backward, activation_checkpointing):
+        simulated = simulate_distillation(replace(settings, phased=phased, activation_checkpointing=checkpointed))
         phases = with_gradients(simulated, parts, accumulates, kept)
-        plan = MemoryPlan(micro_batch, "phased" if phased else "joint", again, parts, phases, budget)
+        plan = MemoryPlan(micro_batch, "phased" if phased else "joint", checkpointed, parts, phases, budget)
         if plan.fits:
             break
     assert plan is not None
@@ -166,7 +169,7 @@ def plan_teacher_training(
     return MemoryPlan(micro_batch, "", activation_checkpointing, parts, phases, budget)
 
 
-def forms(backward: str, activation_checkpointing: str) -> list[tuple[bool, bool]]:
+def backward_forms(backward: str, activation_checkpointing: str) -> list[tuple[bool, bool]]:
     """(phased, checkpointed) in the order of their cost, as far as the settings leave it open.
 
     Raises:
@@ -177,11 +180,11 @@ def forms(backward: str, activation_checkpointing: str) -> list[tuple[bool, bool
     if activation_checkpointing not in ("auto", "on", "off"):
         raise ValueError(f"activation-checkpointing must be auto, on or off, got {activation_checkpointing!r}")
     return [
-        (phased, again)
-        for again in (False, True)
+        (phased, checkpointed)
+        for checkpointed in (False, True)
         for phased in (False, True)
         if backward in ("auto", "phased" if phased else "joint")
-        and activation_checkpointing in ("auto", "on" if again else "off")
+        and activation_checkpointing in ("auto", "on" if checkpointed else "off")
     ]
 
 
@@ -227,8 +230,3 @@ def check_plan(
     if teacher_storage == "auto":
         teacher_storage = "fp32" if precision == "fp32" else "half"
     return Sharding(ranks, stage, precision, offload, teacher_storage)
-
-
-def size(count: int) -> str:
-    """Bytes for people: "1.50 GiB", "3.0 MiB"."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

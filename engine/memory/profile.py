@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from ipfm.engine.files import atomic_write
 from ipfm.engine.memory.live import LiveBytes
-from ipfm.engine.memory.phases import Phase, listening
-from ipfm.engine.memory.plan import size
 from ipfm.engine.memory.process import Sampler, driver_bytes, largest_resident_bytes, resident_bytes
 from ipfm.engine.memory.series import Series
 from ipfm.engine.memory.timeline import Span, Timeline
+from ipfm.engine.objectives.phases import Phase, listening
+from ipfm.engine.runtime.files import atomic_write
+from ipfm.engine.runtime.wording import size
 
 # How far a measurement may lie from the prediction, relative to it, without a warning.
 TOLERANCE = 0.1
@@ -44,7 +44,7 @@ class PhaseMemory:
 
 
 class MemoryProfiler:
-    """Measures the memory of training steps by phase (`ipfm.engine.memory.phases`).
+    """Measures the memory of training steps by phase (`ipfm.engine.objectives.phases`).
 
     On the CPU live tensors are counted, and the process's resident memory is sampled; on a GPU the allocator's own
     statistics are read, whose peaks are reset at each phase. It costs time only within `step`.

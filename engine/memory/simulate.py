@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ipfm.engine.config import Distillation, DistillConfig, RunConfig
+from ipfm.engine.config import RunConfig
+from ipfm.engine.distributed.precision import DTYPES, apply_precision, halve_storage
+from ipfm.engine.distributed.world import World
 from ipfm.engine.memory.live import LiveBytes
-from ipfm.engine.memory.phases import Phase, listening, mark
 from ipfm.engine.memory.state import Sharding
 from ipfm.engine.noise_levels import NoiseLevels
-from ipfm.engine.objective import Setting
-from ipfm.engine.precision import DTYPES, apply_precision, halve_storage
-from ipfm.engine.world import World
+from ipfm.engine.objectives.base import Distillation, StepContext
+from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.objectives.phases import Phase, listening, mark
 from ipfm.models import NetworkConfig, Precond, build_network
 
 META = torch.device("meta")
@@ -56,7 +57,9 @@ class StepSettings:
 def _all_that_matters(config: Distillation, micro_batch: int, sharding: Sharding) -> Distillation:
     """One iteration on a micro-batch: what changes no size is as it is by default."""
     given = {f.name: f.default for f in fields(RunConfig) if f.default is not MISSING}
-    config = replace(config.sized(), **{**given, "augment": 0.5 if config.augment > 0 else 0.0}, noise=NoiseLevels())
+    config = replace(
+        config.memory_key(), **{**given, "augment": 0.5 if config.augment > 0 else 0.0}, noise=NoiseLevels()
+    )
     return replace(
         config, teacher=None, D=math.inf, batch=micro_batch, max_steps=1, zero=1, precision=sharding.precision,
         teacher_storage="auto", backward="auto",
@@ -68,7 +71,7 @@ def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
     """Bytes above the permanent state at the peak of each phase of an iteration, without communication buckets."""
     config = replace(settings.config, dropout=settings.network.dropout)
     objective = config.objective(settings.network)
-    setting = Setting(
+    context = StepContext(
         {
             role.name: _Trained(_meta_network(role.network, settings, trained=True), settings)
             for role in objective.roles
@@ -80,7 +83,7 @@ def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
     )
     with _peaks() as peaks:
         # What the steps hold beside the networks, such as those of a distance, is there in each phase.
-        objective.steps(setting).iteration(0)
+        objective.steps(context).iteration(0)
     return peaks
 
 
@@ -88,7 +91,7 @@ def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
 def simulate_teacher(settings: StepSettings) -> dict[Phase, int]:
     """The same for a step of a teacher's training: the denoising loss and its optimiser."""
     # Here, for objectives mark the phases of a step, which are a part of this package.
-    from ipfm.engine.objectives import add_noise, bind, denoising_objective
+    from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
 
     net = _Trained(_meta_network(settings.network, settings, trained=True), settings)
     net.module.train()

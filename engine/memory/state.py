@@ -18,8 +18,8 @@ from functools import lru_cache
 import torch
 
 from ipfm.engine.config import Offload
-from ipfm.engine.precision import DTYPES, Precision, sixteen_bit_parameters
-from ipfm.engine.zero import BUCKET_ELEMENTS
+from ipfm.engine.distributed.precision import DTYPES, Precision, sixteen_bit_parameters
+from ipfm.engine.distributed.zero import BUCKET_ELEMENTS
 from ipfm.models import NetworkConfig, build_network
 
 

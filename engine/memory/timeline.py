@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ipfm.engine.files import atomic_write
-from ipfm.engine.memory.phases import Phase
+from ipfm.engine.objectives.phases import Phase
+from ipfm.engine.runtime.files import atomic_write
 
 # A network's phases share a hue.
 COLOURS: Mapping[Phase, str] = {

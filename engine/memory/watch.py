@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from ipfm.engine.measure import Measured
+from ipfm.engine.distributed.world import World
 from ipfm.engine.memory.plan import MemoryPlan
 from ipfm.engine.memory.profile import MemoryProfiler
-from ipfm.engine.world import World
+from ipfm.engine.objectives.step_metrics import StepMetrics
 
 
 class Profiled(Protocol):
@@ -19,7 +19,7 @@ class Profiled(Protocol):
     other_bytes: int
     """Bytes on the device that the plan does not speak of, such as a data set's; only known if steps are profiled."""
 
-    def iteration(self, step: int) -> Measured:
+    def iteration(self, step: int) -> StepMetrics:
         """One step of training."""
         ...
 
@@ -42,7 +42,7 @@ class MemoryWatch:
         self._task, self._left, self._folder, self._tell = task, steps, folder, tell
         self._profiler: MemoryProfiler | None = None
 
-    def iteration(self, step: int) -> Measured:
+    def iteration(self, step: int) -> StepMetrics:
         """One step of training, measured if it is among the first."""
         if self._left == 0:
             return self._task.iteration(step)
@@ -55,7 +55,7 @@ class MemoryWatch:
             measured = self._task.iteration(step)
         self._left -= 1
         if self._left == 0:
-            warnings = self._profiler.finish(self._folder if self._task.world.first else None)
+            warnings = self._profiler.finish(self._folder if self._task.world.is_main else None)
             self._tell(f"memory of a step, predicted and measured: {self._folder / 'memory' / 'memory.md'}")
             for line in warnings:
                 self._tell(f"warning: {line}")

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .floor import run_floor
-from .micro import run_microbenchmarks
-from .offline import run_offline
+from ipfm.kernels.bench.compile_report import run_offline
+from ipfm.kernels.bench.instruction_count import run_floor
+from ipfm.kernels.bench.micro import run_microbenchmarks
 
 __all__ = ["main", "run_compiled", "run_floor", "run_microbenchmarks", "run_offline"]
 

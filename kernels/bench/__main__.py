@@ -1,5 +1,5 @@
 """`python -m ipfm.kernels.bench`."""
 
-from . import main
+from ipfm.kernels.bench import main
 
 main()

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import DenoisingLoss, IpfmLoss, denoising_loss, group_norm_silu, ipfm_loss, perturb, recomputed, reference
-from .._dispatch import row_config
-from ..group_norm import block_sizes
-from .optimiser import AdamWorkload
-from .providers import EAGER, FunctionWorkload, Workload
+from ipfm.kernels import group_norm_reference as recomputed
+from ipfm.kernels import reference
+from ipfm.kernels._dispatch import row_config
+from ipfm.kernels.bench.optimiser import AdamWorkload
+from ipfm.kernels.bench.providers import EAGER, FunctionWorkload, Workload
+from ipfm.kernels.denoising_loss import DenoisingLoss, denoising_loss
+from ipfm.kernels.generator_loss import IpfmLoss, ipfm_loss
+from ipfm.kernels.group_norm import block_sizes, group_norm_silu
+from ipfm.kernels.perturbation import perturb
 
 LARGE = 1 << 25
 GROUPS = 32

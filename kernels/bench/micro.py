@@ -15,12 +15,19 @@ from pathlib import Path
 import torch
 import torch._functorch.config
 
-from . import machine, report
-from .cases import Case, cases
-from .measurement import allocator_peak, copy_quantiles, error_over_allowed, quantiles, unsteady, watched
-from .plots import write_plots
-from .providers import COMPILE, EAGER, TRITON, Run, graph_breaks
-from .report import Row
+from ipfm.kernels.bench import machine, report
+from ipfm.kernels.bench.cases import Case, cases
+from ipfm.kernels.bench.measurement import (
+    allocator_peak,
+    copy_quantiles,
+    error_over_allowed,
+    quantiles,
+    unsteady,
+    watched,
+)
+from ipfm.kernels.bench.plots import write_plots
+from ipfm.kernels.bench.providers import COMPILE, EAGER, TRITON, Run, graph_breaks
+from ipfm.kernels.bench.report import Row
 
 
 def measure(case: Case, device: torch.device, quick: bool) -> list[Row]:

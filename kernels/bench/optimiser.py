@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .. import AdamEMA
-from .._dispatch import Backend
-from .providers import COMPILE, EAGER, TRITON, Run, compiled, kernels_run_on
+from ipfm.kernels._dispatch import Backend
+from ipfm.kernels.adam import AdamEMA
+from ipfm.kernels.bench.providers import COMPILE, EAGER, TRITON, Run, compiled, kernels_run_on
 
 FUSED, REFERENCE = "fused", "reference"
 BETA2, EPS, EMA_DECAY = 0.999, 1e-8, 0.5

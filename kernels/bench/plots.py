@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .machine import Machine
-from .report import TARGET_SHARE, Row, format_time
+from ipfm.kernels.bench.machine import Machine
+from ipfm.kernels.bench.report import TARGET_SHARE, Row, format_time
 
 BAR = 0.13  # inches
 

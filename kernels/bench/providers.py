@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .._dispatch import INTERPRETED
-from .measurement import tensors
+from ipfm.kernels._dispatch import INTERPRETED
+from ipfm.kernels.bench.measurement import tensors
 
 # Providers of every operation; some have more.
 EAGER, COMPILE, TRITON = "eager", "compile", "triton"

@@ -8,9 +8,9 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .cases import LARGE
-from .machine import Machine
-from .providers import TRITON
+from ipfm.kernels.bench.cases import LARGE
+from ipfm.kernels.bench.machine import Machine
+from ipfm.kernels.bench.providers import TRITON
 
 # Share of the copy bandwidth that each operation should reach at 2^25 elements on an H200-class GPU.
 TARGET_SHARE = {

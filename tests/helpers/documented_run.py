@@ -19,10 +19,10 @@ import launch
 import stand_ins
 from documented import Command
 
-from ipfm.engine.cli import Command as Subcommand
-from ipfm.engine.cli import _main as ipfm
-from ipfm.engine.commandline import parse
-from ipfm.engine.local_recipe import LocalRecipe
+from ipfm.engine.commands.main import Command as Subcommand
+from ipfm.engine.commands.main import _main as ipfm
+from ipfm.engine.experiments.local import TrainAndDistil
+from ipfm.engine.runtime.commandline import parse
 
 How = Literal["executed", "marked", "covered"]
 
@@ -33,14 +33,14 @@ COVERED: Mapping[str, str] = MappingProxyType(
         "make test": "test_documented_commands.py::test_what_make_starts_is_there",
         "make lint": "test_documented_commands.py::test_what_make_starts_is_there",
         "make types": "test_documented_commands.py::test_what_make_starts_is_there",
-        "make bench": "test_kernels_bench.py::test_a_run_leaves_tables_and_plots",
+        "make bench": "test_bench.py::test_a_run_leaves_tables_and_plots",
         "make soak": "test_failures.py::test_a_small_soak",
         "make equivalence": "test_equivalence.py::test_equals_the_plain_loop",
-        "make fuzz": "test_checkpoint_fuzz.py::test_flipped_and_missing_bytes",
-        "ipfm bench --step": "test_speed.py::test_the_table_of_the_command",
-        "ipfm bench --memory": "test_memory_bench.py::test_a_run",
+        "make fuzz": "test_fuzz.py::test_flipped_and_missing_bytes",
+        "ipfm bench --step": "test_bench_step.py::test_the_table_of_the_command",
+        "ipfm bench --memory": "test_bench_memory.py::test_a_run",
         # It compiles, which a process with Triton's interpreter cannot.
-        "ipfm bench --offline": "test_kernels_offline.py::test_every_kernel_is_compiled_for_every_architecture",
+        "ipfm bench --offline": "test_compile_report.py::test_every_kernel_is_compiled_for_every_architecture",
     }
 )
 
@@ -235,7 +235,7 @@ def trains_a_teacher(module: ModuleType, given: Mapping[str, str]) -> bool:
     """Whether a recipe may be told how long to train the teacher that it distils."""
     if hasattr(module, "ABLATION"):
         return given.get("--data") != "cifar"
-    return isinstance(module.RECIPE, LocalRecipe)
+    return isinstance(module.RECIPE, TrainAndDistil)
 
 
 def _dry(arguments: Sequence[str]) -> list[str]:

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ipfm.models.checkpoint_import import ImportedNetwork, parse_checkpoint
-from ipfm.models.records import modules, own_tensors
+from ipfm.models.checkpoints.pickled_objects import modules, own_tensors
+from ipfm.models.checkpoints.reader import ImportedNetwork, parse_checkpoint
 
 # Settings of a network that decide how it trains and in which precision, not what it is; a file may state any value.
 FREE = ("dropout", "use_fp16")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ipfm.engine import DistillConfig
-from ipfm.engine.augmentation import augment
-from ipfm.engine.streams import Stream, draw_labels, draw_number, seed_dropout
+from ipfm.engine.data.augmentation import augment
+from ipfm.engine.random_streams import Stream, draw_labels, draw_number, seed_dropout
 from ipfm.kernels import philox, reference
 from ipfm.models import Precond
 

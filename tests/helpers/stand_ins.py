@@ -24,7 +24,7 @@ import tiny_inception
 import torch
 from PIL import Image
 
-from ipfm.engine.lpips_weights import shapes
+from ipfm.engine.objectives.lpips_weights import shapes
 from ipfm.models import EDMPrecond, NetworkConfig, Precond, presets, save_model
 
 NAME = r"[\w.+-]+"

@@ -7,8 +7,9 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ipfm.engine.shapes import shapes
-from ipfm.engine.world import start_world, stop_world
+from ipfm.engine.data.shapes import shapes
+from ipfm.engine.distributed.world import start_world
+from ipfm.engine.runtime.launcher import stop_world
 from ipfm.recipes.shapes_ipfm import RECIPE, ShapesOptions
 
 out = Path(json.loads(sys.argv[1])["out"])

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from ipfm.engine import TeacherConfig, TeacherTraining
-from ipfm.engine.data import digits
-from ipfm.engine.world import start_world, stop_world
+from ipfm.engine.data.dataset import digits
+from ipfm.engine.distributed.world import start_world
+from ipfm.engine.runtime.launcher import stop_world
 from ipfm.models import NetworkConfig
-from ipfm.models.training_state import TrainingState
+from ipfm.models.checkpoints.training_state import TrainingState
 
 
 def weights(training: TeacherTraining) -> dict[str, torch.Tensor]:
@@ -58,7 +59,7 @@ def main() -> None:
         whole.iteration(step)
         part.iteration(step)
     tensors = {"start": start, "whole": weights(whole), "part": weights(part)}
-    if world.first:
+    if world.is_main:
         for name, values in tensors.items():
             save_file(values, Path(job["out"]) / f"{name}.safetensors")
     stop_world()

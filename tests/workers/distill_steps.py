@@ -13,11 +13,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ipfm.engine import DistillConfig, Distiller, resolve, zero
-from ipfm.engine.checkpoint import find_checkpoint, load_checkpoint
-from ipfm.engine.checkpoint_writer import save_checkpoint
-from ipfm.engine.runs import export_network
-from ipfm.engine.world import import_deepspeed, start_world, stop_world
+from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine.distributed import zero
+from ipfm.engine.distributed.world import import_deepspeed, start_world
+from ipfm.engine.runtime.launcher import stop_world
+from ipfm.engine.training import resolve
+from ipfm.engine.training.checkpoint import find_checkpoint, load_checkpoint
+from ipfm.engine.training.checkpoint_writer import save_checkpoint
+from ipfm.engine.training.run import export_network
 from ipfm.models import load_teacher
 
 
@@ -50,20 +53,20 @@ def main() -> None:
             first = load_checkpoint(checkpoint, distiller.networks)
         if case.get("start"):
             start = state(distiller)
-            if world.first:
+            if world.is_main:
                 save_file(start, Path(job["out"]) / f"{case['name']}-start-{world.size}.safetensors")
         losses: dict[str, list[torch.Tensor]] = {}
         for step in range(first, case["steps"]):
             measured = distiller.iteration(step)
             for name, value in measured.sums.items():
-                losses.setdefault(name, []).append(world.sum_(torch.stack([value, measured.counts[name]])))
+                losses.setdefault(name, []).append(world.all_reduce_sum_(torch.stack([value, measured.counts[name]])))
         tensors = state(distiller)
         tensors |= {f"loss/{name}": torch.stack([s / c for s, c in values]) for name, values in losses.items()}
         if "save" in case:
             save_checkpoint(Path(case["save"]), case["steps"], distiller.networks, world)
         if "export" in case:
             export_network(distiller, distiller.config, Path(case["export"]), about={}, steps=case["steps"])
-        if world.first:
+        if world.is_main:
             save_file(tensors, Path(job["out"]) / f"{case['name']}-{world.size}.safetensors")
     stop_world()
 

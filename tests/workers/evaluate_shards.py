@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from ipfm.engine.commands.evaluate import Evaluate
-from ipfm.engine.evaluation import open_comparison
-from ipfm.engine.world import start_world, stop_world
+from ipfm.engine.distributed.world import start_world
+from ipfm.engine.evaluation.evaluation import open_comparison
+from ipfm.engine.runtime.launcher import stop_world
 
 
 def main() -> None:

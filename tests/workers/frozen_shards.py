@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from random_values import randomise
 
-from ipfm.engine import zero
+from ipfm.engine.distributed import zero
+from ipfm.engine.distributed.world import start_world
 from ipfm.engine.memory.live import LiveBytes
-from ipfm.engine.world import start_world, stop_world
+from ipfm.engine.runtime.launcher import stop_world
 from ipfm.models import EDMPrecond, Precond
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,7 +59,7 @@ def main() -> None:
                     gradient, fact = measure(each, dtype, again)
                 case = f"{where}-{name}{'-checkpointed' if again else ''}"
                 gradients[case], facts[case] = gradient, fact
-    if world.first:
+    if world.is_main:
         save_file(gradients, out / "gradients.safetensors")
         (out / "facts.json").write_text(json.dumps(facts))
     stop_world()

@@ -6,8 +6,9 @@ import sys
 
 import torch
 
-from ipfm.engine.world import import_deepspeed, start_world, stop_world
-from ipfm.engine.zero import TrainedNetwork
+from ipfm.engine.distributed.world import import_deepspeed, start_world
+from ipfm.engine.distributed.zero import TrainedNetwork
+from ipfm.engine.runtime.launcher import stop_world
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
         good = trained.step(lr=1e-2, ema_decay=0.5)
         moved = not torch.equal(weights(), before)
         found.append([factor, scale, trained.loss_scale, bool(good), moved])
-    if world.first:
+    if world.is_main:
         torch.save(found, job["out"])
     stop_world()
 

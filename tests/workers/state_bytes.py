@@ -6,10 +6,11 @@ import sys
 
 import torch
 
-from ipfm.engine import zero
+from ipfm.engine.distributed import zero
+from ipfm.engine.distributed.precision import apply_precision
+from ipfm.engine.distributed.world import start_world
 from ipfm.engine.memory.live import tensor_bytes
-from ipfm.engine.precision import apply_precision
-from ipfm.engine.world import start_world, stop_world
+from ipfm.engine.runtime.launcher import stop_world
 from ipfm.models import build_network, presets
 
 
@@ -43,7 +44,7 @@ def main() -> None:
                 found.append({**case, "grads": grads, "after": tensor_bytes() - before})
                 trained.engine.destroy()
                 del trained
-    if world.first:
+    if world.is_main:
         torch.save(found, job["out"])
     stop_world()
 

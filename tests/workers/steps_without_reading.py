@@ -17,9 +17,10 @@ from no_reading import NoReading
 
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.config import TeacherConfig
-from ipfm.engine.data import ImageDataset
-from ipfm.engine.teacher_training import TeacherTraining
-from ipfm.engine.world import start_world, stop_world
+from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.distributed.world import start_world
+from ipfm.engine.runtime.launcher import stop_world
+from ipfm.engine.training.teacher import TeacherTraining
 from ipfm.models import NetworkConfig, build_network
 
 NETWORK = NetworkConfig(
@@ -65,7 +66,7 @@ def main() -> None:
     data = ImageDataset(images, torch.arange(8) % 3, classes=3)
     teaching = TeacherConfig(**BASE, zero=2, precision="bf16")
     run("teacher, bf16, ZeRO 2", TeacherTraining(teaching, NETWORK, data, world=world))
-    if world.first:
+    if world.is_main:
         Path(job["out"]).write_text(json.dumps(found))
     stop_world()
 

@@ -1,0 +1,48 @@
+"""What the settings of a run are checked by: one line that names the option, what was given and what is possible."""
+
+from __future__ import annotations
+
+import math
+
+
+def check_start(init_name: str, init: str, width_name: str, width: float) -> None:
+    """ValueError unless a network can start like this at this width."""
+    if init not in ("auto", "teacher", "random"):
+        raise ValueError(f"{init_name} must be auto, teacher or random, got {init!r}")
+    positive(width_name, width)
+    if init == "teacher" and width != 1:
+        raise ValueError(f"{init_name} teacher needs {width_name} 1, got {width:g}: give {init_name} random")
+
+
+def check_D(D: float) -> None:
+    """ValueError unless D is a number in (0, inf]."""
+    if not is_number(D) or not D > 0:
+        raise ValueError(f"D must lie in (0, inf], got {D}")
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{option_name(name)} must be an integer >= {least}, got {value}")
+
+
+def positive(name: str, value: float) -> None:
+    if not (is_number(value) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{option_name(name)} must be a finite number > 0, got {value}")
+
+
+def not_negative(name: str, value: float) -> None:
+    if not (is_number(value) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{option_name(name)} must be a finite number >= 0, got {value}")
+
+
+def share(name: str, value: float) -> None:
+    if not (is_number(value) and 0 <= value < 1):
+        raise ValueError(f"{option_name(name)} must lie in [0, 1), got {value}")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def option_name(name: str) -> str:
+    return name.replace("_", "-")

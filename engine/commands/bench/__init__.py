@@ -1,0 +1,1 @@
+"""`ipfm bench`: kernels, whole steps, memory, metrics."""

@@ -1,0 +1,144 @@
+"""`ipfm bench`: the kernels, measured or compiled offline; the metrics; the memory and the time of a step."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ipfm.engine.runtime.commandline import user_input
+from ipfm.engine.runtime.errors import TrainingFailed
+from ipfm.engine.runtime.json_output import output
+
+if TYPE_CHECKING:
+    from ipfm.models import NetworkConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure the kernels, the metrics, or the memory or the time of a training step.
+
+    Example: ipfm bench --offline --out build/bench
+
+    Example: ipfm bench --memory --model ncsnpp --channels 32 --batch 64 --out build/bench
+
+    Example: ipfm bench --step --model digits --precision fp32 bf16
+    """
+
+    out: Path = Path("bench")
+    """Folder for the tables."""
+    offline: bool = False
+    """Compile every kernel for sm_80, sm_90 and sm_100; report registers, spills, access widths and the instructions of
+    perturb beside their floor; needs no GPU."""
+    metrics: bool = False
+    """Measure FID, KID, Inception score, precision and recall on 50 000 random features of 2048 dimensions."""
+    memory: bool = False
+    """Measure the memory of a teacher's training step and of a distillation, joint and phased, beside its plan."""
+    step: bool = False
+    """Time a distillation's step, joint and phased, beside the same step in plain PyTorch, in alternation."""
+    model: str = "ncsnpp"
+    """With --memory and --step: the network, ncsnpp, ddpmpp (CIFAR-10's), adm (ImageNet's) or the name of a preset."""
+    channels: int | None = None
+    """With --memory and --step: channels of the network's first level. Default: as published."""
+    batch: int = 64
+    """With --memory and --step: images in a step."""
+    precision: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32",)
+    """With --step: arithmetic of the networks, one or several."""
+    compile: bool = False
+    """With --step: measure with torch.compile too, the plain networks as well."""
+    D: float = 128.0
+    """With --step: auxiliary dimensions, in (0, inf]."""
+    activation_checkpointing: bool = False
+    """With --memory: measure the distillation with activation checkpointing too."""
+    quick: bool = False
+    """Small shapes and few repetitions; with --memory one step instead of two, with --step 3 rounds instead of 20."""
+
+    json: bool = False
+    """Print JSON: the rows of the tables."""
+
+    def run(self) -> None:
+        """Write the tables to `out` and print them."""
+        with user_input():
+            given = [name for name in ("offline", "metrics", "memory", "step") if getattr(self, name)]
+            if len(given) > 1:
+                raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
+        with output(as_json=self.json) as write:
+            tables = [self._run_memory()] if self.memory else [self._run_step()] if self.step else self._run_speed()
+            facts = {"tables": [{"file": table, "rows": read_rows(table)} for table in tables]}
+            texts = [table.with_suffix(".md").read_text(encoding="utf-8") for table in tables]
+            write(facts, "\n".join([*texts, *map(str, tables)]))
+
+    def _run_speed(self) -> list[Path]:
+        from ipfm.engine.commands.bench.metrics import run_metrics
+        from ipfm.kernels import bench
+
+        with user_input():
+            self.out.mkdir(parents=True, exist_ok=True)
+        if self.offline:
+            return bench.run_compiled(self.out, quick=self.quick)
+        return [(run_metrics if self.metrics else bench.run_microbenchmarks)(self.out, quick=self.quick)]
+
+    def _run_step(self) -> Path:
+        from ipfm.engine.checks import check_D
+        from ipfm.engine.commands.bench.step import run_step
+        from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.objectives.ipfm import DistillConfig
+        from ipfm.engine.training.resolve import resolve_precision
+
+        with user_input():
+            check_D(self.D)
+            network = replace(self._network(), D=self.D)
+            for precision in self.precision:
+                resolve_precision(DistillConfig(precision=precision, compile=self.compile), run_device())
+            self.out.mkdir(parents=True, exist_ok=True)
+        return run_step(
+            self.out,
+            network,
+            batch=self.batch,
+            precisions=self.precision,
+            compiled=self.compile,
+            quick=self.quick,
+            title=self.model,
+        )
+
+    def _network(self) -> NetworkConfig:
+        """What --memory and --step measure; ValueError where it, or the batch, is impossible."""
+        from ipfm.engine.commands.bench.memory import bench_network
+
+        if self.batch < 1:
+            raise ValueError(f"batch must be an integer >= 1, got {self.batch}")
+        return bench_network(self.model, self.channels)
+
+    def _run_memory(self) -> Path:
+        from ipfm.engine.commands.bench.memory import run_memory
+
+        with user_input():
+            network = self._network()
+            self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            return run_memory(
+                self.out,
+                network,
+                batch=self.batch,
+                checkpointed=self.activation_checkpointing,
+                quick=self.quick,
+                title=self.model,
+            )
+        except RuntimeError as error:
+            raise TrainingFailed(str(error)) from error
+
+
+def read_rows(table: Path) -> list[dict[str, object]]:
+    """The rows of a CSV file by the names of its columns: numbers as such, nothing as None."""
+
+    def value(text: str) -> object:
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        return {"": None, "True": True, "False": False}.get(text, text)
+
+    with table.open(newline="", encoding="utf-8") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]

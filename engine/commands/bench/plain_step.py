@@ -1,0 +1,139 @@
+"""The same distillation in plain PyTorch, as one would write it down from the papers: what the engine is timed against.
+
+Autograd through everything, torch's Adam, torch's generators, its own layers one after the other. Nothing of the
+engine or of the kernels is used but the networks' structure.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ipfm.engine.distributed.precision import Precision, apply_precision
+from ipfm.engine.objectives.initial_networks import trainable_copy
+from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.models import Precond
+from ipfm.models.layers import Conv2d, GroupNorm
+
+
+class PlainGroupNorm(GroupNorm):
+    """PyTorch's normalisation, then scale and shift, then SiLU."""
+
+    def forward(
+        self, x: Tensor, *, silu: bool = False, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        x = F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        if scale is not None and shift is not None:
+            x = torch.addcmul(shift, x, scale + 1)
+        return F.silu(x) if silu else x
+
+
+class PlainConv2d(Conv2d):
+    """PyTorch's convolutions, the resampling filter as a depthwise one."""
+
+    def _convolve(self, x: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+        assert self.weight is not None
+        return F.conv2d(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=padding)
+
+    def _convolve_doubled(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._convolve(self._double(x), self.bias, self.w_pad)
+
+    def _halve(self, x: Tensor, padding: int | None = None) -> Tensor:
+        padding = self.f_pad if padding is None else padding
+        return F.conv2d(x, self._depthwise(x), stride=2, padding=padding, groups=x.shape[1])
+
+    def _double(self, x: Tensor, padding: int | None = None) -> Tensor:
+        padding = self.f_pad if padding is None else padding
+        return F.conv_transpose2d(x, self._depthwise(x, 4), stride=2, padding=padding, groups=x.shape[1])
+
+
+def plain_layers(net: Precond) -> Precond:
+    """`net` with every layer made of PyTorch's operations alone; its weights stay."""
+    for module in net.modules():
+        if type(module) is GroupNorm:
+            module.__class__ = PlainGroupNorm
+        elif type(module) is Conv2d:
+            module.__class__ = PlainConv2d
+    net.attention_backend = "sdpa"
+    return net
+
+
+class PlainDistillation:
+    """One-step distillation on one device, the whole batch at once [IPFM, algorithm 1, with SiD's regularisation].
+
+    Args:
+        config: batch, alpha, noise levels, learning rates, Adam's and the EMA's settings; K is 1.
+        teacher: the denoiser; copied.
+        precision: arithmetic of the convolutions; weights are fp32.
+        device: where it runs.
+    """
+
+    def __init__(self, config: DistillConfig, teacher: Precond, *, precision: Precision, device: torch.device) -> None:
+        self.config, self.device = config, device
+
+        def prepared(net: Precond) -> Precond:
+            return plain_layers(apply_precision(net.to(device), precision))
+
+        self.teacher = prepared(copy.deepcopy(teacher)).eval().requires_grad_(False)
+        self.student, self.generator = (prepared(trainable_copy(teacher, config.dropout)) for _ in range(2))
+        self.average = [p.detach().clone() for p in self.generator.parameters()]
+        self.student_adam, self.generator_adam = (
+            torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, 0.999), eps=config.eps)
+            for net, lr, beta1 in (
+                (self.student, config.student_lr or config.lr, config.student_beta1),
+                (self.generator, config.lr, config.generator_beta1),
+            )
+        )
+        shape = (config.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
+        self.zeros = torch.zeros(shape, device=device)
+        self.level = torch.full((config.batch,), config.levels[0], device=device)
+
+    def iteration(self, step: int) -> None:
+        """A student step, then a generator step and the EMA."""
+        config, noise = self.config, self.config.noise
+        self.student.train()
+        self.generator.train()
+        with torch.no_grad():
+            y = self.generator(self._noisy(self.zeros, self.level), self.level)
+        sigma = self._denoising_sigma()
+        weight = (sigma**2 + noise.sigma_data**2) / (sigma * noise.sigma_data) ** 2
+        errors = (self.student(self._noisy(y, sigma), sigma) - y).square().sum((1, 2, 3))
+        self._descend(self.student_adam, (weight * errors).mean())
+
+        self.student.eval().requires_grad_(False)
+        y = self.generator(self._noisy(self.zeros, self.level), self.level)
+        sigma = self._generator_sigma()
+        x = self._noisy(y, sigma)
+        t, s = self.teacher(x, sigma), self.student(x, sigma)
+        weight = 1 / (t - y).detach().abs().mean((1, 2, 3)).clamp(min=1e-5)
+        terms = (t - y) ** 2 - (s - y) ** 2 - 2 * (config.alpha - 0.5) * (t - s) ** 2
+        self._descend(self.generator_adam, (weight * terms.sum((1, 2, 3))).mean())
+        self.student.requires_grad_(True)
+        weights = [p.detach() for p in self.generator.parameters()]
+        torch._foreach_lerp_(self.average, weights, 1 - config.ema_decay(step))
+
+    def _denoising_sigma(self) -> Tensor:
+        noise = self.config.noise
+        return (torch.randn(self.config.batch, device=self.device) * noise.p_std + noise.p_mean).exp()
+
+    def _generator_sigma(self) -> Tensor:
+        noise = self.config.noise
+        return noise.at(torch.rand(self.config.batch, device=self.device) * (noise.t_max / 1000))
+
+    def _noisy(self, y: Tensor, sigma: Tensor) -> Tensor:
+        """x = y + sigma g / sqrt(K / D), K = 2 Gamma(D / 2) [PFGM++, Xu et al. 2023, eq. 4]."""
+        D = self.config.D
+        assert D is not None
+        if not math.isinf(D):
+            sigma = sigma / (torch._standard_gamma(torch.full_like(sigma, D / 2)) * (2 / D)).sqrt()
+        return y + sigma.view(-1, 1, 1, 1) * torch.randn_like(y)
+
+    @staticmethod
+    def _descend(adam: torch.optim.Adam, loss: Tensor) -> None:
+        adam.zero_grad()
+        loss.backward()
+        adam.step()

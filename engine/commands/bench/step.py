@@ -1,0 +1,220 @@
+"""The time of a whole training step, beside the same step in plain PyTorch, in alternation: `ipfm bench --step`."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ipfm.engine.commands.bench.plain_step import PlainDistillation
+from ipfm.engine.distributed.compilation import set_execution
+from ipfm.engine.distributed.precision import Precision
+from ipfm.engine.distributed.world import World, start_world
+from ipfm.engine.memory.live import LiveBytes, bytes_in_use
+from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.runtime.launcher import stop_world
+from ipfm.engine.runtime.progress import ProgressBar
+from ipfm.engine.training.distiller import Distiller
+from ipfm.engine.training.resolve import allow_tf32, resolve
+from ipfm.kernels.bench.machine import describe
+from ipfm.models import NetworkConfig, Precond, build_network
+
+Form = Literal["plain", "joint", "phased"]
+FORMS: tuple[Form, ...] = ("plain", "joint", "phased")
+WARM_UP = 2
+ROUNDS, ROUNDS_QUICK = 20, 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the step."""
+
+    form: Form
+    """plain: in plain PyTorch; joint and phased: by the engine, see `DistillConfig.backward`."""
+    precision: Precision
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A row of step.csv: a student step, a generator step and the update of the average."""
+
+    step: str
+    precision: str
+    compiled: bool
+    ms_20: float
+    ms_50: float
+    ms_80: float
+    images_per_s: float
+    speed: float
+    """Median over the rounds of plain PyTorch's time, in the same precision, by this one's."""
+    peak_mb: float
+    """Weights, state and everything else at the peak, in MiB."""
+    model: str
+    channels: int
+    batch: int
+    device: str
+    threads: int
+    torch: str
+
+
+def run_step(
+    out: Path | str,
+    network: NetworkConfig,
+    *,
+    batch: int,
+    precisions: Sequence[Precision] = ("fp32",),
+    compiled: bool = False,
+    quick: bool = False,
+    title: str = "",
+) -> Path:
+    """Time one-step distillation of random weights on this process's device: whole batch at once, ZeRO 0 (1 in bf16).
+
+    Every round runs one iteration of each variant, so that what disturbs the machine meets all alike.
+
+    Args:
+        out: folder for step.csv and step.md.
+        network: architecture of all networks, without dropout.
+        batch: images in a step.
+        precisions: arithmetic of the convolutions; each is compared with plain PyTorch in the same.
+        compiled: time the networks under torch.compile too, plain ones as well.
+        quick: 3 rounds instead of 20.
+        title: what the network is called in the table.
+
+    Returns:
+        Path of step.csv.
+
+    Raises:
+        ValueError: a number out of its range, or a precision or compilation that this device does not do.
+    """
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch must be an integer >= 1, got {batch}")
+    variants = [
+        Variant(form, precision, again)
+        for precision in dict.fromkeys(precisions)
+        for again in (False, True)[: 1 + compiled]
+        for form in FORMS
+    ]
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    world = start_world()
+    try:
+        rows = list(_measure(variants, network, batch, ROUNDS_QUICK if quick else ROUNDS, title, world))
+    finally:
+        stop_world()
+    path = folder / "step.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(field.name for field in fields(StepTime))
+        writer.writerows(map(astuple, rows))
+    path.with_suffix(".md").write_text(report(rows), encoding="utf-8")
+    return path
+
+
+def report(rows: Sequence[StepTime]) -> str:
+    """The table in Markdown, under a line that says what was measured where."""
+    first = rows[0]
+    header = ("step", "precision", "compiled", "ms (20 / 50 / 80 %)", "images/s", "speed", "peak MiB")
+    lines = [
+        f"One iteration of {first.model}, {first.channels} channels, batch {first.batch}, on {first.device} "
+        f"({first.threads} threads), torch {first.torch}; speed: plain PyTorch's time by this one's",
+        "",
+        f"| {' | '.join(header)} |",
+        "|---" * len(header) + "|",
+    ]
+    for row in rows:
+        cells = (
+            row.step, row.precision, "yes" if row.compiled else "no",
+            f"{row.ms_20:.1f} / {row.ms_50:.1f} / {row.ms_80:.1f}", f"{row.images_per_s:.4g}", f"{row.speed:.3f}",
+            f"{row.peak_mb:.0f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _measure(
+    variants: Sequence[Variant], network: NetworkConfig, batch: int, rounds: int, title: str, world: World
+) -> Iterator[StepTime]:
+    device = world.device
+    machine = describe(device)
+    torch.manual_seed(0)
+    teacher = build_network(network)
+    tasks: list[Callable[[int], object]] = []
+    states: list[int] = []
+    for variant in variants:
+        gc.collect()
+        before = bytes_in_use(device)
+        tasks.append(_prepare(variant, network, teacher, batch, world))
+        for step in range(WARM_UP):
+            tasks[-1](step)
+        gc.collect()
+        states.append(bytes_in_use(device) - before)
+    times: list[list[float]] = [[] for _ in tasks]
+    with ProgressBar("rounds", rounds, unit=" round") as bar:
+        for step in range(WARM_UP, WARM_UP + rounds):
+            for task, taken in zip(tasks, times, strict=True):
+                _synchronize(device)
+                started = time.perf_counter()
+                task(step)
+                _synchronize(device)
+                taken.append(time.perf_counter() - started)
+            bar.advance()
+    timed = list(zip(variants, times, strict=True))
+    plain = {v.precision: taken for v, taken in timed if v.form == "plain" and not v.compiled}
+    for variant, task, taken, state in zip(variants, tasks, times, states, strict=True):
+        low, middle, high = torch.tensor(taken).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        ratios = [theirs / ours for theirs, ours in zip(plain[variant.precision], taken, strict=True)]
+        yield StepTime(
+            variant.form, variant.precision, variant.compiled, 1e3 * low, 1e3 * middle, 1e3 * high, batch / middle,
+            statistics.median(ratios), (state + _transient(task, rounds + WARM_UP, device)) / 2**20,
+            title or network.model_type, network.model_channels, batch, machine.device, machine.threads, machine.torch,
+        )  # fmt: skip
+
+
+def _prepare(
+    variant: Variant, network: NetworkConfig, teacher: Precond, batch: int, world: World
+) -> Callable[[int], object]:
+    config = DistillConfig(
+        batch=batch,
+        micro_batch=batch,
+        max_steps=WARM_UP + ROUNDS,
+        zero=0 if variant.precision == "fp32" else 1,
+        precision=variant.precision,
+        backward="joint" if variant.form == "plain" else variant.form,
+        activation_checkpointing="off",
+        compile=variant.compiled,
+    )
+    if variant.form != "plain":
+        return Distiller(config, teacher, world=world).iteration
+    allow_tf32(config.tf32)
+    plain = PlainDistillation(
+        resolve(config, network, world.device), teacher, precision=variant.precision, device=world.device
+    )
+    if variant.compiled:
+        for net in (plain.teacher, plain.student, plain.generator):
+            set_execution(net, memory_format="contiguous", compiled=True, device=world.device)
+    return plain.iteration
+
+
+def _transient(task: Callable[[int], object], step: int, device: torch.device) -> int:
+    """Bytes at the peak of an iteration above those that are there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        task(step)
+        return torch.cuda.max_memory_allocated(device) - before
+    with LiveBytes() as live:
+        task(step)
+    return live.peak
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,73 @@
+"""What a network is called, and how it was made, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ipfm.models import NetworkConfig
+
+# What tells the two families of SongUNet apart.
+_FAMILIES = {
+    ("positional", "standard", "standard", (1.0, 1.0)): "ddpm++",
+    ("fourier", "residual", "standard", (1.0, 3.0, 3.0, 1.0)): "ncsn++",
+}
+
+
+def family(network: NetworkConfig) -> str:
+    """The architecture's name in the literature: ddpm++, ncsn++ or ADM; of a mixture its parts."""
+    if network.model_type == "DhariwalUNet":
+        return "ADM"
+    parts = network.embedding_type, network.encoder_type, network.decoder_type, tuple(network.resample_filter)
+    named = _FAMILIES.get(parts)
+    return named or f"SongUNet ({network.embedding_type}, {network.encoder_type}, {network.decoder_type})"
+
+
+def architecture(network: NetworkConfig) -> str:
+    """The family, its widths and the preconditioning, where it is not EDM's."""
+    widths = ", ".join(str(network.model_channels * factor) for factor in network.channel_mult)
+    other = "" if network.precond == "EDMPrecond" else f", {network.precond}"
+    blocks = f"{network.num_blocks} block{'s' * (network.num_blocks != 1)} a level"
+    return f"{family(network)}, {widths} channels, {blocks}{other}"
+
+
+def images(network: NetworkConfig) -> str:
+    """Shape and classes: "3x32x32, 10 classes"."""
+    side = network.img_resolution
+    return f"{network.img_channels}x{side}x{side}, " + (
+        f"{network.label_dim} classes" if network.label_dim else "unconditional"
+    )
+
+
+def objective(settings: Mapping[str, Any]) -> str | None:
+    """ "ipfm" or "pid", by the settings of a distillation; None for those of another training."""
+    return "pid" if "points" in settings else "ipfm" if "alpha" in settings else None
+
+
+def manner(settings: Mapping[str, Any]) -> str | None:
+    """How a generator was distilled: the objective and what decides over it."""
+    kind = objective(settings)
+    if kind == "pid":
+        return (
+            f"physics informed distillation, {settings.get('difference')} difference, {settings.get('distance')}, "
+            f"N = {settings.get('points')}"
+        )
+    if kind == "ipfm":
+        steps = settings.get("steps", 1)
+        return f"inverse Poisson flow matching, alpha = {settings['alpha']:g}, {steps} step{'s' * (steps != 1)}"
+    return None
+
+
+def training(settings: Mapping[str, Any], steps: object = None) -> str:
+    """Length, batch, learning rate, arithmetic and seed of a training, as far as `settings` say them."""
+    said = [] if steps is None else [f"{steps} steps"]
+    for name, words in (
+        ("batch", "batch {}"),
+        ("lr", "lr {:g}"),
+        ("ema_kimg", "EMA half-life {:g} kimg"),
+        ("precision", "{}"),
+        ("seed", "seed {}"),
+    ):
+        if settings.get(name) is not None:
+            said.append(words.format(settings[name]))
+    return ", ".join(said)

@@ -1,0 +1,112 @@
+"""`ipfm export`: a model for other programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from ipfm.engine.runtime.commandline import user_input
+from ipfm.engine.runtime.json_output import output
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ipfm.engine.commands.export.network import ExportedNetwork
+
+
+# Images in the picture of a model card, of a generator and of a teacher, whose images take 35 evaluations each.
+IMAGES, IMAGES_OF_TEACHER, HEUN_STEPS = 64, 16, 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a model as an ONNX file, a plain PyTorch program, or a folder for Hugging Face.
+
+    A one-step generator becomes a graph from latents to images, a generator of several steps and a teacher the
+    denoiser (x, sigma) -> x. D, noise levels and training facts are stored with it; what was written is compared with
+    the network. How to use it: docs/interchange.md.
+
+    Example: ipfm export runs/digits-D128-alpha1-K1/generator generator.onnx
+    """
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    """Model folder, or a teacher's checkpoint of EDM, PFGM++ or SiD."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """File or folder to write; an earlier export there is replaced, nothing else is."""
+    format: Literal["onnx", "torch", "huggingface"] | None = None
+    """onnx needs pip install 'ipfm[onnx]'. Default: by OUT, onnx for .onnx, torch for .pt2, else huggingface."""
+    samples: int | None = None
+    """Images in the picture of a Hugging Face folder, 0 for none. Default: 64, of a teacher 16."""
+    D: float | None = None
+    """Auxiliary dimensions of a checkpoint that does not say them."""
+    json: bool = False
+    """Print JSON: what was written, its inputs and output, the largest difference from the network."""
+
+    def run(self) -> None:
+        """Write `out` and print how far it is from the network."""
+        from ipfm.engine.commands.export.comparison import BATCHES, LIMIT
+        from ipfm.engine.commands.export.destination import check_place, choose_format
+        from ipfm.engine.commands.export.hub_folder import export_folder
+        from ipfm.engine.commands.export.model_card import origin_of
+        from ipfm.engine.commands.export.network import open_network
+        from ipfm.engine.commands.export.onnx_file import check_onnx, export_onnx
+        from ipfm.engine.commands.export.program import export_program, make_program
+
+        with user_input():
+            format = choose_format(self.out, self.format)
+            self._check_samples(format)
+            if format == "onnx":
+                check_onnx()
+            check_place(self.out, format, self.model)
+            network = open_network(self.model, D=self.D)
+            if format == "onnx":
+                check_onnx(network)
+        program = make_program(network)
+        if format == "onnx":
+            difference = export_onnx(network, program, self.out)
+        elif format == "torch":
+            difference = export_program(network, program, self.out)
+        else:
+            count = self._count(network)
+            difference = export_folder(
+                network,
+                program,
+                self.out,
+                origin=origin_of(self.model),
+                draw=(lambda: self._draw(count)) if count else None,
+            )
+        batches = " and ".join(map(str, BATCHES))
+        told = {
+            "out": self.out, "format": format, "inputs": network.inputs, "output": network.output,
+            "difference": difference, "batches": BATCHES, "limit": LIMIT,
+        }  # fmt: skip
+        with output(as_json=self.json) as write:
+            write(
+                told,
+                f"{self.out}: {format}, {', '.join(network.inputs)} -> {network.output}\n"
+                f"largest difference from the network: {difference:.1e} (batches of {batches}; limit {LIMIT:.0e})",
+            )
+
+    def _check_samples(self, format: str) -> None:
+        if self.samples is not None and self.samples < 0:
+            raise ValueError(f"samples must be at least 0, got {self.samples}")
+        if self.samples is not None and format != "huggingface":
+            raise ValueError(f"samples are for the format huggingface, got the format {format}")
+
+    def _count(self, network: ExportedNetwork) -> int:
+        """Images in the picture; PNG knows one and three channels."""
+        if network.net.img_channels not in (1, 3):
+            return 0
+        if self.samples is not None:
+            return self.samples
+        return IMAGES if network.is_generator else IMAGES_OF_TEACHER
+
+    def _draw(self, count: int) -> Tensor:
+        from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.sampling.stored_model import sample_model
+
+        model = sample_model(self.model, run_device(), heun_steps=HEUN_STEPS, seed=0, D=self.D)
+        return model.draw(0, count)

@@ -1,0 +1,76 @@
+"""The `ipfm` command: its subcommands are the dataclasses of `engine/commands/`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from tyro.conf import subcommand
+
+from ipfm.engine.commands.bench.command import Bench
+from ipfm.engine.commands.convert import Convert
+from ipfm.engine.commands.dataset import Dataset
+from ipfm.engine.commands.evaluate import Evaluate
+from ipfm.engine.commands.export.command import Export
+from ipfm.engine.commands.info import Info
+from ipfm.engine.commands.plan import Plan
+from ipfm.engine.commands.report.command import Report
+from ipfm.engine.commands.sample import Sample
+from ipfm.engine.commands.usage import Shell, overview, versions
+from ipfm.engine.runtime.commandline import parse, run_command, without_local_rank
+from ipfm.engine.runtime.launcher import is_first_process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """Print the script by which bash, zsh or fish completes commands, options and files.
+
+    Example: ipfm completion bash > ~/.ipfm-completion.bash
+
+    Once that is done, a line in the file that the shell reads at its start:
+
+        bash  ~/.bashrc: source ~/.ipfm-completion.bash
+        zsh   ~/.zshrc: fpath=(~/.zfunc $fpath); autoload -Uz compinit; compinit
+              where the script is ~/.zfunc/_ipfm
+        fish  none, where the script is ~/.config/fish/completions/ipfm.fish
+    """
+
+    shell: Annotated[tyro.conf.Positional[Shell], tyro.conf.arg(metavar="SHELL")]
+    """bash, zsh or fish."""
+
+    def run(self) -> None:
+        """Print the script."""
+        from ipfm.engine.commands.usage import completion_script
+
+        print(completion_script(Command, self.shell))
+
+
+Command = (
+    Annotated[Sample, subcommand("sample")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Report, subcommand("report")]
+    | Annotated[Info, subcommand("info")]
+    | Annotated[Convert, subcommand("convert")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Dataset, subcommand("dataset")]
+    | Annotated[Plan, subcommand("plan")]
+    | Annotated[Bench, subcommand("bench")]
+    | Annotated[Completion, subcommand("completion")]
+)
+
+
+def _main(argv: Sequence[str]) -> None:
+    given = without_local_rank(argv) or ["--help"]
+    if given[0] in ("-h", "--help", "--version"):
+        if is_first_process():
+            print(versions() if given[0] == "--version" else overview(Command))
+        sys.exit()
+    parse(Command, given, prog="ipfm", description="").run()  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Entry point of the `ipfm` command."""
+    run_command("ipfm", _main, sys.argv[1:])

@@ -1,0 +1,1 @@
+"""`ipfm report`: a page about a run, from what its folder holds."""

@@ -1,0 +1,391 @@
+"""What a report says about a run: sentences, tables and numbers, made of what its folder holds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from ipfm.engine.commands.report.reading import EvaluationPoint, RunRecord
+from ipfm.engine.commands.report.reproduce import Command, is_default, portable, reproduce, settings_class, use
+from ipfm.engine.config import TeacherConfig
+from ipfm.engine.evaluation.results import DISTANCE, EvaluationRow
+from ipfm.engine.memory.profile import PhaseMemory
+from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.objectives.pid import PidConfig
+from ipfm.engine.runtime.json_output import plain
+from ipfm.engine.runtime.versions import installed
+from ipfm.engine.runtime.wording import duration, significant
+from ipfm.engine.training.environment import in_words
+from ipfm.engine.training.run_state import number
+
+State = Literal["finished", "going on", "stopped", "diverged"]
+
+# How to read a loss, by the class of the settings and the loss's name.
+READING: Mapping[type, Mapping[str, str]] = {
+    DistillConfig: {
+        "generator_loss": "generator_loss is a difference of two denoising losses: it oscillates about zero and says "
+        "little; watch the distance.",
+        "student_loss": "student_loss is a denoising loss: it falls, then follows the generator.",
+    },
+    PidConfig: {
+        "generator_loss": "generator_loss is the residual of the teacher's ODE on the trajectories that the network "
+        "has learned: it falls.",
+    },
+    TeacherConfig: {"teacher_loss": "teacher_loss is a denoising loss: it falls, then levels off above zero."},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting as text, and what it is when nothing is given (None: not known to this version)."""
+
+    name: str
+    value: str
+    default: str | None
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss at the first step and, as the mean over the last tenth of the run, at the end; NaN: never finite."""
+
+    name: str
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that a report says. Paths are without the folders of the machine that the run was made on."""
+
+    run: str
+    """Name of the folder."""
+    title: str
+    summary: str
+    kind: str
+    objective: str
+    D: float
+    """NaN where it is not known."""
+    state: State
+    steps_done: int
+    total_steps: int | None
+    batch: int | None
+    images: int | None
+    """Images that the network was trained on."""
+    metric: str
+    """What the distance is called."""
+    results: tuple[EvaluationRow, ...]
+    evaluations: tuple[EvaluationPoint, ...]
+    best: EvaluationPoint | None
+    losses: tuple[Loss, ...]
+    loss_reading: str
+    started: str | None
+    """Date and time in UTC."""
+    logged_seconds: float | None
+    """Time of the training, evaluations and checkpoints included."""
+    images_per_second: float | None
+    """The median over the steps, of the training alone, over all processes."""
+    pace: tuple[tuple[int, float], ...]
+    """(steps done, images/s)."""
+    bad_steps: int
+    """Steps with samples or gradients that were not finite."""
+    bad: Mapping[str, int]
+    """How many, by network."""
+    memory: tuple[PhaseMemory, ...]
+    settings: tuple[Setting, ...]
+    environment: tuple[tuple[str, str], ...]
+    command: Command
+    uses: tuple[tuple[str, str], ...]
+    missing: tuple[str, ...]
+    """Sentences on what the folder lacks."""
+    made: str
+    """Version and time of the report."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, see `plain`."""
+        return {"format": 1, **plain(self)}
+
+
+def facts_of(record: RunRecord) -> Facts:
+    """See `Facts`."""
+    config = record.config
+    D, batch = number(config.get("D")), number(config.get("batch"))
+    whole_batch = int(batch) if math.isfinite(batch) else None
+    state, done = _state(record), record.steps_done
+    finite = [e for e in record.evaluations if math.isfinite(e.frechet)]
+    best = min(finite, key=lambda e: e.frechet, default=None)
+    metric = record.results[0].metric if record.results else DISTANCE
+    objective = _objective(record)
+    pace = _pace(record, whole_batch)
+    kind = settings_class(record)
+    names = record.losses
+    reading = [READING[kind].get(name, "") for name in names] if kind and config else []
+    bad_names = dict.fromkeys(name for line in record.metrics for name in line if name.endswith("_bad"))
+    bad = {name.removesuffix("_bad"): [_count(line.get(name)) for line in record.metrics] for name in bad_names}
+    images = None if whole_batch is None else done * whole_batch
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return Facts(
+        run=record.path.resolve().name,
+        title=_title(record, D),
+        summary=" ".join(_summary(record, state, objective, D, metric, best, images)),
+        kind=record.kind,
+        objective=objective,
+        D=D,
+        state=state,
+        steps_done=done,
+        total_steps=record.total_steps,
+        batch=whole_batch,
+        images=images,
+        metric=metric,
+        results=record.results,
+        evaluations=record.evaluations,
+        best=best,
+        losses=tuple(_loss(record, name) for name in names),
+        loss_reading=" ".join(filter(None, reading)),
+        started=None if record.pace.started is None else _date(record.pace.started),
+        logged_seconds=record.pace.seconds or None,
+        images_per_second=statistics.median(speed for _, speed in pace) if pace else None,
+        pace=tuple(pace),
+        bad_steps=sum(any(counts) for counts in zip(*bad.values(), strict=True)),
+        bad={name: sum(counts) for name, counts in bad.items()},
+        memory=record.memory,
+        settings=tuple(_settings(record)),
+        environment=tuple(_environment(record)),
+        command=reproduce(record),
+        uses=use(record, f"{_place(record.path)}/{record.export_path.name}") if record.export else (),
+        missing=tuple(_missing(record, state)),
+        made=f"Made by ipfm {installed('ipfm')} on {made}.",
+    )
+
+
+def _state(record: RunRecord) -> State:
+    if record.diverged is not None:
+        return "diverged"
+    if record.in_use:
+        return "going on"
+    total = record.total_steps
+    whole = total is not None and record.steps_done >= total
+    return "finished" if record.export and (whole or total is None) else "stopped"
+
+
+def _objective(record: RunRecord) -> str:
+    if record.kind == "teacher":
+        return "denoising score matching"
+    config, kind = record.config, settings_class(record)
+    if kind is None:
+        return "an objective that this version does not know" if config else "an objective that is not recorded"
+    if kind is PidConfig:
+        points, difference, distance = (config.get(name) for name in ("points", "difference", "distance"))
+        return f"physics informed distillation ({difference} difference, {distance}, {points} levels)"
+    alpha = number(config.get("alpha"))
+    pure = ", the pure objective" if alpha == 0.5 else ""
+    case = ", which at D = ∞ is SiD" if number(config.get("D")) == math.inf else ""
+    return f"inverse Poisson flow matching{case} (α = {alpha:g}{pure})"
+
+
+def _title(record: RunRecord, D: float) -> str:
+    at = f", D = {_D(D)}" if D > 0 else ""
+    if record.kind == "teacher":
+        return f"Training of a teacher{at}"
+    config, kind = record.config, settings_class(record)
+    if kind is not DistillConfig:
+        return f"{'Distillation' if kind is None else 'Physics informed distillation'}{at}"
+    return f"Distillation{at}, α = {number(config.get('alpha')):g}, {_counted(config.get('steps'), 'step')}"
+
+
+def _summary(
+    record: RunRecord,
+    state: State,
+    objective: str,
+    D: float,
+    metric: str,
+    best: EvaluationPoint | None,
+    images: int | None,
+) -> Iterator[str]:
+    at = f" at D = {_D(D)}" if D > 0 else ""
+    if record.kind == "teacher":
+        yield f"This run trains a denoiser{at} on {_data(record.identity)}, to be a teacher."
+    else:
+        nfe = next((row.nfe for row in record.results if row.label == "generator"), None)
+        nfe = nfe if nfe is not None else record.config.get("steps", 1 if "points" in record.config else None)
+        evaluations = f" that makes an image in {_counted(nfe, 'network evaluation')}" if nfe else ""
+        yield f"This run distils {_teacher(record)} into a generator{evaluations}{at}, by {objective}."
+    yield _length(record, state, images)
+    rows = {row.label: row for row in record.results}
+    if generator := rows.get("generator"):
+        yield _result(generator, rows.get("teacher"), metric)
+    elif record.evaluations:
+        last = record.evaluations[-1]
+        whose = "teacher" if record.kind == "teacher" else "generator"
+        drawn = f" over {last.images:,} images" if last.images else ""
+        yield f"The {metric} of the {whose}'s samples after {last.step:,} steps is {significant(last.frechet)}{drawn}."
+    else:
+        yield "Its samples have not been measured."
+    if best is not None and record.evaluations and best.step != record.evaluations[-1].step:
+        yield f"The lowest so far was {significant(best.frechet)}, after {best.step:,} steps."
+
+
+def _length(record: RunRecord, state: State, images: int | None) -> str:
+    done, total, batch = record.steps_done, record.total_steps, record.config.get("batch")
+    of = f" of {total:,}" if total is not None and done < total else ""
+    size = f" of {batch} images" if batch else ""
+    sum_ = f", {images:,} {'training' if record.kind == 'teacher' else 'generated'} images in all" if images else ""
+    if of:
+        sum_ = f"{sum_} so far"
+    steps = f"{done:,}{of} steps{size}{sum_}"
+    if state == "finished":
+        return f"It is finished: {steps}."
+    if state == "diverged":
+        return f"It diverged: too many samples or gradients were not finite at step {record.diverged:,}, after {steps}."
+    if state == "going on":
+        return f"It is going on, at {steps}."
+    return f"It was stopped before its end, at {steps}; the same command continues it."
+
+
+def _result(generator: EvaluationRow, teacher: EvaluationRow | None, metric: str) -> str:
+    text = f"The {metric} of the generator's samples is {significant(generator.frechet)}"
+    if teacher is not None:
+        text += f", beside {significant(teacher.frechet)} of the teacher at {_counted(teacher.nfe, 'evaluation')}"
+        text += " an image"
+        # Where one of them is broken a ratio says nothing.
+        if teacher.frechet > 0 and 0.1 < generator.frechet / teacher.frechet < 100:
+            text += f": {generator.frechet / teacher.frechet:.2f} times the teacher's"
+    text += f" ({generator.images:,} images each)." if teacher is not None else f" ({generator.images:,} images)."
+    return f"{text} Published for this setting: {generator.paper}." if generator.paper else text
+
+
+def _teacher(record: RunRecord) -> str:
+    if record.teacher:
+        steps = record.teacher.get("config", {}).get("max_steps") if _is_object(record.teacher.get("config")) else None
+        trained = f"{steps:,} steps" if isinstance(steps, int) else "some steps"
+        return f"a teacher, which it first trains itself for {trained} on {_data(record.teacher)},"
+    given = record.config.get("teacher")
+    return f"the teacher {portable(given)}" if isinstance(given, str) and given else "a teacher"
+
+
+def _data(about: Mapping[str, Any]) -> str:
+    dataset, images = about.get("dataset"), about.get("images")
+    count = f"{images:,} images" if isinstance(images, int) else "images"
+    return f"{count} ({dataset})" if dataset else count
+
+
+def _loss(record: RunRecord, name: str) -> Loss:
+    values = [number(line.get(name)) for line in record.metrics if name in line]
+    end = [value for value in values[-max(1, len(values) // 10) :] if math.isfinite(value)]
+    return Loss(name, values[0], statistics.fmean(end) if end else math.nan)
+
+
+def _pace(record: RunRecord, batch: int | None) -> list[tuple[int, float]]:
+    every = {name: _count(record.config.get(name)) for name in ("log_every", "eval_every", "checkpoint_every")}
+    if batch is None or every["log_every"] < 1:
+        return []
+    pauses = (every["eval_every"], every["checkpoint_every"])
+    found = record.pace.images_per_second(batch, log_every=every["log_every"], pauses=pauses)
+    # Where every interval has a pause in it.
+    return found or record.pace.images_per_second(batch, log_every=every["log_every"], pauses=())
+
+
+def _settings(record: RunRecord) -> Iterator[Setting]:
+    kind = settings_class(record)
+    defaults: dict[str, Any] = {}
+    if kind is not None:
+        defaults = kind().to_json()
+        defaults |= {f"noise.{name}": value for name, value in defaults.pop("noise").items()}
+    for name, value in record.config.items():
+        if name == "out":
+            continue  # the folder itself
+        known = name in defaults
+        yield Setting(
+            name.replace("_", "-"),
+            _shown(portable(value) if name in ("teacher", "lpips") and isinstance(value, str) else value),
+            _shown(defaults[name]) if known else None,
+            not known or not is_default(record, name, defaults[name]),
+        )
+
+
+def _environment(record: RunRecord) -> Iterator[tuple[str, str]]:
+    config, pace = record.config, record.pace
+    if pace.started is not None:
+        yield "started", _date(pace.started)
+    if pace.seconds:
+        parts = f", in {len(pace.parts)} parts" if len(pace.parts) > 1 else ""
+        yield "training, evaluations and checkpoints", f"{duration(pace.seconds)}{parts}"
+    if record.memory:
+        on_gpu = any(row.reserved_bytes is not None for row in record.memory)
+        yield "device of the memory profile", "GPU" if on_gpu else "CPU"
+    if config.get("precision"):
+        yield "arithmetic", _shown(config["precision"])
+    if config.get("zero") is not None:
+        yield "ZeRO stage", _shown(config["zero"])
+    checksum = record.identity.get("teacher")
+    if isinstance(checksum, str):
+        yield "SHA-256 of the teacher's weights", checksum
+    if isinstance(record.export.get("sha256"), str):
+        yield f"SHA-256 of {record.export_path.name}/model.safetensors", record.export["sha256"]
+    if record.starts:
+        yield from in_words(record.starts)
+    else:
+        yield "versions of software, hardware, number of processes", "not recorded in the run folder"
+
+
+def _missing(record: RunRecord, state: State) -> Iterator[str]:
+    """What a report would like to say and cannot, then what is damaged."""
+    distils, over = record.kind == "distill", state == "finished"
+    if not record.metrics:
+        yield "No losses: metrics.jsonl has no lines."
+    early = "" if over else ", or has not come to its first evaluation"
+    if not record.evaluations:
+        yield f"No distances: the run was given no reference{early}."
+    if distils and not record.results and (record.evaluations or not over):
+        yield "No table beside the teacher: it is made at the end of a run that has a reference."
+    if not record.pictures:
+        yield f"No pictures: samples/ has none{'' if over else '; the run has not come to its first evaluation'}."
+    if not record.export:
+        yield f"No network: {record.export_path.name}/ is made at the end. The checkpoints are there to continue from."
+    if not record.pace.parts:
+        yield "No images/s: they come from the times in the files of tensorboard/, of which none can be read."
+    if not record.memory and record.memory_picture is None:
+        yield "No profile of memory: --profile-memory N leaves one."
+    yield from (f"{line[0].upper()}{line[1:]}." for line in record.problems)
+
+
+def _place(path: Path) -> str:
+    """The run folder in commands: as it was given, if that says nothing of the machine."""
+    return portable(str(path)) if not path.is_absolute() and ".." not in path.parts else path.resolve().name
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "not given"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "not given"
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def _counted(count: object, noun: str) -> str:
+    """ "1 step", "4 steps"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _count(value: object) -> int:
+    found = number(value)
+    return int(found) if math.isfinite(found) and found > 0 else 0
+
+
+def _D(D: float) -> str:
+    return "∞" if math.isinf(D) else f"{D:g}"
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)

@@ -1,0 +1,129 @@
+"""The pictures of a report: grids of samples over time, and the memory of a step."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ipfm.engine.commands.report.reading import RunRecord
+from ipfm.engine.training.loop import PICTURE_IMAGES
+
+# How a picture of ours is known when it is to be replaced.
+SOFTWARE = "ipfm report"
+SHOWN = 6
+# Images a row of a grid, and of the part that is shown over time.
+COLUMNS, FEW = round(PICTURE_IMAGES**0.5), 4
+# Pixels that a picture has at least, by repeating its own.
+LEAST, LEAST_LARGE = 240, 480
+# What PIL raises for a file that is damaged or no picture.
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, OverflowError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with words for those who do not see it; `dark`: the same for a dark page, where it is drawn anew."""
+
+    alt: str
+    png: bytes
+    dark: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures from fixed latents: the first 16 over time, and all 64 at the end. Steps done are in front."""
+
+    over_time: tuple[tuple[int, Picture], ...]
+    last: tuple[int, Picture] | None
+    problems: tuple[str, ...]
+    """A sentence for each file that cannot be read."""
+
+
+def samples(record: RunRecord) -> Samples:
+    """A few of the run's grids, in order; files that cannot be read are left out."""
+    problems: list[str] = []
+
+    def opened(path: Path) -> Image.Image | None:
+        try:
+            return _opened(path)
+        except DAMAGED:
+            problems.append(f"samples/{path.name} cannot be read.")
+            return None
+
+    last = None
+    whole = list(record.pictures)
+    while whole and last is None:
+        step, path = whole[-1]
+        if (image := opened(path)) is not None:
+            last = step, Picture(f"samples after {step} steps", png(_enlarged(image, LEAST_LARGE)))
+        else:
+            whole.pop()
+    over_time = []
+    for step, path in _evenly(whole, SHOWN) if len(whole) > 1 else ():
+        if (image := opened(path)) is not None:
+            part = _enlarged(_corner(image), LEAST)
+            over_time.append((step, Picture(f"samples after {step} steps", png(part))))
+    return Samples(tuple(over_time), last, tuple(problems))
+
+
+def memory_timeline(record: RunRecord) -> Picture | None:
+    """The run's memory/timeline.png; None where there is none to read."""
+    if record.memory_picture is None:
+        return None
+    try:
+        return Picture("memory over a step, by phase", png(_opened(record.memory_picture)))
+    except DAMAGED:
+        return None
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a PNG was made by a report."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except DAMAGED:
+        return False
+
+
+def _opened(path: Path) -> Image.Image:
+    """The picture in grey or RGB, read whole."""
+    with Image.open(path, formats=["PNG"]) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    if (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., 0]
+    return Image.fromarray(pixels)
+
+
+def _corner(grid: Image.Image) -> Image.Image:
+    """The first images of a grid, those of the same latents whatever the step; all of it if it is no grid of ours."""
+    if (grid.width + 1) % COLUMNS or (grid.height + 1) % COLUMNS:
+        return grid
+    wide, tall = (grid.width + 1) // COLUMNS, (grid.height + 1) // COLUMNS
+    return grid.crop((0, 0, FEW * wide - 1, FEW * tall - 1))
+
+
+def _enlarged(image: Image.Image, least: int) -> Image.Image:
+    factor = -(-least // max(image.size))
+    size = (image.width * factor, image.height * factor)
+    return image if factor <= 1 else image.resize(size, Image.Resampling.NEAREST)
+
+
+def png(image: Image.Image) -> bytes:
+    """The picture as a file by which `is_ours` knows it."""
+    about = PngInfo()
+    about.add_text("Software", SOFTWARE)
+    file = io.BytesIO()
+    image.save(file, format="PNG", optimize=True, pnginfo=about)
+    return file.getvalue()
+
+
+def _evenly(items: Sequence[tuple[int, Path]], count: int) -> list[tuple[int, Path]]:
+    """At most `count` of them, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

@@ -1,0 +1,237 @@
+"""What a run folder holds, read so that a damaged or missing part is a line of the report and not its end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ipfm.engine.commands.report.pace import Pace, read_pace
+from ipfm.engine.evaluation.results import EvaluationRow, read_results
+from ipfm.engine.experiments.ablation_runs import FAILED_FILE
+from ipfm.engine.memory.profile import PhaseMemory
+from ipfm.engine.runtime.files import StepLog, read_json
+from ipfm.engine.training.environment import ENVIRONMENT_FILE, read_starts
+from ipfm.engine.training.run_folder import folder_user
+from ipfm.engine.training.run_state import EXPORTS, newest_checkpoint, number, step_of, total_steps
+from ipfm.models.atomic_files import why
+
+T = TypeVar("T")
+# A folder without a readable config.json is a run's if it has one of these.
+TRACES = ("metrics.jsonl", "evaluations.jsonl", "checkpoints")
+
+
+@dataclass(frozen=True)
+class EvaluationPoint:
+    """An evaluation: `frechet` after `step` steps, NaN where it was not finite; `images` drawn in `seconds`, which are
+    None where they are not recorded."""
+
+    step: int
+    frechet: float
+    images: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder's content, as far as it can be read. Nothing in it is resolved against this machine."""
+
+    path: Path
+    kind: str
+    """"distill" or "teacher"."""
+    config: Mapping[str, Any]
+    """The settings of config.json, those within another under their full name, such as noise.p_mean."""
+    identity: Mapping[str, Any]
+    """What else config.json says of the run: the teacher's checksum, or network and data."""
+    metrics: tuple[Mapping[str, Any], ...]
+    """The lines of metrics.jsonl by their step, which counts from 0."""
+    evaluations: tuple[EvaluationPoint, ...]
+    results: tuple[EvaluationRow, ...]
+    pictures: tuple[tuple[int, Path], ...]
+    """(steps done, samples/step-*.png), in order; whether they can be read is not yet known."""
+    starts: tuple[Mapping[str, Any], ...]
+    """The lines of environment.jsonl: versions, processes and device of each part of the run."""
+    memory: tuple[PhaseMemory, ...]
+    memory_picture: Path | None
+    export: Mapping[str, Any]
+    """config.json of the exported network; empty where there is none."""
+    teacher: Mapping[str, Any]
+    """config.json of the teacher's own run in teacher/; empty where the teacher was given."""
+    checkpoint: int | None
+    """Step of the newest checkpoint."""
+    pace: Pace
+    diverged: int | None
+    """In an ablation: the step at which the training failed."""
+    in_use: bool
+    """A process is working in the folder."""
+    problems: tuple[str, ...]
+    """A line for each part that cannot be read."""
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of which something is known."""
+        last = int(self.metrics[-1]["step"]) + 1 if self.metrics else 0
+        return max(last, self.evaluations[-1].step if self.evaluations else 0, self.checkpoint or 0)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps that the settings ask for; None where they are not known."""
+        return total_steps(self.config)
+
+    @property
+    def export_path(self) -> Path:
+        """Where the run leaves its network, whether it has or not."""
+        return self.path / EXPORTS[self.kind]
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of the losses in metrics.jsonl, as they first appear."""
+        return tuple(dict.fromkeys(name for line in self.metrics for name in line if name.endswith("_loss")))
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read the run folder `path`. Nothing is written.
+
+    Raises:
+        ValueError: it is no run folder; the message is one line and says what is possible.
+    """
+    problems: list[str] = []
+
+    def tolerant(name: str, read: Callable[[], T], otherwise: T) -> T:
+        """What `read` returns, or `otherwise` and a line about `name` where it cannot be read."""
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = read()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            reason = f": {why(error)}" if isinstance(error, OSError) else ""
+            problems.append(f"{name} cannot be read{reason}")
+            return otherwise
+        problems.extend(str(warning.message).replace(f"{path}/", "") for warning in caught)
+        return found
+
+    record = _config(path, problems)
+    no_lines: list[dict[str, Any]] = []
+    metrics = tolerant("metrics.jsonl", lambda: StepLog(path / "metrics.jsonl", None).read(), no_lines)
+    kind = record.get("kind")
+    if kind not in EXPORTS:
+        kind = "teacher" if any("teacher_loss" in line for line in metrics) else "distill"
+    config, export = record.get("config"), read_json(path / EXPORTS[kind] / "config.json")
+    results = read_results(path)
+    if not results and (path / "results.json").is_file():
+        problems.append("results.json cannot be read")
+    memory = path / "memory"
+    return RunRecord(
+        path=path,
+        kind=kind,
+        config=_flat(config) if isinstance(config, dict) else {},
+        identity={name: value for name, value in record.items() if name not in ("format", "kind", "config")},
+        # A step that is there twice counts once, with its last line.
+        metrics=tuple(sorted({line["step"]: line for line in metrics}.values(), key=lambda line: line["step"])),
+        evaluations=tolerant("evaluations.jsonl", lambda: _evaluations(path), ()),
+        results=tolerant("results.json", lambda: tuple(_checked(row) for row in results), ()),
+        pictures=tolerant("samples", lambda: _pictures(path / "samples"), ()),
+        starts=tolerant(ENVIRONMENT_FILE, lambda: read_starts(path), ()),
+        memory=tolerant("memory/memory.csv", lambda: _memory(memory / "memory.csv"), ()),
+        memory_picture=memory / "timeline.png" if (memory / "timeline.png").is_file() else None,
+        export=export or {},
+        teacher=read_json(path / "teacher" / "config.json") or {},
+        checkpoint=tolerant("checkpoints", lambda: _newest(path), None),
+        pace=tolerant("tensorboard", lambda: read_pace(path / "tensorboard"), Pace()),
+        diverged=tolerant(FAILED_FILE, lambda: _diverged(path / FAILED_FILE), None),
+        in_use=folder_user(path) is not None,
+        problems=tuple(problems),
+    )
+
+
+def _config(path: Path, problems: list[str]) -> dict[str, Any]:
+    """config.json; empty where it is damaged, but what lies beside it is a run's."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is {'a file' if path.exists() else 'not there'}: give the folder of a run")
+    if (path / "ablation.json").is_file():
+        raise ValueError(
+            f"{path} is the folder of an ablation, whose report is its ablation.md and ablation.png: "
+            "give the folder of one of its runs, VARIANT/seedN"
+        )
+    found = read_json(path / "config.json")
+    if found is not None and found.get("kind") in EXPORTS:
+        return found
+    if found is not None and str(found.get("format", "")).startswith("ipfm-network"):
+        raise ValueError(f"{path} is a model folder, not that of a run: `ipfm info` describes it")
+    if any((path / name).exists() for name in TRACES):
+        missing = "is missing" if not (path / "config.json").exists() else "cannot be read as a run's settings"
+        problems.append(f"config.json {missing}")
+        return {}
+    raise ValueError(f"{path} is no run folder (no config.json of a run): give the folder that a recipe's --out named")
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name, value in config.items():
+        settings |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return settings
+
+
+def _evaluations(path: Path) -> tuple[EvaluationPoint, ...]:
+    found = {}
+    for line in StepLog(path / "evaluations.jsonl", None).read():
+        images, seconds = number(line.get("images")), number(line.get("seconds"))
+        found[line["step"]] = EvaluationPoint(
+            line["step"],
+            number(line.get("frechet")),
+            int(images) if math.isfinite(images) else None,
+            seconds if math.isfinite(seconds) else None,
+        )
+    return tuple(found[step] for step in sorted(found))
+
+
+def _checked(row: EvaluationRow) -> EvaluationRow:
+    """The row with NaN where a number was not finite or is none. TypeError: it is no row."""
+    if not (isinstance(row.label, str) and isinstance(row.nfe, int) and isinstance(row.images, int)):
+        raise TypeError
+    return replace(row, frechet=number(row.frechet), images_per_second=number(row.images_per_second))
+
+
+def _pictures(folder: Path) -> tuple[tuple[int, Path], ...]:
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if named := re.fullmatch(r"step-(\d+)\.png", path.name):
+            found.append((int(named[1]), path))
+    return tuple(sorted(found))
+
+
+def _memory(path: Path) -> tuple[PhaseMemory, ...]:
+    if not path.is_file():
+        return ()
+
+    def whole(text: str) -> int | None:
+        return int(text) if text else None
+
+    with open(path, newline="", encoding="utf-8") as file:
+        return tuple(
+            PhaseMemory(
+                line["phase"],
+                int(line["measured_bytes"]),
+                whole(line["predicted_bytes"]),
+                float(line["difference_percent"]) if line["difference_percent"] else None,
+                int(line["rss_bytes"]),
+                whole(line["reserved_bytes"]),
+                whole(line["nvml_bytes"]),
+            )
+            for line in csv.DictReader(file)
+        )
+
+
+def _newest(path: Path) -> int | None:
+    checkpoint = newest_checkpoint(path)
+    return None if checkpoint is None else step_of(checkpoint)
+
+
+def _diverged(path: Path) -> int | None:
+    return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.exists() else None

@@ -1,0 +1,261 @@
+"""The command that makes a run again, found among this project's recipes, and those that use its network."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+from ipfm.engine.commands.describe import objective
+from ipfm.engine.commands.report.reading import RunRecord, read_run
+from ipfm.engine.config import TeacherConfig
+from ipfm.engine.experiments.distil import DistilRecipe
+from ipfm.engine.experiments.local import TrainAndDistil
+from ipfm.engine.experiments.teacher import TeacherRecipe
+from ipfm.engine.noise_levels import few_step_sigmas
+from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.objectives.pid import PidConfig
+from ipfm.engine.training.run import PLACE
+from ipfm.engine.training.run_state import number
+from ipfm.models import NetworkConfig, presets
+
+# Settings that a command need not repeat: those that change nothing of the result, but for the evaluations' steps.
+UNSAID = (PLACE | {"teacher", "lpips"}) - {"eval_every"}
+
+# What `objective` calls them.
+OBJECTIVES: Mapping[str | None, type[Distillation]] = {"ipfm": DistillConfig, "pid": PidConfig}
+
+
+@dataclass(frozen=True)
+class Command:
+    """`line`: what to type, None where no recipe is known to have made the run; `notes`: sentences on what it lacks."""
+
+    line: str | None
+    notes: tuple[str, ...] = ()
+
+
+def settings_class(record: RunRecord) -> type[Distillation] | type[TeacherConfig] | None:
+    """The class of the run's settings, None for an objective that is not this project's."""
+    if record.kind == "teacher":
+        return TeacherConfig
+    return OBJECTIVES.get(objective(record.config))
+
+
+def is_default(record: RunRecord, name: str, default: object) -> bool:
+    """Whether a setting is as it is when nothing is given: `default`, or what follows from other settings."""
+    value = record.config[name]
+    if name == "sigmas" and default == []:
+        steps, level = record.config.get("steps"), number(record.config.get("sigma_init"))
+        if isinstance(steps, int) and steps > 0 and level > 0 and math.isfinite(level):
+            return value in ([], list(few_step_sigmas(steps, level)))
+    return bool(value == default)
+
+
+def reproduce(record: RunRecord) -> Command:
+    """The command whose run has this run's settings; relative to the folder that holds recipes/."""
+    if not record.config:
+        return Command(None, ("The settings cannot be read.",))
+    if (record.path.resolve().parent.parent / "ablation.json").is_file():
+        return Command(None, ("This is one run of an ablation, whose ablation.md compares all of them.",))
+    if record.kind == "teacher":
+        return _training(record)
+    kind, D = settings_class(record), number(record.config.get("D"))
+    if kind is None or not D > 0:
+        return Command(None, ("None of this project's recipes has these settings.",))
+    found = []
+    for recipe in _recipes():
+        if isinstance(recipe, (DistilRecipe, TrainAndDistil)) and isinstance(recipe.base, kind):
+            likeness = _likeness(record, recipe)
+            if likeness is not None:
+                base = recipe.variant(recipe.base, D) if isinstance(recipe, DistilRecipe) else recipe.base
+                options = _options(record, base)
+                found.append((likeness, len(options), recipe.file, recipe, options))
+    if not found:
+        return Command(
+            None,
+            ("The folder does not say which recipe made it: `deepspeed recipes/RECIPE.py` with the settings below.",),
+        )
+    likeness, *_, recipe, options = min(found, key=lambda candidate: candidate[:3])
+    given, notes = _given(record, recipe)
+    if likeness > 1:
+        notes = ("The folder does not name its recipe: this is one whose images and settings fit.", *notes)
+    return Command(shlex.join(["deepspeed", f"recipes/{recipe.file}", *given, *options]), notes)
+
+
+def use(record: RunRecord, network: str) -> tuple[tuple[str, str], ...]:
+    """(what it does, command) for the network that the run left in the folder `network`."""
+    place = shlex.quote(network)
+    lines = [
+        ("Draw images", f"ipfm sample {place} --n 64 --out samples.png"),
+        ("What the network is", f"ipfm info {place}"),
+    ]
+    # Features that are not Inception's may be a recipe's own.
+    if all(row.metric == "FID" for row in record.results):
+        lines.append(("Measure it", f"ipfm evaluate {place} --reference REFERENCE --inception INCEPTION"))
+    if record.kind == "teacher":
+        lines.append(("Distil it", f"deepspeed recipes/RECIPE.py --teacher {place}"))
+    return tuple(lines)
+
+
+def portable(path: str) -> str:
+    """A path without the folders of the machine that it was given on: a relative one as it is, else its last parts."""
+    parts = Path(path).parts
+    if not Path(path).is_absolute() and ".." not in parts:
+        return path
+    # What every run calls its network says nothing without the run.
+    kept = 3 if parts[-2:] == ("teacher", "model") else 2 if parts[-1] in ("model", "generator", "teacher") else 1
+    return "/".join(part for part in parts[-kept:] if part not in ("/", ".."))
+
+
+def _recipes() -> Iterator[object]:
+    """Those of ipfm.recipes."""
+    package = import_module("ipfm.recipes")
+    for module in iter_modules(package.__path__, "ipfm.recipes."):
+        recipe = getattr(import_module(module.name), "RECIPE", None)
+        if recipe is not None:
+            yield recipe
+
+
+def _likeness(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> int | None:
+    """0 where the folder has the name that the recipe gives it, 1 where it says that it is of the recipe's data, 2
+    where its images have their shape and nothing speaks against it; None elsewhere."""
+    local = isinstance(recipe, TrainAndDistil)
+    stem = recipe.file.removesuffix(".py")
+    prefix = f"{stem.partition('_')[0]}-" if local else f"{stem.removesuffix('_ipfm')}-D"
+    named = record.path.resolve().name.startswith(prefix)
+    network = _network(record)
+    if network is not None:
+        shape = recipe.network(recipe.base, 128.0) if isinstance(recipe, TrainAndDistil) else presets.get(recipe.preset)
+        if (network.img_channels, network.img_resolution) != (shape.img_channels, shape.img_resolution):
+            return None
+    dataset = _extra(record).get("dataset")
+    if isinstance(recipe, TrainAndDistil):
+        trained = str(record.teacher.get("dataset", "")).partition(",")[0]
+        fits = trained == recipe.title
+        wrong = bool(dataset) or bool(trained and trained != recipe.title)
+    else:
+        fits = bool(dataset) and str(dataset).removesuffix("-cond") == recipe.dataset
+        wrong = bool(record.teacher) or (dataset is not None and not fits)
+    if wrong:
+        return None
+    possible = local and dataset == "" and network is not None
+    return 0 if named else 1 if fits else 2 if possible else None
+
+
+def _given(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> tuple[list[str], tuple[str, ...]]:
+    """The options that are no settings: teacher and reference; and what of them the folder does not record."""
+    options: list[str] = []
+    notes: list[str] = []
+    images = next((e.images for e in reversed(record.evaluations) if e.images is not None), None)
+    base = recipe.base
+    if record.teacher:
+        steps = _flat_number(record.teacher.get("config"), "max_steps")
+        if math.isfinite(steps) and steps != base.teacher_steps:
+            options += ["--teacher-steps", f"{steps:g}"]
+        notes.append("It trains the teacher first, as this run did.")
+        network = _network(record)
+        if isinstance(recipe, TrainAndDistil) and network != recipe.network(base, number(record.config.get("D"))):
+            notes.append("The teacher's network is not the recipe's default: give the options that name it too.")
+    else:
+        options += ["--teacher", portable(str(record.config.get("teacher") or "TEACHER"))]
+        notes.append("Give the teacher where it lies on your machine.")
+    if images is not None and isinstance(recipe, DistilRecipe):
+        fid = not record.results or record.results[0].metric == "FID"
+        options += ["--reference", "REFERENCE", *(["--inception", "INCEPTION"] if fid else ["--features", "pixels"])]
+        notes.append("The folder does not record what the samples were compared with: give --reference.")
+    if images is not None and images != base.eval_images:
+        options += ["--eval-images", str(images)]
+    return options, tuple(notes)
+
+
+def _training(record: RunRecord) -> Command:
+    """As `reproduce`, of a teacher's run."""
+    parent = record.path.resolve().parent
+    if record.path.resolve().name == "teacher" and (parent / "config.json").is_file():
+        try:
+            made = reproduce(read_run(parent))
+        except ValueError:
+            made = Command(None)
+        if made.line is not None:
+            return Command(made.line, ("This teacher is the first part of the distillation beside it.",))
+    network, D = _network(record), number(record.config.get("D"))
+    for recipe in _recipes():
+        if not isinstance(recipe, TeacherRecipe) or network is None or not D > 0:
+            continue
+        for arch, preset in recipe.presets.items():
+            plain = presets.get(preset, D=D)
+            if replace(
+                plain, model_channels=network.model_channels, num_blocks=network.num_blocks, dropout=network.dropout,
+                label_dim=network.label_dim, augment_dim=network.augment_dim,
+            ) != network:  # fmt: skip
+                continue
+            options = ["--data", "DATA", "--arch", arch]
+            for name in ("model_channels", "num_blocks"):
+                if getattr(network, name) != getattr(plain, name):
+                    options += [f"--{name.replace('_', '-')}", str(getattr(network, name))]
+            options += ["--conditional"] if network.label_dim else []
+            options += ["--xflip"] if record.identity.get("xflip") is True else []
+            notes = ["Give the data where they lie on your machine."]
+            if "continues" in record.identity:
+                options += ["--continue-from", "TRAINING_STATE"]
+                options = [o for o in options if o not in ("--conditional",)]
+                notes.append("It continued a training state, whose name is not recorded.")
+            if record.evaluations:
+                options += ["--reference", "REFERENCE", "--inception", "INCEPTION"]
+            line = ["deepspeed", f"recipes/{recipe.file}", *options, *_options(record, recipe.base)]
+            return Command(shlex.join(line), tuple(notes))
+    return Command(None, ("None of this project's recipes is known to have trained this network.",))
+
+
+def _options(record: RunRecord, base: Any) -> list[str]:
+    """The settings of the run that differ from those of a recipe, as they are typed."""
+    kind = settings_class(record)
+    assert kind is not None
+    defaults = base.to_json()
+    defaults = {name: value for name, value in defaults.items() if name in {f.name for f in dataclasses.fields(kind)}}
+    defaults |= {f"noise.{name}": value for name, value in defaults.pop("noise", {}).items()}
+    options: list[str] = []
+    for name in sorted(defaults, key=lambda name: name != "D"):
+        if name in UNSAID or name not in record.config or is_default(record, name, defaults[name]):
+            continue
+        if name in ("max_steps", "kimg") and record.config[name] is None:
+            continue  # the other one is given
+        options += _typed(name, record.config[name])
+    return options
+
+
+def _typed(name: str, value: object) -> list[str]:
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        prefix, dot, last = option.rpartition(".")
+        return [f"--{option}" if value else f"--{prefix}{dot}no-{last}"]
+    values = value if isinstance(value, list) else [value]
+    return [f"--{option}", *(f"{v:g}" if isinstance(v, float) and float(f"{v:g}") == v else str(v) for v in values)]
+
+
+def _network(record: RunRecord) -> NetworkConfig | None:
+    """The teacher's architecture, or that of the exported network; None where none can be read."""
+    own = record.identity if record.kind == "teacher" else record.teacher
+    for data in (own.get("network"), record.export.get("network")):
+        try:
+            if data is not None:
+                return NetworkConfig.from_json(data)
+        except (ValueError, TypeError):
+            continue
+    return None
+
+
+def _extra(record: RunRecord) -> Mapping[str, Any]:
+    extra = record.export.get("extra")
+    return extra if isinstance(extra, dict) else {}
+
+
+def _flat_number(config: object, name: str) -> float:
+    return number(config.get(name)) if isinstance(config, dict) else math.nan

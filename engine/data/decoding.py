@@ -1,0 +1,150 @@
+"""Images decoded with Pillow: 8-bit grey or RGB, one at a time or many on several threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ipfm.engine.data.image_files import ImageFiles, printable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+MAX_PIXELS = 80_000_000
+"""Largest image that is decoded."""
+
+# Formats that Pillow decodes itself: others are handed to programs on the machine.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
+_MODES = {1: "L", 3: "RGB"}
+
+
+class Header(NamedTuple):
+    """Size in pixels, and 1 channel for grey images or 3 for all others."""
+
+    width: int
+    height: int
+    channels: int
+
+
+def read_header(files: ImageFiles, name: str) -> Header:
+    """What the beginning of an image says. ValueError: no image, too large, or of more than 8 bits a value."""
+    with _opened(files, name) as image:
+        return _header(image, files.where(name))
+
+
+def read_picture(files: ImageFiles, name: str, channels: int) -> Image:
+    """An image in Pillow's mode "L" (1 channel) or "RGB" (3), decoded; of an animation the first picture.
+
+    Grey becomes RGB where 3 channels are asked for, palettes and other colour spaces are converted, an alpha channel
+    that is opaque throughout is dropped. ValueError, one line that names the file: it cannot be decoded, has more than
+    8 bits a value, is transparent, or in colour where 1 channel is asked for.
+    """
+    where = files.where(name)
+    with _opened(files, name) as image:
+        if _header(image, where).channels > channels:
+            raise ValueError(f"{where} is in colour, but the data set is grey")
+        try:
+            if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                if image.getchannel("A").getextrema() != (255, 255):
+                    raise _Refused("is transparent; flatten it to grey or RGB first")
+            return image.convert(_MODES[channels])
+        except _Refused as error:
+            raise ValueError(f"{where} {error}") from None
+        except Exception as error:  # Pillow's decoders raise whatever a damaged file makes of their arithmetic
+            raise ValueError(f"{where} cannot be decoded: {printable(str(error))}") from None
+
+
+def read_pixels(files: ImageFiles, name: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """An image as (C, H, W) uint8; ValueError where its size is another, and as of `read_picture`."""
+    channels, height, width = shape
+    image = read_picture(files, name, channels)
+    if image.size != (width, height):
+        raise ValueError(
+            f"{files.where(name)} is {image.width}x{image.height}, but the data set's first image is {width}x{height}"
+        )
+    return to_array(image)
+
+
+def to_array(image: Image) -> np.ndarray:
+    """(C, H, W) uint8 of an image in mode "L" or "RGB"."""
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedImages:
+    """An `ipfm.engine.data.dataset.ImageSource` of files, decoded when they are asked for, several at a time.
+
+    `chosen`: names of the images, in their order. `size`: (C, H, W) that all of them must have; an image that has not
+    is found when it is read.
+    """
+
+    files: ImageFiles
+    chosen: Sequence[str]
+    size: tuple[int, int, int]
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W)."""
+        return (len(self.chosen), *self.size)
+
+    def to(self, device: torch.device | str) -> DecodedImages:
+        """The same images, read to `device`."""
+        return replace(self, device=torch.device(device))
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Images `indices` (B,) int64 on the CPU: (B, C, H, W) uint8. ValueError: as of `read_pixels`."""
+        out = np.empty((len(indices), *self.size), dtype=np.uint8)
+
+        def decode(row: int, index: int) -> None:
+            out[row] = read_pixels(self.files, self.chosen[index], self.size)
+
+        for _ in threads().map(decode, range(len(indices)), indices.tolist()):
+            pass
+        return torch.from_numpy(out).to(self.device)
+
+
+@cache
+def threads() -> ThreadPoolExecutor:
+    """The threads that decode images; Pillow and zlib let them run side by side."""
+    return ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0))), thread_name_prefix="decode")
+
+
+class _Refused(Exception):
+    pass
+
+
+@contextmanager
+def _opened(files: ImageFiles, name: str) -> Iterator[Image]:
+    from PIL import Image
+
+    with files.open(name) as file:
+        try:
+            image = Image.open(file, formats=_FORMATS)
+        except Image.UnidentifiedImageError:
+            raise ValueError(f"{files.where(name)} is no image; what can be read: {', '.join(_FORMATS)}") from None
+        except Exception as error:
+            raise ValueError(f"{files.where(name)} cannot be read: {printable(str(error))}") from None
+        yield image
+
+
+def _header(image: Image, where: str) -> Header:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{where} is {image.width}x{image.height}, more than {MAX_PIXELS // 10**6} million pixels")
+    channels = _CHANNELS.get(image.mode)
+    if channels is None:
+        raise ValueError(f"{where} has pixels of the kind {image.mode}; possible: 8-bit grey or RGB")
+    return Header(image.width, image.height, channels)

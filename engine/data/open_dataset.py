@@ -1,0 +1,138 @@
+"""Data sets on disk, recognised by what they hold.
+
+    a folder with images           in any sub-folders; labels from its dataset.json
+    a zip with images              EDM's format, see `ipfm.engine.data.zip_writer`
+    CIFAR-10's archives            Python or binary, .tar.gz or unpacked; the training set
+
+Nothing is unpacked to disk and no code from a file is run.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ipfm.engine.data.cifar import CLASSES, is_cifar_folder, read_cifar
+from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.data.decoding import DecodedImages, read_header
+from ipfm.engine.data.image_files import EXTENSIONS, FolderFiles, ImageFiles, ZipFiles
+from ipfm.engine.data.labels import read_labels
+
+IN_MEMORY_LIMIT = 4 * 10**9
+"""Bytes of pixels up to which a data set is decoded once and held in memory; a larger one is decoded batch by batch."""
+
+KINDS = "a folder or zip of images, or CIFAR-10's python or binary archive (.tar.gz or unpacked)"
+"""What can be opened, for messages."""
+
+
+def open_dataset(
+    path: Path,
+    *,
+    labels: bool = True,
+    xflip: bool = False,
+    max_images: int | None = None,
+    seed: int = 0,
+    memory_limit: int = IN_MEMORY_LIMIT,
+) -> ImageDataset:
+    """The images at `path`, named by it, on the CPU: uint8, square, in the order of their names or of their archive.
+
+    Args:
+        path: one of the kinds above. All images have the size of the first one; they are grey where the first is grey,
+            else RGB. Large sets are decoded when they are used, and a bad image is then found when it is read.
+        labels: take the labels, where there are any. Classes are as many as the largest label of the whole set says.
+        xflip: mirror images at random, see `ImageDataset`.
+        max_images: keep a random subset of this many (EDM's: NumPy's RandomState(seed) shuffles
+            the indices; the first max_images of them, sorted); None, or more than there are, keeps all.
+        seed: of the subset, in [0, 2³²).
+        memory_limit: see IN_MEMORY_LIMIT; the images are the same either way.
+
+    Raises:
+        ValueError: one line that names the file: nothing there, not one of the kinds, damaged, images that are not
+            square or not alike, labels that do not fit the images; max_images < 1.
+    """
+    kept = Subset(max_images, seed)
+    if is_cifar(path):
+        images, classes = read_cifar(path)
+        chosen = kept.of(len(images))
+        return ImageDataset(
+            images if len(chosen) == len(images) else images[chosen],
+            classes[chosen] if labels else None,
+            name=str(path),
+            classes=CLASSES if labels else None,
+            xflip=xflip,
+        )
+    files = open_image_files(path)
+    found = read_labels(files) if labels else None
+    header = read_header(files, files.names[0])
+    if header.width != header.height:
+        raise ValueError(
+            f"{files.where(files.names[0])} is {header.width}x{header.height}, but images must be square: "
+            "`ipfm dataset --crop center` makes squares"
+        )
+    chosen = kept.of(len(files.names))
+    source = DecodedImages(
+        files, [files.names[i] for i in chosen.tolist()], (header.channels, header.height, header.width)
+    )
+    return ImageDataset(
+        source.read(torch.arange(len(chosen))) if prod(source.shape) <= memory_limit else source,
+        None if found is None else found[chosen],
+        name=str(path),
+        classes=None if found is None else label_width(found),
+        xflip=xflip,
+    )
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Which images of a data set to keep, see `open_dataset`; ValueError as there."""
+
+    max_images: int | None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_images is not None and self.max_images < 1:
+            raise ValueError(f"max_images must be at least 1, got {self.max_images}")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed must lie in 0…{(1 << 32) - 1}, got {self.seed}")
+
+    def of(self, n: int) -> Tensor:
+        """The numbers of the images kept out of `n`, increasing, int64."""
+        order = np.arange(n)
+        if self.max_images is not None and self.max_images < n:
+            np.random.RandomState(self.seed).shuffle(order)
+            order = np.sort(order[: self.max_images])
+        return torch.from_numpy(order)
+
+
+def is_cifar(path: Path) -> bool:
+    """Whether `path` is to be read as CIFAR-10: a folder with its batches, or any (packed) tar archive."""
+    if path.is_dir():
+        return is_cifar_folder(path)
+    if not path.is_file() or zipfile.is_zipfile(path):
+        return False
+    with open(path, "rb") as file:
+        start = file.read(262)
+    return start.startswith(b"\x1f\x8b") or start.endswith(b"ustar")
+
+
+def open_image_files(path: Path) -> ImageFiles:
+    """The images of a folder or zip. ValueError: `path` is neither, is damaged, or holds no images."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; a data set is {KINDS}")
+    if not path.is_dir() and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no data set that can be read: it must be {KINDS}")
+    files: ImageFiles = FolderFiles(path) if path.is_dir() else ZipFiles(path)
+    if not files.names:
+        raise ValueError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}); a data set is {KINDS}")
+    return files
+
+
+def label_width(labels: Tensor) -> int:
+    """How wide the labels are that a network gets: the largest class + 1, or the vectors' length."""
+    return int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]

@@ -1,0 +1,62 @@
+"""The averaged network of a training: it exists while somebody looks at it, and takes no memory in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.distributed.precision import Precision, apply_precision
+from ipfm.engine.distributed.zero import TrainedNetwork
+from ipfm.models import NetworkConfig, Precond, build_network
+
+
+class EmaNetwork:
+    """Makes a network of the average (EMA) that `trained` keeps among its sharded optimiser state.
+
+    Args:
+        trained: the network in training, with an EMA.
+        network: its architecture.
+        buffers: by name, as they were before the training: its engine may have rounded them.
+        precision: arithmetic of the averaged network; its weights are float32.
+        device: where it lives.
+    """
+
+    def __init__(
+        self,
+        trained: TrainedNetwork,
+        network: NetworkConfig,
+        buffers: Mapping[str, Tensor],
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
+        self._trained, self._network, self._buffers = trained, network, buffers
+        self._precision, self._device = precision, device
+        self._net: Precond | None = None
+
+    @property
+    def net(self) -> Precond:
+        """The network of the last `refresh`: frozen, in eval mode.
+
+        Raises:
+            RuntimeError: there is none, or it was released since.
+        """
+        if self._net is None:
+            raise RuntimeError("the averaged network does not exist yet: call refresh() on every process first")
+        return self._net
+
+    def refresh(self) -> None:
+        """Gather the average as it is now. Every process must call it."""
+        if self._net is None:
+            with torch.device("meta"):
+                net = build_network(self._network)
+            net = apply_precision(net.to_empty(device=self._device), self._precision)
+            for name, buffer in net.named_buffers():
+                buffer.copy_(self._buffers[name])
+            self._net = net.eval().requires_grad_(False)
+        self._trained.copy_ema_to(self._net)
+
+    def release(self) -> None:
+        """Free it; whoever holds `net` keeps it."""
+        self._net = None

@@ -1,0 +1,136 @@
+"""The processes of a run: joining them, and what they say to each other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+# Seconds after which a process gives up on one that does not answer; IPFM_TIMEOUT changes it.
+TIMEOUT = 600.0
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: this one's rank, their number, and this one's device."""
+
+    rank: int
+    size: int
+    device: torch.device
+    launched: bool = False
+    """A launcher started this process."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes."""
+        return self.rank == 0
+
+    def micro_batches(self, batch: int, micro_batch: int) -> range:
+        """First index, within the global batch, of each of this process's micro-batches."""
+        share = batch // self.size
+        return range(self.rank * share, (self.rank + 1) * share, micro_batch)
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.size > 1:
+            dist.barrier()
+
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_reduce_max_(self, tensor: Tensor) -> Tensor:
+        """Largest value of `tensor` over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def broadcast_text(self, text: str) -> str:
+        """`text` of the first process, on every process."""
+        said = [text]
+        if self.size > 1:
+            dist.broadcast_object_list(said, src=0, device=self.device)
+        return said[0]
+
+
+def start_world() -> World:
+    """Join the caller's process group or the processes that a launcher (`deepspeed`, torchrun) started; or be alone.
+
+    Nothing is compiled: DeepSpeed's CPU communication extension serves inference only and is switched off. DeepSpeed
+    reads LOCAL_RANK, and DS_ACCELERATOR without a GPU: they are set in the environment where they are missing.
+
+    Raises:
+        ValueError: the environment's IPFM_TIMEOUT is no number of seconds.
+    """
+    launched = "RANK" in os.environ
+    rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", str(rank % torch.cuda.device_count() if cuda else rank)))
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        _share_cores(int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", size))))
+    deepspeed = import_deepspeed()
+    if not dist.is_initialized():
+        # DeepSpeed makes further groups, of which it gives none a time of its own: they take torch's default.
+        timeout = distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = _timeout()
+        backend = "nccl" if cuda else "gloo"
+        if launched:
+            deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
+        else:
+            # Without a port, and without variables that programs started from here would take for a launcher's.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return World(rank=rank, size=size, device=device, launched=launched)
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed quietly, with its CPU communication extension (a 50 s compilation) switched off."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops as ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It warns of every optimiser that is not its own, and torch of the names that it calls.
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
+    return deepspeed
+
+
+def _timeout() -> timedelta:
+    given = os.environ.get("IPFM_TIMEOUT", str(TIMEOUT))
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"IPFM_TIMEOUT must be a number of seconds > 0, got {given!r}")
+    return timedelta(seconds=seconds)
+
+
+def _share_cores(local_size: int) -> None:
+    """Divide this machine's cores among its processes, unless the user has set a number."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, local_size)))
+
+
+def run_device() -> torch.device:
+    """The device of this process: its own GPU where there are any, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")

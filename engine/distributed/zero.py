@@ -1,0 +1,352 @@
+"""Networks under DeepSpeed ZeRO: trained ones with their optimiser, and a frozen one that is sharded.
+
+Two rules keep several engines right (wrong ones fail silently at some stages): an engine is called only for the network
+that is trained at that moment, and every other use of a network goes through its plain module.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ipfm.engine.config import Offload, check_sharding
+from ipfm.engine.distributed.precision import Precision
+from ipfm.engine.distributed.single_process import UnshardedEngine
+from ipfm.engine.distributed.world import World, import_deepspeed
+from ipfm.kernels import AdamEMA
+
+# Elements a reduction bucket holds: DeepSpeed's own default reserves 2 GB an engine.
+BUCKET_ELEMENTS = 10_000_000
+# Smaller parameters are not sharded at stage 3: gathering them would cost more time than they cost memory.
+PERSISTENT_ELEMENTS = 10_000
+
+
+class TrainedNetwork:
+    """A network with its optimiser under one DeepSpeed engine, or by itself: one process at stage 0 shares nothing.
+
+    Call the object for the forward pass of the network being trained; use `.module` for everything else.
+
+    Args:
+        module: the network; float32 parameters on the run's device.
+        world: the run's processes.
+        lr, betas, eps: Adam's settings.
+        ema: keep an average of the weights, sharded like the rest of the optimiser's state.
+        stage: ZeRO stage: 0 replicates, 1 shards the optimiser's state, 2 gradients too, 3 weights too.
+        precision: "fp32"; "bf16" or "fp16": parameters and gradients in 16 bits, masters, EMA and state in fp32
+            (stage >= 1), fp16 with a loss scale that adapts itself.
+        offload: "optimizer" keeps the optimiser's state in the host's memory (stage >= 1), "all" the weights too
+            (stage 3).
+        clip_norm: largest norm of the gradient; None sets no limit.
+        rectified: Rectified Adam in place of Adam.
+
+    Raises:
+        ValueError: stage, precision and offload do not go together.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        world: World,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        ema: bool,
+        stage: int = 0,
+        precision: Precision = "fp32",
+        offload: Offload = "none",
+        clip_norm: float | None = None,
+        rectified: bool = False,
+    ) -> None:
+        check_sharding(stage, precision, offload)
+        self.world = world
+        self.stage = stage
+        self.precision = precision
+        parameters = self._parameters = [p for p in module.parameters() if p.requires_grad]
+        exact = {n: p.detach().cpu().clone() for n, p in module.named_parameters()} if precision != "fp32" else {}
+        self.optimizer = AdamEMA(
+            parameters, lr=lr, betas=betas, eps=eps, rectified=rectified, ema=ema, clip_norm=clip_norm
+        )
+        if stage > 0 and world.size > 1:
+            self.optimizer.sum_over_shards = self._sum_over_shards
+        self.engine: Any
+        if stage == 0 and world.size == 1:
+            self.engine = UnshardedEngine(module, self.optimizer)
+        else:
+            self.engine = _initialize(stage, precision, offload, module, self.optimizer)
+        self.module: nn.Module = self.engine.module
+        self._create_state()
+        if precision == "fp16":
+            # NaN that no scale explains is counted and reported like any other, not raised in the middle of a step.
+            self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+        if exact:
+            # Masters are made from the rounded weights: put the exact ones in their place.
+            self.load("weight", exact)
+            self.optimizer.restart_ema()
+
+    def __call__(self, *args: Any, **keywords: Any) -> Tensor:
+        """Forward pass whose gradient this network's next `backward` takes."""
+        return self.engine(*args, **keywords)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a scalar; averaged over the processes at the next `step`.
+
+        Gradients of other tensors than the weights arrive multiplied by `loss_scale`.
+        """
+        self.engine.backward(loss)
+
+    @property
+    def loss_scale(self) -> float:
+        """What `backward` multiplies its loss by: 1 but in fp16. Known on the host."""
+        return float(self.engine.optimizer.loss_scale) if self.precision == "fp16" else 1.0
+
+    def step(self, *, lr: float, ema_decay: float = 0.0, grad_scale: Tensor | None = None) -> Tensor:
+        """Update the weights from the gradients since the last step.
+
+        Args:
+            lr: learning rate of this step.
+            ema_decay: decay of the EMA in this step.
+            grad_scale: 0-d tensor that multiplies the averaged gradient.
+
+        Returns:
+            0-d bool tensor on the device: False when a non-finite gradient made the step void. In fp16 a loss scale
+            that was too large, and is smaller now, is no such reason.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.ema_decay = ema_decay
+        self.optimizer.grad_scale = grad_scale
+        scale = self.loss_scale
+        self.engine.step()
+        if not self.engine.was_step_applied() or self.optimizer.applied is None:
+            expected = self.precision == "fp16" and scale > 1.0
+            return torch.full((), expected, dtype=torch.bool, device=self.world.device)
+        return self.optimizer.applied.to(self.world.device)
+
+    @contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        """The plain module with its parameters frozen: no weight gradient is computed or stored meanwhile."""
+        for p in self._parameters:
+            p.requires_grad_(False)
+        try:
+            yield self.module
+        finally:
+            for p in self._parameters:
+                p.requires_grad_(True)
+
+    # -- state, a parameter at a time, independent of stage and number of processes ---------------------------------
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]:
+        """What is kept for each parameter: "weight" and the optimiser's entries."""
+        entries = next(iter(self.optimizer.state.values()))
+        return ("weight", *(kind for kind in ("exp_avg", "exp_avg_sq", "ema") if kind in entries))
+
+    def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's fp32 weight ("weight"), "exp_avg", "exp_avg_sq" or "ema", whole and by name.
+
+        Every process must run through it: the shards are gathered on the way.
+        """
+        for name, p in self.module.named_parameters():
+            yield name, self._get(p, kind)
+
+    def load(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
+        """Set what `full` gives. Every process passes the same tensors.
+
+        Raises:
+            ValueError: a parameter is missing or has another shape.
+        """
+        for name, p in self.module.named_parameters():
+            if name not in tensors:
+                raise ValueError(f"{kind} of parameter {name} is missing")
+            shape = self._shape(p)
+            if tensors[name].shape != shape:
+                raise ValueError(
+                    f"{kind} of parameter {name} has shape {tuple(tensors[name].shape)}, expected {tuple(shape)}"
+                )
+            self._set(p, kind, tensors[name].to(self.world.device))
+
+    @property
+    def steps_applied(self) -> int:
+        """Number of optimiser steps that changed the weights. Waits for the device."""
+        assert self.optimizer.steps_applied is not None
+        return int(self.optimizer.steps_applied)
+
+    @steps_applied.setter
+    def steps_applied(self, count: int) -> None:
+        assert self.optimizer.steps_applied is not None
+        self.optimizer.steps_applied.fill_(count)
+
+    @property
+    def loss_scale_state(self) -> dict[str, float]:
+        """What the loss scale of fp16 remembers; empty otherwise."""
+        if self.precision != "fp16":
+            return {}
+        scaler = self.engine.optimizer.loss_scaler
+        return {"scale": scaler.cur_scale, "steps": scaler.cur_iter, "last_overflow": scaler.last_overflow_iter}
+
+    @loss_scale_state.setter
+    def loss_scale_state(self, state: Mapping[str, float]) -> None:
+        if self.precision == "fp16" and state:
+            scaler = self.engine.optimizer.loss_scaler
+            scaler.cur_scale = state["scale"]
+            scaler.cur_iter, scaler.last_overflow_iter = int(state["steps"]), int(state["last_overflow"])
+
+    @torch.no_grad()
+    def copy_ema_to(self, net: nn.Module) -> None:
+        """Write the averaged weights into `net`, a network of the same architecture."""
+        targets = dict(net.named_parameters())
+        for name, tensor in self.full("ema"):
+            targets[name].copy_(tensor)
+
+    # -- what differs between the stages ----------------------------------------------------------------------------
+
+    def _create_state(self) -> None:
+        """All state exists from the start, so that it can be saved, loaded and averaged before the first step."""
+        if self.stage == 3:
+            # The optimiser's groups are filled during its step alone; there is one flat partition a group.
+            groups, flat = self.optimizer.param_groups, self.engine.optimizer.fp32_partitioned_groups_flat
+            assert len(groups) == len(flat)
+            for group, partition in zip(groups, flat, strict=True):
+                group["params"] = [partition]
+            self.optimizer.create_state()
+            for group in groups:
+                group["params"] = []
+            return
+        self.optimizer.create_state()
+        if self.stage > 0:
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _sum_over_shards(self, tensor: Tensor) -> None:
+        # A shard in the host's memory is summed on the device, where the processes can talk.
+        tensor.copy_(self.world.all_reduce_sum_(tensor.to(self.world.device)))
+
+    def _shape(self, p: Tensor) -> torch.Size:
+        return p.ds_shape if self.stage == 3 else p.shape  # type: ignore[attr-defined]
+
+    def _get(self, p: Tensor, kind: str) -> Tensor:
+        if self.stage == 0:
+            return p.detach() if kind == "weight" else self.optimizer.state[p][kind]
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        return safe_get_full_fp32_param(p) if kind == "weight" else safe_get_full_optimizer_state(p, kind)
+
+    @torch.no_grad()
+    def _set(self, p: Tensor, kind: str, value: Tensor) -> None:
+        if self.stage == 3:
+            self._set_shard(p, kind, value.float())
+            return
+        if kind == "weight":
+            p.data.copy_(value)
+        if self.stage == 0:
+            if kind != "weight":
+                self.optimizer.state[p][kind].copy_(value)
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if kind == "weight":
+            safe_set_full_fp32_param(p, value.float())
+        else:
+            safe_set_full_optimizer_state(p, value.float(), kind)
+
+    def _set_shard(self, p: Any, kind: str, value: Tensor) -> None:
+        """Stage 3: this process's part of `value`. DeepSpeed's own setters want it whole and without padding."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = p.ds_tensor.numel()
+        padded = value.new_zeros(size * self.world.size)
+        padded[: value.numel()] = value.flatten()
+        shard = padded.narrow(0, size * self.world.rank, size)
+        if kind != "weight":
+            safe_set_local_optimizer_state(p, shard, kind)
+            return
+        safe_set_local_fp32_param(p, shard)
+        p.ds_tensor.data.copy_(shard)
+        if p.numel() == value.numel():
+            # A small parameter that every process keeps whole.
+            p.data.copy_(value)
+
+
+def shard_frozen(module: nn.Module, *, offload: Offload = "none") -> nn.Module:
+    """Distribute a frozen network's fp32 weights over the processes (ZeRO 3); its modules gather theirs at each use.
+
+    Args:
+        module: the network, on the run's device; its parameters are replaced.
+        offload: "all" keeps the shards in the host's memory.
+
+    Returns:
+        The same module.
+    """
+    sharded: nn.Module = _initialize(3, "fp32", offload, module).module
+    return sharded
+
+
+def _initialize(
+    stage: int, precision: Precision, offload: Offload, module: nn.Module, optimizer: AdamEMA | None = None
+) -> Any:
+    """DeepSpeed's engine for the network, with its optimiser where it is trained."""
+    deepspeed = import_deepspeed()
+    trained: dict[str, Any] = {}
+    if optimizer is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        trained = {"optimizer": optimizer, "model_parameters": parameters}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine, *_ = deepspeed.initialize(model=module, config=_engine_config(stage, precision, offload), **trained)
+    return engine
+
+
+def _engine_config(stage: int, precision: Precision, offload: Offload) -> dict[str, Any]:
+    """DeepSpeed's settings; batch sizes only have to be present, since the trainer scales its losses itself."""
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "overlap_comm": False,
+    }
+    if stage == 3:
+        # Weights are released as soon as they were used: by default DeepSpeed keeps up to 1e9 of them gathered.
+        zero |= {
+            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+        }
+    elif stage > 0 and precision != "fp16" and offload == "none":
+        # AdamEMA judges the gradients on the device; DeepSpeed's own look at their norm would have the host wait.
+        zero["compute_grad_norm"] = False
+    pinned = torch.cuda.is_available()
+    if offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    if offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Every step() ends the accumulation: the trainer counts its micro-batches itself.
+        "managed_gradient_accumulation": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # DeepSpeed's default clips to norm 1; AdamEMA clips, the same way at every stage.
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**31,
+        "zero_optimization": zero,
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}
+    if precision == "fp16":
+        # The losses are sums over an image's elements: DeepSpeed's first scale, 2^16, would waste steps on overflows.
+        config["fp16"] = {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": 8,
+            "loss_scale_window": 500,
+            "hysteresis": 1,
+            "min_loss_scale": 1,
+        }
+    return config

@@ -1,0 +1,1 @@
+"""How far samples are from real images: what is measured, against what, and the table that is made of it."""

@@ -1,0 +1,191 @@
+"""What samples are measured against: by a run while it trains, and by `ipfm evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.distributed.signals import check_stop
+from ipfm.engine.distributed.world import World
+from ipfm.engine.evaluation.metrics import (
+    Features,
+    FrechetResult,
+    InceptionFeatures,
+    Metric,
+    PixelFeatures,
+    Reference,
+    Statistics,
+    evaluate_images,
+)
+from ipfm.engine.evaluation.metrics.evaluate import PR_IMAGES, check_metrics
+from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION
+from ipfm.engine.evaluation.reference_data import ReferenceFile, make_reference, open_reference
+from ipfm.engine.sampling.batches import sample_teacher
+from ipfm.models import Precond
+
+FeatureName = Literal["inception", "pixels"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The `metrics` of `images` samples against `reference`, on `features`; the Fréchet distance alone by default.
+
+    `batch`: images one process draws at a time. `seed`: of the samples; fixed, so that evaluations compare.
+    `pr_images`: images of each set that precision and recall are measured on. `reference` is None for the Inception
+    score alone.
+
+    Samples come from a function of the caller, which draws them at the model's own D: a generator of finite D that is
+    given Gaussian latents sees radii that spread by 1.3 % instead of the 6.4 % of D = 128 at 3×32×32.
+
+    ValueError: numbers out of range, or a metric that the features or the reference do not allow.
+    """
+
+    features: Features
+    reference: Reference | Statistics | None
+    images: int
+    batch: int = 512
+    seed: int = 10_000
+    metrics: tuple[Metric, ...] = ("fid",)
+    pr_images: int = PR_IMAGES
+
+    def __post_init__(self) -> None:
+        real = None if self._reference is None or self._reference.features is None else len(self._reference.features)
+        _check_sizes(self.metrics, self.images, self.batch, self.pr_images, real)
+        check_metrics(self.metrics, self.features, self._reference)
+
+    def measure(self, sample: Callable[[int, int], Tensor], world: World, *, first_index: int = 0) -> FrechetResult:
+        """The metrics of the images that `sample(first index, count)` draws, shared out over the processes.
+
+        `first_index`: index of the first image; another one measures other images of the same seed.
+        """
+
+        def drawn(first: int, count: int) -> Tensor:
+            check_stop(world)
+            return sample(first_index + first, count)
+
+        return evaluate_images(
+            drawn,
+            self.images,
+            self.features,
+            self._reference,
+            batch=self.batch,
+            rank=world.rank,
+            world_size=world.size,
+            metrics=self.metrics,
+            pr_images=self.pr_images,
+        )
+
+    @property
+    def statistics(self) -> Statistics:
+        """Those of the reference. ValueError: there is none."""
+        if self._reference is None:
+            raise ValueError("this evaluation has no reference")
+        return self._reference.statistics
+
+    @property
+    def _reference(self) -> Reference | None:
+        return Reference(self.reference) if isinstance(self.reference, Statistics) else self.reference
+
+
+def open_features(
+    name: FeatureName, inception: Path | None, shape: tuple[int, int, int], device: torch.device
+) -> Features:
+    """The extractor: the Inception network in the file `inception`, or the pixels of images (C, H, W) = `shape`.
+
+    Raises:
+        ValueError: Inception features without a file, pixels with one, or a file that is none; one line, which says
+            where the file is found.
+    """
+    if name == "pixels":
+        if inception is not None:
+            raise ValueError("inception was given, but features is pixels: leave one of them out")
+        return PixelFeatures(shape)
+    if inception is None:
+        raise ValueError(
+            f"inception must be given for Inception features ({WHERE_TO_GET_INCEPTION}); or take features pixels"
+        )
+    return InceptionFeatures(inception, device)
+
+
+def _check_sizes(metrics: tuple[Metric, ...], images: int, batch: int, pr_images: int, real: int | None = None) -> None:
+    """ValueError where there are too few images, of `real` ones too where their number is known."""
+    if images < 2 or batch < 1:
+        raise ValueError(f"an evaluation needs at least 2 images and a positive batch, got {images} and {batch}")
+    fewest = min(pr_images, images, images if real is None else real)
+    if "pr" in metrics and fewest < 4:
+        raise ValueError(f"precision and recall need at least 4 images, real ones too, got {fewest}")
+    if "is" in metrics and images < 10:
+        raise ValueError(f"the Inception score needs at least 10 images, got {images}")
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """An evaluation whose files are open and checked, but whose reference may still have to be computed."""
+
+    features: Features
+    file: ReferenceFile | None
+    metrics: tuple[Metric, ...]
+
+    def evaluation(
+        self, world: World, *, images: int, batch: int = 256, seed: int = 10_000, pr_images: int = PR_IMAGES
+    ) -> Evaluation:
+        """The evaluation with `images` samples; where the reference is images, their features are computed here.
+
+        Every process calls it. Arguments as in `Evaluation`. ValueError: too few images, or reference images that do
+        not fit the features.
+        """
+        _check_sizes(self.metrics, images, batch, pr_images)
+        reference = None
+        if self.file is not None:
+            keep = bool({"kid", "pr"} & set(self.metrics))
+            reference = make_reference(self.file, self.features, world, keep_features=keep, batch=batch)
+        return Evaluation(self.features, reference, images, batch, seed, self.metrics, pr_images)
+
+
+def open_comparison(
+    reference: Path | None,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    *,
+    features: FeatureName = "inception",
+    inception: Path | None = None,
+    metrics: tuple[Metric, ...] = ("fid",),
+) -> Comparison:
+    """Opens and checks what samples (C, H, W) = `shape` are to be compared with.
+
+    Args:
+        reference: statistics or images, see `open_reference`; None for the Inception score alone.
+        shape: of the samples.
+        device: where features are computed.
+        features, inception: the extractor, see `open_features`.
+        metrics: what is measured.
+
+    Raises:
+        ValueError: a file that cannot be used, or a metric that features or reference do not allow.
+    """
+    if reference is not None and not reference.exists():
+        raise ValueError(f"{reference} does not exist: a reference is an .npz with mu and sigma, or a data set")
+    extractor = open_features(features, inception, shape, device)
+    if reference is None:
+        check_metrics(metrics, extractor, None)
+        return Comparison(extractor, None, metrics)
+    if "is" in metrics:
+        check_metrics(("is",), extractor, None)
+    file = open_reference(reference)
+    if file.images is None and file.statistics is not None:
+        check_metrics(metrics, extractor, Reference(file.statistics))
+    return Comparison(extractor, file, metrics)
+
+
+def evaluate_teacher(net: Precond, evaluation: Evaluation, world: World, *, D: float, steps: int) -> FrechetResult:
+    """Fréchet distance of a teacher's samples."""
+
+    def sample(first: int, count: int) -> Tensor:
+        return sample_teacher(net, first, count, D=D, steps=steps, seed=evaluation.seed)
+
+    return evaluation.measure(sample, world)

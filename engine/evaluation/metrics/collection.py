@@ -1,0 +1,168 @@
+"""One pass over images that are shared out over the ranks: moments of their features, and the features themselves."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ipfm.engine.evaluation.metrics.features import Classifier, Features
+from ipfm.engine.evaluation.metrics.moments import FeatureMoments
+
+
+@dataclass(frozen=True, eq=False)
+class Collected:
+    """What one pass found, the same on every rank.
+
+    `moments` of the features of all images; `features` (n, dim) and `probabilities` (n, classes), float32 in the
+    order of the images, None where they were not asked for; `seconds` that the slowest rank spent drawing images.
+    """
+
+    moments: FeatureMoments
+    features: Tensor | None
+    probabilities: Tensor | None
+    seconds: float
+
+
+def index_ranges(n: int, batch: int, rank: int, world_size: int) -> list[tuple[int, int]]:
+    """The (first index, count) that `rank` draws of the images 0…n-1: disjoint over ranks, complete, count ≤ batch.
+
+    Every rank gets the same number of ranges, for a sharded network stops all ranks when one of them makes a call
+    fewer. Ranges may be empty where there are more of them than images (as 3 images, batch 1, 2 ranks).
+    """
+    rounds = -(-n // (batch * world_size))
+    pieces = rounds * world_size
+    edges = [piece * n // pieces for piece in range(pieces + 1)]
+    return [(edges[i], edges[i + 1] - edges[i]) for i in range(rank, pieces, world_size)]
+
+
+@torch.no_grad()
+def collect(
+    sample: Callable[[int, int], Tensor],
+    n: int,
+    features: Features,
+    *,
+    batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    keep_features: bool = False,
+    keep_probabilities: bool = False,
+) -> Collected:
+    """Draws `n` images and takes in their features.
+
+    `sample(first, count)` returns the images with the indices first … first+count-1, (count, C, H, W) in [-1, 1];
+    count is at most `batch`. Every rank calls it equally often (see `index_ranges`); a rank without images draws image
+    0 and throws it away. With `world_size` 1 this process works alone, whatever process group exists. What is kept
+    takes 4·n·dim bytes of each rank, on the device of the images.
+
+    ValueError, on every rank when it happens on one: n < 2, images or features of the wrong shape, an image that
+    cannot be read, probabilities asked of features that have none, a rank and world size that are not those of the
+    process group.
+    """
+    if n < 2 or batch < 1:
+        raise ValueError(f"needs at least 2 images and a positive batch, got n={n}, batch={batch}")
+    _check_group(rank, world_size)
+    classify: Classifier | None = None
+    if keep_probabilities:
+        if not (isinstance(features, Classifier) and features.classes):
+            raise ValueError(f"{features.name!r} gives no class probabilities")
+        classify = features
+    own = _Share(features, keep_features=keep_features, classify=classify)
+    try:
+        for first, count in index_ranges(n, batch, rank, world_size):
+            own.take(sample, first, count)
+        failure = None
+    except ValueError as error:
+        failure = error
+    if world_size > 1:
+        failure = _first_failure(failure, world_size)
+    if failure is not None:
+        raise failure
+    moments, seconds = own.moments, own.seconds
+    assert moments is not None  # n ≥ 2 gives every rank at least one range
+
+    if world_size > 1:
+        moments.all_reduce()
+        slowest = torch.tensor(seconds, dtype=torch.float64, device=moments.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        seconds = slowest.item()
+
+    def together(parts: list[Tensor], width: int) -> Tensor:
+        rows = torch.cat([torch.zeros(0, width, device=moments.device), *parts])
+        return rows if world_size == 1 else _gather(rows, n, batch, world_size)
+
+    return Collected(
+        moments,
+        together(own.rows, features.dim) if keep_features else None,
+        None if classify is None else together(own.probabilities, classify.classes),
+        seconds,
+    )
+
+
+class _Share:
+    """What one rank has taken in so far."""
+
+    def __init__(self, features: Features, *, keep_features: bool, classify: Classifier | None) -> None:
+        self.features, self.keep_features, self.classify = features, keep_features, classify
+        self.moments: FeatureMoments | None = None
+        self.rows: list[Tensor] = []
+        self.probabilities: list[Tensor] = []
+        self.seconds = 0.0
+
+    def take(self, sample: Callable[[int, int], Tensor], first: int, count: int) -> None:
+        """Draws a range of images and takes them in; of an empty one an image that is thrown away."""
+        started = time.perf_counter()
+        images = sample(first, count) if count else sample(0, 1)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        self.seconds += time.perf_counter() - started
+        if images.ndim != 4 or len(images) != max(count, 1):
+            raise ValueError(
+                f"sample({first}, {count}) must return images ({count}, C, H, W), got {tuple(images.shape)}"
+            )
+        if self.moments is None:
+            self.moments = FeatureMoments(self.features.dim, images.device)
+        if not count:
+            return
+        found = self.features(images)
+        self.moments.add(found)
+        if self.keep_features:
+            self.rows.append(found.to(images.device, torch.float32))
+        if self.classify is not None:
+            self.probabilities.append(self.classify.probabilities(images).to(images.device, torch.float32))
+
+
+def _first_failure(own: ValueError | None, world_size: int) -> ValueError | None:
+    """What went wrong on the first rank where something did: no rank may wait for one that has given up."""
+    messages: list[str | None] = [None] * world_size
+    dist.all_gather_object(messages, None if own is None else str(own))
+    return next((ValueError(message) for message in messages if message is not None), None)
+
+
+def _check_group(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in 0…{world_size - 1}, got {rank}")
+    if world_size > 1:
+        group = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+        if group != (rank, world_size):
+            raise ValueError(
+                f"rank {rank} of {world_size} is not what the process group says: {group[0]} of {group[1]}"
+            )
+
+
+def _gather(own: Tensor, n: int, batch: int, world_size: int) -> Tensor:
+    """The rows of all ranks (n, width) in the order of their images, from each rank's rows in its order."""
+    shares = [
+        torch.cat([torch.arange(first, first + count) for first, count in index_ranges(n, batch, rank, world_size)])
+        for rank in range(world_size)
+    ]
+    padded = own.new_zeros(max(map(len, shares)), own.shape[1])
+    padded[: len(own)] = own
+    parts = [torch.zeros_like(padded) for _ in shares]
+    dist.all_gather(parts, padded)
+    whole = own.new_zeros(n, own.shape[1])
+    for share, part in zip(shares, parts, strict=True):
+        whole[share.to(whole.device)] = part[: len(share)]
+    return whole

@@ -1,0 +1,164 @@
+"""Metrics of sampled images against a reference, all from one pass over the samples."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.evaluation.metrics.collection import collect
+from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION, Classifier, Features
+from ipfm.engine.evaluation.metrics.frechet import frechet_distance
+from ipfm.engine.evaluation.metrics.inception_score import inception_score
+from ipfm.engine.evaluation.metrics.kernel_distance import kernel_distance
+from ipfm.engine.evaluation.metrics.moments import FeatureMoments, Statistics
+from ipfm.engine.evaluation.metrics.precision_recall import precision_recall
+
+Metric = Literal["fid", "kid", "is", "pr"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+# Images of each set that precision and recall are measured on.
+PR_IMAGES = 10_000
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What samples are compared with: `statistics` of the features of real images; and the `features` themselves,
+    (N, dim), which the kernel distance and precision and recall need, None where only the statistics are known."""
+
+    statistics: Statistics
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FrechetResult:
+    """`distance`, NaN where it was not asked for; number of `images` drawn by all ranks; `seconds` that the slowest
+    rank spent drawing them, without features and matrix roots; `images_per_second` of all ranks together.
+
+    `name`: what the distance is called, "FID" with Inception features alone. The others are None where they were not
+    asked for: `kid` and `inception_score` with their deviations over subsets, `precision` and `recall`.
+    """
+
+    distance: float
+    images: int
+    seconds: float
+    images_per_second: float
+    name: str = "Fréchet distance"
+    kid: float | None = None
+    kid_std: float | None = None
+    inception_score: float | None = None
+    inception_score_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+
+
+def distance_name(features: Features) -> str:
+    """What the Fréchet distance of these features is called."""
+    return "FID" if features.name == "inception" else "Fréchet distance"
+
+
+def check_metrics(metrics: Sequence[Metric], features: Features, reference: Reference | None) -> None:
+    """ValueError unless these metrics can be measured on these features against this reference."""
+    unknown = [metric for metric in metrics if metric not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(f"metrics must be among {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}")
+    if "is" in metrics and not (isinstance(features, Classifier) and features.classes):
+        raise ValueError(
+            f"the Inception score needs class probabilities, which {features.name!r} does not give; "
+            f"{WHERE_TO_GET_INCEPTION}"
+        )
+    if reference is None:
+        if set(metrics) != {"is"}:
+            compared = " and ".join(metric for metric in metrics if metric != "is")
+            raise ValueError(f"{compared} cannot be measured without a reference; the Inception score can")
+        return
+    if reference.statistics.mean.shape != (features.dim,):
+        raise ValueError(
+            f"the reference has {reference.statistics.mean.numel()} features, {features.name!r} gives {features.dim}: "
+            "it was made with another extractor"
+        )
+    if reference.features is None and (unable := [m for m in metrics if m in ("kid", "pr")]):
+        raise ValueError(
+            f"{' and '.join(unable)} cannot be measured against a mean and covariance alone: give real images (a data "
+            "set, or an .npz with arr_0) as the reference, or leave it at fid and is"
+        )
+
+
+@torch.no_grad()
+def evaluate_images(
+    sample: Callable[[int, int], Tensor],
+    n: int,
+    features: Features,
+    reference: Reference | None,
+    *,
+    batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    metrics: Sequence[Metric] = ("fid",),
+    pr_images: int = PR_IMAGES,
+) -> FrechetResult:
+    """The `metrics` of `n` sampled images, the same on every rank and for every number of ranks.
+
+    `sample`, `n`, `batch`, `rank` and `world_size` as in `collect`. `reference` may be None for the Inception score
+    alone. `pr_images`: images of each set that precision and recall are measured on, of which the time is quadratic;
+    drawn at random with a fixed seed where there are more.
+
+    ValueError: a metric that the features or the reference do not allow, non-finite features (how many), and as
+    `collect`.
+    """
+    check_metrics(metrics, features, reference)
+    single = bool({"kid", "pr"} & set(metrics))
+    found = collect(
+        sample,
+        n,
+        features,
+        batch=batch,
+        rank=rank,
+        world_size=world_size,
+        keep_features=single,
+        keep_probabilities="is" in metrics,
+    )
+    statistics = found.moments.statistics  # an error where features are not finite
+    distance, others = float("nan"), dict[str, float]()
+    if reference is not None and "fid" in metrics:
+        distance = frechet_distance(statistics, reference.statistics)
+    if reference is not None and reference.features is not None and found.features is not None:
+        if "kid" in metrics:
+            others["kid"], others["kid_std"] = kernel_distance(found.features, reference.features)
+        if "pr" in metrics:
+            pair = precision_recall(reference.features, found.features, limit=pr_images)
+            others["precision"], others["recall"] = pair
+    if found.probabilities is not None:
+        others["inception_score"], others["inception_score_std"] = inception_score(found.probabilities)
+    count = found.moments.count
+    speed = count / max(found.seconds, 1e-9)
+    return FrechetResult(distance, count, found.seconds, speed, distance_name(features), **others)
+
+
+def evaluate_frechet(
+    sample: Callable[[int, int], Tensor],
+    n: int,
+    features: Features,
+    reference: FeatureMoments | Statistics,
+    *,
+    batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> FrechetResult:
+    """Fréchet distance of `n` sampled images to `reference`; arguments and errors as in `evaluate_images`."""
+    statistics = reference.statistics if isinstance(reference, FeatureMoments) else Statistics(*reference)
+    return evaluate_images(sample, n, features, Reference(statistics), batch=batch, rank=rank, world_size=world_size)
+
+
+def dataset_statistics(
+    dataset: ImageDataset, features: Features, batch: int = 512, device: torch.device | str | None = None
+) -> Statistics:
+    """Statistics of the features of every image of `dataset`, each taken once, as stored (no flips).
+
+    `batch`: images at a time. `device`: where the features are computed; the dataset's own when None.
+    """
+    where = dataset.device if device is None else device
+    found = collect(lambda i, count: dataset.take(i, count).to(where), len(dataset), features, batch=batch)
+    return found.moments.statistics

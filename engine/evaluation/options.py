@@ -1,0 +1,64 @@
+"""What the samples of a recipe are compared with while it trains: its options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from ipfm.engine.distributed.world import World
+    from ipfm.engine.evaluation.evaluation import Comparison, Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Options of the evaluation; without a reference there is none.
+
+    Raises:
+        ValueError: options that do not go together.
+    """
+
+    reference: Path | None = None
+    """What samples are compared with: statistics (.npz with mu and sigma) or images (folder, zip, CIFAR-10 archive)."""
+    inception: Path | None = None
+    """The TorchScript Inception network (inception-2015-12-05.pt), which makes the distance an FID."""
+    features: Literal["inception", "pixels"] = "inception"
+    """pixels compares the images themselves, where there is no Inception network."""
+    eval_images: int = 10_000
+    """Images drawn for each distance; published figures take 50 000."""
+
+    def check_evaluation(self) -> None:
+        """ValueError where these options do not go together; called when the options are made."""
+        from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION
+
+        if self.eval_images < 2:
+            raise ValueError(f"eval-images must be at least 2, got {self.eval_images}")
+        if self.features not in ("inception", "pixels"):
+            raise ValueError(f"features must be inception or pixels, got {self.features!r}")
+        if self.reference is None and self.inception is not None:
+            raise ValueError("inception was given without reference: there is nothing to compare with")
+        if self.reference is None and self.features == "pixels":
+            raise ValueError("features pixels was given without reference: there is nothing to compare with")
+        if self.reference is not None and self.features == "inception" and self.inception is None:
+            raise ValueError(
+                f"reference needs --inception FILE ({WHERE_TO_GET_INCEPTION}), or --features pixels to compare pixels"
+            )
+
+    def comparison(self, shape: tuple[int, int, int], device: torch.device) -> Comparison | None:
+        """The files that these options name, open and checked; None without a reference.
+
+        Raises:
+            ValueError: a file that cannot be used, or does not fit images (C, H, W) = `shape`.
+        """
+        from ipfm.engine.evaluation.evaluation import open_comparison
+
+        if self.reference is None:
+            return None
+        return open_comparison(self.reference, shape, device, features=self.features, inception=self.inception)
+
+    def evaluation(self, comparison: Comparison | None, world: World) -> Evaluation | None:
+        """The evaluation of a run; features of reference images are computed here. Every process calls it."""
+        return None if comparison is None else comparison.evaluation(world, images=self.eval_images)

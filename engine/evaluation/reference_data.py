@@ -1,0 +1,170 @@
+"""Reference files: stored statistics of real images, or the images themselves."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.distributed.world import World
+from ipfm.engine.evaluation.metrics import Features, Reference, Statistics, collect
+from ipfm.engine.evaluation.metrics.frechet import check_statistics
+from ipfm.engine.runtime.files import atomic_write
+from ipfm.engine.runtime.progress import ProgressBar
+
+# Names of an array of images in an .npz: ADM's sample and reference batches, and those of `ipfm sample`.
+IMAGE_ARRAYS = ("arr_0", "images")
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceFile:
+    """What the file at `path` holds: `statistics` of features, `images`, or both."""
+
+    path: Path
+    statistics: Statistics | None
+    images: ImageDataset | None
+
+
+def open_reference(path: Path | str) -> ReferenceFile:
+    """Reads and checks a reference; no features are computed.
+
+    Args:
+        path: an .npz with `mu` (dim,) and `sigma` (dim, dim), the mean and unbiased covariance of Inception features as
+            EDM publishes them; an .npz with images `arr_0` (N, H, W, C) uint8 as ADM publishes them; or a data set:
+            an image folder, a zip, CIFAR-10's archive. ADM's reference batches hold statistics and images.
+
+    Raises:
+        ValueError: there is no such file, it holds none of these, or statistics that are none; one line.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        return ReferenceFile(path, None, open_images(path))
+    arrays = _read_npz(path, ("mu", "sigma", *IMAGE_ARRAYS))
+    statistics = _statistics(path, arrays) if "mu" in arrays or "sigma" in arrays else None
+    images = _images(path, arrays)
+    if statistics is None and images is None:
+        raise ValueError(f"{path} holds neither statistics (mu, sigma) nor images (arr_0)")
+    return ReferenceFile(path, statistics, images)
+
+
+def open_images(path: Path | str, *, limit: int | None = None, seed: int = 0) -> ImageDataset:
+    """The images at `path`, without labels: a data set, or an .npz with `arr_0` or `images` (N, H, W, C) uint8.
+
+    Args:
+        path: the file or folder.
+        limit: so many of them are taken at random where there are more; None takes all.
+        seed: of the choice, in [0, 2^32).
+
+    Raises:
+        ValueError: there are none; one line.
+    """
+    # Here, for a run that compares with statistics needs no reader of images.
+    from ipfm.engine.data.open_dataset import Subset, open_dataset
+
+    path = Path(path)
+    if path.suffix != ".npz":
+        return open_dataset(path, labels=False, max_images=limit, seed=seed)
+    images = _images(path, _read_npz(path, IMAGE_ARRAYS))
+    if images is None:
+        raise ValueError(f"{path} holds no images (arr_0)")
+    assert isinstance(images.images, torch.Tensor)
+    return replace(images, images=images.images[Subset(limit, seed).of(len(images))])
+
+
+def make_reference(
+    file: ReferenceFile, features: Features, world: World, *, keep_features: bool = False, batch: int = 256
+) -> Reference:
+    """The reference for these features; those of its images are shared out over the processes, each of which calls it.
+
+    Args:
+        file: from `open_reference`. Its statistics are taken as they are; where it has none, those of all its images.
+        features: the extractor.
+        world: the run's processes.
+        keep_features: keep what the kernel distance and precision and recall need, 4·N·dim bytes, where there are
+            images.
+        batch: images that a process handles at a time.
+
+    Raises:
+        ValueError: fewer than two images, or images of a shape that the features do not take.
+    """
+    if file.images is None or not (keep_features or file.statistics is None):
+        assert file.statistics is not None
+        return Reference(file.statistics)
+    images = file.images
+    # Processes have almost equal shares; the first one speaks for all.
+    bar = ProgressBar("reference", -(-len(images) // world.size), enabled=world.is_main)
+
+    def take(first: int, count: int) -> Tensor:
+        bar.advance(count)
+        return images.take(first, count).to(world.device)
+
+    try:
+        with bar:
+            found = collect(
+                take,
+                len(images),
+                features,
+                batch=batch,
+                rank=world.rank,
+                world_size=world.size,
+                keep_features=keep_features,
+            )
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+    statistics = found.moments.statistics if file.statistics is None else file.statistics
+    # On the host: the device is wanted for the networks.
+    return Reference(statistics, None if found.features is None else found.features.cpu())
+
+
+def save_statistics(path: Path | str, statistics: Statistics) -> None:
+    """Writes an .npz with `mu` and `sigma`, float64, as EDM publishes them; replaced whole or not at all."""
+    with atomic_write(path) as file:
+        np.savez(file, mu=statistics.mean.cpu().numpy(), sigma=statistics.covariance.cpu().numpy())
+
+
+def _read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The arrays of these names that the file has; objects, which would have to be unpickled, are refused."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist or is no file")
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        with archive:
+            return {name: archive[name] for name in names if name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} is no readable .npz: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
+
+
+def _statistics(path: Path, arrays: dict[str, np.ndarray]) -> Statistics:
+    for name in ("mu", "sigma"):
+        if name not in arrays:
+            raise ValueError(f"{path} lacks {name}: statistics are mu (dim,) and sigma (dim, dim)")
+        if arrays[name].dtype.kind not in "fiu":
+            raise ValueError(f"{path}: {name} must hold numbers, got {arrays[name].dtype}")
+    mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
+    try:
+        check_statistics(Statistics(mean, covariance), "stored")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Statistics(mean, covariance)
+
+
+def _images(path: Path, arrays: dict[str, np.ndarray]) -> ImageDataset | None:
+    name = next((name for name in IMAGE_ARRAYS if name in arrays), None)
+    if name is None:
+        return None
+    pixels = arrays[name]
+    if pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or pixels.dtype != np.uint8 or not len(pixels):
+        raise ValueError(
+            f"{path}: {name} must be images (N, H, W, 1 or 3) uint8, got {pixels.dtype} {tuple(pixels.shape)}"
+        )
+    return ImageDataset(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), name=path.name)

@@ -1,0 +1,193 @@
+"""What an evaluation leaves on disk: table of results, curve of convergence, log of distances; published figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ipfm.engine.runtime.files import StepLog, atomic_write, json_line
+from ipfm.engine.runtime.wording import significant
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+# What a Fréchet distance is called unless its features are Inception's.
+DISTANCE = "Fréchet distance"
+
+
+class EvaluationHistory:
+    """Fréchet distance over training, in folder/evaluations.jsonl.
+
+    `step` counts the generator steps done before the evaluation, so the evaluation at `first_step` belongs to the
+    checkpoint that a run resumes from: on resume, lines with step > first_step are dropped (metrics.jsonl, whose
+    lines are numbered by the step they report, drops step ≥ first_step). None opens the history of another run
+    without changing it. A step evaluated twice counts once, with its last value.
+    """
+
+    def __init__(self, folder: Path | str, first_step: int | None = None) -> None:
+        self._log = StepLog(Path(folder) / "evaluations.jsonl", None if first_step is None else first_step + 1)
+
+    def add(self, step: int, distance: float, **facts: object) -> None:
+        """Appends an evaluation, with further `facts` (images, seconds …), and writes it at once."""
+        self._log.append(step, {"frechet": float(distance), **facts})
+        self._log.flush()
+
+    @property
+    def points(self) -> list[tuple[int, float]]:
+        """(step, distance) by increasing step; a distance that was not finite is NaN."""
+        last = {line["step"]: line.get("frechet") for line in self._log.read()}
+        return sorted((step, math.nan if value is None else float(value)) for step, value in last.items())
+
+    @property
+    def images_per_second(self) -> float:
+        """At which the images of the fastest evaluation were drawn; NaN where no time was recorded."""
+        lines = [line for line in self._log.read() if line.get("seconds") and line.get("images")]
+        return max((line["images"] / line["seconds"] for line in lines), default=math.nan)
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One line of the table of results.
+
+    `label`: which network, such as "generator" or "teacher"; `steps`: K of a few-step generator, None for a teacher;
+    `nfe`: network evaluations an image; `frechet`: distance of `images` images; `images_per_second` over all ranks;
+    `paper`: the published figure as text, None where there is none. It compares only where `frechet` is an FID, with
+    Inception features and 50 000 images; `metric`: what the distance is called, "FID" for those features.
+    """
+
+    label: str
+    steps: int | None
+    nfe: int
+    frechet: float
+    images: int
+    images_per_second: float
+    paper: str | None = None
+    metric: str = DISTANCE
+
+
+def results_table(rows: Sequence[EvaluationRow]) -> str:
+    """Aligned plain text, a line per row in the order given; the column of the paper only if a row has a figure."""
+    metrics = {row.metric for row in rows}
+    header = ["network", "steps", "NFE", metrics.pop() if len(metrics) == 1 else DISTANCE, "images", "images/s"]
+    cells = [
+        [
+            row.label,
+            "-" if row.steps is None else str(row.steps),
+            str(row.nfe),
+            significant(row.frechet),
+            str(row.images),
+            significant(row.images_per_second),
+        ]
+        for row in rows
+    ]
+    if any(row.paper for row in rows):
+        header.append("paper")
+        cells = [[*line, row.paper or "-"] for line, row in zip(cells, rows, strict=True)]
+    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
+    # Text to the left, numbers to the right.
+    align = ["<" if name in ("network", "paper") else ">" for name in header]
+
+    def join(line: Sequence[str]) -> str:
+        return "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(line, align, widths, strict=True)).rstrip()
+
+    return "\n".join([join(header), "  ".join("-" * w for w in widths), *map(join, cells)]) + "\n"
+
+
+def write_results(folder: Path | str, rows: Sequence[EvaluationRow]) -> None:
+    """Writes folder/results.json, a list of the rows' fields (non-finite numbers null), and folder/results.txt."""
+    lines = ",\n".join(f"  {json_line(asdict(row))}" for row in rows)
+    with atomic_write(Path(folder) / "results.json") as file:
+        file.write(f"[\n{lines}\n]\n".encode())
+    with atomic_write(Path(folder) / "results.txt") as file:
+        file.write(results_table(rows).encode())
+
+
+def plot_convergence(
+    history: Sequence[tuple[int, float]],
+    teacher: float | None,
+    path: Path | str,
+    title: str = "",
+    metric: str = DISTANCE,
+) -> None:
+    """PNG of the Fréchet distance, by the name `metric`, over generator steps, with the teacher's as a dashed line.
+
+    The axis is logarithmic where the distances span more than a factor of 20. Non-finite distances are left out.
+    ValueError: nothing finite to draw.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Figure and canvas are made by hand: pyplot keeps global state and looks for a display.
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    draw_convergence(axes, history, teacher, metric)
+    axes.set_title(title)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def draw_convergence(
+    axes: Axes,
+    history: Sequence[tuple[int, float]],
+    teacher: float | None,
+    metric: str,
+    *,
+    label: str = "generator",
+    colour: str = "#1f5fa8",
+    ink: str = "#555555",
+) -> None:
+    """Draw what `plot_convergence` writes: the network `label` in `colour`, the teacher in `ink`.
+
+    ValueError: nothing finite to draw.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    points = sorted((step, value) for step, value in history if math.isfinite(value))
+    if not points:
+        raise ValueError("no finite Fréchet distance to plot")
+    teacher = teacher if teacher is not None and math.isfinite(teacher) else None
+    steps, distances = zip(*points, strict=True)
+    axes.plot(steps, distances, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=label)
+    # To the right, where no curve is.
+    axes.annotate(
+        significant(distances[-1]), (steps[-1], distances[-1]), xytext=(7, 0), textcoords="offset points", va="center"
+    )
+    if teacher is not None:
+        axes.axhline(teacher, color=ink, linestyle="--", linewidth=1.2, label=f"teacher {significant(teacher)}")
+    distance_axis(axes, [*distances, *([] if teacher is None else [teacher])], span=20, metric=metric)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("generator steps" if label == "generator" else "steps")
+    axes.legend(frameon=False)
+
+
+def distance_axis(axes: Axes, values: Sequence[float], *, span: float, metric: str) -> None:
+    """Make the vertical axis one of distances: logarithmic where `values`, all finite, span more than a factor `span`,
+    else from 0 on."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if min(values) > 0 and max(values) > span * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.3, which="major")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def read_results(folder: Path | str) -> list[EvaluationRow]:
+    """The rows that `write_results` left in `folder`; none where there are none to read."""
+    try:
+        lines = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+        return [EvaluationRow(**{k: v for k, v in line.items() if k != "non_finite"}) for line in lines]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []

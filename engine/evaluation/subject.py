@@ -1,0 +1,93 @@
+"""What `ipfm evaluate` measures: a model's samples, or images that exist already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.evaluation.reference_data import open_images
+from ipfm.engine.objectives.published import paper_result, published_figures
+from ipfm.engine.sampling.stored_model import sample_model
+from ipfm.models.store import CONFIG_FILE
+
+IMAGE_SUFFIXES = (".npz", ".zip", ".gz", ".tgz", ".tar")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is measured.
+
+    `draw`: (first index, count) -> images (count, C, H, W) in [-1, 1] on the run's device; `shape`: (C, H, W);
+    `available`: how many images there are, None for a model, which has as many as are asked for; `D` at which it is
+    sampled and `nfe`, network evaluations an image, None for images; `paper`: the published FID as text, if any.
+    """
+
+    kind: str
+    draw: Callable[[int, int], Tensor]
+    shape: tuple[int, int, int]
+    available: int | None = None
+    D: float | None = None
+    nfe: int | None = None
+    paper: str | None = None
+
+
+def open_subject(
+    path: Path, device: torch.device, *, heun_steps: int, seed: int, D: float | None = None, limit: int | None = None
+) -> Subject:
+    """What is at `path`: a model folder, a data set or an .npz of images, or else a checkpoint of EDM, PFGM++ or SiD.
+
+    Args:
+        path: a folder with config.json is a model, any other folder a data set.
+        device: where images are drawn.
+        heun_steps: of a teacher's sampler; a generator has its own noise levels.
+        seed: of a model's samples, and of the choice among images.
+        D: auxiliary dimensions of a checkpoint that does not say them; None takes what the model says.
+        limit: so many images of a set that has more are drawn at random; None takes all.
+
+    Raises:
+        ValueError: there is nothing to measure, or D contradicts it.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give a model folder, a checkpoint, a data set or an .npz of images")
+    stored = (path / CONFIG_FILE).is_file()
+    if not stored and (path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES):
+        if D is not None:
+            raise ValueError(f"D was given, but {path} holds images, not a model")
+        images = open_images(path, limit=limit, seed=seed)
+        if limit is not None and len(images) < limit:
+            raise ValueError(f"images must be at most {len(images)}, as many as {path} holds, got {limit}")
+        return Subject("images", lambda i, n: images.take(i, n).to(device), images.shape, len(images))
+    model = sample_model(path, device, heun_steps=heun_steps, seed=seed, D=D)
+    draw, network, facts, nfe = model.draw, model.network, model.facts, model.nfe
+    shape = (network.img_channels, network.img_resolution, network.img_resolution)
+    if facts.get("task") == "generator":
+        return Subject("generator", draw, shape, None, network.D, nfe, _generator_paper(facts, network.D, nfe))
+    return Subject("teacher", draw, shape, None, network.D, nfe, _teacher_paper(facts, network.D, nfe))
+
+
+def _generator_paper(facts: Mapping[str, Any], D: float, steps: int) -> str | None:
+    """The published figure for a generator that says on what data, by which objective and how it was distilled."""
+    dataset, alpha, settings = facts.get("dataset"), facts.get("alpha"), facts.get("config")
+    if not isinstance(dataset, str):
+        return None
+    if facts.get("parametrisation") == "trajectory" and isinstance(settings, Mapping):
+        found = published_figures(dataset, settings).get(D)
+    elif isinstance(alpha, (int, float)):
+        found = paper_result(dataset, D, float(alpha), steps)
+    else:
+        return None
+    return None if found is None else str(found)
+
+
+def _teacher_paper(facts: Mapping[str, Any], D: float, nfe: int) -> str | None:
+    dataset = facts.get("dataset")
+    # The teacher's figure stands beside every result of its D.
+    found = paper_result(dataset, D, 1.0, 1) if isinstance(dataset, str) else None
+    if found is None or nfe != found.teacher_nfe:
+        return None
+    return f"FID {found.teacher_fid:g} ({found.source})"

@@ -1,0 +1,360 @@
+"""An ablation: one setting varied, the rest held, several seeds each; curves with their spread, a table, a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from ipfm.engine.config import TeacherConfig
+from ipfm.engine.distributed.world import World, run_device, start_world
+from ipfm.engine.evaluation.evaluation import Evaluation
+from ipfm.engine.experiments import ablation_report as report
+from ipfm.engine.experiments.ablation_runs import Run, check_ablation_folder, open_ablation_folder, teacher_distance
+from ipfm.engine.experiments.distil import DistilRecipe
+from ipfm.engine.experiments.dry_run import describe
+from ipfm.engine.experiments.local import TrainAndDistil
+from ipfm.engine.experiments.options import DistillationOptions, PidOptions, RecipeOptions, check_images
+from ipfm.engine.runtime.commandline import BadInput, parse, user_input
+from ipfm.engine.runtime.launcher import first_process, launched_processes
+from ipfm.engine.training.resolve import resolve, resolve_D, resolve_precision
+from ipfm.engine.training.run_folder import check_run_folder, teacher_facts
+from ipfm.engine.training.teacher import training_facts
+from ipfm.models import NetworkConfig, Precond, load_teacher, presets
+
+Arch = Literal["ddpmpp", "ncsnpp", "adm"]
+
+# --quick: whether everything runs, in seconds; the numbers mean nothing.
+QUICK: Mapping[str, Any] = {
+    "batch": 16, "max_steps": 4, "kimg": None, "eval_every": 2, "eval_images": 64, "checkpoint_every": 2,
+    "teacher_steps": 4, "heun_steps": 2, "seeds": (0,), "eps": 1e-3,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationOptions(DistillationOptions):
+    """Options of every ablation, beside those of the recipes."""
+
+    data: Literal["digits", "cifar"] = "digits"
+    """digits: teachers are trained here where none is given, and images are compared in pixel space; cifar: give
+    teachers, --reference and --inception."""
+    variants: tuple[str, ...] = ()
+    """Which variants are run. Default: all."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the distillations, each of which every variant is run with."""
+    seed: int = 0
+    """Seed of the teachers' training."""
+    teachers: tuple[str, ...] = ()
+    """A teacher for single variants, each as VARIANT=PATH; --teacher is that of all."""
+    arch: Arch = "ddpmpp"
+    """Architecture of teachers that are trained here."""
+    quick: bool = False
+    """A few steps of everything, to see that it runs: the numbers mean nothing."""
+
+    OWN: ClassVar[frozenset[str]] = frozenset({"data", "variants", "seeds", "teachers", "arch", "quick"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds must be different integers >= 0, at least one, got {_listed(self.seeds)}")
+        if self.arch not in get_args(Arch):
+            raise ValueError(f"arch must be one of {', '.join(get_args(Arch))}, got {self.arch!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IpfmAblationOptions(AblationOptions, RecipeOptions):
+    """Options of an ablation by inverse Poisson flow matching."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PidAblationOptions(AblationOptions, PidOptions):
+    """Options of an ablation by physics informed distillation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One value of what an ablation varies: of the teacher's D or architecture, or of the distillation's settings."""
+
+    label: str
+    """On the command line, in folders, tables and legends."""
+    D: float | None = None
+    arch: Arch | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Name of a field of the objective's settings -> its value."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher of some variants: given, or trained here as `training` says."""
+
+    network: NetworkConfig
+    folder: Path
+    net: Precond | None
+    training: TeacherConfig | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for: `runs` and the teacher of each, by its folder."""
+
+    options: AblationOptions
+    path: Path
+    teachers: Mapping[Path, Teacher]
+    runs: Sequence[tuple[Run, Path]]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """Variants of one setting on data: teachers, distillations with several seeds, and what is seen."""
+
+    file: str
+    """Name of the recipe's file, for messages."""
+    about: str
+    """What --help says first."""
+    name: str
+    """Ends the name of the folder, e.g. "alpha"."""
+    title: str
+    """What is varied, above the plot."""
+    variants: tuple[Variant, ...]
+    digits: TrainAndDistil[AblationOptions]
+    """Data, teacher's training and settings of --data digits."""
+    cifar: DistilRecipe
+    """Teachers that fit, and settings, of --data cifar."""
+
+    def main(self, argv: Sequence[str]) -> None:
+        """Run the ablation with these arguments; what is finished in the folder is only read.
+
+        Raises:
+            BadInput: an option, a teacher or a folder cannot be used; nothing was written.
+            TrainingFailed, Interrupted: from the runs. A run that diverges is a result and raises nothing.
+        """
+        with user_input():
+            plan = self.plan(self._parse(argv))
+            options, local = plan.options, plan.options.data == "digits"
+            comparison = None if local else options.comparison(self.cifar.shape, run_device())
+            if comparison is None and not local and not options.dry_run:
+                raise ValueError("give --reference, and --inception or --features pixels: there is nothing to measure")
+        if options.dry_run:
+            first_process(lambda: print(self.describe(plan)))
+            return
+
+        world = start_world()
+        world.barrier()
+        with user_input():
+            open_ablation_folder(plan.path, dict(plan.record), write=world.is_main)
+            evaluation = self.digits.evaluation(options.eval_images) if local else options.evaluation(comparison, world)
+        assert evaluation is not None
+        distances, metric = self._run(plan, evaluation, world)
+        if world.is_main:
+            self.conclude(plan, distances, metric)
+
+    def plan(self, options: AblationOptions) -> Plan:
+        """Everything that is to be done, checked as far as it can be before the first step.
+
+        Raises:
+            ValueError: variants, teachers, settings or folders cannot be used; one line.
+        """
+        path = options.out or Path("runs") / f"ablation-{self.name}{'' if options.data == 'digits' else '-cifar'}"
+        chosen, given = self._chosen(options), self._given(options)
+        base = options.distillation()
+        base.split(launched_processes())
+        record = {
+            "ablation": self.name, "data": options.data, "eval_images": options.eval_images,
+            "features": "pixels" if options.data == "digits" else options.features,
+            "reference": None if options.reference is None else options.reference.name,
+        }  # fmt: skip
+        check_ablation_folder(path, record)
+        teachers: dict[Path, Teacher] = {}
+        runs: list[tuple[Run, Path]] = []
+        for variant in chosen:
+            place, teacher = self._teacher(variant, options, given, path / "teachers", teachers)
+            teachers[place] = teacher
+            facts = teacher_facts(teacher.net)
+            for seed in options.seeds:
+                run_path = path / variant.label / f"seed{seed}"
+                config = replace(base, **variant.settings, seed=seed, out=None, teacher=None, D=None, resume=True)
+                config = resolve(config, teacher.network, run_device())
+                # Roles are made here, so that a width that cannot be is refused before anything is trained.
+                objective = config.objective(teacher.network)
+                _ = objective.roles
+                check_run_folder(run_path, "distill", config, facts)
+                runs.append((Run(variant.label, seed, config, objective.nfe, run_path), place))
+        return Plan(options, path, teachers, runs, record)
+
+    def describe(self, plan: Plan) -> str:
+        """What would be done: settings of the first run, then teachers and runs with their states."""
+        run, place = plan.runs[0]
+        lines = [describe(run.config, plan.teachers[place].network, run.path), "", "teachers"]
+        for folder, teacher in plan.teachers.items():
+            how = "given"
+            if teacher.training is not None:
+                how = f"trained here, {teacher.training.total_steps:,} steps of {teacher.training.batch} images"
+            elif teacher.net is None:
+                how = "still to be given"
+            lines.append(f"  {folder.name:<20} {arch_of(teacher.network)}, D={teacher.network.D:g}: {how}")
+        lines.append(f"runs, {run.config.total_steps:,} steps of {run.config.batch} images each")
+        lines += [f"  {r.variant:<14} seed {r.seed:<4} {r.state:<24} {r.path}" for r, _ in plan.runs]
+        if plan.options.data == "cifar" and any(t.net is None for t in plan.teachers.values()):
+            lines += [self.cifar.help_with_teachers()]
+        return "\n".join(lines)
+
+    def conclude(self, plan: Plan, distances: Mapping[str, float], metric: str) -> None:
+        """Write ablation.csv, ablation.md and ablation.png, and print the table."""
+        curves = [run.curve for run, _ in plan.runs]
+        text = f"{report.table(curves, distances, metric)}\n{report.sentence(curves)}\n"
+        report.write_csv(curves, plan.path / "ablation.csv")
+        with report.atomic_write(plan.path / "ablation.md") as file:
+            file.write(text.encode())
+        title = f"{self.title}, {len(plan.options.seeds)} seed{'s' * (len(plan.options.seeds) > 1)}"
+        report.plot(curves, distances, plan.path / "ablation.png", title, metric)
+        print(f"\n{text}\ncurves: {plan.path / 'ablation.png'}   numbers: {plan.path / 'ablation.csv'}")
+
+    # -- the parts --------------------------------------------------------------------------------------------------
+
+    def _parse(self, argv: Sequence[str]) -> AblationOptions:
+        """The options; which data and whether --quick decide the values of those that are not given."""
+
+        def read(default: AblationOptions) -> AblationOptions:
+            return parse(type(default), argv, default=default, prog=self.file, description=self.about)
+
+        base = self._base(read(self.digits.base).data)
+        options = read(base)
+        if options.quick:
+            # Teachers of CIFAR-10 are given.
+            steps = {"teacher_steps": QUICK["teacher_steps"] if base.data == "digits" else None}
+            base = replace(base, **{**QUICK, **steps})
+            options = read(base)
+        varied = {name for variant in self.variants for name in variant.settings}
+        varied |= {name for name in ("D", "arch") if any(getattr(v, name) is not None for v in self.variants)}
+        for name in sorted(varied):
+            if getattr(options, name) != getattr(base, name):
+                raise ValueError(
+                    f"{name.replace('_', '-')} was given, but it is what this ablation varies: choose among "
+                    f"--variants {_listed(v.label for v in self.variants)}"
+                )
+        return options
+
+    def _base(self, data: str) -> AblationOptions:
+        base = self.digits.base if data == "digits" else self.cifar.base
+        assert isinstance(base, AblationOptions)
+        return base
+
+    def _chosen(self, options: AblationOptions) -> list[Variant]:
+        known = {variant.label: variant for variant in self.variants}
+        labels = options.variants or tuple(known)
+        unknown = [label for label in labels if label not in known]
+        if unknown or len(set(labels)) < len(labels):
+            raise ValueError(f"variants must be different ones of {_listed(known)}, got {_listed(labels)}")
+        return [known[label] for label in labels]
+
+    def _given(self, options: AblationOptions) -> dict[str, Path]:
+        """Variant -> the teacher that was named for it."""
+        chosen = {variant.label: variant for variant in self._chosen(options)}
+        given: dict[str, Path] = {}
+        for text in options.teachers:
+            label, equals, path = text.partition("=")
+            if not equals or not path or label not in chosen or label in given:
+                raise ValueError(f"teachers takes one VARIANT=PATH for each of {_listed(chosen)}, got {text}")
+            given[label] = Path(path)
+        kinds = {(variant.D, variant.arch) for label, variant in chosen.items() if label not in given}
+        if options.teacher is not None:
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"teacher was given, but these variants need one each: give --teachers "
+                    f"{_listed(f'{label}=PATH' for label in chosen)}"
+                )
+            given |= {label: options.teacher for label in chosen if label not in given}
+        if options.data == "cifar":
+            if options.teacher_steps is not None:
+                raise ValueError("teacher-steps was given, but --data cifar trains no teacher")
+            if (missing := [label for label in chosen if label not in given]) and not options.dry_run:
+                raise BadInput(
+                    f"give a teacher for {_listed(missing)}: --teacher PATH for all, or --teachers VARIANT=PATH; "
+                    "--dry-run works without",
+                    self.cifar.help_with_teachers(),
+                )
+        elif options.reference is not None:
+            raise ValueError("reference was given, but --data digits compares with the digits themselves")
+        return given
+
+    def _teacher(
+        self,
+        variant: Variant,
+        options: AblationOptions,
+        given: Mapping[str, Path],
+        folder: Path,
+        known: Mapping[Path, Teacher],
+    ) -> tuple[Path, Teacher]:
+        """The teacher of a variant and its place; one that another variant has too is there already."""
+        D, source = options.D if variant.D is None else variant.D, given.get(variant.label)
+        title, shape = self.cifar.title, self.cifar.shape
+        if options.data == "digits":
+            title, shape = f"the {self.digits.title}", self.digits.dataset.shape
+        if source is not None:
+            place = folder / (variant.label if len(set(given.values())) > 1 else "given")
+            if place in known:
+                return place, known[place]
+            net = load_teacher(source, D=D)
+            resolve_D(D, net.config)
+            check_images(net.config, shape, f"{title} are" if options.data == "digits" else f"{title} is")
+            if variant.arch not in (None, arch_of(net.config)):
+                raise ValueError(f"{source} is a network {arch_of(net.config)}, {variant.label} needs {variant.arch}")
+            return place, Teacher(net.config, place, net, None)
+        arch, D = variant.arch or options.arch, D or self._base_D(options)
+        place = folder / f"{arch}-D{D:g}"
+        if options.data == "cifar":
+            return place, Teacher(presets.get(self.cifar.preset, D=D), place, None, None)
+        network = self.digits.network(replace(options, arch=arch), D)
+        training = resolve_precision(self.digits.teaching(replace(options, D=D, resume=True)), run_device())
+        training.split(launched_processes())
+        check_run_folder(place, "teacher", training, training_facts(training, network, self.digits.dataset, None))
+        return place, Teacher(network, place, None, training)
+
+    def _base_D(self, options: AblationOptions) -> float:
+        return self.digits.D if options.data == "digits" else self.cifar.D
+
+    def _run(self, plan: Plan, evaluation: Evaluation, world: World) -> tuple[dict[str, float], str]:
+        """All the runs; each variant's teacher's distance, and what the distance is called."""
+        distances: dict[str, float] = {}
+        metric, done, say = report.DISTANCE, 0, _printer(world)
+        for place, teacher in plan.teachers.items():
+            net = teacher.net
+            if net is None:
+                assert teacher.training is not None
+                say(f"teacher {place.name}")
+                net = self.digits.teacher(teacher.training, teacher.network, place, world)
+            net = net.to(world.device)
+            distance, metric = teacher_distance(net, place, evaluation, world, steps=plan.options.heun_steps)
+            for run, its in plan.runs:
+                if its != place:
+                    continue
+                done += 1
+                say(f"{run.variant}, seed {run.seed} ({done} of {len(plan.runs)}): {run.state}")
+                run.go(net, evaluation, world)
+                distances[run.variant] = distance
+        return distances, metric
+
+
+def arch_of(network: NetworkConfig) -> Arch:
+    """The family of an architecture: ADM, NCSN++ (residual encoder) or DDPM++."""
+    if network.model_type == "DhariwalUNet":
+        return "adm"
+    return "ncsnpp" if network.encoder_type == "residual" else "ddpmpp"
+
+
+def as_ablation(base: DistillationOptions, **changes: Any) -> AblationOptions:
+    """The settings of a recipe as those of an ablation, with these changed."""
+    values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    kind = PidAblationOptions if isinstance(base, PidOptions) else IpfmAblationOptions
+    return kind(**{**values, **changes})
+
+
+def _printer(world: World) -> Callable[[str], None]:
+    return print if world.is_main else (lambda _: None)
+
+
+def _listed(values: Any) -> str:
+    return " ".join(map(str, values)) or "none"

@@ -1,0 +1,161 @@
+"""The runs of an ablation: each has its own run folder, goes on where it stopped, and is only read when it is done."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ipfm.engine.distributed.world import World
+from ipfm.engine.evaluation.evaluation import Evaluation, evaluate_teacher
+from ipfm.engine.evaluation.metrics import FrechetResult
+from ipfm.engine.evaluation.results import EvaluationHistory
+from ipfm.engine.experiments.ablation_report import Curve
+from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.runtime.commandline import user_input
+from ipfm.engine.runtime.files import atomic_write, read_json
+from ipfm.engine.training.distiller import Distiller
+from ipfm.engine.training.run_folder import check_run_folder, open_run_folder, teacher_facts
+from ipfm.engine.training.task import NotFinite
+from ipfm.models import Precond
+
+# In the folder of a run whose training failed: the step and the reason.
+FAILED_FILE = "diverged.json"
+
+
+class MeasuredDistiller(Distiller):
+    """A distillation that measures its generator alone: the teacher is measured once for all runs."""
+
+    def __init__(self, config: Distillation, teacher: Precond, measure: Evaluation, world: World) -> None:
+        super().__init__(config, teacher, world=world)
+        self.measure = measure
+
+    def evaluate(self) -> FrechetResult:
+        """Fréchet distance of the averaged generator's samples."""
+        return self.measure.measure(lambda first, count: self.sample(first, count, seed=self.measure.seed), self.world)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed: its settings, with nothing left open but what memory decides; its generator's network
+    evaluations an image; its folder."""
+
+    variant: str
+    seed: int
+    config: Distillation
+    nfe: int
+    path: Path
+
+    @property
+    def state(self) -> str:
+        """In words: "finished", "diverged", "new", or "at step N"."""
+        points = self._points
+        if self._failure is not None:
+            return "diverged"
+        if not points:
+            return "new"
+        step = points[-1][0]
+        whole = step >= self.config.total_steps and (self.path / "generator" / "config.json").is_file()
+        return "finished" if whole else f"measured up to step {step}"
+
+    @property
+    def curve(self) -> Curve:
+        """What was measured, up to the run's length; a training that failed ends in NaN."""
+        points, failure = dict(self._points), self._failure
+        if failure is not None:
+            points[failure] = math.nan
+        kept = sorted((step, value) for step, value in points.items() if step <= self.config.total_steps)
+        rate = EvaluationHistory(self.path).images_per_second
+        return Curve(self.variant, self.seed, self.config.batch, tuple(kept), self.nfe, rate)
+
+    def go(self, teacher: Precond, evaluation: Evaluation, world: World) -> None:
+        """Distil, or continue, unless it is done; every process calls it.
+
+        The generator is measured before the first step too. A training that stops because too many steps had non-finite
+        samples has diverged: that is a result, kept in the folder.
+
+        Raises:
+            BadInput: the folder belongs to another run, or its generator came from another teacher.
+            TrainingFailed: for another reason, such as a full disk.
+            Interrupted: by a signal.
+        """
+        state = world.broadcast_text(self.state)
+        with user_input():
+            facts = teacher_facts(teacher)
+            record = check_run_folder(self.path, "distill", self.config, facts)
+        if state in ("finished", "diverged"):
+            return
+        distiller = MeasuredDistiller(self.config, teacher, evaluation, world)
+        if state == "new":
+            world.barrier()
+            with user_input():
+                open_run_folder(self.path, record, write=world.is_main)
+            distiller.refresh()
+            start = distiller.evaluate()
+            if world.is_main:
+                EvaluationHistory(self.path, 0).add(0, start.distance, images=start.images, seconds=start.seconds)
+        try:
+            distiller.run(self.path)
+        except NotFinite as error:
+            if world.is_main:
+                _write_json(self.path / FAILED_FILE, {"step": error.step, "reason": str(error)})
+
+    @property
+    def _points(self) -> list[tuple[int, float]]:
+        return EvaluationHistory(self.path).points
+
+    @property
+    def _failure(self) -> int | None:
+        found = read_json(self.path / FAILED_FILE)
+        return None if found is None else int(found["step"])
+
+
+def teacher_distance(
+    net: Precond, folder: Path, evaluation: Evaluation, world: World, *, steps: int
+) -> tuple[float, str]:
+    """The distance of a teacher's samples by Heun's method with `steps` steps, and its name; measured once, then read
+    from `folder`. Every process calls it."""
+    about = {**teacher_facts(net), "images": evaluation.images, "heun_steps": steps}
+    known = read_json(folder / "distance.json") or {}
+    same = {name: known.get(name) for name in about} == about
+    if not world.broadcast_text("known" if same else ""):
+        result = evaluate_teacher(net, evaluation, world, D=net.config.D, steps=steps)
+        finite = result.distance if math.isfinite(result.distance) else None
+        known = {**about, "frechet": finite, "name": result.name}
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(folder / "distance.json", known)
+    # The other processes need none of it.
+    return (math.nan if known.get("frechet") is None else float(known["frechet"])), str(known.get("name", ""))
+
+
+def open_ablation_folder(path: Path, record: dict[str, Any], *, write: bool) -> None:
+    """Take `path` for the ablation that `record` describes; `check_ablation_folder` approved it."""
+    if write:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_json(path / "ablation.json", record)
+
+
+def check_ablation_folder(path: Path, record: dict[str, Any]) -> None:
+    """ValueError unless `path` is new, empty, or holds this very ablation, measured in the same way."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file: choose another --out")
+    found = read_json(path / "ablation.json")
+    if found is None and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty and holds no ablation: choose another --out")
+    differences = [
+        f"{name} is {found.get(name)} there, {value} here"
+        for name, value in record.items()
+        if found is not None and found.get(name) != value
+    ]
+    if differences:
+        raise ValueError(f"{path} belongs to another ablation ({'; '.join(differences)}): choose another --out")
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(values, indent=1) + "\n").encode())

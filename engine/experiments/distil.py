@@ -1,0 +1,161 @@
+"""A recipe that distils the teachers of a published data set: its settings, and the way from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ipfm.engine.distributed.world import run_device, start_world
+from ipfm.engine.evaluation.results import results_table
+from ipfm.engine.experiments.dry_run import describe
+from ipfm.engine.experiments.options import (
+    DistillationOptions,
+    PidOptions,
+    RecipeOptions,
+    check_images,
+    read_teacher,
+    run_name,
+)
+from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.runtime.commandline import BadInput, parse, user_input
+from ipfm.engine.runtime.launcher import first_process, launched_processes
+from ipfm.engine.training.distiller import Distiller
+from ipfm.engine.training.resolve import resolve
+from ipfm.engine.training.run_folder import check_run_folder, open_run_folder, teacher_facts
+from ipfm.models import NetworkConfig, Precond, presets
+
+
+def same_for_every_D(base: DistillationOptions, D: float) -> DistillationOptions:
+    """The settings of a recipe that has no variants."""
+    return base
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilRecipe:
+    """Data-free distillation of the teachers of one data set."""
+
+    file: str
+    """Name of the recipe's file, for messages."""
+    about: str
+    """What --help says first."""
+    dataset: str
+    """Name under which published results are looked up; it also begins the run folder's name."""
+    title: str
+    """The data set's name for people."""
+    shape: tuple[int, int, int]
+    """(C, H, W) of its images."""
+    preset: str
+    """Network of a --dry-run without --teacher."""
+    D: float
+    """Auxiliary dimensions of a --dry-run with neither --teacher nor --D."""
+    base: DistillationOptions
+    """Settings, but for what a D changes; of the type of its objective's options."""
+    variant: Callable[[Any, float], Any] = same_for_every_D
+    """(base, D) -> the settings for this D."""
+    settings_from: str = ""
+    """Where the settings come from, if not from the paper of the method; printed with every run."""
+    teachers: str
+    """Which published checkpoints fit and where they are; how to train one."""
+
+    def main(self, argv: Sequence[str]) -> None:
+        """Run the recipe with these arguments.
+
+        Raises:
+            BadInput: an option, the teacher or the run folder cannot be used; nothing was written.
+            TrainingFailed, Interrupted: from the run.
+        """
+        with user_input():
+            options = parse(type(self.base), argv, default=self.base, prog=self.file, description=self.about)
+            if options.teacher_steps is not None:
+                raise ValueError("teacher-steps was given, but this recipe trains no teacher")
+            if options.teacher is None and not options.dry_run:
+                raise BadInput("give --teacher; --dry-run works without one", self.help_with_teachers())
+            teacher = read_teacher(options)
+            network = self._network(options, teacher)
+            # What the user gave stands; the rest comes from the variant for this teacher.
+            default = self.settings_for(network)
+            options = parse(type(self.base), argv, default=default, prog=self.file, description=self.about)
+            config = resolve(options.distillation(), network, run_device())
+            config.split(launched_processes())
+            path = options.out or run_name(self.file.removesuffix(".py").removesuffix("_ipfm"), config, network.D)
+            record = check_run_folder(path, "distill", config, teacher_facts(teacher))
+            comparison = options.comparison(self.shape, run_device())
+        notes = self.notes(network, config)
+        if options.dry_run:
+            more = (self.help_with_teachers(),) if teacher is None else ()
+            given = options.distillation()
+            first_process(lambda: print(describe(config, network, path, (*notes, *more), given=given)))
+            return
+
+        assert teacher is not None
+        world = start_world()
+        world.barrier()
+        with user_input():
+            evaluation = options.evaluation(comparison, world)
+            open_run_folder(path, record, write=world.is_main)
+            # Published figures are those of unconditional networks.
+            dataset = f"{self.dataset}-cond" if network.label_dim else self.dataset
+            distiller = Distiller(
+                replace(config, resume=True), teacher, evaluation=evaluation, dataset=dataset, world=world
+            )
+        first_process(lambda: print(*notes, sep="\n", end="\n" if notes else ""))
+        # The run has its own copy.
+        del teacher
+        distiller.run(path)
+        if world.is_main:
+            if distiller.rows:
+                print(results_table(distiller.rows))
+            print(f"generator: {path / 'generator'}")
+
+    def as_sid(
+        self, file: str, about: str | None, base: RecipeOptions, *, D: float, preset: str | None = None
+    ) -> DistilRecipe:
+        """The same data set with the settings of SiD, the case D = inf."""
+        return replace(
+            self, file=file, about=about or "", base=base, variant=same_for_every_D, D=D, preset=preset or self.preset,
+            settings_from=f"{self.title}: the settings of SiD (arXiv 2404.04057)",
+        )  # fmt: skip
+
+    def as_pid(self, file: str, about: str | None, base: PidOptions, *, D: float) -> DistilRecipe:
+        """The same data set by physics informed distillation."""
+        return replace(
+            self, file=file, about=about or "", base=base, variant=same_for_every_D, D=D,
+            settings_from=f"{self.title}: the settings of Physics Informed Distillation (Tee et al.), D = inf there",
+        )  # fmt: skip
+
+    def settings_for(self, network: NetworkConfig) -> DistillationOptions:
+        """The settings for a teacher: those for its D, without augmentation where it cannot be told of it."""
+        options: DistillationOptions = self.variant(self.base, network.D)
+        return options if network.augment_dim else replace(options, augment=0.0)
+
+    def notes(self, network: NetworkConfig, config: Distillation) -> tuple[str, ...]:
+        """What to know of these settings' standing, a line each."""
+        lines: list[str] = []
+        objective = config.objective(network)
+        known = objective.published(self.dataset)
+        if self.settings_from:
+            lines.append(self.settings_from)
+        elif network.label_dim:
+            lines.append(f"{self.title}: no result of this method is published for class-conditional networks")
+        elif network.D not in known:
+            possible = f"; published there: D = {', '.join(f'{D:g}' for D in known)}" if known else ""
+            lines.append(f"{self.title}: no result is published for D = {network.D:g} {objective.summary}{possible}")
+        if self.base.augment > 0 and not network.augment_dim:
+            lines.append(f"{self.title}: without augmentation, as the teacher takes no augmentation labels")
+        return tuple(lines)
+
+    def help_with_teachers(self) -> str:
+        """Which published checkpoints fit, where they are, how to use, convert or train one."""
+        C, H, W = self.shape
+        return (
+            f"Teachers that fit ({C}x{H}x{W}), published by their authors:\n{self.teachers}\n"
+            f"Give such a file as it is:           {self.file} --teacher FILE [--D D where the file does not say it]\n"
+            f"or make a model folder of it first:  ipfm convert FILE FOLDER [--D D]"
+        )
+
+    def _network(self, options: DistillationOptions, teacher: Precond | None) -> NetworkConfig:
+        if teacher is None:
+            return presets.get(self.preset, D=self.D if options.D is None else options.D)
+        check_images(teacher.config, self.shape, f"{self.title} is")
+        return teacher.config

@@ -1,0 +1,193 @@
+"""A recipe whose data are at hand: it trains a small teacher on them, distils it, and measures against them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+from ipfm.engine.config import TeacherConfig
+from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.distributed.world import World, run_device, start_world
+from ipfm.engine.evaluation.evaluation import Evaluation
+from ipfm.engine.evaluation.metrics import Features, dataset_statistics
+from ipfm.engine.evaluation.results import EvaluationRow, results_table
+from ipfm.engine.experiments.dry_run import describe, teacher_duration
+from ipfm.engine.experiments.options import DistillationOptions, check_images, read_teacher, run_name
+from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.runtime.commandline import parse, user_input
+from ipfm.engine.runtime.launcher import first_process, launched_processes
+from ipfm.engine.training.distiller import Distiller
+from ipfm.engine.training.resolve import resolve, resolve_precision
+from ipfm.engine.training.run_folder import check_run_folder, open_run_folder, teacher_facts
+from ipfm.engine.training.teacher import TeacherTraining, training_facts
+from ipfm.models import NetworkConfig, Precond
+
+O = TypeVar("O", bound=DistillationOptions)
+P = TypeVar("P", bound=DistillationOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainAndDistil(Generic[O]):
+    """A teacher trained on data at hand, or given, and its distillation.
+
+    `main` is the command line. Without one, `teacher` and `distil` do its two halves:
+
+        world = start_world()
+        network = recipe.network(recipe.base, recipe.D)
+        teacher = recipe.teacher(recipe.teaching(recipe.base), network, Path("runs/teacher"), world)
+        for alpha in (0.5, 1.0):
+            config = replace(recipe.base.distillation(), alpha=alpha)
+            rows = recipe.distil(teacher, config, Path(f"runs/alpha{alpha:g}"), world)
+    """
+
+    file: str
+    """Name of the recipe's file, for messages."""
+    about: str
+    """What --help says first."""
+    name: Callable[[O], str]
+    """Options -> how the run folder's name begins."""
+    title: str
+    """The images' name for people, in the plural."""
+    data: Callable[[], ImageDataset]
+    """Makes the data."""
+    network: Callable[[O, float], NetworkConfig]
+    """(options, D) -> the network of the teacher that is trained."""
+    features: Callable[[tuple[int, int, int]], Features]
+    """(C, H, W) -> what images are compared by."""
+    compared: str
+    """Says so: "in pixel space"."""
+    D: float
+    """Auxiliary dimensions with neither --teacher nor --D."""
+    base: O
+    """Settings of the distillation; their class has the recipe's options."""
+    training: TeacherConfig
+    """Settings of the teacher's training, but for those that the options decide, see `teaching`."""
+
+    def with_options(self, file: str, about: str | None, base: P) -> TrainAndDistil[P]:
+        """The same data and teacher, distilled as the class of these options says."""
+        return replace(cast(TrainAndDistil[Any], self), file=file, about=about or "", base=base)
+
+    # -- without a command line -------------------------------------------------------------------------------------
+
+    @cached_property
+    def dataset(self) -> ImageDataset:
+        """The data, made once."""
+        return self.data()
+
+    def teaching(self, options: O) -> TeacherConfig:
+        """Settings of the teacher that is trained when none is given: those of the run, where the two share them."""
+        batch = self.training.batch
+        return replace(
+            self.training,
+            D=self.D if options.D is None else options.D,
+            # At most that of the distillation, and one that divides what a process has of the teacher's batch.
+            micro_batch=options.micro_batch and math.gcd(options.micro_batch, batch // launched_processes()),
+            max_steps=options.teacher_steps,
+            zero=options.zero,
+            precision=options.precision,
+            tf32=options.tf32,
+            memory_format=options.memory_format,
+            compile=options.compile,
+            noise=options.noise,
+            seed=options.seed,
+            log_every=options.log_every,
+            heun_steps=options.heun_steps,
+            resume=options.resume,
+        )
+
+    def teacher(self, config: TeacherConfig, network: NetworkConfig, path: Path, world: World) -> Precond:
+        """The averaged teacher; trained in the run folder `path`, or read from there.
+
+        Raises:
+            ValueError: settings, network and data do not fit each other, or the folder belongs to another run.
+            TrainingFailed, Interrupted: from the run.
+        """
+        return TeacherTraining(config, network, self.dataset, world=world).run(path)
+
+    def distil(
+        self, teacher: Precond, config: Distillation, path: Path, world: World, *, images: int | None = None
+    ) -> list[EvaluationRow]:
+        """Distil `teacher` in the run folder `path`, or continue there.
+
+        Args:
+            teacher: makes images like the data.
+            config: settings.
+            path: the run folder; the generator is left in path/generator.
+            world: the run's processes, each of which calls it.
+            images: drawn for each distance to the data; the base settings' when None.
+
+        Returns:
+            The table: the teacher's row, then the generator's.
+
+        Raises:
+            ValueError: the teacher makes other images, contradicts the settings, or the folder belongs to another run.
+            TrainingFailed, Interrupted: from the run.
+        """
+        check_images(teacher.config, self.dataset.shape, f"the {self.title} are")
+        distiller = self._distiller(teacher, config, self.evaluation(images), world)
+        distiller.run(path)
+        return distiller.rows
+
+    def evaluation(self, images: int | None = None) -> Evaluation:
+        """The Fréchet distance of `images` samples, the base settings' when None, to all the data."""
+        features = self.features(self.dataset.shape)
+        statistics = dataset_statistics(self.dataset, features)
+        return Evaluation(features, statistics, images=self.base.eval_images if images is None else images)
+
+    def _distiller(self, teacher: Precond, config: Distillation, evaluation: Evaluation, world: World) -> Distiller:
+        return Distiller(config, teacher, evaluation=evaluation, world=world)
+
+    # -- the command line -------------------------------------------------------------------------------------------
+
+    def main(self, argv: Sequence[str]) -> None:
+        """Run the recipe with these arguments.
+
+        Raises:
+            BadInput: an option, the teacher or the run folder cannot be used; nothing was written.
+            TrainingFailed, Interrupted: from the runs.
+        """
+        with user_input():
+            options = parse(type(self.base), argv, default=self.base, prog=self.file, description=self.about)
+            config = options.distillation()
+            config.split(launched_processes())
+            teacher = read_teacher(options)
+            network = (
+                self.network(options, self.D if options.D is None else options.D) if teacher is None else teacher.config
+            )
+            path = options.out or run_name(self.name(options), config, network.D)
+            config = resolve(config, network, run_device())
+            check_images(network, self.dataset.shape, f"the {self.title} are")
+            if options.reference is not None:
+                raise ValueError(f"reference was given, but this recipe compares with the {self.title} themselves")
+            teaching = resolve_precision(self.teaching(options), run_device())
+            teaching.split(launched_processes())
+            record = check_run_folder(path, "distill", config, teacher_facts(teacher))
+            if teacher is None and (path / "teacher").exists():
+                facts = training_facts(teaching, network, self.dataset, None)
+                check_run_folder(path / "teacher", "teacher", teaching, facts)
+        if options.dry_run:
+            before = () if teacher is not None else (teacher_duration(teaching, network),)
+            first_process(lambda: print(describe(config, network, path, before)))
+            return
+
+        world = start_world()
+        world.barrier()
+        with user_input():
+            open_run_folder(path, record, write=world.is_main)
+        config = replace(config, resume=True)  # the folder is this run's from here on
+        if teacher is None:
+            teacher = self.teacher(teaching, network, path / "teacher", world)
+        evaluation = self.evaluation(options.eval_images)
+        with user_input():
+            # A folder whose generator came from a teacher that has been trained further since is refused here.
+            check_run_folder(path, "distill", config, teacher_facts(teacher))
+            distiller = self._distiller(teacher, config, evaluation, world)
+        distiller.run(path)
+        if world.is_main:
+            print(f"\nFréchet distance {self.compared} against all {len(self.dataset)} {self.title}\n")
+            print(results_table(distiller.rows))
+            print(f"run folder: {path}   generator: {path / 'generator'}   curve: {path / 'convergence.png'}")

@@ -1,0 +1,163 @@
+"""A recipe that trains a teacher: its settings, and the way from the command line to a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from ipfm.engine.config import TeacherConfig
+from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.data.open_dataset import open_dataset
+from ipfm.engine.distributed.world import run_device, start_world
+from ipfm.engine.evaluation.options import EvaluationOptions
+from ipfm.engine.experiments.dry_run import describe_training
+from ipfm.engine.experiments.options import check_images
+from ipfm.engine.runtime.commandline import BadInput, parse, user_input
+from ipfm.engine.runtime.launcher import first_process, launched_processes
+from ipfm.engine.training.resolve import check_augment, resolve_D, resolve_precision
+from ipfm.engine.training.run_folder import check_run_folder, open_run_folder
+from ipfm.engine.training.teacher import TeacherTraining, training_facts
+from ipfm.models import NetworkConfig, presets
+from ipfm.models.checkpoints.training_state import TrainingState, read_training_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions(TeacherConfig, EvaluationOptions):
+    """Options of every recipe that trains a teacher."""
+
+    data: Path | None = None
+    """Training images: a zip or folder (`ipfm dataset` makes a zip), or CIFAR-10's archive."""
+    arch: Literal["ddpmpp", "ncsnpp"] = "ncsnpp"
+    """Architecture: DDPM++ or NCSN++."""
+    model_channels: int | None = None
+    """Base width of the network. Default: the architecture's, 128."""
+    num_blocks: int | None = None
+    """Residual blocks of each resolution. Default: the architecture's, 4."""
+    conditional: bool = False
+    """Train with the data's class labels."""
+    xflip: bool = False
+    """Mirror images at random."""
+    continue_from: Path | None = None
+    """A training-state-*.pt of EDM or PFGM++: continue that training with its weights, EMA and optimiser state."""
+    dry_run: bool = False
+    """Print the resolved configuration and the expected duration, and stop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_evaluation()
+        if self.arch not in ("ddpmpp", "ncsnpp"):
+            raise ValueError(f"arch must be ddpmpp or ncsnpp, got {self.arch!r}")
+        for name in ("model_channels", "num_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+            if value is not None and self.continue_from is not None:
+                raise ValueError(f"{name.replace('_', '-')} was given, but continue-from says what the network is")
+        if self.conditional and self.continue_from is not None:
+            raise ValueError("conditional was given, but continue-from says what the network is")
+
+    def training(self) -> TeacherConfig:
+        """The settings of the training alone."""
+        return TeacherConfig(**{f.name: getattr(self, f.name) for f in fields(TeacherConfig)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRecipe:
+    """Training of a PFGM++ or EDM teacher on one data set."""
+
+    file: str
+    """Name of the recipe's file, for messages."""
+    about: str
+    """What --help says first."""
+    name: str
+    """Begins the run folder's name."""
+    title: str
+    """The data set's name for people."""
+    shape: tuple[int, int, int]
+    """(C, H, W) of its images."""
+    presets: Mapping[str, str]
+    """Architecture -> name of the network preset."""
+    D: float
+    """Auxiliary dimensions when --D is not given."""
+    base: TeacherOptions
+    """Settings."""
+    data: str
+    """Where the data come from and how they are prepared."""
+
+    def main(self, argv: Sequence[str]) -> None:
+        """Run the recipe with these arguments.
+
+        Raises:
+            BadInput: an option, the data or the run folder cannot be used; nothing was written.
+            TrainingFailed, Interrupted: from the run.
+        """
+        with user_input():
+            options = parse(TeacherOptions, argv, default=self.base, prog=self.file, description=self.about)
+            state = None if options.continue_from is None else self._state(options, options.continue_from)
+            if options.data is None and not options.dry_run:
+                raise BadInput("give --data; --dry-run works without it", self.data)
+            data = None
+            if options.data is not None:
+                data = open_dataset(options.data, labels=self._labelled(options, state), xflip=options.xflip)
+            network = self._network(options, data, state)
+            config = resolve_precision(replace(options.training(), D=network.D), run_device())
+            check_augment(config.augment, network)
+            config.split(launched_processes())
+            if data is not None and data.shape != self.shape:
+                raise ValueError(
+                    f"{options.data} has images {_times(data.shape)}, {self.title} is {_times(self.shape)}"
+                )
+            path = options.out or Path("runs") / f"{self.name}-teacher-{options.arch}-D{network.D:g}"
+            record = check_run_folder(path, "teacher", config, training_facts(config, network, data, state))
+            comparison = options.comparison(self.shape, run_device())
+        if options.dry_run:
+            notes = [f"continues {options.continue_from}: {state}"] if state is not None else []
+            notes += [self.data] if data is None else [f"data: {data.name}, {len(data):,} images"]
+            first_process(lambda: print(describe_training(config, network, path, tuple(notes))))
+            return
+
+        assert data is not None
+        world = start_world()
+        world.barrier()
+        with user_input():
+            evaluation = options.evaluation(comparison, world)
+            open_run_folder(path, record, write=world.is_main)
+            training = TeacherTraining(
+                replace(config, resume=True), network, data, evaluation=evaluation, start=state, world=world
+            )
+        training.run(path)
+        if world.is_main:
+            print(f"teacher: {path / 'model'}")
+
+    def _state(self, options: TeacherOptions, path: Path) -> TrainingState:
+        state = read_training_state(path, D=options.D)
+        check_images(state.config, self.shape, f"{self.title} is")
+        return state
+
+    def _labelled(self, options: TeacherOptions, state: TrainingState | None) -> bool:
+        return options.conditional if state is None else state.config.label_dim > 0
+
+    def _network(
+        self, options: TeacherOptions, data: ImageDataset | None, state: TrainingState | None
+    ) -> NetworkConfig:
+        """The network that is trained: that of the state to continue, or the architecture asked for."""
+        if state is not None:
+            resolve_D(options.D, state.config)
+            return state.config
+        network = presets.get(self.presets[options.arch], D=self.D if options.D is None else options.D)
+        network = replace(
+            network,
+            model_channels=options.model_channels or network.model_channels,
+            num_blocks=options.num_blocks or network.num_blocks,
+        )
+        if options.conditional and data is not None:
+            if not data.classes:
+                raise ValueError(f"conditional was given, but {options.data} has no class labels")
+            network = replace(network, label_dim=data.classes)
+        return replace(network, augment_dim=network.augment_dim if options.augment > 0 else 0)
+
+
+def _times(shape: tuple[int, int, int]) -> str:
+    return "x".join(map(str, shape))

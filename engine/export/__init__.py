@@ -1,1 +1,0 @@
-"""Models in formats that other programs read: ONNX, plain PyTorch, a folder for Hugging Face."""

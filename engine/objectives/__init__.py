@@ -1,0 +1,1 @@
+"""Methods of distillation, a file each, and what they share: losses, LPIPS, first weights, published figures."""

@@ -1,0 +1,214 @@
+"""What a distillation trains, and how: the frame that every objective fills in, and that the trainer knows.
+
+An objective is made by its settings, `Distillation.objective`. Its file has both, and nothing else needs to know of it:
+networks, optimisers, ZeRO, memory plans, checkpoints, evaluation and export follow from what it says of itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+from torch import Tensor, nn
+
+from ipfm.engine.checks import at_least, check_D, check_start
+from ipfm.engine.config import InitialWeights, RunConfig
+from ipfm.engine.distributed.world import World
+from ipfm.engine.objectives.published import PaperResult
+from ipfm.engine.objectives.step_metrics import StepMetrics
+from ipfm.models import NetworkConfig, Precond
+
+Start = Literal["teacher", "random"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """A network that an objective trains."""
+
+    name: str
+    """In logs and checkpoints."""
+    network: NetworkConfig
+    """Its architecture."""
+    start: Start
+    """Its first weights: the teacher's, or as an untrained network has them."""
+    lr: float
+    """Adam's learning rate before the first step; each step says its own."""
+    beta1: float
+    """Adam's first decay; 0 needs no first moment."""
+    rectified: bool = False
+    """Rectified Adam [Liu et al. 2020]."""
+    averaged: bool = False
+    """The optimiser keeps a moving average of the weights."""
+
+    def seed(self, run: int) -> int:
+        """Seed of random first weights, for a run's seed: each role has its own."""
+        return (run + sum(self.name.encode())) % 2**63
+
+    @property
+    def moments(self) -> int:
+        """fp32 values that the optimiser keeps a parameter."""
+        return 1 + (self.beta1 > 0) + self.averaged
+
+
+class Trained(Protocol):
+    """What the steps need of a network in training: see `TrainedNetwork`."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def loss_scale(self) -> float: ...
+
+    def __call__(self, *args: Any, **keywords: Any) -> Tensor: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self, *, lr: float, ema_decay: float = 0.0, grad_scale: Tensor | None = None) -> Tensor: ...
+
+    def frozen(self) -> AbstractContextManager[nn.Module]: ...
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where the steps of an objective run."""
+
+    trained: Mapping[str, Trained]
+    """The networks of its roles, by name."""
+    teacher: Precond
+    """The frozen denoiser."""
+    micro_batch: int
+    """Images this process handles at a time; divides its share of the batch."""
+    phased: bool
+    """One network's activations at a time."""
+    world: World
+    """The run's processes."""
+
+
+class Steps(Protocol):
+    """The training steps of an objective."""
+
+    def iteration(self, step: int) -> StepMetrics:
+        """One update of every network; `step` counts from 0. Waits for nothing on the device."""
+        ...
+
+
+class Objective(Protocol):
+    """A way to distil a teacher into a generator.
+
+    It is made for a configuration with nothing left open but what memory decides, and for the teacher's architecture;
+    for the sake of memory plans the rest may be open as long as nothing is trained.
+    """
+
+    @property
+    def title(self) -> str:
+        """In lines of the log, e.g. "distil D=128 alpha=1 K=1"."""
+        ...
+
+    @property
+    def summary(self) -> str:
+        """What it is besides D, in words, e.g. "at alpha = 1 and 1 step"."""
+        ...
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The networks it trains."""
+        ...
+
+    @property
+    def generator(self) -> str:
+        """The role whose average is the result."""
+        ...
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations an image of the result takes."""
+        ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Plain JSON values that are stored with the result, and that `sample_model` reads: "sigmas", or another way to
+        draw from it."""
+        ...
+
+    def steps(self, context: StepContext) -> Steps:
+        """The steps, on networks that somebody else made: real ones, or those of a memory plan on the meta device."""
+        ...
+
+    def forwards(self, *, phased: bool, checkpointed: bool) -> int:
+        """Forward passes, or as much arithmetic, of one image in an iteration."""
+        ...
+
+    def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
+        """Images first..first + count - 1 of `seed` from the result, (count, C, H, W) in [-1, 1]."""
+        ...
+
+    def published(self, dataset: str) -> Mapping[float, PaperResult]:
+        """The published figures for exactly this setting at every D that has one."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(RunConfig, ABC):
+    """What every way to distil a teacher has in common. A way adds its own settings, and says what it trains."""
+
+    teacher: Path | None = None
+    """The teacher: a checkpoint of EDM, PFGM++ or SiD, or a model folder (config.json and model.safetensors)."""
+    D: float | None = None
+    """Auxiliary dimensions, in (0, inf]; inf is a diffusion model. Default: what the teacher was trained for."""
+    init: InitialWeights = "auto"
+    """First weights of the generator: the teacher's, or random ones; auto is the teacher's, but random at another
+    width."""
+    width: float = 1.0
+    """Channels of the generator by those of the teacher, e.g. 0.5."""
+    teacher_storage: Literal["auto", "fp32", "half", "sharded"] = "auto"
+    """How the frozen teacher is kept: fp32 on every process; half: in the run's own 16 bits wherever its arithmetic has
+    no more (the same results); sharded: among the processes, by ZeRO 3. auto: half in bf16 and fp16, else fp32."""
+    backward: Literal["auto", "joint", "phased"] = "auto"
+    """joint: one backward pass over all networks; phased: one network's activations at a time; auto: by memory."""
+    heun_steps: int = 18
+    """Steps of the teacher's sampler in the final table; 18 are 35 network evaluations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.D is not None:
+            check_D(self.D)
+        check_start("init", self.init, "width", self.width)
+        at_least("heun-steps", self.heun_steps, 1)
+        if self.teacher_storage not in ("auto", "fp32", "half", "sharded"):
+            raise ValueError(f"teacher-storage must be auto, fp32, half or sharded, got {self.teacher_storage!r}")
+        if self.teacher_storage == "half" and self.precision == "fp32":
+            raise ValueError(
+                "teacher-storage half needs precision bf16 or fp16: in fp32 it would round the teacher's weights"
+            )
+        if self.compile and self.teacher_storage == "sharded":
+            raise ValueError("compile does not go with teacher-storage sharded: use fp32 or half")
+        if self.backward not in ("auto", "joint", "phased"):
+            raise ValueError(f"backward must be auto, joint or phased, got {self.backward!r}")
+
+    def completed(self, network: NetworkConfig) -> Self:
+        """These settings with what they leave open decided by the teacher's architecture alone.
+
+        Raises:
+            ValueError: something does not go with this network.
+        """
+        return self
+
+    def memory_key(self) -> Self:
+        """These settings with all that changes no tensor's size as it is by default: equal ones need equal memory."""
+        return self
+
+    @abstractmethod
+    def objective(self, network: NetworkConfig) -> Objective:
+        """What is trained, and how; for settings with nothing left open but what memory decides.
+
+        Args:
+            network: the teacher's architecture, as it is trained.
+        """
+
+    @abstractmethod
+    def name(self) -> str:
+        """What tells runs of the same teacher apart, for the name of a run folder, e.g. "alpha1-K1"."""

@@ -1,0 +1,66 @@
+"""Small operations on networks that a run needs before it trains them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from ipfm.engine.config import InitialWeights
+from ipfm.models import NetworkConfig, Precond, build_network
+
+
+def trained_config(network: NetworkConfig, dropout: float) -> NetworkConfig:
+    """The network as it is distilled: with this dropout of activations, and none of labels."""
+    return replace(network, dropout=dropout, label_dropout=0.0)
+
+
+def generator_network(network: NetworkConfig, width: float) -> NetworkConfig:
+    """The architecture with `width` times the channels.
+
+    Raises:
+        ValueError: that is no whole number of channels, or one that the network cannot have.
+    """
+    channels = network.model_channels * width
+    if channels != int(channels) or channels < 1:
+        raise ValueError(f"width {width:g} makes {channels:g} channels of {network.model_channels}: give a divisor")
+    if channels == network.model_channels:
+        return network
+    try:
+        return replace(network, model_channels=int(channels))
+    except ValueError as error:
+        raise ValueError(
+            f"width {width:g} makes {channels:g} channels, which this network cannot have: {error}"
+        ) from None
+
+
+def initial_weights(init: InitialWeights, width: float) -> Literal["teacher", "random"]:
+    """Where a network's first weights come from: "auto" is the teacher, but for another width."""
+    return ("teacher" if width == 1 else "random") if init == "auto" else init
+
+
+def starting_network(
+    network: NetworkConfig, start: Literal["teacher", "random"], teacher: Precond, seed: int
+) -> Precond:
+    """A network to train, on the teacher's device: with the teacher's weights, or with random ones of this seed.
+
+    Args:
+        network: its architecture; the teacher's, but for dropout, where it starts from the teacher.
+        start: its first weights.
+        teacher: the denoiser that is distilled.
+        seed: of random weights; every process draws the same.
+    """
+    if start == "teacher":
+        twin = build_network(network)
+        twin.load_state_dict(teacher.state_dict())
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            twin = build_network(network)
+    return twin.to(next(teacher.parameters()).device).requires_grad_(True)
+
+
+def trainable_copy(net: Precond, dropout: float) -> Precond:
+    """A copy of `net` to distil, see `trained_config`."""
+    return starting_network(trained_config(net.config, dropout), "teacher", net, 0)

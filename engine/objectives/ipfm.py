@@ -1,0 +1,388 @@
+"""Inverse Poisson flow matching, and SiD, which is its case D = inf: what they train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from ipfm.engine.checks import at_least, check_start, is_number, positive, share
+from ipfm.engine.config import InitialWeights
+from ipfm.engine.data.augmentation import augment
+from ipfm.engine.noise_levels import check_sigmas, few_step_sigmas
+from ipfm.engine.objectives.base import Distillation, Role, StepContext
+from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
+from ipfm.engine.objectives.losses import (
+    Noisy,
+    add_noise,
+    along,
+    bind,
+    denoising_objective,
+    finite_samples,
+    generator_gradient,
+    per_sample,
+)
+from ipfm.engine.objectives.phases import mark
+from ipfm.engine.objectives.published import PaperResult, paper_results
+from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
+from ipfm.engine.random_streams import Stream, draw_labels, draw_number, seed_dropout
+from ipfm.engine.sampling.batches import sample_generator
+from ipfm.kernels import perturb
+from ipfm.models import NetworkConfig, Precond
+
+if TYPE_CHECKING:
+    from ipfm.engine.objectives.base import Objective
+
+
+# Forward passes, or as much arithmetic, of an image in a student update, in a generator update, what the phased form
+# adds, and activation checkpointing for each of the networks that are differentiated.
+STUDENT_FORWARDS, GENERATOR_FORWARDS, PHASED_FORWARDS = 4, 7, 2
+
+
+class InversePoissonFlowMatching:
+    """See `Objective`. A student learns to denoise the generator's samples, the generator to make the student agree
+    with the teacher [IPFM eq. 21; SiD eq. 23].
+
+    Args:
+        config: settings, D among them.
+        network: the teacher's architecture, as it is trained.
+    """
+
+    def __init__(self, config: DistillConfig, network: NetworkConfig) -> None:
+        self.config, self.network = config, network
+        self.D = network.D if config.D is None else config.D
+        self.title = f"distil D={self.D:g} alpha={config.alpha:g} K={config.steps}"
+        self.summary = f"at alpha = {config.alpha:g} and {config.steps} step{'s' * (config.steps > 1)}"
+        self.roles: tuple[Role, ...] = (
+            Role(
+                "student",
+                generator_network(network, config.student_width),
+                initial_weights(config.student_init, config.student_width),
+                config.student_lr or config.lr,
+                config.student_beta1,
+            ),
+            Role(
+                "generator",
+                generator_network(network, config.width),
+                initial_weights(config.init, config.width),
+                config.lr,
+                config.generator_beta1,
+                averaged=True,
+            ),
+        )
+        self.generator = "generator"
+        self.nfe = config.steps
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See `Objective.facts`."""
+        return {"sigmas": list(self.config.levels), "alpha": self.config.alpha}
+
+    def steps(self, context: StepContext) -> DistillSteps:
+        """See `Objective.steps`."""
+        return DistillSteps(self.config, context, self.network)
+
+    def forwards(self, *, phased: bool, checkpointed: bool) -> int:
+        """See `Objective.forwards`."""
+        updates, K = self.config.student_updates, self.config.steps
+        # Each further evaluation of the generator costs a forward pass; in the generator's update, where the gradient
+        # passes through it, one more, and a backward.
+        further = 4 if self.config.gradient == "all" else 1
+        student = STUDENT_FORWARDS + K - 1 + checkpointed
+        generator = GENERATOR_FORWARDS + further * (K - 1) + phased * PHASED_FORWARDS + checkpointed * (2 + K)
+        return updates * student + generator
+
+    def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
+        """See `Objective.sample`."""
+        return sample_generator(net, first, count, D=self.D, sigmas=self.config.levels, seed=seed)
+
+    def published(self, dataset: str) -> Mapping[float, PaperResult]:
+        """See `Objective.published`."""
+        return paper_results(dataset, self.config.alpha, self.config.steps)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that one process handles at a time."""
+
+    first: int
+    """Index of the first sample within the global batch."""
+    index: Tensor
+    """(B,) int64: indices within the global batch."""
+    labels: Tensor | None
+    """(B, label_dim) one-hot, or None for an unconditional network."""
+
+
+class Chain(NamedTuple):
+    """Inputs of a generator's evaluations, without graphs."""
+
+    inputs: list[Tensor]
+    """x_1..x_K, each (B, C, H, W)."""
+    finite: Tensor
+    """(B, 1, 1, 1) bool: no perturbation of the sample overflowed."""
+
+    def marked(self, y: Tensor) -> Tensor:
+        """y (B, C, H, W) with NaN for the samples that overflowed, which the losses leave out."""
+        return y.masked_fill(~self.finite, float("nan"))
+
+
+class DistillSteps:
+    """The steps of inverse Poisson flow matching [IPFM, algorithms 1 and 2].
+
+    One iteration is `student_updates` student steps, then one generator step:
+
+        student step    y = G(z), detached, augmented if asked; x = perturb(y, sigma); S descends the denoising loss
+        generator step  y = G(z); x = perturb(y, sigma); G descends L(T(x), S(x), y) of IPFM eq. 21
+
+    Args:
+        config: settings with nothing left open but what memory decides.
+        context: the networks "student" and "generator", and where they run.
+        network: the teacher's architecture, as it is trained.
+    """
+
+    def __init__(self, config: DistillConfig, context: StepContext, network: NetworkConfig) -> None:
+        assert config.D is not None
+        self.config, self.D = config, config.D
+        self.student, self.generator = context.trained["student"], context.trained["generator"]
+        self.teacher, self.network, self.phased = context.teacher, network, context.phased
+        self.world = world = context.world
+        self.micro_batch = micro_batch = context.micro_batch
+        self.local_batch = config.batch // world.size
+        # What every micro-batch starts from; nothing writes to it.
+        shape = (micro_batch, network.img_channels, network.img_resolution, network.img_resolution)
+        self._zeros = torch.zeros(shape, device=world.device)
+        self._levels = [torch.full((micro_batch,), level, device=world.device) for level in config.levels]
+        self._offsets = torch.arange(micro_batch, device=world.device)
+
+    def iteration(self, step: int) -> StepMetrics:
+        """`student_updates` student steps, then the generator step; `step` counts from 0."""
+        updates = self.config.student_updates
+        measured = [self.student_step(step * updates + update) for update in range(updates)]
+        return StepMetrics.merged([*measured, self.generator_step(step)])
+
+    def student_step(self, step: int) -> StepMetrics:
+        """One update of the student on fresh samples of the generator; `step` counts the student's updates from 0."""
+        config, noise = self.config, self.config.noise
+        tally = LossSum("student", self.world)
+        self._set_mode(self.student.module, training=True)
+        self._set_mode(self.generator.module, training=True)
+        for micro in self._micro_batches(Stream.STUDENT_LABEL, step):
+            mark("student: samples")
+            last = self._last(Stream.STUDENT_LAST, step)
+            chain = self._chain(micro, Stream.STUDENT_LATENT, step, last)
+            y = chain.marked(self._evaluate(last, chain.inputs[-1], micro, step))
+            y, augment_labels = augment(
+                y, config.augment, seed=config.seed, stream=Stream.STUDENT_AUGMENT, step=step, sample_index=micro.index
+            )
+            sigma = noise.denoising(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step)
+            noisy = self._add_noise(y, sigma, Stream.STUDENT_NOISE, step, micro)
+            self._seed_dropout(Stream.STUDENT_DROPOUT, step, micro)
+            mark("student: forward and backward")
+            student = bind(self.student, micro.labels, augment_labels)
+            result = denoising_objective(student, y, noisy, sigma_data=noise.sigma_data)
+            self.student.backward(result.surrogate / self.local_batch)
+            tally.add(result.loss, result.valid)
+        mark("student: optimiser")
+        lr = config.student_lr or config.lr
+        applied = self.student.step(lr=lr, grad_scale=tally.grad_scale(config.batch))
+        return tally.measured(applied)
+
+    def generator_step(self, step: int) -> StepMetrics:
+        """One update of the generator and its EMA; `step` counts from 0."""
+        tally = LossSum("generator", self.world)
+        self._set_mode(self.student.module, training=False)
+        self._set_mode(self.generator.module, training=True)
+        for micro in self._micro_batches(Stream.GENERATOR_LABEL, step):
+            tally.add(*self._generator_micro_step(step, micro))
+        mark("generator: optimiser")
+        applied = self.generator.step(
+            lr=self.config.lr,
+            ema_decay=self.config.ema_decay(step),
+            grad_scale=tally.grad_scale(self.config.batch),
+        )
+        return tally.measured(applied)
+
+    def _generator_micro_step(self, step: int, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch: loss (B,) and valid (B,).
+
+        Joint keeps the graph of the last evaluation of G while T and S are differentiated; phased runs it once more
+        afterwards. Every earlier evaluation that the gradient reaches is run once more in both, so that memory does not
+        grow with K.
+        """
+        config, phased = self.config, self.phased
+        last = self._last(Stream.GENERATOR_LAST, step)
+        first = 0 if config.gradient == "all" else last
+        mark("generator: samples")
+        chain = self._chain(micro, Stream.GENERATOR_LATENT, step, last)
+
+        def forward(k: int) -> Tensor:
+            self._seed_dropout(Stream.GENERATOR_DROPOUT, step * config.steps + k, micro)
+            return self.generator(chain.inputs[k].requires_grad_(k > first), self._levels[k], micro.labels)
+
+        graph = None if phased else forward(last)
+        y = self._evaluate(last, chain.inputs[last], micro, step) if graph is None else graph.detach()
+        y = chain.marked(y)
+        sigma = config.noise.generator(micro.index, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)
+        noisy = self._add_noise(y, sigma, Stream.GENERATOR_NOISE, step, micro)
+        with self.student.frozen() as student:
+            result = generator_gradient(
+                bind(self.teacher, micro.labels),
+                bind(student, micro.labels),
+                y,
+                noisy,
+                alpha=config.alpha,
+                phased=phased,
+                rescale=config.precision == "fp16",
+            )
+
+        mark("generator: backward")
+        gradient = result.gradient / self.local_batch
+        for k in range(last, first - 1, -1):
+            y_k = graph if k == last and graph is not None else forward(k)
+            graph = None
+            scale = self.generator.loss_scale
+            self.generator.backward(along(y_k, gradient))
+            del y_k
+            if k > first:
+                # x_k = y_{k-1} + noise: its gradient is that of the evaluation before it.
+                arrived = chain.inputs[k].grad
+                assert arrived is not None
+                gradient = arrived / scale
+        return result.loss, result.valid
+
+    # -- the generator's samples ------------------------------------------------------------------------------------
+
+    def _last(self, stream: Stream, step: int) -> int:
+        """The evaluation that ends the chain of this update, counted from 0: the last one, or one drawn for the whole
+        batch, as in the backward simulation of DMD2 [Yin et al. 2024, section 4.5]."""
+        if self.config.gradient == "all":
+            return self.config.steps - 1
+        return draw_number(self.config.steps, seed=self.config.seed, stream=stream, step=step)
+
+    @torch.no_grad()
+    def _chain(self, micro: MicroBatch, stream: Stream, step: int, last: int) -> Chain:
+        """x_1 ~ p_{r_1}(. | 0), x_{k+1} ~ p_{r_{k+1}}(. | G(x_k, sigma_k)) [IPFM, algorithm 2], up to k = `last`."""
+        y, finite = self._zeros, None
+        inputs: list[Tensor] = []
+        for k in range(last + 1):
+            # Each level of a sample has a step of the stream to itself.
+            x = self._perturb(y, self._levels[k], stream, step * self.config.steps + k, micro)
+            # At small D a latent may overflow: it must not meet the weights, not even under a zero gradient.
+            ok = per_sample(finite_samples(x), x)
+            finite = ok if finite is None else finite & ok
+            inputs.append(x.masked_fill(~ok, 0.0))
+            if k < last:
+                y = self._evaluate(k, inputs[-1], micro, step)
+        assert finite is not None
+        return Chain(inputs, finite)
+
+    @torch.no_grad()
+    def _evaluate(self, k: int, x: Tensor, micro: MicroBatch, step: int) -> Tensor:
+        """y_k = G(x_k, sigma_k) through the plain module, with the dropout that the trained pass has too."""
+        self._seed_dropout(Stream.GENERATOR_DROPOUT, step * self.config.steps + k, micro)
+        return self.generator.module(x, self._levels[k], micro.labels)
+
+    def _perturb(self, y: Tensor, sigma: Tensor, stream: Stream, step: int, micro: MicroBatch) -> Tensor:
+        x = perturb(y, sigma, self.D, seed=self.config.seed, stream=stream, step=step, sample_index=micro.index)
+        assert isinstance(x, Tensor)
+        return x
+
+    def _add_noise(self, y: Tensor, sigma: Tensor, stream: Stream, step: int, micro: MicroBatch) -> Noisy:
+        position = {"seed": self.config.seed, "stream": stream, "step": step}
+        return add_noise(y, sigma, self.D, self.teacher, **position, sample_index=micro.index)
+
+    def _set_mode(self, module: nn.Module, *, training: bool) -> None:
+        # A walk over all modules, and without dropout in vain.
+        if module.training != training and (self.config.dropout > 0 or self.network.label_dropout > 0):
+            module.train(training)
+
+    def _seed_dropout(self, stream: Stream, step: int, micro: MicroBatch) -> None:
+        if self.config.dropout > 0:
+            seed_dropout(self.config.seed, stream, step, micro.first)
+
+    def _micro_batches(self, label_stream: Stream, step: int) -> Iterator[MicroBatch]:
+        """This process's samples of the global batch, a micro-batch at a time."""
+        for first in self.world.micro_batches(self.config.batch, self.micro_batch):
+            index = self._offsets + first
+            labels = draw_labels(self.network.label_dim, index, seed=self.config.seed, stream=label_stream, step=step)
+            yield MicroBatch(first, index, labels)
+
+
+# What the loss kernel takes.
+ALPHA_LIMIT = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Distillation):
+    """Distillation of a teacher into a K-step generator by inverse Poisson flow matching [IPFM, algorithms 1 and 2]."""
+
+    alpha: float = 1.0
+    """Regularisation, in SiD's convention: 0.5 is the pure IPFM objective, 1.0 the paper's recommendation."""
+    steps: int = 1
+    """K: network evaluations of the generator."""
+    sigmas: tuple[float, ...] = ()
+    """Noise levels of the K evaluations, falling. Default: sigma_init (K - k + 1) / K."""
+    sigma_init: float = 2.5
+    """Noise level of the generator's input when --sigmas is not given."""
+    gradient: Literal["all", "last"] = "all"
+    """With several steps: all: the gradient passes through all of them; last: the chain ends after a number of steps
+    drawn anew for each update, and the gradient passes through the last of these alone."""
+    student_lr: float | None = None
+    """Learning rate of the student. Default: that of the generator."""
+    generator_beta1: float = 0.0
+    """Adam's first decay for the generator."""
+    student_beta1: float = 0.0
+    """Adam's first decay for the student."""
+    student_updates: int = 1
+    """Student updates per generator update."""
+    student_init: InitialWeights = "auto"
+    """First weights of the student, as in --init."""
+    student_width: float = 1.0
+    """Channels of the student by those of the teacher."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (is_number(self.alpha) and abs(self.alpha) <= ALPHA_LIMIT):
+            raise ValueError(f"alpha must be a number in [-{ALPHA_LIMIT:g}, {ALPHA_LIMIT:g}], got {self.alpha}")
+        at_least("steps", self.steps, 1)
+        if self.sigmas != ():
+            levels = check_sigmas(self.sigmas)
+            object.__setattr__(self, "sigmas", levels)
+            # --sigmas alone fixes the number of steps; together with --steps the two have to agree.
+            if self.steps not in (1, len(levels)):
+                raise ValueError(f"steps and sigmas disagree: {self.steps} steps, {len(levels)} noise levels")
+            object.__setattr__(self, "steps", len(levels))
+        positive("sigma-init", self.sigma_init)
+        if self.gradient not in ("all", "last"):
+            raise ValueError(f"gradient must be all or last, got {self.gradient!r}")
+        if self.student_lr is not None:
+            positive("student-lr", self.student_lr)
+        share("generator-beta1", self.generator_beta1)
+        share("student-beta1", self.student_beta1)
+        at_least("student-updates", self.student_updates, 1)
+        check_start("student-init", self.student_init, "student-width", self.student_width)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The generator's noise levels, resolved."""
+        return self.sigmas or few_step_sigmas(self.steps, self.sigma_init)
+
+    def completed(self, network: NetworkConfig) -> Self:
+        """See `Distillation.completed`: with the noise levels."""
+        return replace(self, sigmas=self.levels)
+
+    def memory_key(self) -> Self:
+        """See `Distillation.memory_key`."""
+        return replace(self, alpha=1.0, sigmas=(), sigma_init=2.5, student_lr=None, student_updates=1)
+
+    def objective(self, network: NetworkConfig) -> Objective:
+        """See `Distillation.objective`."""
+
+        return InversePoissonFlowMatching(self, network)
+
+    def name(self) -> str:
+        """See `Distillation.name`."""
+        return f"alpha{self.alpha:g}-K{self.steps}"

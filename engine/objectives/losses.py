@@ -1,0 +1,217 @@
+"""The two objectives of inverse Poisson flow matching, and the gradient that the generator needs.
+
+Functions of plain networks and tensors: no optimiser, no process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.objectives.phases import mark
+from ipfm.kernels import denoising_loss, ipfm_loss, perturb
+from ipfm.models import Precond
+
+# A network with its labels bound: (c_in x (B, C, H, W) in its compute dtype, sigma (B,)) -> its raw output F.
+Raw = Callable[[Tensor, Tensor], Tensor]
+
+
+def bind(net: Callable[..., Tensor], labels: Tensor | None, augment_labels: Tensor | None = None) -> Raw:
+    """The network's raw output as a function of (scaled, sigma), with these class and augmentation labels."""
+    return lambda scaled, sigma: net(scaled, sigma, labels, augment_labels, raw=True)
+
+
+class Noisy(NamedTuple):
+    """A perturbed sample, as the losses and as the networks take it; the denoised one is c_skip x + c_out F(scaled)."""
+
+    x: Tensor
+    """(B, C, H, W)."""
+    scaled: Tensor
+    """(B, C, H, W): c_in x, in the networks' compute dtype."""
+    sigma: Tensor
+    """(B,) noise levels."""
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    """(B,) each, of the networks' preconditioning."""
+
+
+def add_noise(
+    y: Tensor, sigma: Tensor, D: float, net: Precond, *, seed: int, stream: int, step: int, sample_index: Tensor
+) -> Noisy:
+    """x ~ p_r(x | y), r = sigma sqrt(D), ready for `net` and networks of its kind; arguments as in `perturb`."""
+    c_skip, c_out, c_in, _ = net.coefficients(sigma.to(net.wide_dtype))
+    x, scaled = perturb(
+        y,
+        sigma,
+        D,
+        seed=seed,
+        stream=stream,
+        step=step,
+        sample_index=sample_index,
+        c_in=c_in,
+        out_dtype=net.input_dtype,
+    )
+    return Noisy(x, scaled, sigma, c_skip, c_out, c_in)
+
+
+class DenoisingResult(NamedTuple):
+    """Outcome of one objective on a micro-batch."""
+
+    surrogate: Tensor
+    """0-d: its gradient with respect to the network's parameters is that of the loss summed over the samples."""
+    loss: Tensor
+    """(B,) loss per sample, 0 where the sample does not count."""
+    valid: Tensor
+    """(B,) bool: the sample counts."""
+
+
+class GeneratorGradient(NamedTuple):
+    """dL/dy of the generator objective on a micro-batch."""
+
+    gradient: Tensor
+    """(B, C, H, W): 0 where the sample does not count."""
+    loss: Tensor
+    """(B,) loss per sample, weight included, 0 where the sample does not count."""
+    weight: Tensor
+    """(B,) the weight lambda, 0 where the sample does not count."""
+    valid: Tensor
+    """(B,) bool: the sample counts."""
+
+
+def denoising_objective(net: Raw, y: Tensor, noisy: Noisy, *, sigma_data: float) -> DenoisingResult:
+    """w(sigma) ||D(x, sigma) - y||^2, summed over elements [Karras et al. 2022, table 1]: teacher and student.
+
+    Samples with a non-finite x are kept out of the network: a NaN activation would reach the weights even under a
+    zero gradient. One with a non-finite y does not count either.
+
+    Args:
+        net: the network that is trained.
+        y: (B, C, H, W) clean samples, without a graph.
+        noisy: their perturbation, without a graph.
+        sigma_data: standard deviation of the data.
+
+    Raises:
+        ValueError: a shape, dtype or number that does not fit.
+    """
+    noisy = isolate(noisy)
+    out = _held(net(noisy.scaled, noisy.sigma))
+    result = denoising_loss(
+        out.detach(), y, noisy.sigma, sigma_data=sigma_data, x=noisy.x, c_skip=noisy.c_skip, c_out=noisy.c_out
+    )
+    return DenoisingResult(along(out, result.grad), result.loss, result.valid)
+
+
+def generator_gradient(
+    teacher: Raw, student: Raw, y: Tensor, noisy: Noisy, *, alpha: float, phased: bool, rescale: bool = False
+) -> GeneratorGradient:
+    """dL/dy = partial_y L + J_S^T partial_S L + J_T^T partial_T L for L of IPFM eq. 21 with SiD's regularisation.
+
+    x = y + noise, so the Jacobians with respect to x are those with respect to y. The parameters of both networks
+    should be frozen; they get no gradient in any case. Joint: both networks' activations live together. Phased: the
+    teacher is run once more, so that one network's activations live at a time. The result is the same.
+
+    A sample counts when y, x, both predictions, its loss and its gradient are finite.
+
+    Args:
+        teacher, student: networks without randomness (in eval mode), of one preconditioning.
+        y: (B, C, H, W) generated samples, without a graph.
+        noisy: their perturbation, without a graph.
+        alpha: in SiD's convention; 0.5 is the pure objective.
+        phased: see above.
+        rescale: multiply each sample's gradient by a power of two on its way through the networks and divide by it
+            afterwards, so that fp16 holds it.
+
+    Raises:
+        ValueError: a shape, dtype or number that does not fit.
+    """
+    noisy = isolate(noisy)
+    sigma = noisy.sigma
+    mark("generator: student")
+    with torch.enable_grad():
+        scaled = noisy.scaled.detach().requires_grad_()
+        if phased:
+            with torch.no_grad():
+                t = _held(teacher(scaled, sigma))
+        else:
+            t = _held(teacher(scaled, sigma))
+        s = _held(student(scaled, sigma))
+        result = ipfm_loss(t.detach(), s.detach(), y, alpha=alpha, x=noisy.x, c_skip=noisy.c_skip, c_out=noisy.c_out)
+        c_in = per_sample(noisy.c_in, y)
+        if phased or rescale or scaled.dtype.itemsize < 4:
+            # The student's graph is freed first; in the phased form the teacher's does not exist before that.
+            gradient = result.dy + c_in * _vjp(s, scaled, result.ds, rescale)
+            del s
+            mark("generator: teacher")
+            if phased:
+                t = _held(teacher(scaled, sigma))
+            gradient = gradient + c_in * _vjp(t, scaled, result.dt, rescale)
+        else:
+            # At once, where the sum is not rounded to 16 bits: two passes have more to begin and to end.
+            (both,) = torch.autograd.grad((s, t), scaled, (result.ds, result.dt))
+            gradient = result.dy + c_in * both
+            mark("generator: teacher")
+    # A network that overflows on a sample, forward or backward, sends NaN to that sample's own pixels: cut off there.
+    valid = result.valid & finite_samples(gradient)
+    gradient = gradient.masked_fill(per_sample(~valid, y), 0.0)
+    return GeneratorGradient(
+        gradient, result.loss.masked_fill(~valid, 0.0), result.weight.masked_fill(~valid, 0.0), valid
+    )
+
+
+def isolate(noisy: Noisy) -> Noisy:
+    """Keep samples whose input is not finite out of the networks: it becomes 0, and c_skip NaN, which the losses count
+    out. The other samples are as they were."""
+    bad = ~finite_samples(noisy.scaled)
+    return noisy._replace(
+        scaled=noisy.scaled.masked_fill(per_sample(bad, noisy.scaled), 0.0),
+        c_skip=noisy.c_skip.masked_fill(bad, float("nan")),
+    )
+
+
+def along(out: Tensor, gradient: Tensor) -> Tensor:
+    """0-d, of the value 0, whose gradient with respect to `out` is `gradient`, of its shape and dtype."""
+    result: Tensor = _Along.apply(out, gradient)
+    return result
+
+
+class _Along(torch.autograd.Function):
+    """(out * gradient).sum() without the passes over the data that make its value."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return out.new_zeros((), dtype=torch.promote_types(out.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, *factor: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * factor[0], None
+
+
+def _held(out: Tensor) -> Tensor:
+    """A raw output in a dtype that holds its gradient before it is scaled: fp16 does not."""
+    return out.float() if out.dtype == torch.float16 else out
+
+
+def _vjp(out: Tensor, x: Tensor, cotangent: Tensor, rescale: bool) -> Tensor:
+    """J^T cotangent for out(x), all (B, ...); with `rescale` by way of a largest element in [16, 32) per sample."""
+    if not rescale:
+        return torch.autograd.grad(out, x, cotangent)[0]
+    # Samples do not mix, so that each may have a factor of its own; a power of two rounds nothing.
+    _, exponent = torch.frexp(cotangent.flatten(1).abs().amax(1))
+    shift = per_sample((5 - exponent).clamp(-100, 100), cotangent)
+    return torch.ldexp(torch.autograd.grad(out, x, torch.ldexp(cotangent, shift))[0].float(), -shift)
+
+
+def finite_samples(tensor: Tensor) -> Tensor:
+    """(B,) bool: every element of the sample is finite."""
+    return torch.isfinite(tensor).flatten(1).all(1)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) values as a column that meets each sample of `like`, (B, ...)."""
+    return values.view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,329 @@
+"""Physics informed distillation [Tee et al., PID]: a network that solves the teacher's ODE for every latent at once.
+
+The network x_theta(z, t) of `ipfm.engine.sampling.trajectory` stands for the whole trajectory of the latent z. On two
+neighbouring levels of a grid of N its difference quotient has to be the slope that the teacher sees there,
+dx/dt = (x - T(x, t)) / t, at every D in this parametrisation. One evaluation at the smallest level makes an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.objectives.base import Distillation, Objective, Role, StepContext
+from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
+from ipfm.engine.objectives.losses import along, per_sample
+from ipfm.engine.objectives.lpips import Lpips, load_lpips, lpips_gradient
+from ipfm.engine.objectives.lpips_weights import read_weights, shapes
+from ipfm.engine.objectives.phases import mark
+from ipfm.engine.objectives.published import PaperResult, published_figures
+from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
+from ipfm.engine.random_streams import Stream, draw_labels, seed_dropout
+from ipfm.engine.sampling.batches import sample_trajectory
+from ipfm.kernels import perturb, philox
+from ipfm.models import EDMPrecond, NetworkConfig, Precond
+
+Difference = Literal["first", "central"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PidConfig(Distillation):
+    """Physics informed distillation of a teacher into a one-step generator [PID]."""
+
+    points: int = 250
+    """N: noise levels of the grid on which the trajectory is differentiated."""
+    difference: Difference = "first"
+    """first: the slope at a level by the difference to the next one; central: at the middle between the two."""
+    distance: Literal["l2", "lpips"] = "l2"
+    """What measures the residual: l2, its square summed over the elements; lpips, the distance of the two images in the
+    features of VGG-16 (1 or 3 channels)."""
+    lpips: Path | None = None
+    """With --distance lpips: its weights, the state dict of lpips.LPIPS(net="vgg") or a folder with the two files that
+    it is made of. Default: those of the installed package lpips and of torch's hub folder."""
+    lpips_side: int | None = None
+    """With --distance lpips: resize images to this side first. Default: as they are, at least 16."""
+    beta1: float = 0.9
+    """First decay of Rectified Adam."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.points, bool) or not isinstance(self.points, int) or self.points < 2:
+            raise ValueError(f"points must be an integer >= 2, got {self.points}")
+        if self.difference not in ("first", "central"):
+            raise ValueError(f"difference must be first or central, got {self.difference!r}")
+        if self.distance not in ("l2", "lpips"):
+            raise ValueError(f"distance must be l2 or lpips, got {self.distance!r}")
+        if self.distance != "lpips" and not self.lpips is self.lpips_side is None:
+            raise ValueError("lpips and lpips-side are settings of --distance lpips, got distance l2")
+        if self.lpips_side is not None and (not isinstance(self.lpips_side, int) or self.lpips_side < 16):
+            raise ValueError(f"lpips-side must be an integer >= 16, got {self.lpips_side}")
+        if isinstance(self.beta1, bool) or not isinstance(self.beta1, (int, float)) or not 0 <= self.beta1 < 1:
+            raise ValueError(f"beta1 must lie in [0, 1), got {self.beta1}")
+        if self.augment > 0:
+            raise ValueError(f"augment must be 0, as no denoiser is trained on images here, got {self.augment:g}")
+        if self.precision == "fp16":
+            raise ValueError(
+                "precision fp16 is not for this objective, whose gradients it cannot hold: use bf16 or fp32"
+            )
+
+    def completed(self, network: NetworkConfig) -> Self:
+        """See `Distillation.completed`."""
+        self.check_network(network)
+        if self.distance == "lpips":
+            # They are looked for before anything expensive begins.
+            read_weights(self.lpips)
+        return self
+
+    def check_network(self, network: NetworkConfig) -> None:
+        """ValueError where this objective cannot do with a teacher of this architecture."""
+        if network.precond != EDMPrecond.PRECOND:
+            raise ValueError(
+                f"a trajectory needs a teacher with EDM's preconditioning ({EDMPrecond.PRECOND}), got {network.precond}"
+            )
+        if self.distance == "lpips":
+            if network.img_channels not in (1, 3):
+                raise ValueError(f"distance lpips is for images of 1 or 3 channels, got {network.img_channels}")
+            if self.lpips_side is None and network.img_resolution < 16:
+                raise ValueError(
+                    f"distance lpips needs images of at least 16x16, this network's have side "
+                    f"{network.img_resolution}: give --lpips-side 32"
+                )
+
+    def memory_key(self) -> Self:
+        """See `Distillation.memory_key`."""
+        return replace(self, points=2, difference="first")
+
+    def objective(self, network: NetworkConfig) -> Objective:
+        """See `Distillation.objective`."""
+        return PhysicsInformedDistillation(self, network)
+
+    def name(self) -> str:
+        """See `Distillation.name`."""
+        return f"pid-{self.difference}-{self.distance}-N{self.points}"
+
+
+class PhysicsInformedDistillation:
+    """See `Objective`. One network, trained by Rectified Adam.
+
+    Args:
+        config: settings, D among them.
+        network: the teacher's architecture, as it is trained.
+    """
+
+    generator = "generator"
+    nfe = 1
+
+    def __init__(self, config: PidConfig, network: NetworkConfig) -> None:
+        self.config, self.network = config, network
+        self.D = network.D if config.D is None else config.D
+        self.title = f"distil D={self.D:g} PID {config.difference} N={config.points}"
+        self.summary = f"by physics informed distillation, {config.difference} difference and {config.distance}"
+        self.roles: tuple[Role, ...] = (
+            Role(
+                self.generator,
+                generator_network(network, config.width),
+                initial_weights(config.init, config.width),
+                config.lr,
+                config.beta1,
+                rectified=True,
+                averaged=True,
+            ),
+        )
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See `Objective.facts`."""
+        noise = self.config.noise
+        return {"parametrisation": "trajectory", "sigma_max": noise.sigma_max, "sigma_min": noise.sigma_min}
+
+    def steps(self, context: StepContext) -> PidSteps:
+        """See `Objective.steps`."""
+        return PidSteps(self.config, context, self.network, self.D)
+
+    def forwards(self, *, phased: bool, checkpointed: bool) -> int:
+        """See `Objective.forwards`: two evaluations with their backward passes, and one of the teacher."""
+        return 7 + 2 * phased + 2 * checkpointed
+
+    def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
+        """See `Objective.sample`."""
+        return sample_trajectory(net, first, count, D=self.D, noise=self.config.noise, seed=seed)
+
+    def published(self, dataset: str) -> Mapping[float, PaperResult]:
+        """See `Objective.published`."""
+        return published_figures(dataset, self.config.to_json())
+
+
+class Stencil(NamedTuple):
+    """The residual at one level by two neighbouring ones; each (B,) float32.
+
+    With x_i = (t_i / T) z + o_i F_i, o_i = (T - t_i) / T, the slope m at the level t, where the point x is,
+
+        x - t m,   m = (x_i - x_{i+1}) / (t_i - t_{i+1}),   first: x = x_i, t = t_i;   central: the means of the two
+
+    has no part along z, as x and t m have the same: it is a F_i + b F_{i+1}, without the cancellation.
+    """
+
+    here: Tensor
+    """t_i."""
+    there: Tensor
+    """t_{i+1}, the smaller one."""
+    level: Tensor
+    """t, where the teacher is asked."""
+    a: Tensor
+    b: Tensor
+    point: tuple[Tensor, Tensor, Tensor]
+    """x = p_z z + p_i F_i + p_{i+1} F_{i+1}."""
+
+
+def stencil(grid: Tensor, index: Tensor, difference: Difference) -> Stencil:
+    """The two levels `index` and `index` + 1 of the falling grid, and how the residual is made there [PID, section 3].
+
+    Args:
+        grid: (N,) float64 noise levels from T on.
+        index: (B,) int64 in [0, N - 2].
+        difference: see `PidConfig`.
+    """
+    T, here, there = grid[0], grid[index], grid[index + 1]
+    o_here, o_there = (T - here) / T, (T - there) / T
+    if difference == "first":
+        level, share = here, torch.ones_like(here)
+    else:
+        level, share = (here + there) / 2, torch.full_like(here, 0.5)
+    slope = level / (here - there)
+    parts = (
+        here, there, level, o_here * (share - slope), o_there * (1 - share + slope), level / T, o_here * share,
+        o_there * (1 - share),
+    )  # fmt: skip
+    here, there, level, a, b, *point = (part.float() for part in parts)
+    return Stencil(here, there, level, a, b, (point[0], point[1], point[2]))
+
+
+class PidSteps:
+    """The step of physics informed distillation.
+
+    Args:
+        config: settings with nothing left open but what memory decides.
+        context: the network "generator", and where it runs.
+        network: the teacher's architecture.
+        D: auxiliary dimensions of the latents.
+    """
+
+    def __init__(self, config: PidConfig, context: StepContext, network: NetworkConfig, D: float) -> None:
+        self.config, self.network, self.D = config, network, D
+        self.generator, self.teacher = context.trained["generator"], context.teacher
+        self.phased, self.world = context.phased, context.world
+        self.local_batch, self.micro_batch = config.batch // context.world.size, context.micro_batch
+        device = context.world.device
+        # Once: nobody else changes it, and it is a walk over all modules.
+        self.generator.module.train(config.dropout > 0)
+        self._lpips = None if config.distance == "l2" else _lpips(config, device)
+        self._grid = config.noise.karras(config.points)[:-1].to(device)
+        shape = (context.micro_batch, network.img_channels, network.img_resolution, network.img_resolution)
+        self._zeros = torch.zeros(shape, device=device)
+        self._start = torch.full((context.micro_batch,), config.noise.sigma_max, device=device)
+        self._offsets = torch.arange(context.micro_batch, device=device)
+        self._c_in = (config.noise.sigma_data**2 + config.noise.sigma_max**2) ** -0.5
+
+    def iteration(self, step: int) -> StepMetrics:
+        """One update of the generator and its EMA; `step` counts from 0."""
+        tally = LossSum("generator", self.world)
+        for first in self.world.micro_batches(self.config.batch, self.micro_batch):
+            tally.add(*self._micro_step(step, first))
+        mark("generator: optimiser")
+        applied = self.generator.step(
+            lr=self.config.lr,
+            ema_decay=self.config.ema_decay(step),
+            grad_scale=tally.grad_scale(self.config.batch),
+        )
+        return tally.measured(applied)
+
+    def _micro_step(self, step: int, first: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch: loss (B,) and valid (B,).
+
+        Joint evaluates the network at both levels at once and keeps the graph while the teacher is asked. Phased asks
+        first, and runs the network once more at each level, for its graph alone.
+        """
+        config = self.config
+        index = self._offsets + first
+        seed = config.seed
+        mark("generator: samples")
+        labels = draw_labels(self.network.label_dim, index, seed=seed, stream=Stream.PID_LABEL, step=step)
+        z = perturb(
+            self._zeros, self._start, self.D, seed=seed, stream=Stream.PID_LATENT, step=step, sample_index=index
+        )
+        u = philox.uniform(index, 1, seed=seed, stream=Stream.PID_LEVEL, step=step)[:, 0]
+        # u lies in (0, 1]: 1 belongs to the last pair of levels.
+        pair = (u.double() * (config.points - 1)).long().clamp_(max=config.points - 2)
+        at = stencil(self._grid, pair, config.difference)
+        # A latent that overflowed, or would within the network, must not meet the weights, not even under a zero
+        # gradient. At small D there are such.
+        finite = torch.isfinite(z.square().sum((1, 2, 3)))
+        z = z.masked_fill(per_sample(~finite, z), 0.0)
+        scaled = (self._c_in * z).to(self.teacher.input_dtype)
+
+        def forward(net: Callable[..., Tensor], *levels: Tensor) -> Tensor:
+            """F at each of the levels, one after the other."""
+            many = len(levels)
+            repeated = None if labels is None else labels.repeat(many, 1)
+            return net(scaled.repeat(many, 1, 1, 1), torch.cat(levels), repeated, None, raw=True)
+
+        def alone(net: Callable[..., Tensor], level: Tensor) -> Tensor:
+            # The same elements are dropped at both levels: the network is one and the same.
+            self._seed_dropout(step, first)
+            return forward(net, level)
+
+        graph = None
+        if self.phased:
+            with torch.no_grad():
+                f_here, f_there = (alone(self.generator.module, level).float() for level in (at.here, at.there))
+        else:
+            if config.dropout > 0:
+                graph = torch.cat([alone(self.generator, level) for level in (at.here, at.there)])
+            else:
+                graph = forward(self.generator, at.here, at.there)
+            f_here, f_there = graph.detach().float().chunk(2)
+        mark("generator: teacher")
+        with torch.no_grad():
+            p_z, p_here, p_there = (per_sample(p, z) for p in at.point)
+            x = p_z * z + p_here * f_here + p_there * f_there
+            sound = finite & torch.isfinite(x.square().sum((1, 2, 3)))
+            target = self.teacher(x.masked_fill(per_sample(~sound, z), 0.0), at.level, labels)
+            prediction = per_sample(at.a, z) * f_here + per_sample(at.b, z) * f_there
+            loss, gradient, fits = self._distance(prediction, target)
+            valid = sound & fits
+            gradient = gradient.masked_fill(per_sample(~valid, z), 0.0) / self.local_batch
+        mark("generator: backward")
+        if graph is not None:
+            both = torch.cat([per_sample(at.a, z) * gradient, per_sample(at.b, z) * gradient])
+            self.generator.backward(along(graph, both.to(graph.dtype)))
+        else:
+            for level, factor in ((at.here, at.a), (at.there, at.b)):
+                out = alone(self.generator, level)
+                self.generator.backward(along(out, (per_sample(factor, z) * gradient).to(out.dtype)))
+                del out
+        return loss.masked_fill(~valid, 0.0), valid
+
+    def _distance(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """d (B,), its gradient with respect to the prediction, and whether both are finite (B,)."""
+        if self._lpips is not None:
+            return lpips_gradient(self._lpips, prediction, target)
+        residual = prediction - target
+        loss = residual.square().sum((1, 2, 3))
+        return loss, 2 * residual, torch.isfinite(loss)
+
+    def _seed_dropout(self, step: int, first: int) -> None:
+        if self.config.dropout > 0:
+            seed_dropout(self.config.seed, Stream.PID_DROPOUT, step, first)
+
+
+def _lpips(config: PidConfig, device: torch.device) -> Lpips:
+    """The distance; for a memory plan without values."""
+    if device.type != "meta":
+        return load_lpips(config.lpips, device, resize=config.lpips_side)
+    weights = {name: torch.empty(size, device=device) for name, size in shapes().items()}
+    return Lpips(weights, resize=config.lpips_side)

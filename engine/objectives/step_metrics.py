@@ -1,0 +1,78 @@
+"""What a training step measures of itself, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.distributed.world import World
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimiser step measured on this process, on the device: nothing here waits for it."""
+
+    sums: Mapping[str, Tensor]
+    """name -> 0-d: sum over the samples that count, e.g. of the loss."""
+    counts: Mapping[str, Tensor]
+    """name -> 0-d: number of samples behind the sum."""
+    bad: Mapping[str, Tensor]
+    """network -> 0-d: number of non-finite samples, plus one for a skipped step."""
+
+    @classmethod
+    def merged(cls, parts: Sequence[StepMetrics]) -> StepMetrics:
+        """The parts together: the same name twice adds up."""
+
+        def total(dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+            out: dict[str, Tensor] = {}
+            for one in dicts:
+                for name, value in one.items():
+                    out[name] = out[name] + value if name in out else value
+            return out
+
+        return cls(total([p.sums for p in parts]), total([p.counts for p in parts]), total([p.bad for p in parts]))
+
+
+class LossSum:
+    """Adds up the micro-batches of one optimiser step of the network `name`.
+
+    Gradients are accumulated as if every sample counted; `grad_scale` corrects the divisor to the samples that do.
+
+    Args:
+        name: the network, as it appears in the log.
+        world: the run's processes.
+    """
+
+    def __init__(self, name: str, world: World) -> None:
+        self.name, self.world = name, world
+        self._loss = torch.zeros((), dtype=torch.float64, device=world.device)
+        self._valid = torch.zeros((), dtype=torch.float64, device=world.device)
+        self._samples = 0
+
+    def add(self, loss: Tensor, valid: Tensor) -> None:
+        """A micro-batch: loss (B,), 0 where the sample does not count; valid (B,) bool."""
+        self._loss += loss.sum(dtype=torch.float64)
+        self._valid += valid.sum()
+        self._samples += len(valid)
+
+    def grad_scale(self, batch: int) -> Tensor:
+        """0-d float32: `batch` over the number of samples that count, on all processes together; each must call it.
+
+        Args:
+            batch: global batch. Where no sample counts at all, the scale is `batch` and meets gradients that are 0.
+        """
+        return (batch / self.world.all_reduce_sum_(self._valid.clone()).clamp(min=1)).float()
+
+    def measured(self, applied: Tensor) -> StepMetrics:
+        """This process's share.
+
+        Args:
+            applied: 0-d bool: whether the optimiser took the step; a step it did not take is counted as one bad sample
+                more, by the first process alone.
+        """
+        skipped = (~applied).double() if self.world.is_main else torch.zeros_like(self._valid)
+        name = f"{self.name}_loss"
+        return StepMetrics({name: self._loss}, {name: self._valid}, {self.name: self._samples - self._valid + skipped})

@@ -1,1 +1,0 @@
-"""A report about a run, from what its folder holds: `read_run` -> `facts_of` -> `write_page`."""

@@ -1,0 +1,41 @@
+"""Numbers in words, for people."""
+
+from __future__ import annotations
+
+import math
+
+
+def number(D: object) -> str:
+    """D for people, from a number or the "inf" of a JSON file."""
+    if D in ("inf", math.inf):
+        return "inf (diffusion)"
+    return f"{D:g}" if isinstance(D, (int, float)) else str(D)
+
+
+def rows(facts: list[tuple[str, object]]) -> str:
+    """Aligned lines, a fact each; those that are None are left out."""
+    shown = [(name, str(value)) for name, value in facts if value is not None and value != ""]
+    width = max(len(name) for name, _ in shown) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in shown)
+
+
+def size(count: int) -> str:
+    """Bytes for people: "1.50 GiB", "3.0 MiB"."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """For people: "48 s", "12 min", "3.4 h", "2.1 days"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+def significant(value: float) -> str:
+    """Four significant digits, without an exponent for the sizes that occur: 0.01235, 3.314, 1234, 25310."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    digits = 3 - math.floor(math.log10(abs(value)))
+    return f"{value:.{min(max(digits, 0), 9)}f}"

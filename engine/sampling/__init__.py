@@ -1,0 +1,1 @@
+"""Samplers of teachers and generators, and the images of stored models."""

@@ -1,0 +1,333 @@
+"""Sampling: the teacher's probability-flow ODE, also stochastically, and generators of one and of a few steps."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
+from ipfm.engine.random_streams import Stream
+from ipfm.engine.sampling.seeds import SampleNoise, Seeds
+from ipfm.engine.sampling.trajectory import trajectory, trajectory_network
+
+Solver = Literal["heun", "euler"]
+
+
+class Denoiser(Protocol):
+    """What the samplers need of a network: `net(x, sigma, class_labels)` and the shape of its images."""
+
+    img_channels: int
+    img_resolution: int
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class RoundsSigma(Protocol):
+    """A network that knows which noise levels it supports."""
+
+    def round_sigma(self, sigma: Tensor) -> Tensor: ...
+
+
+def draw_prior(net: Denoiser, sample_index: Tensor, sigma: float, D: float, *, seed: int) -> Tensor:
+    """x ~ p_r(. | 0) at r = sigma sqrt(D) [Xu et al. 2023, eq. 4], float32 (B, C, H, W).
+
+    A sample depends on (seed, its index) alone: the batch it is drawn in changes nothing.
+
+    Args:
+        net: a network that makes images of the shape wanted; it is not called.
+        sample_index: (B,) int64; the result is on its device.
+        sigma: noise level, in the units of the data.
+        D: auxiliary dimensions, in (0, inf].
+        seed: in [0, 2^64).
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+    zeros = torch.zeros(_shape(net, len(sample_index)), device=sample_index.device)
+    return _perturbed(SampleNoise(((seed, sample_index),)), zeros, sigma, D, stream=Stream.SAMPLER_LATENT, step=0)
+
+
+def nfe(steps: int, solver: Solver = "heun") -> int:
+    """Network evaluations an image of `heun_sample`: 2 steps - 1, or `steps` with Euler's method; churn adds none.
+
+    Raises:
+        ValueError: fewer than one step, or no such solver.
+    """
+    _check_solver(solver)
+    if steps < 1:
+        raise ValueError(f"the number of sampling steps must be an integer >= 1, got {steps}")
+    return steps if solver == "euler" else 2 * steps - 1
+
+
+def heun_sample(
+    net: Denoiser,
+    n: int,
+    *,
+    D: float,
+    steps: int | None = None,
+    seed: Seeds,
+    latents: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    first_index: int = 0,
+    sigmas: tuple[float, ...] | None = None,
+    solver: Solver = "heun",
+    churn: Churn | None = None,
+) -> Tensor:
+    """Sampling of the teacher by its ODE, deterministic or stochastic [Karras et al. 2022, algorithms 1 and 2].
+
+    The ODE is dx/dsigma = (x - net(x, sigma)) / sigma at every D. It takes `nfe(steps, solver)` evaluations of
+    the network. The state is kept in float64. A network that supports certain noise levels only says so with
+    `round_sigma(sigma)`, and is given those.
+
+    With `churn`, noise is added before each step, x_hat = x + churn.noise sqrt(sigma_hat^2 - sigma^2) eps, and the step
+    starts from the higher level sigma_hat. At D = inf eps is Gaussian, and exact: noise of level sigma becomes noise of
+    level sigma_hat. At finite D eps is drawn from the kernel of that D, as the prior is, and this is an approximation,
+    as the sum of two Student t variables is none: above D = 2 it has the right covariance and too light tails, below
+    too heavy ones. Karras et al. treat D = inf alone.
+
+    Args:
+        net: denoiser.
+        n: number of images, >= 0.
+        D: auxiliary dimensions of the prior and of the churn, in (0, inf].
+        steps: number of steps, >= 1 (18 for CIFAR-10, 40 for 64x64 in the paper).
+        seed: images first_index..first_index + n - 1 of this seed are made, whatever the batch; or n seeds, each of
+            which makes its image first_index.
+        latents: x at the first level, (n, C, H, W); drawn from the prior p_r(. | 0) when None.
+        class_labels: (n, label_dim) float32 or None.
+        sigma_min, sigma_max, rho: the grid.
+        first_index: index of the first image, >= 0.
+        sigmas: noise levels, strictly falling, one a step, in place of `steps` and the grid; 0 follows the last one.
+        solver: "heun", or "euler": first order, one evaluation a step.
+        churn: noise to add; None adds none.
+
+    Returns:
+        images (n, C, H, W), float32, about [-1, 1].
+
+    Raises:
+        ValueError: a number out of its range, no or two sets of noise levels, a level that the network rounds to 0, or
+            latents of another shape.
+    """
+    _check_solver(solver)
+    grid = _grid(steps, sigmas, NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
+    levels = _supported(net, grid)
+    count, churn = len(levels), churn or Churn()
+    device = _device(net, latents)
+    draws = SampleNoise.of(n, seed, first_index, device)
+    x = _start(net, n, levels[0], D, draws, latents, device).double()
+    with torch.no_grad():
+        for i, (current, following) in enumerate(zip(levels, [*levels[1:], 0.0], strict=True)):
+            raised = churn.raised(current, count)
+            if raised > current:
+                (raised,) = _supported(net, [raised])
+                level = churn.noise * math.sqrt(raised**2 - current**2)
+                x = _perturbed(draws, x, level, D, stream=Stream.SAMPLER_CHURN, step=i)
+            slope = (x - _denoise(net, x, raised, class_labels)) / raised
+            euler = x + (following - raised) * slope
+            if following > 0 and solver == "heun":
+                slope_there = (euler - _denoise(net, euler, following, class_labels)) / following
+                euler = x + (following - raised) * (slope + slope_there) / 2
+            x = euler
+    return x.float()
+
+
+def generate(
+    net: Denoiser,
+    n: int,
+    *,
+    D: float,
+    sigmas: tuple[float, ...],
+    seed: Seeds,
+    latents: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    first_index: int = 0,
+) -> Tensor:
+    """Images of a K-step generator, one evaluation a level [IPFM, section 3.4 and algorithm 2].
+
+    x_1 ~ p_{r_1}(. | 0); y_k = net(x_k, sigma_k); x_{k+1} ~ p_{r_{k+1}}(. | y_k); the output is y_K.
+
+    Args:
+        net: generator.
+        n: number of images, >= 0.
+        D: auxiliary dimensions the generator was trained for, in (0, inf].
+        sigmas: its noise levels, strictly falling; their number is the number of evaluations.
+        seed: images first_index..first_index + n - 1 of this seed are made, whatever the batch; or n seeds, each of
+            which makes its image first_index.
+        latents: x_1, (n, C, H, W); drawn from the prior at sigmas[0] when None.
+        class_labels: (n, label_dim) float32 or None.
+        first_index: index of the first image, >= 0.
+
+    Returns:
+        images (n, C, H, W), float32, about [-1, 1].
+
+    Raises:
+        ValueError: a number out of its range, or latents of another shape.
+    """
+    levels = check_sigmas(sigmas)
+    device = _device(net, latents)
+    draws = SampleNoise.of(n, seed, first_index, device)
+    x = _start(net, n, levels[0], D, draws, latents, device)
+    with torch.no_grad():
+        y = _denoise(net, x, levels[0], class_labels)
+        for k, sigma in enumerate(levels[1:], start=1):
+            x = _perturbed(draws, y, sigma, D, stream=Stream.SAMPLER_NOISE, step=k)
+            y = _denoise(net, x, sigma, class_labels)
+    return y.float()
+
+
+def trajectory_sample(
+    net: Denoiser,
+    n: int,
+    *,
+    D: float,
+    sigma_max: float = 80.0,
+    sigma_min: float = 0.002,
+    seed: Seeds,
+    latents: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    first_index: int = 0,
+) -> Tensor:
+    """Images of a generator made by physics informed distillation, in one evaluation [Tee et al., PID].
+
+    z ~ p_r(. | 0) at level T = sigma_max, which at D = inf is the paper's Gaussian; the image is x_theta(z, sigma_min)
+    of `ipfm.engine.sampling.trajectory.trajectory`.
+
+    Args:
+        net: generator, a network with EDM's preconditioning.
+        n: number of images, >= 0.
+        D: auxiliary dimensions the generator was trained for, in (0, inf].
+        sigma_max, sigma_min: ends of the trajectory that the generator was trained on.
+        seed: images first_index..first_index + n - 1 of this seed are made, whatever the batch; or n seeds, each of
+            which makes its image first_index.
+        latents: z, (n, C, H, W); drawn from the prior at sigma_max when None.
+        class_labels: (n, label_dim) float32 or None.
+        first_index: index of the first image, >= 0.
+
+    Returns:
+        images (n, C, H, W), float32, about [-1, 1].
+
+    Raises:
+        ValueError: another preconditioning, a number out of its range, or latents of another shape.
+    """
+    network = trajectory_network(net)
+    ends = NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max)
+    device = _device(network, latents)
+    z = _start(network, n, ends.sigma_max, D, SampleNoise.of(n, seed, first_index, device), latents, device)
+    with torch.no_grad():
+        x = trajectory(
+            network,
+            z,
+            torch.full((n,), ends.sigma_min, dtype=torch.float64, device=device),
+            sigma_max=ends.sigma_max,
+            sigma_data=network.sigma_data,
+            input_dtype=network.input_dtype,
+            class_labels=class_labels,
+        )
+    return x.float()
+
+
+def _check_solver(solver: str) -> None:
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
+
+
+def _grid(steps: int | None, sigmas: tuple[float, ...] | None, noise: NoiseLevels) -> list[float]:
+    """The levels at which the steps start."""
+    if sigmas is None:
+        if steps is None:
+            raise ValueError("give the number of sampling steps, or their noise levels as sigmas")
+        return noise.karras(steps)[:-1].tolist()
+    if steps is not None or noise != NoiseLevels():
+        raise ValueError("sigmas take the place of steps, sigma_min, sigma_max and rho: give one or the other")
+    return list(check_sigmas(sigmas))
+
+
+def _supported(net: Denoiser, sigmas: list[float]) -> list[float]:
+    """The noise levels nearest to `sigmas` that the network supports."""
+    if not isinstance(net, RoundsSigma):
+        return sigmas
+    levels = [float(net.round_sigma(torch.tensor(sigma, dtype=torch.float64))) for sigma in sigmas]
+    for sigma, level in zip(sigmas, levels, strict=True):
+        if not level > 0:
+            raise ValueError(f"the network rounds noise level {sigma:g} to {level:g}: give no level that low")
+    return levels
+
+
+def _start(
+    net: Denoiser, n: int, sigma: float, D: float, draws: SampleNoise, latents: Tensor | None, device: torch.device
+) -> Tensor:
+    """x at the first level: the latents given, or else the prior."""
+    if latents is None:
+        zeros = torch.zeros(_shape(net, n), device=device)
+        return _perturbed(draws, zeros, sigma, D, stream=Stream.SAMPLER_LATENT, step=0)
+    if tuple(latents.shape) != _shape(net, n):
+        raise ValueError(f"latents must have shape {_shape(net, n)}, got {tuple(latents.shape)}")
+    return latents
+
+
+def _perturbed(draws: SampleNoise, y: Tensor, sigma: float, D: float, *, stream: Stream, step: int) -> Tensor:
+    return draws.perturb(y, torch.full((len(y),), sigma, device=y.device), D, stream=stream, step=step)
+
+
+def _shape(net: Denoiser, n: int) -> tuple[int, int, int, int]:
+    return n, net.img_channels, net.img_resolution, net.img_resolution
+
+
+def _denoise(net: Denoiser, x: Tensor, sigma: float, class_labels: Tensor | None) -> Tensor:
+    level = torch.full((len(x),), sigma, dtype=torch.float64, device=x.device)
+    return net(x, level, class_labels)
+
+
+def _device(net: Denoiser, latents: Tensor | None) -> torch.device:
+    if latents is not None:
+        return latents.device
+    if isinstance(net, torch.nn.Module):
+        return next((p.device for p in net.parameters()), torch.device("cpu"))
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Before step i of N, noise raises sigma_i to (1 + gamma_i) sigma_i, gamma_i = min(amount / N, sqrt(2) - 1).
+
+    That is where sigma_min <= sigma_i <= sigma_max; elsewhere, and with amount 0, the step is deterministic.
+
+    Raises:
+        ValueError: a number out of its range, or a range that is empty.
+    """
+
+    amount: float = 0.0
+    """S_churn, >= 0."""
+    sigma_min: float = 0.0
+    """S_tmin, >= 0."""
+    sigma_max: float = math.inf
+    """S_tmax, in [sigma_min, inf]."""
+    noise: float = 1.0
+    """S_noise, > 0: factor of the noise that is added; a little above 1 makes up for detail that networks lose."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+                raise ValueError(f"churn: {name} must be a number, got {value}")
+        for name in ("amount", "sigma_min", "noise"):
+            value = getattr(self, name)
+            if not (0 <= value < math.inf and (value > 0 or name != "noise")):
+                raise ValueError(
+                    f"churn: {name} must be a finite number {'>' if name == 'noise' else '>='} 0, got {value}"
+                )
+        if not self.sigma_min <= self.sigma_max:
+            raise ValueError(f"churn: sigma_min must be at most sigma_max, got {self.sigma_min} and {self.sigma_max}")
+
+    def raised(self, sigma: float, steps: int) -> float:
+        """The noise level (1 + gamma) sigma from which one of `steps` steps starts; `sigma` itself where gamma = 0."""
+        if not self.sigma_min <= sigma <= self.sigma_max:
+            return sigma
+        return sigma + min(self.amount / steps, math.sqrt(2) - 1) * sigma

@@ -1,0 +1,100 @@
+"""Which images are drawn: some of one seed, or one of each of several seeds; and the random numbers of either."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.random_streams import Stream, draw_labels
+from ipfm.kernels import perturb
+
+SEED_LIMIT = 1 << 64
+# Numbers that a list on the command line may hold: a range costs nothing to type.
+MOST_NUMBERS = 10_000_000
+
+Seeds = int | Sequence[int]
+"""One seed, whose images are counted by their index, or a seed for each image."""
+
+
+@dataclass(frozen=True, eq=False)
+class SampleNoise:
+    """The random numbers of a batch of images, each image's a function of its seed and index alone.
+
+    A call of the kernels draws for one seed, the network is called for the whole batch: so several seeds cost as many
+    calls of the kernels, and no more evaluations.
+    """
+
+    parts: tuple[tuple[int, Tensor], ...]
+    """(seed, the images' indices (B_i,) int64) one after the other; the batch is B = sum of B_i images."""
+
+    @classmethod
+    def of(cls, n: int, seed: Seeds, first_index: int, device: torch.device) -> SampleNoise:
+        """Images first_index..first_index + n - 1 of one seed, or image first_index of each of n seeds.
+
+        Raises:
+            ValueError: a number out of its range, or not n seeds.
+        """
+        for name, value in (("the number of images", n), ("the index of the first image", first_index)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer >= 0, got {value}")
+        if not isinstance(seed, Sequence):
+            return cls(((seed, torch.arange(first_index, first_index + n, device=device)),))
+        if len(seed) != n:
+            raise ValueError(f"seed must be one number or one for each of {n} images, got {len(seed)}")
+        index = torch.full((1,), first_index, device=device)
+        return cls(tuple((each, index) for each in seed) or ((0, index[:0]),))
+
+    def perturb(self, y: Tensor, sigma: Tensor, D: float, *, stream: Stream, step: int) -> Tensor:
+        """x ~ p_r(. | y) at r = sigma sqrt(D) [Xu et al. 2023, eq. 4]: y (B, C, H, W), sigma (B,), as `perturb`."""
+        sizes = [len(index) for _, index in self.parts]
+        return _joined(
+            [
+                perturb(rows, levels, D, seed=seed, stream=stream, step=step, sample_index=index)
+                for (seed, index), rows, levels in zip(self.parts, y.split(sizes), sigma.split(sizes), strict=True)
+            ]
+        )
+
+    def labels(self, label_dim: int) -> Tensor | None:
+        """One-hot class labels (B, label_dim) float32, uniform over the classes; None for label_dim = 0."""
+        drawn = [
+            draw_labels(label_dim, index, seed=seed, stream=Stream.SAMPLER_LABEL, step=0) for seed, index in self.parts
+        ]
+        found = [labels for labels in drawn if labels is not None]
+        return _joined(found) if found else None
+
+
+def read_numbers(name: str, text: str) -> tuple[int, ...]:
+    """Whole numbers >= 0 and ranges of them, ends included, in the order given: "0,3,7-9" is 0, 3, 7, 8, 9.
+
+    `name` begins the messages.
+
+    Raises:
+        ValueError: anything else, a range that falls, or more than MOST_NUMBERS numbers.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r" *([0-9]{1,20}) *(?:- *([0-9]{1,20}) *)?", part)
+        if found is None:
+            raise ValueError(f"{name} must be whole numbers and ranges like 0,3,7-12, got {text!r}")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise ValueError(f"{name}: a range must rise, got {part.strip()}")
+        if len(numbers) + last - first >= MOST_NUMBERS:
+            raise ValueError(f"{name} must be at most {MOST_NUMBERS:,} numbers, got more")
+        numbers.extend(range(first, last + 1))
+    return tuple(numbers)
+
+
+def check_seeds(name: str, seeds: Sequence[int]) -> None:
+    """ValueError, which `name` begins, where one is not in [0, 2^64)."""
+    for seed in seeds:
+        if not 0 <= seed < SEED_LIMIT:
+            raise ValueError(f"{name} must lie in [0, 2^64), got {seed}")
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

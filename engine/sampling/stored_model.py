@@ -1,0 +1,160 @@
+"""Sampling from a stored model with its own D and noise levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
+from ipfm.engine.sampling.batches import Sampler, draw_images, teacher_range
+from ipfm.engine.sampling.samplers import Churn, Solver, generate, heun_sample, nfe, trajectory_sample
+from ipfm.engine.sampling.seeds import Seeds
+from ipfm.engine.sampling.trajectory import trajectory_network
+from ipfm.models import NetworkConfig, Precond, load_teacher, read_config
+from ipfm.models.checkpoints.reader import open_checkpoint
+from ipfm.models.store import CONFIG_FILE
+
+
+class SampledModel(NamedTuple):
+    """A stored model, ready to be sampled."""
+
+    draw: Callable[[int, int], Tensor]
+    """(first index, count) -> images (count, C, H, W) in [-1, 1] on the device asked for."""
+    network: NetworkConfig
+    """Its architecture and D."""
+    facts: Mapping[str, Any]
+    """What its folder says beside the weights; nothing of a checkpoint."""
+    nfe: int
+    """Network evaluations an image."""
+    sigmas: tuple[float, ...]
+    """Its noise levels, the highest first: those of a generator, or of a teacher's steps before what churn adds."""
+
+
+def sample_model(
+    path: Path,
+    device: torch.device,
+    *,
+    heun_steps: int,
+    seed: Seeds,
+    D: float | None = None,
+    sigmas: tuple[float, ...] | None = None,
+    solver: Solver = "heun",
+    churn: Churn | None = None,
+    classes: Sequence[int] | None = None,
+) -> SampledModel:
+    """The model at `path`, to be drawn from.
+
+    A generator is evaluated at the noise levels stored with it, one whose config.json says "parametrisation":
+    "trajectory" as the end of the trajectory from its sigma_max to its sigma_min; a teacher is sampled by Heun's
+    method; all at their own D.
+
+    Args:
+        path: a model folder, or a teacher's checkpoint of EDM, PFGM++ or SiD.
+        device: where images are drawn.
+        heun_steps: of a teacher's sampler.
+        seed: of the images; of several seeds, image i is the first one of seed[i].
+        D: auxiliary dimensions, for a checkpoint that does not say them.
+        sigmas, solver, churn: of a teacher's sampler, see `heun_sample`; sigmas take the place of heun_steps.
+        classes: image i is of class classes[i modulo their number]; None draws the classes at random.
+
+    Raises:
+        ValueError: there is no such model, D contradicts it, its stored noise levels are unusable, it is a generator in
+            a file, which cannot hold noise levels, or sigmas or classes are not what the network knows.
+    """
+    net = load_denoiser(path, D=D).to(device)
+    if classes is not None:
+        _check_classes(classes, net.label_dim)
+    facts = {} if path.is_file() else read_config(path).extra
+    sampler: Sampler
+    if facts.get("task") != "generator":
+        sampler, nfe, levels = _teacher_sampler(net, heun_steps, sigmas, solver, churn)
+    else:
+        sampler, nfe, levels = _generator_sampler(net, facts, path / CONFIG_FILE)
+    return SampledModel(
+        lambda first, count: draw_images(sampler, net, first, count, seed=seed, classes=classes),
+        net.config,
+        facts,
+        nfe,
+        levels,
+    )
+
+
+def load_denoiser(path: Path, *, D: float | None) -> Precond:
+    """The network at `path`, as `load_teacher`; a generator in a checkpoint is a ValueError that says what to do."""
+    if path.is_file():
+        checkpoint = open_checkpoint(path)
+        name = checkpoint.choose()
+        if checkpoint.is_generator(name):
+            raise ValueError(
+                f"{checkpoint.where}: {name} is a generator, whose noise levels the file does not hold: make a model "
+                "folder of it with ipfm convert FILE FOLDER --sigmas 2.5"
+            )
+    return load_teacher(path, D=D)
+
+
+def _teacher_sampler(
+    net: Precond, steps: int, sigmas: tuple[float, ...] | None, solver: Solver, churn: Churn | None
+) -> tuple[Sampler, int, tuple[float, ...]]:
+    """The sampler, its network evaluations and its noise levels."""
+    bound = partial(heun_sample, net, D=net.D, solver=solver, churn=churn)
+    if sigmas is None:
+        low, high = teacher_range(net)
+        grid = NoiseLevels(sigma_min=low, sigma_max=high).karras(steps)[:-1].tolist()
+        return partial(bound, steps=steps, sigma_min=low, sigma_max=high), nfe(steps, solver), tuple(grid)
+    levels = check_sigmas(sigmas)
+    if not (net.sigma_min <= levels[-1] and levels[0] <= net.sigma_max):
+        raise ValueError(
+            f"sigmas must lie in what the network knows, [{net.sigma_min:g}, {net.sigma_max:g}], "
+            f"got {', '.join(f'{sigma:g}' for sigma in levels)}"
+        )
+    return partial(bound, sigmas=levels), nfe(len(levels), solver), levels
+
+
+def _generator_sampler(net: Precond, facts: Mapping[str, Any], where: Path) -> tuple[Sampler, int, tuple[float, ...]]:
+    """The sampler that the config.json at `where` says, its network evaluations and its noise levels."""
+    levels = generator_levels(net, facts, where)
+    if isinstance(levels, NoiseLevels):
+        sampler = partial(trajectory_sample, net, D=net.D, sigma_max=levels.sigma_max, sigma_min=levels.sigma_min)
+        return sampler, 1, (levels.sigma_max, levels.sigma_min)
+    return partial(generate, net, D=net.D, sigmas=levels), len(levels), levels
+
+
+def generator_levels(net: Precond, facts: Mapping[str, Any], where: Path) -> tuple[float, ...] | NoiseLevels:
+    """The levels of a generator's evaluations, or the ends of the trajectory that it knows.
+
+    Args:
+        net: the generator.
+        facts: what its config.json says beside the weights.
+        where: the config.json, for the messages.
+
+    Raises:
+        ValueError: `facts` hold no usable levels, or ones for another kind of network.
+    """
+    kind = facts.get("parametrisation")
+    if kind not in (None, "trajectory"):
+        raise ValueError(f"{where}: parametrisation {kind!r} is unknown; possible: trajectory, or none for a denoiser")
+    if kind is not None:
+        trajectory_network(net)
+    try:
+        if kind is None:
+            return check_sigmas(tuple(facts["sigmas"]))
+        return NoiseLevels(sigma_max=facts["sigma_max"], sigma_min=facts["sigma_min"])
+    except KeyError as error:
+        raise ValueError(f"{where} holds no usable noise levels of a generator: no {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} holds no usable noise levels of a generator: {error}") from error
+
+
+def _check_classes(classes: Sequence[int], label_dim: int) -> None:
+    if not label_dim:
+        raise ValueError("classes were given, but the network is unconditional: leave them out")
+    for number in classes:
+        if not 0 <= number < label_dim:
+            raise ValueError(f"classes must be from 0 to {label_dim - 1} for this network, got {number}")
+    if not classes:
+        raise ValueError("classes must be at least one, got none")

@@ -1,1 +1,0 @@
-"""How fast whole training steps are: `ipfm bench --step`."""

@@ -1,0 +1,59 @@
+"""What a run is made with: a line of environment.jsonl for each start."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipfm.engine.runtime.files import StepLog
+from ipfm.engine.runtime.versions import PACKAGES, installed
+
+if TYPE_CHECKING:
+    from ipfm.engine.distributed.world import World
+
+
+ENVIRONMENT_FILE = "environment.jsonl"
+
+
+def log_start(folder: Path, step: int, world: World) -> None:
+    """Add a line: versions, processes and device of the part of the run that begins after `step` steps.
+
+    OSError: the disk refuses.
+    """
+    import torch
+
+    cuda = world.device.type == "cuda"
+    log = StepLog(folder / ENVIRONMENT_FILE, None)
+    log.append(
+        step,
+        {
+            **{package: installed(package) for package in PACKAGES},
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda if cuda else None,
+            "processes": world.size,
+            "device": torch.cuda.get_device_name(world.device) if cuda else f"CPU ({platform.machine()})",
+            "threads": torch.get_num_threads(),
+        },
+    )
+    log.flush()
+
+
+def read_starts(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    """The lines of environment.jsonl, by increasing step. OSError: it cannot be read."""
+    return tuple(StepLog(folder / ENVIRONMENT_FILE, None).read())
+
+
+def in_words(starts: tuple[Mapping[str, Any], ...]) -> Iterator[tuple[str, str]]:
+    """(what, value) of the starts of a run; where they differ, each different one once."""
+    for what, names in (
+        ("versions", (*PACKAGES, "python", "cuda")),
+        ("processes", ("processes",)),
+        ("device of a process", ("device",)),
+        ("threads of a process", ("threads",)),
+    ):
+        found = [[(name, start[name]) for name in names if start.get(name) is not None] for start in starts]
+        texts = [", ".join(str(v) if len(names) == 1 else f"{name} {v}" for name, v in one) for one in found]
+        if any(texts):
+            yield what, "; then ".join(dict.fromkeys(text for text in texts if text))

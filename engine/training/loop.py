@@ -1,0 +1,266 @@
+"""The training loop that distillation and teacher training share: log, evaluate, checkpoint, resume, stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ipfm.engine.config import RunConfig
+from ipfm.engine.distributed.signals import SignalFlag, StopRequested, catching_signals
+from ipfm.engine.distributed.world import World
+from ipfm.engine.evaluation.results import EvaluationHistory
+from ipfm.engine.memory.watch import MemoryWatch
+from ipfm.engine.runtime.errors import Interrupted, ProcessLost, TrainingFailed
+from ipfm.engine.runtime.launcher import Launcher, lost_process
+from ipfm.engine.training.checkpoint import checkpoints_in, find_checkpoint, load_checkpoint
+from ipfm.engine.training.checkpoint_writer import CheckpointFailed, CheckpointWriter
+from ipfm.engine.training.environment import log_start
+from ipfm.engine.training.monitor import Monitor, picture_path
+from ipfm.engine.training.run_folder import RunFolder
+from ipfm.engine.training.task import NotFinite, Progress, Task
+from ipfm.models.atomic_files import why
+
+__all__ = ["Interrupted", "ProcessLost", "Progress", "Task", "TrainingFailed", "train"]
+
+PICTURE_IMAGES = 64
+PICTURE_SEED = 20_000
+# The processes talk at least this often about signals: a scheduler that sends one gives some 30 s.
+SECONDS_TO_NOTICE = 10.0
+
+
+def train(task: Task, config: RunConfig, folder: RunFolder) -> Progress:
+    """Run `task` from the folder's newest whole checkpoint (or its first step) to `config.total_steps`.
+
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP, to any of the processes, save and stop; so does the end of the launcher.
+
+    Raises:
+        TrainingFailed: more than `max_bad_steps` steps had non-finite samples or gradients; a checkpoint could not be
+            written or read, or the logs not be opened. On every process.
+        ProcessLost: another process has ended, or has not answered for the time of IPFM_TIMEOUT.
+        Interrupted: a signal stopped the run; a checkpoint was written.
+    """
+    world = task.world
+    with catching_signals(Launcher(world.launched)) as noted, _failures(folder):
+        found = find_checkpoint(folder.checkpoints) if world.is_main else None
+        name = world.broadcast_text("" if found is None else found.name)
+        checkpoint = folder.checkpoints / name if name else None
+        progress = Progress(task.first_step)
+        if checkpoint is not None:
+            try:
+                progress.step = load_checkpoint(checkpoint, task.networks)
+            except ValueError as error:
+                raise TrainingFailed(str(error)) from error
+            progress.saved_at = progress.step
+        evaluation_due = checkpoint is not None and _look_is_missing(progress.step, config, folder, world)
+        if progress.step >= config.total_steps and not evaluation_due:
+            return progress
+        return _Run(task, config, folder, progress, checkpoint, noted).run(evaluation_due)
+
+
+class _Run:
+    """One part of a run: from a start or a checkpoint to the end or an interruption."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: RunConfig,
+        folder: RunFolder,
+        progress: Progress,
+        checkpoint: Path | None,
+        noted: SignalFlag,
+    ) -> None:
+        self.task, self.config, self.folder, self.progress = task, config, folder, progress
+        self.world, self.checkpoint, self.noted = task.world, checkpoint, noted
+        self.writer = CheckpointWriter(
+            folder.checkpoints,
+            self.world,
+            keep=config.keep_checkpoints,
+            background=config.async_checkpoints,
+            last=checkpoint,
+        )
+        reason = ""
+        try:
+            self.monitor, self.history = self._logs()
+        except OSError as error:
+            reason = why(error)
+        if reason := self.world.broadcast_text(reason):
+            raise TrainingFailed(f"the logs in {folder.path} cannot be written: {reason}")
+        self.watch = MemoryWatch(task, config.profile_memory, folder.path, self.monitor.message)
+        # When the processes talk next: soon, so that they know how long a step takes.
+        self._exchange_at = progress.step + 1
+        self._since = 0.0
+
+    def _logs(self) -> tuple[Monitor, EvaluationHistory | None]:
+        path, first = self.folder.path, self.progress.step
+        if self.world.is_main:
+            # The table of an earlier, shorter part of the run no longer holds.
+            (path / "results.json").unlink(missing_ok=True)
+            log_start(path, first, self.world)
+        monitor = Monitor(
+            path,
+            title=self.task.title,
+            total_steps=self.config.total_steps,
+            first_step=first,
+            batch_size=self.config.batch,
+            enabled=self.world.is_main,
+        )
+        return monitor, EvaluationHistory(path, first) if self.world.is_main else None
+
+    def run(self, evaluation_due: bool) -> Progress:
+        """To the end; `evaluation_due`: the evaluation at the checkpoint is still to be made."""
+        config, progress = self.config, self.progress
+        total = config.total_steps
+        try:
+            with self.monitor:
+                if self.checkpoint is not None:
+                    self.monitor.message(f"continuing at step {progress.step} from {self.checkpoint}")
+                if evaluation_due:
+                    self._stop(self._evaluate())
+                self._since = time.perf_counter()
+                while progress.step < total:
+                    progress.pending.append((progress.step, self.watch.iteration(progress.step)))
+                    progress.step += 1
+                    finished = progress.step == total
+                    due = _due(progress.step, config.checkpoint_every) or finished
+                    look = _due(progress.step, config.eval_every) or finished
+                    log = _due(progress.step, config.log_every) or progress.step >= self._exchange_at
+                    if not (due or look or log):
+                        continue
+                    stop = self._log_pending()
+                    if look and not stop:
+                        stop = self._evaluate()
+                    if due:
+                        self._save()
+                    self._stop(stop)
+                    self._since = time.perf_counter()
+                self.writer.wait()
+        finally:
+            self.writer.settle()
+        return progress
+
+    def _log_pending(self) -> int:
+        """Bring the pending measurements of all processes to the host in one transfer and log them.
+
+        Returns:
+            The signal that some process received, or 0.
+        """
+        progress, monitor, config = self.progress, self.monitor, self.config
+        names = list(progress.pending[0][1].sums)
+        bad_names = list(progress.pending[0][1].bad)
+        rows = [
+            torch.stack(
+                [m.sums[n].double() for n in names]
+                + [m.counts[n].double() for n in names]
+                + [m.bad[n].double() for n in bad_names]
+            )
+            for _, m in progress.pending
+        ]
+        table = self.world.all_reduce_sum_(torch.stack(rows)).tolist()
+        # All decide alike, from the slowest process's time.
+        seconds = (time.perf_counter() - self._since) / len(rows)
+        own = [float(self.noted.signum), float(self.writer.failed), seconds]
+        stop, failed, seconds = self.world.all_reduce_max_(
+            torch.tensor(own, dtype=torch.float64, device=self.world.device)
+        ).tolist()
+        self._exchange_at = progress.step + max(1, min(config.log_every, int(SECONDS_TO_NOTICE / max(seconds, 1e-9))))
+        values: dict[str, float] = {}
+        for (step, _), row in zip(progress.pending, table, strict=True):
+            sums, counts, bad = row[: len(names)], row[len(names) : 2 * len(names)], row[2 * len(names) :]
+            values = {n: s / c if c else float("nan") for n, s, c in zip(names, sums, counts, strict=True)}
+            values |= {f"{n}_bad": b for n, b in zip(bad_names, bad, strict=True)}
+            progress.bad_steps += any(b > 0 for b in bad)
+            progress.bad_networks.update(n for n, b in zip(bad_names, bad, strict=True) if b > 0)
+            monitor.record(step, values)
+        monitor.flush()
+        monitor.advance(progress.step - 1, {n: values[n] for n in names})
+        progress.pending.clear()
+        if failed:
+            self.writer.wait()
+        if progress.bad_steps > config.max_bad_steps:
+            self.writer.wait()
+            raise NotFinite(self._too_bad(), progress.step)
+        return int(stop)
+
+    def _evaluate(self) -> int:
+        """Evaluate and draw a picture; a signal that came meanwhile, or 0."""
+        task, progress, monitor = self.task, self.progress, self.monitor
+        with monitor.paused():
+            task.refresh()
+            try:
+                result = task.evaluate()
+            except StopRequested as asked:
+                return asked.signum
+            images = task.picture(PICTURE_IMAGES, PICTURE_SEED)
+            if result is not None:
+                progress.last = result
+                monitor.scalar(progress.step, "frechet", result.distance)
+                monitor.message(f"step {progress.step}: {result.name} {result.distance:.4f}")
+                if self.history is not None:
+                    facts = {"images": result.images, "seconds": round(result.seconds, 3)}
+                    with monitor.tolerant("evaluations.jsonl"):
+                        self.history.add(progress.step, result.distance, **facts)
+            # The picture is the last, so that it stands for the whole: see `_look_is_missing`.
+            monitor.image(progress.step, images)
+        return 0
+
+    def _save(self) -> None:
+        progress = self.progress
+        if progress.saved_at != progress.step:
+            with self.monitor.paused():
+                self.monitor.sync()
+                self.writer.save(progress.step, self.task.networks)
+            progress.saved_at = progress.step
+
+    def _stop(self, signum: int) -> None:
+        """Save and raise, if there is a signal."""
+        if signum:
+            self._save()
+            self.writer.wait()
+            raise Interrupted(signum)
+
+    def _too_bad(self) -> str:
+        progress = self.progress
+        networks = ", ".join(f"{name} in {count}" for name, count in progress.bad_networks.items())
+        where = (
+            f"its checkpoint of step {progress.saved_at}"
+            if progress.saved_at >= 0
+            else "the start, it has no checkpoint"
+        )
+        return (
+            f"{progress.bad_steps} steps up to step {progress.step} had non-finite samples or gradients ({networks}; "
+            f"max-bad-steps is {self.config.max_bad_steps}): {self.folder.path} can be continued from {where}"
+        )
+
+
+@contextmanager
+def _failures(folder: RunFolder) -> Iterator[None]:
+    """What comes from the disk or from other processes becomes a line that says where to continue."""
+    try:
+        yield
+    except CheckpointFailed as error:
+        raise TrainingFailed(str(error)) from error
+    except RuntimeError as error:
+        if isinstance(error, TrainingFailed) or not (reason := lost_process(error)):
+            raise
+        # By name, as resuming does: the lost process may not have come to replace `latest`.
+        found = checkpoints_in(folder.checkpoints)
+        where = f"its checkpoint {found[0].name}" if found else "the start, it has no checkpoint"
+        raise ProcessLost(
+            f"another process of this run has ended or does not answer ({reason}): the same command continues "
+            f"{folder.path} from {where}"
+        ) from error
+
+
+def _look_is_missing(step: int, config: RunConfig, folder: RunFolder, world: World) -> bool:
+    """Whether the evaluation that is due at the checkpoint of `step` was cut off, or not begun, by a signal."""
+    due = _due(step, config.eval_every) or step == config.total_steps
+    missing = world.is_main and due and not picture_path(folder.path, step).exists()
+    return bool(world.all_reduce_max_(torch.tensor(int(missing), device=world.device)))
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

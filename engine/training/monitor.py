@@ -1,0 +1,219 @@
+"""What a person and a machine see of a run while it goes on: progress, metrics.jsonl, TensorBoard, sample grids."""
+
+import contextlib
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ipfm.engine.data.image_grid import image_grid, save_grid
+from ipfm.engine.runtime.files import StepLog
+from ipfm.engine.runtime.progress import ProgressBar
+from ipfm.engine.runtime.wording import significant
+from ipfm.models.atomic_files import sync, why
+
+
+class Monitor:
+    """Writes into the run `folder`: metrics.jsonl, tensorboard/, samples/step-XXXXXXX.png; and progress to stderr.
+
+    `title` names the run in front of the progress. `total_steps` ends it, `first_step` is where this process starts.
+    `batch_size` is the global one, for images per second. One process of a run has `enabled`; a monitor without does
+    nothing at all. `tensorboard`: whether to write for it.
+
+    Once it is open, nothing here ends a run: what the disk refuses is one warning a kind, and what stderr refuses (its
+    terminal or reader is gone) is not said. Lines of metrics.jsonl then wait in memory, and are written as soon as the
+    disk takes them. OSError: metrics.jsonl cannot be opened.
+
+    Step numbers: `record` and `advance` take the index of the step just made, 0…total_steps-1; `scalar` and `image`,
+    which tell of the state between two steps, take the number of steps done, as a checkpoint does, and so does
+    TensorBoard's axis. On resume, everything about steps from `first_step` on is dropped, for it comes again: lines of
+    metrics.jsonl with step ≥ first_step, TensorBoard events with more than `first_step` steps done. Values are Python
+    floats; nothing here waits for a GPU except `image`, which copies its images.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        title: str,
+        total_steps: int,
+        first_step: int = 0,
+        batch_size: int,
+        enabled: bool = True,
+        tensorboard: bool = True,
+    ) -> None:
+        if not 0 <= first_step <= total_steps or batch_size < 1:
+            raise ValueError(
+                "needs 0 <= first_step <= total_steps and a positive batch_size, "
+                f"got {first_step}, {total_steps} and {batch_size}"
+            )
+        self.folder = Path(folder)
+        self.enabled = enabled
+        self.batch_size = batch_size
+        self.images_per_second = math.nan  # over the steps between the last two calls of `advance`
+        self._done, self._since = first_step, time.perf_counter()
+        self._board: Any = None
+        self._refused: set[str] = set()
+        if not enabled:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._log = StepLog(self.folder / "metrics.jsonl", keep_below=first_step)
+        self._progress = ProgressBar(title, total_steps, first=first_step, unit=" step", pause=0.0, leave=True)
+        if tensorboard:
+            self._open_board(first_step)
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, {"step": …} and then the names in alphabetical order, and TensorBoard scalars.
+
+        The line is written by the next `flush`. NaN and infinities become null, counted as "non_finite".
+        """
+        if not self.enabled:
+            return
+        self._log.append(step, {name: float(values[name]) for name in sorted(values)})
+        for name, value in values.items():
+            self.scalar(step + 1, name, value)
+
+    def scalar(self, step: int, name: str, value: float) -> None:
+        """A scalar for TensorBoard alone, after `step` steps."""
+        self._to_board(lambda board: board.add_scalar(name, value, step))
+
+    def advance(self, step: int, values: Mapping[str, float]) -> None:
+        """Moves the progress to step + 1 and shows images per second, time left, `values` and memory.
+
+        Call it when `values` have been read from the GPU anyway; steps in between need no call.
+        """
+        if not self.enabled:
+            return
+        now = time.perf_counter()
+        if step + 1 > self._done:
+            self.images_per_second = (step + 1 - self._done) * self.batch_size / max(now - self._since, 1e-9)
+        self._done, self._since = step + 1, now
+        with contextlib.suppress(OSError):
+            self._progress.move(step + 1, _postfix(f"{significant(self.images_per_second)} img/s", values))
+
+    def image(self, step: int, images: Tensor) -> None:
+        """Saves images (B, C, H, W) in [-1, 1], drawn after `step` steps: samples/step-XXXXXXX.png, TensorBoard."""
+        if not self.enabled:
+            return
+        with self.paused():
+            with self.tolerant("samples"):
+                save_grid(images, picture_path(self.folder, step))
+            self._to_board(lambda board: board.add_image("samples", image_grid(images), step, dataformats="HWC"))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time of the block, such as an evaluation or a checkpoint, out of images per second; may nest."""
+        since, started = self._since, time.perf_counter()
+        try:
+            yield
+        finally:
+            # From the values at the start, so that a pause within this one is not subtracted twice.
+            self._since = since + time.perf_counter() - started
+
+    def message(self, text: str) -> None:
+        """A line for the person who watches, above the bar."""
+        if self.enabled:
+            with contextlib.suppress(OSError):
+                tqdm.write(text, file=sys.stderr)
+
+    @contextlib.contextmanager
+    def tolerant(self, name: str) -> Iterator[None]:
+        """The block writes `name` in the run folder: what the disk refuses there is a warning, once for each name."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self._refused:
+                self._refused.add(name)
+                self.message(f"warning: {self.folder / name} cannot be written: {why(error)}")
+
+    def flush(self) -> None:
+        """Writes all lines recorded so far to metrics.jsonl; from here on they survive a kill."""
+        if self.enabled:
+            with self.tolerant("metrics.jsonl"):
+                self._log.flush()
+
+    def sync(self) -> None:
+        """Lines flushed so far survive the end of the machine as well."""
+        if self.enabled and self._log.path.exists():
+            with self.tolerant("metrics.jsonl"):
+                sync(self._log.path)
+
+    def close(self) -> None:
+        """Flushes and closes everything. May be called twice."""
+        if not self.enabled:
+            return
+        self.flush()
+        if self._log.waiting:
+            self.message(f"warning: {self._log.waiting} lines of {self._log.path} are lost")
+        with contextlib.suppress(OSError):
+            self._progress.close()
+        self._to_board(lambda board: board.close())
+        self._board = None
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _open_board(self, first_step: int) -> None:
+        folder = self.folder / "tensorboard"
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            threading.excepthook = _quiet_about_the_board
+            # Without events from before there is nothing to purge.
+            purge = first_step + 1 if folder.is_dir() and any(folder.iterdir()) else None
+            self._board = SummaryWriter(str(folder), purge_step=purge)
+        except (OSError, ImportError, UnicodeError) as error:  # it takes no path that is not UTF-8
+            self._board_failed(error)
+
+    def _to_board(self, write: Callable[[Any], object]) -> None:
+        if self._board is None:
+            return
+        try:
+            write(self._board)
+        except OSError as error:  # the disk is full, the folder is gone: raised by its writer thread
+            self._board_failed(error)
+
+    def _board_failed(self, error: Exception) -> None:
+        self._board = None
+        self.message(f"warning: no TensorBoard in {self.folder / 'tensorboard'}: {why(error)}")
+
+
+def _quiet_about_the_board(args: threading.ExceptHookArgs) -> None:
+    """No traceback of TensorBoard's writer thread when the disk refuses: the board's next call raises the same."""
+    thread = type(args.thread).__module__
+    if not (issubclass(args.exc_type, OSError) and thread.startswith("tensorboard.")):
+        threading.__excepthook__(args)
+
+
+def picture_path(folder: Path, step: int) -> Path:
+    """Where the run `folder` keeps the images drawn after `step` steps."""
+    return folder / "samples" / f"step-{step:07d}.png"
+
+
+def _postfix(speed: str, values: Mapping[str, float]) -> str:
+    return ", ".join([speed, *(f"{name}={value:.4g}" for name, value in values.items()), *_memory()])
+
+
+def _memory() -> list[str]:
+    """Resident memory of this process, and allocated now and at most on its GPU; host counters, no synchronisation."""
+    shown = []
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        shown.append(f"ram {pages * os.sysconf('SC_PAGE_SIZE') / 2**30:.2f} GiB")
+    except (OSError, ValueError):  # no /proc here
+        pass
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        now, most = torch.cuda.memory_allocated() / 2**30, torch.cuda.max_memory_allocated() / 2**30
+        shown.append(f"gpu {now:.2f} GiB (peak {most:.2f})")
+    return shown

@@ -1,0 +1,227 @@
+"""The folder of a run: whose it is, its lock, and where a run continues."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.config import RunConfig
+from ipfm.engine.runtime.errors import FolderInUse
+from ipfm.engine.runtime.files import atomic_write
+from ipfm.engine.training.checkpoint import check_format, checkpoints_in
+from ipfm.models import Precond
+from ipfm.models.atomic_files import forget_unfinished
+
+FORMAT = 1
+# Settings that may change between two parts of one run: they do not change what it computes, or only how long.
+FREE = frozenset(
+    {
+        "out", "micro_batch", "max_steps", "kimg", "zero", "tf32", "log_every", "eval_every", "checkpoint_every",
+        "keep_checkpoints", "max_bad_steps", "resume", "backward", "teacher", "heun_steps", "offload",
+        "activation_checkpointing", "async_checkpoints", "profile_memory", "teacher_storage", "compile",
+        "memory_format", "lpips",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder that belongs to this configuration."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+
+def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare what is in `path` with this configuration: every setting but those in `FREE`. Nothing is written.
+
+    Args:
+        path: the run folder; it need not exist.
+        kind: "distill" or "teacher".
+        config: settings of the run.
+        facts: what else identifies the run, such as the teacher's checksum; plain JSON values. One that is not known
+            yet may be left out: it is then not compared, and stays as the folder has it.
+
+    Returns:
+        The content that the folder's config.json is to have.
+
+    Raises:
+        ValueError: `path` cannot be a folder or cannot be written; it holds another run, something that is no run,
+            checkpoints of another version's format, or any run with ``resume=False``. The message is one line and names
+            each setting that differs.
+        OSError: the folder cannot be read.
+    """
+    record = {"format": FORMAT, "kind": kind, "config": config.to_json(), **facts}
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place} is a file, the run folder {path} cannot be there: choose another --out")
+    # Every process can tell beforehand, and before the networks are built, what would stop the first one.
+    for place in (path / "checkpoints", next(p for p in (path, *path.absolute().parents) if p.exists())):
+        if place.exists() and not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"{place} cannot be written: choose another --out")
+    if not path.is_dir() or all(_is_leftover(entry) for entry in path.iterdir()):
+        return record
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} is not empty and holds no run (no config.json): choose another --out")
+    if not config.resume:
+        raise ValueError(f"{path} holds a run already and --no-resume was given: choose another --out")
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        differences = _differences(found, record)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path / 'config.json'} cannot be read as a run's configuration: choose another --out"
+        ) from error
+    if differences:
+        raise ValueError(f"{path} belongs to another configuration ({'; '.join(differences)}): choose another --out")
+    for checkpoint in checkpoints_in(path / "checkpoints"):
+        try:
+            check_format(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"{error}: choose another --out") from None
+    return {**found, **record}
+
+
+def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> RunFolder:
+    """Take a folder that `check_run_folder` approved: lock it, write its config.json, remove what killed runs left.
+
+    Args:
+        path: the run folder, created where it does not exist.
+        record: what `check_run_folder` returned.
+        write: this process is the one that writes.
+
+    Raises:
+        ValueError: another process is using the folder and does not leave.
+        OSError: the folder cannot be written.
+    """
+    if write:
+        lock_folder(path)
+        forget_unfinished(path)
+        with atomic_write(path / "config.json") as file:
+            file.write((json.dumps(record, indent=1) + "\n").encode())
+    return RunFolder(path)
+
+
+def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What identifies the two runs and differs: "alpha is 1.0 there, 1.2 here"."""
+    # A fact that one side does not know yet, such as a teacher still to be trained, is no difference.
+    known = [name for name in ours if name in found and name != "config"]
+    theirs = {name: found[name] for name in known} | _identity(found["config"])
+    mine = {name: ours[name] for name in known} | _identity(ours["config"])
+    return [
+        f"{name} is {_short(theirs.get(name))} there, {_short(mine.get(name))} here"
+        for name in mine | theirs
+        if theirs.get(name) != mine.get(name)
+    ]
+
+
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that identify a run; those within another one under their full name, such as noise.p_mean."""
+    settings: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in FREE:
+            continue
+        settings |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return settings
+
+
+def _is_leftover(entry: Path) -> bool:
+    """What a run that was killed while it wrote its first file leaves behind."""
+    return entry.name == "run.lock" or (entry.name.startswith(".config.json.") and entry.name.endswith(".tmp"))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# How long a start waits for the processes of an earlier one to leave the folder.
+PATIENCE = 120.0
+
+
+_held: dict[Path, IO[str]] = {}
+
+
+def lock_folder(path: Path, patience: float = PATIENCE) -> None:
+    """Keep other runs out of the run folder `path` until this process ends; waits for one that is about to leave.
+
+    Raises:
+        FolderInUse: another process is still there after `patience` seconds; the message names it.
+        OSError: the folder cannot be written.
+    """
+    path = path.resolve()
+    if path in _held:
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    file = open(path / "run.lock", "a+")  # noqa: SIM115 (held until the process ends)
+    deadline, told = time.monotonic() + patience, False
+    while not _locked(file):
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        if time.monotonic() > deadline:
+            file.close()
+            raise FolderInUse(f"{path} is in use by process {owner}: stop it, or choose another --out")
+        if not told:
+            print(f"{path} is in use by process {owner}: waiting for it to stop", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.5)
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    _held[path] = file
+
+
+def folder_user(path: Path) -> str | None:
+    """The number of the process that uses the run folder `path` on this machine; None where nobody does."""
+    try:
+        with open(path / "run.lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "unknown"
+    except OSError:  # no lock to look at
+        pass
+    return None
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def teacher_facts(teacher: Precond | None) -> dict[str, str]:
+    """What identifies a run by its teacher, wherever its files lie; nothing while there is none yet."""
+    return {} if teacher is None else {"teacher": fingerprint(teacher.state_dict())}
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights and buffers by name: tells two networks apart wherever their files lie."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,74 @@
+"""What the training loop trains, where it stands, and what may end it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from ipfm.engine.distributed.world import World
+from ipfm.engine.distributed.zero import TrainedNetwork
+from ipfm.engine.evaluation.metrics import FrechetResult
+from ipfm.engine.memory import MemoryPlan
+from ipfm.engine.objectives.step_metrics import StepMetrics
+from ipfm.engine.runtime.errors import TrainingFailed
+
+
+class NotFinite(TrainingFailed):
+    """Too many steps, of the `step` ones done, had non-finite samples or gradients."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class Task(Protocol):
+    """What the loop trains."""
+
+    title: str
+    world: World
+    other_bytes: int
+    """Bytes on the device that `memory_plan` does not speak of, such as a data set's; only known if steps are
+    profiled."""
+    first_step: int
+    """Where a run without a checkpoint starts: 0, or the steps done before by other means."""
+
+    @property
+    def networks(self) -> Mapping[str, TrainedNetwork]:
+        """What is saved in a checkpoint, by name."""
+        ...
+
+    def iteration(self, step: int) -> StepMetrics:
+        """One step of training; `step` counts from 0."""
+        ...
+
+    def memory_plan(self) -> MemoryPlan:
+        """The predicted memory of a step."""
+        ...
+
+    def refresh(self) -> None:
+        """Bring the averaged network up to date, on every process."""
+        ...
+
+    def evaluate(self) -> FrechetResult | None:
+        """Fréchet distance of the averaged network; None without a reference."""
+        ...
+
+    def picture(self, count: int, seed: int) -> Tensor:
+        """Images of the averaged network from fixed latents, (count, C, H, W) in [-1, 1]."""
+        ...
+
+
+@dataclass
+class Progress:
+    """Where the loop stands; also what it leaves behind."""
+
+    step: int
+    last: FrechetResult | None = None
+    bad_steps: int = 0
+    bad_networks: Counter[str] = field(default_factory=Counter)
+    saved_at: int = -1
+    pending: list[tuple[int, StepMetrics]] = field(default_factory=list)

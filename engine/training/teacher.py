@@ -1,0 +1,223 @@
+"""Training a teacher on data: the denoising loss with PFGM++ noise at any D."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.config import TeacherConfig, ZeroStage
+from ipfm.engine.data.augmentation import augment
+from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.distributed.compilation import set_execution
+from ipfm.engine.distributed.ema import EmaNetwork
+from ipfm.engine.distributed.precision import apply_precision
+from ipfm.engine.distributed.world import World, start_world
+from ipfm.engine.distributed.zero import TrainedNetwork
+from ipfm.engine.evaluation.evaluation import Evaluation, evaluate_teacher
+from ipfm.engine.evaluation.metrics import FrechetResult
+from ipfm.engine.memory import MemoryPlan, choose_training, device_budget
+from ipfm.engine.memory.live import bytes_in_use
+from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
+from ipfm.engine.objectives.phases import mark
+from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
+from ipfm.engine.random_streams import Stream, seed_dropout
+from ipfm.engine.sampling.batches import sample_teacher
+from ipfm.engine.training.resolve import allow_tf32, check_augment, resolve_D, resolve_precision
+from ipfm.engine.training.run import run_training
+from ipfm.engine.training.run_folder import fingerprint
+from ipfm.models import NetworkConfig, Precond, build_network
+
+if TYPE_CHECKING:
+    from ipfm.models.checkpoints.training_state import TrainingState
+
+
+class TeacherTraining:
+    """Trains a denoiser on `dataset`: minimises E w(sigma) ||net(y + noise, sigma) - y||^2 with the noise of D.
+
+    Args:
+        config: settings.
+        network: architecture; its D must be that of `config`.
+        dataset: images in the network's shape.
+        evaluation: what the samples are measured against; None measures nothing.
+        start: a training elsewhere that this one continues: weights, EMA and optimiser state, and, as far as it is
+            known, the number of images seen.
+        world: the run's processes; joined or started when None.
+
+    Raises:
+        ValueError: shapes or D do not fit each other, or the batch does not divide among the processes.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        network: NetworkConfig,
+        dataset: ImageDataset,
+        *,
+        evaluation: Evaluation | None = None,
+        start: TrainingState | None = None,
+        world: World | None = None,
+    ) -> None:
+        shape = (network.img_channels, network.img_resolution, network.img_resolution)
+        if dataset.shape != shape:
+            raise ValueError(f"the network takes images {shape}, {dataset.name} has {dataset.shape}")
+        if network.label_dim not in (0, dataset.classes):
+            raise ValueError(f"the network takes {network.label_dim} classes, {dataset.name} has {dataset.classes}")
+        self.D = resolve_D(config.D, network)
+        check_augment(config.augment, network)
+        self.world = world or start_world()
+        device = self.world.device
+        self.config = config = resolve_precision(replace(config, D=self.D), device)
+        assert config.precision != "auto"
+        self.local_batch = config.split(self.world.size)[0]
+        self.dataset = dataset.to(device)
+        self.start = start
+        self.evaluation = evaluation
+        self.title = f"teacher D={self.D:g}"
+        allow_tf32(config.tf32)
+        self.other_bytes = bytes_in_use(device) if config.profile_memory else 0
+
+        # Every process draws the same initial weights.
+        torch.manual_seed(config.seed)
+        self.network = replace(network, dropout=config.dropout)
+        self._plan = choose_training(config, self.network, ranks=self.world.size, budget=device_budget(device))
+        self.micro_batch = self._plan.micro_batch
+        self.config = replace(config, zero=cast(ZeroStage, self._plan.parts.stage))
+        net = apply_precision(build_network(self.network).to(device), config.precision)
+        if start is not None:
+            net.load_state_dict(dict(start.weights))
+        net.activation_checkpointing = self._plan.activation_checkpointing
+        buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        self.net = TrainedNetwork(
+            net,
+            world=self.world,
+            lr=config.lr,
+            betas=(config.beta1, 0.999),
+            eps=config.eps,
+            ema=True,
+            stage=self._plan.parts.stage,
+            precision=config.precision,
+            offload=config.offload,
+            clip_norm=config.clip_grad,
+        )
+        set_execution(net, memory_format=config.memory_format, compiled=config.compile, device=device)
+        self.averaged = EmaNetwork(self.net, self.network, buffers, config.precision, device)
+        self.networks = {"teacher": self.net}
+        self.first_step = 0
+        if start is not None:
+            self._continue(start)
+
+    def _continue(self, start: TrainingState) -> None:
+        """Take over what the optimiser knew; the schedules go on from the images seen."""
+        state: dict[str, Mapping[str, Tensor]] = {"exp_avg_sq": start.exp_avg_sq}
+        if self.config.beta1 > 0:
+            state["exp_avg"] = start.exp_avg
+        if start.ema is not None:
+            state["ema"] = start.ema
+        for kind, tensors in state.items():
+            self.net.load(kind, tensors)
+        self.net.steps_applied = start.adam_steps
+        self.first_step = start.adam_steps if start.images_seen is None else start.images_seen // self.config.batch
+
+    def iteration(self, step: int) -> StepMetrics:
+        """One update on the batch of `step`, counted from 0."""
+        self.averaged.release()
+        config, noise, world = self.config, self.config.noise, self.world
+        tally = LossSum("teacher", world)
+        self.net.module.train()
+        for first in world.micro_batches(config.batch, self.micro_batch):
+            mark("teacher: forward and backward")
+            index = torch.arange(first, first + self.micro_batch, device=world.device)
+            batch = self.dataset.batch(step, index, batch_size=config.batch, seed=config.seed)
+            labels = batch.labels if self.network.label_dim else None
+            sigma = noise.denoising(index, seed=config.seed, stream=Stream.TEACHER_SIGMA, step=step)
+            y, augment_labels = augment(
+                batch.images,
+                config.augment,
+                seed=config.seed,
+                stream=Stream.TEACHER_AUGMENT,
+                step=step,
+                sample_index=index,
+            )
+            noisy = add_noise(
+                y,
+                sigma,
+                self.D,
+                cast(Precond, self.net.module),
+                seed=config.seed,
+                stream=Stream.TEACHER_NOISE,
+                step=step,
+                sample_index=index,
+            )
+            if config.dropout > 0 or self.network.label_dropout > 0:
+                seed_dropout(config.seed, Stream.TEACHER_DROPOUT, step, first)
+            result = denoising_objective(
+                bind(self.net, labels, augment_labels),
+                y,
+                noisy,
+                sigma_data=noise.sigma_data,
+            )
+            self.net.backward(result.surrogate / self.local_batch)
+            tally.add(result.loss, result.valid)
+        mark("teacher: optimiser")
+        applied = self.net.step(
+            lr=config.learning_rate(step), ema_decay=config.ema_decay(step), grad_scale=tally.grad_scale(config.batch)
+        )
+        return tally.measured(applied)
+
+    def memory_plan(self) -> MemoryPlan:
+        """The predicted memory of a step."""
+        return self._plan
+
+    def refresh(self) -> None:
+        """Bring the averaged network up to date. Every process must call it."""
+        self.averaged.refresh()
+
+    @property
+    def average(self) -> Precond:
+        """The averaged network of the last `refresh`; the next step frees it."""
+        return self.averaged.net
+
+    def evaluate(self) -> FrechetResult | None:
+        """Fréchet distance of the averaged network's samples; None without an evaluation."""
+        return None if self.evaluation is None else evaluate_teacher(
+            self.average, self.evaluation, self.world, D=self.D, steps=self.config.heun_steps
+        )  # fmt: skip
+
+    def picture(self, count: int, seed: int) -> Tensor:
+        """`count` images from fixed latents."""
+        return sample_teacher(self.average, 0, count, D=self.D, steps=self.config.heun_steps, seed=seed)
+
+    def run(self, path: Path | str) -> Precond:
+        """Train in the run folder `path`, or continue there; the averaged network, also saved as path/model."""
+        run_training(
+            self,
+            self.config,
+            Path(path),
+            kind="teacher",
+            facts=training_facts(self.config, self.network, self.dataset, self.start),
+            export="model",
+            about={"task": "teacher", "dataset": _place_free(self.dataset.name)},
+        )
+        return self.average
+
+
+def training_facts(
+    config: TeacherConfig, network: NetworkConfig, dataset: ImageDataset | None, start: TrainingState | None
+) -> dict[str, Any]:
+    """What identifies a training beside its settings; what the data say is left out while they are not known."""
+    facts: dict[str, Any] = {"network": replace(network, dropout=config.dropout).to_json()}
+    if dataset is not None:
+        facts |= {"dataset": _place_free(dataset.name), "images": len(dataset), "xflip": dataset.xflip}
+    # Said of a fresh training too: a folder of one must not go on where --continue-from is given, and ignore it.
+    facts["continues"] = None if start is None else fingerprint(start.weights)
+    return facts
+
+
+def _place_free(name: str) -> str:
+    """A data set's name without the folders it lies in, which differ between machines."""
+    return Path(name).name

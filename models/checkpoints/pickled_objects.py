@@ -1,0 +1,203 @@
+"""The objects in checkpoints of the EDM family: what stands for them here, and the networks among them.
+
+Networks are pickled as whole objects: a call of a function of the training code with a dictionary that also holds the
+source text of their classes. The text is dropped unread; class name and attributes are kept as a `Record`.
+"""
+
+import struct
+from collections.abc import Iterator
+
+from ipfm.models.checkpoints.pickle_values import Inert, Table, shown
+from ipfm.models.checkpoints.stored_tensors import Blob, StoredTensor, stored_tensor
+
+_META = {"type", "version", "module_src", "class_name", "state"}
+_MAX_MODULE_DEPTH = 16
+MAX_TENSORS = 20_000
+
+
+class Record(Inert):
+    """An object of a foreign class: its class name and its attributes."""
+
+    def __init__(self, class_name: str, state: dict[str, object]) -> None:
+        self.class_name = class_name
+        self.state = state
+
+    def children(self) -> tuple[object, ...]:
+        return (self.state,)
+
+    def mapping(self, name: str) -> dict[str, object]:
+        """Attribute `name`, which must be a dictionary with names as keys; ValueError where it is not."""
+        found = self.state.get(name)
+        if type(found) is not dict or not all(type(key) is str for key in found):
+            raise ValueError(f"an object of class {shown(self.class_name)} has no usable {name}")
+        return found
+
+    @property
+    def is_module(self) -> bool:
+        """Whether this is a network or a part of one."""
+        return all(name in self.state for name in ("_parameters", "_buffers", "_modules"))
+
+
+class _ModuleDict(Record):
+    def __init__(self) -> None:
+        super().__init__("ModuleDict", {})
+
+    def set_state(self, state: object) -> None:
+        if type(state) is not dict or self.state:
+            raise ValueError("the state of a ModuleDict is damaged")
+        self.state = state
+
+
+class _EasyDict(Inert, dict[object, object]):
+    """A dictionary; its items are set like those of any other."""
+
+
+class _NumpyType(Inert):
+    """A plain number type of NumPy."""
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+    def set_state(self, state: object) -> None:
+        # The last numbers are size and alignment, -1 for what the type says itself, and flags.
+        if type(state) is not tuple or len(state) < 8 or state[1] not in ("<", "|") or any(state[2:5]):
+            raise ValueError("a NumPy type other than a plain number")
+
+
+_NUMPY = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i", "b1": "<?"}
+
+
+def _reconstruct_persistent_obj(meta: object) -> Record:
+    if type(meta) is not dict or set(meta) != _META:
+        raise ValueError("the record of an object is damaged")
+    if meta["type"] != "class" or meta["version"] != 6:
+        raise ValueError(
+            f"the record of an object is of type {shown(meta['type'])}, version {shown(meta['version'])}; "
+            "what can be read: type class, version 6"
+        )
+    name, state = meta["class_name"], meta["state"]
+    if type(name) is not str or type(state) is not dict or not all(type(key) is str for key in state):
+        raise ValueError("the record of an object is damaged")
+    return Record(name, state)
+
+
+def _rebuild_parameter(data: object, requires_grad: object, hooks: object) -> StoredTensor:
+    if not isinstance(data, StoredTensor):
+        raise ValueError(f"a parameter consists of {shown(data)}")
+    return data
+
+
+def _rebuild_parameter_with_state(data: object, requires_grad: object, hooks: object, state: object) -> StoredTensor:
+    return _rebuild_parameter(data, requires_grad, hooks)
+
+
+def _rebuild_tensor_v2(
+    storage: object,
+    offset: object,
+    shape: object,
+    stride: object,
+    requires_grad: object,
+    hooks: object,
+    metadata: object = None,
+) -> StoredTensor:
+    return stored_tensor(storage, offset, shape, stride)
+
+
+def _load_from_bytes(data: object) -> Blob:
+    if not isinstance(data, memoryview):
+        raise ValueError(f"a stored tensor consists of {shown(data)}")
+    return Blob(data)
+
+
+def _ordered_dict() -> dict[str, object]:
+    return {}
+
+
+def _set(items: object) -> set[str]:
+    if type(items) is not list or not all(type(item) is str for item in items):
+        raise ValueError(f"a set of {shown(items)}")
+    return set(items)
+
+
+def _encode(text: object, encoding: object) -> memoryview:
+    if type(text) is not str or encoding != "latin1":
+        raise ValueError(f"bytes are written as {shown(text)} in {shown(encoding)}")
+    try:
+        return memoryview(text.encode("latin1"))
+    except UnicodeEncodeError:
+        raise ValueError(f"{shown(text)} is not latin1") from None
+
+
+def _dtype(code: object, align: object, copy: object) -> _NumpyType:
+    if type(code) is not str or code not in _NUMPY:
+        raise ValueError(f"the NumPy type {shown(code)} is not admitted; possible: {', '.join(_NUMPY)}")
+    return _NumpyType(code)
+
+
+def _scalar(kind: object, content: object) -> int | float | bool:
+    if not isinstance(kind, _NumpyType) or not isinstance(content, memoryview):
+        raise ValueError("a NumPy number is damaged")
+    form = struct.Struct(_NUMPY[kind.code])
+    if len(content) != form.size:
+        raise ValueError(f"a NumPy number of {len(content)} bytes")
+    (value,) = form.unpack(content)
+    assert isinstance(value, (int, float))
+    return value
+
+
+GLOBALS: Table = {
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _reconstruct_persistent_obj,
+    ("torch.nn.modules.container", "ModuleDict"): _ModuleDict,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter_with_state,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
+    ("torch.storage", "_load_from_bytes"): _load_from_bytes,
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("numpy", "dtype"): _dtype,
+    ("dnnlib.util", "EasyDict"): _EasyDict,
+    ("__builtin__", "set"): _set,
+    ("builtins", "set"): _set,
+    ("_codecs", "encode"): _encode,
+}
+"""The complete list of what a checkpoint may ask for, besides torch's storage classes."""
+
+
+def modules(record: Record) -> Iterator[tuple[str, Record]]:
+    """(path, record) of a network and all its parts in the order of its state dict; the path of the network is "".
+
+    ValueError where a part stands in two places, contains itself or is no part.
+    """
+    yield from _walk("", record, set(), 0)
+
+
+def _walk(path: str, record: Record, seen: set[int], depth: int) -> Iterator[tuple[str, Record]]:
+    if id(record) in seen or depth > _MAX_MODULE_DEPTH:
+        raise ValueError(f"the part {shown(path)} of a network stands in two places or too deep")
+    seen.add(id(record))
+    yield path, record
+    for name, child in record.mapping("_modules").items():
+        if child is None:
+            continue
+        if not isinstance(child, Record) or not child.is_module or "." in name:
+            raise ValueError(f"{shown(f'{path}.{name}')} is {shown(child)} instead of a part of a network")
+        yield from _walk(f"{path}.{name}" if path else name, child, seen, depth + 1)
+
+
+def own_tensors(record: Record) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """(parameters, buffers) of one part by name, those of its state dict; ValueError for anything else."""
+    hidden = record.state.get("_non_persistent_buffers_set", set())
+    if not isinstance(hidden, set):
+        raise ValueError(f"an object of class {shown(record.class_name)} has no usable _non_persistent_buffers_set")
+    found: list[dict[str, StoredTensor]] = []
+    for kind in ("_parameters", "_buffers"):
+        tensors: dict[str, StoredTensor] = {}
+        for name, tensor in record.mapping(kind).items():
+            if tensor is None or (kind == "_buffers" and name in hidden):
+                continue
+            if not isinstance(tensor, StoredTensor) or "." in name:
+                raise ValueError(f"{shown(name)} is {shown(tensor)} instead of a tensor")
+            tensors[name] = tensor
+        found.append(tensors)
+    return found[0], found[1]

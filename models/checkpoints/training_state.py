@@ -1,0 +1,206 @@
+"""Training states of EDM and PFGM++: everything that continuing a teacher's training needs.
+
+The optimiser is Adam (Kingma and Ba 2015). Its state is stored by number; number i is the i-th parameter of the network
+in the same file.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ipfm.models.checkpoints.containers import shown_path
+from ipfm.models.checkpoints.pickle_values import shown
+from ipfm.models.checkpoints.reader import Checkpoint, DSource, ImportedNetwork, check_bounds, open_checkpoint
+from ipfm.models.checkpoints.stored_tensors import StoredTensor
+from ipfm.models.config import NetworkConfig
+
+_EDM_STATE = re.compile(r"training-state-(\d{1,12})\.pt")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+# Settings of torch's Adam that change its steps, and the only value of each that is continued here.
+_PLAIN_ADAM = {"weight_decay": 0, "amsgrad": False, "maximize": False, "decoupled_weight_decay": False}
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """A teacher's training, stopped.
+
+    config:      of the network, D included; D_source as of `ImportedNetwork`
+    weights:     state dict of the network being trained, buffers included
+    ema:         that of its average, None where there is none to be found
+    ema_from:    name of the file that the average is from, or that was looked for in vain
+    exp_avg, exp_avg_sq: Adam's moments by the parameters' names, of the parameters' shapes
+    adam_steps:  steps of the optimiser
+    images_seen: training images so far, None where neither file nor file name says
+    betas, lr, eps: of Adam
+    All tensors are float32, contiguous and on the CPU.
+    """
+
+    config: NetworkConfig
+    D_source: DSource
+    weights: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    ema_from: str | None
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    adam_steps: int
+    images_seen: int | None
+    betas: tuple[float, float]
+    lr: float
+    eps: float
+
+
+def read_training_state(path: str | os.PathLike[str], *, D: float | None = None) -> TrainingState:
+    """The training state in the file `path` of EDM (`training-state-*.pt`) or PFGM++ (.pt, .pkl).
+
+    EDM keeps the average of the weights in `network-snapshot-*.pkl` of the same number, which is looked for beside
+    `path`, and the number of training images (in thousands) only in the name.
+
+    D: as of `load_teacher`.
+
+    Raises ValueError, one line that names the file, for any other file, for damage, and where the parts do not fit.
+    """
+    place = Path(path)
+    checkpoint = open_checkpoint(place)
+    if "net" not in checkpoint.networks or "optimizer_state" not in checkpoint.entries:
+        raise ValueError(
+            f"{checkpoint.where} is no training state of a teacher ({checkpoint.origin}); what can be continued: "
+            "training states of EDM and PFGM++, which hold net and optimizer_state"
+        )
+    net = checkpoint.read("net", D=D)
+    try:
+        optimizer = _optimizer(checkpoint, net)
+        step = _images_seen(checkpoint.entries.get("step"), place)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.where}: {error}") from None
+    ema, ema_from = _average(checkpoint, place, net, D)
+    return TrainingState(
+        config=net.config,
+        D_source=net.D_source,
+        weights=net.weights,
+        ema=ema,
+        ema_from=ema_from,
+        images_seen=step,
+        **optimizer,  # type: ignore[arg-type]
+    )
+
+
+def _optimizer(checkpoint: Checkpoint, net: ImportedNetwork) -> dict[str, object]:
+    state = checkpoint.entries["optimizer_state"]
+    if type(state) is not dict or type(state.get("state")) is not dict or type(state.get("param_groups")) is not list:
+        raise ValueError("optimizer_state is not that of Adam")
+    groups, moments = state["param_groups"], state["state"]
+    count = len(net.parameters)
+    if len(groups) != 1 or type(groups[0]) is not dict:
+        raise ValueError(f"optimizer_state has {len(groups)} groups of parameters instead of one")
+    group = groups[0]
+    if group.get("params") != list(range(count)):
+        raise ValueError(f"optimizer_state is not that of the network's {count} parameters")
+    for name, plain in _PLAIN_ADAM.items():
+        if group.get(name, plain) != plain:
+            raise ValueError(f"its optimiser has {name} = {shown(group[name])}; what can be continued: {plain}")
+    betas = group.get("betas")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas of its optimiser are {shown(betas)}")
+    return {
+        **_moments(moments, net, checkpoint.size),
+        "betas": (_number("beta1", betas[0], 0, 1), _number("beta2", betas[1], 0, 1)),
+        "lr": _number("lr", group.get("lr"), 0, math.inf),
+        "eps": _number("eps", group.get("eps"), 0, math.inf),
+    }
+
+
+def _moments(stored: Mapping[object, object], net: ImportedNetwork, size: int) -> dict[str, object]:
+    """The moments by parameter; zeros where the optimiser has not stepped yet."""
+    names = net.parameters
+    if not stored:
+        zeros = {kind: {name: torch.zeros_like(net.weights[name]) for name in names} for kind in _MOMENTS}
+        return {**zeros, "adam_steps": 0}
+    if set(stored) != set(range(len(names))):
+        raise ValueError(f"optimizer_state has moments of {len(stored)} of the {len(names)} parameters")
+    tensors: dict[str, dict[str, StoredTensor]] = {kind: {} for kind in _MOMENTS}
+    steps: set[int] = set()
+    for index, name in enumerate(names):
+        entry = stored[index]
+        if type(entry) is not dict:
+            raise ValueError(f"the moments of {name} are {shown(entry)}")
+        for kind in _MOMENTS:
+            moment = entry.get(kind)
+            if not isinstance(moment, StoredTensor) or moment.shape != tuple(net.weights[name].shape):
+                raise ValueError(f"{kind} of {name} is not of its shape {tuple(net.weights[name].shape)}")
+            tensors[kind][name] = moment
+        steps.add(_step(entry.get("step")))
+    if len(steps) > 1:
+        raise ValueError(f"the parameters have made different numbers of steps: {min(steps)} to {max(steps)}")
+    loaded: dict[str, object] = {"adam_steps": steps.pop()}
+    for kind, found in tensors.items():
+        check_bounds(found, size)
+        loaded[kind] = {name: _moment(f"{kind} of {name}", tensor) for name, tensor in found.items()}
+    return loaded
+
+
+def _moment(name: str, stored: StoredTensor) -> Tensor:
+    values = stored.load()
+    if values.dtype != torch.float32:
+        raise ValueError(f"{name} is {values.dtype}; possible: float32")
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{name} holds values that are not finite")
+    if name.startswith("exp_avg_sq") and bool((values < 0).any()):
+        raise ValueError(f"{name} is negative")
+    return values
+
+
+def _step(stored: object) -> int:
+    value: object = stored
+    if isinstance(stored, StoredTensor):
+        if stored.numel != 1:
+            raise ValueError(f"the number of the optimiser's steps has shape {stored.shape}")
+        value = stored.load().item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1 << 53 or value % 1:
+        raise ValueError(f"the number of the optimiser's steps is {shown(value)}")
+    return int(value)
+
+
+def _images_seen(step: object, place: Path) -> int | None:
+    if step is not None:
+        if type(step) is not int or not 0 <= step < 1 << 53:
+            raise ValueError(f"step, the number of images seen, is {shown(step)}")
+        return step
+    found = _EDM_STATE.fullmatch(place.name)
+    return 1000 * int(found[1]) if found else None
+
+
+def _average(
+    checkpoint: Checkpoint, place: Path, net: ImportedNetwork, D: float | None
+) -> tuple[dict[str, Tensor] | None, str | None]:
+    """(the average, the name of its file)."""
+    if "ema" in checkpoint.networks:
+        ema, source = checkpoint.read("ema", D=D), place
+    else:
+        found = _EDM_STATE.fullmatch(place.name)
+        if not found:
+            return None, None
+        source = place.with_name(f"network-snapshot-{found[1]}.pkl")
+        if not source.is_file():
+            return None, source.name
+        ema = open_checkpoint(source).read("ema", D=D)
+    # The two may differ in how much they drop while training, and in nothing else.
+    if _comparable(ema.config) != _comparable(net.config):
+        raise ValueError(f"{shown_path(source)}: ema is not the average of net in {checkpoint.where}: they differ")
+    return ema.weights, source.name
+
+
+def _comparable(config: NetworkConfig) -> NetworkConfig:
+    return dataclasses.replace(config, dropout=0.0, use_fp16=False)
+
+
+def _number(name: str, value: object, least: float, below: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < below:
+        raise ValueError(f"{name} of its optimiser is {shown(value)}")
+    return float(value)

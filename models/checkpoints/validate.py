@@ -1,0 +1,100 @@
+"""What a network of a configuration consists of, without its weights, and whether a file's network is the same."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ipfm.models.checkpoints.pickle_values import shown
+from ipfm.models.checkpoints.pickled_objects import Record
+from ipfm.models.config import NetworkConfig
+from ipfm.models.precond import build_network
+from ipfm.models.schedules import iddpm_levels
+
+# Attributes of the EDM family's classes that change what a network computes: of the preconditioners, where they are
+# fields of the configuration, and of their parts, whose classes here have them too.
+_OPTIONS = (
+    *("img_resolution", "img_channels", "label_dim", "sigma_min", "sigma_max", "sigma_data"),
+    *("beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2"),
+)
+_FACTS = (
+    *("label_dropout", "in_channels", "out_channels", "emb_channels", "num_heads", "skip_scale", "adaptive_scale"),
+    *("up", "down", "fused_resample", "in_features", "out_features", "num_groups", "eps"),
+    *("num_channels", "max_positions", "endpoint"),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module: the names of its class and of those it descends from, and its attributes."""
+
+    classes: frozenset[str]
+    facts: Mapping[str, int | float | bool]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """shapes: of the state dict, by name and in its order; parts: every module by its path."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    parts: Mapping[str, Part]
+
+
+@lru_cache(maxsize=4)
+def blueprint(config: NetworkConfig) -> Blueprint:
+    """The blueprint of a configuration; nothing of the size of its weights is allocated."""
+    with torch.device("meta"):
+        net = build_network(config)
+    parts = {path: _part(module, config if path == "" else module) for path, module in net.named_modules()}
+    return Blueprint({name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}, parts)
+
+
+def check_shapes(plan: Blueprint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError unless there are exactly the tensors of `plan`, in its order."""
+    missing = next((name for name in plan.shapes if name not in shapes), None)
+    unknown = next((name for name in shapes if name not in plan.shapes), None)
+    if missing or unknown:
+        raise ValueError(f"it lacks the tensor {missing}" if missing else f"it has an unknown tensor {shown(unknown)}")
+    for name, shape in plan.shapes.items():
+        if shapes[name] != shape:
+            raise ValueError(f"{name} has shape {shapes[name]}, expected {shape}")
+    if list(shapes) != list(plan.shapes):
+        raise ValueError("its tensors are not in the order of its layers")
+
+
+def check_parts(plan: Blueprint, parts: Mapping[str, Record]) -> None:
+    """ValueError where a part of a file's network is not what it is in `plan`: its class, or a number that counts."""
+    for path, record in parts.items():
+        name = shown(path) if path else "the network"
+        own = plan.parts.get(path)
+        if own is None or record.class_name not in own.classes:
+            raise ValueError(f"{name} is a {shown(record.class_name)}, which its architecture has not there")
+        for fact, expected in own.facts.items():
+            stated = record.state.get(fact, expected)
+            if not isinstance(stated, (int, float)) or not math.isclose(stated, expected, rel_tol=1e-5):
+                raise ValueError(f"{fact} of {name} is {shown(stated)}, but its architecture has {expected}")
+
+
+def check_constants(config: NetworkConfig, weights: Mapping[str, Tensor]) -> None:
+    """ValueError where a buffer that follows from the configuration holds something else.
+
+    Resampling filters are outer(f, f) / (Σf)² of the taps f; `u` holds iDDPM's noise levels.
+    """
+    taps = torch.tensor(config.resample_filter, dtype=torch.float64)
+    expected = (torch.outer(taps, taps) / taps.sum() ** 2).float()
+    for name, tensor in weights.items():
+        if name.endswith(".resample_filter") and not torch.allclose(tensor[0, 0], expected, rtol=1e-5, atol=1e-7):
+            raise ValueError(f"{name} is not the filter of the taps {taps.tolist()}")
+        if name == "u":
+            levels = torch.tensor(iddpm_levels(config.M, config.C_1, config.C_2).tolist())
+            if not torch.allclose(tensor, levels, rtol=1e-3):
+                raise ValueError("u holds other noise levels than those of M, C_1 and C_2")
+
+
+def _part(module: torch.nn.Module, described: object) -> Part:
+    names = _OPTIONS if isinstance(described, NetworkConfig) else _FACTS
+    facts = {name: value for name in names if isinstance(value := getattr(described, name, None), (int, float))}
+    return Part(frozenset(kind.__name__ for kind in type(module).__mro__), facts)

@@ -1,0 +1,262 @@
+"""The pages for users: links, anchors, options, commands, quoted messages and made tables agree with the project."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import get_args
+from xml.etree import ElementTree
+
+import launch
+import pytest
+
+from ipfm.engine.commands import main as cli
+
+ROOT = launch.ROOT
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+RECIPES = sorted(p.name for p in (ROOT / "recipes").glob("*.py") if p.name not in ("__init__.py", "ablation_data.py"))
+# Options of other programs; each must be in use, so that none stays by mistake.
+FOREIGN = {
+    "deepspeed": {"--num_accelerators", "--hostfile", "--master_port", "--module"},
+    "pip": {"--no-deps"},
+    "ipfm": {"--version"},
+    "torchrun": {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"},
+    "Slurm": {"--signal", "--requeue"},
+    "make_tables.py": {"--check"},
+}
+PROGRAMS = ("deepspeed", "torchrun", "python", "ipfm", "make", "pip", ".venv/bin/pytest")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+# -- reading pages ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def blocks(page: Path) -> list[str]:
+    """The lines of indented and fenced blocks, those that end in a backslash with what follows."""
+    found, fenced = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            found.append(line.strip())
+    return "\n".join(found).replace("\\\n", "").splitlines()
+
+
+@cache
+def prose(page: Path) -> str:
+    """The page without its blocks."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return "\n".join(line for line in text.splitlines() if not line.startswith("    "))
+
+
+def slugs(page: Path) -> set[str]:
+    """The anchors of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.*)$", prose(page), flags=re.MULTILINE)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower() for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    for line in blocks(page):
+        words = shlex.split(line, comments=True) if line.startswith(PROGRAMS) else []
+        if words and words[0] in PROGRAMS:
+            yield words
+
+
+# -- what the project has --------------------------------------------------------------------------------------------
+
+
+def options_of(kind: type) -> set[str]:
+    names = {f.name.replace("_", "-") for f in dataclasses.fields(kind)}
+    switches = {f.name.replace("_", "-") for f in dataclasses.fields(kind) if f.type in ("bool", bool)}
+    return {f"--{name}" for name in names} | {f"--no-{name}" for name in switches} | {"--help"}
+
+
+@cache
+def recipe_options() -> dict[str, set[str]]:
+    found = {}
+    for name in RECIPES:
+        module = importlib.import_module(f"ipfm.recipes.{name.removesuffix('.py')}")
+        recipe = module.RECIPE if hasattr(module, "RECIPE") else module.ABLATION.digits
+        found[name] = options_of(type(recipe.base))
+    return found
+
+
+@cache
+def command_options() -> dict[str, set[str]]:
+    kinds = [get_args(member)[:2] for member in get_args(cli.Command)]
+    return {named.name: options_of(kind) for kind, named in kinds}
+
+
+def made_by(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
+    spec.loader.exec_module(module)
+    return module
+
+
+# -- the tests -------------------------------------------------------------------------------------------------------
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith(("https://", "http://")):
+            continue
+        name, _, anchor = target.partition("#")
+        there = (page.parent / name).resolve() if name else page
+        assert there.is_relative_to(ROOT), f"{target} is outside the project"
+        assert there.exists(), f"{target} does not exist"
+        assert not anchor or anchor in slugs(there), f"{target}: no such heading; {sorted(slugs(there))}"
+
+
+@pages
+def test_files_and_tests_that_are_named_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"(?<![\w./])((?:engine|kernels|models|recipes|tests|docs)/[\w/]+\.\w+)", text):
+        assert (ROOT / name).exists(), name
+    for name, wanted in re.findall(r"(tests/[\w/]+\.py) -k (\w+)", text):
+        tests = re.findall(r"^def (test_\w+)", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert any(wanted in test for test in tests), f"{name} -k {wanted}"
+
+
+@pages
+def test_no_path_outside_the_project(page: Path) -> None:
+    text = re.sub(r"https?://\S+", "", page.read_text(encoding="utf-8"))
+    assert re.findall(r"(?<![\w.…>)\]~/])/[a-z]\w*/[\w./]+", text) == []
+
+
+@pages
+def test_options_exist(page: Path) -> None:
+    known = set().union(*recipe_options().values(), *command_options().values(), *FOREIGN.values())
+    # Text that shows what a mistake looks like.
+    mistakes = {"--alhpa"}
+    named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", page.read_text(encoding="utf-8")))
+    assert named - known - mistakes == set()
+
+
+@pages
+def test_commands_take_their_options(page: Path) -> None:
+    for words in commands(page):
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        if words[0] == "make":
+            targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+            assert {*words[1:]} <= targets, words
+            continue
+        given -= FOREIGN.get(words[0], set())
+        script = next((Path(word).name for word in words[1:] if word.endswith((".py", "/ipfm"))), words[0])
+        if script == "ipfm":
+            (at,) = (i for i, word in enumerate(words) if word.endswith("ipfm"))
+            command = words[at + 1]
+            allowed = {"--help"} if command == "--help" else command_options()[command]
+        else:
+            allowed = recipe_options().get(script, FOREIGN.get(script, set()))
+        assert given <= allowed, f"{' '.join(words)}: {sorted(given - allowed)}"
+
+
+def test_no_foreign_option_is_kept_in_vain() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in [*PAGES, DOCS / "make_tables.py"])
+    for option in set().union(*FOREIGN.values()):
+        assert option in text, option
+
+
+def test_what_needs_more_than_a_cpu_says_so() -> None:
+    """Outside of a dry run: several GPUs, a published checkpoint, somebody's data; files that a package downloads."""
+    needs = re.compile(r"\.(pkl|pt|pth|npz|zip|gz)\b|--hostfile|--nnodes|--num_accelerators 8")
+    for page in PAGES[1:]:
+        for line in blocks(page):
+            if line.startswith(PROGRAMS) and needs.search(line) and "--dry-run" not in line:
+                assert line.endswith(("# GPU", "# network")), f"{page.name}: {line}"
+
+
+def test_the_index_has_every_page() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if page.name != "README.md" and f"({page.name})" not in index] == []
+
+
+def test_drawings_are_well_formed() -> None:
+    drawings = list((DOCS / "images").glob("*.svg"))
+    assert drawings
+    for path in drawings:
+        assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+# -- messages --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def sources() -> list[re.Pattern[str]]:
+    """What the program can print: each string of its sources, with anything in place of values."""
+    found = []
+    for folder in ("engine", "models", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+                fixed = "".join(text for text in texts if isinstance(text, str))
+                if len(fixed) >= 15 and " " in fixed:
+                    found.append(re.compile("".join("(.*)" if t is None else re.escape(str(t)) for t in texts)))
+    return found
+
+
+def quoted() -> list[str]:
+    """The messages of troubleshooting.md: in blocks, and in the first columns of its tables."""
+    page = DOCS / "troubleshooting.md"
+    shown = [line for line in blocks(page) if not line.startswith(PROGRAMS) or line.startswith("ipfm:")]
+    return shown + re.findall(r"^\| `(.*?)` \|", prose(page), flags=re.MULTILINE)
+
+
+def test_messages_are_those_of_the_program() -> None:
+    messages = quoted()
+    assert len(messages) > 15
+    assert [text for text in messages if not any(source.search(text) for source in sources())] == []
+
+
+def test_a_message_of_nobody_is_seen() -> None:
+    assert not any(source.search("… error: the flux capacitor is empty: fill it") for source in sources())
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def make_tables() -> ModuleType:
+    return made_by("make_tables")
+
+
+def on_page(make_tables: ModuleType, page: str, name: str) -> list[str]:
+    return make_tables.table((DOCS / page).read_text(encoding="utf-8"), name)
+
+
+def test_tables_of_the_recipes(make_tables: ModuleType) -> None:
+    for name, make in make_tables.PAGES["recipes.md"].items():
+        assert on_page(make_tables, "recipes.md", name) == make(), f"{name}: run docs/make_tables.py"
+
+
+def test_some_rows_of_what_fits(make_tables: ModuleType) -> None:
+    """The cheap rows, those of the digits, and one cell of a large network; all of it takes minutes."""
+    digits = [case for case in make_tables.CASES if case.preset == "digits"]
+    for precision in ("bf16", "fp32"):
+        rows = on_page(make_tables, "memory.md", f"layouts in {precision}")
+        assert len(rows) == 2 + len(make_tables.CASES) * len(make_tables.PROCESSES)
+        assert [row for row in rows if "`digits`" in row] == make_tables.layouts(precision, digits)[2:]
+    rows = on_page(make_tables, "memory.md", "largest micro-batch")
+    assert [row for row in rows if "`digits`" in row] == make_tables.largest(cases=digits)[2:]
+    (cifar,) = [case for case in make_tables.CASES if case.preset == "cifar10-ncsnpp"]
+    found = make_tables.layout(cifar, "bf16", 8, 24)
+    rows = on_page(make_tables, "memory.md", "layouts in bf16")
+    (row,) = [row for row in rows if row.startswith("| `cifar10-ncsnpp` | 256 | 8 |")]
+    assert row.split(" | ")[3] == found

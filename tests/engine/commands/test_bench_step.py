@@ -1,0 +1,127 @@
+"""The benchmark of a whole step: that plain PyTorch does the same mathematics there, and the table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import subprocess
+from pathlib import Path
+
+import launch
+import plain_loop
+import pytest
+import torch
+from torch import Tensor
+
+from ipfm.engine import DistillConfig
+from ipfm.engine.commands.bench import step as bench
+from ipfm.engine.commands.bench.memory import bench_network
+from ipfm.engine.commands.bench.plain_step import PlainConv2d, PlainDistillation, PlainGroupNorm
+from ipfm.engine.commands.main import _main
+from ipfm.engine.random_streams import Stream
+from ipfm.engine.runtime.commandline import run_command
+from ipfm.kernels import reference
+from ipfm.models import NetworkConfig, build_network
+from ipfm.models.layers import Conv2d, GroupNorm
+
+NETWORK = NetworkConfig(
+    img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
+    embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=(1, 3, 3, 1), dropout=0.0,
+    D=16.0,
+)  # fmt: skip
+
+
+class SameNoise(PlainDistillation):
+    """Draws what the engine draws, in the order of a step."""
+
+    step, drawn = 0, 0
+
+    def _noisy(self, y: Tensor, sigma: Tensor) -> Tensor:
+        streams = (Stream.STUDENT_LATENT, Stream.STUDENT_NOISE, Stream.GENERATOR_LATENT, Stream.GENERATOR_NOISE)
+        stream = streams[self.drawn % 4]
+        self.drawn += 1
+        return reference.perturb(y, sigma, self.config.D, stream=stream, **self._position())
+
+    def _denoising_sigma(self) -> Tensor:
+        return self.config.noise.denoising(stream=Stream.STUDENT_SIGMA, **self._position())
+
+    def _generator_sigma(self) -> Tensor:
+        return self.config.noise.generator(stream=Stream.GENERATOR_SIGMA, **self._position())
+
+    def _position(self) -> dict:
+        return {"seed": self.config.seed, "step": self.step, "sample_index": torch.arange(self.config.batch)}
+
+
+def test_plain_pytorch_does_the_same_mathematics() -> None:
+    """Three iterations against the loop that the engine is compared with, from the same noise."""
+    torch.manual_seed(0)
+    teacher = build_network(NETWORK)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    # A large epsilon: with a small one Adam turns rounding into whole steps.
+    config = DistillConfig(batch=4, max_steps=3, D=16.0, lr=1e-3, eps=1e-2, ema_kimg=0.05, alpha=1.2)
+    expected = plain_loop.distill(teacher, config, 3)
+    plain = SameNoise(config, teacher, precision="fp32", device=torch.device("cpu"))
+    for step in range(3):
+        plain.step = step
+        plain.iteration(step)
+    names = [name for name, _ in teacher.named_parameters()]
+    pairs = (
+        (dict(plain.student.named_parameters()), dict(expected.student.named_parameters())),
+        (dict(plain.generator.named_parameters()), dict(expected.generator.named_parameters())),
+        (dict(zip(names, plain.average, strict=True)), expected.ema),
+    )
+    for ours, theirs in pairs:
+        for name in names:
+            assert (ours[name] - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
+    moved = dict(expected.generator.named_parameters())
+    assert max((moved[n] - p).norm() / p.norm() for n, p in teacher.named_parameters()) > 1e-3
+
+
+def test_its_layers_are_pytorchs_own() -> None:
+    plain = PlainDistillation(
+        DistillConfig(batch=2, D=16.0), build_network(NETWORK), precision="fp32", device=torch.device("cpu")
+    )
+    for net in (plain.teacher, plain.student, plain.generator):
+        kinds = {type(module) for module in net.modules()}
+        assert {PlainGroupNorm, PlainConv2d} <= kinds and not {GroupNorm, Conv2d} & kinds
+
+
+def test_the_table_of_the_command(tmp_path: Path) -> None:
+    """Every row with its device, plain PyTorch being the measure."""
+    out = tmp_path / "b c"
+    options = ["--model", "digits", "--batch", "2", "--quick", "--precision", "bf16", "--out", str(out)]
+    command = [launch.BIN / "ipfm", "bench", "--step", *options]
+    done = subprocess.run(command, env=launch.environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    network = bench_network("digits")
+    with (out / "step.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [f.name for f in dataclasses.fields(bench.StepTime)]
+    assert [(r["step"], r["precision"]) for r in rows] == [(form, "bf16") for form in bench.FORMS]
+    for row in rows:
+        assert row["device"] and row["torch"] == torch.__version__ and row["compiled"] == "False"
+        assert 0 < float(row["ms_20"]) <= float(row["ms_50"]) <= float(row["ms_80"])
+        assert float(row["images_per_s"]) == pytest.approx(2e3 / float(row["ms_50"]))
+        assert float(row["peak_mb"]) > 3 * 4 * sum(p.numel() for p in build_network(network).parameters()) / 2**20
+        assert row["step"] != "plain" or float(row["speed"]) == 1
+    assert done.stdout.startswith("One iteration of digits, 16 channels, batch 2, on ")
+    assert str(out / "step.csv") in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--memory"], "memory and step exclude each other: give one of them"),
+        (["--D", "0"], "D must lie in (0, inf], got 0.0"),
+        (["--batch", "0"], "batch must be an integer >= 1, got 0"),
+        (["--model", "unet"], "network preset 'unet' is unknown"),
+        (["--precision", "fp8"], "--precision must be one of bf16, fp16, fp32, got 'fp8'"),
+    ],
+)
+def test_refusals(options: list[str], message: str, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_command("ipfm", _main, ["bench", "--step", *options, "--out", str(tmp_path / "new")])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "new").exists()

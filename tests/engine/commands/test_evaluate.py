@@ -1,0 +1,280 @@
+"""`ipfm evaluate`: what it prints for models and for images, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_inception
+import torch
+from PIL import Image
+
+from ipfm.engine import generate, heun_sample
+from ipfm.engine.commands import evaluate as command
+from ipfm.engine.commands.evaluate import Evaluate
+from ipfm.engine.evaluation.metrics import FeatureMoments, frechet_distance
+from ipfm.engine.evaluation.reference_data import open_reference
+from ipfm.engine.evaluation.subject import open_subject
+from ipfm.engine.objectives.pid import PidConfig
+from ipfm.engine.runtime.commandline import BadInput, parse
+from ipfm.models import EDMPrecond, load_model, load_teacher, presets, save_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher and generators at D = 128, images of their shape, statistics, and an Inception network."""
+    root = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    net = EDMPrecond(presets.get("digits", D=128.0))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    about = {"dataset": "cifar10", "alpha": 1.0}
+    save_model(net, root / "teacher", extra={"task": "teacher", "dataset": "cifar10"})
+    save_model(net, root / "generator", extra={"task": "generator", "sigmas": [2.5, 1.25], **about})
+    save_model(net, root / "plain", extra={"task": "generator", "sigmas": [2.5]})
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    np.savez(root / "real.npz", arr_0=pixels)
+    flat = pixels.reshape(40, -1) / 127.5 - 1
+    np.savez(root / "stats.npz", mu=flat.mean(0), sigma=np.cov(flat, rowvar=False))
+    (root / "folder").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image[..., 0]).save(root / "folder" / f"{i:03d}.png")
+    tiny_inception.write(root / "inception.pt")
+    return root
+
+
+@pytest.fixture
+def options(root: Path) -> Evaluate:
+    return Evaluate(
+        model=root / "generator", reference=root / "stats.npz", features="pixels", images=30, batch=8, json=True
+    )
+
+
+def printed(capsys: pytest.CaptureFixture[str], options: Evaluate) -> dict:
+    options.run()
+    return json.loads(capsys.readouterr().out)
+
+
+def distance(root: Path, images: torch.Tensor) -> float:
+    """To the stored statistics, from moments of all images at once."""
+    moments = FeatureMoments(64)
+    moments.add(images.flatten(1))
+    statistics = open_reference(root / "stats.npz").statistics
+    assert statistics is not None
+    return frechet_distance(moments, statistics)
+
+
+def test_a_generator_is_sampled_at_its_own_D_and_levels(
+    capsys: pytest.CaptureFixture[str], root: Path, options: Evaluate
+) -> None:
+    found = printed(capsys, replace(options, seed=7))
+    assert (found["kind"], found["D"], found["nfe"], found["images"], found["seed"]) == ("generator", 128.0, 2, 30, 7)
+    net = load_model(root / "generator")
+    own = distance(root, generate(net, 30, D=128.0, sigmas=(2.5, 1.25), seed=7))
+    gaussian = distance(root, generate(net, 30, D=math.inf, sigmas=(2.5, 1.25), seed=7))
+    assert found["frechet"] == pytest.approx(own, rel=1e-4)
+    assert abs(own - gaussian) > 1e-3 * own  # more than the tolerance above
+
+
+def test_a_teacher_is_sampled_by_heun(capsys: pytest.CaptureFixture[str], root: Path, options: Evaluate) -> None:
+    found = printed(capsys, replace(options, model=root / "teacher", heun_steps=3))
+    expected = heun_sample(load_model(root / "teacher"), 30, D=128.0, steps=3, seed=0)
+    assert (found["kind"], found["nfe"]) == ("teacher", 5)
+    assert found["frechet"] == pytest.approx(distance(root, expected), rel=1e-4)
+
+
+def test_a_checkpoint_of_edm_is_a_teacher_at_the_D_that_is_given(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: Evaluate
+) -> None:
+    path = Path(__file__).parents[2] / "fixtures" / "edm_ncsnpp_uncond.pkl"
+    config = load_teacher(path).config
+    side, channels = config.img_resolution, config.img_channels
+    np.savez(tmp_path / "real.npz", arr_0=np.zeros((5, side, side, channels), np.uint8))
+    small = replace(options, model=path, reference=tmp_path / "real.npz", heun_steps=2, images=3)
+    found = [printed(capsys, small), printed(capsys, replace(small, D=128.0))]
+    assert [(one["kind"], one["D"], one["nfe"]) for one in found] == [("teacher", "inf", 3), ("teacher", 128.0, 3)]
+    assert found[0]["frechet"] != found[1]["frechet"]
+
+
+def test_repeats_take_the_next_images_and_the_smallest_counts(
+    capsys: pytest.CaptureFixture[str], root: Path, options: Evaluate
+) -> None:
+    found = printed(capsys, replace(options, repeats=3))
+    images = generate(load_model(root / "generator"), 90, D=128.0, sigmas=(2.5, 1.25), seed=0)
+    expected = [distance(root, part) for part in images.split(30)]
+    assert [run["distance"] for run in found["runs"]] == pytest.approx(expected, rel=1e-4)
+    assert found["frechet"] == min(run["distance"] for run in found["runs"])
+    replace(options, repeats=3, json=False).run()
+    text = capsys.readouterr().out
+    assert "3 x 30 images, seed 0" in text and "smallest Fréchet distance" in text
+
+
+@pytest.mark.parametrize("kind", ["folder", "real.npz"])
+@pytest.mark.parametrize("features", ["inception", "pixels"])
+def test_images_are_at_no_distance_from_themselves(
+    capsys: pytest.CaptureFixture[str], root: Path, kind: str, features: str
+) -> None:
+    found = printed(
+        capsys,
+        Evaluate(
+            model=root / kind,
+            reference=root / "folder",
+            features="pixels" if features == "pixels" else "inception",
+            inception=None if features == "pixels" else root / "inception.pt",
+            metrics=("fid", "kid", "pr"),
+            json=True,
+        ),
+    )
+    assert 0 <= found["frechet"] < 1e-3 and found["images"] == 40
+    assert (found["runs"][0]["precision"], found["runs"][0]["recall"]) == (1.0, 1.0)
+    assert (found["kind"], found["D"], found["nfe"], found["seed"]) == ("images", None, None, None)
+
+
+def test_a_part_of_the_images_is_drawn_at_random(
+    capsys: pytest.CaptureFixture[str], root: Path, options: Evaluate
+) -> None:
+    found = [
+        printed(capsys, replace(options, model=root / kind, seed=seed))
+        for kind, seed in (("folder", 0), ("real.npz", 0), ("folder", 1))
+    ]
+    assert [one["images"] for one in found] == [30] * 3
+    assert found[0]["frechet"] == pytest.approx(found[1]["frechet"], rel=1e-9)
+    assert found[0]["frechet"] != pytest.approx(found[2]["frechet"], rel=1e-3)
+
+
+def test_saved_statistics_stand_for_the_images(
+    capsys: pytest.CaptureFixture[str], root: Path, tmp_path: Path, options: Evaluate
+) -> None:
+    first = printed(capsys, replace(options, reference=root / "folder", save_reference=tmp_path / "a" / "ref.npz"))
+    again = printed(capsys, replace(options, reference=tmp_path / "a" / "ref.npz"))
+    assert again["frechet"] == pytest.approx(first["frechet"], rel=1e-9)
+    with np.load(tmp_path / "a" / "ref.npz") as kept, np.load(root / "stats.npz") as truth:
+        np.testing.assert_allclose(kept["mu"], truth["mu"], atol=1e-6)
+        np.testing.assert_allclose(kept["sigma"], truth["sigma"], atol=1e-6)
+
+
+def test_the_text_says_what_was_measured(capsys: pytest.CaptureFixture[str], root: Path) -> None:
+    every = Evaluate(
+        model=root / "generator",
+        reference=root / "real.npz",
+        inception=root / "inception.pt",
+        metrics=("fid", "kid", "is", "pr"),
+        images=20,
+    )
+    every.run()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"generator {root / 'generator'}, sampled at its own D = 128, 2 network evaluations an image"
+    assert re.fullmatch(r"20 images, seed 0, \S+ s, \S+ images/s", lines[1])
+    assert lines[2] == f"features: inception (12), reference: {root / 'real.npz'}"
+    values = dict(re.split(r"  +", line, maxsplit=1) for line in lines[4:])
+    assert list(values) == ["FID", "KID", "Inception score", "precision", "recall"]
+    assert "±" in values["KID"] and "±" in values["Inception score"]
+    assert all(math.isfinite(float(value.split()[0])) for value in values.values())
+    Evaluate(model=root / "plain", inception=root / "inception.pt", metrics=("is",), images=20).run()
+    text = capsys.readouterr().out
+    assert "Inception score" in text and "FID" not in text and "1 network evaluation an image" in text
+
+
+def test_published_figures_stand_beside_what_is_measured_as_they_were(
+    capsys: pytest.CaptureFixture[str], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {
+        kind: open_subject(root / kind, CPU, heun_steps=18, seed=0).paper for kind in ("generator", "teacher", "plain")
+    }
+    assert found == {
+        "generator": "FID 2.12 (arXiv 2509.22454)", "teacher": "FID 1.92 (arXiv 2509.22454)", "plain": None
+    }  # fmt: skip
+    assert open_subject(root / "teacher", CPU, heun_steps=17, seed=0).paper is None
+    # A generator of physics informed distillation is known by the settings that were stored with it.
+    net = EDMPrecond(presets.get("digits"))
+    for difference, known in (("central", "FID 3.68 (Tee et al., Physics Informed Distillation)"), ("first", None)):
+        config = PidConfig(difference=difference, distance="lpips", points=250 if known else 100)
+        facts = config.objective(net.config).facts
+        stored = {"task": "generator", "dataset": "cifar10", **facts, "config": config.to_json()}
+        save_model(net, tmp_path / difference, extra=stored)
+        assert open_subject(tmp_path / difference, CPU, heun_steps=18, seed=0).paper == known
+    monkeypatch.setattr(command, "PUBLISHED_IMAGES", 20)
+    options = Evaluate(
+        model=root / "generator", reference=root / "real.npz", inception=root / "inception.pt", json=True
+    )
+    assert printed(capsys, options)["paper"] == "FID 2.12 (arXiv 2509.22454)"
+    assert printed(capsys, replace(options, images=21))["paper"] is None
+    pixels = replace(options, inception=None, features="pixels")
+    assert printed(capsys, pixels)["paper"] is None
+    replace(options, json=False).run()
+    assert capsys.readouterr().out.splitlines()[-1].split(maxsplit=1) == ["paper", "FID 2.12 (arXiv 2509.22454)"]
+
+
+def test_options_as_they_are_typed(root: Path) -> None:
+    typed = parse(
+        Evaluate,
+        [str(root / "generator"), "--reference", "a.npz", "--features", "pixels", "--metrics", "fid", "kid", "pr",
+         "--repeats", "3", "--pr-images", "500", "--D", "inf"],
+        prog="ipfm evaluate",
+        description="",
+    )  # fmt: skip
+    assert typed == Evaluate(
+        model=root / "generator", reference=Path("a.npz"), features="pixels", metrics=("fid", "kid", "pr"), repeats=3,
+        pr_images=500, D=math.inf,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": "inception"}, "give --inception FILE (inception-2015-12-05.pt, a TorchScript file, is published"),
+        ({"features": "inception"}, "or compare pixels with --features pixels"),
+        ({"reference": None}, "give --reference, statistics (.npz) or real images"),
+        ({"reference": "ROOT/none.npz"}, "none.npz does not exist"),
+        ({"reference": "ROOT/inception.pt"}, "inception.pt"),
+        ({"model": "ROOT/nowhere"}, "nowhere does not exist: give a model folder, a checkpoint, a data set"),
+        ({"model": "ROOT/stats.npz"}, "stats.npz holds no images"),
+        ({"model": "ROOT/inception.pt"}, "inception.pt"),
+        ({"model": "ROOT/folder", "images": 41}, "images must be at most 40, as many as"),
+        ({"model": "ROOT/folder", "repeats": 3}, "repeats must be 1 for images, got 3"),
+        ({"model": "ROOT/folder", "D": 128.0}, "D was given, but"),
+        ({"D": 64.0}, "128"),
+        ({"images": 1}, "images must be at least 2, got 1"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"heun_steps": 0}, "heun-steps must be at least 1, got 0"),
+        ({"metrics": ("fid", "kid")}, "kid cannot be measured against a mean and covariance alone"),
+        ({"metrics": ("fid", "is")}, "the Inception score needs class probabilities, which 'pixels' does not give"),
+        ({"inception": "ROOT/inception.pt"}, "inception was given, but features is pixels"),
+        ({"features": "inception", "inception": "ROOT/stats.npz"}, "stats.npz is no TorchScript network"),
+        ({"features": "inception", "inception": "ROOT/inception.pt"}, "the reference has 64 features, 'inception'"),
+        ({"save_reference": "ROOT/new.npz"}, "save-reference needs a --reference of images"),
+        ({"save_reference": "ROOT/new.txt", "reference": "ROOT/folder"}, "save-reference must be a file that ends in"),
+        ({"save_reference": "ROOT", "reference": "ROOT/folder"}, "save-reference must be a file that ends in"),
+    ],
+)
+def test_bad_input_is_one_line(
+    root: Path, options: Evaluate, capsys: pytest.CaptureFixture[str], changes: dict, message: str
+) -> None:
+    before = sorted(root.iterdir())
+    given = {
+        name: Path(value.replace("ROOT", str(root))) if isinstance(value, str) and "ROOT" in value else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(BadInput) as refused:
+        replace(options, **given).run()
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert capsys.readouterr().out == "" and sorted(root.iterdir()) == before
+
+
+def test_a_model_that_gives_nan_is_one_line_too(root: Path, options: Evaluate, tmp_path: Path) -> None:
+    net = load_model(root / "plain")
+    with torch.no_grad():
+        next(net.parameters()).fill_(math.nan)
+    save_model(net, tmp_path / "broken", extra={"task": "generator", "sigmas": [2.5]})
+    with pytest.raises(BadInput, match="30 of 30 samples have non-finite features"):
+        replace(options, model=tmp_path / "broken").run()

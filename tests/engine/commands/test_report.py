@@ -1,0 +1,550 @@
+"""ipfm report: what it says of whole, unfinished and damaged runs, what it refuses, and that its commands are right."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import fcntl
+import io
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from ipfm.engine.commands.main import _main
+from ipfm.engine.commands.report import page
+from ipfm.engine.commands.report.facts import facts_of
+from ipfm.engine.commands.report.page import target, write_page
+from ipfm.engine.commands.report.pictures import Picture, png
+from ipfm.engine.commands.report.plots import limits, smooth
+from ipfm.engine.commands.report.reading import read_run
+from ipfm.engine.commands.report.reproduce import reproduce
+from ipfm.engine.data.image_grid import image_grid, save_grid
+from ipfm.engine.evaluation.results import EvaluationRow, write_results
+from ipfm.engine.memory.profile import MemoryProfiler
+from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.runtime import launcher
+from ipfm.engine.runtime.commandline import parse, run_command
+from ipfm.engine.runtime.files import json_line
+from ipfm.engine.training.run_folder import _identity
+from ipfm.models import EDMPrecond, presets, save_model
+from ipfm.recipes import (
+    cifar_ipfm,
+    cifar_pid,
+    cifar_sid,
+    cifar_teacher,
+    digits_ipfm,
+    digits_pid,
+    ffhq_ipfm,
+    imagenet64_sid,
+    shapes_ipfm,
+)
+
+VOID = {"meta", "img", "source", "br", "link"}
+
+
+def ipfm(*arguments: object) -> None:
+    run_command("ipfm", _main, [str(argument) for argument in arguments])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    """The one line with which the exit code is explained."""
+    with pytest.raises(SystemExit) as stop:
+        ipfm(*arguments)
+    said = capsys.readouterr()
+    assert stop.value.code == code and said.out == "" and said.err.count("\n") == 1
+    return said.err
+
+
+class Page(HTMLParser):
+    """Its text, and the pictures in it. AssertionError: tags that do not match, or anything from outside."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.pictures: list[Image.Image] = []
+        self.alts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe")
+        self.open += [] if tag in VOID else [tag]
+        for name, value in attributes:
+            if name in ("src", "srcset"):
+                kind, _, data = (value or "").partition(",")
+                assert kind == "data:image/png;base64"
+                self.pictures.append(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
+            self.alts += [value or ""] if name == "alt" else []
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += [] if "style" in self.open else data.split()
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+def page_of(run: Path) -> Page:
+    ipfm("report", run)
+    return Page((run / "report.html").read_text())
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take a second a page: they are drawn where a test asks for `drawn`, and else a picture of one pixel."""
+    if "drawn" not in request.fixturenames:
+        pixel = Picture("a curve", png(Image.new("L", (1, 1))))
+        monkeypatch.setattr(page, "curves", lambda record, facts, dark: {"losses": pixel} if facts.losses else {})
+
+
+@pytest.fixture
+def drawn() -> None:
+    """See `undrawn`."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of the digits recipe in this process: its teacher too, and the memory of a step."""
+    out = tmp_path_factory.mktemp("real") / "digits-D128-alpha1-K1"
+    digits_ipfm.main(
+        "--teacher-steps 2 --max-steps 6 --batch 16 --eval-every 3 --eval-images 64 --heun-steps 2 --log-every 1 "
+        f"--checkpoint-every 6 --profile-memory 1 --eps 1e-3 --out {out}".split()
+    )
+    # This process goes on; its locks are not of these runs any more.
+    for folder in (out, out / "teacher"):
+        launcher._held.pop(folder.resolve()).close()
+    return out
+
+
+def make(run: Path, *, steps: int = 40, kind: str = "distill", **settings: Any) -> Path:
+    """A run folder by hand, in the formats of real ones: 40 of 40 steps, evaluated at 20 and 40, no TensorBoard."""
+    config = DistillConfig(
+        **{"out": Path("/home/someone/secret/run"), "batch": 16, "max_steps": 40, "D": 128.0} | settings
+    )
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"format": 1, "kind": kind, "config": config.to_json()}))
+    lines = [
+        json_line({"step": i, "generator_bad": 2.0 * (i == 3), "generator_loss": math.nan if i == 3 else 1.0 / (i + 1),
+                   "student_bad": float(i in (3, 5)), "student_loss": 40.0})
+        for i in range(steps)
+    ]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    looks = [step for step in (20, 40) if step <= steps]
+    torch.manual_seed(0)
+    for step in looks:
+        with open(run / "evaluations.jsonl", "a") as file:
+            file.write(json_line({"step": step, "frechet": 20 / step, "images": 64, "seconds": 0.5}) + "\n")
+        save_grid(torch.rand(64, 1, 8, 8) * 2 - 1, run / "samples" / f"step-{step:07d}.png")
+    if steps == 40:
+        write_results(
+            run, [EvaluationRow("teacher", None, 35, 0.25, 64, 10.0), EvaluationRow("generator", 1, 1, 0.5, 64, 300.0)]
+        )
+        extra = {"task": "generator", "dataset": "", "D": 128.0, "sigmas": [2.5]}
+        save_model(EDMPrecond(presets.get("digits", D=128.0)), run / "generator", extra=extra)
+    return run
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_a_real_run_has_everything(finished: Path, drawn: None) -> None:
+    found = page_of(finished)
+    for word in ("Result", "Samples", "Losses", "Speed", "Memory of a step", "Settings", "finished",
+                 "generator: backward", "6 steps of 16 images", "96 generated images", "None in 6 steps",
+                 "for 2 steps on 1,797 images (digits)"):  # fmt: skip
+        assert word in found.text, word
+    assert "Not in this report" not in found.text
+    assert str(finished.parent) not in (finished / "report.html").read_text()
+    # Three plots, light and dark; 2 grids over time and the last one large; the timeline.
+    assert len(found.pictures) == 2 * 3 + 2 + 1 + 1 and len(found.alts) == 7 and all(found.alts)
+    for picture in found.pictures:
+        assert np.asarray(picture.convert("L")).std() > 5
+    # Teacher's run, too.
+    found = page_of(finished / "teacher")
+    assert "Training of a teacher, D = 128" in found.text and "2 steps of 128 images" in found.text
+    assert "first part of the distillation" in found.text and "model --n 64" in found.text
+
+
+@pytest.mark.distributed
+def test_json_has_the_same_facts(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(finished.rglob("*"))
+    ipfm("report", finished, "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert sorted(finished.rglob("*")) == before
+    assert facts["results"] == json.loads((finished / "results.json").read_text())
+    looks = [json.loads(line) for line in (finished / "evaluations.jsonl").read_text().splitlines()]
+    assert facts["evaluations"] == looks
+    assert facts["best"] == min(looks, key=lambda look: look["frechet"])
+    losses = [json.loads(line)["student_loss"] for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert facts["losses"][1] == {"name": "student_loss", "first": losses[0], "last": losses[-1]}
+    assert (facts["state"], facts["steps_done"], facts["images"], facts["D"]) == ("finished", 6, 96, 128.0)
+    assert (facts["bad"], facts["bad_steps"], facts["missing"]) == ({"generator": 0, "student": 0}, 0, [])
+    assert facts["images_per_second"] > 0 and {row["phase"] for row in facts["memory"]} > {"generator: teacher"}
+    changed = {row["name"]: row["value"] for row in facts["settings"] if row["changed"]}
+    assert changed["eps"] == "0.001" and changed["eval-every"] == "3" and "sigmas" not in changed
+    assert str(finished.parent) not in json.dumps(facts)
+
+
+@pytest.mark.distributed
+def test_the_command_of_a_real_run_makes_it_again(finished: Path) -> None:
+    line = reproduce(read_run(finished)).line
+    assert line is not None
+    program, recipe, *options = shlex.split(line)
+    assert (program, recipe) == ("deepspeed", "recipes/digits_ipfm.py")
+    given = parse(type(digits_ipfm.RECIPE.base), options, default=digits_ipfm.RECIPE.base, prog="", description="")
+    assert (given.teacher_steps, given.eval_images, given.eval_every) == (2, 64, 3)
+    config = replace(given.distillation(), sigmas=given.levels)
+    found = json.loads((finished / "config.json").read_text())["config"]
+    assert _identity(config.to_json()) == _identity(found) and config.total_steps == 6
+
+
+def test_numbers_of_a_run(tmp_path: Path) -> None:
+    """Counted: samples that were not finite, by network and by step; the mean of a loss at the end; words."""
+    facts = facts_of(read_run(make(tmp_path / "run")))
+    assert (facts.bad, facts.bad_steps) == ({"generator": 2, "student": 2}, 2)
+    generator, student = facts.losses
+    assert (generator.first, student.last) == (1.0, 40.0)
+    assert generator.last == pytest.approx(sum(1 / i for i in range(37, 41)) / 4)
+    assert "0.5000, beside 0.2500 of the teacher at 35 evaluations an image: 2.00 times" in facts.summary
+    found = page_of(tmp_path / "run")
+    assert "In 2 of 40 steps: 2 of the generator, 2 of the student." in found.text
+    assert "someone" not in (tmp_path / "run" / "report.html").read_text()
+    # The settings that differ come first, the others are folded.
+    text = (tmp_path / "run" / "report.html").read_text()
+    folded = text[text.index("<details>") : text.index("</details>")]
+    assert "<td>batch</td>" not in folded and "<td>seed</td>" in folded and "<td>batch</td>" in text
+
+
+def test_a_teacher_run_and_an_objective_of_others(tmp_path: Path) -> None:
+    config = cifar_teacher.RECIPE.base.training().to_json() | {"D": "inf"}
+    network = presets.get("cifar10-ncsnpp", D=math.inf)
+    record = {"format": 1, "kind": "teacher", "config": config, "network": network.to_json(), "dataset": "cifar.zip",
+              "images": 50_000, "xflip": True}  # fmt: skip
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "config.json").write_text(json.dumps(record))
+    (tmp_path / "t" / "metrics.jsonl").write_text('{"step": 0, "teacher_loss": 3.0, "teacher_bad": 0.0}\n')
+    facts = facts_of(read_run(tmp_path / "t"))
+    assert facts.title == "Training of a teacher, D = ∞" and "50,000 images (cifar.zip)" in facts.summary
+    assert facts.to_json()["D"] == "inf" and facts.state == "stopped" and facts.total_steps == 390_625
+    assert "levels off" in facts.loss_reading
+    run = make(tmp_path / "own")
+    record = json.loads((run / "config.json").read_text())
+    record["config"] = {"batch": 16, "max_steps": 40, "D": 64.0, "temperature": 3}
+    (run / "config.json").write_text(json.dumps(record))
+    facts = facts_of(read_run(run))
+    assert (facts.title, facts.command.line, facts.loss_reading) == ("Distillation, D = 64", None, "")
+    assert ("temperature", "3", None) in [(s.name, s.value, s.default) for s in facts.settings]
+    page_of(run)
+
+
+@pytest.mark.parametrize(
+    ("module", "dataset", "options"),
+    [
+        (cifar_ipfm, "cifar10", "--D 2048 --alpha 0.5 --steps 4 --precision bf16"),
+        (cifar_ipfm, "cifar10", "--D 128 --sigmas 2.5 0.7 --no-tf32 --max-steps 9 --noise.p-mean -1.1 --clip-grad 1"),
+        (cifar_sid, "cifar10", "--D inf"),
+        (cifar_pid, "cifar10", "--D inf --difference central --points 120"),
+        (ffhq_ipfm, "ffhq64", "--D 128 --seed 3"),
+        (imagenet64_sid, "imagenet-64-cond", "--D inf --lr 3e-6"),
+        (digits_ipfm, "", "--D 64 --student-updates 3 --kimg 2.5"),
+        (digits_pid, "", "--D inf --max-steps 50"),
+        (shapes_ipfm, "", "--D 128 --gradient last --steps 2"),
+    ],
+)
+def test_commands_of_the_recipes(tmp_path: Path, module: Any, dataset: str, options: str) -> None:
+    """From options to config.json to a command to options: the settings are the same, and so is the recipe."""
+    recipe = module.RECIPE
+
+    def settings(arguments: list[str], D: float) -> Any:
+        base = recipe.variant(recipe.base, D) if hasattr(recipe, "variant") else recipe.base
+        config = parse(type(recipe.base), arguments, default=base, prog="", description="").distillation()
+        return replace(config, sigmas=config.levels) if isinstance(config, DistillConfig) else config
+
+    config = settings(options.split(), float(options.split()[1]))
+    # Of two recipes with the same settings the folder's name tells which it was.
+    run = tmp_path / ("imagenet64_sid-Dinf" if recipe.file == "imagenet64_sid.py" else "results")
+    (run / "generator").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"kind": "distill", "config": config.to_json()}))
+    network = recipe.network(recipe.base, config.D) if not dataset else presets.get(recipe.preset, D=config.D)
+    exported = {"network": network.to_json(), "extra": {"dataset": dataset}}
+    (run / "generator" / "config.json").write_text(json.dumps(exported))
+    line = reproduce(read_run(run)).line
+    assert line is not None
+    _, file, *arguments = shlex.split(line)
+    assert file == f"recipes/{recipe.file}"
+    assert arguments[:2] == ["--teacher", "TEACHER"]
+    again = settings(arguments[2:], config.D)
+    assert _identity(again.to_json()) == _identity(config.to_json()) and again.total_steps == config.total_steps
+
+
+def test_the_command_of_a_teacher(tmp_path: Path) -> None:
+    recipe, given = cifar_teacher.RECIPE, "--D 128 --arch ddpmpp --model-channels 64 --batch 64 --xflip"
+    options = parse(type(recipe.base), given.split(), default=recipe.base, prog="", description="")
+    network = recipe._network(options, None, None)
+    config = replace(options.training(), D=128.0)
+    record = {"kind": "teacher", "config": config.to_json(), "network": replace(network, dropout=0.13).to_json(),
+              "dataset": "x.zip", "images": 5, "xflip": True}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    line = reproduce(read_run(tmp_path)).line
+    assert line is not None
+    assert line.startswith("deepspeed recipes/cifar_teacher.py --data DATA --arch ddpmpp --model-channels 64 --xflip")
+    again = parse(type(recipe.base), shlex.split(line)[2:], default=recipe.base, prog="", description="")
+    assert again.training() == config and again.xflip
+
+
+# -- unfinished and damaged ones ---------------------------------------------------------------------------------------
+
+
+def test_stopped_and_going_on(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", steps=25)
+    found = page_of(run)
+    assert "stopped before its end, at 25 of 40 steps" in found.text and "after 20 steps is 1.000" in found.text
+    assert "No table beside the teacher" in found.text and "To use its network" not in found.text
+    with open(run / "run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert facts_of(read_run(run)).state == "going on"
+        assert "It is going on, at 25 of 40 steps" in page_of(run).text
+    assert facts_of(read_run(run)).state == "stopped"
+    (run / "diverged.json").write_text('{"step": 25, "reason": "at /home/someone"}')
+    assert "It diverged" in page_of(run).text
+    # Only begun: there is a page all the same.
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_bytes((run / "config.json").read_bytes())
+    found = page_of(tmp_path / "new")
+    for word in ("No losses", "No distances", "No pictures", "No network", "0 of 40 steps"):
+        assert word in found.text
+    assert found.pictures == []
+
+
+def damage(run: Path) -> Iterator[tuple[str, str]]:
+    """(what the page says then), one after the other on the same folder."""
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "generator_lo')
+    yield "40 steps of 16 images", ""
+    (run / "metrics.jsonl").write_text("not json\n" + (run / "metrics.jsonl").read_text())
+    yield "metrics.jsonl: 1 unreadable lines were left out", ""
+    picture = run / "samples" / "step-0000040.png"
+    picture.write_bytes(picture.read_bytes()[:300])
+    yield "samples/step-0000040.png cannot be read", "After 20 steps"
+    (run / "results.json").write_text('[{"label": "teacher"')
+    yield "results.json cannot be read", "after 40 steps is 0.5000"
+    (run / "results.json").write_text(
+        '[{"label": "generator", "steps": 1, "nfe": null, "frechet": null, "images": "x", "images_per_second": 1}]'
+    )
+    yield "Results.json cannot be read", ""
+    (run / "memory").mkdir()
+    (run / "memory" / "memory.csv").write_text("phase,measured_bytes\nstate,many\n")
+    (run / "memory" / "timeline.png").write_text("no picture")
+    yield "Memory/memory.csv cannot be read", ""
+    (run / "tensorboard").mkdir()
+    (run / "tensorboard" / "events.out.tfevents.1.x").write_bytes(b"\x07" * 99)
+    yield "No images/s", ""
+    (run / "evaluations.jsonl").unlink()
+    (run / "evaluations.jsonl").mkdir()
+    yield "Evaluations.jsonl cannot be read: Is a directory", "have not been measured"
+    (run / "generator" / "config.json").write_text("[]")
+    yield "No network", ""
+    (run / "config.json").write_text('{"format": 1, "kind": "distill", "config": {"batch": 1')
+    yield "Config.json cannot be read as a run's settings", "an objective that is not recorded"
+
+
+def test_damage_does_not_break_the_page(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    for number, said in enumerate(damage(run)):
+        text = page_of(run).text
+        for words in said:
+            assert words.lower() in text.lower(), (number, words)
+
+
+def test_values_of_the_wrong_kind_do_not_break_it_either(tmp_path: Path, drawn: None) -> None:
+    """Each setting in turn is something else; then the numbers of the logs are."""
+    run = make(tmp_path / "run")
+    record = json.loads((run / "config.json").read_text())
+    values = (None, "x", -1, [], {"a": 1}, [None], 1e400)
+    for number, name in enumerate(record["config"]):
+        for value in (values[number % 7], values[(number + 3) % 7]):
+            (run / "config.json").write_text(json.dumps(record | {"config": record["config"] | {name: value}}))
+            json.dumps(facts_of(read_run(run)).to_json(), allow_nan=False)
+    (run / "metrics.jsonl").write_text(
+        '{"step": 0, "generator_loss": "x", "generator_bad": null}\n{"step": 1, "generator_loss": [1]}\n'
+    )
+    (run / "evaluations.jsonl").write_text('{"step": 1, "frechet": "x", "images": {}}\n')
+    facts = facts_of(read_run(run))
+    assert facts.best is None and math.isnan(facts.losses[0].first) and facts.bad == {"generator": 0}
+    assert "Losses" not in page_of(run).text.split()
+
+
+def test_html_and_markdown_are_escaped(tmp_path: Path) -> None:
+    run = make(tmp_path / "a <b> & *c* | `d`", teacher=Path("<script>alert(1)</script>|_x_"))
+    text = (page_of(run), (run / "report.html").read_text())[1]
+    assert "<script" not in text and "&lt;script&gt;" in text and "a &lt;b&gt; &amp; *c*" in text
+    ipfm("report", run, "--out", tmp_path / "r.md")
+    text = (tmp_path / "r.md").read_text()
+    outside = "\n".join(line for line in text.splitlines() if not line.startswith("    "))
+    assert "<script" not in outside and "<b>" not in outside
+    (row,) = (line for line in text.splitlines() if line.startswith("| teacher | ") and "script" in line)
+    assert row == r"| teacher | &#60;script&#62;alert(1)&#60;/script&#62;&#124;\_x\_ | not given |"
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_markdown_has_its_pictures_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path / "run")
+    for out, images in ((tmp_path / "docs" / "my run.md", None), (tmp_path / "docs" / "b.md", tmp_path / "pictures")):
+        ipfm("report", run, "--out", out, *(["--images", images] if images else []))
+        text = out.read_text()
+        links = [out.parent / unquote(link) for link in re.findall(r"!\[[^\]]*\]\((\S+)\)", text)]
+        assert len(links) == 1 + 1 + 2 and all(Image.open(link).format == "PNG" for link in links)
+        folder = images or tmp_path / "docs" / "my run_files"
+        assert sorted(link.resolve() for link in links) == sorted(folder.resolve().iterdir())
+        assert "\n\n\n" not in text and "{{" not in text and "None" not in text.replace("None in", "")
+        # Every table is one.
+        for header, rule in re.findall(r"^(\|.*)\n(\|[-:|]+)$", text, re.MULTILINE):
+            assert header.count("|") == rule.count("|")
+        ipfm("report", run, "--out", out, *(["--images", images] if images else []))
+        assert out.read_text().split("Made by")[0] == text.split("Made by")[0]
+    assert capsys.readouterr().out.count("report: ") == 4
+    foreign = tmp_path / "pictures" / "b-losses.png"
+    save_grid(torch.zeros(1, 1, 8, 8), foreign)
+    kept = foreign.read_bytes()
+    assert "is no picture of a report" in refused(capsys, "report", run, "--out", out, "--images", images)
+    assert foreign.read_bytes() == kept
+
+
+def test_a_report_is_replaced_whole_and_nothing_else_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(tmp_path / "run")
+    ipfm("report", run)
+    before = (run / "report.html").read_bytes()
+    capsys.readouterr()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert "No space left" in refused(capsys, "report", run, code=1)
+    assert (run / "report.html").read_bytes() == before and not list(run.glob(".*"))
+    ipfm("report", run)
+    capsys.readouterr()
+    notes = tmp_path / "notes.html"
+    notes.write_text("<html>mine</html>")
+    assert "is no report of this command: choose another --out" in refused(capsys, "report", run, "--out", notes)
+    assert notes.read_text() == "<html>mine</html>"
+    assert "must end in .html or .md" in refused(capsys, "report", run, "--out", tmp_path / "a.pdf")
+    assert "images is for a Markdown page" in refused(capsys, "report", run, "--images", tmp_path)
+    assert "is a file" in refused(capsys, "report", run, "--out", notes / "a.html")
+    assert "leave out and images away" in refused(capsys, "report", run, "--json", "--out", tmp_path / "a.html")
+
+
+def test_folders_that_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "ablation" / "alpha1").mkdir(parents=True)
+    (tmp_path / "ablation" / "ablation.json").write_text("{}")
+    assert "is not there: give the folder of a run" in refused(capsys, "report", tmp_path / "none")
+    assert "is a file" in refused(capsys, "report", run / "config.json", "--out", tmp_path / "a.html")
+    assert "is no run folder" in refused(capsys, "report", tmp_path / "empty")
+    assert "`ipfm info` describes it" in refused(capsys, "report", run / "generator")
+    assert "ablation.md" in refused(capsys, "report", tmp_path / "ablation")
+    assert not list(tmp_path.rglob("report.html"))
+    # One of its runs has a report, and no command of a recipe.
+    made = reproduce(read_run(make(tmp_path / "ablation" / "alpha1" / "seed0")))
+    assert made.line is None and "ablation.md" in made.notes[0]
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_images_per_second_from_the_times_of_the_losses(tmp_path: Path, drawn: None) -> None:
+    """Losses every 2 steps: 4 s each, with an evaluation of 100 s at 4; then killed, and slower from step 6 on."""
+    run = make(tmp_path / "run", log_every=2, eval_every=4, checkpoint_every=100)
+    for part, times in enumerate(({1: 1000, 2: 1000, 3: 1004, 4: 1004, 5: 1108, 6: 1108, 7: 1112, 8: 1112},
+                                  {7: 5000, 8: 5000, 9: 5016, 10: 5016, 11: 5024, 12: 5024})):  # fmt: skip
+        with SummaryWriter(str(run / "tensorboard"), filename_suffix=f".{part}") as board:
+            for step, time in times.items():
+                board.add_scalar("generator_loss", 1.0, step, walltime=time)
+                board.add_scalar("frechet", 1.0, step, walltime=time + 99)
+    files = sorted((run / "tensorboard").iterdir())
+    facts = facts_of(read_run(run))
+    # 2 steps of 16 images in 4 s; those after steps 4 and 8 have an evaluation in them.
+    assert facts.pace == ((4, 8.0), (8, 8.0), (12, 4.0))
+    assert (facts.images_per_second, facts.logged_seconds) == (8.0, 112 + 24)
+    assert "in 2 parts" in dict(facts.environment)["training, evaluations and checkpoints"]
+    with open(files[1], "ab") as file:
+        file.write(files[0].read_bytes()[:50])
+    files[0].write_bytes(files[0].read_bytes()[:-7])
+    assert facts_of(read_run(run)).pace == facts.pace
+    assert "8.000" in page_of(run).alts[-1]
+
+
+def test_smoothing_and_the_axis() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=300)
+    values[[5, 6, 100]] = np.nan
+    steps = np.arange(300)
+    for at in (0, 3, 100, 150, 299):
+        expected = np.nanmean(values[max(0, at - 5) : at + 6])
+        assert smooth(steps, values).values[at] == pytest.approx(expected)
+    assert np.isnan(smooth(steps, np.full(300, np.nan)).values).all()
+    assert smooth(np.array([1]), np.array([7.0])).values == [7.0]
+    assert limits(values, values) is None
+    values[7] = 1e6
+    ends = limits(values, smooth(steps, values * 0).values)
+    assert ends is not None and -4 < ends[0] < -1.5 and 1.5 < ends[1] < 4
+
+
+def test_grids_over_time(tmp_path: Path) -> None:
+    """The first 16 images of each of at most six grids, the first and the last among them; pixels are repeated."""
+    run = make(tmp_path / "run")
+    torch.manual_seed(1)
+    images = torch.rand(64, 3, 8, 8) * 2 - 1
+    for step in range(1, 10):
+        save_grid(images, run / "samples" / f"step-{step:07d}.png", scale=1)
+    record = read_run(run)
+    write_page(record, facts_of(record), target(tmp_path / "a.md"))
+    text = (tmp_path / "a.md").read_text()
+    assert re.findall(r"samples after (\d+) steps\]\(a_files/a-samples-", text) == ["1", "3", "5", "7", "9", "40"]
+    few = images.view(8, 8, 3, 8, 8)[:4, :4].reshape(16, 3, 8, 8)
+    expected = image_grid(few, scale=1)
+    factor = -(-240 // expected.shape[0])
+    with Image.open(tmp_path / "a_files" / "a-samples-1.png") as picture:
+        assert np.array_equal(np.asarray(picture), expected.repeat(factor, 0).repeat(factor, 1))
+
+
+def test_memory_as_the_profiler_writes_it(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    profiler = MemoryProfiler(torch.device("cpu"))
+    from ipfm.engine.objectives.phases import mark
+
+    with profiler.step():
+        mark("generator: samples")
+        held = torch.ones(300_000)
+        mark("generator: backward")
+        del held
+    profiler.finish(run)
+    assert read_run(run).memory == tuple(profiler.rows)
+    found = page_of(run)
+    assert "generator: backward" in found.text and "memory over a step, by phase" in found.alts

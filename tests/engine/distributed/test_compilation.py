@@ -1,0 +1,116 @@
+"""Memory format and compilation of the networks: the same numbers, laid out or executed otherwise."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch._inductor import config as inductor
+
+from ipfm.engine import DistillConfig
+from ipfm.engine.config import TeacherConfig
+from ipfm.engine.distributed.compilation import check_compiler, set_execution
+from ipfm.engine.training.resolve import resolve
+from ipfm.models import NetworkConfig, Precond, build_network
+from ipfm.models.blocks import UNetBlock
+
+CPU = torch.device("cpu")
+SMALL = {"img_resolution": 8, "img_channels": 2, "model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1}
+NETWORKS = {
+    "ncsn++": NetworkConfig(
+        **SMALL, attn_resolutions=(4,), embedding_type="fourier", encoder_type="residual", channel_mult_noise=2,
+        resample_filter=(1, 3, 3, 1), label_dim=3, augment_dim=9, dropout=0.0,
+    ),
+    "adm": NetworkConfig(**SMALL, model_type="DhariwalUNet", attn_resolutions=(4,), label_dim=3, dropout=0.0),
+}  # fmt: skip
+
+
+def network(name: str) -> Precond:
+    torch.manual_seed(0)
+    net = build_network(NETWORKS[name])
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net
+
+
+def computed(net: Precond, *, frozen: bool) -> list[torch.Tensor]:
+    """The denoised images, and the gradients of the input and of what is not frozen."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 2, 8, 8, generator=generator).requires_grad_()
+    labels = torch.eye(3)
+    net.requires_grad_(not frozen)
+    y = net(x, torch.tensor([0.1, 1.0, 20.0]), labels)
+    wanted = [x] if frozen else [x, *net.parameters()]
+    gradient = torch.randn(y.shape, generator=generator)
+    grads = torch.autograd.grad(y, wanted, gradient, allow_unused=True)
+    return [y.detach(), *(g for g in grads if g is not None)]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_channels_last(name: str, frozen: bool) -> None:
+    """The activations of every block have their channels side by side; the values stay but for rounding."""
+    net = network(name)
+    expected = computed(net, frozen=frozen)
+    assert not net.channels_last
+    set_execution(net, memory_format="channels_last", compiled=False, device=CPU)
+    seen = []
+    for module in net.modules():
+        if isinstance(module, UNetBlock):
+            module.register_forward_hook(lambda _, inputs, out: seen.extend([inputs[0], out]))
+    got = computed(net, frozen=frozen)
+    assert len(seen) == 2 * len(list(net.model.blocks))
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in seen)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float(b.abs().max()))
+
+
+def test_what_auto_is() -> None:
+    net = network("adm")
+    for memory_format, device, last in (
+        ("auto", CPU, False), ("auto", torch.device("cuda"), True), ("contiguous", torch.device("cuda"), False),
+        ("channels_last", CPU, True),
+    ):  # fmt: skip
+        set_execution(net, memory_format=memory_format, compiled=False, device=device)
+        assert net.channels_last is last
+
+
+def test_a_compiled_network_is_one_graph_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained, frozen and without gradients, each traced once as a whole; the weights keep their names."""
+    net = network("ncsn++")
+    names = list(net.state_dict())
+    expected = [computed(net, frozen=frozen) for frozen in (False, True)]
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return torch._dynamo.backends.registry.lookup_backend("aot_eager")(graph, inputs)
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: original(self, backend=backend, fullgraph=True, **options)
+    )
+    set_execution(net, memory_format="auto", compiled=True, device=CPU)
+    for _ in range(2):
+        for frozen, values in zip((False, True), expected, strict=True):
+            for a, b in zip(computed(net, frozen=frozen), values, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 2
+    assert list(net.state_dict()) == names
+    assert list(copy.deepcopy(net).state_dict()) == names
+
+
+def test_what_cannot_be_compiled() -> None:
+    for kind in (DistillConfig, TeacherConfig):
+        with pytest.raises(ValueError, match=r"^compile does not go with zero 3, .* use 0, 1 or 2$"):
+            kind(compile=True, zero=3)
+    with pytest.raises(ValueError, match=r"^compile does not go with teacher-storage sharded: use fp32 or half$"):
+        DistillConfig(compile=True, teacher_storage="sharded")
+    # Not by monkeypatch, whose undoing would hide the setting from later tests.
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
+        with pytest.raises(ValueError, match=r"^compile needs a C\+\+ compiler on a CPU, .* none: install g\+\+"):
+            check_compiler(CPU)
+        with pytest.raises(ValueError, match="compile needs a"):
+            resolve(DistillConfig(compile=True), NETWORKS["adm"], CPU)

@@ -1,0 +1,56 @@
+"""The averaged network: there while it is looked at, gone in between."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from ipfm.engine.distributed.ema import EmaNetwork
+from ipfm.models import NetworkConfig, build_network
+
+CONFIG = NetworkConfig(
+    img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(),
+    embedding_type="fourier", dropout=0.3, D=16.0,
+)  # fmt: skip
+
+
+class Trained:
+    """Keeps an average that grows by one with each gathering."""
+
+    def __init__(self) -> None:
+        self.gathered = 0
+
+    def copy_ema_to(self, net: torch.nn.Module) -> None:
+        self.gathered += 1
+        with torch.no_grad():
+            for p in net.parameters():
+                p.fill_(self.gathered)
+
+
+def test_it_exists_from_a_refresh_to_the_release() -> None:
+    torch.manual_seed(0)
+    buffers = dict(build_network(CONFIG).named_buffers())
+    averaged = EmaNetwork(Trained(), CONFIG, buffers, "bf16", torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="call refresh"):
+        _ = averaged.net
+    averaged.refresh()
+    net = averaged.net
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert net.compute_dtype == torch.bfloat16 and net.D == 16.0
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert all((p == 1).all() for p in net.parameters())
+    # The frequencies of a Fourier embedding are random, and not trained.
+    assert buffers and all(torch.equal(buffer, buffers[name]) for name, buffer in net.named_buffers())
+    assert bool(net(torch.randn(2, 1, 8, 8), torch.ones(2)).isfinite().all())
+
+    averaged.refresh()
+    assert averaged.net is net and all((p == 2).all() for p in net.parameters())
+    gone = weakref.ref(net)
+    averaged.release()
+    assert gone() is net  # whoever holds it keeps it
+    del net
+    assert gone() is None
+    with pytest.raises(RuntimeError, match="call refresh"):
+        _ = averaged.net

@@ -1,0 +1,330 @@
+"""Ablations: what is held and what varies, runs that go on, runs that diverge, and what is reported."""
+
+from __future__ import annotations
+
+import csv
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import tiny_inception
+import torch
+from PIL import Image
+
+from ipfm.engine.experiments.ablation import AblationOptions, Plan, arch_of
+from ipfm.engine.experiments.ablation_report import GROWTH, Curve, plot, sentence, spread, table, write_csv
+from ipfm.engine.experiments.ablation_runs import Run
+from ipfm.engine.runtime.commandline import BadInput
+from ipfm.engine.runtime.errors import Interrupted
+from ipfm.models import EDMPrecond, NetworkConfig, load_model, presets, save_model
+from ipfm.recipes import ablation_alpha, ablation_architecture, ablation_D, ablation_init, ablation_pid, ablation_steps
+
+ALL = {
+    "D": ablation_D,
+    "alpha": ablation_alpha,
+    "init": ablation_init,
+    "architecture": ablation_architecture,
+    "steps": ablation_steps,
+    "pid": ablation_pid,
+}
+TWO = ("--quick", "--variants", "teacher", "half-width")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two variants of one ablation, with a teacher that is trained for them."""
+    out = tmp_path_factory.mktemp("ablation") / "init"
+    ablation_init.main([*TWO, "--out", str(out)])
+    return out
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with open(out / "ablation.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plan_of(module: ModuleType, *arguments: str) -> Plan:
+    return module.ABLATION.plan(module.ABLATION._parse(arguments))
+
+
+def curve(*distances: float, variant: str = "a", seed: int = 0) -> Curve:
+    return Curve(variant, seed, 10, tuple((20 * i, value) for i, value in enumerate(distances)))
+
+
+# -- real runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_leaves_numbers_picture_and_table(whole: Path) -> None:
+    found = rows(whole)
+    assert [(r["variant"], r["seed"], r["step"], r["kimg"], r["diverged"]) for r in found] == [
+        (variant, "0", str(step), f"{step * 16 / 1000:g}", "0")
+        for variant in ("teacher", "half-width")
+        for step in (0, 2, 4)
+    ]
+    distances = [float(r["distance"]) for r in found]
+    assert len(set(distances)) == 6 and min(distances) > 0
+    with Image.open(whole / "ablation.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
+    text = (whole / "ablation.md").read_text()
+    assert "| teacher |" in text and "| half-width |" in text and "ends lowest" in text
+    # The teacher was trained once; the half-width generator has half its channels.
+    assert [p.name for p in (whole / "teachers").iterdir()] == ["ddpmpp-D128"]
+    channels = [load_model(whole / v / "seed0" / "generator").config.model_channels for v in ("teacher", "half-width")]
+    assert channels == [16, 8]
+
+
+@pytest.mark.distributed
+def test_an_interrupted_ablation_goes_on(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal in the second run: the same command reads the first, makes the second, ends with the same numbers."""
+    command = [*TWO, "--out", "again"]
+    go = Run.go
+
+    def stopped(run: Run, *arguments) -> None:
+        if run.variant == "half-width":
+            raise Interrupted(signal.SIGTERM)
+        go(run, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Run, "go", stopped)
+        ablation_init.main(command)
+    assert not Path("again/ablation.csv").exists()
+    assert [run.state for run, _ in plan_of(ablation_init, *command).runs] == ["finished", "new"]
+    before = {p: p.stat().st_mtime_ns for p in Path("again/teacher").rglob("*")}
+    ablation_init.main(command)
+    assert {p: p.stat().st_mtime_ns for p in Path("again/teacher").rglob("*")} == before
+    assert rows(Path("again")) == rows(whole)
+    # Longer: both continue from where they ended.
+    ablation_init.main([*command, "--max-steps", "6"])
+    assert [r["step"] for r in rows(Path("again"))] == ["0", "2", "4", "6"] * 2
+    assert rows(Path("again"))[:3] == rows(whole)[:3]
+
+
+@pytest.mark.distributed
+def test_a_training_that_fails_has_diverged(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights of 1e30 make everything non-finite: shown, remembered, and no error."""
+    given = ["--teacher", str(whole / "teachers" / "ddpmpp-D128" / "model")]
+    hopeless = ["--quick", "--variants", "teacher", *given, "--lr", "1e30", "--max-bad-steps", "1", "--log-every", "1"]
+    ablation_init.main([*hopeless, "--out", "gone"])
+    assert "1 of 1" in capsys.readouterr().out
+    found = rows(Path("gone"))
+    assert (found[0]["diverged"], math.isfinite(float(found[0]["distance"]))) == ("0", True)
+    assert (found[-1]["diverged"], found[-1]["distance"]) == ("1", "nan")
+    ((run, _),) = plan_of(ablation_init, *hopeless, "--out", "gone").runs
+    assert run.state == "diverged"
+    before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*")}
+    ablation_init.main([*hopeless, "--out", "gone"])
+    assert {p: p.stat().st_mtime_ns for p in run.path.rglob("*")} == before
+
+
+@pytest.mark.distributed
+def test_cifar_takes_its_teachers_and_the_fid(thin: dict[str, Path]) -> None:
+    dim = tiny_inception.DIM
+    np.savez("reference.npz", mu=np.zeros(dim), sigma=np.eye(dim))
+    teachers = ["--teachers", f"D128={thin['D128']}", f"Dinf={thin['Dinf']}"]
+    measure = ["--reference", "reference.npz", "--inception", str(tiny_inception.write(Path("inception.pt")))]
+    ablation_D.main([
+        "--data", "cifar", "--quick", "--batch", "4", "--max-steps", "2", "--eval-images", "16", "--augment", "0",
+        "--variants", "D128", "Dinf", *teachers, *measure, "--out", "cifar",
+    ])  # fmt: skip
+    assert [(r["variant"], r["step"]) for r in rows(Path("cifar"))] == [
+        ("D128", "0"), ("D128", "2"), ("Dinf", "0"), ("Dinf", "2"),
+    ]  # fmt: skip
+    assert "FID" in Path("cifar/ablation.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Untrained teachers of 32x32 images, ddpm++, at D = 128 and inf."""
+    root = tmp_path_factory.mktemp("thin")
+    torch.manual_seed(0)
+    for D in (128.0, math.inf):
+        network = NetworkConfig(
+            img_resolution=32, img_channels=3, model_channels=8, channel_mult=(1, 1), num_blocks=1,
+            attn_resolutions=(), dropout=0.1, D=D,
+        )  # fmt: skip
+        save_model(EDMPrecond(network), root / f"D{D:g}")
+    return {f"D{D:g}": root / f"D{D:g}" for D in (128.0, math.inf)}
+
+
+# -- what is held, and what is refused ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "free"),
+    [
+        ("D", {"D"}),
+        ("alpha", {"alpha"}),
+        ("init", {"init", "width", "student_init"}),
+        ("architecture", set()),
+        ("steps", {"steps", "sigmas", "gradient"}),
+        ("pid", {"D", "difference", "points"}),
+    ],
+)
+def test_nothing_else_varies(name: str, free: set[str]) -> None:
+    """All runs of an ablation differ in its setting and the seed alone; every seed has every variant."""
+    plan = plan_of(ALL[name], "--seeds", "3", "5")
+    settings = [run.config.to_json() for run, _ in plan.runs]
+    differing = {key for key in settings[0] if len({str(s[key]) for s in settings}) > 1}
+    assert differing == free | {"seed"}
+    labels = [variant.label for variant in ALL[name].ABLATION.variants]
+    assert [(run.variant, run.config.seed) for run, _ in plan.runs] == [(v, s) for v in labels for s in (3, 5)]
+    # The teachers differ in D, or in the architecture, or there is one.
+    networks = [(teacher.network.D, arch_of(teacher.network)) for teacher in plan.teachers.values()]
+    expected = {
+        "D": [(D, "ddpmpp") for D in (8.0, 128.0, 2048.0, math.inf)],
+        "alpha": [(128.0, "ncsnpp")],
+        "init": [(128.0, "ddpmpp")],
+        "architecture": [(128.0, "ncsnpp"), (128.0, "ddpmpp"), (128.0, "adm")],
+        "steps": [(128.0, "ddpmpp")],
+        "pid": [(math.inf, "ddpmpp"), (128.0, "ddpmpp")],
+    }
+    assert networks == expected[name]
+    assert len({str(t.training and t.training.to_json() | {"D": None}) for t in plan.teachers.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("D", ["--variants", "D7"], "variants must be different ones of D8 D128 D2048 Dinf, got D7"),
+        ("D", ["--D", "64"], "D was given, but it is what this ablation varies: choose among --variants D8"),
+        ("alpha", ["--alpha", "0.7"], "alpha was given, but it is what this ablation varies"),
+        ("architecture", ["--arch", "adm"], "arch was given, but it is what this ablation varies"),
+        ("alpha", ["--seeds", "1", "1"], "seeds must be different integers >= 0, at least one, got 1 1"),
+        ("alpha", ["--seeds", "-1"], "seeds must be different integers >= 0"),
+        ("D", ["--teacher", "model"], "these variants need one each: give --teachers D8=PATH D128=PATH"),
+        (
+            "D",
+            ["--teachers", "D9=model"],
+            "teachers takes one VARIANT=PATH for each of D8 D128 D2048 Dinf, got D9=model",
+        ),
+        ("init", ["--teacher", "missing"], "missing does not exist"),
+        ("init", ["--reference", "x.npz", "--features", "pixels"], "--data digits compares with the digits themselves"),
+        ("init", ["--out", "taken"], "taken is not empty and holds no ablation"),
+        ("alpha", ["--data", "cifar"], "give a teacher for alpha0.5 alpha0.75 alpha1 alpha1.2 alpha1.5"),
+        ("alpha", ["--data", "cifar", "--teacher-steps", "5"], "--data cifar trains no teacher"),
+        ("alpha", ["--data", "mnist"], "--data must be one of cifar, digits, got"),
+        ("alpha", ["--batch", "0"], "batch must be an integer >= 1, got 0"),
+    ],
+)
+def test_bad_input_is_one_line(name: str, arguments: list[str], message: str) -> None:
+    Path("taken").mkdir()
+    Path("taken/notes.txt").write_text("mine")
+    with pytest.raises(BadInput) as refused:
+        ALL[name].main(arguments)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert [p.name for p in Path().iterdir()] == ["taken"]
+
+
+def test_another_teacher_or_measure_is_refused(whole: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_model(EDMPrecond(presets.get("digits", D=128.0)), tmp_path / "model")
+    with pytest.raises(BadInput, match="needs ncsnpp"):
+        ablation_architecture.main(["--teachers", f"ncsnpp={tmp_path / 'model'}", "--variants", "ncsnpp"])
+    with pytest.raises(BadInput, match="trained for D = 128, but D = 8"):
+        ablation_D.main(["--teachers", f"D8={tmp_path / 'model'}", "--variants", "D8"])
+    with pytest.raises(BadInput, match=r"belongs to another configuration .*teacher is"):
+        ablation_init.main([*TWO, "--out", str(whole), "--teacher", str(tmp_path / "model")])
+    with pytest.raises(BadInput, match=r"belongs to another ablation .eval_images is 64 there, 65 here"):
+        ablation_init.main([*TWO, "--out", str(whole), "--eval-images", "65"])
+    with pytest.raises(BadInput, match=r"belongs to another ablation .ablation is init there, alpha here"):
+        ablation_alpha.main(["--quick", "--out", str(whole)])
+
+
+def test_dry_run_lists_what_would_be_done(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Settings, memory and duration are those of every recipe's dry run.
+    monkeypatch.setattr("ipfm.engine.experiments.ablation.describe", lambda config, *_: f"alpha {config.alpha:g}")
+    ablation_init.main(["--quick", "--seeds", "0", "4", "--out", str(whole), "--dry-run"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    runs = [line[:4] for line in lines if line[1:2] == ["seed"]]
+    assert runs == [
+        [v.label, "seed", str(seed), "finished" if seed == 0 and v.label in TWO else "new"]
+        for v in ablation_init.ABLATION.variants
+        for seed in (0, 4)
+    ]
+    ablation_D.main(["--data", "cifar", "--dry-run", "--out", "nowhere"])
+    assert "published by their authors" in capsys.readouterr().out
+    assert not Path("nowhere").exists()
+
+
+def test_options_given_stand_beside_quick() -> None:
+    options = ablation_alpha.ABLATION._parse(["--quick", "--max-steps", "7", "--seeds", "2", "3"])
+    assert isinstance(options, AblationOptions)
+    assert (options.max_steps, options.seeds, options.batch, options.arch) == (7, (2, 3), 16, "ncsnpp")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("module", "variant", "nfe"), [(ablation_steps, "K4-low", 4), (ablation_pid, "Dinf-central-N35", 1)]
+)
+def test_other_generators_are_distilled_and_timed(module: ModuleType, variant: str, nfe: int) -> None:
+    module.main(["--quick", "--variants", variant, "--out", "out"])
+    name, evaluations, rate = (
+        cell.strip() for cell in Path("out/ablation.md").read_text().splitlines()[2].split("|")[1:4]
+    )
+    assert (name, evaluations) == (variant, str(nfe)) and float(rate) > 0
+    assert [r["step"] for r in rows(Path("out"))] == ["0", "2", "4"]
+
+
+# -- curves ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("distances", "since"),
+    [
+        ((9.0, 2.0, 1.0), None),
+        ((9.0, 1.0, 1.0 * GROWTH), None),
+        ((9.0, 1.0, 1.001 * GROWTH), 40),
+        ((9.0, 1.0, 20.0, 2.0), None),  # recovers
+        ((9.0, 1.0, 20.0, 2.0, 8.0, 30.0), 80),
+        ((1.0, 6.0, 7.0), 20),  # from the start on
+        ((9.0, 2.0, math.nan), 40),
+        ((9.0, math.inf, math.nan), 20),
+        ((9.0, math.nan, 2.0), None),
+        ((math.nan, math.nan), 0),
+        ((), None),
+    ],
+)
+def test_divergence_is_a_tail_beyond_the_best(distances: tuple[float, ...], since: int | None) -> None:
+    assert curve(*distances).diverged == since
+
+
+def test_table_and_sentence_say_what_was_measured(tmp_path: Path) -> None:
+    a = [
+        replace(curve(8.0, 2.0, 3.0, seed=0), nfe=4, images_per_second=20.0),
+        replace(curve(8.0, 2.5, 5.0, seed=1), nfe=4, images_per_second=30.0),
+    ]
+    b = [curve(8.0, 1.0, 6.0, variant="b", seed=0), curve(8.0, 1.0, math.nan, variant="b", seed=1)]
+    c = [curve(8.0, 4.5, 4.5, variant="c", seed=0), curve(8.0, 5.5, 5.5, variant="c", seed=1)]
+    lines = table([*a, *b, *c], {"a": 0.5, "b": 0.5, "c": 0.25}).splitlines()
+    found = "8.000 (8.000 to 8.000) | 2.250 (2.000 to 2.500) | 4.000 (3.000 to 5.000)"
+    assert lines[2] == f"| a | 4 | 30.00 | 0.5000 | {found} | 0 of 2 |"
+    assert lines[3].startswith("| b | 1 | - | 0.5000 |") and lines[3].endswith(
+        "| 1.000 (1.000 to 1.000) | 6.000 (6.000 to 6.000) | 2 of 2, from step 40 |"
+    )
+    assert sentence([*a, *b, *c]) == (
+        "a ends lowest (4.000), before c (5.000); the ranges of their seeds overlap; some run of b diverged."
+    )
+    far = [curve(8.0, 9.0, variant="c", seed=0), curve(8.0, 9.5, variant="c", seed=1)]
+    assert "do not overlap" in sentence([*a, *far])
+    assert sentence(b) == "In every variant some run diverged."
+    write_csv([*a, *b], tmp_path / "ablation.csv")
+    assert [r["diverged"] for r in rows(tmp_path)] == ["0"] * 6 + ["0", "0", "1"] * 2
+    plot([*a, *b, *c], {"a": 0.5, "b": 0.5, "c": 0.25}, tmp_path / "ablation.png")
+    with Image.open(tmp_path / "ablation.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
+    with pytest.raises(ValueError, match="no finite"):
+        plot([curve(math.nan)], {}, tmp_path / "none.png")
+    assert str(spread([math.nan])) == "-"

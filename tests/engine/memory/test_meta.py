@@ -1,0 +1,68 @@
+"""Shapes on the meta device: what is known at once is what PyTorch's own functions say."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ipfm.engine.memory import live as meta
+from ipfm.engine.memory.simulate import StepSettings, simulate_distillation
+from ipfm.engine.memory.state import Sharding
+from ipfm.models import presets
+
+
+class Comparing(TorchDispatchMode):
+    """Compares every shortcut that is taken with the operation it stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in meta._SHAPES:
+            short = meta.meta_outputs(func, args, kwargs or {})
+            for a, b in zip(tree_leaves(out), tree_leaves(short), strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+            self.seen[str(func)] += 1
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("trained", [True, False])
+def test_shapes_are_those_of_pytorch(dtype, layout, trained) -> None:
+    with torch.device("meta"):
+        x = torch.empty(4, 32, 6, 8, dtype=dtype).to(memory_format=layout).requires_grad_()
+        weight, bias = (torch.empty(32, dtype=dtype, requires_grad=trained) for _ in range(2))
+        mixed = [torch.empty(6, 1, dtype=dtype), torch.empty_like(x, dtype=torch.float64), 2.0]
+    with Comparing() as comparing:
+        y = F.group_norm(x, 8, weight, bias) + x
+        for other in (y, y.flip(0), *mixed):
+            (y + other).sum().backward(retain_graph=True)
+        F.group_norm(x, 8).sum().backward()
+    assert comparing.seen["aten.native_group_norm.default"] == 2
+    assert comparing.seen["aten.native_group_norm_backward.default"] == 6
+    assert comparing.seen["aten.add.Tensor"] > 6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_simulation_is_the_same_without_them(precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = StepSettings(presets.get("digits"), 4, Sharding(stage=1, precision=precision), phased=True)
+    simulate_distillation.cache_clear()
+    short = simulate_distillation(settings)
+    monkeypatch.setattr(meta, "_SHAPES", {})
+    simulate_distillation.cache_clear()
+    assert simulate_distillation(settings) == short
+
+
+def test_real_tensors_are_computed() -> None:
+    x = torch.randn(2, 8, 3, 3)
+    assert torch.equal(meta.meta_outputs(torch.ops.aten.add.Tensor, (x, x), {}), 2 * x)

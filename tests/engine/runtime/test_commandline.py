@@ -1,0 +1,333 @@
+"""Command lines: one line for every mistake, exit codes, the launcher's argument, --help."""
+
+import ast
+import contextlib
+import inspect
+import io
+import itertools
+import os
+import re
+import signal
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+
+from ipfm.engine.config import RunConfig, TeacherConfig
+from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.runtime import commandline
+from ipfm.engine.runtime.commandline import BadInput, parse, run_command, user_input
+from ipfm.engine.runtime.errors import FolderInUse, Interrupted, TrainingFailed
+
+BASE = DistillConfig(D=128.0, max_steps=10, sigma_init=3.0)
+
+
+def read(line: str, kind: type = DistillConfig, default: object = BASE):
+    return parse(kind, line.split(), default=default, prog="recipe.py", description="What it does.")
+
+
+# -- reading options ---------------------------------------------------------------------------------------------------
+
+
+def test_options_replace_the_defaults():
+    config = read("--alpha -0.5 --sigmas 2.5 1.25 --seed 7 --no-resume --noise.p-mean -1 --D inf --out runs/a --zero 1")
+    assert config == replace(
+        BASE, alpha=-0.5, sigmas=(2.5, 1.25), seed=7, resume=False, D=float("inf"), out=Path("runs/a"), zero=1,
+        noise=replace(BASE.noise, p_mean=-1.0),
+    )  # fmt: skip
+    assert read("") == BASE
+    assert parse(TeacherConfig, [], prog="x", description="") == TeacherConfig()
+
+
+@pytest.mark.parametrize("line", ["--micro-batch 4", "--micro_batch 4", "--micro-batch=4", "--micro_batch=4"])
+def test_spellings(line):
+    assert read(line).micro_batch == 4
+
+
+@pytest.mark.parametrize("argument", ["--local_rank=0", "--local_rank 3", "--local-rank=3", "--local-rank 0"])
+@pytest.mark.parametrize(
+    "line", ["{} --seed 3", "--seed 3 {}", "--seed 3 --local_rank=-1 {}", "{} --seed 3 --local_rank"]
+)
+def test_the_launchers_argument_is_ignored(argument, line):
+    assert read(line.format(argument)) == replace(BASE, seed=3)
+
+
+@pytest.mark.parametrize("line", ["--kimg 2", "--kimg=2", "--kimg 2 --max-steps None"])
+def test_a_length_given_replaces_the_other_kind_of_default(line):
+    config = read(line)
+    assert (config.kimg, config.max_steps) == (2.0, None)
+    back = read("--max_steps 5", default=config)
+    assert (back.kimg, back.max_steps) == (None, 5)
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    # an unknown option, with the near one
+    "--sedd 3": "unknown option --sedd; perhaps you meant --seed",
+    "--no-resum": "unknown option --no-resum; perhaps you meant --resume or --no-resume",
+    "--zzzz": "unknown option --zzzz; --help lists all",
+    "--seed 3 --zzzz=4 --qqqq 5": "unknown option --zzzz=4, --qqqq; --help lists all",
+    "stray": "unexpected argument stray; --help lists all",
+    "--tf32 false": "unexpected argument false; --help lists all",
+    # a value of the wrong type, or none
+    "--batch x": "--batch takes a whole number, got 'x'",
+    "--batch 1.5": "--batch takes a whole number, got '1.5'",
+    "--batch=": "--batch takes a whole number, got ''",
+    "--lr fast": "--lr takes a number, got 'fast'",
+    "--micro_batch x": "--micro-batch takes a whole number, got 'x'",
+    "--D abc": "--D takes a number, got 'abc'",
+    "--sigmas 1 x": "--sigmas cannot be read from '1', 'x'",
+    "--noise.rho x": "--noise.rho takes a number, got 'x'",
+    "--batch": "--batch needs a value",
+    "--D --seed 3": "--D needs a value",
+    "--precision fp8": "--precision must be one of auto, bf16, fp16, fp32, got 'fp8'",
+    "--zero 5": "--zero must be one of 0, 1, 2, 3, None, got '5'",
+    # values that the configuration refuses
+    "--batch 0": "--batch must be an integer >= 1, got 0",
+    "--batch -3": "--batch must be an integer >= 1, got -3",
+    "--micro-batch 0": "--micro-batch must be an integer >= 1, got 0",
+    "--D -1": "--D must lie in (0, inf], got -1.0",
+    "--D nan": "--D must lie in (0, inf], got nan",
+    "--alpha nan": "--alpha must be a number in [-1e+06, 1e+06], got nan",
+    "--lr 0": "--lr must be a finite number > 0, got 0.0",
+    "--student_lr inf": "--student-lr must be a finite number > 0, got inf",
+    "--ema-kimg -1": "--ema-kimg must be a finite number > 0, got -1.0",
+    "--sigmas 1 2": "--sigmas must fall strictly, got 1, 2",
+    "--steps 3 --sigmas 2 1": "--steps and sigmas disagree: 3 steps, 2 noise levels",
+    "--max-steps 3 --kimg 2": "--max-steps and kimg exclude each other, got 3 and 2.0",
+    "--kimg 1e308": "--kimg must be at most 100,000,000 optimiser steps, got 1e+308",
+    "--seed 99999999999999999999": "--seed must be below 2^64, got 99999999999999999999",
+    "--precision bf16 --zero 0": (
+        "--precision bf16 needs zero 1, 2 or 3: the fp32 master weights live in ZeRO's optimiser, got 0"
+    ),
+    "--noise.sigma-min -1": "--noise.sigma-min must be a finite number > 0, got -1.0",
+    "--noise.sigma_min 90": "--noise.sigma-min must be below sigma_max, got 90.0 and 80.0",
+    "--noise.t-max 0": "--noise.t-max must lie in (0, 1000], got 0.0",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES.items())
+def test_a_mistake_is_one_line(line, message, capfd):
+    with pytest.raises(SystemExit) as stop:
+        run_command("recipes/recipe.py", lambda argv: read(" ".join(argv)), line.split())
+    assert stop.value.code == 2
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", f"recipe.py: error: {message}\n")
+
+
+@pytest.mark.parametrize("line", ["--max-step 5 --lrr 3"])
+def test_every_unknown_option_gets_its_proposals(line):
+    with pytest.raises(BadInput) as error:
+        read(line)
+    unknown, _, proposals = str(error.value).partition("; perhaps you meant ")
+    assert unknown == "unknown option --max-step, --lrr"
+    assert {"--max-steps", "--lr"} <= set(proposals.split(" or "))
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES.items())
+def test_messages_do_not_depend_on_the_locale(line, message):
+    """On a terminal that is not UTF-8 the parser draws its boxes in ASCII."""
+    ascii_out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(ascii_out), pytest.raises(BadInput) as error:
+        read(line)
+    assert str(error.value) == message
+
+
+def test_a_narrow_terminal_does_not_break_messages(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(BadInput) as error:
+        read("--precision bf16 --zero 0")
+    assert str(error.value) == MISTAKES["--precision bf16 --zero 0"]
+    assert os.environ["COLUMNS"] == "40"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Draw images."""
+
+    model: tyro.conf.Positional[Path]
+    """Where the model lies."""
+    n: int = 4
+    """How many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Plan memory."""
+
+    model: str
+    """Which model."""
+    zero: Literal[0, 1] = 0
+    """Stage."""
+
+
+COMMANDS = Annotated[Draw, tyro.conf.subcommand("draw")] | Annotated[Plan, tyro.conf.subcommand("plan")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("drow", "unexpected argument drow; --help lists all"),
+        ("draw", "ipfm draw needs PATH"),
+        ("plan", "ipfm plan needs --model STR"),
+        ("plan --modle x", "ipfm plan needs --model STR"),
+        ("draw a --nn 3", "unknown option --nn; perhaps you meant --n"),
+        ("draw a b", "unexpected argument b; --help lists all"),
+        ("draw a --n x", "--n takes a whole number, got 'x'"),
+        ("plan --model a --zero 9", "--zero must be one of 0, 1, got '9'"),
+    ],
+)
+def test_subcommands(line, message):
+    with pytest.raises(BadInput) as error:
+        parse(COMMANDS, line.split(), prog="ipfm", description="")
+    assert str(error.value) == message
+    assert parse(COMMANDS, ["draw", "a", "--n", "3"], prog="ipfm", description="") == Draw(model=Path("a"), n=3)
+
+
+@dataclass(frozen=True)
+class Odd:
+    """A check that fails in other words than this module knows."""
+
+    size: int = field(default=1)
+    """Size."""
+
+    def __post_init__(self) -> None:
+        if self.size == 7:
+            raise ValueError("sevens are\nunlucky, got 7")
+
+
+def test_any_other_refusal_is_one_line_too(capfd):
+    with pytest.raises(SystemExit) as stop:
+        run_command("x", lambda argv: parse(Odd, argv, prog="x", description=""), ["--size", "7"])
+    assert stop.value.code == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "sevens are" in err and "Traceback" not in err
+
+
+# -- --help ------------------------------------------------------------------------------------------------------------
+
+
+def documented(*kinds: type) -> dict[str, str]:
+    """Option -> the text under it in the source."""
+    texts = {}
+    for kind in kinds:
+        body = ast.parse(inspect.getsource(kind)).body[0].body
+        for statement, text in itertools.pairwise(body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(text, ast.Expr):
+                texts[statement.target.id] = text.value.value
+    return texts
+
+
+@pytest.mark.parametrize("spelling", ["--help", "-h", "--seed 3 --help"])
+def test_help_lists_every_option_with_its_text(spelling, capfd):
+    with pytest.raises(SystemExit) as stop:
+        run_command("recipe.py", lambda argv: read(" ".join(argv)), spelling.split())
+    assert stop.value.code == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", re.sub(r"\x1b\[[0-9;]*m", "", out)).split())
+    assert shown.startswith("usage: recipe.py") and "What it does." in shown
+    texts = documented(RunConfig, Distillation, DistillConfig)
+    # Every setting has its text, and the group of noise levels those of its own.
+    assert set(texts) == set(DistillConfig().to_json())
+    for name, text in texts.items():
+        option = "--noise.sigma-min" if name == "noise" else f"--{name.replace('_', '-')}"
+        assert re.search(rf"{option}[ ,]", shown), name
+        assert " ".join(text.split()).rstrip(".") in shown, name
+    for level in ("sigma-min", "sigma-max", "rho", "sigma-data", "p-mean", "p-std", "t-max"):
+        assert f"--noise.{level} FLOAT" in shown
+
+
+def test_one_process_shows_the_help(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    assert stop.value.code == 0
+    assert capfd.readouterr() == ("", "")
+
+
+# -- exit codes --------------------------------------------------------------------------------------------------------
+
+
+def ends(error: BaseException | None, capfd, argv: list[str] | None = None) -> tuple[int, str]:
+    def main(_: object) -> None:
+        if error is not None:
+            raise error
+
+    code = 0
+    try:
+        run_command("/some/where/recipe.py", main, [] if argv is None else argv)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capfd.readouterr()
+    assert out == ""
+    return code, err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (None, 0, ""),
+        (BadInput("no such file"), 2, "recipe.py: error: no such file\n"),
+        (BadInput("two\n  lines"), 2, "recipe.py: error: two lines\n"),
+        (FolderInUse("runs/a is in use"), 2, "recipe.py: error: runs/a is in use\n"),
+        (TrainingFailed("too many"), 1, "recipe.py: failed: too many\n"),
+        (Interrupted(signal.SIGINT), 130, "recipe.py: stopped by SIGINT, state saved; the same command continues\n"),
+        (Interrupted(signal.SIGTERM), 143, "recipe.py: stopped by SIGTERM, state saved; the same command continues\n"),
+        (KeyboardInterrupt(), 130, "recipe.py: interrupted\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_exit_codes(error, code, line, capfd, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert ends(error, capfd) == (code, line)
+    monkeypatch.setenv("RANK", "1")
+    assert ends(error, capfd) == (code, "")  # the first process speaks for all
+
+
+def test_a_defect_keeps_its_traceback(capfd):
+    with pytest.raises(ZeroDivisionError):
+        ends(ZeroDivisionError(), capfd)
+
+
+@pytest.mark.parametrize("error", [None, BadInput("x"), ZeroDivisionError()], ids=repr)
+def test_the_process_group_is_left_in_any_case(error, monkeypatch, capfd):
+    left = []
+    monkeypatch.setattr("ipfm.engine.runtime.launcher.stop_world", lambda: left.append(True))
+    with contextlib.suppress(ZeroDivisionError):
+        ends(error, capfd)
+    assert left == [True]
+
+
+def test_arguments_of_the_process(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--seed", "4"])
+    seen = []
+    run_command("recipe.py", seen.extend)
+    assert seen == ["--seed", "4"]
+
+
+def test_user_input():
+    for error in (ValueError("D is odd"), FileNotFoundError(2, "No such file or directory", "t.pt")):
+        with pytest.raises(BadInput) as raised, user_input():
+            raise error
+        assert str(raised.value) == str(error) and raised.value.__cause__ is error
+    with pytest.raises(ZeroDivisionError), user_input():
+        raise ZeroDivisionError
+    with user_input():
+        pass
+
+
+def test_the_environment_is_put_back(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    read("--seed 3")
+    assert "COLUMNS" not in os.environ
+    monkeypatch.setenv("COLUMNS", "77")
+    with pytest.raises(BadInput):
+        read("--seed x")
+    assert os.environ["COLUMNS"] == "77"
+    assert commandline.BAD_INPUT == 2

@@ -1,0 +1,222 @@
+"""The loop around the steps: when the processes talk, what stops it, what the disk may refuse."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ipfm.engine.config import TeacherConfig
+from ipfm.engine.distributed.signals import check_stop
+from ipfm.engine.distributed.world import World
+from ipfm.engine.objectives.step_metrics import StepMetrics
+from ipfm.engine.runtime.errors import Interrupted, ProcessLost, TrainingFailed
+from ipfm.engine.training import loop
+from ipfm.engine.training.checkpoint import find_checkpoint
+from ipfm.engine.training.loop import train
+from ipfm.engine.training.run_folder import RunFolder
+
+
+class Net:
+    """A network of one weight, which counts the steps."""
+
+    state_kinds = ("weight",)
+
+    def __init__(self) -> None:
+        self.weight = torch.zeros(1)
+        self.steps_applied = 0
+        self.loss_scale_state: dict[str, float] = {}
+
+    def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        yield "w", self.weight
+
+    def load(self, kind: str, tensors: dict[str, Tensor]) -> None:
+        self.weight.copy_(tensors["w"])
+
+
+@dataclass
+class Counting:
+    """A task that counts its steps; `at` are things to happen in a step, `looks` the steps that were looked at."""
+
+    at: dict[int, Callable[[], None]] = field(default_factory=dict)
+    looking: Callable[[], None] = lambda: None
+    title: str = "count"
+    world: World = field(default_factory=lambda: World(0, 1, torch.device("cpu")))
+    first_step: int = 0
+    looks: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.net = Net()
+        self.networks = {"net": self.net}
+
+    def iteration(self, step: int) -> StepMetrics:
+        assert int(self.net.weight) == step
+        self.net.weight += 1
+        self.net.steps_applied += 1
+        self.at.get(step, lambda: None)()
+        value = torch.tensor(float(step))
+        return StepMetrics({"loss": value}, {"loss": torch.ones(())}, {"net": torch.zeros(())})
+
+    def refresh(self) -> None: ...
+
+    def evaluate(self) -> None:
+        self.looking()
+        check_stop(self.world)
+        self.looks.append(int(self.net.weight))
+
+    def picture(self, count: int, seed: int) -> Tensor:
+        return torch.zeros(count, 1, 2, 2)
+
+
+def config(**settings) -> TeacherConfig:
+    given = {"batch": 1, "max_steps": 12, "log_every": 5, "checkpoint_every": 4, "async_checkpoints": False, **settings}
+    return TeacherConfig(**given)
+
+
+def steps(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "exchanges"),
+    [
+        (0.01, [1, 10, 20, 30, 40]),
+        (1.0, [1, 10, 20, 30, 40]),
+        (4.0, [1, 3, 5, 7, 9, *range(10, 41, 2)]),
+        (60.0, range(1, 41)),
+    ],
+)
+def test_slow_steps_are_reported_more_often(tmp_path, monkeypatch, seconds: float, exchanges) -> None:
+    """Every 10 steps, but at least every 10 seconds; after the first step, which is the first to be timed."""
+    now, seen = [0.0], []
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    exchange = loop._Run._log_pending
+    monkeypatch.setattr(loop._Run, "_log_pending", lambda self: (seen.append(self.progress.step), exchange(self))[1])
+
+    def tick() -> None:
+        now[0] += seconds
+
+    task = Counting(at=dict.fromkeys(range(40), tick))
+    train(task, config(max_steps=40, log_every=10, checkpoint_every=40), RunFolder(tmp_path))
+    assert seen == list(exchanges)
+    assert steps(tmp_path) == list(range(40))
+
+
+def test_a_signal_in_the_first_step_saves_it(tmp_path) -> None:
+    task = Counting(at={0: lambda: signal.raise_signal(signal.SIGTERM)})
+    with pytest.raises(Interrupted) as stopped:
+        train(task, config(log_every=1000), RunFolder(tmp_path))
+    assert stopped.value.signum == signal.SIGTERM
+    found = find_checkpoint(tmp_path / "checkpoints")
+    assert found is not None and found.name == "step-0000001"
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_an_evaluation_that_a_signal_cut_off_comes_at_the_next_start(tmp_path, background: bool) -> None:
+    """In the middle, and at the end, where nothing else is left to do."""
+    settings = config(eval_every=6, async_checkpoints=background)
+    for expected in (6, 12):
+        task = Counting(looking=lambda: signal.raise_signal(signal.SIGUSR1))
+        with pytest.raises(Interrupted):
+            train(task, settings, RunFolder(tmp_path))
+        found = find_checkpoint(tmp_path / "checkpoints")
+        assert found is not None and found.name == f"step-{expected:07d}" and task.looks == []
+        if expected == 6:
+            task = Counting(at={8: lambda: signal.raise_signal(signal.SIGTERM)})
+            with pytest.raises(Interrupted):
+                train(task, settings, RunFolder(tmp_path))
+            assert task.looks == [6]
+    task = Counting()
+    assert train(task, settings, RunFolder(tmp_path)).step == 12
+    assert task.looks == [12] and steps(tmp_path) == list(range(12))
+    # From here on there is nothing to do.
+    task = Counting()
+    assert train(task, settings, RunFolder(tmp_path)).step == 12
+    assert task.looks == []
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, background: bool) -> None:
+    folder = tmp_path / "checkpoints"
+
+    def block() -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / ".partial-step-0000008").write_text("a file in the way of the folder")
+
+    task = Counting(at={6: block})
+    message = r"step-0000008 cannot be written \(File exists\); the last good one is step-0000004"
+    with pytest.raises(TrainingFailed, match=message):
+        train(task, config(async_checkpoints=background, max_steps=1000), RunFolder(tmp_path))
+    # In the background it is known at the next checkpoint, if not before.
+    assert int(task.net.weight) < 20
+    (folder / ".partial-step-0000008").unlink()
+    assert train(Counting(), config(async_checkpoints=background), RunFolder(tmp_path)).step == 12
+
+
+def test_a_damaged_checkpoint_is_skipped_and_a_foreign_one_is_named(tmp_path, capsys) -> None:
+    train(Counting(), config(), RunFolder(tmp_path))
+    (tmp_path / "checkpoints" / "step-0000012" / "net.safetensors").write_bytes(b"")
+    assert train(Counting(), config(max_steps=13), RunFolder(tmp_path)).step == 13
+    shown = capsys.readouterr().err
+    assert shown.count("skipping a damaged checkpoint") == 1 and "continuing at step 8" in shown
+    other = Counting()
+    other.networks = {"another": other.net}
+    with pytest.raises(TrainingFailed, match=r"another\.safetensors cannot be read as the state of network 'another'"):
+        train(other, config(max_steps=14), RunFolder(tmp_path))
+
+
+def test_a_lost_process_says_where_to_continue(tmp_path) -> None:
+    def lose() -> None:
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:15591.")
+
+    message = r"has ended or does not answer \(Connection closed by peer\): the same command continues .* from "
+    with pytest.raises(ProcessLost, match=f"{message}the start, it has no checkpoint"):
+        train(Counting(at={1: lose}), config(), RunFolder(tmp_path))
+    with pytest.raises(ProcessLost, match=f"{message}its checkpoint step-0000004"):
+        train(Counting(at={5: lose}), config(), RunFolder(tmp_path))
+    # What a process leaves that is killed between its first checkpoint's two renamings.
+    (tmp_path / "checkpoints" / "latest").unlink()
+    with pytest.raises(ProcessLost, match=f"{message}its checkpoint step-0000004"):
+        train(Counting(at={5: lose}), config(), RunFolder(tmp_path))
+
+    def other() -> None:
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect") as error:
+        train(Counting(at={6: other}), config(), RunFolder(tmp_path))
+    assert not isinstance(error.value, TrainingFailed)
+
+
+def test_logs_that_cannot_be_opened_end_the_run_before_it_begins(tmp_path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    task = Counting()
+    with pytest.raises(TrainingFailed, match=r"the logs in .* cannot be written: Is a directory"):
+        train(task, config(), RunFolder(tmp_path))
+    assert int(task.net.weight) == 0
+
+
+def test_logs_that_fail_later_are_warnings(tmp_path, capsys) -> None:
+    def block() -> None:
+        for name in ("metrics.jsonl", "samples"):
+            (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / "metrics.jsonl").mkdir()
+        (tmp_path / "samples").write_text("a file in the way")
+
+    def clear() -> None:
+        (tmp_path / "metrics.jsonl").rmdir()
+
+    task = Counting(at={0: block, 10: clear})
+    assert train(task, config(eval_every=3), RunFolder(tmp_path)).step == 12
+    shown = capsys.readouterr().err.splitlines()
+    assert sum("metrics.jsonl cannot be written: Is a directory" in line for line in shown) == 1
+    assert sum("samples cannot be written: " in line for line in shown) == 1
+    # The lines have waited in memory.
+    assert steps(tmp_path) == list(range(12))
+    found = find_checkpoint(tmp_path / "checkpoints")
+    assert found is not None and found.name == "step-0000012"

@@ -1,0 +1,270 @@
+"""Whose a run folder is: continued by the same configuration, refused to another, untouched by the check."""
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ipfm.engine.config import TeacherConfig
+from ipfm.engine.noise_levels import NoiseLevels
+from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.training.run_folder import FREE, check_run_folder, open_run_folder
+
+CONFIG = DistillConfig(D=128.0, batch=8, max_steps=10, sigmas=(2.5, 1.25), seed=3)
+FACTS = {"teacher": "ab12"}
+
+
+def start(path: Path, config=CONFIG, kind="distill", facts=FACTS) -> None:
+    open_run_folder(path, check_run_folder(path, kind, config, facts), write=True)
+
+
+def contents(path: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
+
+
+def refused(path: Path, config=CONFIG, kind="distill", facts=FACTS) -> str:
+    """The message, one line; nothing was written."""
+    before = contents(path)
+    with pytest.raises(ValueError) as error:
+        check_run_folder(path, kind, config, facts)
+    assert contents(path) == before
+    message = str(error.value)
+    assert "\n" not in message and message.endswith("choose another --out")
+    return message
+
+
+def test_a_new_folder(tmp_path):
+    path = tmp_path / "runs" / "a"
+    record = check_run_folder(path, "distill", CONFIG, FACTS)
+    assert not path.exists() and not path.parent.exists()
+    assert record == {"format": 1, "kind": "distill", "config": CONFIG.to_json(), "teacher": "ab12"}
+    folder = open_run_folder(path, record, write=True)
+    assert folder.path == path and folder.checkpoints == path / "checkpoints"
+    assert json.loads((path / "config.json").read_text()) == record
+    assert sorted(contents(path)) == ["config.json", "run.lock"]
+
+
+def test_an_empty_folder_is_new(tmp_path):
+    start(tmp_path)
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_what_a_killed_start_leaves_is_new(tmp_path):
+    (tmp_path / ".config.json.4711.tmp").write_bytes(b"{")
+    start(tmp_path)
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_what_killed_writers_leave_is_removed(tmp_path):
+    start(tmp_path)
+    leftovers = [tmp_path / ".results.json.11.tmp", tmp_path / "checkpoints" / ".latest.4711.tmp"]
+    for leftover in leftovers:
+        leftover.parent.mkdir(exist_ok=True)
+        leftover.write_bytes(b"half")
+    open_run_folder(tmp_path, check_run_folder(tmp_path, "distill", CONFIG, FACTS), write=False)
+    assert all(leftover.exists() for leftover in leftovers)
+    start(tmp_path)
+    assert not any(leftover.exists() for leftover in leftovers)
+
+
+@pytest.mark.parametrize("there", ["", "runs", "runs/a", "runs/a/checkpoints"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_done(tmp_path, monkeypatch, there):
+    path, closed = tmp_path / "runs" / "a", tmp_path / there
+    if there.startswith("runs/a"):
+        start(path)
+        (path / "checkpoints").mkdir()
+    closed.mkdir(parents=True, exist_ok=True)
+    closed.chmod(0o555)
+    if os.access(closed, os.W_OK):  # root may write everywhere: let the system say what it tells others
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda p, mode: access(p, mode) and Path(p).stat().st_mode & 0o200 > 0)
+    try:
+        with pytest.raises(ValueError) as error:
+            check_run_folder(path, "distill", CONFIG, FACTS)
+    finally:
+        closed.chmod(0o755)
+    assert str(error.value) == f"{closed} cannot be written: choose another --out"
+
+
+def test_other_processes_write_nothing(tmp_path):
+    folder = open_run_folder(tmp_path / "a", check_run_folder(tmp_path / "a", "distill", CONFIG, FACTS), write=False)
+    assert folder.path == tmp_path / "a" and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, D=math.inf), TeacherConfig(max_steps=3)])
+def test_the_same_configuration_continues(tmp_path, config):
+    start(tmp_path, config)
+    before = contents(tmp_path)
+    start(tmp_path, config)
+    assert contents(tmp_path) == before
+
+
+CHANGED = {
+    "init": "random",
+    "width": 0.5,
+    "student_init": "random",
+    "student_width": 0.5,
+    "gradient": "last",
+    "batch": 16,
+    "lr": 2e-5,
+    "eps": 1e-6,
+    "dropout": 0.1,
+    "augment": 0.12,
+    "ema_kimg": 1.0,
+    "ema_rampup": 0.1,
+    "precision": "fp32",
+    "seed": 4,
+    "D": 64.0,
+    "alpha": 1.2,
+    "sigmas": (2.5, 1.0),
+    "sigma_init": 2.0,
+    "student_lr": 1e-4,
+    "generator_beta1": 0.9,
+    "student_beta1": 0.9,
+    "student_updates": 2,
+    "clip_grad": 1.0,
+}
+FREELY = {
+    "out": Path("elsewhere"),
+    "micro_batch": 4,
+    "max_steps": 20,
+    "zero": 1,
+    "tf32": False,
+    "log_every": 1,
+    "eval_every": 5,
+    "checkpoint_every": 7,
+    "keep_checkpoints": 5,
+    "max_bad_steps": 1,
+    "backward": "phased",
+    "teacher": Path("moved"),
+    "heun_steps": 40,
+    "activation_checkpointing": "on",
+    "async_checkpoints": False,
+    "profile_memory": 3,
+    "teacher_storage": "sharded",
+    "compile": True,
+    "memory_format": "channels_last",
+}
+
+
+def test_every_setting_is_of_one_kind():
+    """A new setting has to be put on one of the two lists."""
+    elsewhere = {"kimg", "resume", "steps", "noise", "offload"}  # tested on their own below
+    assert set(CHANGED) | set(FREELY) | elsewhere == set(CONFIG.to_json())
+    assert set(FREELY) | {"kimg", "resume", "offload", "lpips"} == FREE
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_setting_that_identifies_the_run(tmp_path, name):
+    start(tmp_path)
+    other = replace(CONFIG, **{name: CHANGED[name]})
+    there, here = (json.dumps(c.to_json()[name]).strip('"') for c in (CONFIG, other))
+    assert refused(tmp_path, other) == (
+        f"{tmp_path} belongs to another configuration ({name} is {there} there, {here} here): choose another --out"
+    )
+
+
+@pytest.mark.parametrize("name", FREELY)
+def test_a_setting_that_may_change(tmp_path, name):
+    start(tmp_path)
+    other = replace(CONFIG, **{name: FREELY[name]})
+    assert other != CONFIG
+    start(tmp_path, other)
+    assert json.loads((tmp_path / "config.json").read_text())["config"] == other.to_json()
+
+
+def test_where_the_state_lives_may_change(tmp_path):
+    start(tmp_path)
+    start(tmp_path, replace(CONFIG, zero=2, offload="optimizer"))
+
+
+def test_the_length_may_be_given_in_images(tmp_path):
+    start(tmp_path)
+    start(tmp_path, replace(CONFIG, max_steps=None, kimg=2.0))
+
+
+def test_steps_and_noise_levels(tmp_path):
+    start(tmp_path)
+    message = refused(tmp_path, replace(CONFIG, steps=1, sigmas=(2.5,)))
+    assert "steps is 2 there, 1 here" in message and "sigmas is [2.5, 1.25] there, [2.5] here" in message
+    message = refused(tmp_path, replace(CONFIG, noise=NoiseLevels(p_mean=-1.0)))
+    assert "(noise.p_mean is -1.2 there, -1.0 here)" in message
+
+
+def test_facts(tmp_path):
+    start(tmp_path)
+    message = refused(tmp_path, facts={"teacher": "cd34"})
+    assert "(teacher is ab12 there, cd34 here)" in message
+    message = refused(tmp_path, facts={"teacher": "f" * 64})
+    assert f"teacher is ab12 there, {'f' * 57}... here" in message
+    assert "(kind is distill there, teacher here)" in refused(tmp_path, kind="teacher")
+
+
+def test_a_fact_that_is_not_known_yet(tmp_path):
+    """It may be left out on either side; the folder keeps it, so that another one is still refused afterwards."""
+    start(tmp_path, facts={})
+    start(tmp_path)
+    start(tmp_path, facts={})
+    assert json.loads((tmp_path / "config.json").read_text())["teacher"] == "ab12"
+    assert "(teacher is ab12 there, cd34 here)" in refused(tmp_path, facts={"teacher": "cd34"})
+
+
+def test_another_format(tmp_path):
+    start(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**record, "format": 2}))
+    assert "(format is 2 there, 1 here)" in refused(tmp_path)
+
+
+def test_a_setting_that_one_side_does_not_have(tmp_path):
+    start(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["config"]["alpha"]
+    record["config"]["flavour"] = "sour"
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    message = refused(tmp_path)
+    assert "alpha is null there, 1.0 here" in message and "flavour is sour there, null here" in message
+
+
+def test_a_folder_that_holds_something_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("important")
+    message = refused(tmp_path)
+    assert message == f"{tmp_path} is not empty and holds no run (no config.json): choose another --out"
+
+
+def test_a_folder_in_place_of_the_file(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    assert "holds no run (no config.json)" in refused(tmp_path)
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    file = tmp_path / "notes"
+    file.write_text("important")
+    for path in (file, file / "run", file / "runs" / "a"):
+        with pytest.raises(ValueError) as error:
+            check_run_folder(path, "distill", CONFIG, FACTS)
+        assert str(error.value) == f"{file} is a file, the run folder {path} cannot be there: choose another --out"
+    assert file.read_text() == "important"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe\x00", b"[]", b"3", b"null", b'"x"', b"{}", b'{"config": 3}', b'{"config": []}'],
+    ids=repr,
+)
+def test_an_unreadable_configuration(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    message = refused(tmp_path)
+    expected = f"{tmp_path / 'config.json'} cannot be read as a run's configuration: choose another --out"
+    assert message == expected
+
+
+def test_no_resume(tmp_path):
+    config = replace(CONFIG, resume=False)
+    start(tmp_path / "new", config)
+    message = refused(tmp_path / "new", config)
+    assert message == f"{tmp_path / 'new'} holds a run already and --no-resume was given: choose another --out"
+    start(tmp_path / "new")

@@ -1,0 +1,238 @@
+"""group_norm_silu: gradcheck of the formula, Triton and the recomputing form against float64, layouts, errors."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ipfm.kernels import group_norm_reference as recomputed
+from ipfm.kernels import group_norm_silu, reference
+from ipfm.kernels._dispatch import group_config
+
+pytestmark = [
+    pytest.mark.usefixtures("nan_filled_empty", "nothing_is_small"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
+]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# (B, C, H, W), groups: whole powers, odd sizes, one pixel, groups of six channels, one that does not stay in registers
+SHAPES = [((2, 8, 4, 4), 4), ((3, 6, 5, 7), 3), ((2, 4, 1, 1), 2), ((1, 12, 3, 5), 2), ((1, 4, 47, 53), 2)]
+FORMS = ["plain", "scaled", "one for all"]
+
+
+@pytest.fixture
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference treats these little inputs as it does large ones."""
+    monkeypatch.setattr(recomputed, "SMALL", 0)
+
+
+def ids(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def inputs(shape, dtype=torch.float64, form="scaled", device="cpu", layout=torch.contiguous_format):
+    """x, weight, bias, scale, shift, gradient of y; the means of x are far from 0, where one pass would lose digits."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    x = (draw(*shape) + 3 * draw(shape[0], shape[1], 1, 1)).to(device, dtype).contiguous(memory_format=layout)
+    weight, bias = (1 + 0.5 * draw(shape[1])).to(device, dtype), draw(shape[1]).to(device, dtype)
+    rows = 1 if form == "one for all" else shape[0]
+    # Two halves of one tensor, as a network's embedding gives them.
+    both = (0.5 * draw(rows, 2 * shape[1], 1, 1)).to(device, dtype)
+    scale, shift = (None, None) if form == "plain" else both.chunk(2, dim=1)
+    return [x, weight, bias, scale, shift], draw(*shape).to(device, dtype)
+
+
+def differentiated(function, tensors, gradient, groups, **options):
+    """[y, ∂x, ∂weight, ∂bias, ∂scale, ∂shift], as far as there are such."""
+    x, weight, bias, scale, shift = (None if t is None else t.detach().requires_grad_() for t in tensors)
+    y = function(x, groups, weight, bias, scale=scale, shift=shift, **options)
+    wanted = [t for t in (x, weight, bias, scale, shift) if t is not None]
+    return [y.detach(), *torch.autograd.grad(y, wanted, gradient.to(y.dtype))]
+
+
+def together(results, truth):
+    """The parameters' gradients in one: of the few numbers of each, either side's may be lucky."""
+    sizes = [r.square().mean().sqrt() for r in truth[2:]]
+    return torch.cat([(v / size.to(v.dtype)).flatten() for v, size in zip(results[2:], sizes, strict=True)])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_formula_is_pytorchs(form):
+    tensors, gradient = inputs((3, 6, 4, 5), form=form)
+
+    def plain(x, groups, weight, bias, *, scale, shift):
+        n = F.group_norm(x, groups, weight, bias, 1e-5)
+        return F.silu(n if scale is None else n * (scale + 1) + shift)
+
+    ours, theirs = (differentiated(function, tensors, gradient, 3) for function in (reference.group_norm_silu, plain))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(form):
+    tensors, _ = inputs((2, 4, 2, 3), form=form)
+    given = [t.detach().requires_grad_() for t in tensors if t is not None]
+
+    def run(backend):
+        def call(x, weight, bias, scale=None, shift=None):
+            if backend is None:
+                return reference.group_norm_silu(x, 2, weight, bias, scale=scale, shift=shift)
+            return group_norm_silu(x, 2, weight, bias, scale=scale, shift=shift, backend=backend)
+
+        return call
+
+    for backend in (None, "reference"):
+        assert torch.autograd.gradcheck(run(backend), given)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=ids)
+def test_triton_is_no_worse_than_pytorch(shape, groups, dtype, form, device, no_worse):
+    """Value and all gradients, on a grid of shapes, dtypes and options."""
+    tensors, gradient = inputs(shape, dtype, form, device)
+    doubled = [None if t is None else t.double() for t in tensors]
+    truth = differentiated(reference.group_norm_silu, doubled, gradient.double(), groups)
+    plain = differentiated(group_norm_silu, tensors, gradient, groups, backend="reference")
+    got = differentiated(group_norm_silu, tensors, gradient, groups, backend="triton")
+    assert {g.dtype for g in got} == {dtype}
+    for g, p, r in zip(got[:2], plain, truth, strict=False):
+        no_worse(g, p, r, hair=2)
+    no_worse(together(got, truth), together(plain, truth), together(truth, truth), hair=2)
+
+
+@pytest.mark.parametrize("form", ["plain", "scaled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize(("shape", "groups"), [SHAPES[1], SHAPES[4]], ids=ids)
+def test_without_silu(shape, groups, dtype, form, device, no_worse):
+    """What goes into it, and its gradients."""
+    tensors, gradient = inputs(shape, dtype, form, device)
+    doubled = [None if t is None else t.double() for t in tensors]
+    truth = differentiated(reference.group_norm_silu, doubled, gradient.double(), groups, activation=False)
+    plain, got = (
+        differentiated(group_norm_silu, tensors, gradient, groups, activation=False, backend=backend)
+        for backend in ("reference", "triton")
+    )
+    x, weight, bias, scale, shift = doubled
+    written = F.group_norm(x, groups, weight, bias, 1e-5)
+    written = written if scale is None else written * (scale + 1) + shift
+    torch.testing.assert_close(truth[0], written, rtol=1e-10, atol=1e-10)
+    for g, p, r in zip(got[:2], plain, truth, strict=False):
+        no_worse(g, p, r, hair=2)
+    no_worse(together(got, truth), together(plain, truth), together(truth, truth), hair=2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "mixed"])
+def test_memory_layouts(layout, backend, device):
+    """channels_last in, channels_last out; what is neither is copied; a gradient of the other format fits too."""
+    (x, *rest), gradient = inputs((2, 8, 3, 5), torch.float32, device=device)
+    expected = differentiated(group_norm_silu, [x, *rest], gradient, 4, backend=backend)
+    if layout == "sliced":
+        x = torch.cat([x, x], dim=3)[..., :5]
+    else:
+        x = x.to(memory_format=torch.channels_last)
+    if layout == "channels_last":
+        gradient = gradient.to(memory_format=torch.channels_last)
+    got = differentiated(group_norm_silu, [x, *rest], gradient, 4, backend=backend)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    last = layout != "sliced"
+    assert got[0].is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def test_a_variance_that_one_pass_would_lose(device):
+    """Mean 1000, deviation 1: the squares' difference in float32 has no digit left of it."""
+    generator = torch.Generator().manual_seed(0)
+    x = (1000 + torch.randn(1, 4, 8, 8, generator=generator)).to(device)
+    ones, zeros = torch.ones(4, device=device), torch.zeros(4, device=device)
+    truth = reference.group_norm_silu(x.double(), 2, ones.double(), zeros.double())
+    got = group_norm_silu(x, 2, ones, zeros, backend="triton")
+    torch.testing.assert_close(got.double(), truth, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_group_keeps_its_infinities_to_itself(backend, device):
+    (x, weight, bias, *_), _ = inputs((2, 4, 3, 3), torch.float32, device=device)
+    x[0, 1, 2, 0] = torch.inf
+    y = group_norm_silu(x, 2, weight, bias, backend=backend)
+    assert not y[0, :2].isfinite().any()
+    assert y[0, 2:].isfinite().all() and y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_only_what_is_asked_for_is_differentiated(backend, device):
+    tensors, gradient = inputs((2, 4, 3, 3), torch.float32, device=device)
+    x, weight, bias, scale, shift = tensors
+    full = differentiated(group_norm_silu, tensors, gradient, 2, backend=backend)
+    for i, one in enumerate(tensors):
+        one.requires_grad_()
+        y = group_norm_silu(x, 2, weight, bias, scale=scale, shift=shift, backend=backend)
+        (got,) = torch.autograd.grad(y, one, gradient)
+        assert torch.equal(got, full[i + 1])
+        one.requires_grad_(False)
+
+
+def test_the_same_bits_every_time(device):
+    tensors, gradient = inputs((2, 8, 5, 5), torch.float32, device=device)
+    first, again = (differentiated(group_norm_silu, tensors, gradient, 4, backend="triton") for _ in range(2))
+    assert all(map(torch.equal, first, again))
+
+
+def test_no_images(device):
+    (x, weight, bias, *_), _ = inputs((2, 4, 3, 3), torch.float32, device=device)
+    x = x[:0].requires_grad_()
+    y = group_norm_silu(x, 2, weight.requires_grad_(), bias, backend="triton")
+    assert y.shape == (0, 4, 3, 3)
+    dx, dw = torch.autograd.grad(y.sum(), (x, weight))
+    assert dx.shape == x.shape and torch.equal(dw, torch.zeros_like(weight))
+
+
+def test_autograd_keeps_the_input_alone(device):
+    (x, *rest), _ = inputs((2, 8, 16, 16), torch.float32, device=device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        group_norm_silu(x.requires_grad_(), 4, *rest[:2], scale=rest[2], shift=rest[3], backend="triton")
+    large = [t for t in kept if t.numel() >= x.numel()]
+    assert len(large) == 1 and large[0].data_ptr() == x.data_ptr()
+
+
+def test_blocks_fill_registers_and_sectors():
+    assert group_config(8, 32, 1024, 2, False)[:3] == (1, 8, 256)  # read twice
+    assert group_config(8, 32, 256, 2, False)[:3] == (1, 8, 256)  # once
+    assert group_config(8, 32, 256, 2, True)[:2] == (4, 8)  # 64 bytes of bf16
+    assert group_config(8, 32, 256, 4, True)[:2] == (2, 8)
+    assert group_config(6, 32, 4096, 4, True)[:2] == (4, 8)
+    assert group_config(8, 1, 256, 2, True)[0] == 1
+
+
+X = torch.zeros(2, 4, 3, 3)
+C, P = torch.ones(4), torch.zeros(2, 4, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((torch.zeros(2, 4), 2, C, C), {}, r"x must be \(B, C, H, W\); got \(2, 4\)"),
+        ((X.int(), 2, C, C), {}, r"x's dtype must be one of float64, float32, bfloat16, float16; got int32"),
+        ((X, 3, C, C), {}, r"groups must be a divisor of the 4 channels; got 3"),
+        ((X, 0, C, C), {}, r"groups must be a divisor of the 4 channels; got 0"),
+        ((X, True, C, C), {}, r"groups must be a divisor of the 4 channels; got True"),
+        ((X, 2, C[:3], C), {}, r"weight must be \(4,\); got \(3,\)"),
+        ((X, 2, C, C.double()), {}, r"bias must have x's dtype torch.float32; got torch.float64"),
+        ((X, 2, C, C), {"scale": P}, r"scale and shift go together; got scale alone"),
+        ((X, 2, C, C), {"shift": P}, r"scale and shift go together; got shift alone"),
+        (
+            (X, 2, C, C), {"scale": P[..., 0], "shift": P},
+            r"scale must be \(2, 4, 1, 1\) or \(1, 4, 1, 1\); got \(2, 4, 1\)",
+        ),
+        ((X, 2, C, C), {"eps": 0.0}, r"eps must be in \(0, inf\); got 0.0"),
+        ((X, 2, C, C), {"backend": "cuda"}, r"backend must be one of auto, triton, reference; got 'cuda'"),
+    ],
+)  # fmt: skip
+def test_refusals(arguments, options, message):
+    with pytest.raises(ValueError, match=f"^group_norm_silu: {message}$"):
+        group_norm_silu(*arguments, **options)

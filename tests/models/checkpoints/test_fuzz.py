@@ -1,0 +1,152 @@
+"""Damaged and hostile checkpoints: nothing runs, and every failure is one clean line.
+
+`make fuzz` damages every byte; here a part of them, always the same.
+"""
+
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import official_files as of
+import pytest
+from fuzz_checkpoints import SLOWEST, Target, Wrong, check_message, run_cases
+from hostile import write_corpus
+from hostile_records import records
+
+from ipfm.models import NetworkConfig, build_network, load_teacher
+
+TESTS = Path(__file__).parents[2]
+FIXTURES = [TESTS / "fixtures" / f"{name}.pkl" for name in ("edm_ddpmpp_uncond", "edm_ncsnpp_uncond")]
+SMALL = NetworkConfig(
+    img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,)
+)
+
+
+def report(capsys: pytest.CaptureFixture[str], name: str, count: "collections.Counter[str]") -> None:
+    with capsys.disabled():
+        listed = ", ".join(f"{number} {what}" for what, number in sorted(count.items()))
+        print(f"\n{name}: {count.total()} damaged checkpoints ({listed})")
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+def test_flipped_and_missing_bytes(path, capsys):
+    """Of the bytes around the tensors one in 293, of their elements one in 4999, of the lengths one in 997."""
+    inside = Target(path).is_element
+    flips = [*np.flatnonzero(~inside)[::293].tolist(), *np.flatnonzero(inside)[::4999].tolist()]
+    count, wrong = run_cases(path, flips, range(0, len(inside), 997))
+    report(capsys, path.name, count)
+    assert not wrong
+    assert count.total() == len(flips) + -(-len(inside) // 997)
+    # Damage to the elements shows in the values only, damage elsewhere is mostly noticed.
+    assert count["flip element"] > 30 and count["flip refused"] > 150
+    assert count["flip same"] + count["flip setting"] < count["flip refused"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "older"])
+def test_flipped_and_missing_bytes_of_a_training_state(kind, tmp_path, capsys):
+    net = of.randomize(build_network(SMALL))
+    path = of.write_torch(tmp_path / "a.pt", {"net": of.official(net)}, older_format=kind == "older")
+    size = path.stat().st_size
+    count, wrong = run_cases(path, range(0, size, 1511), range(0, size, 2503))
+    report(capsys, f"torch.save {kind}", count)
+    assert not wrong
+    # The zip's checksums show damage to the elements, too.
+    assert (count["flip element"] == 0) == (kind == "zip")
+
+
+def test_the_fuzzer_notices_what_it_is_for(monkeypatch):
+    """With a reader that lets wrong values, other exceptions and unclean messages pass, cases are wrong."""
+    target = Target(FIXTURES[1])
+    element = int(np.flatnonzero(target.is_element)[0])
+    assert target.flip(element) == "element"
+    target.is_element[:] = False
+    with pytest.raises(Wrong, match="1 elements differ"):
+        target.flip(element)
+    assert target.flip(0) == "refused"
+
+    def broken(data: object, **options: object) -> None:
+        raise KeyError("model")
+
+    monkeypatch.setattr("fuzz_checkpoints.parse_checkpoint", broken)
+    with pytest.raises(Wrong, match="KeyError"):
+        target.flip(0)
+    for message in ("no file named", "damaged.pkl: two\nlines", "damaged.pkl: " + "x" * 500, "damaged.pkl \x1b[2J"):
+        with pytest.raises(Wrong, match="not a clean message"):
+            check_message(message, "damaged.pkl")
+
+
+def test_hostile_files(tmp_path, capsys):
+    """Nothing of any file is imported, called or written; each is refused in one line, soon and in little memory."""
+    net = of.randomize(build_network(SMALL))
+    files = write_corpus(tmp_path / "corpus", net, records(net))
+    (tmp_path / "link.pkl").symlink_to(tmp_path / "nowhere.pkl")
+    os.mkfifo(tmp_path / "pipe.pkl")
+    files |= {
+        "a folder": tmp_path / "corpus",
+        "a dangling link": tmp_path / "link.pkl",
+        "a pipe": tmp_path / "pipe.pkl",
+        "a device": Path("/dev/zero"),
+    }
+    good = of.write_pickle(tmp_path / "good.pkl", of.edm_snapshot(net))
+    (tmp_path / "files.json").write_text(json.dumps([str(path) for path in files.values()]))
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "workers" / "load_hostile.py"), str(tmp_path / "files.json"), str(good)],
+        env={**os.environ, "PYTHONPATH": str(TESTS / "helpers")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    for name, path in files.items():
+        found = seen[str(path)]
+        assert found["outcome"].startswith("ValueError: "), (name, found)
+        check_message(found["outcome"].removeprefix("ValueError: "), path.name)
+        assert not found["attempts"], (name, found)
+        assert found["seconds"] < SLOWEST, (name, found)
+    assert not list(tmp_path.rglob("marker"))
+    with capsys.disabled():
+        print(f"\n{len(files)} hostile files: all refused, nothing ran")
+
+
+def test_the_watch_sees_what_runs(tmp_path):
+    """The hook that finds nothing in hostile files finds what Python's own unpickler does with them."""
+    worker = (TESTS / "workers" / "load_hostile.py").read_text()
+    assert worker.count("load_teacher(file)") == 1
+    careless = worker.replace("load_teacher(file)", "__import__('pickle').load(open(file, 'rb'))")
+    (tmp_path / "careless.py").write_text(careless)
+    marker = tmp_path / "marker"
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04cos\nsystem\nX" + _sized(f"touch {marker}") + b"\x85R.")
+    (tmp_path / "b.pkl").write_bytes(b"\x80\x04cbuiltins\nexec\nX" + _sized("x = 1") + b"\x85R.")
+    good = of.write_pickle(tmp_path / "good.pkl", of.edm_snapshot(of.randomize(build_network(SMALL))))
+    files = [str(tmp_path / "a.pkl"), str(tmp_path / "b.pkl")]
+    (tmp_path / "files.json").write_text(json.dumps(files))
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "careless.py"), str(tmp_path / "files.json"), str(good)],
+        env={**os.environ, "PYTHONPATH": str(TESTS / "helpers")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    seen = json.loads(done.stdout)
+    assert marker.exists() and any("os.system" in event for event in seen[files[0]]["attempts"])
+    assert any(event.startswith("exec") for event in seen[files[1]]["attempts"])
+
+
+def _sized(text: str) -> bytes:
+    return len(text).to_bytes(4, "little") + text.encode()
+
+
+def test_source_text_in_a_file_is_not_run(tmp_path):
+    """Every object of a real file carries the source text of its class, which the training programs run on loading."""
+    net = of.randomize(build_network(SMALL))
+    source = f"open({str(tmp_path / 'marker')!r}, 'w')\nraise SystemExit\n"
+    path = of.write_pickle(tmp_path / "a.pkl", of.edm_snapshot(net, source=source))
+    assert source.splitlines()[0].encode() in path.read_bytes()
+    assert load_teacher(path).config == SMALL
+    assert not (tmp_path / "marker").exists()

@@ -1,0 +1,201 @@
+"""The published recipes: their settings beside those of the papers, what they say, and a run from end to end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ipfm.engine.memory.choose import Layout, choose_layout
+from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.published import PAPER_RESULTS
+from ipfm.engine.runtime.commandline import BadInput
+from ipfm.models import EDMPrecond, NetworkConfig, save_model
+from ipfm.recipes import (
+    afhqv2_ipfm,
+    afhqv2_sid,
+    cifar_ipfm,
+    cifar_pid,
+    cifar_sid,
+    cifar_teacher,
+    ffhq_ipfm,
+    ffhq_sid,
+    ffhq_teacher,
+    imagenet64_ipfm,
+    imagenet64_pid,
+    imagenet64_sid,
+)
+
+DISTIL = {
+    "cifar": cifar_ipfm, "ffhq": ffhq_ipfm, "afhqv2": afhqv2_ipfm, "imagenet64": imagenet64_ipfm,
+    "cifar SiD": cifar_sid, "ffhq SiD": ffhq_sid, "afhqv2 SiD": afhqv2_sid, "imagenet64 SiD": imagenet64_sid,
+}  # fmt: skip
+PID = {"cifar": cifar_pid, "imagenet64": imagenet64_pid}
+TEACH = {"cifar": cifar_teacher, "ffhq": ffhq_teacher}
+
+# recipe -> (lr, beta1 of student and generator, alpha, batch, dropout, augment, EMA half-life in kimg, Heun steps)
+PUBLISHED = {
+    "cifar": (1e-5, 0.0, 0.0, 1.0, 256, 0.0, 0.12, 500, 18),
+    "ffhq": (1e-5, 0.0, 0.9, 1.0, 512, 0.05, 0.15, 500, 40),
+    "afhqv2": (5e-6, 0.0, 0.0, 1.0, 512, 0.05, 0.15, 500, 40),
+    "imagenet64": (4e-6, 0.0, 0.0, 1.2, 8192, 0.1, 0.0, 2000, 40),
+    "cifar SiD": (1e-5, 0.0, 0.0, 1.2, 256, 0.13, 0.12, 500, 18),
+    "ffhq SiD": (1e-5, 0.0, 0.9, 1.2, 512, 0.05, 0.15, 500, 40),
+    "afhqv2 SiD": (5e-6, 0.0, 0.0, 1.0, 512, 0.05, 0.15, 500, 40),
+    "imagenet64 SiD": (4e-6, 0.0, 0.0, 1.2, 8192, 0.1, 0.0, 2000, 40),
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In an empty folder, without timing full-size networks or laying them out (test_fits does)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.seconds_per_image", lambda *_: 0.001)
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.layout_table", lambda *_, **__: "layouts")
+
+
+@pytest.fixture
+def thin_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory plan of a thin network: those of full size take half a minute each (test_recipe_input has one)."""
+
+    def thin(config: Distillation, network: NetworkConfig, *, ranks: int, budget: int | None) -> Layout:
+        network = replace(network, model_channels=32, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+        return choose_layout(config, network, ranks=ranks, budget=budget)
+
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.choose_layout", thin)
+
+
+def dry(capsys: pytest.CaptureFixture[str], module, *arguments: str) -> dict[str, str]:
+    """The settings that --dry-run prints, by name, and the whole text as "text"."""
+    module.main([*arguments, "--dry-run"])
+    text = capsys.readouterr().out
+    lines = [line.split(None, 1) for line in text.splitlines() if line.startswith("  ") and len(line.split()) > 1]
+    return dict(lines) | {"text": text}
+
+
+@pytest.mark.usefixtures("thin_plan")
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_settings_are_those_of_the_papers(capsys: pytest.CaptureFixture[str], tmp_path: Path, recipe: str) -> None:
+    # Nothing is left open for memory to decide, which takes longer for the large networks.
+    said = dry(capsys, DISTIL[recipe], "--micro-batch", "16", "--zero", "1", "--backward", "phased")
+    lr, student_beta1, generator_beta1, alpha, batch, dropout, augment, ema, heun = PUBLISHED[recipe]
+    expected = {
+        "lr": lr, "student_beta1": student_beta1, "generator_beta1": generator_beta1, "alpha": alpha, "batch": batch,
+        "dropout": dropout, "augment": augment, "ema_kimg": ema, "heun_steps": heun, "ema_rampup": 0.05,
+        "sigmas": 2.5, "eps": 1e-8,
+    }  # fmt: skip
+    assert {name: float(said[name]) for name in expected} == pytest.approx(expected)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sid_is_diffusion(capsys: pytest.CaptureFixture[str]) -> None:
+    said = dry(capsys, cifar_sid)
+    assert said["D"] == "inf" and said["out"] == "runs/cifar_sid-Dinf-alpha1.2-K1"
+    assert "the settings of SiD (arXiv 2404.04057)" in said["text"] and "55,733,891" in said["text"]  # ddpm++
+
+
+@pytest.mark.usefixtures("thin_plan")
+@pytest.mark.parametrize(("recipe", "lr", "batch"), [("cifar", 2e-4, 512), ("imagenet64", 1e-4, 2048)])
+def test_settings_of_pid(capsys: pytest.CaptureFixture[str], recipe: str, lr: float, batch: int) -> None:
+    said = dry(capsys, PID[recipe], "--distance", "l2", "--micro-batch", "4")
+    assert (float(said["lr"]), int(said["batch"]), int(said["points"])) == (lr, batch, 250)
+    # 0.99995 in every step: the ramp ends with the first one.
+    assert 0.5 ** (batch / (1000 * float(said["ema_kimg"]))) == pytest.approx(0.99995, abs=1e-9)
+    assert float(said["ema_rampup"]) == 1e6 and float(said["dropout"]) == 0
+    with pytest.raises(BadInput, match="LPIPS"):
+        PID[recipe].main(["--dry-run"])
+
+
+@pytest.mark.usefixtures("thin_plan")
+@pytest.mark.parametrize("setting", PAPER_RESULTS)
+def test_every_published_setting_is_recognised(capsys: pytest.CaptureFixture[str], setting) -> None:
+    recipe = {"cifar10": "cifar", "ffhq64": "ffhq"}[setting.dataset]
+    said = dry(
+        capsys, DISTIL[recipe], "--D", f"{setting.D:g}", "--alpha", f"{setting.alpha:g}", "--steps", str(setting.steps)
+    )
+    assert float(said["D"]) == setting.D
+    assert int(said["student_updates"]) == (2 if recipe == "cifar" and setting.D == 2048 else 1)
+    assert len(said["sigmas"].split(", ")) == setting.steps
+    assert "no result" not in said["text"]
+
+
+@pytest.mark.usefixtures("thin_plan")
+def test_what_was_never_published_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "CIFAR-10: no result is published for D = 64 at alpha = 1 and 1 step; published there: D = 128, 2048, inf"
+    assert line in dry(capsys, cifar_ipfm, "--D", "64")["text"]
+    assert (
+        "no result is published for D = 128 at alpha = 1.2"
+        in dry(capsys, cifar_ipfm, "--alpha", "1.2", "--D", "128")["text"]
+    )
+    assert (
+        "D = 2048 at alpha = 1 and 2 steps; published there: D = 128, inf"
+        in dry(capsys, ffhq_ipfm, "--D", "2048", "--steps", "2")["text"]
+    )
+    for module in (afhqv2_ipfm, imagenet64_ipfm):
+        text = dry(capsys, module)["text"]
+        assert "carried over from SiD" in text and "no result of this method is published for this data set" in text
+
+
+def test_what_a_teacher_lacks_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    net = EDMPrecond(
+        img_resolution=32, img_channels=3, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(),
+        label_dim=10, D=128.0,
+    )  # fmt: skip
+    save_model(net, tmp_path / "model")
+    said = dry(capsys, cifar_ipfm, "--teacher", str(tmp_path / "model"))
+    assert "no result of this method is published for class-conditional networks" in said["text"]
+    assert "without augmentation, as the teacher takes no augmentation labels" in said["text"]
+    assert float(said["augment"]) == 0
+    with pytest.raises(BadInput, match=r"augment 0.12 needs a network with 9 augmentation labels"):
+        cifar_ipfm.main(["--teacher", str(tmp_path / "model"), "--augment", "0.12", "--dry-run"])
+
+
+@pytest.mark.usefixtures("thin_plan")
+@pytest.mark.parametrize("recipe", DISTIL)
+def test_without_a_teacher_it_says_which_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path, recipe: str) -> None:
+    with pytest.raises(BadInput) as error:
+        DISTIL[recipe].main([])
+    assert str(error.value) == "give --teacher; --dry-run works without one"
+    for part in ("README of", "NVlabs/edm", "ipfm convert FILE FOLDER", ".pkl"):
+        assert part in error.value.details
+    assert error.value.details in dry(capsys, DISTIL[recipe])["text"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", TEACH)
+def test_teacher_recipes(capsys: pytest.CaptureFixture[str], tmp_path: Path, recipe: str) -> None:
+    with pytest.raises(BadInput, match="give --data") as error:
+        TEACH[recipe].main([])
+    assert "as its authors publish it" in error.value.details and "ipfm dataset" in error.value.details
+    said = dry(capsys, TEACH[recipe], "--D", "inf", "--arch", "ddpmpp")
+    expected = {"cifar": (512, 1e-3, 0.13, 0.12), "ffhq": (256, 2e-4, 0.05, 0.15)}[recipe]
+    assert tuple(float(said[name]) for name in ("batch", "lr", "dropout", "augment")) == expected
+    assert (said["D"], float(said["beta1"]), float(said["lr_rampup_kimg"])) == ("inf", 0.9, 10_000)
+    assert {"cifar": "55,733,891", "ffhq": "61,805,571"}[recipe] in said["text"]
+    # Without augmentation the network has no layer for its labels.
+    assert {"cifar": "55,732,739", "ffhq": "61,804,419"}[recipe] in dry(
+        capsys, TEACH[recipe], "--arch", "ddpmpp", "--augment", "0"
+    )["text"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (cifar_ipfm, ["--inception", "x.pt", "--dry-run"], "inception was given without reference"),
+        (cifar_ipfm, ["--reference", "x.npz", "--dry-run"], "inception-2015-12-05.pt"),
+        (cifar_ipfm, ["--augment", "1.5"], "--augment must lie in [0, 1], got 1.5"),
+        (cifar_teacher, ["--arch", "adm"], "--arch must be one of ddpmpp, ncsnpp"),
+        (cifar_teacher, ["--model-channels", "0"], "--model-channels must be at least 1, got 0"),
+        (cifar_teacher, ["--data", "nowhere.zip"], "nowhere.zip"),
+        (cifar_teacher, ["--continue-from", "nowhere.pt"], "nowhere.pt"),
+        (cifar_teacher, ["--continue-from", "x.pt", "--num-blocks", "2"], "--num-blocks was given, but continue-from"),
+        (cifar_teacher, ["--continue-from", "x.pt", "--conditional"], "--conditional was given, but continue-from"),
+    ],
+)  # fmt: skip
+def test_bad_options(tmp_path: Path, module, arguments: list[str], message: str) -> None:
+    with pytest.raises(BadInput) as error:
+        module.main(arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
