@@ -44,7 +44,7 @@ def objective(settings: Mapping[str, Any]) -> str | None:
     return "pid" if "points" in settings else "ipfm" if "alpha" in settings else None
 
 
-def manner(settings: Mapping[str, Any]) -> str | None:
+def objective_in_words(settings: Mapping[str, Any]) -> str | None:
     """How a generator was distilled: the objective and what decides over it."""
     kind = objective(settings)
     if kind == "pid":

@@ -11,6 +11,7 @@ import tyro
 
 from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.json_output import output
+from ipfm.engine.runtime.wording import number, rows
 
 if TYPE_CHECKING:
     from ipfm.models import NetworkConfig
@@ -36,14 +37,14 @@ class Info:
 
         with output(as_json=self.json) as write:
             with user_input():
-                describe = _checkpoint if self.model.is_file() else _run if is_run(self.model) else _folder
-                facts, text = describe(self.model)
+                read = _checkpoint if self.model.is_file() else _run if is_run(self.model) else _folder
+                facts, text = read(self.model)
             write({"path": self.model, **facts}, text)
 
 
 def _run(path: Path) -> tuple[dict[str, Any], str]:
     """The facts of a run folder, and as text. ValueError: it cannot be read."""
-    from ipfm.engine.commands import describe as described
+    from ipfm.engine.commands import describe
     from ipfm.engine.evaluation.results import results_table
     from ipfm.engine.runtime.wording import significant
     from ipfm.engine.training.run_state import read_run
@@ -63,7 +64,7 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
         "distance_step": step,
         "distances": run.distances,
         "results": run.results,
-        "objective": described.objective(run.config),
+        "objective": describe.objective(run.config),
         "D": run.config.get("D"),
         "sigmas": run.config.get("sigmas"),
         "network": run.network,
@@ -74,7 +75,7 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
     measured = None if distance is None else f"{significant(distance)} at step {step}"
     if best is not None and best[0] != step:
         measured = f"{measured}; smallest {significant(best[1])} at step {best[0]}"
-    text = described.rows(
+    text = rows(
         [
             ("run", "distillation" if run.kind == "distill" else "training of a teacher"),
             ("state", run.state + ("; the same command continues" if run.state == "stopped" else "")),
@@ -83,10 +84,10 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
             (run.metric, measured),
             ("losses", ", ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in losses.items())),
             ("generator" if run.kind == "distill" else "teacher", run.network or "not exported yet"),
-            ("objective", described.manner(run.config)),
-            ("D", None if run.config.get("D") is None else described.number(run.config["D"])),
+            ("objective", describe.objective_in_words(run.config)),
+            ("D", None if run.config.get("D") is None else number(run.config["D"])),
             ("sigmas", _levels(run.config.get("sigmas"))),
-            ("settings", described.training(run.config)),
+            ("settings", describe.training(run.config)),
         ]
     )
     return facts, f"{text}\n\n{results_table(run.results).rstrip()}" if run.results else text
@@ -94,7 +95,7 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
 
 def _folder(path: Path) -> tuple[dict[str, Any], str]:
     """The same of a model folder. ValueError: there is no model, or it is damaged."""
-    from ipfm.engine.commands import describe as described
+    from ipfm.engine.commands import describe
     from ipfm.models import load_teacher, read_config
 
     stored = read_config(path)
@@ -111,15 +112,15 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
         "sigmas": sigmas,
         "training": dict(extra),
     }
-    text = described.rows(
+    text = rows(
         [
             ("kind", facts["kind"]),
             *_network_rows(stored.network, parameters),
             ("NFE", nfe if generator else "35 (18 steps of Heun's method, unless others are asked for)"),
             ("sigmas", _levels(sigmas)),
-            ("distilled by", described.manner(settings) if generator else None),
+            ("distilled by", describe.objective_in_words(settings) if generator else None),
             ("dataset", extra.get("dataset")),
-            ("training", described.training(settings, extra.get("optimizer_steps"))),
+            ("training", describe.training(settings, extra.get("optimizer_steps"))),
             ("converted from", " ".join(str(source[name]) for name in ("file", "network") if name in source)),
         ]
     )
@@ -128,7 +129,6 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
     """The same of the network that would be taken from a checkpoint."""
-    from ipfm.engine.commands import describe as described
     from ipfm.models.checkpoints.reader import open_checkpoint
     from ipfm.models.checkpoints.training_state import read_training_state
 
@@ -166,14 +166,14 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
         }
         seen = "" if state.images_seen is None else f", {state.images_seen:,} images"
         lines.append(("training", f"{state.adam_steps:,} steps{seen}, lr {state.lr:g}"))
-    return facts, described.rows(lines)
+    return facts, rows(lines)
 
 
 def _network(network: NetworkConfig, parameters: int) -> dict[str, Any]:
-    from ipfm.engine.commands import describe as described
+    from ipfm.engine.commands import describe
 
     return {
-        "architecture": described.family(network),
+        "architecture": describe.family(network),
         "resolution": network.img_resolution,
         "channels": network.img_channels,
         "classes": network.label_dim,
@@ -184,12 +184,12 @@ def _network(network: NetworkConfig, parameters: int) -> dict[str, Any]:
 
 
 def _network_rows(network: NetworkConfig, parameters: int) -> list[tuple[str, object]]:
-    from ipfm.engine.commands import describe as described
+    from ipfm.engine.commands import describe
 
     return [
-        ("architecture", described.architecture(network)),
-        ("images", described.images(network)),
-        ("D", described.number(network.D)),
+        ("architecture", describe.architecture(network)),
+        ("images", describe.images(network)),
+        ("D", number(network.D)),
         ("parameters", f"{parameters:,}"),
     ]
 
