@@ -1,0 +1,156 @@
+"""Runs, checkpoints and models that version 0.1.0 wrote: this version goes on with them, to the same numbers.
+
+tests/fixtures/version-0.1.0 holds them, with the program that made them and what that version said and drew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ipfm.engine import DistillConfig, Distiller, Evaluation, PidConfig, TeacherConfig, TeacherTraining
+from ipfm.engine.commands.main import _main as ipfm
+from ipfm.engine.data.dataset import digits
+from ipfm.engine.distributed.world import World
+from ipfm.engine.evaluation.metrics import PixelFeatures, dataset_statistics
+from ipfm.engine.evaluation.results import EvaluationHistory
+from ipfm.engine.runtime.files import StepLog
+from ipfm.engine.sampling.stored_model import sample_model
+from ipfm.models import load_model, load_teacher
+
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "version-0.1.0"
+EXPECTED = json.loads((FIXTURE / "expected.json").read_text(encoding="utf-8"))
+RUNS = ("teacher", "ipfm", "pid")
+MODELS = ("teacher/model", "ipfm/generator", "pid/generator")
+COMMON: dict[str, Any] = {
+    "batch": 8, "log_every": 1, "checkpoint_every": 4, "keep_checkpoints": 1, "eval_every": 2, "lr": 1e-3,
+    "ema_kimg": 0.05, "ema_rampup": 1.0, "zero": 0, "precision": "fp32",
+}  # fmt: skip
+CONFIGS = {
+    "ipfm": DistillConfig(max_steps=8, alpha=1.0, steps=2, **COMMON),
+    "pid": PidConfig(max_steps=8, points=20, **COMMON),
+}
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what version 0.1.0 left; the working directory."""
+    shutil.copytree(FIXTURE, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    return tmp_path / "old"
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> Evaluation:
+    data = digits()
+    features = PixelFeatures(data.shape)
+    return Evaluation(features, dataset_statistics(data, features), images=64, batch=64)
+
+
+@pytest.fixture(scope="module")
+def images() -> Mapping[str, np.ndarray]:
+    with np.load(FIXTURE / "images.npz") as file:
+        return dict(file)
+
+
+def drawn(model: Path, heun_steps: int = 5) -> np.ndarray:
+    return sample_model(model, CPU, heun_steps=heun_steps, seed=1).draw(0, 4).numpy()
+
+
+def agrees(found: Any, before: Any, where: str = "") -> None:
+    """Everything that was said before is said still; more may be. Numbers to the rounding of another processor."""
+    if isinstance(before, dict):
+        assert isinstance(found, dict) and not before.keys() - found.keys(), f"{where}: {before.keys() - found.keys()}"
+        for name, value in before.items():
+            agrees(found[name], value, f"{where}.{name}")
+    elif isinstance(before, list):
+        assert isinstance(found, list) and len(found) == len(before), where
+        for index, pair in enumerate(zip(found, before, strict=True)):
+            agrees(*pair, f"{where}[{index}]")
+    elif isinstance(before, float):
+        assert math.isclose(found, before, rel_tol=1e-12), f"{where}: {found} instead of {before}"
+    else:
+        assert found == before, f"{where}: {found!r} instead of {before!r}"
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("path", [*RUNS, *MODELS])
+def test_info_says_the_same(capsys: pytest.CaptureFixture[str], path: str) -> None:
+    ipfm(["info", path, "--json"])
+    agrees(json.loads(capsys.readouterr().out), EXPECTED["info"][path])
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("run", RUNS)
+def test_report_says_the_same(capsys: pytest.CaptureFixture[str], run: str) -> None:
+    ipfm(["report", run, "--json"])
+    # Version and time of the report itself are new.
+    before = {name: value for name, value in EXPECTED["report"][run].items() if name != "made"}
+    agrees(json.loads(capsys.readouterr().out), before)
+    ipfm(["report", run])
+    assert (Path(run) / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("run", CONFIGS)
+def test_a_distillation_is_resumed_to_the_same_end(
+    folder: Path, run: str, evaluation: Evaluation, images: Mapping[str, np.ndarray]
+) -> None:
+    """From the checkpoint of step 4 to step 8: losses, distances and images as that version's own continuation."""
+    teacher = load_teacher(folder / "teacher" / "model")
+    Distiller(CONFIGS[run], teacher, evaluation=evaluation, dataset="digits", world=ALONE).run(folder / run)
+    lines, before = StepLog(folder / run / "metrics.jsonl", None).read(), EXPECTED["metrics"][run]
+    assert [line["step"] for line in lines] == [line["step"] for line in before] == list(range(8))
+    for line, expected in zip(lines, before, strict=True):
+        assert line.keys() == expected.keys()
+        for name in line:
+            if name.endswith(("_loss", "_bad")):
+                assert line[name] == pytest.approx(expected[name], rel=1e-4), name
+    distances = [tuple(point) for point in EXPECTED["distances"][run]]
+    assert EvaluationHistory(folder / run).points == [(s, pytest.approx(d, rel=1e-4)) for s, d in distances]
+    np.testing.assert_allclose(drawn(folder / run / "generator"), images[f"{run}-8"], atol=1e-4)
+
+
+def test_a_teacher_is_resumed(folder: Path, evaluation: Evaluation) -> None:
+    """A finished training is only read again; a longer one goes on where it was."""
+    network = load_teacher(folder / "teacher" / "model").config
+    before = StepLog(folder / "teacher" / "metrics.jsonl", None).read()
+    for steps in (6, 8):
+        config = TeacherConfig(max_steps=steps, lr_rampup_kimg=0.01, **COMMON)
+        TeacherTraining(config, network, digits(), evaluation=evaluation, world=ALONE).run(folder / "teacher")
+        lines = StepLog(folder / "teacher" / "metrics.jsonl", None).read()
+        assert len(lines) == steps and lines[:6] == before
+
+
+@pytest.mark.parametrize("run", CONFIGS)
+def test_a_run_of_other_settings_is_refused_as_before(folder: Path, run: str, evaluation: Evaluation) -> None:
+    teacher = load_teacher(folder / "teacher" / "model")
+    other = Distiller(replace(CONFIGS[run], lr=2e-3), teacher, evaluation=evaluation, world=ALONE)
+    with pytest.raises(ValueError, match=r"belongs to another configuration \(lr is 0.001 there, 0.002 here\)"):
+        other.run(folder / run)
+
+
+@pytest.mark.parametrize(("model", "name"), [(MODELS[0], "teacher"), (MODELS[1], "ipfm-4"), (MODELS[2], "pid-4")])
+def test_models_draw_the_same_images(images: Mapping[str, np.ndarray], model: str, name: str) -> None:
+    np.testing.assert_allclose(drawn(FIXTURE / model), images[name], atol=1e-4)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("model", MODELS)
+def test_models_are_exported(capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str) -> None:
+    """The export compares what it wrote with the network, whose images are those of before."""
+    ipfm(["export", model, str(tmp_path / "network.pt2"), "--json"])
+    assert json.loads(capsys.readouterr().out)["difference"] <= 1e-5
+    ipfm(["export", model, str(tmp_path / "hub"), "--samples", "0"])
+    mine, theirs = load_model(tmp_path / "hub").state_dict(), load_model(Path(model)).state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
