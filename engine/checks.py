@@ -44,5 +44,12 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def number(value: object) -> float:
+    """A value of a JSON file as a number, "inf" among them; NaN for anything else."""
+    if is_number(value):
+        return float(value)  # type: ignore[arg-type]
+    return math.inf if value == "inf" else math.nan
+
+
 def option_name(name: str) -> str:
     return name.replace("_", "-")

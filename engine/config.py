@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -169,6 +170,10 @@ class RunConfig:
         seen = (step + 1) * self.batch
         half_life = min(self.ema_kimg * 1000, self.ema_rampup * seen)
         return 0.5 ** (self.batch / half_life)
+
+    def recorded(self) -> Mapping[str, str]:
+        """What config.json of a run folder says of these settings beside their values."""
+        return {}
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON holds exactly; infinity as the string "inf"."""

@@ -1,12 +1,15 @@
 """Names of the random streams.
 
 Every random number is a function of (seed, stream, step, sample index, element) [Salmon et al. 2011]; the stream keeps
-uses apart that share the other four. The numbers are part of what a seed means: append, never renumber.
+uses apart that share the other four. The numbers are part of what a seed means: append, never renumber. `Stream` has
+those that several files share, and an objective the rest of its own in a subclass of `ObjectiveStream`. Numbers from 26
+on were never used: the next use takes the first that is free.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,13 +42,29 @@ class Stream(IntEnum):
     SHAPES = 19
     STUDENT_LAST = 20
     GENERATOR_LAST = 21
-    PID_LATENT = 22
-    PID_LEVEL = 23
-    PID_LABEL = 24
-    PID_DROPOUT = 25
 
 
-def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: Stream, step: int) -> Tensor | None:
+class ObjectiveStream(IntEnum):
+    """Streams of one objective, declared in its file.
+
+    Raises:
+        ValueError: when a class is made with a number that `Stream` or another objective has.
+    """
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        others: tuple[type[IntEnum], ...] = (Stream, *ObjectiveStream.__subclasses__())
+        for other in others:
+            if (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__):
+                continue
+            if shared := {int(stream) for stream in cls} & {int(stream) for stream in other}:
+                raise ValueError(
+                    f"the random streams {sorted(shared)} of {cls.__module__}.{cls.__qualname__} belong to "
+                    f"{other.__module__}.{other.__qualname__}: take numbers that nobody has"
+                )
+
+
+def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: int, step: int) -> Tensor | None:
     """One-hot class labels (B, label_dim) float32, uniform over the classes; None for label_dim = 0.
 
     Args:
@@ -67,13 +86,13 @@ def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: Stre
     return (classes[:, None] == torch.arange(label_dim, device=classes.device)).float()
 
 
-def draw_number(count: int, *, seed: int, stream: Stream, step: int) -> int:
+def draw_number(count: int, *, seed: int, stream: int, step: int) -> int:
     """A number of 0..count - 1, each as likely, known to the host: the same on every process and device."""
     word = philox.host_word(seed=seed, stream=stream, step=step)
     return word * count >> 32
 
 
-def seed_dropout(seed: int, stream: Stream, step: int, first_index: int) -> None:
+def seed_dropout(seed: int, stream: int, step: int, first_index: int) -> None:
     """Seed PyTorch's generators for the dropout of one forward pass.
 
     The state depends on the position alone, so that a resumed run, and the second forward of a phased step, drop the

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ipfm.engine.evaluation.reference_data import open_images
-from ipfm.engine.objectives.published import paper_result, published_figures
+from ipfm.engine.objectives import OBJECTIVES
+from ipfm.engine.objectives.published import paper_result
 from ipfm.engine.sampling.stored_model import sample_model
 from ipfm.models.store import CONFIG_FILE
 
@@ -70,17 +71,13 @@ def open_subject(
     return Subject("teacher", draw, shape, None, network.D, nfe, _teacher_paper(facts, network.D, nfe))
 
 
-def _generator_paper(facts: Mapping[str, Any], D: float, steps: int) -> str | None:
+def _generator_paper(facts: Mapping[str, Any], D: float, nfe: int) -> str | None:
     """The published figure for a generator that says on what data, by which objective and how it was distilled."""
-    dataset, alpha, settings = facts.get("dataset"), facts.get("alpha"), facts.get("config")
-    if not isinstance(dataset, str):
+    dataset = facts.get("dataset")
+    objective, settings = OBJECTIVES.of_generator(facts)
+    if objective is None or not isinstance(dataset, str):
         return None
-    if facts.get("parametrisation") == "trajectory" and isinstance(settings, Mapping):
-        found = published_figures(dataset, settings).get(D)
-    elif isinstance(alpha, (int, float)):
-        found = paper_result(dataset, D, float(alpha), steps)
-    else:
-        return None
+    found = objective.figures(dataset, {"steps": nfe, **settings}).get(D)
     return None if found is None else str(found)
 
 

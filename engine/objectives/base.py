@@ -1,7 +1,8 @@
 """What a distillation trains, and how: the frame that every objective fills in, and that the trainer knows.
 
 An objective is made by its settings, `Distillation.objective`. Its file has both, and nothing else needs to know of it:
-networks, optimisers, ZeRO, memory plans, checkpoints, evaluation and export follow from what it says of itself.
+networks, optimisers, ZeRO, memory plans, checkpoints, evaluation, reports and export follow from what it says of
+itself.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -151,9 +152,38 @@ class Objective(Protocol):
         ...
 
 
+_registered: dict[str, type[Distillation]] = {}
+
+
+def registered() -> Mapping[str, type[Distillation]]:
+    """The settings classes imported so far by their kinds, in order; `ipfm.engine.objectives.OBJECTIVES` has all."""
+    return dict(sorted(_registered.items()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Distillation(RunConfig, ABC):
-    """What every way to distil a teacher has in common. A way adds its own settings, and says what it trains."""
+    """What every way to distil a teacher has in common. A way adds its own settings, and says what it trains.
+
+    A subclass that has a `kind` of its own is registered under it: it is an objective of which plans, reports,
+    evaluation and export know, by what the class says. What they ask of settings that were read from a folder is asked
+    of the class, with the settings as JSON has them, those within another one under their full name in reports
+    (noise.p_mean); any of them may be missing or damaged.
+
+    Raises:
+        ValueError: when a class is made whose kind another one has.
+    """
+
+    kind: ClassVar[str] = ""
+    """Name of the objective on command lines and in config.json. It and the next two are written as constants."""
+    planned: ClassVar[Mapping[str, str]] = {}
+    """Settings that `ipfm plan` has as options of this objective, which may be left out -> what their help says. Their
+    annotations are made of numbers, str, bool, None and Literal."""
+    plan_example: ClassVar[str] = ""
+    """A command line for the help of `ipfm plan`."""
+    method: ClassVar[str] = ""
+    """The method's name in the literature, within a sentence; default: its kind."""
+    readings: ClassVar[Mapping[str, str]] = {}
+    """Name of a loss in the log -> a sentence on how to read it."""
 
     teacher: Path | None = None
     """The teacher: a checkpoint of EDM, PFGM++ or SiD, or a model folder (config.json and model.safetensors)."""
@@ -171,6 +201,21 @@ class Distillation(RunConfig, ABC):
     """joint: one backward pass over all networks; phased: one network's activations at a time; auto: by memory."""
     heun_steps: int = 18
     """Steps of the teacher's sampler in the final table; 18 are 35 network evaluations."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        # Options of a recipe are settings of their objective, and no other one.
+        if "kind" not in cls.__dict__:
+            return
+        other = _registered.setdefault(cls.kind, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"two objectives have the kind {cls.kind!r}: {other.__module__}.{other.__qualname__} and "
+                f"{cls.__module__}.{cls.__qualname__}"
+            )
+        _registered[cls.kind] = cls
+        if "method" not in cls.__dict__:
+            cls.method = cls.kind
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -212,3 +257,61 @@ class Distillation(RunConfig, ABC):
     @abstractmethod
     def name(self) -> str:
         """What tells runs of the same teacher apart, for the name of a run folder, e.g. "alpha1-K1"."""
+
+    def recorded(self) -> Mapping[str, str]:
+        """See `RunConfig.recorded`."""
+        return {"objective": self.kind}
+
+    def check_network(self, network: NetworkConfig) -> None:
+        """Check that this objective can do with a teacher of this architecture.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
+    # -- what is asked of the settings of a folder ------------------------------------------------------------------
+
+    @classmethod
+    def recognises(cls, settings: Mapping[str, Any]) -> bool:
+        """Whether the settings of a folder are this objective's, where it is older than the key that says so."""
+        return False
+
+    @classmethod
+    def nfe_of(cls, settings: Mapping[str, Any]) -> int | None:
+        """Network evaluations an image of the generator; None where the settings do not say."""
+        return 1
+
+    @classmethod
+    def implied(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Values, as JSON has them, that follow from other settings where nothing is given, by the setting's name."""
+        return {}
+
+    @classmethod
+    def figures(cls, dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
+        """The published figures for exactly these settings at every D that has one; `dataset`: see `plain_name`."""
+        return {}
+
+    @classmethod
+    def report_title(cls, settings: Mapping[str, Any], at: str) -> str:
+        """Title of the report of a run; `at`: ", D = 128", or nothing where D is not known."""
+        return f"{cls.method[:1].upper()}{cls.method[1:]}{at}"
+
+    @classmethod
+    def report_words(cls, settings: Mapping[str, Any]) -> str:
+        """How the generator is distilled, for a sentence of the report: "regression at σ = 2.5"."""
+        return cls.method
+
+    @classmethod
+    def info_words(cls, settings: Mapping[str, Any]) -> str:
+        """The objective and what decides over it, for a line of `ipfm info`."""
+        return cls.method
+
+    @classmethod
+    def card_words(cls) -> str:
+        """The objective in a model card, in Markdown."""
+        return cls.method
+
+    @classmethod
+    def card_rows(cls, settings: Mapping[str, Any]) -> Mapping[str, object]:
+        """Further rows of a model card's table; None is left out."""
+        return {}

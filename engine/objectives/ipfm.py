@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from ipfm.engine.checks import at_least, check_start, is_number, positive, share
+from ipfm.engine.checks import at_least, check_start, is_number, number, positive, share
 from ipfm.engine.config import InitialWeights
 from ipfm.engine.data.augmentation import augment
 from ipfm.engine.noise_levels import check_sigmas, few_step_sigmas
@@ -29,6 +30,7 @@ from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.published import PaperResult, paper_results
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
 from ipfm.engine.random_streams import Stream, draw_labels, draw_number, seed_dropout
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.sampling.batches import sample_generator
 from ipfm.kernels import perturb
 from ipfm.models import NetworkConfig, Precond
@@ -55,7 +57,7 @@ class InversePoissonFlowMatching:
         self.config, self.network = config, network
         self.D = network.D if config.D is None else config.D
         self.title = f"distil D={self.D:g} alpha={config.alpha:g} K={config.steps}"
-        self.summary = f"at alpha = {config.alpha:g} and {config.steps} step{'s' * (config.steps > 1)}"
+        self.summary = f"at alpha = {config.alpha:g} and {counted(config.steps, 'step')}"
         self.roles: tuple[Role, ...] = (
             Role(
                 "student",
@@ -101,7 +103,7 @@ class InversePoissonFlowMatching:
 
     def published(self, dataset: str) -> Mapping[float, PaperResult]:
         """See `Objective.published`."""
-        return paper_results(dataset, self.config.alpha, self.config.steps)
+        return self.config.figures(dataset, self.config.to_json())
 
 
 @dataclass(frozen=True)
@@ -319,6 +321,19 @@ ALPHA_LIMIT = 1e6
 class DistillConfig(Distillation):
     """Distillation of a teacher into a K-step generator by inverse Poisson flow matching [IPFM, algorithms 1 and 2]."""
 
+    kind: ClassVar[str] = "ipfm"
+    planned: ClassVar[Mapping[str, str]] = {
+        "steps": "K: evaluations of an IPFM generator. Default: 1.",
+        "student_updates": "Of IPFM: student updates per generator update. Default: 1.",
+    }
+    plan_example: ClassVar[str] = "ipfm plan --model cifar10-ncsnpp --ranks 8 --zero 2 --precision bf16 --gpu-memory 24"
+    method: ClassVar[str] = "inverse Poisson flow matching"
+    readings: ClassVar[Mapping[str, str]] = {
+        "generator_loss": "generator_loss is a difference of two denoising losses: it oscillates about zero and says "
+        "little; watch the distance.",
+        "student_loss": "student_loss is a denoising loss: it falls, then follows the generator.",
+    }
+
     alpha: float = 1.0
     """Regularisation, in SiD's convention: 0.5 is the pure IPFM objective, 1.0 the paper's recommendation."""
     steps: int = 1
@@ -386,3 +401,56 @@ class DistillConfig(Distillation):
     def name(self) -> str:
         """See `Distillation.name`."""
         return f"alpha{self.alpha:g}-K{self.steps}"
+
+    @classmethod
+    def recognises(cls, settings: Mapping[str, Any]) -> bool:
+        """See `Distillation.recognises`."""
+        return "alpha" in settings
+
+    @classmethod
+    def nfe_of(cls, settings: Mapping[str, Any]) -> int | None:
+        """See `Distillation.nfe_of`."""
+        return settings.get("steps")
+
+    @classmethod
+    def implied(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `Distillation.implied`: the noise levels."""
+        steps, level = settings.get("steps"), number(settings.get("sigma_init"))
+        if isinstance(steps, int) and steps > 0 and 0 < level < math.inf:
+            return {"sigmas": list(few_step_sigmas(steps, level))}
+        return {}
+
+    @classmethod
+    def figures(cls, dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
+        """See `Distillation.figures`."""
+        steps = settings.get("steps")
+        return paper_results(dataset, number(settings.get("alpha")), steps) if isinstance(steps, int) else {}
+
+    @classmethod
+    def report_title(cls, settings: Mapping[str, Any], at: str) -> str:
+        """See `Distillation.report_title`."""
+        return f"Distillation{at}, α = {number(settings.get('alpha')):g}, {counted(settings.get('steps'), 'step')}"
+
+    @classmethod
+    def report_words(cls, settings: Mapping[str, Any]) -> str:
+        """See `Distillation.report_words`."""
+        alpha = number(settings.get("alpha"))
+        pure = ", the pure objective" if alpha == 0.5 else ""
+        case = ", which at D = ∞ is SiD" if number(settings.get("D")) == math.inf else ""
+        return f"{cls.method}{case} (α = {alpha:g}{pure})"
+
+    @classmethod
+    def info_words(cls, settings: Mapping[str, Any]) -> str:
+        """See `Distillation.info_words`."""
+        steps = counted(settings.get("steps", 1), "step")
+        return f"{cls.method}, alpha = {number(settings.get('alpha')):g}, {steps}"
+
+    @classmethod
+    def card_words(cls) -> str:
+        """See `Distillation.card_words`."""
+        return f"{cls.method} ([arXiv 2509.22454](https://arxiv.org/abs/2509.22454))"
+
+    @classmethod
+    def card_rows(cls, settings: Mapping[str, Any]) -> Mapping[str, object]:
+        """See `Distillation.card_rows`."""
+        return {"α (0.5 is the pure objective)": settings.get("alpha")}

@@ -7,10 +7,11 @@ dx/dt = (x - T(x, t)) / t, at every D in this parametrisation. One evaluation at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,19 +22,49 @@ from ipfm.engine.objectives.losses import along, per_sample
 from ipfm.engine.objectives.lpips import Lpips, load_lpips, lpips_gradient
 from ipfm.engine.objectives.lpips_weights import read_weights, shapes
 from ipfm.engine.objectives.phases import mark
-from ipfm.engine.objectives.published import PaperResult, published_figures
+from ipfm.engine.objectives.published import PaperResult, plain_name
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
-from ipfm.engine.random_streams import Stream, draw_labels, seed_dropout
+from ipfm.engine.random_streams import ObjectiveStream, draw_labels, seed_dropout
 from ipfm.engine.sampling.batches import sample_trajectory
 from ipfm.kernels import perturb, philox
 from ipfm.models import EDMPrecond, NetworkConfig, Precond
 
 Difference = Literal["first", "central"]
 
+# Figures of the paper: CIFAR-10 and ImageNet-64, EDM teachers.
+_PUBLISHED = {
+    ("cifar10", "first", "lpips"): 3.92,
+    ("cifar10", "central", "lpips"): 3.68,
+    ("cifar10", "first", "l2"): 5.85,
+    ("imagenet64cond", "first", "lpips"): 9.49,
+}
+SOURCE = "Tee et al., Physics Informed Distillation"
+
+
+class PidStream(ObjectiveStream):
+    """Random streams of this objective; the numbers are those that its runs have always had."""
+
+    LATENT = 22
+    LEVEL = 23
+    LABEL = 24
+    DROPOUT = 25
+
 
 @dataclass(frozen=True, kw_only=True)
 class PidConfig(Distillation):
     """Physics informed distillation of a teacher into a one-step generator [PID]."""
+
+    kind: ClassVar[str] = "pid"
+    planned: ClassVar[Mapping[str, str]] = {
+        "distance": "Of PID. Default: l2.",
+        "lpips_side": "Of PID with lpips: side that images are resized to. Default: as they are.",
+    }
+    plan_example: ClassVar[str] = "ipfm plan --model adm --objective pid --ranks 8 --precision bf16 --fits 24 48 80 141"
+    method: ClassVar[str] = "physics informed distillation"
+    readings: ClassVar[Mapping[str, str]] = {
+        "generator_loss": "generator_loss is the residual of the teacher's ODE on the trajectories that the network "
+        "has learned: it falls.",
+    }
 
     points: int = 250
     """N: noise levels of the grid on which the trajectory is differentiated."""
@@ -80,7 +111,7 @@ class PidConfig(Distillation):
         return self
 
     def check_network(self, network: NetworkConfig) -> None:
-        """ValueError where this objective cannot do with a teacher of this architecture."""
+        """See `Distillation.check_network`."""
         if network.precond != EDMPrecond.PRECOND:
             raise ValueError(
                 f"a trajectory needs a teacher with EDM's preconditioning ({EDMPrecond.PRECOND}), got {network.precond}"
@@ -105,6 +136,31 @@ class PidConfig(Distillation):
     def name(self) -> str:
         """See `Distillation.name`."""
         return f"pid-{self.difference}-{self.distance}-N{self.points}"
+
+    @classmethod
+    def recognises(cls, settings: Mapping[str, Any]) -> bool:
+        """See `Distillation.recognises`."""
+        return "points" in settings or settings.get("parametrisation") == "trajectory"
+
+    @classmethod
+    def figures(cls, dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
+        """See `Distillation.figures`."""
+        if settings.get("points") != 250 or settings.get("width") != 1:
+            return {}
+        known = _PUBLISHED.get((plain_name(dataset), str(settings.get("difference")), str(settings.get("distance"))))
+        return {} if known is None else {math.inf: PaperResult(known, None, None, SOURCE)}
+
+    @classmethod
+    def report_words(cls, settings: Mapping[str, Any]) -> str:
+        """See `Distillation.report_words`."""
+        points, difference, distance = (settings.get(name) for name in ("points", "difference", "distance"))
+        return f"{cls.method} ({difference} difference, {distance}, {points} levels)"
+
+    @classmethod
+    def info_words(cls, settings: Mapping[str, Any]) -> str:
+        """See `Distillation.info_words`."""
+        points, difference, distance = (settings.get(name) for name in ("points", "difference", "distance"))
+        return f"{cls.method}, {difference} difference, {distance}, N = {points}"
 
 
 class PhysicsInformedDistillation:
@@ -155,7 +211,7 @@ class PhysicsInformedDistillation:
 
     def published(self, dataset: str) -> Mapping[float, PaperResult]:
         """See `Objective.published`."""
-        return published_figures(dataset, self.config.to_json())
+        return self.config.figures(dataset, self.config.to_json())
 
 
 class Stencil(NamedTuple):
@@ -252,11 +308,9 @@ class PidSteps:
         index = self._offsets + first
         seed = config.seed
         mark("generator: samples")
-        labels = draw_labels(self.network.label_dim, index, seed=seed, stream=Stream.PID_LABEL, step=step)
-        z = perturb(
-            self._zeros, self._start, self.D, seed=seed, stream=Stream.PID_LATENT, step=step, sample_index=index
-        )
-        u = philox.uniform(index, 1, seed=seed, stream=Stream.PID_LEVEL, step=step)[:, 0]
+        labels = draw_labels(self.network.label_dim, index, seed=seed, stream=PidStream.LABEL, step=step)
+        z = perturb(self._zeros, self._start, self.D, seed=seed, stream=PidStream.LATENT, step=step, sample_index=index)
+        u = philox.uniform(index, 1, seed=seed, stream=PidStream.LEVEL, step=step)[:, 0]
         # u lies in (0, 1]: 1 belongs to the last pair of levels.
         pair = (u.double() * (config.points - 1)).long().clamp_(max=config.points - 2)
         at = stencil(self._grid, pair, config.difference)
@@ -318,7 +372,7 @@ class PidSteps:
 
     def _seed_dropout(self, step: int, first: int) -> None:
         if self.config.dropout > 0:
-            seed_dropout(self.config.seed, Stream.PID_DROPOUT, step, first)
+            seed_dropout(self.config.seed, PidStream.DROPOUT, step, first)
 
 
 def _lpips(config: PidConfig, device: torch.device) -> Lpips:

@@ -4,26 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-# Figures of the paper: CIFAR-10 and ImageNet-64, EDM teachers.
-_PUBLISHED = {
-    ("cifar10", "first", "lpips"): 3.92,
-    ("cifar10", "central", "lpips"): 3.68,
-    ("cifar10", "first", "l2"): 5.85,
-    ("imagenet64cond", "first", "lpips"): 9.49,
-}
-
-
-SOURCE = "Tee et al., Physics Informed Distillation"
-
-
-def published_figures(dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
-    """The published figures by D of a generator distilled with these `settings`, a `PidConfig` as JSON has it."""
-    if settings.get("points") != 250 or settings.get("width") != 1:
-        return {}
-    known = _PUBLISHED.get((plain_name(dataset), str(settings.get("difference")), str(settings.get("distance"))))
-    return {} if known is None else {math.inf: PaperResult(known, None, None, SOURCE)}
+from typing import NamedTuple
 
 
 class PaperResult(NamedTuple):
@@ -86,4 +67,5 @@ def paper_results(dataset: str, alpha: float, steps: int) -> dict[float, PaperRe
 
 
 def plain_name(dataset: str) -> str:
+    """A data set's name as tables of figures have it: without case, hyphens and underscores."""
     return dataset.lower().replace("-", "").replace("_", "")

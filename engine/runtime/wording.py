@@ -12,6 +12,16 @@ def number(D: object) -> str:
     return f"{D:g}" if isinstance(D, (int, float)) else str(D)
 
 
+def symbol(D: float) -> str:
+    """D for people, where a sign is enough: "128", "∞"."""
+    return "∞" if math.isinf(D) else f"{D:g}"
+
+
+def counted(count: object, noun: str) -> str:
+    """ "1 step", "4 steps", "2 processes"."""
+    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 def rows(facts: list[tuple[str, object]]) -> str:
     """Aligned lines, a fact each; those that are None are left out."""
     shown = [(name, str(value)) for name, value in facts if value is not None and value != ""]

@@ -189,6 +189,7 @@ class Distiller:
         about = {
             "task": "generator",
             "dataset": self.dataset,
+            **config.recorded(),
             "D": config.to_json()["D"],
             **self.objective.facts,
         }

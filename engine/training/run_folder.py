@@ -66,7 +66,7 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
             each setting that differs.
         OSError: the folder cannot be read.
     """
-    record = {"format": FORMAT, "kind": kind, "config": config.to_json(), **facts}
+    record = {"format": FORMAT, "kind": kind, **config.recorded(), "config": config.to_json(), **facts}
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} is a file, the run folder {path} cannot be there: choose another --out")

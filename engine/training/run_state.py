@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ipfm.engine.checks import number
 from ipfm.engine.evaluation.results import EvaluationHistory, EvaluationRow, read_results
 from ipfm.engine.runtime.files import StepLog, read_json
 from ipfm.engine.training.checkpoint import checkpoints_in
@@ -104,10 +105,3 @@ def total_steps(config: Mapping[str, Any]) -> int | None:
     if math.isfinite(steps):
         return int(steps)
     return max(1, math.ceil(kimg * 1000 / batch)) if math.isfinite(kimg) and batch > 0 else None
-
-
-def number(value: object) -> float:
-    """`value` as a number, "inf" among them; NaN for anything else."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    return math.inf if value == "inf" else math.nan

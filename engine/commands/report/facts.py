@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from ipfm.engine.checks import number
 from ipfm.engine.commands.report.reading import EvaluationPoint, RunRecord
 from ipfm.engine.commands.report.reproduce import Command, is_default, portable, reproduce, settings_class, use
 from ipfm.engine.config import TeacherConfig
@@ -21,7 +22,6 @@ from ipfm.engine.runtime.json_output import plain
 from ipfm.engine.runtime.versions import installed
 from ipfm.engine.runtime.wording import duration, significant
 from ipfm.engine.training.environment import in_words
-from ipfm.engine.training.run_state import number
 
 State = Literal["finished", "going on", "stopped", "diverged"]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ipfm.engine.checks import number
 from ipfm.engine.commands.report.pace import Pace, read_pace
 from ipfm.engine.evaluation.results import EvaluationRow, read_results
 from ipfm.engine.experiments.ablation_runs import FAILED_FILE
@@ -19,7 +20,7 @@ from ipfm.engine.memory.profile import PhaseMemory
 from ipfm.engine.runtime.files import StepLog, read_json
 from ipfm.engine.training.environment import ENVIRONMENT_FILE, read_starts
 from ipfm.engine.training.run_folder import folder_user
-from ipfm.engine.training.run_state import EXPORTS, newest_checkpoint, number, step_of, total_steps
+from ipfm.engine.training.run_state import EXPORTS, newest_checkpoint, step_of, total_steps
 from ipfm.models.atomic_files import why
 
 T = TypeVar("T")

@@ -12,6 +12,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
+from ipfm.engine.checks import number
 from ipfm.engine.commands.describe import objective
 from ipfm.engine.commands.report.reading import RunRecord, read_run
 from ipfm.engine.config import TeacherConfig
@@ -23,7 +24,6 @@ from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.objectives.pid import PidConfig
 from ipfm.engine.training.run import PLACE
-from ipfm.engine.training.run_state import number
 from ipfm.models import NetworkConfig, presets
 
 # Settings that a command need not repeat: those that change nothing of the result, but for the evaluations' steps.

@@ -15,8 +15,8 @@ from torch import Tensor
 from ipfm.engine import Distiller, NoiseLevels
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.lpips_weights import shapes
-from ipfm.engine.objectives.pid import PidConfig, stencil
-from ipfm.engine.random_streams import Stream, draw_labels, seed_dropout
+from ipfm.engine.objectives.pid import PidConfig, PidStream, stencil
+from ipfm.engine.random_streams import draw_labels, seed_dropout
 from ipfm.engine.sampling.stored_model import sample_model
 from ipfm.engine.sampling.trajectory import trajectory
 from ipfm.kernels import perturb, philox
@@ -52,15 +52,15 @@ def plain_loop(teacher: Precond, config: PidConfig, steps: int) -> tuple[list[fl
     losses = []
     for step in range(steps):
         at = {"seed": config.seed, "step": step}
-        labels = draw_labels(teacher.label_dim, index, stream=Stream.PID_LABEL, **at)
+        labels = draw_labels(teacher.label_dim, index, stream=PidStream.LABEL, **at)
         zeros, start = torch.zeros(config.batch, 3, 8, 8), torch.full((config.batch,), 80.0)
-        z = perturb(zeros, start, teacher.D, stream=Stream.PID_LATENT, sample_index=index, **at)
-        u = philox.uniform(index, 1, stream=Stream.PID_LEVEL, **at)[:, 0].double()
+        z = perturb(zeros, start, teacher.D, stream=PidStream.LATENT, sample_index=index, **at)
+        u = philox.uniform(index, 1, stream=PidStream.LEVEL, **at)[:, 0].double()
         i = (u * (config.points - 1)).long().clamp(max=config.points - 2)
         t, s = grid[i], grid[i + 1]
 
         def point(level: Tensor, step: int = step, z: Tensor = z, labels: Tensor | None = labels) -> Tensor:
-            seed_dropout(config.seed, Stream.PID_DROPOUT, step, 0)
+            seed_dropout(config.seed, PidStream.DROPOUT, step, 0)
             return trajectory(G, z.double(), level, sigma_max=80.0, sigma_data=0.5, class_labels=labels,
                               input_dtype=torch.float32)  # fmt: skip
 

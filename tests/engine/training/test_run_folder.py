@@ -40,7 +40,9 @@ def test_a_new_folder(tmp_path):
     path = tmp_path / "runs" / "a"
     record = check_run_folder(path, "distill", CONFIG, FACTS)
     assert not path.exists() and not path.parent.exists()
-    assert record == {"format": 1, "kind": "distill", "config": CONFIG.to_json(), "teacher": "ab12"}
+    assert record == {
+        "format": 1, "kind": "distill", "objective": "ipfm", "config": CONFIG.to_json(), "teacher": "ab12"
+    }  # fmt: skip
     folder = open_run_folder(path, record, write=True)
     assert folder.path == path and folder.checkpoints == path / "checkpoints"
     assert json.loads((path / "config.json").read_text()) == record
