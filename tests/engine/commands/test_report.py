@@ -36,9 +36,9 @@ from ipfm.engine.data.image_grid import image_grid, save_grid
 from ipfm.engine.evaluation.results import EvaluationRow, write_results
 from ipfm.engine.memory.profile import MemoryProfiler
 from ipfm.engine.objectives.ipfm import DistillConfig
-from ipfm.engine.runtime import launcher
 from ipfm.engine.runtime.commandline import parse, run_command
 from ipfm.engine.runtime.files import json_line
+from ipfm.engine.training import run_folder
 from ipfm.engine.training.run_folder import _identity
 from ipfm.models import EDMPrecond, presets, save_model
 from ipfm.recipes import (
@@ -131,7 +131,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     # This process goes on; its locks are not of these runs any more.
     for folder in (out, out / "teacher"):
-        launcher._held.pop(folder.resolve()).close()
+        run_folder._held.pop(folder.resolve()).close()
     return out
 
 
