@@ -12,10 +12,8 @@ in runs/ablation-D. The same command goes on where it was stopped. Measured: doc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from ipfm.engine.experiments.ablation import Ablation, Variant
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.experiments import Ablation, Variant, run_command
 from ipfm.recipes.ablation_data import CIFAR, DIGITS
 
 ABLATION = Ablation(
@@ -28,11 +26,7 @@ ABLATION = Ablation(
     cifar=CIFAR,
 )
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the ablation with these arguments."""
-    ABLATION.main(argv)
-
+main = ABLATION.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

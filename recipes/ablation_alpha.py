@@ -12,11 +12,9 @@ command goes on where it was stopped. Measured: docs/ablations.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from ipfm.engine.experiments.ablation import Ablation, Variant
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.experiments import Ablation, Variant, run_command
 from ipfm.recipes.ablation_data import CIFAR, DIGITS
 
 ABLATION = Ablation(
@@ -29,11 +27,7 @@ ABLATION = Ablation(
     cifar=CIFAR,
 )
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the ablation with these arguments."""
-    ABLATION.main(argv)
-
+main = ABLATION.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

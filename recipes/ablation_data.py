@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ipfm.engine.experiments.ablation import AblationOptions, Arch, as_ablation
-from ipfm.engine.experiments.local import TrainAndDistil
+from ipfm.engine.experiments import AblationOptions, Arch, TrainAndDistil, as_ablation
 from ipfm.models import NetworkConfig, presets
 from ipfm.recipes import cifar_ipfm, digits_ipfm
 
@@ -41,5 +40,5 @@ DIGITS = digits_ablation(
 # Those of the CIFAR-10 recipe, the same for every variant; the length is this project's choice.
 CIFAR = replace(
     cifar_ipfm.RECIPE,
-    base=as_ablation(cifar_ipfm.BASE, data="cifar", kimg=10_000, eval_every=2000, max_bad_steps=50),
+    base=as_ablation(cifar_ipfm.RECIPE.base, data="cifar", kimg=10_000, eval_every=2000, max_bad_steps=50),
 )

@@ -13,11 +13,9 @@ Measured: docs/ablations.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
-from ipfm.engine.experiments.ablation import Ablation, Variant, as_ablation
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.experiments import Ablation, Variant, as_ablation, run_command
 from ipfm.recipes import cifar_pid, digits_pid
 from ipfm.recipes.ablation_data import digits_ablation
 
@@ -35,15 +33,13 @@ ABLATION = Ablation(
     digits=digits_ablation(digits_pid.RECIPE, teacher_steps=600, seeds=(0, 1)),
     cifar=replace(
         cifar_pid.RECIPE,
-        base=as_ablation(cifar_pid.BASE, data="cifar", kimg=20_000, eval_every=2000, distance="l2", max_bad_steps=50),
+        base=as_ablation(
+            cifar_pid.RECIPE.base, data="cifar", kimg=20_000, eval_every=2000, distance="l2", max_bad_steps=50
+        ),
     ),
 )
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the ablation with these arguments."""
-    ABLATION.main(argv)
-
+main = ABLATION.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

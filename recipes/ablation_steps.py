@@ -13,10 +13,7 @@ in runs/ablation-steps. The same command goes on where it was stopped. Measured:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ipfm.engine.experiments.ablation import Ablation, Variant
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.experiments import Ablation, Variant, run_command
 from ipfm.recipes import digits_ipfm
 from ipfm.recipes.ablation_data import CIFAR, digits_ablation
 
@@ -38,11 +35,7 @@ ABLATION = Ablation(
     cifar=CIFAR,
 )
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the ablation with these arguments."""
-    ABLATION.main(argv)
-
+main = ABLATION.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

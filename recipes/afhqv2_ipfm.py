@@ -10,13 +10,11 @@ are SiD's for AFHQv2-64 (arXiv 2404.04057). The length, 100 000 thousand images,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from ipfm.engine.experiments.distil import DistilRecipe
-from ipfm.engine.experiments.options import RecipeOptions
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine import DistillConfig
+from ipfm.engine.experiments import DistilRecipe, recipe_options, run_command
 
-BASE = RecipeOptions(
+BASE = DistillConfig(
     batch=512,
     kimg=100_000,
     lr=5e-6,
@@ -40,17 +38,13 @@ RECIPE = DistilRecipe(
     shape=(3, 64, 64),
     preset="afhqv2-64-ddpmpp",
     D=math.inf,
-    base=BASE,
+    base=recipe_options(BASE),
     settings_from="AFHQv2-64: these settings are carried over from SiD (arXiv 2404.04057); no result of this method is "
     "published for this data set",
     teachers=TEACHERS,
 )
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

@@ -10,18 +10,19 @@ Batch 512, learning rate 5e-6, alpha 1.0, dropout 0.05, augmentation 0.15.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.experiments import recipe_options, run_command
 from ipfm.recipes import afhqv2_ipfm
 
-RECIPE = afhqv2_ipfm.RECIPE.as_sid("afhqv2_sid.py", __doc__, afhqv2_ipfm.BASE, D=math.inf)
+RECIPE = afhqv2_ipfm.RECIPE.with_options(
+    "afhqv2_sid.py",
+    __doc__,
+    recipe_options(afhqv2_ipfm.BASE),
+    D=math.inf,
+    settings_of="SiD (arXiv 2404.04057)",
+)
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

@@ -12,15 +12,21 @@ paper does not print the length of its runs: 100 000 thousand images here are th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from ipfm.engine.experiments.distil import DistilRecipe
-from ipfm.engine.experiments.options import RecipeOptions
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine import DistillConfig
+from ipfm.engine.experiments import DistilRecipe, recipe_options, run_command
 
-BASE = RecipeOptions(
-    batch=256, kimg=100_000, lr=1e-5, ema_kimg=500, alpha=1.0, dropout=0.0, augment=0.12, heun_steps=18, log_every=50
+BASE = DistillConfig(
+    batch=256,
+    kimg=100_000,
+    lr=1e-5,
+    ema_kimg=500,
+    alpha=1.0,
+    dropout=0.0,
+    augment=0.12,
+    heun_steps=18,
+    log_every=50,
 )
 
 TEACHERS = """\
@@ -30,7 +36,7 @@ TEACHERS = """\
 To train one: deepspeed recipes/cifar_teacher.py --data cifar-10-python.tar.gz --D 2048"""
 
 
-def variant(base: RecipeOptions, D: float) -> RecipeOptions:
+def variant(base: DistillConfig, D: float) -> DistillConfig:
     """The settings for this D."""
     return replace(base, student_updates=2) if D == 2048 else base
 
@@ -43,16 +49,12 @@ RECIPE = DistilRecipe(
     shape=(3, 32, 32),
     preset="cifar10-ncsnpp",
     D=2048.0,
-    base=BASE,
+    base=recipe_options(BASE),
     variant=variant,
     teachers=TEACHERS,
 )
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

@@ -13,24 +13,25 @@ choice.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from ipfm.engine.experiments.options import PidOptions, ema_kimg
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine import PidConfig
+from ipfm.engine.experiments import ema_kimg, recipe_options, run_command
 from ipfm.recipes import cifar_ipfm
 
-BASE = PidOptions(
+BASE = PidConfig(
     batch=512, kimg=200_000, lr=2e-4, ema_kimg=ema_kimg(0.99995, 512), ema_rampup=1e6, distance="lpips", heun_steps=18,
     log_every=50,
 )  # fmt: skip
 
-RECIPE = cifar_ipfm.RECIPE.as_pid("cifar_pid.py", __doc__, BASE, D=math.inf)
+RECIPE = cifar_ipfm.RECIPE.with_options(
+    "cifar_pid.py",
+    __doc__,
+    recipe_options(BASE),
+    D=math.inf,
+    settings_of="Physics Informed Distillation (Tee et al.), D = inf there",
+)
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

@@ -11,21 +11,21 @@ Batch 256, learning rate 1e-5, alpha 1.2, ddpm++ with dropout 0.13, augmentation
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.experiments import recipe_options, run_command
 from ipfm.recipes import cifar_ipfm
 
-RECIPE = cifar_ipfm.RECIPE.as_sid(
-    "cifar_sid.py", __doc__, replace(cifar_ipfm.BASE, alpha=1.2, dropout=0.13), preset="cifar10-ddpmpp", D=math.inf
+RECIPE = cifar_ipfm.RECIPE.with_options(
+    "cifar_sid.py",
+    __doc__,
+    recipe_options(replace(cifar_ipfm.BASE, alpha=1.2, dropout=0.13)),
+    preset="cifar10-ddpmpp",
+    D=math.inf,
+    settings_of="SiD (arXiv 2404.04057)",
 )
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

@@ -8,14 +8,10 @@ The data are scikit-learn's bundled digits (1797 images). Everything is chosen s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ipfm.engine.config import TeacherConfig
+from ipfm.engine import DistillConfig, TeacherConfig
 from ipfm.engine.data.dataset import digits
 from ipfm.engine.evaluation.metrics import PixelFeatures
-from ipfm.engine.experiments.local import TrainAndDistil
-from ipfm.engine.experiments.options import RecipeOptions
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.experiments import TrainAndDistil, recipe_options, run_command
 from ipfm.models import presets
 
 RECIPE = TrainAndDistil(
@@ -28,26 +24,24 @@ RECIPE = TrainAndDistil(
     features=PixelFeatures,
     compared="in pixel space",
     D=128.0,
-    base=RecipeOptions(
-        batch=64,
-        max_steps=300,
-        lr=3e-4,
-        ema_kimg=10.0,
-        ema_rampup=0.2,
-        alpha=1.0,
-        eval_every=50,
+    base=recipe_options(
+        DistillConfig(
+            batch=64,
+            max_steps=300,
+            lr=3e-4,
+            ema_kimg=10.0,
+            ema_rampup=0.2,
+            alpha=1.0,
+            eval_every=50,
+            checkpoint_every=100,
+        ),
         eval_images=2000,
-        checkpoint_every=100,
         teacher_steps=900,
     ),
     training=TeacherConfig(batch=128, lr=2e-3, lr_rampup_kimg=6.4, ema_kimg=10.0, checkpoint_every=250),
 )
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

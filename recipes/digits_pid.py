@@ -8,34 +8,30 @@ Data, teacher and table are those of `digits_ipfm.py`. Two CPU cores need a few 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ipfm.engine.experiments.options import PidOptions
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine import PidConfig
+from ipfm.engine.experiments import recipe_options, run_command
 from ipfm.recipes import digits_ipfm
 
 RECIPE = digits_ipfm.RECIPE.with_options(
     "digits_pid.py",
     __doc__,
-    PidOptions(
-        batch=64,
-        max_steps=600,
-        lr=1e-3,
-        points=35,
-        ema_kimg=5.0,
-        ema_rampup=0.2,
-        eval_every=100,
+    recipe_options(
+        PidConfig(
+            batch=64,
+            max_steps=600,
+            lr=1e-3,
+            points=35,
+            ema_kimg=5.0,
+            ema_rampup=0.2,
+            eval_every=100,
+            checkpoint_every=200,
+        ),
         eval_images=2000,
-        checkpoint_every=200,
         teacher_steps=900,
     ),
 )
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

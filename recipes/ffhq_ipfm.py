@@ -11,13 +11,10 @@ is this project's choice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from ipfm.engine import DistillConfig
+from ipfm.engine.experiments import DistilRecipe, recipe_options, run_command
 
-from ipfm.engine.experiments.distil import DistilRecipe
-from ipfm.engine.experiments.options import RecipeOptions
-from ipfm.engine.runtime.commandline import run_command
-
-BASE = RecipeOptions(
+BASE = DistillConfig(
     batch=512,
     kimg=100_000,
     lr=1e-5,
@@ -43,15 +40,11 @@ RECIPE = DistilRecipe(
     shape=(3, 64, 64),
     preset="ffhq64-ddpmpp",
     D=128.0,
-    base=BASE,
+    base=recipe_options(BASE),
     teachers=TEACHERS,
 )
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

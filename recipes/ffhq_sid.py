@@ -11,19 +11,20 @@ Batch 512, learning rate 1e-5, Adam with beta1 = 0 (student) and 0.9 (generator)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.experiments import recipe_options, run_command
 from ipfm.recipes import ffhq_ipfm
 
-RECIPE = ffhq_ipfm.RECIPE.as_sid("ffhq_sid.py", __doc__, replace(ffhq_ipfm.BASE, alpha=1.2), D=math.inf)
+RECIPE = ffhq_ipfm.RECIPE.with_options(
+    "ffhq_sid.py",
+    __doc__,
+    recipe_options(replace(ffhq_ipfm.BASE, alpha=1.2)),
+    D=math.inf,
+    settings_of="SiD (arXiv 2404.04057)",
+)
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

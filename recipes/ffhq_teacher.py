@@ -10,10 +10,7 @@ images. Without --D the teacher is one of D = 128.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ipfm.engine.experiments.teacher import TeacherOptions, TeacherRecipe
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.experiments import TeacherOptions, TeacherRecipe, run_command
 
 BASE = TeacherOptions(
     batch=256,
@@ -44,11 +41,7 @@ RECIPE = TeacherRecipe(
     data=DATA,
 )
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

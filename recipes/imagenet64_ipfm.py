@@ -12,13 +12,11 @@ project's choice.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from ipfm.engine.experiments.distil import DistilRecipe
-from ipfm.engine.experiments.options import RecipeOptions
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine import DistillConfig
+from ipfm.engine.experiments import DistilRecipe, recipe_options, run_command
 
-BASE = RecipeOptions(
+BASE = DistillConfig(
     batch=8192,
     kimg=200_000,
     lr=4e-6,
@@ -42,17 +40,13 @@ RECIPE = DistilRecipe(
     shape=(3, 64, 64),
     preset="imagenet64-adm",
     D=math.inf,
-    base=BASE,
+    base=recipe_options(BASE),
     settings_from="ImageNet-64: these settings are carried over from SiD (arXiv 2404.04057); no result of this method "
     "is published for this data set",
     teachers=TEACHERS,
 )
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

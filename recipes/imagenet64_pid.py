@@ -10,24 +10,25 @@ Settings: Tee et al., Physics Informed Distillation: 250 levels, LPIPS, Rectifie
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from ipfm.engine.experiments.options import PidOptions, ema_kimg
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine import PidConfig
+from ipfm.engine.experiments import ema_kimg, recipe_options, run_command
 from ipfm.recipes import imagenet64_ipfm
 
-BASE = PidOptions(
+BASE = PidConfig(
     batch=2048, kimg=200_000, lr=1e-4, ema_kimg=ema_kimg(0.99995, 2048), ema_rampup=1e6, distance="lpips",
     heun_steps=40, log_every=10,
 )  # fmt: skip
 
-RECIPE = imagenet64_ipfm.RECIPE.as_pid("imagenet64_pid.py", __doc__, BASE, D=math.inf)
+RECIPE = imagenet64_ipfm.RECIPE.with_options(
+    "imagenet64_pid.py",
+    __doc__,
+    recipe_options(BASE),
+    D=math.inf,
+    settings_of="Physics Informed Distillation (Tee et al.), D = inf there",
+)
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

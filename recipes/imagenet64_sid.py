@@ -10,18 +10,19 @@ Batch 8192, learning rate 4e-6, alpha 1.2, dropout 0.1, no augmentation.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.experiments import recipe_options, run_command
 from ipfm.recipes import imagenet64_ipfm
 
-RECIPE = imagenet64_ipfm.RECIPE.as_sid("imagenet64_sid.py", __doc__, imagenet64_ipfm.BASE, D=math.inf)
+RECIPE = imagenet64_ipfm.RECIPE.with_options(
+    "imagenet64_sid.py",
+    __doc__,
+    recipe_options(imagenet64_ipfm.BASE),
+    D=math.inf,
+    settings_of="SiD (arXiv 2404.04057)",
+)
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

@@ -11,16 +11,13 @@ the kind of the shape in front. Nothing is downloaded. The networks are those of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ipfm.engine.config import TeacherConfig
+from ipfm.engine import DistillConfig, TeacherConfig
 from ipfm.engine.data.shapes import KINDS, shapes
 from ipfm.engine.evaluation.metrics import BlockFeatures
-from ipfm.engine.experiments.local import TrainAndDistil
-from ipfm.engine.experiments.options import RecipeOptions
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.experiments import DistillationOptions, TrainAndDistil, run_command
 from ipfm.models import NetworkConfig, presets
 
 SIDE = 32
@@ -29,7 +26,7 @@ PRESETS = {"ncsnpp": "cifar10-ncsnpp", "ddpmpp": "cifar10-ddpmpp", "adm": "image
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShapesOptions(RecipeOptions):
+class ShapesOptions(DistillationOptions, DistillConfig):
     """Options of this recipe."""
 
     arch: Literal["ncsnpp", "ddpmpp", "adm"] = "ncsnpp"
@@ -100,11 +97,7 @@ RECIPE = TrainAndDistil(
     training=TeacherConfig(batch=32, lr=2e-3, lr_rampup_kimg=6.4, ema_kimg=10.0, checkpoint_every=500),
 )
 
-
-def main(argv: Sequence[str]) -> None:
-    """Run the recipe with these arguments."""
-    RECIPE.main(argv)
-
+main = RECIPE.main
 
 if __name__ == "__main__":
     run_command(__file__, main)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.distributed.world import World, run_device, start_world
@@ -16,7 +16,7 @@ from ipfm.engine.experiments.ablation_runs import Run, check_ablation_folder, op
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.local import TrainAndDistil
-from ipfm.engine.experiments.options import DistillationOptions, PidOptions, RecipeOptions, check_images
+from ipfm.engine.experiments.options import DistillationOptions, check_images, options_for
 from ipfm.engine.runtime.commandline import BadInput, parse, user_input
 from ipfm.engine.runtime.launcher import first_process, launched_processes
 from ipfm.engine.training.resolve import resolve, resolve_D, resolve_precision
@@ -53,24 +53,12 @@ class AblationOptions(DistillationOptions):
     quick: bool = False
     """A few steps of everything, to see that it runs: the numbers mean nothing."""
 
-    OWN: ClassVar[frozenset[str]] = frozenset({"data", "variants", "seeds", "teachers", "arch", "quick"})
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds must be different integers >= 0, at least one, got {_listed(self.seeds)}")
         if self.arch not in get_args(Arch):
             raise ValueError(f"arch must be one of {', '.join(get_args(Arch))}, got {self.arch!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class IpfmAblationOptions(AblationOptions, RecipeOptions):
-    """Options of an ablation by inverse Poisson flow matching."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PidAblationOptions(AblationOptions, PidOptions):
-    """Options of an ablation by physics informed distillation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,8 +336,8 @@ def arch_of(network: NetworkConfig) -> Arch:
 def as_ablation(base: DistillationOptions, **changes: Any) -> AblationOptions:
     """The settings of a recipe as those of an ablation, with these changed."""
     values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-    kind = PidAblationOptions if isinstance(base, PidOptions) else IpfmAblationOptions
-    return kind(**{**values, **changes})
+    options: AblationOptions = options_for(base.settings_class(), AblationOptions)(**{**values, **changes})
+    return options
 
 
 def _printer(world: World) -> Callable[[str], None]:

@@ -11,8 +11,6 @@ from ipfm.engine.evaluation.results import results_table
 from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.options import (
     DistillationOptions,
-    PidOptions,
-    RecipeOptions,
     check_images,
     read_teacher,
     run_name,
@@ -108,20 +106,29 @@ class DistilRecipe:
                 print(results_table(distiller.rows))
             print(f"generator: {path / 'generator'}")
 
-    def as_sid(
-        self, file: str, about: str | None, base: RecipeOptions, *, D: float, preset: str | None = None
+    def with_options(
+        self,
+        file: str,
+        about: str | None,
+        base: DistillationOptions,
+        *,
+        D: float,
+        settings_of: str,
+        preset: str | None = None,
     ) -> DistilRecipe:
-        """The same data set with the settings of SiD, the case D = inf."""
+        """The same data set with the settings, or by the objective, of another paper.
+
+        Args:
+            file: name of the recipe's file.
+            about: what --help says first.
+            base: settings, the same for every D.
+            D: auxiliary dimensions of a --dry-run with neither --teacher nor --D.
+            settings_of: whose settings they are, e.g. "SiD (arXiv 2404.04057)".
+            preset: network of a --dry-run without --teacher; this recipe's when None.
+        """
         return replace(
             self, file=file, about=about or "", base=base, variant=same_for_every_D, D=D, preset=preset or self.preset,
-            settings_from=f"{self.title}: the settings of SiD (arXiv 2404.04057)",
-        )  # fmt: skip
-
-    def as_pid(self, file: str, about: str | None, base: PidOptions, *, D: float) -> DistilRecipe:
-        """The same data set by physics informed distillation."""
-        return replace(
-            self, file=file, about=about or "", base=base, variant=same_for_every_D, D=D,
-            settings_from=f"{self.title}: the settings of Physics Informed Distillation (Tee et al.), D = inf there",
+            settings_from=f"{self.title}: the settings of {settings_of}",
         )  # fmt: skip
 
     def settings_for(self, network: NetworkConfig) -> DistillationOptions:

@@ -1,22 +1,22 @@
-"""What every recipe shares: its options, the way from a teacher to a run, and --dry-run."""
+"""What every recipe shares: its options, the teacher that they name, and the name of a run."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.objectives.base import Distillation
-from ipfm.engine.objectives.ipfm import DistillConfig
-from ipfm.engine.objectives.pid import PidConfig
 from ipfm.models import NetworkConfig, Precond, load_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationOptions(Distillation, EvaluationOptions):
-    """Options of every recipe that distils, beside those of its objective."""
+    """Options of every recipe that distils, beside those of its objective; `options_for` puts the two together."""
 
     teacher_steps: int | None = None
     """Training steps of the teacher, in a recipe that trains one when --teacher is not given."""
@@ -29,22 +29,52 @@ class DistillationOptions(Distillation, EvaluationOptions):
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise ValueError(f"teacher-steps must be at least 1, got {self.teacher_steps}")
 
+    @classmethod
+    def settings_class(cls) -> type[Distillation]:
+        """The class of the objective's settings alone."""
+        return next(c for c in cls.__mro__ if issubclass(c, Distillation) and not issubclass(c, EvaluationOptions))
+
     def distillation(self) -> Distillation:
         """The settings of the distillation alone."""
-        kind = next(
-            c for c in type(self).__mro__ if issubclass(c, Distillation) and not issubclass(c, EvaluationOptions)
-        )
+        kind = self.settings_class()
         return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecipeOptions(DistillationOptions, DistillConfig):
-    """Options of every recipe that distils by inverse Poisson flow matching or SiD."""
+def options_for(settings: type[Distillation], shared: type[Any] = DistillationOptions) -> type[Any]:
+    """The options of recipes that distil by an objective: its settings, and those that its recipes share.
+
+    Args:
+        settings: the class of the objective's settings, e.g. `DistillConfig`.
+        shared: the other options, `DistillationOptions` or a class made from it.
+
+    Returns:
+        A dataclass made from both, the same one for the same arguments.
+    """
+    return _options_class(settings, shared)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PidOptions(DistillationOptions, PidConfig):
-    """Options of every recipe that distils by physics informed distillation."""
+@functools.cache
+def _options_class(settings: type[Distillation], shared: type[Any]) -> type[Any]:
+    name = settings.__name__.removesuffix("Config") + shared.__name__.removeprefix("Distillation")
+    members = {"__doc__": settings.__doc__, "__module__": settings.__module__}
+    return dataclass(frozen=True, kw_only=True)(type(name, (shared, settings), members))
+
+
+def recipe_options(
+    settings: Distillation, *, eval_images: int = EvaluationOptions.eval_images, teacher_steps: int | None = None
+) -> DistillationOptions:
+    """The options of a recipe whose defaults are these settings.
+
+    Args:
+        settings: of an objective.
+        eval_images: images drawn for each distance.
+        teacher_steps: training steps of the teacher, in a recipe that trains one.
+    """
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    options: DistillationOptions = options_for(type(settings))(
+        **values, eval_images=eval_images, teacher_steps=teacher_steps
+    )
+    return options
 
 
 def ema_kimg(decay: float, batch: int) -> float:
