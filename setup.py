@@ -48,7 +48,7 @@ setup(
         "matplotlib>=3.8",
         "Jinja2>=3.1",
         "tensorboard>=2.16",
-        "tyro>=1.0,<2",
+        "tyro==1.0.17",
         "shtab>=1.8",
         "scikit-learn>=1.4",
         "scipy>=1.11",

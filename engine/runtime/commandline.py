@@ -7,11 +7,9 @@ Exit codes: 0 done; 2 bad input, nothing was written; 1 the run failed: a line s
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import errno
-import io
 import os
 import re
 import sys
@@ -67,16 +65,16 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog:
     import tyro
 
     from ipfm.engine.runtime.option_help import Shown, registry
+    from ipfm.engine.runtime.parse_errors import ParseError, parse_errors
 
     arguments = without_local_rank(argv)
-    captured, shown = io.StringIO(), Shown(sys.stdout)
+    shown = Shown(sys.stdout)
     # Options of a subcommand are off unless they are given; a recipe may have some of its own on.
     single = () if dataclasses.is_dataclass(kind) else (tyro.conf.FlagCreatePairsOff,)
     keywords = {} if default is None else {"default": _giving_way(default, arguments)}
-    # Wide, so that no message is broken into lines.
-    with _environment(COLUMNS=str(HELP_WIDTH) if {"-h", "--help"} & set(arguments) else "1000"):
+    with _environment(COLUMNS=str(HELP_WIDTH)):
         try:
-            with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(shown):
+            with contextlib.redirect_stdout(shown), parse_errors(kind, arguments):
                 return tyro.cli(  # type: ignore[call-overload]
                     kind,
                     args=arguments,
@@ -86,14 +84,12 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog:
                     registry=registry(),
                     **keywords,
                 )
+        except ParseError as error:
+            raise BadInput(str(error)) from None
         except SystemExit as stop:
-            if not stop.code:
-                if is_first_process():
-                    sys.stdout.write(shown.tidied(HELP_WIDTH))
-                raise
-            raise BadInput(_as_typed(_one_line(captured.getvalue()), kind)) from None
-        except ValueError as error:
-            raise BadInput(_as_typed(str(error), kind)) from error
+            if not stop.code and is_first_process():
+                sys.stdout.write(shown.tidied(HELP_WIDTH))
+            raise
 
 
 @usable_streams()
@@ -195,53 +191,6 @@ def _giving_way(default: T, arguments: Sequence[str]) -> T:
             if other in given and name not in given:
                 default = dataclasses.replace(default, **{name: None})  # type: ignore[type-var]
     return default
-
-
-def _one_line(box: str) -> str:
-    """The message in a box drawn by the parser, and the options that it proposes instead."""
-    # The first row is the box's title. Its frame, and the lines between its parts, are plain ASCII on some terminals.
-    rows = [re.sub(r"\x1b\[[0-9;]*m", "", row).strip("│").rstrip() for row in box.splitlines()[1:]]
-    rows = [row for row in rows if row.strip(" -─╰╯")] or ["the arguments cannot be read"]
-    message = rows[0].strip().rstrip(".")
-    # Names of options stand four columns deeper, their texts eight.
-    depth = len(rows[0]) - len(rows[0].lstrip()) + 4
-    options = [row.strip() for row in rows[1:] if len(row) - len(row.lstrip()) == depth]
-    if message.startswith("Missing from"):
-        needed = [option for option in options if re.match(r"--\S+ |[A-Z]", option)]
-        return f"{message.removeprefix('Missing from ').rstrip(':')} needs {' and '.join(needed)}"
-    if message.startswith("Unrecognized"):
-        given = message.partition(": ")[2].split(", ")
-        unknown = [argument for argument in given if argument.startswith("-")]
-        proposed = [name.rstrip(",") for option in options for name in option.split() if name.startswith("--")]
-        hint = f"perhaps you meant {' or '.join(proposed)}" if proposed else "--help lists all"
-        return f"unknown option {', '.join(unknown)}; {hint}" if unknown else f"unexpected argument {given[0]}; {hint}"
-    message = re.sub(r"^Error parsing (\w+(Config|Options): )?", "", message)
-    if found := re.match(r"Missing value for argument '(.*)'", message):
-        return f"{found[1]} needs a value"
-    if found := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of (\(.*\))", message):
-        return f"{found[2]} must be one of {', '.join(sorted(ast.literal_eval(found[3])))}, got {found[1]}"
-    if found := re.match(r"(\S+): no type matching \{None\}\|(\w+) could be .* from \[(.*)\]", message):
-        return f"{found[1]} takes {_NOUNS.get(found[2], found[2])}, got {found[3]}"
-    if found := re.match(r"(\S+): (invalid literal for int|could not convert string to float).*: (.*)", message):
-        return f"{found[1]} takes {_NOUNS['INT' if 'int' in found[2] else 'FLOAT']}, got {found[3]}"
-    if found := re.match(r"(\S+): Could not find valid parse for arguments: \[(.*)\]", message):
-        return f"{found[1]} cannot be read from {found[2]}"
-    return message
-
-
-_NOUNS = {"INT": "a whole number", "FLOAT": "a number"}
-
-
-def _as_typed(message: str, kind: object) -> str:
-    """A setting's own message with the option in front: "micro_batch must …" becomes "--micro-batch must …"."""
-    if not dataclasses.is_dataclass(kind):
-        return message
-    names = {f.name.replace("_", "-") for f in dataclasses.fields(kind)}
-    group, _, rest = message.partition(": ")
-    prefix, message = (f"{group}.", rest) if group in names else ("", message)
-    first, space, rest = message.partition(" ")
-    name = first.replace("_", "-")
-    return f"--{prefix}{name}{space}{rest}" if prefix or name in names else message
 
 
 @contextlib.contextmanager

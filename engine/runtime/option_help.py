@@ -6,6 +6,7 @@ import io
 import re
 import textwrap
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, TextIO, Union, get_args, get_origin
@@ -29,13 +30,35 @@ def registry(*, none: bool = True) -> ConstructorRegistry:
         none: the word None is read as what an option is that is left out.
     """
     rules = ConstructorRegistry()
-    asking: list[bool] = []
+    rules.primitive_rule(partial(_optional, none=none))
+    # Types for which the parser's own rules, and those above, are being asked.
+    asking: list[Any] = []
 
+    @rules.primitive_rule
+    def value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        """A value that cannot be read is refused in other words; tuple[X, ...] is shown as "X ..."."""
+        if info.type in asking:
+            return None
+        asking.append(info.type)
+        try:
+            spec = ConstructorRegistry.get_primitive_spec(info)
+            if not isinstance(spec, PrimitiveConstructorSpec):
+                return None
+            if get_origin(info.type) is tuple and get_args(info.type)[1:] == (...,):
+                each = PrimitiveTypeInfo.make(get_args(info.type)[0], info.markers)
+                one = ConstructorRegistry.get_primitive_spec(each)
+                if isinstance(one, PrimitiveConstructorSpec):
+                    spec = replace(spec, metavar=f"{one.metavar} ...")
+        finally:
+            asking.pop()
+        return replace(spec, instance_from_str=partial(_read, spec.instance_from_str, info.type))
+
+    @rules.struct_rule
     def fields(info: StructTypeInfo) -> StructConstructorSpec | None:
         """What the parser's own rules say of a struct's fields, with other texts."""
-        if asking:
+        if info.type in asking:
             return None
-        asking.append(True)
+        asking.append(info.type)
         try:
             spec = ConstructorRegistry.get_struct_spec(info)
         finally:
@@ -44,25 +67,27 @@ def registry(*, none: bool = True) -> ConstructorRegistry:
             return None
         return replace(spec, fields=tuple(map(_field, spec.fields)))
 
-    rules.primitive_rule(partial(_optional, none=none))
-
-    @rules.primitive_rule
-    def several(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        """tuple[X, ...]: "X ..."."""
-        if asking or get_origin(info.type) is not tuple or get_args(info.type)[1:] != (...,):
-            return None
-        asking.append(True)
-        try:
-            spec = ConstructorRegistry.get_primitive_spec(info)
-            each = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(get_args(info.type)[0], info.markers))
-        finally:
-            asking.pop()
-        if not (isinstance(spec, PrimitiveConstructorSpec) and isinstance(each, PrimitiveConstructorSpec)):
-            return None
-        return replace(spec, metavar=f"{each.metavar} ...")
-
-    rules.struct_rule(fields)
     return rules
+
+
+class Unreadable(ValueError):
+    """A value that is none of its option; the message is a line without the option's name."""
+
+
+def _read(read: Callable[[list[str]], Any], kind: Any, words: list[str]) -> Any:
+    """What `read` makes of `words`.
+
+    Raises:
+        Unreadable: nothing.
+    """
+    try:
+        return read(words)
+    except Unreadable:
+        raise
+    except (ValueError, TypeError) as error:
+        noun = {int: "a whole number", float: "a number"}.get(kind)
+        given = ", ".join(map(repr, words))
+        raise Unreadable(f"takes {noun}, got {given}" if noun else f"cannot be read from {given}") from error
 
 
 def _optional(info: PrimitiveTypeInfo, *, none: bool) -> PrimitiveConstructorSpec[Any] | None:
