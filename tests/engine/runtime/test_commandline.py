@@ -260,7 +260,10 @@ def documented(*kinds: type) -> dict[str, str]:
     for kind in kinds:
         body = ast.parse(inspect.getsource(kind)).body[0].body
         for statement, text in itertools.pairwise(body):
-            if isinstance(statement, ast.AnnAssign) and isinstance(text, ast.Expr):
+            if not (isinstance(statement, ast.AnnAssign) and isinstance(text, ast.Expr)):
+                continue
+            # What a class says of itself is no option.
+            if not ast.unparse(statement.annotation).startswith("ClassVar"):
                 texts[statement.target.id] = text.value.value
     return texts
 
