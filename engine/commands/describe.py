@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ipfm.engine.runtime.wording import counted
 from ipfm.models import NetworkConfig
 
 # What tells the two families of SongUNet apart.
@@ -27,7 +28,7 @@ def architecture(network: NetworkConfig) -> str:
     """The family, its widths and the preconditioning, where it is not EDM's."""
     widths = ", ".join(str(network.model_channels * factor) for factor in network.channel_mult)
     other = "" if network.precond == "EDMPrecond" else f", {network.precond}"
-    blocks = f"{network.num_blocks} block{'s' * (network.num_blocks != 1)} a level"
+    blocks = f"{counted(network.num_blocks, 'block')} a level"
     return f"{family(network)}, {widths} channels, {blocks}{other}"
 
 
@@ -37,25 +38,6 @@ def images(network: NetworkConfig) -> str:
     return f"{network.img_channels}x{side}x{side}, " + (
         f"{network.label_dim} classes" if network.label_dim else "unconditional"
     )
-
-
-def objective(settings: Mapping[str, Any]) -> str | None:
-    """ "ipfm" or "pid", by the settings of a distillation; None for those of another training."""
-    return "pid" if "points" in settings else "ipfm" if "alpha" in settings else None
-
-
-def objective_in_words(settings: Mapping[str, Any]) -> str | None:
-    """How a generator was distilled: the objective and what decides over it."""
-    kind = objective(settings)
-    if kind == "pid":
-        return (
-            f"physics informed distillation, {settings.get('difference')} difference, {settings.get('distance')}, "
-            f"N = {settings.get('points')}"
-        )
-    if kind == "ipfm":
-        steps = settings.get("steps", 1)
-        return f"inverse Poisson flow matching, alpha = {settings['alpha']:g}, {steps} step{'s' * (steps != 1)}"
-    return None
 
 
 def training(settings: Mapping[str, Any], steps: object = None) -> str:

@@ -112,7 +112,7 @@ class Evaluate:
         # A bad file of a large data set shows when it is read, a model's NaN when it is sampled.
         with user_input(), self._bar(evaluation, world) as bar:
             for repeat in range(self.repeats):
-                draw = _counted(subject.draw, bar)
+                draw = _counting(subject.draw, bar)
                 results.append(evaluation.measure(draw, world, first_index=repeat * evaluation.images))
         if world.is_main:
             write(self._facts(subject, results), self._text(subject, evaluation, results))
@@ -164,13 +164,13 @@ class Evaluate:
         }
 
     def _text(self, subject: Subject, evaluation: Evaluation, results: list[FrechetResult]) -> str:
-        from ipfm.engine.runtime.wording import significant
+        from ipfm.engine.runtime.wording import counted, significant
 
         count, seconds = results[0].images, sum(result.seconds for result in results)
         about = f"{subject.kind} {self.model}"
         if subject.D is not None:
             about += f", sampled at its own D = {subject.D:g}"
-            about += f", {subject.nfe} network evaluation{'s' * (subject.nfe != 1)} an image"
+            about += f", {counted(subject.nfe, 'network evaluation')} an image"
         sets = f"{len(results)} x " if len(results) > 1 else ""
         drawn = f"seed {self.seed}, " if subject.nfe else ""
         lines = [
@@ -215,7 +215,7 @@ def _world() -> World:
     return start_world() if "RANK" in os.environ else World(rank=0, size=1, device=run_device())
 
 
-def _counted(draw: Callable[[int, int], Tensor], bar: ProgressBar) -> Callable[[int, int], Tensor]:
+def _counting(draw: Callable[[int, int], Tensor], bar: ProgressBar) -> Callable[[int, int], Tensor]:
     """`draw`, seen by the bar."""
 
     def counted(first: int, count: int) -> Tensor:

@@ -46,10 +46,12 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
     """The facts of a run folder, and as text. ValueError: it cannot be read."""
     from ipfm.engine.commands import describe
     from ipfm.engine.evaluation.results import results_table
+    from ipfm.engine.objectives import OBJECTIVES
     from ipfm.engine.runtime.wording import significant
     from ipfm.engine.training.run_state import read_run
 
     run = read_run(path)
+    objective = OBJECTIVES.of(run.objective, run.config) if run.kind == "distill" else None
     step, distance = run.distances[-1] if run.distances else (None, None)
     best = min(run.distances, key=lambda point: (point[1] != point[1], point[1]), default=None)
     facts = {
@@ -64,7 +66,7 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
         "distance_step": step,
         "distances": run.distances,
         "results": run.results,
-        "objective": describe.objective(run.config),
+        "objective": run.objective or (objective and objective.kind),
         "D": run.config.get("D"),
         "sigmas": run.config.get("sigmas"),
         "network": run.network,
@@ -84,7 +86,7 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
             (run.metric, measured),
             ("losses", ", ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in losses.items())),
             ("generator" if run.kind == "distill" else "teacher", run.network or "not exported yet"),
-            ("objective", describe.objective_in_words(run.config)),
+            ("objective", objective.info_words(run.config) if objective else run.objective),
             ("D", None if run.config.get("D") is None else number(run.config["D"])),
             ("sigmas", _levels(run.config.get("sigmas"))),
             ("settings", describe.training(run.config)),
@@ -96,6 +98,7 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
 def _folder(path: Path) -> tuple[dict[str, Any], str]:
     """The same of a model folder. ValueError: there is no model, or it is damaged."""
     from ipfm.engine.commands import describe
+    from ipfm.engine.objectives import OBJECTIVES
     from ipfm.models import load_teacher, read_config
 
     stored = read_config(path)
@@ -105,6 +108,7 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
     settings = extra["config"] if isinstance(extra.get("config"), dict) else {}
     generator = extra.get("task") == "generator"
     sigmas, nfe = _sampling(extra) if generator else (None, None)
+    objective = OBJECTIVES.of(extra.get("objective"), settings) if generator else None
     source = extra["source"] if isinstance(extra.get("source"), dict) else {}
     facts = _network(stored.network, parameters) | {
         "kind": "generator" if generator else "teacher",
@@ -118,7 +122,7 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
             *_network_rows(stored.network, parameters),
             ("NFE", nfe if generator else "35 (18 steps of Heun's method, unless others are asked for)"),
             ("sigmas", _levels(sigmas)),
-            ("distilled by", describe.objective_in_words(settings) if generator else None),
+            ("distilled by", objective.info_words(settings) if objective else extra.get("objective")),
             ("dataset", extra.get("dataset")),
             ("training", describe.training(settings, extra.get("optimizer_steps"))),
             ("converted from", " ".join(str(source[name]) for name in ("file", "network") if name in source)),

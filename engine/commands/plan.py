@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+import tyro
+
+from ipfm.engine.objectives import DEFAULT, OBJECTIVES, Offered, declared
 from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.json_output import Write, output, plain
 
@@ -16,27 +20,48 @@ if TYPE_CHECKING:
     from ipfm.engine.objectives.base import Distillation
     from ipfm.models import NetworkConfig
 
+K = TypeVar("K", bound=type)
 
-# Options that one kind of run alone has; others would not change the plan.
-OF_IPFM = ("steps", "student_updates")
-OF_PID = ("distance", "lpips_side")
-OF_A_DISTILLATION = ("objective", "teacher_storage", "backward", *OF_IPFM, *OF_PID)
+# What each objective offers, and the options that a distillation alone has; others would not change the plan of a
+# teacher's training.
+DECLARED = declared()
+OF_EVERY_DISTILLATION = ("objective", "teacher_storage", "backward")
+
+
+def _with_objectives(plan: K) -> K:
+    """The class with the options and examples of the objectives, after the settings that all of them have."""
+    own = dict(plan.__annotations__)
+    offered: dict[str, Offered] = {}
+    for kind, said in DECLARED.items():
+        for name, option in said.offered.items():
+            before = offered.get(name, Offered(option.type, ""))
+            if name in own or before.type != option.type:
+                raise ValueError(f"the objective {kind} offers {name} to `ipfm plan`, which has another such option")
+            offered[name] = Offered(option.type, f"{before.help} {option.help}".strip())
+    options = {name: Annotated[o.type | None, tyro.conf.arg(help=o.help)] for name, o in offered.items()}
+    for name in options:
+        setattr(plan, name, None)
+    plan.__annotations__ = {}
+    for name, annotation in own.items():
+        plan.__annotations__ |= options if name == "teacher_training" else {}
+        plan.__annotations__[name] = annotation
+    plan.__annotations__["objective"] = Literal[tuple(DECLARED)] | None
+    examples = [said.example for said in DECLARED.values() if said.example]
+    plan.__doc__ = "\n\n    ".join([(plan.__doc__ or "").strip(), *(f"Example: {example}" for example in examples)])
+    return plan
 
 
 @dataclass(frozen=True, kw_only=True)
+@_with_objectives
 class Plan:
     """Predict the memory of a distillation on each process, by part and by phase of a step.
 
     With --gpu-memory: the largest micro-batch, and the cheapest form of the step that fits; --fits: for several GPUs.
-
-    Example: ipfm plan --model cifar10-ncsnpp --ranks 8 --zero 2 --precision bf16 --gpu-memory 24
-
-    Example: ipfm plan --model adm --objective pid --ranks 8 --precision bf16 --fits 24 48 80 141
     """
 
     model: str
     """Network preset (or ncsnpp, ddpmpp, adm), a model folder, or a checkpoint of EDM, PFGM++ or SiD."""
-    objective: Literal["ipfm", "pid"] | None = None
+    objective: str | None = None
     """What is distilled by. Default: ipfm, which SiD shares."""
     batch: int = 256
     """Global batch."""
@@ -56,14 +81,6 @@ class Plan:
     """Form of the generator's step. Default: auto."""
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Compute activations again on the way back."""
-    steps: int | None = None
-    """K: evaluations of an IPFM generator. Default: 1."""
-    student_updates: int | None = None
-    """Of IPFM: student updates per generator update. Default: 1."""
-    distance: Literal["l2", "lpips"] | None = None
-    """Of PID. Default: l2."""
-    lpips_side: int | None = None
-    """Of PID with lpips: side that images are resized to. Default: as they are."""
     teacher_training: bool = False
     """Plan the training of a teacher instead."""
     gpu_memory: float | None = None
@@ -117,7 +134,7 @@ class Plan:
     def _kind(self) -> dict[str, Any]:
         return {
             "model": self.model,
-            "objective": None if self.teacher_training else self.objective or "ipfm",
+            "objective": None if self.teacher_training else self._objective(),
             "batch": self.batch,
             "ranks": self.ranks,
             "precision": self.precision,
@@ -133,14 +150,23 @@ class Plan:
                     raise ValueError(f"{name} must be a finite number > 0, got {size}")
         if self.gpu_memory is not None and self.fits:
             raise ValueError("gpu-memory and fits exclude each other: give one of them")
-        for named, names in (
-            ("the training of a teacher has no", OF_A_DISTILLATION if self.teacher_training else ()),
-            ("the objective pid has no", OF_IPFM if self.objective == "pid" else ()),
-            ("only the objective pid has", () if self.objective == "pid" else OF_PID),
-        ):
-            given = [name.replace("_", "-") for name in names if getattr(self, name) is not None]
-            if given:
-                raise ValueError(f"{named} {' and '.join(given)}: leave it out")
+        if self.teacher_training:
+            every = (name for said in DECLARED.values() for name in said.offered)
+            self._refuse("the training of a teacher has no", (*OF_EVERY_DISTILLATION, *every))
+        chosen = self._objective()
+        for kind, said in DECLARED.items():
+            if kind != chosen:
+                # Where none is named, or the usual one, it is the name of the other that is missing.
+                named = f"only the objective {kind} has" if chosen == DEFAULT else f"the objective {chosen} has no"
+                self._refuse(named, [name for name in said.offered if name not in DECLARED[chosen].offered])
+
+    def _refuse(self, named: str, names: Iterable[str]) -> None:
+        given = [name.replace("_", "-") for name in names if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"{named} {' and '.join(given)}: leave it out")
+
+    def _objective(self) -> str:
+        return self.objective or DEFAULT
 
     def _training(self) -> TeacherConfig:
         from ipfm.engine.config import TeacherConfig
@@ -148,17 +174,14 @@ class Plan:
         return TeacherConfig(**self._common())
 
     def _distillation(self, network: NetworkConfig) -> Distillation:
-        from ipfm.engine.objectives.ipfm import DistillConfig
-        from ipfm.engine.objectives.pid import PidConfig
-
-        common = self._common() | self._given(("teacher_storage", "backward"))
-        if self.objective != "pid":
-            return DistillConfig(**common, **self._given(OF_IPFM))
-        config = PidConfig(**common, **self._given(OF_PID))
+        kind = self._objective()
+        config = OBJECTIVES[kind](
+            **self._common(), **self._given(("teacher_storage", "backward", *DECLARED[kind].offered))
+        )
         config.check_network(network)
         return config
 
-    def _given(self, names: tuple[str, ...]) -> dict[str, Any]:
+    def _given(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _common(self) -> dict[str, Any]:

@@ -204,9 +204,9 @@ class Sample:
         }
 
     def _text(self, model: SampledModel, count: int, seconds: float) -> str:
-        from ipfm.engine.runtime.wording import significant
+        from ipfm.engine.runtime.wording import counted, significant
 
-        each = f"{model.nfe} network evaluation{'s' * (model.nfe != 1)} each"
+        each = f"{counted(model.nfe, 'network evaluation')} each"
         speed = f"{significant(count / max(seconds, 1e-9))} images/s"
         return f"{count} images, {each}, {speed}: {self.out}"
 

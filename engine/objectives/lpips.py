@@ -135,7 +135,7 @@ class LpipsGradient(NamedTuple):
 
 
 def lpips_gradient(lpips: Lpips, x: Tensor, target: Tensor) -> LpipsGradient:
-    """d(x, target) and its gradient with respect to x, the target being constant: a loss of PID [Tee et al.].
+    """d(x, target) and its gradient with respect to x, the target being constant: a loss of distillation [Tee et al.].
 
     A sample does not count when x or target, its distance or its gradient is not finite. Its loss and gradient are
     exactly 0. Reads no value on the host.

@@ -195,7 +195,7 @@ def trajectory_sample(
     class_labels: Tensor | None = None,
     first_index: int = 0,
 ) -> Tensor:
-    """Images of a generator made by physics informed distillation, in one evaluation [Tee et al., PID].
+    """Images of a generator that knows the whole trajectory of each latent, in one evaluation [Tee et al.].
 
     z ~ p_r(. | 0) at level T = sigma_max, which at D = inf is the paper's Gaussian; the image is x_theta(z, sigma_min)
     of `ipfm.engine.sampling.trajectory.trajectory`.

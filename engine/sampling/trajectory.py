@@ -1,4 +1,4 @@
-"""The generator of physics informed distillation: a network that knows the whole trajectory of each latent [PID]."""
+"""A parametrisation of a generator: a network that knows the whole trajectory of each latent [Tee et al.]."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def trajectory(
 ) -> Tensor:
     """x_theta(z, t): the point at noise level t of the ODE's trajectory that starts in z at level T = sigma_max.
 
-        x_theta(z, t) = c_skip(t) z + c_out(t) F(c_in(T) z, c_noise(t))                    [Tee et al., PID]
+        x_theta(z, t) = c_skip(t) z + c_out(t) F(c_in(T) z, c_noise(t))                         [Tee et al.]
         c_skip = t / T,   c_out = (T - t) / T,   c_in(T) = 1 / sqrt(sigma_data^2 + T^2),   c_noise = ln(t) / 4
 
     x_theta(z, T) = z exactly, whatever the network, as long as F is finite. Differentiable in the network's parameters

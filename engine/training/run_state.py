@@ -43,6 +43,8 @@ class RunState:
     """The last line of metrics.jsonl."""
     network: Path | None
     """Where the exported network is: a generator, or a teacher."""
+    objective: str | None
+    """Kind of a distillation's objective; None of a teacher's training, and where an older folder does not say."""
     config: dict[str, Any]
     """The settings."""
 
@@ -85,6 +87,7 @@ def read_run(path: Path) -> RunState:
         results=results,
         last=last,
         network=network if isinstance(exported, dict) else None,
+        objective=record.get("objective"),
         config=config,
     )
 

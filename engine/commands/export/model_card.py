@@ -13,6 +13,7 @@ from typing import Any
 from ipfm.engine.commands.export.network import ExportedNetwork
 from ipfm.engine.evaluation.results import EvaluationRow, read_results, results_table
 from ipfm.engine.noise_levels import NoiseLevels
+from ipfm.engine.runtime.wording import counted, symbol
 
 _COUNTS = {1: "One", 2: "Two", 3: "Three", 4: "Four"}
 _MARK = "<!-- ipfm export; SHA-256 of the text above: "
@@ -112,15 +113,15 @@ def _title(network: ExportedNetwork) -> str:
         kind = "Teacher"
     else:
         kind = f"{_COUNTS.get(network.nfe, network.nfe)}-step generator"
-    return f"{kind} of {_dataset(network) or 'images'}, {_size(network)}, D = {_number(network.net.D)}"
+    return f"{kind} of {_dataset(network) or 'images'}, {_size(network)}, D = {symbol(network.net.D)}"
 
 
 def _summary(network: ExportedNetwork) -> str:
     images = f"images of {_size(network)} values"
-    finite, D = math.isfinite(network.net.D), _number(network.net.D)
+    finite, D = math.isfinite(network.net.D), symbol(network.net.D)
     if network.nfe is None:
         return f"A denoiser of {images}: {f'PFGM++ at D = {D}' if finite else 'a diffusion model (D = ∞)'}."
-    count = "one network evaluation" if network.nfe == 1 else f"{network.nfe} network evaluations"
+    count = "one network evaluation" if network.nfe == 1 else counted(network.nfe, "network evaluation")
     prior = f"the heavy-tailed prior of PFGM++ at D = {D}, a Student t," if finite else "a Gaussian (D = ∞)"
     return f"Makes {images} in {count}, from latents of {prior} at σ = {_sigmas(network)[0]:g}."
 
@@ -128,12 +129,13 @@ def _summary(network: ExportedNetwork) -> str:
 def _facts(network: ExportedNetwork, origin: Origin) -> dict[str, object]:
     """Rows of the table; None is left out."""
     net, stored = network.net, network.stored
+    objective, distilled = network.objective
     settings = stored.get("config")
     settings = settings if isinstance(settings, Mapping) else {}
     source = stored.get("source")
     levels = ", ".join(f"{sigma:g}" for sigma in _sigmas(network))
     return {
-        "auxiliary dimensions D": _number(net.D),
+        "auxiliary dimensions D": symbol(net.D),
         "network evaluations an image": network.nfe,
         "noise levels σ" if network.nfe == len(_sigmas(network)) else "noise levels σ, highest and lowest": levels,
         "images": _size(network),
@@ -141,11 +143,11 @@ def _facts(network: ExportedNetwork, origin: Origin) -> dict[str, object]:
         "network": f"{net.config.model_type}, {net.config.model_channels} channels × {tuple(net.config.channel_mult)}",
         "parameters": f"{sum(p.numel() for p in net.parameters()):,}",
         "data": _dataset(network) or None,
-        "distilled by": _method(network),
+        "distilled by": objective.card_words() if objective else None,
         "teacher": origin.teacher,
         "SHA-256 of the teacher's weights": origin.fingerprint,
         "converted from": source.get("file") if isinstance(source, Mapping) else None,
-        "α (0.5 is the pure objective)": stored.get("alpha"),
+        **(objective.card_rows(distilled) if objective else {}),
         "optimizer steps": stored.get("optimizer_steps"),
         "batch": settings.get("batch"),
         "precision of the training": settings.get("precision"),
@@ -175,14 +177,6 @@ With PyTorch and numpy alone (reading a `.pt2` file unpickles: load files that y
 ```"""
 
 
-def _method(network: ExportedNetwork) -> str | None:
-    if network.facts["parametrisation"] == "trajectory":
-        return "physics informed distillation"
-    if network.is_generator and "alpha" in network.stored:
-        return "inverse Poisson flow matching ([arXiv 2509.22454](https://arxiv.org/abs/2509.22454))"
-    return None
-
-
 def _sigmas(network: ExportedNetwork) -> tuple[float, ...]:
     levels = network.levels
     return (levels.sigma_max, levels.sigma_min) if isinstance(levels, NoiseLevels) else levels
@@ -195,10 +189,6 @@ def _dataset(network: ExportedNetwork) -> str:
 
 def _size(network: ExportedNetwork) -> str:
     return f"{network.net.img_channels}×{network.net.img_resolution}×{network.net.img_resolution}"
-
-
-def _number(D: float) -> str:
-    return f"{D:g}" if math.isfinite(D) else "∞"
 
 
 def _table(facts: Mapping[str, Any]) -> str:

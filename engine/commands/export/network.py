@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ipfm.engine.commands.export.functions import Denoising, OneStep, TrajectoryEnd
 from ipfm.engine.noise_levels import NoiseLevels
+from ipfm.engine.objectives import OBJECTIVES
+from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.json_output import plain
 from ipfm.engine.sampling.batches import teacher_range
 from ipfm.engine.sampling.samplers import draw_prior
@@ -51,6 +53,11 @@ class ExportedNetwork:
         if not self.is_generator:
             return None
         return 1 if isinstance(self.levels, NoiseLevels) else len(self.levels)
+
+    @property
+    def objective(self) -> tuple[type[Distillation] | None, Mapping[str, Any]]:
+        """The class of the settings by which a generator was distilled, and these; None for a teacher."""
+        return OBJECTIVES.of_generator(self.stored) if self.is_generator else (None, {})
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -12,36 +12,31 @@ from typing import Any, Literal
 
 from ipfm.engine.checks import number
 from ipfm.engine.commands.report.reading import EvaluationPoint, RunRecord
-from ipfm.engine.commands.report.reproduce import Command, is_default, portable, reproduce, settings_class, use
-from ipfm.engine.config import TeacherConfig
+from ipfm.engine.commands.report.reproduce import (
+    Command,
+    distillation_class,
+    is_default,
+    paths,
+    portable,
+    reproduce,
+    settings_class,
+    use,
+)
 from ipfm.engine.evaluation.results import DISTANCE, EvaluationRow
 from ipfm.engine.memory.profile import PhaseMemory
-from ipfm.engine.objectives.ipfm import DistillConfig
-from ipfm.engine.objectives.pid import PidConfig
 from ipfm.engine.runtime.json_output import plain
 from ipfm.engine.runtime.versions import installed
-from ipfm.engine.runtime.wording import duration, significant
+from ipfm.engine.runtime.wording import counted, duration, significant, symbol
 from ipfm.engine.training.environment import in_words
 
 State = Literal["finished", "going on", "stopped", "diverged"]
 
-# How to read a loss, by the class of the settings and the loss's name.
-READING: Mapping[type, Mapping[str, str]] = {
-    DistillConfig: {
-        "generator_loss": "generator_loss is a difference of two denoising losses: it oscillates about zero and says "
-        "little; watch the distance.",
-        "student_loss": "student_loss is a denoising loss: it falls, then follows the generator.",
-    },
-    PidConfig: {
-        "generator_loss": "generator_loss is the residual of the teacher's ODE on the trajectories that the network "
-        "has learned: it falls.",
-    },
-    TeacherConfig: {"teacher_loss": "teacher_loss is a denoising loss: it falls, then levels off above zero."},
-}
+# How to read the losses of a teacher's training; an objective says it of its own.
+TEACHER_READINGS = {"teacher_loss": "teacher_loss is a denoising loss: it falls, then levels off above zero."}
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingRow:
     """A setting as text, and what it is when nothing is given (None: not known to this version)."""
 
     name: str
@@ -97,7 +92,7 @@ class Facts:
     bad: Mapping[str, int]
     """How many, by network."""
     memory: tuple[PhaseMemory, ...]
-    settings: tuple[Setting, ...]
+    settings: tuple[SettingRow, ...]
     environment: tuple[tuple[str, str], ...]
     command: Command
     uses: tuple[tuple[str, str], ...]
@@ -122,9 +117,9 @@ def facts_of(record: RunRecord) -> Facts:
     metric = record.results[0].metric if record.results else DISTANCE
     objective = _objective(record)
     pace = _pace(record, whole_batch)
-    kind = settings_class(record)
     names = record.losses
-    reading = [READING[kind].get(name, "") for name in names] if kind and config else []
+    distillation = distillation_class(record)
+    readings = TEACHER_READINGS if record.kind == "teacher" else distillation.readings if distillation else {}
     bad_names = dict.fromkeys(name for line in record.metrics for name in line if name.endswith("_bad"))
     bad = {name.removesuffix("_bad"): [_count(line.get(name)) for line in record.metrics] for name in bad_names}
     images = None if whole_batch is None else done * whole_batch
@@ -146,7 +141,7 @@ def facts_of(record: RunRecord) -> Facts:
         evaluations=record.evaluations,
         best=best,
         losses=tuple(_loss(record, name) for name in names),
-        loss_reading=" ".join(filter(None, reading)),
+        loss_reading=" ".join(readings[name] for name in names if name in readings and config),
         started=None if record.pace.started is None else _date(record.pace.started),
         logged_seconds=record.pace.seconds or None,
         images_per_second=statistics.median(speed for _, speed in pace) if pace else None,
@@ -176,26 +171,18 @@ def _state(record: RunRecord) -> State:
 def _objective(record: RunRecord) -> str:
     if record.kind == "teacher":
         return "denoising score matching"
-    config, kind = record.config, settings_class(record)
+    kind = distillation_class(record)
     if kind is None:
-        return "an objective that this version does not know" if config else "an objective that is not recorded"
-    if kind is PidConfig:
-        points, difference, distance = (config.get(name) for name in ("points", "difference", "distance"))
-        return f"physics informed distillation ({difference} difference, {distance}, {points} levels)"
-    alpha = number(config.get("alpha"))
-    pure = ", the pure objective" if alpha == 0.5 else ""
-    case = ", which at D = ∞ is SiD" if number(config.get("D")) == math.inf else ""
-    return f"inverse Poisson flow matching{case} (α = {alpha:g}{pure})"
+        return f"an objective that {'this version does not know' if record.config else 'is not recorded'}"
+    return kind.report_words(record.config)
 
 
 def _title(record: RunRecord, D: float) -> str:
-    at = f", D = {_D(D)}" if D > 0 else ""
+    at = f", D = {symbol(D)}" if D > 0 else ""
     if record.kind == "teacher":
         return f"Training of a teacher{at}"
-    config, kind = record.config, settings_class(record)
-    if kind is not DistillConfig:
-        return f"{'Distillation' if kind is None else 'Physics informed distillation'}{at}"
-    return f"Distillation{at}, α = {number(config.get('alpha')):g}, {_counted(config.get('steps'), 'step')}"
+    kind = distillation_class(record)
+    return f"Distillation{at}" if kind is None else kind.report_title(record.config, at)
 
 
 def _summary(
@@ -207,13 +194,15 @@ def _summary(
     best: EvaluationPoint | None,
     images: int | None,
 ) -> Iterator[str]:
-    at = f" at D = {_D(D)}" if D > 0 else ""
+    at = f" at D = {symbol(D)}" if D > 0 else ""
     if record.kind == "teacher":
         yield f"This run trains a denoiser{at} on {_data(record.identity)}, to be a teacher."
     else:
         nfe = next((row.nfe for row in record.results if row.label == "generator"), None)
-        nfe = nfe if nfe is not None else record.config.get("steps", 1 if "points" in record.config else None)
-        evaluations = f" that makes an image in {_counted(nfe, 'network evaluation')}" if nfe else ""
+        kind = distillation_class(record)
+        if nfe is None:
+            nfe = record.config.get("steps") if kind is None else kind.nfe_of(record.config)
+        evaluations = f" that makes an image in {counted(nfe, 'network evaluation')}" if nfe else ""
         yield f"This run distils {_teacher(record)} into a generator{evaluations}{at}, by {objective}."
     yield _length(record, state, images)
     rows = {row.label: row for row in record.results}
@@ -250,7 +239,7 @@ def _length(record: RunRecord, state: State, images: int | None) -> str:
 def _result(generator: EvaluationRow, teacher: EvaluationRow | None, metric: str) -> str:
     text = f"The {metric} of the generator's samples is {significant(generator.frechet)}"
     if teacher is not None:
-        text += f", beside {significant(teacher.frechet)} of the teacher at {_counted(teacher.nfe, 'evaluation')}"
+        text += f", beside {significant(teacher.frechet)} of the teacher at {counted(teacher.nfe, 'evaluation')}"
         text += " an image"
         # Where one of them is broken a ratio says nothing.
         if teacher.frechet > 0 and 0.1 < generator.frechet / teacher.frechet < 100:
@@ -290,8 +279,8 @@ def _pace(record: RunRecord, batch: int | None) -> list[tuple[int, float]]:
     return found or record.pace.images_per_second(batch, log_every=every["log_every"], pauses=())
 
 
-def _settings(record: RunRecord) -> Iterator[Setting]:
-    kind = settings_class(record)
+def _settings(record: RunRecord) -> Iterator[SettingRow]:
+    kind, places = settings_class(record), paths(record)
     defaults: dict[str, Any] = {}
     if kind is not None:
         defaults = kind().to_json()
@@ -300,9 +289,9 @@ def _settings(record: RunRecord) -> Iterator[Setting]:
         if name == "out":
             continue  # the folder itself
         known = name in defaults
-        yield Setting(
+        yield SettingRow(
             name.replace("_", "-"),
-            _shown(portable(value) if name in ("teacher", "lpips") and isinstance(value, str) else value),
+            _shown(portable(value) if name in places and isinstance(value, str) else value),
             _shown(defaults[name]) if known else None,
             not known or not is_default(record, name, defaults[name]),
         )
@@ -369,18 +358,9 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
-def _counted(count: object, noun: str) -> str:
-    """ "1 step", "4 steps"."""
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
 def _count(value: object) -> int:
     found = number(value)
     return int(found) if math.isfinite(found) and found > 0 else 0
-
-
-def _D(D: float) -> str:
-    return "∞" if math.isinf(D) else f"{D:g}"
 
 
 def _date(seconds: float) -> str:

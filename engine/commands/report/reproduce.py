@@ -13,24 +13,15 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ipfm.engine.checks import number
-from ipfm.engine.commands.describe import objective
 from ipfm.engine.commands.report.reading import RunRecord, read_run
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.teacher import TeacherRecipe
-from ipfm.engine.noise_levels import few_step_sigmas
+from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.base import Distillation
-from ipfm.engine.objectives.ipfm import DistillConfig
-from ipfm.engine.objectives.pid import PidConfig
 from ipfm.engine.training.run import PLACE
 from ipfm.models import NetworkConfig, presets
-
-# Settings that a command need not repeat: those that change nothing of the result, but for the evaluations' steps.
-UNSAID = (PLACE | {"teacher", "lpips"}) - {"eval_every"}
-
-# What `objective` calls them.
-OBJECTIVES: Mapping[str | None, type[Distillation]] = {"ipfm": DistillConfig, "pid": PidConfig}
 
 
 @dataclass(frozen=True)
@@ -41,20 +32,29 @@ class Command:
     notes: tuple[str, ...] = ()
 
 
+def distillation_class(record: RunRecord) -> type[Distillation] | None:
+    """The class of a distillation's settings, None for an objective that is not this project's, or a teacher's run."""
+    known = record.kind == "distill" and record.config
+    return OBJECTIVES.of(record.identity.get("objective"), record.config) if known else None
+
+
 def settings_class(record: RunRecord) -> type[Distillation] | type[TeacherConfig] | None:
     """The class of the run's settings, None for an objective that is not this project's."""
-    if record.kind == "teacher":
-        return TeacherConfig
-    return OBJECTIVES.get(objective(record.config))
+    return TeacherConfig if record.kind == "teacher" else distillation_class(record)
+
+
+def paths(record: RunRecord) -> frozenset[str]:
+    """Names of the settings that are places on the machine that the run was made on."""
+    kind = settings_class(record) or Distillation
+    return frozenset(f.name for f in dataclasses.fields(kind) if "Path" in str(f.type))
 
 
 def is_default(record: RunRecord, name: str, default: object) -> bool:
     """Whether a setting is as it is when nothing is given: `default`, or what follows from other settings."""
-    value = record.config[name]
-    if name == "sigmas" and default == []:
-        steps, level = record.config.get("steps"), number(record.config.get("sigma_init"))
-        if isinstance(steps, int) and steps > 0 and level > 0 and math.isfinite(level):
-            return value in ([], list(few_step_sigmas(steps, level)))
+    value, kind = record.config[name], distillation_class(record)
+    if kind is not None and default in (None, []):
+        implied = kind.implied(record.config)
+        return value == default or (name in implied and bool(value == implied[name]))
     return bool(value == default)
 
 
@@ -221,9 +221,11 @@ def _options(record: RunRecord, base: Any) -> list[str]:
     defaults = base.to_json()
     defaults = {name: value for name, value in defaults.items() if name in {f.name for f in dataclasses.fields(kind)}}
     defaults |= {f"noise.{name}": value for name, value in defaults.pop("noise", {}).items()}
+    # Those that change nothing of the result, but for the evaluations' steps.
+    unsaid = (PLACE | paths(record)) - {"eval_every"}
     options: list[str] = []
     for name in sorted(defaults, key=lambda name: name != "D"):
-        if name in UNSAID or name not in record.config or is_default(record, name, defaults[name]):
+        if name in unsaid or name not in record.config or is_default(record, name, defaults[name]):
             continue
         if name in ("max_steps", "kimg") and record.config[name] is None:
             continue  # the other one is given
