@@ -18,10 +18,18 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def use_triton(op: str, backend: str, device: torch.device) -> bool:
-    """Resolves `backend` for tensors on `device`: True for the Triton kernel, False for the reference.
+    """Resolve `backend` for tensors on `device`.
 
-    "auto" takes Triton on CUDA and the reference elsewhere. ValueError for an unknown name and for Triton on a device
-    that it cannot run on.
+    Args:
+        op: the operation's name, for the message.
+        backend: "auto" (Triton on CUDA, the reference elsewhere), "triton" or "reference".
+        device: where the tensors are.
+
+    Returns:
+        True for the Triton kernel, False for the reference.
+
+    Raises:
+        ValueError: an unknown name, or Triton on a device that it cannot run on.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
@@ -36,7 +44,7 @@ def use_triton(op: str, backend: str, device: torch.device) -> bool:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes `device` current for a launch: Triton launches on the current device, not on its arguments'."""
+    """Make `device` current for a launch: Triton launches on the current device, not on its arguments'."""
     if device.type != "cuda":
         return contextlib.nullcontext()
     usable_cache()

@@ -18,5 +18,5 @@ from torch.library import CustomOpDef
 
 
 def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Makes a function the operator `ipfm::name`; its schema follows from its annotations."""
+    """Make a function the operator `ipfm::name`; its schema follows from its annotations."""
     return torch.library.custom_op(f"ipfm::{name}", mutates_args=tuple(mutates))

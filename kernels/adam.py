@@ -79,6 +79,17 @@ class AdamEMA(torch.optim.Optimizer):
 
     Raises:
         ValueError: a setting out of its range, parameters of another dtype, or a backend that cannot run on them.
+
+    Example:
+        >>> import torch
+        >>> from ipfm.kernels import AdamEMA
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = AdamEMA([weight], lr=0.5, ema=True)
+        >>> optimizer.ema_decay = 0.5
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> weight.detach(), optimizer.state[weight]["ema"]
+        (tensor([0.5000, 0.5000]), tensor([0.7500, 0.7500]))
     """
 
     def __init__(
@@ -109,7 +120,11 @@ class AdamEMA(torch.optim.Optimizer):
         self._fused = FusedAdam()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with settings of their own, as in `torch.optim.Optimizer`; raises what the class does."""
+        """Add parameters with settings of their own, as in `torch.optim.Optimizer`.
+
+        Raises:
+            ValueError: as in the class.
+        """
         super().add_param_group(param_group)
         _check_group(self.param_groups[-1])
 
@@ -118,7 +133,11 @@ class AdamEMA(torch.optim.Optimizer):
         return {**super().state_dict(), "steps_applied": self.steps_applied}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set what `state_dict` gave; KeyError for the state of another kind of optimiser."""
+        """Set what `state_dict` gave.
+
+        Raises:
+            KeyError: the state of another kind of optimiser.
+        """
         count = state_dict["steps_applied"]
         super().load_state_dict(state_dict)
         for group in self.param_groups:

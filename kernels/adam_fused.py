@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ipfm.kernels._dispatch import adam_config, float64_bits, on_device
-from ipfm.kernels.adam_kernels import _measure_kernel, _numbers_kernel, _reduce_kernel, _update_kernel
+from ipfm.kernels.adam_kernels import measure_kernel, numbers_kernel, reduce_kernel, update_kernel
 
 # Averages that the kernels have arguments for.
 MOST_AVERAGES = 4
@@ -98,6 +98,14 @@ class FusedAdam:
     ) -> Tensor:
         """Update weights, state and `steps`, t, of parameters on one device; arguments are valid.
 
+        Args:
+            groups: the parameter groups that have gradients.
+            steps: 0-d float64 tensor, t, changed in place.
+            grad_scale: as in `AdamEMA`.
+            clip_norm: as in `AdamEMA`.
+            ema_decay: a decay for each average, numbers or a float64 tensor on the parameters' device.
+            sum_over_shards: as in `AdamEMA`.
+
         Returns:
             0-d bool tensor: whether the step was applied.
         """
@@ -111,26 +119,28 @@ class FusedAdam:
             scale = steps if grad_scale is None else grad_scale.to(device)
             scaled, limited = grad_scale is not None, clip_norm is not None
 
+            # Measure: whether a square is not finite, and the norm, over all tensors.
             partials = torch.empty(max(2, plan.programs + plan.programs % 2), dtype=torch.float64, device=device)
             for batch in plan.batches:
-                _measure_kernel[(batch.programs,)](
+                measure_kernel[(batch.programs,)](
                     plan.blocks, plan.table, plan.gradient_table, scale, partials, batch.first_program,
                     WIDTH=plan.width, SCALED=scaled, NORM=limited, COMPUTE=_COMPUTE[batch.dtype],
                     MAX=torch.finfo(batch.dtype).max, ALIGNED=batch.aligned, SEGMENT=segment, num_warps=warps,
                 )  # fmt: skip
             found = torch.empty(2, dtype=torch.float64, device=device)
             largest = min((torch.finfo(batch.dtype).max for batch in plan.batches), default=0.0)
-            _reduce_kernel[(1,)](partials, found, plan.programs, MAX=largest, BLOCK=4096, num_warps=16)
+            reduce_kernel[(1,)](partials, found, plan.programs, MAX=largest, BLOCK=4096, num_warps=16)
             if sum_over_shards is not None:
                 sum_over_shards(found)
 
+            # Decide and update, a group at a time.
             applied = torch.empty((), dtype=torch.bool, device=device)
             numbers = torch.empty((len(groups), 4 + MOST_AVERAGES), dtype=torch.float64, device=device)
             for i, group in enumerate(groups):
                 _launch_numbers(group, found, steps, applied, numbers[i], clip_norm, ema_decay, counts=i == 0)
             for batch in plan.batches:
                 group = groups[batch.group]
-                _update_kernel[(batch.programs,)](
+                update_kernel[(batch.programs,)](
                     plan.blocks, plan.table, plan.gradient_table, scale, numbers[batch.group], batch.first_program,
                     WIDTH=plan.width, SCALED=scaled, LIMITED=limited, BETA1=group.betas[0], BETA2=group.betas[1],
                     EPS=group.eps, WEIGHT_DECAY=group.weight_decay, RECTIFIED=group.rectified, AVERAGES=group.averages,
@@ -241,7 +251,7 @@ def _launch_numbers(
     if not isinstance(ema_decay, Tensor):
         decays[: group.averages] = ema_decay[: group.averages]
     beta1, beta2 = (math.log(max(beta, 5e-324)) for beta in group.betas)
-    _numbers_kernel[(1,)](
+    numbers_kernel[(1,)](
         found, steps, applied, numbers, lr if isinstance(lr, Tensor) else steps, ema_decay if given else steps,
         0 if isinstance(lr, Tensor) else float64_bits(lr), *map(float64_bits, decays),
         RATE_TENSOR=isinstance(lr, Tensor), DECAY_TENSOR=given, COUNTS=counts, LIMIT=clip_norm or 0.0,
@@ -270,6 +280,7 @@ def _dense(group: Group, copies: list[tuple[Tensor, Tensor]]) -> Group:
 
 
 def is_dense(t: Tensor) -> bool:
+    """Whether the elements lie in memory without gaps, in whatever order of the dimensions."""
     if t.is_contiguous():
         return True
     expected = 1

@@ -53,7 +53,7 @@ def _number(p, COMPUTE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first_program"])
-def _measure_kernel(
+def measure_kernel(
     p_blocks, p_table, p_grads, p_scale, p_partials, first_program,
     WIDTH: tl.constexpr, SCALED: tl.constexpr, NORM: tl.constexpr, COMPUTE: tl.constexpr, MAX: tl.constexpr,
     ALIGNED: tl.constexpr, SEGMENT: tl.constexpr,
@@ -73,7 +73,7 @@ def _measure_kernel(
 
 
 @triton.jit(do_not_specialize=["programs"])
-def _reduce_kernel(p_partials, p_found, programs, MAX: tl.constexpr, BLOCK: tl.constexpr):
+def reduce_kernel(p_partials, p_found, programs, MAX: tl.constexpr, BLOCK: tl.constexpr):
     """One program: whether any square is not finite (1 or 0), and the sum of all, which is infinite beyond MAX."""
     o = tl.arange(0, BLOCK)
     b_overflows = tl.full((BLOCK,), 0, tl.int32)
@@ -107,7 +107,7 @@ def _rectification(t, LOG_BETA2: tl.constexpr, RHO: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rate_bits", "decay_bits_0", "decay_bits_1", "decay_bits_2", "decay_bits_3"])
-def _numbers_kernel(
+def numbers_kernel(
     p_found, p_steps, p_applied, p_numbers, p_rate, p_decays,
     rate_bits, decay_bits_0, decay_bits_1, decay_bits_2, decay_bits_3,
     RATE_TENSOR: tl.constexpr, DECAY_TENSOR: tl.constexpr, COUNTS: tl.constexpr, LIMIT: tl.constexpr,
@@ -173,7 +173,7 @@ def _move(b_first, b_v, correction, RECTIFIED: tl.constexpr, EPS: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["first_program"])
-def _update_kernel(
+def update_kernel(
     p_blocks, p_table, p_grads, p_scale, p_numbers, first_program,
     WIDTH: tl.constexpr, SCALED: tl.constexpr, LIMITED: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     EPS: tl.constexpr, WEIGHT_DECAY: tl.constexpr, RECTIFIED: tl.constexpr, AVERAGES: tl.constexpr,
@@ -183,6 +183,7 @@ def _update_kernel(
 
     A step that is not applied reads and writes no element.
     """
+    # The program's stretch of a tensor, and the numbers of the step.
     row, first, count = _stretch(p_blocks, p_table, first_program, WIDTH, SEGMENT, COMPUTE, ALIGNED)
     p_row = p_table + row * WIDTH
     count = tl.where(tl.load(p_numbers + APPLIED, eviction_policy="evict_last") != 0.0, count, 0)
@@ -196,7 +197,7 @@ def _update_kernel(
     for start in range(0, count, BLOCK):
         o = start + tl.arange(0, BLOCK)
         m = o < count
-        # All is loaded before anything is stored: the compiler must not move a load across a store.
+        # Load: all before anything is stored, for the compiler must not move a load across a store.
         b_g = tl.load(p_g + o, mask=m, other=0.0)
         b_w = tl.load(p_w + o, mask=m, other=0.0)
         b_v = tl.load(p_v + o, mask=m, other=0.0)
@@ -204,12 +205,14 @@ def _update_kernel(
         for i in tl.static_range(AVERAGES):
             p_e = _pointer(p_row + AVERAGE + i, first, COMPUTE, ALIGNED) + o
             averages = averages + ((p_e, tl.load(p_e, mask=m, other=0.0)),)  # noqa: RUF005
+        # Compute: g.
         if SCALED:
             b_g *= _number(p_scale, COMPUTE)
         if LIMITED:
             b_g *= _number(p_numbers + FACTOR, COMPUTE)
         if WEIGHT_DECAY > 0:
             b_g += tl.full((), WEIGHT_DECAY, COMPUTE) * b_w
+        # Compute and store: m, v, w and the averages, in that order.
         b_first = b_g
         if BETA1 > 0:
             p_m = _pointer(p_row + FIRST, first, COMPUTE, ALIGNED) + o

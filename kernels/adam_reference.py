@@ -24,6 +24,14 @@ def reference_step(
 ) -> Tensor:
     """As `FusedAdam.step`: update weights, state and `steps`, t, of parameters on one device. Overwrites gradients.
 
+    Args:
+        groups: the parameter groups that have gradients.
+        steps: 0-d float64 tensor, t, changed in place.
+        grad_scale: as in `AdamEMA`.
+        clip_norm: as in `AdamEMA`.
+        ema_decay: a decay for each average, numbers or a float64 tensor on the parameters' device.
+        sum_over_shards: as in `AdamEMA`.
+
     Returns:
         0-d bool tensor: whether the step was applied.
     """

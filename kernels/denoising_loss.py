@@ -26,7 +26,7 @@ def _error(p_pred, p_y, p_x, o_e, m_e, c_skip, c_out, RAW: tl.constexpr, COMPUTE
 
 
 @triton.jit
-def _denoising_loss_kernel(
+def denoising_loss_kernel(
     p_pred, p_y, p_x, p_sigma, p_c_skip, p_c_out, p_grad, p_loss, p_valid,
     elements, sp_b, sy_b, sx_b, sg_b,
     DATA_TERM: tl.constexpr, RAW: tl.constexpr, COMPUTE: tl.constexpr,
@@ -38,6 +38,7 @@ def _denoising_loss_kernel(
 
     Whether the sample is valid is known only after its sum: the row waits in registers (RESIDENT), or is read again.
     """
+    # The sample's rows and numbers.
     i_b = tl.program_id(0).to(tl.int64)
     p_pred += i_b * sp_b
     p_y += i_b * sy_b
@@ -52,6 +53,8 @@ def _denoising_loss_kernel(
         c_skip = tl.load(p_c_skip + i_b).to(COMPUTE)
         c_out = tl.load(p_c_out + i_b).to(COMPUTE)
         slope = slope * c_out
+
+    # Load and compute: the errors, their squares and the largest of them.
     if RESIDENT:
         o_e = tl.arange(0, BLOCK)
         m_e = o_e < elements
@@ -66,11 +69,15 @@ def _denoising_loss_kernel(
             b_e = _error(p_pred, p_y, p_x, o_e, o_e < elements, c_skip, c_out, RAW, COMPUTE)
             b_loss += b_e * b_e
             b_peak = tl.maximum(b_peak, tl.abs(b_e))
+
+    # Reduce: the loss, and whether the sample is valid.
     loss = weight * tl.sum(b_loss, axis=0)
     fits = (tl.abs(loss) <= MAX_LOSS) & (tl.abs(slope) * tl.max(b_peak, axis=0) <= MAX_GRAD)
     valid = fits & (sigma > 0.0) & (sigma <= MAX_LOSS)
     tl.store(p_loss + i_b, tl.where(valid, loss, 0.0))
     tl.store(p_valid + i_b, valid)
+
+    # Store: the gradient, of errors that wait in registers or are computed again.
     if RESIDENT:
         tl.store(p_grad + o_e, tl.where(valid, slope * b_e, 0.0).to(p_grad.dtype.element_ty), mask=m_e)
     else:
@@ -92,9 +99,14 @@ def _outputs(pred: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @operator("denoising_loss")
 def _denoising_loss(
-    pred: Tensor, y: Tensor, sigma: Tensor, sigma_data: float, x: Tensor | None, c_skip: Tensor | None,
+    pred: Tensor,
+    y: Tensor,
+    sigma: Tensor,
+    sigma_data: float,
+    x: Tensor | None,
+    c_skip: Tensor | None,
     c_out: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of `DenoisingLoss`, in one launch of the Triton kernel."""
     loss, grad, valid = _outputs(pred, y)
     row_pred, row_y = as_rows(pred, grad), as_rows(y, grad)
@@ -104,7 +116,7 @@ def _denoising_loss(
         elements = pred[0].numel()
         block, warps = row_config(elements)
         with on_device(pred.device):
-            _denoising_loss_kernel[(len(pred),)](
+            denoising_loss_kernel[(len(pred),)](
                 row_pred, row_y, row_x, sigma, sigma if c_skip is None else c_skip, sigma if c_out is None else c_out,
                 grad, loss, valid,
                 elements, row_pred.stride(0), row_y.stride(0), row_x.stride(0), grad.stride(0),
@@ -118,9 +130,14 @@ def _denoising_loss(
 
 @_denoising_loss.register_fake
 def _(
-    pred: Tensor, y: Tensor, sigma: Tensor, sigma_data: float, x: Tensor | None, c_skip: Tensor | None,
+    pred: Tensor,
+    y: Tensor,
+    sigma: Tensor,
+    sigma_data: float,
+    x: Tensor | None,
+    c_skip: Tensor | None,
     c_out: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(pred, y)
 
 
@@ -150,13 +167,15 @@ def denoising_loss(
     Source: EDM (Karras et al. 2022) table 1 and eq. 7; PFGM++ keeps them for every D.
 
     Args:
-        pred, y: (B, C, H, W) or (B, N), one shape, device and dtype (float32, bfloat16, float16 or float64), each of
-            any strides: the denoiser's output and the clean sample. B = 0 is fine. Not recorded by autograd. A raw
-            output may have any dtype whose numbers y's holds, such as bfloat16 beside float32.
+        pred: (B, C, H, W) or (B, N), float32, bfloat16, float16 or float64, any strides: the denoiser's output. B = 0
+            is fine. Not recorded by autograd. A raw output may have any dtype whose numbers y's holds, such as bfloat16
+            beside float32.
+        y: clean sample, of pred's shape, device and dtype, any strides.
         sigma: (B,) float32 or float64, noise levels in the units of y.
         sigma_data: σ_d, in [1e-6, 1e6].
         x: noisy sample, of y's shape, device and dtype, any strides; given with c_skip and c_out or not at all.
-        c_skip, c_out: (B,) float32 or float64.
+        c_skip: (B,) float32 or float64, factor of x.
+        c_out: (B,) float32 or float64, factor of F.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -166,12 +185,24 @@ def denoising_loss(
 
     A sample is invalid when pred, y, x, c_skip or c_out is not finite, σ is not finite and positive, the loss
     overflows, or the gradient exceeds its dtype. Its loss and gradient are exactly 0. Reads no value on the host.
-    Raises ValueError for a shape, dtype, device or number that does not fit.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit.
 
     Bytes moved: 3 a element and byte of dtype (2 read, 1 written) in one launch; samples of more than 4096 elements are
     read a second time, mostly from cache. With the preconditioning 16 a element in float32, 12 with F in bfloat16.
     Outside, it reads F and x, writes the prediction, and takes the gradient back to F's: 20 more than the 12 of the
     loss in float32, 16 more with F in bfloat16. A y or x whose memory format differs from pred's is copied first.
+
+    Example:
+        >>> import torch
+        >>> from ipfm.kernels import denoising_loss
+        >>> y, sigma = torch.zeros(2, 3, 8, 8), torch.tensor([0.5, 1.0])
+        >>> result = denoising_loss(y + 0.5, y, sigma)
+        >>> result.loss
+        tensor([384., 240.])
+        >>> result.grad[:, 0, 0, 0]
+        tensor([8., 5.])
     """
     op = "denoising_loss"
     _checks.samples(op, "pred", pred)

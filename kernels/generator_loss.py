@@ -54,7 +54,7 @@ def _store_gradients(p_dt, p_ds, p_dy, o_e, m_e, b_dt, b_ds, b_dy, weight, weigh
 
 
 @triton.jit
-def _ipfm_loss_kernel(
+def ipfm_loss_kernel(
     p_t, p_s, p_y, p_x, p_c_skip, p_c_out, p_dt, p_ds, p_dy, p_loss, p_weight, p_valid,
     elements, st_b, ss_b, sy_b, sx_b, sdt_b, sds_b, sdy_b,
     ALPHA: tl.constexpr, BETA: tl.constexpr, FLOOR: tl.constexpr, RAW: tl.constexpr, COMPUTE: tl.constexpr,
@@ -70,6 +70,7 @@ def _ipfm_loss_kernel(
     RAW: T = c_skip x + c_out t and S = c_skip x + c_out s, so that the gradients by t and s have the factor c_out; and
     x = y + noise, so that ∂L/∂y gains c_skip (∂L/∂T + ∂L/∂S), which is -c_skip times itself.
     """
+    # The sample's rows and numbers.
     i_b = tl.program_id(0).to(tl.int64)
     p_t += i_b * st_b
     p_s += i_b * ss_b
@@ -86,6 +87,8 @@ def _ipfm_loss_kernel(
         c_skip = given.to(COMPUTE)
         c_out = tl.load(p_c_out + i_b).to(COMPUTE)
         rest = (1.0 - given).to(COMPUTE)
+
+    # Load and compute: the differences, and of each element what the sums and the largest gradients take.
     if RESIDENT:
         o_e = tl.arange(0, BLOCK)
         m_e = o_e < elements
@@ -110,6 +113,8 @@ def _ipfm_loss_kernel(
             b_peak = tl.maximum(b_peak, b_sizes)
             if RAW:
                 b_peak_y = tl.maximum(b_peak_y, b_sizes_y)
+
+    # Reduce: λ, the loss, and whether the sample is valid.
     mean = tl.sum(b_abs, axis=0) / tl.cast(elements, COMPUTE)
     weight = 1.0 / tl.maximum(mean, tl.full((), FLOOR, COMPUTE))  # tl.cast would round FLOOR to float32
     loss = 2.0 * weight * tl.sum(b_loss, axis=0)
@@ -124,6 +129,8 @@ def _ipfm_loss_kernel(
     tl.store(p_loss + i_b, tl.where(valid, loss, 0.0))
     tl.store(p_weight + i_b, tl.where(valid, weight, 0.0))
     tl.store(p_valid + i_b, valid)
+
+    # Store: the gradients, which wait in registers or are computed again.
     if RESIDENT:
         _store_gradients(p_dt, p_ds, p_dy, o_e, m_e, b_dt, b_ds, b_dy, slope, slope_y, valid)
     else:
@@ -145,9 +152,15 @@ def _per_sample_outputs(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def launch_ipfm_loss(
-    t: Tensor, s: Tensor, y: Tensor, alpha: float, x: Tensor | None, c_skip: Tensor | None, c_out: Tensor | None,
+    t: Tensor,
+    s: Tensor,
+    y: Tensor,
+    alpha: float,
+    x: Tensor | None,
+    c_skip: Tensor | None,
+    c_out: Tensor | None,
     inplace: bool,
-) -> IpfmLoss:  # fmt: skip
+) -> IpfmLoss:
     """One launch of the Triton kernel; dt and ds lie over t and s, or over copies of them in rows, if `inplace`."""
     dy = empty_rows(t, y.dtype)
     row_t, row_s, row_y = as_rows(t, dy), as_rows(s, dy), as_rows(y, dy)
@@ -159,7 +172,7 @@ def launch_ipfm_loss(
         elements = t[0].numel()
         block, warps = row_config(elements)
         with on_device(t.device):
-            _ipfm_loss_kernel[(len(t),)](
+            ipfm_loss_kernel[(len(t),)](
                 row_t, row_s, row_y, row_x, loss if c_skip is None else c_skip, loss if c_out is None else c_out,
                 dt, ds, dy, loss, weight, valid,
                 elements, *(v.stride(0) for v in (row_t, row_s, row_y, row_x, dt, ds, dy)),
@@ -174,7 +187,7 @@ def launch_ipfm_loss(
 @operator("ipfm_loss")
 def _ipfm_loss(
     t: Tensor, s: Tensor, y: Tensor, alpha: float, x: Tensor | None, c_skip: Tensor | None, c_out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `IpfmLoss`."""
     return launch_ipfm_loss(t, s, y, alpha, x, c_skip, c_out, inplace=False)
 
@@ -182,7 +195,7 @@ def _ipfm_loss(
 @_ipfm_loss.register_fake
 def _(
     t: Tensor, s: Tensor, y: Tensor, alpha: float, x: Tensor | None, c_skip: Tensor | None, c_out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, weight, valid = _per_sample_outputs(y)
     return loss, weight, empty_rows(t), empty_rows(t), empty_rows(t, y.dtype), valid
 
@@ -190,7 +203,7 @@ def _(
 @operator("ipfm_loss_", mutates=("t", "s"))
 def _ipfm_loss_(
     t: Tensor, s: Tensor, y: Tensor, alpha: float, x: Tensor | None, c_skip: Tensor | None, c_out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, weight, dy, valid); dt is written over t and ds over s."""
     got = launch_ipfm_loss(t, s, y, alpha, x, c_skip, c_out, inplace=True)
     for given, row in ((t, got.dt), (s, got.ds)):
@@ -202,7 +215,7 @@ def _ipfm_loss_(
 @_ipfm_loss_.register_fake
 def _(
     t: Tensor, s: Tensor, y: Tensor, alpha: float, x: Tensor | None, c_skip: Tensor | None, c_out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, weight, valid = _per_sample_outputs(y)
     return loss, weight, empty_rows(t, y.dtype), valid
 
@@ -245,14 +258,17 @@ def ipfm_loss(
     Preconditioning: EDM (Karras et al. 2022) eq. 7.
 
     Args:
-        t, s, y: (B, C, H, W) or (B, N), one shape, device and dtype (float32, bfloat16, float16 or float64), each of
-            any strides: T(x, σ), S(x, σ) and the clean sample. B = 0 is fine. Not recorded by autograd. Raw outputs may
-            have any dtype, one for both, whose numbers y's holds, such as bfloat16 beside float32.
+        t: (B, C, H, W) or (B, N), float32, bfloat16, float16 or float64, any strides: the teacher's output T(x, σ).
+            B = 0 is fine. Not recorded by autograd. Raw outputs may have any dtype, one for both, whose numbers y's
+            holds, such as bfloat16 beside float32.
+        s: the student's output S(x, σ), of t's shape, device and dtype, any strides.
+        y: clean sample, of t's shape, device and dtype, any strides.
         alpha: SiD's α, in [-1e6, 1e6]; ½ is pure IPFM, 1 the regularised objective.
         inplace: writes dt over t and ds over s and returns them. t and s must then share no memory with each other and
             with y and x.
         x: noisy sample, of y's shape, device and dtype, any strides; given with c_skip and c_out or not at all.
-        c_skip, c_out: (B,) float32 or float64.
+        c_skip: (B,) float32 or float64, factor of x.
+        c_out: (B,) float32 or float64, factor of t and s.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -263,13 +279,26 @@ def ipfm_loss(
 
     A sample is invalid when an input is not finite, when its loss overflows, or when a gradient exceeds its dtype. Its
     loss, weight and gradients are exactly 0; the caller divides by the number of valid ones. Reads no value on the
-    host. Raises ValueError for a shape, dtype, device or number that does not fit.
+    host.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit, or tensors that share memory with inplace=True.
 
     Bytes moved: 6 a element and byte of dtype (3 read, 3 written) in one launch; samples of more than 4096 elements are
     read a second time, mostly from cache. With the preconditioning 28 a element in float32, 20 with bfloat16 outputs.
     Outside, it reads the outputs and x twice, writes T and S, and takes both gradients back to the outputs' and to x's:
     48 more than the 24 of the loss in float32, 40 more with bfloat16 outputs. A tensor whose memory format differs from
     t's is copied first.
+
+    Example:
+        >>> import torch
+        >>> from ipfm.kernels import ipfm_loss
+        >>> y = torch.zeros(2, 3, 8, 8)
+        >>> result = ipfm_loss(y + 0.5, y + 0.25, y, alpha=1.0)
+        >>> result.loss, result.weight
+        (tensor([48., 48.]), tensor([2., 2.]))
+        >>> result.dy[:, 0, 0, 0]
+        tensor([-1., -1.])
     """
     op = "ipfm_loss"
     _checks.samples(op, "t", t)

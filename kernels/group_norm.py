@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ipfm.kernels import _checks
-from ipfm.kernels import group_norm_reference as recomputed
+from ipfm.kernels import _checks, group_norm_reference
 from ipfm.kernels._dispatch import Backend, group_config, on_device, use_triton
 from ipfm.kernels._operators import operator
 
@@ -67,7 +66,7 @@ def _activated(b_u, SILU: tl.constexpr):
 
 
 @triton.jit
-def _group_norm_silu_kernel(
+def group_norm_silu_kernel(
     p_x, p_weight, p_bias, p_scale, p_shift, p_y, p_mean, p_rstd,
     HW, s_b, s_c, s_hw, s_pb, s_pc,
     EPS: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr,
@@ -78,12 +77,15 @@ def _group_norm_silu_kernel(
     Without SILU, y is what goes into it. The variance is the mean of (x - mean)²: the group waits in registers
     (RESIDENT), or is read again, from cache.
     """
+    # The program's groups of a sample.
     parts: tl.constexpr = GROUPS_ALL // GROUPS
     i_b = (tl.program_id(0) // parts).to(tl.int64)
     i_g = (tl.program_id(0) % parts) * GROUPS
     p_x += i_b * s_b + i_g.to(tl.int64) * CHANNELS * s_c
     p_y += i_b * s_b + i_g.to(tl.int64) * CHANNELS * s_c
     count = HW * CHANNELS
+
+    # Load and reduce: each group's mean, and then its variance about that.
     if RESIDENT:
         o, m = _tile(0, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
         b_x = tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE)
@@ -107,9 +109,12 @@ def _group_norm_silu_kernel(
     tl.store(p_mean + o_g, mean)
     tl.store(p_rstd + o_g, rstd)
 
+    # Load: the channels' parameters.
     b_w, b_b, b_scale, b_shift = _parameters(
         p_weight, p_bias, p_scale, p_shift, i_b, i_g, s_pb, s_pc, SCALED, CHANNELS, GROUPS, CP, COMPUTE
     )
+
+    # Compute and store: the normalised x, scaled, shifted and through SiLU.
     dtype = p_y.dtype.element_ty
     if RESIDENT:
         b_u = (b_d * rstd * b_w + b_b) * b_scale + b_shift
@@ -135,18 +140,19 @@ def _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, SILU: tl.constexpr, COM
 
 
 @triton.jit
-def _group_norm_silu_backward_kernel(
+def group_norm_silu_backward_kernel(
     p_x, p_dy, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd, p_dx, p_du, p_dun,
     HW, s_b, s_c, s_hw, s_pb, s_pc,
     SCALED: tl.constexpr, SILU: tl.constexpr, GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
     CP: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Program (sample, GROUPS groups), u = v n + … with v = w (1 + scale):
+    """Program (sample, GROUPS groups): the gradient by x, for u = v n + … with v = w (1 + scale).
 
         ∂L/∂x = rstd (v ∂L/∂u - mean(v ∂L/∂u) - n mean(v n ∂L/∂u)),   means over the group
 
     and for each channel Σ ∂L/∂u and Σ n ∂L/∂u, from which the gradients of the parameters follow.
     """
+    # The program's groups of a sample, and what the forward pass and the parameters say of them.
     parts: tl.constexpr = GROUPS_ALL // GROUPS
     i_b = (tl.program_id(0) // parts).to(tl.int64)
     i_g = (tl.program_id(0) % parts) * GROUPS
@@ -162,6 +168,8 @@ def _group_norm_silu_backward_kernel(
     )
     b_v = b_w * b_scale
     b_c = b_b * b_scale + b_shift
+
+    # Load and compute: n, and the gradient of what goes into SiLU.
     if RESIDENT:
         o, m = _tile(0, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
         b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, SILU, COMPUTE)
@@ -175,16 +183,19 @@ def _group_norm_silu_backward_kernel(
             b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, SILU, COMPUTE)
             b_sum += b_du
             b_sum_n += b_du * b_n
+
+    # Reduce: the channels' sums, which the parameters' gradients need too, and the groups' means.
     b_sum = tl.sum(b_sum, axis=2)[:, :, None]
     b_sum_n = tl.sum(b_sum_n, axis=2)[:, :, None]
     o_c, m_c = _channels(i_g, CHANNELS, GROUPS, CP)
     o_c += i_b * (GROUPS_ALL * CHANNELS)
     tl.store(p_du + o_c, b_sum, mask=m_c)
     tl.store(p_dun + o_c, b_sum_n, mask=m_c)
-
     count = tl.cast(HW * CHANNELS, COMPUTE)
     mean_v = tl.sum(b_sum * b_v, axis=1)[:, :, None] / count
     mean_vn = tl.sum(b_sum_n * b_v, axis=1)[:, :, None] / count
+
+    # Store: ∂L/∂x, of what waits in registers or is computed again.
     dtype = p_dx.dtype.element_ty
     if RESIDENT:
         tl.store(p_dx + o, (rstd * (b_du * b_v - mean_v - b_n * mean_vn)).to(dtype), mask=m)
@@ -209,9 +220,14 @@ def block_sizes(
     """(what is constant in the kernels for this shape, warps)."""
     together, padded, block, warps = group_config(channels // groups, groups, pixels, dtype.itemsize, channels_last)
     sizes = {
-        "GROUPS_ALL": groups, "CHANNELS": channels // groups, "GROUPS": together, "CP": padded, "BLOCK": block,
-        "RESIDENT": block >= pixels, "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
-    }  # fmt: skip
+        "GROUPS_ALL": groups,
+        "CHANNELS": channels // groups,
+        "GROUPS": together,
+        "CP": padded,
+        "BLOCK": block,
+        "RESIDENT": block >= pixels,
+        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
+    }
     return sizes, warps
 
 
@@ -242,9 +258,15 @@ def _statistics(x: Tensor, *sizes: int, count: int) -> list[Tensor]:
 
 @operator("group_norm_silu")
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
     activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, 1/√(var + eps)), the latter (B, groups); x is dense."""
     y = torch.empty_like(x)
     mean, rstd = _statistics(x, len(x), groups, count=2)
@@ -253,7 +275,7 @@ def _forward(
     if x.numel():
         grid = (len(x) * (groups // sizes["GROUPS"]),)
         with on_device(x.device):
-            _group_norm_silu_kernel[grid](
+            group_norm_silu_kernel[grid](
                 x, weight, bias, p_scale, p_shift, y, mean, rstd, x.shape[2] * x.shape[3],
                 **strides, s_pb=s_pb, s_pc=s_pc, EPS=eps, SCALED=scale is not None, SILU=activation, **sizes,
                 num_warps=warps,
@@ -263,18 +285,31 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
     activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = _statistics(x, x.shape[0], groups, count=2)
     return torch.empty_like(x), mean, rstd
 
 
 @operator("group_norm_silu_backward")
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
-    rstd: Tensor, activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(∂L/∂x, Σ ∂L/∂u, Σ n ∂L/∂u), the sums (B, C) over the pixels."""
     groups = mean.shape[1]
     strides, sizes, warps = _layout(x, groups)
@@ -286,7 +321,7 @@ def _backward(
     if x.numel():
         grid = (len(x) * (groups // sizes["GROUPS"]),)
         with on_device(x.device):
-            _group_norm_silu_backward_kernel[grid](
+            group_norm_silu_backward_kernel[grid](
                 x, dy, weight, bias, p_scale, p_shift, mean, rstd, dx, du, dun, x.shape[2] * x.shape[3],
                 **strides, s_pb=s_pb, s_pc=s_pc, SCALED=scale is not None, SILU=activation, **sizes, num_warps=warps,
             )  # fmt: skip
@@ -295,9 +330,16 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
-    rstd: Tensor, activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     du, dun = _statistics(x, *x.shape[:2], count=2)
     return torch.empty_like(x), du, dun
 
@@ -351,14 +393,16 @@ def group_norm_silu(
     """silu(n), or silu(n (scale + 1) + shift), with n the group normalisation [Wu & He 2018] of x.
 
     Differentiable once, with respect to every tensor; of the input autograd keeps x alone, beside two numbers a group
-    (the reference up to `recomputed.SMALL` elements what PyTorch's operations keep).
+    (the reference up to `group_norm_reference.SMALL` elements what PyTorch's operations keep).
 
     Args:
         x: (B, C, H, W) float32, bfloat16, float16 or float64; contiguous and channels_last as they are, anything else
             is copied. B = 0 is fine.
         groups: number of groups, a divisor of C.
-        weight, bias: (C,), of the dtype of x.
-        scale, shift: both or neither, (B, C, 1, 1) or (1, C, 1, 1), of the dtype of x.
+        weight: (C,), of the dtype of x.
+        bias: (C,), of the dtype of x.
+        scale: (B, C, 1, 1) or (1, C, 1, 1), of the dtype of x; given with shift or not at all.
+        shift: (B, C, 1, 1) or (1, C, 1, 1), of the dtype of x.
         eps: added to the variance, > 0.
         activation: False leaves out SiLU.
         backend: "auto", "triton" or "reference".
@@ -373,6 +417,16 @@ def group_norm_silu(
 
     Bytes moved: forward 2, backward 3 times those of x where a group has at most 4096 elements; larger groups are read
     again, mostly from cache. One launch each.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from ipfm.kernels import group_norm_silu
+        >>> x = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> weight, bias = torch.ones(8), torch.zeros(8)
+        >>> y = group_norm_silu(x, 4, weight, bias)
+        >>> torch.allclose(y, F.silu(F.group_norm(x, 4, weight, bias)), atol=1e-6)
+        True
     """
     op = "group_norm_silu"
     _checks.samples(op, "x", x)
@@ -390,9 +444,16 @@ def group_norm_silu(
             _parameter(op, what, factor, x, ((len(x), channels, 1, 1), (1, channels, 1, 1)))
     eps = _checks.positive(op, "eps", eps)
     return unchecked_group_norm_silu(
-        x, groups, weight, bias, scale=scale, shift=shift, eps=eps, activation=activation,
+        x,
+        groups,
+        weight,
+        bias,
+        scale=scale,
+        shift=shift,
+        eps=eps,
+        activation=activation,
         triton_runs=use_triton(op, backend, x.device),
-    )  # fmt: skip
+    )
 
 
 def unchecked_group_norm_silu(
@@ -414,7 +475,9 @@ def unchecked_group_norm_silu(
         parameters = weight.contiguous(), bias.contiguous()
         y: Tensor = _forward(_dense(x), *parameters, scale, shift, groups, eps, activation)[0]
         return y
-    return recomputed.group_norm_silu(x, groups, weight, bias, scale=scale, shift=shift, eps=eps, activation=activation)
+    return group_norm_reference.group_norm_silu(
+        x, groups, weight, bias, scale=scale, shift=shift, eps=eps, activation=activation
+    )
 
 
 def _parameter(op: str, what: str, value: object, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:

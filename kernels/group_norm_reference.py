@@ -33,12 +33,25 @@ def group_norm_silu(
 ) -> Tensor:
     """silu(n), or silu(n·(scale + 1) + shift), with n = `F.group_norm(x, groups, weight, bias, eps)`.
 
-    x (B, C, H, W), contiguous or channels_last; weight, bias (C); scale and shift both or neither, (B or 1, C, 1, 1);
-    all of one floating dtype, which is also the result's. The value and the gradients are those of PyTorch's
-    operations, bit for bit in 16 bits and but for rounding in more. Of more than `SMALL` elements there is no second
-    derivative: RuntimeError where one is asked for (create_graph=True). Without `activation`, what goes into SiLU, by
-    PyTorch's own operations.
+    The value and the gradients are those of PyTorch's operations, bit for bit in 16 bits and but for rounding in more.
     Nothing is validated here; `ipfm.kernels.group_norm_silu` does that.
+
+    Args:
+        x: (B, C, H, W), contiguous or channels_last, of any floating dtype.
+        groups: number of groups, a divisor of C.
+        weight: (C,), of x's dtype.
+        bias: (C,), of x's dtype.
+        scale: (B or 1, C, 1, 1), of x's dtype; given with shift or not at all.
+        shift: (B or 1, C, 1, 1), of x's dtype.
+        eps: added to the variance.
+        activation: False leaves out SiLU: what goes into it, by PyTorch's own operations.
+
+    Returns:
+        (B, C, H, W) in x's dtype.
+
+    Raises:
+        RuntimeError: in the backward pass, where a second derivative is asked for (create_graph=True) of more than
+            `SMALL` elements.
     """
     # An exported graph holds for every batch size, of which a comparison would make a limit.
     if not activation or torch.compiler.is_exporting() or (x.numel() <= SMALL and torch.is_grad_enabled()):
@@ -116,8 +129,11 @@ def _through_silu(gradient: Tensor, saved: Sequence[Any], groups: int, eps: floa
 
 
 def _through_silu_wide(gradient: Tensor, saved: Sequence[Any], groups: int, eps: float) -> _Gradients:
-    """The same in fewer passes over the data: what goes into SiLU is a x + c with numbers a and c of the channel, and
-    the gradients of scale and shift are made of each channel's sums."""
+    """The same in fewer passes over the data.
+
+    What goes into SiLU is a x + c with numbers a and c of the channel, and the gradients of scale and shift are made of
+    each channel's sums.
+    """
     x, weight, bias, scale, shift, mean, rstd = saved
     per_group = (groups, x.shape[1] // groups)
     gain = rstd[:, :, None] * weight.view(per_group)

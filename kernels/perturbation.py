@@ -42,7 +42,7 @@ def _perturb_block(p_y, p_x, p_scaled, m_e, b_noise, b_scale, b_c_in, SCALED: tl
 
 
 @triton.jit(do_not_specialize=["seed_lo", "seed_hi", "step", "stream", "half_dof_bits"])
-def _perturb_kernel(
+def perturb_kernel(
     p_y, p_sigma, p_c_in, p_index, p_x, p_scaled,
     seed_lo, seed_hi, step, stream, half_dof_bits,
     inner, n_1, n_2,
@@ -59,9 +59,12 @@ def _perturb_kernel(
     is 1, so that a Philox block never straddles two channels. RGB: three channels interleaved in memory, as in a
     channels_last image; the noise is computed by channel and gathered into memory order, for wide accesses.
     """
+    # The program's sample and its stretch of it.
     segments = tl.cdiv(tl.cdiv(inner, BLOCK), TILES)
     i_sample = (tl.program_id(0) // segments).to(tl.int64)
     first = (tl.program_id(0) % segments) * (TILES * BLOCK)
+
+    # Load and compute: the sample's numbers, of which the gamma variable makes σ·√(D/K).
     b_index = tl.load(p_index + i_sample)
     b_scale = tl.load(p_sigma + i_sample).to(tl.float64)
     seed = philox_seed(seed_lo, seed_hi)
@@ -81,10 +84,13 @@ def _perturb_kernel(
     p_y += i_sample * sy_b
     p_x += i_sample * sx_b
     p_scaled += i_sample * sx_b
+
+    # Draw, load, add and store, a tile at a time.
     for tile in range(TILES):
         o_i = first + tile * BLOCK + tl.arange(0, BLOCK)
         o_q = (first + tile * BLOCK) // 4 + tl.arange(0, BLOCK // 4)
         if RGB:
+            # The normals of three channels, gathered into memory order.
             b_0 = normals(b_index, o_q, seed, step, stream, COMPUTE)
             b_1 = normals(b_index, inner // 4 + o_q, seed, step, stream, COMPUTE)
             b_2 = normals(b_index, inner // 4 * 2 + o_q, seed, step, stream, COMPUTE)
@@ -97,6 +103,7 @@ def _perturb_kernel(
                     p_y + o_m, p_x + o_m, p_scaled + o_m, o_m < 3 * inner, b_noise, b_scale, b_c_in, SCALED, COMPUTE
                 )
         else:
+            # One channel after the other, each by its strides.
             m_i = o_i < inner
             o_y = _offsets(o_i, n_1, n_2, sy_0, sy_1, sy_2, NDIM)
             o_x = _offsets(o_i, n_1, n_2, sx_0, sx_1, sx_2, NDIM)
@@ -113,11 +120,18 @@ def _perturb_kernel(
 def sample_layout(
     shape: tuple[int, ...], y_strides: tuple[int, ...], x_strides: tuple[int, ...]
 ) -> tuple[int, int, list[tuple[int, int, int]]]:
-    """(channels, inner, dims): how the kernel walks a sample of `shape` (without the batch).
+    """How the kernel walks a sample.
 
-    `dims` are the inner dimensions as (size, stride in y, stride in x), neighbours merged where both tensors allow:
-    one of stride 1 for a contiguous sample, one of stride C for a channels_last one. `channels` is split off only
-    where that helps (several inner dimensions would be needed) and may be done (Philox blocks stay within a channel).
+    Args:
+        shape: of the sample, without the batch.
+        y_strides: of the sample in y.
+        x_strides: of the sample in x.
+
+    Returns:
+        (channels, inner, dims). `dims` are the inner dimensions as (size, stride in y, stride in x), neighbours merged
+        where both tensors allow: one of stride 1 for a contiguous sample, one of stride C for a channels_last one.
+        `channels` is split off only where that helps (several inner dimensions would be needed) and may be done (Philox
+        blocks stay within a channel).
     """
 
     def merged(first: int) -> list[tuple[int, int, int]]:
@@ -147,7 +161,20 @@ def launch_perturb(
     c_in: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """One launch of the Triton kernel; arguments are valid. Returns x and, with c_in, c_in·x."""
+    """One launch of the Triton kernel; arguments are valid.
+
+    Args:
+        y: as in `perturb`.
+        sigma: as in `perturb`.
+        D: as in `perturb`.
+        position: (seed_lo, seed_hi, step, stream), from `philox.scalar_arguments`.
+        index: (B,) int64, sample indices.
+        c_in: as in `perturb`.
+        out_dtype: dtype of c_in·x.
+
+    Returns:
+        x, and c_in·x or None without c_in.
+    """
     x = torch.empty_like(y)
     scaled = None if c_in is None else torch.empty_like(y, dtype=out_dtype)
     if not y.numel():
@@ -169,7 +196,7 @@ def launch_perturb(
     sizes, sy, sx = zip(*dims, strict=True)
     grid = (len(y) * triton.cdiv(triton.cdiv(inner, block), tiles),)
     with on_device(y.device):
-        _perturb_kernel[grid](
+        perturb_kernel[grid](
             y, sigma, sigma if c_in is None else c_in, index, x, x if scaled is None else scaled,
             *position, float64_bits(D / 2 if heavy else 1.0),
             inner, *sizes[1:],
@@ -200,9 +227,17 @@ def _(
 
 @operator("perturb_scaled")
 def _perturb_scaled(
-    y: Tensor, sigma: Tensor, D: float, seed: int, stream: int, step: int, clock: Tensor | None, index: Tensor,
-    c_in: Tensor, out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y: Tensor,
+    sigma: Tensor,
+    D: float,
+    seed: int,
+    stream: int,
+    step: int,
+    clock: Tensor | None,
+    index: Tensor,
+    c_in: Tensor,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """(x, c_in·x)."""
     x, scaled = launch_perturb(y, sigma, D, scalar_arguments(seed, stream, step, clock), index, c_in, out_dtype)
     assert scaled is not None
@@ -211,9 +246,17 @@ def _perturb_scaled(
 
 @_perturb_scaled.register_fake
 def _(
-    y: Tensor, sigma: Tensor, D: float, seed: int, stream: int, step: int, clock: Tensor | None, index: Tensor,
-    c_in: Tensor, out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y: Tensor,
+    sigma: Tensor,
+    D: float,
+    seed: int,
+    stream: int,
+    step: int,
+    clock: Tensor | None,
+    index: Tensor,
+    c_in: Tensor,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(y), torch.empty_like(y, dtype=out_dtype)
 
 
@@ -293,7 +336,7 @@ def perturb(
     out_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Draws x ~ p_r(x | y) ∝ (‖x - y‖² + r²)^(-(N+D)/2), r = σ√D, and optionally c_in·x, in one pass over the data.
+    """Draw x ~ p_r(x | y) ∝ (‖x - y‖² + r²)^(-(N+D)/2), r = σ√D, and optionally c_in·x, in one pass over the data.
 
         x = y + σ·g / √(K/D),   g ~ N(0, I_N),   K = 2·Gamma(D/2);   K/D = 1 at D = ∞ (the Gaussian kernel)
 
@@ -304,9 +347,12 @@ def perturb(
             samplers' prior. Half precision is perturbed in float32 and rounded once.
         sigma: (B,) float32 or float64, noise levels in the units of y.
         D: number of auxiliary dimensions, any real in (0, ∞].
-        seed, stream, step, sample_index: position of the noise, as in `ipfm.kernels.philox.uniform`; sample_index is
-            (B,) int64, the step a number or a 0-d int64 tensor. Element i (in C-contiguous order) of a sample gets the
-            same noise whatever the batch, the order, the memory format, the dtype and the backend.
+        seed: in [0, 2⁶⁴); with stream, step and sample_index the position of the noise, as in
+            `ipfm.kernels.philox.uniform`. Element i (in C-contiguous order) of a sample gets the same noise whatever
+            the batch, the order, the memory format, the dtype and the backend.
+        stream: in [0, 2¹⁶); different purposes take different streams.
+        step: in [0, 2³²), a number or a 0-d int64 tensor on y's device.
+        sample_index: (B,) int64 in [0, 2⁴⁸), the samples' global indices.
         c_in: (B,) float32 or float64; asks for c_in·x too, computed from x before it is rounded.
         out_dtype: dtype of c_in·x; y's when None.
         backend: "auto", "triton" or "reference".
@@ -316,8 +362,22 @@ def perturb(
         not in sigma and c_in.
 
     Where the heavy tail leaves the range of the dtype (most draws at D = 0.001 do), x is ±inf, never NaN.
-    Raises ValueError for a shape, dtype, device or number that does not fit. Bytes moved: y read once, x (and c_in·x)
-    written once; the noise never exists in memory.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit.
+
+    Bytes moved: y read once, x (and c_in·x) written once; the noise never exists in memory.
+
+    Example:
+        >>> import torch
+        >>> from ipfm.kernels import perturb
+        >>> y, sigma, index = torch.zeros(4, 3, 8, 8), torch.full((4,), 0.5), torch.arange(4)
+        >>> x = perturb(y, sigma, 128.0, seed=0, stream=0, step=0, sample_index=index)
+        >>> x.shape
+        torch.Size([4, 3, 8, 8])
+        >>> third = perturb(y[2:3], sigma[2:3], 128.0, seed=0, stream=0, step=0, sample_index=index[2:3])
+        >>> torch.equal(third, x[2:3])
+        True
     """
     op = "perturb"
     _checks.samples(op, "y", y)

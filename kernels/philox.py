@@ -142,6 +142,7 @@ def cos_sin_turns(b_u):
 
 @triton.jit
 def box_muller(b_u_radius, b_u_angle):
+    """Two standard normals, √(-2 ln u)·(cos 2πv, sin 2πv), of two uniforms u and v in (0, 1]."""
     b_radius = tl.sqrt(minus_two_log(b_u_radius))
     b_cos, b_sin = cos_sin_turns(b_u_angle)
     return b_radius * b_cos, b_radius * b_sin
@@ -203,7 +204,7 @@ def gamma_parts(b_index, shape, seed, step, stream, BOOST: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["seed_lo", "seed_hi", "step", "stream", "first_block"])
-def _philox_kernel(
+def philox_kernel(
     p_index, p_out, seed_lo, seed_hi, step, stream, first_block, count, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Program (sample, tile): `count` words, uniforms or normals a sample, from Philox block `first_block` on."""
@@ -227,7 +228,7 @@ def _philox_kernel(
 
 
 @triton.jit(do_not_specialize=["seed_lo", "seed_hi", "step", "stream", "shape_bits"])
-def _gamma_kernel(p_index, p_out, seed_lo, seed_hi, step, stream, shape_bits, BOOST: tl.constexpr):
+def gamma_kernel(p_index, p_out, seed_lo, seed_hi, step, stream, shape_bits, BOOST: tl.constexpr):
     """One draw a program."""
     i_sample = tl.program_id(0)
     shape = shape_bits.to(tl.int64).to(tl.float64, bitcast=True)
@@ -268,7 +269,7 @@ def launch_philox(
         grid = (len(index) * triton.cdiv(count, 4 * block),)
         position = scalar_arguments(seed, stream, step, clock)
         with on_device(index.device):
-            _philox_kernel[grid](index, out, *position, signed32(first_block), count, KIND=kind, BLOCK=block)
+            philox_kernel[grid](index, out, *position, signed32(first_block), count, KIND=kind, BLOCK=block)
     return out
 
 
@@ -286,9 +287,7 @@ def launch_gamma(index: Tensor, shape: float, seed: int, stream: int, step: int,
     if len(index):
         position = scalar_arguments(seed, stream, step, clock)
         with on_device(index.device):
-            _gamma_kernel[(len(index),)](
-                index, out, *position, float64_bits(shape), BOOST=shape < 1, num_warps=1
-            )  # fmt: skip
+            gamma_kernel[(len(index),)](index, out, *position, float64_bits(shape), BOOST=shape < 1, num_warps=1)
     return out
 
 
@@ -310,9 +309,22 @@ def random_words(
     first_block: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The 32-bit words of Philox blocks [first_block, first_block + blocks): (B, blocks, 4) int64 in [0, 2³²).
+    """The 32-bit words of Philox blocks [first_block, first_block + blocks) of each sample, for tests.
 
-    For tests; arguments and errors as in `uniform`.
+    Args:
+        sample_index: as in `uniform`.
+        blocks: number of blocks, in [0, 2³¹).
+        seed: as in `uniform`.
+        stream: as in `uniform`.
+        step: as in `uniform`.
+        first_block: in [0, 2³²).
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        (B, blocks, 4) int64 in [0, 2³²).
+
+    Raises:
+        ValueError: as in `uniform`, or for blocks beyond 2³².
     """
     op = "random_words"
     index = _checks.index(op, sample_index)
@@ -327,8 +339,20 @@ def random_words(
 
 
 def host_word(*, seed: int, stream: int, step: int, index: int = 0) -> int:
-    """Word 0 of Philox block 0 of a sample, in [0, 2³²), as a Python number: the host decides by it without asking a
-    device. Arguments and errors as in `uniform`."""
+    """Word 0 of Philox block 0 of a sample: by it the host decides without asking a device.
+
+    Args:
+        seed: as in `uniform`.
+        stream: as in `uniform`.
+        step: as in `uniform`, a number.
+        index: the sample's global index.
+
+    Returns:
+        A Python number in [0, 2³²).
+
+    Raises:
+        ValueError: as in `uniform`.
+    """
     sample = torch.tensor([index])
     words = words_of(sample, blocks_of(0, 1), _checks.position("host_word", seed, stream, step, sample))
     return int(words[0, 0, 0])
@@ -337,14 +361,28 @@ def host_word(*, seed: int, stream: int, step: int, index: int = 0) -> int:
 def uniform(
     sample_index: Tensor, count: int, *, seed: int, stream: int, step: int | Tensor, backend: Backend = "auto"
 ) -> Tensor:
-    """`count` uniform numbers in (0, 1] for each sample: (B, count) float32, u = w·2⁻³² + 2⁻³³ of a 32-bit word w.
+    """`count` uniform numbers in (0, 1] for each sample, u = w·2⁻³² + 2⁻³³ of a 32-bit word w.
 
-    sample_index: (B,) int64 in [0, 2⁴⁸), the samples' global indices (higher bits are ignored). 0 <= seed < 2⁶⁴,
-    0 <= stream < 2¹⁶, 0 <= step < 2³². The step may also be a 0-d int64 tensor on the samples' device, with the same
-    result: a captured CUDA graph keeps a number but reads a tensor at each replay. Its value is not checked; the low 32
-    bits count. Two calls that agree in (seed, stream, step, sample index) return the same numbers: different purposes
-    take different streams. Equal bits on every backend. Raises ValueError for anything else. Source: Salmon et al.
-    2011, Philox4x32-10.
+    Two calls that agree in (seed, stream, step, sample index) return the same numbers: different purposes take
+    different streams. Equal bits on every backend.
+
+    Source: Salmon et al. 2011, Philox4x32-10.
+
+    Args:
+        sample_index: (B,) int64 in [0, 2⁴⁸), the samples' global indices (higher bits are ignored).
+        count: numbers a sample, in [0, 2³¹).
+        seed: in [0, 2⁶⁴).
+        stream: in [0, 2¹⁶).
+        step: in [0, 2³²). It may also be a 0-d int64 tensor on the samples' device, with the same result: a captured
+            CUDA graph keeps a number but reads a tensor at each replay. Its value is not checked; the low 32 bits
+            count.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        (B, count) float32.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit.
     """
     op = "uniform"
     index = _checks.index(op, sample_index)
@@ -359,9 +397,23 @@ def uniform(
 def normal(
     sample_index: Tensor, count: int, *, seed: int, stream: int, step: int | Tensor, backend: Backend = "auto"
 ) -> Tensor:
-    """`count` standard normal numbers for each sample: (B, count) float32, two Box-Muller pairs a Philox block.
+    """`count` standard normal numbers for each sample, two Box-Muller pairs a Philox block.
 
-    Arguments and errors as in `uniform`. Equal on every backend up to the last bits of log, sqrt, sin and cos.
+    Equal on every backend up to the last bits of log, sqrt, sin and cos.
+
+    Args:
+        sample_index: as in `uniform`.
+        count: numbers a sample, in [0, 2³¹).
+        seed: as in `uniform`.
+        stream: as in `uniform`.
+        step: as in `uniform`.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        (B, count) float32.
+
+    Raises:
+        ValueError: as in `uniform`.
     """
     op = "normal"
     index = _checks.index(op, sample_index)
@@ -376,11 +428,25 @@ def normal(
 def gamma(
     sample_index: Tensor, shape: float, *, seed: int, stream: int, step: int | Tensor, backend: Backend = "auto"
 ) -> Tensor:
-    """One Gamma(shape, 1) draw for each sample: (B,) float64; 0 < shape < inf.
+    """One Gamma(shape, 1) draw for each sample.
 
-    Marsaglia & Tsang 2000, for shape < 1 through Gamma(shape + 1)·U^(1/shape), with as many trials as it takes. A value
-    below the smallest float64, which shapes under about 0.03 do draw, comes back as 0. Other arguments and errors as in
-    `uniform`.
+    A value below the smallest float64, which shapes under about 0.03 do draw, comes back as 0.
+
+    Source: Marsaglia & Tsang 2000, for shape < 1 through Gamma(shape + 1)·U^(1/shape), with as many trials as it takes.
+
+    Args:
+        sample_index: as in `uniform`.
+        shape: in (0, inf).
+        seed: as in `uniform`.
+        stream: as in `uniform`.
+        step: as in `uniform`.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        (B,) float64.
+
+    Raises:
+        ValueError: as in `uniform`, or for a shape that does not fit.
     """
     op = "gamma"
     index = _checks.index(op, sample_index)

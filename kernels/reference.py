@@ -236,9 +236,16 @@ def _column(v: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def ipfm_loss(
-    t: Tensor, s: Tensor, y: Tensor, *, alpha: float, inplace: bool = False,
-    x: Tensor | None = None, c_skip: Tensor | None = None, c_out: Tensor | None = None,
-) -> IpfmLoss:  # fmt: skip
+    t: Tensor,
+    s: Tensor,
+    y: Tensor,
+    *,
+    alpha: float,
+    inplace: bool = False,
+    x: Tensor | None = None,
+    c_skip: Tensor | None = None,
+    c_out: Tensor | None = None,
+) -> IpfmLoss:
     """L(α) = λ[‖T-y‖² - ‖S-y‖² - 2(α-½)‖T-S‖²] and its gradients [IPFM eq. 21; SiD eq. 23, L(α) = 2·L_SiD(α)].
 
     T = t and S = s, or T = c_skip x + c_out t and S = c_skip x + c_out s [EDM eq. 7]. In the latter ∂L/∂y includes the
@@ -272,9 +279,16 @@ def ipfm_loss(
 
 
 def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None,
-    eps: float = 1e-5, activation: bool = True,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: bool = True,
+) -> Tensor:
     """silu(n), or silu(n (scale + 1) + shift), n = (x - mean)/√(var + eps)·weight + bias over each group's channels."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     grouped = x.to(dtype).unflatten(1, (groups, -1)).flatten(2)
@@ -288,9 +302,15 @@ def group_norm_silu(
 
 @torch.no_grad()
 def denoising_loss(
-    pred: Tensor, y: Tensor, sigma: Tensor, *, sigma_data: float = 0.5,
-    x: Tensor | None = None, c_skip: Tensor | None = None, c_out: Tensor | None = None,
-) -> DenoisingLoss:  # fmt: skip
+    pred: Tensor,
+    y: Tensor,
+    sigma: Tensor,
+    *,
+    sigma_data: float = 0.5,
+    x: Tensor | None = None,
+    c_skip: Tensor | None = None,
+    c_out: Tensor | None = None,
+) -> DenoisingLoss:
     """L = w‖pred - y‖² and ∂L/∂pred = 2w(pred - y), w = (σ²+σ_d²)/(σσ_d)² = 1/σ_d² + 1/σ² [EDM table 1].
 
     With x, c_skip and c_out `pred` is F, the prediction c_skip x + c_out F [EDM eq. 7] and the gradient that by F.

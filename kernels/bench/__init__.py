@@ -14,13 +14,24 @@ __all__ = ["main", "run_compiled", "run_floor", "run_microbenchmarks", "run_offl
 
 
 def run_compiled(out: str | Path, *, quick: bool = False) -> list[Path]:
-    """What needs no GPU: `run_floor` (quick: for sm_90 alone) and `run_offline`, with their paths and errors."""
+    """What needs no GPU: the compile report and the instruction count.
+
+    Args:
+        out: folder to write into.
+        quick: fewer variants, and the instruction count for sm_90 alone.
+
+    Returns:
+        The paths of floor.csv and offline.csv.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET=1, where nothing is compiled.
+    """
     report = run_offline(out, quick=quick)
     return [run_floor(out, ("sm_90",)) if quick else run_floor(out), report]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the microbenchmarks, or with --offline the compile report and the instruction count of perturb.
+    """Run the microbenchmarks, or with --offline the compile report and the instruction count of perturb.
 
     Prints the tables and where they went.
     """

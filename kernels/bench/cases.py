@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ipfm.kernels import group_norm_reference as recomputed
-from ipfm.kernels import reference
+from ipfm.kernels import group_norm_reference, reference
 from ipfm.kernels._dispatch import row_config
 from ipfm.kernels.bench.optimiser import AdamWorkload
 from ipfm.kernels.bench.providers import EAGER, FunctionWorkload, Workload
@@ -26,8 +25,13 @@ LARGE = 1 << 25
 GROUPS = 32
 # CIFAR-10's batch; one of ImageNet's micro-batches; the batch of FFHQ and AFHQv2; an odd one; two large ones.
 CUDA_IMAGES = [
-    (256, 3, 32, 32), (32, 3, 64, 64), (512, 3, 64, 64), (13, 3, 31, 29), (10923, 3, 32, 32), (2731, 3, 64, 64),
-]  # fmt: skip
+    (256, 3, 32, 32),
+    (32, 3, 64, 64),
+    (512, 3, 64, 64),
+    (13, 3, 31, 29),
+    (10923, 3, 32, 32),
+    (2731, 3, 64, 64),
+]
 CPU_IMAGES = [(64, 3, 32, 32), (16, 3, 64, 64), (13, 3, 31, 29)]
 # (channels, height, width, samples on CUDA, samples on the CPU): ncsn++ on CIFAR-10, ADM on ImageNet, an odd one.
 NCSNPP_LEVELS = [(256, 32, 32, 256, 4), (256, 16, 16, 256, 8), (256, 8, 8, 256, 16)]
@@ -116,8 +120,10 @@ def perturb_cases(
 def loss_cases(
     device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, *, raw: bool = False
 ) -> Iterator[Case]:
-    """The losses with their gradients; a row too long for the registers is read twice. `raw`: and those of raw outputs
-    in bfloat16, beside images in `dtype`."""
+    """The losses with their gradients; a row too long for the registers is read twice.
+
+    `raw`: and those of raw outputs in bfloat16, beside images in `dtype`.
+    """
     generator = torch.Generator(device).manual_seed(0)
     t, s, y = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(3))
     sigma = torch.rand(shape[0], generator=generator, device=device) + 0.1
@@ -135,16 +141,13 @@ def loss_cases(
     c_out = sigma / (sigma.square() + 0.25).sqrt() / 2
     given = {"x": y + sigma.view(-1, 1, 1, 1) * s, "c_skip": 0.25 / (sigma.square() + 0.25), "c_out": c_out}
     reading, writing = 2 * half + 2 * size, 2 * half + size
-    work = FunctionWorkload(
-        {EAGER: preconditioned_ipfm_loss}, ipfm_loss, (raw_t, raw_s, y), {"alpha": 1.0, **given},
-        oracle=reference.ipfm_loss,
-    )  # fmt: skip
+    eager: dict[str, Callable[..., Any]] = {EAGER: preconditioned_ipfm_loss}
+    keywords = {"alpha": 1.0, **given}
+    work = FunctionWorkload(eager, ipfm_loss, (raw_t, raw_s, y), keywords, oracle=reference.ipfm_loss)
     moved = {"forward": Bytes(reading + writing, reads * reading + writing)}
     yield make("ipfm_loss", "alpha=1 raw bf16", bytes=moved, workload=work)
-    work = FunctionWorkload(
-        {EAGER: preconditioned_denoising_loss}, denoising_loss, (raw_t, y, sigma), given,
-        oracle=reference.denoising_loss,
-    )  # fmt: skip
+    eager = {EAGER: preconditioned_denoising_loss}
+    work = FunctionWorkload(eager, denoising_loss, (raw_t, y, sigma), given, oracle=reference.denoising_loss)
     reading = half + 2 * size
     moved = {"forward": Bytes(reading + half, reads * reading + half)}
     yield make("denoising_loss", "raw bf16", bytes=moved, workload=work)
@@ -171,9 +174,15 @@ def preconditioned_denoising_loss(
 
 
 def plain_group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None,
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     eps: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """PyTorch's operations one after the other, as autograd records them."""
     n = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(n if scale is None or shift is None else torch.addcmul(shift, n, scale + 1))
@@ -195,7 +204,10 @@ def group_norm_case(
     arguments: dict[str, Any] = {"eps": 1e-5}
     if scaled:
         arguments |= {name: (0.1 * draw(batch, channels, 1, 1)).requires_grad_() for name in ("scale", "shift")}
-    plain: dict[str, Callable[..., Any]] = {EAGER: plain_group_norm_silu, "recomputed": recomputed.group_norm_silu}
+    plain: dict[str, Callable[..., Any]] = {
+        EAGER: plain_group_norm_silu,
+        "recomputed": group_norm_reference.group_norm_silu,
+    }
     work = FunctionWorkload(plain, group_norm_silu, inputs, arguments, oracle=reference.group_norm_silu)
     resident = block_sizes(channels, GROUPS, height * width, dtype, last)[0]["RESIDENT"]
     forward = Bytes(2 * x.nbytes, (2 if resident else 4) * x.nbytes)
@@ -207,8 +219,10 @@ def group_norm_case(
 
 
 def adam_case(device: torch.device, shapes: Sequence[tuple[int, ...]], name: str) -> Case:
-    """Weights, second moment and average read and written, gradients read: twice by the kernels, which first see
-    whether all are finite."""
+    """Weights, second moment and average read and written, gradients read.
+
+    The kernels read the gradients twice: they first see whether all are finite.
+    """
     elements = sum(map(math.prod, shapes))
     moved = {"step": Bytes(7 * 4 * elements, 8 * 4 * elements)}
     work = AdamWorkload(shapes, device)

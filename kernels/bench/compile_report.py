@@ -22,12 +22,12 @@ import triton.language as tl
 
 from ipfm.kernels import reference
 from ipfm.kernels._dispatch import INTERPRETED, adam_config, noise_config, row_config
-from ipfm.kernels.adam_kernels import _measure_kernel, _numbers_kernel, _reduce_kernel, _update_kernel
-from ipfm.kernels.denoising_loss import _denoising_loss_kernel
-from ipfm.kernels.generator_loss import _ipfm_loss_kernel
-from ipfm.kernels.group_norm import _group_norm_silu_backward_kernel, _group_norm_silu_kernel, block_sizes
-from ipfm.kernels.perturbation import _perturb_kernel
-from ipfm.kernels.philox import NORMAL, UNIFORM, _gamma_kernel, _philox_kernel
+from ipfm.kernels.adam_kernels import measure_kernel, numbers_kernel, reduce_kernel, update_kernel
+from ipfm.kernels.denoising_loss import denoising_loss_kernel
+from ipfm.kernels.generator_loss import ipfm_loss_kernel
+from ipfm.kernels.group_norm import block_sizes, group_norm_silu_backward_kernel, group_norm_silu_kernel
+from ipfm.kernels.perturbation import perturb_kernel
+from ipfm.kernels.philox import NORMAL, UNIFORM, gamma_kernel, philox_kernel
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 FLOAT_MAX = {"fp32": 3.4028234663852886e38, "fp16": 65504.0, "bf16": 3.3895313892515355e38}
@@ -83,7 +83,8 @@ class MachineCode:
 # ------------------------------------------------------------------------------------------------------------ cases
 
 
-def _perturb_cases() -> Iterator[Case]:
+def perturb_variants() -> Iterator[Case]:
+    """Every dtype, tail, layout and second output of perturb that compiles to other code."""
     position = ("seed_lo", "seed_hi", "step", "stream")
     cifar, odd = 3072, 35
 
@@ -102,17 +103,33 @@ def _perturb_cases() -> Iterator[Case]:
     ) -> Case:
         block, tiles, warps = noise_config(samples, inner, channels == 3)
         types = {
-            "p_y": f"*{dtype}", "p_sigma": "*fp32", "p_c_in": "*fp32", "p_index": "*i64",
-            "p_x": f"*{dtype}", "p_scaled": f"*{out or dtype}",
-            "half_dof_bits": "i64", **dict.fromkeys(position, "i32"),
+            "p_y": f"*{dtype}",
+            "p_sigma": "*fp32",
+            "p_c_in": "*fp32",
+            "p_index": "*i64",
+            "p_x": f"*{dtype}",
+            "p_scaled": f"*{out or dtype}",
+            "half_dof_bits": "i64",
+            **dict.fromkeys(position, "i32"),
             **dict.fromkeys(("inner", "n_1", "n_2", "sy_b", "sx_b"), "i32"),
-        }  # fmt: skip
+        }
         constants: dict[str, Any] = {
-            "CHANNELS": channels, "NDIM": 1, "HEAVY": dof is not None, "BOOST": dof is not None and dof < 2,
-            "SCALED": out is not None, "RGB": channels == 3, "COMPUTE": tl.float32, "MAX": FLOAT_MAX["fp32"],
-            "LOG_RATIO_MAX": reference.LOG_RATIO_MAX, "BLOCK": block, "TILES": tiles,
-            "sy_0": 0, "sy_1": 0, "sx_0": 0, "sx_1": 0,
-        }  # fmt: skip
+            "CHANNELS": channels,
+            "NDIM": 1,
+            "HEAVY": dof is not None,
+            "BOOST": dof is not None and dof < 2,
+            "SCALED": out is not None,
+            "RGB": channels == 3,
+            "COMPUTE": tl.float32,
+            "MAX": FLOAT_MAX["fp32"],
+            "LOG_RATIO_MAX": reference.LOG_RATIO_MAX,
+            "BLOCK": block,
+            "TILES": tiles,
+            "sy_0": 0,
+            "sy_1": 0,
+            "sx_0": 0,
+            "sx_1": 0,
+        }
         # Triton makes a constant of an argument that is 1.
         strides = ("sy_c", "sy_2", "sx_c", "sx_2")
         if sliced:
@@ -130,7 +147,7 @@ def _perturb_cases() -> Iterator[Case]:
             types["step"] = "*i64"
         loads = 2 + (out is not None) + clock
         return Case(
-            "perturb", variant, _perturb_kernel, types, constants, aligned, warps, scalar_loads=loads, quick=quick
+            "perturb", variant, perturb_kernel, types, constants, aligned, warps, scalar_loads=loads, quick=quick
         )
 
     yield case("fp32 D=128")
@@ -150,53 +167,79 @@ def _perturb_cases() -> Iterator[Case]:
     yield case("fp32 D=128 unaligned", inner=odd)
 
 
-def _row_cases() -> Iterator[Case]:
+def loss_variants() -> Iterator[Case]:
     """The losses; raw: with the preconditioning, x and y in float32."""
     for label, elements in (("32x32x3", 3072), ("64x64x3", 12288), ("5x7 unaligned", 35)):
         for dtype in ("fp32", "bf16") if elements == 35 else ("fp32", "bf16", "fp16"):
             quick = dtype == "fp32" or (elements, dtype) == (3072, "bf16")
-            yield from _losses(f"{dtype} {label}", elements, dtype, raw=False, quick=quick)
+            yield from _both_losses(f"{dtype} {label}", elements, dtype, raw=False, quick=quick)
             if dtype != "fp16" and elements != 35:
-                yield from _losses(f"{dtype} {label} raw", elements, dtype, raw=True, quick=elements == 3072)
+                yield from _both_losses(f"{dtype} {label} raw", elements, dtype, raw=True, quick=elements == 3072)
 
 
-def _losses(variant: str, elements: int, dtype: str, *, raw: bool, quick: bool) -> Iterator[Case]:
+def _both_losses(variant: str, elements: int, dtype: str, *, raw: bool, quick: bool) -> Iterator[Case]:
     """Both kernels; `dtype` is that of the predictions, or of the raw outputs."""
     block, warps = row_config(elements)
     clean = "fp32" if raw else dtype
     row = ("elements",) if elements % 16 == 0 else ()
     common = {
-        "RAW": raw, "COMPUTE": tl.float32, "MAX_LOSS": FLOAT_MAX["fp32"], "MAX_GRAD": FLOAT_MAX[dtype],
-        "BLOCK": block, "RESIDENT": block >= elements,
-    }  # fmt: skip
+        "RAW": raw,
+        "COMPUTE": tl.float32,
+        "MAX_LOSS": FLOAT_MAX["fp32"],
+        "MAX_GRAD": FLOAT_MAX[dtype],
+        "BLOCK": block,
+        "RESIDENT": block >= elements,
+    }
     per_sample = {"p_c_skip": "*fp32", "p_c_out": "*fp32", "p_loss": "*fp32", "p_valid": "*i1"}
     for kernel, fn, outputs, targets, numbers, constants, loads, stores in (
         (
-            "ipfm_loss", _ipfm_loss_kernel, ("t", "s", "dt", "ds"), ("y", "x", "dy"), {"p_weight": "*fp32"},
-            {"ALPHA": 1.0, "BETA": 2.0, "FLOOR": reference.WEIGHT_FLOOR, "MAX_DY": FLOAT_MAX[clean]}, 0, 3,
+            "ipfm_loss",
+            ipfm_loss_kernel,
+            ("t", "s", "dt", "ds"),
+            ("y", "x", "dy"),
+            {"p_weight": "*fp32"},
+            {"ALPHA": 1.0, "BETA": 2.0, "FLOOR": reference.WEIGHT_FLOOR, "MAX_DY": FLOAT_MAX[clean]},
+            0,
+            3,
         ),
         (
-            "denoising_loss", _denoising_loss_kernel, ("pred", "grad"), ("y", "x"), {"p_sigma": "*fp32"},
-            {"DATA_TERM": 4.0}, 1, 2,
+            "denoising_loss",
+            denoising_loss_kernel,
+            ("pred", "grad"),
+            ("y", "x"),
+            {"p_sigma": "*fp32"},
+            {"DATA_TERM": 4.0},
+            1,
+            2,
         ),
-    ):  # fmt: skip
+    ):
         types = {f"p_{v}": f"*{dtype}" for v in outputs} | {f"p_{v}": f"*{clean}" for v in targets}
         pointers = types | per_sample | numbers
         strides = tuple(f"s{v[0] if kernel == 'denoising_loss' else v}_b" for v in (*outputs, *targets))
         yield Case(
-            kernel, variant, fn, pointers | dict.fromkeys(("elements", *strides), "i32"), constants | common,
-            (*pointers, *row, *(strides if row else ())), warps,
-            scalar_loads=loads + 2 * raw, scalar_stores=stores, quick=quick,
-        )  # fmt: skip
+            kernel,
+            variant,
+            fn,
+            pointers | dict.fromkeys(("elements", *strides), "i32"),
+            constants | common,
+            (*pointers, *row, *(strides if row else ())),
+            warps,
+            scalar_loads=loads + 2 * raw,
+            scalar_stores=stores,
+            quick=quick,
+        )
 
 
-def _group_norm_cases() -> Iterator[Case]:
+def group_norm_variants() -> Iterator[Case]:
     """Forward and backward at the levels of the CIFAR-10 networks and, with six channels a group, of ADM."""
     shapes = [
-        ("256ch 16x16", 256, 256, False), ("256ch 32x32", 256, 1024, False), ("192ch 64x64", 192, 4096, False),
-        ("256ch 16x16 channels_last", 256, 256, True), ("256ch 32x32 channels_last", 256, 1024, True),
+        ("256ch 16x16", 256, 256, False),
+        ("256ch 32x32", 256, 1024, False),
+        ("192ch 64x64", 192, 4096, False),
+        ("256ch 16x16 channels_last", 256, 256, True),
+        ("256ch 32x32 channels_last", 256, 1024, True),
         ("128ch 7x5 unaligned", 128, 35, False),
-    ]  # fmt: skip
+    ]
     for label, channels, pixels, last in shapes:
         for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             for scaled in (True, False):
@@ -208,109 +251,197 @@ def _group_norm_cases() -> Iterator[Case]:
                 aligned = numbers if pixels % 16 == 0 else ("s_pb",)
                 variant = f"{dtype} {label}{' scaled' if scaled else ''}"
                 for kernel, fn, more, statistics in (
-                    ("group_norm_silu", _group_norm_silu_kernel, ("p_y",), ("p_mean", "p_rstd")),
+                    ("group_norm_silu", group_norm_silu_kernel, ("p_y",), ("p_mean", "p_rstd")),
                     (
-                        "group_norm_silu backward", _group_norm_silu_backward_kernel, ("p_dy", "p_dx"),
+                        "group_norm_silu backward",
+                        group_norm_silu_backward_kernel,
+                        ("p_dy", "p_dx"),
                         ("p_mean", "p_rstd", "p_du", "p_dun"),
                     ),
-                ):  # fmt: skip
+                ):
                     types = dict.fromkeys((*data, *more), f"*{dtype}") | dict.fromkeys(statistics, "*fp32")
                     types |= dict.fromkeys(numbers, "i32")
                     here = constants | ({"EPS": 1e-5} if kernel == "group_norm_silu" else {})
                     # Two numbers a group, or a channel.
                     yield Case(
-                        kernel, variant, fn, types, here, (*data, *more, *statistics, *aligned), warps,
-                        scalar_stores=2, quick=quick,
-                    )  # fmt: skip
+                        kernel,
+                        variant,
+                        fn,
+                        types,
+                        here,
+                        (*data, *more, *statistics, *aligned),
+                        warps,
+                        scalar_stores=2,
+                        quick=quick,
+                    )
 
 
-def _philox_cases() -> Iterator[Case]:
+def philox_variants() -> Iterator[Case]:
+    """The kernels that draw uniform, normal and gamma numbers."""
     position = dict.fromkeys(("seed_lo", "seed_hi", "step", "stream"), "i32")
     clock = position | {"step": "*i64"}
     for variant, kind, at in (
-        ("uniform", UNIFORM, position), ("normal", NORMAL, position), ("normal step in memory", NORMAL, clock)
-    ):  # fmt: skip
+        ("uniform", UNIFORM, position),
+        ("normal", NORMAL, position),
+        ("normal step in memory", NORMAL, clock),
+    ):
         yield Case(
-            "philox", variant, _philox_kernel,
+            "philox",
+            variant,
+            philox_kernel,
             {"p_index": "*i64", "p_out": "*fp32", **at, "first_block": "i32", "count": "i32"},
-            {"KIND": kind, "BLOCK": 256}, ("p_index", "p_out", "count"), scalar_loads=1 + (at is clock),
+            {"KIND": kind, "BLOCK": 256},
+            ("p_index", "p_out", "count"),
+            scalar_loads=1 + (at is clock),
             quick=variant == "normal",
-        )  # fmt: skip
+        )
     for variant, boost, at in (
-        ("shape >= 1", False, position), ("shape < 1", True, position), ("shape < 1 step in memory", True, clock)
-    ):  # fmt: skip
+        ("shape >= 1", False, position),
+        ("shape < 1", True, position),
+        ("shape < 1 step in memory", True, clock),
+    ):
         yield Case(
-            "gamma", variant, _gamma_kernel, {"p_index": "*i64", "p_out": "*fp64", **at, "shape_bits": "i64"},
-            {"BOOST": boost}, ("p_index", "p_out"), 1, scalar_loads=1 + (at is clock), scalar_stores=1,
+            "gamma",
+            variant,
+            gamma_kernel,
+            {"p_index": "*i64", "p_out": "*fp64", **at, "shape_bits": "i64"},
+            {"BOOST": boost},
+            ("p_index", "p_out"),
+            1,
+            scalar_loads=1 + (at is clock),
+            scalar_stores=1,
             quick=variant == "shape < 1",
-        )  # fmt: skip
+        )
 
 
-def _adam_cases() -> Iterator[Case]:
+def adam_variants() -> Iterator[Case]:
+    """The four kernels of AdamEMA: update, measure, reduce and numbers."""
     segment, block, warps = adam_config()
     tables = {"p_blocks": "*i32", "p_table": "*i64", "p_grads": "*i64", "p_scale": "*fp32"}
     # beta1, averages, weight decay, whether rectified
     options = [
-        (0.0, 1, 0.0, False), (0.9, 2, 0.01, False), (0.9, 1, 0.0, True),
-        (0.0, 0, 0.0, False), (0.0, 0, 0.01, False), (0.0, 2, 0.0, False), (0.9, 0, 0.0, False),
-    ]  # fmt: skip
+        (0.0, 1, 0.0, False),
+        (0.9, 2, 0.01, False),
+        (0.9, 1, 0.0, True),
+        (0.0, 0, 0.0, False),
+        (0.0, 0, 0.01, False),
+        (0.0, 2, 0.0, False),
+        (0.9, 0, 0.0, False),
+    ]
     for dtype, aligned, option in (
-        *(("fp32", True, option) for option in options), ("fp32", False, options[0]), ("fp64", True, options[0]),
-    ):  # fmt: skip
+        *(("fp32", True, option) for option in options),
+        ("fp32", False, options[0]),
+        ("fp64", True, options[0]),
+    ):
         beta1, averages, decay, rectified = option
         common = {
-            "WIDTH": 4 + averages, "SCALED": True, "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
-            "ALIGNED": aligned, "SEGMENT": segment,
-        }  # fmt: skip
+            "WIDTH": 4 + averages,
+            "SCALED": True,
+            "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
+            "ALIGNED": aligned,
+            "SEGMENT": segment,
+        }
         quick = dtype == "fp32" and aligned and option in options[:3]
         more = (" weight decay", decay), (" rectified", rectified), (" unaligned", not aligned)
         yield Case(
             "adam update",
             f"{dtype} beta1={beta1} ema={averages}{''.join(part for part, given in more if given)}",
-            _update_kernel, {**tables, "p_numbers": "*fp64", "first_program": "i32"},
+            update_kernel,
+            {**tables, "p_numbers": "*fp64", "first_program": "i32"},
             {
-                "LIMITED": True, "BETA1": beta1, "BETA2": 0.999, "EPS": 1e-8, "WEIGHT_DECAY": decay,
-                "RECTIFIED": rectified, "AVERAGES": averages, "BLOCK": block, **common,
+                "LIMITED": True,
+                "BETA1": beta1,
+                "BETA2": 0.999,
+                "EPS": 1e-8,
+                "WEIGHT_DECAY": decay,
+                "RECTIFIED": rectified,
+                "AVERAGES": averages,
+                "BLOCK": block,
+                **common,
             },
-            (*tables, "p_numbers"), warps, quick=quick,
-        )  # fmt: skip
+            (*tables, "p_numbers"),
+            warps,
+            quick=quick,
+        )
         if averages == 1 and beta1 == 0:
             yield Case(
-                "adam measure", f"{dtype}{'' if aligned else ' unaligned'}", _measure_kernel,
+                "adam measure",
+                f"{dtype}{'' if aligned else ' unaligned'}",
+                measure_kernel,
                 {**tables, "p_partials": "*fp64", "first_program": "i32"},
-                {"NORM": True, "MAX": FLOAT_MAX["fp32"], **common}, (*tables, "p_partials"), warps,
-                scalar_stores=1, quick=quick,
-            )  # fmt: skip
+                {"NORM": True, "MAX": FLOAT_MAX["fp32"], **common},
+                (*tables, "p_partials"),
+                warps,
+                scalar_stores=1,
+                quick=quick,
+            )
     results = {"p_found": "*fp64", "p_steps": "*fp64", "p_applied": "*i1", "p_numbers": "*fp64"}
     yield Case(
-        "adam reduce", "fp64", _reduce_kernel, {"p_partials": "*fp64", "p_found": "*fp64", "programs": "i32"},
-        {"MAX": FLOAT_MAX["fp32"], "BLOCK": 4096}, ("p_partials", "p_found"), 16, scalar_stores=2,
-    )  # fmt: skip
+        "adam reduce",
+        "fp64",
+        reduce_kernel,
+        {"p_partials": "*fp64", "p_found": "*fp64", "programs": "i32"},
+        {"MAX": FLOAT_MAX["fp32"], "BLOCK": 4096},
+        ("p_partials", "p_found"),
+        16,
+        scalar_stores=2,
+    )
     for variant, given, rho in (("", False, 0.0), (" on the device", True, 0.0), (" rectified", False, 1999.0)):
         yield Case(
-            "adam numbers", f"beta1=0.9 ema=2{variant}", _numbers_kernel,
+            "adam numbers",
+            f"beta1=0.9 ema=2{variant}",
+            numbers_kernel,
             {
-                **results, "p_rate": "*fp64", "p_decays": "*fp64",
+                **results,
+                "p_rate": "*fp64",
+                "p_decays": "*fp64",
                 **dict.fromkeys(("rate_bits", *(f"decay_bits_{i}" for i in range(4))), "i64"),
             },
             {
-                "RATE_TENSOR": given, "DECAY_TENSOR": given, "COUNTS": True, "LIMIT": 1.0, "LOG_BETA1": -0.1,
-                "LOG_BETA2": -0.001, "RHO": rho, "MOMENT": True, "AVERAGES": 2, "MAX": 1.7976931348623157e308,
+                "RATE_TENSOR": given,
+                "DECAY_TENSOR": given,
+                "COUNTS": True,
+                "LIMIT": 1.0,
+                "LOG_BETA1": -0.1,
+                "LOG_BETA2": -0.001,
+                "RHO": rho,
+                "MOMENT": True,
+                "AVERAGES": 2,
+                "MAX": 1.7976931348623157e308,
             },
-            (*results, "p_rate", "p_decays"), 1, scalar_loads=6, scalar_stores=8, quick=not given,
-        )  # fmt: skip
+            (*results, "p_rate", "p_decays"),
+            1,
+            scalar_loads=6,
+            scalar_stores=8,
+            quick=not given,
+        )
 
 
 CASES: list[Callable[[], Iterator[Case]]] = [
-    _perturb_cases, _row_cases, _group_norm_cases, _philox_cases, _adam_cases,
-]  # fmt: skip
+    perturb_variants,
+    loss_variants,
+    group_norm_variants,
+    philox_variants,
+    adam_variants,
+]
 
 
 # ------------------------------------------------------------------------------------------------------ compilation
 
 
 def compile_case(case: Case, capability: int) -> Any:
-    """A variant compiled for a compute capability, without a GPU: `.asm["cubin"]` and `.metadata`."""
+    """A variant compiled for a compute capability, without a GPU.
+
+    Args:
+        case: the variant.
+        capability: ten times the compute capability, such as 90 for sm_90.
+
+    Returns:
+        Triton's compiled kernel, with `.asm["cubin"]` and `.metadata`.
+
+    Raises:
+        ValueError: the case leaves an argument of the kernel open.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -328,21 +459,23 @@ def compile_case(case: Case, capability: int) -> Any:
     return triton.compile(source, target=target, options={"num_warps": case.warps})
 
 
-def _tool(name: str) -> str:
+def tool_output(name: str, *arguments: str) -> str:
+    """What one of the programs that the triton package carries prints.
+
+    Raises:
+        FileNotFoundError: the package carries no program of this name.
+    """
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     if not path.is_file():
         raise FileNotFoundError(f"the triton package carries no {name} (looked for {path})")
-    return str(path)
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
 
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 
 
-def _width(opcode: str) -> int:
+def access_bits(opcode: str) -> int:
+    """Bits that a load or a store moves for a thread."""
     parts = opcode.split(".")
     for part, bits in (("256", 256), ("128", 128), ("64", 64), ("U16", 16), ("S16", 16), ("U8", 8), ("S8", 8)):
         if part in parts:
@@ -351,13 +484,17 @@ def _width(opcode: str) -> int:
 
 
 def machine_code(cubin: bytes) -> MachineCode:
-    """Reads the registers and the instructions of a cubin with one kernel."""
+    """The registers and the instructions of a cubin with one kernel.
+
+    Raises:
+        RuntimeError: the tools print nothing that says so.
+    """
     code = MachineCode()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _output(_tool("cuobjdump"), "--dump-resource-usage", str(path))
-        listing = _output(_tool("nvdisasm"), "--print-code", str(path))
+        usage = tool_output("cuobjdump", "--dump-resource-usage", str(path))
+        listing = tool_output("nvdisasm", "--print-code", str(path))
     for line in usage.splitlines():
         if found := re.search(r"REG:(\d+)", line):
             code.registers = int(found[1])
@@ -366,9 +503,9 @@ def machine_code(cubin: bytes) -> MachineCode:
         kind = opcode.split(".")[0]
         code.spills += kind in ("LDL", "STL")
         if kind == "LDG" and "EL" not in opcode.split("."):
-            code.loads.append(_width(opcode))
+            code.loads.append(access_bits(opcode))
         elif kind == "STG":
-            code.stores.append(_width(opcode))
+            code.stores.append(access_bits(opcode))
     if not code.registers or not code.instructions:
         raise RuntimeError("could not read the resource usage or the instructions of a cubin")
     return code
@@ -379,7 +516,7 @@ def _narrowest(widths: list[int], scalars: int) -> int:
 
 
 def report_row(case: Case, arch: str) -> Row:
-    """Compiles a variant and reads the numbers of its line."""
+    """The line of a variant, which is compiled for it; `arch` is a key of `ARCHITECTURES`."""
     compiled = compile_case(case, ARCHITECTURES[arch])
     code = machine_code(compiled.asm["cubin"])
     return Row(
@@ -396,10 +533,18 @@ def report_row(case: Case, arch: str) -> Row:
 
 
 def run_offline(out: str | Path, architectures: Sequence[str] = tuple(ARCHITECTURES), *, quick: bool = False) -> Path:
-    """Writes offline.csv and offline.md into `out` and returns the path of the CSV file.
+    """Write offline.csv and offline.md.
 
-    quick: leaves out variants that differ little from one that stays. Raises RuntimeError under TRITON_INTERPRET=1,
-    where nothing is compiled.
+    Args:
+        out: folder to write into; it is made where it is missing.
+        architectures: keys of `ARCHITECTURES`.
+        quick: leave out variants that differ little from one that stays.
+
+    Returns:
+        The path of the CSV file.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET=1, where nothing is compiled.
     """
     if INTERPRETED:
         raise RuntimeError("the offline report compiles: TRITON_INTERPRET must not be set in this process")

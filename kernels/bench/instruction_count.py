@@ -22,12 +22,11 @@ from ipfm.kernels._dispatch import INTERPRETED, noise_config
 from ipfm.kernels.bench.compile_report import (
     ARCHITECTURES,
     Case,
-    _output,
-    _perturb_cases,
-    _philox_cases,
-    _tool,
-    _width,
+    access_bits,
     compile_case,
+    perturb_variants,
+    philox_variants,
+    tool_output,
 )
 
 WIDE, LOGIC, INTEGER, FLOAT, SPECIAL, CONVERSION, MEMORY, OTHER = CLASSES = (
@@ -128,7 +127,7 @@ def straight_line(listing: str) -> list[str]:
 
 def _stored(opcodes: Sequence[str]) -> int:
     """32-bit elements that a thread stores."""
-    return sum(_width(opcode) for opcode in opcodes if opcode.split(".")[0] == "STG") // 32
+    return sum(access_bits(opcode) for opcode in opcodes if opcode.split(".")[0] == "STG") // 32
 
 
 def _listing(case: Case, arch: str) -> str:
@@ -136,7 +135,7 @@ def _listing(case: Case, arch: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return _output(_tool("nvdisasm"), "--print-code", str(path))
+        return tool_output("nvdisasm", "--print-code", str(path))
 
 
 # ----------------------------------------------------------------------------------------------------------- report
@@ -165,7 +164,7 @@ COLUMNS = ["kernel", "variant", "arch", "counted", "instructions", "floor", "ove
 
 def perturb_row(variant: str, arch: str) -> Row:
     """perturb in float32 with several tiles a program: the loop over them, or else all of the kernel."""
-    cases = {case.variant: case for case in _perturb_cases()}
+    cases = {case.variant: case for case in perturb_variants()}
     _, tiles, _ = noise_config(1 << 14, 3072)
     case = cases[f"fp32 {variant}"]
     listing = _listing(replace(case, constants={**case.constants, "TILES": tiles}), arch)
@@ -180,7 +179,7 @@ def perturb_row(variant: str, arch: str) -> Row:
 
 def normal_row(arch: str) -> Row:
     """The kernel of `philox.normal`, which is straight-line code: what a longer block adds an element."""
-    case = next(case for case in _philox_cases() if case.variant == "normal")
+    case = next(case for case in philox_variants() if case.variant == "normal")
     short, long = (
         straight_line(_listing(replace(case, constants={**case.constants, "BLOCK": block}), arch))
         for block in (256, 512)
@@ -209,9 +208,17 @@ def floor_rows(architectures: Sequence[str]) -> Iterator[Row]:
 
 
 def run_floor(out: str | Path, architectures: Sequence[str] = tuple(ARCHITECTURES)) -> Path:
-    """Writes floor.csv and floor.md into `out` and returns the path of the CSV file.
+    """Write floor.csv and floor.md.
 
-    Raises RuntimeError under TRITON_INTERPRET=1, where nothing is compiled.
+    Args:
+        out: folder to write into; it is made where it is missing.
+        architectures: keys of `compile_report.ARCHITECTURES`.
+
+    Returns:
+        The path of the CSV file.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET=1, where nothing is compiled.
     """
     if INTERPRETED:
         raise RuntimeError("the instruction count compiles: TRITON_INTERPRET must not be set in this process")

@@ -38,12 +38,19 @@ def measure(case: Case, device: torch.device, quick: bool) -> list[Row]:
     for provider in case.workload.providers():
         blanks = [
             Row(
-                case.op, case.variant, case.shape, str(case.dtype).removeprefix("torch."), case.elements, mode,
-                provider, moved.needed, 1e-3 * moved.needed / copies[mode][1],
+                op=case.op,
+                variant=case.variant,
+                shape=case.shape,
+                dtype=str(case.dtype).removeprefix("torch."),
+                elements=case.elements,
+                mode=mode,
+                provider=provider,
+                needed_bytes=moved.needed,
+                copy_gb_per_s=1e-3 * moved.needed / copies[mode][1],
                 note="unsteady copy" if unsteady(copies[mode]) else "",
             )
             for mode, moved in case.bytes.items()
-        ]  # fmt: skip
+        ]
         try:
             runs = case.workload.prepare(provider)
         except Exception as error:  # a provider that cannot run is a line in the table, not the end of it
@@ -107,10 +114,17 @@ def _compared(rows: list[Row]) -> Iterator[Row]:
 
 
 def run_microbenchmarks(out: str | Path, quick: bool = False) -> Path:
-    """Measures on the CUDA device if there is one, else on the CPU (eager and compiled: Triton needs the device).
+    """Measure on the CUDA device if there is one, else on the CPU (eager and compiled: Triton needs the device).
 
-    Writes micro.csv, micro.md and micro-OP.png into `out` and returns the path of the CSV file. Says on standard error
-    what is being measured: on a CPU all of it takes some ten minutes, `quick` one.
+    Writes micro.csv, micro.md and micro-OP.png. Says on standard error what is being measured: on a CPU all of it takes
+    some ten minutes.
+
+    Args:
+        out: folder to write into; it is made where it is missing.
+        quick: fewer cases and shorter measurements, about a minute on a CPU.
+
+    Returns:
+        The path of the CSV file.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(out)

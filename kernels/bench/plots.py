@@ -12,7 +12,7 @@ BAR = 0.13  # inches
 
 
 def write_plots(folder: Path, rows: Sequence[Row], machine: Machine, *, gpu: bool) -> list[Path]:
-    """Writes micro-OP.png for every operation: share of the copy bandwidth by case, the time beside each bar.
+    """Write micro-OP.png for every operation: share of the copy bandwidth by case, the time beside each bar.
 
     Wrong results have no bar. The dashed line is the target, which holds on GPUs.
     """

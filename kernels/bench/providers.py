@@ -70,7 +70,8 @@ class FunctionWorkload:
         plain: functions of the same signature in plain PyTorch; the one named "eager" is the baseline, is compiled,
             and gives the truth unless `oracle` does.
         kernel: the public function that takes `backend`.
-        inputs, arguments: what they are called with.
+        inputs: positional arguments that they are called with.
+        arguments: keyword arguments that they are called with.
         oracle: a function of the same signature that gives the truth; default: the eager one.
     """
 

@@ -14,8 +14,12 @@ from ipfm.kernels.bench.providers import TRITON
 
 # Share of the copy bandwidth that each operation should reach at 2^25 elements on an H200-class GPU.
 TARGET_SHARE = {
-    "perturb": 0.85, "ipfm_loss": 0.85, "denoising_loss": 0.85, "AdamEMA": 0.85, "group_norm_silu": 0.75,
-}  # fmt: skip
+    "perturb": 0.85,
+    "ipfm_loss": 0.85,
+    "denoising_loss": 0.85,
+    "AdamEMA": 0.85,
+    "group_norm_silu": 0.75,
+}
 TARGET_SPEEDUP = 4.0
 
 

@@ -340,7 +340,7 @@ class Counted:
 @pytest.mark.parametrize(("shape", "launches"), [((8,), 4), ((3, 3), 6)], ids=["whole vectors", "with a rest"])
 def test_launches_do_not_grow_with_the_number_of_tensors(monkeypatch, device, shape, launches):
     """Nor is a table sent again unless a tensor moved."""
-    names = ("_measure_kernel", "_reduce_kernel", "_numbers_kernel", "_update_kernel")
+    names = ("measure_kernel", "reduce_kernel", "numbers_kernel", "update_kernel")
     kernels = [Counted(getattr(adam_fused, name)) for name in names]
     for name, kernel in zip(names, kernels, strict=True):
         monkeypatch.setattr(adam_fused, name, kernel)
@@ -450,8 +450,10 @@ def _random_gradients(params: list[nn.Parameter], step: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{"lr": 1e-3, "ema": True}, EVERYTHING], ids=["distillation", "everything"])
 def test_agrees_with_the_reference_at_size(device, settings):
-    """With an eps above the rounding of gradients that the weight decay cancels, and no clipping: the reference's norm
-    is a float32 sum, some 1e-5 off at this size."""
+    """With an eps above the rounding of gradients that the weight decay cancels, and no clipping.
+
+    The reference's norm is a float32 sum, some 1e-5 off at this size.
+    """
     runs = []
     for backend in ("auto", "reference"):
         params = _network(device)
@@ -491,8 +493,10 @@ def test_no_step_waits_for_the_device(device):
 @pytest.mark.parametrize("settings", [EVERYTHING, RECTIFIED], ids=["everything", "rectified"])
 @pytest.mark.parametrize("static", [True, False], ids=["gradients stay", "gradients of the graph"])
 def test_a_captured_graph_follows_tensors(device, static, settings):
-    """Replays with other gradients, rates and decays equal steps outside the graph, bit for bit; rectification, too,
-    begins in a replay."""
+    """Replays with other gradients, rates and decays equal steps outside the graph, bit for bit.
+
+    Rectification, too, begins in a replay.
+    """
     runs = []
     for captured in (True, False):
         params = _network(device)

@@ -93,7 +93,7 @@ def test_refuses_to_report_on_the_interpreter(tmp_path):
 
 
 def test_spills_are_counted():
-    from ipfm.kernels.bench.compile_report import _INSTRUCTION, _width
+    from ipfm.kernels.bench.compile_report import _INSTRUCTION, access_bits
 
     listing = """
         /*0010*/                   LDG.E.128 R4, [R2.64] ;
@@ -104,7 +104,7 @@ def test_spills_are_counted():
     """
     found = _INSTRUCTION.findall(listing)
     assert found == ["LDG.E.128", "STG.E.U16", "STL.64", "LDL", "LDG.E"]
-    assert [_width(o) for o in found] == [128, 16, 64, 32, 32]
+    assert [access_bits(o) for o in found] == [128, 16, 64, 32, 32]
 
 
 def test_perturb_stands_a_little_above_its_floor(report):

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ipfm.kernels import group_norm_reference as recomputed
-from ipfm.kernels import group_norm_silu, reference
+from ipfm.kernels import group_norm_reference, group_norm_silu, reference
 from ipfm.kernels._dispatch import group_config
 
 pytestmark = [
@@ -21,7 +20,7 @@ FORMS = ["plain", "scaled", "one for all"]
 @pytest.fixture
 def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference treats these little inputs as it does large ones."""
-    monkeypatch.setattr(recomputed, "SMALL", 0)
+    monkeypatch.setattr(group_norm_reference, "SMALL", 0)
 
 
 def ids(value: object) -> str:

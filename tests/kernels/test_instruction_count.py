@@ -1,4 +1,4 @@
-"""The instruction count of perturb: loops found in listings, classes, the floor. (test_compile_report compiles.)"""
+"""The instruction count of perturb: loops found in listings, classes, the floor; test_compile_report compiles."""
 
 from pathlib import Path
 
