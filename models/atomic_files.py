@@ -15,7 +15,11 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def sync(path: Path) -> None:
-    """Waits until the file's content, or the folder's entries, are on the disk. OSError: the disk refuses."""
+    """Wait until the file's content, or the folder's entries, are on the disk.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -27,7 +31,11 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes the folder and those above it, each synced into the one that holds it. OSError: it cannot be made."""
+    """Make the folder and those above it, each synced into the one that holds it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
     missing = []
     while not path.is_dir():
         missing.append(path)
@@ -49,7 +57,11 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def write_durably(path: Path, payload: bytes) -> None:
-    """Writes a new file in place and syncs it; for a folder that is renamed as a whole afterwards."""
+    """Write a new file in place and sync it; for a folder that is renamed as a whole afterwards.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     with _named(path), path.open("wb") as file:
         file.write(payload)
         file.flush()
@@ -58,9 +70,12 @@ def write_durably(path: Path, payload: bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
-    """Opens a temporary binary file beside `path` that replaces it when the block ends without an exception.
+    """Open a temporary binary file beside `path` that replaces it when the block ends without an exception.
 
-    A symbolic link stays one; what it leads to is replaced. OSError: the disk refuses; `path` is what it was.
+    A symbolic link stays one; what it leads to is replaced.
+
+    Raises:
+        OSError: the disk refuses; `path` is what it was.
     """
     path = Path(path)
     if path.is_symlink():
@@ -80,11 +95,14 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Makes an empty folder beside `target` that replaces it when the block ends without an exception.
+    """Make an empty folder beside `target` that replaces it when the block ends without an exception.
 
     Whoever fills it syncs the files (`write_durably`). A reader finds the old folder or the new one, whole, whatever
     interrupts the writer: between two renames the old one lies at `previous_of(target)`. One process at a time may
-    write to a target. A symbolic link stays one. OSError: the disk refuses; `target` is what it was.
+    write to a target. A symbolic link stays one.
+
+    Raises:
+        OSError: the disk refuses; `target` is what it was.
     """
     target = target.resolve()
     partial, previous = target.with_name(f".{target.name}.partial"), previous_of(target)
@@ -116,7 +134,7 @@ def previous_of(target: Path) -> Path:
 
 
 def forget_unfinished(folder: Path) -> None:
-    """Removes the temporary files of `atomic_write` that killed processes left in `folder` and below.
+    """Remove the temporary files of `atomic_write` that killed processes left in `folder` and below.
 
     Nobody may be writing there.
     """

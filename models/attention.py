@@ -13,7 +13,11 @@ ATTENTION_BACKENDS: tuple[AttentionBackend, ...] = get_args(AttentionBackend)
 
 
 def check_attention_backend(backend: str) -> None:
-    """ValueError unless `backend` is one of the names that `attention` knows."""
+    """Check that `backend` is one of the names that `attention` knows.
+
+    Raises:
+        ValueError: it is none of them.
+    """
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; possible: {', '.join(ATTENTION_BACKENDS)}")
 
@@ -21,7 +25,8 @@ def check_attention_backend(backend: str) -> None:
 def head_count(channels: int, num_heads: int | None = None, *, channels_per_head: int = 64) -> int:
     """Attention heads over `channels`: `num_heads`, or where that is None channels // channels_per_head (it may be 0).
 
-    ValueError where they do not divide the channels.
+    Raises:
+        ValueError: they do not divide the channels.
     """
     heads = channels // channels_per_head if num_heads is None else num_heads
     if heads and channels % heads:
@@ -32,12 +37,21 @@ def head_count(channels: int, num_heads: int | None = None, *, channels_per_head
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend = "auto") -> Tensor:
     """softmax over keys of q·kᵀ/√d, times v.
 
-    q (B, L, heads, d), k and v (B, M, heads, d), of one floating dtype; returns (B, L, heads, d) of that dtype. The
-    logits and the softmax are at least float32, forward and backward.
+    The logits and the softmax are at least float32, forward and backward.
 
-    backend: "xformers" is its memory-efficient attention (CUDA; float16, bfloat16, float32), "sdpa" torch's
-    `scaled_dot_product_attention`, "math" the formula written out, which holds B·heads·L·M logits. "auto" takes
-    xformers where it can run and torch's elsewhere. A choice that cannot run is a ValueError that says why.
+    Args:
+        q: (B, L, heads, d), of any floating dtype.
+        k: (B, M, heads, d), of q's dtype.
+        v: (B, M, heads, d), of q's dtype.
+        backend: "xformers" is its memory-efficient attention (CUDA; float16, bfloat16, float32), "sdpa" torch's
+            `scaled_dot_product_attention`, "math" the formula written out, which holds B·heads·L·M logits. "auto" takes
+            xformers where it can run and torch's elsewhere.
+
+    Returns:
+        (B, L, heads, d) in q's dtype.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run, with the reason.
     """
     check_attention_backend(backend)
     if backend == "auto":

@@ -18,6 +18,11 @@ class QKVProjection(Conv2d):
     Checkpoints hold the output channels as (head, channel of the head, q|k|v), the last running fastest. The rows are
     put in the order (q|k|v, head, channel) by permuting the weight, which is small, rather than the activation: in
     channels_last no activation is copied.
+
+    Args:
+        channels: C.
+        num_heads: attention heads, a divisor of C.
+        init: how weight and bias start.
     """
 
     def __init__(self, channels: int, *, num_heads: int, init: Init) -> None:
@@ -46,11 +51,30 @@ class UNetBlock(nn.Module):
     scale and a shift; h = conv1(dropout(silu(…))); x = (h + skip(x))·skip_scale. With attention
     x = (x + proj(attention(qkv(norm2(x)))))·skip_scale.
 
-    x (B, in_channels, H, W) in the compute dtype, emb (B or 1, emb_channels) in its own; returns
-    (B, out_channels, H', W') in the dtype of x. `num_heads` is out_channels // channels_per_head where not given;
-    if that is 0 there is no attention. `attention_backend` may be changed at any time.
+    It is called with x (B, in_channels, H, W) in the compute dtype and emb (B or 1, emb_channels) in its own, and
+    returns (B, out_channels, H', W') in the dtype of x. `attention_backend` may be changed at any time.
 
-    Raises ValueError where the heads do not divide the channels and where GroupNorm has no group count for them.
+    Args:
+        in_channels: channels of x.
+        out_channels: channels of the result.
+        emb_channels: width of the embedding.
+        up: double the resolution.
+        down: halve the resolution.
+        attention: attend over the pixels of the result.
+        num_heads: attention heads; out_channels // channels_per_head where None. If that is 0 there is no attention.
+        channels_per_head: width of an attention head where `num_heads` is None.
+        dropout: probability, while training.
+        skip_scale: factor of each sum.
+        eps: added to the variance of the normalisations.
+        resample_filter: as in `Conv2d`.
+        resample_proj: the skip connection is a convolution also where it only resamples.
+        adaptive_scale: the embedding is a scale and a shift.
+        init: how weights and biases start.
+        init_zero: how those of the layers that close a residual start.
+        init_attn: how those of `qkv` start; `init` where None.
+
+    Raises:
+        ValueError: the heads do not divide the channels, or GroupNorm has no group count for them.
     """
 
     def __init__(

@@ -30,24 +30,35 @@ _OF_CLASS: Any = None
 class NetworkConfig:
     """Everything that determines a preconditioned network, except its weights.
 
-    img_resolution, img_channels: side and channels of the images
-    label_dim:             width of class labels, 0 for an unconditional network
-    use_fp16:              compute in float16 on CUDA unless told otherwise
-    sigma_min, sigma_max:  noise levels the network supports; they follow from the other options of VPPrecond and
-                           iDDPMPrecond
-    sigma_data:            EDMPrecond: standard deviation of the data, in pixel units of [-1, 1]
-    model_type:            class of the inner U-Net; the fields after it are that class's keywords
-    D:                     auxiliary dimensions that the network was trained for (PFGM++), inf for diffusion
-    precond:               class of the network (Karras et al. 2022, table 1); the fields after it are its keywords:
-                           beta_d, beta_min, epsilon_t of VPPrecond, C_1, C_2 of iDDPMPrecond, M (time steps) of both
-
     Left out or None, these take the default of the class: sigma_min and sigma_max that of `precond`; model_channels,
     channel_mult, num_blocks and attn_resolutions that of `model_type`. Fields of other classes must be left at their
     defaults. `dataclasses.replace` hands on every value there is: where it exchanges a class, or an option that decides
     the noise levels, give None for what is to follow.
 
-    Values are normalised (sequences to tuples, whole numbers of any integer type to int, real ones to float). Raises
-    ValueError, one line that says what was given and what is possible.
+    Values are normalised (sequences to tuples, whole numbers of any integer type to int, real ones to float).
+
+    Args:
+        img_resolution: side of the images in pixels.
+        img_channels: channels of the images.
+        label_dim: width of class labels, 0 for an unconditional network.
+        use_fp16: compute in float16 on CUDA unless told otherwise.
+        sigma_min: smallest noise level that the network supports, in pixel units of [-1, 1]; it follows from the other
+            options of VPPrecond and iDDPMPrecond.
+        sigma_max: largest noise level, likewise.
+        sigma_data: EDMPrecond: standard deviation of the data, in pixel units of [-1, 1].
+        model_type: class of the inner U-Net; the fields from augment_dim to resample_filter are that class's keywords,
+            described in `SongUNet`.
+        D: auxiliary dimensions that the network was trained for (PFGM++), inf for diffusion.
+        precond: class of the network (Karras et al. 2022, table 1); the fields after it are its keywords.
+        beta_d: VPPrecond.
+        beta_min: VPPrecond.
+        epsilon_t: VPPrecond: smallest time.
+        M: VPPrecond and iDDPMPrecond: time steps.
+        C_1: iDDPMPrecond.
+        C_2: iDDPMPrecond.
+
+    Raises:
+        ValueError: a value out of its range, in one line that says what was given and what is possible.
     """
 
     img_resolution: int
@@ -140,7 +151,11 @@ class NetworkConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "NetworkConfig":
-        """The configuration that `to_json` wrote; ValueError naming a key that is unknown or missing."""
+        """The configuration that `to_json` wrote.
+
+        Raises:
+            ValueError: a key that is unknown or missing, by its name, or a value out of its range.
+        """
         if not isinstance(data, Mapping):
             raise ValueError(f"a network configuration must be a JSON object, got {type(data).__name__}")
         known = [field.name for field in fields(cls)]

@@ -28,7 +28,8 @@ class DhariwalUNet(UNet):
     The arguments are those of `SongUNet`; at the sides `attn_resolutions` all blocks attend, and the innermost block
     always does.
 
-    Raises ValueError with what was given and what is possible.
+    Raises:
+        ValueError: numbers that make no such network, with what was given and what is possible.
     """
 
     def __init__(

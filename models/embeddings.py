@@ -9,7 +9,11 @@ from ipfm.models.layers import Float32Buffers
 
 
 def check_embedding_width(num_channels: int, *, endpoint: bool = False) -> None:
-    """ValueError unless `num_channels` is even and leaves at least one frequency, two with `endpoint`."""
+    """Check that `num_channels` is even and leaves at least one frequency, two with `endpoint`.
+
+    Raises:
+        ValueError: it is not or does not.
+    """
     least = 4 if endpoint else 2
     if num_channels % 2 or num_channels < least:
         raise ValueError(f"a noise embedding needs an even number of channels, at least {least}, got {num_channels}")
@@ -18,8 +22,15 @@ def check_embedding_width(num_channels: int, *, endpoint: bool = False) -> None:
 class PositionalEmbedding(nn.Module):
     """concat(cos(t·f), sin(t·f)) with f_i = max_positions^(-i / (half - endpoint)), half = channels/2, i < half.
 
-    The frequencies are computed in the dtype of t, at least float32; there is no tensor in the state dict. ValueError
-    for an odd channel count, or fewer than 4 channels with `endpoint`.
+    The frequencies are computed in the dtype of t, at least float32; there is no tensor in the state dict.
+
+    Args:
+        num_channels: width of the embedding.
+        max_positions: the highest frequency, 1, over the lowest.
+        endpoint: whether it is that exactly, or nearly so.
+
+    Raises:
+        ValueError: an odd channel count, or fewer than 2 channels (4 with `endpoint`).
     """
 
     def __init__(self, num_channels: int, *, max_positions: int = 10000, endpoint: bool = False) -> None:
@@ -42,6 +53,13 @@ class FourierEmbedding(Float32Buffers):
 
     `freqs` is a buffer and part of a checkpoint. It stays float32 under every cast of the module: in bfloat16 the
     phase would be off by whole radians.
+
+    Args:
+        num_channels: width of the embedding.
+        scale: standard deviation of the frequencies.
+
+    Raises:
+        ValueError: an odd channel count.
     """
 
     freqs: Tensor

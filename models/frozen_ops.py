@@ -35,8 +35,18 @@ def frozen_conv2d(
 ) -> Tensor:
     """`F.conv2d` that is differentiable with respect to x alone.
 
-    x (B, C, H, W), contiguous or channels_last; weight (O, C/groups, k, k) and bias (O), of any floating dtype, are
-    cast to that of x at each use, in the backward pass again. Returns (B, O, H', W').
+    Weight and bias are cast to the dtype of x at each use, in the backward pass again.
+
+    Args:
+        x: (B, C, H, W), contiguous or channels_last.
+        weight: (O, C/groups, k, k), of any floating dtype.
+        bias: (O,), of any floating dtype.
+        stride: as in `F.conv2d`.
+        padding: as in `F.conv2d`.
+        groups: as in `F.conv2d`.
+
+    Returns:
+        (B, O, H', W') in the dtype of x.
     """
     out: Tensor = _Conv.apply(x, weight, bias, stride, padding, groups)
     return out
@@ -45,7 +55,19 @@ def frozen_conv2d(
 def frozen_conv_transpose2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> Tensor:
-    """`F.conv_transpose2d` that is differentiable with respect to x alone; weight (C, O/groups, k, k), see above."""
+    """`F.conv_transpose2d` that is differentiable with respect to x alone.
+
+    Args:
+        x: as in `frozen_conv2d`.
+        weight: (C, O/groups, k, k), of any floating dtype.
+        bias: (O,), of any floating dtype.
+        stride: as in `F.conv_transpose2d`.
+        padding: as in `F.conv_transpose2d`.
+        groups: as in `F.conv_transpose2d`.
+
+    Returns:
+        (B, O, H', W') in the dtype of x.
+    """
     out: Tensor = _ConvTranspose.apply(x, weight, bias, stride, padding, groups)
     return out
 
@@ -56,8 +78,13 @@ def doubled_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Each pixel of the result sees k² repeated pixels, but not more than ((k + 1) / 2)² different ones. Their weights are
     summed first. For k = 3 that leaves 4 of 9 multiplications.
 
-    x (B, C, H, W); weight (O, C, k, k) and bias (O), of any floating dtype, are cast to that of x. Returns
-    (B, O, 2H, 2W), equal but for rounding.
+    Args:
+        x: (B, C, H, W).
+        weight: (O, C, k, k), of any floating dtype; cast to that of x.
+        bias: (O,), of any floating dtype; cast to that of x.
+
+    Returns:
+        (B, O, 2H, 2W), equal but for rounding.
     """
     padding = weight.shape[-1] // 2
     if is_frozen(x, weight, bias):
@@ -78,16 +105,25 @@ def frozen_linear(
 ) -> Tensor:
     """`F.linear(x, arrange(weight), bias)` that is differentiable with respect to x alone.
 
-    x (..., C); weight of any shape and floating dtype is cast to that of x and handed to `arrange`, which makes the
-    matrix (O, C), in the backward pass again; bias (O), in the order of its rows. Returns (..., O).
+    Args:
+        x: (..., C).
+        weight: of any shape and floating dtype; it is cast to that of x and handed to `arrange`, in the backward pass
+            again.
+        bias: (O,), in the order of the matrix's rows.
+        arrange: makes the matrix (O, C) of the weight.
+
+    Returns:
+        (..., O) in the dtype of x.
     """
     out: Tensor = _Linear.apply(x, weight, bias, arrange)
     return out
 
 
 def mean_2x2(x: Tensor) -> Tensor:
-    """x (B, C, 2H, 2W) -> (B, C, H, W): the mean of each 2×2 square, but for rounding. An odd last row or column
-    is left out."""
+    """x (B, C, 2H, 2W) -> (B, C, H, W): the mean of each 2×2 square, but for rounding.
+
+    An odd last row or column is left out.
+    """
     if x.shape[-2] % 2 or x.shape[-1] % 2:
         return F.avg_pool2d(x, 2)
     out: Tensor = _Sum2x2.apply(x, 0.25)

@@ -14,8 +14,10 @@ InitMode = Literal["xavier_uniform", "xavier_normal", "kaiming_uniform", "kaimin
 class Init:
     """A random mode and what its draws are multiplied by.
 
-    A weight starts as `weight` times a draw of `mode`, a bias as `bias` times a draw of the same mode with the same
-    fans; `bias=0` (the default) starts biases at zero.
+    Args:
+        mode: one of the four of `InitMode`.
+        weight: a weight starts as this times a draw of `mode`.
+        bias: a bias starts as this times a draw of the same mode with the same fans; 0 starts biases at zero.
     """
 
     mode: InitMode = "kaiming_normal"
@@ -23,7 +25,11 @@ class Init:
     bias: float = 0.0
 
     def draw(self, shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:
-        """A float32 tensor of `shape` from torch's global generator, before the multiplier."""
+        """A float32 tensor of `shape` from torch's global generator, before the multiplier.
+
+        Raises:
+            ValueError: the mode is unknown.
+        """
         if self.mode == "xavier_uniform":
             return math.sqrt(6 / (fan_in + fan_out)) * torch.empty(shape).uniform_(-1, 1)
         if self.mode == "xavier_normal":

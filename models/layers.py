@@ -24,7 +24,7 @@ from ipfm.models.initialisation import DEFAULT_INIT, Init
 
 
 def cast(parameter: Tensor, like: Tensor) -> Tensor:
-    """The parameter in the dtype of `like`. (Small networks make thousands of these calls.)"""
+    """The parameter in the dtype of `like`; small networks make thousands of these calls."""
     return parameter if parameter.dtype == like.dtype else parameter.to(like.dtype)
 
 
@@ -33,7 +33,14 @@ def _cast(parameter: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 class Linear(nn.Module):
-    """x @ weightᵀ + bias over the last axis; `weight` (out, in), `bias` (out)."""
+    """x @ weightᵀ + bias over the last axis; `weight` (out, in), `bias` (out).
+
+    Args:
+        in_features: width of x.
+        out_features: width of the result.
+        bias: whether there is one.
+        init: how weight and bias start.
+    """
 
     bias: Tensor | None
 
@@ -55,13 +62,23 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """A convolution (B, C, H, W) -> (B, C', H', W') that may also halve or double the resolution.
 
-    `kernel` 0 only resamples, with no weight or bias. `resample_filter` is the 1-D low-pass f of even length L: the
-    buffer of that name is outer(f, f) / (Σf)², present exactly when `up` or `down` is set, and it is applied to every
-    channel alike. Not fused, the filter comes before the convolution; `fused_resample` going down filters the
-    convolution's output (another function of x), going up it moves padding from the convolution to the filter. The
-    bias is added last.
+    The bias is added last.
 
-    Raises ValueError for `up` with `down`, an odd or empty filter, and a resampling that changes the channels.
+    Args:
+        in_channels: C.
+        out_channels: C'.
+        kernel: side of the kernel, odd; 0 only resamples, with no weight or bias.
+        bias: whether there is one.
+        up: double the resolution.
+        down: halve the resolution.
+        resample_filter: the 1-D low-pass f of even length L: the buffer of that name is outer(f, f) / (Σf)², present
+            exactly when `up` or `down` is set, and it is applied to every channel alike.
+        fused_resample: not fused, the filter comes before the convolution; fused, going down it filters the
+            convolution's output (another function of x), going up it moves padding from the convolution to the filter.
+        init: how weight and bias start.
+
+    Raises:
+        ValueError: `up` with `down`, an odd or empty filter, or a resampling that changes the channels.
     """
 
     weight: Tensor | None
@@ -173,7 +190,11 @@ class Conv2d(nn.Module):
 
 
 def check_resample_filter(taps: Sequence[float]) -> tuple[float, ...]:
-    """`taps` as floats; ValueError unless there is an even number of them and their sum is not zero."""
+    """`taps` as floats.
+
+    Raises:
+        ValueError: an odd number of them, or none, or a sum that is zero or not finite.
+    """
     taps = tuple(float(tap) for tap in taps)
     if not taps or len(taps) % 2:
         raise ValueError(f"resample_filter must have an even number of taps such as [1, 1], got {list(taps)}")
@@ -191,7 +212,16 @@ def _filter_2d(taps: Sequence[float]) -> Tensor:
 class GroupNorm(nn.Module):
     """Group normalisation with min(num_groups, channels // min_channels_per_group) groups, in the activation's dtype.
 
-    `weight`, `bias` (channels). ValueError where that group count does not divide the channels.
+    Its parameters are `weight` and `bias`, each (channels,).
+
+    Args:
+        num_channels: channels of what is normalised.
+        num_groups: most groups.
+        min_channels_per_group: fewest channels of a group.
+        eps: added to the variance.
+
+    Raises:
+        ValueError: that group count does not divide the channels.
     """
 
     def __init__(
@@ -208,8 +238,17 @@ class GroupNorm(nn.Module):
     ) -> Tensor:
         """The normalised x; with `silu` after it SiLU, before which it may be scaled by scale + 1 and shifted.
 
-        x (B, C, H, W); scale and shift (B or 1, C, 1, 1), both or neither, in the dtype of x. ValueError for one alone,
-        and for either without `silu`.
+        Args:
+            x: (B, C, H, W).
+            silu: whether SiLU follows.
+            scale: (B or 1, C, 1, 1), in the dtype of x; given with shift or not at all.
+            shift: (B or 1, C, 1, 1), in the dtype of x.
+
+        Returns:
+            (B, C, H, W) in the dtype of x.
+
+        Raises:
+            ValueError: scale or shift alone, or either without `silu`.
         """
         if not silu and not (scale is None and shift is None):
             raise ValueError("scale and shift are for normalisation with SiLU, got silu=False")
@@ -233,7 +272,11 @@ class GroupNorm(nn.Module):
 
 
 def group_count(num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4) -> int:
-    """Groups of a normalisation over `num_channels`; ValueError where they do not divide the channels."""
+    """Groups of a normalisation over `num_channels`: min(num_groups, num_channels // min_channels_per_group).
+
+    Raises:
+        ValueError: they do not divide the channels.
+    """
     groups = min(num_groups, num_channels // min_channels_per_group)
     if groups < 1 or num_channels % groups:
         raise ValueError(

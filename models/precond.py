@@ -24,7 +24,6 @@ class Precond(nn.Module, ABC):
 
     PFGM++ networks of any D have this form too: they are conditioned on σ, not on r = σ√D.
 
-    Built from a `NetworkConfig` of the class, or from its keywords: `EDMPrecond(img_resolution=8, img_channels=1)`;
     `build_network` chooses the class by the configuration. The attributes img_channels, img_resolution, label_dim,
     sigma_min, sigma_max and D repeat those of `config`. The inner U-Net is `model`.
 
@@ -32,7 +31,12 @@ class Precond(nn.Module, ABC):
     network, float16 with use_fp16 on CUDA, else float32. The scalings, the mapping network and the result are
     float64 for a float64 network and float32 for every other.
 
-    Raises ValueError for a configuration of another class, and for one given together with keywords.
+    Args:
+        config: a configuration of the class.
+        **keywords: its fields, instead: `EDMPrecond(img_resolution=8, img_channels=1)`.
+
+    Raises:
+        ValueError: a configuration of another class, or one given together with keywords.
     """
 
     PRECOND: ClassVar[PrecondType]
@@ -113,12 +117,16 @@ class Precond(nn.Module, ABC):
     ) -> Tensor:
         """The denoised x, (B, C, R, R), float32 (float64 for a float64 network).
 
-        x (B, C, R, R); sigma > 0, a number, 0-d, (1) or (B); class_labels (B or 1, label_dim), None is all zeros, and
-        ignored by an unconditional network; augment_labels (B or 1, augment_dim), None is "not augmented".
-        Raises ValueError for other shapes.
+        Args:
+            x: (B, C, R, R), of any floating dtype.
+            sigma: noise levels > 0 in the units of x: a number, or a tensor 0-d, (1,) or (B,).
+            class_labels: (B or 1, label_dim); None is all zeros. An unconditional network ignores them.
+            augment_labels: (B or 1, augment_dim); None is "not augmented".
+            raw: x is c_in·x already, in `input_dtype`, and the result F in that dtype, for whoever does the scaling in
+                passes over the data that it makes anyway.
 
-        raw: x is c_in·x already, in `input_dtype`, and the result F in that dtype, for whoever does the scaling in
-        passes over the data that it makes anyway.
+        Raises:
+            ValueError: other shapes.
         """
         wide = self.wide_dtype
         self._check_image(x)
@@ -192,9 +200,9 @@ def _label_rows(name: str, labels: Tensor, width: int, sigma: Tensor, batch: int
 
 
 class EDMPrecond(Precond):
-    """Scalings of Karras et al. (2022), also those of PFGM++ (Xu et al. 2023), with σ_d = sigma_data:
+    """Scalings of Karras et al. (2022), also those of PFGM++ (Xu et al. 2023).
 
-    c_skip = σ_d²/(σ²+σ_d²), c_out = σ·σ_d/√(σ²+σ_d²), c_in = 1/√(σ²+σ_d²), c_noise = ln(σ)/4.
+    c_skip = σ_d²/(σ²+σ_d²), c_out = σ·σ_d/√(σ²+σ_d²), c_in = 1/√(σ²+σ_d²), c_noise = ln(σ)/4, with σ_d = sigma_data.
 
     The attribute `sigma_data` repeats that of `config`; the rest is `Precond`'s.
     """
@@ -239,9 +247,9 @@ def _build_unet(config: NetworkConfig) -> UNet:
 
 
 class VPPrecond(Precond):
-    """c_skip = 1, c_out = -σ, c_in = 1/√(σ²+1), c_noise = (M-1)·t(σ), where t inverts
+    """c_skip = 1, c_out = -σ, c_in = 1/√(σ²+1), c_noise = (M-1)·t(σ).
 
-    σ(t) = √(exp(beta_d·t²/2 + beta_min·t) - 1): t(σ) = (√(beta_min² + 2·beta_d·ln(1+σ²)) - beta_min)/beta_d.
+    t inverts σ(t) = √(exp(beta_d·t²/2 + beta_min·t) - 1): t(σ) = (√(beta_min² + 2·beta_d·ln(1+σ²)) - beta_min)/beta_d.
 
     sigma_min and sigma_max are σ(epsilon_t) and σ(1), as float32 has them.
     """

@@ -76,8 +76,11 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
 
 
 def get(name: str, *, D: float = math.inf) -> NetworkConfig:
-    """The preset `name`, which may be a short one, for D auxiliary dimensions (inf: diffusion); ValueError listing the
-    names if there is none."""
+    """The preset `name`, which may be a short one, for D auxiliary dimensions (inf: diffusion).
+
+    Raises:
+        ValueError: there is none of this name; the message lists the names.
+    """
     full = FAMILIES.get(name, name)
     if full not in TABLE:
         raise ValueError(f"network preset {name!r} is unknown; possible: {', '.join([*names(), *FAMILIES])}")

@@ -23,7 +23,7 @@ def vp_sigma_range(beta_d: float, beta_min: float, epsilon_t: float) -> tuple[fl
 
 @functools.lru_cache(maxsize=16)
 def iddpm_levels(M: int, C_1: float, C_2: float) -> NDArray[np.float32]:
-    """u (M + 1) float32, falling from u_0, the largest noise level, to u_M = 0; not to be written to.
+    """u (M + 1,) float32, falling from u_0, the largest noise level, to u_M = 0; not to be written to.
 
     u_{j-1} = √((u_j² + 1) / max(ᾱ_{j-1}/ᾱ_j, C_1) - 1) with ᾱ_j = sin²(π/2 · j / (M·(C_2 + 1))).
     """

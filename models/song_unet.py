@@ -28,18 +28,27 @@ class SongUNet(UNet):
     DDPM++: the defaults. NCSN++: `embedding_type="fourier"`, `encoder_type="residual"`, `channel_mult_noise=2`,
     `resample_filter=(1, 3, 3, 1)`. Names and order of the state dict are those of EDM checkpoints.
 
-    img_resolution:     side of the images; divisible by 2^(levels - 1)
-    in_channels, out_channels: of the images given and returned
-    label_dim:          width of class labels, 0 for none
-    augment_dim:        width of augment labels, 0 for none
-    model_channels:     base width; `channel_mult` multiplies it at each level, highest resolution first
-    channel_mult_emb, channel_mult_noise: width of the embedding and of the noise embedding, in model_channels
-    num_blocks:         residual blocks of each level (one more in the decoder)
-    attn_resolutions:   sides at which the blocks attend; the innermost block always does
-    dropout:            probability inside the residual blocks, while training
-    label_dropout:      probability of dropping a class label, while training
+    Args:
+        img_resolution: side of the images in pixels; divisible by 2^(levels - 1).
+        in_channels: channels of the images given.
+        out_channels: channels of the images returned.
+        label_dim: width of class labels, 0 for none.
+        augment_dim: width of augment labels, 0 for none.
+        model_channels: base width.
+        channel_mult: multiplies the base width at each level, highest resolution first.
+        channel_mult_emb: width of the embedding, in model_channels.
+        num_blocks: residual blocks of each level (one more in the decoder).
+        attn_resolutions: sides at which the blocks attend; the innermost block always does.
+        dropout: probability inside the residual blocks, while training.
+        label_dropout: probability of dropping a class label, while training.
+        embedding_type: of the noise label: "positional" or "fourier".
+        channel_mult_noise: width of the noise embedding, in model_channels.
+        encoder_type: how the image enters further levels: "standard" (it does not), "skip" or "residual".
+        decoder_type: how the image leaves: "standard" (from the last level) or "skip" (from all).
+        resample_filter: as in `Conv2d`.
 
-    Raises ValueError with what was given and what is possible.
+    Raises:
+        ValueError: numbers that make no such network, with what was given and what is possible.
     """
 
     def __init__(

@@ -26,12 +26,16 @@ class BlockFactory(Protocol):
 class UNet(nn.Module, ABC):
     """A U-Net F(x; noise label, class label, augment label) with an encoder `enc` and a decoder `dec`.
 
-    `layout` lists their entries. A subclass makes its layers in the order of the state dict, the entries among them by
+    A subclass makes its layers in the order of the state dict, the entries among them by
     `_make`, and says how labels become an embedding and what follows the decoder.
 
     `activation_checkpointing` may be set at any time: while a graph is made, of each residual block only what goes in
     is kept, and the backward pass runs the block once more, with the same dropout. So may `channels_last`: activations
     then have the channels of a pixel side by side in memory.
+
+    Args:
+        layout: the entries of the encoder and the decoder.
+        label_dropout: probability of dropping a class label, while training.
     """
 
     activation_checkpointing = False
@@ -73,9 +77,14 @@ class UNet(nn.Module, ABC):
     ) -> Tensor:
         """F (B, out_channels, R, R) in the dtype of x.
 
-        x (B, in_channels, R, R) in the compute dtype; noise_labels (B) or (1), class_labels (B or 1, label_dim) and
-        augment_labels (B or 1, augment_dim), all in one dtype of at least float32, in which the mapping network
-        computes. Labels of None add nothing to the embedding.
+        The labels have one dtype of at least float32, in which the mapping network computes. Labels of None add nothing
+        to the embedding.
+
+        Args:
+            x: (B, in_channels, R, R), in the compute dtype.
+            noise_labels: (B,) or (1,).
+            class_labels: (B or 1, label_dim).
+            augment_labels: (B or 1, augment_dim).
         """
         if self.channels_last:
             x = x.to(memory_format=torch.channels_last)

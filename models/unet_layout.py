@@ -57,7 +57,11 @@ def song_unet_layout(
     decoder_type: DecoderType,
     resample_filter: Sequence[float],
 ) -> Layout:
-    """The entries of a SongUNet; ValueError where the numbers cannot make one."""
+    """The entries of a SongUNet, whose keywords these are.
+
+    Raises:
+        ValueError: the numbers cannot make one.
+    """
     check_choice("encoder_type", encoder_type, get_args(EncoderType))
     check_choice("decoder_type", decoder_type, get_args(DecoderType))
     check_resample_filter(resample_filter)
@@ -88,7 +92,11 @@ def dhariwal_unet_layout(
     num_blocks: int,
     attn_resolutions: Sequence[int],
 ) -> Layout:
-    """The entries of a DhariwalUNet, up to its last block; ValueError where the numbers cannot make one."""
+    """The entries of a DhariwalUNet, whose keywords these are, up to its last block.
+
+    Raises:
+        ValueError: the numbers cannot make one.
+    """
     _check_levels(img_resolution, channel_mult)
     sides = [img_resolution >> level for level in range(len(channel_mult))]
     widths = [model_channels * mult for mult in channel_mult]
@@ -165,7 +173,11 @@ def _decoder_levels(
 
 
 def check_choice(name: str, given: object, possible: Sequence[str]) -> None:
-    """ValueError unless `given` is one of `possible`."""
+    """Check that `given` is one of `possible`.
+
+    Raises:
+        ValueError: it is none of them.
+    """
     if given not in possible:
         raise ValueError(f"{name} {given!r} is unknown; possible: {', '.join(possible)}")
 
