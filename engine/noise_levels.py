@@ -56,8 +56,12 @@ class NoiseLevels:
 
         Args:
             sample_index: (B,) int64, the samples' global indices.
-            seed, stream, step: position of the random numbers, as in `ipfm.kernels.philox`, which also says what raises
-                ValueError.
+            seed: of the random numbers, as in `ipfm.kernels.philox.uniform`.
+            stream: of the random numbers, likewise.
+            step: of the random numbers, likewise.
+
+        Raises:
+            ValueError: as in `ipfm.kernels.philox.uniform`.
         """
         normal = philox.normal(sample_index, 1, seed=seed, stream=stream, step=step)[:, 0]
         return (normal.double() * self.p_std + self.p_mean).exp().float()
@@ -70,7 +74,11 @@ class NoiseLevels:
     def at(self, t: Tensor) -> Tensor:
         """sigma(t), increasing from sigma_min to sigma_max [Karras et al. 2022, eq. 5, reversed].
 
-        t: any shape, in [0, 1]; the result has its shape and dtype.
+        Args:
+            t: of any shape, in [0, 1].
+
+        Returns:
+            sigma, of t's shape and dtype.
         """
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (high + (1 - t) * (low - high)) ** self.rho

@@ -76,8 +76,11 @@ class Augmented(NamedTuple):
 
 
 class _Transform(NamedTuple):
-    """What is done to each sample; all (B,). A point q of the result, in pixels from its middle, shows the point
-    inverse · (q - shift · N) of the image, which is mirrored before where a flip is 1."""
+    """What is done to each sample; all (B,).
+
+    A point q of the result, in pixels from its middle, shows the point inverse · (q - shift · N) of the image, which is
+    mirrored before where a flip is 1.
+    """
 
     x_flip: Tensor
     y_flip: Tensor
@@ -102,7 +105,9 @@ def augment(
         images: (B, C, N, N) float32, N >= 8; usually in [-1, 1], which the filter may leave by a little.
         probability: p of each effect, in [0, 1]; x-flips are a fair coin for every p > 0. 0 returns `images` itself,
             whatever its shape and dtype.
-        seed, stream, step: position of the random numbers, as in `ipfm.kernels.philox.uniform`.
+        seed: of the random numbers, as in `ipfm.kernels.philox.uniform`.
+        stream: of the random numbers, likewise.
+        step: of the random numbers, likewise.
         sample_index: (B,) int64, the samples' global indices, on the device of `images`.
 
     Returns:
@@ -183,8 +188,10 @@ def _upsampled_size(size: int) -> int:
 
 
 def _sampling_grid(transform: _Transform, size: int) -> Tensor:
-    """Where the pixels of the upsampled result lie in the upsampled source, (B, 2N+10, 2N+10, 2) in the units of
-    `grid_sample`, where -1 and 1 are the outer edges."""
+    """Where the pixels of the upsampled result lie in the upsampled source.
+
+    (B, 2N+10, 2N+10, 2) in the units of `grid_sample`, where -1 and 1 are the outer edges.
+    """
     n = torch.arange(2 * size + len(SYM6) - 2, device=transform.x_flip.device)
     q = (n - _CENTRE) / 2 - (size - 1) / 2
     xx, xy, yx, yy, shift_x, shift_y = (value[:, None, None] for value in transform[2:])

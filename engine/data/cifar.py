@@ -47,8 +47,9 @@ def is_cifar_folder(path: Path) -> bool:
 def read_cifar(path: Path) -> Cifar:
     """The training set in `path`, an archive (.tar, .tar.gz) or the folder that is in it.
 
-    ValueError, one line that names the file: no such archive, a batch is missing, damaged, or holds anything else than
-    images of 3072 bytes with labels from 0 to 9.
+    Raises:
+        ValueError: one line that names the file: no such archive, a batch is missing, damaged, or holds anything else
+            than images of 3072 bytes with labels from 0 to 9.
     """
     kind, contents = _from_folder(path) if path.is_dir() else _from_archive(path)
     parts = []

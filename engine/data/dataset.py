@@ -13,8 +13,12 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """`images` (B, C, H, W) float32 in [-1, 1]; `labels` (B, classes) float32: one-hot, or the vectors that the dataset
-    holds; None without labels."""
+    """Some of the images, with their labels.
+
+    Attributes:
+        images: (B, C, H, W) float32 in [-1, 1].
+        labels: (B, classes) float32: one-hot, or the vectors that the dataset holds; None without labels.
+    """
 
     images: Tensor
     labels: Tensor | None
@@ -35,21 +39,30 @@ class ImageSource(Protocol):
         """The same images, read to `device`."""
 
     def read(self, indices: Tensor) -> Tensor:
-        """Images `indices` (B,) int64 on the CPU: (B, C, H, W) uint8. ValueError: one line naming the bad file."""
+        """Images `indices` (B,) int64 on the CPU: (B, C, H, W) uint8.
+
+        Raises:
+            ValueError: one line naming the bad file.
+        """
 
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
     """N images (N, C, H, W) and, optionally, their labels.
 
-    `images`: uint8 or float32, or a source of uint8. `value_range`: the values that stand for -1 and 1; (0, 255) for
-    uint8 and (-1, 1) for float32 when None. `labels`: (N,) integers from 0, the classes; or (N, K) floating-point
-    vectors, which networks are given as they are. `classes`: the width of a label; the largest class + 1, or K, when
-    None. `xflip`: mirror each image with probability ½, drawn anew in every epoch, a function of (seed, position);
-    EDM's datasets hold a mirrored copy of every image instead, so that an epoch is twice as long.
+    Args:
+        images: uint8 or float32, or a source of uint8.
+        labels: (N,) integers from 0, the classes; or (N, K) floating-point vectors, which networks are given as they
+            are.
+        name: of the dataset, for messages.
+        value_range: the values that stand for -1 and 1; (0, 255) for uint8 and (-1, 1) for float32 when None.
+        classes: the width of a label; the largest class + 1, or K, when None.
+        xflip: mirror each image with probability ½, drawn anew in every epoch, a function of (seed, position); EDM's
+            datasets hold a mirrored copy of every image instead, so that an epoch is twice as long.
 
-    ValueError: wrong shapes or dtypes, no images, values outside of the range, labels outside of the classes or not
-    finite.
+    Raises:
+        ValueError: wrong shapes or dtypes, no images, values outside of the range, labels outside of the classes or not
+            finite.
     """
 
     images: Tensor | ImageSource
@@ -144,7 +157,11 @@ class ImageDataset:
         return replace(self, images=self.images.to(device), labels=labels)
 
     def take(self, first: int, count: int) -> Tensor:
-        """Images first … first+count-1 as stored, (count, C, H, W) float32 in [-1, 1]. ValueError: out of range."""
+        """Images first … first+count-1 as stored, (count, C, H, W) float32 in [-1, 1].
+
+        Raises:
+            ValueError: there are no such images.
+        """
         if not (first >= 0 and count > 0 and first + count <= len(self)):
             raise ValueError(f"{self.name} has {len(self)} images, got first={first}, count={count}")
         images = self.images
@@ -156,11 +173,17 @@ class ImageDataset:
         """The samples with the global indices `sample_index` (B,) int64 of the batch of `step`.
 
         Sample i of step s is number p = s·batch_size + i of the stream; epoch p // N is one random permutation of all
-        N images, so that each image comes once an epoch. A batch may reach over the end of an epoch. `sample_index`
-        may lie on a GPU: nothing is read back to the host (and its range is then not checked), but for images in files,
-        whose numbers the host has to know.
+        N images, so that each image comes once an epoch. A batch may reach over the end of an epoch.
 
-        ValueError: step < 0, batch_size < 1, indices of the wrong shape or dtype or outside of 0…batch_size-1.
+        Args:
+            step: of the training, >= 0.
+            sample_index: (B,) int64 in 0…batch_size-1. It may lie on a GPU: nothing is read back to the host (and its
+                range is then not checked), but for images in files, whose numbers the host has to know.
+            batch_size: of all ranks together, >= 1.
+            seed: of the order and of the mirroring.
+
+        Raises:
+            ValueError: step < 0, batch_size < 1, indices of the wrong shape or dtype or out of their range.
         """
         if step < 0 or batch_size < 1:
             raise ValueError(f"step must not be negative and batch_size positive, got {step} and {batch_size}")
@@ -217,7 +240,10 @@ class ImageDataset:
 def digits() -> ImageDataset:
     """The 1797 handwritten digits that scikit-learn carries: (1797, 1, 8, 8), 0…16 mapped to v/8 - 1, labels 0…9.
 
-    Source: UCI "Optical Recognition of Handwritten Digits", test part. RuntimeError: scikit-learn is not installed.
+    Source: UCI "Optical Recognition of Handwritten Digits", test part.
+
+    Raises:
+        RuntimeError: scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits

@@ -38,7 +38,11 @@ class Header(NamedTuple):
 
 
 def read_header(files: ImageFiles, name: str) -> Header:
-    """What the beginning of an image says. ValueError: no image, too large, or of more than 8 bits a value."""
+    """What the beginning of an image says.
+
+    Raises:
+        ValueError: no image, too large, or of more than 8 bits a value.
+    """
     with _opened(files, name) as image:
         return _header(image, files.where(name))
 
@@ -47,8 +51,11 @@ def read_picture(files: ImageFiles, name: str, channels: int) -> Image:
     """An image in Pillow's mode "L" (1 channel) or "RGB" (3), decoded; of an animation the first picture.
 
     Grey becomes RGB where 3 channels are asked for, palettes and other colour spaces are converted, an alpha channel
-    that is opaque throughout is dropped. ValueError, one line that names the file: it cannot be decoded, has more than
-    8 bits a value, is transparent, or in colour where 1 channel is asked for.
+    that is opaque throughout is dropped.
+
+    Raises:
+        ValueError: one line that names the file: it cannot be decoded, has more than 8 bits a value, is transparent, or
+            in colour where 1 channel is asked for.
     """
     where = files.where(name)
     with _opened(files, name) as image:
@@ -67,7 +74,11 @@ def read_picture(files: ImageFiles, name: str, channels: int) -> Image:
 
 
 def read_pixels(files: ImageFiles, name: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """An image as (C, H, W) uint8; ValueError where its size is another, and as of `read_picture`."""
+    """An image as (C, H, W) uint8.
+
+    Raises:
+        ValueError: its size is not that of `shape`, or as of `read_picture`.
+    """
     channels, height, width = shape
     image = read_picture(files, name, channels)
     if image.size != (width, height):
@@ -87,8 +98,11 @@ def to_array(image: Image) -> np.ndarray:
 class DecodedImages:
     """An `ipfm.engine.data.dataset.ImageSource` of files, decoded when they are asked for, several at a time.
 
-    `chosen`: names of the images, in their order. `size`: (C, H, W) that all of them must have; an image that has not
-    is found when it is read.
+    Args:
+        files: the folder or zip.
+        chosen: names of the images, in their order.
+        size: (C, H, W) that all of them must have; an image that has not is found when it is read.
+        device: where `read` puts the images.
     """
 
     files: ImageFiles
@@ -106,7 +120,11 @@ class DecodedImages:
         return replace(self, device=torch.device(device))
 
     def read(self, indices: Tensor) -> Tensor:
-        """Images `indices` (B,) int64 on the CPU: (B, C, H, W) uint8. ValueError: as of `read_pixels`."""
+        """Images `indices` (B,) int64 on the CPU: (B, C, H, W) uint8.
+
+        Raises:
+            ValueError: as of `read_pixels`.
+        """
         out = np.empty((len(indices), *self.size), dtype=np.uint8)
 
         def decode(row: int, index: int) -> None:

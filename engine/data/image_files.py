@@ -19,8 +19,10 @@ MAX_FILE_BYTES = 1 << 28
 
 
 class ImageFiles(Protocol):
-    """Images and the label file of one data set. Names are relative, with "/" between folders; `open` may be called by
-    several threads at a time."""
+    """Images and the label file of one data set.
+
+    Names are relative, with "/" between folders; `open` may be called by several threads at a time.
+    """
 
     @property
     def path(self) -> Path:
@@ -31,7 +33,11 @@ class ImageFiles(Protocol):
         """Names of the images, sorted; hidden files and other kinds of files are left out."""
 
     def open(self, name: str) -> IO[bytes]:
-        """The content of a file; ValueError, one line that names it, where it cannot be read."""
+        """The content of a file.
+
+        Raises:
+            ValueError: it cannot be read; one line that names it.
+        """
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -41,7 +47,11 @@ class ImageFiles(Protocol):
 
 
 class FolderFiles:
-    """Files of a folder and of its sub-folders. Links to folders are not followed. ValueError: it cannot be listed."""
+    """Files of a folder and of its sub-folders. Links to folders are not followed.
+
+    Raises:
+        ValueError: the folder cannot be listed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,7 +78,11 @@ class FolderFiles:
 
 
 class ZipFiles:
-    """Files of a zip, stored or deflated. ValueError: it is damaged, or holds a name twice."""
+    """Files of a zip, stored or deflated.
+
+    Raises:
+        ValueError: the zip is damaged, or holds a name twice.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

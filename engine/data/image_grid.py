@@ -19,10 +19,16 @@ def image_grid(images: Tensor, columns: int | None = None, scale: int | None = N
     """Images (B, C, H, W) in [-1, 1], C = 1 or 3, row by row in one picture, uint8 (H', W', 3).
 
     A value v becomes clip(127.5·v + 128, 0, 255), truncated; NaN becomes black; grey is repeated in three channels.
-    `columns`: images a row, about √B when None. `scale`: integer factor by which each pixel is repeated; when None
-    the smallest that brings the images to some 64 pixels. One pixel lies between images, none around them.
+    One pixel lies between images, none around them.
 
-    ValueError: another shape, no images, columns or scale below 1.
+    Args:
+        images: (B, C, H, W), of any floating dtype, on any device.
+        columns: images a row, about √B when None.
+        scale: integer factor by which each pixel is repeated; when None the smallest that brings the images to some 64
+            pixels.
+
+    Raises:
+        ValueError: another shape, no images, columns or scale below 1.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
         raise ValueError(f"images must have shape (B, 1 or 3, H, W) with B > 0, got {tuple(images.shape)}")
@@ -45,7 +51,7 @@ def image_grid(images: Tensor, columns: int | None = None, scale: int | None = N
 
 
 def save_grid(images: Tensor, path: Path | str, columns: int | None = None, scale: int | None = None) -> None:
-    """Writes `image_grid` of `images` as a PNG; an existing file is replaced whole or not at all."""
+    """Write `image_grid` of `images` as a PNG; an existing file is replaced whole or not at all."""
     from PIL import Image
 
     picture = Image.fromarray(image_grid(images, columns, scale))
@@ -54,9 +60,12 @@ def save_grid(images: Tensor, path: Path | str, columns: int | None = None, scal
 
 
 def save_pngs(images: Tensor, paths: Sequence[Path | str]) -> None:
-    """Writes each of the images (B, C, H, W) in [-1, 1], C = 1 or 3, as a PNG of its own, grey or RGB, replaced whole.
+    """Write each of the images (B, C, H, W) in [-1, 1], C = 1 or 3, as a PNG of its own, grey or RGB, replaced whole.
 
-    Pixels as in `image_grid`. ValueError: another shape, or not one path for each image.
+    Pixels as in `image_grid`.
+
+    Raises:
+        ValueError: another shape, or not one path for each image.
     """
     from PIL import Image
 
@@ -69,7 +78,7 @@ def save_pngs(images: Tensor, paths: Sequence[Path | str]) -> None:
 
 
 def save_images(images: Tensor, path: Path | str) -> None:
-    """Writes images (B, C, H, W) in [-1, 1] as the entry "images" of an npz, uint8 (B, H, W, C), replaced whole."""
+    """Write images (B, C, H, W) in [-1, 1] as the entry "images" of an npz, uint8 (B, H, W, C), replaced whole."""
     with atomic_write(path) as file:
         np.savez_compressed(file, images=_pixels(images).permute(0, 2, 3, 1).numpy())
 

@@ -18,9 +18,11 @@ MAX_CLASSES = 1_000_000
 def read_labels(files: ImageFiles) -> Tensor | None:
     """The labels of `files.names` in their order; None where there is no dataset.json, or it says null.
 
-    Whole numbers, the classes, are (N,) int64; lists of numbers are (N, K) float32. ValueError, one line that names the
-    file: no JSON of this form, labels of several kinds or out of range, an image without a label, a label without its
-    image or two labels for one.
+    Whole numbers, the classes, are (N,) int64; lists of numbers are (N, K) float32.
+
+    Raises:
+        ValueError: one line that names the file: no JSON of this form, labels of several kinds or out of range, an
+            image without a label, a label without its image or two labels for one.
     """
     if not files.has(LABEL_FILE):
         return None
@@ -39,7 +41,11 @@ def read_labels(files: ImageFiles) -> Tensor | None:
 
 
 def as_labels(values: Sequence[object], names: Sequence[str], where: str) -> Tensor:
-    """`values` of the images `names` as in `read_labels`; `where` begins the ValueErrors."""
+    """`values` of the images `names` as a tensor, as in `read_labels`.
+
+    Raises:
+        ValueError: labels of several kinds or out of range; `where` begins the message.
+    """
     first = values[0]
     if isinstance(first, list):
         width = len(first)
@@ -85,7 +91,7 @@ def _entries(files: ImageFiles, where: str) -> dict[str, object] | None:
 
 
 def is_number(value: object) -> bool:
-    # float32 holds it; JSON as Python reads it may say NaN, Infinity or a number of a thousand digits.
+    """Whether it is a number that float32 holds: JSON as Python reads it may say NaN, Infinity or a thousand digits."""
     if type(value) is int:
         return abs(value) < 1 << 100
     return type(value) is float and math.isfinite(value) and abs(value) < 3.4e38

@@ -90,7 +90,15 @@ def open_dataset(
 
 @dataclass(frozen=True)
 class Subset:
-    """Which images of a data set to keep, see `open_dataset`; ValueError as there."""
+    """Which images of a data set to keep.
+
+    Args:
+        max_images: as in `open_dataset`.
+        seed: as in `open_dataset`.
+
+    Raises:
+        ValueError: max_images < 1, or a seed out of its range.
+    """
 
     max_images: int | None
     seed: int = 0
@@ -122,7 +130,11 @@ def is_cifar(path: Path) -> bool:
 
 
 def open_image_files(path: Path) -> ImageFiles:
-    """The images of a folder or zip. ValueError: `path` is neither, is damaged, or holds no images."""
+    """The images of a folder or zip.
+
+    Raises:
+        ValueError: `path` is neither, is damaged, or holds no images.
+    """
     if not path.exists():
         raise ValueError(f"{path} does not exist; a data set is {KINDS}")
     if not path.is_dir() and not zipfile.is_zipfile(path):

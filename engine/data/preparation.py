@@ -32,8 +32,15 @@ _SHARD = re.compile(r"\d{5}/img\d{8}\.\w+")
 
 @dataclass(frozen=True)
 class Shaping:
-    """How pictures become squares of one size: the middle cut out where `crop` says so, then resized to `resolution`
-    pixels with Lanczos' filter; None leaves the size. ValueError: an impossible resolution."""
+    """How pictures become squares of one size.
+
+    Args:
+        resolution: side in pixels to which they are resized with Lanczos' filter; None leaves the size.
+        crop: cut out the middle before.
+
+    Raises:
+        ValueError: an impossible resolution.
+    """
 
     resolution: int | None = None
     crop: bool = False
@@ -43,7 +50,11 @@ class Shaping:
             raise ValueError(f"resolution must lie in 1…{MAX_RESOLUTION}, got {self.resolution}")
 
     def side(self, header: Header, where: str) -> int:
-        """Side in pixels of what becomes of a picture; ValueError: it is not square, and not to be cropped."""
+        """Side in pixels of what becomes of a picture.
+
+        Raises:
+            ValueError: it is not square, and not to be cropped; `where` begins the message.
+        """
         if header.width != header.height and not self.crop:
             raise ValueError(
                 f"{where} is {header.width}x{header.height}, but images must be square: "
@@ -65,9 +76,17 @@ class Shaping:
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """The images of a data set to be: `load(i)` decodes number i of `count` and shapes it. All have `side` pixels a
-    side and `channels`. `labels`: (count,) integers, (count, K) floats or None; `label_source` says where they come
-    from, `width` how wide they are in the whole source."""
+    """The images of a data set to be.
+
+    Attributes:
+        load: load(i) decodes image number i and shapes it.
+        count: number of images.
+        side: side of each image in pixels.
+        channels: of each image, 1 or 3.
+        labels: (count,) integers, (count, K) floats or None.
+        label_source: where they come from, for people.
+        width: how wide they are in the whole source.
+    """
 
     load: Callable[[int], Image]
     count: int
@@ -78,7 +97,11 @@ class Pictures:
     width: int
 
     def pngs(self) -> Iterator[bytes]:
-        """The images in their order, as PNGs, made by several threads; shows a bar. ValueError names a bad file."""
+        """The images in their order, as PNGs, made by several threads; shows a bar.
+
+        Raises:
+            ValueError: an image cannot be decoded; one line that names the file.
+        """
 
         def make(index: int) -> bytes:
             return encode_png(to_array(self.load(index)))
@@ -93,9 +116,13 @@ class Pictures:
 def find_pictures(source: Path, shaping: Shaping, labelling: Labelling, subset: Subset) -> Pictures:
     """Look through `source`, a folder, zip or CIFAR-10 archive; no image is decoded yet, but for CIFAR-10.
 
-    labelling: "auto" takes the labels of dataset.json or of CIFAR-10; where there are none, and all images lie in two
-    or more top-level folders that are not the numbered ones of EDM's format, these are the classes, in the order of
-    their names. "folders" insists on that; "none" takes no labels.
+    Args:
+        source: folder, zip or archive.
+        shaping: how the pictures become squares.
+        labelling: "auto" takes the labels of dataset.json or of CIFAR-10; where there are none, and all images lie in
+            two or more top-level folders that are not the numbered ones of EDM's format, these are the classes, in the
+            order of their names. "folders" insists on that; "none" takes no labels.
+        subset: which images to keep.
 
     Raises:
         ValueError: one line that names the file: the source cannot be read, an image is none, not square or (without a

@@ -50,13 +50,14 @@ _OF_A_SLOT = 5
 class Factors:
     """What N images show. Slots count from the front; those from `number` on are not drawn.
 
-    number:     (N,) int64, shapes in the image, 1 … SLOTS, all equally often
-    kind:       (N, SLOTS) int64, into KINDS, uniform
-    colour:     (N, SLOTS) int64, into COLOURS, uniform, all different within an image
-    size:       (N, SLOTS) float32, radius in pixels of the circle around the shape, uniform within SIZES
-    centre:     (N, SLOTS, 2) float32, x and y in pixels from the upper left corner, uniform where the shape fits
-    rotation:   (N, SLOTS) int64, degrees clockwise, 0 … 359, uniform
-    background: (N, 3) float32, red, green and blue, uniform in [DARKEST, BRIGHTEST]
+    Attributes:
+        number: (N,) int64, shapes in the image, 1 … SLOTS, all equally often.
+        kind: (N, SLOTS) int64, into KINDS, uniform.
+        colour: (N, SLOTS) int64, into COLOURS, uniform, all different within an image.
+        size: (N, SLOTS) float32, radius in pixels of the circle around the shape, uniform within SIZES.
+        centre: (N, SLOTS, 2) float32, x and y in pixels from the upper left corner, uniform where the shape fits.
+        rotation: (N, SLOTS) int64, degrees clockwise, 0 … 359, uniform.
+        background: (N, 3) float32, red, green and blue, uniform in [DARKEST, BRIGHTEST].
     """
 
     number: Tensor
@@ -134,8 +135,10 @@ def _draw(factors: Factors, side: int) -> Tensor:
 
 
 def _coverage(factors: Factors, slot: int, side: int) -> Tensor:
-    """(N, side, side) in [0, 1]: the share of each pixel that the slot's shape covers, taken from the signed distance
-    of the pixel's middle to the shape's edge."""
+    """(N, side, side) in [0, 1]: the share of each pixel that the slot's shape covers.
+
+    It is taken from the signed distance of the pixel's middle to the shape's edge.
+    """
     covered = torch.zeros(len(factors), side, side)
     middle = torch.arange(side) + 0.5
     for kind in range(len(KINDS)):

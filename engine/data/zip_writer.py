@@ -1,4 +1,4 @@
-"""Writes a data set in the format of EDM's data sets.
+"""A data set written in the format of EDM's data sets.
 
     00000/img00000000.png …   uncompressed PNGs, 8-bit grey or RGB, square and all alike; five digits of eight a folder
     dataset.json              {"labels": [["00000/img00000000.png", 6], …]}, or {"labels": null}
@@ -40,8 +40,14 @@ def encode_png(pixels: np.ndarray) -> bytes:
 def write_dataset_zip(path: Path, pngs: Iterable[bytes], labels: Tensor | None) -> None:
     """Write `pngs`, in their order, and their labels to `path`; an existing file is replaced whole or not at all.
 
-    `labels`: (N,) integers, (N, K) floats or None. ValueError: `pngs` are fewer or more than the labels; OSError where
-    the disk refuses; whatever `pngs` raises. Nothing is left behind then.
+    Args:
+        path: the zip.
+        pngs: the images, encoded; whatever they raise passes through.
+        labels: (N,) integers, (N, K) floats or None.
+
+    Raises:
+        ValueError: the images are fewer or more than the labels; nothing is left behind.
+        OSError: the disk refuses; nothing is left behind.
     """
     with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:
         names = []

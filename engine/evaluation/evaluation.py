@@ -33,16 +33,22 @@ FeatureName = Literal["inception", "pixels"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The `metrics` of `images` samples against `reference`, on `features`; the Fréchet distance alone by default.
-
-    `batch`: images one process draws at a time. `seed`: of the samples; fixed, so that evaluations compare.
-    `pr_images`: images of each set that precision and recall are measured on. `reference` is None for the Inception
-    score alone.
+    """What is measured of samples, and against what.
 
     Samples come from a function of the caller, which draws them at the model's own D: a generator of finite D that is
     given Gaussian latents sees radii that spread by 1.3 % instead of the 6.4 % of D = 128 at 3×32×32.
 
-    ValueError: numbers out of range, or a metric that the features or the reference do not allow.
+    Args:
+        features: what images are compared by.
+        reference: real images by their features; None for the Inception score alone.
+        images: how many samples are drawn, by all ranks together.
+        batch: images that a rank draws at a time.
+        seed: of the samples; fixed, so that evaluations compare.
+        metrics: the Fréchet distance alone by default.
+        pr_images: images of each set that precision and recall are measured on.
+
+    Raises:
+        ValueError: numbers out of range, or a metric that the features or the reference do not allow.
     """
 
     features: Features
@@ -59,9 +65,12 @@ class Evaluation:
         check_metrics(self.metrics, self.features, self._reference)
 
     def measure(self, sample: Callable[[int, int], Tensor], world: World, *, first_index: int = 0) -> FrechetResult:
-        """The metrics of the images that `sample(first index, count)` draws, shared out over the processes.
+        """The metrics of samples, which are shared out over the ranks; every rank calls it.
 
-        `first_index`: index of the first image; another one measures other images of the same seed.
+        Args:
+            sample: sample(first index, count) draws images (count, C, H, W) in [-1, 1].
+            world: the run's ranks.
+            first_index: index of the first image; another one measures other images of the same seed.
         """
 
         def drawn(first: int, count: int) -> Tensor:
@@ -82,7 +91,11 @@ class Evaluation:
 
     @property
     def statistics(self) -> Statistics:
-        """Those of the reference. ValueError: there is none."""
+        """Those of the reference.
+
+        Raises:
+            ValueError: there is none.
+        """
         if self._reference is None:
             raise ValueError("this evaluation has no reference")
         return self._reference.statistics
@@ -136,8 +149,17 @@ class Comparison:
     ) -> Evaluation:
         """The evaluation with `images` samples; where the reference is images, their features are computed here.
 
-        Every process calls it. Arguments as in `Evaluation`. ValueError: too few images, or reference images that do
-        not fit the features.
+        Every rank calls it.
+
+        Args:
+            world: the run's ranks.
+            images: as in `Evaluation`.
+            batch: as in `Evaluation`, and images of the reference that a rank handles at a time.
+            seed: as in `Evaluation`.
+            pr_images: as in `Evaluation`.
+
+        Raises:
+            ValueError: too few images, or reference images that do not fit the features.
         """
         _check_sizes(self.metrics, images, batch, pr_images)
         reference = None
@@ -156,13 +178,14 @@ def open_comparison(
     inception: Path | None = None,
     metrics: tuple[Metric, ...] = ("fid",),
 ) -> Comparison:
-    """Opens and checks what samples (C, H, W) = `shape` are to be compared with.
+    """Open and check what samples (C, H, W) = `shape` are to be compared with.
 
     Args:
         reference: statistics or images, see `open_reference`; None for the Inception score alone.
         shape: of the samples.
         device: where features are computed.
-        features, inception: the extractor, see `open_features`.
+        features: the extractor, see `open_features`.
+        inception: its file, see `open_features`.
         metrics: what is measured.
 
     Raises:

@@ -31,7 +31,11 @@ class EvaluationOptions:
     """Images drawn for each distance; published figures take 50 000."""
 
     def check_evaluation(self) -> None:
-        """ValueError where these options do not go together; called when the options are made."""
+        """Check that these options go together; called when the options are made.
+
+        Raises:
+            ValueError: they do not.
+        """
         from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION
 
         if self.eval_images < 2:
@@ -60,5 +64,5 @@ class EvaluationOptions:
         return open_comparison(self.reference, shape, device, features=self.features, inception=self.inception)
 
     def evaluation(self, comparison: Comparison | None, world: World) -> Evaluation | None:
-        """The evaluation of a run; features of reference images are computed here. Every process calls it."""
+        """The evaluation of a run; features of reference images are computed here. Every rank calls it."""
         return None if comparison is None else comparison.evaluation(world, images=self.eval_images)

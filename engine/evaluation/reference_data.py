@@ -32,7 +32,7 @@ class ReferenceFile:
 
 
 def open_reference(path: Path | str) -> ReferenceFile:
-    """Reads and checks a reference; no features are computed.
+    """Read and check a reference; no features are computed.
 
     Args:
         path: an .npz with `mu` (dim,) and `sigma` (dim, dim), the mean and unbiased covariance of Inception features as
@@ -80,15 +80,15 @@ def open_images(path: Path | str, *, limit: int | None = None, seed: int = 0) ->
 def make_reference(
     file: ReferenceFile, features: Features, world: World, *, keep_features: bool = False, batch: int = 256
 ) -> Reference:
-    """The reference for these features; those of its images are shared out over the processes, each of which calls it.
+    """The reference for these features; those of its images are shared out over the ranks, each of which calls it.
 
     Args:
         file: from `open_reference`. Its statistics are taken as they are; where it has none, those of all its images.
         features: the extractor.
-        world: the run's processes.
+        world: the run's ranks.
         keep_features: keep what the kernel distance and precision and recall need, 4·N·dim bytes, where there are
             images.
-        batch: images that a process handles at a time.
+        batch: images that a rank handles at a time.
 
     Raises:
         ValueError: fewer than two images, or images of a shape that the features do not take.
@@ -97,7 +97,7 @@ def make_reference(
         assert file.statistics is not None
         return Reference(file.statistics)
     images = file.images
-    # Processes have almost equal shares; the first one speaks for all.
+    # Ranks have almost equal shares; rank 0 speaks for all.
     bar = ProgressBar("reference", -(-len(images) // world.size), enabled=world.is_main)
 
     def take(first: int, count: int) -> Tensor:
@@ -123,7 +123,7 @@ def make_reference(
 
 
 def save_statistics(path: Path | str, statistics: Statistics) -> None:
-    """Writes an .npz with `mu` and `sigma`, float64, as EDM publishes them; replaced whole or not at all."""
+    """Write an .npz with `mu` and `sigma`, float64, as EDM publishes them; replaced whole or not at all."""
     with atomic_write(path) as file:
         np.savez(file, mu=statistics.mean.cpu().numpy(), sigma=statistics.covariance.cpu().numpy())
 

@@ -33,7 +33,7 @@ class EvaluationHistory:
         self._log = StepLog(Path(folder) / "evaluations.jsonl", None if first_step is None else first_step + 1)
 
     def add(self, step: int, distance: float, **facts: object) -> None:
-        """Appends an evaluation, with further `facts` (images, seconds …), and writes it at once."""
+        """Append an evaluation, with further `facts` (images, seconds …), and write it at once."""
         self._log.append(step, {"frechet": float(distance), **facts})
         self._log.flush()
 
@@ -54,10 +54,16 @@ class EvaluationHistory:
 class EvaluationRow:
     """One line of the table of results.
 
-    `label`: which network, such as "generator" or "teacher"; `steps`: K of a few-step generator, None for a teacher;
-    `nfe`: network evaluations an image; `frechet`: distance of `images` images; `images_per_second` over all ranks;
-    `paper`: the published figure as text, None where there is none. It compares only where `frechet` is an FID, with
-    Inception features and 50 000 images; `metric`: what the distance is called, "FID" for those features.
+    Args:
+        label: which network, such as "generator" or "teacher".
+        steps: K of a few-step generator, None for a teacher.
+        nfe: network evaluations an image.
+        frechet: distance of `images` images.
+        images: how many were drawn.
+        images_per_second: over all ranks.
+        paper: the published figure as text, None where there is none. It compares only where `frechet` is an FID, with
+            Inception features and 50 000 images.
+        metric: what the distance is called, "FID" for those features.
     """
 
     label: str
@@ -99,7 +105,7 @@ def results_table(rows: Sequence[EvaluationRow]) -> str:
 
 
 def write_results(folder: Path | str, rows: Sequence[EvaluationRow]) -> None:
-    """Writes folder/results.json, a list of the rows' fields (non-finite numbers null), and folder/results.txt."""
+    """Write folder/results.json, a list of the rows' fields (non-finite numbers null), and folder/results.txt."""
     lines = ",\n".join(f"  {json_line(asdict(row))}" for row in rows)
     with atomic_write(Path(folder) / "results.json") as file:
         file.write(f"[\n{lines}\n]\n".encode())
@@ -114,10 +120,19 @@ def plot_convergence(
     title: str = "",
     metric: str = DISTANCE,
 ) -> None:
-    """PNG of the Fréchet distance, by the name `metric`, over generator steps, with the teacher's as a dashed line.
+    """Write a PNG of the Fréchet distance over generator steps, with the teacher's as a dashed line.
 
     The axis is logarithmic where the distances span more than a factor of 20. Non-finite distances are left out.
-    ValueError: nothing finite to draw.
+
+    Args:
+        history: (step, distance), in any order.
+        teacher: the teacher's distance, None where it was not measured.
+        path: of the PNG, which is replaced whole or not at all.
+        title: above the plot.
+        metric: what the distance is called.
+
+    Raises:
+        ValueError: nothing finite to draw.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -144,7 +159,8 @@ def draw_convergence(
 ) -> None:
     """Draw what `plot_convergence` writes: the network `label` in `colour`, the teacher in `ink`.
 
-    ValueError: nothing finite to draw.
+    Raises:
+        ValueError: nothing finite to draw.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -167,8 +183,10 @@ def draw_convergence(
 
 
 def distance_axis(axes: Axes, values: Sequence[float], *, span: float, metric: str) -> None:
-    """Make the vertical axis one of distances: logarithmic where `values`, all finite, span more than a factor `span`,
-    else from 0 on."""
+    """Make the vertical axis one of distances.
+
+    It is logarithmic where `values`, all finite, span more than a factor `span`, else it begins at 0.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     if min(values) > 0 and max(values) > span * min(values):

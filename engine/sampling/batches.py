@@ -31,7 +31,19 @@ def teacher_range(net: Precond) -> tuple[float, float]:
 
 
 def sample_generator(net: Precond, first: int, count: int, *, D: float, sigmas: tuple[float, ...], seed: int) -> Tensor:
-    """Images first..first + count - 1 of `seed` from a generator, on its device; labels are drawn."""
+    """Images first..first + count - 1 of `seed` from a generator, on its device; labels are drawn.
+
+    Args:
+        net: generator.
+        first: index of the first image, >= 0.
+        count: number of images.
+        D: auxiliary dimensions that the generator was trained for.
+        sigmas: its noise levels.
+        seed: of latents and labels.
+
+    Returns:
+        (count, C, H, W) float32, about [-1, 1].
+    """
     return draw_images(partial(generate, net, D=D, sigmas=sigmas), net, first, count, seed=seed)
 
 
@@ -44,7 +56,19 @@ def sample_trajectory(net: Precond, first: int, count: int, *, D: float, noise: 
 def draw_images(
     sampler: Sampler, net: Precond, first: int, count: int, *, seed: Seeds, classes: Sequence[int] | None = None
 ) -> Tensor:
-    """Images first..first + count - 1 of one seed, or of a list of seeds, on the network's device."""
+    """Images first..first + count - 1 of one seed, or of a list of seeds, on the network's device.
+
+    Args:
+        sampler: makes images of the labels and the seed that it is given.
+        net: the sampler's network, which says how wide labels are.
+        first: index of the first image; of a list of seeds, of the first seed.
+        count: number of images.
+        seed: one seed, or a list with one for each image.
+        classes: the images' classes, which are repeated where there are fewer than images; drawn when None.
+
+    Returns:
+        (count, C, H, W) float32, about [-1, 1].
+    """
     device = next(net.parameters()).device
     start = first
     if isinstance(seed, Sequence):
@@ -58,7 +82,7 @@ def draw_images(
 
 
 def sample_teacher(net: Precond, first: int, count: int, *, D: float, steps: int, seed: int) -> Tensor:
-    """Images first..first + count - 1 of `seed` by Heun's method, on the network's device; labels are drawn."""
+    """The same from a teacher by Heun's method, on `teacher_range`."""
     index = torch.arange(first, first + count, device=next(net.parameters()).device)
     labels = draw_labels(net.label_dim, index, seed=seed, stream=Stream.SAMPLER_LABEL, step=0)
     low, high = teacher_range(net)

@@ -103,7 +103,9 @@ def heun_sample(
             which makes its image first_index.
         latents: x at the first level, (n, C, H, W); drawn from the prior p_r(. | 0) when None.
         class_labels: (n, label_dim) float32 or None.
-        sigma_min, sigma_max, rho: the grid.
+        sigma_min: lowest level of the grid, in the units of the data.
+        sigma_max: highest level of the grid, where the prior is drawn.
+        rho: exponent of the grid: sigma^(1/rho) is spaced evenly.
         first_index: index of the first image, >= 0.
         sigmas: noise levels, strictly falling, one a step, in place of `steps` and the grid; 0 follows the last one.
         solver: "heun", or "euler": first order, one evaluation a step.
@@ -115,6 +117,18 @@ def heun_sample(
     Raises:
         ValueError: a number out of its range, no or two sets of noise levels, a level that the network rounds to 0, or
             latents of another shape.
+
+    Example:
+        >>> import torch
+        >>> from ipfm.engine import heun_sample
+        >>> from ipfm.models import build_network, presets
+        >>> net = build_network(presets.get("digits", D=128)).eval()
+        >>> images = heun_sample(net, 4, D=128, steps=3, seed=0)
+        >>> images.shape
+        torch.Size([4, 1, 8, 8])
+        >>> last = heun_sample(net, 1, D=128, steps=3, seed=0, first_index=3)
+        >>> torch.allclose(last, images[3:], atol=1e-4)
+        True
     """
     _check_solver(solver)
     grid = _grid(steps, sigmas, NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
@@ -170,6 +184,18 @@ def generate(
 
     Raises:
         ValueError: a number out of its range, or latents of another shape.
+
+    Example:
+        >>> import torch
+        >>> from ipfm.engine import generate
+        >>> from ipfm.models import build_network, presets
+        >>> net = build_network(presets.get("digits", D=128)).eval()
+        >>> images = generate(net, 4, D=128, sigmas=(2.5, 1.25), seed=0)
+        >>> images.shape
+        torch.Size([4, 1, 8, 8])
+        >>> last = generate(net, 1, D=128, sigmas=(2.5, 1.25), seed=0, first_index=3)
+        >>> torch.allclose(last, images[3:], atol=1e-4)
+        True
     """
     levels = check_sigmas(sigmas)
     device = _device(net, latents)
@@ -204,7 +230,8 @@ def trajectory_sample(
         net: generator, a network with EDM's preconditioning.
         n: number of images, >= 0.
         D: auxiliary dimensions the generator was trained for, in (0, inf].
-        sigma_max, sigma_min: ends of the trajectory that the generator was trained on.
+        sigma_max: T, where the trajectory that the generator was trained on starts.
+        sigma_min: where it ends.
         seed: images first_index..first_index + n - 1 of this seed are made, whatever the batch; or n seeds, each of
             which makes its image first_index.
         latents: z, (n, C, H, W); drawn from the prior at sigma_max when None.

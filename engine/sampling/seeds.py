@@ -90,7 +90,11 @@ def read_numbers(name: str, text: str) -> tuple[int, ...]:
 
 
 def check_seeds(name: str, seeds: Sequence[int]) -> None:
-    """ValueError, which `name` begins, where one is not in [0, 2^64)."""
+    """Check that all are in [0, 2^64).
+
+    Raises:
+        ValueError: one is not; `name` begins the message.
+    """
     for seed in seeds:
         if not 0 <= seed < SEED_LIMIT:
             raise ValueError(f"{name} must lie in [0, 2^64), got {seed}")

@@ -59,7 +59,9 @@ def sample_model(
         heun_steps: of a teacher's sampler.
         seed: of the images; of several seeds, image i is the first one of seed[i].
         D: auxiliary dimensions, for a checkpoint that does not say them.
-        sigmas, solver, churn: of a teacher's sampler, see `heun_sample`; sigmas take the place of heun_steps.
+        sigmas: noise levels of a teacher's sampler, in place of heun_steps; see `heun_sample`.
+        solver: of a teacher's sampler, likewise.
+        churn: of a teacher's sampler, likewise.
         classes: image i is of class classes[i modulo their number]; None draws the classes at random.
 
     Raises:

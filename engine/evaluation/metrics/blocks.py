@@ -12,8 +12,12 @@ class BlockFeatures:
     have 3072 pixels and, in blocks of 4x4, 384 of these features. The means see what is where, the deviations whether
     it has edges or noise, which averages hide.
 
-    `shape`: (C, H, W) of the images; `block`: side of a block in pixels, at least 2, that divides H and W.
-    ValueError: it does not.
+    Args:
+        shape: (C, H, W) of the images.
+        block: side of a block in pixels, at least 2, that divides H and W.
+
+    Raises:
+        ValueError: it does not.
     """
 
     def __init__(self, shape: tuple[int, int, int], block: int = 4) -> None:
@@ -26,8 +30,11 @@ class BlockFeatures:
         self.dim = 2 * shape[0] * (shape[1] // block) * (shape[2] // block)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, 2·C·H/block·W/block), same dtype: the means, then the deviations. ValueError: another
-        shape."""
+        """(B, C, H, W) to (B, 2·C·H/block·W/block), same dtype: the means, then the deviations.
+
+        Raises:
+            ValueError: images of another shape.
+        """
         if images.ndim != 4 or tuple(images.shape[1:]) != self.shape:
             raise ValueError(
                 f"images must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(images.shape)}"

@@ -16,8 +16,11 @@ from ipfm.engine.evaluation.metrics.moments import FeatureMoments
 class Collected:
     """What one pass found, the same on every rank.
 
-    `moments` of the features of all images; `features` (n, dim) and `probabilities` (n, classes), float32 in the
-    order of the images, None where they were not asked for; `seconds` that the slowest rank spent drawing images.
+    Attributes:
+        moments: of the features of all images.
+        features: (n, dim) float32 in the order of the images; None where they were not asked for.
+        probabilities: (n, classes) float32, likewise.
+        seconds: that the slowest rank spent drawing images.
     """
 
     moments: FeatureMoments
@@ -50,16 +53,24 @@ def collect(
     keep_features: bool = False,
     keep_probabilities: bool = False,
 ) -> Collected:
-    """Draws `n` images and takes in their features.
+    """Draw `n` images and take in their features.
 
-    `sample(first, count)` returns the images with the indices first … first+count-1, (count, C, H, W) in [-1, 1];
-    count is at most `batch`. Every rank calls it equally often (see `index_ranges`); a rank without images draws image
-    0 and throws it away. With `world_size` 1 this process works alone, whatever process group exists. What is kept
-    takes 4·n·dim bytes of each rank, on the device of the images.
+    Args:
+        sample: sample(first, count) returns the images with the indices first … first+count-1, (count, C, H, W) in
+            [-1, 1]; count is at most `batch`. Every rank calls it equally often (see `index_ranges`); a rank without
+            images draws image 0 and throws it away.
+        n: number of images.
+        features: what is taken in of them.
+        batch: images that a rank draws at a time.
+        rank: of this process.
+        world_size: number of ranks; with 1 this process works alone, whatever process group exists.
+        keep_features: keep the features themselves, 4·n·dim bytes of each rank on the device of the images.
+        keep_probabilities: keep class probabilities, 4·n·classes bytes likewise.
 
-    ValueError, on every rank when it happens on one: n < 2, images or features of the wrong shape, an image that
-    cannot be read, probabilities asked of features that have none, a rank and world size that are not those of the
-    process group.
+    Raises:
+        ValueError: on every rank when it happens on one: n < 2, images or features of the wrong shape, an image that
+            cannot be read, probabilities asked of features that have none, a rank and world size that are not those of
+            the process group.
     """
     if n < 2 or batch < 1:
         raise ValueError(f"needs at least 2 images and a positive batch, got n={n}, batch={batch}")
@@ -112,7 +123,7 @@ class _Share:
         self.seconds = 0.0
 
     def take(self, sample: Callable[[int, int], Tensor], first: int, count: int) -> None:
-        """Draws a range of images and takes them in; of an empty one an image that is thrown away."""
+        """Draw a range of images and take them in; of an empty one an image that is thrown away."""
         started = time.perf_counter()
         images = sample(first, count) if count else sample(0, 1)
         if images.is_cuda:

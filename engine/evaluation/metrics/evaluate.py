@@ -25,8 +25,13 @@ PR_IMAGES = 10_000
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What samples are compared with: `statistics` of the features of real images; and the `features` themselves,
-    (N, dim), which the kernel distance and precision and recall need, None where only the statistics are known."""
+    """What samples are compared with.
+
+    Attributes:
+        statistics: of the features of real images.
+        features: these themselves, (N, dim), which the kernel distance and precision and recall need; None where only
+            the statistics are known.
+    """
 
     statistics: Statistics
     features: Tensor | None = None
@@ -34,11 +39,20 @@ class Reference:
 
 @dataclass(frozen=True)
 class FrechetResult:
-    """`distance`, NaN where it was not asked for; number of `images` drawn by all ranks; `seconds` that the slowest
-    rank spent drawing them, without features and matrix roots; `images_per_second` of all ranks together.
+    """What an evaluation found.
 
-    `name`: what the distance is called, "FID" with Inception features alone. The others are None where they were not
-    asked for: `kid` and `inception_score` with their deviations over subsets, `precision` and `recall`.
+    Attributes:
+        distance: Fréchet distance, NaN where it was not asked for.
+        images: how many were drawn by all ranks.
+        seconds: that the slowest rank spent drawing them, without features and matrix roots.
+        images_per_second: of all ranks together.
+        name: what the distance is called, "FID" with Inception features alone.
+        kid: kernel distance; this and the following are None where they were not asked for.
+        kid_std: its deviation over subsets.
+        inception_score: Inception score.
+        inception_score_std: its deviation over subsets.
+        precision: share of samples that lie where real images do.
+        recall: share of real images that lie where samples do.
     """
 
     distance: float
@@ -60,7 +74,11 @@ def distance_name(features: Features) -> str:
 
 
 def check_metrics(metrics: Sequence[Metric], features: Features, reference: Reference | None) -> None:
-    """ValueError unless these metrics can be measured on these features against this reference."""
+    """Check that these metrics can be measured on these features against this reference.
+
+    Raises:
+        ValueError: they cannot, or one is unknown.
+    """
     unknown = [metric for metric in metrics if metric not in METRICS]
     if unknown or not metrics:
         raise ValueError(f"metrics must be among {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}")
@@ -101,12 +119,21 @@ def evaluate_images(
 ) -> FrechetResult:
     """The `metrics` of `n` sampled images, the same on every rank and for every number of ranks.
 
-    `sample`, `n`, `batch`, `rank` and `world_size` as in `collect`. `reference` may be None for the Inception score
-    alone. `pr_images`: images of each set that precision and recall are measured on, of which the time is quadratic;
-    drawn at random with a fixed seed where there are more.
+    Args:
+        sample: as in `collect`.
+        n: as in `collect`.
+        features: what images are compared by.
+        reference: what they are compared with; None for the Inception score alone.
+        batch: as in `collect`.
+        rank: as in `collect`.
+        world_size: as in `collect`.
+        metrics: what is measured.
+        pr_images: images of each set that precision and recall are measured on, of which the time is quadratic; drawn
+            at random with a fixed seed where there are more.
 
-    ValueError: a metric that the features or the reference do not allow, non-finite features (how many), and as
-    `collect`.
+    Raises:
+        ValueError: a metric that the features or the reference do not allow, non-finite features (how many), and as
+            `collect`.
     """
     check_metrics(metrics, features, reference)
     single = bool({"kid", "pr"} & set(metrics))
@@ -157,7 +184,11 @@ def dataset_statistics(
 ) -> Statistics:
     """Statistics of the features of every image of `dataset`, each taken once, as stored (no flips).
 
-    `batch`: images at a time. `device`: where the features are computed; the dataset's own when None.
+    Args:
+        dataset: the images.
+        features: the extractor.
+        batch: images at a time.
+        device: where the features are computed; the dataset's own when None.
     """
     where = dataset.device if device is None else device
     found = collect(lambda i, count: dataset.take(i, count).to(where), len(dataset), features, batch=batch)

@@ -43,7 +43,11 @@ class Classifier(Protocol):
 class PixelFeatures:
     """The pixels themselves as features: for small images, and where no feature network is at hand.
 
-    `shape`: (C, H, W) of the images.
+    Args:
+        shape: (C, H, W) of the images.
+
+    Raises:
+        ValueError: it is no such shape.
     """
 
     name = "pixels"
@@ -55,7 +59,11 @@ class PixelFeatures:
         self.dim = shape[0] * shape[1] * shape[2]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C·H·W), same dtype. ValueError: images of another shape."""
+        """(B, C, H, W) to (B, C·H·W), same dtype.
+
+        Raises:
+            ValueError: images of another shape.
+        """
         if images.ndim != 4 or tuple(images.shape[1:]) != self.shape:
             raise ValueError(
                 f"images must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(images.shape)}"
@@ -71,10 +79,13 @@ class InceptionFeatures:
     `net(images, no_output_bias=True)` class probabilities (B, 1008). A network whose second output is not normalised
     is taken to give logits, and a softmax follows. It computes in float32, without TF32.
 
-    `path`: the file. `device`: where the network runs; images are taken from any device.
+    Args:
+        path: the file.
+        device: where the network runs; images are taken from any device.
 
-    ValueError: there is no such file, it is no TorchScript network, or it lacks the first of the two calls; without
-    the second there are no `classes`, and no Inception score.
+    Raises:
+        ValueError: there is no such file, it is no TorchScript network, or it lacks the first of the two calls; without
+            the second there are no `classes`, and no Inception score.
     """
 
     name = "inception"
@@ -100,12 +111,19 @@ class InceptionFeatures:
         """(B, 1 or 3, H, W) in [-1, 1] to (B, dim); a grey image counts as one of three equal channels.
 
         Images become 8-bit pixels first, clip(127.5·x + 128, 0, 255) truncated, as when they are written to files. One
-        with a non-finite pixel, which a file cannot hold, has NaN as its features. ValueError: another shape.
+        with a non-finite pixel, which a file cannot hold, has NaN as its features.
+
+        Raises:
+            ValueError: images of another shape.
         """
         return self._apply(images, return_features=True)
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Class probabilities (B, classes) of images as above. ValueError: the network has none."""
+        """Class probabilities (B, classes) of images as above.
+
+        Raises:
+            ValueError: the network has none, or images of another shape.
+        """
         if not self.classes:
             raise ValueError(
                 f"{self.path} gives no class probabilities: it does not take net(images, no_output_bias=True)"

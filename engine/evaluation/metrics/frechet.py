@@ -15,14 +15,21 @@ def frechet_distance(
 ) -> float:
     """Squared Fréchet distance of two Gaussians, |mu_a - mu_b|² + tr(Sa + Sb - 2 (Sa^½ Sb Sa^½)^½), in float64.
 
-    `a`, `b`: moments, or pairs of mean (dim,) and covariance (dim, dim). The trace of the root is the sum of the root
+    The trace of the root is the sum of the root
     eigenvalues of Sa^½ Sb Sa^½ = (Sb^½ Sa^½)ᵀ (Sb^½ Sa^½), taken as the singular values of Sb^½ Sa^½: squaring first
     loses half of the digits where a covariance is singular (300 samples of 1024 features were 9e-5 away from
     themselves, and are 4e-12 this way), and at 2048 features either takes seconds. Formula: Dowson & Landau (1982); as
     a metric of images: Heusel et al., arXiv 1706.08500.
 
-    Rounding cannot make the result negative. ValueError: shapes that do not match, non-finite entries, a covariance
-    that is not symmetric and positive semidefinite.
+    Rounding cannot make the result negative.
+
+    Args:
+        a: moments, or a pair of mean (dim,) and covariance (dim, dim).
+        b: the same of the other Gaussian.
+
+    Raises:
+        ValueError: shapes that do not match, non-finite entries, a covariance that is not symmetric and positive
+            semidefinite.
     """
     mean_a, root_a, trace_a = _mean_and_root(a, "first")
     mean_b, root_b, trace_b = _mean_and_root(b, "second")
@@ -35,7 +42,11 @@ def frechet_distance(
 
 
 def check_statistics(statistics: Statistics, which: str) -> None:
-    """ValueError, in which they are the `which` ones, unless `frechet_distance` takes these statistics."""
+    """Check that `frechet_distance` takes these statistics.
+
+    Raises:
+        ValueError: it does not; the message calls them the `which` ones.
+    """
     _mean_and_root(statistics, which)
 
 

@@ -18,14 +18,15 @@ class KernelDistance(NamedTuple):
 def kernel_distance(
     a: Tensor, b: Tensor, *, subsets: int = SUBSETS, subset_size: int | None = None, seed: int = 0
 ) -> KernelDistance:
-    """Unbiased squared maximum mean discrepancy of `a` (N, dim) and `b` (M, dim), averaged over random subsets.
+    """Unbiased squared maximum mean discrepancy of `a` and `b`, averaged over random subsets.
 
     The kernel is k(x, y) = (x·y / dim + 1)³ [Bińkowski et al., arXiv 1801.01401, section 4]; with Inception features
     the mean is the KID. Unlike the Fréchet distance it has no bias at few samples; it may come out negative. Computed
     in float64, on the device of `a`.
 
     Args:
-        a, b: features, floating.
+        a: features (N, dim), floating.
+        b: features (M, dim), floating.
         subsets: how many are drawn.
         subset_size: samples in each, from either set without repetition; the smaller set bounds it. None takes the
             usual 1000, but no more than half of the smaller set, for larger subsets would hardly differ.

@@ -21,6 +21,13 @@ class FeatureMoments:
     large against the spread. Rows with a NaN or an infinity are left out and counted; reading a statistic afterwards
     is an error. That way `add` needs no host-device synchronisation, and in a distributed run every rank fails
     together, after `all_reduce`, rather than one of them while the others wait for it.
+
+    Args:
+        dim: number of features.
+        device: where the moments are kept.
+
+    Raises:
+        ValueError: dim < 1.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
@@ -36,9 +43,11 @@ class FeatureMoments:
         self._reduced = False
 
     def add(self, features: Tensor) -> None:
-        """Takes in `features` (B, dim) of any floating dtype, on any device.
+        """Take in `features` (B, dim) of any floating dtype, on any device.
 
-        ValueError: wrong shape. RuntimeError: the moments were all-reduced already.
+        Raises:
+            ValueError: wrong shape.
+            RuntimeError: the moments were all-reduced already.
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features must have shape (B, {self.dim}), got {tuple(features.shape)}")
@@ -61,9 +70,10 @@ class FeatureMoments:
         self._counts += torch.stack([count, len(rows) - count])
 
     def all_reduce(self) -> None:
-        """Merges the moments of all ranks, in place and on every rank. Without a process group it changes nothing.
+        """Merge the moments of all ranks, in place and on every rank. Without a process group it changes nothing.
 
-        Once, after the last `add`: a second call would count every sample again and is a RuntimeError.
+        Raises:
+            RuntimeError: a second call, which would count every sample again.
         """
         self._open()
         self._reduced = True
@@ -86,13 +96,21 @@ class FeatureMoments:
 
     @property
     def mean(self) -> Tensor:
-        """Mean (dim,), float64. ValueError: no samples, or some were non-finite."""
+        """Mean (dim,), float64.
+
+        Raises:
+            ValueError: no samples, or some were non-finite.
+        """
         self._readable(at_least=1)
         return self._mean
 
     @property
     def covariance(self) -> Tensor:
-        """Unbiased covariance (dim, dim), float64. ValueError: fewer than two samples, or some were non-finite."""
+        """Unbiased covariance (dim, dim), float64.
+
+        Raises:
+            ValueError: fewer than two samples, or some were non-finite.
+        """
         self._readable(at_least=2)
         return self._scatter / (self._counts[0] - 1)
 

@@ -7,8 +7,12 @@ from torch import Tensor
 
 
 class PrecisionRecall(NamedTuple):
-    """`precision`: share of generated images that lie where real ones do; `recall`: share of real images that lie
-    where generated ones do; both in [0, 1]."""
+    """Both in [0, 1].
+
+    Attributes:
+        precision: share of generated images that lie where real ones do.
+        recall: share of real images that lie where generated ones do.
+    """
 
     precision: float
     recall: float
@@ -24,7 +28,8 @@ def precision_recall(
     float64 about the common mean.
 
     Args:
-        real, generated: features (N, dim) and (M, dim).
+        real: features (N, dim), floating.
+        generated: features (M, dim), floating.
         k: neighbour that sets the radius.
         limit: at most so many of each set, drawn at random with a fixed seed; None takes all.
         chunk: rows of the distance matrix that are held at a time; 1024 of 10 000 distances are 80 MB.
