@@ -82,7 +82,9 @@ def _worst(got: torch.Tensor, truth: torch.Tensor) -> float:
 
 @pytest.fixture
 def no_worse():
-    """no_worse(got, plain, truth): the kernel's error may not exceed that of plain PyTorch in the same dtype.
+    """Fails where a kernel's error exceeds that of plain PyTorch in the same dtype.
+
+    It is called with the kernel's result, plain PyTorch's and the truth: no_worse(got, plain, truth).
 
     Errors are relative to an element's size plus the root mean square, against a float64 truth; the hair allowed on top
     is one unit in the last place (the interpreter truncates on its way to bfloat16 where a GPU rounds). In float64 the

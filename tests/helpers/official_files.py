@@ -187,8 +187,10 @@ def official(
     source: str = SOURCE,
     changes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Official:
-    """`net` as the official object: `pfgmpp` and `D` as PFGM++ stores them, attributes of parts replaced as `changes`
-    says, by path."""
+    """`net` as the official object: `pfgmpp` and `D` as PFGM++ stores them.
+
+    Attributes of parts are replaced as `changes` says, by path.
+    """
     config: Any = net.config
     outer = keywords(config)
     own = {"model_type", "use_fp16", "img_channels", *_OPTIONS[config.precond]}

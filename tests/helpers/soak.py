@@ -1,5 +1,6 @@
-"""`make soak`: kill a distillation again and again, start the same command again, and compare the end with a run that
-nobody disturbed.
+"""`make soak`: kill a distillation again and again, start the same command again, and compare the end.
+
+It is compared with a run that nobody disturbed.
 
     python tests/helpers/soak.py [--kills 50] [--seed 0] [--zero 2]
 

@@ -216,8 +216,11 @@ def test_size_of_the_published_networks(name, changes, parameters, buffers, tens
 )
 @torch.no_grad()
 def test_operations_of_the_published_networks(name, gflop):
-    """Operations of one image. Where a convolution follows up-sampling ours saves three quarters of a 1x1 one, and of a
-    3x3 one five ninths where the up-sampling repeats pixels."""
+    """Operations of one image.
+
+    Where a convolution follows up-sampling ours saves three quarters of a 1x1 one, and of a 3x3 one five ninths where
+    the up-sampling repeats pixels.
+    """
     net = on_meta(name).eval()
     net.attention_backend = "math"
     x = torch.empty(1, 3, net.img_resolution, net.img_resolution, device="meta")

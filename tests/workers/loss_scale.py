@@ -1,4 +1,4 @@
-"""Worker: an fp16 network whose gradients overflow, then hold a NaN. Argument (JSON): {"out": file, "stage": 1 to 3}"""
+"""Worker: an fp16 network whose gradients overflow, then hold a NaN. Argument: {"out": file, "stage": 1 to 3}."""
 
 import json
 import math

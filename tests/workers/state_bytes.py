@@ -1,4 +1,4 @@
-"""Worker: bytes of live tensors that one network in training holds, at every stage. Argument (JSON): {"out": file}"""
+"""Worker: bytes of live tensors that one network in training holds, at every stage. Argument (JSON): {"out": file}."""
 
 import gc
 import json

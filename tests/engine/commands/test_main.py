@@ -27,8 +27,11 @@ from ipfm.models import EDMPrecond, VEPrecond, load_model, load_teacher, presets
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """At D = 128, with weights that are not at their start: a teacher and a two-step generator; small ones: a generator
-    that knows its trajectory, of four classes, the same as a teacher, and a teacher that knows a range of levels."""
+    """At D = 128, with weights that are not at their start: a teacher and a two-step generator; and small ones.
+
+    These are a generator that knows its trajectory, of four classes, the same as a teacher, and a teacher that knows a
+    range of levels.
+    """
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     net = EDMPrecond(presets.get("digits", D=128.0))

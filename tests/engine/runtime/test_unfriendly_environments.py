@@ -63,8 +63,10 @@ def held_to_permissions() -> list[str]:
 
 
 def test_a_recipe_where_nothing_but_the_run_folder_can_be_written(tmp_path: Path) -> None:
-    """Home and current folder are read-only; an ASCII stdout, odd names, a link as --out, no terminal, stdin and stderr
-    closed; temporary files belong to another file system, where there is one."""
+    """Home and current folder are read-only; an ASCII stdout, odd names, a link as --out, no terminal.
+
+    Stdin and stderr are closed; temporary files belong to another file system, where there is one.
+    """
     place = tmp_path / "é 'quoted' \"twice\" $HOME\\n"
     teacher = soak.make_teacher(place / "teacher")
     home, real, out = tmp_path / "home", tmp_path / "elsewhere", place / "run ü"

@@ -69,8 +69,10 @@ def gain(sigma: float) -> float:
 
 @pytest.mark.parametrize(("solver", "order"), [("heun", 2), ("euler", 1)])
 def test_order_of_convergence(solver, order):
-    """Halving the steps divides the error by four or two. The last step, from sigma_min to 0, is the denoiser's own
-    value."""
+    """Halving the steps divides the error by four or two.
+
+    The last step, from sigma_min to 0, is the denoiser's own value.
+    """
     x, sigma_min = latents(), 0.2
     exact = x * math.sqrt((SPREAD**2 + sigma_min**2) / (SPREAD**2 + 80**2)) * gain(sigma_min)
     errors = []
