@@ -1,6 +1,6 @@
 """Checks that the operations share. Every failure is one ValueError line with what was given and what is possible.
 
-Only Python numbers, shapes, dtypes and devices are looked at: reading a value of a device tensor would wait for it.
+Only Python numbers, shapes, dtypes and devices are checked: reading a value of a device tensor would synchronise.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The reference's random numbers in a host's memory: few words, and all gamma variables, by NumPy.
 
-Its operations take a third of the time that PyTorch needs to begin one, and a look at their results costs nothing.
+Its operations take a third of the time that PyTorch needs to begin one, and reading their results costs nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether this is a plain tensor in the host's memory, and nobody records operations to compile them."""
+    """Whether this is a plain tensor in the host's memory, outside of a compiler's tracing."""
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -62,7 +62,7 @@ class AdamEMA(torch.optim.Optimizer):
         eps: added to the root of the second moment, >= 0.
         weight_decay: L2 term added to the gradient, >= 0.
         rectified: Rectified Adam.
-        ema: number of averages of the weights to keep, up to 4, each starting from the weights themselves; True for 1.
+        ema: number of EMAs of the weights to keep, up to 4, each starting from the weights themselves; True for 1.
         clip_norm: largest L2 norm of the scaled gradient, > 0; None sets no limit.
         backend: "auto" (Triton for CUDA parameters, the reference elsewhere), "triton" or "reference".
 
@@ -71,8 +71,9 @@ class AdamEMA(torch.optim.Optimizer):
             all of them, or a number for each, or a float64 tensor of one for each on the parameters' device (0-d for
             one). Groups that keep fewer averages take the first ones.
         grad_scale: 0-d tensor that multiplies the gradients of the next step, or None for 1.
-        sum_over_shards: where each process holds a shard of the parameters: sums a float64 tensor over the processes,
-            in place, so that norm and finite check are those of all shards together. None: nothing is sharded.
+        sum_over_shards: where each rank holds a shard of the parameters: sums a float64 tensor over the ranks, in
+            place (an all-reduce), so that norm and finite check are those of all shards together. None: nothing is
+            sharded.
         applied: 0-d bool tensor: whether the last step changed the weights; None before the first. A new tensor each
             step, but for the replays of a graph.
         steps_applied: 0-d float64 tensor, t; None before the state exists. Changed in place.

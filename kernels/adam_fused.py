@@ -81,7 +81,7 @@ class FusedAdam:
 
     def __init__(self) -> None:
         self._plan: _Plan | None = None
-        # A captured graph goes on reading what it was captured with.
+        # A captured graph keeps reading what it was captured with.
         self._captured: list[Tensor] = []
         # Pinned memory for the addresses of gradients that a graph allocates: none can be pinned during a capture.
         self._spare: Tensor | None = None

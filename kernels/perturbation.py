@@ -37,7 +37,7 @@ def _perturb_block(p_y, p_x, p_scaled, m_e, b_noise, b_scale, b_c_in, SCALED: tl
     if SCALED:
         b_scaled = b_c_in * b_x
         if p_scaled.dtype.element_ty.primitive_bitwidth == 16:
-            b_scaled = b_scaled.to(tl.float32)  # the interpreter makes rubbish of float64 to bfloat16
+            b_scaled = b_scaled.to(tl.float32)  # the interpreter casts float64 to bfloat16 wrongly
         tl.store(p_scaled, b_scaled.to(p_scaled.dtype.element_ty), mask=m_e)
 
 

@@ -81,7 +81,7 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[T
     high = torch.empty_like(c0)
     for k0, k1 in zip(*(k.unbind() for k in keys), strict=True):
         # A 32 x 32-bit product fits 64 bits; that int64 reads it as signed does not matter to its bits. c1 and c3 keep
-        # rubbish above bit 31, which the mask takes away after the exclusive or.
+        # stray bits above bit 31, which the mask clears after the exclusive or.
         p0, p1 = c0.mul_(_MULTIPLIERS[0]), c2.mul_(_MULTIPLIERS[1])
         c0 = c1.bitwise_xor_(torch.bitwise_right_shift(p1, 32, out=high)).bitwise_xor_(k0).bitwise_and_(_WORD)
         c2 = c3.bitwise_xor_(torch.bitwise_right_shift(p0, 32, out=high)).bitwise_xor_(k1).bitwise_and_(_WORD)

@@ -97,9 +97,9 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Make an empty folder beside `target` that replaces it when the block ends without an exception.
 
-    Whoever fills it syncs the files (`write_durably`). A reader finds the old folder or the new one, whole, whatever
-    interrupts the writer: between two renames the old one lies at `previous_of(target)`. One process at a time may
-    write to a target. A symbolic link stays one.
+    The caller syncs the files that it writes there (`write_durably`). A reader finds the old folder or the new one,
+    whole, whatever interrupts the writer: between two renames the old one lies at `previous_of(target)`. One process at
+    a time may write to a target. A symbolic link stays one.
 
     Raises:
         OSError: the disk refuses; `target` is what it was.
@@ -136,7 +136,7 @@ def previous_of(target: Path) -> Path:
 def forget_unfinished(folder: Path) -> None:
     """Remove the temporary files of `atomic_write` that killed processes left in `folder` and below.
 
-    Nobody may be writing there.
+    No process may be writing there.
     """
     for leftover in folder.rglob(".*.tmp"):
         with contextlib.suppress(OSError):

@@ -122,8 +122,8 @@ class Precond(nn.Module, ABC):
             sigma: noise levels > 0 in the units of x: a number, or a tensor 0-d, (1,) or (B,).
             class_labels: (B or 1, label_dim); None is all zeros. An unconditional network ignores them.
             augment_labels: (B or 1, augment_dim); None is "not augmented".
-            raw: x is c_in·x already, in `input_dtype`, and the result F in that dtype, for whoever does the scaling in
-                passes over the data that it makes anyway.
+            raw: x is c_in·x already, in `input_dtype`, and the result F in that dtype, for callers that do the scaling
+                in passes over the data that they make anyway.
 
         Raises:
             ValueError: other shapes.

@@ -125,8 +125,8 @@ def find_pictures(source: Path, shaping: Shaping, labelling: Labelling, subset: 
         subset: which images to keep.
 
     Raises:
-        ValueError: one line that names the file: the source cannot be read, an image is none, not square or (without a
-            resolution) of another size than the first, labels do not fit.
+        ValueError: one line that names the file: the source or an image cannot be read, an image is not square or
+            (without a resolution) not of the first one's size, labels do not fit.
     """
     if is_cifar(source):
         return _from_cifar(source, shaping, labelling, subset)

@@ -111,8 +111,8 @@ def open_features(
     """The extractor: the Inception network in the file `inception`, or the pixels of images (C, H, W) = `shape`.
 
     Raises:
-        ValueError: Inception features without a file, pixels with one, or a file that is none; one line, which says
-            where the file is found.
+        ValueError: Inception features without a file, pixels with one, or a file that is no such network; one line,
+            which says where the file is found.
     """
     if name == "pixels":
         if inception is not None:

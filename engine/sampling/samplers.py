@@ -91,8 +91,8 @@ def heun_sample(
     With `churn`, noise is added before each step, x_hat = x + churn.noise sqrt(sigma_hat^2 - sigma^2) eps, and the step
     starts from the higher level sigma_hat. At D = inf eps is Gaussian, and exact: noise of level sigma becomes noise of
     level sigma_hat. At finite D eps is drawn from the kernel of that D, as the prior is, and this is an approximation,
-    as the sum of two Student t variables is none: above D = 2 it has the right covariance and too light tails, below
-    too heavy ones. Karras et al. treat D = inf alone.
+    because the sum of two Student t variables is not a Student t variable: above D = 2 it has the right covariance and
+    too light tails, below too heavy ones. Karras et al. treat D = inf alone.
 
     Args:
         net: denoiser.

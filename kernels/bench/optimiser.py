@@ -1,4 +1,4 @@
-"""One step of Adam with beta1 = 0 and a moving average of the weights: AdamEMA against PyTorch's optimisers."""
+"""One step of Adam with beta1 = 0 and an EMA of the weights: AdamEMA against PyTorch's optimisers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FACTORS = (1.0, 2.0, -0.5)
 class AdamWorkload:
     """Parameters of these shapes on a device.
 
-    eager is torch.optim.Adam with foreach operations and an average of the weights beside it, compile its compilation,
-    fused torch's fused Adam with the same average; then AdamEMA by its reference, and on CUDA by its Triton kernels.
+    eager is torch.optim.Adam with foreach operations and an EMA of the weights beside it, compile its compilation,
+    fused torch's fused Adam with the same EMA; then AdamEMA by its reference, and on CUDA by its Triton kernels.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], device: torch.device) -> None:
