@@ -70,7 +70,9 @@ def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: int,
     Args:
         label_dim: number of classes, >= 0.
         sample_index: (B,) int64, the samples' global indices; the labels are on its device.
-        seed, stream, step: position of the random numbers.
+        seed: of the random numbers, as in `ipfm.kernels.philox.uniform`.
+        stream: of the random numbers, likewise.
+        step: of the random numbers, likewise.
 
     Raises:
         ValueError: a number out of its range.
@@ -87,7 +89,7 @@ def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: int,
 
 
 def draw_number(count: int, *, seed: int, stream: int, step: int) -> int:
-    """A number of 0..count - 1, each as likely, known to the host: the same on every process and device."""
+    """A number of 0..count - 1, each as likely, known to the host: the same on every rank and device."""
     word = philox.host_word(seed=seed, stream=stream, step=step)
     return word * count >> 32
 
