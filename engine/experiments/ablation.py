@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ipfm.engine.config import TeacherConfig
-from ipfm.engine.distributed.world import World, run_device, start_world
-from ipfm.engine.evaluation.evaluation import Evaluation
+from ipfm.engine.distributed.world import World, run_device
+from ipfm.engine.evaluation.evaluation import Comparison, Evaluation
 from ipfm.engine.experiments import ablation_report as report
 from ipfm.engine.experiments.ablation_runs import Run, check_ablation_folder, open_ablation_folder, teacher_distance
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.options import DistillationOptions, check_images, options_for
-from ipfm.engine.runtime.commandline import BadInput, parse, user_input
-from ipfm.engine.runtime.launcher import first_process, launched_processes
+from ipfm.engine.experiments.recipe import Plan, Recipe
+from ipfm.engine.runtime.commandline import BadInput, Given
+from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.resolve import resolve, resolve_D, resolve_precision
 from ipfm.engine.training.run_folder import check_run_folder, teacher_facts
 from ipfm.engine.training.teacher import training_facts
@@ -84,24 +86,87 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a command line asks for: `runs` and the teacher of each, by its folder."""
+class AblationPlan(Plan):
+    """See `Plan`. `runs`, and the teacher of each by its folder."""
 
+    ablation: Ablation
     options: AblationOptions
     path: Path
     teachers: Mapping[Path, Teacher]
     runs: Sequence[tuple[Run, Path]]
     record: Mapping[str, Any]
+    comparison: Comparison | None
+    """None where the data's own recipe says how images are compared, and in a dry run without --reference."""
+
+    def describe(self) -> str:
+        """See `Plan.describe`. Settings of the first run, then teachers and runs with their states."""
+        run, place = self.runs[0]
+        lines = [describe(run.config, self.teachers[place].network, run.path), "", "teachers"]
+        for folder, teacher in self.teachers.items():
+            how = "given"
+            if teacher.training is not None:
+                how = f"trained here, {teacher.training.total_steps:,} steps of {teacher.training.batch} images"
+            elif teacher.net is None:
+                how = "still to be given"
+            lines.append(f"  {folder.name:<20} {arch_of(teacher.network)}, D={teacher.network.D:g}: {how}")
+        lines.append(f"runs, {run.config.total_steps:,} steps of {run.config.batch} images each")
+        lines += [f"  {r.variant:<14} seed {r.seed:<4} {r.state:<24} {r.path}" for r, _ in self.runs]
+        if self.options.data == "cifar" and any(t.net is None for t in self.teachers.values()):
+            lines += [self.ablation.cifar.help_with_teachers()]
+        return "\n".join(lines)
+
+    def begin(self, world: World) -> Callable[[], None]:
+        """See `Plan.begin`. Each run takes its own folder, and its teacher's training too."""
+        open_ablation_folder(self.path, dict(self.record), write=world.is_main)
+        if self.options.data == "digits":
+            evaluation: Evaluation | None = self.ablation.digits.evaluation(self.options.eval_images)
+        else:
+            evaluation = self.options.evaluation(self.comparison, world)
+        assert evaluation is not None
+        return partial(self._train, evaluation, world)
+
+    def _train(self, evaluation: Evaluation, world: World) -> None:
+        distances, metric = self._run(evaluation, world)
+        if world.is_main:
+            self.conclude(distances, metric)
+
+    def _run(self, evaluation: Evaluation, world: World) -> tuple[dict[str, float], str]:
+        """All the runs; each variant's teacher's distance, and what the distance is called."""
+        distances: dict[str, float] = {}
+        metric, done, say = report.DISTANCE, 0, _printer(world)
+        for place, teacher in self.teachers.items():
+            net = teacher.net
+            if net is None:
+                assert teacher.training is not None
+                say(f"teacher {place.name}")
+                net = self.ablation.digits.teacher(teacher.training, teacher.network, place, world)
+            net = net.to(world.device)
+            distance, metric = teacher_distance(net, place, evaluation, world, steps=self.options.heun_steps)
+            for run, its in self.runs:
+                if its != place:
+                    continue
+                done += 1
+                say(f"{run.variant}, seed {run.seed} ({done} of {len(self.runs)}): {run.state}")
+                run.go(net, evaluation, world)
+                distances[run.variant] = distance
+        return distances, metric
+
+    def conclude(self, distances: Mapping[str, float], metric: str) -> None:
+        """Write ablation.csv, ablation.md and ablation.png, and print the table."""
+        curves = [run.curve for run, _ in self.runs]
+        text = f"{report.table(curves, distances, metric)}\n{report.sentence(curves)}\n"
+        report.write_csv(curves, self.path / "ablation.csv")
+        with report.atomic_write(self.path / "ablation.md") as file:
+            file.write(text.encode())
+        title = f"{self.ablation.title}, {len(self.options.seeds)} seed{'s' * (len(self.options.seeds) > 1)}"
+        report.plot(curves, distances, self.path / "ablation.png", title, metric)
+        print(f"\n{text}\ncurves: {self.path / 'ablation.png'}   numbers: {self.path / 'ablation.csv'}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablation:
+class Ablation(Recipe[AblationOptions]):
     """Variants of one setting on data: teachers, distillations with several seeds, and what is seen."""
 
-    file: str
-    """Name of the recipe's file, for messages."""
-    about: str
-    """What --help says first."""
     name: str
     """Ends the name of the folder, e.g. "alpha"."""
     title: str
@@ -112,41 +177,16 @@ class Ablation:
     cifar: DistilRecipe
     """Teachers that fit, and settings, of --data cifar."""
 
-    def main(self, argv: Sequence[str]) -> None:
-        """Run the ablation with these arguments; what is finished in the folder is only read.
+    @property
+    def defaults(self) -> AblationOptions:
+        """See `Recipe.defaults`."""
+        return self.digits.base
 
-        Raises:
-            BadInput: an option, a teacher or a folder cannot be used; nothing was written.
-            TrainingFailed, Interrupted: from the runs. A run that diverges is a result and raises nothing.
-        """
-        with user_input():
-            plan = self.plan(self._parse(argv))
-            options, local = plan.options, plan.options.data == "digits"
-            comparison = None if local else options.comparison(self.cifar.shape, run_device())
-            if comparison is None and not local and not options.dry_run:
-                raise ValueError("give --reference, and --inception or --features pixels: there is nothing to measure")
-        if options.dry_run:
-            first_process(lambda: print(self.describe(plan)))
-            return
-
-        world = start_world()
-        world.barrier()
-        with user_input():
-            open_ablation_folder(plan.path, dict(plan.record), write=world.is_main)
-            evaluation = self.digits.evaluation(options.eval_images) if local else options.evaluation(comparison, world)
-        assert evaluation is not None
-        distances, metric = self._run(plan, evaluation, world)
-        if world.is_main:
-            self.conclude(plan, distances, metric)
-
-    def plan(self, options: AblationOptions) -> Plan:
-        """Everything that is to be done, checked as far as it can be before the first step.
-
-        Raises:
-            ValueError: variants, teachers, settings or folders cannot be used; one line.
-        """
+    def plan(self, given: Given[AblationOptions]) -> AblationPlan:
+        """See `Recipe.plan`. What is finished in the folder is only read; a run that diverges is a result."""
+        options = self.options(given)
         path = options.out or Path("runs") / f"ablation-{self.name}{'' if options.data == 'digits' else '-cifar'}"
-        chosen, given = self._chosen(options), self._given(options)
+        chosen, named = self._chosen(options), self._given(options)
         base = options.distillation()
         base.split(launched_processes())
         record = {
@@ -158,7 +198,7 @@ class Ablation:
         teachers: dict[Path, Teacher] = {}
         runs: list[tuple[Run, Path]] = []
         for variant in chosen:
-            place, teacher = self._teacher(variant, options, given, path / "teachers", teachers)
+            place, teacher = self._teacher(variant, options, named, path / "teachers", teachers)
             teachers[place] = teacher
             facts = teacher_facts(teacher.net)
             for seed in options.seeds:
@@ -170,51 +210,25 @@ class Ablation:
                 _ = objective.roles
                 check_run_folder(run_path, "distill", config, facts)
                 runs.append((Run(variant.label, seed, config, objective.nfe, run_path), place))
-        return Plan(options, path, teachers, runs, record)
-
-    def describe(self, plan: Plan) -> str:
-        """What would be done: settings of the first run, then teachers and runs with their states."""
-        run, place = plan.runs[0]
-        lines = [describe(run.config, plan.teachers[place].network, run.path), "", "teachers"]
-        for folder, teacher in plan.teachers.items():
-            how = "given"
-            if teacher.training is not None:
-                how = f"trained here, {teacher.training.total_steps:,} steps of {teacher.training.batch} images"
-            elif teacher.net is None:
-                how = "still to be given"
-            lines.append(f"  {folder.name:<20} {arch_of(teacher.network)}, D={teacher.network.D:g}: {how}")
-        lines.append(f"runs, {run.config.total_steps:,} steps of {run.config.batch} images each")
-        lines += [f"  {r.variant:<14} seed {r.seed:<4} {r.state:<24} {r.path}" for r, _ in plan.runs]
-        if plan.options.data == "cifar" and any(t.net is None for t in plan.teachers.values()):
-            lines += [self.cifar.help_with_teachers()]
-        return "\n".join(lines)
-
-    def conclude(self, plan: Plan, distances: Mapping[str, float], metric: str) -> None:
-        """Write ablation.csv, ablation.md and ablation.png, and print the table."""
-        curves = [run.curve for run, _ in plan.runs]
-        text = f"{report.table(curves, distances, metric)}\n{report.sentence(curves)}\n"
-        report.write_csv(curves, plan.path / "ablation.csv")
-        with report.atomic_write(plan.path / "ablation.md") as file:
-            file.write(text.encode())
-        title = f"{self.title}, {len(plan.options.seeds)} seed{'s' * (len(plan.options.seeds) > 1)}"
-        report.plot(curves, distances, plan.path / "ablation.png", title, metric)
-        print(f"\n{text}\ncurves: {plan.path / 'ablation.png'}   numbers: {plan.path / 'ablation.csv'}")
+        comparison = None if options.data == "digits" else options.comparison(self.cifar.shape, run_device())
+        if comparison is None and options.data != "digits" and not options.dry_run:
+            raise ValueError("give --reference, and --inception or --features pixels: there is nothing to measure")
+        return AblationPlan(self, options, path, teachers, runs, record, comparison)
 
     # -- the parts --------------------------------------------------------------------------------------------------
 
-    def _parse(self, argv: Sequence[str]) -> AblationOptions:
-        """The options; which data and whether --quick decide the values of those that are not given."""
+    def options(self, given: Given[AblationOptions]) -> AblationOptions:
+        """The options; which data and whether --quick decide the values of those that are not given.
 
-        def read(default: AblationOptions) -> AblationOptions:
-            return parse(type(default), argv, default=default, prog=self.file, description=self.about)
-
-        base = self._base(read(self.digits.base).data)
-        options = read(base)
-        if options.quick:
+        Raises:
+            ValueError: what the ablation varies was given.
+        """
+        base = self._base(given.options.data)
+        if given.options.quick:
             # Teachers of CIFAR-10 are given.
-            steps = {"teacher_steps": QUICK["teacher_steps"] if base.data == "digits" else None}
+            steps = {"teacher_steps": QUICK["teacher_steps"] if given.options.data == "digits" else None}
             base = replace(base, **{**QUICK, **steps})
-            options = read(base)
+        options = given.over(base)
         varied = {name for variant in self.variants for name in variant.settings}
         varied |= {name for name in ("D", "arch") if any(getattr(v, name) is not None for v in self.variants)}
         for name in sorted(varied):
@@ -303,27 +317,6 @@ class Ablation:
 
     def _base_D(self, options: AblationOptions) -> float:
         return self.digits.D if options.data == "digits" else self.cifar.D
-
-    def _run(self, plan: Plan, evaluation: Evaluation, world: World) -> tuple[dict[str, float], str]:
-        """All the runs; each variant's teacher's distance, and what the distance is called."""
-        distances: dict[str, float] = {}
-        metric, done, say = report.DISTANCE, 0, _printer(world)
-        for place, teacher in plan.teachers.items():
-            net = teacher.net
-            if net is None:
-                assert teacher.training is not None
-                say(f"teacher {place.name}")
-                net = self.digits.teacher(teacher.training, teacher.network, place, world)
-            net = net.to(world.device)
-            distance, metric = teacher_distance(net, place, evaluation, world, steps=plan.options.heun_steps)
-            for run, its in plan.runs:
-                if its != place:
-                    continue
-                done += 1
-                say(f"{run.variant}, seed {run.seed} ({done} of {len(plan.runs)}): {run.state}")
-                run.go(net, evaluation, world)
-                distances[run.variant] = distance
-        return distances, metric
 
 
 def arch_of(network: NetworkConfig) -> Arch:

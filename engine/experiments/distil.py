@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from ipfm.engine.distributed.world import run_device, start_world
+from ipfm.engine.distributed.world import World, run_device
+from ipfm.engine.evaluation.evaluation import Comparison
 from ipfm.engine.evaluation.results import results_table
 from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.options import (
@@ -15,9 +17,10 @@ from ipfm.engine.experiments.options import (
     read_teacher,
     run_name,
 )
+from ipfm.engine.experiments.recipe import Plan, Recipe
 from ipfm.engine.objectives.base import Distillation
-from ipfm.engine.runtime.commandline import BadInput, parse, user_input
-from ipfm.engine.runtime.launcher import first_process, launched_processes
+from ipfm.engine.runtime.commandline import BadInput, Given
+from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.resolve import resolve
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder, teacher_facts
@@ -29,14 +32,55 @@ def same_for_every_D(base: DistillationOptions, D: float) -> DistillationOptions
     return base
 
 
+@dataclass(frozen=True)
+class DistilPlan(Plan):
+    """See `Plan`. A distillation with nothing left open but what memory decides."""
+
+    recipe: DistilRecipe
+    options: DistillationOptions
+    config: Distillation
+    network: NetworkConfig
+    """The teacher's."""
+    teacher: Precond | None
+    """None in a dry run without one."""
+    path: Path
+    record: Mapping[str, Any]
+    comparison: Comparison | None
+
+    def describe(self) -> str:
+        """See `Plan.describe`."""
+        notes = self.recipe.notes(self.network, self.config)
+        more = (self.recipe.help_with_teachers(),) if self.teacher is None else ()
+        return describe(self.config, self.network, self.path, (*notes, *more), given=self.options.distillation())
+
+    def begin(self, world: World) -> Callable[[], None]:
+        """See `Plan.begin`."""
+        assert self.teacher is not None
+        path, notes = self.path, self.recipe.notes(self.network, self.config)
+        evaluation = self.options.evaluation(self.comparison, world)
+        open_run_folder(path, self.record, write=world.is_main)
+        # Published figures are those of unconditional networks.
+        dataset = f"{self.recipe.dataset}-cond" if self.network.label_dim else self.recipe.dataset
+        distiller = Distiller(
+            replace(self.config, resume=True), self.teacher, evaluation=evaluation, dataset=dataset, world=world
+        )
+
+        def train() -> None:
+            if world.is_main:
+                print(*notes, sep="\n", end="\n" if notes else "")
+            distiller.run(path)
+            if world.is_main:
+                if distiller.rows:
+                    print(results_table(distiller.rows))
+                print(f"generator: {path / 'generator'}")
+
+        return train
+
+
 @dataclass(frozen=True, kw_only=True)
-class DistilRecipe:
+class DistilRecipe(Recipe[DistillationOptions]):
     """Data-free distillation of the teachers of one data set."""
 
-    file: str
-    """Name of the recipe's file, for messages."""
-    about: str
-    """What --help says first."""
     dataset: str
     """Name under which published results are looked up; it also begins the run folder's name."""
     title: str
@@ -56,55 +100,28 @@ class DistilRecipe:
     teachers: str
     """Which published checkpoints fit and where they are; how to train one."""
 
-    def main(self, argv: Sequence[str]) -> None:
-        """Run the recipe with these arguments.
+    @property
+    def defaults(self) -> DistillationOptions:
+        """See `Recipe.defaults`."""
+        return self.base
 
-        Raises:
-            BadInput: an option, the teacher or the run folder cannot be used; nothing was written.
-            TrainingFailed, Interrupted: from the run.
-        """
-        with user_input():
-            options = parse(type(self.base), argv, default=self.base, prog=self.file, description=self.about)
-            if options.teacher_steps is not None:
-                raise ValueError("teacher-steps was given, but this recipe trains no teacher")
-            if options.teacher is None and not options.dry_run:
-                raise BadInput("give --teacher; --dry-run works without one", self.help_with_teachers())
-            teacher = read_teacher(options)
-            network = self._network(options, teacher)
-            # What the user gave stands; the rest comes from the variant for this teacher.
-            default = self.settings_for(network)
-            options = parse(type(self.base), argv, default=default, prog=self.file, description=self.about)
-            config = resolve(options.distillation(), network, run_device())
-            config.split(launched_processes())
-            path = options.out or run_name(self.file.removesuffix(".py").removesuffix("_ipfm"), config, network.D)
-            record = check_run_folder(path, "distill", config, teacher_facts(teacher))
-            comparison = options.comparison(self.shape, run_device())
-        notes = self.notes(network, config)
-        if options.dry_run:
-            more = (self.help_with_teachers(),) if teacher is None else ()
-            given = options.distillation()
-            first_process(lambda: print(describe(config, network, path, (*notes, *more), given=given)))
-            return
-
-        assert teacher is not None
-        world = start_world()
-        world.barrier()
-        with user_input():
-            evaluation = options.evaluation(comparison, world)
-            open_run_folder(path, record, write=world.is_main)
-            # Published figures are those of unconditional networks.
-            dataset = f"{self.dataset}-cond" if network.label_dim else self.dataset
-            distiller = Distiller(
-                replace(config, resume=True), teacher, evaluation=evaluation, dataset=dataset, world=world
-            )
-        first_process(lambda: print(*notes, sep="\n", end="\n" if notes else ""))
-        # The run has its own copy.
-        del teacher
-        distiller.run(path)
-        if world.is_main:
-            if distiller.rows:
-                print(results_table(distiller.rows))
-            print(f"generator: {path / 'generator'}")
+    def plan(self, given: Given[DistillationOptions]) -> DistilPlan:
+        """See `Recipe.plan`."""
+        options = given.options
+        if options.teacher_steps is not None:
+            raise ValueError("teacher-steps was given, but this recipe trains no teacher")
+        if options.teacher is None and not options.dry_run:
+            raise BadInput("give --teacher; --dry-run works without one", self.help_with_teachers())
+        teacher = read_teacher(options)
+        network = self._network(options, teacher)
+        # What the user gave stands; the rest comes from the variant for this teacher.
+        options = given.over(self.settings_for(network))
+        config = resolve(options.distillation(), network, run_device())
+        config.split(launched_processes())
+        path = options.out or run_name(self.file.removesuffix(".py").removesuffix("_ipfm"), config, network.D)
+        record = check_run_folder(path, "distill", config, teacher_facts(teacher))
+        comparison = options.comparison(self.shape, run_device())
+        return DistilPlan(self, options, config, network, teacher, path, record, comparison)
 
     def with_options(
         self,

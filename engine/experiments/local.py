@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.dataset import ImageDataset
-from ipfm.engine.distributed.world import World, run_device, start_world
+from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.evaluation.metrics import Features, dataset_statistics
 from ipfm.engine.evaluation.results import EvaluationRow, results_table
 from ipfm.engine.experiments.dry_run import describe, teacher_duration
 from ipfm.engine.experiments.options import DistillationOptions, check_images, read_teacher, run_name
+from ipfm.engine.experiments.recipe import Plan, Recipe
 from ipfm.engine.objectives.base import Distillation
-from ipfm.engine.runtime.commandline import parse, user_input
-from ipfm.engine.runtime.launcher import first_process, launched_processes
+from ipfm.engine.runtime.commandline import Given, user_input
+from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.resolve import resolve, resolve_precision
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder, teacher_facts
@@ -30,8 +31,50 @@ O = TypeVar("O", bound=DistillationOptions)
 P = TypeVar("P", bound=DistillationOptions)
 
 
+@dataclass(frozen=True)
+class TrainAndDistilPlan(Plan):
+    """See `Plan`. A teacher's training, unless there is one, and its distillation."""
+
+    recipe: TrainAndDistil[Any]
+    options: DistillationOptions
+    config: Distillation
+    network: NetworkConfig
+    """The teacher's."""
+    teacher: Precond | None
+    """None where it is trained here, as `teaching` says."""
+    teaching: TeacherConfig
+    path: Path
+    record: Mapping[str, Any]
+
+    def describe(self) -> str:
+        """See `Plan.describe`."""
+        before = () if self.teacher is not None else (teacher_duration(self.teaching, self.network),)
+        return describe(self.config, self.network, self.path, before)
+
+    def begin(self, world: World) -> Callable[[], None]:
+        """See `Plan.begin`. The teacher is a part of the training."""
+        open_run_folder(self.path, self.record, write=world.is_main)
+        return partial(self._train, world)
+
+    def _train(self, world: World) -> None:
+        recipe, path, teacher = self.recipe, self.path, self.teacher
+        config = replace(self.config, resume=True)  # the folder is this run's from here on
+        if teacher is None:
+            teacher = recipe.teacher(self.teaching, self.network, path / "teacher", world)
+        evaluation = recipe.evaluation(self.options.eval_images)
+        with user_input():
+            # A folder whose generator came from a teacher that has been trained further since is refused here.
+            check_run_folder(path, "distill", config, teacher_facts(teacher))
+            distiller = Distiller(config, teacher, evaluation=evaluation, world=world)
+        distiller.run(path)
+        if world.is_main:
+            print(f"\nFréchet distance {recipe.compared} against all {len(recipe.dataset)} {recipe.title}\n")
+            print(results_table(distiller.rows))
+            print(f"run folder: {path}   generator: {path / 'generator'}   curve: {path / 'convergence.png'}")
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrainAndDistil(Generic[O]):
+class TrainAndDistil(Recipe[O], Generic[O]):
     """A teacher trained on data at hand, or given, and its distillation.
 
     `main` is the command line. Without one, `teacher` and `distil` do its two halves:
@@ -44,10 +87,6 @@ class TrainAndDistil(Generic[O]):
             rows = recipe.distil(teacher, config, Path(f"runs/alpha{alpha:g}"), world)
     """
 
-    file: str
-    """Name of the recipe's file, for messages."""
-    about: str
-    """What --help says first."""
     name: Callable[[O], str]
     """Options -> how the run folder's name begins."""
     title: str
@@ -128,7 +167,7 @@ class TrainAndDistil(Generic[O]):
             TrainingFailed, Interrupted: from the run.
         """
         check_images(teacher.config, self.dataset.shape, f"the {self.title} are")
-        distiller = self._distiller(teacher, config, self.evaluation(images), world)
+        distiller = Distiller(config, teacher, evaluation=self.evaluation(images), world=world)
         distiller.run(path)
         return distiller.rows
 
@@ -138,56 +177,31 @@ class TrainAndDistil(Generic[O]):
         statistics = dataset_statistics(self.dataset, features)
         return Evaluation(features, statistics, images=self.base.eval_images if images is None else images)
 
-    def _distiller(self, teacher: Precond, config: Distillation, evaluation: Evaluation, world: World) -> Distiller:
-        return Distiller(config, teacher, evaluation=evaluation, world=world)
-
     # -- the command line -------------------------------------------------------------------------------------------
 
-    def main(self, argv: Sequence[str]) -> None:
-        """Run the recipe with these arguments.
+    @property
+    def defaults(self) -> O:
+        """See `Recipe.defaults`."""
+        return self.base
 
-        Raises:
-            BadInput: an option, the teacher or the run folder cannot be used; nothing was written.
-            TrainingFailed, Interrupted: from the runs.
-        """
-        with user_input():
-            options = parse(type(self.base), argv, default=self.base, prog=self.file, description=self.about)
-            config = options.distillation()
-            config.split(launched_processes())
-            teacher = read_teacher(options)
-            network = (
-                self.network(options, self.D if options.D is None else options.D) if teacher is None else teacher.config
-            )
-            path = options.out or run_name(self.name(options), config, network.D)
-            config = resolve(config, network, run_device())
-            check_images(network, self.dataset.shape, f"the {self.title} are")
-            if options.reference is not None:
-                raise ValueError(f"reference was given, but this recipe compares with the {self.title} themselves")
-            teaching = resolve_precision(self.teaching(options), run_device())
-            teaching.split(launched_processes())
-            record = check_run_folder(path, "distill", config, teacher_facts(teacher))
-            if teacher is None and (path / "teacher").exists():
-                facts = training_facts(teaching, network, self.dataset, None)
-                check_run_folder(path / "teacher", "teacher", teaching, facts)
-        if options.dry_run:
-            before = () if teacher is not None else (teacher_duration(teaching, network),)
-            first_process(lambda: print(describe(config, network, path, before)))
-            return
-
-        world = start_world()
-        world.barrier()
-        with user_input():
-            open_run_folder(path, record, write=world.is_main)
-        config = replace(config, resume=True)  # the folder is this run's from here on
-        if teacher is None:
-            teacher = self.teacher(teaching, network, path / "teacher", world)
-        evaluation = self.evaluation(options.eval_images)
-        with user_input():
-            # A folder whose generator came from a teacher that has been trained further since is refused here.
-            check_run_folder(path, "distill", config, teacher_facts(teacher))
-            distiller = self._distiller(teacher, config, evaluation, world)
-        distiller.run(path)
-        if world.is_main:
-            print(f"\nFréchet distance {self.compared} against all {len(self.dataset)} {self.title}\n")
-            print(results_table(distiller.rows))
-            print(f"run folder: {path}   generator: {path / 'generator'}   curve: {path / 'convergence.png'}")
+    def plan(self, given: Given[O]) -> TrainAndDistilPlan:
+        """See `Recipe.plan`."""
+        options = given.options
+        config = options.distillation()
+        config.split(launched_processes())
+        teacher = read_teacher(options)
+        network = (
+            self.network(options, self.D if options.D is None else options.D) if teacher is None else teacher.config
+        )
+        path = options.out or run_name(self.name(options), config, network.D)
+        config = resolve(config, network, run_device())
+        check_images(network, self.dataset.shape, f"the {self.title} are")
+        if options.reference is not None:
+            raise ValueError(f"reference was given, but this recipe compares with the {self.title} themselves")
+        teaching = resolve_precision(self.teaching(options), run_device())
+        teaching.split(launched_processes())
+        record = check_run_folder(path, "distill", config, teacher_facts(teacher))
+        if teacher is None and (path / "teacher").exists():
+            facts = training_facts(teaching, network, self.dataset, None)
+            check_run_folder(path / "teacher", "teacher", teaching, facts)
+        return TrainAndDistilPlan(self, options, config, network, teacher, teaching, path, record)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.open_dataset import open_dataset
-from ipfm.engine.distributed.world import run_device, start_world
+from ipfm.engine.distributed.world import World, run_device
+from ipfm.engine.evaluation.evaluation import Comparison
 from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.experiments.dry_run import describe_training
 from ipfm.engine.experiments.options import check_images
-from ipfm.engine.runtime.commandline import BadInput, parse, user_input
-from ipfm.engine.runtime.launcher import first_process, launched_processes
+from ipfm.engine.experiments.recipe import Plan, Recipe
+from ipfm.engine.runtime.commandline import BadInput, Given
+from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.resolve import check_augment, resolve_D, resolve_precision
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
@@ -63,14 +65,51 @@ class TeacherOptions(TeacherConfig, EvaluationOptions):
         return TeacherConfig(**{f.name: getattr(self, f.name) for f in fields(TeacherConfig)})
 
 
+@dataclass(frozen=True)
+class TeacherPlan(Plan):
+    """See `Plan`. A teacher's training with nothing left open but what memory decides."""
+
+    recipe: TeacherRecipe
+    options: TeacherOptions
+    config: TeacherConfig
+    network: NetworkConfig
+    data: ImageDataset | None
+    """None in a dry run without data."""
+    state: TrainingState | None
+    """A training that is continued."""
+    path: Path
+    record: Mapping[str, Any]
+    comparison: Comparison | None
+
+    def describe(self) -> str:
+        """See `Plan.describe`."""
+        notes = [f"continues {self.options.continue_from}: {self.state}"] if self.state is not None else []
+        notes += [self.recipe.data] if self.data is None else [f"data: {self.data.name}, {len(self.data):,} images"]
+        return describe_training(self.config, self.network, self.path, tuple(notes))
+
+    def begin(self, world: World) -> Callable[[], None]:
+        """See `Plan.begin`."""
+        assert self.data is not None
+        path = self.path
+        evaluation = self.options.evaluation(self.comparison, world)
+        open_run_folder(path, self.record, write=world.is_main)
+        config = replace(self.config, resume=True)
+        training = TeacherTraining(
+            config, self.network, self.data, evaluation=evaluation, start=self.state, world=world
+        )
+
+        def train() -> None:
+            training.run(path)
+            if world.is_main:
+                print(f"teacher: {path / 'model'}")
+
+        return train
+
+
 @dataclass(frozen=True, kw_only=True)
-class TeacherRecipe:
+class TeacherRecipe(Recipe[TeacherOptions]):
     """Training of a PFGM++ or EDM teacher on one data set."""
 
-    file: str
-    """Name of the recipe's file, for messages."""
-    about: str
-    """What --help says first."""
     name: str
     """Begins the run folder's name."""
     title: str
@@ -86,50 +125,30 @@ class TeacherRecipe:
     data: str
     """Where the data come from and how they are prepared."""
 
-    def main(self, argv: Sequence[str]) -> None:
-        """Run the recipe with these arguments.
+    @property
+    def defaults(self) -> TeacherOptions:
+        """See `Recipe.defaults`."""
+        return self.base
 
-        Raises:
-            BadInput: an option, the data or the run folder cannot be used; nothing was written.
-            TrainingFailed, Interrupted: from the run.
-        """
-        with user_input():
-            options = parse(TeacherOptions, argv, default=self.base, prog=self.file, description=self.about)
-            state = None if options.continue_from is None else self._state(options, options.continue_from)
-            if options.data is None and not options.dry_run:
-                raise BadInput("give --data; --dry-run works without it", self.data)
-            data = None
-            if options.data is not None:
-                data = open_dataset(options.data, labels=self._labelled(options, state), xflip=options.xflip)
-            network = self._network(options, data, state)
-            config = resolve_precision(replace(options.training(), D=network.D), run_device())
-            check_augment(config.augment, network)
-            config.split(launched_processes())
-            if data is not None and data.shape != self.shape:
-                raise ValueError(
-                    f"{options.data} has images {_times(data.shape)}, {self.title} is {_times(self.shape)}"
-                )
-            path = options.out or Path("runs") / f"{self.name}-teacher-{options.arch}-D{network.D:g}"
-            record = check_run_folder(path, "teacher", config, training_facts(config, network, data, state))
-            comparison = options.comparison(self.shape, run_device())
-        if options.dry_run:
-            notes = [f"continues {options.continue_from}: {state}"] if state is not None else []
-            notes += [self.data] if data is None else [f"data: {data.name}, {len(data):,} images"]
-            first_process(lambda: print(describe_training(config, network, path, tuple(notes))))
-            return
-
-        assert data is not None
-        world = start_world()
-        world.barrier()
-        with user_input():
-            evaluation = options.evaluation(comparison, world)
-            open_run_folder(path, record, write=world.is_main)
-            training = TeacherTraining(
-                replace(config, resume=True), network, data, evaluation=evaluation, start=state, world=world
-            )
-        training.run(path)
-        if world.is_main:
-            print(f"teacher: {path / 'model'}")
+    def plan(self, given: Given[TeacherOptions]) -> TeacherPlan:
+        """See `Recipe.plan`."""
+        options = given.options
+        state = None if options.continue_from is None else self._state(options, options.continue_from)
+        if options.data is None and not options.dry_run:
+            raise BadInput("give --data; --dry-run works without it", self.data)
+        data = None
+        if options.data is not None:
+            data = open_dataset(options.data, labels=self._labelled(options, state), xflip=options.xflip)
+        network = self._network(options, data, state)
+        config = resolve_precision(replace(options.training(), D=network.D), run_device())
+        check_augment(config.augment, network)
+        config.split(launched_processes())
+        if data is not None and data.shape != self.shape:
+            raise ValueError(f"{options.data} has images {_times(data.shape)}, {self.title} is {_times(self.shape)}")
+        path = options.out or Path("runs") / f"{self.name}-teacher-{options.arch}-D{network.D:g}"
+        record = check_run_folder(path, "teacher", config, training_facts(config, network, data, state))
+        comparison = options.comparison(self.shape, run_device())
+        return TeacherPlan(self, options, config, network, data, state, path, record, comparison)
 
     def _state(self, options: TeacherOptions, path: Path) -> TrainingState:
         state = read_training_state(path, D=options.D)

@@ -13,9 +13,10 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from ipfm.engine.runtime.errors import Failed, FolderInUse, Interrupted, ProcessLost
 from ipfm.engine.runtime.launcher import is_first_process, lost_process
@@ -47,6 +48,42 @@ def user_input() -> Iterator[None]:
         raise BadInput(str(error)) from error
 
 
+@dataclass(frozen=True)
+class Given(Generic[T]):
+    """What a command line gives, to be laid over the defaults that follow from a part of it."""
+
+    options: T
+    """The options, with the defaults that the command line was read with."""
+    names: frozenset[str]
+    """Fields of those that were given; one of a group as "group.field"."""
+
+    def over(self, default: T) -> T:
+        """The options that were given, and for the others those of `default`.
+
+        Args:
+            default: of the same class. Of two fields that exclude each other (the class's ALTERNATIVES) the one that is
+                given counts.
+
+        Raises:
+            BadInput: they do not go together.
+        """
+        values: dict[str, Any] = {}
+        groups: dict[str, dict[str, Any]] = {}
+        for name in self.names:
+            group, _, field = name.rpartition(".")
+            holder, held = (
+                (getattr(self.options, group), groups.setdefault(group, {})) if group else (self.options, values)
+            )
+            held[field] = getattr(holder, field)
+        try:
+            values |= {group: dataclasses.replace(getattr(default, group), **held) for group, held in groups.items()}
+            return dataclasses.replace(_giving_way(default, self.names), **values)  # type: ignore[type-var]
+        except ValueError as error:
+            from ipfm.engine.runtime.parse_errors import named
+
+            raise BadInput(named(str(error), type(default))) from error
+
+
 def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog: str, description: str) -> T:
     """Read a dataclass of options from the command line.
 
@@ -62,16 +99,40 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog:
         BadInput: an unknown option or an impossible value; the message is one line and names the option as it is typed.
         SystemExit: --help was asked for; the first process has printed it.
     """
+    arguments = without_local_rank(argv)
+    if default is not None:
+        default = _giving_way(default, _names(kind, arguments))
+    return _read(kind, arguments, default, prog, description)
+
+
+def parse_given(argv: Sequence[str], *, default: T, prog: str, description: str) -> Given[T]:
+    """As `parse`, where other defaults may follow from what is given.
+
+    Args:
+        argv: see `parse`.
+        default: values of options that are not given, which --help shows too.
+        prog: see `parse`.
+        description: see `parse`.
+
+    Raises:
+        BadInput: see `parse`.
+        SystemExit: see `parse`.
+    """
+    kind, arguments = type(default), without_local_rank(argv)
+    names = _names(kind, arguments)
+    return Given(_read(kind, arguments, _giving_way(default, names), prog, description), names)
+
+
+def _read(kind: type[T], arguments: Sequence[str], default: T | None, prog: str, description: str) -> T:
     import tyro
 
     from ipfm.engine.runtime.option_help import Shown, registry
     from ipfm.engine.runtime.parse_errors import ParseError, parse_errors
 
-    arguments = without_local_rank(argv)
     shown = Shown(sys.stdout)
     # Options of a subcommand are off unless they are given; a recipe may have some of its own on.
     single = () if dataclasses.is_dataclass(kind) else (tyro.conf.FlagCreatePairsOff,)
-    keywords = {} if default is None else {"default": _giving_way(default, arguments)}
+    keywords = {} if default is None else {"default": default}
     with _environment(COLUMNS=str(HELP_WIDTH)):
         try:
             with contextlib.redirect_stdout(shown), parse_errors(kind, arguments):
@@ -183,9 +244,15 @@ def without_local_rank(argv: Sequence[str]) -> list[str]:
     return arguments
 
 
-def _giving_way(default: T, arguments: Sequence[str]) -> T:
+def _names(kind: Any, arguments: Sequence[str]) -> frozenset[str]:
+    """The fields of a dataclass that are given: no value of an option begins as an option does."""
+    known = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    options = (argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--"))
+    return frozenset(name if name in known or "." in name else name.removeprefix("no_") for name in options)
+
+
+def _giving_way(default: T, given: Collection[str]) -> T:
     """`default` without what excludes an option that is given."""
-    given = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in arguments}
     for pair in getattr(default, "ALTERNATIVES", ()):
         for name, other in (pair, pair[::-1]):
             if other in given and name not in given:

@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -67,12 +66,6 @@ def is_first_process() -> bool:
 def launched_processes() -> int:
     """Number of processes that the launcher has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def first_process(call: Callable[[], None]) -> None:
-    """Call on the one process that prints."""
-    if is_first_process():
-        call()
 
 
 # Seconds that threads get at the end of a run.

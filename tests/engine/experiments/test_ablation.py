@@ -15,10 +15,10 @@ import tiny_inception
 import torch
 from PIL import Image
 
-from ipfm.engine.experiments.ablation import AblationOptions, Plan, arch_of
+from ipfm.engine.experiments.ablation import AblationOptions, AblationPlan, arch_of
 from ipfm.engine.experiments.ablation_report import GROWTH, Curve, plot, sentence, spread, table, write_csv
 from ipfm.engine.experiments.ablation_runs import Run
-from ipfm.engine.runtime.commandline import BadInput
+from ipfm.engine.runtime.commandline import BadInput, parse_given
 from ipfm.engine.runtime.errors import Interrupted
 from ipfm.models import EDMPrecond, NetworkConfig, load_model, presets, save_model
 from ipfm.recipes import ablation_alpha, ablation_architecture, ablation_D, ablation_init, ablation_pid, ablation_steps
@@ -53,8 +53,8 @@ def rows(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def plan_of(module: ModuleType, *arguments: str) -> Plan:
-    return module.ABLATION.plan(module.ABLATION._parse(arguments))
+def plan_of(module: ModuleType, *arguments: str) -> AblationPlan:
+    return module.ABLATION.plan(parse_given(arguments, default=module.ABLATION.defaults, prog="", description=""))
 
 
 def curve(*distances: float, variant: str = "a", seed: int = 0) -> Curve:
@@ -260,7 +260,7 @@ def test_dry_run_lists_what_would_be_done(
 
 
 def test_options_given_stand_beside_quick() -> None:
-    options = ablation_alpha.ABLATION._parse(["--quick", "--max-steps", "7", "--seeds", "2", "3"])
+    options = plan_of(ablation_alpha, "--quick", "--max-steps", "7", "--seeds", "2", "3").options
     assert isinstance(options, AblationOptions)
     assert (options.max_steps, options.seeds, options.batch, options.arch) == (7, (2, 3), 16, "ncsnpp")
 

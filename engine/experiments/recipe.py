@@ -1,0 +1,99 @@
+"""From a recipe's command line to its run: the one order in which recipes of every kind do it.
+
+Everything that can be checked is checked before the first process group, folder or step: `Recipe.plan`. A dry run
+prints the plan. A run is started by every process together, `Plan.begin`, and then trains.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from ipfm.engine.distributed.world import World, start_world
+from ipfm.engine.runtime.commandline import Given, parse_given, user_input
+from ipfm.engine.runtime.launcher import is_first_process
+
+O = TypeVar("O")
+
+
+class Plan(ABC):
+    """What a command line asks for, checked as far as that goes before the first step."""
+
+    options: Any
+    """Options of the recipe, with a field `dry_run`."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What a dry run prints."""
+
+    @abstractmethod
+    def begin(self, world: World) -> Callable[[], None]:
+        """Take the run's folder and make what is trained; every process calls it.
+
+        Returns:
+            The training, up to what is printed at its end. It holds on to nothing of the plan that it has a copy of.
+
+        Raises:
+            ValueError: what only shows here, such as a folder that another run has taken since.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC, Generic[O]):
+    """A recipe; its file ends in `main = RECIPE.main`."""
+
+    file: str
+    """Name of the recipe's file, for messages."""
+    about: str
+    """What --help says first."""
+
+    @property
+    @abstractmethod
+    def defaults(self) -> O:
+        """The options as --help shows them; their class says which there are."""
+
+    @abstractmethod
+    def plan(self, given: Given[O]) -> Plan:
+        """What is to be done, and with which settings; nothing is written.
+
+        Args:
+            given: the command line.
+
+        Raises:
+            ValueError, BadInput: an option, a file or a folder that cannot be used; one line.
+        """
+
+    def main(self, argv: Sequence[str]) -> None:
+        """Run the recipe with these arguments, see `run_recipe`."""
+        run_recipe(self, argv)
+
+
+def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
+    """Run a recipe.
+
+    Args:
+        recipe: of any kind.
+        argv: arguments without the program's name.
+
+    Raises:
+        BadInput: an option, a file or the run folder cannot be used; nothing was written.
+        SystemExit: --help was asked for, and printed.
+        TrainingFailed, Interrupted: from the run.
+    """
+    with user_input():
+        given = parse_given(argv, default=recipe.defaults, prog=recipe.file, description=recipe.about)
+        plan = recipe.plan(given)
+    if plan.options.dry_run:
+        if is_first_process():
+            print(plan.describe())
+        return
+    world = start_world()
+    # Nobody changes the folder before all have looked at it.
+    world.barrier()
+    with user_input():
+        train = plan.begin(world)
+    # A teacher that was read is memory of its own.
+    del plan
+    train()
