@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from regression import RegressionConfig
 
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.distributed.world import World
-from ipfm.engine.objectives.base import Distillation, Objective, Role, StepContext
 from ipfm.engine.objectives.initial_networks import generator_network, starting_network
-from ipfm.engine.objectives.losses import along
-from ipfm.engine.objectives.phases import mark
-from ipfm.engine.objectives.published import PaperResult
-from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
 from ipfm.engine.random_streams import Stream, draw_number
-from ipfm.engine.sampling.batches import sample_generator
 from ipfm.engine.sampling.stored_model import sample_model
-from ipfm.kernels import perturb
 from ipfm.models import EDMPrecond, NetworkConfig, Precond, load_model, read_config
 
 CPU = torch.device("cpu")
@@ -44,67 +36,7 @@ def teacher() -> Precond:
     return net.eval().requires_grad_(False)
 
 
-# -- a third objective, as anyone would add it: one class of settings, one of the objective, one of its step -----------
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegressionConfig(Distillation):
-    """The generator learns the teacher's own denoising at one level."""
-
-    level: float = 2.5
-
-    def objective(self, network: NetworkConfig) -> Objective:
-        return Regression(self, network)
-
-    def name(self) -> str:
-        return f"regression-{self.level:g}"
-
-
-class Regression:
-    generator, nfe, title, summary = "pupil", 1, "regression", "by regression"
-
-    def __init__(self, config: RegressionConfig, network: NetworkConfig) -> None:
-        self.config, self.network = config, network
-        narrow = generator_network(network, config.width)
-        self.roles: tuple[Role, ...] = (Role("pupil", narrow, "random", config.lr, 0.5, averaged=True),)
-        self.facts: Mapping[str, object] = {"sigmas": [config.level]}
-
-    def steps(self, context: StepContext) -> RegressionStep:
-        return RegressionStep(self.config, context)
-
-    def forwards(self, *, phased: bool, checkpointed: bool) -> int:
-        return 4 + checkpointed
-
-    def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
-        return sample_generator(net, first, count, D=net.D, sigmas=(self.config.level,), seed=seed)
-
-    def published(self, dataset: str) -> Mapping[float, PaperResult]:
-        return {}
-
-
-class RegressionStep:
-    def __init__(self, config: RegressionConfig, context: StepContext) -> None:
-        self.config, self.context = config, context
-
-    def iteration(self, step: int) -> StepMetrics:
-        config, context = self.config, self.context
-        tally, pupil = LossSum("pupil", context.world), context.trained["pupil"]
-        local = config.batch // context.world.size
-        for first in range(context.world.rank * local, (context.world.rank + 1) * local, context.micro_batch):
-            mark("pupil: forward and backward")
-            index = torch.arange(first, first + context.micro_batch, device=context.world.device)
-            zeros = torch.zeros(len(index), 1, 8, 8, device=context.world.device)
-            sigma = torch.full((len(index),), config.level, device=context.world.device)
-            x = perturb(zeros, sigma, 16.0, seed=config.seed, stream=100, step=step, sample_index=index)
-            with torch.no_grad():
-                target = context.teacher(x, sigma)
-            y = pupil(x, sigma)
-            error = (y - target).detach()
-            pupil.backward(along(y, 2 * error / local))
-            tally.add(error.square().sum((1, 2, 3)), torch.ones(len(index), dtype=torch.bool, device=error.device))
-        mark("pupil: optimiser")
-        applied = pupil.step(lr=config.lr, ema_decay=0.5, grad_scale=tally.grad_scale(config.batch))
-        return tally.measured(applied)
+# -- a third objective: tests/helpers/regression.py -------------------------------------------------------------------
 
 
 def test_a_new_objective_needs_nothing_but_itself(teacher: Precond, tmp_path: Path) -> None:
