@@ -18,8 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ipfm.engine.config import RunConfig
-from ipfm.engine.distributed.precision import Precision
+from ipfm.engine.config import Precision, RunConfig
 from ipfm.engine.memory import Layout, choose_layout, gpu_budget
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config

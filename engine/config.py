@@ -7,13 +7,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from ipfm.engine.checks import at_least, check_D, is_number, not_negative, option_name, positive, share
 from ipfm.engine.noise_levels import NoiseLevels
 
 ZeroStage = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "all"]
+Precision = Literal["fp32", "bf16", "fp16"]
+TeacherStorage = Literal["fp32", "half", "sharded"]
+TeacherStorageOption = Literal["auto", "fp32", "half", "sharded"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 InitialWeights = Literal["auto", "teacher", "random"]
 
@@ -132,6 +135,37 @@ class RunConfig:
             raise ValueError(f"seed must be below 2^64, got {self.seed}")
 
     @property
+    def decided_precision(self) -> Precision:
+        """The precision of settings that were completed for a device.
+
+        Raises:
+            ValueError: it is still "auto".
+        """
+        if self.precision == "auto":
+            raise ValueError("precision is still auto: it must be decided for a device first")
+        return self.precision
+
+    @property
+    def decided_storage(self) -> TeacherStorage:
+        """How the run keeps a frozen teacher; fp32 where it has none. Raises what `decided_precision` does."""
+        return "fp32"
+
+    def laid_out(
+        self, *, D: float, stage: ZeroStage, micro_batch: int, phased: bool, checkpointed: bool
+    ) -> Resolved[Self]:
+        """These settings with everything else decided. Raises what `decided_precision` does."""
+        return Resolved(
+            config=self,
+            D=D,
+            precision=self.decided_precision,
+            stage=stage,
+            micro_batch=micro_batch,
+            phased=phased,
+            checkpointed=checkpointed,
+            teacher_storage=self.decided_storage,
+        )
+
+    @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run: max_steps, or as many as reach kimg.
 
@@ -206,6 +240,49 @@ class TeacherConfig(RunConfig):
         if self.lr_rampup_kimg == 0:
             return self.lr
         return self.lr * min(1.0, (step + 1) * self.batch / (self.lr_rampup_kimg * 1000))
+
+
+ConfigT_co = TypeVar("ConfigT_co", bound=RunConfig, covariant=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved(Generic[ConfigT_co]):
+    """The settings of a run on its processes, with nothing left open: what steps, ZeRO and memory plans go by.
+
+    `config` is what a run folder records: of what memory decides it has the ZeRO stage, as it was chosen; micro-batch,
+    form of the step and activation checkpointing stay as the user gave them, for another machine may choose others.
+
+    Raises:
+        ValueError: stage, precision and offload do not go together, or D is out of its range.
+    """
+
+    config: ConfigT_co
+    """The settings as completed: D, precision, the teacher's storage and the ZeRO stage are filled in."""
+    D: float
+    """Auxiliary dimensions, in (0, inf]."""
+    precision: Precision
+    """Arithmetic of the networks."""
+    stage: ZeroStage
+    """DeepSpeed ZeRO stage."""
+    micro_batch: int
+    """Images a process handles at a time; divides its share of the batch."""
+    phased: bool
+    """One network's activations at a time; never in a teacher's training, whose step has one form."""
+    checkpointed: bool
+    """The networks' activations are computed again on the way back."""
+    teacher_storage: TeacherStorage
+    """How a frozen teacher is kept; fp32 where there is none."""
+
+    def __post_init__(self) -> None:
+        check_D(self.D)
+        check_sharding(self.stage, self.precision, self.config.offload)
+
+
+def decide_storage(option: TeacherStorageOption, precision: Precision) -> TeacherStorage:
+    """How a frozen teacher is kept: as given, else in the 16 bits of the run's arithmetic where it has them."""
+    if option != "auto":
+        return option
+    return "fp32" if precision == "fp32" else "half"
 
 
 def check_sharding(zero: int | None, precision: str, offload: str) -> None:

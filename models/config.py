@@ -137,6 +137,11 @@ class NetworkConfig:
         )
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.img_channels, self.img_resolution, self.img_resolution
+
+    @property
     def out_channels(self) -> int:
         """Channels that the inner U-Net returns: twice the image's under iDDPMPrecond, which uses the first half."""
         return self.img_channels * (2 if self.precond == "iDDPMPrecond" else 1)

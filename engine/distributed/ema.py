@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ipfm.engine.distributed.precision import Precision, apply_precision
+from ipfm.engine.config import Precision
+from ipfm.engine.distributed.precision import apply_precision
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.models import NetworkConfig, Precond, build_network
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import nn
 
+from ipfm.engine.config import Precision
 from ipfm.models import Precond
 from ipfm.models.layers import Conv2d, GroupNorm
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,3 +38,9 @@ def sixteen_bit_parameters(net: nn.Module) -> list[nn.Parameter]:
 def fp16_supported(device: torch.device) -> bool:
     """Whether DeepSpeed trains in fp16 here: on every GPU, and on processors with fp16 arithmetic."""
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def allow_tf32(allowed: bool) -> None:
+    """TF32 in fp32 convolutions and matrix products on GPUs that have it."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed

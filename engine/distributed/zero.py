@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ipfm.engine.config import Offload, check_sharding
-from ipfm.engine.distributed.precision import Precision
+from ipfm.engine.config import Offload, Precision, Resolved, RunConfig, ZeroStage
 from ipfm.engine.distributed.single_process import UnshardedEngine
 from ipfm.engine.distributed.world import World, import_deepspeed
 from ipfm.kernels import AdamEMA
+from ipfm.models import Precond
 
 # Elements a reduction bucket holds: DeepSpeed's own default reserves 2 GB an engine.
 BUCKET_ELEMENTS = 10_000_000
 # Smaller parameters are not sharded at stage 3: gathering them would cost more time than they cost memory.
 PERSISTENT_ELEMENTS = 10_000
+# Adam's second decay.
+BETA2 = 0.999
 
 
 class TrainedNetwork:
@@ -33,44 +35,43 @@ class TrainedNetwork:
 
     Args:
         module: the network; float32 parameters on the run's device.
+        settings: those of the run. Its stage: 0 replicates, 1 shards the optimiser's state, 2 gradients too, 3 weights
+            too. Its precision: in bf16 and fp16 parameters and gradients have 16 bits, masters, EMA and state 32, and
+            fp16 has a loss scale that adapts itself. Offload, Adam's epsilon and the gradient's largest norm.
         world: the run's processes.
-        lr, betas, eps: Adam's settings.
+        lr: learning rate before the first step.
+        beta1: Adam's first decay; 0 needs no first moment.
         ema: keep an average of the weights, sharded like the rest of the optimiser's state.
-        stage: ZeRO stage: 0 replicates, 1 shards the optimiser's state, 2 gradients too, 3 weights too.
-        precision: "fp32"; "bf16" or "fp16": parameters and gradients in 16 bits, masters, EMA and state in fp32
-            (stage >= 1), fp16 with a loss scale that adapts itself.
-        offload: "optimizer" keeps the optimiser's state in the host's memory (stage >= 1), "all" the weights too
-            (stage 3).
-        clip_norm: largest norm of the gradient; None sets no limit.
         rectified: Rectified Adam in place of Adam.
-
-    Raises:
-        ValueError: stage, precision and offload do not go together.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Precond,
+        settings: Resolved[RunConfig],
         *,
         world: World,
         lr: float,
-        betas: tuple[float, float],
-        eps: float,
+        beta1: float,
         ema: bool,
-        stage: int = 0,
-        precision: Precision = "fp32",
-        offload: Offload = "none",
-        clip_norm: float | None = None,
         rectified: bool = False,
     ) -> None:
-        check_sharding(stage, precision, offload)
+        config, stage, precision = settings.config, settings.stage, settings.precision
         self.world = world
         self.stage = stage
         self.precision = precision
+        # As they are before the engine rounds them.
+        self.exact_buffers = {n: buffer.detach().clone() for n, buffer in module.named_buffers()} if ema else {}
         parameters = self._parameters = [p for p in module.parameters() if p.requires_grad]
         exact = {n: p.detach().cpu().clone() for n, p in module.named_parameters()} if precision != "fp32" else {}
         self.optimizer = AdamEMA(
-            parameters, lr=lr, betas=betas, eps=eps, rectified=rectified, ema=ema, clip_norm=clip_norm
+            parameters,
+            lr=lr,
+            betas=(beta1, BETA2),
+            eps=config.eps,
+            rectified=rectified,
+            ema=ema,
+            clip_norm=config.clip_grad,
         )
         if stage > 0 and world.size > 1:
             self.optimizer.sum_over_shards = self._sum_over_shards
@@ -78,8 +79,8 @@ class TrainedNetwork:
         if stage == 0 and world.size == 1:
             self.engine = UnshardedEngine(module, self.optimizer)
         else:
-            self.engine = _initialize(stage, precision, offload, module, self.optimizer)
-        self.module: nn.Module = self.engine.module
+            self.engine = _initialize(stage, precision, config.offload, module, self.optimizer)
+        self.module: Precond = self.engine.module
         self._create_state()
         if precision == "fp16":
             # NaN that no scale explains is counted and reported like any other, not raised in the middle of a step.
@@ -129,7 +130,7 @@ class TrainedNetwork:
         return self.optimizer.applied.to(self.world.device)
 
     @contextmanager
-    def frozen(self) -> Iterator[nn.Module]:
+    def frozen(self) -> Iterator[Precond]:
         """The plain module with its parameters frozen: no weight gradient is computed or stored meanwhile."""
         for p in self._parameters:
             p.requires_grad_(False)
@@ -272,7 +273,7 @@ class TrainedNetwork:
             p.data.copy_(value)
 
 
-def shard_frozen(module: nn.Module, *, offload: Offload = "none") -> nn.Module:
+def shard_frozen(module: Precond, *, offload: Offload = "none") -> Precond:
     """Distribute a frozen network's fp32 weights over the processes (ZeRO 3); its modules gather theirs at each use.
 
     Args:
@@ -282,12 +283,12 @@ def shard_frozen(module: nn.Module, *, offload: Offload = "none") -> nn.Module:
     Returns:
         The same module.
     """
-    sharded: nn.Module = _initialize(3, "fp32", offload, module).module
+    sharded: Precond = _initialize(3, "fp32", offload, module).module
     return sharded
 
 
 def _initialize(
-    stage: int, precision: Precision, offload: Offload, module: nn.Module, optimizer: AdamEMA | None = None
+    stage: ZeroStage, precision: Precision, offload: Offload, module: Precond, optimizer: AdamEMA | None = None
 ) -> Any:
     """DeepSpeed's engine for the network, with its optimiser where it is trained."""
     deepspeed = import_deepspeed()
@@ -301,7 +302,7 @@ def _initialize(
     return engine
 
 
-def _engine_config(stage: int, precision: Precision, offload: Offload) -> dict[str, Any]:
+def _engine_config(stage: ZeroStage, precision: Precision, offload: Offload) -> dict[str, Any]:
     """DeepSpeed's settings; batch sizes only have to be present, since the trainer scales its losses itself."""
     zero: dict[str, Any] = {
         "stage": stage,

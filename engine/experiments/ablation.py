@@ -21,7 +21,7 @@ from ipfm.engine.experiments.options import DistillationOptions, check_images, o
 from ipfm.engine.experiments.recipe import Plan, Recipe
 from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.launcher import launched_processes
-from ipfm.engine.training.resolve import resolve, resolve_D, resolve_precision
+from ipfm.engine.training.resolve import complete, resolve_D, resolve_precision
 from ipfm.engine.training.run_folder import check_run_folder, teacher_facts
 from ipfm.engine.training.teacher import training_facts
 from ipfm.models import NetworkConfig, Precond, load_teacher, presets
@@ -204,7 +204,7 @@ class Ablation(Recipe[AblationOptions]):
             for seed in options.seeds:
                 run_path = path / variant.label / f"seed{seed}"
                 config = replace(base, **variant.settings, seed=seed, out=None, teacher=None, D=None, resume=True)
-                config = resolve(config, teacher.network, run_device())
+                config = complete(config, teacher.network, run_device())
                 # Roles are made here, so that a width that cannot be is refused before anything is trained.
                 objective = config.objective(teacher.network)
                 _ = objective.roles

@@ -22,7 +22,7 @@ from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.distiller import Distiller
-from ipfm.engine.training.resolve import resolve
+from ipfm.engine.training.resolve import complete
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder, teacher_facts
 from ipfm.models import NetworkConfig, Precond, presets
 
@@ -116,7 +116,7 @@ class DistilRecipe(Recipe[DistillationOptions]):
         network = self._network(options, teacher)
         # What the user gave stands; the rest comes from the variant for this teacher.
         options = given.over(self.settings_for(network))
-        config = resolve(options.distillation(), network, run_device())
+        config = complete(options.distillation(), network, run_device())
         config.split(launched_processes())
         path = options.out or run_name(self.file.removesuffix(".py").removesuffix("_ipfm"), config, network.D)
         record = check_run_folder(path, "distill", config, teacher_facts(teacher))

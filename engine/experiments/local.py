@@ -22,7 +22,7 @@ from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import Given, user_input
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.distiller import Distiller
-from ipfm.engine.training.resolve import resolve, resolve_precision
+from ipfm.engine.training.resolve import complete, resolve_precision
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder, teacher_facts
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
 from ipfm.models import NetworkConfig, Precond
@@ -194,7 +194,7 @@ class TrainAndDistil(Recipe[O], Generic[O]):
             self.network(options, self.D if options.D is None else options.D) if teacher is None else teacher.config
         )
         path = options.out or run_name(self.name(options), config, network.D)
-        config = resolve(config, network, run_device())
+        config = complete(config, network, run_device())
         check_images(network, self.dataset.shape, f"the {self.title} are")
         if options.reference is not None:
             raise ValueError(f"reference was given, but this recipe compares with the {self.title} themselves")

@@ -18,7 +18,7 @@ from ipfm.engine.experiments.options import check_images
 from ipfm.engine.experiments.recipe import Plan, Recipe
 from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.launcher import launched_processes
-from ipfm.engine.training.resolve import check_augment, resolve_D, resolve_precision
+from ipfm.engine.training.resolve import complete_training, resolve_D
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
 from ipfm.models import NetworkConfig, presets
@@ -140,8 +140,7 @@ class TeacherRecipe(Recipe[TeacherOptions]):
         if options.data is not None:
             data = open_dataset(options.data, labels=self._labelled(options, state), xflip=options.xflip)
         network = self._network(options, data, state)
-        config = resolve_precision(replace(options.training(), D=network.D), run_device())
-        check_augment(config.augment, network)
+        config = complete_training(replace(options.training(), D=network.D), network, run_device())
         config.split(launched_processes())
         if data is not None and data.shape != self.shape:
             raise ValueError(f"{options.data} has images {_times(data.shape)}, {self.title} is {_times(self.shape)}")

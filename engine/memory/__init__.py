@@ -1,7 +1,7 @@
 """The memory of a run: predicted before it, measured in it."""
 
 from ipfm.engine.memory.budget import device_budget, gpu_budget
-from ipfm.engine.memory.choose import Layout, choose_layout, choose_training, plan_layout
+from ipfm.engine.memory.choose import Layout, choose_layout, choose_training, plan_layout, plan_training
 from ipfm.engine.memory.fits import LayoutOnGpu, fits, layout_of
 from ipfm.engine.memory.plan import MemoryPlan, plan_memory, plan_teacher_training
 
@@ -18,4 +18,5 @@ __all__ = [
     "plan_layout",
     "plan_memory",
     "plan_teacher_training",
+    "plan_training",
 ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ipfm.engine.config import RunConfig, TeacherConfig
+from ipfm.engine.config import Resolved, RunConfig, TeacherConfig, ZeroStage
 from ipfm.engine.memory.plan import (
     MemoryPlan,
     backward_forms,
-    check_plan,
     distillation_bytes,
     plan_teacher_training,
     with_gradients,
@@ -53,12 +52,16 @@ def choose_layout(config: Distillation, network: NetworkConfig, *, ranks: int, b
     Raises:
         ValueError: nothing fits, or the batch does not divide among the processes.
     """
-    local, sizes = _sizes(config, ranks)
+    sizes = _sizes(config, ranks)
 
-    def plans(stage: int, phased: bool, checkpointed: bool) -> Iterator[MemoryPlan]:
-        return _plans(config, network, ranks, stage, phased, checkpointed, sizes, local)
+    def plans(stage: ZeroStage, phased: bool, checkpointed: bool) -> Iterator[MemoryPlan]:
+        forms = [
+            config.laid_out(D=network.D, stage=stage, micro_batch=micro, phased=phased, checkpointed=checkpointed)
+            for micro in sizes
+        ]
+        return _plans(forms, network, ranks)
 
-    return _layout(config, network, _cheapest(config, config.backward, plans, sizes, ranks, budget), local)
+    return _layout(config, network, _cheapest(config, config.backward, plans, sizes, ranks, budget), ranks)
 
 
 def choose_training(config: TeacherConfig, network: NetworkConfig, *, ranks: int, budget: int | None) -> MemoryPlan:
@@ -67,22 +70,12 @@ def choose_training(config: TeacherConfig, network: NetworkConfig, *, ranks: int
     Raises:
         ValueError: nothing fits, or the batch does not divide among the processes.
     """
-    local, sizes = _sizes(config, ranks)
+    sizes = _sizes(config, ranks)
 
-    def plans(stage: int, _: bool, checkpointed: bool) -> Iterator[MemoryPlan]:
-        assert config.precision != "auto"
+    def plans(stage: ZeroStage, _: bool, checkpointed: bool) -> Iterator[MemoryPlan]:
         for micro in sizes:
-            yield plan_teacher_training(
-                network,
-                micro_batch=micro,
-                ranks=ranks,
-                stage=stage,
-                precision=config.precision,
-                offload=config.offload,
-                beta1=config.beta1,
-                activation_checkpointing=checkpointed,
-                accumulates=micro < local,
-            )
+            form = config.laid_out(D=network.D, stage=stage, micro_batch=micro, phased=False, checkpointed=checkpointed)
+            yield plan_training(form, network, ranks=ranks, budget=budget)
 
     return _cheapest(config, "joint", plans, sizes, ranks, budget)
 
@@ -90,7 +83,7 @@ def choose_training(config: TeacherConfig, network: NetworkConfig, *, ranks: int
 def _cheapest(
     config: RunConfig,
     backward: str,
-    plans: Callable[[int, bool, bool], Iterator[MemoryPlan]],
+    plans: Callable[[ZeroStage, bool, bool], Iterator[MemoryPlan]],
     sizes: list[int],
     ranks: int,
     budget: int | None,
@@ -109,14 +102,13 @@ def _cheapest(
         ValueError: nothing fits.
     """
     best: MemoryPlan | None = None
-    smallest: MemoryPlan | None = None
+    tried: list[MemoryPlan] = []
     for stages in _stages(config):
         for phased, checkpointed in backward_forms(backward, config.activation_checkpointing):
             for stage in stages:
                 for plan in plans(stage, phased, checkpointed):
                     plan = replace(plan, budget=budget)
-                    if smallest is None or plan.peak < smallest.peak:
-                        smallest = plan
+                    tried.append(plan)
                     if plan.fits:
                         if plan.micro_batch >= min(sizes[0], COMFORTABLE):
                             return plan
@@ -125,24 +117,23 @@ def _cheapest(
                         break
     if best is not None:
         return best
-    assert smallest is not None and budget is not None
-    raise _too_small(config, smallest, budget, ranks)
+    raise _too_small(config, min(tried, key=lambda plan: plan.peak), ranks)
 
 
-def _sizes(config: RunConfig, ranks: int) -> tuple[int, list[int]]:
-    """A process's share of the batch, and the micro-batches that are possible, the largest first."""
+def _sizes(config: RunConfig, ranks: int) -> list[int]:
+    """The micro-batches that are possible, the largest first."""
     local, fixed = config.split(ranks)
-    return local, [fixed] if config.micro_batch is not None else [m for m in range(local, 0, -1) if local % m == 0]
+    return [fixed] if config.micro_batch is not None else [m for m in range(local, 0, -1) if local % m == 0]
 
 
-def _stages(config: RunConfig) -> list[list[int]]:
+def _stages(config: RunConfig) -> list[list[ZeroStage]]:
     """The ZeRO stages that are possible, in the groups in which they are tried."""
     if config.zero is not None:
         return [[config.zero]]
     return [[0, 1, 2] if config.precision == "fp32" else [1, 2], [3]]
 
 
-def _too_small(config: RunConfig, smallest: MemoryPlan, budget: int, ranks: int) -> ValueError:
+def _too_small(config: RunConfig, smallest: MemoryPlan, ranks: int) -> ValueError:
     helps = [
         "more processes",
         *(["--zero 3"] if config.zero not in (None, 3) else []),
@@ -151,58 +142,68 @@ def _too_small(config: RunConfig, smallest: MemoryPlan, budget: int, ranks: int)
     ]
     form = f"{smallest.backward}, " if smallest.backward else ""
     return ValueError(
-        f"a process may use {size(budget)}, but needs at least {size(smallest.peak)} (micro-batch "
+        f"a process may use {size(smallest.budget or 0)}, but needs at least {size(smallest.peak)} (micro-batch "
         f"{smallest.micro_batch}, {form}ZeRO {smallest.parts.stage}, {ranks} process{'es' * (ranks > 1)}): "
         f"{' or '.join(helps)} help{'s' * (len(helps) == 1)}"
     )
 
 
-def _layout(config: Distillation, network: NetworkConfig, plan: MemoryPlan, local: int) -> Layout:
+def _layout(config: Distillation, network: NetworkConfig, plan: MemoryPlan, ranks: int) -> Layout:
     objective = config.objective(network)
-    cost = objective.forwards(phased=plan.backward == "phased", checkpointed=plan.activation_checkpointing)
-    return Layout(plan, local // plan.micro_batch, cost / objective.forwards(phased=False, checkpointed=False))
+    cost = objective.forwards(phased=plan.phased, checkpointed=plan.activation_checkpointing)
+    return Layout(
+        plan, config.batch // ranks // plan.micro_batch, cost / objective.forwards(phased=False, checkpointed=False)
+    )
 
 
 def plan_layout(
-    config: Distillation,
-    network: NetworkConfig,
-    *,
-    ranks: int,
-    phased: bool,
-    activation_checkpointing: bool,
-    budget: int | None,
+    settings: Resolved[Distillation], network: NetworkConfig, *, ranks: int, budget: int | None
 ) -> MemoryPlan:
-    """The plan of one layout, of which the configuration says the rest: micro-batch, ZeRO stage and precision.
+    """The plan of a distillation as it is laid out.
 
-    Args and errors as in `choose_layout`.
+    Args:
+        settings: settings with nothing left open.
+        network: the teacher's architecture as it is trained.
+        ranks: number of processes.
+        budget: bytes that a process may use; None: not known.
+
+    Returns:
+        The plan, whether it fits or not.
     """
-    local, sizes = _sizes(config, ranks)
-    assert config.zero is not None
-    (plan,) = _plans(config, network, ranks, config.zero, phased, activation_checkpointing, sizes, local)
+    (plan,) = _plans([settings], network, ranks)
     return replace(plan, budget=budget)
 
 
-def _plans(
-    config: Distillation,
-    network: NetworkConfig,
-    ranks: int,
-    stage: int,
-    phased: bool,
-    checkpointed: bool,
-    sizes: list[int],
-    local: int,
-) -> Iterator[MemoryPlan]:
-    """Plans of one form, the largest micro-batch first. The first is simulated as it is, the others in between."""
-    assert config.precision != "auto"
-    sharding = check_plan(sizes[0], ranks, stage, config.precision, config.offload, config.teacher_storage, None)
-    form = "phased" if phased else "joint"
-    exact = sizes[0] <= POINTS[-1] or len(sizes) == 1
-    for micro in sizes:
-        accumulates, kept = micro < local, exact and stage < 2 and micro == local
-        settings = StepSettings(network, micro, sharding, phased, checkpointed, keeps_gradients=kept, config=config)
+def plan_training(
+    settings: Resolved[TeacherConfig], network: NetworkConfig, *, ranks: int, budget: int | None
+) -> MemoryPlan:
+    """The plan of a teacher's training as it is laid out. Arguments and result as in `plan_layout`."""
+    return plan_teacher_training(
+        network,
+        micro_batch=settings.micro_batch,
+        ranks=ranks,
+        stage=settings.stage,
+        precision=settings.precision,
+        offload=settings.config.offload,
+        beta1=settings.config.beta1,
+        activation_checkpointing=settings.checkpointed,
+        accumulates=settings.micro_batch < settings.config.batch // ranks,
+        budget=budget,
+    )
+
+
+def _plans(forms: Sequence[Resolved[Distillation]], network: NetworkConfig, ranks: int) -> Iterator[MemoryPlan]:
+    """Plans of one form of the step at several micro-batches, the largest first: that is simulated as it is, the others
+    in between."""
+    exact = forms[0].micro_batch <= POINTS[-1] or len(forms) == 1
+    for form in forms:
+        micro, local = form.micro_batch, form.config.batch // ranks
+        accumulates, kept = micro < local, exact and form.stage < 2 and micro == local
+        settings = StepSettings.of(form, network, ranks, keeps_gradients=kept)
         parts = distillation_bytes(settings)
         phases = simulate_distillation(settings) if exact else _interpolated(settings, parts)
-        yield MemoryPlan(micro, form, checkpointed, parts, with_gradients(phases, parts, accumulates, kept))
+        backward = "phased" if form.phased else "joint"
+        yield MemoryPlan(micro, backward, form.checkpointed, parts, with_gradients(phases, parts, accumulates, kept))
         exact = False
 
 

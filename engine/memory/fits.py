@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ipfm.engine.config import TeacherConfig, ZeroStage
-from ipfm.engine.distributed.precision import Precision
+from ipfm.engine.config import Precision, TeacherConfig, ZeroStage
 from ipfm.engine.memory.budget import gpu_budget
 from ipfm.engine.memory.choose import Layout, choose_layout, choose_training
 from ipfm.engine.memory.plan import MemoryPlan

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ipfm.engine.config import Offload, check_sharding
-from ipfm.engine.distributed.precision import Precision
+from ipfm.engine.config import Offload, Precision, TeacherStorageOption, ZeroStage, check_sharding, decide_storage
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation, simulate_teacher
 from ipfm.engine.memory.state import Sharding, StateBytes, state_bytes
 from ipfm.engine.objectives.base import Distillation
@@ -36,6 +35,11 @@ class MemoryPlan:
     def parameters(self) -> int:
         """Number of parameters of the teacher, or of the network where there is none."""
         return self.parts.parameters
+
+    @property
+    def phased(self) -> bool:
+        """One network's activations at a time."""
+        return self.backward == "phased"
 
     @property
     def state(self) -> int:
@@ -86,10 +90,10 @@ def plan_memory(
     *,
     micro_batch: int,
     ranks: int = 1,
-    stage: int = 0,
+    stage: ZeroStage = 0,
     precision: Precision = "fp32",
     offload: Offload = "none",
-    teacher_storage: str = "auto",
+    teacher_storage: TeacherStorageOption = "auto",
     backward: str = "auto",
     activation_checkpointing: str = "off",
     accumulates: bool = False,
@@ -127,15 +131,14 @@ def plan_memory(
     kept = stage < 2 and not accumulates
     settings = StepSettings(network, micro_batch, sharding, keeps_gradients=kept, config=config or DistillConfig())
     parts = distillation_bytes(settings)
-    plan = None
-    for phased, checkpointed in backward_forms(backward, activation_checkpointing):
+
+    def plan(phased: bool, checkpointed: bool) -> MemoryPlan:
         simulated = simulate_distillation(replace(settings, phased=phased, activation_checkpointing=checkpointed))
         phases = with_gradients(simulated, parts, accumulates, kept)
-        plan = MemoryPlan(micro_batch, "phased" if phased else "joint", checkpointed, parts, phases, budget)
-        if plan.fits:
-            break
-    assert plan is not None
-    return plan
+        return MemoryPlan(micro_batch, "phased" if phased else "joint", checkpointed, parts, phases, budget)
+
+    *cheaper, smallest = backward_forms(backward, activation_checkpointing)
+    return next((found for form in cheaper if (found := plan(*form)).fits), None) or plan(*smallest)
 
 
 def distillation_bytes(settings: StepSettings) -> StateBytes:
@@ -150,7 +153,7 @@ def plan_teacher_training(
     *,
     micro_batch: int,
     ranks: int = 1,
-    stage: int = 0,
+    stage: ZeroStage = 0,
     precision: Precision = "fp32",
     offload: Offload = "none",
     beta1: float = 0.9,
@@ -208,10 +211,10 @@ def with_gradients(phases: Mapping[Phase, int], parts: StateBytes, accumulates: 
 def check_plan(
     micro_batch: int,
     ranks: int,
-    stage: int,
+    stage: ZeroStage,
     precision: Precision,
     offload: Offload,
-    teacher_storage: str,
+    teacher_storage: TeacherStorageOption,
     budget: int | None,
 ) -> Sharding:
     """The sharding, its parts checked: ValueError for what is out of its range or does not go together."""
@@ -227,6 +230,4 @@ def check_plan(
         raise ValueError("teacher-storage half needs precision bf16 or fp16, got fp32")
     if budget is not None and budget < 0:
         raise ValueError(f"the budget must be >= 0 bytes, got {budget}")
-    if teacher_storage == "auto":
-        teacher_storage = "fp32" if precision == "fp32" else "half"
-    return Sharding(ranks, stage, precision, offload, teacher_storage)
+    return Sharding(ranks, stage, precision, offload, decide_storage(teacher_storage, precision))

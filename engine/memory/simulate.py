@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ipfm.engine.config import RunConfig
+from ipfm.engine.config import Resolved, RunConfig
 from ipfm.engine.distributed.precision import DTYPES, apply_precision, halve_storage
 from ipfm.engine.distributed.world import World
 from ipfm.engine.memory.live import LiveBytes
@@ -26,6 +26,7 @@ from ipfm.engine.memory.state import Sharding
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives.base import Distillation, StepContext
 from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
 from ipfm.engine.objectives.phases import Phase, listening, mark
 from ipfm.models import NetworkConfig, Precond, build_network
 
@@ -53,6 +54,32 @@ class StepSettings:
         object.__setattr__(self, "network", replace(self.network, D=math.inf))
         object.__setattr__(self, "config", _all_that_matters(self.config, self.micro_batch, self.sharding))
 
+    @classmethod
+    def of(
+        cls, settings: Resolved[Distillation], network: NetworkConfig, ranks: int, *, keeps_gradients: bool
+    ) -> StepSettings:
+        """Those of a step of a distillation on so many processes."""
+        return cls(
+            network,
+            settings.micro_batch,
+            Sharding.of(settings, ranks),
+            settings.phased,
+            settings.checkpointed,
+            keeps_gradients,
+            settings.config,
+        )
+
+    @property
+    def resolved(self) -> Resolved[Distillation]:
+        """What the steps themselves are told."""
+        return replace(self.config, dropout=self.network.dropout).laid_out(
+            D=self.network.D,
+            stage=self.sharding.stage,
+            micro_batch=self.micro_batch,
+            phased=self.phased,
+            checkpointed=self.activation_checkpointing,
+        )
+
 
 def _all_that_matters(config: Distillation, micro_batch: int, sharding: Sharding) -> Distillation:
     """One iteration on a micro-batch: what changes no size is as it is by default."""
@@ -62,23 +89,22 @@ def _all_that_matters(config: Distillation, micro_batch: int, sharding: Sharding
     )
     return replace(
         config, teacher=None, D=math.inf, batch=micro_batch, max_steps=1, zero=1, precision=sharding.precision,
-        teacher_storage="auto", backward="auto",
+        teacher_storage=sharding.teacher_storage, backward="auto",
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
 def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
     """Bytes above the permanent state at the peak of each phase of an iteration, without communication buckets."""
-    config = replace(settings.config, dropout=settings.network.dropout)
-    objective = config.objective(settings.network)
+    resolved = settings.resolved
+    objective = resolved.config.objective(settings.network)
     context = StepContext(
         {
             role.name: _Trained(_meta_network(role.network, settings, trained=True), settings)
             for role in objective.roles
         },
         _meta_network(settings.network, settings, trained=False),
-        settings.micro_batch,
-        settings.phased,
+        resolved,
         World(0, 1, META),
     )
     with _peaks() as peaks:
@@ -90,9 +116,6 @@ def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
 @functools.lru_cache(maxsize=64)
 def simulate_teacher(settings: StepSettings) -> dict[Phase, int]:
     """The same for a step of a teacher's training: the denoising loss and its optimiser."""
-    # Here, for objectives mark the phases of a step, which are a part of this package.
-    from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
-
     net = _Trained(_meta_network(settings.network, settings, trained=True), settings)
     net.module.train()
     size = settings.network.img_resolution

@@ -17,8 +17,8 @@ from functools import lru_cache
 
 import torch
 
-from ipfm.engine.config import Offload
-from ipfm.engine.distributed.precision import DTYPES, Precision, sixteen_bit_parameters
+from ipfm.engine.config import Offload, Precision, Resolved, RunConfig, TeacherStorage, ZeroStage
+from ipfm.engine.distributed.precision import DTYPES, sixteen_bit_parameters
 from ipfm.engine.distributed.zero import BUCKET_ELEMENTS
 from ipfm.models import NetworkConfig, build_network
 
@@ -28,11 +28,16 @@ class Sharding:
     """How the networks of a run are spread over its processes; checked where the run is configured."""
 
     ranks: int = 1
-    stage: int = 0
+    stage: ZeroStage = 0
     precision: Precision = "fp32"
     offload: Offload = "none"
-    teacher_storage: str = "fp32"
-    """fp32, half or sharded."""
+    teacher_storage: TeacherStorage = "fp32"
+
+    @classmethod
+    def of(cls, settings: Resolved[RunConfig], ranks: int) -> Sharding:
+        """That of a run on so many processes."""
+        offload = settings.config.offload
+        return cls(ranks, settings.stage, settings.precision, offload, settings.teacher_storage)
 
     @property
     def element(self) -> int:
@@ -65,7 +70,7 @@ class StateBytes:
     """Communication buffers; at stages 1 and 2 while a network is trained."""
     host: int
     """In the host's memory, for --offload."""
-    stage: int
+    stage: ZeroStage
 
     @property
     def permanent(self) -> int:

@@ -17,7 +17,14 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 from torch import Tensor, nn
 
 from ipfm.engine.checks import at_least, check_D, check_start
-from ipfm.engine.config import InitialWeights, RunConfig
+from ipfm.engine.config import (
+    InitialWeights,
+    Resolved,
+    RunConfig,
+    TeacherStorage,
+    TeacherStorageOption,
+    decide_storage,
+)
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.published import PaperResult
 from ipfm.engine.objectives.step_metrics import StepMetrics
@@ -81,12 +88,15 @@ class StepContext:
     """The networks of its roles, by name."""
     teacher: Precond
     """The frozen denoiser."""
-    micro_batch: int
-    """Images this process handles at a time; divides its share of the batch."""
-    phased: bool
-    """One network's activations at a time."""
+    settings: Resolved[RunConfig]
+    """D, precision, micro-batch, form of the step."""
     world: World
     """The run's processes."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Images this process handles at a time; divides its share of the batch."""
+        return self.settings.micro_batch
 
 
 class Steps(Protocol):
@@ -194,7 +204,7 @@ class Distillation(RunConfig, ABC):
     width."""
     width: float = 1.0
     """Channels of the generator by those of the teacher, e.g. 0.5."""
-    teacher_storage: Literal["auto", "fp32", "half", "sharded"] = "auto"
+    teacher_storage: TeacherStorageOption = "auto"
     """How the frozen teacher is kept: fp32 on every process; half: in the run's own 16 bits wherever its arithmetic has
     no more (the same results); sharded: among the processes, by ZeRO 3. auto: half in bf16 and fp16, else fp32."""
     backward: Literal["auto", "joint", "phased"] = "auto"
@@ -233,6 +243,11 @@ class Distillation(RunConfig, ABC):
             raise ValueError("compile does not go with teacher-storage sharded: use fp32 or half")
         if self.backward not in ("auto", "joint", "phased"):
             raise ValueError(f"backward must be auto, joint or phased, got {self.backward!r}")
+
+    @property
+    def decided_storage(self) -> TeacherStorage:
+        """How the frozen teacher is kept. Raises what `decided_precision` does."""
+        return decide_storage(self.teacher_storage, self.decided_precision)
 
     def completed(self, network: NetworkConfig) -> Self:
         """These settings with what they leave open decided by the teacher's architecture alone.

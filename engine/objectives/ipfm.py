@@ -146,16 +146,14 @@ class DistillSteps:
     """
 
     def __init__(self, config: DistillConfig, context: StepContext, network: NetworkConfig) -> None:
-        assert config.D is not None
-        self.config, self.D = config, config.D
+        self.config, self.settings, self.D = config, context.settings, context.settings.D
         self.student, self.generator = context.trained["student"], context.trained["generator"]
-        self.teacher, self.network, self.phased = context.teacher, network, context.phased
+        self.teacher, self.network = context.teacher, network
         self.world = world = context.world
         self.micro_batch = micro_batch = context.micro_batch
         self.local_batch = config.batch // world.size
         # What every micro-batch starts from; nothing writes to it.
-        shape = (micro_batch, network.img_channels, network.img_resolution, network.img_resolution)
-        self._zeros = torch.zeros(shape, device=world.device)
+        self._zeros = torch.zeros(micro_batch, *network.image_shape, device=world.device)
         self._levels = [torch.full((micro_batch,), level, device=world.device) for level in config.levels]
         self._offsets = torch.arange(micro_batch, device=world.device)
 
@@ -214,7 +212,7 @@ class DistillSteps:
         afterwards. Every earlier evaluation that the gradient reaches is run once more in both, so that memory does not
         grow with K.
         """
-        config, phased = self.config, self.phased
+        config, phased = self.config, self.settings.phased
         last = self._last(Stream.GENERATOR_LAST, step)
         first = 0 if config.gradient == "all" else last
         mark("generator: samples")
@@ -237,7 +235,7 @@ class DistillSteps:
                 noisy,
                 alpha=config.alpha,
                 phased=phased,
-                rescale=config.precision == "fp16",
+                rescale=self.settings.precision == "fp16",
             )
 
         mark("generator: backward")

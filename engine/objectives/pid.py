@@ -199,7 +199,7 @@ class PhysicsInformedDistillation:
 
     def steps(self, context: StepContext) -> PidSteps:
         """See `Objective.steps`."""
-        return PidSteps(self.config, context, self.network, self.D)
+        return PidSteps(self.config, context, self.network)
 
     def forwards(self, *, phased: bool, checkpointed: bool) -> int:
         """See `Objective.forwards`: two evaluations with their backward passes, and one of the teacher."""
@@ -266,21 +266,19 @@ class PidSteps:
         config: settings with nothing left open but what memory decides.
         context: the network "generator", and where it runs.
         network: the teacher's architecture.
-        D: auxiliary dimensions of the latents.
     """
 
-    def __init__(self, config: PidConfig, context: StepContext, network: NetworkConfig, D: float) -> None:
-        self.config, self.network, self.D = config, network, D
+    def __init__(self, config: PidConfig, context: StepContext, network: NetworkConfig) -> None:
+        self.config, self.network, self.D = config, network, context.settings.D
         self.generator, self.teacher = context.trained["generator"], context.teacher
-        self.phased, self.world = context.phased, context.world
+        self.phased, self.world = context.settings.phased, context.world
         self.local_batch, self.micro_batch = config.batch // context.world.size, context.micro_batch
         device = context.world.device
         # Once: nobody else changes it, and it is a walk over all modules.
         self.generator.module.train(config.dropout > 0)
         self._lpips = None if config.distance == "l2" else _lpips(config, device)
         self._grid = config.noise.karras(config.points)[:-1].to(device)
-        shape = (context.micro_batch, network.img_channels, network.img_resolution, network.img_resolution)
-        self._zeros = torch.zeros(shape, device=device)
+        self._zeros = torch.zeros(context.micro_batch, *network.image_shape, device=device)
         self._start = torch.full((context.micro_batch,), config.noise.sigma_max, device=device)
         self._offsets = torch.arange(context.micro_batch, device=device)
         self._c_in = (config.noise.sigma_data**2 + config.noise.sigma_max**2) ** -0.5

@@ -5,13 +5,9 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 
-from ipfm.engine.config import ZeroStage
-from ipfm.engine.distributed.compilation import set_execution
-from ipfm.engine.distributed.ema import EmaNetwork
 from ipfm.engine.distributed.precision import apply_precision, halve_storage
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.distributed.zero import TrainedNetwork, shard_frozen
@@ -24,19 +20,18 @@ from ipfm.engine.evaluation.results import (
     read_results,
     write_results,
 )
-from ipfm.engine.memory import MemoryPlan, choose_layout, device_budget, plan_layout
-from ipfm.engine.memory.live import bytes_in_use
+from ipfm.engine.memory import MemoryPlan, device_budget, plan_layout
 from ipfm.engine.objectives.base import Distillation, Role, StepContext
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
 from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.engine.sampling.samplers import nfe
-from ipfm.engine.training.resolve import allow_tf32, resolve
-from ipfm.engine.training.run import run_training
+from ipfm.engine.training.resolve import resolve
+from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import teacher_facts
 from ipfm.models import NetworkConfig, Precond
 
 
-class Distiller:
+class Distiller(TrainingRun[Distillation]):
     """Distils a teacher into a generator, by the objective that the settings stand for.
 
     `DistillConfig` is inverse Poisson flow matching [IPFM, algorithms 1 and 2] and SiD, see `DistillSteps`. No data is
@@ -65,61 +60,31 @@ class Distiller:
         dataset: str = "",
         world: World | None = None,
     ) -> None:
-        self.world = world or start_world()
-        device = self.world.device
-        self.network = teacher.config
-        self.config = resolve(config, teacher.config, device)
-        trained = trained_config(self.network, self.config.dropout)
-        self.micro_batch, self.backward, self.activation_checkpointing = self._lay_out(trained)
-        config = self.config
-        assert config.D is not None and config.zero is not None and config.precision != "auto"
-        self.D = config.D
-        self.evaluation = evaluation
-        self.dataset = dataset
+        world = world or start_world()
+        settings = resolve(config, teacher.config, world)
+        self.network, self.dataset = teacher.config, dataset
+        self.trained_network = trained_config(self.network, config.dropout)
+        self.objective = settings.config.objective(self.trained_network)
         self.rows: list[EvaluationRow] = []
-        self.first_step = 0
-        self.objective = config.objective(trained)
-        self.title = self.objective.title
-        allow_tf32(config.tf32)
+        super().__init__(settings, world, title=self.objective.title, evaluation=evaluation)
         # The caller's teacher, where it lies on this device, is the caller's to release.
-        self.other_bytes = bytes_in_use(device, without=teacher) if config.profile_memory else 0
-
+        self._measure_other_bytes(without=teacher)
         self._facts = teacher_facts(teacher)
-        self.networks: dict[str, TrainedNetwork] = {}
-        for role in self.objective.roles:
-            net = starting_network(role.network, role.start, teacher, role.seed(config.seed)).to(device)
-            if role.name == self.objective.generator:
-                # As they are before the engine rounds them.
-                buffers = {name: buffer.detach().clone() for name, buffer in net.named_buffers()}
-            self.networks[role.name] = self._train(role, net)
+        self.networks = {role.name: self._in_training(role, teacher) for role in self.objective.roles}
         self.generator = self.networks[self.objective.generator]
-        self.averaged = EmaNetwork(self.generator, self._exported(), buffers, config.precision, device)
-        self.teacher = self._stored(teacher)
-        for module in (self.teacher, *(net.module for net in self.networks.values())):
-            net = cast(Precond, module)
-            net.activation_checkpointing = self.activation_checkpointing
-            set_execution(net, memory_format=config.memory_format, compiled=config.compile, device=device)
-        self.steps = self.objective.steps(
-            StepContext(self.networks, self.teacher, self.micro_batch, self.backward == "phased", self.world)
-        )
+        self.averaged = self._average_of(self.generator, self._exported())
+        self.teacher = self._execute_as_set(self._stored(teacher))
+        self.steps = self.objective.steps(StepContext(self.networks, self.teacher, settings, world))
 
-    def _train(self, role: Role, net: Precond) -> TrainedNetwork:
-        """The network of a role under its optimiser."""
-        config = self.config
-        assert config.zero is not None and config.precision != "auto"
-        return TrainedNetwork(
-            apply_precision(net, config.precision),
-            world=self.world,
-            lr=role.lr,
-            betas=(role.beta1, 0.999),
-            eps=config.eps,
-            ema=role.averaged,
-            rectified=role.rectified,
-            stage=config.zero,
-            precision=config.precision,
-            offload=config.offload,
-            clip_norm=config.clip_grad,
-        )
+    @property
+    def backward(self) -> str:
+        """The form of the step: "joint" or "phased"."""
+        return "phased" if self.settings.phased else "joint"
+
+    def _in_training(self, role: Role, teacher: Precond) -> TrainedNetwork:
+        """The network of a role, as it starts, under its optimiser."""
+        net = starting_network(role.network, role.start, teacher, role.seed(self.config.seed)).to(self.world.device)
+        return self._under_optimiser(net, lr=role.lr, beta1=role.beta1, ema=role.averaged, rectified=role.rectified)
 
     def _exported(self) -> NetworkConfig:
         """Architecture of the result; its dropout is the teacher's again, as a record, for it is used without any."""
@@ -129,46 +94,26 @@ class Distiller:
 
     def _stored(self, teacher: Precond) -> Precond:
         """The run's own copy of the teacher, kept as `teacher_storage` says."""
-        config = self.config
-        assert config.precision != "auto"
-        net = apply_precision(copy.deepcopy(teacher).to(self.world.device), config.precision)
+        settings = self.settings
+        net = apply_precision(copy.deepcopy(teacher).to(self.world.device), settings.precision)
         net.eval().requires_grad_(False)
-        if config.teacher_storage == "half":
-            halve_storage(net, config.precision)
-        elif config.teacher_storage == "sharded":
-            shard_frozen(net, offload=config.offload)
+        if settings.teacher_storage == "half":
+            halve_storage(net, settings.precision)
+        elif settings.teacher_storage == "sharded":
+            shard_frozen(net, offload=self.config.offload)
         return net
 
-    def iteration(self, step: int) -> StepMetrics:
-        """One update of every network of the objective; `step` counts from 0."""
-        self.averaged.release()
+    def _step(self, step: int) -> StepMetrics:
         return self.steps.iteration(step)
-
-    # -- looking at it ----------------------------------------------------------------------------------------------
 
     def sample(self, first: int, count: int, *, seed: int) -> Tensor:
         """Images first..first + count - 1 of `seed` from the averaged generator as last refreshed."""
         return self.objective.sample(self.average, first, count, seed=seed)
 
-    def refresh(self) -> None:
-        """Bring the averaged generator up to date. Every process must call it."""
-        self.averaged.refresh()
-
-    @property
-    def average(self) -> Precond:
-        """The averaged generator of the last `refresh`; the next step frees it."""
-        return self.averaged.net
-
-    def evaluate(self) -> FrechetResult | None:
-        """Fréchet distance of the averaged generator's samples; None without an evaluation."""
-        return None if self.evaluation is None else self._measure(self.evaluation)
-
-    def _measure(self, evaluation: Evaluation) -> FrechetResult:
-        return evaluation.measure(lambda first, count: self.sample(first, count, seed=evaluation.seed), self.world)
-
-    def picture(self, count: int, seed: int) -> Tensor:
-        """`count` images from fixed latents."""
-        return self.sample(0, count, seed=seed)
+    def memory_plan(self) -> MemoryPlan:
+        """The predicted memory of an iteration as it is laid out."""
+        budget = device_budget(self.world.device)
+        return plan_layout(self.settings, self.trained_network, ranks=self.world.size, budget=budget)
 
     # -- a whole run ------------------------------------------------------------------------------------------------
 
@@ -185,51 +130,17 @@ class Distiller:
             ValueError: the folder belongs to another run.
             TrainingFailed, Interrupted: from the loop.
         """
-        config, path = self.config, Path(path)
         about = {
             "task": "generator",
             "dataset": self.dataset,
-            **config.recorded(),
-            "D": config.to_json()["D"],
+            **self.config.recorded(),
+            "D": self.config.to_json()["D"],
             **self.objective.facts,
         }
-        folder, progress = run_training(
-            self,
-            config,
-            path,
-            kind="distill",
-            facts=self._facts,
-            export="generator",
-            about=about,
-        )
+        folder, progress = self._run(Path(path), kind="distill", facts=self._facts, export="generator", about=about)
         if self.evaluation is not None:
             self.rows = self._conclude(folder.path, self.evaluation, progress.last)
         return self.average
-
-    def _lay_out(self, network: NetworkConfig) -> tuple[int, str, bool]:
-        """(micro-batch, backward, activation checkpointing), and the ZeRO stage in `config`: as configured, or the
-        cheapest that this device holds."""
-        config = self.config
-        _, micro = config.split(self.world.size)
-        if None not in (config.micro_batch, config.zero) and "auto" not in (
-            config.backward,
-            config.activation_checkpointing,
-        ):
-            return micro, config.backward, config.activation_checkpointing == "on"
-        plan = choose_layout(config, network, ranks=self.world.size, budget=device_budget(self.world.device)).plan
-        self.config = replace(config, zero=cast(ZeroStage, plan.parts.stage))
-        return plan.micro_batch, plan.backward, plan.activation_checkpointing
-
-    def memory_plan(self) -> MemoryPlan:
-        """The predicted memory of an iteration as it is laid out."""
-        return plan_layout(
-            replace(self.config, micro_batch=self.micro_batch),
-            trained_config(self.network, self.config.dropout),
-            ranks=self.world.size,
-            phased=self.backward == "phased",
-            activation_checkpointing=self.activation_checkpointing,
-            budget=device_budget(self.world.device),
-        )
 
     def _conclude(self, folder: Path, evaluation: Evaluation, last: FrechetResult | None) -> list[EvaluationRow]:
         """Write results.txt, results.json and convergence.png into the run folder; every process calls it.

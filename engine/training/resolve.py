@@ -1,4 +1,4 @@
-"""What a configuration leaves open, decided for a teacher and a device."""
+"""What settings leave open, decided: by the network and the device first, then by memory."""
 
 from __future__ import annotations
 
@@ -7,15 +7,98 @@ from typing import TypeVar
 
 import torch
 
-from ipfm.engine.config import RunConfig
+from ipfm.engine.config import Resolved, RunConfig, TeacherConfig
 from ipfm.engine.data.augmentation import AUGMENT_DIM, SMALLEST_SIZE
 from ipfm.engine.distributed.compilation import check_compiler
 from ipfm.engine.distributed.precision import fp16_supported
+from ipfm.engine.distributed.world import World
+from ipfm.engine.memory import choose_layout, choose_training, device_budget
 from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.models import NetworkConfig
 
 C = TypeVar("C", bound=RunConfig)
 K = TypeVar("K", bound=Distillation)
+
+
+def resolve(config: K, network: NetworkConfig, world: World) -> Resolved[K]:
+    """A distillation's settings with nothing left open: completed, and laid out in the memory of these processes.
+
+    Args:
+        config: settings as given, or as `complete` made them.
+        network: the teacher's architecture, as it is stored.
+        world: the run's processes.
+
+    Returns:
+        As given where that leaves nothing open; else the cheapest layout that the device holds.
+
+    Raises:
+        ValueError: what `complete` raises; the batch does not divide among the processes, or memory does not suffice.
+    """
+    config = complete(config, network, world.device)
+    _, micro = config.split(world.size)
+    if (
+        config.zero is not None
+        and config.micro_batch is not None
+        and config.backward != "auto"
+        and config.activation_checkpointing != "auto"
+    ):
+        stage, phased, checkpointed = config.zero, config.backward == "phased", config.activation_checkpointing == "on"
+    else:
+        trained = trained_config(network, config.dropout)
+        plan = choose_layout(config, trained, ranks=world.size, budget=device_budget(world.device)).plan
+        stage, phased, checkpointed = plan.parts.stage, plan.phased, plan.activation_checkpointing
+        micro = plan.micro_batch
+    return replace(config, zero=stage).laid_out(
+        D=network.D, stage=stage, micro_batch=micro, phased=phased, checkpointed=checkpointed
+    )
+
+
+def resolve_training(config: TeacherConfig, network: NetworkConfig, world: World) -> Resolved[TeacherConfig]:
+    """The same for a teacher's training, where `network` is what is trained, but for the dropout of its settings.
+
+    Raises:
+        ValueError: what `complete_training` raises; the batch does not divide among the processes, or memory does not
+            suffice.
+    """
+    config = complete_training(config, network, world.device)
+    trained = replace(network, dropout=config.dropout)
+    plan = choose_training(config, trained, ranks=world.size, budget=device_budget(world.device))
+    stage, checkpointed = plan.parts.stage, plan.activation_checkpointing
+    return replace(config, zero=stage).laid_out(
+        D=network.D, stage=stage, micro_batch=plan.micro_batch, phased=False, checkpointed=checkpointed
+    )
+
+
+def complete(config: K, network: NetworkConfig, device: torch.device) -> K:
+    """A distillation's settings with what needs no process group decided: D, precision, the teacher's storage, and what
+    its own `completed` decides. What memory decides stays open, see `resolve`.
+
+    Args:
+        config: settings as given.
+        network: the teacher's architecture, as it is stored.
+        device: where it will run.
+
+    Raises:
+        ValueError: D contradicts the teacher's, it takes no augmentation labels and images are to be augmented, or
+            something else does not go with it or the device.
+    """
+    check_augment(config.augment, network)
+    config = replace(config, D=resolve_D(config.D, network)).completed(network)
+    config = resolve_precision(config, device)
+    return replace(config, teacher_storage=config.decided_storage)
+
+
+def complete_training(config: TeacherConfig, network: NetworkConfig, device: torch.device) -> TeacherConfig:
+    """The same for a teacher's training: D and precision.
+
+    Raises:
+        ValueError: D contradicts the network's, it takes no augmentation labels and images are to be augmented, or the
+            device cannot do the precision.
+    """
+    D = resolve_D(config.D, network)
+    check_augment(config.augment, network)
+    return resolve_precision(replace(config, D=D), device)
 
 
 def resolve_D(D: float | None, network: NetworkConfig) -> float:
@@ -48,22 +131,6 @@ def resolve_precision(config: C, device: torch.device) -> C:
     return replace(config, precision=precision)
 
 
-def resolve(config: K, network: NetworkConfig, device: torch.device) -> K:
-    """The configuration of a distillation with nothing left open but what memory decides: D, precision, the teacher's
-    storage, and what its own `resolved` decides.
-
-    Raises:
-        ValueError: D contradicts the teacher's, it takes no augmentation labels and images are to be augmented, or
-            something else does not go with it.
-    """
-    check_augment(config.augment, network)
-    config = replace(config, D=resolve_D(config.D, network)).completed(network)
-    config = resolve_precision(config, device)
-    if config.teacher_storage == "auto":
-        config = replace(config, teacher_storage="fp32" if config.precision == "fp32" else "half")
-    return config
-
-
 def check_augment(probability: float, network: NetworkConfig) -> None:
     """ValueError where images are to be augmented for a network that cannot be told so: it would learn to make them."""
     if probability > 0 and network.augment_dim != AUGMENT_DIM:
@@ -76,9 +143,3 @@ def check_augment(probability: float, network: NetworkConfig) -> None:
             f"augment {probability:g} needs images of at least {SMALLEST_SIZE}x{SMALLEST_SIZE}, "
             f"this network's have side {network.img_resolution}: give --augment 0"
         )
-
-
-def allow_tf32(allowed: bool) -> None:
-    """TF32 in fp32 convolutions and matrix products on GPUs that have it."""
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed

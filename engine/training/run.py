@@ -1,74 +1,179 @@
-"""A run from its folder to its exported network: what distillation and teacher training have in common."""
+"""A run, from its folder to its exported network: what distilling a teacher and training one have in common."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
-from ipfm.engine.config import RunConfig
-from ipfm.engine.training.loop import Progress, Task, train
+from torch import Tensor, nn
+
+from ipfm.engine.config import Resolved, RunConfig
+from ipfm.engine.distributed.compilation import set_execution
+from ipfm.engine.distributed.ema import EmaNetwork
+from ipfm.engine.distributed.precision import allow_tf32, apply_precision
+from ipfm.engine.distributed.world import World
+from ipfm.engine.distributed.zero import TrainedNetwork
+from ipfm.engine.evaluation.evaluation import Evaluation
+from ipfm.engine.evaluation.metrics import FrechetResult
+from ipfm.engine.memory import MemoryPlan
+from ipfm.engine.memory.live import bytes_in_use
+from ipfm.engine.objectives.step_metrics import StepMetrics
+from ipfm.engine.training.loop import Progress, train
 from ipfm.engine.training.run_folder import FREE, RunFolder, check_run_folder, open_run_folder
-from ipfm.models import Precond, save_model
+from ipfm.models import NetworkConfig, Precond, save_model
 
 # Settings that say where and how a run was made, and nothing of its result: a model is the same whatever they are.
 PLACE = FREE - {"max_steps", "kimg", "heun_steps", "tf32"}
 
+C = TypeVar("C", bound=RunConfig)
 
-class Exportable(Task, Protocol):
-    """A task that ends in a network."""
+
+class TrainingRun(ABC, Generic[C]):
+    """Networks in training, the average of one of them, and how it is looked at.
+
+    A kind of run says its networks, by `_under_optimiser` and `_average_of`, its `_step` and its `sample`.
+
+    Args:
+        settings: the run's settings, with nothing left open.
+        world: the run's processes.
+        title: in lines of the log.
+        evaluation: what samples are measured against; None measures nothing.
+    """
+
+    networks: Mapping[str, TrainedNetwork]
+    """What is trained, by name."""
+    averaged: EmaNetwork
+    """The average of the network that is the result."""
+
+    def __init__(self, settings: Resolved[C], world: World, *, title: str, evaluation: Evaluation | None) -> None:
+        self.settings, self.world, self.title, self.evaluation = settings, world, title, evaluation
+        self.config, self.D, self.micro_batch = settings.config, settings.D, settings.micro_batch
+        self.first_step = 0
+        self.other_bytes = 0
+        allow_tf32(self.config.tf32)
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """The networks' activations are computed again on the way back."""
+        return self.settings.checkpointed
+
+    # -- what a kind of run says ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _step(self, step: int) -> StepMetrics:
+        """One update of every network; `step` counts from 0."""
+
+    @abstractmethod
+    def sample(self, first: int, count: int, *, seed: int) -> Tensor:
+        """Images first..first + count - 1 of `seed` from the averaged network as last refreshed."""
+
+    @abstractmethod
+    def memory_plan(self) -> MemoryPlan:
+        """The predicted memory of a step as it is laid out."""
+
+    # -- making the networks ----------------------------------------------------------------------------------------
+
+    def _measure_other_bytes(self, *, without: nn.Module | None = None) -> None:
+        """Take what lies on the device now, but for `without`, for no part of the training; only if it is profiled."""
+        if self.config.profile_memory:
+            self.other_bytes = bytes_in_use(self.world.device, without=without)
+
+    def _under_optimiser(
+        self, net: Precond, *, lr: float, beta1: float, ema: bool, rectified: bool = False
+    ) -> TrainedNetwork:
+        """`net`, which lies on the run's device, with its optimiser, computing as the settings say."""
+        trained = TrainedNetwork(
+            apply_precision(net, self.settings.precision),
+            self.settings,
+            world=self.world,
+            lr=lr,
+            beta1=beta1,
+            ema=ema,
+            rectified=rectified,
+        )
+        self._execute_as_set(trained.module)
+        return trained
+
+    def _execute_as_set(self, net: Precond) -> Precond:
+        """`net` with the run's activation checkpointing, memory format and compilation."""
+        net.activation_checkpointing = self.settings.checkpointed
+        config = self.config
+        set_execution(net, memory_format=config.memory_format, compiled=config.compile, device=self.world.device)
+        return net
+
+    def _average_of(self, trained: TrainedNetwork, network: NetworkConfig) -> EmaNetwork:
+        """The average that `trained` keeps, as a network of the architecture `network`."""
+        return EmaNetwork(trained, network, trained.exact_buffers, self.settings.precision, self.world.device)
+
+    # -- training, and looking at the average -----------------------------------------------------------------------
+
+    def iteration(self, step: int) -> StepMetrics:
+        """One update of every network; `step` counts from 0. Frees the averaged network."""
+        self.averaged.release()
+        return self._step(step)
+
+    def refresh(self) -> None:
+        """Bring the averaged network up to date. Every process must call it."""
+        self.averaged.refresh()
 
     @property
     def average(self) -> Precond:
-        """The averaged network of the last `refresh`."""
-        ...
+        """The averaged network of the last `refresh`; the next step frees it."""
+        return self.averaged.net
 
+    def evaluate(self) -> FrechetResult | None:
+        """Fréchet distance of the averaged network's samples; None without an evaluation."""
+        return None if self.evaluation is None else self._measure(self.evaluation)
 
-def run_training(
-    task: Exportable, config: RunConfig, path: Path, *, kind: str, facts: Mapping[str, Any], export: str,
-    about: Mapping[str, Any],
-) -> tuple[RunFolder, Progress]:  # fmt: skip
-    """Train `task` in the run folder `path`, or continue it there, and export its averaged network.
+    def _measure(self, evaluation: Evaluation) -> FrechetResult:
+        return evaluation.measure(lambda first, count: self.sample(first, count, seed=evaluation.seed), self.world)
 
-    Args:
-        task: what is trained.
-        config: its settings.
-        path: the run folder.
-        kind: "distill" or "teacher".
-        facts: what identifies the run besides `config`.
-        export: name of the exported model's folder within the run folder.
-        about: facts stored with the exported model, beside its settings and the number of steps.
+    def picture(self, count: int, seed: int) -> Tensor:
+        """`count` images from fixed latents, (count, C, H, W) in [-1, 1]."""
+        return self.sample(0, count, seed=seed)
 
-    Returns:
-        The folder, and where the loop ended.
+    # -- a whole run ------------------------------------------------------------------------------------------------
 
-    Raises:
-        ValueError: the folder belongs to another run.
-        TrainingFailed, Interrupted: from the loop.
-    """
-    world = task.world
-    record = check_run_folder(path, kind, config, facts)
-    # Every process has looked before the first one writes.
-    world.barrier()
-    folder = open_run_folder(path, record, write=world.is_main)
-    world.barrier()
-    progress = train(task, config, folder)
-    export_network(task, config, path / export, about=about, steps=progress.step)
-    return folder, progress
+    def _run(
+        self, path: Path, *, kind: str, facts: Mapping[str, Any], export: str, about: Mapping[str, Any]
+    ) -> tuple[RunFolder, Progress]:
+        """Train in the run folder `path`, or continue there, and export the averaged network.
 
+        Args:
+            path: the run folder.
+            kind: "distill" or "teacher".
+            facts: what identifies the run besides its settings.
+            export: name of the exported model's folder within the run folder.
+            about: facts stored with the exported model, beside its settings and the number of steps.
 
-def export_network(task: Exportable, config: RunConfig, folder: Path, *, about: Mapping[str, Any], steps: int) -> None:
-    """Store the averaged network of `task`, with the settings that it owes its weights to. Every process calls it.
+        Returns:
+            The folder, and where the loop ended.
 
-    Args:
-        task: what was trained.
-        config: its settings.
-        folder: where the model is stored; what is there is replaced.
-        about: facts to store with it.
-        steps: number of optimiser steps done.
-    """
-    task.refresh()
-    if task.world.is_main:
-        settings = {name: value for name, value in config.to_json().items() if name not in PLACE}
-        save_model(task.average, folder, extra={**about, "optimizer_steps": steps, "config": settings})
-    task.world.barrier()
+        Raises:
+            ValueError: the folder belongs to another run.
+            TrainingFailed, Interrupted: from the loop.
+        """
+        record = check_run_folder(path, kind, self.config, facts)
+        # Every process has looked before the first one writes.
+        self.world.barrier()
+        folder = open_run_folder(path, record, write=self.world.is_main)
+        self.world.barrier()
+        progress = train(self, self.config, folder)
+        self.export(path / export, about=about, steps=progress.step)
+        return folder, progress
+
+    def export(self, folder: Path, *, about: Mapping[str, Any], steps: int) -> None:
+        """Store the averaged network, with the settings that it owes its weights to. Every process calls it.
+
+        Args:
+            folder: where the model is stored; what is there is replaced.
+            about: facts to store with it.
+            steps: number of optimiser steps done.
+        """
+        self.refresh()
+        if self.world.is_main:
+            settings = {name: value for name, value in self.config.to_json().items() if name not in PLACE}
+            save_model(self.average, folder, extra={**about, "optimizer_steps": steps, "config": settings})
+        self.world.barrier()

@@ -5,30 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ipfm.engine.config import TeacherConfig, ZeroStage
+from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.augmentation import augment
 from ipfm.engine.data.dataset import ImageDataset
-from ipfm.engine.distributed.compilation import set_execution
-from ipfm.engine.distributed.ema import EmaNetwork
-from ipfm.engine.distributed.precision import apply_precision
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.distributed.zero import TrainedNetwork
-from ipfm.engine.evaluation.evaluation import Evaluation, evaluate_teacher
-from ipfm.engine.evaluation.metrics import FrechetResult
-from ipfm.engine.memory import MemoryPlan, choose_training, device_budget
-from ipfm.engine.memory.live import bytes_in_use
+from ipfm.engine.evaluation.evaluation import Evaluation
+from ipfm.engine.memory import MemoryPlan, device_budget, plan_training
 from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
 from ipfm.engine.random_streams import Stream, seed_dropout
 from ipfm.engine.sampling.batches import sample_teacher
-from ipfm.engine.training.resolve import allow_tf32, check_augment, resolve_D, resolve_precision
-from ipfm.engine.training.run import run_training
+from ipfm.engine.training.resolve import resolve_training
+from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import fingerprint
 from ipfm.models import NetworkConfig, Precond, build_network
 
@@ -36,7 +31,7 @@ if TYPE_CHECKING:
     from ipfm.models.checkpoints.training_state import TrainingState
 
 
-class TeacherTraining:
+class TeacherTraining(TrainingRun[TeacherConfig]):
     """Trains a denoiser on `dataset`: minimises E w(sigma) ||net(y + noise, sigma) - y||^2 with the noise of D.
 
     Args:
@@ -62,54 +57,29 @@ class TeacherTraining:
         start: TrainingState | None = None,
         world: World | None = None,
     ) -> None:
-        shape = (network.img_channels, network.img_resolution, network.img_resolution)
-        if dataset.shape != shape:
-            raise ValueError(f"the network takes images {shape}, {dataset.name} has {dataset.shape}")
-        if network.label_dim not in (0, dataset.classes):
-            raise ValueError(f"the network takes {network.label_dim} classes, {dataset.name} has {dataset.classes}")
-        self.D = resolve_D(config.D, network)
-        check_augment(config.augment, network)
-        self.world = world or start_world()
-        device = self.world.device
-        self.config = config = resolve_precision(replace(config, D=self.D), device)
-        assert config.precision != "auto"
-        self.local_batch = config.split(self.world.size)[0]
-        self.dataset = dataset.to(device)
-        self.start = start
-        self.evaluation = evaluation
-        self.title = f"teacher D={self.D:g}"
-        allow_tf32(config.tf32)
-        self.other_bytes = bytes_in_use(device) if config.profile_memory else 0
-
-        # Every process draws the same initial weights.
-        torch.manual_seed(config.seed)
+        _check_images(network, dataset)
+        world = world or start_world()
+        settings = resolve_training(config, network, world)
+        super().__init__(settings, world, title=f"teacher D={settings.D:g}", evaluation=evaluation)
         self.network = replace(network, dropout=config.dropout)
-        self._plan = choose_training(config, self.network, ranks=self.world.size, budget=device_budget(device))
-        self.micro_batch = self._plan.micro_batch
-        self.config = replace(config, zero=cast(ZeroStage, self._plan.parts.stage))
-        net = apply_precision(build_network(self.network).to(device), config.precision)
-        if start is not None:
-            net.load_state_dict(dict(start.weights))
-        net.activation_checkpointing = self._plan.activation_checkpointing
-        buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
-        self.net = TrainedNetwork(
-            net,
-            world=self.world,
-            lr=config.lr,
-            betas=(config.beta1, 0.999),
-            eps=config.eps,
-            ema=True,
-            stage=self._plan.parts.stage,
-            precision=config.precision,
-            offload=config.offload,
-            clip_norm=config.clip_grad,
-        )
-        set_execution(net, memory_format=config.memory_format, compiled=config.compile, device=device)
-        self.averaged = EmaNetwork(self.net, self.network, buffers, config.precision, device)
+        self.local_batch, _ = config.split(world.size)
+        self.dataset = dataset.to(world.device)
+        self.start = start
+        self._measure_other_bytes()
+        self.net = self._in_training()
         self.networks = {"teacher": self.net}
-        self.first_step = 0
+        self.averaged = self._average_of(self.net, self.network)
         if start is not None:
             self._continue(start)
+
+    def _in_training(self) -> TrainedNetwork:
+        """The network, new or as the training elsewhere left it, under its optimiser."""
+        # Every process draws the same initial weights.
+        torch.manual_seed(self.config.seed)
+        net = build_network(self.network).to(self.world.device)
+        if self.start is not None:
+            net.load_state_dict(dict(self.start.weights))
+        return self._under_optimiser(net, lr=self.config.lr, beta1=self.config.beta1, ema=True)
 
     def _continue(self, start: TrainingState) -> None:
         """Take over what the optimiser knew; the schedules go on from the images seen."""
@@ -123,9 +93,8 @@ class TeacherTraining:
         self.net.steps_applied = start.adam_steps
         self.first_step = start.adam_steps if start.images_seen is None else start.images_seen // self.config.batch
 
-    def iteration(self, step: int) -> StepMetrics:
+    def _step(self, step: int) -> StepMetrics:
         """One update on the batch of `step`, counted from 0."""
-        self.averaged.release()
         config, noise, world = self.config, self.config.noise, self.world
         tally = LossSum("teacher", world)
         self.net.module.train()
@@ -147,7 +116,7 @@ class TeacherTraining:
                 y,
                 sigma,
                 self.D,
-                cast(Precond, self.net.module),
+                self.net.module,
                 seed=config.seed,
                 stream=Stream.TEACHER_NOISE,
                 step=step,
@@ -169,34 +138,18 @@ class TeacherTraining:
         )
         return tally.measured(applied)
 
+    def sample(self, first: int, count: int, *, seed: int) -> Tensor:
+        """Images first..first + count - 1 of `seed` from the averaged network as last refreshed."""
+        return sample_teacher(self.average, first, count, D=self.D, steps=self.config.heun_steps, seed=seed)
+
     def memory_plan(self) -> MemoryPlan:
-        """The predicted memory of a step."""
-        return self._plan
-
-    def refresh(self) -> None:
-        """Bring the averaged network up to date. Every process must call it."""
-        self.averaged.refresh()
-
-    @property
-    def average(self) -> Precond:
-        """The averaged network of the last `refresh`; the next step frees it."""
-        return self.averaged.net
-
-    def evaluate(self) -> FrechetResult | None:
-        """Fréchet distance of the averaged network's samples; None without an evaluation."""
-        return None if self.evaluation is None else evaluate_teacher(
-            self.average, self.evaluation, self.world, D=self.D, steps=self.config.heun_steps
-        )  # fmt: skip
-
-    def picture(self, count: int, seed: int) -> Tensor:
-        """`count` images from fixed latents."""
-        return sample_teacher(self.average, 0, count, D=self.D, steps=self.config.heun_steps, seed=seed)
+        """The predicted memory of a step as it is laid out."""
+        budget = device_budget(self.world.device)
+        return plan_training(self.settings, self.network, ranks=self.world.size, budget=budget)
 
     def run(self, path: Path | str) -> Precond:
         """Train in the run folder `path`, or continue there; the averaged network, also saved as path/model."""
-        run_training(
-            self,
-            self.config,
+        self._run(
             Path(path),
             kind="teacher",
             facts=training_facts(self.config, self.network, self.dataset, self.start),
@@ -204,6 +157,14 @@ class TeacherTraining:
             about={"task": "teacher", "dataset": _place_free(self.dataset.name)},
         )
         return self.average
+
+
+def _check_images(network: NetworkConfig, dataset: ImageDataset) -> None:
+    """ValueError unless the network takes the data's images and classes."""
+    if dataset.shape != network.image_shape:
+        raise ValueError(f"the network takes images {network.image_shape}, {dataset.name} has {dataset.shape}")
+    if network.label_dim not in (0, dataset.classes):
+        raise ValueError(f"the network takes {network.label_dim} classes, {dataset.name} has {dataset.classes}")
 
 
 def training_facts(

@@ -15,7 +15,7 @@ from ipfm.engine.distributed.precision import apply_precision
 from ipfm.engine.distributed.world import run_device
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives.ipfm import DistillConfig
-from ipfm.engine.training.resolve import resolve, resolve_D, resolve_precision
+from ipfm.engine.training.resolve import complete, resolve_D, resolve_precision
 from ipfm.models import EDMPrecond, NetworkConfig, presets
 
 NAN, INF = math.nan, math.inf
@@ -290,17 +290,17 @@ def test_precision_on_a_gpu(zero, expected, capable, monkeypatch):
 def test_a_network_that_cannot_be_told_of_augmentation(network, message):
     config = NetworkConfig(img_channels=1, model_channels=8, channel_mult=(1,), num_blocks=1, **network)
     with pytest.raises(ValueError, match=message):
-        resolve(DistillConfig(augment=0.12), config, torch.device("cpu"))
-    assert resolve(DistillConfig(), config, torch.device("cpu")).augment == 0
+        complete(DistillConfig(augment=0.12), config, torch.device("cpu"))
+    assert complete(DistillConfig(), config, torch.device("cpu")).augment == 0
 
 
-def test_resolve_leaves_open_what_memory_decides():
-    config = resolve(DistillConfig(steps=2), DIGITS, CPU)
+def test_complete_leaves_open_what_memory_decides():
+    config = complete(DistillConfig(steps=2), DIGITS, CPU)
     assert (config.D, config.sigmas, config.precision, config.zero) == (128.0, (2.5, 1.25), "fp32", None)
     assert (config.micro_batch, config.backward, config.activation_checkpointing) == (None, "auto", "auto")
-    assert resolve(config, DIGITS, CPU) == config
+    assert complete(config, DIGITS, CPU) == config
     with pytest.raises(ValueError, match="D 64 was given"):
-        resolve(DistillConfig(D=64.0), DIGITS, CPU)
+        complete(DistillConfig(D=64.0), DIGITS, CPU)
 
 
 def test_apply_precision():

@@ -20,7 +20,6 @@ from ipfm.engine.runtime.launcher import stop_world
 from ipfm.engine.training import resolve
 from ipfm.engine.training.checkpoint import find_checkpoint, load_checkpoint
 from ipfm.engine.training.checkpoint_writer import save_checkpoint
-from ipfm.engine.training.run import export_network
 from ipfm.models import load_teacher
 
 
@@ -65,7 +64,7 @@ def main() -> None:
         if "save" in case:
             save_checkpoint(Path(case["save"]), case["steps"], distiller.networks, world)
         if "export" in case:
-            export_network(distiller, distiller.config, Path(case["export"]), about={}, steps=case["steps"])
+            distiller.export(Path(case["export"]), about={}, steps=case["steps"])
         if world.is_main:
             save_file(tensors, Path(job["out"]) / f"{case['name']}-{world.size}.safetensors")
     stop_world()

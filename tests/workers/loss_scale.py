@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from ipfm.engine.config import RunConfig
 from ipfm.engine.distributed.world import import_deepspeed, start_world
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.runtime.launcher import stop_world
@@ -17,10 +18,9 @@ def main() -> None:
     # Processors without fast fp16 can do it too, slowly.
     import_deepspeed().accelerator.get_accelerator().is_fp16_supported = lambda: True
     torch.manual_seed(0)
-    trained = TrainedNetwork(
-        torch.nn.Linear(4, 4), world=world, lr=1e-2, betas=(0.0, 0.999), eps=1e-3, ema=True, stage=job["stage"],
-        precision="fp16",
-    )  # fmt: skip
+    config = RunConfig(eps=1e-3, zero=job["stage"], precision="fp16")
+    settings = config.laid_out(D=math.inf, stage=job["stage"], micro_batch=1, phased=False, checkpointed=False)
+    trained = TrainedNetwork(torch.nn.Linear(4, 4), settings, world=world, lr=1e-2, beta1=0.0, ema=True)
 
     def weights() -> torch.Tensor:
         return torch.cat([p.detach().flatten().clone() for _, p in trained.full("weight")])

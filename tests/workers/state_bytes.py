@@ -2,10 +2,12 @@
 
 import gc
 import json
+import math
 import sys
 
 import torch
 
+from ipfm.engine.config import RunConfig
 from ipfm.engine.distributed import zero
 from ipfm.engine.distributed.precision import apply_precision
 from ipfm.engine.distributed.world import start_world
@@ -31,9 +33,11 @@ def main() -> None:
                     continue
                 gc.collect()
                 before = tensor_bytes()
+                config = RunConfig(eps=1e-3, zero=stage, precision=precision, offload=offload)
+                settings = config.laid_out(D=math.inf, stage=stage, micro_batch=1, phased=False, checkpointed=False)
                 trained = zero.TrainedNetwork(
-                    apply_precision(build_network(presets.get("digits")), precision), world=world, lr=1e-3,
-                    betas=(0.0, 0.999), eps=1e-3, ema=True, stage=stage, precision=precision, offload=offload,
+                    apply_precision(build_network(presets.get("digits")), precision), settings, world=world, lr=1e-3,
+                    beta1=0.0, ema=True,
                 )  # fmt: skip
                 trained.backward(trained(torch.zeros(1, 1, 8, 8), torch.ones(1)).square().sum())
                 gc.collect()

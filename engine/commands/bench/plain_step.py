@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ipfm.engine.distributed.precision import Precision, apply_precision
+from ipfm.engine.config import Resolved
+from ipfm.engine.distributed.precision import apply_precision
 from ipfm.engine.objectives.initial_networks import trainable_copy
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.models import Precond
@@ -66,17 +67,18 @@ class PlainDistillation:
     """One-step distillation on one device, the whole batch at once [IPFM, algorithm 1, with SiD's regularisation].
 
     Args:
-        config: batch, alpha, noise levels, learning rates, Adam's and the EMA's settings; K is 1.
+        settings: batch, alpha, noise levels, learning rates, Adam's and the EMA's settings; K is 1. The precision is
+            the arithmetic of the convolutions; weights are fp32.
         teacher: the denoiser; copied.
-        precision: arithmetic of the convolutions; weights are fp32.
         device: where it runs.
     """
 
-    def __init__(self, config: DistillConfig, teacher: Precond, *, precision: Precision, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, settings: Resolved[DistillConfig], teacher: Precond, *, device: torch.device) -> None:
+        config = self.config = settings.config
+        self.D, self.device = settings.D, device
 
         def prepared(net: Precond) -> Precond:
-            return plain_layers(apply_precision(net.to(device), precision))
+            return plain_layers(apply_precision(net.to(device), settings.precision))
 
         self.teacher = prepared(copy.deepcopy(teacher)).eval().requires_grad_(False)
         self.student, self.generator = (prepared(trainable_copy(teacher, config.dropout)) for _ in range(2))
@@ -88,8 +90,7 @@ class PlainDistillation:
                 (self.generator, config.lr, config.generator_beta1),
             )
         )
-        shape = (config.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
-        self.zeros = torch.zeros(shape, device=device)
+        self.zeros = torch.zeros(config.batch, *teacher.config.image_shape, device=device)
         self.level = torch.full((config.batch,), config.levels[0], device=device)
 
     def iteration(self, step: int) -> None:
@@ -126,10 +127,8 @@ class PlainDistillation:
 
     def _noisy(self, y: Tensor, sigma: Tensor) -> Tensor:
         """x = y + sigma g / sqrt(K / D), K = 2 Gamma(D / 2) [PFGM++, Xu et al. 2023, eq. 4]."""
-        D = self.config.D
-        assert D is not None
-        if not math.isinf(D):
-            sigma = sigma / (torch._standard_gamma(torch.full_like(sigma, D / 2)) * (2 / D)).sqrt()
+        if not math.isinf(self.D):
+            sigma = sigma / (torch._standard_gamma(torch.full_like(sigma, self.D / 2)) * (2 / self.D)).sqrt()
         return y + sigma.view(-1, 1, 1, 1) * torch.randn_like(y)
 
     @staticmethod

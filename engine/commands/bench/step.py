@@ -14,15 +14,16 @@ from typing import Literal
 import torch
 
 from ipfm.engine.commands.bench.plain_step import PlainDistillation
+from ipfm.engine.config import Precision
 from ipfm.engine.distributed.compilation import set_execution
-from ipfm.engine.distributed.precision import Precision
+from ipfm.engine.distributed.precision import allow_tf32
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.memory.live import LiveBytes, bytes_in_use
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.runtime.launcher import stop_world
 from ipfm.engine.runtime.progress import ProgressBar
 from ipfm.engine.training.distiller import Distiller
-from ipfm.engine.training.resolve import allow_tf32, resolve
+from ipfm.engine.training.resolve import resolve
 from ipfm.kernels.bench.machine import describe
 from ipfm.models import NetworkConfig, Precond, build_network
 
@@ -194,9 +195,7 @@ def _prepare(
     if variant.form != "plain":
         return Distiller(config, teacher, world=world).iteration
     allow_tf32(config.tf32)
-    plain = PlainDistillation(
-        resolve(config, network, world.device), teacher, precision=variant.precision, device=world.device
-    )
+    plain = PlainDistillation(resolve(config, network, world), teacher, device=world.device)
     if variant.compiled:
         for net in (plain.teacher, plain.student, plain.generator):
             set_execution(net, memory_format="contiguous", compiled=True, device=world.device)

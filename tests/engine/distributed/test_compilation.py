@@ -11,7 +11,7 @@ from torch._inductor import config as inductor
 from ipfm.engine import DistillConfig
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.distributed.compilation import check_compiler, set_execution
-from ipfm.engine.training.resolve import resolve
+from ipfm.engine.training.resolve import complete
 from ipfm.models import NetworkConfig, Precond, build_network
 from ipfm.models.blocks import UNetBlock
 
@@ -113,4 +113,4 @@ def test_what_cannot_be_compiled() -> None:
         with pytest.raises(ValueError, match=r"^compile needs a C\+\+ compiler on a CPU, .* none: install g\+\+"):
             check_compiler(CPU)
         with pytest.raises(ValueError, match="compile needs a"):
-            resolve(DistillConfig(compile=True), NETWORKS["adm"], CPU)
+            complete(DistillConfig(compile=True), NETWORKS["adm"], CPU)

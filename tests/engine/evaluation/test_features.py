@@ -10,9 +10,9 @@ import pytest
 import tiny_inception
 import torch
 
+from ipfm.engine.distributed.precision import allow_tf32
 from ipfm.engine.evaluation.metrics import Features, InceptionFeatures, PixelFeatures
 from ipfm.engine.evaluation.metrics.features import Classifier
-from ipfm.engine.training.resolve import allow_tf32
 
 
 def images(count: int, channels: int = 3, side: int = 8, seed: int = 0) -> torch.Tensor:

@@ -11,7 +11,7 @@ import launch
 import pytest
 import torch
 
-from ipfm.engine import DistillConfig, Distiller, plan_memory
+from ipfm.engine import DistillConfig, plan_memory
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.distributed.precision import DTYPES, apply_precision, halve_storage
 from ipfm.engine.distributed.world import World
@@ -23,7 +23,7 @@ from ipfm.engine.memory.state import Sharding, state_bytes
 from ipfm.engine.objectives.base import StepContext
 from ipfm.engine.objectives.ipfm import DistillSteps
 from ipfm.engine.objectives.phases import listening
-from ipfm.engine.training.resolve import resolve
+from ipfm.engine.training.resolve import complete, resolve
 from ipfm.models import NetworkConfig, build_network, presets
 
 SMALL = NetworkConfig(
@@ -80,8 +80,8 @@ def measured(settings: StepSettings) -> dict[str, int]:
     trained = {
         name: Real(net.to(DTYPES[precision])) for name, net in zip(("student", "generator"), nets[1:], strict=True)
     }
-    context = StepContext(trained, nets[0], settings.micro_batch, settings.phased, World(0, 1, CPU))
-    steps = DistillSteps(replace(settings.config, dropout=settings.network.dropout), context, settings.network)
+    context = StepContext(trained, nets[0], settings.resolved, World(0, 1, CPU))
+    steps = DistillSteps(settings.resolved.config, context, settings.network)
     gc.collect()
     peaks: dict[str, int] = {}
     current = ["start"]
@@ -264,17 +264,18 @@ def test_the_lowest_stage_that_fits():
 
 def test_a_run_takes_the_stage_that_was_chosen(monkeypatch):
     network = replace(SMALL, model_channels=256)
-    config = resolve(_config(batch=8, micro_batch=2, D=math.inf), network, CPU)
-    run = object.__new__(Distiller)
-    run.config, run.network, run.world = config, network, World(0, 4, CPU)
+    config = complete(_config(batch=8, micro_batch=2, D=math.inf), network, CPU)
+    world = World(0, 4, CPU)
     budget = plan_memory(network, micro_batch=2, ranks=4, stage=2, backward="joint").peak
-    monkeypatch.setattr("ipfm.engine.training.distiller.device_budget", lambda _: budget)
-    assert run._lay_out(network) == (2, "joint", False) and run.config == replace(config, zero=2)
+    monkeypatch.setattr("ipfm.engine.training.resolve.device_budget", lambda _: budget)
+    run = resolve(config, network, world)
+    assert (run.micro_batch, run.phased, run.checkpointed) == (2, False, False)
+    assert run.stage == 2 and run.config == replace(config, zero=2)
     # What is given stands, and nothing is looked at when nothing is open.
     given = replace(config, zero=1, backward="phased", activation_checkpointing="on")
-    run.config = given
-    monkeypatch.setattr("ipfm.engine.training.distiller.device_budget", pytest.fail)
-    assert run._lay_out(network) == (2, "phased", True) and run.config == given
+    monkeypatch.setattr("ipfm.engine.training.resolve.device_budget", pytest.fail)
+    run = resolve(given, network, world)
+    assert (run.micro_batch, run.phased, run.checkpointed) == (2, True, True) and run.config == given
 
 
 def test_choice_respects_what_is_fixed():

@@ -232,8 +232,7 @@ def test_a_distillation_holds_what_was_planned(backward: str, tmp_path: Path):
     context = StepContext(
         {"student": Trained(ema=False), "generator": Trained(ema=True)},
         EDMPrecond(SMALL).eval().requires_grad_(False),
-        batch,
-        backward == "phased",
+        config.laid_out(D=128.0, stage=0, micro_batch=batch, phased=backward == "phased", checkpointed=False),
         World(0, 1, CPU),
     )
     steps = DistillSteps(config, context, SMALL)

@@ -11,7 +11,7 @@ import torch
 from no_reading import NoReading, Reading
 
 # What reads on a CPU and not on a GPU: indices there are not checked, and kernels draw the noise.
-ON_A_CPU_ALONE = ("engine/data.py batch: low, high = ", "kernels/_numpy_philox.py ")
+ON_A_CPU_ALONE = ("data/dataset.py batch: low, high = ", "kernels/_numpy_philox.py ")
 
 
 @pytest.mark.distributed
