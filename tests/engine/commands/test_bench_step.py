@@ -18,8 +18,10 @@ from ipfm.engine.commands.bench import step as bench
 from ipfm.engine.commands.bench.memory import bench_network
 from ipfm.engine.commands.bench.plain_step import PlainConv2d, PlainDistillation, PlainGroupNorm
 from ipfm.engine.commands.main import _main
+from ipfm.engine.distributed.world import World
 from ipfm.engine.random_streams import Stream
 from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.training.resolve import resolve
 from ipfm.kernels import reference
 from ipfm.models import NetworkConfig, build_network
 from ipfm.models.layers import Conv2d, GroupNorm
@@ -62,7 +64,8 @@ def test_plain_pytorch_does_the_same_mathematics() -> None:
     # A large epsilon: with a small one Adam turns rounding into whole steps.
     config = DistillConfig(batch=4, max_steps=3, D=16.0, lr=1e-3, eps=1e-2, ema_kimg=0.05, alpha=1.2)
     expected = plain_loop.distill(teacher, config, 3)
-    plain = SameNoise(config, teacher, precision="fp32", device=torch.device("cpu"))
+    settings = resolve(config, NETWORK, World(0, 1, torch.device("cpu")))
+    plain = SameNoise(settings, teacher, device=torch.device("cpu"))
     for step in range(3):
         plain.step = step
         plain.iteration(step)
@@ -80,9 +83,8 @@ def test_plain_pytorch_does_the_same_mathematics() -> None:
 
 
 def test_its_layers_are_pytorchs_own() -> None:
-    plain = PlainDistillation(
-        DistillConfig(batch=2, D=16.0), build_network(NETWORK), precision="fp32", device=torch.device("cpu")
-    )
+    settings = resolve(DistillConfig(batch=2, D=16.0), NETWORK, World(0, 1, torch.device("cpu")))
+    plain = PlainDistillation(settings, build_network(NETWORK), device=torch.device("cpu"))
     for net in (plain.teacher, plain.student, plain.generator):
         kinds = {type(module) for module in net.modules()}
         assert {PlainGroupNorm, PlainConv2d} <= kinds and not {GroupNorm, Conv2d} & kinds
