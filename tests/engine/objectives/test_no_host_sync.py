@@ -56,7 +56,7 @@ def test_what_counts_as_reading(name: str) -> None:
         READINGS[name](tensor)
     with NoReading(count=True) as mode:
         READINGS[name](tensor)
-    assert "tests/engine/objectives/test_no_host_sync.py <lambda>: " in next(iter(mode.found))
+    assert "objectives/test_no_host_sync.py <lambda>: " in next(iter(mode.found))
 
 
 def test_what_does_not() -> None:
