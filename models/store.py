@@ -6,7 +6,7 @@ config.json:
     network           its NetworkConfig
     dtype             of its parameters
     sha256            of model.safetensors, so that damage and mixed-up files are noticed
-    extra             whatever the writer wants to say about the weights (noise levels, alpha, training facts)
+    extra             what the writer says of the weights (noise levels, training), see `ipfm.models.facts`
 
 No code is stored and none is run. A folder is written beside its final place and renamed, so that a reader finds
 either the old network or the new one, whole, whatever interrupts the writer.
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ipfm.models.atomic_files import atomic_folder, previous_of, write_durably
 from ipfm.models.config import NetworkConfig, PrecondType
+from ipfm.models.facts import GeneratorFacts, TeacherFacts, read_facts
 from ipfm.models.precond import Precond, build_network
 
 CONFIG_FILE = "config.json"
@@ -40,13 +41,28 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch
 
 @dataclass(frozen=True)
 class StoredConfig:
-    """What config.json of a stored network says."""
+    """What config.json of a stored network says.
+
+    Attributes:
+        class_name: of the network.
+        network: its configuration.
+        dtype: of its parameters.
+        sha256: of model.safetensors.
+        folder: where both files lie.
+        extra: what the writer said of the weights, JSON values with infinite numbers as numbers.
+    """
 
     class_name: str
     network: NetworkConfig
     dtype: torch.dtype
     sha256: str
+    folder: Path
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> TeacherFacts | GeneratorFacts:
+        """`extra`, by name."""
+        return read_facts(self.extra)
 
 
 def save_model(
@@ -56,14 +72,21 @@ def save_model(
     extra: Mapping[str, Any] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write `net` to `folder`, replacing a network stored there before, all or nothing. A symbolic link stays one.
+    """Write a network to a folder, replacing one stored there before, all or nothing. A symbolic link stays one.
 
-    extra: facts to keep beside the weights: JSON values, infinite numbers included.
-    state: values to store instead of the network's own (an average of the weights, weights gathered from other
-        processes), by the names of its state dict.
+    One process at a time may write to a folder.
 
-    One process at a time may write to a folder. Raises ValueError where `folder` is a file or holds other files, which
-    replacing would delete, where `state` does not fit, or `extra` is no JSON; OSError where the disk refuses.
+    Args:
+        net: the network.
+        folder: the folder.
+        extra: facts to keep beside the weights: JSON values, infinite numbers included; see `ModelFacts.to_json`.
+        state: values to store instead of the network's own (an average of the weights, weights gathered from other
+            processes), by the names of its state dict.
+
+    Raises:
+        ValueError: `folder` is a file or holds other files, which replacing would delete, `state` does not fit, or
+            `extra` is no JSON.
+        OSError: the disk refuses.
     """
     target = Path(folder).resolve()
     _refuse_foreign(target)
@@ -86,18 +109,41 @@ def save_model(
 
 
 def read_config(folder: str | os.PathLike[str]) -> StoredConfig:
-    """What is stored in `folder`, without reading the weights; ValueError naming the file that is missing or bad."""
+    """What is stored in a folder, without reading the weights.
+
+    Args:
+        folder: a model folder.
+
+    Raises:
+        ValueError: one line that names the file that is missing or damaged.
+    """
     return _read_config(_existing(Path(folder)))
 
 
 def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Precond:
-    """The network stored in `folder`, on `device`, in the dtype it was stored in and in eval mode.
+    """The network stored in a folder, in the dtype it was stored in and in eval mode.
 
-    Raises ValueError, one line that names the file, where anything is missing, damaged or does not fit together.
+    Args:
+        folder: a model folder.
+        device: where the network is to be.
+
+    Raises:
+        ValueError: one line that names the file, where anything is missing, damaged or does not fit together.
     """
-    place = _existing(Path(folder))
-    stored = _read_config(place)
-    path = place / TENSOR_FILE
+    return load_stored(read_config(folder), device=device)
+
+
+def load_stored(stored: StoredConfig, *, device: torch.device | str = "cpu") -> Precond:
+    """The network whose config.json has been read; as `load_model`.
+
+    Args:
+        stored: from `read_config`.
+        device: where the network is to be.
+
+    Raises:
+        ValueError: one line that names the file: the weights are missing, damaged or do not fit.
+    """
+    path = stored.folder / TENSOR_FILE
     tensors = _read_tensors(path, stored.sha256)
     with torch.device("meta"):
         net = build_network(stored.network)
@@ -189,6 +235,7 @@ def _read_config(folder: Path) -> StoredConfig:
             network=network,
             dtype=_DTYPES[data["dtype"]],
             sha256=data["sha256"],
+            folder=folder,
             extra=_from_json(data["extra"]),
         )
     except ValueError as error:

@@ -1,46 +1,87 @@
-"""A teacher from wherever it is stored: a folder of our own format, or a checkpoint of EDM, PFGM++ or SiD."""
+"""A network from wherever it is stored: a folder of our own format, or a checkpoint of EDM, PFGM++ or SiD."""
 
 import os
 from pathlib import Path
 
 import torch
 
-from ipfm.models.checkpoints.reader import ImportedNetwork, check_D, open_checkpoint
+from ipfm.models.checkpoints.reader import Checkpoint, ImportedNetwork, check_D, open_checkpoint
 from ipfm.models.precond import Precond, build_network
-from ipfm.models.store import load_model, read_config
+from ipfm.models.store import StoredConfig, load_stored, read_config
 
 
 def load_teacher(
     path: str | os.PathLike[str], *, D: float | None = None, network: str | None = None
 ) -> Precond:  # fmt: skip
-    """The network at `path`, frozen and in eval mode, on the CPU; `.config` describes it.
+    """The teacher at `path`, frozen and in eval mode, on the CPU; `.config` describes it.
 
-    path: a folder with config.json and model.safetensors, or a checkpoint file of EDM, PFGM++ or SiD (network
-        snapshot or training state), from which nothing is run.
-    D: the auxiliary dimensions it is expected to be trained for (inf: diffusion). None takes what the file says, and
-        inf for a checkpoint that says nothing.
-    network: which of a checkpoint's networks. None takes the average of the weights where there is one
-        (`Checkpoint.choose`).
+    Args and errors as of `load_network`.
+    """
+    return load_network(path, D=D, network=network)
 
-    Raises ValueError, one line that names the file, where `path` is anything else, is damaged, has no such network, or
-    was trained for another D.
+
+def load_network(path: str | os.PathLike[str], *, D: float | None = None, network: str | None = None) -> Precond:
+    """The network at `path`, a teacher or a generator, frozen and in eval mode, on the CPU; `.config` describes it.
+
+    Args:
+        path: a folder with config.json and model.safetensors, or a checkpoint file of EDM, PFGM++ or SiD (network
+            snapshot or training state), from which nothing is run.
+        D: the auxiliary dimensions it is expected to be trained for (inf: diffusion). None takes what the file says,
+            and inf for a checkpoint that says nothing.
+        network: which of a checkpoint's networks. None takes the average of the weights where there is one
+            (`Checkpoint.choose`).
+
+    Raises:
+        ValueError: one line that names the file, where `path` is anything else, is damaged, has no such network, or was
+            trained for another D.
     """
     place = Path(path)
     check_D(D)
     if place.is_file():
-        return build(open_checkpoint(place).read(network, D=D)).requires_grad_(False)
+        return load_from_checkpoint(open_checkpoint(place), D=D, network=network)
     stored = read_config(place)
     if network is not None:
         raise ValueError(f"{place} holds one network, from which none can be chosen, but {network!r} was asked for")
+    return load_from_folder(stored, D=D)
+
+
+def load_from_checkpoint(checkpoint: Checkpoint, *, D: float | None = None, network: str | None = None) -> Precond:
+    """A network of an opened checkpoint; as `load_network`.
+
+    Args:
+        checkpoint: from `open_checkpoint`.
+        D: the auxiliary dimensions it is expected to be trained for.
+        network: which of its networks.
+
+    Raises:
+        ValueError: one line that names the file.
+    """
+    return build(checkpoint.read(network, D=D)).requires_grad_(False)
+
+
+def load_from_folder(stored: StoredConfig, *, D: float | None = None) -> Precond:
+    """The network of a model folder whose config.json has been read; as `load_network`.
+
+    Args:
+        stored: from `read_config`.
+        D: the auxiliary dimensions it is expected to be trained for.
+
+    Raises:
+        ValueError: one line that names the file.
+    """
     if D is not None and D != stored.network.D:
-        raise ValueError(f"{place} was trained for D = {stored.network.D:g}, but D = {D:g} was asked for")
-    return load_model(place).requires_grad_(False)
+        raise ValueError(f"{stored.folder} was trained for D = {stored.network.D:g}, but D = {D:g} was asked for")
+    return load_stored(stored).requires_grad_(False)
 
 
 def build(imported: ImportedNetwork) -> Precond:
     """The network of a checkpoint on the CPU, in eval mode, which takes the weights over without copying them.
 
-    ValueError where they do not fit.
+    Args:
+        imported: from `Checkpoint.read`.
+
+    Raises:
+        ValueError: the weights do not fit.
     """
     with torch.device("meta"):
         net = build_network(imported.config)

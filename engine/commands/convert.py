@@ -14,6 +14,7 @@ from ipfm.engine.runtime.json_output import output
 
 if TYPE_CHECKING:
     from ipfm.models.checkpoints.reader import Checkpoint, ImportedNetwork
+    from ipfm.models.facts import ModelFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,10 @@ class Convert:
             if self.sigmas:
                 check_sigmas(self.sigmas)
             checkpoint = open_checkpoint(self.source)
-            task = self._task(checkpoint, checkpoint.choose(self.network))
-            imported = checkpoint.read(self.network, D=self.D)
-            facts = task | {"D": imported.config.D, "source": self._source(checkpoint, imported)}
+            name = checkpoint.choose(self.network)
+            generator = self._is_generator(checkpoint, name)
+            imported = checkpoint.read(name, D=self.D)
+            facts = self._about(generator, imported, self._source(checkpoint, imported)).to_json()
             net = build(imported)
             save_model(net, self.out, extra=facts)
         size = sum(p.numel() for p in net.parameters())
@@ -67,7 +69,8 @@ class Convert:
                 "\n".join(f"{name + ':':<14}{value}" for name, value in lines),
             )
 
-    def _task(self, checkpoint: Checkpoint, name: str) -> dict[str, object]:
+    def _is_generator(self, checkpoint: Checkpoint, name: str) -> bool:
+        """ValueError: it needs noise levels and has none, or the other way round."""
         generator = self.generator or checkpoint.is_generator(name)
         if generator and not self.sigmas:
             raise ValueError(
@@ -75,7 +78,15 @@ class Convert:
             )
         if self.sigmas and not generator:
             raise ValueError(f"sigmas are a generator's; give --generator if {name} of {checkpoint.where} is one")
-        return {"task": "generator", "sigmas": list(self.sigmas)} if generator else {"task": "teacher"}
+        return generator
+
+    def _about(self, generator: bool, imported: ImportedNetwork, source: dict[str, str]) -> ModelFacts:
+        """What the folder says of the network, its noise levels first."""
+        from ipfm.models.facts import GeneratorFacts, TeacherFacts
+
+        if generator:
+            return GeneratorFacts(sigmas=self.sigmas, D=imported.config.D, source=source, order=("task", "sigmas"))
+        return TeacherFacts(D=imported.config.D, source=source)
 
     def _source(self, checkpoint: Checkpoint, imported: ImportedNetwork) -> dict[str, str]:
         with self.source.open("rb") as file:

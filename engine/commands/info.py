@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from ipfm.engine.runtime.wording import number, rows
 
 if TYPE_CHECKING:
     from ipfm.models import NetworkConfig
+    from ipfm.models.facts import GeneratorFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,22 +99,24 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
     """The same of a model folder. ValueError: there is no model, or it is damaged."""
     from ipfm.engine.commands import describe
     from ipfm.engine.objectives import OBJECTIVES
-    from ipfm.models import load_teacher, read_config
+    from ipfm.models import read_config
+    from ipfm.models.facts import GeneratorFacts
+    from ipfm.models.store import load_stored
 
     stored = read_config(path)
-    net = load_teacher(path)
-    parameters = sum(p.numel() for p in net.parameters())
-    extra = stored.extra
-    settings = extra["config"] if isinstance(extra.get("config"), dict) else {}
-    generator = extra.get("task") == "generator"
-    sigmas, nfe = _sampling(extra) if generator else (None, None)
-    objective = OBJECTIVES.of(extra.get("objective"), settings) if generator else None
-    source = extra["source"] if isinstance(extra.get("source"), dict) else {}
+    parameters = sum(p.numel() for p in load_stored(stored).parameters())
+    about, source = stored.facts, stored.facts.source
+    generator = isinstance(about, GeneratorFacts)
+    sigmas, nfe, distilled = None, None, None
+    if isinstance(about, GeneratorFacts):
+        sigmas, nfe = _sampling(about)
+        objective = OBJECTIVES.of(about.objective, about.settings)
+        distilled = objective.info_words(about.settings) if objective else about.objective
     facts = _network(stored.network, parameters) | {
         "kind": "generator" if generator else "teacher",
         "nfe": nfe,
         "sigmas": sigmas,
-        "training": dict(extra),
+        "training": about.to_json(),
     }
     text = rows(
         [
@@ -122,9 +124,9 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
             *_network_rows(stored.network, parameters),
             ("NFE", nfe if generator else "35 (18 steps of Heun's method, unless others are asked for)"),
             ("sigmas", _levels(sigmas)),
-            ("distilled by", objective.info_words(settings) if objective else extra.get("objective")),
-            ("dataset", extra.get("dataset")),
-            ("training", describe.training(settings, extra.get("optimizer_steps"))),
+            ("distilled by", distilled),
+            ("dataset", about.dataset),
+            ("training", describe.training(about.settings, about.optimizer_steps)),
             ("converted from", " ".join(str(source[name]) for name in ("file", "network") if name in source)),
         ]
     )
@@ -198,12 +200,11 @@ def _network_rows(network: NetworkConfig, parameters: int) -> list[tuple[str, ob
     ]
 
 
-def _sampling(extra: Mapping[str, Any]) -> tuple[list[float] | None, int | None]:
+def _sampling(about: GeneratorFacts) -> tuple[list[float] | None, int | None]:
     """Noise levels and network evaluations of a generator, as far as its folder says them."""
-    if extra.get("parametrisation") == "trajectory":
-        return [extra[name] for name in ("sigma_max", "sigma_min") if name in extra], 1
-    sigmas = extra.get("sigmas")
-    return (sigmas, len(sigmas)) if isinstance(sigmas, list) else (None, None)
+    if about.is_trajectory:
+        return [sigma for sigma in (about.sigma_max, about.sigma_min) if sigma is not None], 1
+    return (None, None) if about.sigmas is None else (list(about.sigmas), len(about.sigmas))
 
 
 def _levels(sigmas: object) -> str | None:

@@ -146,8 +146,10 @@ class Sample:
 
     def _check_model(self, model: SampledModel) -> None:
         """ValueError: options for a teacher, and it is a generator; a picture that PNG does not know."""
+        from ipfm.models.facts import GeneratorFacts
+
         given = [_typed(name) for name in OF_A_TEACHER if name in self._given()]
-        if given and model.facts.get("task") == "generator":
+        if given and isinstance(model.facts, GeneratorFacts):
             raise ValueError(
                 f"{', '.join(given)} cannot be given: {self.model} is a generator, which has noise levels of its own"
             )
@@ -188,9 +190,11 @@ class Sample:
     def _facts(
         self, model: SampledModel, seeds: tuple[int, ...] | None, files: list[Path], count: int, seconds: float
     ) -> dict[str, object]:
+        from ipfm.models.facts import GeneratorFacts
+
         return {
             "model": self.model,
-            "kind": "generator" if model.facts.get("task") == "generator" else "teacher",
+            "kind": "generator" if isinstance(model.facts, GeneratorFacts) else "teacher",
             "files": files,
             "images": count,
             "seed": (self.seed or 0) if seeds is None else None,

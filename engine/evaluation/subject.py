@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from ipfm.engine.evaluation.reference_data import open_images
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.published import paper_result
 from ipfm.engine.sampling.stored_model import sample_model
+from ipfm.models.facts import GeneratorFacts, ModelFacts
 from ipfm.models.store import CONFIG_FILE
 
 IMAGE_SUFFIXES = (".npz", ".zip", ".gz", ".tgz", ".tar")
@@ -66,25 +66,23 @@ def open_subject(
     model = sample_model(path, device, heun_steps=heun_steps, seed=seed, D=D)
     draw, network, facts, nfe = model.draw, model.network, model.facts, model.nfe
     shape = (network.img_channels, network.img_resolution, network.img_resolution)
-    if facts.get("task") == "generator":
+    if isinstance(facts, GeneratorFacts):
         return Subject("generator", draw, shape, None, network.D, nfe, _generator_paper(facts, network.D, nfe))
     return Subject("teacher", draw, shape, None, network.D, nfe, _teacher_paper(facts, network.D, nfe))
 
 
-def _generator_paper(facts: Mapping[str, Any], D: float, nfe: int) -> str | None:
+def _generator_paper(facts: GeneratorFacts, D: float, nfe: int) -> str | None:
     """The published figure for a generator that says on what data, by which objective and how it was distilled."""
-    dataset = facts.get("dataset")
     objective, settings = OBJECTIVES.of_generator(facts)
-    if objective is None or not isinstance(dataset, str):
+    if objective is None or facts.dataset is None:
         return None
-    found = objective.figures(dataset, {"steps": nfe, **settings}).get(D)
+    found = objective.figures(facts.dataset, {"steps": nfe, **settings}).get(D)
     return None if found is None else str(found)
 
 
-def _teacher_paper(facts: Mapping[str, Any], D: float, nfe: int) -> str | None:
-    dataset = facts.get("dataset")
+def _teacher_paper(facts: ModelFacts, D: float, nfe: int) -> str | None:
     # The teacher's figure stands beside every result of its D.
-    found = paper_result(dataset, D, 1.0, 1) if isinstance(dataset, str) else None
+    found = None if facts.dataset is None else paper_result(facts.dataset, D, 1.0, 1)
     if found is None or nfe != found.teacher_nfe:
         return None
     return f"FID {found.teacher_fid:g} ({found.source})"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from ipfm.engine.objectives.base import Distillation
+    from ipfm.models.facts import GeneratorFacts
 
 # The objective where none is named.
 DEFAULT = "ipfm"
@@ -48,16 +49,15 @@ class Registry(Mapping[str, "type[Distillation]"]):
             return self.get(kind) if isinstance(kind, str) else None
         return next((found for found in self.values() if found.recognises(settings)), None)
 
-    def of_generator(self, facts: Mapping[str, Any]) -> tuple[type[Distillation] | None, Mapping[str, Any]]:
+    def of_generator(self, facts: GeneratorFacts) -> tuple[type[Distillation] | None, Mapping[str, Any]]:
         """The class of a stored generator's settings, and these.
 
         Args:
-            facts: what its config.json says beside the weights. A generator that was converted, or is old, may say
-                alpha or its parametrisation and no settings.
+            facts: what it says of itself. A generator that was converted, or is old, may say alpha or its
+                parametrisation and no settings.
         """
-        config = facts.get("config")
-        settings = {**facts, **(config if isinstance(config, Mapping) else {})}
-        return self.of(facts.get("objective"), settings), settings
+        settings = {**facts.to_json(), **facts.settings}
+        return self.of(settings.get("objective"), settings), settings
 
     def _classes(self) -> Mapping[str, type[Distillation]]:
         for module in iter_modules(__path__, f"{__name__}."):

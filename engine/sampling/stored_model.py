@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +15,13 @@ from ipfm.engine.sampling.batches import Sampler, draw_images, teacher_range
 from ipfm.engine.sampling.samplers import Churn, Solver, generate, heun_sample, nfe, trajectory_sample
 from ipfm.engine.sampling.seeds import Seeds
 from ipfm.engine.sampling.trajectory import trajectory_network
-from ipfm.models import NetworkConfig, Precond, load_teacher, read_config
-from ipfm.models.checkpoints.reader import open_checkpoint
+from ipfm.models import NetworkConfig, Precond, read_config
+from ipfm.models.checkpoints.reader import check_D, open_checkpoint
+from ipfm.models.facts import GeneratorFacts, ModelFacts, TeacherFacts
 from ipfm.models.store import CONFIG_FILE
+from ipfm.models.teacher import load_from_checkpoint, load_from_folder
+
+T = TypeVar("T")
 
 
 class SampledModel(NamedTuple):
@@ -27,8 +31,8 @@ class SampledModel(NamedTuple):
     """(first index, count) -> images (count, C, H, W) in [-1, 1] on the device asked for."""
     network: NetworkConfig
     """Its architecture and D."""
-    facts: Mapping[str, Any]
-    """What its folder says beside the weights; nothing of a checkpoint."""
+    facts: ModelFacts
+    """What it says of itself; a checkpoint only which file it is."""
     nfe: int
     """Network evaluations an image."""
     sigmas: tuple[float, ...]
@@ -49,9 +53,8 @@ def sample_model(
 ) -> SampledModel:
     """The model at `path`, to be drawn from.
 
-    A generator is evaluated at the noise levels stored with it, one whose config.json says "parametrisation":
-    "trajectory" as the end of the trajectory from its sigma_max to its sigma_min; a teacher is sampled by Heun's
-    method; all at their own D.
+    A generator is evaluated at the noise levels stored with it, one of a trajectory as its end, from its sigma_max to
+    its sigma_min; a teacher is sampled by Heun's method; all at their own D.
 
     Args:
         path: a model folder, or a teacher's checkpoint of EDM, PFGM++ or SiD.
@@ -68,15 +71,15 @@ def sample_model(
         ValueError: there is no such model, D contradicts it, its stored noise levels are unusable, it is a generator in
             a file, which cannot hold noise levels, or sigmas or classes are not what the network knows.
     """
-    net = load_denoiser(path, D=D).to(device)
+    net, facts = load_denoiser(path, D=D)
+    net = net.to(device)
     if classes is not None:
         _check_classes(classes, net.label_dim)
-    facts = {} if path.is_file() else read_config(path).extra
     sampler: Sampler
-    if facts.get("task") != "generator":
-        sampler, nfe, levels = _teacher_sampler(net, heun_steps, sigmas, solver, churn)
-    else:
+    if isinstance(facts, GeneratorFacts):
         sampler, nfe, levels = _generator_sampler(net, facts, path / CONFIG_FILE)
+    else:
+        sampler, nfe, levels = _teacher_sampler(net, heun_steps, sigmas, solver, churn)
     return SampledModel(
         lambda first, count: draw_images(sampler, net, first, count, seed=seed, classes=classes),
         net.config,
@@ -86,8 +89,17 @@ def sample_model(
     )
 
 
-def load_denoiser(path: Path, *, D: float | None) -> Precond:
-    """The network at `path`, as `load_teacher`; a generator in a checkpoint is a ValueError that says what to do."""
+def load_denoiser(path: Path, *, D: float | None) -> tuple[Precond, TeacherFacts | GeneratorFacts]:
+    """A stored network, frozen and in eval mode, on the CPU, and what it says of itself.
+
+    Args:
+        path: a model folder, or a teacher's checkpoint of EDM, PFGM++ or SiD.
+        D: the auxiliary dimensions it is expected to be trained for; None takes what it says.
+
+    Raises:
+        ValueError: there is no such network, D contradicts it, or it is a generator in a checkpoint, which holds no
+            noise levels.
+    """
     if path.is_file():
         checkpoint = open_checkpoint(path)
         name = checkpoint.choose()
@@ -96,7 +108,10 @@ def load_denoiser(path: Path, *, D: float | None) -> Precond:
                 f"{checkpoint.where}: {name} is a generator, whose noise levels the file does not hold: make a model "
                 "folder of it with ipfm convert FILE FOLDER --sigmas 2.5"
             )
-    return load_teacher(path, D=D)
+        return load_from_checkpoint(checkpoint, D=D, network=name), TeacherFacts(source={"file": path.name})
+    check_D(D)
+    stored = read_config(path)
+    return load_from_folder(stored, D=D), stored.facts
 
 
 def _teacher_sampler(
@@ -117,7 +132,7 @@ def _teacher_sampler(
     return partial(bound, sigmas=levels), nfe(len(levels), solver), levels
 
 
-def _generator_sampler(net: Precond, facts: Mapping[str, Any], where: Path) -> tuple[Sampler, int, tuple[float, ...]]:
+def _generator_sampler(net: Precond, facts: GeneratorFacts, where: Path) -> tuple[Sampler, int, tuple[float, ...]]:
     """The sampler that the config.json at `where` says, its network evaluations and its noise levels."""
     levels = generator_levels(net, facts, where)
     if isinstance(levels, NoiseLevels):
@@ -126,30 +141,38 @@ def _generator_sampler(net: Precond, facts: Mapping[str, Any], where: Path) -> t
     return partial(generate, net, D=net.D, sigmas=levels), len(levels), levels
 
 
-def generator_levels(net: Precond, facts: Mapping[str, Any], where: Path) -> tuple[float, ...] | NoiseLevels:
+def generator_levels(net: Precond, facts: GeneratorFacts, where: Path) -> tuple[float, ...] | NoiseLevels:
     """The levels of a generator's evaluations, or the ends of the trajectory that it knows.
 
     Args:
         net: the generator.
-        facts: what its config.json says beside the weights.
+        facts: what it says of itself.
         where: the config.json, for the messages.
 
     Raises:
         ValueError: `facts` hold no usable levels, or ones for another kind of network.
     """
-    kind = facts.get("parametrisation")
+    kind = facts.others.get("parametrisation", facts.parametrisation)
     if kind not in (None, "trajectory"):
         raise ValueError(f"{where}: parametrisation {kind!r} is unknown; possible: trajectory, or none for a denoiser")
     if kind is not None:
         trajectory_network(net)
     try:
         if kind is None:
-            return check_sigmas(tuple(facts["sigmas"]))
-        return NoiseLevels(sigma_max=facts["sigma_max"], sigma_min=facts["sigma_min"])
+            return check_sigmas(tuple(_stored(facts, "sigmas", facts.sigmas)))
+        return NoiseLevels(
+            sigma_max=_stored(facts, "sigma_max", facts.sigma_max),
+            sigma_min=_stored(facts, "sigma_min", facts.sigma_min),
+        )
     except KeyError as error:
         raise ValueError(f"{where} holds no usable noise levels of a generator: no {error}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} holds no usable noise levels of a generator: {error}") from error
+
+
+def _stored(facts: GeneratorFacts, key: str, value: T | None) -> T:
+    """`value`, or for the check that refuses it whatever the file has instead. KeyError: it has nothing there."""
+    return facts.others[key] if value is None else value
 
 
 def _check_classes(classes: Sequence[int], label_dim: int) -> None:

@@ -29,6 +29,7 @@ from ipfm.engine.training.resolve import resolve
 from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import teacher_facts
 from ipfm.models import NetworkConfig, Precond
+from ipfm.models.facts import read_facts
 
 
 class Distiller(TrainingRun[Distillation]):
@@ -130,13 +131,8 @@ class Distiller(TrainingRun[Distillation]):
             ValueError: the folder belongs to another run.
             TrainingFailed, Interrupted: from the loop.
         """
-        about = {
-            "task": "generator",
-            "dataset": self.dataset,
-            **self.config.recorded(),
-            "D": self.config.to_json()["D"],
-            **self.objective.facts,
-        }
+        own = {"task": "generator", "dataset": self.dataset, **self.config.recorded(), "D": self.config.to_json()["D"]}
+        about = read_facts({**own, **self.objective.facts})
         folder, progress = self._run(Path(path), kind="distill", facts=self._facts, export="generator", about=about)
         if self.evaluation is not None:
             self.rows = self._conclude(folder.path, self.evaluation, progress.last)

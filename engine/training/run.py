@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +24,7 @@ from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.engine.training.loop import Progress, train
 from ipfm.engine.training.run_folder import FREE, RunFolder, check_run_folder, open_run_folder
 from ipfm.models import NetworkConfig, Precond, save_model
+from ipfm.models.facts import ModelFacts
 
 # Settings that say where and how a run was made, and nothing of its result: a model is the same whatever they are.
 PLACE = FREE - {"max_steps", "kimg", "heun_steps", "tf32"}
@@ -137,7 +139,7 @@ class TrainingRun(ABC, Generic[C]):
     # -- a whole run ------------------------------------------------------------------------------------------------
 
     def _run(
-        self, path: Path, *, kind: str, facts: Mapping[str, Any], export: str, about: Mapping[str, Any]
+        self, path: Path, *, kind: str, facts: Mapping[str, Any], export: str, about: ModelFacts
     ) -> tuple[RunFolder, Progress]:
         """Train in the run folder `path`, or continue there, and export the averaged network.
 
@@ -146,7 +148,7 @@ class TrainingRun(ABC, Generic[C]):
             kind: "distill" or "teacher".
             facts: what identifies the run besides its settings.
             export: name of the exported model's folder within the run folder.
-            about: facts stored with the exported model, beside its settings and the number of steps.
+            about: what the exported model says of itself, but for its settings and the number of steps.
 
         Returns:
             The folder, and where the loop ended.
@@ -164,16 +166,17 @@ class TrainingRun(ABC, Generic[C]):
         self.export(path / export, about=about, steps=progress.step)
         return folder, progress
 
-    def export(self, folder: Path, *, about: Mapping[str, Any], steps: int) -> None:
+    def export(self, folder: Path, *, about: ModelFacts, steps: int) -> None:
         """Store the averaged network, with the settings that it owes its weights to. Every process calls it.
 
         Args:
             folder: where the model is stored; what is there is replaced.
-            about: facts to store with it.
+            about: what it says of itself, but for these settings and steps.
             steps: number of optimiser steps done.
         """
         self.refresh()
         if self.world.is_main:
             settings = {name: value for name, value in self.config.to_json().items() if name not in PLACE}
-            save_model(self.average, folder, extra={**about, "optimizer_steps": steps, "config": settings})
+            made = replace(about, optimizer_steps=steps, settings=settings)
+            save_model(self.average, folder, extra=made.to_json())
         self.world.barrier()

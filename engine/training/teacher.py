@@ -26,6 +26,7 @@ from ipfm.engine.training.resolve import resolve_training
 from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import fingerprint
 from ipfm.models import NetworkConfig, Precond, build_network
+from ipfm.models.facts import TeacherFacts
 
 if TYPE_CHECKING:
     from ipfm.models.checkpoints.training_state import TrainingState
@@ -154,7 +155,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
             kind="teacher",
             facts=training_facts(self.config, self.network, self.dataset, self.start),
             export="model",
-            about={"task": "teacher", "dataset": _place_free(self.dataset.name)},
+            about=TeacherFacts(dataset=_place_free(self.dataset.name)),
         )
         return self.average
 

@@ -21,6 +21,7 @@ from ipfm.engine.training import resolve
 from ipfm.engine.training.checkpoint import find_checkpoint, load_checkpoint
 from ipfm.engine.training.checkpoint_writer import save_checkpoint
 from ipfm.models import load_teacher
+from ipfm.models.facts import GeneratorFacts
 
 
 def state(distiller: Distiller) -> dict[str, torch.Tensor]:
@@ -64,7 +65,7 @@ def main() -> None:
         if "save" in case:
             save_checkpoint(Path(case["save"]), case["steps"], distiller.networks, world)
         if "export" in case:
-            distiller.export(Path(case["export"]), about={}, steps=case["steps"])
+            distiller.export(Path(case["export"]), about=GeneratorFacts(), steps=case["steps"])
         if world.is_main:
             save_file(tensors, Path(job["out"]) / f"{case['name']}-{world.size}.safetensors")
     stop_world()

@@ -49,7 +49,7 @@ def export_folder(
         grid=GRID if draw is not None else None,
     )
     with atomic_folder(path) as folder:
-        save_model(network.net, folder, extra=network.stored)
+        save_model(network.net, folder, extra=network.about.to_json())
         with (folder / PROGRAMS[generates]).open("wb") as file:
             difference = save_program(network, program, file)
         sync(folder / PROGRAMS[generates])

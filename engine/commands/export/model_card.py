@@ -128,11 +128,8 @@ def _summary(network: ExportedNetwork) -> str:
 
 def _facts(network: ExportedNetwork, origin: Origin) -> dict[str, object]:
     """Rows of the table; None is left out."""
-    net, stored = network.net, network.stored
+    net, about = network.net, network.about
     objective, distilled = network.objective
-    settings = stored.get("config")
-    settings = settings if isinstance(settings, Mapping) else {}
-    source = stored.get("source")
     levels = ", ".join(f"{sigma:g}" for sigma in _sigmas(network))
     return {
         "auxiliary dimensions D": symbol(net.D),
@@ -146,11 +143,11 @@ def _facts(network: ExportedNetwork, origin: Origin) -> dict[str, object]:
         "distilled by": objective.card_words() if objective else None,
         "teacher": origin.teacher,
         "SHA-256 of the teacher's weights": origin.fingerprint,
-        "converted from": source.get("file") if isinstance(source, Mapping) else None,
+        "converted from": about.source.get("file"),
         **(objective.card_rows(distilled) if objective else {}),
-        "optimizer steps": stored.get("optimizer_steps"),
-        "batch": settings.get("batch"),
-        "precision of the training": settings.get("precision"),
+        "optimizer steps": about.optimizer_steps,
+        "batch": about.settings.get("batch"),
+        "precision of the training": about.settings.get("precision"),
     }
 
 
@@ -183,8 +180,7 @@ def _sigmas(network: ExportedNetwork) -> tuple[float, ...]:
 
 
 def _dataset(network: ExportedNetwork) -> str:
-    found = network.stored.get("dataset")
-    return found if isinstance(found, str) else ""
+    return network.about.dataset or ""
 
 
 def _size(network: ExportedNetwork) -> str:

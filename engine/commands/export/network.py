@@ -22,7 +22,8 @@ from ipfm.engine.sampling.samplers import draw_prior
 from ipfm.engine.sampling.seeds import SampleNoise
 from ipfm.engine.sampling.stored_model import generator_levels, load_denoiser
 from ipfm.engine.sampling.trajectory import trajectory_network
-from ipfm.models import Precond, read_config
+from ipfm.models import Precond
+from ipfm.models.facts import GeneratorFacts, ModelFacts
 from ipfm.models.store import CONFIG_FILE
 
 FORMAT, VERSION = "ipfm-export", 1
@@ -33,19 +34,18 @@ class ExportedNetwork:
     """What is exported of a model.
 
     `net`: the network, on the CPU; `function`: what the graph computes of it; `levels`: of a generator's evaluations,
-    the ends of its trajectory, or those between which a teacher is sampled; `stored`: what the model's folder says
-    beside the weights.
+    the ends of its trajectory, or those between which a teacher is sampled; `about`: what the model says of itself.
     """
 
     net: Precond
     function: OneStep | TrajectoryEnd | Denoising
     levels: tuple[float, ...] | NoiseLevels
-    stored: Mapping[str, Any]
+    about: ModelFacts
 
     @property
     def is_generator(self) -> bool:
         """Whether it makes images of latents, and is no teacher."""
-        return self.stored.get("task") == "generator"
+        return isinstance(self.about, GeneratorFacts)
 
     @property
     def nfe(self) -> int | None:
@@ -57,7 +57,7 @@ class ExportedNetwork:
     @property
     def objective(self) -> tuple[type[Distillation] | None, Mapping[str, Any]]:
         """The class of the settings by which a generator was distilled, and these; None for a teacher."""
-        return OBJECTIVES.of_generator(self.stored) if self.is_generator else (None, {})
+        return OBJECTIVES.of_generator(self.about) if isinstance(self.about, GeneratorFacts) else (None, {})
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ class ExportedNetwork:
             "prior": "student-t" if math.isfinite(self.net.D) else "gaussian",
             **self._levels(),
             "torch": torch.__version__,
-            "training": dict(self.stored),
+            "training": self.about.to_json(),
         }
         return {name: plain(value) for name, value in facts.items()}
 
@@ -130,12 +130,11 @@ def open_network(path: Path, *, D: float | None) -> ExportedNetwork:
         ValueError: there is no such model, D contradicts it, or its stored noise levels are unusable.
     """
     # On the CPU: operations that exist there exist wherever the graph goes.
-    net = load_denoiser(path, D=D).to("cpu").requires_grad_(False).eval()
-    stored = {"task": "teacher", "source": {"file": path.name}} if path.is_file() else read_config(path).extra
-    if stored.get("task") != "generator":
+    net, facts = load_denoiser(path, D=D)
+    if not isinstance(facts, GeneratorFacts):
         low, high = teacher_range(net)
-        return ExportedNetwork(net, Denoising(net), (high, low), stored)
-    levels = generator_levels(net, stored, path / CONFIG_FILE)
+        return ExportedNetwork(net, Denoising(net), (high, low), facts)
+    levels = generator_levels(net, facts, path / CONFIG_FILE)
     if isinstance(levels, NoiseLevels):
-        return ExportedNetwork(net, TrajectoryEnd(trajectory_network(net), levels), levels, stored)
-    return ExportedNetwork(net, OneStep(net, levels[0]) if len(levels) == 1 else Denoising(net), levels, stored)
+        return ExportedNetwork(net, TrajectoryEnd(trajectory_network(net), levels), levels, facts)
+    return ExportedNetwork(net, OneStep(net, levels[0]) if len(levels) == 1 else Denoising(net), levels, facts)

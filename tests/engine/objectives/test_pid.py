@@ -20,7 +20,8 @@ from ipfm.engine.random_streams import draw_labels, seed_dropout
 from ipfm.engine.sampling.stored_model import sample_model
 from ipfm.engine.sampling.trajectory import trajectory
 from ipfm.kernels import perturb, philox
-from ipfm.models import EDMPrecond, NetworkConfig, Precond
+from ipfm.models import EDMPrecond, NetworkConfig, Precond, read_config
+from ipfm.models.facts import GeneratorFacts
 
 ALONE = World(0, 1, torch.device("cpu"))
 NETWORK = NetworkConfig(
@@ -139,7 +140,8 @@ def test_run_and_sample(teacher: Precond, tmp_path: Path) -> None:
     run = Distiller(replace(BASE, log_every=1), teacher, world=ALONE)
     net = run.run(tmp_path / "run")
     drawn = sample_model(tmp_path / "run" / "generator", torch.device("cpu"), heun_steps=5, seed=4)
-    assert drawn.nfe == 1 and drawn.facts["parametrisation"] == "trajectory"
+    assert drawn.nfe == 1 and drawn.facts == read_config(tmp_path / "run" / "generator").facts
+    assert isinstance(drawn.facts, GeneratorFacts) and drawn.facts.parametrisation == "trajectory"
     assert torch.equal(drawn.draw(2, 3), run.objective.sample(net, 2, 3, seed=4))
     again = Distiller(replace(BASE, log_every=1, max_steps=4), teacher, world=ALONE).run(tmp_path / "run")
     assert not torch.equal(next(again.parameters()), next(net.parameters()))
