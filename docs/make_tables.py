@@ -175,7 +175,7 @@ PAGES: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
         "published": published,
         "published of physics informed distillation": pid_published,
     },
-    "memory.md": {
+    "memory-and-speed.md": {
         "layouts in bf16": lambda: layouts("bf16"),
         "layouts in fp32": lambda: layouts("fp32"),
         "largest micro-batch": largest,

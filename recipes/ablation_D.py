@@ -6,7 +6,7 @@
 --reference cifar10-32x32.npz --inception inception-2015-12-05.pt
 
 Leaves ablation.csv, ablation.png (Frechet distance over images, mean and range of the seeds) and ablation.md (a table)
-in runs/ablation-D. The same command goes on where it was stopped. Measured: docs/ablations.md.
+in runs/ablation-D. The same command goes on where it was stopped. Measured: docs/results.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 alpha is SiD's: 0.5 is the pure objective of arXiv 2509.22454, 1 its recommendation, 1.2 that of SiD, which the paper
 saw diverge with ncsn++ teachers. Leaves ablation.csv, ablation.png and ablation.md in runs/ablation-alpha. The same
-command goes on where it was stopped. Measured: docs/ablations.md.
+command goes on where it was stopped. Measured: docs/results.md.
 """
 
 from __future__ import annotations

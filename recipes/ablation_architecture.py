@@ -7,7 +7,7 @@ ncsnpp=edm-cifar10-32x32-uncond-ve.pkl ddpmpp=edm-cifar10-32x32-uncond-vp.pkl --
 
 On the digits the three networks have the same widths and 180 000 to 191 000 parameters. Leaves ablation.csv,
 ablation.png and ablation.md in runs/ablation-architecture. The same command goes on where it was stopped. Measured:
-docs/ablations.md.
+docs/results.md.
 """
 
 from __future__ import annotations

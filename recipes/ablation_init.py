@@ -7,7 +7,7 @@
 
 teacher: generator and student start from the teacher. random, half-width: the generator alone starts from random
 weights, at full or half width. random-student: the student alone does. Leaves ablation.csv, ablation.png and
-ablation.md in runs/ablation-init. The same command goes on where it was stopped. Measured: docs/ablations.md.
+ablation.md in runs/ablation-init. The same command goes on where it was stopped. Measured: docs/results.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 Finite D is this project's extension. The distance is L2; with `--distance lpips --lpips vgg.pth` LPIPS. Leaves
 ablation.csv, ablation.png and ablation.md in runs/ablation-pid. The same command goes on where it was stopped.
-Measured: docs/ablations.md.
+Measured: docs/results.md.
 """
 
 from __future__ import annotations

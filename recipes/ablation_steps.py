@@ -8,7 +8,7 @@
 K2 and K4 have the default levels (2.5, 1.25 and 2.5, 1.875, 1.25, 0.625), K2-low and K4-low lower ones (2.5, 0.8 and
 2.5, 1.2, 0.6, 0.3); K4-last passes the gradient through a last evaluation drawn at random. All are trained on as many
 images; the table has their network evaluations and images a second. Leaves ablation.csv, ablation.png and ablation.md
-in runs/ablation-steps. The same command goes on where it was stopped. Measured: docs/ablations.md.
+in runs/ablation-steps. The same command goes on where it was stopped. Measured: docs/results.md.
 """
 
 from __future__ import annotations

@@ -18,12 +18,17 @@ from xml.etree import ElementTree
 
 import launch
 import pytest
+from PIL import Image
 
 from ipfm.engine.commands import main as cli
 
 ROOT = launch.ROOT
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(DOCS.rglob("*.md"))]
+# Executed on stand-ins from beginning to end, as the page says.
+WALKS = (DOCS / "getting-started.md", DOCS / "distil-a-checkpoint.md")
+# Where the host of a repository shows its continuous integration, as seen from the README.
+ACTIONS = "../../actions/workflows/"
 RECIPES = sorted(p.name for p in (ROOT / "recipes").glob("*.py") if p.name not in ("__init__.py", "ablation_data.py"))
 # Options of other programs; each must be in use, so that none stays by mistake.
 FOREIGN = {
@@ -33,6 +38,7 @@ FOREIGN = {
     "torchrun": {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"},
     "Slurm": {"--signal", "--requeue"},
     "make_tables.py": {"--check"},
+    "tensorboard": {"--logdir"},
 }
 PROGRAMS = ("deepspeed", "torchrun", "python", "ipfm", "make", "pip", ".venv/bin/pytest")
 
@@ -116,6 +122,8 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if target.startswith(("https://", "http://")):
             continue
+        if target.startswith(ACTIONS):
+            target = f".github/workflows/{target.removeprefix(ACTIONS).removesuffix('/badge.svg')}"
         name, _, anchor = target.partition("#")
         there = (page.parent / name).resolve() if name else page
         assert there.is_relative_to(ROOT), f"{target} is outside the project"
@@ -158,7 +166,7 @@ def test_commands_take_their_options(page: Path) -> None:
             continue
         given -= FOREIGN.get(words[0], set())
         script = next((Path(word).name for word in words[1:] if word.endswith((".py", "/ipfm"))), words[0])
-        if script == "ipfm":
+        if script == "ipfm" and words[0] != "pip":  # which installs a folder of this name
             (at,) = (i for i, word in enumerate(words) if word.endswith("ipfm"))
             command = words[at + 1]
             allowed = {"--help"} if command == "--help" else command_options()[command]
@@ -178,13 +186,49 @@ def test_what_needs_more_than_a_cpu_says_so() -> None:
     needs = re.compile(r"\.(pkl|pt|pth|npz|zip|gz)\b|--hostfile|--nnodes|--num_accelerators 8")
     for page in PAGES[1:]:
         for line in blocks(page):
-            if line.startswith(PROGRAMS) and needs.search(line) and "--dry-run" not in line:
-                assert line.endswith(("# GPU", "# network")), f"{page.name}: {line}"
+            if line.startswith(PROGRAMS) and needs.search(line) and "--dry-run" not in line and page not in WALKS:
+                assert line.endswith(("# GPU", "# files", "# network")), f"{page.name}: {line}"
 
 
 def test_the_index_has_every_page() -> None:
-    index = (DOCS / "README.md").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[1:] if page.name != "README.md" and f"({page.name})" not in index] == []
+    index = prose(DOCS / "README.md")
+    named = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", index)}
+    assert {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} - named == {"README.md"}
+
+
+def test_every_file_is_reached_from_the_index() -> None:
+    """By links and pictures from page to page; scripts by their names."""
+    reached, waiting = set(), [DOCS / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        targets = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose(page))} - {""}
+        there = {(page.parent / target).resolve() for target in targets if "://" not in target}
+        there |= {DOCS / name for name in re.findall(r"`(?:docs/)?(\w+\.py)`", prose(page))}
+        waiting += [path for path in there - reached if path.suffix == ".md" and path.is_file()]
+        reached |= there
+    files = {path for path in DOCS.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert sorted(str(path.relative_to(DOCS)) for path in files - reached) == []
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    first = "\n".join(lines[:30])
+    for shown in ("make demo", "git clone", "deepspeed recipes/cifar_ipfm.py", "](docs/images/", "**Status.**"):
+        assert shown in first, f"{shown} is not in the first screen"
+
+
+def test_the_picture_of_the_readme_shows_the_digits() -> None:
+    """Its digits are those of the grids; letters are drawn as the machine draws them."""
+    draw = made_by("draw_digits")
+    with Image.open(draw.PICTURE) as stored:
+        again = draw.picture()
+        assert stored.size == again.size
+        ground = (stored.width - draw.BETWEEN) // 2
+        for left in (0, ground + draw.BETWEEN):
+            box = (left, draw.TOP, left + ground, stored.height - draw.BOTTOM)
+            assert stored.crop(box).tobytes() == again.crop(box).tobytes()
 
 
 def test_drawings_are_well_formed() -> None:
@@ -250,13 +294,13 @@ def test_some_rows_of_what_fits(make_tables: ModuleType) -> None:
     """The cheap rows, those of the digits, and one cell of a large network; all of it takes minutes."""
     digits = [case for case in make_tables.CASES if case.preset == "digits"]
     for precision in ("bf16", "fp32"):
-        rows = on_page(make_tables, "memory.md", f"layouts in {precision}")
+        rows = on_page(make_tables, "memory-and-speed.md", f"layouts in {precision}")
         assert len(rows) == 2 + len(make_tables.CASES) * len(make_tables.PROCESSES)
         assert [row for row in rows if "`digits`" in row] == make_tables.layouts(precision, digits)[2:]
-    rows = on_page(make_tables, "memory.md", "largest micro-batch")
+    rows = on_page(make_tables, "memory-and-speed.md", "largest micro-batch")
     assert [row for row in rows if "`digits`" in row] == make_tables.largest(cases=digits)[2:]
     (cifar,) = [case for case in make_tables.CASES if case.preset == "cifar10-ncsnpp"]
     found = make_tables.layout(cifar, "bf16", 8, 24)
-    rows = on_page(make_tables, "memory.md", "layouts in bf16")
+    rows = on_page(make_tables, "memory-and-speed.md", "layouts in bf16")
     (row,) = [row for row in rows if row.startswith("| `cifar10-ncsnpp` | 256 | 8 |")]
     assert row.split(" | ")[3] == found

@@ -1,4 +1,4 @@
-"""The Python that README.md and docs/kernels-alone.md print runs as it is printed."""
+"""The Python that README.md and docs/kernels.md print for other code runs as it is printed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ import torch
 
 from ipfm.models import load_model
 
-KERNELS = launch.ROOT / "docs" / "kernels-alone.md"
+KERNELS = launch.ROOT / "docs" / "kernels.md"
 
 
-def printed(page: Path) -> dict[str, str]:
-    """Blocks of Python of a page by the heading above them."""
+def printed(page: Path, part: str | None = None) -> dict[str, str]:
+    """Blocks of Python of a page by the heading above them; `part`: below the headings within this one."""
+    text, level = page.read_text(encoding="utf-8"), "## "
+    if part is not None:
+        (text,) = re.findall(rf"^## {part}\n(.*?)^## ", text, flags=re.MULTILINE | re.DOTALL)
+        level = "### "
     found: dict[str, str] = {}
-    for section in re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+    for section in re.split(rf"^{level}", text, flags=re.MULTILINE)[1:]:
         for block in re.findall(r"^```python\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL):
             assert section.partition("\n")[0] not in found, "one block a section: they do not build on each other"
             found[section.partition("\n")[0]] = block
@@ -72,12 +76,15 @@ def test_every_kernel_has_a_documented_import() -> None:
     assert sorted(table.replace(",", "").split()) == sorted(ipfm.kernels.__all__)
 
 
-@pytest.mark.parametrize("heading", printed(KERNELS))
+SNIPPETS = printed(KERNELS, "Snippets")
+
+
+@pytest.mark.parametrize("heading", SNIPPETS)
 def test_the_snippets_for_other_code(heading: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each one trains what it builds."""
     torch.manual_seed(0)
     names: dict[str, object] = {"__name__": "__main__"}
-    exec(compile(printed(KERNELS)[heading], f"{KERNELS.name}: {heading}", "exec"), names)
+    exec(compile(SNIPPETS[heading], f"{KERNELS.name}: {heading}", "exec"), names)
     trained = [value for value in names.values() if isinstance(value, torch.nn.Module)]
     gradients = [p.grad for module in trained for p in module.parameters() if p.grad is not None]
     assert gradients and all(bool(grad.isfinite().all()) for grad in gradients)

@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ tell their reader to type: shell commands, and blocks of Python."""
+"""What README.md, CONTRIBUTING.md and docs/ tell their reader to type: shell commands, and blocks of Python."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import launch
 PROGRAMS = ("deepspeed", "ipfm", "make", "pip", "pytest", "python", "python3", "tensorboard", "torchrun")
 SHELLS = ("bash", "console", "sh", "shell")
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})\s*([\w+-]*)")
+_HEADING = re.compile(r"#+ +(.*)")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
 
@@ -28,6 +29,8 @@ class Block:
     language: str
     """As the fence says it; "" where it says nothing or there is no fence."""
     lines: tuple[str, ...]
+    heading: str
+    """The nearest one above it."""
 
     @property
     def code(self) -> str:
@@ -66,13 +69,13 @@ class Command:
 
     @property
     def marked(self) -> bool:
-        """Whether its comment says that it needs a GPU, real data or a published checkpoint."""
+        """Whether its comment says that it needs a GPU."""
         return re.search(r"\bGPUs?\b", self.comment) is not None
 
 
 def pages() -> list[Path]:
-    """The README and every page of docs/."""
-    return [launch.ROOT / "README.md", *sorted((launch.ROOT / "docs").rglob("*.md"))]
+    """The README, the guide for contributors and every page of docs/."""
+    return [launch.ROOT / "README.md", launch.ROOT / "CONTRIBUTING.md", *sorted((launch.ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path) -> list[Block]:
@@ -81,25 +84,28 @@ def blocks(page: Path) -> list[Block]:
 
 
 def _blocks(name: str, lines: list[str]) -> Iterator[Block]:
-    at, before = 0, ""
+    at, before, heading = 0, "", ""
     while at < len(lines):
         start = at
         if fence := _FENCE.match(lines[at]):
             at = start = at + 1
             while at < len(lines) and not lines[at].strip().startswith(fence[1]):
                 at += 1
-            yield _block(name, start, fence[2].lower(), lines[start:at])
+            yield _block(name, start, fence[2].lower(), lines[start:at], heading)
         elif lines[at].startswith("    ") and not before.strip():
             while at < len(lines) and (lines[at].startswith("    ") or not lines[at].strip()):
                 at += 1
-            yield _block(name, start, "", lines[start:at])
+            yield _block(name, start, "", lines[start:at], heading)
             at -= 1
+        elif found := _HEADING.match(lines[at]):
+            heading = found[1]
         before = lines[at] if at < len(lines) else ""
         at += 1
 
 
-def _block(name: str, start: int, language: str, lines: list[str]) -> Block:
-    return Block(name, start + 1, language, tuple(textwrap.dedent("\n".join(lines)).rstrip("\n").split("\n")))
+def _block(name: str, start: int, language: str, lines: list[str], heading: str) -> Block:
+    code = textwrap.dedent("\n".join(lines)).rstrip("\n").split("\n")
+    return Block(name, start + 1, language, tuple(code), heading)
 
 
 def commands(page: Path) -> list[Command]:

@@ -29,18 +29,18 @@ How = Literal["executed", "marked", "covered"]
 # Commands that other tests run: what they begin with -> the test. `make` targets: what the target runs.
 COVERED: Mapping[str, str] = MappingProxyType(
     {
-        "make demo": "test_digits_recipe.py::test_the_default_start_is_deepspeed",
-        "make test": "test_documented_commands.py::test_what_make_starts_is_there",
-        "make lint": "test_documented_commands.py::test_what_make_starts_is_there",
-        "make types": "test_documented_commands.py::test_what_make_starts_is_there",
-        "make bench": "test_bench.py::test_a_run_leaves_tables_and_plots",
-        "make soak": "test_failures.py::test_a_small_soak",
-        "make equivalence": "test_equivalence.py::test_equals_the_plain_loop",
-        "make fuzz": "test_fuzz.py::test_flipped_and_missing_bytes",
-        "ipfm bench --step": "test_bench_step.py::test_the_table_of_the_command",
-        "ipfm bench --memory": "test_bench_memory.py::test_a_run",
+        "make demo": "recipes/test_digits_recipe.py::test_the_default_start_is_deepspeed",
+        "make test": "docs/test_documented_commands.py::test_what_make_starts_is_there",
+        "make lint": "docs/test_documented_commands.py::test_what_make_starts_is_there",
+        "make types": "docs/test_documented_commands.py::test_what_make_starts_is_there",
+        "make bench": "kernels/test_bench.py::test_a_run_leaves_tables_and_plots",
+        "make soak": "engine/training/test_failures.py::test_a_small_soak",
+        "make equivalence": "engine/objectives/test_equivalence.py::test_equals_the_plain_loop",
+        "make fuzz": "models/checkpoints/test_fuzz.py::test_flipped_and_missing_bytes",
+        "ipfm bench --step": "engine/commands/test_bench_step.py::test_the_table_of_the_command",
+        "ipfm bench --memory": "engine/commands/test_bench_memory.py::test_a_run",
         # It compiles, which a process with Triton's interpreter cannot.
-        "ipfm bench --offline": "test_compile_report.py::test_every_kernel_is_compiled_for_every_architecture",
+        "ipfm bench --offline": "kernels/test_compile_report.py::test_every_kernel_is_compiled_for_every_architecture",
     }
 )
 
@@ -50,8 +50,8 @@ class Unknown(Exception):
 
     def __init__(self, command: Command, why: str) -> None:
         super().__init__(
-            f"{command.where}: `{command.text}` {why}. Mend the command; or, if it needs a GPU, real data or a "
-            "published checkpoint, end it in a comment with the word GPU; or teach tests/helpers/documented_run.py to "
+            f"{command.where}: `{command.text}` {why}. Correct the command; or, if it needs a GPU, end it in a "
+            "comment with the word GPU; or teach tests/helpers/documented_run.py to "
             "execute it; or name in its table COVERED the test that does"
         )
 

@@ -27,7 +27,7 @@ class Export:
 
     A one-step generator becomes a graph from latents to images, a generator of several steps and a teacher the
     denoiser (x, sigma) -> x. D, noise levels and training facts are stored with it; what was written is compared with
-    the network. How to use it: docs/interchange.md.
+    the network. How to use it: docs/checkpoints-and-export.md.
 
     Example: ipfm export runs/digits-D128-alpha1-K1/generator generator.onnx
     """

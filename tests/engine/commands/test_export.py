@@ -37,7 +37,7 @@ from ipfm.engine.sampling.seeds import SampleNoise
 from ipfm.kernels.group_norm import _forward as triton_group_norm
 from ipfm.models import NetworkConfig, build_network, load_model, save_model
 
-PAGE = (Path(__file__).parents[3] / "docs" / "interchange.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "checkpoints-and-export.md").read_text(encoding="utf-8")
 # Attention in the innermost block, resampling between two levels.
 DDPMPP = NetworkConfig(
     img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(),
