@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import pkgutil
 import re
 import shlex
 import sys
@@ -142,6 +143,13 @@ def test_files_and_tests_that_are_named_exist(page: Path) -> None:
 
 
 @pages
+def test_import_names_exist(page: Path) -> None:
+    for name in re.findall(r"(?<![\w./])ipfm(?:\.[A-Za-z]\w*)+", page.read_text(encoding="utf-8")):
+        if name not in ("ipfm.fish",):  # a file of shell completion
+            assert pkgutil.resolve_name(name) is not None, name
+
+
+@pages
 def test_no_path_outside_the_project(page: Path) -> None:
     text = re.sub(r"https?://\S+", "", page.read_text(encoding="utf-8"))
     assert re.findall(r"(?<![\w.…>)\]~/])/[a-z]\w*/[\w./]+", text) == []
@@ -229,6 +237,17 @@ def test_the_picture_of_the_readme_shows_the_digits() -> None:
         for left in (0, ground + draw.BETWEEN):
             box = (left, draw.TOP, left + ground, stored.height - draw.BOTTOM)
             assert stored.crop(box).tobytes() == again.crop(box).tobytes()
+
+
+def test_the_version_is_cited_and_its_changes_are_told() -> None:
+    (version,) = re.findall(r'version="(.*?)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## [{version}]\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_workflow_runs_what_a_change_has_to_pass() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert "- run: .ci/run\n" in workflow and 'python-version: "3.11"' in workflow
 
 
 def test_drawings_are_well_formed() -> None:

@@ -258,7 +258,7 @@ def test_blocks_that_are_run_elsewhere(place: tuple[str, str]) -> None:
     assert f"def {name}(" in (launch.ROOT / "tests" / file).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", filter(blocks_here, documented.pages()), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in documented.pages() if blocks_here(p)], ids=lambda page: page.name)
 def test_blocks_of_python(page: Path, places: dict[str, Path], cache: Path) -> None:
     """As printed, one after the other, as they continue each other."""
     names: dict[str, object] = {"__name__": "__main__"}
