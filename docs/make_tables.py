@@ -66,11 +66,11 @@ class Case:
 
 
 CASES = (
-    Case("cifar10-ncsnpp", "cifar_ipfm.py", cifar_ipfm.BASE.distillation()),
+    Case("cifar10-ncsnpp", "cifar_ipfm.py", cifar_ipfm.RECIPE.base.distillation()),
     Case("cifar10-ddpmpp", "cifar_sid.py", cifar_sid.RECIPE.base.distillation()),
-    Case("ffhq64-ddpmpp", "ffhq_ipfm.py", ffhq_ipfm.BASE.distillation()),
-    Case("ffhq64-ncsnpp", "ffhq_ipfm.py", ffhq_ipfm.BASE.distillation()),
-    Case("imagenet64-adm", "imagenet64_ipfm.py", imagenet64_ipfm.BASE.distillation()),
+    Case("ffhq64-ddpmpp", "ffhq_ipfm.py", ffhq_ipfm.RECIPE.base.distillation()),
+    Case("ffhq64-ncsnpp", "ffhq_ipfm.py", ffhq_ipfm.RECIPE.base.distillation()),
+    Case("imagenet64-adm", "imagenet64_ipfm.py", imagenet64_ipfm.RECIPE.base.distillation()),
     Case("digits", "digits_ipfm.py", digits_ipfm.RECIPE.base.distillation()),
 )
 FORMS = {
