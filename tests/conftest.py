@@ -1,6 +1,11 @@
 """Shared by all tests: Triton's interpreter where there is no GPU, NaN-filled allocations, comparison with float64."""
 
+import json
+import math
 import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,27 +16,33 @@ if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-LONGEST = (
-    "test_documented_commands",
-    "test_digits_recipe",
-    "test_failures",
-    "test_plan",
-    "test_equivalence",
-    "test_operators",
-    "test_compile_report",
-    "test_export",
-    "test_recipes",
-    "test_resume_elsewhere",
-    "test_perturb",
-    "test_recipe_input",
-    "test_profile",
-    "test_fuzz",
-    "test_fits",
-    "test_shapes",
-    "test_ablation",
-    "test_unfriendly_environments",
-    "test_package",
-)
+TESTS = Path(__file__).parent
+# Seconds that each file took when somebody last ran `make durations`, by its path below tests/.
+DURATIONS = TESTS / "durations.json"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-durations", action="store_true", help=f"write how long each file took to {DURATIONS}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Workers report to the process that started them.
+    if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder())
+
+
+class Recorder:
+    """Adds up the seconds of the tests of each file."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid.partition("::")[0].removeprefix("tests/")] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        rounded = {file: round(seconds, 1) for file, seconds in sorted(self.seconds.items())}
+        DURATIONS.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,7 +51,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not HAS_CUDA and item.get_closest_marker("gpu"):
             item.add_marker(skip)
     # The longest files first, so that two workers end together (with --no-loadscope-reorder).
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    recorded = json.loads(DURATIONS.read_text(encoding="utf-8")) if DURATIONS.exists() else {}
+    expected = {path: expected_seconds(path, recorded) for path in {item.path for item in items}}
+    items.sort(key=lambda item: -expected[item.path])
+
+
+def expected_seconds(file: Path, recorded: Mapping[str, float]) -> float:
+    """What a file took; one that was moved is known by its name, and one that nobody has timed may take long."""
+    names = {Path(path).name: seconds for path, seconds in recorded.items()}
+    return recorded.get(file.relative_to(TESTS).as_posix(), names.get(file.name, math.inf))
 
 
 @pytest.fixture

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+import prepared
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = ROOT / "tests" / "workers"
@@ -33,24 +36,17 @@ def run_workers(script: str, processes: int, argument: Any, timeout: float = 300
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    started = []
-    for rank in range(processes):
-        group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_SIZE": str(processes)}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, str(WORKERS / script), json.dumps(argument)],
-                env=environment(**group, MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = []
-    try:
-        for process in started:
-            outputs.append(process.communicate(timeout=timeout)[0])
-    finally:
-        for process in started:
-            process.kill()
-    codes = [process.returncode for process in started]
-    assert codes == [0] * processes, f"workers ended with {codes}\n" + "\n".join(outputs)
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
+        started = []
+        for rank, output in enumerate(outputs):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_SIZE": processes}
+            env = environment(**{k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            worker = prepared.start(WORKERS / script, json.dumps(argument), env=env, stdout=output, stderr=output)
+            stack.callback(worker.kill)
+            started.append(worker)
+        codes = [process.wait(timeout) for process in started]
+        for output in outputs:
+            output.seek(0)
+        said = "\n".join(output.read().decode(errors="replace") for output in outputs)
+        assert codes == [0] * processes, f"workers ended with {codes}\n{said}"

@@ -24,11 +24,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import launch
+import prepared
 import psutil
 import torch
 from safetensors.torch import load_file
@@ -67,37 +67,48 @@ class Group:
 
     Args:
         arguments: of the recipe.
-        launcher: "deepspeed", "torchrun", or "hand" for processes with nothing above them.
+        launcher: "deepspeed", "torchrun", or "hand" for processes with nothing above them; "forked" for such ones that
+            need not import anything (see prepared.py).
         log: file that takes their output.
-        prefix: a command that starts each of them.
+        file_size: bytes beyond which the forked ones cannot write to a file.
         environment: further variables.
     """
 
     def __init__(
-        self, arguments: list[str], launcher: str, log: Path, *, prefix: Sequence[str] = (), **environment: str
+        self, arguments: list[str], launcher: str, log: Path, *, file_size: int | None = None, **environment: str
     ) -> None:
-        self.log = log
+        self.log, self.launcher = log, launcher
+        self.started: list[prepared.Program | subprocess.Popen[bytes]]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         # Nothing above tells those started by hand of one that ends before they have met: they wait for it.
         patience = {"IPFM_TIMEOUT": str(PATIENCE), **environment}
         env = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **patience)
-        starts: list[tuple[list[str], dict[str, str]]] = []
-        if launcher == "deepspeed":
-            program = [str(launch.BIN / "deepspeed"), "--num_accelerators", str(RANKS), "--master_port", port]
-            starts.append(([*program, RECIPE, *arguments], env))
-        elif launcher == "torchrun":
-            program = [str(launch.BIN / "torchrun"), "--nproc-per-node", str(RANKS), "--master-port", port]
-            starts.append(([*program, RECIPE, *arguments], env))
-        else:
-            for rank in map(str, range(RANKS)):
-                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(RANKS), "LOCAL_SIZE": str(RANKS)}
-                starts.append(([sys.executable, RECIPE, *arguments], {**env, **place}))
+        places = [
+            {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(RANKS), "LOCAL_SIZE": str(RANKS)}
+            for rank in map(str, range(RANKS))
+        ]
         with open(log, "ab") as file:
+            if launcher == "forked":
+                self.started = [
+                    prepared.start(
+                        RECIPE, *arguments, env={**env, **place}, stdout=file, stderr=file, file_size=file_size
+                    )
+                    for place in places
+                ]
+                return
+            ranks = str(RANKS)
+            starts = [([sys.executable], {**env, **place}) for place in places]
+            if launcher == "deepspeed":
+                starts = [([str(launch.BIN / launcher), "--num_accelerators", ranks, "--master_port", port], env)]
+            elif launcher == "torchrun":
+                starts = [([str(launch.BIN / launcher), "--nproc-per-node", ranks, "--master-port", port], env)]
             self.started = [
-                subprocess.Popen([*prefix, *command], env=environ, stdout=file, stderr=file, start_new_session=True)
-                for command, environ in starts
+                subprocess.Popen(
+                    [*program, RECIPE, *arguments], env=environ, stdout=file, stderr=file, start_new_session=True
+                )
+                for program, environ in starts
             ]
 
     def everyone(self) -> list[psutil.Process]:
@@ -113,6 +124,8 @@ class Group:
 
     def ranks(self) -> list[psutil.Process]:
         """The processes that train, by rank; fewer where they are not there yet."""
+        if self.launcher == "forked":
+            return self.everyone()
         found = {}
         for process in self.everyone():
             try:
@@ -314,9 +327,9 @@ def _signal(process: psutil.Process, signum: int) -> None:
         return
 
 
-def complete(arguments: list[str], log: Path, timeout: float = 1800) -> None:
-    """Start the command by hand and let it come to its end."""
-    group = Group(arguments, "hand", log)
+def complete(arguments: list[str], log: Path, timeout: float = 1800, launcher: str = "hand") -> None:
+    """Start the command and let it come to its end."""
+    group = Group(arguments, launcher, log)
     try:
         codes = group.wait(timeout)
     finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import launch
 import numpy as np
+import prepared
 import pytest
 import torch
 from PIL import Image
@@ -28,11 +29,15 @@ SHORT = [
 ]  # fmt: skip
 
 
-def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,), check: bool = True, timeout: float = 300):
-    """Run the recipe and return the finished process, its output as text."""
-    command = [*launcher, RECIPE, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=launch.environment(), timeout=timeout)
-    assert not check or done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+def run(*arguments: str, launcher: tuple[str, ...] = (), check: bool = True, timeout: float = 300):
+    """Run the recipe, forked if there is no launcher, and return the finished process, its output as text."""
+    if launcher:
+        done = subprocess.run(
+            [*launcher, RECIPE, *arguments], capture_output=True, text=True, env=launch.environment(), timeout=timeout
+        )
+    else:
+        done = prepared.run(RECIPE, *arguments, env=launch.environment(), timeout=timeout)
+    assert not check or done.returncode == 0, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
@@ -54,9 +59,9 @@ def equal(first: Path, second: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
-    """A short run from nothing, in one process."""
+    """A short run from nothing, in one process, which imports what it needs itself."""
     out = tmp_path_factory.mktemp("run") / "digits"
-    return out, run("--out", str(out), *SHORT)
+    return out, run("--out", str(out), *SHORT, launcher=(sys.executable,))
 
 
 @pytest.mark.distributed
@@ -133,7 +138,7 @@ def test_killed_runs_continue_bit_for_bit(tmp_path: Path, finished) -> None:
     """SIGKILL in the teacher's training and in the distillation; the same command ends with the same weights."""
     whole, out = finished[0], tmp_path / "killed"
     for milestone in ("teacher/checkpoints/step-0000008", "checkpoints/step-0000004", "checkpoints/step-0000008"):
-        _kill_when(out / milestone, "--out", str(out), *SHORT)
+        _kill_when(out / milestone, tmp_path / "log", "--out", str(out), *SHORT)
     last = run("--out", str(out), *SHORT)
     assert "continuing at step" in last.stderr
     assert equal(out, whole)
@@ -146,10 +151,12 @@ def test_killed_runs_continue_bit_for_bit(tmp_path: Path, finished) -> None:
 def test_signals_save_and_exit(tmp_path: Path, finished, signum: int, code: int) -> None:
     teacher = str(finished[0] / "teacher" / "model")
     settings = ["--teacher", teacher, "--out", str(tmp_path / "run"), *SHORT, "--checkpoint-every", "100"]
-    process = _start(*settings[:-2], "--checkpoint-every", "100", "--max-steps", "1000")
-    _wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    log = tmp_path / "log"
+    process = _start(log, *settings[:-2], "--checkpoint-every", "100", "--max-steps", "1000")
+    _wait_for(tmp_path / "run" / "metrics.jsonl", process, log)
     process.send_signal(signum)
-    stderr = process.communicate(timeout=120)[1]
+    process.wait(timeout=120)
+    stderr = log.read_text()
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
     steps = len(metrics(tmp_path / "run"))
@@ -195,31 +202,29 @@ def test_the_default_start_is_deepspeed(tmp_path: Path, finished) -> None:
     assert "Traceback" not in bad.stderr
 
 
-def _start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, RECIPE, *arguments],
-        env=launch.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def _start(log: Path, *arguments: str) -> prepared.Program | subprocess.Popen:
+    """The recipe as a forked program, whose messages go to `log`."""
+    with open(log, "wb") as stderr, open(os.devnull, "wb") as stdout:
+        return prepared.start(RECIPE, *arguments, env=launch.environment(), stdout=stdout, stderr=stderr)
 
 
-def _wait_for(path: Path, process: subprocess.Popen, timeout: float = 200) -> None:
+def _wait_for(
+    path: Path, process: prepared.Program | subprocess.Popen, log: Path | None = None, timeout: float = 200
+) -> None:
     deadline = time.monotonic() + timeout
     while not path.exists():
         if process.poll() is not None:
-            raise AssertionError(f"ended with {process.returncode} before {path}:\n{process.communicate()[1]}")
+            said = log.read_text() if log else ""
+            raise AssertionError(f"ended with {process.returncode} before {path}:\n{said}")
         assert time.monotonic() < deadline, f"no {path} after {timeout} s"
         time.sleep(0.02)
 
 
-def _kill_when(path: Path, *arguments: str) -> None:
-    process = _start(*arguments)
+def _kill_when(path: Path, log: Path, *arguments: str) -> None:
+    process = _start(log, *arguments)
     try:
-        _wait_for(path, process)
+        _wait_for(path, process, log)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.wait()
     assert process.returncode == -signal.SIGKILL

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import launch
+import prepared
 import pytest
 import torch
 
@@ -117,12 +116,12 @@ def test_run_folders_of_others_stay_untouched(
 
     other = tmp_path / "other"
     other.mkdir()
-    dry = subprocess.run(
-        [sys.executable, str(launch.ROOT / "recipes" / "digits_ipfm.py"), *teacher, "--out", str(other),
-         "--max-steps", "1", "--batch", "8", "--eval-images", "8", "--heun-steps", "1"],
-        env=launch.environment(), capture_output=True, text=True, check=True,
+    done = prepared.run(
+        launch.ROOT / "recipes" / "digits_ipfm.py", *teacher, "--out", other, "--max-steps", 1, "--batch", 8,
+        "--eval-images", 8, "--heun-steps", 1, env=launch.environment(),
     )  # fmt: skip
-    assert "generator" in dry.stdout
+    assert done.returncode == 0, done.stderr
+    assert "generator" in done.stdout
     before = {p: p.read_bytes() for p in other.rglob("*") if p.is_file()}
     line = refused(capsys, "digits", *teacher, "--out", str(other), "--alpha", "1.2", "--batch", "8")
     assert "belongs to another configuration (alpha is 1.0 there, 1.2 here)" in line
@@ -169,10 +168,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
 @pytest.mark.distributed
 def test_cifar_trains_from_a_model_folder(models: dict[str, Path], tmp_path: Path) -> None:
     """End to end at reduced width: two student updates at D = 2048, the teacher's dropout is not carried over."""
-    done = subprocess.run(
-        [sys.executable, str(launch.ROOT / "recipes" / "cifar_ipfm.py"), "--teacher", str(models["cifar"]), "--out",
-         str(tmp_path / "run"), "--max-steps", "2", "--batch", "4", "--log-every", "1", "--backward", "phased"],
-        env=launch.environment(), capture_output=True, text=True,
+    done = prepared.run(
+        launch.ROOT / "recipes" / "cifar_ipfm.py", "--teacher", models["cifar"], "--out", tmp_path / "run",
+        "--max-steps", 2, "--batch", 4, "--log-every", 1, "--backward", "phased", env=launch.environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     net = load_model(tmp_path / "run" / "generator")

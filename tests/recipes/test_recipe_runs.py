@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import launch
 import official_files
+import prepared
 import pytest
 import stand_ins
 import tiny_inception
@@ -26,11 +25,9 @@ THIN = {
 
 def command(*arguments: object) -> str:
     """Run a program of this project; what it printed. Fails with its errors."""
-    program, *rest = map(str, arguments)
-    start = (
-        [str(launch.BIN / "ipfm")] if program == "ipfm" else [sys.executable, str(launch.ROOT / "recipes" / program)]
-    )
-    done = subprocess.run([*start, *rest], env=launch.environment(), capture_output=True, text=True)
+    program, *rest = arguments
+    script = launch.BIN / "ipfm" if program == "ipfm" else launch.ROOT / "recipes" / str(program)
+    done = prepared.run(script, *rest, env=launch.environment())
     assert done.returncode == 0, done.stderr
     return done.stdout
 

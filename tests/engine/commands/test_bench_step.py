@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import subprocess
 from pathlib import Path
 
 import launch
 import plain_loop
+import prepared
 import pytest
 import torch
 from torch import Tensor
@@ -93,9 +93,8 @@ def test_its_layers_are_pytorchs_own() -> None:
 def test_the_table_of_the_command(tmp_path: Path) -> None:
     """Every row with its device, plain PyTorch being the measure."""
     out = tmp_path / "b c"
-    options = ["--model", "digits", "--batch", "2", "--quick", "--precision", "bf16", "--out", str(out)]
-    command = [launch.BIN / "ipfm", "bench", "--step", *options]
-    done = subprocess.run(command, env=launch.environment(), capture_output=True, text=True, timeout=200)
+    options = ["--model", "digits", "--batch", "2", "--quick", "--precision", "bf16", "--out", out]
+    done = prepared.run(launch.BIN / "ipfm", "bench", "--step", *options, env=launch.environment(), timeout=200)
     assert done.returncode == 0, done.stderr
     network = bench_network("digits")
     with (out / "step.csv").open() as file:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import launch
 import numpy as np
+import prepared
 import pytest
 import scipy.stats
 import torch
@@ -251,11 +250,10 @@ def test_bad_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments:
 def test_the_recipe_from_end_to_end(tmp_path: Path) -> None:
     """A narrow class-conditional ADM, two steps of its training and two of its distillation."""
     out = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, str(launch.ROOT / "recipes" / "shapes_ipfm.py"), "--out", str(out), "--arch", "adm",
-         "--channels", "8", "--conditional", "--teacher-steps", "2", "--max-steps", "2", "--batch", "4",
-         "--eval-images", "8", "--heun-steps", "1", "--eval-every", "0"],
-        env=launch.environment(), capture_output=True, text=True,
+    done = prepared.run(
+        launch.ROOT / "recipes" / "shapes_ipfm.py", "--out", out, "--arch", "adm", "--channels", 8, "--conditional",
+        "--teacher-steps", 2, "--max-steps", 2, "--batch", 4, "--eval-images", 8, "--heun-steps", 1, "--eval-every", 0,
+        env=launch.environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "blocks of pixels against all 20000 shapes" in done.stdout

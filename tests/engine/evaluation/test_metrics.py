@@ -2,11 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
 import textwrap
 
+import launch
 import numpy as np
+import prepared
 import pytest
 import scipy.linalg
 import torch
@@ -269,17 +269,16 @@ RANK = """
 def test_two_processes_find_what_one_does(tmp_path):
     features = normal(60, 5) * 0.5 + 1e4
     torch.save(features, tmp_path / "features.pt")
-    command = [sys.executable, "-c", textwrap.dedent(RANK)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(r), "2", str(tmp_path / "store"), str(tmp_path)], stderr=subprocess.PIPE, cwd=tmp_path
-        )
-        for r in (0, 1)
-    ]
+    program, env = tmp_path / "rank.py", launch.environment()
+    program.write_text(textwrap.dedent(RANK))
+    with open(tmp_path / "log", "wb") as log:
+        ranks = [
+            prepared.start(program, r, 2, tmp_path / "store", tmp_path, env=env, stdout=log, stderr=log, cwd=tmp_path)
+            for r in (0, 1)
+        ]
     try:
         for process in ranks:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors.decode()
+            assert process.wait(timeout=120) == 0, (tmp_path / "log").read_text()
     finally:
         for process in ranks:
             process.kill()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 import threading
 import weakref
@@ -12,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import launch
+import prepared
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -159,10 +158,9 @@ FULL_DISK = """
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path, background: bool) -> None:
     places = [str(Path(__file__).parent), str(Path(launch.__file__).parent)]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path / "run"), str(background), *places],
-        env=launch.environment(), capture_output=True, text=True,
-    )  # fmt: skip
+    program = tmp_path / "full_disk.py"
+    program.write_text(textwrap.dedent(FULL_DISK))
+    done = prepared.run(program, tmp_path / "run", background, *places, env=launch.environment())
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert line.startswith(f"the checkpoint {tmp_path / 'run' / 'step-0000002'} cannot be written (")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import launch
+import prepared
 import pytest
 import soak
 import torch
@@ -37,10 +37,7 @@ def groups() -> Iterator[list[Group]]:
 
 
 def run_alone(*arguments: str, **keywords) -> subprocess.CompletedProcess:
-    command = [sys.executable, soak.RECIPE, *arguments]
-    return subprocess.run(
-        command, env=launch.environment(), capture_output=True, text=True, timeout=200, **keywords
-    )  # fmt: skip
+    return prepared.run(soak.RECIPE, *arguments, env=launch.environment(), timeout=200, **keywords)
 
 
 # -- other processes -------------------------------------------------------------------------------------------------
@@ -67,7 +64,7 @@ def test_a_hung_process_is_given_up_after_the_timeout(tmp_path: Path, teacher, g
     """Stage 2 reduces gradients in a group of DeepSpeed's own, which has to know the time as well."""
     out = tmp_path / "run"
     arguments = settings(teacher, out, 2000, zero=2)
-    groups.append(group := Group(arguments, "hand", tmp_path / "log", IPFM_TIMEOUT="8"))
+    groups.append(group := Group(arguments, "forked", tmp_path / "log", IPFM_TIMEOUT="8"))
     wait_until(lambda: newest(out) >= 2, group)
     waiting, hung = group.ranks()
     hung.send_signal(signal.SIGSTOP)
@@ -104,9 +101,8 @@ def test_a_full_disk_ends_all_processes_and_keeps_the_checkpoint(tmp_path, teach
     done = run_alone(*settings(teacher, out, 2))
     assert done.returncode == 0, done.stderr
     before = soak.final_state(out)
-    limited = ["bash", "-c", 'ulimit -f 12 && exec "$0" "$@"']
     arguments = [*settings(teacher, out, 2000), f"--{background}"]
-    groups.append(group := Group(arguments, "hand", tmp_path / "log", prefix=limited))
+    groups.append(group := Group(arguments, "forked", tmp_path / "log", file_size=12 * 1024))
     assert group.wait(120) == [1, 1]
     (line,) = [line for line in group.output().splitlines() if "failed" in line]
     where = f"digits_ipfm.py: failed: the checkpoint {out}/checkpoints/step-0000004 cannot be written ("
@@ -128,7 +124,7 @@ def test_a_signal_within_an_evaluation_saves_and_stops_and_the_evaluation_is_mad
     """To one of two processes, in an evaluation that would take hours; SIGUSR1 as Slurm sends it."""
     out = tmp_path / "run"
     forever = settings(teacher, out, 3, eval_every=1, eval_images=50_000_000, checkpoint_every=1000)
-    groups.append(group := Group(forever, "hand", tmp_path / "log"))
+    groups.append(group := Group(forever, "forked", tmp_path / "log"))
     wait_until(lambda: (out / "metrics.jsonl").exists(), group)
     group.ranks()[1].send_signal(signal.SIGUSR1)
     assert group.wait(60) == [128 + signal.SIGUSR1] * 2
@@ -146,7 +142,7 @@ def test_slow_steps_are_stopped_within_seconds(tmp_path: Path, teacher, groups) 
     """Logging is far away; a batch that takes seconds, and SIGTERM twice, as launchers send it, to one process."""
     out = tmp_path / "run"
     arguments = settings(teacher, out, 2000, batch=2000, log_every=1000, checkpoint_every=1000)
-    groups.append(group := Group(arguments, "hand", tmp_path / "log"))
+    groups.append(group := Group(arguments, "forked", tmp_path / "log"))
     wait_until(lambda: (out / "metrics.jsonl").exists(), group)
     first = group.ranks()[0]
     for _ in range(2):
@@ -201,8 +197,8 @@ def test_a_small_soak(tmp_path: Path, teacher) -> None:
     """A kill of all processes within the writing of a checkpoint; `make soak` has fifty kills of every kind."""
     out, whole = tmp_path / "killed", tmp_path / "whole"
     kills = soak.Soak(settings(teacher, out, 12), out, seed=1, log=tmp_path / "log")
-    assert kills.kill_once("hand", "all", "writing")
+    assert kills.kill_once("forked", "all", "writing")
     assert kills.counts["kills"] == 1 and newest(out) < 12
-    soak.complete(kills.arguments, kills.log)
-    soak.complete(settings(teacher, whole, 12, checkpoint_every=1000), tmp_path / "log")
+    soak.complete(kills.arguments, kills.log, launcher="forked")
+    soak.complete(settings(teacher, whole, 12, checkpoint_every=1000), tmp_path / "log", launcher="forked")
     assert differences(whole, out) == []

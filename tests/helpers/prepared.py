@@ -1,0 +1,245 @@
+"""Programs that start with torch, DeepSpeed and this project imported: forked from a process that has done only that.
+
+A program of this project imports for three seconds before it does anything. Tests of what a run does, and not of how
+Python starts it, fork theirs from a server that has imported everything and started no thread; each pytest process has
+its own. A forked program sees what a started one would: arguments, environment, folder, standard streams, session,
+limits, signals; its exit code comes back. On a machine with a GPU, which no forked process could use, it is started.
+
+    python tests/helpers/prepared.py SOCKET      (the server; it ends when its stdin is closed)
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import os
+import resource
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+IMPORTS = (
+    "sklearn.datasets", "scipy.linalg", "scipy.stats", "matplotlib.figure", "matplotlib.backends.backend_agg", "tyro",
+    "PIL.Image", "PIL.PngImagePlugin", "torch._dynamo", "torch.utils.tensorboard", "tensorboard.compat.proto",
+    "ipfm.recipes.digits_ipfm", "ipfm.recipes.cifar_ipfm", "ipfm.engine.training.distiller",
+    "ipfm.engine.training.teacher", "ipfm.engine.evaluation.metrics", "ipfm.engine.memory.watch", "deepspeed",
+)  # fmt: skip
+# What is read while these are imported: a program that is to have other values is started.
+READ_ONCE = ("PYTHON", "LC_", "LANG", "OMP_", "TRITON_", "TORCH", "DS_", "CUDA_")
+
+
+class Program:
+    """A forked program, in the words of `subprocess.Popen`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.pid = int(connection.recv(64))
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit code, or minus the signal that ended it; None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code once it has ended. TimeoutExpired: it has not."""
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"program {self.pid}", timeout or 0)
+            self.returncode = int(self._connection.recv(64))
+            self._connection.close()
+        return self.returncode
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(
+    script: str | Path,
+    *arguments: object,
+    env: Mapping[str, str],
+    stdout: IO[Any],
+    stderr: IO[Any],
+    cwd: str | Path | None = None,
+    file_size: int | None = None,
+) -> Program | subprocess.Popen:
+    """`python SCRIPT ARGUMENTS` in a session of its own, without stdin.
+
+    Args:
+        script: the file.
+        arguments: as text.
+        env: the whole environment.
+        stdout: an open file; may be `stderr` too.
+        stderr: an open file.
+        cwd: where; None: here.
+        file_size: bytes beyond which the program cannot write to a file.
+    """
+    words = [str(script), *map(str, arguments)]
+    if not _can_fork():
+        limit = ["bash", "-c", f'ulimit -f {file_size // 1024} && exec "$0" "$@"'] if file_size else []
+        return subprocess.Popen(
+            [*limit, sys.executable, *words], env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+            start_new_session=True,
+        )  # fmt: skip
+    address, first = _server()
+    for name in {*env, *first}:
+        if name.startswith(READ_ONCE) and env.get(name) != first.get(name):
+            raise ValueError(f"{name} is {env.get(name)!r}, but was {first.get(name)!r} at the imports: start it anew")
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(address)
+    about = {"words": words, "env": dict(env), "cwd": str(cwd or Path.cwd()), "file_size": file_size}
+    with tempfile.TemporaryFile() as request, open(os.devnull, "rb") as nothing:
+        request.write(json.dumps(about).encode())
+        socket.send_fds(connection, [b"."], [f.fileno() for f in (nothing, stdout, stderr, request)])
+    return Program(connection)
+
+
+def run(
+    script: str | Path, *arguments: object, env: Mapping[str, str], timeout: float = 300, **more: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; what it wrote as text. TimeoutExpired: it took too long, and was killed."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        program = start(script, *arguments, env=env, stdout=out, stderr=err, **more)
+        try:
+            code = program.wait(timeout)
+        finally:
+            program.kill()
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return subprocess.CompletedProcess([str(script), *map(str, arguments)], code, *texts)
+
+
+@functools.cache
+def _can_fork() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+@functools.cache
+def _server() -> tuple[str, dict[str, str]]:
+    """The address of this process's server, and the environment that it was started in."""
+    import launch
+
+    env = launch.environment()
+    folder = tempfile.TemporaryDirectory(prefix="prepared-")
+    address = str(Path(folder.name) / "socket")
+    server = subprocess.Popen(
+        [sys.executable, __file__, address], env=env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+
+    def end() -> None:
+        assert server.stdin is not None
+        server.stdin.close()
+        server.wait()
+        folder.cleanup()
+
+    atexit.register(end)
+    deadline = time.monotonic() + 120
+    while not Path(address).exists():
+        assert server.poll() is None and time.monotonic() < deadline, "the server of prepared programs did not start"
+        time.sleep(0.02)
+    return address, env
+
+
+# -- the server --------------------------------------------------------------------------------------------------------
+
+
+def serve(address: str) -> dict[str, Any] | None:
+    """Fork a program for each connection. Returns what is to be run in the fork, and None when all is over."""
+    for name in IMPORTS:
+        importlib.import_module(name)
+    assert len(os.listdir("/proc/self/task")) == 1, "a thread would not survive the fork"
+    # What is imported stays, and nobody need look through it for garbage.
+    gc.collect()
+    gc.freeze()
+    programs: dict[int, socket.socket] = {}
+    woken, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # Whoever sees the address can connect to it.
+    listener.bind(f"{address}.new")
+    listener.listen()
+    os.rename(f"{address}.new", address)
+    while True:
+        ready = select.select([sys.stdin, woken, listener], [], [])[0]
+        if sys.stdin in ready:
+            for pid in programs:
+                os.kill(pid, signal.SIGKILL)
+            return None
+        if woken in ready:
+            woken.recv(4096)
+            _report(programs)
+        if listener in ready:
+            connection = listener.accept()[0]
+            descriptors = socket.recv_fds(connection, 1, 4)[1]
+            if not (pid := os.fork()):
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for held in (woken, wake, listener, connection, *programs.values()):
+                    held.close()
+                return _become(descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            programs[pid] = connection
+            connection.send(str(pid).encode())
+
+
+def _report(programs: dict[int, socket.socket]) -> None:
+    """Tell those who wait the exit codes of the programs that have ended."""
+    for pid in list(programs):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            with programs.pop(pid) as connection, contextlib.suppress(OSError):
+                connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+
+
+def _become(descriptors: list[int]) -> dict[str, Any]:
+    """Take on what the program of a request is to have."""
+    with os.fdopen(descriptors.pop(), "rb") as request:
+        request.seek(0)
+        about = json.load(request)
+    for standard, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, standard)
+        os.close(descriptor)
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(about["env"])
+    os.chdir(about["cwd"])
+    if limit := about["file_size"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return about
+
+
+def main() -> None:
+    about = serve(sys.argv[1])
+    if about is not None:
+        script, *_ = sys.argv = about["words"]
+        sys.path[0] = str(Path(script).parent)
+        runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
