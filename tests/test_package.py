@@ -36,7 +36,7 @@ def test_wheel_holds_the_mapped_packages_and_nothing_beside(wheel: Path) -> None
         names = archive.namelist()
         entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     assert {name.split("/")[0] for name in names} == {"ipfm", next(n for n in names if "dist-info" in n).split("/")[0]}
-    for name in ("engine/trio.py", "engine/run_report/page.html.j2", "kernels/philox.py", "kernels/bench/micro.py",
+    for name in ("engine/training/distiller.py", "engine/commands/report/page.html.j2", "kernels/philox.py", "kernels/bench/micro.py",
                  "models/song_unet.py", "recipes/digits_ipfm.py"):  # fmt: skip
         assert f"ipfm/{name}" in names
     assert "ipfm/__init__.py" not in names, "ipfm is a namespace package"
@@ -92,4 +92,4 @@ def test_deepspeed_stands_in_two_files() -> None:
         for path in (launch.ROOT / folder).rglob("*.py")
         if "import deepspeed" in path.read_text() or "from deepspeed" in path.read_text()
     ]
-    assert sorted(users) == ["engine/world.py", "engine/zero.py"]
+    assert sorted(users) == ["engine/distributed/world.py", "engine/distributed/zero.py"]
