@@ -36,8 +36,10 @@ def test_wheel_holds_the_mapped_packages_and_nothing_beside(wheel: Path) -> None
         names = archive.namelist()
         entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     assert {name.split("/")[0] for name in names} == {"ipfm", next(n for n in names if "dist-info" in n).split("/")[0]}
-    for name in ("engine/training/distiller.py", "engine/commands/report/page.html.j2", "kernels/philox.py", "kernels/bench/micro.py",
-                 "models/song_unet.py", "recipes/digits_ipfm.py"):  # fmt: skip
+    for name in (
+        "engine/training/distiller.py", "engine/commands/report/page.html.j2", "kernels/philox.py",
+        "kernels/bench/micro.py", "models/song_unet.py", "recipes/digits_ipfm.py",
+    ):  # fmt: skip
         assert f"ipfm/{name}" in names
     assert "ipfm/__init__.py" not in names, "ipfm is a namespace package"
     assert "ipfm = ipfm.engine.commands.main:main" in entry_points
