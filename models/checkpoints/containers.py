@@ -27,7 +27,11 @@ class Container:
 
 
 def map_file(path: Path) -> memoryview:
-    """The bytes of a file, read as they are looked at; ValueError naming it where that is impossible."""
+    """The bytes of a file, read as they are used.
+
+    Raises:
+        ValueError: it cannot be read; one line that names it.
+    """
     try:
         if not path.is_file():
             raise ValueError(f"{shown_path(path)} {'is no ordinary file' if path.exists() else 'does not exist'}")

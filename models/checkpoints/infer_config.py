@@ -62,11 +62,15 @@ _MAX_VALUES = 64
 
 
 def network_config(record: Record, shapes: Shapes, *, D: float) -> NetworkConfig:
-    """The configuration of the network `record` with tensors of these names and shapes.
+    """The configuration of a network in a file.
 
-    D: auxiliary dimensions it was trained for, which are no part of the architecture.
+    Args:
+        record: the network.
+        shapes: of its tensors, by name.
+        D: auxiliary dimensions it was trained for, which are no part of the architecture.
 
-    Raises ValueError where the file's arguments and tensors make no network of the EDM family.
+    Raises:
+        ValueError: the file's arguments and tensors make no network of the EDM family.
     """
     name = record.class_name
     if name not in _OPTIONS:
@@ -101,7 +105,11 @@ def network_config(record: Record, shapes: Shapes, *, D: float) -> NetworkConfig
 
 
 def trained_for(record: Record) -> float | None:
-    """The D that a file states: a number, inf for "not PFGM++", None for nothing; ValueError for a contradiction."""
+    """The D that a file states: a number, inf for "not PFGM++", None for nothing.
+
+    Raises:
+        ValueError: it contradicts itself.
+    """
     found: set[float] = set()
     for source in (record.state, _arguments(record) or {}):
         flag, D = source.get("pfgmpp"), source.get("D")
@@ -123,7 +131,8 @@ def trained_for(record: Record) -> float | None:
 def from_shapes(shapes: Shapes) -> dict[str, object]:
     """The arguments of a U-Net that its tensors determine, by name, with `out_channels` and `model_type`.
 
-    ValueError where the tensors are not those of a U-Net of the EDM family.
+    Raises:
+        ValueError: the tensors are not those of a U-Net of the EDM family.
     """
     entries: dict[tuple[str, int], dict[str, dict[str, tuple[int, ...]]]] = {}
     for name, shape in shapes.items():

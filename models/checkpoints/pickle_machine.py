@@ -10,7 +10,7 @@ from ipfm.models.checkpoints.pickle_values import Inert, Limits, Table, check_ke
 class PickleMachine:
     """State and instructions; see `RestrictedUnpickler`, which runs them.
 
-    An instruction raises ValueError, IndexError or KeyError for a damaged pickle, and nothing else.
+    For a damaged pickle an instruction raises ValueError, IndexError or KeyError, and nothing else.
     """
 
     def __init__(

@@ -13,9 +13,10 @@ Table: TypeAlias = Mapping[tuple[str, str], object]
 class Limits:
     """What one pickle may cost.
 
-    operations: instructions; each makes at most one object of some 100 bytes besides the text and bytes of the file
-    depth:      containers inside each other
-    text:       bytes of one string
+    Attributes:
+        operations: instructions; each makes at most one object of some 100 bytes besides the file's text and bytes.
+        depth: containers inside each other.
+        text: bytes of one string.
     """
 
     operations: int = 1_000_000
@@ -30,7 +31,11 @@ class Inert:
     """Base of the classes in a table: made without arguments, changed only through `set_state`."""
 
     def set_state(self, state: object) -> None:
-        """Take what a pickle says about the object; ValueError where that is not allowed."""
+        """Take what a pickle says about the object.
+
+        Raises:
+            ValueError: that is not allowed.
+        """
         raise ValueError(f"{shown(type(self))} takes no state")
 
     def children(self) -> tuple[object, ...]:
@@ -39,7 +44,11 @@ class Inert:
 
 
 def check_depth(root: object, limit: int) -> None:
-    """ValueError where containers nest deeper than `limit`; what contains itself counts once."""
+    """Check that containers nest no deeper than `limit`; what contains itself counts once.
+
+    Raises:
+        ValueError: they do.
+    """
     seen: set[int] = set()
     level, depth = [root], 0
     while level:
@@ -74,7 +83,11 @@ def shown(value: object, width: int = 60) -> str:
 
 
 def check_key(key: object) -> None:
-    """ValueError unless `key` is text, bytes or a small integer, whose hashes cost no time and do not collide."""
+    """Check that `key` is text, bytes or a small integer, whose hashes cost no time and do not collide.
+
+    Raises:
+        ValueError: it is something else.
+    """
     if type(key) is str or type(key) is bytes or (type(key) is int and abs(key) < 1 << 32):
         return
     raise ValueError(f"{shown(key)} cannot be a key")

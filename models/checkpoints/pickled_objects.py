@@ -26,7 +26,11 @@ class Record(Inert):
         return (self.state,)
 
     def mapping(self, name: str) -> dict[str, object]:
-        """Attribute `name`, which must be a dictionary with names as keys; ValueError where it is not."""
+        """Attribute `name`, a dictionary with names as keys.
+
+        Raises:
+            ValueError: it is something else.
+        """
         found = self.state.get(name)
         if type(found) is not dict or not all(type(key) is str for key in found):
             raise ValueError(f"an object of class {shown(self.class_name)} has no usable {name}")
@@ -167,7 +171,8 @@ GLOBALS: Table = {
 def modules(record: Record) -> Iterator[tuple[str, Record]]:
     """(path, record) of a network and all its parts in the order of its state dict; the path of the network is "".
 
-    ValueError where a part stands in two places, contains itself or is no part.
+    Raises:
+        ValueError: a part stands in two places, contains itself or is no part.
     """
     yield from _walk("", record, set(), 0)
 
@@ -186,7 +191,11 @@ def _walk(path: str, record: Record, seen: set[int], depth: int) -> Iterator[tup
 
 
 def own_tensors(record: Record) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """(parameters, buffers) of one part by name, those of its state dict; ValueError for anything else."""
+    """(parameters, buffers) of one part by name, those of its state dict.
+
+    Raises:
+        ValueError: the part holds something else.
+    """
     hidden = record.state.get("_non_persistent_buffers_set", set())
     if not isinstance(hidden, set):
         raise ValueError(f"an object of class {shown(record.class_name)} has no usable _non_persistent_buffers_set")

@@ -34,12 +34,13 @@ _GENERATOR = re.compile(r"G(_ema\d*)?|generator|ema_\d_\d{1,9}")
 class ImportedNetwork:
     """A network of a checkpoint.
 
-    key:        its name in the file
-    class_name: its class there
-    config:     what it takes to build it, D included
-    weights:    state dict by name, in order: float32, on the CPU, every value finite
-    parameters: names of those that are parameters and no buffers, in the order of optimiser states
-    D_source:   where config.D comes from: the file, the caller, or assumed to be inf as neither said anything
+    Attributes:
+        key: its name in the file.
+        class_name: its class there.
+        config: what it takes to build it, D included.
+        weights: state dict by name, in order: float32, on the CPU, every value finite.
+        parameters: names of those that are parameters and no buffers, in the order of optimiser states.
+        D_source: where config.D comes from: the file, the caller, or assumed to be inf as neither said anything.
     """
 
     key: str
@@ -54,12 +55,13 @@ class ImportedNetwork:
 class Checkpoint:
     """An opened checkpoint. No tensor has been read yet.
 
-    where:     the file, for messages
-    container: how it is stored
-    origin:    which program's file it is, in words
-    networks:  by name, in the order of the file
-    entries:   everything at the top of the file, networks included
-    size:      of the file in bytes
+    Attributes:
+        where: the file, for messages.
+        container: how it is stored.
+        origin: which program's file it is, in words.
+        networks: by name, in the order of the file.
+        entries: everything at the top of the file, networks included.
+        size: of the file in bytes.
     """
 
     where: str
@@ -72,10 +74,11 @@ class Checkpoint:
     def choose(self, name: str | None = None) -> str:
         """The name of the network to take.
 
-        `name` where it is given. Else the average of the weights: `ema`, `G_ema`, or of the averages of the older
-        distillation project (`ema_0_9990`) the slowest; where there is none `net`, `G` or `generator`.
+        `name` where it is given. Else the EMA of the weights: `ema`, `G_ema`, or of the EMAs of the older distillation
+        project (`ema_0_9990`) the slowest; where there is none `net`, `G` or `generator`.
 
-        Raises ValueError listing the networks in the file where there is no such one.
+        Raises:
+            ValueError: there is no such one; the message lists the networks in the file.
         """
         if name is None:
             averages = sorted(filter(_DISTILLATION_EMA.fullmatch, self.networks), key=_decay, reverse=True)
@@ -93,10 +96,13 @@ class Checkpoint:
     def read(self, name: str | None = None, *, D: float | None = None) -> ImportedNetwork:
         """The network `name`, or the one that `choose` takes.
 
-        D: auxiliary dimensions it was trained for, for files that do not say; inf where neither says anything.
+        Args:
+            name: of the network in the file, or None.
+            D: auxiliary dimensions it was trained for, for files that do not say; inf where neither says anything.
 
-        Raises ValueError, one line that names file and network: damage, an architecture that is none of the family or
-        contradicts the tensors, weights that are not finite, another D than the file's.
+        Raises:
+            ValueError: one line that names file and network: damage, an architecture that is none of the family or
+                contradicts the tensors, weights that are not finite, another D than the file's.
         """
         key = self.choose(name)
         check_D(D)
@@ -143,7 +149,11 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint file; ValueError, one line that names it and what was found, for anything else."""
+    """Open a checkpoint file.
+
+    Raises:
+        ValueError: anything else; one line that names it and what was found.
+    """
     return parse_checkpoint(map_file(path), where=shown_path(path))
 
 
@@ -167,13 +177,21 @@ def parse_checkpoint(data: bytes | memoryview, *, where: str, limits: Limits = D
 
 
 def check_D(D: float | None) -> None:
-    """ValueError unless D is None or a number above 0."""
+    """Check that D is None or a number above 0.
+
+    Raises:
+        ValueError: it is not.
+    """
     if D is not None and not D > 0:
         raise ValueError(f"D must be a number above 0, or inf for diffusion, got {D}")
 
 
 def check_bounds(tensors: Mapping[str, StoredTensor], size: int) -> None:
-    """ValueError where tensors reach outside what is stored, or together are larger than the file of `size` bytes."""
+    """Check that tensors stay within what is stored, and together are not larger than the file of `size` bytes.
+
+    Raises:
+        ValueError: they reach outside, or are larger.
+    """
     total = 0
     for name, tensor in tensors.items():
         try:

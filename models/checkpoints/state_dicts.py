@@ -17,9 +17,10 @@ from ipfm.models.checkpoints.stored_tensors import StoredTensor, finite_float32,
 class StateDict:
     """The named tensors of a file, none of which has been read yet. Made by `open_state_dict`.
 
-    where:  the file, for messages
-    shapes: by name, in the order of the file
-    read:   the tensor of a name as it is stored, on the CPU
+    Attributes:
+        where: the file, for messages.
+        shapes: by name, in the order of the file.
+        read: the tensor of a name as it is stored, on the CPU.
     """
 
     where: str
@@ -29,7 +30,8 @@ class StateDict:
     def load(self, name: str) -> Tensor:
         """Tensor `name`: contiguous float32 on the CPU, every value finite; float16 and bfloat16 are widened.
 
-        ValueError, one line that names the file: damage, another dtype, a value that is not finite.
+        Raises:
+            ValueError: one line that names the file: damage, another dtype, a value that is not finite.
         """
         try:
             values = self.read(name)
@@ -41,7 +43,10 @@ class StateDict:
 def open_state_dict(path: Path) -> StateDict:
     """The state dict in the file `path`, which holds nothing else: of torch.save (.pth, .pt) or of safetensors.
 
-    The kinds are told apart by content. ValueError, one line that names the file, for anything else.
+    The kinds are told apart by content.
+
+    Raises:
+        ValueError: anything else; one line that names the file.
     """
     where, data = shown_path(path), map_file(path)
     # A safetensors file: eight bytes of length, then JSON.

@@ -37,7 +37,7 @@ _USUAL_START = LEGACY_START + (
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """`count` elements of one dtype; `read` gives their bytes, or raises ValueError where they are damaged."""
+    """`count` elements of one dtype; `read` gives their bytes, and raises ValueError where they are damaged."""
 
     dtype: torch.dtype
     count: int
@@ -56,7 +56,11 @@ class Blob:
         self._storage: Storage | None = None
 
     def open(self) -> Storage:
-        """The storage; ValueError where the bytes are not exactly one."""
+        """The storage.
+
+        Raises:
+            ValueError: the bytes are not exactly one.
+        """
         if self._storage is None:
             root = read_legacy(self._data, STORAGES, where="a stored tensor")
             if not isinstance(root, Storage):
@@ -80,7 +84,11 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def check(self) -> torch.dtype:
-        """The dtype; ValueError where elements lie outside the storage or upon each other."""
+        """The dtype.
+
+        Raises:
+            ValueError: elements lie outside the storage or upon each other.
+        """
         storage = self.storage.open()
         if self.numel == 0:
             return storage.dtype
@@ -98,7 +106,11 @@ class StoredTensor:
         return storage.dtype
 
     def load(self) -> Tensor:
-        """A contiguous copy on the CPU, in the dtype of the file; ValueError as of `check`."""
+        """A contiguous copy on the CPU, in the dtype of the file.
+
+        Raises:
+            ValueError: as of `check`.
+        """
         dtype = self.check()
         if self.numel == 0:
             return torch.empty(self.shape, dtype=dtype)
@@ -113,7 +125,11 @@ class StoredTensor:
 
 
 def stored_tensor(storage: object, offset: object, shape: object, stride: object) -> StoredTensor:
-    """A `StoredTensor` of what a pickle says; ValueError where these are not a storage and whole numbers."""
+    """A `StoredTensor` of what a pickle says.
+
+    Raises:
+        ValueError: these are not a storage and whole numbers.
+    """
     if not isinstance(storage, (Storage, Blob)):
         raise ValueError(f"a tensor refers to {shown(storage)} instead of a storage")
     sizes = _whole_numbers(shape)
@@ -125,7 +141,11 @@ def stored_tensor(storage: object, offset: object, shape: object, stride: object
 
 
 def storage_of(described: object, *, fields: int) -> tuple[torch.dtype, str, int]:
-    """(dtype, key, element count) of a storage's persistent id, a tuple of `fields` parts; ValueError for any other."""
+    """(dtype, key, element count) of a storage's persistent id, a tuple of `fields` parts.
+
+    Raises:
+        ValueError: any other id.
+    """
     if not isinstance(described, tuple) or len(described) != fields:
         raise ValueError(f"a storage is described by {shown(described)} instead of {fields} parts")
     kind, dtype, key, location, count = described[:5]
@@ -140,7 +160,8 @@ def storage_of(described: object, *, fields: int) -> tuple[torch.dtype, str, int
 def read_legacy(data: memoryview, table: Table, *, where: str, limits: Limits = DEFAULT_LIMITS) -> object:
     """The object in a file of torch's older (not zip) format, its storages left where they are.
 
-    ValueError for anything else.
+    Raises:
+        ValueError: anything else.
     """
     storages: dict[str, Storage] = {}
     contents: dict[str, memoryview] = {}

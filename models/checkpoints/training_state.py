@@ -29,17 +29,21 @@ _PLAIN_ADAM = {"weight_decay": 0, "amsgrad": False, "maximize": False, "decouple
 
 @dataclass(frozen=True)
 class TrainingState:
-    """A teacher's training, stopped.
+    """A teacher's training, stopped. All tensors are float32, contiguous and on the CPU.
 
-    config:      of the network, D included; D_source as of `ImportedNetwork`
-    weights:     state dict of the network being trained, buffers included
-    ema:         that of its average, None where there is none to be found
-    ema_from:    name of the file that the average is from, or that was looked for in vain
-    exp_avg, exp_avg_sq: Adam's moments by the parameters' names, of the parameters' shapes
-    adam_steps:  steps of the optimiser
-    images_seen: training images so far, None where neither file nor file name says
-    betas, lr, eps: of Adam
-    All tensors are float32, contiguous and on the CPU.
+    Attributes:
+        config: of the network, D included.
+        D_source: as of `ImportedNetwork`.
+        weights: state dict of the network being trained, buffers included.
+        ema: state dict of its EMA, None where there is none to be found.
+        ema_from: name of the file that the EMA is from, or that was looked for in vain.
+        exp_avg: Adam's first moments by the parameters' names, of the parameters' shapes.
+        exp_avg_sq: Adam's second moments, likewise.
+        adam_steps: steps of the optimiser.
+        images_seen: training images so far, None where neither file nor file name says.
+        betas: of Adam.
+        lr: of Adam.
+        eps: of Adam.
     """
 
     config: NetworkConfig
@@ -59,12 +63,15 @@ class TrainingState:
 def read_training_state(path: str | os.PathLike[str], *, D: float | None = None) -> TrainingState:
     """The training state in the file `path` of EDM (`training-state-*.pt`) or PFGM++ (.pt, .pkl).
 
-    EDM keeps the average of the weights in `network-snapshot-*.pkl` of the same number, which is looked for beside
+    EDM keeps the EMA of the weights in `network-snapshot-*.pkl` of the same number, which is looked for beside
     `path`, and the number of training images (in thousands) only in the name.
 
-    D: as of `load_teacher`.
+    Args:
+        path: the file.
+        D: as of `load_teacher`.
 
-    Raises ValueError, one line that names the file, for any other file, for damage, and where the parts do not fit.
+    Raises:
+        ValueError: any other file, damage, or parts that do not fit; one line that names the file.
     """
     place = Path(path)
     checkpoint = open_checkpoint(place)

@@ -40,9 +40,7 @@ def read_pickle(
     Raises:
         ValueError: one line "where: ..." for anything not admitted, truncated, damaged, too deep or too large.
     """
-    reader = RestrictedUnpickler(
-        data, table, where=where, persistent=persistent, encoding=encoding, limits=limits
-    )  # fmt: skip
+    reader = RestrictedUnpickler(data, table, where=where, persistent=persistent, encoding=encoding, limits=limits)
     result = reader.load()
     if reader.position != len(data):
         raise ValueError(f"{where}: {len(data) - reader.position} bytes follow the end of the pickle")
@@ -50,7 +48,7 @@ def read_pickle(
 
 
 class RestrictedUnpickler(PickleMachine):
-    """Reads the pickles that follow each other in `data`, one a call of `load`, from `position` on.
+    """Reader of the pickles that follow each other in `data`, one a call of `load`, from `position` on.
 
     Arguments as of `read_pickle`; the limit on operations is for all of them together.
     """
@@ -74,7 +72,11 @@ class RestrictedUnpickler(PickleMachine):
         self._left = limits.operations
 
     def load(self) -> object:
-        """The object of the pickle at `position`, which moves behind it; ValueError as of `read_pickle`."""
+        """The object of the pickle at `position`, which moves behind it.
+
+        Raises:
+            ValueError: as of `read_pickle`.
+        """
         self._stack, self._outer, self._memo = [], [], {}
         data, instructions = self._data, INSTRUCTIONS
         at = self.position

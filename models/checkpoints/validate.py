@@ -37,7 +37,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """shapes: of the state dict, by name and in its order; parts: every module by its path."""
+    """What a network of a configuration consists of.
+
+    Attributes:
+        shapes: of the state dict, by name and in its order.
+        parts: every module by its path.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     parts: Mapping[str, Part]
@@ -53,7 +58,11 @@ def blueprint(config: NetworkConfig) -> Blueprint:
 
 
 def check_shapes(plan: Blueprint, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError unless there are exactly the tensors of `plan`, in its order."""
+    """Check that there are exactly the tensors of `plan`, in its order.
+
+    Raises:
+        ValueError: there are others.
+    """
     missing = next((name for name in plan.shapes if name not in shapes), None)
     unknown = next((name for name in shapes if name not in plan.shapes), None)
     if missing or unknown:
@@ -66,7 +75,11 @@ def check_shapes(plan: Blueprint, shapes: Mapping[str, tuple[int, ...]]) -> None
 
 
 def check_parts(plan: Blueprint, parts: Mapping[str, Record]) -> None:
-    """ValueError where a part of a file's network is not what it is in `plan`: its class, or a number that counts."""
+    """Check that every part of a file's network is what it is in `plan`: its class, and the numbers that count.
+
+    Raises:
+        ValueError: one is not.
+    """
     for path, record in parts.items():
         name = shown(path) if path else "the network"
         own = plan.parts.get(path)
@@ -79,9 +92,12 @@ def check_parts(plan: Blueprint, parts: Mapping[str, Record]) -> None:
 
 
 def check_constants(config: NetworkConfig, weights: Mapping[str, Tensor]) -> None:
-    """ValueError where a buffer that follows from the configuration holds something else.
+    """Check the buffers that follow from the configuration.
 
     Resampling filters are outer(f, f) / (Σf)² of the taps f; `u` holds iDDPM's noise levels.
+
+    Raises:
+        ValueError: one holds something else.
     """
     taps = torch.tensor(config.resample_filter, dtype=torch.float64)
     expected = (torch.outer(taps, taps) / taps.sum() ** 2).float()
