@@ -42,7 +42,6 @@ def overview(commands: Any) -> str:
 
 def versions() -> str:
     """Lines of names and versions; nothing is imported for it."""
-
     lines = [f"ipfm {installed('ipfm')}", f"Python {platform.python_version()}"]
     return "\n".join([*lines, *(f"{name} {installed(name)}" for name in PACKAGES if name != "ipfm")])
 

@@ -21,9 +21,17 @@ COLUMNS = ("variant", "seed", "step", "kimg", "distance", "diverged")
 
 @dataclass(frozen=True)
 class Curve:
-    """One run: `points`, (generator steps, distance) by increasing step, NaN where the training failed or the distance
-    was not finite; `batch`: images a step; `nfe`: network evaluations of an image; `images_per_second` at which they
-    were drawn, NaN where it was not measured."""
+    """One run.
+
+    Attributes:
+        variant: its name.
+        seed: of the run.
+        batch: images a step.
+        points: (generator steps, distance) by increasing step, NaN where the training failed or the distance was not
+            finite.
+        nfe: network evaluations of an image.
+        images_per_second: at which images were drawn, NaN where it was not measured.
+    """
 
     variant: str
     seed: int
@@ -34,8 +42,10 @@ class Curve:
 
     @property
     def diverged(self) -> int | None:
-        """The first step of a tail in which every distance is not finite or more than `GROWTH` times the best of the
-        run; None where there is no such tail. A run that recovers has not diverged."""
+        """The step at which the run diverged; None where it did not, or recovered.
+
+        From that step on every distance is not finite or more than `GROWTH` times the best of the run.
+        """
         best = min((value for _, value in self.points if math.isfinite(value)), default=0.0)
         since = None
         for step, value in reversed(self.points):
@@ -85,8 +95,11 @@ def by_variant(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
 
 
 def write_csv(curves: Sequence[Curve], path: Path) -> None:
-    """A line for each evaluation: `COLUMNS`; kimg, thousands of images that the generator was trained on; diverged,
-    0 or 1: this evaluation belongs to the tail of `Curve.diverged`."""
+    """Write a line for each evaluation, of `COLUMNS`.
+
+    kimg: thousands of images that the generator was trained on; diverged, 0 or 1: whether the evaluation is one of
+    those from `Curve.diverged` on.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -100,9 +113,12 @@ def write_csv(curves: Sequence[Curve], path: Path) -> None:
 
 
 def table(curves: Sequence[Curve], teachers: Mapping[str, float], metric: str = DISTANCE) -> str:
-    """Markdown: a row for each variant with network evaluations of an image and images a second (of the fastest of its
-    runs), its teacher's distance and, over its seeds, the mean and the smallest and largest of the distance at the
-    start, of the best and of the last one; and how many runs diverged, and when."""
+    """Markdown, a row for each variant.
+
+    It has network evaluations of an image and images a second (of the fastest of its runs), its teacher's distance and,
+    over its seeds, the mean and the smallest and largest of the distance at the start, of the best and of the last one;
+    and how many runs diverged, and when.
+    """
     lines = [
         f"| variant | NFE | images/s | teacher | {metric}: start | best | last | diverged |",
         "|---|---|---|---|---|---|---|---|",
@@ -146,10 +162,14 @@ def sentence(curves: Sequence[Curve]) -> str:
 def plot(
     curves: Sequence[Curve], teachers: Mapping[str, float], path: Path, title: str = "", metric: str = DISTANCE
 ) -> None:
-    """PNG of the distance over thousands of images: a line for each variant's mean over the seeds whose distance is
-    finite, a band from the smallest to the largest, a cross where a run diverged, dashed lines for teachers.
+    """Write a PNG of the distance over thousands of images.
 
-    The axis is logarithmic where the distances span more than a factor of 5. ValueError: nothing finite to draw.
+    It has a line for each variant's mean over the seeds whose distance is finite, a band from the smallest to the
+    largest, a cross where a run diverged, dashed lines for teachers. The axis is logarithmic where the distances span
+    more than a factor of 5.
+
+    Raises:
+        ValueError: nothing finite to draw.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -39,8 +39,15 @@ class MeasuredDistiller(Distiller):
 
 @dataclass(frozen=True)
 class Run:
-    """One variant with one seed: its settings, with nothing left open but what memory decides; its generator's network
-    evaluations an image; its folder."""
+    """One variant with one seed.
+
+    Attributes:
+        variant: its name.
+        seed: of the run.
+        config: its settings, with nothing left open but what memory decides.
+        nfe: network evaluations of an image of its generator.
+        path: its folder.
+    """
 
     variant: str
     seed: int
@@ -115,8 +122,10 @@ class Run:
 def teacher_distance(
     net: Precond, folder: Path, evaluation: Evaluation, world: World, *, steps: int
 ) -> tuple[float, str]:
-    """The distance of a teacher's samples by Heun's method with `steps` steps, and its name; measured once, then read
-    from `folder`. Every process calls it."""
+    """The distance of a teacher's samples by Heun's method with `steps` steps, and what it is called.
+
+    It is measured once, then read from `folder`. Every rank calls it.
+    """
     about = {**teacher_facts(net), "images": evaluation.images, "heun_steps": steps}
     known = read_json(folder / "distance.json") or {}
     same = {name: known.get(name) for name in about} == about

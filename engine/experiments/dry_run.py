@@ -32,10 +32,10 @@ def describe(
     *,
     given: Distillation | None = None,
 ) -> str:
-    """What a run with this resolved configuration would do: settings, memory plan, expected duration on this machine;
-    and how it would be laid out on GPUs.
+    """What a run with this resolved configuration would do.
 
-    Runs a few forward passes of the network to estimate the duration.
+    That is settings, memory plan and expected duration on this machine, and how it would be laid out on GPUs. Runs a
+    few forward passes of the network to estimate the duration.
 
     Args:
         config: settings with nothing left open but what memory decides.

@@ -1,5 +1,8 @@
-"""Bytes of live tensors, counted operation by operation: on the CPU, whose allocator keeps no books, and on the meta
-device, where nothing is allocated and everything can be predicted."""
+"""Bytes of live tensors, counted operation by operation.
+
+On the CPU, whose allocator keeps no account, and on the meta device, where nothing is allocated and everything can be
+predicted.
+"""
 
 from __future__ import annotations
 
@@ -92,8 +95,10 @@ def tensor_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def bytes_in_use(device: torch.device, *, without: torch.nn.Module | None = None) -> int:
-    """Bytes of tensors on `device` now, those of a network excepted: by the allocator's account on a GPU, else
-    `tensor_bytes`."""
+    """Bytes of tensors on `device` now, those of a network excepted.
+
+    By the allocator's account on a GPU, else `tensor_bytes`.
+    """
     used = torch.cuda.memory_allocated(device) if device.type == "cuda" else tensor_bytes(device)
     if without is None:
         return used

@@ -11,8 +11,10 @@ Point = tuple[float, int]
 
 
 class Series:
-    """Points (time, number), times not falling. Where there are too many, each of equal intervals of time keeps its
-    smallest, its largest and its last."""
+    """Points (time, number), times not falling.
+
+    Where there are too many, each of equal intervals of time keeps its smallest, its largest and its last.
+    """
 
     def __init__(self) -> None:
         self._points: list[Point] = []

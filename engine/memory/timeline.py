@@ -56,11 +56,13 @@ class Timeline:
     """The phases in the order in which they ran."""
 
     def plot(self, path: Path | str, *, state: int, predicted: Mapping[str, int], title: str = "") -> None:
-        """Write the PNG `path`.
+        """Write a PNG.
 
         Args:
+            path: of the PNG.
             state: bytes of the permanent state, a horizontal line.
             predicted: by phase, bytes at its peak, permanent state included: dashed steps.
+            title: above the plot.
 
         Raises:
             ValueError: there is no phase to draw.

@@ -117,7 +117,8 @@ def generator_gradient(
     A sample counts when y, x, both predictions, its loss and its gradient are finite.
 
     Args:
-        teacher, student: networks without randomness (in eval mode), of one preconditioning.
+        teacher: a network without randomness (in eval mode).
+        student: another one, of the same preconditioning.
         y: (B, C, H, W) generated samples, without a graph.
         noisy: their perturbation, without a graph.
         alpha: in SiD's convention; 0.5 is the pure objective.
@@ -163,8 +164,10 @@ def generator_gradient(
 
 
 def isolate(noisy: Noisy) -> Noisy:
-    """Keep samples whose input is not finite out of the networks: it becomes 0, and c_skip NaN, which the losses count
-    out. The other samples are as they were."""
+    """Keep samples whose input is not finite out of the networks.
+
+    The input becomes 0, and c_skip NaN, which the losses count out. The other samples are as they were.
+    """
     bad = ~finite_samples(noisy.scaled)
     return noisy._replace(
         scaled=noisy.scaled.masked_fill(per_sample(bad, noisy.scaled), 0.0),

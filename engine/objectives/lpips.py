@@ -88,8 +88,9 @@ class Lpips(nn.Module):
         Features of an image that needs no gradient are kept for one level at a time.
 
         Args:
-            x, y: (B, C, H, W) of one shape, values in [-1, 1], on the device of the weights, of any floating dtype.
-                C = 3, or 1, which counts as three equal channels. Sides of at least 16, or any with `resize`.
+            x: (B, C, H, W), values in [-1, 1], on the device of the weights, of any floating dtype. C = 3, or 1, which
+                counts as three equal channels. Sides of at least 16, or any with `resize`.
+            y: images of x's shape, likewise.
 
         Returns:
             (B,) in the weights' dtype. A sample that is not finite spoils no other.
@@ -142,7 +143,8 @@ def lpips_gradient(lpips: Lpips, x: Tensor, target: Tensor) -> LpipsGradient:
 
     Args:
         lpips: the distance.
-        x, target: (B, C, H, W), as of `Lpips.distance`. Not recorded by autograd.
+        x: (B, C, H, W), as in `Lpips.distance`. Not recorded by autograd.
+        target: of x's shape, likewise.
 
     Raises:
         ValueError: a shape or dtype that does not fit.

@@ -8,8 +8,14 @@ from typing import NamedTuple
 
 
 class PaperResult(NamedTuple):
-    """A published FID (50 000 images, minimum of three) beside that of its teacher, with the teacher's NFE, where
-    these are known."""
+    """A published FID.
+
+    Attributes:
+        fid: of 50 000 images, the minimum of three.
+        teacher_fid: of its teacher, where it is known.
+        teacher_nfe: network evaluations an image of its teacher, where they are known.
+        source: the paper.
+    """
 
     fid: float
     teacher_fid: float | None
@@ -21,8 +27,14 @@ class PaperResult(NamedTuple):
 
 
 class PaperSetting(NamedTuple):
-    """`dataset` "cifar10" or "ffhq64", both unconditional; `D` in (0, ∞]; SiD's `alpha` (½: pure IPFM, which the
-    paper's table 1 prints as 0.0); `steps` of the generator."""
+    """What a published figure is of.
+
+    Attributes:
+        dataset: "cifar10" or "ffhq64", both unconditional.
+        D: in (0, ∞].
+        alpha: SiD's; ½ is pure IPFM, which the paper's table 1 prints as 0.0.
+        steps: of the generator.
+    """
 
     dataset: str
     D: float

@@ -31,8 +31,10 @@ def unwritable_ancestor(folder: Path) -> Path | None:
 
 
 def json_line(values: Mapping[str, object]) -> str:
-    """One line of valid JSON in the order of `values`. Floats that are NaN or infinite, for which JSON has no name,
-    become null; how many did is added as "non_finite"."""
+    """One line of valid JSON in the order of `values`.
+
+    Floats that are NaN or infinite, for which JSON has no name, become null; how many did is added as "non_finite".
+    """
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     bad = sum(clean[k] is None and v is not None for k, v in values.items())
     return json.dumps(clean | {"non_finite": bad} if bad else clean, allow_nan=False)

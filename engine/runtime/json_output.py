@@ -32,8 +32,10 @@ def output(*, as_json: bool) -> Iterator[Write]:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON has it: infinity, which JSON lacks, as the text "inf", what is no number as null, paths as text,
-    dataclasses as objects."""
+    """`value` as JSON has it.
+
+    Infinity, which JSON lacks, is the text "inf", NaN is null, paths are text, dataclasses objects.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -23,8 +23,10 @@ from tyro.constructors import (
 
 
 def registry(*, none: bool = True) -> ConstructorRegistry:
-    """Rules for `tyro.cli`: an option that may be left out is shown by the type of its values, and has no "(default:
-    None)"; texts are paragraphs, whatever their lines are in the source.
+    """Rules for `tyro.cli`.
+
+    An option that may be left out is shown by the type of its values, and has no "(default: None)"; texts are
+    paragraphs, whatever their lines are in the source.
 
     Args:
         none: the word None is read as what an option is that is left out.

@@ -17,10 +17,10 @@ READER_GONE = 128 + signal.SIGPIPE
 
 @contextlib.contextmanager
 def usable_streams() -> Iterator[None]:
-    """Standard input, output and error that do not fail the block.
+    r"""Standard input, output and error that do not fail the block.
 
     A stream that was closed at the start leads nowhere, and a file opened later does not come to stand in its place.
-    Characters that the encoding lacks are written as escapes: é becomes \\xe9 where it is ASCII.
+    Characters that the encoding lacks are written as escapes: é becomes \xe9 where it is ASCII.
 
     Raises:
         SystemExit: with READER_GONE, in place of a BrokenPipeError, when the reader of stdout or stderr has gone.

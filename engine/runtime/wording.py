@@ -18,7 +18,7 @@ def symbol(D: float) -> str:
 
 
 def counted(count: object, noun: str) -> str:
-    """ "1 step", "4 steps", "2 processes"."""
+    """A number and what it counts: "1 step", "4 steps", "2 processes"."""
     return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
 
 

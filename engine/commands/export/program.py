@@ -99,8 +99,11 @@ def quiet() -> Iterator[None]:
 
 
 def _tidy(program: ExportedProgram) -> None:
-    """Take out what the tracing left: checks of dtype and device, of which the latter would bind it to the CPU, unused
-    nodes, and stack traces, which name paths of this machine."""
+    """Take out what the tracing left.
+
+    These are checks of dtype and device, of which the latter would bind it to the CPU, unused nodes, and stack traces,
+    which name paths of this machine.
+    """
     graph = program.graph_module.graph
     for node in list(graph.nodes):
         if node.target is _ASSERTION:

@@ -30,8 +30,14 @@ TRACES = ("metrics.jsonl", "evaluations.jsonl", "checkpoints")
 
 @dataclass(frozen=True)
 class EvaluationPoint:
-    """An evaluation: `frechet` after `step` steps, NaN where it was not finite; `images` drawn in `seconds`, which are
-    None where they are not recorded."""
+    """An evaluation of a run.
+
+    Attributes:
+        step: generator steps before it.
+        frechet: its distance, NaN where it was not finite.
+        images: how many were drawn, None where that is not recorded.
+        seconds: that drawing them took, likewise.
+    """
 
     step: int
     frechet: float

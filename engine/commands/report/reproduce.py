@@ -124,8 +124,11 @@ def _recipes() -> Iterator[object]:
 
 
 def _likeness(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> int | None:
-    """0 where the folder has the name that the recipe gives it, 1 where it says that it is of the recipe's data, 2
-    where its images have their shape and nothing speaks against it; None elsewhere."""
+    """How much a run is like one of the recipe: the less, the more.
+
+    0 where the folder has the name that the recipe gives it, 1 where it says that it is of the recipe's data, 2 where
+    its images have their shape and nothing speaks against it; None elsewhere.
+    """
     local = isinstance(recipe, TrainAndDistil)
     stem = recipe.file.removesuffix(".py")
     prefix = f"{stem.partition('_')[0]}-" if local else f"{stem.removesuffix('_ipfm')}-D"
