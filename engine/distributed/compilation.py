@@ -33,7 +33,11 @@ def set_execution(net: Precond, *, memory_format: MemoryFormat, compiled: bool, 
 
 
 def check_compiler(device: torch.device) -> None:
-    """ValueError where torch.compile lacks the C++ compiler that it needs on a CPU."""
+    """Check that torch.compile has the C++ compiler that it needs on a CPU.
+
+    Raises:
+        ValueError: it has not.
+    """
     if device.type != "cpu":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler

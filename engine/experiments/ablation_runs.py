@@ -148,7 +148,11 @@ def open_ablation_folder(path: Path, record: dict[str, Any], *, write: bool) -> 
 
 
 def check_ablation_folder(path: Path, record: dict[str, Any]) -> None:
-    """ValueError unless `path` is new, empty, or holds this very ablation, measured in the same way."""
+    """Check that `path` is new, empty, or holds this very ablation, measured in the same way.
+
+    Raises:
+        ValueError: it holds something else.
+    """
     if not path.exists():
         return
     if not path.is_dir():

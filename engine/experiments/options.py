@@ -94,7 +94,11 @@ def read_teacher(options: DistillationOptions) -> Precond | None:
 
 
 def check_images(network: NetworkConfig, shape: tuple[int, int, int], whose: str) -> None:
-    """ValueError unless the network makes images (C, H, W); `whose`: "CIFAR-10 is"."""
+    """Check that the network makes images (C, H, W) = `shape`.
+
+    Raises:
+        ValueError: it makes others; `whose`, such as "CIFAR-10 is", names them in the message.
+    """
     if (network.img_channels, network.img_resolution, network.img_resolution) != shape:
         side = network.img_resolution
         raise ValueError(

@@ -123,7 +123,11 @@ class MemoryProfiler:
 
     @property
     def state_bytes(self) -> int:
-        """What was there before a step's first phase. Raises what `peak_bytes` does."""
+        """What was there before a step's first phase.
+
+        Raises:
+            ValueError: no step was measured.
+        """
         self._top()
         return self._peaks[STATE].measured_bytes
 
@@ -138,7 +142,11 @@ class MemoryProfiler:
 
     @property
     def peak_phase(self) -> str:
-        """The phase of `peak_bytes`. Raises what that does."""
+        """The phase of `peak_bytes`.
+
+        Raises:
+            ValueError: no step was measured.
+        """
         return self._top().phase
 
     @property
@@ -180,7 +188,11 @@ class MemoryProfiler:
         return self.warnings()
 
     def plot(self, path: Path | str, title: str = "") -> None:
-        """The last measured step as a PNG, see `Timeline.plot`. Raises what `peak_bytes` does."""
+        """Write the last measured step as a PNG, see `Timeline.plot`.
+
+        Raises:
+            ValueError: no step was measured.
+        """
         self._top()
         assert self._timeline is not None
         totals = {row.phase: row.predicted_bytes for row in self.rows if row.predicted_bytes is not None}

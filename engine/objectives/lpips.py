@@ -169,11 +169,14 @@ def lpips_gradient(lpips: Lpips, x: Tensor, target: Tensor) -> LpipsGradient:
 def load_lpips(path: Path | str | None, device: torch.device | str = "cpu", *, resize: int | None = None) -> Lpips:
     """LPIPS with the published weights, in float32 on `device`. Nothing is downloaded and no code in a file is run.
 
-    path: the state dict of lpips.LPIPS(net="vgg"), or a folder with the two files that it is made of. None looks for
-        these in the installed package lpips and in torch's hub folder. See `lpips_weights.read_weights`.
-    resize: as of `Lpips`.
+    Args:
+        path: the state dict of lpips.LPIPS(net="vgg"), or a folder with the two files that it is made of. None looks
+            for these in the installed package lpips and in torch's hub folder. See `lpips_weights.read_weights`.
+        device: of the weights.
+        resize: as in `Lpips`.
 
-    Raises ValueError, one line that says what was found and what is possible.
+    Raises:
+        ValueError: there are no such weights; one line that says what was found and what is possible.
     """
     return Lpips(read_weights(None if path is None else Path(path)), resize=resize).to(device)
 

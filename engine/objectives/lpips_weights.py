@@ -70,7 +70,11 @@ def vgg_names(level: int, part: Convolution) -> tuple[str, str]:
 
 
 def check_shapes(where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError, one line that begins with `where`, unless these are the names and shapes expected."""
+    """Check that these are the names and shapes expected.
+
+    Raises:
+        ValueError: they are others; one line that begins with `where`.
+    """
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
     if missing or unknown:
@@ -86,11 +90,13 @@ def check_shapes(where: str, found: Mapping[str, tuple[int, ...]], expected: Map
 def read_weights(path: Path | None) -> dict[str, Tensor]:
     """The weights of LPIPS with VGG-16, float32 on the CPU, by the names of `shapes`.
 
-    path: a file or folder, see `POSSIBLE`. None takes them from the installed package lpips, of which a file is read
-        and no code run, and torchvision's file in torch's hub folder ($TORCH_HOME/hub/checkpoints).
+    Args:
+        path: a file or folder, see `POSSIBLE`. None takes them from the installed package lpips, of which a file is
+            read and no code run, and torchvision's file in torch's hub folder ($TORCH_HOME/hub/checkpoints).
 
-    Raises ValueError, one line that names the file and what is possible: there are none, damage, names or shapes of
-    something else.
+    Raises:
+        ValueError: one line that names the file and what is possible: there are none, damage, names or shapes of
+            something else.
     """
     try:
         if path is None:

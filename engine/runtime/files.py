@@ -43,9 +43,13 @@ def json_line(values: Mapping[str, object]) -> str:
 class StepLog:
     """Append-only file of JSON lines, each an object with an integer "step".
 
-    `keep_below`: on opening, drop the lines with step ≥ keep_below, in one atomic rewrite; None leaves the file as it
-    is. A last line that was cut short (the process was killed while writing) is always ignored, and removed by the
-    rewrite; other unreadable lines as well, with one warning. Lines wait in memory until `flush`.
+    A last line that was cut short (the process was killed while writing) is always ignored, and removed by the rewrite;
+    other unreadable lines as well, with one warning. Lines wait in memory until `flush`.
+
+    Args:
+        path: the file.
+        keep_below: on opening, drop the lines with step ≥ keep_below, in one atomic rewrite; None leaves the file as it
+            is.
     """
 
     def __init__(self, path: Path | str, keep_below: int | None) -> None:
@@ -58,7 +62,11 @@ class StepLog:
             file.writelines(f"{json.dumps(line)}\n".encode() for line in kept)
 
     def append(self, step: int, values: Mapping[str, object]) -> None:
-        """Adds {"step": step, **values} to the lines to write. ValueError: `values` has a "step" of its own."""
+        """Add {"step": step, **values} to the lines to write.
+
+        Raises:
+            ValueError: `values` has a "step" of its own.
+        """
         if "step" in values:
             raise ValueError("'step' is the name of the line's own step, values cannot have one")
         self._pending.append(json_line({"step": int(step), **values}))
@@ -69,9 +77,11 @@ class StepLog:
         return len(self._pending)
 
     def flush(self) -> None:
-        """Writes the waiting lines; they survive a kill of the process from here on.
+        """Write the waiting lines; they survive a kill of the process from here on.
 
-        OSError: the disk refuses; the file is what it was, as far as the system lets it be, and the lines wait on.
+        Raises:
+            OSError: the disk refuses; the file is what it was, as far as the system lets it be, and the lines keep
+                waiting.
         """
         if not self._pending:
             return

@@ -164,7 +164,11 @@ def verify_checkpoint(checkpoint: Path) -> None:
 
 
 def check_format(checkpoint: Path) -> None:
-    """ValueError: another version wrote the checkpoint. One that cannot be read passes: it is damaged, not foreign."""
+    """Check that this version can read the checkpoint. One that cannot be read passes: it is damaged, not foreign.
+
+    Raises:
+        ValueError: another version wrote it.
+    """
     try:
         found = json.loads((checkpoint / "progress.json").read_text()).get("format")
     except (OSError, ValueError, AttributeError):

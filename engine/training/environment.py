@@ -18,9 +18,10 @@ ENVIRONMENT_FILE = "environment.jsonl"
 
 
 def log_start(folder: Path, step: int, world: World) -> None:
-    """Add a line: versions, processes and device of the part of the run that begins after `step` steps.
+    """Add a line: versions, ranks and device of the part of the run that begins after `step` steps.
 
-    OSError: the disk refuses.
+    Raises:
+        OSError: the disk refuses.
     """
     import torch
 
@@ -41,7 +42,11 @@ def log_start(folder: Path, step: int, world: World) -> None:
 
 
 def read_starts(folder: Path) -> tuple[Mapping[str, Any], ...]:
-    """The lines of environment.jsonl, by increasing step. OSError: it cannot be read."""
+    """The lines of environment.jsonl, by increasing step.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     return tuple(StepLog(folder / ENVIRONMENT_FILE, None).read())
 
 

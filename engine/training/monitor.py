@@ -22,21 +22,30 @@ from ipfm.models.atomic_files import sync, why
 
 
 class Monitor:
-    """Writes into the run `folder`: metrics.jsonl, tensorboard/, samples/step-XXXXXXX.png; and progress to stderr.
-
-    `title` names the run in front of the progress. `total_steps` ends it, `first_step` is where this process starts.
-    `batch_size` is the global one, for images per second. One process of a run has `enabled`; a monitor without does
-    nothing at all. `tensorboard`: whether to write for it.
+    """What a run writes into its folder: metrics.jsonl, tensorboard/, samples/step-XXXXXXX.png; and progress to stderr.
 
     Once it is open, nothing here ends a run: what the disk refuses is one warning a kind, and what stderr refuses (its
     terminal or reader is gone) is not said. Lines of metrics.jsonl then wait in memory, and are written as soon as the
-    disk takes them. OSError: metrics.jsonl cannot be opened.
+    disk takes them.
 
     Step numbers: `record` and `advance` take the index of the step just made, 0…total_steps-1; `scalar` and `image`,
     which tell of the state between two steps, take the number of steps done, as a checkpoint does, and so does
     TensorBoard's axis. On resume, everything about steps from `first_step` on is dropped, for it comes again: lines of
     metrics.jsonl with step ≥ first_step, TensorBoard events with more than `first_step` steps done. Values are Python
     floats; nothing here waits for a GPU except `image`, which copies its images.
+
+    Args:
+        folder: of the run.
+        title: names the run in front of the progress.
+        total_steps: where the run ends.
+        first_step: where this process starts.
+        batch_size: of all ranks together, for images per second.
+        enabled: on rank 0; a monitor without it does nothing at all.
+        tensorboard: whether to write for TensorBoard.
+
+    Raises:
+        ValueError: numbers that do not go together.
+        OSError: metrics.jsonl cannot be opened.
     """
 
     def __init__(

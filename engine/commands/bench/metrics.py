@@ -35,9 +35,14 @@ class Row:
 
 
 def run_metrics(out: str | Path, quick: bool = False) -> Path:
-    """Measures on random features, on this machine's GPU where it has one; writes metrics.csv and metrics.md to `out`.
+    """Measure on random features, on this machine's GPU where it has one, and write metrics.csv and metrics.md.
 
-    `quick`: a fiftieth of the images and an eighth of the features. Returns the path of the table.
+    Args:
+        out: folder to write into.
+        quick: a fiftieth of the images and an eighth of the features.
+
+    Returns:
+        The path of the table.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, dim = (IMAGES // 50, DIM // 8) if quick else (IMAGES, DIM)

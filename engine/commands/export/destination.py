@@ -17,7 +17,11 @@ SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 
 
 def choose_format(out: Path, given: Format | None) -> Format:
-    """The format of the file or folder `out`: `given`, or by its name; ValueError where the two contradict."""
+    """The format of the file or folder `out`: `given`, or by its name.
+
+    Raises:
+        ValueError: the two contradict.
+    """
     by_name = next((name for name, suffix in SUFFIXES.items() if out.suffix == suffix), None)
     if given is None:
         return by_name or "huggingface"
@@ -28,7 +32,11 @@ def choose_format(out: Path, given: Format | None) -> Format:
 
 
 def check_place(out: Path, format: Format, model: Path) -> None:
-    """ValueError: `out` cannot be written, lies in the model folder, or is something else than an earlier export."""
+    """Check that an export can be written to `out`.
+
+    Raises:
+        ValueError: it cannot be written, lies in the model folder, or is something else than an earlier export.
+    """
     if model.resolve() in (out.resolve(), out.resolve().parent):
         raise ValueError(f"{out} belongs to the model itself, where other files are refused: name another OUT")
     if (above := unwritable_ancestor(out.absolute().parent)) is not None:

@@ -27,7 +27,11 @@ MOST_BYTES = 2**31 - 1
 
 
 def check_onnx(network: ExportedNetwork | None = None) -> None:
-    """ValueError: packages are missing, or the weights of `network` do not go into one file."""
+    """Check that ONNX can be written here.
+
+    Raises:
+        ValueError: packages are missing, or the weights of `network` do not go into one file.
+    """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ValueError(f"the format onnx needs {', '.join(missing)}: pip install 'ipfm[onnx]'")

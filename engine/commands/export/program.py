@@ -67,7 +67,12 @@ def export_program(network: ExportedNetwork, program: ExportedProgram, path: Pat
 def save_program(network: ExportedNetwork, program: ExportedProgram, file: IO[bytes]) -> float:
     """Write the program to an open file that has a name, and compare what can be read there with the network.
 
-    Returns, raises: see `export_program`.
+    Returns:
+        As `export_program`.
+
+    Raises:
+        ExportFailed: as `export_program`.
+        OSError: the disk refuses.
     """
     with quiet():
         torch.export.save(program, file, extra_files={FACTS_FILE: network.facts_json()})

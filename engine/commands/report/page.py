@@ -33,7 +33,9 @@ HERE = Path(__file__).parent
 class Target:
     """Where a report goes.
 
-    `page`: the file; `images`: the folder of a Markdown page's pictures, None for HTML, which has them in itself.
+    Attributes:
+        page: the file.
+        images: the folder of a Markdown page's pictures, None for HTML, which has them in itself.
     """
 
     page: Path

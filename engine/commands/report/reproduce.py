@@ -26,7 +26,12 @@ from ipfm.models import NetworkConfig, presets
 
 @dataclass(frozen=True)
 class Command:
-    """`line`: what to type, None where no recipe is known to have made the run; `notes`: sentences on what it lacks."""
+    """How to make the run again.
+
+    Attributes:
+        line: what to type, None where no recipe is known to have made the run.
+        notes: sentences on what it lacks.
+    """
 
     line: str | None
     notes: tuple[str, ...] = ()
