@@ -444,6 +444,7 @@ def test_published_figures():
 def test_import_needs_no_plotting_libraries():
     blocked = ("matplotlib", "tensorboard", "PIL", "sklearn")
     script = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n" + "".join(
-        f"import ipfm.engine.{name}\n" for name in ("metrics", "data", "monitor", "pictures", "report")
+        f"import ipfm.engine.{name}\n"
+        for name in ("evaluation.metrics", "data.dataset", "training.monitor", "data.image_grid", "evaluation.results")
     )
     subprocess.run([sys.executable, "-c", script], check=True)
