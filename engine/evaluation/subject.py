@@ -65,7 +65,7 @@ def open_subject(
         return Subject("images", lambda i, n: images.take(i, n).to(device), images.shape, len(images))
     model = sample_model(path, device, heun_steps=heun_steps, seed=seed, D=D)
     draw, network, facts, nfe = model.draw, model.network, model.facts, model.nfe
-    shape = (network.img_channels, network.img_resolution, network.img_resolution)
+    shape = network.image_shape
     if isinstance(facts, GeneratorFacts):
         return Subject("generator", draw, shape, None, network.D, nfe, _generator_paper(facts, network.D, nfe))
     return Subject("teacher", draw, shape, None, network.D, nfe, _teacher_paper(facts, network.D, nfe))

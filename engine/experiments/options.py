@@ -99,7 +99,7 @@ def check_images(network: NetworkConfig, shape: tuple[int, int, int], whose: str
     Raises:
         ValueError: it makes others; `whose`, such as "CIFAR-10 is", names them in the message.
     """
-    if (network.img_channels, network.img_resolution, network.img_resolution) != shape:
+    if network.image_shape != shape:
         side = network.img_resolution
         raise ValueError(
             f"the teacher makes images {network.img_channels}x{side}x{side}, {whose} {'x'.join(map(str, shape))}"

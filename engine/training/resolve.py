@@ -71,8 +71,10 @@ def resolve_training(config: TeacherConfig, network: NetworkConfig, world: World
 
 
 def complete(config: K, network: NetworkConfig, device: torch.device) -> K:
-    """A distillation's settings with what needs no process group decided: D, precision, the teacher's storage, and what
-    its own `completed` decides. What memory decides stays open, see `resolve`.
+    """A distillation's settings with what needs no process group decided.
+
+    That is D, precision, the teacher's storage, and what its own `completed` decides. What memory decides stays open,
+    see `resolve`.
 
     Args:
         config: settings as given.

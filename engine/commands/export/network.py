@@ -79,7 +79,7 @@ class ExportedNetwork:
             "task": "generator" if self.is_generator else "teacher",
             "inputs": list(self.inputs),
             "output": self.output,
-            "image_shape": [self.net.img_channels, self.net.img_resolution, self.net.img_resolution],
+            "image_shape": list(self.net.config.image_shape),
             "label_dim": self.net.label_dim,
             "D": self.net.D,
             "prior": "student-t" if math.isfinite(self.net.D) else "gaussian",
