@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import tyro
 
 from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.json_output import Write, output
+from ipfm.engine.runtime.launcher import is_launched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -212,7 +212,7 @@ def _world() -> World:
     """The processes of a launcher, or this one alone, which then needs no process group."""
     from ipfm.engine.distributed.world import World, run_device, start_world
 
-    return start_world() if "RANK" in os.environ else World(rank=0, size=1, device=run_device())
+    return start_world() if is_launched() else World(rank=0, size=1, device=run_device())
 
 
 def _counting(draw: Callable[[int, int], Tensor], bar: ProgressBar) -> Callable[[int, int], Tensor]:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from ipfm.engine.runtime import launcher
+
 # Seconds after which a process gives up on one that does not answer; IPFM_TIMEOUT changes it.
 TIMEOUT = 600.0
 
@@ -72,20 +74,19 @@ def start_world() -> World:
     Raises:
         ValueError: the environment's IPFM_TIMEOUT is no number of seconds.
     """
-    launched = "RANK" in os.environ
-    rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+    launched = launcher.is_launched()
+    rank, size = (launcher.launched_rank(), launcher.launched_processes()) if launched else (0, 1)
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", str(rank % torch.cuda.device_count() if cuda else rank)))
-    device = torch.device("cpu")
+    os.environ.setdefault("LOCAL_RANK", str(rank % torch.cuda.device_count() if cuda else rank))
+    device = run_device()
     if cuda:
-        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
-        _share_cores(int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", size))))
+        _share_cores(launcher.local_processes(size))
     deepspeed = import_deepspeed()
     if not dist.is_initialized():
         # DeepSpeed makes further groups, of which it gives none a time of its own: they take torch's default.
@@ -132,5 +133,5 @@ def _share_cores(local_size: int) -> None:
 def run_device() -> torch.device:
     """The device of this process: its own GPU where there are any, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", launcher.local_rank())
     return torch.device("cpu")

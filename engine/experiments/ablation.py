@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ipfm.engine.checks import option_name
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Comparison, Evaluation
@@ -21,6 +22,7 @@ from ipfm.engine.experiments.options import DistillationOptions, check_images, o
 from ipfm.engine.experiments.recipe import Plan, Recipe
 from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.launcher import launched_processes
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.resolve import complete, resolve_D, resolve_precision
 from ipfm.engine.training.run_folder import check_run_folder, teacher_facts
 from ipfm.engine.training.teacher import training_facts
@@ -158,7 +160,7 @@ class AblationPlan(Plan):
         report.write_csv(curves, self.path / "ablation.csv")
         with report.atomic_write(self.path / "ablation.md") as file:
             file.write(text.encode())
-        title = f"{self.ablation.title}, {len(self.options.seeds)} seed{'s' * (len(self.options.seeds) > 1)}"
+        title = f"{self.ablation.title}, {counted(len(self.options.seeds), 'seed')}"
         report.plot(curves, distances, self.path / "ablation.png", title, metric)
         print(f"\n{text}\ncurves: {self.path / 'ablation.png'}   numbers: {self.path / 'ablation.csv'}")
 
@@ -234,7 +236,7 @@ class Ablation(Recipe[AblationOptions]):
         for name in sorted(varied):
             if getattr(options, name) != getattr(base, name):
                 raise ValueError(
-                    f"{name.replace('_', '-')} was given, but it is what this ablation varies: choose among "
+                    f"{option_name(name)} was given, but it is what this ablation varies: choose among "
                     f"--variants {_listed(v.label for v in self.variants)}"
                 )
         return options

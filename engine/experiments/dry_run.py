@@ -16,7 +16,7 @@ from ipfm.engine.memory.fits import layout_table
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.launcher import launched_processes
-from ipfm.engine.runtime.wording import duration
+from ipfm.engine.runtime.wording import counted, duration
 from ipfm.engine.training.resolve import resolve_precision
 from ipfm.models import NetworkConfig, build_network
 
@@ -106,7 +106,7 @@ def _settings(config: RunConfig, path: Path, **resolved: object) -> list[str]:
     local, micro = config.split(ranks)
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     settings |= {"out": path, "max_steps": config.total_steps, **resolved}
-    settings["micro_batch"] = f"{micro} x {local // micro} on each of {ranks} process{'es' * (ranks > 1)}"
+    settings["micro_batch"] = f"{micro} x {local // micro} on each of {counted(ranks, 'process')}"
     lines = [f"  {name:<20} {_shown(value)}" for name, value in settings.items() if name not in ("kimg", "noise")]
     return ["configuration", *lines]
 

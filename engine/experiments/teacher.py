@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ipfm.engine.checks import option_name
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.open_dataset import open_dataset
@@ -54,9 +55,9 @@ class TeacherOptions(TeacherConfig, EvaluationOptions):
         for name in ("model_channels", "num_blocks"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+                raise ValueError(f"{option_name(name)} must be at least 1, got {value}")
             if value is not None and self.continue_from is not None:
-                raise ValueError(f"{name.replace('_', '-')} was given, but continue-from says what the network is")
+                raise ValueError(f"{option_name(name)} was given, but continue-from says what the network is")
         if self.conditional and self.continue_from is not None:
             raise ValueError("conditional was given, but continue-from says what the network is")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ipfm.engine.runtime.launcher import local_processes
+
 # Share of the memory that a plan may fill. On a GPU the rest is for workspaces and fragmentation; on a CPU other
 # programs want theirs too.
 USABLE, USABLE_CPU = 0.85, 0.6
@@ -21,7 +23,6 @@ def device_budget(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return gpu_budget(torch.cuda.get_device_properties(device).total_memory)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
@@ -31,7 +32,7 @@ def device_budget(device: torch.device) -> int | None:
             total = min(total, int(limit.read_text()))
         except (OSError, ValueError):  # no such file, or "max"
             continue
-    return int(USABLE_CPU * total) // max(1, processes)
+    return int(USABLE_CPU * total) // max(1, local_processes())
 
 
 def gpu_budget(memory: float) -> int:

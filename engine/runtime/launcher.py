@@ -58,14 +58,39 @@ def _parent_of(pid: int) -> int | None:
         return None
 
 
-def is_first_process() -> bool:
-    """Whether this process is the one of its run that speaks."""
-    return os.environ.get("RANK", "0") == "0"
+# What a launcher tells the processes that it starts. The number of them on this machine is LOCAL_SIZE to `deepspeed`,
+# LOCAL_WORLD_SIZE to torchrun.
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def is_launched() -> bool:
+    """Whether a launcher has started this process."""
+    return "RANK" in os.environ
+
+
+def launched_rank() -> int:
+    """Rank of this process, as the launcher has given it; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def launched_processes() -> int:
     """Number of processes that the launcher has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Rank of this process among those on this machine; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_processes(otherwise: int = 1) -> int:
+    """Number of processes that the launcher has started on this machine; `otherwise` where it does not say."""
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", otherwise)))
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one of its run that speaks."""
+    return launched_rank() == 0
 
 
 # Seconds that threads get at the end of a run.

@@ -13,6 +13,7 @@ from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
 
 from ipfm.engine.commands.bench.memory_step import Kind, StepCase, StepRow
+from ipfm.engine.runtime.launcher import VARIABLES
 from ipfm.engine.runtime.progress import ProgressBar
 from ipfm.engine.runtime.wording import size
 from ipfm.models import NetworkConfig, presets
@@ -23,7 +24,6 @@ RATIO, TOLERANCE = 1.05, 0.1
 STEPS, STEPS_QUICK = 2, 1
 # glibc keeps blocks that were freed, and asks for larger ones the more it has seen: fixed, they go back at once.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def bench_network(model: str, channels: int | None = None) -> NetworkConfig:
@@ -126,7 +126,7 @@ def _cases(folder: Path, network: NetworkConfig, batch: int, checkpointed: bool,
 
 
 def _measure(case: StepCase) -> StepRow:
-    environment = {key: value for key, value in os.environ.items() if key not in _GROUP} | ALLOCATOR
+    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES} | ALLOCATOR
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "row.json"
         command = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import launch
 import pytest
 
+from ipfm.engine.runtime import launcher
 from ipfm.engine.runtime.launcher import Launcher
 from ipfm.engine.training.run_folder import lock_folder
 
@@ -97,3 +99,33 @@ def test_a_dead_launcher_is_noticed(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     wait_for("gone")
+
+
+def test_what_a_launcher_says_is_read_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both launchers; elsewhere a variable of theirs is set at most."""
+    for name in launcher.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert not launcher.is_launched() and launcher.is_first_process()
+    assert (launcher.launched_rank(), launcher.local_rank(), launcher.launched_processes()) == (0, 0, 1)
+    assert (launcher.local_processes(), launcher.local_processes(3)) == (1, 3)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert launcher.is_launched() and not launcher.is_first_process()
+    assert (launcher.launched_rank(), launcher.local_rank(), launcher.launched_processes()) == (5, 1, 8)
+    assert launcher.local_processes(8) == 4
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    assert launcher.local_processes() == 2
+
+    engine = launch.ROOT / "engine"
+    named = {
+        file.relative_to(engine).as_posix()
+        for file in engine.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in launcher.VARIABLES
+    }
+    # DeepSpeed wants LOCAL_RANK of a process that nobody has launched too.
+    assert named == {"runtime/launcher.py", "distributed/world.py"}
+    world = (engine / "distributed" / "world.py").read_text(encoding="utf-8")
+    assert [line.strip() for line in world.splitlines() if any(f'"{name}"' in line for name in launcher.VARIABLES)] == [
+        'os.environ.setdefault("LOCAL_RANK", str(rank % torch.cuda.device_count() if cuda else rank))'
+    ]
