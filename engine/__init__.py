@@ -35,7 +35,8 @@ __all__ = [
     "trajectory_sample",
 ]
 
-# Loaded when they are asked for: the command line is a part of this package, and answers without torch.
+# Loaded when they are asked for: the command line is a part of this package, and answers without torch. The names are
+# spelled out for type checkers: here alone an objective's settings are named outside its file and recipes.
 _HOMES = {
     "config": ("TeacherConfig",),
     "evaluation.evaluation": ("Evaluation",),

@@ -141,7 +141,11 @@ class Plan:
         }
 
     def _check(self) -> None:
-        """ValueError: options that cannot be, or that do not change this plan."""
+        """Check the options together.
+
+        Raises:
+            ValueError: some cannot be, or do not change this plan.
+        """
         if self.ranks < 1:
             raise ValueError(f"ranks must be at least 1, got {self.ranks}")
         for name, sizes in (("gpu-memory", () if self.gpu_memory is None else (self.gpu_memory,)), ("fits", self.fits)):

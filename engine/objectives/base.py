@@ -141,8 +141,10 @@ class Objective(Protocol):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """Plain JSON values that are stored with the result, and that `sample_model` reads: "sigmas", or another way to
-        draw from it."""
+        """Plain JSON values that are stored with the result.
+
+        `sample_model` reads in them how the result is drawn from: at "sigmas", or in another way.
+        """
         ...
 
     def steps(self, context: StepContext) -> Steps:

@@ -45,8 +45,9 @@ STUDENT_FORWARDS, GENERATOR_FORWARDS, PHASED_FORWARDS = 4, 7, 2
 
 
 class InversePoissonFlowMatching:
-    """See `Objective`. A student learns to denoise the generator's samples, the generator to make the student agree
-    with the teacher [IPFM eq. 21; SiD eq. 23].
+    """See `Objective`; with a student, which learns to denoise the generator's samples.
+
+    The generator learns to make the student agree with the teacher [IPFM eq. 21; SiD eq. 23].
 
     Args:
         config: settings, D among them.
@@ -256,8 +257,11 @@ class DistillSteps:
     # -- the generator's samples ------------------------------------------------------------------------------------
 
     def _last(self, stream: Stream, step: int) -> int:
-        """The evaluation that ends the chain of this update, counted from 0: the last one, or one drawn for the whole
-        batch, as in the backward simulation of DMD2 [Yin et al. 2024, section 4.5]."""
+        """The evaluation that ends the chain of this update, counted from 0.
+
+        The last one, or one drawn for the whole batch, as in the backward simulation of DMD2 [Yin et al. 2024, section
+        4.5].
+        """
         if self.config.gradient == "all":
             return self.config.steps - 1
         return draw_number(self.config.steps, seed=self.config.seed, stream=stream, step=step)
@@ -393,7 +397,6 @@ class DistillConfig(Distillation):
 
     def objective(self, network: NetworkConfig) -> Objective:
         """See `Distillation.objective`."""
-
         return InversePoissonFlowMatching(self, network)
 
     def name(self) -> str:
