@@ -161,7 +161,7 @@ def pid_published() -> list[str]:
         dataset = f"{recipe.dataset}-cond" if network.label_dim else recipe.dataset
         for difference, distance in ways:
             config = replace(recipe.base.distillation(), difference=difference, distance=distance)
-            (result,) = config.objective(network).published(dataset).values()
+            (result,) = config.published(dataset).values()
             rows.append(_row([recipe.title, difference, distance, f"{result.fid:.2f}"]))
     return rows
 

@@ -156,15 +156,15 @@ class DistilRecipe(Recipe[DistillationOptions]):
     def notes(self, network: NetworkConfig, config: Distillation) -> tuple[str, ...]:
         """What to know of these settings' standing, a line each."""
         lines: list[str] = []
-        objective = config.objective(network)
-        known = objective.published(self.dataset)
+        known = config.published(self.dataset)
         if self.settings_from:
             lines.append(self.settings_from)
         elif network.label_dim:
             lines.append(f"{self.title}: no result of this method is published for class-conditional networks")
         elif network.D not in known:
+            summary = config.objective(network).summary
             possible = f"; published there: D = {', '.join(f'{D:g}' for D in known)}" if known else ""
-            lines.append(f"{self.title}: no result is published for D = {network.D:g} {objective.summary}{possible}")
+            lines.append(f"{self.title}: no result is published for D = {network.D:g} {summary}{possible}")
         if self.base.augment > 0 and not network.augment_dim:
             lines.append(f"{self.title}: without augmentation, as the teacher takes no augmentation labels")
         return tuple(lines)

@@ -17,7 +17,7 @@ from ipfm.engine.memory.simulate import StepSettings, simulate_distillation
 from ipfm.engine.memory.state import Sharding, StateBytes
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.phases import Phase
-from ipfm.engine.runtime.wording import size
+from ipfm.engine.runtime.wording import counted, size
 from ipfm.models import NetworkConfig
 
 # An assumption, not a measurement: with fewer images at a time a GPU is not busy.
@@ -143,7 +143,7 @@ def _too_small(config: RunConfig, smallest: MemoryPlan, ranks: int) -> ValueErro
     form = f"{smallest.backward}, " if smallest.backward else ""
     return ValueError(
         f"a process may use {size(smallest.budget or 0)}, but needs at least {size(smallest.peak)} (micro-batch "
-        f"{smallest.micro_batch}, {form}ZeRO {smallest.parts.stage}, {ranks} process{'es' * (ranks > 1)}): "
+        f"{smallest.micro_batch}, {form}ZeRO {smallest.parts.stage}, {counted(ranks, 'process')}): "
         f"{' or '.join(helps)} help{'s' * (len(helps) == 1)}"
     )
 

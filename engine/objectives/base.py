@@ -159,10 +159,6 @@ class Objective(Protocol):
         """Images first..first + count - 1 of `seed` from the result, (count, C, H, W) in [-1, 1]."""
         ...
 
-    def published(self, dataset: str) -> Mapping[float, PaperResult]:
-        """The published figures for exactly this setting at every D that has one."""
-        ...
-
 
 _registered: dict[str, type[Distillation]] = {}
 
@@ -274,6 +270,10 @@ class Distillation(RunConfig, ABC):
     @abstractmethod
     def name(self) -> str:
         """What tells runs of the same teacher apart, for the name of a run folder, e.g. "alpha1-K1"."""
+
+    def published(self, dataset: str) -> Mapping[float, PaperResult]:
+        """The published figures for exactly these settings at every D that has one, see `figures`."""
+        return self.figures(dataset, self.to_json())
 
     def recorded(self) -> Mapping[str, str]:
         """See `RunConfig.recorded`."""

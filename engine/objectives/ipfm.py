@@ -102,10 +102,6 @@ class InversePoissonFlowMatching:
         """See `Objective.sample`."""
         return sample_generator(net, first, count, D=self.D, sigmas=self.config.levels, seed=seed)
 
-    def published(self, dataset: str) -> Mapping[float, PaperResult]:
-        """See `Objective.published`."""
-        return self.config.figures(dataset, self.config.to_json())
-
 
 @dataclass(frozen=True)
 class MicroBatch:

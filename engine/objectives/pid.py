@@ -209,10 +209,6 @@ class PhysicsInformedDistillation:
         """See `Objective.sample`."""
         return sample_trajectory(net, first, count, D=self.D, noise=self.config.noise, seed=seed)
 
-    def published(self, dataset: str) -> Mapping[float, PaperResult]:
-        """See `Objective.published`."""
-        return self.config.figures(dataset, self.config.to_json())
-
 
 class Stencil(NamedTuple):
     """The residual at one level by two neighbouring ones; each (B,) float32.

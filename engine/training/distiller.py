@@ -155,7 +155,7 @@ class Distiller(TrainingRun[Distillation]):
         teacher = evaluate_teacher(self.teacher, evaluation, self.world, D=self.D, steps=self.config.heun_steps)
         generator = last or self._measure(evaluation)
         # A published figure is an FID: nothing else compares with it.
-        published = self.objective.published(self.dataset).get(self.D) if teacher.name == "FID" else None
+        published = self.config.published(self.dataset).get(self.D) if teacher.name == "FID" else None
         teachers = f"FID {published.teacher_fid:g}" if published and published.teacher_fid else None
         evaluations = self.objective.nfe
         rows = [

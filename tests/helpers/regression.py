@@ -18,7 +18,6 @@ from ipfm.engine.objectives.base import Distillation, Objective, Role, StepConte
 from ipfm.engine.objectives.initial_networks import generator_network
 from ipfm.engine.objectives.losses import along
 from ipfm.engine.objectives.phases import mark
-from ipfm.engine.objectives.published import PaperResult
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
 from ipfm.engine.random_streams import ObjectiveStream
 from ipfm.engine.sampling.batches import sample_generator
@@ -78,9 +77,6 @@ class Regression:
 
     def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
         return sample_generator(net, first, count, D=net.D, sigmas=(self.config.level,), seed=seed)
-
-    def published(self, dataset: str) -> Mapping[float, PaperResult]:
-        return {}
 
 
 class RegressionStep:
