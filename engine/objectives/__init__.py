@@ -57,7 +57,7 @@ class Registry(Mapping[str, "type[Distillation]"]):
                 parametrisation and no settings.
         """
         settings = {**facts.to_json(), **facts.settings}
-        return self.of(settings.get("objective"), settings), settings
+        return self.of(facts.objective, settings), settings
 
     def _classes(self) -> Mapping[str, type[Distillation]]:
         for module in iter_modules(__path__, f"{__name__}."):

@@ -25,6 +25,7 @@ from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.random_streams import ObjectiveStream, Stream
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder
 from ipfm.models import EDMPrecond, presets, save_model
+from ipfm.models.facts import GeneratorFacts, read_facts
 
 
 def test_kinds_and_their_settings() -> None:
@@ -94,15 +95,17 @@ def test_older_folders_are_recognised_by_their_settings(settings: Distillation) 
 
 
 def test_older_generators_are_recognised() -> None:
-    for facts, kind in (
+    for said, kind in (
         ({"task": "generator", "alpha": 1.2, "sigmas": [2.5]}, DistillConfig),
         ({"task": "generator", "parametrisation": "trajectory", "sigma_max": 80.0}, PidConfig),
         ({"task": "generator", "config": PidConfig().to_json()}, PidConfig),
         ({"task": "generator", "objective": "regression", "config": {"level": 1.0}}, regression.RegressionConfig),
         ({"task": "generator", "sigmas": [2.5]}, None),
     ):
+        facts = read_facts(said)
+        assert isinstance(facts, GeneratorFacts)
         found, settings = OBJECTIVES.of_generator(facts)
-        assert found is kind and settings.items() >= facts.get("config", {}).items()
+        assert found is kind and settings.items() >= said.get("config", {}).items()
 
 
 def test_a_folder_belongs_to_its_objective(tmp_path: Path) -> None:
