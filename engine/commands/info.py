@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,55 +46,66 @@ class Info:
 
 def _run(path: Path) -> tuple[dict[str, Any], str]:
     """The facts of a run folder, and as text. ValueError: it cannot be read."""
-    from ipfm.engine.commands import describe
     from ipfm.engine.evaluation.results import results_table
     from ipfm.engine.objectives import OBJECTIVES
-    from ipfm.engine.runtime.wording import significant
     from ipfm.engine.training.run_state import read_run
 
-    run = read_run(path)
-    objective = OBJECTIVES.of(run.objective, run.config) if run.kind == "distill" else None
-    step, distance = run.distances[-1] if run.distances else (None, None)
-    best = min(run.distances, key=lambda point: (point[1] != point[1], point[1]), default=None)
+    run = read_run(path, times=False)
+    if run.settings is None:
+        raise ValueError(f"{path} holds no run: no config.json that says distill or teacher")
+    for problem in run.problems:
+        warnings.warn(f"{path}/{problem}", stacklevel=1)
+    kind, distances = run.identity.get("objective"), [(point.step, point.frechet) for point in run.evaluations]
+    objective = OBJECTIVES.of(kind, run.settings) if run.kind == "distill" else None
+    step, distance = distances[-1] if distances else (None, None)
     facts = {
         "kind": run.kind,
-        "state": run.state,
+        # A training that diverged has no word of its own here.
+        "state": "stopped" if run.state == "diverged" else run.state,
         "steps_done": run.steps_done,
-        "steps_total": run.steps_total,
+        "steps_total": run.total_steps,
         "checkpoint": run.checkpoint,
         "checkpoint_step": run.checkpoint_step,
         "metric": run.metric,
         "distance": distance,
         "distance_step": step,
-        "distances": run.distances,
+        "distances": distances,
         "results": run.results,
-        "objective": run.objective or (objective and objective.kind),
-        "D": run.config.get("D"),
-        "sigmas": run.config.get("sigmas"),
-        "network": run.network,
-        "last": run.last,
-        "config": run.config,
+        "objective": kind or (objective and objective.kind),
+        "D": run.settings.get("D"),
+        "sigmas": run.settings.get("sigmas"),
+        "network": None if run.exported is None else run.export_path,
+        "last": run.metrics[-1] if run.metrics else {},
+        "config": run.settings,
     }
-    losses = {name: value for name, value in run.last.items() if name.endswith("_loss") and value is not None}
-    measured = None if distance is None else f"{significant(distance)} at step {step}"
+    text = rows(_run_rows(facts, objective.info_words(run.settings) if objective else kind))
+    return facts, f"{text}\n\n{results_table(run.results).rstrip()}" if run.results else text
+
+
+def _run_rows(facts: Mapping[str, Any], objective: str | None) -> list[tuple[str, object]]:
+    """The lines of a run's text, from its facts and its objective in words."""
+    from ipfm.engine.commands import describe
+    from ipfm.engine.runtime.wording import significant
+
+    state, step, D = facts["state"], facts["distance_step"], facts["D"]
+    measured = None if step is None else f"{significant(facts['distance'])} at step {step}"
+    best = min(facts["distances"], key=lambda point: (point[1] != point[1], point[1]), default=None)
     if best is not None and best[0] != step:
         measured = f"{measured}; smallest {significant(best[1])} at step {best[0]}"
-    text = rows(
-        [
-            ("run", "distillation" if run.kind == "distill" else "training of a teacher"),
-            ("state", run.state + ("; the same command continues" if run.state == "stopped" else "")),
-            ("steps", f"{run.steps_done} of {run.steps_total or 'an unknown number'}"),
-            ("checkpoint", None if run.checkpoint is None else f"{run.checkpoint} (step {run.checkpoint_step})"),
-            (run.metric, measured),
-            ("losses", ", ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in losses.items())),
-            ("generator" if run.kind == "distill" else "teacher", run.network or "not exported yet"),
-            ("objective", objective.info_words(run.config) if objective else run.objective),
-            ("D", None if run.config.get("D") is None else number(run.config["D"])),
-            ("sigmas", _levels(run.config.get("sigmas"))),
-            ("settings", describe.training(run.config)),
-        ]
-    )
-    return facts, f"{text}\n\n{results_table(run.results).rstrip()}" if run.results else text
+    losses = {k: v for k, v in facts["last"].items() if k.endswith("_loss") and isinstance(v, (int, float))}
+    return [
+        ("run", "distillation" if facts["kind"] == "distill" else "training of a teacher"),
+        ("state", state + ("; the same command continues" if state == "stopped" else "")),
+        ("steps", f"{facts['steps_done']} of {facts['steps_total'] or 'an unknown number'}"),
+        ("checkpoint", facts["checkpoint"] and f"{facts['checkpoint']} (step {facts['checkpoint_step']})"),
+        (facts["metric"], measured),
+        ("losses", ", ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in losses.items())),
+        ("generator" if facts["kind"] == "distill" else "teacher", facts["network"] or "not exported yet"),
+        ("objective", objective),
+        ("D", None if D is None else number(D)),
+        ("sigmas", _levels(facts["sigmas"])),
+        ("settings", describe.training(facts["config"])),
+    ]
 
 
 def _folder(path: Path) -> tuple[dict[str, Any], str]:

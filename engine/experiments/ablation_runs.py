@@ -18,11 +18,9 @@ from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.files import atomic_write, read_json
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder, teacher_facts
+from ipfm.engine.training.run_state import FAILED_FILE
 from ipfm.engine.training.task import NotFinite
 from ipfm.models import Precond
-
-# In the folder of a run whose training failed: the step and the reason.
-FAILED_FILE = "diverged.json"
 
 
 class MeasuredDistiller(Distiller):

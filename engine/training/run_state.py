@@ -1,52 +1,153 @@
-"""The state of a run, read from its folder: how far it is, what it has measured, where its network is."""
+"""A run folder, read once: how far the run is, what it has measured, where its network is, how it was made.
+
+What is damaged or missing is a line of `problems` and not the end of the reading. Nothing is verified: a run that
+continues in the folder does that.
+"""
 
 from __future__ import annotations
 
+import csv
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ipfm.engine.checks import number
-from ipfm.engine.evaluation.results import EvaluationHistory, EvaluationRow, read_results
+from ipfm.engine.evaluation.results import DISTANCE, EvaluationRow, read_results
+from ipfm.engine.memory.profile import PhaseMemory
 from ipfm.engine.runtime.files import StepLog, read_json
 from ipfm.engine.training.checkpoint import checkpoints_in
+from ipfm.engine.training.environment import ENVIRONMENT_FILE, read_starts
+from ipfm.engine.training.pace import Pace, read_pace
 from ipfm.engine.training.run_folder import folder_user
+from ipfm.models.atomic_files import why
+from ipfm.models.facts import GeneratorFacts, TeacherFacts, read_facts
 from ipfm.models.store import CONFIG_FILE
 
+T = TypeVar("T")
+State = Literal["finished", "running", "stopped", "diverged"]
 # The exported network of each kind of run.
 EXPORTS = {"distill": "generator", "teacher": "model"}
+# In the folder of a run whose training failed: the step and the reason.
+FAILED_FILE = "diverged.json"
+# A folder without a readable config.json is a run's if it has one of these.
+TRACES = ("metrics.jsonl", "evaluations.jsonl", "checkpoints")
 
 
 @dataclass(frozen=True)
-class RunState:
-    """What a run folder tells. Nothing in it is verified: a run that continues there does that."""
+class EvaluationPoint:
+    """An evaluation of a run.
 
-    kind: Literal["distill", "teacher"]
-    state: Literal["finished", "running", "stopped"]
-    """running: a process of this machine uses the folder; stopped: the same command continues."""
-    steps_done: int
-    """Those that are recorded."""
-    steps_total: int | None
-    """None where the folder does not say."""
+    Attributes:
+        step: generator steps before it.
+        frechet: its distance, NaN where it was not finite.
+        images: how many were drawn, None where that is not recorded.
+        seconds: that drawing them took, likewise.
+    """
+
+    step: int
+    frechet: float
+    images: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder's content, as far as it can be read. Nothing in it is resolved against this machine."""
+
+    path: Path
+    kind: str
+    """"distill" or "teacher"."""
+    settings: Mapping[str, Any] | None
+    """As config.json has them; None where they cannot be read."""
+    config: Mapping[str, Any]
+    """The same, those within another under their full name, such as noise.p_mean; empty where they cannot be read."""
+    identity: Mapping[str, Any]
+    """What else config.json says of the run: the teacher's checksum, or network and data."""
+    metrics: tuple[Mapping[str, Any], ...]
+    """The lines of metrics.jsonl by their step, which counts from 0."""
+    evaluations: tuple[EvaluationPoint, ...]
+    results: tuple[EvaluationRow, ...]
+    pictures: tuple[tuple[int, Path], ...]
+    """(steps done, samples/step-*.png), in order; whether they can be read is not yet known."""
+    starts: tuple[Mapping[str, Any], ...]
+    """The lines of environment.jsonl: versions, processes and device of each part of the run."""
+    memory: tuple[PhaseMemory, ...]
+    memory_picture: Path | None
+    export: Mapping[str, Any]
+    """config.json of the exported network; empty where there is none."""
+    teacher: Mapping[str, Any]
+    """config.json of the teacher's own run in teacher/; empty where the teacher was given."""
     checkpoint: Path | None
     """The newest one."""
-    checkpoint_step: int | None
-    distances: list[tuple[int, float]]
-    """(step, Fréchet distance of the average); a distance that was not finite is NaN."""
-    metric: str
-    """What the distance is called."""
-    results: list[EvaluationRow]
-    """The table at the end."""
-    last: dict[str, Any]
-    """The last line of metrics.jsonl."""
-    network: Path | None
-    """Where the exported network is: a generator, or a teacher."""
-    objective: str | None
-    """Kind of a distillation's objective; None of a teacher's training, and where an older folder does not say."""
-    config: dict[str, Any]
-    """The settings."""
+    pace: Pace
+    diverged: int | None
+    """In an ablation: the step at which the training failed."""
+    in_use: bool
+    """A process is working in the folder."""
+    problems: tuple[str, ...]
+    """A line for each part that cannot be read."""
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of which something is known: a line of metrics, an evaluation or a checkpoint."""
+        last = int(self.metrics[-1]["step"]) + 1 if self.metrics else 0
+        return max(last, self.evaluations[-1].step if self.evaluations else 0, self.checkpoint_step or 0)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimiser steps that the settings ask for, as `RunConfig.total_steps`; None where they are not known."""
+        steps, kimg, batch = (number(self.config.get(name)) for name in ("max_steps", "kimg", "batch"))
+        if math.isfinite(steps):
+            return int(steps)
+        return max(1, math.ceil(kimg * 1000 / batch)) if math.isfinite(kimg) and batch > 0 else None
+
+    @property
+    def checkpoint_step(self) -> int | None:
+        """Steps done at the newest checkpoint, which its name says."""
+        return None if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
+
+    @property
+    def export_path(self) -> Path:
+        """Where the run leaves its network, whether it has or not."""
+        return self.path / EXPORTS[self.kind]
+
+    @property
+    def exported(self) -> TeacherFacts | GeneratorFacts | None:
+        """What the exported network says of itself; None where there is none."""
+        extra = self.export.get("extra")
+        return read_facts(extra) if isinstance(extra, dict) else None
+
+    @property
+    def state(self) -> State:
+        """How the run is going.
+
+        diverged: its training failed. running: a process of this machine works in the folder. finished: the network
+        that was exported is that of the last step, not of an earlier end of a run that was lengthened since. stopped:
+        the same command continues.
+        """
+        if self.diverged is not None:
+            return "diverged"
+        if self.in_use:
+            return "running"
+        if self.exported is None:
+            return "stopped"
+        done = self.steps_done if self.exported.optimizer_steps is None else self.exported.optimizer_steps
+        return "finished" if self.total_steps is None or done >= self.total_steps else "stopped"
+
+    @property
+    def metric(self) -> str:
+        """What the distance is called."""
+        return self.results[0].metric if self.results else DISTANCE
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of the losses in metrics.jsonl, as they first appear."""
+        return tuple(dict.fromkeys(name for line in self.metrics for name in line if name.endswith("_loss")))
 
 
 def is_run(path: Path) -> bool:
@@ -54,57 +155,144 @@ def is_run(path: Path) -> bool:
     return (read_json(path / CONFIG_FILE) or {}).get("kind") in EXPORTS
 
 
-def read_run(path: Path) -> RunState:
-    """The state of the run in `path`.
+def read_run(path: Path, *, times: bool = True) -> RunRecord:
+    """Read the run folder `path`. Nothing is written.
+
+    Args:
+        path: the folder.
+        times: whether to look for the times of steps in TensorBoard's files, which may be large; else `pace` is empty.
 
     Raises:
-        ValueError: there is none.
-        OSError: it cannot be read.
+        ValueError: it is no run folder; the message is one line and says what is possible.
     """
-    record = read_json(path / CONFIG_FILE) or {}
-    kind, config = record.get("kind"), record.get("config")
-    if kind not in EXPORTS or not isinstance(config, dict):
-        raise ValueError(f"{path} holds no run: no {CONFIG_FILE} that says distill or teacher")
-    checkpoint = newest_checkpoint(path)
-    saved = None if checkpoint is None else step_of(checkpoint)
-    lines = StepLog(path / "metrics.jsonl", None).read()
-    last = lines[-1] if lines else {}
-    done = max(saved or 0, last.get("step", -1) + 1)
-    network = path / EXPORTS[kind]
-    exported = (read_json(network / CONFIG_FILE) or {}).get("extra")
-    total = total_steps(config)
-    over = isinstance(exported, dict) and total is not None and exported.get("optimizer_steps", 0) >= total
+    problems: list[str] = []
+
+    def tolerant(name: str, read: Callable[[], T], otherwise: T) -> T:
+        """What `read` returns, or `otherwise` and a line about `name` where it cannot be read."""
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = read()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            reason = f": {why(error)}" if isinstance(error, OSError) else ""
+            problems.append(f"{name} cannot be read{reason}")
+            return otherwise
+        problems.extend(str(warning.message).replace(f"{path}/", "") for warning in caught)
+        return found
+
+    record = _config(path, problems)
+    no_lines: list[dict[str, Any]] = []
+    metrics = tolerant("metrics.jsonl", lambda: StepLog(path / "metrics.jsonl", None).read(), no_lines)
+    kind = record.get("kind")
+    if kind not in EXPORTS:
+        kind = "teacher" if any("teacher_loss" in line for line in metrics) else "distill"
+    config = record.get("config")
+    settings = config if isinstance(config, dict) else None
     results = read_results(path)
-    return RunState(
+    if not results and (path / "results.json").is_file():
+        problems.append("results.json cannot be read")
+    memory = path / "memory"
+    return RunRecord(
+        path=path,
         kind=kind,
-        state="running" if folder_user(path) else "finished" if over else "stopped",
-        steps_done=done,
-        steps_total=total,
-        checkpoint=checkpoint,
-        checkpoint_step=saved,
-        distances=EvaluationHistory(path).points,
-        metric=results[0].metric if results else "Fréchet distance",
-        results=results,
-        last=last,
-        network=network if isinstance(exported, dict) else None,
-        objective=record.get("objective"),
-        config=config,
+        settings=settings,
+        config=_flat(settings or {}),
+        identity={name: value for name, value in record.items() if name not in ("format", "kind", "config")},
+        # A step that is there twice counts once, with its last line.
+        metrics=tuple(sorted({line["step"]: line for line in metrics}.values(), key=lambda line: line["step"])),
+        evaluations=tolerant("evaluations.jsonl", lambda: _evaluations(path), ()),
+        results=tolerant("results.json", lambda: tuple(_checked(row) for row in results), ()),
+        pictures=tolerant("samples", lambda: _pictures(path / "samples"), ()),
+        starts=tolerant(ENVIRONMENT_FILE, lambda: read_starts(path), ()),
+        memory=tolerant("memory/memory.csv", lambda: _memory(memory / "memory.csv"), ()),
+        memory_picture=memory / "timeline.png" if (memory / "timeline.png").is_file() else None,
+        export=read_json(path / EXPORTS[kind] / CONFIG_FILE) or {},
+        teacher=read_json(path / "teacher" / "config.json") or {},
+        checkpoint=tolerant("checkpoints", lambda: next(iter(checkpoints_in(path / "checkpoints")), None), None),
+        pace=tolerant("tensorboard", lambda: read_pace(path / "tensorboard"), Pace()) if times else Pace(),
+        diverged=tolerant(FAILED_FILE, lambda: _diverged(path / FAILED_FILE), None),
+        in_use=folder_user(path) is not None,
+        problems=tuple(problems),
     )
 
 
-def newest_checkpoint(path: Path) -> Path | None:
-    """Of the run in `path`; whether it is whole is not looked at."""
-    return next(iter(checkpoints_in(path / "checkpoints")), None)
+def _config(path: Path, problems: list[str]) -> dict[str, Any]:
+    """config.json; empty where it is damaged, but what lies beside it is a run's."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is {'a file' if path.exists() else 'not there'}: give the folder of a run")
+    if (path / "ablation.json").is_file():
+        raise ValueError(
+            f"{path} is the folder of an ablation, whose report is its ablation.md and ablation.png: "
+            "give the folder of one of its runs, VARIANT/seedN"
+        )
+    found = read_json(path / "config.json")
+    if found is not None and found.get("kind") in EXPORTS:
+        return found
+    if found is not None and str(found.get("format", "")).startswith("ipfm-network"):
+        raise ValueError(f"{path} is a model folder, not that of a run: `ipfm info` describes it")
+    if any((path / name).exists() for name in TRACES):
+        missing = "is missing" if not (path / "config.json").exists() else "cannot be read as a run's settings"
+        problems.append(f"config.json {missing}")
+        return {}
+    raise ValueError(f"{path} is no run folder (no config.json of a run): give the folder that a recipe's --out named")
 
 
-def step_of(checkpoint: Path) -> int:
-    """The number of steps that its name says."""
-    return int(checkpoint.name.rpartition("-")[2])
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name, value in config.items():
+        settings |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return settings
 
 
-def total_steps(config: Mapping[str, Any]) -> int | None:
-    """Optimiser steps of the whole run, as `RunConfig.total_steps`; None where the settings do not say."""
-    steps, kimg, batch = (number(config.get(name)) for name in ("max_steps", "kimg", "batch"))
-    if math.isfinite(steps):
-        return int(steps)
-    return max(1, math.ceil(kimg * 1000 / batch)) if math.isfinite(kimg) and batch > 0 else None
+def _evaluations(path: Path) -> tuple[EvaluationPoint, ...]:
+    found = {}
+    for line in StepLog(path / "evaluations.jsonl", None).read():
+        images, seconds = number(line.get("images")), number(line.get("seconds"))
+        found[line["step"]] = EvaluationPoint(
+            line["step"],
+            number(line.get("frechet")),
+            int(images) if math.isfinite(images) else None,
+            seconds if math.isfinite(seconds) else None,
+        )
+    return tuple(found[step] for step in sorted(found))
+
+
+def _checked(row: EvaluationRow) -> EvaluationRow:
+    """The row with NaN where a number was not finite or is none. TypeError: it is no row."""
+    if not (isinstance(row.label, str) and isinstance(row.nfe, int) and isinstance(row.images, int)):
+        raise TypeError
+    return replace(row, frechet=number(row.frechet), images_per_second=number(row.images_per_second))
+
+
+def _pictures(folder: Path) -> tuple[tuple[int, Path], ...]:
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if named := re.fullmatch(r"step-(\d+)\.png", path.name):
+            found.append((int(named[1]), path))
+    return tuple(sorted(found))
+
+
+def _memory(path: Path) -> tuple[PhaseMemory, ...]:
+    if not path.is_file():
+        return ()
+
+    def whole(text: str) -> int | None:
+        return int(text) if text else None
+
+    with open(path, newline="", encoding="utf-8") as file:
+        return tuple(
+            PhaseMemory(
+                line["phase"],
+                int(line["measured_bytes"]),
+                whole(line["predicted_bytes"]),
+                float(line["difference_percent"]) if line["difference_percent"] else None,
+                int(line["rss_bytes"]),
+                whole(line["reserved_bytes"]),
+                whole(line["nvml_bytes"]),
+            )
+            for line in csv.DictReader(file)
+        )
+
+
+def _diverged(path: Path) -> int | None:
+    return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.exists() else None

@@ -38,7 +38,7 @@ class Report:
                 raise ValueError("json prints the facts and writes no page: leave out and images away")
             from ipfm.engine.commands.report.facts import facts_of
             from ipfm.engine.commands.report.page import target, write_page
-            from ipfm.engine.commands.report.reading import read_run
+            from ipfm.engine.training.run_state import read_run
 
             where = target(self.run_folder / "report.html" if self.out is None else self.out, self.images)
             record = read_run(self.run_folder)

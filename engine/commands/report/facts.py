@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ipfm.engine.checks import number
-from ipfm.engine.commands.report.reading import EvaluationPoint, RunRecord
 from ipfm.engine.commands.report.reproduce import (
     Command,
     distillation_class,
@@ -22,12 +21,13 @@ from ipfm.engine.commands.report.reproduce import (
     settings_class,
     use,
 )
-from ipfm.engine.evaluation.results import DISTANCE, EvaluationRow
+from ipfm.engine.evaluation.results import EvaluationRow
 from ipfm.engine.memory.profile import PhaseMemory
 from ipfm.engine.runtime.json_output import plain
 from ipfm.engine.runtime.versions import installed
 from ipfm.engine.runtime.wording import counted, duration, significant, symbol
 from ipfm.engine.training.environment import in_words
+from ipfm.engine.training.run_state import EvaluationPoint, RunRecord
 
 State = Literal["finished", "going on", "stopped", "diverged"]
 
@@ -114,7 +114,6 @@ def facts_of(record: RunRecord) -> Facts:
     state, done = _state(record), record.steps_done
     finite = [e for e in record.evaluations if math.isfinite(e.frechet)]
     best = min(finite, key=lambda e: e.frechet, default=None)
-    metric = record.results[0].metric if record.results else DISTANCE
     objective = _objective(record)
     pace = _pace(record, whole_batch)
     names = record.losses
@@ -127,7 +126,7 @@ def facts_of(record: RunRecord) -> Facts:
     return Facts(
         run=record.path.resolve().name,
         title=_title(record, D),
-        summary=" ".join(_summary(record, state, objective, D, metric, best, images)),
+        summary=" ".join(_summary(record, state, objective, D, record.metric, best, images)),
         kind=record.kind,
         objective=objective,
         D=D,
@@ -136,7 +135,7 @@ def facts_of(record: RunRecord) -> Facts:
         total_steps=record.total_steps,
         batch=whole_batch,
         images=images,
-        metric=metric,
+        metric=record.metric,
         results=record.results,
         evaluations=record.evaluations,
         best=best,
@@ -159,13 +158,8 @@ def facts_of(record: RunRecord) -> Facts:
 
 
 def _state(record: RunRecord) -> State:
-    if record.diverged is not None:
-        return "diverged"
-    if record.in_use:
-        return "going on"
-    total = record.total_steps
-    whole = total is not None and record.steps_done >= total
-    return "finished" if record.export and (whole or total is None) else "stopped"
+    """The run's state, by the report's word for it."""
+    return "going on" if record.state == "running" else record.state
 
 
 def _objective(record: RunRecord) -> str:

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ipfm.engine.commands.report.reading import RunRecord
 from ipfm.engine.training.loop import PICTURE_IMAGES
+from ipfm.engine.training.run_state import RunRecord
 
 # How a picture of ours is known when it is to be replaced.
 SOFTWARE = "ipfm report"

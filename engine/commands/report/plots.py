@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ipfm.engine.checks import number
 from ipfm.engine.commands.report.facts import Facts
 from ipfm.engine.commands.report.pictures import Picture, png
-from ipfm.engine.commands.report.reading import RunRecord
 from ipfm.engine.evaluation.results import draw_convergence
 from ipfm.engine.runtime.wording import significant
-from ipfm.engine.training.run_state import number
+from ipfm.engine.training.run_state import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

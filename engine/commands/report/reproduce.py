@@ -13,7 +13,6 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ipfm.engine.checks import number
-from ipfm.engine.commands.report.reading import RunRecord, read_run
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.local import TrainAndDistil
@@ -21,6 +20,7 @@ from ipfm.engine.experiments.teacher import TeacherRecipe
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.training.run import PLACE
+from ipfm.engine.training.run_state import RunRecord, read_run
 from ipfm.models import NetworkConfig, presets
 
 

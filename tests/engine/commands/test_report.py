@@ -30,7 +30,6 @@ from ipfm.engine.commands.report.facts import facts_of
 from ipfm.engine.commands.report.page import target, write_page
 from ipfm.engine.commands.report.pictures import Picture, png
 from ipfm.engine.commands.report.plots import limits, smooth
-from ipfm.engine.commands.report.reading import read_run
 from ipfm.engine.commands.report.reproduce import reproduce
 from ipfm.engine.data.image_grid import image_grid, save_grid
 from ipfm.engine.evaluation.results import EvaluationRow, write_results
@@ -40,6 +39,7 @@ from ipfm.engine.runtime.commandline import parse, run_command
 from ipfm.engine.runtime.files import json_line
 from ipfm.engine.training import run_folder
 from ipfm.engine.training.run_folder import _identity
+from ipfm.engine.training.run_state import read_run
 from ipfm.models import EDMPrecond, presets, save_model
 from ipfm.recipes import (
     cifar_ipfm,
