@@ -8,6 +8,7 @@ what the command line has to know without that.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -95,7 +96,7 @@ def declared() -> Mapping[str, Declared]:
     found: dict[str, Declared] = {}
     for module in iter_modules(__path__):
         source = Path(module.module_finder.path, f"{module.name}.py").read_text(encoding="utf-8")  # type: ignore[union-attr]
-        if "kind: ClassVar[str] = " not in source:
+        if not re.search(r'^    kind: ClassVar\[str\] = "\w', source, re.M):
             continue
         for settings in ast.parse(source).body:
             if isinstance(settings, ast.ClassDef):
