@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
@@ -24,6 +24,32 @@ InitialWeights = Literal["auto", "teacher", "random"]
 STEP_LIMIT = 10**8
 
 
+def setting(
+    default: Any,
+    *,
+    identity: bool = True,
+    place: bool = False,
+    memory: bool = True,
+    planned_as: Any = MISSING,
+) -> Any:
+    """A field of a class of settings that says of itself what it is; a plain field is the cautious case of each.
+
+    Args:
+        default: its default; a class is called for a new one.
+        identity: runs that differ in it are different runs, so that a run folder refuses another value. Others may
+            change between two parts of one run: they do not change what it computes, or only how long.
+        place: it says where and how a run is made, and nothing of its result.
+        memory: it may change the size of a tensor in a step.
+        planned_as: without `memory`, its value in memory plans; its default where this is missing.
+    """
+    said = {"identity": identity, "place": place, "memory": memory}
+    if planned_as is not MISSING:
+        said["planned_as"] = planned_as
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=said)
+    return field(default=default, metadata=said)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What training a teacher and distilling one have in common.
@@ -32,66 +58,66 @@ class RunConfig:
         ValueError: a setting out of its range; the message names it, what was given and what is possible.
     """
 
-    out: Path | None = None
+    out: Path | None = setting(None, identity=False, place=True, memory=False)
     """Run folder. Default: runs/ and a name made of the recipe and its settings."""
     batch: int = 256
     """Global batch: images per optimiser step, over all processes and micro-batches."""
-    micro_batch: int | None = None
+    micro_batch: int | None = setting(None, identity=False, place=True)
     """Images one process handles at a time; the rest is accumulated. Default: its whole share of the batch."""
-    max_steps: int | None = None
+    max_steps: int | None = setting(None, identity=False, memory=False)
     """Optimiser steps of the run. Give this or --kimg."""
-    kimg: float | None = None
+    kimg: float | None = setting(None, identity=False, memory=False)
     """Length of the run in thousands of images, instead of --max-steps."""
-    lr: float = 1e-5
+    lr: float = setting(1e-5, memory=False)
     """Learning rate."""
-    eps: float = 1e-8
+    eps: float = setting(1e-8, memory=False)
     """Adam's epsilon."""
     dropout: float = 0.0
     """Dropout of the networks while they are trained."""
     augment: float = 0.0
     """Probability of each augmentation of the images that a denoiser is trained on; 0 augments nothing. The network
     must take augmentation labels."""
-    ema_kimg: float = 500.0
+    ema_kimg: float = setting(500.0, memory=False)
     """Half-life of the weights' moving average, in thousands of images."""
-    ema_rampup: float = 0.05
+    ema_rampup: float = setting(0.05, memory=False)
     """The half-life is at most this share of the images seen so far."""
-    zero: ZeroStage | None = None
+    zero: ZeroStage | None = setting(None, identity=False, place=True)
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimiser's state, 2 the gradients as well, 3 the weights too.
     Default: the lowest that memory allows; at least 1 in bf16 and fp16."""
-    offload: Offload = "none"
+    offload: Offload = setting("none", identity=False, place=True)
     """What lives in the host's memory: the optimiser's state (needs --zero 1 to 3), or the weights too (--zero 3)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the networks; auto is bf16 on GPUs that have it, fp32 elsewhere. fp16 scales its losses."""
-    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    activation_checkpointing: Literal["auto", "on", "off"] = setting("auto", identity=False, place=True)
     """Keep the inputs of a network's blocks alone and compute the rest again on the way back; auto: by memory."""
-    clip_grad: float | None = None
+    clip_grad: float | None = setting(None, memory=False)
     """Largest norm of a network's gradient; default: no limit."""
-    tf32: bool = True
+    tf32: bool = setting(True, identity=False, memory=False)
     """Allow TF32 in fp32 convolutions and matrix products on GPUs."""
-    memory_format: MemoryFormat = "auto"
+    memory_format: MemoryFormat = setting("auto", identity=False, place=True, memory=False)
     """Order of the activations in memory: channels_last has the channels of a pixel side by side, as convolutions on
     GPUs want them; auto is that on GPUs, contiguous elsewhere."""
-    compile: bool = False
+    compile: bool = setting(False, identity=False, place=True, memory=False)
     """Compile the networks with torch.compile: the first steps take minutes, the others less. Not with --zero 3."""
-    noise: NoiseLevels = field(default_factory=NoiseLevels)
+    noise: NoiseLevels = setting(NoiseLevels, memory=False)
     """Noise levels."""
-    seed: int = 0
+    seed: int = setting(0, memory=False)
     """Every random number of the run is a function of this seed and its position."""
-    log_every: int = 10
+    log_every: int = setting(10, identity=False, place=True, memory=False)
     """Steps between two readings of the losses."""
-    eval_every: int = 0
+    eval_every: int = setting(0, identity=False, place=True, memory=False)
     """Steps between two evaluations (Frechet distance and a picture); 0 evaluates at the end only."""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = setting(1000, identity=False, place=True, memory=False)
     """Steps between two checkpoints; one is always written at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = setting(2, identity=False, place=True, memory=False)
     """Number of checkpoints that are kept."""
-    async_checkpoints: bool = True
+    async_checkpoints: bool = setting(True, identity=False, place=True, memory=False)
     """Write checkpoints while the training goes on; needs host memory for one of them."""
-    profile_memory: int = 0
+    profile_memory: int = setting(0, identity=False, place=True, memory=False)
     """Measure the memory of this many steps at the start and compare it with the prediction (memory/ in --out)."""
-    max_bad_steps: int = 50
+    max_bad_steps: int = setting(50, identity=False, place=True, memory=False)
     """Stop with an error after this many steps that contained non-finite samples or gradients."""
-    resume: bool = True
+    resume: bool = setting(True, identity=False, place=True, memory=False)
     """Continue the run folder's last checkpoint; --no-resume refuses a folder that holds a run."""
 
     ALTERNATIVES: ClassVar[tuple[tuple[str, str], ...]] = (("max_steps", "kimg"),)
@@ -218,13 +244,13 @@ class RunConfig:
 class TeacherConfig(RunConfig):
     """Training of a teacher on data: the denoising loss with PFGM++ noise at any D [Xu et al. 2023; EDM]."""
 
-    D: float | None = None
+    D: float | None = setting(None, memory=False)
     """Auxiliary dimensions, in (0, inf]; inf is a diffusion model. Default: the network's."""
     beta1: float = 0.9
     """Adam's first decay."""
-    lr_rampup_kimg: float = 10_000.0
+    lr_rampup_kimg: float = setting(10_000.0, memory=False)
     """The learning rate grows linearly over this many thousands of images; 0 starts with the full rate."""
-    heun_steps: int = 18
+    heun_steps: int = setting(18, identity=False, memory=False)
     """Steps of the sampler in the evaluation; 18 are 35 network evaluations."""
 
     def __post_init__(self) -> None:
@@ -276,6 +302,25 @@ class Resolved(Generic[ConfigT_co]):
     def __post_init__(self) -> None:
         check_D(self.D)
         check_sharding(self.stage, self.precision, self.config.offload)
+
+
+def free_settings(kind: type[RunConfig]) -> frozenset[str]:
+    """Names of the settings that may change between two parts of one run."""
+    return frozenset(f.name for f in dataclasses.fields(kind) if not f.metadata.get("identity", True))
+
+
+def place_settings(kind: type[RunConfig]) -> frozenset[str]:
+    """Names of the settings that say where and how a run is made: its result is the same whatever they are."""
+    return frozenset(f.name for f in dataclasses.fields(kind) if f.metadata.get("place", False))
+
+
+def planned_settings(kind: type[RunConfig]) -> dict[str, Any]:
+    """The settings that change no tensor's size, by name, with the values that stand for all others in a plan."""
+    return {
+        f.name: f.metadata.get("planned_as", f.default if f.default_factory is MISSING else f.default_factory())
+        for f in dataclasses.fields(kind)
+        if not f.metadata.get("memory", True)
+    }
 
 
 def decide_storage(option: TeacherStorageOption, precision: Precision) -> TeacherStorage:

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ipfm.engine.config import Resolved, RunConfig
+from ipfm.engine.config import Resolved, planned_settings
 from ipfm.engine.distributed.precision import DTYPES, apply_precision, halve_storage
 from ipfm.engine.distributed.world import World
 from ipfm.engine.memory.live import LiveBytes
 from ipfm.engine.memory.state import Sharding
-from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives.base import Distillation, StepContext
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
@@ -52,7 +51,9 @@ class StepSettings:
     def __post_init__(self) -> None:
         # D changes no size: networks that differ in it alone share a simulation.
         object.__setattr__(self, "network", replace(self.network, D=math.inf))
-        object.__setattr__(self, "config", _all_that_matters(self.config, self.micro_batch, self.sharding))
+        object.__setattr__(
+            self, "config", _all_that_matters(self.config, self.network, self.micro_batch, self.sharding)
+        )
 
     @classmethod
     def of(
@@ -72,7 +73,7 @@ class StepSettings:
     @property
     def resolved(self) -> Resolved[Distillation]:
         """What the steps themselves are told."""
-        return replace(self.config, dropout=self.network.dropout).laid_out(
+        return self.config.laid_out(
             D=self.network.D,
             stage=self.sharding.stage,
             micro_batch=self.micro_batch,
@@ -81,16 +82,26 @@ class StepSettings:
         )
 
 
-def _all_that_matters(config: Distillation, micro_batch: int, sharding: Sharding) -> Distillation:
-    """One iteration on a micro-batch: what changes no size is as it is by default."""
-    given = {f.name: f.default for f in fields(RunConfig) if f.default is not MISSING}
-    config = replace(
-        config.memory_key(), **{**given, "augment": 0.5 if config.augment > 0 else 0.0}, noise=NoiseLevels()
-    )
+def _all_that_matters(
+    config: Distillation, network: NetworkConfig, micro_batch: int, sharding: Sharding
+) -> Distillation:
+    """One iteration on a micro-batch. What changes no size is as it is by default; what the rest of `StepSettings` says
+    is as it says, or any that goes with it."""
     return replace(
-        config, teacher=None, D=math.inf, batch=micro_batch, max_steps=1, zero=1, precision=sharding.precision,
-        teacher_storage=sharding.teacher_storage, backward="auto",
-    )  # fmt: skip
+        config,
+        **{**planned_settings(type(config)), "max_steps": 1},
+        batch=micro_batch,
+        micro_batch=None,
+        zero=1,
+        offload="none",
+        precision=sharding.precision,
+        teacher_storage=sharding.teacher_storage,
+        backward="auto",
+        activation_checkpointing="auto",
+        dropout=network.dropout,
+        # Labels of augmentation take memory, how often there are any does not matter.
+        augment=0.5 if config.augment > 0 else 0.0,
+    )
 
 
 @functools.lru_cache(maxsize=256)

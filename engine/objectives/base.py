@@ -24,6 +24,7 @@ from ipfm.engine.config import (
     TeacherStorage,
     TeacherStorageOption,
     decide_storage,
+    setting,
 )
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.published import PaperResult
@@ -193,21 +194,21 @@ class Distillation(RunConfig, ABC):
     readings: ClassVar[Mapping[str, str]] = {}
     """Name of a loss in the log -> a sentence on how to read it."""
 
-    teacher: Path | None = None
+    teacher: Path | None = setting(None, identity=False, place=True, memory=False)
     """The teacher: a checkpoint of EDM, PFGM++ or SiD, or a model folder (config.json and model.safetensors)."""
-    D: float | None = None
+    D: float | None = setting(None, memory=False)
     """Auxiliary dimensions, in (0, inf]; inf is a diffusion model. Default: what the teacher was trained for."""
-    init: InitialWeights = "auto"
+    init: InitialWeights = setting("auto", memory=False)
     """First weights of the generator: the teacher's, or random ones; auto is the teacher's, but random at another
     width."""
     width: float = 1.0
     """Channels of the generator by those of the teacher, e.g. 0.5."""
-    teacher_storage: TeacherStorageOption = "auto"
+    teacher_storage: TeacherStorageOption = setting("auto", identity=False, place=True)
     """How the frozen teacher is kept: fp32 on every process; half: in the run's own 16 bits wherever its arithmetic has
     no more (the same results); sharded: among the processes, by ZeRO 3. auto: half in bf16 and fp16, else fp32."""
-    backward: Literal["auto", "joint", "phased"] = "auto"
+    backward: Literal["auto", "joint", "phased"] = setting("auto", identity=False, place=True)
     """joint: one backward pass over all networks; phased: one network's activations at a time; auto: by memory."""
-    heun_steps: int = 18
+    heun_steps: int = setting(18, identity=False, memory=False)
     """Steps of the teacher's sampler in the final table; 18 are 35 network evaluations."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -253,10 +254,6 @@ class Distillation(RunConfig, ABC):
         Raises:
             ValueError: something does not go with this network.
         """
-        return self
-
-    def memory_key(self) -> Self:
-        """These settings with all that changes no tensor's size as it is by default: equal ones need equal memory."""
         return self
 
     @abstractmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ipfm.engine.checks import at_least, check_start, is_number, number, positive, share
-from ipfm.engine.config import InitialWeights
+from ipfm.engine.config import InitialWeights, setting
 from ipfm.engine.data.augmentation import augment
 from ipfm.engine.noise_levels import check_sigmas, few_step_sigmas
 from ipfm.engine.objectives.base import Distillation, Role, StepContext
@@ -332,26 +332,26 @@ class DistillConfig(Distillation):
         "student_loss": "student_loss is a denoising loss: it falls, then follows the generator.",
     }
 
-    alpha: float = 1.0
+    alpha: float = setting(1.0, memory=False)
     """Regularisation, in SiD's convention: 0.5 is the pure IPFM objective, 1.0 the paper's recommendation."""
     steps: int = 1
     """K: network evaluations of the generator."""
-    sigmas: tuple[float, ...] = ()
+    sigmas: tuple[float, ...] = setting((), memory=False)
     """Noise levels of the K evaluations, falling. Default: sigma_init (K - k + 1) / K."""
-    sigma_init: float = 2.5
+    sigma_init: float = setting(2.5, memory=False)
     """Noise level of the generator's input when --sigmas is not given."""
     gradient: Literal["all", "last"] = "all"
     """With several steps: all: the gradient passes through all of them; last: the chain ends after a number of steps
     drawn anew for each update, and the gradient passes through the last of these alone."""
-    student_lr: float | None = None
+    student_lr: float | None = setting(None, memory=False)
     """Learning rate of the student. Default: that of the generator."""
     generator_beta1: float = 0.0
     """Adam's first decay for the generator."""
     student_beta1: float = 0.0
     """Adam's first decay for the student."""
-    student_updates: int = 1
+    student_updates: int = setting(1, memory=False)
     """Student updates per generator update."""
-    student_init: InitialWeights = "auto"
+    student_init: InitialWeights = setting("auto", memory=False)
     """First weights of the student, as in --init."""
     student_width: float = 1.0
     """Channels of the student by those of the teacher."""
@@ -386,10 +386,6 @@ class DistillConfig(Distillation):
     def completed(self, network: NetworkConfig) -> Self:
         """See `Distillation.completed`: with the noise levels."""
         return replace(self, sigmas=self.levels)
-
-    def memory_key(self) -> Self:
-        """See `Distillation.memory_key`."""
-        return replace(self, alpha=1.0, sigmas=(), sigma_init=2.5, student_lr=None, student_updates=1)
 
     def objective(self, network: NetworkConfig) -> Objective:
         """See `Distillation.objective`."""

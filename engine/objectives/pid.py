@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from ipfm.engine.checks import at_least, share
+from ipfm.engine.config import setting
 from ipfm.engine.objectives.base import Distillation, Objective, Role, StepContext
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.losses import along, per_sample
@@ -66,14 +68,14 @@ class PidConfig(Distillation):
         "has learned: it falls.",
     }
 
-    points: int = 250
+    points: int = setting(250, memory=False, planned_as=2)
     """N: noise levels of the grid on which the trajectory is differentiated."""
-    difference: Difference = "first"
+    difference: Difference = setting("first", memory=False)
     """first: the slope at a level by the difference to the next one; central: at the middle between the two."""
     distance: Literal["l2", "lpips"] = "l2"
     """What measures the residual: l2, its square summed over the elements; lpips, the distance of the two images in the
     features of VGG-16 (1 or 3 channels)."""
-    lpips: Path | None = None
+    lpips: Path | None = setting(None, identity=False, place=True, memory=False)
     """With --distance lpips: its weights, the state dict of lpips.LPIPS(net="vgg") or a folder with the two files that
     it is made of. Default: those of the installed package lpips and of torch's hub folder."""
     lpips_side: int | None = None
@@ -83,18 +85,16 @@ class PidConfig(Distillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.points, bool) or not isinstance(self.points, int) or self.points < 2:
-            raise ValueError(f"points must be an integer >= 2, got {self.points}")
+        at_least("points", self.points, 2)
         if self.difference not in ("first", "central"):
             raise ValueError(f"difference must be first or central, got {self.difference!r}")
         if self.distance not in ("l2", "lpips"):
             raise ValueError(f"distance must be l2 or lpips, got {self.distance!r}")
         if self.distance != "lpips" and not self.lpips is self.lpips_side is None:
             raise ValueError("lpips and lpips-side are settings of --distance lpips, got distance l2")
-        if self.lpips_side is not None and (not isinstance(self.lpips_side, int) or self.lpips_side < 16):
-            raise ValueError(f"lpips-side must be an integer >= 16, got {self.lpips_side}")
-        if isinstance(self.beta1, bool) or not isinstance(self.beta1, (int, float)) or not 0 <= self.beta1 < 1:
-            raise ValueError(f"beta1 must lie in [0, 1), got {self.beta1}")
+        if self.lpips_side is not None:
+            at_least("lpips-side", self.lpips_side, 16)
+        share("beta1", self.beta1)
         if self.augment > 0:
             raise ValueError(f"augment must be 0, as no denoiser is trained on images here, got {self.augment:g}")
         if self.precision == "fp16":
@@ -124,10 +124,6 @@ class PidConfig(Distillation):
                     f"distance lpips needs images of at least 16x16, this network's have side "
                     f"{network.img_resolution}: give --lpips-side 32"
                 )
-
-    def memory_key(self) -> Self:
-        """See `Distillation.memory_key`."""
-        return replace(self, points=2, difference="first")
 
     def objective(self, network: NetworkConfig) -> Objective:
         """See `Distillation.objective`."""

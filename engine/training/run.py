@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from ipfm.engine.config import Resolved, RunConfig
+from ipfm.engine.config import Resolved, RunConfig, place_settings
 from ipfm.engine.distributed.compilation import set_execution
 from ipfm.engine.distributed.ema import EmaNetwork
 from ipfm.engine.distributed.precision import allow_tf32, apply_precision
@@ -22,12 +22,9 @@ from ipfm.engine.memory import MemoryPlan
 from ipfm.engine.memory.live import bytes_in_use
 from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.engine.training.loop import Progress, train
-from ipfm.engine.training.run_folder import FREE, RunFolder, check_run_folder, open_run_folder
+from ipfm.engine.training.run_folder import RunFolder, check_run_folder, open_run_folder
 from ipfm.models import NetworkConfig, Precond, save_model
 from ipfm.models.facts import ModelFacts
-
-# Settings that say where and how a run was made, and nothing of its result: a model is the same whatever they are.
-PLACE = FREE - {"max_steps", "kimg", "heun_steps", "tf32"}
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -176,7 +173,8 @@ class TrainingRun(ABC, Generic[C]):
         """
         self.refresh()
         if self.world.is_main:
-            settings = {name: value for name, value in self.config.to_json().items() if name not in PLACE}
+            places = place_settings(type(self.config))
+            settings = {name: value for name, value in self.config.to_json().items() if name not in places}
             made = replace(about, optimizer_steps=steps, settings=settings)
             save_model(self.average, folder, extra=made.to_json())
         self.world.barrier()

@@ -9,14 +9,15 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from ipfm.engine.config import RunConfig
+from ipfm.engine.config import RunConfig, TeacherConfig, free_settings
+from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.runtime.errors import FolderInUse
 from ipfm.engine.runtime.files import atomic_write
 from ipfm.engine.training.checkpoint import check_format, checkpoints_in
@@ -24,15 +25,6 @@ from ipfm.models import Precond
 from ipfm.models.atomic_files import forget_unfinished
 
 FORMAT = 1
-# Settings that may change between two parts of one run: they do not change what it computes, or only how long.
-FREE = frozenset(
-    {
-        "out", "micro_batch", "max_steps", "kimg", "zero", "tf32", "log_every", "eval_every", "checkpoint_every",
-        "keep_checkpoints", "max_bad_steps", "resume", "backward", "teacher", "heun_steps", "offload",
-        "activation_checkpointing", "async_checkpoints", "profile_memory", "teacher_storage", "compile",
-        "memory_format", "lpips",
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,9 @@ class RunFolder:
 
 
 def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Compare what is in `path` with this configuration: every setting but those in `FREE`. Nothing is written.
+    """Compare what is in `path` with this configuration: every setting that says it identifies a run, see `setting`.
+
+    Nothing is written.
 
     Args:
         path: the run folder; it need not exist.
@@ -80,9 +74,10 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
         raise ValueError(f"{path} is not empty and holds no run (no config.json): choose another --out")
     if not config.resume:
         raise ValueError(f"{path} holds a run already and --no-resume was given: choose another --out")
+    free = _free(config)
     try:
         found = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        differences = _differences(found, record)
+        differences = _differences(found, record, free)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path / 'config.json'} cannot be read as a run's configuration: choose another --out"
@@ -117,12 +112,19 @@ def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> Ru
     return RunFolder(path)
 
 
-def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+def _free(config: RunConfig) -> frozenset[str]:
+    """Settings that may change: of this class, as it says; of others, whose runs the folder may hold, as those say."""
+    kinds: tuple[type[RunConfig], ...] = (TeacherConfig, *OBJECTIVES.values())
+    elsewhere = frozenset[str]().union(*map(free_settings, kinds))
+    return free_settings(type(config)) | (elsewhere - {f.name for f in fields(config)})
+
+
+def _differences(found: Mapping[str, Any], ours: Mapping[str, Any], free: frozenset[str]) -> list[str]:
     """What identifies the two runs and differs: "alpha is 1.0 there, 1.2 here"."""
     # A fact that one side does not know yet, such as a teacher still to be trained, is no difference.
     known = [name for name in ours if name in found and name != "config"]
-    theirs = {name: found[name] for name in known} | _identity(found["config"])
-    mine = {name: ours[name] for name in known} | _identity(ours["config"])
+    theirs = {name: found[name] for name in known} | _identity(found["config"], free)
+    mine = {name: ours[name] for name in known} | _identity(ours["config"], free)
     return [
         f"{name} is {_short(theirs.get(name))} there, {_short(mine.get(name))} here"
         for name in mine | theirs
@@ -130,11 +132,11 @@ def _differences(found: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     ]
 
 
-def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(config: Mapping[str, Any], free: frozenset[str]) -> dict[str, Any]:
     """The settings that identify a run; those within another one under their full name, such as noise.p_mean."""
     settings: dict[str, Any] = {}
     for name, value in config.items():
-        if name in FREE:
+        if name in free:
             continue
         settings |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
     return settings

@@ -13,13 +13,12 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ipfm.engine.checks import number
-from ipfm.engine.config import TeacherConfig
+from ipfm.engine.config import TeacherConfig, place_settings
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.teacher import TeacherRecipe
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.base import Distillation
-from ipfm.engine.training.run import PLACE
 from ipfm.engine.training.run_state import RunRecord, read_run
 from ipfm.models import NetworkConfig, presets
 
@@ -230,7 +229,7 @@ def _options(record: RunRecord, base: Any) -> list[str]:
     defaults = {name: value for name, value in defaults.items() if name in {f.name for f in dataclasses.fields(kind)}}
     defaults |= {f"noise.{name}": value for name, value in defaults.pop("noise", {}).items()}
     # Those that change nothing of the result, but for the evaluations' steps.
-    unsaid = (PLACE | paths(record)) - {"eval_every"}
+    unsaid = (place_settings(kind) | paths(record)) - {"eval_every"}
     options: list[str] = []
     for name in sorted(defaults, key=lambda name: name != "D"):
         if name in unsaid or name not in record.config or is_default(record, name, defaults[name]):

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ipfm.engine.config import TeacherConfig
+from ipfm.engine.config import TeacherConfig, free_settings
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives.ipfm import DistillConfig
-from ipfm.engine.training.run_folder import FREE, check_run_folder, open_run_folder
+from ipfm.engine.objectives.pid import PidConfig
+from ipfm.engine.training.run_folder import check_run_folder, open_run_folder
 
 CONFIG = DistillConfig(D=128.0, batch=8, max_steps=10, sigmas=(2.5, 1.25), seed=3)
 FACTS = {"teacher": "ab12"}
@@ -156,7 +157,8 @@ def test_every_setting_is_of_one_kind():
     """A new setting has to be put on one of the two lists."""
     elsewhere = {"kimg", "resume", "steps", "noise", "offload"}  # tested on their own below
     assert set(CHANGED) | set(FREELY) | elsewhere == set(CONFIG.to_json())
-    assert set(FREELY) | {"kimg", "resume", "offload", "lpips"} == FREE
+    free = free_settings(DistillConfig) | free_settings(PidConfig)
+    assert set(FREELY) | {"kimg", "resume", "offload", "lpips"} == free
 
 
 @pytest.mark.parametrize("name", CHANGED)
