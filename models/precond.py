@@ -165,7 +165,7 @@ class Precond(nn.Module, ABC):
         return self.wide_dtype
 
     def _check_image(self, x: Tensor) -> None:
-        expected = (self.img_channels, self.img_resolution, self.img_resolution)
+        expected = self.config.image_shape
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(f"x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
 

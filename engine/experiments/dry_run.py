@@ -150,7 +150,7 @@ def seconds_per_image(network: NetworkConfig, device: torch.device, bf16: bool) 
     batch = max(
         1, min(64, 65_536 // (network.img_channels * network.img_resolution**2)) // (1 if device.type == "cuda" else 8)
     )
-    x = torch.randn(batch, network.img_channels, network.img_resolution, network.img_resolution, device=device)
+    x = torch.randn(batch, *network.image_shape, device=device)
     sigma = torch.ones(batch, device=device)
     best = float("inf")
     with torch.no_grad():

@@ -85,8 +85,10 @@ class StepSettings:
 def _all_that_matters(
     config: Distillation, network: NetworkConfig, micro_batch: int, sharding: Sharding
 ) -> Distillation:
-    """One iteration on a micro-batch. What changes no size is as it is by default; what the rest of `StepSettings` says
-    is as it says, or any that goes with it."""
+    """One iteration on a micro-batch, in which what changes no size is as it is by default.
+
+    What the rest of `StepSettings` says is as it says, or any value that goes with it.
+    """
     return replace(
         config,
         **{**planned_settings(type(config)), "max_steps": 1},
@@ -129,10 +131,9 @@ def simulate_teacher(settings: StepSettings) -> dict[Phase, int]:
     """The same for a step of a teacher's training: the denoising loss and its optimiser."""
     net = _Trained(_meta_network(settings.network, settings, trained=True), settings)
     net.module.train()
-    size = settings.network.img_resolution
     with _peaks() as peaks:
         mark("teacher: forward and backward")
-        y = torch.empty(settings.micro_batch, settings.network.img_channels, size, size, device=META)
+        y = torch.empty(settings.micro_batch, *settings.network.image_shape, device=META)
         sigma = torch.empty(settings.micro_batch, device=META)
         index = torch.empty(settings.micro_batch, dtype=torch.int64, device=META)
         noisy = add_noise(y, sigma, math.inf, net.module, seed=0, stream=0, step=0, sample_index=index)

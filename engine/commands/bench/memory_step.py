@@ -126,8 +126,7 @@ def prepare(case: StepCase, world: World) -> tuple[TeacherTraining | Distiller, 
         )
         plan = plan_memory(network, micro_batch=case.batch, backward=case.kind, activation_checkpointing=again)
         return Distiller(config, build_network(network), world=world), plan
-    size = network.img_resolution
-    images = torch.randint(256, (case.batch, network.img_channels, size, size), dtype=torch.uint8)
+    images = torch.randint(256, (case.batch, *network.image_shape), dtype=torch.uint8)
     labels = torch.arange(case.batch) % network.label_dim if network.label_dim else None
     data = ImageDataset(images, labels, classes=network.label_dim or None)
     teaching = TeacherConfig(
