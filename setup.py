@@ -65,6 +65,7 @@ setup(
             "ruff>=0.8",
             "setuptools>=77",
             "mypy>=1.13",
+            "import-linter>=2.1",
             "build>=1.2",
         ],
     },

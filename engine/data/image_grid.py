@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ipfm.engine.runtime.files import atomic_write
+from ipfm.models.atomic_files import atomic_write
 
 # Side in pixels to which small images are enlarged, and the grey level between images.
 VISIBLE_SIDE = 64

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from ipfm.engine.data.image_files import LABEL_FILE
-from ipfm.engine.runtime.files import atomic_write
+from ipfm.models.atomic_files import atomic_write
 
 
 def image_name(index: int) -> str:

@@ -15,8 +15,8 @@ from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.metrics import Features, Reference, Statistics, collect
 from ipfm.engine.evaluation.metrics.frechet import check_statistics
-from ipfm.engine.runtime.files import atomic_write
 from ipfm.engine.runtime.progress import ProgressBar
+from ipfm.models.atomic_files import atomic_write
 
 # Names of an array of images in an .npz: ADM's sample and reference batches, and those of `ipfm sample`.
 IMAGE_ARRAYS = ("arr_0", "images")

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ipfm.engine.runtime.files import StepLog, atomic_write, json_line
+from ipfm.engine.runtime.files import StepLog, json_line
 from ipfm.engine.runtime.wording import significant
+from ipfm.models.atomic_files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ipfm.engine.evaluation.results import DISTANCE, distance_axis
-from ipfm.engine.runtime.files import atomic_write
 from ipfm.engine.runtime.wording import significant
+from ipfm.models.atomic_files import atomic_write
 
 # A run has diverged where its distance stays beyond so many times its best one.
 GROWTH = 5.0

@@ -15,12 +15,13 @@ from ipfm.engine.evaluation.results import EvaluationHistory
 from ipfm.engine.experiments.ablation_report import Curve
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import user_input
-from ipfm.engine.runtime.files import atomic_write, read_json
+from ipfm.engine.runtime.files import read_json
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder, teacher_facts
 from ipfm.engine.training.run_state import FAILED_FILE
 from ipfm.engine.training.task import NotFinite
 from ipfm.models import Precond
+from ipfm.models.atomic_files import atomic_write
 
 
 class MeasuredDistiller(Distiller):

@@ -16,8 +16,8 @@ from ipfm.engine.memory.process import Sampler, driver_bytes, largest_resident_b
 from ipfm.engine.memory.series import Series
 from ipfm.engine.memory.timeline import Span, Timeline
 from ipfm.engine.objectives.phases import Phase, listening
-from ipfm.engine.runtime.files import atomic_write
 from ipfm.engine.runtime.wording import size
+from ipfm.models.atomic_files import atomic_write
 
 # How far a measurement may lie from the prediction, relative to it, without a warning.
 TOLERANCE = 0.1

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ipfm.engine.objectives.phases import Phase
-from ipfm.engine.runtime.files import atomic_write
+from ipfm.models.atomic_files import atomic_write
 
 # A network's phases share a hue.
 COLOURS: Mapping[Phase, str] = {

@@ -1,1 +1,1 @@
-"""The process and its surroundings: command lines, streams, files, launchers. Loads without torch."""
+"""The process and its surroundings, loaded without torch: command lines, streams, files, launchers."""

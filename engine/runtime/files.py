@@ -1,4 +1,4 @@
-"""Logs of a run: JSON lines that can be cut back to a step. Whole files are replaced by `atomic_write`."""
+"""Logs of a run: JSON lines that can be cut back to a step."""
 
 import contextlib
 import json
@@ -8,10 +8,6 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from ipfm.models.atomic_files import atomic_write
-
-__all__ = ["StepLog", "atomic_write", "json_line", "read_json", "unwritable_ancestor"]
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -58,6 +54,8 @@ class StepLog:
         if keep_below is None or not self.path.exists():
             return
         kept = [line for line in self.read() if line["step"] < keep_below]
+        from ipfm.models.atomic_files import atomic_write  # with torch, which this room loads without
+
         with atomic_write(self.path) as file:
             file.writelines(f"{json.dumps(line)}\n".encode() for line in kept)
 

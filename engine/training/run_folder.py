@@ -19,10 +19,9 @@ from torch import Tensor
 from ipfm.engine.config import RunConfig, TeacherConfig, free_settings
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.runtime.errors import FolderInUse
-from ipfm.engine.runtime.files import atomic_write
 from ipfm.engine.training.checkpoint import check_format, checkpoints_in
 from ipfm.models import Precond
-from ipfm.models.atomic_files import forget_unfinished
+from ipfm.models.atomic_files import atomic_write, forget_unfinished
 
 FORMAT = 1
 

@@ -18,9 +18,9 @@ import jinja2
 from ipfm.engine.commands.report.facts import Facts
 from ipfm.engine.commands.report.pictures import Picture, Samples, is_ours, memory_timeline, samples
 from ipfm.engine.commands.report.plots import curves
-from ipfm.engine.runtime.files import atomic_write
 from ipfm.engine.runtime.wording import significant, size
 from ipfm.engine.training.run_state import RunRecord
+from ipfm.models.atomic_files import atomic_write
 
 # How a page of ours is known when it is to be replaced, within so many bytes of its start.
 MARK = "a report of a run, by ipfm report"

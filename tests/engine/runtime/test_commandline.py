@@ -111,6 +111,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("line", "message"), MISTAKES.items())
 def test_a_mistake_is_one_line(line, message, capfd):
     with pytest.raises(SystemExit) as stop:
@@ -314,6 +315,7 @@ def ends(error: BaseException | None, capfd, argv: list[str] | None = None) -> t
     return code, err
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

@@ -28,12 +28,12 @@ from ipfm.engine.distributed.signals import catching_signals
 from ipfm.engine.distributed.world import start_world
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.runtime.commandline import run_command
-from ipfm.engine.runtime.files import atomic_write
 from ipfm.engine.runtime.launcher import stop_world
 from ipfm.engine.training.monitor import Monitor
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder
 from ipfm.kernels import _cache
 from ipfm.models import EDMPrecond, NetworkConfig, load_model, save_model
+from ipfm.models.atomic_files import atomic_write
 
 CHECKPOINT = Path(__file__).parents[2] / "fixtures" / "edm_ncsnpp_uncond.pkl"
 
