@@ -3,20 +3,39 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A file of tests stays with one worker, and the longest ones come first (tests/conftest.py).
+TWO_WORKERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # The demo's processes: one on a GPU; on a CPU two with a thread each, which wait for each other less than threads do.
 PROCESSES := 'import os, torch; print(1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0))))'
 
-.PHONY: demo test lint types bench soak equivalence fuzz clean
+# A process that starts a hundred others should find what Python has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo help test quick lint types quick-tests durations bench soak equivalence fuzz clean
 
 demo: $(READY)  ## train a teacher on the digits, distil it to one step, print the table
 	$(BIN)/deepspeed --num_accelerators $$($(BIN)/python -c $(PROCESSES)) recipes/digits_ipfm.py
 
-test: $(READY)  ## the whole suite; tests that need a GPU are skipped with a reason where there is none
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
+	  printf '%-18s %s\n' "$$target" "$$text"; done
 
-lint: $(READY)  ## style
+test: $(READY)  ## the whole suite; tests that need a GPU are skipped with a reason where there is none
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO_WORKERS)
+
+quick: $(READY)  ## style, types and some fast tests of each room, within 90 seconds
+	+$(MAKE) --no-print-directory --jobs 3 --output-sync=target lint types quick-tests
+
+quick-tests: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m quick $$(grep -rl --include='test_*.py' '^@pytest.mark.quick' tests)
+
+durations: $(READY)  ## the whole suite, recording how long each file takes, by which `make test` deals them out
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO_WORKERS) --record-durations
+
+lint: $(READY)  ## style, and which room may know which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 types: $(READY)  ## static types; a folder of links shows mypy the import names
 	rm -rf build/types && mkdir -p build/types/ipfm

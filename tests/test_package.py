@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -84,6 +86,40 @@ def test_an_installed_recipe_is_started_as_a_module(site: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert re.search(rf"^  out +{re.escape(str(out))}$", done.stdout, flags=re.MULTILINE)
     assert not list(tmp_path.iterdir())
+
+
+# What pip does with a script of DeepSpeed: the path of Python becomes its first line, as it is.
+PIP = """
+import sys
+from pathlib import Path
+script = Path(sys.executable).with_name("deepspeed")
+script.write_text(f"#!{sys.executable}\\nfrom deepspeed.launcher.runner import main\\nmain()\\n")
+script.chmod(0o755)
+"""
+PROGRAM = "import os, sys; print(os.environ['RANK'], sys.argv)"
+
+
+@pytest.mark.distributed
+def test_the_launcher_starts_where_a_path_has_a_space(tmp_path: Path) -> None:
+    """`make` sets it up; DeepSpeed's own first line would have ended at the space."""
+    place = tmp_path / "sü ß" / "ip fm"
+    place.mkdir(parents=True)
+    for name in ("Makefile", "setup.py", "pyproject.toml"):
+        shutil.copy(launch.ROOT / name, place)
+    venv.create(place / ".venv", symlinks=True)
+    (site,) = (place / ".venv" / "lib").glob("*/site-packages")
+    # What is installed here, with a pip of its own in front.
+    installed = next(path for path in sys.path if path.endswith("site-packages"))
+    (site / "here.pth").write_text(f"import site; site.addsitedir({installed!r})\n")
+    (site / "pip.py").write_text(PIP)
+    subprocess.run(["make", ".venv/.ready"], cwd=place, check=True, capture_output=True, env=launch.environment())
+    (place / "pro gram.py").write_text(PROGRAM)
+    done = subprocess.run(
+        [place / ".venv" / "bin" / "deepspeed", "--num_accelerators", "1", "pro gram.py", "--out", "rün s"],
+        cwd=place, env=launch.environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "0 ['pro gram.py', '--local_rank=0', '--out', 'rün s']" in done.stdout
 
 
 def test_deepspeed_stands_in_two_files() -> None:

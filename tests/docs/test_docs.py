@@ -118,6 +118,7 @@ def made_by(name: str) -> ModuleType:
 # -- the tests -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pages
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):

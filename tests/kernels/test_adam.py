@@ -146,6 +146,7 @@ def test_learning_rate_may_change_each_step():
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_ema(dtype):
     """e = decay e + (1 - decay) w after each step, from e = w at the start, with a decay of its own each step."""

@@ -91,6 +91,7 @@ def test_weight_floor(backend, device):
 # --------------------------------------------------------------------------------------------------- both backends
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("alpha", [0.5, 1.2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)

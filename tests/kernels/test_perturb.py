@@ -116,6 +116,7 @@ def test_layouts_that_the_kernel_is_given():
     assert sample_layout((3, 8, 8), (256, 16, 1), (64, 8, 1)) == (3, 64, [(8, 16, 8), (8, 1, 1)])
 
 
+@pytest.mark.quick
 def test_many_tiles_a_program(device, monkeypatch, no_worse):
     monkeypatch.setattr("ipfm.kernels.perturbation.noise_config", lambda *_: (16, 3, 1))
     for shape in ((2, 90), (1, 3, 8, 10)):
@@ -216,6 +217,7 @@ def test_gradcheck(D):
     assert torch.autograd.gradgradcheck(lambda v: perturb(v, sigma, D, **at)[1].square(), y)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("used", ["x", "scaled", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)

@@ -39,6 +39,7 @@ def raw_output(net: Precond, data: dict[str, Tensor], dtype: torch.dtype) -> Ten
     return net.model(c_in[:, None, None, None] * x, sigma.log() / 4, augment_labels=augment)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("name", NAMES)

@@ -43,6 +43,7 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: str, *arguments: str) ->
     return line.removeprefix(f"{recipe}_ipfm.py: error: ")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -73,6 +73,7 @@ def test_a_run_that_goes_on_and_one_that_stopped(tmp_path: Path, capsys: pytest.
     assert text["losses"] == "student 0.4" and text["generator"] == "not exported yet"
 
 
+@pytest.mark.quick
 def test_a_finished_run_and_its_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = PidConfig(batch=64, max_steps=3, D=32.0)
     run_folder(tmp_path / "a", config, kind="distill", steps=3)

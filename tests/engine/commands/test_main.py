@@ -60,6 +60,7 @@ def ipfm(*arguments: object) -> None:
     run_command("ipfm", _main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.quick
 def test_sample_draws_a_generator_at_its_own_D_and_levels(models: Path, tmp_path: Path) -> None:
     ipfm("sample", models / "generator", "--n", 5, "--seed", 7, "--batch", 2, "--out", tmp_path / "a.npz")
     images = np.load(tmp_path / "a.npz")["images"]

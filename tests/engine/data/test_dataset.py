@@ -22,6 +22,7 @@ def order(data: ImageDataset, steps: range, batch_size: int, seed: int = 5) -> l
     return (torch.cat(parts) * 8192).round().int().tolist()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 50])
 def test_each_image_comes_once_an_epoch_in_a_new_order(batch_size):
     stream = order(numbered(20), range(100 // batch_size + 1), batch_size)
@@ -40,6 +41,7 @@ def test_neighbouring_seeds_do_not_share_epochs():
     assert order(data, range(1), 20, seed=-1) != order(data, range(1), 20, seed=1)
 
 
+@pytest.mark.quick
 def test_batch_does_not_depend_on_its_split_or_on_what_came_before():
     data = numbered(23, xflip=True)
     whole = [data.batch(step, torch.arange(12), batch_size=12, seed=1) for step in range(9)]

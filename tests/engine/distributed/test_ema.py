@@ -29,6 +29,7 @@ class Trained:
                 p.fill_(self.gathered)
 
 
+@pytest.mark.quick
 def test_it_exists_from_a_refresh_to_the_release() -> None:
     torch.manual_seed(0)
     buffers = dict(build_network(CONFIG).named_buffers())

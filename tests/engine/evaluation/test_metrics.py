@@ -37,6 +37,7 @@ def moments_of(features: torch.Tensor, sizes: list[int] | None = None) -> Featur
 # -- moments ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("mean", [0.0, 1e4, 1e8])
 @pytest.mark.parametrize(
     "sizes", [[503], [1] * 503, [1, 2, 300, 200], [0, 500, 3]], ids=["one", "ones", "odd", "empty"]
@@ -113,6 +114,7 @@ def test_distance_of_singular_covariances_is_exact(samples, dim):
     assert frechet_distance(moments_of(a), moments_of(b)) == pytest.approx(truth.item(), rel=1e-11)
 
 
+@pytest.mark.quick
 def test_distance_in_closed_form():
     """Diagonal covariances: Σ (√a - √b)²; no spread at all: the squared distance of the means."""
     a, b = torch.tensor([4.0, 9.0, 0.0]), torch.tensor([1.0, 16.0, 25.0])

@@ -160,6 +160,7 @@ def thin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # -- what is held, and what is refused ---------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("name", "free"),
     [

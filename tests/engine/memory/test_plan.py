@@ -165,6 +165,7 @@ def test_what_changes_no_size_shares_a_simulation():
     assert one.config != StepSettings(SMALL, 8, STAGE0, config=DistillConfig(steps=2, width=0.5)).config
 
 
+@pytest.mark.quick
 def test_targets_in_bytes_a_parameter():
     """All networks together, gradients included: 32 on one process, 20 with ZeRO 2 on four, 12 in bf16."""
     for name in ("cifar10-ncsnpp", "cifar10-ddpmpp", "imagenet64-adm"):
@@ -204,6 +205,7 @@ def test_state_is_what_deepspeed_holds(ranks, tmp_path):
             assert found["after"] <= expected + 8 * n, case
 
 
+@pytest.mark.quick
 def test_the_budget_decides():
     free = plan_memory(SMALL, micro_batch=4)
     assert (free.backward, free.budget, free.fits) == ("joint", None, True)

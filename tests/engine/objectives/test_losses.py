@@ -70,6 +70,7 @@ def written_out(teacher: nn.Module, student: nn.Module, y: Tensor, noise: Tensor
     return y.grad, loss.detach(), weight
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("phased", [False, True], ids=["joint", "phased"])
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -86,6 +87,7 @@ def test_generator_gradient_is_autograd_of_the_formula(kind, alpha, phased):
     assert result.gradient.abs().amax((1, 2, 3)).min() > 1e-3  # every sample has a gradient to compare
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_phased_equals_joint(kind, alpha):

@@ -67,6 +67,7 @@ def gain(sigma: float) -> float:
     return SPREAD**2 / (SPREAD**2 + sigma**2)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("solver", "order"), [("heun", 2), ("euler", 1)])
 def test_order_of_convergence(solver, order):
     """Halving the steps divides the error by four or two.
@@ -86,6 +87,7 @@ def test_order_of_convergence(solver, order):
     assert all(0.9 * ratio < coarse / fine < 1.15 * ratio for coarse, fine in pairwise(errors)), errors
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("steps", [1, 2, 18])
 def test_heun_is_algorithm_1(steps):
     """On a linear problem each step multiplies x by a number, here worked out in Python's floats."""

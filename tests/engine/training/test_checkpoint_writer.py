@@ -64,6 +64,7 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
+@pytest.mark.quick
 def test_both_ways_write_the_same_bytes(tmp_path: Path) -> None:
     for background in (False, True):
         one = writer(tmp_path / str(background), background=background)
@@ -301,6 +302,7 @@ def test_an_error_at_every_system_call_loses_nothing(tmp_path: Path, again: bool
 # -- how many are kept -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_the_newest_whole_ones_stay(tmp_path: Path) -> None:
     one = writer(tmp_path, background=False, keep=2)
     for step in (1, 2, 3, 4):

@@ -108,6 +108,7 @@ def test_slow_steps_are_reported_more_often(tmp_path, monkeypatch, seconds: floa
     assert steps(tmp_path) == list(range(40))
 
 
+@pytest.mark.quick
 def test_a_signal_in_the_first_step_saves_it(tmp_path) -> None:
     task = Counting(at={0: lambda: signal.raise_signal(signal.SIGTERM)})
     with pytest.raises(Interrupted) as stopped:

@@ -84,6 +84,7 @@ def assert_is(imported: ImportedNetwork, net: nn.Module) -> None:
     assert list(imported.parameters) == [name for name, _ in net.named_parameters()]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", NAMES)
 def test_recorded_checkpoints(name):
     """The files that EDM's own code wrote are the networks stored beside them, and compute what EDM's code computed."""
