@@ -217,7 +217,11 @@ def check_plan(
     teacher_storage: TeacherStorageOption,
     budget: int | None,
 ) -> Sharding:
-    """The sharding, its parts checked: ValueError for what is out of its range or does not go together."""
+    """The sharding, its parts checked.
+
+    Raises:
+        ValueError: a number out of its range, or parts that do not go together.
+    """
     for name, value in (("micro-batch", micro_batch), ("ranks", ranks)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value}")

@@ -134,7 +134,11 @@ def resolve_precision(config: C, device: torch.device) -> C:
 
 
 def check_augment(probability: float, network: NetworkConfig) -> None:
-    """ValueError where images are to be augmented for a network that cannot be told so: it would learn to make them."""
+    """Check that images are augmented only for a network that is told so: another would learn to make augmented ones.
+
+    Raises:
+        ValueError: it takes no augmentation labels, or its images are too small.
+    """
     if probability > 0 and network.augment_dim != AUGMENT_DIM:
         raise ValueError(
             f"augment {probability:g} needs a network with {AUGMENT_DIM} augmentation labels, "

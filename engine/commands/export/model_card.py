@@ -23,8 +23,10 @@ _MARK = "<!-- ipfm export; SHA-256 of the text above: "
 class Origin:
     """What the run folder around a generator says.
 
-    `teacher`: name of the teacher's file or folder, None where it is not known; `fingerprint`: SHA-256 of its weights;
-    `results`: the table at the end of the run.
+    Attributes:
+        teacher: name of the teacher's file or folder, None where it is not known.
+        fingerprint: SHA-256 of its weights, likewise.
+        results: the table at the end of the run.
     """
 
     teacher: str | None = None

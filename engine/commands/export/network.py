@@ -33,8 +33,12 @@ FORMAT, VERSION = "ipfm-export", 1
 class ExportedNetwork:
     """What is exported of a model.
 
-    `net`: the network, on the CPU; `function`: what the graph computes of it; `levels`: of a generator's evaluations,
-    the ends of its trajectory, or those between which a teacher is sampled; `about`: what the model says of itself.
+    Attributes:
+        net: the network, on the CPU.
+        function: what the graph computes of it.
+        levels: noise levels of a generator's evaluations, the ends of its trajectory, or those between which a teacher
+            is sampled.
+        about: what the model says of itself.
     """
 
     net: Precond
