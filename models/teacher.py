@@ -10,9 +10,7 @@ from ipfm.models.precond import Precond, build_network
 from ipfm.models.store import StoredConfig, load_stored, read_config
 
 
-def load_teacher(
-    path: str | os.PathLike[str], *, D: float | None = None, network: str | None = None
-) -> Precond:  # fmt: skip
+def load_teacher(path: str | os.PathLike[str], *, D: float | None = None, network: str | None = None) -> Precond:
     """The teacher at `path`, frozen and in eval mode, on the CPU; `.config` describes it.
 
     Args and errors as of `load_network`.

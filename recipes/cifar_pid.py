@@ -19,9 +19,15 @@ from ipfm.engine.experiments import ema_kimg, recipe_options, run_command
 from ipfm.recipes import cifar_ipfm
 
 BASE = PidConfig(
-    batch=512, kimg=200_000, lr=2e-4, ema_kimg=ema_kimg(0.99995, 512), ema_rampup=1e6, distance="lpips", heun_steps=18,
+    batch=512,
+    kimg=200_000,
+    lr=2e-4,
+    ema_kimg=ema_kimg(0.99995, 512),
+    ema_rampup=1e6,
+    distance="lpips",
+    heun_steps=18,
     log_every=50,
-)  # fmt: skip
+)
 
 RECIPE = cifar_ipfm.RECIPE.with_options(
     "cifar_pid.py",

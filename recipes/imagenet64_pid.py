@@ -16,9 +16,15 @@ from ipfm.engine.experiments import ema_kimg, recipe_options, run_command
 from ipfm.recipes import imagenet64_ipfm
 
 BASE = PidConfig(
-    batch=2048, kimg=200_000, lr=1e-4, ema_kimg=ema_kimg(0.99995, 2048), ema_rampup=1e6, distance="lpips",
-    heun_steps=40, log_every=10,
-)  # fmt: skip
+    batch=2048,
+    kimg=200_000,
+    lr=1e-4,
+    ema_kimg=ema_kimg(0.99995, 2048),
+    ema_rampup=1e6,
+    distance="lpips",
+    heun_steps=40,
+    log_every=10,
+)
 
 RECIPE = imagenet64_ipfm.RECIPE.with_options(
     "imagenet64_pid.py",

@@ -32,9 +32,17 @@ Arch = Literal["ddpmpp", "ncsnpp", "adm"]
 
 # --quick: whether everything runs, in seconds; the numbers mean nothing.
 QUICK: Mapping[str, Any] = {
-    "batch": 16, "max_steps": 4, "kimg": None, "eval_every": 2, "eval_images": 64, "checkpoint_every": 2,
-    "teacher_steps": 4, "heun_steps": 2, "seeds": (0,), "eps": 1e-3,
-}  # fmt: skip
+    "batch": 16,
+    "max_steps": 4,
+    "kimg": None,
+    "eval_every": 2,
+    "eval_images": 64,
+    "checkpoint_every": 2,
+    "teacher_steps": 4,
+    "heun_steps": 2,
+    "seeds": (0,),
+    "eps": 1e-3,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +200,12 @@ class Ablation(Recipe[AblationOptions]):
         base = options.distillation()
         base.split(launched_processes())
         record = {
-            "ablation": self.name, "data": options.data, "eval_images": options.eval_images,
+            "ablation": self.name,
+            "data": options.data,
+            "eval_images": options.eval_images,
             "features": "pixels" if options.data == "digits" else options.features,
             "reference": None if options.reference is None else options.reference.name,
-        }  # fmt: skip
+        }
         check_ablation_folder(path, record)
         teachers: dict[Path, Teacher] = {}
         runs: list[tuple[Run, Path]] = []

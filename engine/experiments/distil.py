@@ -144,9 +144,15 @@ class DistilRecipe(Recipe[DistillationOptions]):
             preset: network of a --dry-run without --teacher; this recipe's when None.
         """
         return replace(
-            self, file=file, about=about or "", base=base, variant=same_for_every_D, D=D, preset=preset or self.preset,
+            self,
+            file=file,
+            about=about or "",
+            base=base,
+            variant=same_for_every_D,
+            D=D,
+            preset=preset or self.preset,
             settings_from=f"{self.title}: the settings of {settings_of}",
-        )  # fmt: skip
+        )
 
     def settings_for(self, network: NetworkConfig) -> DistillationOptions:
         """The settings for a teacher: those for its D, without augmentation where it cannot be told of it."""

@@ -193,8 +193,10 @@ def plan_training(
 
 
 def _plans(forms: Sequence[Resolved[Distillation]], network: NetworkConfig, ranks: int) -> Iterator[MemoryPlan]:
-    """Plans of one form of the step at several micro-batches, the largest first: that is simulated as it is, the others
-    in between."""
+    """Plans of one form of the step at several micro-batches, the largest first.
+
+    The largest is simulated as it is, the others are interpolated.
+    """
     exact = forms[0].micro_batch <= POINTS[-1] or len(forms) == 1
     for form in forms:
         micro, local = form.micro_batch, form.config.batch // ranks

@@ -134,9 +134,17 @@ def _group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, C
 
 
 def _group_norm_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, N: int, C: int, HxW: int, groups: int,
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    N: int,
+    C: int,
+    HxW: int,
+    groups: int,
     wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:
     return (
         torch.empty_like(x) if wanted[0] else None,
         *(torch.empty_like(weight) if weight is not None and one else None for one in wanted[1:]),

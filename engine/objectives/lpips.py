@@ -161,9 +161,7 @@ def lpips_gradient(lpips: Lpips, x: Tensor, target: Tensor) -> LpipsGradient:
         (gradient,) = torch.autograd.grad(loss.sum(), prediction)
     gradient, loss = gradient.to(x.dtype), loss.detach()
     valid = ~bad & torch.isfinite(loss) & finite_samples(gradient)
-    return LpipsGradient(
-        loss.masked_fill(~valid, 0.0), gradient.masked_fill(per_sample(~valid, x), 0.0), valid
-    )  # fmt: skip
+    return LpipsGradient(loss.masked_fill(~valid, 0.0), gradient.masked_fill(per_sample(~valid, x), 0.0), valid)
 
 
 def load_lpips(path: Path | str | None, device: torch.device | str = "cpu", *, resize: int | None = None) -> Lpips:

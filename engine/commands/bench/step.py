@@ -132,10 +132,14 @@ def report(rows: Sequence[StepTime]) -> str:
     ]
     for row in rows:
         cells = (
-            row.step, row.precision, "yes" if row.compiled else "no",
-            f"{row.ms_20:.1f} / {row.ms_50:.1f} / {row.ms_80:.1f}", f"{row.images_per_s:.4g}", f"{row.speed:.3f}",
+            row.step,
+            row.precision,
+            "yes" if row.compiled else "no",
+            f"{row.ms_20:.1f} / {row.ms_50:.1f} / {row.ms_80:.1f}",
+            f"{row.images_per_s:.4g}",
+            f"{row.speed:.3f}",
             f"{row.peak_mb:.0f}",
-        )  # fmt: skip
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -173,10 +177,22 @@ def _measure(
         low, middle, high = torch.tensor(taken).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
         ratios = [theirs / ours for theirs, ours in zip(plain[variant.precision], taken, strict=True)]
         yield StepTime(
-            variant.form, variant.precision, variant.compiled, 1e3 * low, 1e3 * middle, 1e3 * high, batch / middle,
-            statistics.median(ratios), (state + _transient(task, rounds + WARM_UP, device)) / 2**20,
-            title or network.model_type, network.model_channels, batch, machine.device, machine.threads, machine.torch,
-        )  # fmt: skip
+            variant.form,
+            variant.precision,
+            variant.compiled,
+            1e3 * low,
+            1e3 * middle,
+            1e3 * high,
+            batch / middle,
+            statistics.median(ratios),
+            (state + _transient(task, rounds + WARM_UP, device)) / 2**20,
+            title or network.model_type,
+            network.model_channels,
+            batch,
+            machine.device,
+            machine.threads,
+            machine.torch,
+        )
 
 
 def _prepare(

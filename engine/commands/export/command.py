@@ -80,9 +80,14 @@ class Export:
             )
         batches = " and ".join(map(str, BATCHES))
         told = {
-            "out": self.out, "format": format, "inputs": network.inputs, "output": network.output,
-            "difference": difference, "batches": BATCHES, "limit": LIMIT,
-        }  # fmt: skip
+            "out": self.out,
+            "format": format,
+            "inputs": network.inputs,
+            "output": network.output,
+            "difference": difference,
+            "batches": BATCHES,
+            "limit": LIMIT,
+        }
         with output(as_json=self.json) as write:
             write(
                 told,

@@ -176,10 +176,16 @@ def _drawn(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
     import matplotlib
 
     colours = {
-        "figure.facecolor": theme.paper, "axes.facecolor": theme.paper, "text.color": theme.ink,
-        "axes.labelcolor": theme.ink, "axes.titlecolor": theme.ink, "xtick.color": theme.ink, "ytick.color": theme.ink,
-        "axes.edgecolor": theme.faint, "grid.color": theme.faint,
-    }  # fmt: skip
+        "figure.facecolor": theme.paper,
+        "axes.facecolor": theme.paper,
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.ink,
+        "axes.titlecolor": theme.ink,
+        "xtick.color": theme.ink,
+        "ytick.color": theme.ink,
+        "axes.edgecolor": theme.faint,
+        "grid.color": theme.faint,
+    }
     file = io.BytesIO()
     with matplotlib.rc_context(colours):
         draw(theme).savefig(file, format="png")
