@@ -183,7 +183,8 @@ class Distillation(RunConfig, ABC):
     """
 
     kind: ClassVar[str] = ""
-    """Name of the objective on command lines and in config.json. It and the next two are written as constants."""
+    """Name of the objective on command lines and in config.json. A class writes `kind: ClassVar[str] = "name"`, and the
+    next two as constants too: `ipfm plan` reads them in the source, without PyTorch."""
     planned: ClassVar[Mapping[str, str]] = {}
     """Settings that `ipfm plan` has as options of this objective, which may be left out -> what their help says. Their
     annotations are made of numbers, str, bool, None and Literal."""
