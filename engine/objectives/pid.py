@@ -244,9 +244,15 @@ def stencil(grid: Tensor, index: Tensor, difference: Difference) -> Stencil:
         level, share = (here + there) / 2, torch.full_like(here, 0.5)
     slope = level / (here - there)
     parts = (
-        here, there, level, o_here * (share - slope), o_there * (1 - share + slope), level / T, o_here * share,
+        here,
+        there,
+        level,
+        o_here * (share - slope),
+        o_there * (1 - share + slope),
+        level / T,
+        o_here * share,
         o_there * (1 - share),
-    )  # fmt: skip
+    )
     here, there, level, a, b, *point = (part.float() for part in parts)
     return Stencil(here, there, level, a, b, (point[0], point[1], point[2]))
 

@@ -102,10 +102,16 @@ def test_equals_torch_and_the_average_of_its_definition(device, kind, beta1, ste
         {"lr": 1e-2, "betas": (0.5, 0.6), "rectified": True},
     ],
     ids=[
-        "plain", "no eps", "no beta2", "norm below the limit", "everything", "rectified", "rectified, no eps",
+        "plain",
+        "no eps",
+        "no beta2",
+        "norm below the limit",
+        "everything",
+        "rectified",
+        "rectified, no eps",
         "never rectified",
     ],
-)  # fmt: skip
+)
 def test_agrees_with_the_reference(small, device, settings, dtype):
     runs = []
     for backend in ("triton", "reference"):
@@ -188,10 +194,16 @@ def _laid_out(kind: str, device: torch.device) -> tuple[nn.Parameter, Tensor]:
 @pytest.mark.parametrize(
     "kind",
     [
-        "transposed", "channels_last", "gradient of another order", "gradient of one number", "with gaps", "unaligned",
-        "unaligned weight", "unaligned gradient",
+        "transposed",
+        "channels_last",
+        "gradient of another order",
+        "gradient of one number",
+        "with gaps",
+        "unaligned",
+        "unaligned weight",
+        "unaligned gradient",
     ],
-)  # fmt: skip
+)
 def test_any_place_in_memory(small, device, kind):
     runs = []
     for backend in ("triton", "reference"):

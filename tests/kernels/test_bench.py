@@ -34,9 +34,24 @@ def small_cases(device: torch.device = CPU) -> list[cases.Case]:
 def row(**changes: object) -> report.Row:
     """A right Triton result of 2^25 elements that meets every target of denoising_loss."""
     plain = report.Row(
-        "denoising_loss", "", "2x3", "float32", 1 << 25, "forward", "triton", 8, 100.0, 1.0, 1.0, 1.0, 90.0, 0.9,
-        correct=True, speedup=5.0, speedup_over_compile=1.0,
-    )  # fmt: skip
+        "denoising_loss",
+        "",
+        "2x3",
+        "float32",
+        1 << 25,
+        "forward",
+        "triton",
+        8,
+        100.0,
+        1.0,
+        1.0,
+        1.0,
+        90.0,
+        0.9,
+        correct=True,
+        speedup=5.0,
+        speedup_over_compile=1.0,
+    )
     return replace(plain, **changes)
 
 

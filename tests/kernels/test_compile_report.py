@@ -112,8 +112,10 @@ def test_perturb_stands_a_little_above_its_floor(report):
     with (report / "floor.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["kernel"], r["variant"], r["counted"]) for r in rows] == [
-        ("perturb", "fp32 D=inf", "loop"), ("perturb", "fp32 D=128", "loop"), ("philox normal", "fp32", "difference"),
-    ]  # fmt: skip
+        ("perturb", "fp32 D=inf", "loop"),
+        ("perturb", "fp32 D=128", "loop"),
+        ("philox normal", "fp32", "difference"),
+    ]
     for r in rows:
         # A wrong loop or number of elements would be off by a factor of two or more.
         assert 0.99 < float(r["over_floor"]) < 1.6, r

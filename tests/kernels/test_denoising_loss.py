@@ -156,9 +156,11 @@ def raw_inputs(shape, raw=torch.float64, clean=torch.float64, device="cpu", numb
     numbers = numbers or torch.promote_types(clean, torch.float32)
     vectors = {"sigma": sigma, "c_skip": 0.25 / spread**2, "c_out": 0.5 * sigma / spread}
     return {
-        "pred": f.to(device, raw), "y": y.to(device, clean), "x": x.to(device, clean),
+        "pred": f.to(device, raw),
+        "y": y.to(device, clean),
+        "x": x.to(device, clean),
         **{name: v.to(device, numbers) for name, v in vectors.items()},
-    }  # fmt: skip
+    }
 
 
 def doubled(arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

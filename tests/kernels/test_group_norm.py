@@ -225,13 +225,14 @@ C, P = torch.ones(4), torch.zeros(2, 4, 1, 1)
         ((X, 2, C, C), {"scale": P}, r"scale and shift go together; got scale alone"),
         ((X, 2, C, C), {"shift": P}, r"scale and shift go together; got shift alone"),
         (
-            (X, 2, C, C), {"scale": P[..., 0], "shift": P},
+            (X, 2, C, C),
+            {"scale": P[..., 0], "shift": P},
             r"scale must be \(2, 4, 1, 1\) or \(1, 4, 1, 1\); got \(2, 4, 1\)",
         ),
         ((X, 2, C, C), {"eps": 0.0}, r"eps must be in \(0, inf\); got 0.0"),
         ((X, 2, C, C), {"backend": "cuda"}, r"backend must be one of auto, triton, reference; got 'cuda'"),
     ],
-)  # fmt: skip
+)
 def test_refusals(arguments, options, message):
     with pytest.raises(ValueError, match=f"^group_norm_silu: {message}$"):
         group_norm_silu(*arguments, **options)

@@ -264,9 +264,11 @@ def raw_inputs(shape, raw=torch.float64, clean=torch.float64, device="cpu", numb
     vectors = {"c_skip": 0.25 / (sigma**2 + 0.25), "c_out": 0.5 * sigma / (sigma**2 + 0.25).sqrt()}
     tensors = {"y": y, "x": y + column(sigma, y) * noise}
     return {
-        "t": t.to(device, raw), "s": s.to(device, raw), **{name: v.to(device, clean) for name, v in tensors.items()},
+        "t": t.to(device, raw),
+        "s": s.to(device, raw),
+        **{name: v.to(device, clean) for name, v in tensors.items()},
         **{name: v.to(device, numbers) for name, v in vectors.items()},
-    }  # fmt: skip
+    }
 
 
 def doubled(arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -101,9 +101,15 @@ def run_group_norm_silu(v, step, seed, backend):
 
 
 RUNS = [
-    run_uniform, run_normal, run_gamma, run_perturb, run_ipfm_loss, run_ipfm_loss_inplace, run_denoising_loss,
+    run_uniform,
+    run_normal,
+    run_gamma,
+    run_perturb,
+    run_ipfm_loss,
+    run_ipfm_loss_inplace,
+    run_denoising_loss,
     run_group_norm_silu,
-]  # fmt: skip
+]
 DRAWS = [run_uniform, run_normal, run_gamma, run_perturb]
 DIFFERENTIABLE = {run_perturb: ["y"], run_group_norm_silu: ["y", "weight", "bias", "scale", "shift"]}
 each_run = pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__.removeprefix("run_"))
@@ -170,9 +176,16 @@ def test_inductor(device):
 
     def run(v, step, seed, backend):
         x, scaled = perturb(
-            v["y"], v["sigma"], math.inf, seed=seed, stream=1, step=step, sample_index=v["index"], c_in=v["sigma"],
+            v["y"],
+            v["sigma"],
+            math.inf,
+            seed=seed,
+            stream=1,
+            step=step,
+            sample_index=v["index"],
+            c_in=v["sigma"],
             backend=backend,
-        )  # fmt: skip
+        )
         pred = group_norm_silu(scaled, 2, v["weight"], v["bias"], backend=backend) + x
         return pred, denoising_loss(pred.detach(), v["y"], v["sigma"], backend=backend)
 
@@ -249,9 +262,10 @@ def operator_cases():
         "group_norm_silu": (group_norm._forward, (leaf, weight, bias, scale, shift, 2, 1e-5, True)),
         "group_norm_silu channels_last": (group_norm._forward, (last, weight, bias, None, None, 2, 1e-5, False)),
         "group_norm_silu_backward": (
-            group_norm._backward, (y, last, *(p.detach() for p in (weight, bias, scale, shift)), *statistics, True)
+            group_norm._backward,
+            (y, last, *(p.detach() for p in (weight, bias, scale, shift)), *statistics, True),
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the cases are CPU tensors, for the interpreter")
@@ -264,8 +278,17 @@ def test_operators_keep_their_promises(name):
 
 def test_every_operator_is_checked():
     checked = {operator._qualname for operator, _ in operator_cases().values()}
-    names = ("denoising_loss", "gamma", "group_norm_silu", "group_norm_silu_backward", "ipfm_loss", "ipfm_loss_",
-             "perturb", "perturb_scaled", "philox")  # fmt: skip
+    names = (
+        "denoising_loss",
+        "gamma",
+        "group_norm_silu",
+        "group_norm_silu_backward",
+        "ipfm_loss",
+        "ipfm_loss_",
+        "perturb",
+        "perturb_scaled",
+        "philox",
+    )
     assert checked == {f"ipfm::{name}" for name in names}
 
 

@@ -64,9 +64,14 @@ def test_words_are_those_of_triton_at_the_documented_counter(index, block, strea
     _tl_philox_kernel[(1,)](counter, out, seed)
     for backend in ("reference", "triton"):
         got = philox.random_words(
-            torch.tensor([index], device=device), 1, seed=seed, stream=stream, step=step, first_block=block,
+            torch.tensor([index], device=device),
+            1,
+            seed=seed,
+            stream=stream,
+            step=step,
+            first_block=block,
             backend=backend,
-        )  # fmt: skip
+        )
         assert got.flatten().tolist() == out.tolist()
 
 

@@ -177,9 +177,15 @@ def test_frozen_convolution_layers(kernel, direction, taps, memory_format):
     """The gradient with respect to x is that of the same layer in training, and nothing of x is kept."""
     up, down = direction.endswith("up"), direction.endswith("down")
     conv = Conv2d(
-        4, 6 if kernel else 4, kernel, up=up, down=down, resample_filter=taps,
-        fused_resample=direction.startswith("fused"), init=Init(bias=1.0),
-    ).double()  # fmt: skip
+        4,
+        6 if kernel else 4,
+        kernel,
+        up=up,
+        down=down,
+        resample_filter=taps,
+        fused_resample=direction.startswith("fused"),
+        init=Init(bias=1.0),
+    ).double()
     x = rand(2, 4, 6, 6, seed=0).contiguous(memory_format=memory_format)
 
     def gradient(frozen: bool) -> tuple[Tensor, Tensor, int]:

@@ -147,9 +147,12 @@ def _escaped(text: str) -> str:
 
 def _environment(*, autoescape: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=autoescape, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
         keep_trailing_newline=True,
-    )  # fmt: skip
+    )
     environment.filters |= {
         "significant": significant,
         "bytes": lambda count: "" if count is None else size(count),

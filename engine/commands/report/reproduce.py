@@ -198,10 +198,17 @@ def _training(record: RunRecord) -> Command:
             continue
         for arch, preset in recipe.presets.items():
             plain = presets.get(preset, D=D)
-            if replace(
-                plain, model_channels=network.model_channels, num_blocks=network.num_blocks, dropout=network.dropout,
-                label_dim=network.label_dim, augment_dim=network.augment_dim,
-            ) != network:  # fmt: skip
+            if (
+                replace(
+                    plain,
+                    model_channels=network.model_channels,
+                    num_blocks=network.num_blocks,
+                    dropout=network.dropout,
+                    label_dim=network.label_dim,
+                    augment_dim=network.augment_dim,
+                )
+                != network
+            ):
                 continue
             options = ["--data", "DATA", "--arch", arch]
             for name in ("model_channels", "num_blocks"):

@@ -209,8 +209,9 @@ def test_every_layout(layout, tmp_path):
         # The writer adds i to the weights of network i of a distillation.
         assert_is(imported, of.shifted(net, i) if "generator" in names or "G" in names else net)
     generators = [name for name in names if checkpoint.is_generator(name)]
-    assert generators == [name for name in names if name.startswith("G") or (name in names and "generator" in names and
-                          name != "student")]  # fmt: skip
+    assert generators == [
+        name for name in names if name.startswith("G") or (name in names and "generator" in names and name != "student")
+    ]
 
 
 def test_all_containers_hold_the_same(tmp_path):
@@ -296,8 +297,13 @@ def test_half_precision_weights_are_widened(tmp_path):
         weights = written(tmp_path / "a.pkl", root).read().weights
         assert all(tensor.dtype == torch.float32 for tensor in weights.values())
         name = "model.map_layer0.weight"
-        assert torch.equal(weights[name].to(dtype), root["ema"].meta["state"]["_modules"]["model"].meta["state"][
-            "_modules"]["map_layer0"].meta["state"]["_parameters"]["weight"])  # fmt: skip
+        assert torch.equal(
+            weights[name].to(dtype),
+            root["ema"]
+            .meta["state"]["_modules"]["model"]
+            .meta["state"]["_modules"]["map_layer0"]
+            .meta["state"]["_parameters"]["weight"],
+        )
     with pytest.raises(ValueError, match=r"model.map_layer0.weight is torch.float64; possible: float32"):
         written(tmp_path / "a.pkl", of.edm_snapshot(net.double())).read()
 
@@ -318,7 +324,7 @@ def test_tensors_that_share_a_storage_and_strides(tmp_path):
     for path in (
         of.write_torch(tmp_path / "a.pt", of.edm_state(net)),
         of.write_pickle(tmp_path / "a.pkl", of.edm_snapshot(net)),
-    ):  # fmt: skip
+    ):
         weights = open_checkpoint(path).read().weights
         assert all(
             torch.equal(weights[name], tensor) and weights[name].is_contiguous() for name, tensor in expected.items()
