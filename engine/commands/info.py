@@ -149,7 +149,7 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
 def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
     """The same of the network that would be taken from a checkpoint."""
     from ipfm.models.checkpoints.reader import open_checkpoint
-    from ipfm.models.checkpoints.training_state import read_training_state
+    from ipfm.models.checkpoints.training_state import is_training_state, training_state_of
 
     checkpoint = open_checkpoint(path)
     network = checkpoint.read()
@@ -173,8 +173,8 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
         ("networks", f"{facts['file']['networks']}; taken: {network.key}"),
         ("D from", {"file": "the file", "assumed": "nowhere: assumed"}.get(network.D_source, network.D_source)),
     ]
-    if "net" in checkpoint.networks and "optimizer_state" in checkpoint.entries:
-        state = read_training_state(path)
+    if is_training_state(checkpoint):
+        state = training_state_of(checkpoint, path)
         facts["training"] = {
             "images seen": state.images_seen,
             "optimizer steps": state.adam_steps,

@@ -72,7 +72,47 @@ def sample_model(
             a file, which cannot hold noise levels, or sigmas or classes are not what the network knows.
     """
     net, facts = load_denoiser(path, D=D)
-    net = net.to(device)
+    return sample_network(
+        net.to(device),
+        facts,
+        path,
+        heun_steps=heun_steps,
+        seed=seed,
+        sigmas=sigmas,
+        solver=solver,
+        churn=churn,
+        classes=classes,
+    )
+
+
+def sample_network(
+    net: Precond,
+    facts: ModelFacts,
+    path: Path,
+    *,
+    heun_steps: int,
+    seed: Seeds,
+    sigmas: tuple[float, ...] | None = None,
+    solver: Solver = "heun",
+    churn: Churn | None = None,
+    classes: Sequence[int] | None = None,
+) -> SampledModel:
+    """A network that has been loaded, to be drawn from where it lies; as `sample_model`.
+
+    Args:
+        net: from `load_denoiser`.
+        facts: from `load_denoiser`.
+        path: where it was loaded from.
+        heun_steps: of a teacher's sampler.
+        seed: of the images.
+        sigmas: noise levels of a teacher's sampler.
+        solver: of a teacher's sampler.
+        churn: of a teacher's sampler.
+        classes: of the images.
+
+    Raises:
+        ValueError: its stored noise levels are unusable, or sigmas or classes are not what the network knows.
+    """
     if classes is not None:
         _check_classes(classes, net.label_dim)
     sampler: Sampler

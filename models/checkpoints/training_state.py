@@ -74,8 +74,26 @@ def read_training_state(path: str | os.PathLike[str], *, D: float | None = None)
         ValueError: any other file, damage, or parts that do not fit; one line that names the file.
     """
     place = Path(path)
-    checkpoint = open_checkpoint(place)
-    if "net" not in checkpoint.networks or "optimizer_state" not in checkpoint.entries:
+    return training_state_of(open_checkpoint(place), place, D=D)
+
+
+def is_training_state(checkpoint: Checkpoint) -> bool:
+    """Whether it holds what `training_state_of` needs."""
+    return "net" in checkpoint.networks and "optimizer_state" in checkpoint.entries
+
+
+def training_state_of(checkpoint: Checkpoint, place: Path, *, D: float | None = None) -> TrainingState:
+    """The training state in an opened checkpoint; as `read_training_state`.
+
+    Args:
+        checkpoint: from `open_checkpoint`.
+        place: its file.
+        D: as of `load_teacher`.
+
+    Raises:
+        ValueError: another kind of file, damage, or parts that do not fit; one line that names the file.
+    """
+    if not is_training_state(checkpoint):
         raise ValueError(
             f"{checkpoint.where} is no training state of a teacher ({checkpoint.origin}); what can be continued: "
             "training states of EDM and PFGM++, which hold net and optimizer_state"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -76,7 +77,7 @@ class Export:
                 program,
                 self.out,
                 origin=origin_of(self.model),
-                draw=(lambda: self._draw(count)) if count else None,
+                draw=(lambda: self._draw(network, count)) if count else None,
             )
         batches = " and ".join(map(str, BATCHES))
         told = {
@@ -109,9 +110,11 @@ class Export:
             return self.samples
         return IMAGES if network.is_generator else IMAGES_OF_TEACHER
 
-    def _draw(self, count: int) -> Tensor:
+    def _draw(self, network: ExportedNetwork, count: int) -> Tensor:
+        """`count` images of seed 0, (count, C, H, W) in [-1, 1], on the run's device."""
         from ipfm.engine.distributed.world import run_device
-        from ipfm.engine.sampling.stored_model import sample_model
+        from ipfm.engine.sampling.stored_model import sample_network
 
-        model = sample_model(self.model, run_device(), heun_steps=HEUN_STEPS, seed=0, D=self.D)
-        return model.draw(0, count)
+        # A copy: what is exported stays on the CPU.
+        net = copy.deepcopy(network.net).to(run_device())
+        return sample_network(net, network.about, self.model, heun_steps=HEUN_STEPS, seed=0).draw(0, count)
