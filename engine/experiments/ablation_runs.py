@@ -18,7 +18,7 @@ from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder, teacher_facts
-from ipfm.engine.training.run_state import FAILED_FILE
+from ipfm.engine.training.run_state import FAILED_FILE, read_run
 from ipfm.engine.training.task import NotFinite
 from ipfm.models import Precond
 from ipfm.models.atomic_files import atomic_write
@@ -63,7 +63,7 @@ class Run:
         if not points:
             return "new"
         step = points[-1][0]
-        whole = step >= self.config.total_steps and (self.path / "generator" / "config.json").is_file()
+        whole = step >= self.config.total_steps and read_run(self.path, times=False).is_exported
         return "finished" if whole else f"measured up to step {step}"
 
     @property

@@ -134,10 +134,15 @@ class RunRecord:
             return "diverged"
         if self.in_use:
             return "running"
+        return "finished" if self.is_exported else "stopped"
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether the exported network is that of the last step."""
         if self.exported is None:
-            return "stopped"
+            return False
         done = self.steps_done if self.exported.optimizer_steps is None else self.exported.optimizer_steps
-        return "finished" if self.total_steps is None or done >= self.total_steps else "stopped"
+        return self.total_steps is None or done >= self.total_steps
 
     @property
     def metric(self) -> str:

@@ -14,6 +14,7 @@ import pytest
 from ipfm.engine.commands.info import Info
 from ipfm.engine.commands.report.command import Report
 from ipfm.engine.evaluation.results import EvaluationHistory
+from ipfm.engine.experiments.ablation_runs import Run
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.runtime.files import StepLog
 from ipfm.engine.training.checkpoint import Draft
@@ -72,6 +73,15 @@ def test_a_lengthened_run_that_was_killed_before_its_export_is_not_finished(
     assert "stopped before its end, at 400 steps" in report["summary"]
     save_model(NET, tmp_path / "run" / "generator", extra=GeneratorFacts(optimizer_steps=400).to_json())
     assert states(tmp_path / "run", capsys) == ("finished", "finished")
+
+
+def test_an_ablation_exports_a_lengthened_run_too(tmp_path: Path) -> None:
+    """It was killed after its last evaluation, and left the network of the earlier end."""
+    make(tmp_path / "a", steps=8, total=8, exported=4)
+    run = Run("alpha1", 0, DistillConfig(batch=8, max_steps=8, D=128.0), 1, tmp_path / "a")
+    assert run.state == "measured up to step 8"
+    save_model(NET, tmp_path / "a" / "generator", extra=GeneratorFacts(optimizer_steps=8).to_json())
+    assert run.state == "finished"
 
 
 def failed(folder: Path) -> None:
