@@ -173,13 +173,21 @@ class RunConfig:
 
     @property
     def decided_storage(self) -> TeacherStorage:
-        """How the run keeps a frozen teacher; fp32 where it has none. Raises what `decided_precision` does."""
+        """How the run keeps a frozen teacher; fp32 where it has none.
+
+        Raises:
+            ValueError: as `decided_precision`.
+        """
         return "fp32"
 
     def laid_out(
         self, *, D: float, stage: ZeroStage, micro_batch: int, phased: bool, checkpointed: bool
     ) -> Resolved[Self]:
-        """These settings with everything else decided. Raises what `decided_precision` does."""
+        """These settings with everything else decided.
+
+        Raises:
+            ValueError: as `decided_precision`.
+        """
         return Resolved(
             config=self,
             D=D,
@@ -331,7 +339,11 @@ def decide_storage(option: TeacherStorageOption, precision: Precision) -> Teache
 
 
 def check_sharding(zero: int | None, precision: str, offload: str) -> None:
-    """ValueError where ZeRO stage, precision and offload are impossible, alone or together; None: still open."""
+    """Check that ZeRO stage (None: still open), precision and offload are possible, alone and together.
+
+    Raises:
+        ValueError: they are not.
+    """
     if zero not in (None, 0, 1, 2, 3) or isinstance(zero, bool):
         raise ValueError(f"zero must be one of the stages 0, 1, 2, 3, got {zero}")
     if precision not in ("auto", "fp32", "bf16", "fp16"):

@@ -23,9 +23,14 @@ IMAGE_SUFFIXES = (".npz", ".zip", ".gz", ".tgz", ".tar")
 class Subject:
     """What is measured.
 
-    `draw`: (first index, count) -> images (count, C, H, W) in [-1, 1] on the run's device; `shape`: (C, H, W);
-    `available`: how many images there are, None for a model, which has as many as are asked for; `D` at which it is
-    sampled and `nfe`, network evaluations an image, None for images; `paper`: the published FID as text, if any.
+    Attributes:
+        kind: "images", "generator" or "teacher".
+        draw: (first index, count) -> images (count, C, H, W) in [-1, 1] on the run's device.
+        shape: (C, H, W).
+        available: how many images there are, None for a model, which has as many as are asked for.
+        D: at which a model is sampled, None for images.
+        nfe: network evaluations an image, None for images.
+        paper: the published FID as text, if any.
     """
 
     kind: str

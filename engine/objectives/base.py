@@ -246,7 +246,11 @@ class Distillation(RunConfig, ABC):
 
     @property
     def decided_storage(self) -> TeacherStorage:
-        """How the frozen teacher is kept. Raises what `decided_precision` does."""
+        """How the frozen teacher is kept.
+
+        Raises:
+            ValueError: as `decided_precision`.
+        """
         return decide_storage(self.teacher_storage, self.decided_precision)
 
     def completed(self, network: NetworkConfig) -> Self:
