@@ -31,6 +31,7 @@ COVERED: Mapping[str, str] = MappingProxyType(
     {
         "make demo": "recipes/test_digits_recipe.py::test_the_default_start_is_deepspeed",
         "make test": "docs/test_documented_commands.py::test_what_make_starts_is_there",
+        "make quick": "docs/test_documented_commands.py::test_what_make_starts_is_there",
         "make lint": "docs/test_documented_commands.py::test_what_make_starts_is_there",
         "make types": "docs/test_documented_commands.py::test_what_make_starts_is_there",
         "make bench": "kernels/test_bench.py::test_a_run_leaves_tables_and_plots",
