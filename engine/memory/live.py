@@ -9,14 +9,13 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ipfm.engine.memory.series import Series
 
@@ -61,13 +60,12 @@ class LiveBytes(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = meta_outputs(func, args, kwargs or {})
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self._sizes:
-                    # A view of what was there before, such as a parameter, is nothing new.
-                    given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-                    self._add(storage, 0 if storage._cdata in given else storage.nbytes())
+        for one in _tensors((out,)):
+            storage = one.untyped_storage()
+            if storage._cdata not in self._sizes:
+                # A view of what was there before, such as a parameter, is nothing new.
+                given = {t.untyped_storage()._cdata for t in _tensors((*args, *(kwargs or {}).values()))}
+                self._add(storage, 0 if storage._cdata in given else storage.nbytes())
         return out
 
     def _add(self, storage: torch.UntypedStorage, size: int) -> None:
@@ -87,6 +85,15 @@ class LiveBytes(TorchDispatchMode):
         if self._wanted and abs(self.current - self._noted) * 1000 >= self.peak:
             self._noted = self.current
             self.timeline.add(time.perf_counter(), self.current)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments or results, which may be lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (one for one in value if isinstance(one, Tensor))
 
 
 def tensor_bytes(device: torch.device | str = "cpu") -> int:

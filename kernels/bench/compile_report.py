@@ -494,7 +494,8 @@ def machine_code(cubin: bytes) -> MachineCode:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = tool_output("cuobjdump", "--dump-resource-usage", str(path))
-        listing = tool_output("nvdisasm", "--print-code", str(path))
+        # The analysis of data flow takes a third of its time, and adds nothing to the listing.
+        listing = tool_output("nvdisasm", "--print-code", "--no-dataflow", str(path))
     for line in usage.splitlines():
         if found := re.search(r"REG:(\d+)", line):
             code.registers = int(found[1])
