@@ -50,6 +50,21 @@ class Distiller(TrainingRun[Distillation]):
     Raises:
         ValueError: D contradicts the teacher, the batch does not divide among the processes, or memory does not
             suffice.
+
+    Example:
+        >>> from ipfm.engine import DistillConfig, Distiller
+        >>> from ipfm.models import NetworkConfig, build_network
+        >>> network = NetworkConfig(
+        ...     img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1,), num_blocks=1, D=128.0
+        ... )
+        >>> teacher = build_network(network).eval().requires_grad_(False)  # or load_teacher(path)
+        >>> distiller = Distiller(DistillConfig(batch=4, max_steps=1), teacher)
+        >>> losses = distiller.iteration(0).sums  # `distiller.run(folder)` is a whole run
+        >>> sorted(losses)
+        ['generator_loss', 'student_loss']
+        >>> distiller.refresh()
+        >>> distiller.sample(0, 2, seed=0).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(

@@ -10,8 +10,10 @@ from pathlib import Path
 import launch
 import pytest
 
+from ipfm.engine.runtime.launcher import stop_world
+
 ROOMS = ("engine", "kernels", "models", "recipes")
-SHOWN = {"AdamEMA", "denoising_loss", "generate", "group_norm_silu", "heun_sample", "ipfm_loss", "perturb"}
+SHOWN = {"AdamEMA", "Distiller", "denoising_loss", "generate", "group_norm_silu", "heun_sample", "ipfm_loss", "perturb"}
 
 
 def examples(file: Path) -> Iterator[doctest.DocTest]:
@@ -30,6 +32,16 @@ FOUND = {
     for file in sorted((launch.ROOT / room).rglob("*.py"))
     if (tests := list(examples(file)))
 }
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Leaves the process group that a run starts, and the environment that it sets."""
+    for name in ("LOCAL_RANK", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    stop_world()
 
 
 @pytest.mark.parametrize("file", FOUND)
