@@ -79,8 +79,8 @@ class Distiller(TrainingRun[Distillation]):
         world = world or start_world()
         settings = resolve(config, teacher.config, world)
         self.network, self.dataset = teacher.config, dataset
-        self.trained_network = trained_config(self.network, config.dropout)
-        self.objective = settings.config.objective(self.trained_network)
+        self._as_trained = trained_config(self.network, config.dropout)
+        self.objective = settings.config.objective(self._as_trained)
         self.rows: list[EvaluationRow] = []
         super().__init__(settings, world, title=self.objective.title, evaluation=evaluation)
         # The caller's teacher, where it lies on this device, is the caller's to release.
@@ -129,7 +129,7 @@ class Distiller(TrainingRun[Distillation]):
     def memory_plan(self) -> MemoryPlan:
         """The predicted memory of an iteration as it is laid out."""
         budget = device_budget(self.world.device)
-        return plan_layout(self.settings, self.trained_network, ranks=self.world.size, budget=budget)
+        return plan_layout(self.settings, self._as_trained, ranks=self.world.size, budget=budget)
 
     # -- a whole run ------------------------------------------------------------------------------------------------
 

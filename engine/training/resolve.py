@@ -12,7 +12,7 @@ from ipfm.engine.data.augmentation import AUGMENT_DIM, SMALLEST_SIZE
 from ipfm.engine.distributed.compilation import check_compiler
 from ipfm.engine.distributed.precision import fp16_supported
 from ipfm.engine.distributed.world import World
-from ipfm.engine.memory import choose_layout, choose_training, device_budget
+from ipfm.engine.memory import MemoryPlan, choose_layout, choose_training, device_budget
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.models import NetworkConfig
@@ -37,21 +37,13 @@ def resolve(config: K, network: NetworkConfig, world: World) -> Resolved[K]:
     """
     config = complete(config, network, world.device)
     _, micro = config.split(world.size)
-    if (
-        config.zero is not None
-        and config.micro_batch is not None
-        and config.backward != "auto"
-        and config.activation_checkpointing != "auto"
-    ):
-        stage, phased, checkpointed = config.zero, config.backward == "phased", config.activation_checkpointing == "on"
-    else:
-        trained = trained_config(network, config.dropout)
-        plan = choose_layout(config, trained, ranks=world.size, budget=device_budget(world.device)).plan
-        stage, phased, checkpointed = plan.parts.stage, plan.phased, plan.activation_checkpointing
-        micro = plan.micro_batch
-    return replace(config, zero=stage).laid_out(
-        D=network.D, stage=stage, micro_batch=micro, phased=phased, checkpointed=checkpointed
-    )
+    stage, backward, checkpointing = config.zero, config.backward, config.activation_checkpointing
+    if config.micro_batch is not None and stage is not None and "auto" not in (backward, checkpointing):
+        phased, checkpointed = backward == "phased", checkpointing == "on"
+        return config.laid_out(D=network.D, stage=stage, micro_batch=micro, phased=phased, checkpointed=checkpointed)
+    trained = trained_config(network, config.dropout)
+    layout = choose_layout(config, trained, ranks=world.size, budget=device_budget(world.device))
+    return _as_planned(config, layout.plan, network.D)
 
 
 def resolve_training(config: TeacherConfig, network: NetworkConfig, world: World) -> Resolved[TeacherConfig]:
@@ -64,9 +56,17 @@ def resolve_training(config: TeacherConfig, network: NetworkConfig, world: World
     config = complete_training(config, network, world.device)
     trained = replace(network, dropout=config.dropout)
     plan = choose_training(config, trained, ranks=world.size, budget=device_budget(world.device))
-    stage, checkpointed = plan.parts.stage, plan.activation_checkpointing
-    return replace(config, zero=stage).laid_out(
-        D=network.D, stage=stage, micro_batch=plan.micro_batch, phased=False, checkpointed=checkpointed
+    return _as_planned(config, plan, network.D)
+
+
+def _as_planned(config: C, plan: MemoryPlan, D: float) -> Resolved[C]:
+    """The settings laid out as a plan says, with its ZeRO stage among them."""
+    return replace(config, zero=plan.parts.stage).laid_out(
+        D=D,
+        stage=plan.parts.stage,
+        micro_batch=plan.micro_batch,
+        phased=plan.phased,
+        checkpointed=plan.activation_checkpointing,
     )
 
 
