@@ -1,5 +1,6 @@
 """Shared by all tests: Triton's interpreter where there is no GPU, NaN-filled allocations, comparison with float64."""
 
+import gc
 import json
 import math
 import os
@@ -60,6 +61,12 @@ def expected_seconds(file: Path, recorded: Mapping[str, float]) -> float:
     """What a file took; one that was moved is known by its name, and one that nobody has timed may take long."""
     names = {Path(path).name: seconds for path, seconds in recorded.items()}
     return recorded.get(file.relative_to(TESTS).as_posix(), names.get(file.name, math.inf))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays: nobody need look through it for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
