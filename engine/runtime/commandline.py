@@ -136,7 +136,7 @@ def _read(kind: type[T], arguments: Sequence[str], default: T | None, prog: str,
     with _environment(COLUMNS=str(HELP_WIDTH)):
         try:
             with contextlib.redirect_stdout(shown), parse_errors(kind, arguments):
-                return tyro.cli(  # type: ignore[call-overload]
+                options = tyro.cli(  # type: ignore[call-overload]
                     kind,
                     args=arguments,
                     prog=prog,
@@ -151,6 +151,15 @@ def _read(kind: type[T], arguments: Sequence[str], default: T | None, prog: str,
             if not stop.code and is_first_process():
                 sys.stdout.write(shown.tidied(HELP_WIDTH))
             raise
+    _check_lists(options, _names(type(options), arguments))
+    return options
+
+
+def _check_lists(options: Any, given: Collection[str]) -> None:
+    """BadInput where an option that takes any number of values was given none."""
+    for f in dataclasses.fields(options):
+        if f.name in given and getattr(options, f.name) == ():
+            raise BadInput(f"--{f.name.replace('_', '-')} needs a value")
 
 
 @usable_streams()

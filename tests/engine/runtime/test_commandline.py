@@ -85,6 +85,8 @@ MISTAKES = {
     "--noise.rho x": "--noise.rho takes a number, got 'x'",
     "--batch": "--batch needs a value",
     "--D --seed 3": "--D needs a value",
+    "--sigmas": "--sigmas needs a value",
+    "--seed 3 --sigmas --no-resume": "--sigmas needs a value",
     "--precision fp8": "--precision must be one of auto, bf16, fp16, fp32, got 'fp8'",
     "--zero 5": "--zero must be one of 0, 1, 2, 3, None, got '5'",
     # values that the configuration refuses

@@ -160,6 +160,17 @@ class _Gone:
         return self.is_gone
 
 
+@pytest.fixture
+def usual_signals() -> Iterator[None]:
+    """Signals do what they do in a terminal, also where the tests were started under nohup or in the background."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {signum: signal.signal(signum, handler) for signum, handler in usual.items()}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_signals_are_noted_and_raised_where_it_is_safe(signum: int) -> None:
     alone, before = World(0, 1, torch.device("cpu")), signal.getsignal(signum)
