@@ -5,6 +5,7 @@ Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", 
 sharded. "start": leave what is there before the first step too, under the name with -start.
 """
 
+import copy
 import gc
 import json
 import sys
@@ -43,9 +44,12 @@ def main() -> None:
         # Processors without fast fp16 can do it too, slowly.
         resolve.fp16_supported = lambda device: True
         import_deepspeed().accelerator.get_accelerator().is_fp16_supported = lambda: True
+    # DeepSpeed's stage 3 writes out every parameter for a message that it does not show.
+    torch.nn.Parameter.__repr__ = object.__repr__
+    teacher = load_teacher(job["teacher"])
     for case in job["cases"]:
         zero.PERSISTENT_ELEMENTS = case.get("persistent", 0)
-        distiller = Distiller(DistillConfig(**case["config"]), load_teacher(job["teacher"]), world=world)
+        distiller = Distiller(DistillConfig(**case["config"]), copy.deepcopy(teacher), world=world)
         first = 0
         if "load" in case:
             checkpoint = find_checkpoint(Path(case["load"]))
