@@ -36,8 +36,9 @@ IMPORTS = (
     "ipfm.recipes.digits_ipfm", "ipfm.recipes.cifar_ipfm", "ipfm.engine.training.distiller",
     "ipfm.engine.training.teacher", "ipfm.engine.evaluation.metrics", "ipfm.engine.memory.watch", "deepspeed",
 )  # fmt: skip
-# What is read while these are imported: a program that is to have other values is started.
-READ_ONCE = ("PYTHON", "LC_", "LANG", "OMP_", "TRITON_", "TORCH", "DS_", "CUDA_")
+# What is read as Python starts and these are imported: a program that is to have other values is started. Not what an
+# import sets for later, as torch's compiler and DeepSpeed do in a process that tests.
+READ_ONCE = ("PYTHON", "LC_", "LANG", "OMP_NUM_THREADS", "TRITON_INTERPRET")
 
 
 class Program:
