@@ -108,6 +108,7 @@ def start(
     about = {"words": words, "env": dict(env), "cwd": str(cwd or Path.cwd()), "file_size": file_size}
     with tempfile.TemporaryFile() as request, open(os.devnull, "rb") as nothing:
         request.write(json.dumps(about).encode())
+        request.flush()
         socket.send_fds(connection, [b"."], [f.fileno() for f in (nothing, stdout, stderr, request)])
     return Program(connection)
 
