@@ -10,7 +10,7 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType, ModuleType
 from typing import Literal
@@ -153,7 +153,7 @@ def _start(command: Command, words: list[str], *, short: bool) -> None:
     program, *arguments = words
     if PurePosixPath(program).parent.name == "recipes":
         module = recipe(program, command)
-        module.main([*arguments, *(shorter(module, arguments) if short else _dry(arguments))])
+        module.main([*arguments, *(shorter(module, arguments) if short else _dry(module, arguments))])
     elif program == "ipfm":
         if short:
             ipfm([*arguments, *shorter_subcommand(arguments)])
@@ -211,10 +211,8 @@ def shorter(module: ModuleType, arguments: Sequence[str]) -> list[str]:
         return []
     given = dict(itertools.pairwise(arguments))
     ours: dict[str, object] = {"eval-images": 16, "heun-steps": 2, "batch": 4}
-    ours |= {name: value for name, value in LAYOUT.items() if f"--{name}" not in given}
+    ours |= layout(arguments)
     ours["micro-batch"] = 2 if "--micro-batch" in given else 4
-    if not {"bf16", "fp16"}.isdisjoint(arguments):
-        ours["zero"] = given.get("--zero", 1)
     known = options_of(module)
     if "seeds" in known:
         ours |= {"quick": "", "seeds": 0, "eval-every": 2}
@@ -228,7 +226,20 @@ def shorter(module: ModuleType, arguments: Sequence[str]) -> list[str]:
         ours["max-steps"] = 2
     if trains_a_teacher(module, given):
         ours["teacher-steps"] = 2
-    chosen = {name: value for name, value in ours.items() if name.replace("-", "_") in known}
+    return words_of(ours, known)
+
+
+def layout(arguments: Sequence[str]) -> dict[str, object]:
+    """The options of a layout that a command leaves open; 16-bit numbers need ZeRO."""
+    ours = {name: value for name, value in LAYOUT.items() if f"--{name}" not in arguments}
+    if "zero" in ours and not {"bf16", "fp16"}.isdisjoint(arguments):
+        ours["zero"] = 1
+    return ours
+
+
+def words_of(options: Mapping[str, object], known: Collection[str]) -> list[str]:
+    """As a command line has them, those that a recipe knows."""
+    chosen = {name: value for name, value in options.items() if name.replace("-", "_") in known}
     return [word for name, value in chosen.items() for word in (f"--{name}", str(value)) if word]
 
 
@@ -239,8 +250,10 @@ def trains_a_teacher(module: ModuleType, given: Mapping[str, str]) -> bool:
     return isinstance(module.RECIPE, TrainAndDistil)
 
 
-def _dry(arguments: Sequence[str]) -> list[str]:
-    return [] if {"--dry-run", "--help"} & set(arguments) else ["--dry-run"]
+def _dry(module: ModuleType, arguments: Sequence[str]) -> list[str]:
+    if {"--dry-run", "--help"} & set(arguments):
+        return []
+    return ["--dry-run", *words_of(layout(arguments), options_of(module))]
 
 
 def shorter_subcommand(arguments: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -133,7 +133,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     (out / "objectives").mkdir()
     shutil.copy(regression.__file__, out / "objectives")
     torch.manual_seed(0)
-    save_model(EDMPrecond(presets.get("digits", D=128.0)), out / "teacher", extra={"task": "teacher", "D": 128.0})
+    small = replace(presets.get("digits", D=128.0), model_channels=8, channel_mult=(1,))
+    save_model(EDMPrecond(small), out / "teacher", extra={"task": "teacher", "D": 128.0})
     argument = json.dumps([str(out / "objectives"), str(out / "teacher"), str(out)])
     done = subprocess.run(
         [sys.executable, str(WORKERS / "third_objective.py"), argument],
