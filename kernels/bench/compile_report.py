@@ -8,50 +8,24 @@ data, and the number of machine instructions. Read from the cubin with the tools
 from __future__ import annotations
 
 import csv
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-import triton.language as tl
 
-from ipfm.kernels import reference
-from ipfm.kernels._dispatch import INTERPRETED, adam_config, noise_config, row_config
-from ipfm.kernels.adam_kernels import measure_kernel, numbers_kernel, reduce_kernel, update_kernel
-from ipfm.kernels.denoising_loss import denoising_loss_kernel
-from ipfm.kernels.generator_loss import ipfm_loss_kernel
-from ipfm.kernels.group_norm import block_sizes, group_norm_silu_backward_kernel, group_norm_silu_kernel
-from ipfm.kernels.perturbation import perturb_kernel
-from ipfm.kernels.philox import NORMAL, UNIFORM, gamma_kernel, philox_kernel
+from ipfm.kernels._dispatch import INTERPRETED
+from ipfm.kernels.bench.variants import CASES, Case
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
-FLOAT_MAX = {"fp32": 3.4028234663852886e38, "fp16": 65504.0, "bf16": 3.3895313892515355e38}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel variant: argument types by name (those not listed are constexprs), and what alignment is known.
-
-    `scalar_loads` and `scalar_stores` count the accesses to per-sample numbers. They are narrow by nature, so that many
-    of the narrowest accesses are left out of the reported width; so are loads that ask to stay in the cache
-    (evict_last), which fetch parameters and statistics.
-    """
-
-    kernel: str
-    variant: str
-    fn: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    aligned: tuple[str, ...] = ()
-    warps: int = 4
-    scalar_loads: int = 0
-    scalar_stores: int = 0
-    quick: bool = True  # part of the quick report
+INSTRUCTION_BYTES = 16  # of all of these architectures
+SHF_EXECINSTR = 4  # an ELF section's flag: holds machine instructions
 
 
 @dataclass(frozen=True)
@@ -79,351 +53,15 @@ class MachineCode:
     loads: list[int] = field(default_factory=list)
     stores: list[int] = field(default_factory=list)
 
-
-# ------------------------------------------------------------------------------------------------------------ cases
-
-
-def perturb_variants() -> Iterator[Case]:
-    """Every dtype, tail, layout and second output of perturb that compiles to other code."""
-    position = ("seed_lo", "seed_hi", "step", "stream")
-    cifar, odd = 3072, 35
-
-    def case(
-        variant: str,
-        *,
-        dtype: str = "fp32",
-        out: str | None = None,
-        dof: float | None = 128,
-        channels: int = 1,
-        inner: int = cifar,
-        samples: int = 256,
-        sliced: bool = False,
-        clock: bool = False,
-        quick: bool = True,
-    ) -> Case:
-        block, tiles, warps = noise_config(samples, inner, channels == 3)
-        types = {
-            "p_y": f"*{dtype}",
-            "p_sigma": "*fp32",
-            "p_c_in": "*fp32",
-            "p_index": "*i64",
-            "p_x": f"*{dtype}",
-            "p_scaled": f"*{out or dtype}",
-            "half_dof_bits": "i64",
-            **dict.fromkeys(position, "i32"),
-            **dict.fromkeys(("inner", "n_1", "n_2", "sy_b", "sx_b"), "i32"),
-        }
-        constants: dict[str, Any] = {
-            "CHANNELS": channels,
-            "NDIM": 1,
-            "HEAVY": dof is not None,
-            "BOOST": dof is not None and dof < 2,
-            "SCALED": out is not None,
-            "RGB": channels == 3,
-            "COMPUTE": tl.float32,
-            "MAX": FLOAT_MAX["fp32"],
-            "LOG_RATIO_MAX": reference.LOG_RATIO_MAX,
-            "BLOCK": block,
-            "TILES": tiles,
-            "sy_0": 0,
-            "sy_1": 0,
-            "sx_0": 0,
-            "sx_1": 0,
-        }
-        # Triton makes a constant of an argument that is 1.
-        strides = ("sy_c", "sy_2", "sx_c", "sx_2")
-        if sliced:
-            constants |= {"sx_c": 1, "sx_2": 1}
-            types |= {"sy_c": "i32", "sy_2": "i32"}
-        elif channels == 1:
-            constants |= dict.fromkeys(strides, 1)
-        else:
-            constants |= {"sy_c": 1, "sx_c": 1}
-            types |= {"sy_2": "i32", "sx_2": "i32"}
-        aligned: tuple[str, ...] = ("p_y", "p_x", "p_scaled", "p_sigma", "p_c_in", "p_index")
-        if inner % 16 == 0:
-            aligned += ("inner", "sy_b", "sx_b")
-        if clock:
-            types["step"] = "*i64"
-        loads = 2 + (out is not None) + clock
-        return Case(
-            "perturb", variant, perturb_kernel, types, constants, aligned, warps, scalar_loads=loads, quick=quick
-        )
-
-    yield case("fp32 D=128")
-    yield case("fp32 D=128 many samples", samples=1 << 14, quick=False)
-    yield case("fp32 D=0.5", dof=0.5)
-    yield case("fp32 D=inf", dof=None)
-    yield case("bf16 D=128", dtype="bf16", quick=False)
-    yield case("fp16 D=128", dtype="fp16", quick=False)
-    yield case("fp32 D=128 c_in fp32", out="fp32", quick=False)
-    yield case("fp32 D=128 c_in bf16", out="bf16")
-    yield case("fp32 D=inf c_in bf16", dof=None, out="bf16", quick=False)
-    yield case("fp32 D=128 channels_last", channels=3, inner=1024, quick=False)
-    yield case("fp32 D=128 c_in bf16 channels_last", channels=3, inner=1024, out="bf16")
-    yield case("bf16 D=128 channels_last", channels=3, inner=1024, dtype="bf16", quick=False)
-    yield case("fp32 D=128 sliced", sliced=True, quick=False)
-    yield case("fp32 D=128 step in memory", clock=True)
-    yield case("fp32 D=128 unaligned", inner=odd)
-
-
-def loss_variants() -> Iterator[Case]:
-    """The losses; raw: with the preconditioning, x and y in float32."""
-    for label, elements in (("32x32x3", 3072), ("64x64x3", 12288), ("5x7 unaligned", 35)):
-        for dtype in ("fp32", "bf16") if elements == 35 else ("fp32", "bf16", "fp16"):
-            quick = dtype == "fp32" or (elements, dtype) == (3072, "bf16")
-            yield from _both_losses(f"{dtype} {label}", elements, dtype, raw=False, quick=quick)
-            if dtype != "fp16" and elements != 35:
-                yield from _both_losses(f"{dtype} {label} raw", elements, dtype, raw=True, quick=elements == 3072)
-
-
-def _both_losses(variant: str, elements: int, dtype: str, *, raw: bool, quick: bool) -> Iterator[Case]:
-    """Both kernels; `dtype` is that of the predictions, or of the raw outputs."""
-    block, warps = row_config(elements)
-    clean = "fp32" if raw else dtype
-    row = ("elements",) if elements % 16 == 0 else ()
-    common = {
-        "RAW": raw,
-        "COMPUTE": tl.float32,
-        "MAX_LOSS": FLOAT_MAX["fp32"],
-        "MAX_GRAD": FLOAT_MAX[dtype],
-        "BLOCK": block,
-        "RESIDENT": block >= elements,
-    }
-    per_sample = {"p_c_skip": "*fp32", "p_c_out": "*fp32", "p_loss": "*fp32", "p_valid": "*i1"}
-    for kernel, fn, outputs, targets, numbers, constants, loads, stores in (
-        (
-            "ipfm_loss",
-            ipfm_loss_kernel,
-            ("t", "s", "dt", "ds"),
-            ("y", "x", "dy"),
-            {"p_weight": "*fp32"},
-            {"ALPHA": 1.0, "BETA": 2.0, "FLOOR": reference.WEIGHT_FLOOR, "MAX_DY": FLOAT_MAX[clean]},
-            0,
-            3,
-        ),
-        (
-            "denoising_loss",
-            denoising_loss_kernel,
-            ("pred", "grad"),
-            ("y", "x"),
-            {"p_sigma": "*fp32"},
-            {"DATA_TERM": 4.0},
-            1,
-            2,
-        ),
-    ):
-        types = {f"p_{v}": f"*{dtype}" for v in outputs} | {f"p_{v}": f"*{clean}" for v in targets}
-        pointers = types | per_sample | numbers
-        strides = tuple(f"s{v[0] if kernel == 'denoising_loss' else v}_b" for v in (*outputs, *targets))
-        yield Case(
-            kernel,
-            variant,
-            fn,
-            pointers | dict.fromkeys(("elements", *strides), "i32"),
-            constants | common,
-            (*pointers, *row, *(strides if row else ())),
-            warps,
-            scalar_loads=loads + 2 * raw,
-            scalar_stores=stores,
-            quick=quick,
-        )
-
-
-def group_norm_variants() -> Iterator[Case]:
-    """Forward and backward at the levels of the CIFAR-10 networks and, with six channels a group, of ADM."""
-    shapes = [
-        ("256ch 16x16", 256, 256, False),
-        ("256ch 32x32", 256, 1024, False),
-        ("192ch 64x64", 192, 4096, False),
-        ("256ch 16x16 channels_last", 256, 256, True),
-        ("256ch 32x32 channels_last", 256, 1024, True),
-        ("128ch 7x5 unaligned", 128, 35, False),
-    ]
-    for label, channels, pixels, last in shapes:
-        for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            for scaled in (True, False):
-                quick = scaled and ("32x32" in label or "unaligned" in label) and (dtype == "bf16" or not last)
-                sizes, warps = block_sizes(channels, 32, pixels, torch_dtype, last)
-                constants = {**sizes, "SCALED": scaled, "SILU": True, "s_c" if last else "s_hw": 1, "s_pc": 1}
-                data: tuple[str, ...] = ("p_x", "p_weight", "p_bias", "p_scale", "p_shift")
-                numbers = ("HW", "s_b", "s_hw" if last else "s_c", "s_pb")
-                aligned = numbers if pixels % 16 == 0 else ("s_pb",)
-                variant = f"{dtype} {label}{' scaled' if scaled else ''}"
-                for kernel, fn, more, statistics in (
-                    ("group_norm_silu", group_norm_silu_kernel, ("p_y",), ("p_mean", "p_rstd")),
-                    (
-                        "group_norm_silu backward",
-                        group_norm_silu_backward_kernel,
-                        ("p_dy", "p_dx"),
-                        ("p_mean", "p_rstd", "p_du", "p_dun"),
-                    ),
-                ):
-                    types = dict.fromkeys((*data, *more), f"*{dtype}") | dict.fromkeys(statistics, "*fp32")
-                    types |= dict.fromkeys(numbers, "i32")
-                    here = constants | ({"EPS": 1e-5} if kernel == "group_norm_silu" else {})
-                    # Two numbers a group, or a channel.
-                    yield Case(
-                        kernel,
-                        variant,
-                        fn,
-                        types,
-                        here,
-                        (*data, *more, *statistics, *aligned),
-                        warps,
-                        scalar_stores=2,
-                        quick=quick,
-                    )
-
-
-def philox_variants() -> Iterator[Case]:
-    """The kernels that draw uniform, normal and gamma numbers."""
-    position = dict.fromkeys(("seed_lo", "seed_hi", "step", "stream"), "i32")
-    clock = position | {"step": "*i64"}
-    for variant, kind, at in (
-        ("uniform", UNIFORM, position),
-        ("normal", NORMAL, position),
-        ("normal step in memory", NORMAL, clock),
-    ):
-        yield Case(
-            "philox",
-            variant,
-            philox_kernel,
-            {"p_index": "*i64", "p_out": "*fp32", **at, "first_block": "i32", "count": "i32"},
-            {"KIND": kind, "BLOCK": 256},
-            ("p_index", "p_out", "count"),
-            scalar_loads=1 + (at is clock),
-            quick=variant == "normal",
-        )
-    for variant, boost, at in (
-        ("shape >= 1", False, position),
-        ("shape < 1", True, position),
-        ("shape < 1 step in memory", True, clock),
-    ):
-        yield Case(
-            "gamma",
-            variant,
-            gamma_kernel,
-            {"p_index": "*i64", "p_out": "*fp64", **at, "shape_bits": "i64"},
-            {"BOOST": boost},
-            ("p_index", "p_out"),
-            1,
-            scalar_loads=1 + (at is clock),
-            scalar_stores=1,
-            quick=variant == "shape < 1",
-        )
-
-
-def adam_variants() -> Iterator[Case]:
-    """The four kernels of AdamEMA: update, measure, reduce and numbers."""
-    segment, block, warps = adam_config()
-    tables = {"p_blocks": "*i32", "p_table": "*i64", "p_grads": "*i64", "p_scale": "*fp32"}
-    # beta1, averages, weight decay, whether rectified
-    options = [
-        (0.0, 1, 0.0, False),
-        (0.9, 2, 0.01, False),
-        (0.9, 1, 0.0, True),
-        (0.0, 0, 0.0, False),
-        (0.0, 0, 0.01, False),
-        (0.0, 2, 0.0, False),
-        (0.9, 0, 0.0, False),
-    ]
-    for dtype, aligned, option in (
-        *(("fp32", True, option) for option in options),
-        ("fp32", False, options[0]),
-        ("fp64", True, options[0]),
-    ):
-        beta1, averages, decay, rectified = option
-        common = {
-            "WIDTH": 4 + averages,
-            "SCALED": True,
-            "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
-            "ALIGNED": aligned,
-            "SEGMENT": segment,
-        }
-        quick = dtype == "fp32" and aligned and option in options[:3]
-        more = (" weight decay", decay), (" rectified", rectified), (" unaligned", not aligned)
-        yield Case(
-            "adam update",
-            f"{dtype} beta1={beta1} ema={averages}{''.join(part for part, given in more if given)}",
-            update_kernel,
-            {**tables, "p_numbers": "*fp64", "first_program": "i32"},
-            {
-                "LIMITED": True,
-                "BETA1": beta1,
-                "BETA2": 0.999,
-                "EPS": 1e-8,
-                "WEIGHT_DECAY": decay,
-                "RECTIFIED": rectified,
-                "AVERAGES": averages,
-                "BLOCK": block,
-                **common,
-            },
-            (*tables, "p_numbers"),
-            warps,
-            quick=quick,
-        )
-        if averages == 1 and beta1 == 0:
-            yield Case(
-                "adam measure",
-                f"{dtype}{'' if aligned else ' unaligned'}",
-                measure_kernel,
-                {**tables, "p_partials": "*fp64", "first_program": "i32"},
-                {"NORM": True, "MAX": FLOAT_MAX["fp32"], **common},
-                (*tables, "p_partials"),
-                warps,
-                scalar_stores=1,
-                quick=quick,
-            )
-    results = {"p_found": "*fp64", "p_steps": "*fp64", "p_applied": "*i1", "p_numbers": "*fp64"}
-    yield Case(
-        "adam reduce",
-        "fp64",
-        reduce_kernel,
-        {"p_partials": "*fp64", "p_found": "*fp64", "programs": "i32"},
-        {"MAX": FLOAT_MAX["fp32"], "BLOCK": 4096},
-        ("p_partials", "p_found"),
-        16,
-        scalar_stores=2,
-    )
-    for variant, given, rho in (("", False, 0.0), (" on the device", True, 0.0), (" rectified", False, 1999.0)):
-        yield Case(
-            "adam numbers",
-            f"beta1=0.9 ema=2{variant}",
-            numbers_kernel,
-            {
-                **results,
-                "p_rate": "*fp64",
-                "p_decays": "*fp64",
-                **dict.fromkeys(("rate_bits", *(f"decay_bits_{i}" for i in range(4))), "i64"),
-            },
-            {
-                "RATE_TENSOR": given,
-                "DECAY_TENSOR": given,
-                "COUNTS": True,
-                "LIMIT": 1.0,
-                "LOG_BETA1": -0.1,
-                "LOG_BETA2": -0.001,
-                "RHO": rho,
-                "MOMENT": True,
-                "AVERAGES": 2,
-                "MAX": 1.7976931348623157e308,
-            },
-            (*results, "p_rate", "p_decays"),
-            1,
-            scalar_loads=6,
-            scalar_stores=8,
-            quick=not given,
-        )
-
-
-CASES: list[Callable[[], Iterator[Case]]] = [
-    perturb_variants,
-    loss_variants,
-    group_norm_variants,
-    philox_variants,
-    adam_variants,
-]
+    def count(self, opcode: str) -> None:
+        """Add an instruction."""
+        name, *parts = opcode.split(".")
+        self.instructions += 1
+        self.spills += name in ("LDL", "STL")
+        if name == "LDG" and "EL" not in parts:
+            self.loads.append(access_bits(opcode))
+        elif name == "STG":
+            self.stores.append(access_bits(opcode))
 
 
 # ------------------------------------------------------------------------------------------------------ compilation
@@ -483,54 +121,63 @@ def access_bits(opcode: str) -> int:
     return 32
 
 
-def machine_code(cubin: bytes) -> MachineCode:
-    """The registers and the instructions of a cubin with one kernel.
+def machine_codes(cubins: Sequence[bytes], arch: str) -> list[MachineCode]:
+    """The registers and the instructions of cubins with one kernel each, all of the architecture `arch`.
+
+    A start of nvdisasm takes longer than all its work, and it takes one file: their code is put into one.
 
     Raises:
         RuntimeError: the tools print nothing that says so.
     """
-    code = MachineCode()
+    sections = [_instructions(cubin) for cubin in cubins]
+    codes = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = tool_output("cuobjdump", "--dump-resource-usage", str(path))
-        # The analysis of data flow takes a third of its time, and adds nothing to the listing.
-        listing = tool_output("nvdisasm", "--print-code", "--no-dataflow", str(path))
-    for line in usage.splitlines():
-        if found := re.search(r"REG:(\d+)", line):
-            code.registers = int(found[1])
-    for opcode in _INSTRUCTION.findall(listing):
-        code.instructions += 1
-        kind = opcode.split(".")[0]
-        code.spills += kind in ("LDL", "STL")
-        if kind == "LDG" and "EL" not in opcode.split("."):
-            code.loads.append(access_bits(opcode))
-        elif kind == "STG":
-            code.stores.append(access_bits(opcode))
-    if not code.registers or not code.instructions:
+        for cubin in cubins:
+            path.write_bytes(cubin)
+            registers = re.search(r"REG:(\d+)", tool_output("cuobjdump", "--dump-resource-usage", str(path)))
+            codes.append(MachineCode(int(registers[1]) if registers else 0))
+        path.write_bytes(b"".join(sections))
+        listing = tool_output("nvdisasm", "--binary", arch.replace("sm_", "SM"), str(path))
+    opcodes = _INSTRUCTION.findall(listing)
+    counts = [len(section) // INSTRUCTION_BYTES for section in sections]
+    if len(opcodes) != sum(counts) or not all(counts) or not all(code.registers for code in codes):
         raise RuntimeError("could not read the resource usage or the instructions of a cubin")
-    return code
+    following = iter(opcodes)
+    for code, count in zip(codes, counts, strict=True):
+        for opcode in itertools.islice(following, count):
+            code.count(opcode)
+    return codes
+
+
+def _instructions(cubin: bytes) -> bytes:
+    """The executable sections of a cubin, which is an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, number = struct.unpack_from("<2H", cubin, 58)
+    headers = [struct.unpack_from("<2I4Q", cubin, table + size * i) for i in range(number)]
+    return b"".join(cubin[at : at + length] for _, _, flags, _, at, length in headers if flags & SHF_EXECINSTR)
 
 
 def _narrowest(widths: list[int], scalars: int) -> int:
     return min(sorted(widths)[scalars:], default=0)
 
 
-def report_row(case: Case, arch: str) -> Row:
-    """The line of a variant, which is compiled for it; `arch` is a key of `ARCHITECTURES`."""
-    compiled = compile_case(case, ARCHITECTURES[arch])
-    code = machine_code(compiled.asm["cubin"])
-    return Row(
-        case.kernel,
-        case.variant,
-        arch,
-        code.registers,
-        code.spills,
-        compiled.metadata.shared,
-        _narrowest(code.loads, case.scalar_loads),
-        _narrowest(code.stores, case.scalar_stores),
-        code.instructions,
-    )
+def report_rows(cases: Sequence[Case], arch: str) -> Iterator[Row]:
+    """The lines of variants, which are compiled for them; `arch` is a key of `ARCHITECTURES`."""
+    compiled = [compile_case(case, ARCHITECTURES[arch]) for case in cases]
+    codes = machine_codes([kernel.asm["cubin"] for kernel in compiled], arch)
+    for case, kernel, code in zip(cases, compiled, codes, strict=True):
+        yield Row(
+            case.kernel,
+            case.variant,
+            arch,
+            code.registers,
+            code.spills,
+            kernel.metadata.shared,
+            _narrowest(code.loads, case.scalar_loads),
+            _narrowest(code.stores, case.scalar_stores),
+            code.instructions,
+        )
 
 
 def run_offline(out: str | Path, architectures: Sequence[str] = tuple(ARCHITECTURES), *, quick: bool = False) -> Path:
@@ -552,7 +199,8 @@ def run_offline(out: str | Path, architectures: Sequence[str] = tuple(ARCHITECTU
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     cases = [case for make in CASES for case in make() if case.quick or not quick]
-    rows = [report_row(case, arch) for case in cases for arch in architectures]
+    by_architecture = [list(report_rows(cases, arch)) for arch in architectures]
+    rows = [row for variant in zip(*by_architecture, strict=True) for row in variant]
     names = [f.name for f in fields(Row)]
     path = folder / "offline.csv"
     with path.open("w", newline="") as file:

@@ -19,15 +19,8 @@ import torch
 import triton
 
 from ipfm.kernels._dispatch import INTERPRETED, noise_config
-from ipfm.kernels.bench.compile_report import (
-    ARCHITECTURES,
-    Case,
-    access_bits,
-    compile_case,
-    perturb_variants,
-    philox_variants,
-    tool_output,
-)
+from ipfm.kernels.bench.compile_report import ARCHITECTURES, access_bits, compile_case, tool_output
+from ipfm.kernels.bench.variants import Case, perturb_variants, philox_variants
 
 WIDE, LOGIC, INTEGER, FLOAT, SPECIAL, CONVERSION, MEMORY, OTHER = CLASSES = (
     "full product", "logic", "integer", "float", "square root", "conversion", "memory", "other",
