@@ -132,7 +132,7 @@ aten = torch.ops.aten
 def meta_outputs(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What `func(*args, **kwargs)` returns: at once where it is known, else by calling it."""
     shape = _SHAPES.get(func)
-    known = shape(*args) if shape is not None and args[0].is_meta and not kwargs else None
+    known = shape(*args, **kwargs) if shape is not None and args[0].is_meta else None
     return func(*args, **kwargs) if known is None else known
 
 
@@ -158,14 +158,44 @@ def _group_norm_backward(
     )
 
 
-def _add(a: Tensor, b: Any) -> Tensor | None:
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def _two(a: Tensor, b: Any, *, alpha: float = 1) -> Tensor | None:
     """Only for what needs neither broadcasting nor promotion."""
-    same = isinstance(b, Tensor) and (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    same = _alike(a, b) if isinstance(b, Tensor) else type(b) in (int, float) and a.is_floating_point()
     return torch.empty_like(a) if same else None
+
+
+def _silu(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _silu_backward(grad: Tensor, x: Tensor, *, grad_input: Tensor) -> Tensor | None:
+    return grad_input if _alike(grad, x) and _alike(grad, grad_input) else None
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
+    return a.new_empty(len(a), b.shape[1]) if bias.dtype == a.dtype == b.dtype else None
+
+
+def _dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor] | None:
+    return (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)) if train and 0 < p < 1 else None
+
+
+def _dropout_backward(grad: Tensor, mask: Tensor, scale: float) -> Tensor | None:
+    return torch.empty_like(grad) if (grad.shape, grad.stride()) == (mask.shape, mask.stride()) else None
 
 
 _SHAPES: Mapping[Any, Callable[..., Any]] = {
     aten.native_group_norm.default: _group_norm,
     aten.native_group_norm_backward.default: _group_norm_backward,
-    aten.add.Tensor: _add,
+    aten.add.Tensor: _two,
+    aten.mul.Tensor: _two,
+    aten.silu.default: _silu,
+    aten.silu_backward.grad_input: _silu_backward,
+    aten.addmm.default: _addmm,
+    aten.native_dropout.default: _dropout,
+    aten.native_dropout_backward.default: _dropout_backward,
 }

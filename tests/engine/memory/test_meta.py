@@ -47,10 +47,24 @@ def test_shapes_are_those_of_pytorch(dtype, layout, trained) -> None:
         y = F.group_norm(x, 8, weight, bias) + x
         for other in (y, y.flip(0), *mixed):
             (y + other).sum().backward(retain_graph=True)
+            torch.add(y, other, alpha=2)
+            (y.detach() * other).sum()
+            (torch.ones_like(y, dtype=torch.int32) * other).sum()
         F.group_norm(x, 8).sum().backward()
+        for p, train in ((0.3, True), (0.0, True), (1.0, True), (0.3, False)):
+            torch.native_dropout(y.detach().requires_grad_() + 1, p, train)[0].sum().backward()
+        for gradient in (y.detach(), y.detach().contiguous(), y.detach().double()):
+            inner = F.silu(x.detach())
+            torch.ops.aten.silu_backward.grad_input(gradient, inner, grad_input=inner)
+        for vectors in (x.detach()[:, :, 0, 0], x.detach()[:1, :, 0, 0], x.detach().flatten(1)[:, :32].t()[:4, :4]):
+            width = vectors.shape[1]
+            torch.addmm(weight[:width], vectors, vectors.new_empty(width, width))
     assert comparing.seen["aten.native_group_norm.default"] == 2
     assert comparing.seen["aten.native_group_norm_backward.default"] == 6
-    assert comparing.seen["aten.add.Tensor"] > 6
+    assert comparing.seen["aten.add.Tensor"] > 6 and comparing.seen["aten.mul.Tensor"] >= 10
+    assert comparing.seen["aten.silu.default"] == comparing.seen["aten.silu_backward.grad_input"] == 3
+    assert comparing.seen["aten.native_dropout.default"] == 4 and comparing.seen["aten.native_dropout_backward.default"]
+    assert comparing.seen["aten.addmm.default"] == 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
