@@ -2,7 +2,8 @@
 
 Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?,
 "export"?, "persistent"?, "start"?}]}. "persistent": elements below which ZeRO 3 keeps a parameter whole; 0: all are
-sharded. "start": leave what is there before the first step too, under the name with -start.
+sharded. "start": leave what is there before the first step too, under the name with -start. A case with "export"
+leaves that alone, and no weights.
 """
 
 import copy
@@ -64,12 +65,13 @@ def main() -> None:
             measured = distiller.iteration(step)
             for name, value in measured.sums.items():
                 losses.setdefault(name, []).append(world.all_reduce_sum_(torch.stack([value, measured.counts[name]])))
-        tensors = state(distiller)
-        tensors |= {f"loss/{name}": torch.stack([s / c for s, c in values]) for name, values in losses.items()}
         if "save" in case:
             save_checkpoint(Path(case["save"]), case["steps"], distiller.networks, world)
         if "export" in case:
             distiller.export(Path(case["export"]), about=GeneratorFacts(), steps=case["steps"])
+            continue
+        tensors = state(distiller)
+        tensors |= {f"loss/{name}": torch.stack([s / c for s, c in values]) for name, values in losses.items()}
         if world.is_main:
             save_file(tensors, Path(job["out"]) / f"{case['name']}-{world.size}.safetensors")
     stop_world()
