@@ -35,6 +35,8 @@ IMPORTS = (
     "PIL.Image", "PIL.PngImagePlugin", "torch._dynamo", "torch.utils.tensorboard", "tensorboard.compat.proto",
     "ipfm.recipes.digits_ipfm", "ipfm.recipes.cifar_ipfm", "ipfm.engine.training.distiller",
     "ipfm.engine.training.teacher", "ipfm.engine.evaluation.metrics", "ipfm.engine.memory.watch", "deepspeed",
+    # What `deepspeed.initialize` imports: a second's worth, Inductor above all.
+    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer", "setuptools",
 )  # fmt: skip
 # What is read as Python starts and these are imported: a program that is to have other values is started. Not what an
 # import sets for later, as torch's compiler and DeepSpeed do in a process that tests.
