@@ -96,7 +96,8 @@ def start(
     """
     words = [str(script), *map(str, arguments)]
     if not _can_fork():
-        limit = ["bash", "-c", f'ulimit -f {file_size // 1024} && exec "$0" "$@"'] if file_size else []
+        limited = f'ulimit -f {(file_size or 0) // 1024} && PYTHONDONTWRITEBYTECODE=1 exec "$0" "$@"'
+        limit = ["bash", "-c", limited] if file_size else []
         return subprocess.Popen(
             [*limit, sys.executable, *words], env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
             start_new_session=True,
@@ -233,6 +234,8 @@ def _become(descriptors: list[int]) -> dict[str, Any]:
     os.environ.update(about["env"])
     os.chdir(about["cwd"])
     if limit := about["file_size"]:
+        # Python does not notice bytecode that is cut off, and the next program could not import it.
+        sys.dont_write_bytecode = True
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return about
 

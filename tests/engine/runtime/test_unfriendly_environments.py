@@ -101,8 +101,9 @@ def test_a_recipe_where_nothing_but_the_run_folder_can_be_written(tmp_path: Path
 
 
 @pytest.fixture
-def full() -> Iterator[None]:
-    """No file may grow beyond 100 bytes."""
+def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No file may grow beyond 100 bytes; bytecode is not written then, whose rest Python would not miss."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     yield

@@ -142,6 +142,7 @@ FULL_DISK = """
     one.wait()
     before = contents(folder)
     # Python ignores SIGXFSZ, so that a file that grows beyond this is an error, as on a full disk.
+    sys.dont_write_bytecode = True  # Python would not miss the rest of it.
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
     try:
         one.save(2, networks())

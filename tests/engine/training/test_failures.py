@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def run_alone(*arguments: str, **keywords) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("launcher", "victim", "options"), [("deepspeed", 1, {}), ("hand", 0, {"zero": 0})])
+@pytest.mark.parametrize(("launcher", "victim", "options"), [("deepspeed", 1, {}), ("forked", 0, {"zero": 0})])
 def test_a_killed_process_ends_all_with_a_message(tmp_path: Path, teacher, groups, launcher, victim, options) -> None:
     out = tmp_path / "run"
     groups.append(group := Group(settings(teacher, out, 2000, **options), launcher, tmp_path / "log"))
@@ -93,13 +94,22 @@ def test_errors_that_tell_of_a_lost_process(error: Exception, reason: str) -> No
 # -- disks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("background", ["async-checkpoints", "no-async-checkpoints"])
-def test_a_full_disk_ends_all_processes_and_keeps_the_checkpoint(tmp_path, teacher, groups, background) -> None:
-    """A limit to the size of files, which the checkpoint of this network exceeds and the logs do not."""
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory, teacher) -> Path:
+    """The folder of a run of two steps, to be copied."""
+    out = tmp_path_factory.mktemp("two") / "run"
     done = run_alone(*settings(teacher, out, 2))
     assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("background", ["async-checkpoints", "no-async-checkpoints"])
+def test_a_full_disk_ends_all_processes_and_keeps_the_checkpoint(
+    tmp_path: Path, teacher, two_steps, groups, background
+) -> None:
+    """A limit to the size of files, which the checkpoint of this network exceeds and the logs do not."""
+    out = shutil.copytree(two_steps, tmp_path / "run")
     before = soak.final_state(out)
     arguments = [*settings(teacher, out, 2000), f"--{background}"]
     groups.append(group := Group(arguments, "forked", tmp_path / "log", file_size=12 * 1024))

@@ -196,6 +196,7 @@ monitor = Monitor(sys.argv[1], title="run", total_steps=100, batch_size=8)
 monitor.record(0, {"loss": 1.0})
 monitor.flush()
 # SIGXFSZ is ignored by Python: a file that grows beyond this is an error, as on a full disk.
+sys.dont_write_bytecode = True  # Python would not miss the rest of it.
 resource.setrlimit(resource.RLIMIT_FSIZE, (150, resource.RLIM_INFINITY))
 for step in range(1, 40):
     monitor.record(step, {"loss": 1.0})
