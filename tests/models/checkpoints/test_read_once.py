@@ -25,7 +25,7 @@ from ipfm.recipes import digits_ipfm
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A snapshot of a teacher for the digits, a state of its training, and images."""
     root = tmp_path_factory.mktemp("files")
-    small = replace(presets.get("digits", D=128.0), model_channels=8, channel_mult=(1,))
+    small = replace(presets.get("digits", D=128.0), model_channels=8, channel_mult=(1,), num_blocks=1)
     net = official_files.randomize(EDMPrecond(small))
     official_files.write_pickle(root / "snapshot.pkl", official_files.edm_snapshot(net))
     state = official_files.pfgmpp_state(net, net, step=2048, pfgmpp=True, D=128)
