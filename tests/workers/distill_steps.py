@@ -2,8 +2,8 @@
 
 Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?,
 "export"?, "persistent"?, "start"?}]}. "persistent": elements below which ZeRO 3 keeps a parameter whole; 0: all are
-sharded. "start": leave what is there before the first step too, under the name with -start. A case with "export"
-leaves that alone, and no weights.
+sharded. "start": leave what is there before the first step too, under the name with -start. A case with "save" or
+"export" leaves that alone.
 """
 
 import copy
@@ -69,6 +69,7 @@ def main() -> None:
             save_checkpoint(Path(case["save"]), case["steps"], distiller.networks, world)
         if "export" in case:
             distiller.export(Path(case["export"]), about=GeneratorFacts(), steps=case["steps"])
+        if "save" in case or "export" in case:
             continue
         tensors = state(distiller)
         tensors |= {f"loss/{name}": torch.stack([s / c for s, c in values]) for name, values in losses.items()}
