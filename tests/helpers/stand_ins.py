@@ -37,9 +37,9 @@ def thin(network: NetworkConfig) -> NetworkConfig:
     return replace(network, model_channels=8, channel_mult=(1, 1), num_blocks=1, attn_resolutions=())
 
 
-# The published presets under their names, thin; the digits' network is small as it is.
+# The presets under their names, thin.
 THIN_PRESETS: Mapping[str, NetworkConfig] = MappingProxyType(
-    {name: network if name == "digits" else thin(network) for name, network in presets.TABLE.items()}
+    {name: thin(network) for name, network in presets.TABLE.items()}
 )
 
 
