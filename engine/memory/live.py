@@ -164,7 +164,10 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 def _two(a: Tensor, b: Any, *, alpha: float = 1) -> Tensor | None:
     """Only for what needs neither broadcasting nor promotion."""
-    same = _alike(a, b) if isinstance(b, Tensor) else type(b) in (int, float) and a.is_floating_point()
+    if isinstance(b, Tensor):
+        same = _alike(a, b)
+    else:
+        same = (type(b) in (int, float) and a.is_floating_point()) or (type(b) is int and a.dtype != torch.bool)
     return torch.empty_like(a) if same else None
 
 

@@ -50,6 +50,9 @@ def test_shapes_are_those_of_pytorch(dtype, layout, trained) -> None:
             torch.add(y, other, alpha=2)
             (y.detach() * other).sum()
             (torch.ones_like(y, dtype=torch.int32) * other).sum()
+        for plain in (torch.float32, torch.int64, torch.bool):
+            for number in (3, 2.0, True, 1j):
+                torch.ones_like(y, dtype=plain) * number
         F.group_norm(x, 8).sum().backward()
         for p, train in ((0.3, True), (0.0, True), (1.0, True), (0.3, False)):
             torch.native_dropout(y.detach().requires_grad_() + 1, p, train)[0].sum().backward()
