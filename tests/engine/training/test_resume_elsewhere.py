@@ -13,8 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 STEPS, MORE = 3, 5
-# At stage 3 the steps keep all but the larger convolutions whole, which saves most messages; exports shard all.
-WHOLE = 1000
 CONFIG = {**equivalence.BASE, "max_steps": STEPS + MORE, "backward": "phased", "generator_beta1": 0.5}
 
 
@@ -26,14 +24,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def case(name: str, stage: int, micro: int, **more: str | int) -> dict:
         config = {**CONFIG, "zero": stage, "micro_batch": micro}
-        return {"name": name, "steps": STEPS + MORE, "config": config, "persistent": WHOLE, **more}
+        return {"name": name, "steps": STEPS + MORE, "config": config, **more}
 
     def go(ranks: int, *cases: dict) -> None:
         job = {"teacher": str(teacher), "out": str(folder), "cases": list(cases)}
         launch.run_workers("distill_steps.py", ranks, job)
 
     def exported(stage: int) -> dict:
-        start = {**case(f"export{stage}", stage, 4, load=saved, persistent=0), "steps": STEPS}
+        start = {**case(f"export{stage}", stage, 4, load=saved), "steps": STEPS}
         return {**start, "export": str(folder / f"generator-{stage}-{ranks}")}
 
     saved = str(folder / "checkpoints")
