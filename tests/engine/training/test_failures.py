@@ -149,9 +149,9 @@ def test_a_signal_within_an_evaluation_saves_and_stops_and_the_evaluation_is_mad
 
 @pytest.mark.distributed
 def test_slow_steps_are_stopped_within_seconds(tmp_path: Path, teacher, groups) -> None:
-    """Logging is far away; a batch that takes seconds, and SIGTERM twice, as launchers send it, to one process."""
+    """Logging is minutes away, at steps of half a second; SIGTERM twice, as launchers send it, to one process."""
     out = tmp_path / "run"
-    arguments = settings(teacher, out, 2000, batch=2000, log_every=1000, checkpoint_every=1000)
+    arguments = settings(teacher, out, 2000, batch=800, log_every=1000, checkpoint_every=1000)
     groups.append(group := Group(arguments, "forked", tmp_path / "log"))
     wait_until(lambda: (out / "metrics.jsonl").exists(), group)
     first = group.ranks()[0]
