@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# A file of tests stays with one worker, and the longest ones come first (tests/conftest.py).
-TWO_WORKERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# A file of tests stays with one worker, and the longest ones come first (tests/conftest.py). Of three workers on two cores
+# one waits most of the time: for processes that are to be given up, killed or noticed.
+WORKERS := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 # The demo's processes: one on a GPU; on a CPU two with a thread each, which wait for each other less than threads do.
 PROCESSES := 'import os, torch; print(1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0))))'
 
@@ -21,7 +22,7 @@ help:  ## this list
 	  printf '%-18s %s\n' "$$target" "$$text"; done
 
 test: $(READY)  ## the whole suite; tests that need a GPU are skipped with a reason where there is none
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO_WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS)
 
 quick: $(READY)  ## style, types and some fast tests of each room, within 90 seconds
 	+$(MAKE) --no-print-directory --jobs 3 --output-sync=target lint types quick-tests
@@ -30,7 +31,7 @@ quick-tests: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m quick $$(grep -rl --include='test_*.py' '^@pytest.mark.quick' tests)
 
 durations: $(READY)  ## the whole suite, recording how long each file takes, by which `make test` deals them out
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO_WORKERS) --record-durations
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) --record-durations
 
 lint: $(READY)  ## style, and which room may know which
 	$(BIN)/ruff check .

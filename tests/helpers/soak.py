@@ -71,11 +71,19 @@ class Group:
             need not import anything (see prepared.py).
         log: file that takes their output.
         file_size: bytes beyond which the forked ones cannot write to a file.
+        script: what the forked ones run.
         environment: further variables.
     """
 
     def __init__(
-        self, arguments: list[str], launcher: str, log: Path, *, file_size: int | None = None, **environment: str
+        self,
+        arguments: list[str],
+        launcher: str,
+        log: Path,
+        *,
+        file_size: int | None = None,
+        script: Path | str = RECIPE,
+        **environment: str,
     ) -> None:
         self.log, self.launcher = log, launcher
         self.started: list[prepared.Program | subprocess.Popen[bytes]]
@@ -93,7 +101,7 @@ class Group:
             if launcher == "forked":
                 self.started = [
                     prepared.start(
-                        RECIPE, *arguments, env={**env, **place}, stdout=file, stderr=file, file_size=file_size
+                        script, *arguments, env={**env, **place}, stdout=file, stderr=file, file_size=file_size
                     )
                     for place in places
                 ]

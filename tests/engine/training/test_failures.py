@@ -151,8 +151,9 @@ def test_a_signal_within_an_evaluation_saves_and_stops_and_the_evaluation_is_mad
 def test_slow_steps_are_stopped_within_seconds(tmp_path: Path, teacher, groups) -> None:
     """Logging is minutes away, at steps of half a second; SIGTERM twice, as launchers send it, to one process."""
     out = tmp_path / "run"
-    arguments = settings(teacher, out, 2000, batch=800, log_every=1000, checkpoint_every=1000)
-    groups.append(group := Group(arguments, "forked", tmp_path / "log"))
+    arguments = settings(teacher, out, 2000, log_every=1000, checkpoint_every=1000)
+    slow = launch.ROOT / "tests" / "workers" / "slow_recipe.py"
+    groups.append(group := Group(arguments, "forked", tmp_path / "log", script=slow))
     wait_until(lambda: (out / "metrics.jsonl").exists(), group)
     first = group.ranks()[0]
     for _ in range(2):
