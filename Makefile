@@ -3,9 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# A file of tests stays with one worker, and the longest ones come first (tests/conftest.py). Of three workers on two cores
-# one waits most of the time: for processes that are to be given up, killed or noticed.
-WORKERS := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# A file of tests stays with one worker, and the longest ones come first (tests/conftest.py).
+WORKERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # The demo's processes: one on a GPU; on a CPU two with a thread each, which wait for each other less than threads do.
 PROCESSES := 'import os, torch; print(1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0))))'
 
