@@ -179,6 +179,19 @@ def _silu_backward(grad: Tensor, x: Tensor, *, grad_input: Tensor) -> Tensor | N
     return grad_input if _alike(grad, x) and _alike(grad, grad_input) else None
 
 
+def _silu_gradient(grad: Tensor, x: Tensor) -> Tensor | None:
+    return torch.empty_like(grad) if _alike(grad, x) else None
+
+
+def _itself(a: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Operations in place, such as those of the random words."""
+    return a
+
+
+def _into(a: Tensor, number: int, *, out: Tensor) -> Tensor | None:
+    return out if _alike(a, out) else None
+
+
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
     return a.new_empty(len(a), b.shape[1]) if bias.dtype == a.dtype == b.dtype else None
 
@@ -198,6 +211,11 @@ _SHAPES: Mapping[Any, Callable[..., Any]] = {
     aten.mul.Tensor: _two,
     aten.silu.default: _silu,
     aten.silu_backward.grad_input: _silu_backward,
+    aten.silu_backward.default: _silu_gradient,
+    aten.bitwise_xor_.Tensor: _itself,
+    aten.bitwise_and_.Scalar: _itself,
+    aten.mul_.Tensor: _itself,
+    aten.bitwise_right_shift.Tensor_Scalar_out: _into,
     aten.addmm.default: _addmm,
     aten.native_dropout.default: _dropout,
     aten.native_dropout_backward.default: _dropout_backward,

@@ -59,6 +59,13 @@ def test_shapes_are_those_of_pytorch(dtype, layout, trained) -> None:
         for gradient in (y.detach(), y.detach().contiguous(), y.detach().double()):
             inner = F.silu(x.detach())
             torch.ops.aten.silu_backward.grad_input(gradient, inner, grad_input=inner)
+        for gradient in (y.detach(), y.detach().contiguous(), y.detach().double()):
+            torch.ops.aten.silu_backward.default(gradient, x.detach())
+        words = torch.ones_like(x, dtype=torch.int64)
+        words.bitwise_xor_(words.flip(0)).bitwise_and_(7).mul_(words[:1])
+        for place in (torch.empty_like(words), words.new_empty(x.shape), words.new_empty(0)):
+            torch.bitwise_right_shift(words, 3, out=place)
+        y.detach().mul_(x.detach()[:, :, :1, :1])
         for vectors in (x.detach()[:, :, 0, 0], x.detach()[:1, :, 0, 0], x.detach().flatten(1)[:, :32].t()[:4, :4]):
             width = vectors.shape[1]
             torch.addmm(weight[:width], vectors, vectors.new_empty(width, width))
@@ -68,6 +75,10 @@ def test_shapes_are_those_of_pytorch(dtype, layout, trained) -> None:
     assert comparing.seen["aten.silu.default"] == comparing.seen["aten.silu_backward.grad_input"] == 3
     assert comparing.seen["aten.native_dropout.default"] == 4 and comparing.seen["aten.native_dropout_backward.default"]
     assert comparing.seen["aten.addmm.default"] == 3
+    assert comparing.seen["aten.silu_backward.default"] >= 3
+    assert comparing.seen["aten.bitwise_xor_.Tensor"] == comparing.seen["aten.bitwise_and_.Scalar"] == 1
+    assert comparing.seen["aten.mul_.Tensor"] == 2
+    assert comparing.seen["aten.bitwise_right_shift.Tensor_Scalar_out"] == 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
