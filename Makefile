@@ -68,4 +68,4 @@ $(READY): setup.py pyproject.toml Makefile
 	touch $(READY)
 
 clean:  ## remove what the targets above made, but for runs/
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
