@@ -52,6 +52,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """`tensor` of each process, of the same shape, stacked by rank."""
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        if self.size == 1:
+            return gathered.copy_(tensor)
+        dist.all_gather_into_tensor(gathered.view(-1), tensor.flatten())
+        return gathered
+
     def all_reduce_max_(self, tensor: Tensor) -> Tensor:
         """Largest value of `tensor` over the processes, in place."""
         if self.size > 1:

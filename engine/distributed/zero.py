@@ -7,12 +7,14 @@ that is trained at that moment, and every other use of a network goes through it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from ipfm.engine.config import Offload, Precision, Resolved, RunConfig, ZeroStage
 from ipfm.engine.distributed.single_process import UnshardedEngine
@@ -24,6 +26,8 @@ from ipfm.models import Precond
 BUCKET_ELEMENTS = 10_000_000
 # Smaller parameters are not sharded at stage 3: gathering them would cost more time than they cost memory.
 PERSISTENT_ELEMENTS = 10_000
+# Elements of several parameters that are gathered in one message: a network may have hundreds of small ones.
+GATHERED_ELEMENTS = 1_000_000
 # Adam's second decay.
 BETA2 = 0.999
 
@@ -140,7 +144,7 @@ class TrainedNetwork:
             for p in self._parameters:
                 p.requires_grad_(True)
 
-    # -- state, a parameter at a time, independent of stage and number of processes ---------------------------------
+    # -- state, some parameters at a time, independent of stage and number of processes -----------------------------
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
@@ -153,8 +157,23 @@ class TrainedNetwork:
 
         Every process must run through it: the shards are gathered on the way.
         """
+        if self.stage == 0:
+            for name, p in self.module.named_parameters():
+                yield name, p.detach() if kind == "weight" else self.optimizer.state[p][kind]
+            return
+        gather = self._gather_partitions if self.stage == 3 else self._gather_fragments
+        names: list[str] = []
+        parameters: list[Any] = []
+        elements = 0
         for name, p in self.module.named_parameters():
-            yield name, self._get(p, kind)
+            size = self._shape(p).numel()
+            if parameters and elements + size > GATHERED_ELEMENTS:
+                yield from zip(names, gather(parameters, kind), strict=True)
+                names, parameters, elements = [], [], 0
+            names.append(name)
+            parameters.append(p)
+            elements += size
+        yield from zip(names, gather(parameters, kind), strict=True)
 
     def load(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
         """Set what `full` gives. Every process passes the same tensors.
@@ -230,12 +249,33 @@ class TrainedNetwork:
     def _shape(self, p: Tensor) -> torch.Size:
         return p.ds_shape if self.stage == 3 else p.shape  # type: ignore[attr-defined]
 
-    def _get(self, p: Tensor, kind: str) -> Tensor:
-        if self.stage == 0:
-            return p.detach() if kind == "weight" else self.optimizer.state[p][kind]
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    @torch.no_grad()
+    def _gather_fragments(self, parameters: Sequence[Any], kind: str) -> list[Tensor]:
+        """Stages 1 and 2: each process has some elements of some parameters, which sum up over zeros elsewhere."""
+        sizes = [p.numel() for p in parameters]
+        flat = torch.zeros(sum(sizes), device=self.world.device)
+        for p, whole in zip(parameters, flat.split(sizes), strict=True):
+            if (mapping := p._hp_mapping) is not None:
+                place = mapping.lp_fragment_address
+                fragment = mapping.get_hp_fragment(None if kind == "weight" else kind)
+                whole[place.start : place.start + place.numel].copy_(fragment)
+        self.world.all_reduce_sum_(flat)
+        return [whole.clone().view(p.shape) for p, whole in zip(parameters, flat.split(sizes), strict=True)]
 
-        return safe_get_full_fp32_param(p) if kind == "weight" else safe_get_full_optimizer_state(p, kind)
+    @torch.no_grad()
+    def _gather_partitions(self, parameters: Sequence[Any], kind: str) -> list[Tensor]:
+        """Stage 3: each process has a part of every parameter, the last one's padded."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        parts = [
+            safe_get_local_fp32_param(p) if kind == "weight" else safe_get_local_optimizer_state(p, kind)
+            for p in parameters
+        ]
+        gathered = self.world.all_gather(torch.cat(parts)).split([part.numel() for part in parts], dim=1)
+        return [
+            whole.reshape(-1)[: p.ds_numel].clone().view(p.ds_shape)
+            for p, whole in zip(parameters, gathered, strict=True)
+        ]
 
     @torch.no_grad()
     def _set(self, p: Tensor, kind: str, value: Tensor) -> None:
@@ -296,10 +336,24 @@ def _initialize(
     if optimizer is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         trained = {"optimizer": optimizer, "model_parameters": parameters}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _sent_at_once(module, deepspeed.comm):
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(model=module, config=_engine_config(stage, precision, offload), **trained)
     return engine
+
+
+@contextmanager
+def _sent_at_once(module: nn.Module, comm: Any) -> Iterator[None]:
+    """Give every process the first one's weights in a few messages, and none of the hundreds that DeepSpeed sends."""
+    if dist.get_world_size() > 1:
+        weights = [p.data for p in module.parameters()]
+        dist._broadcast_coalesced(distributed_c10d._get_default_group(), weights, 4 * BUCKET_ELEMENTS, 0)
+    one_by_one = comm.broadcast
+    comm.broadcast = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        comm.broadcast = one_by_one
 
 
 def _engine_config(stage: ZeroStage, precision: Precision, offload: Offload) -> dict[str, Any]:

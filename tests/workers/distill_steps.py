@@ -47,6 +47,8 @@ def main() -> None:
         import_deepspeed().accelerator.get_accelerator().is_fp16_supported = lambda: True
     # DeepSpeed's stage 3 writes out every parameter for a message that it does not show.
     torch.nn.Parameter.__repr__ = object.__repr__
+    # The small networks of tests too are gathered in several messages.
+    zero.GATHERED_ELEMENTS = 20_000
     teacher = load_teacher(job["teacher"])
     for case in job["cases"]:
         zero.PERSISTENT_ELEMENTS = case.get("persistent", 0)
