@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_args
 
 from ipfm.engine.checks import at_least, check_D, is_number, not_negative, option_name, positive, share
 from ipfm.engine.noise_levels import NoiseLevels
@@ -19,6 +19,10 @@ TeacherStorage = Literal["fp32", "half", "sharded"]
 TeacherStorageOption = Literal["auto", "fp32", "half", "sharded"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 InitialWeights = Literal["auto", "teacher", "random"]
+Rules = Literal[1, 2]
+# By which a new run computes, and those of every run whose folder names none.
+CURRENT_RULES: Rules = 2
+FIRST_RULES: Rules = 1
 
 # Steps count in 32 bits of the random numbers' counters, which updates and levels within a step share.
 STEP_LIMIT = 10**8
@@ -80,7 +84,7 @@ class RunConfig:
     ema_kimg: float = setting(500.0, memory=False)
     """Half-life of the weights' moving average, in thousands of images."""
     ema_rampup: float = setting(0.05, memory=False)
-    """The half-life is at most this share of the images seen so far."""
+    """The half-life is at most this share of the images seen before."""
     zero: ZeroStage | None = setting(None, identity=False, place=True)
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimiser's state, 2 the gradients as well, 3 the weights too.
     Default: the lowest that memory allows; at least 1 in bf16 and fp16."""
@@ -103,6 +107,9 @@ class RunConfig:
     """Noise levels."""
     seed: int = setting(0, memory=False)
     """Every random number of the run is a function of this seed and its position."""
+    rules: Rules = setting(CURRENT_RULES, memory=False)
+    """2: dropout, augmentation and the EMA's ramp-up as in the papers' code; 1: as in version 0.1. A run folder goes on
+    by the rules that its run began with."""
     log_every: int = setting(10, identity=False, place=True, memory=False)
     """Steps between two readings of the losses."""
     eval_every: int = setting(0, identity=False, place=True, memory=False)
@@ -148,6 +155,8 @@ class RunConfig:
                 raise ValueError(f"{option_name(name)} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.noise, NoiseLevels):
             raise ValueError(f"noise must be NoiseLevels, got {self.noise!r}")
+        if type(self.rules) is not int or self.rules not in get_args(Rules):
+            raise ValueError(f"rules must be 1 or 2, got {self.rules!r}")
         if self.clip_grad is not None:
             positive("clip-grad", self.clip_grad)
         if self.activation_checkpointing not in ("auto", "on", "off"):
@@ -233,11 +242,22 @@ class RunConfig:
     def ema_decay(self, step: int) -> float:
         """Decay of the EMA at 0-based `step`: 0.5^(batch / min(half-life, ramp-up * images seen)).
 
-        Half-life and images are counted in images; the images of this step count as seen.
+        Half-life and images are counted in images. Seen are those of the steps before this one, so that the first step
+        forgets the first weights; by rules 1 those of this step are counted too.
         """
-        seen = (step + 1) * self.batch
+        seen = (step + (self.rules == FIRST_RULES)) * self.batch
         half_life = min(self.ema_kimg * 1000, self.ema_rampup * seen)
-        return 0.5 ** (self.batch / half_life)
+        return 0.5 ** (self.batch / half_life) if half_life > 0 else 0.0
+
+    @property
+    def mirrored_stretch(self) -> bool:
+        """Augmentation stretches images against its labels, as by rules 1 alone."""
+        return self.rules == FIRST_RULES
+
+    @property
+    def samples_have_dropout(self) -> bool:
+        """What is made as data for another network is made with dropout, as by rules 1 alone."""
+        return self.dropout > 0 and self.rules == FIRST_RULES
 
     def recorded(self) -> Mapping[str, str]:
         """What config.json of a run folder says of these settings beside their values."""

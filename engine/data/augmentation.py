@@ -10,9 +10,10 @@ is conditioned on the labels, so that with zero labels it makes unaugmented imag
     2       w: enlarged by 2^(0.2 w), w ~ N(0, 1)                              p
     3, 4    cos w - 1, sin w: turned by -w (x to the right, y down), which     p
             is anticlockwise to the eye; w uniform on [-π, π]
-    5, 6    w cos r, w sin r: enlarged by 2^(0.2 w) along (cos r, sin r) and   p
-            by the inverse across it, w ~ N(0, 1); r is uniform on [-π, π]
-            or 0, with probability ½ each
+    5, 6    w cos r, w sin r: enlarged by 2^(0.2 w) along (cos r, -sin r) (x   p
+            to the right, y down: r is anticlockwise to the eye) and by the
+            inverse across it, w ~ N(0, 1); r is uniform on [-π, π] or 0,
+            with probability ½ each
     7, 8    w_x, w_y: moved by size/8 · w to the right and down, N(0, 1) each  p
 
 An image is resampled as there: extended by reflection, upsampled by two with the low-pass of the wavelet sym6
@@ -75,6 +76,19 @@ class Augmented(NamedTuple):
     labels: Tensor
 
 
+class _Drawn(NamedTuple):
+    """The numbers of the module's table, 0 where an effect is not applied; all (B,) float64."""
+
+    x_flip: Tensor
+    y_flip: Tensor
+    scale: Tensor
+    turn: Tensor
+    stretch: Tensor
+    axis: Tensor
+    shift_x: Tensor
+    shift_y: Tensor
+
+
 class _Transform(NamedTuple):
     """What is done to each sample; all (B,).
 
@@ -94,7 +108,14 @@ class _Transform(NamedTuple):
 
 @torch.no_grad()
 def augment(
-    images: Tensor, probability: float, *, seed: int, stream: int, step: int, sample_index: Tensor
+    images: Tensor,
+    probability: float,
+    *,
+    seed: int,
+    stream: int,
+    step: int,
+    sample_index: Tensor,
+    mirrored_stretch: bool = False,
 ) -> Augmented:
     """Augmented images and the labels that say how, see the module's table [EDM, table 6].
 
@@ -109,6 +130,7 @@ def augment(
         stream: of the random numbers, likewise.
         step: of the random numbers, likewise.
         sample_index: (B,) int64, the samples' global indices, on the device of `images`.
+        mirrored_stretch: enlarge along (cos r, sin r) instead, against the labels, as version 0.1 did.
 
     Returns:
         Images and labels, without gradient. A sample with a non-finite value comes back as NaN throughout.
@@ -130,12 +152,12 @@ def augment(
             f"got {tuple(sample_index.shape)} on {sample_index.device}"
         )
     u = philox.uniform(sample_index, _UNIFORMS, seed=seed, stream=stream, step=step)
-    transform, labels = _draw(u, probability)
-    return Augmented(_warp(images, transform), labels)
+    drawn = _draw(u, probability)
+    return Augmented(_warp(images, _transform(drawn, mirrored_stretch=mirrored_stretch)), _labels(drawn))
 
 
-def _draw(u: Tensor, probability: float) -> tuple[_Transform, Tensor]:
-    """Transforms and labels (B, 9), float32, from uniform numbers `u` (B, 14) in (0, 1]."""
+def _draw(u: Tensor, probability: float) -> _Drawn:
+    """What is done to each sample, from uniform numbers `u` (B, 14) in (0, 1]."""
     # In float64: the last bits of its functions, which differ between devices and ends of a vector, round away.
     u = u.double()
     y_flips, scales, rotates, stretches, shifts = (u[:, :5] <= probability).double().unbind(1)
@@ -144,17 +166,35 @@ def _draw(u: Tensor, probability: float) -> tuple[_Transform, Tensor]:
     radius = (-2 * u[:, 10:12].log()).sqrt()  # Box-Muller
     angle = 2 * math.pi * u[:, 12:14]
     (scale, shift_x), (stretch, shift_y) = (radius * angle.cos()).unbind(1), (radius * angle.sin()).unbind(1)
-
-    y_flip, scale, stretch = y_flip * y_flips, scale * scales, stretch * stretches
-    turn, axis = turn * rotates, axis * tilted
-    shift_x, shift_y = shift_x * shifts, shift_y * shifts
-    cos_turn, sin_turn, cos_axis, sin_axis = turn.cos(), turn.sin(), axis.cos(), axis.sin()
-    labels = torch.stack(
-        [x_flip, y_flip, scale, cos_turn - 1, sin_turn, stretch * cos_axis, stretch * sin_axis, shift_x, shift_y], 1
+    return _Drawn(
+        x_flip,
+        y_flip * y_flips,
+        scale * scales,
+        turn * rotates,
+        stretch * stretches,
+        axis * tilted,
+        shift_x * shifts,
+        shift_y * shifts,
     )
 
-    # The inverse of (stretch · rotation · scaling), read from right to left.
-    along, across = torch.exp2(-_SCALE_STEP * (scale + stretch)), torch.exp2(-_SCALE_STEP * (scale - stretch))
+
+def _labels(drawn: _Drawn) -> Tensor:
+    """(B, 9) float32."""
+    turn, stretch, axis = drawn.turn, drawn.stretch, drawn.axis
+    columns = (
+        *(drawn.x_flip, drawn.y_flip, drawn.scale, turn.cos() - 1, turn.sin()),
+        *(stretch * axis.cos(), stretch * axis.sin(), drawn.shift_x, drawn.shift_y),
+    )
+    return torch.stack(columns, 1).float()
+
+
+def _transform(drawn: _Drawn, *, mirrored_stretch: bool = False) -> _Transform:
+    """The maps, float32: the inverse of (stretch · rotation · scaling), read from right to left."""
+    cos_turn, sin_turn, cos_axis, sin_axis = drawn.turn.cos(), drawn.turn.sin(), drawn.axis.cos(), drawn.axis.sin()
+    if not mirrored_stretch:
+        sin_axis = -sin_axis
+    along = torch.exp2(-_SCALE_STEP * (drawn.scale + drawn.stretch))
+    across = torch.exp2(-_SCALE_STEP * (drawn.scale - drawn.stretch))
     xx = along * cos_axis.square() + across * sin_axis.square()
     xy = (along - across) * cos_axis * sin_axis
     yy = along * sin_axis.square() + across * cos_axis.square()
@@ -164,8 +204,8 @@ def _draw(u: Tensor, probability: float) -> tuple[_Transform, Tensor]:
         sin_turn * xx + cos_turn * xy,
         sin_turn * xy + cos_turn * yy,
     )
-    shift = (_SHIFT_STEP * shift_x, _SHIFT_STEP * shift_y)
-    return _Transform(*torch.stack([x_flip, y_flip, *inverse, *shift]).float()), labels.float()
+    shift = (_SHIFT_STEP * drawn.shift_x, _SHIFT_STEP * drawn.shift_y)
+    return _Transform(*torch.stack([drawn.x_flip, drawn.y_flip, *inverse, *shift]).float())
 
 
 def _warp(images: Tensor, transform: _Transform) -> Tensor:

@@ -136,6 +136,9 @@ class DistillSteps:
         student step    y = G(z), detached, augmented if asked; x = perturb(y, sigma); S descends the denoising loss
         generator step  y = G(z); x = perturb(y, sigma); G descends L(T(x), S(x), y) of IPFM eq. 21
 
+    Dropout acts in the network that is being trained, and there alone: in S in its step, and in every evaluation of G
+    that the gradient passes through in G's. The student's images are made without it.
+
     Args:
         config: settings with nothing left open but what memory decides.
         context: the networks "student" and "generator", and where they run.
@@ -165,14 +168,20 @@ class DistillSteps:
         config, noise = self.config, self.config.noise
         tally = LossSum("student", self.world)
         self._set_mode(self.student.module, training=True)
-        self._set_mode(self.generator.module, training=True)
+        self._set_mode(self.generator.module, training=config.samples_have_dropout)
         for micro in self._micro_batches(Stream.STUDENT_LABEL, step):
             mark("student: samples")
             last = self._last(Stream.STUDENT_LAST, step)
             chain = self._chain(micro, Stream.STUDENT_LATENT, step, last)
             y = chain.marked(self._evaluate(last, chain.inputs[-1], micro, step))
             y, augment_labels = augment(
-                y, config.augment, seed=config.seed, stream=Stream.STUDENT_AUGMENT, step=step, sample_index=micro.index
+                y,
+                config.augment,
+                seed=config.seed,
+                stream=Stream.STUDENT_AUGMENT,
+                step=step,
+                sample_index=micro.index,
+                mirrored_stretch=config.mirrored_stretch,
             )
             sigma = noise.denoising(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step)
             noisy = self._add_noise(y, sigma, Stream.STUDENT_NOISE, step, micro)
@@ -191,7 +200,6 @@ class DistillSteps:
         """One update of the generator and its EMA; `step` counts from 0."""
         tally = LossSum("generator", self.world)
         self._set_mode(self.student.module, training=False)
-        self._set_mode(self.generator.module, training=True)
         for micro in self._micro_batches(Stream.GENERATOR_LABEL, step):
             tally.add(*self._generator_micro_step(step, micro))
         mark("generator: optimiser")
@@ -213,7 +221,10 @@ class DistillSteps:
         last = self._last(Stream.GENERATOR_LAST, step)
         first = 0 if config.gradient == "all" else last
         mark("generator: samples")
+        # Evaluations that the gradient does not reach make the input of the others, as sampling does.
+        self._set_mode(self.generator.module, training=first == 0 or config.samples_have_dropout)
         chain = self._chain(micro, Stream.GENERATOR_LATENT, step, last)
+        self._set_mode(self.generator.module, training=True)
 
         def forward(k: int) -> Tensor:
             self._seed_dropout(Stream.GENERATOR_DROPOUT, step * config.steps + k, micro)
@@ -281,7 +292,7 @@ class DistillSteps:
 
     @torch.no_grad()
     def _evaluate(self, k: int, x: Tensor, micro: MicroBatch, step: int) -> Tensor:
-        """y_k = G(x_k, sigma_k) through the plain module, with the dropout that the trained pass has too."""
+        """y_k = G(x_k, sigma_k) through the plain module; in training mode with the dropout of the trained pass."""
         self._seed_dropout(Stream.GENERATOR_DROPOUT, step * self.config.steps + k, micro)
         return self.generator.module(x, self._levels[k], micro.labels)
 

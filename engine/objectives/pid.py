@@ -298,7 +298,8 @@ class PidSteps:
         """Forward and backward of one micro-batch: loss (B,) and valid (B,).
 
         Joint evaluates the network at both levels at once and keeps the graph while the teacher is asked. Phased asks
-        first, and runs the network once more at each level, for its graph alone.
+        first, and runs the network once more at each level, for its graph alone. With dropout, which acts in what is
+        trained alone, the point at which the teacher is asked takes two more evaluations.
         """
         config = self.config
         index = self._offsets + first
@@ -338,9 +339,11 @@ class PidSteps:
                 graph = forward(self.generator, at.here, at.there)
             f_here, f_there = graph.detach().float().chunk(2)
         mark("generator: teacher")
+        made = self._without_dropout(forward, at) if config.dropout > 0 and not config.samples_have_dropout else None
         with torch.no_grad():
             p_z, p_here, p_there = (per_sample(p, z) for p in at.point)
-            x = p_z * z + p_here * f_here + p_there * f_there
+            x_here, x_there = made or (f_here, f_there)
+            x = p_z * z + p_here * x_here + p_there * x_there
             sound = finite & torch.isfinite(x.square().sum((1, 2, 3)))
             target = self.teacher(x.masked_fill(per_sample(~sound, z), 0.0), at.level, labels)
             prediction = per_sample(at.a, z) * f_here + per_sample(at.b, z) * f_there
@@ -357,6 +360,14 @@ class PidSteps:
                 self.generator.backward(along(out, (per_sample(factor, z) * gradient).to(out.dtype)))
                 del out
         return loss.masked_fill(~valid, 0.0), valid
+
+    @torch.no_grad()
+    def _without_dropout(self, forward: Callable[..., Tensor], at: Stencil) -> tuple[Tensor, Tensor]:
+        """F at both levels, for the point at which the teacher is asked: dropout acts in what is trained alone."""
+        module = self.generator.module.eval()
+        made = forward(module, at.here).float(), forward(module, at.there).float()
+        module.train()
+        return made
 
     def _distance(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """d (B,), its gradient with respect to the prediction, and whether both are finite (B,)."""

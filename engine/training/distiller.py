@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ipfm.engine.config import Rules
 from ipfm.engine.distributed.precision import apply_precision, halve_storage
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.distributed.zero import TrainedNetwork, shard_frozen
@@ -121,6 +122,11 @@ class Distiller(TrainingRun[Distillation]):
 
     def _step(self, step: int) -> StepMetrics:
         return self.steps.iteration(step)
+
+    def _go_by(self, rules: Rules) -> None:
+        super()._go_by(rules)
+        self.objective = self.config.objective(self._as_trained)
+        self.steps = self.objective.steps(StepContext(self.networks, self.teacher, self.settings, self.world))
 
     def sample(self, first: int, count: int, *, seed: int) -> Tensor:
         """Images first..first + count - 1 of `seed` from the averaged generator as last refreshed."""

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from ipfm.engine.config import Resolved, RunConfig, place_settings
+from ipfm.engine.config import Resolved, Rules, RunConfig, place_settings
 from ipfm.engine.distributed.compilation import set_execution
 from ipfm.engine.distributed.ema import EmaNetwork
 from ipfm.engine.distributed.precision import allow_tf32, apply_precision
@@ -155,6 +155,8 @@ class TrainingRun(ABC, Generic[C]):
             TrainingFailed, Interrupted: from the loop.
         """
         record = check_run_folder(path, kind, self.config, facts)
+        if record["config"]["rules"] != self.config.rules:
+            self._go_by(record["config"]["rules"])
         # Every process has looked before the first one writes.
         self.world.barrier()
         folder = open_run_folder(path, record, write=self.world.is_main)
@@ -162,6 +164,11 @@ class TrainingRun(ABC, Generic[C]):
         progress = train(self, self.config, folder)
         self.export(path / export, about=about, steps=progress.step)
         return folder, progress
+
+    def _go_by(self, rules: Rules) -> None:
+        """Compute by these rules from now on, those that the run in the folder began with."""
+        self.config = replace(self.config, rules=rules)
+        self.settings = replace(self.settings, config=self.config)
 
     def export(self, folder: Path, *, about: ModelFacts, steps: int) -> None:
         """Store the averaged network, with the settings that it owes its weights to. Every process calls it.

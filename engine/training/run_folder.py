@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ipfm.engine.config import RunConfig, TeacherConfig, free_settings
+from ipfm.engine.config import CURRENT_RULES, FIRST_RULES, RunConfig, TeacherConfig, free_settings
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.runtime.errors import FolderInUse
 from ipfm.engine.training.checkpoint import check_format, checkpoints_in
@@ -51,7 +51,7 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
             yet may be left out: it is then not compared, and stays as the folder has it.
 
     Returns:
-        The content that the folder's config.json is to have.
+        The content that the folder's config.json is to have. Its rules are those that the folder's run began with.
 
     Raises:
         ValueError: `path` cannot be a folder or cannot be written; it holds another run, something that is no run,
@@ -75,7 +75,9 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
         raise ValueError(f"{path} holds a run already and --no-resume was given: choose another --out")
     free = _free(config)
     try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        found = _with_rules(json.loads((path / "config.json").read_text(encoding="utf-8")), path)
+        if found["config"]["rules"] == FIRST_RULES:
+            record["config"]["rules"] = FIRST_RULES
         differences = _differences(found, record, free)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -109,6 +111,12 @@ def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> Ru
         with atomic_write(path / "config.json") as file:
             file.write((json.dumps(record, indent=1) + "\n").encode())
     return RunFolder(path)
+
+
+def _with_rules(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A folder's record with the rules by which its run goes on; one that is older than the setting has the first."""
+    begun = checkpoints_in(path / "checkpoints")
+    return {**record, "config": {"rules": FIRST_RULES if begun else CURRENT_RULES, **record["config"]}}
 
 
 def _free(config: RunConfig) -> frozenset[str]:

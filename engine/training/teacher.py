@@ -112,6 +112,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
                 stream=Stream.TEACHER_AUGMENT,
                 step=step,
                 sample_index=index,
+                mirrored_stretch=config.mirrored_stretch,
             )
             noisy = add_noise(
                 y,

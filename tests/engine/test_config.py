@@ -56,6 +56,7 @@ CHOICES = {
     "profile_memory": ("must be an integer >= 0", (-1, 1.5, True)),
     "backward": ("must be auto, joint or phased", ("both", None)),
     "tf32": ("must be True or False", (1, "no")),
+    "rules": ("must be 1 or 2", (0, 3, "2", 1.0, True, None)),
     "compile": ("must be True or False", (1, "no")),
     "memory_format": ("must be auto, contiguous or channels_last", ("nhwc", None)),
     "resume": ("must be True or False", (0, None)),
@@ -82,7 +83,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
         owner(name)(**{name: value})
     words = (
         "precision", "backward", "tf32", "resume", "offload", "activation_checkpointing", "teacher_storage",
-        "async_checkpoints", "compile", "memory_format", "gradient", "init", "student_init",
+        "async_checkpoints", "compile", "memory_format", "gradient", "init", "student_init", "rules",
     )  # fmt: skip
     shown = repr(value) if name in words else str(value)
     assert str(error.value) == f"{name.replace('_', '-')} {says}, got {shown}"
@@ -176,11 +177,15 @@ def test_a_batch_that_does_not_divide(batch, micro, ranks, message):
 
 
 def test_ema_decay():
-    """beta = 0.5^(batch / min(half-life, 0.05 · images seen)), in images."""
+    """beta = 0.5^(batch / min(half-life, 0.05 · images seen before this step)), in images."""
     config = DistillConfig(batch=100, ema_kimg=10.0, ema_rampup=0.05)
-    assert config.ema_decay(0) == pytest.approx(0.5 ** (1 / 0.05))
-    assert config.ema_decay(9) == pytest.approx(0.5 ** (100 / 50))
-    assert config.ema_decay(1998) == pytest.approx(0.5 ** (100 / 9995))
+    assert config.ema_decay(0) == 0
+    assert config.ema_decay(1) == pytest.approx(0.5 ** (1 / 0.05))
+    assert config.ema_decay(10) == pytest.approx(0.5 ** (100 / 50))
+    assert config.ema_decay(1999) == pytest.approx(0.5 ** (100 / 9995))
+    # As version 0.1 counted, whose runs go on so.
+    first = replace(config, rules=1)
+    assert [first.ema_decay(step) for step in range(3000)] == [config.ema_decay(step + 1) for step in range(3000)]
     # From 10 000 / 0.05 = 200 000 images on, 2000 steps, the half-life holds: half is forgotten in 100 steps.
     assert config.ema_decay(2000) == config.ema_decay(10**6) == 0.5 ** (1 / 100)
     assert config.ema_decay(10**6) ** 100 == pytest.approx(0.5)

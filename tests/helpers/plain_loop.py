@@ -55,7 +55,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
     def classes(stream: Stream, step: int) -> Tensor | None:
         return draw_labels(teacher.label_dim, index, seed=config.seed, stream=stream, step=step)
 
-    def samples(stream: Stream, step: int, labels: Tensor | None, last: Stream) -> Tensor:
+    def samples(stream: Stream, step: int, labels: Tensor | None, last: Stream, *, trained: bool) -> Tensor:
         y = torch.zeros(config.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
         ends = len(levels)
         if config.gradient == "last":
@@ -65,8 +65,11 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
                 y = y.detach()
             sigma = torch.full((config.batch,), level)
             x = noisy(y, sigma, stream, step * len(levels) + k)
+            # Dropout acts in what is trained: nothing in the student's step, and the last evaluation alone where the
+            # gradient passes through no other.
+            G.train(trained and (config.gradient == "all" or k == ends - 1))
             seed_dropout(config.seed, Stream.GENERATOR_DROPOUT, step * len(levels) + k, 0)
-            y = G.train()(x, sigma, labels)
+            y = G(x, sigma, labels)
         return y
 
     def descend(net: Precond, adam: torch.optim.Adam, loss: Tensor) -> None:
@@ -82,7 +85,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
             count = step * config.student_updates + update
             labels = classes(Stream.STUDENT_LABEL, count)
             with torch.no_grad():
-                y = samples(Stream.STUDENT_LATENT, count, labels, Stream.STUDENT_LAST)
+                y = samples(Stream.STUDENT_LATENT, count, labels, Stream.STUDENT_LAST, trained=False)
             position = {"seed": config.seed, "stream": Stream.STUDENT_AUGMENT, "step": count, "sample_index": index}
             y, augment_labels = augment(y, config.augment, **position)
             n = philox.normal(index, 1, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=count)[:, 0]
@@ -97,7 +100,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
 
         S.requires_grad_(False).eval()
         labels = classes(Stream.GENERATOR_LABEL, step)
-        y = samples(Stream.GENERATOR_LATENT, step, labels, Stream.GENERATOR_LAST)
+        y = samples(Stream.GENERATOR_LATENT, step, labels, Stream.GENERATOR_LAST, trained=True)
         u = philox.uniform(index, 1, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)[:, 0].double()
         sigma = (80 ** (1 / 7) + (1 - 0.8 * u) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
         x = noisy(y, sigma.float(), Stream.GENERATOR_NOISE, step)
@@ -112,8 +115,9 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
         S.requires_grad_(True)
         run.generator_loss.append(losses.mean().item())
 
-        images = (step + 1) * config.batch
-        decay = 0.5 ** (config.batch / min(config.ema_kimg * 1000, config.ema_rampup * images))
+        # Seen before this step; none yet in the first, after which the average is the weights.
+        half_life = min(config.ema_kimg * 1000, config.ema_rampup * step * config.batch)
+        decay = 0.5 ** (config.batch / half_life) if half_life else 0.0
         for name, p in G.named_parameters():
             run.ema[name].mul_(decay).add_(p.detach(), alpha=1 - decay)
     return run

@@ -97,7 +97,7 @@ class PlainDistillation:
         """A student step, then a generator step and the EMA."""
         config, noise = self.config, self.config.noise
         self.student.train()
-        self.generator.train()
+        self.generator.eval()
         with torch.no_grad():
             y = self.generator(self._noisy(self.zeros, self.level), self.level)
         sigma = self._denoising_sigma()
@@ -106,6 +106,7 @@ class PlainDistillation:
         self._descend(self.student_adam, (weight * errors).mean())
 
         self.student.eval().requires_grad_(False)
+        self.generator.train()
         y = self.generator(self._noisy(self.zeros, self.level), self.level)
         sigma = self._generator_sigma()
         x = self._noisy(y, sigma)

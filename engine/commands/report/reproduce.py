@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ipfm.engine.checks import number
-from ipfm.engine.config import TeacherConfig, place_settings
+from ipfm.engine.config import FIRST_RULES, TeacherConfig, place_settings
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.teacher import TeacherRecipe
@@ -244,7 +244,8 @@ def _options(record: RunRecord, base: Any) -> list[str]:
         if name in ("max_steps", "kimg") and record.config[name] is None:
             continue  # the other one is given
         options += _typed(name, record.config[name])
-    return options
+    # A run that is older than this setting went by the first ones.
+    return options if "rules" in record.config else [*options, *_typed("rules", FIRST_RULES)]
 
 
 def _typed(name: str, value: object) -> list[str]:

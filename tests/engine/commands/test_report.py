@@ -314,6 +314,10 @@ def test_the_command_of_a_teacher(tmp_path: Path) -> None:
     assert line.startswith("deepspeed recipes/cifar_teacher.py --data DATA --arch ddpmpp --model-channels 64 --xflip")
     again = parse(type(recipe.base), shlex.split(line)[2:], default=recipe.base, prog="", description="")
     assert again.training() == config and again.xflip
+    # One that is older than the rules of a run went by the first ones.
+    del record["config"]["rules"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert reproduce(read_run(tmp_path)).line == f"{line} --rules 1"
 
 
 # -- unfinished and damaged ones ---------------------------------------------------------------------------------------

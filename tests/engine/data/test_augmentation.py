@@ -3,6 +3,7 @@
 import math
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,17 @@ import scipy.stats
 import torch
 
 from ipfm.engine.data import augmentation
-from ipfm.engine.data.augmentation import AUGMENT_DIM, SYM6, Augmented, _Transform, _warp, augment
+from ipfm.engine.data.augmentation import (
+    AUGMENT_DIM,
+    SYM6,
+    Augmented,
+    _Drawn,
+    _labels,
+    _Transform,
+    _transform,
+    _warp,
+    augment,
+)
 from ipfm.engine.random_streams import Stream
 
 SIZE = 32
@@ -187,7 +198,8 @@ def maps_of(label: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     stretches = [(w, r), (-w, r)] if label[ACROSS] else [(label[ALONG], 0.0)]
     maps = []
     for w, r in stretches:
-        axes = np.array([[np.cos(r), -np.sin(r)], [np.sin(r), np.cos(r)]])
+        # (cos r, -sin r) and what is across it, rows downwards: r is anticlockwise to the eye.
+        axes = np.array([[np.cos(r), np.sin(r)], [-np.sin(r), np.cos(r)]])
         stretch = axes @ np.diag([2 ** (0.2 * w), 2 ** (-0.2 * w)]) @ axes.T
         maps.append((stretch @ rotation @ scaling @ flip, SIZE * 0.125 * label[[RIGHT, DOWN]]))
     return maps
@@ -260,6 +272,36 @@ def test_reflection_reaches_one_image_out_and_zeros_lie_beyond():
     torch.testing.assert_close(moved[:, : edge - 6], torch.zeros(SIZE, edge - 6))
     # So far away that the grid has left everything.
     assert not warp(torch.ones(1, 1, SIZE, SIZE), shift=(300, -300)).any()
+
+
+@pytest.fixture(scope="module")
+def official() -> dict[str, np.ndarray]:
+    """What EDM's own pipe made of twenty images: each effect alone, in pairs, all together."""
+    with np.load(Path(__file__).parents[2] / "fixtures" / "augment.npz") as file:
+        return dict(file)
+
+
+def apart(official: dict[str, np.ndarray], *, mirrored_stretch: bool = False) -> np.ndarray:
+    """Root mean square between the official images and ours with the same numbers drawn, an image each."""
+    transform = _transform(_Drawn(*torch.from_numpy(official["parameters"]).T), mirrored_stretch=mirrored_stretch)
+    difference = _warp(torch.from_numpy(official["images"]), transform).double().numpy() - official["augmented"]
+    return np.sqrt(np.square(difference).mean((1, 2, 3)))
+
+
+def test_each_effect_and_all_together_agree_with_the_official_pipe(official):
+    rms = apart(official)
+    assert len(rms) == 20 and {*official["kinds"]} >= {"xflip", "yflip", "scale", "turn", "stretch", "shift", "all"}
+    assert (rms <= 0.015).all(), rms
+    exact = np.isin(official["kinds"], ("none", "xflip", "yflip", "shift"))
+    assert (rms[exact] < 1e-5).all(), rms
+    # Stretched along the mirrored axis, as version 0.1 did, whose runs go on so.
+    tilted = abs(official["labels"][:, ACROSS]) > 0.1
+    assert tilted.sum() == 8 and (apart(official, mirrored_stretch=True)[tilted] > 0.015).all()
+
+
+def test_labels_are_those_of_the_official_pipe(official):
+    labels = _labels(_Drawn(*torch.from_numpy(official["parameters"]).T))
+    torch.testing.assert_close(labels, torch.from_numpy(official["labels"]), atol=3e-7, rtol=0)
 
 
 # -- samples on their own ----------------------------------------------------------------------------------------------

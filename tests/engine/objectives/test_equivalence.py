@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clipped": {"clip_grad": 0.05},
     # Masks are drawn for a micro-batch as a whole: on one process, at once, they are the plain loop's.
     "dropout": {"dropout": 0.3, "steps": 2},
+    "droplast": {"dropout": 0.3, "steps": 3, "gradient": "last"},
 }
 # What is compared beside the grid: stage, backward, accumulation and further settings.
 MORE: tuple[tuple[str, int, str, int, dict[str, Any]], ...] = (
@@ -43,9 +44,12 @@ MORE: tuple[tuple[str, int, str, int, dict[str, Any]], ...] = (
     ("k1", 0, "phased", 1, {"teacher_storage": "sharded"}),
 )
 DROPOUT = tuple(
-    ("dropout", stage, backward, 1, {"activation_checkpointing": again})
-    for stage, backward, again in ((0, "joint", "off"), (0, "phased", "off"), (3, "phased", "on"))
-)
+    (setting, stage, backward, 1, {"activation_checkpointing": again})
+    for setting, stage, backward, again in (
+        ("dropout", 0, "joint", "off"), ("dropout", 0, "phased", "off"), ("dropout", 3, "phased", "on"),
+        ("droplast", 0, "joint", "off"), ("droplast", 0, "phased", "off"),
+    )
+)  # fmt: skip
 HALF = (("bf16", 1), ("bf16", 3), ("fp16", 1))
 
 

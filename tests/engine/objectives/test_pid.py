@@ -67,9 +67,15 @@ def plain_loop(teacher: Precond, config: PidConfig, steps: int) -> tuple[list[fl
 
         x, following = point(t), point(s)
         slope = (x - following) / (t - s).view(-1, 1, 1, 1)
+        t_here = t
         if config.difference == "central":
             x, t = (x + following) / 2, (t + s) / 2
-        target = teacher(x.detach().float(), t.float(), labels)
+        # Dropout acts in what is trained: the teacher is asked about the trajectory of the network without it.
+        G.eval()
+        with torch.no_grad():
+            asked = point(t) if config.difference == "first" else (point(t_here) + point(s)) / 2
+        G.train()
+        target = teacher(asked.float(), t.float(), labels)
         loss = (x - t.view(-1, 1, 1, 1) * slope - target).square().sum((1, 2, 3)).mean()
         radam.zero_grad()
         loss.backward()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import random_values
 import torch
 
 from ipfm.engine import DistillConfig, Distiller, Evaluation, PidConfig, TeacherConfig, TeacherTraining
@@ -25,7 +26,7 @@ from ipfm.engine.evaluation.metrics import PixelFeatures, dataset_statistics
 from ipfm.engine.evaluation.results import EvaluationHistory
 from ipfm.engine.runtime.files import StepLog
 from ipfm.engine.sampling.stored_model import sample_model
-from ipfm.models import load_model, load_teacher
+from ipfm.models import NetworkConfig, build_network, load_model, load_teacher
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "version-0.1.0"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text(encoding="utf-8"))
@@ -123,6 +124,59 @@ def test_a_distillation_is_resumed_to_the_same_end(
     distances = [tuple(point) for point in EXPECTED["distances"][run]]
     assert EvaluationHistory(folder / run).points == [(s, pytest.approx(d, rel=1e-4)) for s, d in distances]
     np.testing.assert_allclose(drawn(folder / run / "generator"), images[f"{run}-8"], atol=1e-4)
+
+
+def weights(run: Distiller | TeacherTraining) -> dict[str, torch.Tensor]:
+    """All that is trained, by network, kind and name."""
+    return {
+        f"{which}/{kind}/{name}": tensor.detach().clone()
+        for which, network in run.networks.items()
+        for kind in network.state_kinds
+        for name, tensor in network.full(kind)
+    }
+
+
+def without_rules(run: Path) -> None:
+    """The folder as a version left it that had no rules to name."""
+    record = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    del record["config"]["rules"]
+    (run / "config.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["ipfm", "pid", "teacher"])
+def test_dropout_augmentation_and_ema_go_on_as_they_began(kind: str, tmp_path: Path) -> None:
+    """A run that was left half-way before the rules changed ends as by the first ones; a new one goes by the second."""
+    network = NetworkConfig(
+        img_resolution=8, img_channels=1, model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=(),
+        augment_dim=9, D=16.0,
+    )  # fmt: skip
+    teacher = build_network(network).eval().requires_grad_(False)
+    random_values.randomise(teacher)
+    common = {**COMMON, "batch": 4, "checkpoint_every": 1, "eval_every": 0, "dropout": 0.3, "max_steps": 3, "lr": 1e-2}
+
+    def trained(rules: int, *folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+        settings: dict[str, Any] = {**common, "rules": rules, **changes}
+        run: Distiller | TeacherTraining
+        if kind == "teacher":
+            run = TeacherTraining(TeacherConfig(augment=0.9, **settings), network, digits(), world=ALONE)
+        else:
+            config = DistillConfig(augment=0.9, **settings) if kind == "ipfm" else PidConfig(points=5, **settings)
+            run = Distiller(config, teacher, world=ALONE)
+        for path in folder:
+            run.run(path)
+        for step in range(0 if folder else settings["max_steps"]):
+            run.iteration(step)
+        return weights(run)
+
+    before, now = trained(1), trained(2)
+    trained(1, tmp_path, max_steps=1)
+    without_rules(tmp_path)
+    resumed = trained(2, tmp_path)
+    assert all(torch.equal(resumed[name], before[name]) for name in before)
+    assert any(not torch.equal(now[name], before[name]) for name in before)
+    for file in (tmp_path / "config.json", next(tmp_path.glob("[gm]*/config.json"))):
+        said = json.loads(file.read_text(encoding="utf-8"))
+        assert said.get("extra", said)["config"]["rules"] == 1
 
 
 def test_a_teacher_is_resumed(folder: Path, evaluation: Evaluation) -> None:

@@ -120,6 +120,7 @@ CHANGED = {
     "ema_rampup": 0.1,
     "precision": "fp32",
     "seed": 4,
+    "rules": 1,
     "D": 64.0,
     "alpha": 1.2,
     "sigmas": (2.5, 1.0),
@@ -178,6 +179,40 @@ def test_a_setting_that_may_change(tmp_path, name):
     assert other != CONFIG
     start(tmp_path, other)
     assert json.loads((tmp_path / "config.json").read_text())["config"] == other.to_json()
+
+
+def rules_of(path: Path, **changes: object) -> object:
+    """Those by which a run of these settings would go on in the folder."""
+    return check_run_folder(path, "distill", replace(CONFIG, **changes), FACTS)["config"]["rules"]
+
+
+def test_a_run_goes_on_by_the_rules_that_it_began_with(tmp_path):
+    start(tmp_path / "new")
+    start(tmp_path / "first", replace(CONFIG, rules=1))
+    assert [rules_of(tmp_path / name) for name in ("none", "new", "first")] == [2, 2, 1]
+    assert "(rules is 2 there, 1 here)" in refused(tmp_path / "new", replace(CONFIG, rules=1))
+
+
+def test_a_run_older_than_the_rules_goes_on_by_the_first_ones(tmp_path):
+    start(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["config"]["rules"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    # Nothing was done by them yet: it starts anew.
+    assert rules_of(tmp_path) == 2
+    (tmp_path / "checkpoints" / "step-0000004").mkdir(parents=True)
+    assert rules_of(tmp_path) == rules_of(tmp_path, rules=1) == 1
+    start(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["config"] == CONFIG.to_json() | {"rules": 1}
+
+
+def test_rules_of_a_later_version_are_refused(tmp_path):
+    start(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    for other in (3, "two", None):
+        record["config"]["rules"] = other
+        (tmp_path / "config.json").write_text(json.dumps(record))
+        assert f"(rules is {json.dumps(other).strip(chr(34))} there, 2 here)" in refused(tmp_path)
 
 
 def test_where_the_state_lives_may_change(tmp_path):
