@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ipfm.models.atomic_files import atomic_folder, previous_of, write_durably
+from ipfm.models.checkpoints.recognise import cut_short, missing, what_folder, what_pointer
 from ipfm.models.config import NetworkConfig, PrecondType
 from ipfm.models.facts import GeneratorFacts, TeacherFacts, read_facts
 from ipfm.models.precond import Precond, build_network
@@ -161,14 +162,15 @@ def _existing(folder: Path) -> Path:
     """`folder`, or what a writer that was stopped between its two renames left in its stead."""
     if not folder.exists() and previous_of(folder).is_dir():
         return previous_of(folder)
-    readable = f"a folder with {CONFIG_FILE} and {TENSOR_FILE}"
+    readable = f"what can be read: a folder with {CONFIG_FILE} and {TENSOR_FILE}"
     if not folder.exists():
-        raise ValueError(f"{folder} does not exist; what can be read: {readable}")
+        raise ValueError(f"{missing(folder)}; {readable}")
     if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; what can be read: {readable}")
+        raise ValueError(f"{folder} is a file; {readable}")
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}; what can be read: {readable}")
+            what = what_folder(folder)
+            raise ValueError(f"{folder} is no model: {what}" if what else f"{folder} has no {name}; {readable}")
     return folder
 
 
@@ -214,8 +216,11 @@ def _read_config(folder: Path) -> StoredConfig:
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {_one_line(error)}") from None
+        what = None if isinstance(error, OSError) else what_pointer(path.read_bytes())
+        raise ValueError(f"{path} cannot be read as JSON: {what or _one_line(error)}") from None
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        if what := what_folder(folder):
+            raise ValueError(f"{folder} is no model: {what}")
         raise ValueError(f'{path} does not describe a stored network (no "format": "{_FORMAT}")')
     if data.get("version") != _VERSION:
         raise ValueError(f"{path} is of version {data.get('version')!r}; what can be read: version {_VERSION}")
@@ -248,7 +253,12 @@ def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {_one_line(error)}") from None
     if hashlib.sha256(payload).hexdigest() != sha256:
-        raise ValueError(f"{path} is damaged or belongs to another network: its SHA-256 is not that of {CONFIG_FILE}")
+        sum_differs = f"its SHA-256 is not that of {CONFIG_FILE}"
+        if what := what_pointer(payload):
+            raise ValueError(f"{path} holds no weights: {what} ({sum_differs})")
+        if cut_short(payload):
+            raise ValueError(f"{path} is cut short, as after a copy that was interrupted ({sum_differs})")
+        raise ValueError(f"{path} is damaged or belongs to another network: {sum_differs}")
     try:
         return safetensors.torch.load(payload)
     except (SafetensorError, ValueError, KeyError) as error:

@@ -208,7 +208,7 @@ def read_network(model: str) -> NetworkConfig:
     from ipfm.models import presets, read_config
     from ipfm.models.checkpoints.reader import open_checkpoint
 
-    path = Path(model)
+    path = Path(model).expanduser()
     if path.is_file():
         return open_checkpoint(path).read().config
     return read_config(path).network if path.is_dir() else presets.get(model)

@@ -272,7 +272,7 @@ class Ablation(Recipe[AblationOptions]):
             label, equals, path = text.partition("=")
             if not equals or not path or label not in chosen or label in given:
                 raise ValueError(f"teachers takes one VARIANT=PATH for each of {_listed(chosen)}, got {text}")
-            given[label] = Path(path)
+            given[label] = Path(path).expanduser()
         kinds = {(variant.D, variant.arch) for label, variant in chosen.items() if label not in given}
         if options.teacher is not None:
             if len(kinds) > 1:

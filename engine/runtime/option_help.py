@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import textwrap
 import types
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, TextIO, Union, get_args, get_origin
 
 from tyro.conf import arg
@@ -38,7 +40,10 @@ def registry(*, none: bool = True) -> ConstructorRegistry:
 
     @rules.primitive_rule
     def value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        """A value that cannot be read is refused in other words; tuple[X, ...] is shown as "X ..."."""
+        """A value that cannot be read is refused in other words, a path read as `local_path` says.
+
+        tuple[X, ...] is shown as "X ...".
+        """
         if info.type in asking:
             return None
         asking.append(info.type)
@@ -53,7 +58,7 @@ def registry(*, none: bool = True) -> ConstructorRegistry:
                     spec = replace(spec, metavar=f"{one.metavar} ...")
         finally:
             asking.pop()
-        return replace(spec, instance_from_str=partial(_read, spec.instance_from_str, info.type))
+        return replace(spec, instance_from_str=partial(_read, _of_paths(spec.instance_from_str, info.type), info.type))
 
     @rules.struct_rule
     def fields(info: StructTypeInfo) -> StructConstructorSpec | None:
@@ -74,6 +79,33 @@ def registry(*, none: bool = True) -> ConstructorRegistry:
 
 class Unreadable(ValueError):
     """A value that is none of its option; the message is a line without the option's name."""
+
+
+def local_path(text: str) -> Path:
+    """The path that a user typed, its `~` replaced by the home folder, as a shell leaves it in `--out=~/runs`.
+
+    Args:
+        text: as typed.
+
+    Raises:
+        Unreadable: nothing, as an unset variable leaves, a URL, or the home folder of nobody.
+    """
+    if not text.strip():
+        raise Unreadable("must name a path, got an empty text: is a variable not set?")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise Unreadable(f"must be a path on this machine, got {text}: download it first")
+    if "\0" in text:
+        raise Unreadable(f"must be a path, got {text!r}")
+    # Not Path's own, to which ./~ is the home folder too.
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise Unreadable(f"begins with the home folder of a user who is not known here: {text}")
+    return Path(expanded)
+
+
+def _of_paths(read: Callable[[list[str]], Any], kind: Any) -> Callable[[list[str]], Any]:
+    """`read`, or for a path `local_path`."""
+    return (lambda words: local_path(words[0])) if kind is Path else read
 
 
 def _read(read: Callable[[list[str]], Any], kind: Any, words: list[str]) -> Any:

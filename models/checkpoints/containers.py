@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from ipfm.models.checkpoints.pickle_values import Limits, Table, shown
+from ipfm.models.checkpoints.recognise import missing, what_file, what_zip
 from ipfm.models.checkpoints.stored_tensors import LEGACY_START, STORAGES, Storage, read_legacy, storage_of
 from ipfm.models.checkpoints.unpickler import read_pickle
 
 ContainerKind = Literal["pickle", "torch.save zip", "older torch.save"]
 _MAX_DIRECTORY = 4 << 20  # bytes of a zip's table of contents; a published training state has a tenth of this
+# The record at the end of every zip, which a comment of at most 64 KiB may follow.
+_END_OF_ZIP, _MAX_END = b"PK\x05\x06", 22 + (1 << 16)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -34,10 +37,10 @@ def map_file(path: Path) -> memoryview:
     """
     try:
         if not path.is_file():
-            raise ValueError(f"{shown_path(path)} {'is no ordinary file' if path.exists() else 'does not exist'}")
+            raise ValueError(f"{shown_path(path)} is no ordinary file" if path.exists() else missing(path))
         with path.open("rb") as file:
             if not path.stat().st_size:
-                raise ValueError(f"{shown_path(path)} is empty")
+                raise ValueError(f"{shown_path(path)} is empty, as a download is that has failed")
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise ValueError(f"{shown_path(path)} cannot be read: {shown(error.strerror, 200)}") from None
@@ -49,7 +52,9 @@ def shown_path(path: Path) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def read_container(data: memoryview, table: Table, *, where: str, limits: Limits) -> Container:
+def read_container(
+    data: memoryview, table: Table, *, where: str, limits: Limits, path: Path | None = None
+) -> Container:
     """The object in `data`, its storages left where they are.
 
     Args:
@@ -57,6 +62,7 @@ def read_container(data: memoryview, table: Table, *, where: str, limits: Limits
         table: the globals that are admitted, besides torch's storage classes.
         where: the file, for messages.
         limits: what its pickle may cost.
+        path: the file, for what lies beside it.
 
     Raises:
         ValueError: one line that names the file, for anything but a checkpoint whose every global is admitted.
@@ -69,14 +75,16 @@ def read_container(data: memoryview, table: Table, *, where: str, limits: Limits
         return Container("older torch.save", read_legacy(data, table, where=where, limits=limits))
     if start.startswith(b"\x80"):
         return Container("pickle", read_pickle(data, table, where=where, limits=limits))
-    raise ValueError(f"{where}: neither a pickle nor a torch.save file: it begins with {shown(start[:8])}")
+    what = what_file(data, path) or f"it begins with {shown(start[:8])}"
+    raise ValueError(f"{where}: neither a pickle nor a torch.save file: {what}")
 
 
 def _read_zip(data: memoryview, table: Table, where: str, limits: Limits) -> object:
     members = _members(data, where)
     pickles = [name for name in members if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise ValueError(f"{where}: no torch.save file: a zip with {len(pickles) or 'no'} members */data.pkl")
+        what = f": {what_zip(list(members))}" if not pickles else ""
+        raise ValueError(f"{where}: no torch.save file: a zip with {len(pickles) or 'no'} members */data.pkl{what}")
     root = pickles[0].removesuffix("data.pkl")
 
     def content(name: str) -> memoryview:
@@ -105,7 +113,10 @@ def _members(data: memoryview, where: str) -> dict[str, zipfile.ZipInfo]:
             infos = archive.infolist()
     # The directory is not ours to trust, and zipfile answers damage with more kinds of exceptions than it names.
     except Exception as error:
-        raise ValueError(f"{where}: a damaged or truncated zip: {shown(str(error), 100)}") from None
+        why = shown(str(error), 100)
+        if isinstance(error, zipfile.BadZipFile) and _END_OF_ZIP not in bytes(data[-_MAX_END:]):
+            why = "its end is missing, as after a download or a copy that was interrupted: fetch it again"
+        raise ValueError(f"{where}: a damaged or truncated zip: {why}") from None
     members: dict[str, zipfile.ZipInfo] = {}
     for info in infos:
         name = info.filename
@@ -121,7 +132,9 @@ def _content(data: memoryview, info: zipfile.ZipInfo, where: str) -> memoryview:
     """The bytes of a member that is stored as it is."""
     name = shown(info.filename)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
-        raise ValueError(f"{where}: member {name} is compressed or encrypted, which torch.save never does")
+        raise ValueError(
+            f"{where}: member {name} is compressed or encrypted, which torch.save never does: was it packed again?"
+        )
     header = bytes(data[info.header_offset : info.header_offset + _LOCAL_HEADER.size])
     if info.header_offset < 0 or len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
         raise ValueError(f"{where}: member {name} is not where the zip says")

@@ -56,6 +56,13 @@ _UNETS: dict[str, dict[str, object]] = {
         "label_dropout": 0.0,
     },
 }
+# Classes that are met in files of the same form.
+_FOREIGN = {
+    "Precond": "EDM2's network",
+    "Generator": "a GAN's generator",
+    "Discriminator": "a GAN's discriminator",
+    "DistributedDataParallel": "a wrapper around a network, which must be saved without it",
+}
 _ENTRY = re.compile(r"model\.(enc|dec)\.(\d{1,5})x(\d{1,5})_([a-z0-9_]{1,20})\.(.+)")
 _TAPS = {2: (1, 1), 4: (1, 3, 3, 1)}
 _MAX_VALUES = 64
@@ -74,7 +81,8 @@ def network_config(record: Record, shapes: Shapes, *, D: float) -> NetworkConfig
     """
     name = record.class_name
     if name not in _OPTIONS:
-        raise ValueError(f"the class {shown(name)} cannot be read; possible: {', '.join(PRECONDITIONERS)}")
+        foreign = f", {_FOREIGN[name]}," if name in _FOREIGN else ""
+        raise ValueError(f"the class {shown(name)}{foreign} cannot be read; possible: {', '.join(PRECONDITIONERS)}")
     seen = from_shapes(shapes)
     given = _arguments(record)
     inner = record.mapping("_modules").get("model")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from types import FunctionType
 
 from ipfm.models.checkpoints.pickle_values import Inert, Limits, Table, check_key, shown
+from ipfm.models.checkpoints.recognise import what_global
 
 
 class PickleMachine:
@@ -76,7 +77,8 @@ class PickleMachine:
             raise ValueError("the name of a global is damaged")
         found = self._table.get((module, name), _MISSING)
         if found is _MISSING:
-            raise ValueError(f"the file asks for {shown(f'{module}.{name}')}, which is not admitted")
+            asked = shown(f"{module}.{name}")
+            raise ValueError(f"the file asks for {asked}, which is not admitted{what_global(module, name)}")
         self._stack.append(found)
 
     def _remember(self, index: int) -> None:

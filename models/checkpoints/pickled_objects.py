@@ -32,7 +32,7 @@ class Record(Inert):
             ValueError: it is something else.
         """
         found = self.state.get(name)
-        if type(found) is not dict or not all(type(key) is str for key in found):
+        if not isinstance(found, dict) or not all(type(key) is str for key in found):
             raise ValueError(f"an object of class {shown(self.class_name)} has no usable {name}")
         return found
 
@@ -47,9 +47,18 @@ class _ModuleDict(Record):
         super().__init__("ModuleDict", {})
 
     def set_state(self, state: object) -> None:
-        if type(state) is not dict or self.state:
+        if not isinstance(state, dict) or self.state:
             raise ValueError("the state of a ModuleDict is damaged")
         self.state = state
+
+
+class OrderedDict(Inert, dict[str, object]):
+    """The dictionary of a state dict; torch sets its attribute _metadata, the versions of the layers."""
+
+    def set_state(self, state: object) -> None:
+        """See `Inert.set_state`."""
+        if type(state) is not dict or set(state) != {"_metadata"}:
+            raise ValueError(f"an OrderedDict has the state {shown(state)} instead of _metadata")
 
 
 class _EasyDict(Inert, dict[object, object]):
@@ -80,7 +89,7 @@ def _reconstruct_persistent_obj(meta: object) -> Record:
             "what can be read: type class, version 6"
         )
     name, state = meta["class_name"], meta["state"]
-    if type(name) is not str or type(state) is not dict or not all(type(key) is str for key in state):
+    if type(name) is not str or not isinstance(state, dict) or not all(type(key) is str for key in state):
         raise ValueError("the record of an object is damaged")
     return Record(name, state)
 
@@ -113,8 +122,14 @@ def _load_from_bytes(data: object) -> Blob:
     return Blob(data)
 
 
-def _ordered_dict() -> dict[str, object]:
-    return {}
+def ordered_dict(items: object = None) -> OrderedDict:
+    """Python 3 makes it empty and sets items, Python 2 hands over pairs."""
+    result = OrderedDict()
+    for item in items if isinstance(items, list) else []:
+        if not isinstance(item, (list, tuple)) or len(item) != 2 or type(item[0]) is not str or item[0] in result:
+            raise ValueError("the items of an OrderedDict are damaged")
+        result[item[0]] = item[1]
+    return result
 
 
 def _set(items: object) -> set[str]:
@@ -156,7 +171,7 @@ GLOBALS: Table = {
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter_with_state,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
     ("torch.storage", "_load_from_bytes"): _load_from_bytes,
-    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "OrderedDict"): ordered_dict,
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy", "dtype"): _dtype,

@@ -24,6 +24,7 @@ from ipfm.models.config import NetworkConfig
 
 DSource = Literal["file", "caller", "assumed"]
 CAN_BE_READ = "a checkpoint of EDM, PFGM++ or SiD (.pkl, .pt)"
+_READABLE = f"what can be read: {CAN_BE_READ}"
 _FIRST_CHOICES = ("ema", "G_ema")
 _LAST_CHOICES = ("net", "G", "generator")
 _DISTILLATION_EMA = re.compile(r"ema_(\d)_(\d{1,9})")
@@ -154,16 +155,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ValueError: anything else; one line that names it and what was found.
     """
-    return parse_checkpoint(map_file(path), where=shown_path(path))
+    return parse_checkpoint(map_file(path), where=shown_path(path), path=path)
 
 
-def parse_checkpoint(data: bytes | memoryview, *, where: str, limits: Limits = DEFAULT_LIMITS) -> Checkpoint:
-    """The checkpoint in `data`, the content of a whole file; as `open_checkpoint`."""
+def parse_checkpoint(
+    data: bytes | memoryview, *, where: str, limits: Limits = DEFAULT_LIMITS, path: Path | None = None
+) -> Checkpoint:
+    """The checkpoint in `data`, the content of the whole file at `path`; as `open_checkpoint`."""
     view = memoryview(data)
-    container = read_container(view, GLOBALS, where=where, limits=limits)
+    container = read_container(view, GLOBALS, where=where, limits=limits, path=path)
     root = container.root
-    if type(root) is not dict or not all(type(key) is str for key in root):
-        raise ValueError(f"{where} holds {_kind(root)} instead of named networks; what can be read: {CAN_BE_READ}")
+    if not isinstance(root, dict) or not all(type(key) is str for key in root):
+        raise ValueError(f"{where} holds {_kind(root)} instead of named networks; {_READABLE}")
     # Names that are no identifiers are none of a training program's, and unfit to be printed.
     networks = {
         name: item
@@ -172,7 +175,7 @@ def parse_checkpoint(data: bytes | memoryview, *, where: str, limits: Limits = D
     }
     if not networks:
         found = ", ".join(shown(key, 30) for key in list(root)[:8]) or "nothing"
-        raise ValueError(f"{where} holds no network, only {found}; what can be read: {CAN_BE_READ}")
+        raise ValueError(f"{where} holds {_state_dict(root) or f'no network, only {found}'}; {_READABLE}")
     return Checkpoint(where, container.kind, _origin(container.kind, root), networks, root, len(view))
 
 
@@ -229,6 +232,17 @@ def _origin(container: ContainerKind, root: Mapping[str, object]) -> str:
     if "ema" in root:
         return "network snapshot of EDM or SiD"
     return "checkpoint of an unknown program"
+
+
+def _state_dict(root: Mapping[str, object]) -> str | None:
+    """Says so where a file holds the weights of a network and not the network."""
+    for name, entry in (("", root), *root.items()):
+        if isinstance(entry, dict) and entry and all(isinstance(value, StoredTensor) for value in entry.values()):
+            place = f" under {shown(name)}" if name else ""
+            return (
+                f"weights alone{place} (a state dict: {shown(next(iter(entry)))} …) and not the network that they fit"
+            )
+    return None
 
 
 def _kind(root: object) -> str:

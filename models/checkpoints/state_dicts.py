@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ipfm.models.checkpoints.containers import map_file, read_container, shown_path
 from ipfm.models.checkpoints.pickle_values import DEFAULT_LIMITS, Inert, Table, shown
-from ipfm.models.checkpoints.pickled_objects import GLOBALS
+from ipfm.models.checkpoints.pickled_objects import GLOBALS, ordered_dict
 from ipfm.models.checkpoints.stored_tensors import StoredTensor, finite_float32, stored_tensor
 
 
@@ -52,7 +52,7 @@ def open_state_dict(path: Path) -> StateDict:
     # A safetensors file: eight bytes of length, then JSON.
     if bytes(data[8:9]) == b"{":
         return _open_safetensors(path, where)
-    root = read_container(data, _GLOBALS, where=where, limits=DEFAULT_LIMITS).root
+    root = read_container(data, _GLOBALS, where=where, limits=DEFAULT_LIMITS, path=path).root
     if not isinstance(root, dict):
         raise ValueError(f"{where} holds {shown(root)} instead of named tensors")
     tensors: dict[str, StoredTensor] = {}
@@ -74,14 +74,6 @@ def _open_safetensors(path: Path, where: str) -> StateDict:
     return StateDict(where, shapes, file.get_tensor)
 
 
-class _OrderedDict(Inert, dict[str, object]):
-    """The dictionary of a state dict; torch sets its attribute _metadata, the versions of the layers."""
-
-    def set_state(self, state: object) -> None:
-        if type(state) is not dict or set(state) != {"_metadata"}:
-            raise ValueError(f"an OrderedDict has the state {shown(state)} instead of _metadata")
-
-
 class _Parameter(Inert):
     """A parameter as torch before 0.4 wrote it; its state is requires_grad, volatile and hooks."""
 
@@ -91,16 +83,6 @@ class _Parameter(Inert):
     def set_state(self, state: object) -> None:
         if type(state) is not tuple or len(state) != 3:
             raise ValueError("the state of a parameter is damaged")
-
-
-def _ordered_dict(items: object = None) -> _OrderedDict:
-    """Python 3 makes it empty and sets items, Python 2 hands over pairs."""
-    result = _OrderedDict()
-    for item in items if isinstance(items, list) else []:
-        if not isinstance(item, (list, tuple)) or len(item) != 2 or type(item[0]) is not str or item[0] in result:
-            raise ValueError("the items of an OrderedDict are damaged")
-        result[item[0]] = item[1]
-    return result
 
 
 def _parameter(data: object) -> _Parameter:
@@ -116,7 +98,7 @@ def _rebuild_tensor(storage: object, offset: object, shape: object, stride: obje
 _SHARED = (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"))
 _GLOBALS: Table = {
     **{name: GLOBALS[name] for name in _SHARED},
-    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "OrderedDict"): ordered_dict,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch.nn.parameter", "Parameter"): _parameter,
 }

@@ -118,11 +118,15 @@ def training_state_of(checkpoint: Checkpoint, place: Path, *, D: float | None = 
 
 def _optimizer(checkpoint: Checkpoint, net: ImportedNetwork) -> dict[str, object]:
     state = checkpoint.entries["optimizer_state"]
-    if type(state) is not dict or type(state.get("state")) is not dict or type(state.get("param_groups")) is not list:
+    if (
+        not isinstance(state, dict)
+        or not isinstance(state.get("state"), dict)
+        or type(state.get("param_groups")) is not list
+    ):
         raise ValueError("optimizer_state is not that of Adam")
     groups, moments = state["param_groups"], state["state"]
     count = len(net.parameters)
-    if len(groups) != 1 or type(groups[0]) is not dict:
+    if len(groups) != 1 or not isinstance(groups[0], dict):
         raise ValueError(f"optimizer_state has {len(groups)} groups of parameters instead of one")
     group = groups[0]
     if group.get("params") != list(range(count)):
@@ -153,7 +157,7 @@ def _moments(stored: Mapping[object, object], net: ImportedNetwork, size: int) -
     steps: set[int] = set()
     for index, name in enumerate(names):
         entry = stored[index]
-        if type(entry) is not dict:
+        if not isinstance(entry, dict):
             raise ValueError(f"the moments of {name} are {shown(entry)}")
         for kind in _MOMENTS:
             moment = entry.get(kind)

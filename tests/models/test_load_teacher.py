@@ -96,7 +96,7 @@ def test_a_recorded_checkpoint_equals_its_folder(name):
 def test_what_is_no_network(stored, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere does not exist; what can be read"):
         load_teacher(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"has no config.json; what can be read"):
+    with pytest.raises(ValueError, match=r"is no model: it holds the model folder 'net': give that"):
         load_teacher(tmp_path)
     (tmp_path / "teacher.pkl").write_bytes(b"\x80\x04N.")
     with pytest.raises(
@@ -106,5 +106,5 @@ def test_what_is_no_network(stored, tmp_path):
     (stored / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"net has no model.safetensors"):
         load_teacher(stored)
-    with pytest.raises(ValueError, match=r"config.json: neither a pickle nor a torch.save file: it begins with"):
+    with pytest.raises(ValueError, match=r"config.json: neither a pickle nor a torch.save file: it is a JSON text"):
         load_teacher(stored / "config.json")

@@ -118,7 +118,7 @@ def test_what_is_no_stored_network(stored, tmp_path):
             read(other)
         with pytest.raises(ValueError, match=rf"nowhere does not exist; {readable}"):
             read(tmp_path / "nowhere")
-        with pytest.raises(ValueError, match=rf"has no config.json; {readable}"):
+        with pytest.raises(ValueError, match=r"is no model: it holds the model folder 'net': give that"):
             read(tmp_path)
     (stored / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"net has no model.safetensors"):
