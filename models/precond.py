@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ipfm.models.attention import AttentionBackend
 from ipfm.models.config import NetworkConfig, PrecondType
 from ipfm.models.dhariwal_unet import DhariwalUNet
+from ipfm.models.facts import GeneratorFacts, TeacherFacts
 from ipfm.models.layers import Float32Buffers
 from ipfm.models.schedules import iddpm_levels
 from ipfm.models.song_unet import SongUNet
@@ -26,6 +27,9 @@ class Precond(nn.Module, ABC):
 
     `build_network` chooses the class by the configuration. The attributes img_channels, img_resolution, label_dim,
     sigma_min, sigma_max and D repeat those of `config`. The inner U-Net is `model`.
+
+    `facts` is what the file that the network was read from says of it: what it is for, a generator's noise levels, its
+    training. None for any other network. Samplers go by it.
 
     `compute_dtype` is the dtype of the convolutional path and may be set at any time; None is float64 for a float64
     network, float16 with use_fp16 on CUDA, else float32. The scalings, the mapping network and the result are
@@ -59,6 +63,7 @@ class Precond(nn.Module, ABC):
         self.sigma_min = config.sigma_min
         self.sigma_max = config.sigma_max
         self.D = config.D
+        self.facts: TeacherFacts | GeneratorFacts | None = None
         self._compute_dtype: torch.dtype | None = None
         self.model = _build_unet(config)
 

@@ -151,6 +151,7 @@ def load_stored(stored: StoredConfig, *, device: torch.device | str = "cpu") -> 
     net.to(stored.dtype)
     _check_fit(tensors, net.state_dict(), str(path))
     net.to_empty(device=device)
+    net.facts = stored.facts
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:

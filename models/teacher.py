@@ -6,19 +6,29 @@ from pathlib import Path
 import torch
 
 from ipfm.models.checkpoints.reader import Checkpoint, ImportedNetwork, check_D, open_checkpoint
+from ipfm.models.checkpoints.recognise import models_in
+from ipfm.models.facts import GeneratorFacts, TeacherFacts
 from ipfm.models.precond import Precond, build_network
 from ipfm.models.store import StoredConfig, load_stored, read_config
+
+_NO_TEACHER = "which knows its own few noise levels alone, and no teacher, a denoiser at all levels"
 
 
 def load_teacher(path: str | os.PathLike[str], *, D: float | None = None, network: str | None = None) -> Precond:
     """The teacher at `path`, frozen and in eval mode, on the CPU; `.config` describes it.
 
-    Args and errors as of `load_network`.
+    Args as of `load_network`.
+
+    Raises:
+        ValueError: as of `load_network`; or it says of itself that it is a generator, which knows its own few noise
+            levels alone and cannot be distilled from.
     """
-    return load_network(path, D=D, network=network)
+    return load_network(path, D=D, network=network, teacher=True)
 
 
-def load_network(path: str | os.PathLike[str], *, D: float | None = None, network: str | None = None) -> Precond:
+def load_network(
+    path: str | os.PathLike[str], *, D: float | None = None, network: str | None = None, teacher: bool = False
+) -> Precond:
     """The network at `path`, a teacher or a generator, frozen and in eval mode, on the CPU; `.config` describes it.
 
     Args:
@@ -28,16 +38,22 @@ def load_network(path: str | os.PathLike[str], *, D: float | None = None, networ
             and inf for a checkpoint that says nothing.
         network: which of a checkpoint's networks. None takes the average of the weights where there is one
             (`Checkpoint.choose`).
+        teacher: it is to be a teacher.
 
     Raises:
-        ValueError: one line that names the file, where `path` is anything else, is damaged, has no such network, or was
-            trained for another D.
+        ValueError: one line that names the file, where `path` is anything else, is damaged, has no such network, was
+            trained for another D, or is a generator where a teacher is wanted.
     """
     place = Path(path)
     check_D(D)
     if place.is_file():
-        return load_from_checkpoint(open_checkpoint(place), D=D, network=network)
+        checkpoint = open_checkpoint(place)
+        if teacher and checkpoint.is_generator(name := checkpoint.choose(network)):
+            raise ValueError(f"{checkpoint.where}: {name} is a generator ({checkpoint.origin}), {_NO_TEACHER}")
+        return load_from_checkpoint(checkpoint, D=D, network=network)
     stored = read_config(place)
+    if teacher and isinstance(stored.facts, GeneratorFacts):
+        raise ValueError(f"{stored.folder} is a generator, {_NO_TEACHER}{_teacher_beside(stored.folder)}")
     if network is not None:
         raise ValueError(f"{place} holds one network, from which none can be chosen, but {network!r} was asked for")
     return load_from_folder(stored, D=D)
@@ -54,7 +70,30 @@ def load_from_checkpoint(checkpoint: Checkpoint, *, D: float | None = None, netw
     Raises:
         ValueError: one line that names the file.
     """
-    return build(checkpoint.read(network, D=D)).requires_grad_(False)
+    imported = checkpoint.read(network, D=D)
+    net = build(imported).requires_grad_(False)
+    if not checkpoint.is_generator(imported.key):
+        net.facts = TeacherFacts(source={"file": Path(checkpoint.where).name, "D": imported.D_source})
+    return net
+
+
+def check_teacher(net: Precond) -> None:
+    """Check that a network does not say of itself that it is a generator, which cannot be distilled from.
+
+    Args:
+        net: a network, read from disk or not.
+
+    Raises:
+        ValueError: it does.
+    """
+    if isinstance(net.facts, GeneratorFacts):
+        raise ValueError(f"the teacher given is a generator, {_NO_TEACHER}")
+
+
+def _teacher_beside(folder: Path) -> str:
+    """Where the teacher lies whose run the generator in `folder` is from."""
+    teacher = next((place for place in models_in(folder.absolute().parent) if place.name == "model"), None)
+    return "" if teacher is None else f"; the teacher of its run is {teacher}"
 
 
 def load_from_folder(stored: StoredConfig, *, D: float | None = None) -> Precond:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
 from ipfm.engine.random_streams import Stream
+from ipfm.engine.sampling.own_settings import check_denoiser, own_D, own_ends, own_labels, own_levels
 from ipfm.engine.sampling.seeds import SampleNoise, Seeds
 from ipfm.engine.sampling.trajectory import trajectory, trajectory_network
 
@@ -69,7 +70,7 @@ def heun_sample(
     net: Denoiser,
     n: int,
     *,
-    D: float,
+    D: float | None = None,
     steps: int | None = None,
     seed: Seeds,
     latents: Tensor | None = None,
@@ -81,6 +82,7 @@ def heun_sample(
     sigmas: tuple[float, ...] | None = None,
     solver: Solver = "heun",
     churn: Churn | None = None,
+    override: bool = False,
 ) -> Tensor:
     """Sampling of the teacher by its ODE, deterministic or stochastic [Karras et al. 2022, algorithms 1 and 2].
 
@@ -97,12 +99,13 @@ def heun_sample(
     Args:
         net: denoiser.
         n: number of images, >= 0.
-        D: auxiliary dimensions of the prior and of the churn, in (0, inf].
+        D: auxiliary dimensions of the prior and of the churn, in (0, inf]; the network's own when None.
         steps: number of steps, >= 1 (18 for CIFAR-10, 40 for 64x64 in the paper).
         seed: images first_index..first_index + n - 1 of this seed are made, whatever the batch; or n seeds, each of
             which makes its image first_index.
         latents: x at the first level, (n, C, H, W); drawn from the prior p_r(. | 0) when None.
-        class_labels: (n, label_dim) float32 or None.
+        class_labels: (n, label_dim) float32 or None, which draws them, as `ipfm sample` does, for a network that was
+            read from disk and knows classes.
         sigma_min: lowest level of the grid, in the units of the data.
         sigma_max: highest level of the grid, where the prior is drawn.
         rho: exponent of the grid: sigma^(1/rho) is spaced evenly.
@@ -110,13 +113,14 @@ def heun_sample(
         sigmas: noise levels, strictly falling, one a step, in place of `steps` and the grid; 0 follows the last one.
         solver: "heun", or "euler": first order, one evaluation a step.
         churn: noise to add; None adds none.
+        override: sample a network that was read from disk at another D than its own, or a generator as a teacher.
 
     Returns:
         images (n, C, H, W), float32, about [-1, 1].
 
     Raises:
-        ValueError: a number out of its range, no or two sets of noise levels, a level that the network rounds to 0, or
-            latents of another shape.
+        ValueError: a number out of its range, no or two sets of noise levels, a level that the network rounds to 0,
+            latents of another shape, or what the network was not made with: D, labels, or it is a generator.
 
     Example:
         >>> import torch
@@ -131,11 +135,14 @@ def heun_sample(
         True
     """
     _check_solver(solver)
+    check_denoiser(net, override=override)
+    D = own_D(net, D, override=override)
     grid = _grid(steps, sigmas, NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
     levels = _supported(net, grid)
     count, churn = len(levels), churn or Churn()
     device = _device(net, latents)
     draws = SampleNoise.of(n, seed, first_index, device)
+    class_labels = own_labels(net, class_labels, draws)
     x = _start(net, n, levels[0], D, draws, latents, device).double()
     with torch.no_grad():
         for i, (current, following) in enumerate(zip(levels, [*levels[1:], 0.0], strict=True)):
@@ -157,12 +164,13 @@ def generate(
     net: Denoiser,
     n: int,
     *,
-    D: float,
-    sigmas: tuple[float, ...],
+    D: float | None = None,
+    sigmas: tuple[float, ...] | None = None,
     seed: Seeds,
     latents: Tensor | None = None,
     class_labels: Tensor | None = None,
     first_index: int = 0,
+    override: bool = False,
 ) -> Tensor:
     """Images of a K-step generator, one evaluation a level [IPFM, section 3.4 and algorithm 2].
 
@@ -171,19 +179,23 @@ def generate(
     Args:
         net: generator.
         n: number of images, >= 0.
-        D: auxiliary dimensions the generator was trained for, in (0, inf].
-        sigmas: its noise levels, strictly falling; their number is the number of evaluations.
+        D: auxiliary dimensions the generator was trained for, in (0, inf]; the network's own when None.
+        sigmas: its noise levels, strictly falling; their number is the number of evaluations. Those stored with a
+            generator that was read from disk when None.
         seed: images first_index..first_index + n - 1 of this seed are made, whatever the batch; or n seeds, each of
             which makes its image first_index.
         latents: x_1, (n, C, H, W); drawn from the prior at sigmas[0] when None.
-        class_labels: (n, label_dim) float32 or None.
+        class_labels: (n, label_dim) float32 or None, which draws them, as `ipfm sample` does, for a network that was
+            read from disk and knows classes.
         first_index: index of the first image, >= 0.
+        override: draw from a generator that was read from disk with another D, or at other levels, than its own.
 
     Returns:
         images (n, C, H, W), float32, about [-1, 1].
 
     Raises:
-        ValueError: a number out of its range, or latents of another shape.
+        ValueError: a number out of its range, latents of another shape, or what the network was not made with: D, noise
+            levels, labels.
 
     Example:
         >>> import torch
@@ -197,9 +209,10 @@ def generate(
         >>> torch.allclose(last, images[3:], atol=1e-4)
         True
     """
-    levels = check_sigmas(sigmas)
+    D, levels = own_D(net, D, override=override), own_levels(net, sigmas, override=override)
     device = _device(net, latents)
     draws = SampleNoise.of(n, seed, first_index, device)
+    class_labels = own_labels(net, class_labels, draws)
     x = _start(net, n, levels[0], D, draws, latents, device)
     with torch.no_grad():
         y = _denoise(net, x, levels[0], class_labels)
@@ -213,13 +226,14 @@ def trajectory_sample(
     net: Denoiser,
     n: int,
     *,
-    D: float,
-    sigma_max: float = 80.0,
-    sigma_min: float = 0.002,
+    D: float | None = None,
+    sigma_max: float | None = None,
+    sigma_min: float | None = None,
     seed: Seeds,
     latents: Tensor | None = None,
     class_labels: Tensor | None = None,
     first_index: int = 0,
+    override: bool = False,
 ) -> Tensor:
     """Images of a generator that knows the whole trajectory of each latent, in one evaluation [Tee et al.].
 
@@ -229,25 +243,32 @@ def trajectory_sample(
     Args:
         net: generator, a network with EDM's preconditioning.
         n: number of images, >= 0.
-        D: auxiliary dimensions the generator was trained for, in (0, inf].
-        sigma_max: T, where the trajectory that the generator was trained on starts.
-        sigma_min: where it ends.
+        D: auxiliary dimensions the generator was trained for, in (0, inf]; the network's own when None.
+        sigma_max: T, where the trajectory that the generator was trained on starts; when None what is stored with a
+            generator that was read from disk, else 80.
+        sigma_min: where it ends; likewise, else 0.002.
         seed: images first_index..first_index + n - 1 of this seed are made, whatever the batch; or n seeds, each of
             which makes its image first_index.
         latents: z, (n, C, H, W); drawn from the prior at sigma_max when None.
-        class_labels: (n, label_dim) float32 or None.
+        class_labels: (n, label_dim) float32 or None, which draws them, as `ipfm sample` does, for a network that was
+            read from disk and knows classes.
         first_index: index of the first image, >= 0.
+        override: draw from a generator that was read from disk with another D, or at other levels, than its own.
 
     Returns:
         images (n, C, H, W), float32, about [-1, 1].
 
     Raises:
-        ValueError: another preconditioning, a number out of its range, or latents of another shape.
+        ValueError: another preconditioning, a number out of its range, latents of another shape, or what the network
+            was not made with: D, ends of the trajectory, labels.
     """
     network = trajectory_network(net)
-    ends = NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max)
+    D, (high, low) = own_D(net, D, override=override), own_ends(net, sigma_max, sigma_min, override=override)
+    ends = NoiseLevels(sigma_min=low, sigma_max=high)
     device = _device(network, latents)
-    z = _start(network, n, ends.sigma_max, D, SampleNoise.of(n, seed, first_index, device), latents, device)
+    draws = SampleNoise.of(n, seed, first_index, device)
+    class_labels = own_labels(net, class_labels, draws)
+    z = _start(network, n, ends.sigma_max, D, draws, latents, device)
     with torch.no_grad():
         x = trajectory(
             network,

@@ -148,7 +148,8 @@ def load_denoiser(path: Path, *, D: float | None) -> tuple[Precond, TeacherFacts
                 f"{checkpoint.where}: {name} is a generator, whose noise levels the file does not hold: make a model "
                 "folder of it with ipfm convert FILE FOLDER --sigmas 2.5"
             )
-        return load_from_checkpoint(checkpoint, D=D, network=name), TeacherFacts(source={"file": path.name})
+        net = load_from_checkpoint(checkpoint, D=D, network=name)
+        return net, net.facts or TeacherFacts(source={"file": path.name})
     check_D(D)
     stored = read_config(path)
     return load_from_folder(stored, D=D), stored.facts

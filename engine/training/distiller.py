@@ -31,6 +31,7 @@ from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import teacher_facts
 from ipfm.models import NetworkConfig, Precond
 from ipfm.models.facts import read_facts
+from ipfm.models.teacher import check_teacher
 
 
 class Distiller(TrainingRun[Distillation]):
@@ -77,6 +78,7 @@ class Distiller(TrainingRun[Distillation]):
         dataset: str = "",
         world: World | None = None,
     ) -> None:
+        check_teacher(teacher)
         world = world or start_world()
         settings = resolve(config, teacher.config, world)
         self.network, self.dataset = teacher.config, dataset
@@ -157,6 +159,7 @@ class Distiller(TrainingRun[Distillation]):
         folder, progress = self._run(Path(path), kind="distill", facts=self._facts, export="generator", about=about)
         if self.evaluation is not None:
             self.rows = self._conclude(folder.path, self.evaluation, progress.last)
+        self.average.facts = about
         return self.average
 
     def _conclude(self, folder: Path, evaluation: Evaluation, last: FrechetResult | None) -> list[EvaluationRow]:

@@ -28,6 +28,7 @@ _READABLE = f"what can be read: {CAN_BE_READ}"
 _FIRST_CHOICES = ("ema", "G_ema")
 _LAST_CHOICES = ("net", "G", "generator")
 _DISTILLATION_EMA = re.compile(r"ema_(\d)_(\d{1,9})")
+_OF_SID = re.compile(r"network-snapshot-\d+\.\d{6}-\d{6}\.pkl")
 _GENERATOR = re.compile(r"G(_ema\d*)?|generator|ema_\d_\d{1,9}")
 
 
@@ -91,8 +92,14 @@ class Checkpoint:
         return name
 
     def is_generator(self, name: str) -> bool:
-        """Whether the network's name in the file says that it is a generator and no denoiser of a teacher."""
-        return _GENERATOR.fullmatch(name) is not None
+        """Whether the file says that the network is a generator and no denoiser of a teacher.
+
+        By the network's name in it; where that is `ema` and nothing else is there, as in EDM's and SiD's snapshots, by
+        the file's name, in which SiD has its alpha: network-snapshot-1.200000-403968.pkl.
+        """
+        if _GENERATOR.fullmatch(name) is not None:
+            return True
+        return list(self.entries) == ["ema"] and _OF_SID.fullmatch(Path(self.where).name) is not None
 
     def read(self, name: str | None = None, *, D: float | None = None) -> ImportedNetwork:
         """The network `name`, or the one that `choose` takes.

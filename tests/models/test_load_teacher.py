@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ipfm.models import EDMPrecond, NetworkConfig, build_network, load_teacher, save_model
+from ipfm.models.teacher import load_network
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SMALL = NetworkConfig(
@@ -76,8 +77,8 @@ def test_a_teacher_owns_its_weights(net, tmp_path):
 
 def test_choosing_a_network_and_D(net, tmp_path):
     path = of.write_torch(tmp_path / "a.pt", of.sid_state(net))
-    assert load_teacher(path, D=2048).D == 2048 and math.inf == load_teacher(path).D
-    averaged, trained = load_teacher(path), load_teacher(path, network="G")
+    assert load_network(path, D=2048).D == 2048 and math.inf == load_network(path).D
+    averaged, trained = load_network(path), load_network(path, network="G")
     expected = of.shifted(net, 1).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained.state_dict().items())
     assert not torch.equal(averaged.model.map_layer0.weight, trained.model.map_layer0.weight)

@@ -200,7 +200,7 @@ def test_official_files_are_models_too(capsys: pytest.CaptureFixture[str], tmp_p
     assert (facts["network"]["D"], facts["network"]["encoder_type"]) == ("inf", "residual")
 
     ipfm("sample", FIXTURE, "--n", 3, "--heun-steps", 2, "--D", 64, "--out", tmp_path / "a.png")
-    expected = image_grid(heun_sample(load_teacher(FIXTURE), 3, D=64.0, steps=2, seed=0))
+    expected = image_grid(heun_sample(load_teacher(FIXTURE, D=64.0), 3, steps=2, seed=0))
     with Image.open(tmp_path / "a.png") as picture:
         assert np.array_equal(np.asarray(picture), expected)
     ipfm("plan", "--model", FIXTURE, "--batch", 4)
@@ -331,7 +331,7 @@ def test_json_of_samples(models: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["sample", "MODELS/generator", "--n", "0"], "n must be at least 1, got 0"),
         (["sample", "MODELS/odd"], "holds no usable noise levels of a generator: sigmas must fall strictly"),
         (["sample"], "needs MODEL"),
-        (["info", "MODELS"], "config.json"),
+        (["info", "MODELS"], "it holds the model folders 'classed', 'generator', 'odd' and 3 more: give one of them"),
         (["plan", "--model", "imagenet"], "network preset 'imagenet' is unknown; possible: cifar10-ddpmpp"),
         (
             ["plan", "--model", "digits", "--ranks", "3"],
