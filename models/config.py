@@ -263,7 +263,7 @@ _INTEGERS = {
     "augment_dim": 0,
     "model_channels": 1,
     "channel_mult_emb": 1,
-    "num_blocks": 1,
+    "num_blocks": 0,
     "channel_mult_noise": 1,
     "M": 2,
 }

@@ -154,7 +154,8 @@ def _decoder_levels(
     every_block: all blocks of a level in attn_resolutions attend, not only the last.
     """
     skips = [entry.out_channels for entry in encoder if entry.kind in ("conv", "block")]
-    width, last = widths[-1], len(sides) - 1
+    # The encoder's own width: without blocks in it, none of its levels widens.
+    width, last = skips[-1], len(sides) - 1
     for level in range(last, -1, -1):
         at, attends = f"{sides[level]}x{sides[level]}", sides[level] in attn_resolutions
         if level == last:

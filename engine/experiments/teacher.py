@@ -52,10 +52,10 @@ class TeacherOptions(TeacherConfig, EvaluationOptions):
         self.check_evaluation()
         if self.arch not in ("ddpmpp", "ncsnpp"):
             raise ValueError(f"arch must be ddpmpp or ncsnpp, got {self.arch!r}")
-        for name in ("model_channels", "num_blocks"):
+        for name, least in (("model_channels", 1), ("num_blocks", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{option_name(name)} must be at least 1, got {value}")
+            if value is not None and value < least:
+                raise ValueError(f"{option_name(name)} must be at least {least}, got {value}")
             if value is not None and self.continue_from is not None:
                 raise ValueError(f"{option_name(name)} was given, but continue-from says what the network is")
         if self.conditional and self.continue_from is not None:
@@ -169,7 +169,7 @@ class TeacherRecipe(Recipe[TeacherOptions]):
         network = replace(
             network,
             model_channels=options.model_channels or network.model_channels,
-            num_blocks=options.num_blocks or network.num_blocks,
+            num_blocks=network.num_blocks if options.num_blocks is None else options.num_blocks,
         )
         if options.conditional and data is not None:
             if not data.classes:

@@ -195,7 +195,7 @@ def _level(entries: Mapping[str, Mapping[str, tuple[int, ...]]], side: int) -> t
     """(blocks, width, whether it attends) of a level of the decoder."""
     count = sum(re.fullmatch(r"block\d+", entry) is not None for entry in entries)
     width = entries.get("block0", {}).get("conv1.weight", ())
-    if count < 2 or len(width) != 4:
+    if count < 1 or len(width) != 4:
         raise ValueError(f"its tensors are not those of a U-Net: resolution {side} has {count} blocks in the decoder")
     return count - 1, width[0], "qkv.weight" in entries.get(f"block{count - 1}", {})
 

@@ -31,8 +31,10 @@ def build(**changes) -> DhariwalUNet:
         ({**WIDE, "channel_mult": (2, 1, 1), "attn_resolutions": (8, 2)}, [2, 1, 1, 1, 1, 2, 2]),
         (NARROW, []),
         ({**NARROW, "channel_mult_emb": 2, "num_blocks": 2, "channel_mult": (1, 3, 2)}, []),
+        ({**NARROW, "num_blocks": 0, "channel_mult": (1, 3, 2)}, []),
+        ({**WIDE, "num_blocks": 0, "channel_mult": (2, 1), "attn_resolutions": (8,)}, [2, 2]),
     ],
-    ids=["two-heads", "one-level", "three-levels", "narrow", "two-blocks"],
+    ids=["two-heads", "one-level", "three-levels", "narrow", "two-blocks", "no-blocks", "no-blocks-heads"],
 )
 def test_against_the_description(changes, heads, labels):
     net, x = build(**changes), rand(2, 2, 8, 8, seed=1)

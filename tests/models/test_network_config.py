@@ -36,7 +36,7 @@ def test_defaults_and_normalisation():
         ({"img_channels": True}, "img_channels must be a whole number"),
         ({"label_dim": -1}, "label_dim must be a whole number of at least 0, got -1"),
         ({"augment_dim": -1}, "augment_dim must be"),
-        ({"num_blocks": 0}, "num_blocks must be"),
+        ({"num_blocks": -1}, "num_blocks must be"),
         ({"use_fp16": 1}, "use_fp16 must be True or False, got 1"),
         ({"sigma_min": -0.1}, "sigma_min must be a finite number of at least 0, got -0.1"),
         ({"sigma_min": math.inf}, "sigma_min must be a finite number"),

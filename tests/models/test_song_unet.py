@@ -52,10 +52,11 @@ def test_every_encoder_and_decoder(encoder, decoder, taps):
     [
         ({"embedding_type": "fourier", "channel_mult_noise": 2}, naive_unet.Song(16, fourier=True)),
         ({"channel_mult": (2, 1), "channel_mult_emb": 1, "num_blocks": 2}, naive_unet.Song(8)),
+        ({"channel_mult": (2, 1, 3), "num_blocks": 0}, naive_unet.Song(8)),
         ({"channel_mult": (3,), "attn_resolutions": (8,)}, naive_unet.Song(8)),
         ({"model_channels": 64, "channel_mult": (1, 1), "attn_resolutions": (8, 4)}, naive_unet.Song(64)),
     ],
-    ids=["fourier", "two-blocks", "one-level", "64-channels"],
+    ids=["fourier", "two-blocks", "no-blocks", "one-level", "64-channels"],
 )
 def test_other_shapes(changes, config):
     assert_same_function(build(**changes), config)

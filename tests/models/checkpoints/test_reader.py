@@ -59,6 +59,8 @@ CONFIGS = {
     "ncsnpp": NCSNPP,
     "skip": SKIP,
     "adm": ADM,
+    "adm-no-blocks": replace(ADM, num_blocks=0),
+    "ncsnpp-no-blocks": replace(NCSNPP, num_blocks=0),
     "one-level": replace(SMALL, channel_mult=(1,), attn_resolutions=()),
     "edm-options": replace(SMALL, sigma_data=0.7, sigma_min=0.01, sigma_max=90.0),
     "vp": replace(SMALL, precond="VPPrecond", beta_d=15.0, epsilon_t=1e-4, sigma_min=None, sigma_max=None),
