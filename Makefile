@@ -63,6 +63,8 @@ $(READY): setup.py pyproject.toml Makefile
 	  echo "'$(PYTHON)' cannot make virtual environments. On Debian: apt-get install python3-venv" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@# Its weights and code, for a test; not torchvision, which it asks for and which has to be of torch's own build.
+	$(BIN)/python -m pip install --quiet --no-deps lpips==0.1.4
 	@# DeepSpeed's scripts begin with the path of Python, which ends at its first space: find it as pip's own scripts do.
 	sed -i "1s|^#!/.* .*|#!/bin/sh\n'''exec' \"\$$(dirname \"\$$0\")/python\" \"\$$0\" \"\$$@\"\n' '''|" $(BIN)/d*
 	touch $(READY)

@@ -6,6 +6,7 @@ import collections
 import importlib.util
 import math
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from no_reading import NoReading
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipfm.engine.objectives.lpips import Lpips, load_lpips, lpips_gradient
@@ -292,6 +293,67 @@ def test_weights_that_are_on_the_machine(lpips: Lpips, machine: Path, monkeypatc
     message = str(caught.value)
     assert "the Python package lpips with its file weights/v0.1/vgg.pth is not installed, and there is no" in message
     assert "give --lpips PATH; LPIPS can be read from the state dict" in message and message.isprintable()
+
+
+class Vgg(nn.Module):
+    """What the package lpips takes of torchvision, which has to match torch's own build and may not be there."""
+
+    def __init__(self, **_: object) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        inside = 3
+        for number, convolutions in SLICES.items():
+            layers += [nn.MaxPool2d(2, 2)] if number > 1 else []
+            for _ in convolutions:
+                layers += [nn.Conv2d(inside, CHANNELS[number], 3, padding=1), nn.ReLU(inplace=True)]
+                inside = CHANNELS[number]
+        self.features = nn.Sequential(*layers)
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The package lpips."""
+    if importlib.util.find_spec("lpips") is None:
+        pytest.skip("needs the package lpips: pip install --no-deps lpips")
+    models = types.ModuleType("torchvision.models")
+    models.vgg16 = Vgg  # type: ignore[attr-defined]
+    torchvision = types.ModuleType("torchvision")
+    torchvision.models = models  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    before = set(sys.modules)
+    yield importlib.import_module("lpips")
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] == "lpips":
+            del sys.modules[name]
+
+
+def test_the_published_weights_give_the_distances_of_the_packages_own_code(
+    published: Any, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real linear layers, v0.1, on random features: read from the package beside torchvision's file, and whole."""
+    theirs = published.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    state = theirs.state_dict()
+    theirs.load_state_dict(state | {name: w for name, w in weights.items() if name.startswith("net.")})
+    # Calibrated ones, not as initialised.
+    assert all(
+        float(state[name].max()) > 0.1 and not torch.equal(state[name], weights[name]) for name in linear(weights)
+    )
+    hub = tmp_path / "hub" / "checkpoints"
+    hub.mkdir(parents=True)
+    torch.save(torchvision(weights), hub / "vgg16-397923af.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    ours = load_lpips(None)
+    x, y = (images(2, 3, 32, 48, seed=seed).float().requires_grad_(seed == 0) for seed in range(2))
+    expected = theirs(x, y).flatten()
+    (slope,) = torch.autograd.grad(expected.sum(), x)
+    assert expected.min() > 1e-3
+    loss, grad, valid = lpips_gradient(ours, x, y)
+    assert valid.all()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad, slope, rtol=0, atol=1e-5 * float(slope.abs().max()))
+    torch.save(theirs.state_dict(), tmp_path / "lpips-vgg.pth")
+    assert same(load_lpips(tmp_path / "lpips-vgg.pth"), ours)
 
 
 def test_files_that_are_something_else_are_named_in_one_line(folder: Path, tmp_path: Path) -> None:
