@@ -3,7 +3,8 @@
 A program of this project imports for three seconds before it does anything. Tests of what a run does, and not of how
 Python starts it, fork theirs from a server that has imported everything and started no thread; each pytest process has
 its own. A forked program sees what a started one would: arguments, environment, folder, standard streams, session,
-limits, signals; its exit code comes back. On a machine with a GPU, which no forked process could use, it is started.
+limits, signals; its exit code comes back. Only its objects are not freed one by one at its end: that would copy all the
+memory that it shares with the server. On a machine with a GPU, which no forked process could use, it is started.
 
     python tests/helpers/prepared.py SOCKET      (the server; it ends when its stdin is closed)
 """
@@ -240,12 +241,35 @@ def _become(descriptors: list[int]) -> dict[str, Any]:
     return about
 
 
+class End:
+    """The end of a program that has ended by itself: after its threads and its other functions for the exit."""
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        # What is registered first is called last.
+        atexit.register(self.leave)
+
+    def leave(self) -> None:
+        if self.code is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(self.code)
+
+
 def main() -> None:
+    end = End()
     about = serve(sys.argv[1])
     if about is not None:
         script, *_ = sys.argv = about["words"]
         sys.path[0] = str(Path(script).parent)
-        runpy.run_path(script, run_name="__main__")
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                raise
+            end.code = stop.code or 0
+            return
+    end.code = 0
 
 
 if __name__ == "__main__":
