@@ -80,7 +80,8 @@ def test_an_installed_recipe_is_started_as_a_module(site: Path, tmp_path: Path) 
     out = tmp_path / 'it\'s "an" é $HOME run'
     done = subprocess.run(
         [str(launch.BIN / "deepspeed"), "--num_accelerators", "1", "--module", "ipfm.recipes.digits_ipfm",
-         "--dry-run", "--batch", "8", "--out", str(out)], cwd=tmp_path,
+         "--dry-run", "--batch", "8", "--out", str(out), "--zero", "0", "--backward", "joint",
+         "--activation-checkpointing", "off"], cwd=tmp_path,
         env=launch.environment(PYTHONPATH=str(site)), text=True, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -96,12 +97,17 @@ script = Path(sys.executable).with_name("deepspeed")
 script.write_text(f"#!{sys.executable}\\nfrom deepspeed.launcher.runner import main\\nmain()\\n")
 script.chmod(0o755)
 """
-PROGRAM = "import os, sys; print(os.environ['RANK'], sys.argv)"
+PROGRAM = f"""
+import os, runpy, sys
+
+print(os.environ["RANK"], sys.argv, flush=True)
+runpy.run_path({str(launch.ROOT / "recipes" / "digits_ipfm.py")!r}, run_name="__main__")
+"""
 
 
 @pytest.mark.distributed
-def test_the_launcher_starts_where_a_path_has_a_space(tmp_path: Path) -> None:
-    """`make` sets it up; DeepSpeed's own first line would have ended at the space."""
+def test_the_launcher_starts_where_a_path_has_a_space_and_hands_on_the_exit_code(tmp_path: Path) -> None:
+    """`make` sets it up; DeepSpeed's own first line would have ended at the space. A recipe there gets bad input."""
     place = tmp_path / "sü ß" / "ip fm"
     place.mkdir(parents=True)
     for name in ("Makefile", "setup.py", "pyproject.toml"):
@@ -115,11 +121,14 @@ def test_the_launcher_starts_where_a_path_has_a_space(tmp_path: Path) -> None:
     subprocess.run(["make", ".venv/.ready"], cwd=place, check=True, capture_output=True, env=launch.environment())
     (place / "pro gram.py").write_text(PROGRAM)
     done = subprocess.run(
-        [place / ".venv" / "bin" / "deepspeed", "--num_accelerators", "1", "pro gram.py", "--out", "rün s"],
+        [place / ".venv" / "bin" / "deepspeed", "pro gram.py", "--out", "rün s", "--D", "0"],
         cwd=place, env=launch.environment(), capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "0 ['pro gram.py', '--local_rank=0', '--out', 'rün s']" in done.stdout
+    assert done.returncode == 2, done.stderr
+    assert "0 ['pro gram.py', '--local_rank=0', '--out', 'rün s', '--D', '0']" in done.stdout
+    assert "digits_ipfm.py: error: --D must lie in (0, inf], got 0.0" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (place / "rün s").exists()
 
 
 def test_deepspeed_stands_in_two_files() -> None:

@@ -40,6 +40,8 @@ RANKS = 2
 STEPS_PER_KILL = 10
 # Seconds that processes wait for each other.
 PATIENCE = 30
+# What a recipe would choose by simulating every layout.
+LAYOUT = {"backward": "joint", "activation-checkpointing": "off"}
 
 
 def make_teacher(folder: Path) -> Path:
@@ -57,7 +59,7 @@ def settings(teacher: Path, out: Path, steps: int, **options: object) -> list[st
     """Arguments of a distillation that is short but complete, with a checkpoint every second step."""
     chosen = {
         "teacher": teacher, "out": out, "max-steps": steps, "batch": 4, "zero": 2, "eval-every": 0, "eval-images": 16,
-        "heun-steps": 1, "checkpoint-every": 2, "log-every": 1, "eps": 1e-3,
+        "heun-steps": 1, "checkpoint-every": 2, "log-every": 1, "eps": 1e-3, **LAYOUT,
     } | {name.replace("_", "-"): value for name, value in options.items()}  # fmt: skip
     return [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
 
