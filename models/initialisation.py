@@ -45,11 +45,16 @@ class Init:
 
     def draw_weight(self, shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:
         """The starting value of a weight of `shape`."""
-        return self.weight * self.draw(shape, fan_in, fan_out)
+        return self._scaled(self.weight, shape, fan_in, fan_out)
 
     def draw_bias(self, shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:
         """The starting value of a bias of `shape`."""
-        return self.bias * self.draw(shape, fan_in, fan_out)
+        return self._scaled(self.bias, shape, fan_in, fan_out)
+
+    def _scaled(self, factor: float, shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:
+        value = torch.empty(shape)
+        # The meta device has no values, and arithmetic takes long there.
+        return value if value.is_meta else factor * self.draw(shape, fan_in, fan_out)
 
 
 DEFAULT_INIT = Init()

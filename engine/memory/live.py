@@ -6,14 +6,17 @@ predicted.
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -126,97 +129,96 @@ def _storages(device: torch.device | str) -> list[torch.UntypedStorage]:
     return list(storages.values())
 
 
-aten = torch.ops.aten
+# What operations returned, by what they were given; None where they have to be called each time.
+_KNOWN: dict[tuple[Any, ...], _Returned | None] = {}
+# So many at most; there are some thousands in a step.
+_KNOWN_AT_MOST = 100_000
 
 
 def meta_outputs(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What `func(*args, **kwargs)` returns: at once where it is known, else by calling it."""
-    shape = _SHAPES.get(func)
-    known = shape(*args, **kwargs) if shape is not None and args[0].is_meta else None
-    return func(*args, **kwargs) if known is None else known
+    """What `func(*args, **kwargs)` returns, on the meta device without a call where it was called like that before.
+
+    Values are of no matter there, but most operations are written in Python and take long.
+    """
+    if not _depends_on_kinds(func):
+        return func(*args, **kwargs)
+    given = [*args, *kwargs.values()]
+    try:
+        key = (func, torch.get_default_dtype(), *kwargs, *map(_kind, given))
+        known = _KNOWN[key]
+    except TypeError:  # something of another kind
+        return func(*args, **kwargs)
+    except KeyError:
+        out = func(*args, **kwargs)
+        if len(_KNOWN) >= _KNOWN_AT_MOST:
+            _KNOWN.clear()
+        # What changes the shape of its arguments is nothing to remember.
+        _KNOWN[key] = _Returned.of(out, given) if key[-len(given) :] == tuple(map(_kind, given)) else None
+        return out
+    return func(*args, **kwargs) if known is None else known.again(given)
 
 
-def _group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, C: int, HxW: int, groups: int, _: float):
-    return torch.empty_like(x), x.new_empty(N, groups), x.new_empty(N, groups)
+@functools.cache
+def _depends_on_kinds(func: Callable[..., Any]) -> bool:
+    """An operation returns new tensors, or what it wrote to, but no views."""
+    returns = func._schema.returns if isinstance(func, OpOverload) else []
+    return bool(returns) and all(one.alias_info is None or one.alias_info.is_write for one in returns)
 
 
-def _group_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    N: int,
-    C: int,
-    HxW: int,
-    groups: int,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    return (
-        torch.empty_like(x) if wanted[0] else None,
-        *(torch.empty_like(weight) if weight is not None and one else None for one in wanted[1:]),
-    )
+def _kind(value: Any) -> Any:
+    """All of an argument that decides over shape, strides and dtype of a result on the meta device.
+
+    Raises:
+        TypeError: it may be more than that.
+    """
+    kind = type(value)
+    if kind in (Tensor, nn.Parameter):
+        if value.is_meta:
+            return value.shape, value.stride(), value.dtype
+    elif kind in (list, tuple):
+        return tuple(map(_kind, value))
+    elif kind in _PLAIN:
+        return kind, value  # 1 == 1.0 == True
+    raise TypeError(f"nothing is known about {kind}")
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+_PLAIN = frozenset(
+    (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+)
 
 
-def _two(a: Tensor, b: Any, *, alpha: float = 1) -> Tensor | None:
-    """Only for what needs neither broadcasting nor promotion."""
-    if isinstance(b, Tensor):
-        same = _alike(a, b)
-    else:
-        same = (type(b) in (int, float) and a.is_floating_point()) or (type(b) is int and a.dtype != torch.bool)
-    return torch.empty_like(a) if same else None
+@dataclass(frozen=True)
+class _Returned:
+    """What an operation returned: `single` or several of what `again` makes anew."""
+
+    parts: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | int | None, ...]
+    """Of a new tensor its shape, strides and dtype; the place of an argument that was returned; None where nothing."""
+    container: type | None
+    """The list or tuple; None: a single tensor was returned."""
+
+    @classmethod
+    def of(cls, out: Any, given: Sequence[Any]) -> _Returned | None:
+        """None where that cannot be had again."""
+        seen = {tensor.untyped_storage()._cdata for tensor in _tensors(given)}
+        parts: list[Any] = []
+        for one in out if isinstance(out, (list, tuple)) else [out]:
+            place = next((i for i, value in enumerate(given) if value is one), None)
+            if one is None or place is not None:
+                parts.append(None if one is None else place)
+                continue
+            if type(one) is not Tensor or not one.is_meta or one.untyped_storage()._cdata in seen:
+                return None
+            seen.add(one.untyped_storage()._cdata)
+            parts.append((one.shape, one.stride(), one.dtype))
+            if _new(*parts[-1]).untyped_storage().nbytes() != one.untyped_storage().nbytes():
+                return None
+        return cls(tuple(parts), type(out) if isinstance(out, (list, tuple)) else None)
+
+    def again(self, given: Sequence[Any]) -> Any:
+        """The same once more."""
+        made = [None if part is None else given[part] if isinstance(part, int) else _new(*part) for part in self.parts]
+        return made[0] if self.container is None else self.container(made)
 
 
-def _silu(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _silu_backward(grad: Tensor, x: Tensor, *, grad_input: Tensor) -> Tensor | None:
-    return grad_input if _alike(grad, x) and _alike(grad, grad_input) else None
-
-
-def _silu_gradient(grad: Tensor, x: Tensor) -> Tensor | None:
-    return torch.empty_like(grad) if _alike(grad, x) else None
-
-
-def _itself(a: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Operations in place, such as those of the random words."""
-    return a
-
-
-def _into(a: Tensor, number: int, *, out: Tensor) -> Tensor | None:
-    return out if _alike(a, out) else None
-
-
-def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
-    return a.new_empty(len(a), b.shape[1]) if bias.dtype == a.dtype == b.dtype else None
-
-
-def _dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor] | None:
-    return (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)) if train and 0 < p < 1 else None
-
-
-def _dropout_backward(grad: Tensor, mask: Tensor, scale: float) -> Tensor | None:
-    return torch.empty_like(grad) if (grad.shape, grad.stride()) == (mask.shape, mask.stride()) else None
-
-
-_SHAPES: Mapping[Any, Callable[..., Any]] = {
-    aten.native_group_norm.default: _group_norm,
-    aten.native_group_norm_backward.default: _group_norm_backward,
-    aten.add.Tensor: _two,
-    aten.mul.Tensor: _two,
-    aten.silu.default: _silu,
-    aten.silu_backward.grad_input: _silu_backward,
-    aten.silu_backward.default: _silu_gradient,
-    aten.bitwise_xor_.Tensor: _itself,
-    aten.bitwise_and_.Scalar: _itself,
-    aten.mul_.Tensor: _itself,
-    aten.bitwise_right_shift.Tensor_Scalar_out: _into,
-    aten.addmm.default: _addmm,
-    aten.native_dropout.default: _dropout,
-    aten.native_dropout_backward.default: _dropout_backward,
-}
+def _new(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")

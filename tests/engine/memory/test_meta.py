@@ -1,4 +1,4 @@
-"""Shapes on the meta device: what is known at once is what PyTorch's own functions say."""
+"""Shapes on the meta device: what is remembered is what PyTorch's own functions say."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from ipfm.models import presets
 
 
 class Comparing(TorchDispatchMode):
-    """Compares every shortcut that is taken with the operation it stands for."""
+    """Compares what is remembered of each operation with what the operation itself returns."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in meta._SHAPES:
-            short = meta.meta_outputs(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        meta.meta_outputs(func, args, kwargs)
+        short, out = meta.meta_outputs(func, args, kwargs), func(*args, **kwargs)
+        if any(key[0] is func and known for key, known in meta._KNOWN.items()):
             for a, b in zip(tree_leaves(out), tree_leaves(short), strict=True):
                 assert (a is None) == (b is None)
                 if a is not None:
@@ -64,7 +65,7 @@ def test_shapes_are_those_of_pytorch(dtype, layout, trained) -> None:
         words = torch.ones_like(x, dtype=torch.int64)
         words.bitwise_xor_(words.flip(0)).bitwise_and_(7).mul_(words[:1])
         for place in (torch.empty_like(words), words.new_empty(x.shape), words.new_empty(0)):
-            torch.bitwise_right_shift(words, 3, out=place)
+            assert torch.bitwise_right_shift(words, 3, out=place) is place and place.shape == words.shape
         y.detach().mul_(x.detach()[:, :, :1, :1])
         for vectors in (x.detach()[:, :, 0, 0], x.detach()[:1, :, 0, 0], x.detach().flatten(1)[:, :32].t()[:4, :4]):
             width = vectors.shape[1]
@@ -86,9 +87,39 @@ def test_a_simulation_is_the_same_without_them(precision, monkeypatch: pytest.Mo
     settings = StepSettings(presets.get("digits"), 4, Sharding(stage=1, precision=precision), phased=True)
     simulate_distillation.cache_clear()
     short = simulate_distillation(settings)
-    monkeypatch.setattr(meta, "_SHAPES", {})
+    simulate_distillation.cache_clear()
+    assert simulate_distillation(settings) == short  # with everything remembered
+    monkeypatch.setattr(meta, "meta_outputs", lambda func, args, kwargs: func(*args, **kwargs))
     simulate_distillation.cache_clear()
     assert simulate_distillation(settings) == short
+
+
+def test_what_changes_a_shape_is_called_each_time() -> None:
+    words, wide = (torch.ones(size, dtype=torch.int64, device="meta") for size in (5, 9))
+    for given in (words, wide, words, wide):
+        place = words.new_empty(0)
+        meta.meta_outputs(torch.ops.aten.bitwise_right_shift.Tensor_Scalar_out, (given, 3), {"out": place})
+        assert place.shape == given.shape
+    for _ in range(2):
+        turned = torch.empty(2, 3, device="meta")
+        meta.meta_outputs(torch.ops.aten.t_.default, (turned,), {})
+        assert turned.shape == (3, 2)
+
+
+def test_equal_numbers_of_other_types_are_others() -> None:
+    words = torch.ones(3, dtype=torch.int64, device="meta")
+    times = torch.ops.aten.mul.Tensor
+    for _ in range(2):
+        for number, dtype in ((2, torch.int64), (2.0, torch.float32), (2 + 0j, torch.complex64)):
+            assert meta.meta_outputs(times, (words, number), {}).dtype == dtype
+
+
+def test_a_view_stays_one() -> None:
+    x = torch.empty(4, 6, device="meta")
+    for view in (torch.ops.aten.t.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        for _ in range(2):
+            seen = meta.meta_outputs(view, (x,), {})
+            assert seen.untyped_storage()._cdata == x.untyped_storage()._cdata
 
 
 def test_real_tensors_are_computed() -> None:
