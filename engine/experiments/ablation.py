@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ipfm.engine.checks import option_name
-from ipfm.engine.config import TeacherConfig
+from ipfm.engine.config import FIRST_RULES, Rules, TeacherConfig
 from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Comparison, Evaluation
 from ipfm.engine.experiments import ablation_report as report
@@ -209,6 +209,7 @@ class Ablation(Recipe[AblationOptions]):
         check_ablation_folder(path, record)
         teachers: dict[Path, Teacher] = {}
         runs: list[tuple[Run, Path]] = []
+        rules: set[Rules] = set()
         for variant in chosen:
             place, teacher = self._teacher(variant, options, named, path / "teachers", teachers)
             teachers[place] = teacher
@@ -220,11 +221,14 @@ class Ablation(Recipe[AblationOptions]):
                 # Roles are made here, so that a width that cannot be is refused before anything is trained.
                 objective = config.objective(teacher.network)
                 _ = objective.roles
-                check_run_folder(run_path, "distill", config, facts)
+                rules.add(check_run_folder(run_path, "distill", config, facts)["config"]["rules"])
                 runs.append((Run(variant.label, seed, config, objective.nfe, run_path), place))
         comparison = None if options.data == "digits" else options.comparison(self.cifar.shape, run_device())
         if comparison is None and options.data != "digits" and not options.dry_run:
             raise ValueError("give --reference, and --inception or --features pixels: there is nothing to measure")
+        if FIRST_RULES in rules:
+            # What is compared was made alike: by those rules by which version 0.1 began it.
+            runs = [(run if run.path.exists() else run.by_rules(FIRST_RULES), place) for run, place in runs]
         return AblationPlan(self, options, path, teachers, runs, record, comparison)
 
     # -- the parts --------------------------------------------------------------------------------------------------

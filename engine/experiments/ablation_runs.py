@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ipfm.engine.config import Rules
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Evaluation, evaluate_teacher
 from ipfm.engine.evaluation.metrics import FrechetResult
@@ -53,6 +54,10 @@ class Run:
     config: Distillation
     nfe: int
     path: Path
+
+    def by_rules(self, rules: Rules) -> Run:
+        """The same by these rules."""
+        return replace(self, config=replace(self.config, rules=rules))
 
     @property
     def state(self) -> str:

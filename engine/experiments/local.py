@@ -133,6 +133,7 @@ class TrainAndDistil(Recipe[O], Generic[O]):
             compile=options.compile,
             noise=options.noise,
             seed=options.seed,
+            rules=options.rules,
             log_every=options.log_every,
             heun_steps=options.heun_steps,
             resume=options.resume,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import signal
 from dataclasses import replace
@@ -240,6 +241,19 @@ def test_another_teacher_or_measure_is_refused(whole: Path, tmp_path: Path) -> N
         ablation_init.main([*TWO, "--out", str(whole), "--eval-images", "65"])
     with pytest.raises(BadInput, match=r"belongs to another ablation .ablation is init there, alpha here"):
         ablation_alpha.main(["--quick", "--out", str(whole)])
+
+
+def test_an_ablation_that_was_begun_by_older_rules_ends_by_them(tmp_path: Path) -> None:
+    command = ["--quick", "--variants", "teacher", "half-width", "--out", str(tmp_path / "init")]
+    plan = plan_of(ablation_init, *command)
+    run = plan.runs[0][0]
+    record = {"format": 1, "kind": "distill", "objective": "ipfm", "config": run.config.to_json()}
+    del record["config"]["rules"]
+    (run.path / "checkpoints" / "step-0000002").mkdir(parents=True)
+    (run.path / "config.json").write_text(json.dumps(record))
+    (plan.path / "ablation.json").write_text(json.dumps(plan.record))
+    kept, new = (run for run, _ in plan_of(ablation_init, *command).runs)
+    assert (kept.config.rules, new.config.rules) == (2, 1)  # the first one's own folder says by which it goes on
 
 
 def test_dry_run_lists_what_would_be_done(
