@@ -74,13 +74,14 @@ class Evaluate:
             self._run(write)
 
     def _run(self, write: Write) -> None:
-        from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.distributed.world import check_environment, run_device
         from ipfm.engine.evaluation.evaluation import open_comparison
         from ipfm.engine.evaluation.reference_data import save_statistics
         from ipfm.engine.evaluation.subject import open_subject
 
         with user_input():
             self._check()
+            check_environment()
             subject = open_subject(
                 self.model, run_device(), heun_steps=self.heun_steps, seed=self.seed, D=self.D, limit=self.images
             )

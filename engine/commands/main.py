@@ -21,7 +21,7 @@ from ipfm.engine.commands.report.command import Report
 from ipfm.engine.commands.sample import Sample
 from ipfm.engine.commands.usage import Shell, overview, versions
 from ipfm.engine.runtime.commandline import parse, run_command, without_local_rank
-from ipfm.engine.runtime.launcher import is_first_process
+from ipfm.engine.runtime.launcher import forget_launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +62,16 @@ Command = (
 )
 
 
+# Commands whose work a launcher's processes share. The others are one process, whatever a launcher has left behind.
+SHARED = ("evaluate",)
+
+
 def _main(argv: Sequence[str]) -> None:
     given = without_local_rank(argv) or ["--help"]
+    if given[0] not in SHARED:
+        forget_launch()
     if given[0] in ("-h", "--help", "--version"):
-        if is_first_process():
-            print(versions() if given[0] == "--version" else overview(Command))
+        print(versions() if given[0] == "--version" else overview(Command))
         sys.exit()
     parse(Command, given, prog="ipfm", description="").run()  # type: ignore[arg-type]
 

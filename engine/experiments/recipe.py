@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from ipfm.engine.distributed.world import World, start_world
+from ipfm.engine.distributed.world import World, check_environment, start_world
 from ipfm.engine.runtime.commandline import Given, parse_given, user_input
 from ipfm.engine.runtime.launcher import is_first_process
 
@@ -78,12 +78,13 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
         argv: arguments without the program's name.
 
     Raises:
-        BadInput: an option, a file or the run folder cannot be used; nothing was written.
+        BadInput: an option, a file, the run folder or the environment cannot be used; nothing was written.
         SystemExit: --help was asked for, and printed.
         TrainingFailed, Interrupted: from the run.
     """
     with user_input():
         given = parse_given(argv, default=recipe.defaults, prog=recipe.file, description=recipe.about)
+        check_environment()
         plan = recipe.plan(given)
     if plan.options.dry_run:
         if is_first_process():

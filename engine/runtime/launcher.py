@@ -61,6 +61,33 @@ def _parent_of(pid: int) -> int | None:
 # What a launcher tells the processes that it starts. The number of them on this machine is LOCAL_SIZE to `deepspeed`,
 # LOCAL_WORLD_SIZE to torchrun.
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Those that every launcher sets.
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def check_launch() -> None:
+    """Check that what the environment says of a launcher is whole, and a place among the processes of a run.
+
+    Raises:
+        ValueError: it is a leftover, or wrong; one line.
+    """
+    if fault := _launch_fault():
+        raise ValueError(fault)
+    if not is_launched():
+        return
+    import socket
+
+    address = os.environ["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"MASTER_ADDR must be a host that can be found, got {address!r} ({error})") from error
+
+
+def forget_launch() -> None:
+    """Take a launcher's variables out of this process's environment: it is a command of its own, which speaks."""
+    for name in VARIABLES:
+        os.environ.pop(name, None)
 
 
 def is_launched() -> bool:
@@ -88,9 +115,42 @@ def local_processes(otherwise: int = 1) -> int:
     return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", otherwise)))
 
 
+def launched_port() -> str:
+    """Where the processes meet, as the launcher has given it."""
+    return os.environ.get("MASTER_PORT", "")
+
+
 def is_first_process() -> bool:
-    """Whether this process is the one of its run that speaks."""
-    return launched_rank() == 0
+    """Whether this process is the one of its run that speaks. So is one that no whole launch has a place for."""
+    return _launch_fault() is not None or launched_rank() == 0
+
+
+def _launch_fault() -> str | None:
+    """What is wrong with what the environment says of a launcher."""
+    for name, least in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)):
+        given = os.environ.get(name)
+        if given is not None and not (re.fullmatch(r"[0-9]{1,9}", given) and int(given) >= least):
+            return f"{name} must be a whole number >= {least}, got {given!r}: unset it, or start by a launcher"
+    # LOCAL_RANK alone says which GPU; an address alone, where a launcher would meet.
+    if not is_launched() and launched_processes() == 1:
+        return None
+    missing = [name for name in NEEDED if not os.environ.get(name)]
+    if missing:
+        there = [name for name in VARIABLES if name in os.environ and name not in missing]
+        return (
+            f"the environment has {', '.join(there)} of a launcher but no {', '.join(missing)}: "
+            f"unset {' and '.join(there)} for one process, or start by deepspeed or torchrun"
+        )
+    for name, within, size in (
+        ("RANK", "WORLD_SIZE", launched_processes()),
+        ("LOCAL_RANK", "LOCAL_SIZE or LOCAL_WORLD_SIZE", local_processes(launched_processes())),
+    ):
+        if int(os.environ.get(name, "0")) >= size:
+            return f"{name} must be less than {within}, got {os.environ[name]} and {size}"
+    port = launched_port()
+    if not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 2**16):
+        return f"MASTER_PORT must be a whole number from 1 to 65535, got {port!r}"
+    return None
 
 
 # Seconds that threads get at the end of a run.

@@ -33,7 +33,7 @@ ACTIONS = "../../actions/workflows/"
 RECIPES = sorted(p.name for p in (ROOT / "recipes").glob("*.py") if p.name not in ("__init__.py", "ablation_data.py"))
 # Options of other programs; each must be in use, so that none stays by mistake.
 FOREIGN = {
-    "deepspeed": {"--num_accelerators", "--hostfile", "--master_port", "--module"},
+    "deepspeed": {"--num_accelerators", "--hostfile", "--include", "--master_port", "--module"},
     "pip": {"--no-deps"},
     "ipfm": {"--version"},
     "torchrun": {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"},

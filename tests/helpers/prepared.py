@@ -230,6 +230,10 @@ def _become(descriptors: list[int]) -> dict[str, Any]:
     for standard, descriptor in enumerate(descriptors):
         os.dup2(descriptor, standard)
         os.close(descriptor)
+    # Those of the server may be of another kind: a file can seek, a pipe cannot.
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (they last as long as the program)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.setsid()
     os.environ.clear()
     os.environ.update(about["env"])

@@ -83,7 +83,8 @@ def test_batch_that_the_processes_cannot_share(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     assert refused(capsys, "digits") == "batch must be divisible by the number of processes, got 64 and 3"
     assert not list(tmp_path.iterdir())
 

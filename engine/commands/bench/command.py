@@ -82,11 +82,12 @@ class Bench:
     def _run_step(self) -> Path:
         from ipfm.engine.checks import check_D
         from ipfm.engine.commands.bench.step import run_step
-        from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.distributed.world import check_environment, run_device
         from ipfm.engine.objectives.ipfm import DistillConfig
         from ipfm.engine.training.resolve import resolve_precision
 
         with user_input():
+            check_environment()
             check_D(self.D)
             network = replace(self._network(), D=self.D)
             for precision in self.precision:
@@ -112,8 +113,10 @@ class Bench:
 
     def _run_memory(self) -> Path:
         from ipfm.engine.commands.bench.memory import run_memory
+        from ipfm.engine.distributed.world import check_environment
 
         with user_input():
+            check_environment()
             network = self._network()
             self.out.mkdir(parents=True, exist_ok=True)
         try:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch._inductor import config as inductor
+from torch._inductor.codecache import get_lock_dir
+from torch.utils._filelock import FileLock
 
 from ipfm.engine import DistillConfig
 from ipfm.engine.config import TeacherConfig
+from ipfm.engine.distributed import compilation
 from ipfm.engine.distributed.compilation import check_compiler, set_execution
 from ipfm.engine.training.resolve import complete
 from ipfm.models import NetworkConfig, Precond, build_network
@@ -114,3 +118,38 @@ def test_what_cannot_be_compiled() -> None:
             check_compiler(CPU)
         with pytest.raises(ValueError, match="compile needs a"):
             complete(DistillConfig(compile=True), NETWORKS["adm"], CPU)
+
+
+def test_libraries_that_a_killed_process_has_left_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Empty, cut off or zeros: torch would load them at every later start. One that is being compiled stays."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    whole = Path(torch._C.__file__).read_bytes()
+    contents = {"empty": b"", "short": whole[:5000], "zeros": bytes(9000), "whole": whole, "busy": b"", "text": b"#!"}
+    (tmp_path / "ab").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "ab" / f"{name}.main.so").write_bytes(content)
+    (tmp_path / "ab" / "empty.main.cpp").write_text("")
+    mend = compilation.mend_cache.__wrapped__
+    with FileLock(Path(get_lock_dir()) / "busy.lock"):
+        mend()
+    assert capsys.readouterr().err == f"removed 4 broken libraries of torch.compile from {tmp_path}\n"
+    assert sorted(file.name for file in (tmp_path / "ab").iterdir()) == [
+        "busy.main.so",
+        "empty.main.cpp",
+        "whole.main.so",
+    ]
+    mend()
+    assert capsys.readouterr().err == f"removed 1 broken library of torch.compile from {tmp_path}\n"
+    mend()
+    assert not capsys.readouterr().err
+
+
+def test_compiling_looks_at_the_cache_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    monkeypatch.setattr(compilation, "mend_cache", lambda: looked.append(True))
+    set_execution(network("adm"), memory_format="auto", compiled=False, device=CPU)
+    assert not looked
+    set_execution(network("adm"), memory_format="auto", compiled=True, device=CPU)
+    assert looked

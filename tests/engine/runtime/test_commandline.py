@@ -19,7 +19,7 @@ import tyro
 from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.ipfm import DistillConfig
-from ipfm.engine.runtime import commandline, parse_errors
+from ipfm.engine.runtime import commandline, launcher, parse_errors
 from ipfm.engine.runtime.commandline import BadInput, parse, run_command, user_input
 from ipfm.engine.runtime.errors import FolderInUse, Interrupted, TrainingFailed
 
@@ -291,8 +291,12 @@ def test_help_lists_every_option_with_its_text(spelling, capfd):
         assert f"--noise.{level} FLOAT" in shown
 
 
+SECOND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
 def test_one_process_shows_the_help(monkeypatch, capfd):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in SECOND.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stop:
         read("--help")
     assert stop.value.code == 0
@@ -333,9 +337,11 @@ def ends(error: BaseException | None, capfd, argv: list[str] | None = None) -> t
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
 def test_exit_codes(error, code, line, capfd, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
+    for name in launcher.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     assert ends(error, capfd) == (code, line)
-    monkeypatch.setenv("RANK", "1")
+    for name, value in SECOND.items():
+        monkeypatch.setenv(name, value)
     assert ends(error, capfd) == (code, "")  # the first process speaks for all
 
 

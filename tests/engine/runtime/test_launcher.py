@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import os
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import launch
 import pytest
 
+from ipfm.engine.commands.main import _main
 from ipfm.engine.runtime import launcher
+from ipfm.engine.runtime.commandline import run_command
 from ipfm.engine.runtime.launcher import Launcher
 from ipfm.engine.training.run_folder import lock_folder
 
@@ -101,6 +105,126 @@ def test_a_dead_launcher_is_noticed(tmp_path: Path) -> None:
     wait_for("gone")
 
 
+WHOLE = {
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the environment of a process that torchrun has started, but for what is given; None leaves it out."""
+
+    def set_to(**changes: str | None) -> None:
+        for name in launcher.VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in (WHOLE | changes).items():
+            if value is not None:
+                monkeypatch.setenv(name, value)
+
+    return set_to
+
+
+ALONE = dict.fromkeys(WHOLE)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        (ALONE, None),
+        (ALONE | {"WORLD_SIZE": "1"}, None),
+        (ALONE | {"LOCAL_RANK": "1"}, None),
+        (ALONE | {"MASTER_ADDR": "node7", "MASTER_PORT": "29500"}, None),
+        (
+            ALONE | {"RANK": "1"},
+            "the environment has RANK of a launcher but no WORLD_SIZE, MASTER_ADDR, MASTER_PORT: "
+            "unset RANK for one process, or start by deepspeed or torchrun",
+        ),
+        (
+            ALONE | {"WORLD_SIZE": "4"},
+            "the environment has WORLD_SIZE of a launcher but no RANK, MASTER_ADDR, MASTER_PORT: "
+            "unset WORLD_SIZE for one process, or start by deepspeed or torchrun",
+        ),
+        (
+            {"MASTER_ADDR": ""},
+            "the environment has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_PORT of a launcher but no "
+            "MASTER_ADDR: unset RANK and LOCAL_RANK and WORLD_SIZE and LOCAL_WORLD_SIZE and MASTER_PORT for one "
+            "process, or start by deepspeed or torchrun",
+        ),
+        ({"RANK": ""}, "RANK must be a whole number >= 0, got '': unset it, or start by a launcher"),
+        ({"RANK": "one"}, "RANK must be a whole number >= 0, got 'one': unset it, or start by a launcher"),
+        ({"RANK": "-1"}, "RANK must be a whole number >= 0, got '-1': unset it, or start by a launcher"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number >= 1, got '0': unset it, or start by a launcher"),
+        ({"LOCAL_SIZE": "2.0"}, "LOCAL_SIZE must be a whole number >= 1, got '2.0': unset it, or start by a launcher"),
+        ({"RANK": "8"}, "RANK must be less than WORLD_SIZE, got 8 and 8"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK must be less than LOCAL_SIZE or LOCAL_WORLD_SIZE, got 4 and 4"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT must be a whole number from 1 to 65535, got '70000'"),
+    ],
+)  # fmt: skip
+def test_leftovers_of_a_launcher(
+    launched: Callable[..., None], changes: dict[str, str | None], message: str | None
+) -> None:
+    launched(**changes)
+    if message is None:
+        launcher.check_launch()
+        assert launcher.is_first_process() is ("RANK" not in os.environ)
+        return
+    with pytest.raises(ValueError) as error:
+        launcher.check_launch()
+    assert str(error.value) == message
+    # No process of the run would say it otherwise.
+    assert launcher.is_first_process()
+
+
+def test_a_host_that_nobody_knows(launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    launched(MASTER_ADDR="node7")
+    with pytest.raises(
+        ValueError, match=r"^MASTER_ADDR must be a host that can be found, got 'node7' \(.*not known\)$"
+    ):
+        launcher.check_launch()
+    launched(**ALONE)
+    launcher.check_launch()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "line"),
+    [
+        (["--version"], 0, ""),
+        (["--help"], 0, ""),
+        (["sampel"], 2, "ipfm: error: "),
+        (["info", "nowhere"], 2, "ipfm: error: nowhere does not exist"),
+        (
+            ["evaluate", "a", "--reference", "b", "--features", "pixels"],
+            2,
+            "ipfm: error: the environment has RANK of a",
+        ),
+    ],
+)
+def test_commands_of_one_process_always_speak(
+    launched: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    words: list[str],
+    code: int,
+    line: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    launched(**(ALONE | {"RANK": "1"}))
+    with pytest.raises(SystemExit) as stop:
+        run_command("ipfm", _main, words)
+    shown = capsys.readouterr()
+    assert (stop.value.code or 0) == code
+    assert shown.err.startswith(line) and shown.err.count("\n") == (code != 0)
+    assert bool(shown.out) == (code == 0)
+
+
 def test_what_a_launcher_says_is_read_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of both launchers; elsewhere a variable of theirs is set at most."""
     for name in launcher.VARIABLES:
@@ -108,7 +232,7 @@ def test_what_a_launcher_says_is_read_in_one_place(monkeypatch: pytest.MonkeyPat
     assert not launcher.is_launched() and launcher.is_first_process()
     assert (launcher.launched_rank(), launcher.local_rank(), launcher.launched_processes()) == (0, 0, 1)
     assert (launcher.local_processes(), launcher.local_processes(3)) == (1, 3)
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+    for name, value in WHOLE.items():
         monkeypatch.setenv(name, value)
     assert launcher.is_launched() and not launcher.is_first_process()
     assert (launcher.launched_rank(), launcher.local_rank(), launcher.launched_processes()) == (5, 1, 8)

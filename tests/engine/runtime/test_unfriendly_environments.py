@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
+import launch
 import numpy as np
+import prepared
 import pytest
 import soak
 import torch
@@ -101,16 +101,6 @@ def test_a_recipe_where_nothing_but_the_run_folder_can_be_written(tmp_path: Path
 
 
 @pytest.fixture
-def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No file may grow beyond 100 bytes; bytecode is not written then, whose rest Python would not miss."""
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.fixture
 def written(tmp_path: Path, network: EDMPrecond) -> Path:
     """What the commands below are to replace, from when there was room."""
     save_model(network, tmp_path / "model", extra={"task": "generator", "sigmas": [2.5]})
@@ -133,18 +123,22 @@ def written(tmp_path: Path, network: EDMPrecond) -> Path:
         ("convert CHECKPOINT converted", ".converted.partial/model.safetensors"),
     ],
 )
-def test_a_full_disk_is_one_line_and_what_was_there_stays(
-    written: Path, full: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str,
-    file: str,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(written)
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit) as stop:
-        ipfm(*(CHECKPOINT if word == "CHECKPOINT" else word for word in command.split(" ")))
+def test_a_full_disk_is_one_line_and_what_was_there_stays(written: Path, command: str, file: str) -> None:
+    """No file of the program may grow beyond 100 bytes; it has its own process, so that the tests' own log may."""
+    before = {path: path.read_bytes() for path in written.rglob("*") if path.is_file()}
+    words = [CHECKPOINT if word == "CHECKPOINT" else word for word in command.split(" ")]
+    reading, writing = map(os.fdopen, os.pipe(), ("r", "w"))
+    with reading, open(os.devnull, "w") as nowhere:
+        with writing:
+            program = prepared.start(
+                launch.BIN / "ipfm", *words, env=launch.environment(), stdout=nowhere, stderr=writing, cwd=written,
+                file_size=100,
+            )  # fmt: skip
+        said = reading.read()
+        assert program.wait(100) == 1
     place = (written if file.startswith(".") else Path()) / file
-    assert stop.value.code == 1
-    assert capsys.readouterr().err == f"ipfm: failed: cannot write {place}: File too large\n"
-    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert said == f"ipfm: failed: cannot write {place}: File too large\n"
+    assert before == {path: path.read_bytes() for path in written.rglob("*") if path.is_file()}
 
 
 # -- links -----------------------------------------------------------------------------------------------------------
@@ -290,3 +284,20 @@ def test_compiled_kernels_find_a_place(tmp_path: Path, monkeypatch: pytest.Monke
         triton.knobs.cache.dir = str(tmp_path / "cache")
         _cache.usable_cache()
         assert triton.knobs.cache.dir == str(tmp_path / "cache")
+
+
+def test_entries_that_a_crash_has_left_empty_are_no_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    for key, length in (("ABC", 0), ("DEF", 6)):
+        (tmp_path / key).mkdir()
+        (tmp_path / key / "a.json").write_text("{}")
+        (tmp_path / key / "a.cubin").write_bytes(b"kernel"[:length])
+    (tmp_path / "a file").write_text("")
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        for _ in range(2):
+            monkeypatch.setattr(_cache, "_looked", False)
+            _cache.usable_cache()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["DEF", "a file"]
+    assert [str(w.message) for w in recwarn] == [f"removed 1 broken entry of Triton's cache {tmp_path}"]

@@ -1,0 +1,186 @@
+"""What the environment says of a run: variables of other programs, a network that is not there, shares of the cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import triton
+
+from ipfm.engine.distributed import world
+from ipfm.engine.distributed.world import check_environment, start_world
+from ipfm.engine.runtime import cores, launcher
+from ipfm.engine.runtime.errors import Failed
+
+
+@pytest.fixture(autouse=True)
+def without_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*launcher.VARIABLES, "DS_ACCELERATOR", "IPFM_TIMEOUT", "CUDA_VISIBLE_DEVICES"):
+        # Set first, so that what the call sets is undone at the end.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("IPFM_TIMEOUT", "10min", "IPFM_TIMEOUT must be a number of seconds > 0, got '10min'"),
+        ("IPFM_TIMEOUT", "", "IPFM_TIMEOUT must be a number of seconds > 0, got ''"),
+        ("IPFM_TIMEOUT", "nan", "IPFM_TIMEOUT must be a number of seconds > 0, got 'nan'"),
+        ("DS_ACCELERATOR", "cuda", "DS_ACCELERATOR must be cpu on this machine, got 'cuda': unset it"),
+        ("RANK", "", "RANK must be a whole number >= 0, got '': unset it, or start by a launcher"),
+    ],
+)
+def test_variables_that_cannot_be(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_environment()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as error:
+        check_environment()
+    assert str(error.value) == message
+
+
+def test_variables_that_cannot_be_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        with pytest.raises(ValueError, match=r"^TRITON_INTERPRET=1 computes every kernel in Python"):
+            check_environment()
+        triton.knobs.runtime.interpret = False
+        check_environment()
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with pytest.raises(ValueError, match=r"^LOCAL_RANK must be less than the number of GPUs, got 1 and 1$"):
+            check_environment()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        with pytest.raises(ValueError, match=r"got 1 and 1 \(CUDA_VISIBLE_DEVICES=1\)$"):
+            check_environment()
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "message"),
+    [
+        (
+            "[enforce fail at device.cc:212] ifa != nullptr. Unable to find interface for: [127.0.0.1]", None,
+            "no network interface is up, not even the loopback: bring it up (ip link set lo up), "
+            "or name one that is by GLOO_SOCKET_IFNAME",
+        ),
+        (
+            "[enforce fail at device.cc:98] rv != -1. Unable to find address for: eth7", "eth7",
+            "GLOO_SOCKET_IFNAME='eth7' is no network interface of this machine: unset it, or name another "
+            "(ip link lists them)",
+        ),
+        (
+            "The server socket has failed to listen on any local network address. port: 29500", None,
+            "port 29500 is in use: give another one (`deepspeed --master_port N`, `torchrun --master_port N`)",
+        ),
+    ],
+)  # fmt: skip
+def test_no_way_for_processes_to_meet(
+    monkeypatch: pytest.MonkeyPatch, error: str, named: str | None, message: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if named:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", named)
+    with pytest.raises(Failed) as failure:
+        start_world()
+    assert str(failure.value) == message
+    error = "a defect"
+    with pytest.raises(RuntimeError, match=r"^a defect$"):
+        start_world()
+
+
+# -- cores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    ("asked", "processes", "threads", "said"),
+    [
+        # (variables, processes on four cores, threads of each, what is said)
+        ({}, 2, 2, ""),
+        ({}, 8, 1, ""),
+        ({"OMP_NUM_THREADS": 1}, 2, 1, ""),
+        ({"OMP_NUM_THREADS": 2}, 2, 2, ""),
+        (
+            {"OMP_NUM_THREADS": 4}, 2, 2,
+            "OMP_NUM_THREADS=4 would start 4 threads in each of 2 processes on 4 cores: 2 instead\n",
+        ),
+        (
+            {"OMP_NUM_THREADS": 4, "MKL_NUM_THREADS": 4}, 4, 1,
+            "OMP_NUM_THREADS=4 and MKL_NUM_THREADS=4 would start 4 threads in each of 4 processes on 4 cores: "
+            "1 instead\n",
+        ),
+        (
+            {"MKL_NUM_THREADS": 64}, 1, 4,
+            "MKL_NUM_THREADS=64 would start 64 threads in each of 1 process on 4 cores: 4 instead\n",
+        ),
+    ],
+)  # fmt: skip
+def test_threads_are_no_more_than_cores(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asked: dict[str, int],
+    processes: int,
+    threads: int,
+    said: str,
+) -> None:
+    """As many as a process's share of them, or as few as the user says."""
+    monkeypatch.setattr(world, "usable_cores", lambda: 4)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for speaks in (False, True):
+        # What torch makes of the variables when it is imported.
+        torch.set_num_threads(max(asked.values(), default=4))
+        for name, value in asked.items():
+            monkeypatch.setenv(name, str(value))
+        world._share_cores(processes, speaks=speaks)
+        assert torch.get_num_threads() == threads
+        assert capsys.readouterr().err == (said if speaks else "")
+
+
+@pytest.mark.parametrize(
+    ("quota", "period", "expected"),
+    [
+        ("max", 100000, 8),
+        (200000, 100000, 2),
+        (250000, 100000, 2),
+        (50000, 100000, 1),
+        (-1, 100000, 8),
+        (9900000, 1, 8),
+    ],
+)
+def test_cores_of_a_container(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: object, period: int, expected: int
+) -> None:
+    """Of both generations of control groups; a file that is not there says nothing."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    nowhere = tmp_path / "nowhere"
+    files = [tmp_path / name for name in ("cpu.max", "quota", "period")]
+    for file, text in zip(files, (f"{quota} {period}", quota, period), strict=True):
+        file.write_text(f"{text}\n")
+    for new, old, usable in (
+        (files[0], (nowhere, nowhere), expected),
+        (nowhere, tuple(files[1:]), expected),
+        (nowhere, (nowhere, nowhere), 8),
+    ):
+        monkeypatch.setattr(cores, "_QUOTA", new)
+        monkeypatch.setattr(cores, "_QUOTA_V1", old)
+        assert cores.usable_cores() == usable
