@@ -18,7 +18,7 @@ from ipfm.engine.commands.export.command import Export
 from ipfm.engine.commands.info import Info
 from ipfm.engine.commands.plan import Plan
 from ipfm.engine.commands.report.command import Report
-from ipfm.engine.commands.sample import Sample
+from ipfm.engine.commands.sample.command import Sample
 from ipfm.engine.commands.usage import Shell, overview, versions
 from ipfm.engine.runtime.commandline import parse, run_command, without_local_rank
 from ipfm.engine.runtime.launcher import forget_launch

@@ -38,8 +38,8 @@ def image_grid(images: Tensor, columns: int | None = None, scale: int | None = N
     if columns < 1 or scale < 1:
         raise ValueError(f"columns and scale must be positive, got {columns} and {scale}")
 
-    pixels = _pixels(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-    tiles = pixels.numpy().repeat(scale, axis=1).repeat(scale, axis=2)
+    shown = pixels(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    tiles = shown.numpy().repeat(scale, axis=1).repeat(scale, axis=2)
 
     rows = -(-count // columns)
     tall, wide = height * scale + 1, width * scale + 1
@@ -71,8 +71,8 @@ def save_pngs(images: Tensor, paths: Sequence[Path | str]) -> None:
 
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) != len(paths):
         raise ValueError(f"images must have shape ({len(paths)}, 1 or 3, H, W), got {tuple(images.shape)}")
-    for pixels, path in zip(_pixels(images).numpy(), paths, strict=True):
-        picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+    for shown, path in zip(pixels(images).numpy(), paths, strict=True):
+        picture = Image.fromarray(shown[0] if len(shown) == 1 else shown.transpose(1, 2, 0))
         with atomic_write(path) as file:
             picture.save(file, format="PNG")
 
@@ -80,10 +80,10 @@ def save_pngs(images: Tensor, paths: Sequence[Path | str]) -> None:
 def save_images(images: Tensor, path: Path | str) -> None:
     """Write images (B, C, H, W) in [-1, 1] as the entry "images" of an npz, uint8 (B, H, W, C), replaced whole."""
     with atomic_write(path) as file:
-        np.savez_compressed(file, images=_pixels(images).permute(0, 2, 3, 1).numpy())
+        np.savez_compressed(file, images=pixels(images).permute(0, 2, 3, 1).numpy())
 
 
-def _pixels(images: Tensor) -> Tensor:
+def pixels(images: Tensor) -> Tensor:
     """uint8 pixels on the CPU: clip(127.5·v + 128, 0, 255), truncated; NaN becomes 0."""
     # float32 on the CPU: half precision cannot hold 127.5·v + 128 to a unit.
     levels = images.detach().to("cpu", torch.float32).nan_to_num(nan=-1.0) * 127.5 + 128

@@ -7,12 +7,15 @@ import time
 
 from tqdm import tqdm
 
-# Where nobody watches (stderr is a file), the progress of the whole work is this many lines.
+# Where nobody watches (stderr is a file), the progress of the whole work is this many lines, if it is no longer than
+# their number of `LONGEST`.
 LINES = 20
+# Seconds after which there is a line more, for work that takes days.
+LONGEST = 600.0
 
 
 class ProgressBar:
-    """A tqdm bar on a terminal; elsewhere a line of the same form at first and at every 5 %.
+    """A tqdm bar on a terminal; elsewhere a line of the same form at first, at every 5 % and every ten minutes.
 
     Args:
         title: in front.
@@ -55,7 +58,8 @@ class ProgressBar:
             self._bar.update(done - self._bar.n)
             return
         part, now = done * LINES // max(self.total, 1), time.perf_counter()
-        if self._enabled and part > self._shown and now - self._line_at >= self._pause:
+        waited = now - self._line_at
+        if self._enabled and ((part > self._shown and waited >= self._pause) or waited >= LONGEST):
             self._shown, self._line_at = part, now
             # ncols=0 prints the numbers without a bar; tqdm subtracts `initial` when it computes the rate.
             line = tqdm.format_meter(

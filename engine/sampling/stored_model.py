@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -153,6 +154,18 @@ def load_denoiser(path: Path, *, D: float | None) -> tuple[Precond, TeacherFacts
     check_D(D)
     stored = read_config(path)
     return load_from_folder(stored, D=D), stored.facts
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of the weights of a model folder, or of a checkpoint's file: the same for a copy of it.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if not path.is_file():
+        return read_config(path).sha256
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _teacher_sampler(

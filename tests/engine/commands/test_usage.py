@@ -17,7 +17,7 @@ import pytest
 from launch import BIN, ROOT
 
 from ipfm.engine.commands.main import Command, _main
-from ipfm.engine.commands.sample import Sample
+from ipfm.engine.commands.sample.command import Sample
 from ipfm.engine.commands.usage import Shell, completion_script, summary
 from ipfm.engine.runtime.commandline import run_command
 

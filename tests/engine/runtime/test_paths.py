@@ -8,7 +8,7 @@ import pytest
 import tyro
 
 from ipfm.engine.commands.main import Command
-from ipfm.engine.commands.sample import Sample
+from ipfm.engine.commands.sample.command import Sample
 from ipfm.engine.experiments.teacher import TeacherOptions
 from ipfm.engine.objectives.pid import PidConfig
 from ipfm.engine.runtime.commandline import BadInput, parse, parse_given

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,12 +15,16 @@ from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.json_output import output
 
 if TYPE_CHECKING:
+    from ipfm.engine.commands.sample.destination import Destination
     from ipfm.engine.runtime.progress import ProgressBar
     from ipfm.engine.sampling.samplers import Churn
     from ipfm.engine.sampling.stored_model import SampledModel
+    from ipfm.models import NetworkConfig
 
 
 IMAGES, HEUN_STEPS = 64, 18
+# The largest numbers that are taken: above them is a slip of the keyboard.
+MOST = {"n": 10**12, "batch": 10**12, "heun_steps": 100_000}
 # Options of a teacher's sampler; a generator's is its own.
 OF_A_TEACHER = ("heun_steps", "solver", "sigmas", "churn", "churn_min", "churn_max", "churn_noise")
 
@@ -36,6 +41,8 @@ class Sample:
     teacher is sampled with Heun's method."""
     out: Path = Path("samples.png")
     """A .png (one grid), a .npz (images NHWC, uint8), or a folder: one PNG an image, named by its seed or index."""
+    add: bool = False
+    """Put the images into a folder that holds others too; those of the same name are replaced."""
     n: int | None = None
     """Number of images. Default: 64."""
     seed: int | None = None
@@ -63,12 +70,15 @@ class Sample:
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
     json: bool = False
-    """Print JSON: files, seeds, nfe, D, sigmas, seconds, images/s."""
+    """Print JSON: files, seeds, nfe, D, sigmas, non-finite images, remarks, seconds, images/s."""
 
     def run(self) -> None:
         """Write the images to `out`."""
         from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.runtime.host_memory import enough_memory
         from ipfm.engine.runtime.progress import ProgressBar
+        from ipfm.engine.runtime.remarks import Remarks
+        from ipfm.engine.runtime.wording import counted
         from ipfm.engine.sampling.seeds import read_numbers
         from ipfm.engine.sampling.stored_model import sample_model
 
@@ -88,12 +98,23 @@ class Sample:
                 classes=None if self.classes is None else read_numbers("classes", self.classes),
             )
             self._check_model(model)
-        names = range(IMAGES if self.n is None else self.n) if seeds is None else seeds
+            names = range(IMAGES if self.n is None else self.n) if seeds is None else seeds
+            self._check_memory(model.network, len(names))
+            destination = self._destination(model, names, seeds is None)
+        remarks = Remarks()
+        for remark in destination.remarks:
+            remarks.add(remark)
         with output(as_json=self.json) as write:
-            files = [self.out / f"{name:06d}.png" for name in names] if self._is_folder() else [self.out]
-            with ProgressBar("sample", len(names)) as bar:
-                seconds = self._write(model, len(names), files, bar)
-            write(self._facts(model, seeds, files, len(names), seconds), self._text(model, len(names), seconds))
+            with ProgressBar("sample", len(names)) as bar, enough_memory("give a smaller --batch"):
+                seconds, bad = self._write(model, len(names), destination, bar)
+            if bad:
+                remarks.add(
+                    f"{counted(bad, 'image')} of {len(names):,} {'is' if bad == 1 else 'are'} not finite, and black "
+                    "where that is so"
+                )
+            more = {"non_finite": bad, "remarks": list(remarks)}
+            facts = self._facts(model, seeds, destination, names, seconds) if self.json else {}
+            write(facts | more, self._text(model, len(names), seconds))
 
     def _check(self) -> None:
         """ValueError: options that cannot be, or not together."""
@@ -103,8 +124,9 @@ class Sample:
 
         for name in ("n", "batch", "heun_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{_typed(name)} must be at least 1, got {value}")
+            if value is not None and not 1 <= value <= MOST[name]:
+                limit = "at least 1" if value < 1 else f"at most {MOST[name]:,}"
+                raise ValueError(f"{_typed(name)} must be {limit}, got {value}")
         check_seeds("seed", [self.seed or 0])
         for name, others in (("seeds", ("n", "seed")), ("sigmas", ("heun_steps",))):
             both = [other for other in others if name in self._given() and other in self._given()]
@@ -112,8 +134,10 @@ class Sample:
                 raise ValueError(f"{name} and {_typed(both[0])} exclude each other: give one of them")
         if self.sigmas:
             check_sigmas(self.sigmas)
-        if not self._is_folder() and self.out.suffix not in (".png", ".npz"):
+        if not self._is_folder() and self._suffix() not in (".png", ".npz"):
             raise ValueError(f"out must end in .png or .npz, or be a folder (no suffix), got {self.out}")
+        if self.add and not self._is_folder():
+            raise ValueError(f"add is for folders, got the file {self.out}, which is replaced")
         if self._is_folder() and self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out must end in .png or .npz, or be a folder, got the file {self.out}")
         if (above := unwritable_ancestor(self.out if self.out.is_dir() else self.out.absolute().parent)) is not None:
@@ -154,44 +178,81 @@ class Sample:
                 f"{', '.join(given)} cannot be given: {self.model} is a generator, which has noise levels of its own"
             )
         channels = model.network.img_channels
-        if channels not in (1, 3) and (self._is_folder() or self.out.suffix == ".png"):
+        if channels not in (1, 3) and (self._is_folder() or self._suffix() == ".png"):
             raise ValueError(f"out must end in .npz for images of {channels} channels, got {self.out}")
 
     def _is_folder(self) -> bool:
         return self.out.is_dir() or not self.out.suffix
 
-    def _batches(self, count: int) -> list[tuple[int, int]]:
-        return [(i, min(self.batch, count - i)) for i in range(0, count, self.batch)]
+    def _suffix(self) -> str:
+        return self.out.suffix.lower()
 
-    def _write(self, model: SampledModel, count: int, files: list[Path], bar: ProgressBar) -> float:
-        """Draw `count` images into `files`, one each or all in one; the seconds that drawing them took."""
-        import torch
+    def _check_memory(self, network: NetworkConfig, count: int) -> None:
+        """ValueError: not even a layer of the network fits into the host's memory for a batch."""
+        from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.runtime.host_memory import check_memory
 
-        from ipfm.engine.data.image_grid import save_grid, save_images, save_pngs
+        channels, height, width = network.image_shape
+        size = min(self.batch, count)
+        # The sampler's state in float64, and an activation of the first level where the network is on the host too.
+        each = 8 * channels + (8 * network.model_channels if run_device().type == "cpu" else 0)
+        check_memory(size * height * width * each, f"a batch of {size:,} images", "give a smaller --batch")
 
-        seconds, kept = 0.0, []
-        for first, size in self._batches(count):
-            started = time.perf_counter()
-            # On the host: what draws is done with them.
-            images = model.draw(first, size).cpu()
-            seconds += time.perf_counter() - started
-            if self._is_folder():
-                # Each batch as it is drawn: a folder may hold more than memory does.
-                with user_input():
-                    save_pngs(images, files[first : first + size])
-            else:
-                kept.append(images)
-            bar.advance(size)
-        if kept:
+    def _destination(self, model: SampledModel, names: Sequence[int], of_one_seed: bool) -> Destination:
+        """Where the images go. ValueError: they would be mixed with others, or do not fit there."""
+        from ipfm.engine.commands.sample.destination import Array, Folder, Picture
+
+        if self._is_folder():
+            return Folder(self.out, names, self._made_by(model, of_one_seed), add=self.add)
+        return (Picture if self._suffix() == ".png" else Array)(self.out, len(names), model.network.image_shape)
+
+    def _made_by(self, model: SampledModel, of_one_seed: bool) -> dict[str, object]:
+        """All that changes an image but its number."""
+        from ipfm.engine.runtime.json_output import plain
+        from ipfm.engine.sampling.stored_model import fingerprint
+
+        own = {name: getattr(self, name) for name in ("solver", "churn", "churn_min", "churn_max", "churn_noise")}
+        made = {
+            "model": fingerprint(self.model),
+            "D": model.network.D,
+            "sigmas": model.sigmas,
+            "classes": self.classes,
+            "seed": (self.seed or 0) if of_one_seed else "each its own",
+            **{name: value for name, value in own.items() if value is not None},
+        }
+        return {name: plain(value) for name, value in made.items()}
+
+    def _write(self, model: SampledModel, count: int, destination: Destination, bar: ProgressBar) -> tuple[float, int]:
+        """Draw `count` images; the seconds that drawing them took, and how many of them are not finite."""
+        seconds, bad = 0.0, 0
+        try:
+            with destination.opened():
+                for first in range(0, count, self.batch):
+                    started = time.perf_counter()
+                    # On the host: what draws is done with them.
+                    images = model.draw(first, min(self.batch, count - first)).cpu()
+                    seconds += time.perf_counter() - started
+                    bad += int((~images.isfinite()).flatten(1).any(1).sum())
+                    destination.write(first, images)
+                    bar.advance(len(images))
+        except OSError:
             with user_input():
-                (save_grid if self.out.suffix == ".png" else save_images)(torch.cat(kept), self.out)
-        return seconds
+                raise
+        return seconds, bad
 
     def _facts(
-        self, model: SampledModel, seeds: tuple[int, ...] | None, files: list[Path], count: int, seconds: float
+        self,
+        model: SampledModel,
+        seeds: tuple[int, ...] | None,
+        destination: Destination,
+        names: Sequence[int],
+        seconds: float,
     ) -> dict[str, object]:
+        from ipfm.engine.commands.sample.destination import Folder
         from ipfm.models.facts import GeneratorFacts
 
+        count, place = len(names), destination
+        files = [place.file(index) for index in range(count)] if isinstance(place, Folder) else [self.out]
         return {
             "model": self.model,
             "kind": "generator" if isinstance(model.facts, GeneratorFacts) else "teacher",

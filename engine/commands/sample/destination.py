@@ -1,0 +1,198 @@
+"""Where samples go: one picture, one array, or a folder with a file each; nothing is mixed with others unasked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, cat
+
+from ipfm.engine.data.image_files import EXTENSIONS
+from ipfm.engine.data.image_grid import pixels, save_grid, save_pngs
+from ipfm.engine.runtime.files import read_json
+from ipfm.engine.runtime.host_memory import check_memory
+from ipfm.engine.runtime.wording import size
+from ipfm.models.atomic_files import atomic_write
+
+# Hidden: no data set takes it for a part of itself.
+RECORD = ".ipfm-samples.json"
+# The largest side of a picture that common programs open.
+MOST_PIXELS = 65_500
+_ADD = "name another folder, or add to it with --add"
+
+
+class Destination(ABC):
+    """Takes the images of a command in their order, batch by batch. An error leaves what was there."""
+
+    remarks: Sequence[str] = ()
+    """What is to be said beside the answer."""
+
+    @abstractmethod
+    def write(self, first: int, images: Tensor) -> None:
+        """Take images first..first + B - 1, (B, C, H, W) in [-1, 1], on the host."""
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """The block writes all images."""
+        yield
+
+
+class Picture(Destination):
+    """One PNG with all images in a grid.
+
+    Args:
+        path: of the PNG.
+        count: number of images.
+        shape: (C, H, W) of each.
+
+    Raises:
+        ValueError: no picture can hold so many.
+    """
+
+    def __init__(self, path: Path, count: int, shape: tuple[int, int, int]) -> None:
+        self._path, self._kept = path, list[Tensor]()
+        side = max(shape[1:])
+        if count**0.5 * side > MOST_PIXELS:
+            fit = (MOST_PIXELS // side) ** 2
+            raise ValueError(
+                f"out must be a folder or end in .npz for {count:,} images {side}x{side}: a picture takes {fit:,}"
+            )
+        channels, height, width = shape
+        check_memory(count * height * width * (4 * channels + 3), f"a picture of {count:,} images", _FOLDER)
+
+    def write(self, first: int, images: Tensor) -> None:
+        """See `Destination.write`."""
+        self._kept.append(images)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """See `Destination.opened`."""
+        yield
+        save_grid(cat(self._kept), self._path)
+
+
+class Array(Destination):
+    """One .npz with the entry "images", uint8 (N, H, W, C), written as the images come.
+
+    Args:
+        path: of the .npz.
+        count: number of images.
+        shape: (C, H, W) of each.
+    """
+
+    def __init__(self, path: Path, count: int, shape: tuple[int, int, int]) -> None:
+        channels, height, width = shape
+        self._path, self._shape = path, (count, height, width, channels)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """See `Destination.opened`."""
+        header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
+        with (
+            atomic_write(self._path) as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+            archive.open("images.npy", "w", force_zip64=True) as self._member,
+        ):
+            np.lib.format.write_array_header_1_0(self._member, header)
+            yield
+
+    def write(self, first: int, images: Tensor) -> None:
+        """See `Destination.write`."""
+        self._member.write(pixels(images).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+
+
+class Folder(Destination):
+    """A folder with a PNG for each image, named by a number.
+
+    Args:
+        path: the folder.
+        names: number of each image.
+        made_by: what makes the images: the model, and all that changes them but their numbers.
+        add: put them beside other images.
+
+    Raises:
+        ValueError: it holds images that were made otherwise, or the disk has no room for so many.
+    """
+
+    def __init__(self, path: Path, names: Sequence[int], made_by: Mapping[str, Any], *, add: bool) -> None:
+        self._path, self._names, self._record = path, names, json.loads(json.dumps(made_by))
+        first = next(_images(path), None)
+        if first is None:
+            _check_disk(path, len(names))
+            return
+        known = read_json(path / RECORD)
+        if not add and known != self._record:
+            raise ValueError(f"{path} holds images already ({first} …), {_difference(known, self._record)}: {_ADD}")
+        if known != self._record:
+            self._record = {"mixed": True}
+        if others := self._others():
+            self.remarks = (f"{path} holds {others:,} other images too",)
+
+    def file(self, index: int) -> Path:
+        """Where image `index` goes."""
+        return self._path / f"{self._names[index]:06d}.png"
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """See `Destination.opened`."""
+        with atomic_write(self._path / RECORD) as file:
+            file.write(json.dumps(self._record, allow_nan=False).encode())
+        yield
+
+    def write(self, first: int, images: Tensor) -> None:
+        """See `Destination.write`. Written at once: a folder may hold more than memory does."""
+        save_pngs(images, [self.file(index) for index in range(first, first + len(images))])
+
+    def _others(self) -> int:
+        """Images there that will not be replaced."""
+        own = self._names if isinstance(self._names, range) else set(self._names)
+
+        def replaced(name: str) -> bool:
+            stem = name.removesuffix(".png")
+            return stem.isdecimal() and len(stem) < 21 and f"{int(stem):06d}.png" == name and int(stem) in own
+
+        return sum(not replaced(name) for name in _images(self._path))
+
+
+_FOLDER = "give a folder as --out, which takes any number"
+
+
+def _images(folder: Path) -> Iterator[str]:
+    """Names of the images in a folder and below, but for hidden ones."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
+                yield os.path.relpath(os.path.join(place, name), folder)
+
+
+def _difference(known: Mapping[str, Any] | None, record: Mapping[str, Any]) -> str:
+    if known is None or "model" not in known:
+        return "of which it does not say what made them, and would mix them with these"
+    if known["model"] != record["model"]:
+        return "of another model, and would mix them with these"
+    differ = [name for name in record if known.get(name) != record[name]]
+    return f"of this model with other {', '.join(differ)}, and would mix them with these"
+
+
+def _check_disk(folder: Path, count: int) -> None:
+    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    room = os.statvfs(above)
+    needed, free = count * room.f_frsize, room.f_bavail * room.f_frsize
+    if needed > free:
+        raise ValueError(
+            f"{count:,} images need at least {size(needed)} on the disk of {above}, of which {size(free)} is free: "
+            "give a smaller --n, or another --out"
+        )
+    if room.f_files and count > room.f_favail:
+        raise ValueError(
+            f"{count:,} images are more files than the disk of {above} can take, {room.f_favail:,}: give a smaller "
+            "--n, or an .npz as --out"
+        )

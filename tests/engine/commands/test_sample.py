@@ -1,0 +1,208 @@
+"""Where samples go: nothing mixed or lost unasked, what is asked for fits, what is not finite is said."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import official_files as of
+import pytest
+import torch
+from PIL import Image
+
+from ipfm.engine.commands.main import _main
+from ipfm.engine.commands.sample.destination import RECORD, Folder, Picture
+from ipfm.engine.runtime import host_memory, progress
+from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.runtime.errors import Failed
+from ipfm.models import EDMPrecond, NetworkConfig, save_model
+
+SMALL = NetworkConfig(
+    img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), D=128.0
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("one", "other")):
+        net = of.randomize(EDMPrecond(SMALL), seed)
+        save_model(net, root / name, extra={"task": "generator", "sigmas": [2.5]})
+    # A generator that gives no finite image.
+    with torch.no_grad():
+        net.model.map_layer0.weight.fill_(math.inf)
+    save_model(net, root / "broken", extra={"task": "generator", "sigmas": [2.5]})
+    return root
+
+
+def sample(*arguments: object) -> int:
+    try:
+        run_command("ipfm", _main, ["sample", *map(str, arguments)])
+    except SystemExit as stop:
+        return int(stop.code)
+    return 0
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.quick
+def test_images_of_another_model_are_not_mixed_with_those_there(models, tmp_path, capsys):
+    out = tmp_path / "mix"
+    assert sample(models / "one", "--n", 4, "--out", out) == 0
+    before = files(out)
+    for more, said in [
+        ((models / "other", "--n", 2), "of another model, and would mix them with these"),
+        ((models / "one", "--n", 2, "--seed", 1), "of this model with other seed, and would mix"),
+        ((models / "one", "--seeds", "5"), "of this model with other seed, and would mix"),
+    ]:
+        capsys.readouterr()
+        assert sample(*more, "--out", out) == 2 and files(out) == before
+        line = capsys.readouterr().err
+        assert said in line and line.endswith(": name another folder, or add to it with --add\n")
+    assert sample(models / "other", "--n", 2, "--out", out, "--add") == 0
+    assert "ipfm: note: " in (said := capsys.readouterr().err) and "holds 2 other images too" in said
+    assert len(files(out)) == 5
+    # It is a mixture from here on.
+    assert sample(models / "other", "--n", 2, "--out", out) == 2
+
+
+def test_images_whose_maker_is_not_known_are_not_mixed(models, tmp_path, capsys):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "a" / "b" / "x.JPG", format="JPEG")
+    assert sample(models / "one", "--n", 1, "--out", tmp_path / "a") == 2
+    assert "holds images already (b/x.JPG …), of which it does not say what made them" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert sample(models / "one", "--n", 1, "--out", tmp_path / "a", "--add") == 0
+
+
+def test_a_models_own_samples_are_continued(models, tmp_path, capsys):
+    """More of a seed, further seeds, and after an interruption: the same images as at once."""
+    for name, parts in {"seed": (("--n", 2), ("--n", 5)), "seeds": (("--seeds", "0-1"), ("--seeds", "2-4"))}.items():
+        for part in parts:
+            assert sample(models / "one", *part, "--out", tmp_path / name) == 0
+        assert sorted(files(tmp_path / name)) == [RECORD, *(f"{i:06d}.png" for i in range(5))]
+    assert sample(models / "one", "--n", 5, "--out", tmp_path / "once") == 0
+    capsys.readouterr()
+    assert files(tmp_path / "seed") == files(tmp_path / "once")
+    # What is there beside these is said, in JSON too.
+    assert sample(models / "one", "--n", 2, "--out", tmp_path / "once", "--json") == 0
+    found = capsys.readouterr()
+    assert json.loads(found.out)["remarks"] == [f"{tmp_path}/once holds 3 other images too"]
+    assert found.err == f"ipfm: note: {tmp_path}/once holds 3 other images too\n"
+
+
+def test_add_is_for_folders(models, tmp_path, capsys):
+    assert sample(models / "one", "--out", tmp_path / "a.png", "--add") == 2
+    assert "add is for folders, got the file" in capsys.readouterr().err
+
+
+def test_images_that_are_not_finite_are_counted(models, tmp_path, capsys):
+    assert sample(models / "broken", "--n", 3, "--out", tmp_path / "a.png", "--json") == 0
+    found = capsys.readouterr()
+    assert (said := json.loads(found.out))["non_finite"] == 3
+    assert said["remarks"] == ["3 images of 3 are not finite, and black where that is so"]
+    assert found.err == f"ipfm: note: {said['remarks'][0]}\n"
+    assert sample(models / "one", "--n", 3, "--out", tmp_path / "a.png", "--json") == 0
+    found = capsys.readouterr()
+    assert (json.loads(found.out)["non_finite"], json.loads(found.out)["remarks"], found.err) == (0, [], "")
+
+
+def test_an_array_is_written_as_it_comes_and_equals_that_of_one_batch(models, tmp_path):
+    for name, batch in (("a.npz", 64), ("b.NPZ", 2)):
+        assert sample(models / "one", "--n", 5, "--batch", batch, "--out", tmp_path / name) == 0
+    one, streamed = (np.load(tmp_path / name)["images"] for name in ("a.npz", "b.NPZ"))
+    assert (streamed.shape, streamed.dtype) == ((5, 8, 8, 1), np.uint8)
+    assert np.abs(one.astype(int) - streamed).max() <= 1
+
+
+def test_a_suffix_in_capitals_is_the_same_kind(models, tmp_path):
+    assert sample(models / "one", "--n", 4, "--out", tmp_path / "a.PNG") == 0
+    with Image.open(tmp_path / "a.PNG") as picture:
+        assert picture.format == "PNG"
+
+
+def test_a_batch_that_the_host_has_no_memory_for_is_refused_before_the_work(
+    models, tmp_path, capsys, monkeypatch, solver
+):
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 1 << 30)
+    assert sample(models / "one", "--n", 8_000_000, "--batch", 8_000_000, "--out", tmp_path / "x.npz") == 2
+    line = capsys.readouterr().err
+    assert line.startswith("ipfm: error: a batch of 8,000,000 images needs at least 34")
+    assert line.endswith("of the host's memory, of which 1.00 GiB is free: give a smaller --batch\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_allocation_is_one_line(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: None)
+    assert sample(models / "one", "--n", 10**12, "--batch", 10**12, "--out", tmp_path / "x.npz") == 1
+    line = capsys.readouterr().err
+    assert line.startswith("ipfm: failed: there is not enough memory (") and line.endswith(": give a smaller --batch\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), ""),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes. Error code 12"), "can't"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "CUDA out of memory"),
+    ],
+)  # fmt: skip
+def test_what_is_out_of_memory(error, reason):
+    with (
+        pytest.raises(Failed, match=f"not enough memory.*{reason}.*: give less"),
+        host_memory.enough_memory("give less"),
+    ):
+        raise error
+    with pytest.raises(RuntimeError, match=r"^another$"), host_memory.enough_memory("give less"):
+        raise RuntimeError("another")
+
+
+def test_what_the_host_has_free_is_known_here():
+    free = host_memory.available_bytes()
+    assert free is not None and free > 1 << 24
+    host_memory.check_memory(free // 2, "it", "x")
+    with pytest.raises(ValueError, match=r"it needs at least .* is free: x"):
+        host_memory.check_memory(1 << 60, "it", "x")
+
+
+def test_more_images_than_the_disk_has_room_for_are_refused_at_once(models, tmp_path, capsys):
+    assert sample(models / "one", "--n", 10**12, "--out", tmp_path / "folder") == 2
+    line = capsys.readouterr().err
+    assert line.startswith("ipfm: error: 1,000,000,000,000 images ") and "disk of" in line and line.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_has_a_largest_number_of_images(tmp_path, monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"out must be a folder or end in .npz for 100,000,000 images 8x8: a picture takes"
+    ):
+        Picture(tmp_path / "a.png", 100_000_000, (1, 8, 8))
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 1 << 20)
+    with pytest.raises(ValueError, match=r"a picture of 1,000,000 images needs at least .* give a folder as --out"):
+        Picture(tmp_path / "a.png", 1_000_000, (1, 8, 8))
+
+
+@pytest.mark.parametrize(("option", "value"), [("--n", 10**30), ("--batch", 10**30), ("--heun-steps", 10**9)])
+def test_numbers_have_a_limit(models, capsys, option, value):
+    assert sample(models / "one", option, value) == 2
+    assert f"{option[2:]} must be at most " in capsys.readouterr().err
+
+
+def test_no_list_of_files_is_made_before_the_first_is_written(tmp_path):
+    """A hundred million names took minutes."""
+    folder = Folder(tmp_path / "a", range(1_000_000), {"model": "x"}, add=False)
+    assert folder.file(999_999) == tmp_path / "a" / "999999.png"
+    folder.write(7, torch.zeros(1, 1, 8, 8))
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["000007.png"]
+
+
+def test_long_work_says_how_far_it_is_every_ten_minutes(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    bar = progress.ProgressBar("sample", 10**8)
+    for clock[0] in (5.0, 11.0, 300.0, 612.0, 700.0):
+        bar.advance(100)
+    assert [line.split("/")[0].split()[-1] for line in capsys.readouterr().err.splitlines()] == ["200", "400"]
