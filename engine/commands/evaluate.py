@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ipfm.engine.distributed.world import World
-    from ipfm.engine.evaluation.evaluation import Evaluation
+    from ipfm.engine.evaluation.evaluation import Comparison, Evaluation
     from ipfm.engine.evaluation.metrics import FrechetResult
     from ipfm.engine.evaluation.subject import Subject
     from ipfm.engine.runtime.progress import ProgressBar
+    from ipfm.engine.runtime.remarks import Remarks
 
 
 # Images of a published FID.
@@ -64,7 +65,7 @@ class Evaluate:
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
     json: bool = False
-    """Print JSON: the distances of each set, nfe, D, the published figure."""
+    """Print JSON: the distances of each set, nfe, D, the published figure, remarks."""
     save_reference: Path | None = None
     """Keep the statistics of a reference that is images in this .npz (mu and sigma)."""
 
@@ -76,8 +77,9 @@ class Evaluate:
     def _run(self, write: Write) -> None:
         from ipfm.engine.distributed.world import check_environment, run_device
         from ipfm.engine.evaluation.evaluation import open_comparison
-        from ipfm.engine.evaluation.reference_data import save_statistics
         from ipfm.engine.evaluation.subject import open_subject
+        from ipfm.engine.runtime.host_memory import check_memory, enough_memory
+        from ipfm.engine.runtime.remarks import Remarks
 
         with user_input():
             self._check()
@@ -97,11 +99,35 @@ class Evaluate:
             )
             if self.save_reference and (comparison.file is None or comparison.file.statistics is not None):
                 raise ValueError("save-reference needs a --reference of images, whose statistics are not known yet")
+            images = self.images or subject.available or PUBLISHED_IMAGES
+            check_memory(
+                math.prod(subject.shape) * 4 * min(self.batch, images),
+                f"a batch of {min(self.batch, images):,} images",
+                "give a smaller --batch",
+            )
         world = _world()
+        remarks = Remarks()
+        for remark in (*subject.remarks, *comparison.remarks(subject.shape, images)):
+            if world.is_main:
+                remarks.add(remark)
+        with enough_memory("give a smaller --batch"):
+            self._measure(write, subject, comparison, world, images, remarks)
+
+    def _measure(
+        self,
+        write: Write,
+        subject: Subject,
+        comparison: Comparison,
+        world: World,
+        images: int,
+        remarks: Remarks,
+    ) -> None:
+        from ipfm.engine.evaluation.reference_data import save_statistics
+
         with user_input():
             evaluation = comparison.evaluation(
                 world,
-                images=self.images or subject.available or PUBLISHED_IMAGES,
+                images=images,
                 batch=self.batch,
                 seed=self.seed,
                 pr_images=self.pr_images,
@@ -116,14 +142,14 @@ class Evaluate:
                 draw = _counting(subject.draw, bar)
                 results.append(evaluation.measure(draw, world, first_index=repeat * evaluation.images))
         if world.is_main:
-            write(self._facts(subject, results), self._text(subject, evaluation, results))
+            write(self._facts(subject, results) | {"remarks": list(remarks)}, self._text(subject, evaluation, results))
 
     def _check(self) -> None:
         for name, least in (("repeats", 1), ("batch", 1), ("heun_steps", 1), ("images", 2), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name.replace('_', '-')} must be at least {least}, got {value}")
-        if self.save_reference and (self.save_reference.suffix != ".npz" or self.save_reference.is_dir()):
+        if self.save_reference and (self.save_reference.suffix.lower() != ".npz" or self.save_reference.is_dir()):
             raise ValueError(f"save-reference must be a file that ends in .npz, got {self.save_reference}")
         if self.reference is None and set(self.metrics) != {"is"}:
             raise ValueError("give --reference, statistics (.npz) or real images; only the Inception score needs none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,41 @@ class Comparison:
             keep = bool({"kid", "pr"} & set(self.metrics))
             reference = make_reference(self.file, self.features, world, keep_features=keep, batch=batch)
         return Evaluation(self.features, reference, images, batch, seed, self.metrics, pr_images)
+
+    def remarks(self, shape: tuple[int, int, int], images: int) -> list[str]:
+        """What to know of a distance that is measured all the same, a line each.
+
+        Args:
+            shape: (C, H, W) of the samples.
+            images: number of samples.
+        """
+        said = []
+        if "fid" in self.metrics:
+            dim = self.features.dim
+            sets = {"": images}
+            if self.file is not None and self.file.statistics is None and self.file.images is not None:
+                sets[" of the reference"] = len(self.file.images)
+            said += [
+                f"{count:,} images{whose} are fewer than the {dim:,} features: their covariance is singular, and the "
+                "distance larger than that of many images"
+                for whose, count in sets.items()
+                if count <= dim
+            ]
+        if self.file is not None and (words := _other_size(self.file, shape)):
+            said.append(words)
+        return said
+
+
+def _other_size(file: ReferenceFile, shape: tuple[int, int, int]) -> str | None:
+    """Says so where the reference has images of another size than (C, H, W) = `shape`, or its name says it has."""
+    own = "x".join(map(str, shape))
+    if file.images is not None:
+        found = "x".join(map(str, file.images.shape))
+        return None if found == own else f"the images of {file.path} are {found}, those that are measured {own}"
+    named = re.search(r"(?<!\d)(\d{2,4})x\1(?!\d)", file.path.name)
+    if named is None or int(named[1]) == shape[2]:
+        return None
+    return f"by its name {file.path} is of images {named[0]}, those that are measured are {own}"
 
 
 def open_comparison(

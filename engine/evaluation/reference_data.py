@@ -43,7 +43,7 @@ def open_reference(path: Path | str) -> ReferenceFile:
         ValueError: there is no such file, it holds none of these, or statistics that are none; one line.
     """
     path = Path(path)
-    if path.suffix != ".npz":
+    if not is_npz(path):
         return ReferenceFile(path, None, open_images(path))
     arrays = _read_npz(path, ("mu", "sigma", *IMAGE_ARRAYS))
     statistics = _statistics(path, arrays) if "mu" in arrays or "sigma" in arrays else None
@@ -68,13 +68,25 @@ def open_images(path: Path | str, *, limit: int | None = None, seed: int = 0) ->
     from ipfm.engine.data.open_dataset import Subset, open_dataset
 
     path = Path(path)
-    if path.suffix != ".npz":
+    if not is_npz(path):
         return open_dataset(path, labels=False, max_images=limit, seed=seed)
     images = _images(path, _read_npz(path, IMAGE_ARRAYS))
     if images is None:
         raise ValueError(f"{path} holds no images (arr_0)")
     assert isinstance(images.images, torch.Tensor)
     return replace(images, images=images.images[Subset(limit, seed).of(len(images))])
+
+
+def is_npz(path: Path) -> bool:
+    """Whether a file is an .npz, by its name, in small or capital letters, or by its content."""
+    if path.suffix.lower() == ".npz":
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
+    return bool(names) and all(name.endswith(".npy") for name in names)
 
 
 def make_reference(

@@ -9,13 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ipfm.engine.evaluation.reference_data import open_images
+from ipfm.engine.evaluation.reference_data import is_npz, open_images
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.published import paper_result
+from ipfm.engine.runtime.files import read_json
 from ipfm.engine.sampling.stored_model import sample_model
 from ipfm.models.facts import GeneratorFacts, ModelFacts
 from ipfm.models.store import CONFIG_FILE
 
+# Beside the images of `ipfm sample`: what made them. Hidden: no data set takes it for a part of itself.
+SAMPLES_FILE = ".ipfm-samples.json"
 IMAGE_SUFFIXES = (".npz", ".zip", ".gz", ".tgz", ".tar")
 
 
@@ -31,6 +34,7 @@ class Subject:
         D: at which a model is sampled, None for images.
         nfe: network evaluations an image, None for images.
         paper: the published FID as text, if any.
+        remarks: what to know of it, a line each.
     """
 
     kind: str
@@ -40,6 +44,7 @@ class Subject:
     D: float | None = None
     nfe: int | None = None
     paper: str | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def open_subject(
@@ -61,13 +66,20 @@ def open_subject(
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a model folder, a checkpoint, a data set or an .npz of images")
     stored = (path / CONFIG_FILE).is_file()
-    if not stored and (path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES):
+    if not stored and (path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES or is_npz(path)):
         if D is not None:
             raise ValueError(f"D was given, but {path} holds images, not a model")
         images = open_images(path, limit=limit, seed=seed)
         if limit is not None and len(images) < limit:
             raise ValueError(f"images must be at most {len(images)}, as many as {path} holds, got {limit}")
-        return Subject("images", lambda i, n: images.take(i, n).to(device), images.shape, len(images))
+        mixed = (read_json(path / SAMPLES_FILE) or {}).get("mixed") is True
+        return Subject(
+            "images",
+            lambda i, n: images.take(i, n).to(device),
+            images.shape,
+            len(images),
+            remarks=(f"{path} holds images of several models: they were put together with --add",) if mixed else (),
+        )
     model = sample_model(path, device, heun_steps=heun_steps, seed=seed, D=D)
     draw, network, facts, nfe = model.draw, model.network, model.facts, model.nfe
     shape = network.image_shape

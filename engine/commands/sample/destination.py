@@ -16,13 +16,12 @@ from torch import Tensor, cat
 
 from ipfm.engine.data.image_files import EXTENSIONS
 from ipfm.engine.data.image_grid import pixels, save_grid, save_pngs
+from ipfm.engine.evaluation.subject import SAMPLES_FILE
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.host_memory import check_memory
 from ipfm.engine.runtime.wording import size
 from ipfm.models.atomic_files import atomic_write
 
-# Hidden: no data set takes it for a part of itself.
-RECORD = ".ipfm-samples.json"
 # The largest side of a picture that common programs open.
 MOST_PIXELS = 65_500
 _ADD = "name another folder, or add to it with --add"
@@ -127,7 +126,7 @@ class Folder(Destination):
         if first is None:
             _check_disk(path, len(names))
             return
-        known = read_json(path / RECORD)
+        known = read_json(path / SAMPLES_FILE)
         if not add and known != self._record:
             raise ValueError(f"{path} holds images already ({first} …), {_difference(known, self._record)}: {_ADD}")
         if known != self._record:
@@ -142,7 +141,7 @@ class Folder(Destination):
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """See `Destination.opened`."""
-        with atomic_write(self._path / RECORD) as file:
+        with atomic_write(self._path / SAMPLES_FILE) as file:
             file.write(json.dumps(self._record, allow_nan=False).encode())
         yield
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from ipfm.engine.commands import evaluate as command
 from ipfm.engine.commands.evaluate import Evaluate
 from ipfm.engine.evaluation.metrics import FeatureMoments, frechet_distance
 from ipfm.engine.evaluation.reference_data import open_reference
-from ipfm.engine.evaluation.subject import open_subject
+from ipfm.engine.evaluation.subject import SAMPLES_FILE, open_subject
 from ipfm.engine.objectives.pid import PidConfig
+from ipfm.engine.runtime import host_memory
 from ipfm.engine.runtime.commandline import BadInput, parse
 from ipfm.models import EDMPrecond, load_model, load_teacher, presets, save_model
 
@@ -278,3 +280,55 @@ def test_a_model_that_gives_nan_is_one_line_too(root: Path, options: Evaluate, t
     save_model(net, tmp_path / "broken", extra={"task": "generator", "sigmas": [2.5]})
     with pytest.raises(BadInput, match="30 of 30 samples have non-finite features"):
         replace(options, model=tmp_path / "broken").run()
+
+
+def test_what_to_know_of_a_distance_is_said_and_in_json(
+    capsys: pytest.CaptureFixture[str], root: Path, options: Evaluate, tmp_path: Path
+) -> None:
+    """Fewer images than features, of the reference too, and a reference of another size, which Inception hides."""
+
+    def remarks(**changes: object) -> list[str]:
+        replace(options, **changes).run()
+        found = capsys.readouterr()
+        said = json.loads(found.out)["remarks"]
+        assert [line for line in found.err.splitlines() if "note" in line] == [f"ipfm: note: {text}" for text in said]
+        return said
+
+    singular = "are fewer than the {} features: their covariance is singular, and the distance larger than that of many"
+    assert remarks() == [f"30 images {singular.format(64)} images"]
+    assert remarks(images=65) == []
+    of_reference = remarks(images=65, reference=root / "real.npz")
+    assert of_reference == [f"40 images of the reference {singular.format(64)} images"]
+    with np.load(root / "real.npz") as arrays:
+        np.savez(tmp_path / "large.npz", arr_0=arrays["arr_0"].repeat(2, axis=1).repeat(2, axis=2).repeat(3, axis=3))
+    inception = {"features": "inception", "inception": root / "inception.pt", "images": 65}
+    size = f"the images of {tmp_path}/large.npz are 3x16x16, those that are measured 1x8x8"
+    assert remarks(reference=tmp_path / "large.npz", **inception) == [size]
+    statistics = tmp_path / "cifar10-32x32.npz"
+    np.savez(statistics, mu=np.zeros(12), sigma=np.eye(12))
+    named = f"by its name {statistics} is of images 32x32, those that are measured are 1x8x8"
+    assert remarks(reference=statistics, **inception) == [named]
+
+
+def test_a_mixture_that_was_asked_for_is_said(
+    capsys: pytest.CaptureFixture[str], root: Path, options: Evaluate, tmp_path: Path
+) -> None:
+    shutil.copytree(root / "folder", tmp_path / "mix")
+    (tmp_path / "mix" / SAMPLES_FILE).write_text('{"mixed": true}')
+    found = printed(capsys, replace(options, model=tmp_path / "mix", images=None))
+    assert found["images"] == 40
+    assert found["remarks"][0] == f"{tmp_path}/mix holds images of several models: they were put together with --add"
+
+
+@pytest.mark.parametrize("name", ["stats.NPZ", "stats", "stats.dat"])
+def test_statistics_are_told_by_content(root: Path, tmp_path: Path, name: str) -> None:
+    shutil.copy(root / "stats.npz", tmp_path / name)
+    assert open_reference(tmp_path / name).statistics is not None
+    shutil.copy(root / "real.npz", tmp_path / name)
+    assert open_subject(tmp_path / name, CPU, heun_steps=1, seed=0).available == 40
+
+
+def test_a_batch_without_room_on_the_host_is_refused(options: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 1 << 20)
+    with pytest.raises(BadInput, match=r"a batch of 8,000,000 images needs .* 1\.91 GiB .*: give a smaller --batch"):
+        replace(options, images=8_000_000, batch=8_000_000).run()

@@ -17,8 +17,8 @@ from PIL import Image
 
 from ipfm.engine import generate, heun_sample
 from ipfm.engine.commands.main import _main
-from ipfm.engine.commands.sample.destination import RECORD
 from ipfm.engine.data.image_grid import image_grid, save_pngs
+from ipfm.engine.evaluation.subject import SAMPLES_FILE
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.engine.sampling.samplers import Churn, trajectory_sample
@@ -114,7 +114,7 @@ def test_sample_draws_a_list_of_seeds_into_a_folder(
     assert re.fullmatch(rf"4 images, 2 network evaluations each, [\d.]+ images/s: {tmp_path / 'a'}\n", said)
     seeds = (7, 1, 2, 3)
     assert {file.name for file in (tmp_path / "a").iterdir()} == {
-        "notes.txt", RECORD, *(f"{seed:06d}.png" for seed in seeds),
+        "notes.txt", SAMPLES_FILE, *(f"{seed:06d}.png" for seed in seeds),
     }  # fmt: skip
     net = load_model(models / "generator")
     for seed in seeds:
@@ -123,7 +123,7 @@ def test_sample_draws_a_list_of_seeds_into_a_folder(
             expected = generate(net, 1, D=128.0, sigmas=(2.5, 1.25), seed=seed)
             assert close(np.asarray(picture)[None, :, :, None], expected)
     ipfm(*given, "--n", 4, "--seed", 7, "--out", tmp_path / "b" / "c")
-    names = [RECORD, *(f"{i:06d}.png" for i in range(4))]
+    names = [SAMPLES_FILE, *(f"{i:06d}.png" for i in range(4))]
     assert [file.name for file in sorted((tmp_path / "b" / "c").iterdir())] == names
     first = (tmp_path / "b" / "c" / "000000.png").read_bytes()
     assert first == (tmp_path / "a" / "000007.png").read_bytes()
@@ -145,7 +145,7 @@ def test_a_disk_that_fills_leaves_whole_pictures(
     with pytest.raises(SystemExit) as stop:
         ipfm("sample", models / "generator", "--n", 4, "--out", tmp_path / "a")
     assert stop.value.code == 1 and "No space left on device" in capsys.readouterr().err
-    assert [file.name for file in sorted((tmp_path / "a").iterdir())] == [RECORD, "000000.png", "000001.png"]
+    assert [file.name for file in sorted((tmp_path / "a").iterdir())] == [SAMPLES_FILE, "000000.png", "000001.png"]
     with pytest.raises(ValueError, match=r"^images must have shape \(1, 1 or 3, H, W\), got \(2, 1, 4, 4\)$"):
         save_pngs(torch.zeros(2, 1, 4, 4), [tmp_path / "a.png"])
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from ipfm.engine.commands.main import _main
-from ipfm.engine.commands.sample.destination import RECORD, Folder, Picture
+from ipfm.engine.commands.sample.destination import Folder, Picture
+from ipfm.engine.evaluation.subject import SAMPLES_FILE
 from ipfm.engine.runtime import host_memory, progress
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.engine.runtime.errors import Failed
@@ -82,7 +83,7 @@ def test_a_models_own_samples_are_continued(models, tmp_path, capsys):
     for name, parts in {"seed": (("--n", 2), ("--n", 5)), "seeds": (("--seeds", "0-1"), ("--seeds", "2-4"))}.items():
         for part in parts:
             assert sample(models / "one", *part, "--out", tmp_path / name) == 0
-        assert sorted(files(tmp_path / name)) == [RECORD, *(f"{i:06d}.png" for i in range(5))]
+        assert sorted(files(tmp_path / name)) == [SAMPLES_FILE, *(f"{i:06d}.png" for i in range(5))]
     assert sample(models / "one", "--n", 5, "--out", tmp_path / "once") == 0
     capsys.readouterr()
     assert files(tmp_path / "seed") == files(tmp_path / "once")
@@ -124,7 +125,10 @@ def test_a_suffix_in_capitals_is_the_same_kind(models, tmp_path):
 
 
 def test_a_batch_that_the_host_has_no_memory_for_is_refused_before_the_work(
-    models, tmp_path, capsys, monkeypatch, solver
+    models,
+    tmp_path,
+    capsys,
+    monkeypatch,
 ):
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 1 << 30)
     assert sample(models / "one", "--n", 8_000_000, "--batch", 8_000_000, "--out", tmp_path / "x.npz") == 2
