@@ -127,6 +127,10 @@ class RunConfig:
     resume: bool = setting(True, identity=False, place=True, memory=False)
     """Continue the run folder's last checkpoint; --no-resume refuses a folder that holds a run."""
 
+    from_step: int | None = setting(None, identity=False, place=True, memory=False)
+    """Go back to the run folder's checkpoint of this step, 0 for the start, and forget what came after it. Default:
+    the newest one."""
+
     ALTERNATIVES: ClassVar[tuple[tuple[str, str], ...]] = (("max_steps", "kimg"),)
 
     def __post_init__(self) -> None:
@@ -136,6 +140,10 @@ class RunConfig:
             at_least(name, getattr(self, name), 0)
         if self.micro_batch is not None:
             at_least("micro-batch", self.micro_batch, 1)
+        if self.from_step is not None:
+            at_least("from-step", self.from_step, 0)
+            if not self.resume:
+                raise ValueError("from-step continues a run, and --no-resume was given: leave one of them out")
         if self.max_steps is not None and self.kimg is not None:
             raise ValueError(f"max-steps and kimg exclude each other, got {self.max_steps} and {self.kimg}")
         if self.max_steps is not None:

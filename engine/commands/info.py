@@ -60,8 +60,7 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
     step, distance = distances[-1] if distances else (None, None)
     facts = {
         "kind": run.kind,
-        # A training that diverged has no word of its own here.
-        "state": "stopped" if run.state == "diverged" else run.state,
+        "state": run.state,
         "steps_done": run.steps_done,
         "steps_total": run.total_steps,
         "checkpoint": run.checkpoint,
@@ -95,7 +94,7 @@ def _run_rows(facts: Mapping[str, Any], objective: str | None) -> list[tuple[str
     losses = {k: v for k, v in facts["last"].items() if k.endswith("_loss") and isinstance(v, (int, float))}
     return [
         ("run", "distillation" if facts["kind"] == "distill" else "training of a teacher"),
-        ("state", state + ("; the same command continues" if state == "stopped" else "")),
+        ("state", state + _WAYS_ON.get(state, "")),
         ("steps", f"{facts['steps_done']} of {facts['steps_total'] or 'an unknown number'}"),
         ("checkpoint", facts["checkpoint"] and f"{facts['checkpoint']} (step {facts['checkpoint_step']})"),
         (facts["metric"], measured),
@@ -106,6 +105,14 @@ def _run_rows(facts: Mapping[str, Any], objective: str | None) -> list[tuple[str
         ("sigmas", _levels(facts["sigmas"])),
         ("settings", describe.training(facts["config"])),
     ]
+
+
+# What follows for whoever started the run.
+_WAYS_ON = {
+    "stopped": "; the same command continues",
+    "diverged": ": too many samples or gradients were not finite, and will be again from its last checkpoint; see "
+    "--from-step and other settings",
+}
 
 
 def _folder(path: Path) -> tuple[dict[str, Any], str]:

@@ -78,6 +78,17 @@ class World:
             dist.broadcast_object_list(said, src=0, device=self.device)
         return said[0]
 
+    def said_by_any(self, text: str) -> str:
+        """The `text` of the first process that has one, on every process; "" where none has."""
+        if self.size == 1:
+            return text
+        # Mostly there is none, which one number says.
+        if not self.all_reduce_max_(torch.tensor(int(bool(text)), device=self.device)):
+            return ""
+        said = [""] * self.size
+        dist.all_gather_object(said, text)
+        return next(one for one in said if one)
+
 
 def check_environment() -> None:
     """Check what the environment says of this process's run, before anything is begun.

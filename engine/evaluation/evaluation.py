@@ -65,13 +65,26 @@ class Evaluation:
         _check_sizes(self.metrics, self.images, self.batch, self.pr_images, real)
         check_metrics(self.metrics, self.features, self._reference)
 
-    def measure(self, sample: Callable[[int, int], Tensor], world: World, *, first_index: int = 0) -> FrechetResult:
+    def measure(
+        self,
+        sample: Callable[[int, int], Tensor],
+        world: World,
+        *,
+        first_index: int = 0,
+        leave_out: bool = False,
+    ) -> FrechetResult:
         """The metrics of samples, which are shared out over the ranks; every rank calls it.
 
         Args:
             sample: sample(first index, count) draws images (count, C, H, W) in [-1, 1].
             world: the run's ranks.
             first_index: index of the first image; another one measures other images of the same seed.
+            leave_out: count samples that are not finite instead of refusing them, see `evaluate_images`.
+
+        Raises:
+            ValueError: a sample is not finite, unless these are left out.
+            StopRequested: a run's process received a signal.
+            Exception: what `sample` raises, on every rank.
         """
 
         def drawn(first: int, count: int) -> Tensor:
@@ -88,6 +101,7 @@ class Evaluation:
             world_size=world.size,
             metrics=self.metrics,
             pr_images=self.pr_images,
+            leave_out=leave_out,
         )
 
     @property
@@ -242,9 +256,9 @@ def open_comparison(
 
 
 def evaluate_teacher(net: Precond, evaluation: Evaluation, world: World, *, D: float, steps: int) -> FrechetResult:
-    """Fréchet distance of a teacher's samples."""
+    """Fréchet distance of a teacher's samples; those that are not finite are left out and counted."""
 
     def sample(first: int, count: int) -> Tensor:
         return sample_teacher(net, first, count, D=D, steps=steps, seed=evaluation.seed)
 
-    return evaluation.measure(sample, world)
+    return evaluation.measure(sample, world, leave_out=True)

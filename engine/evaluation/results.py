@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ipfm.engine.runtime.figures import file_figure
 from ipfm.engine.runtime.files import StepLog, json_line
 from ipfm.engine.runtime.wording import significant
 from ipfm.models.atomic_files import atomic_write
@@ -65,6 +66,7 @@ class EvaluationRow:
         paper: the published figure as text, None where there is none. It compares only where `frechet` is an FID, with
             Inception features and 50 000 images.
         metric: what the distance is called, "FID" for those features.
+        left_out: how many images more were drawn, which were not finite.
     """
 
     label: str
@@ -75,10 +77,14 @@ class EvaluationRow:
     images_per_second: float
     paper: str | None = None
     metric: str = DISTANCE
+    left_out: int = 0
 
 
 def results_table(rows: Sequence[EvaluationRow]) -> str:
-    """Aligned plain text, a line per row in the order given; the column of the paper only if a row has a figure."""
+    """Aligned plain text, a line per row in the order given; the column of the paper only if a row has a figure.
+
+    Below it is a line for each network that made images that were not finite.
+    """
     metrics = {row.metric for row in rows}
     header = ["network", "steps", "NFE", metrics.pop() if len(metrics) == 1 else DISTANCE, "images", "images/s"]
     cells = [
@@ -102,7 +108,12 @@ def results_table(rows: Sequence[EvaluationRow]) -> str:
     def join(line: Sequence[str]) -> str:
         return "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(line, align, widths, strict=True)).rstrip()
 
-    return "\n".join([join(header), "  ".join("-" * w for w in widths), *map(join, cells)]) + "\n"
+    remarks = [
+        f"{row.label}: {row.left_out:,} of {row.images + row.left_out:,} images were not finite and are left out"
+        for row in rows
+        if row.left_out
+    ]
+    return "\n".join([join(header), "  ".join("-" * w for w in widths), *map(join, cells), *remarks]) + "\n"
 
 
 def write_results(folder: Path | str, rows: Sequence[EvaluationRow]) -> None:
@@ -135,12 +146,7 @@ def plot_convergence(
     Raises:
         ValueError: nothing finite to draw.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Figure and canvas are made by hand: pyplot keeps global state and looks for a display.
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = file_figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     draw_convergence(axes, history, teacher, metric)
     axes.set_title(title)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ipfm.engine.evaluation.results import DISTANCE, distance_axis
+from ipfm.engine.runtime.figures import file_figure
 from ipfm.engine.runtime.wording import significant
 from ipfm.models.atomic_files import atomic_write
 
@@ -171,18 +172,14 @@ def plot(
     Raises:
         ValueError: nothing finite to draw.
     """
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     groups = by_variant(curves)
     finite = [value for curve in curves for _, value in curve.points if math.isfinite(value)]
     if not finite:
         raise ValueError(f"no finite {metric} to plot")
-    # Figure and canvas are made by hand: pyplot keeps global state and looks for a display.
-    figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = file_figure(figsize=(7, 4.2), dpi=110, layout="constrained")
     axes = figure.add_subplot()
+    from matplotlib import colormaps
+
     colours = colormaps["tab10" if len(groups) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     known = {v: d for v, d in teachers.items() if v in groups and math.isfinite(d)}
     shared = len(set(known.values())) == 1

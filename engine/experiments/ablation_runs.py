@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ class MeasuredDistiller(Distiller):
 
     def evaluate(self) -> FrechetResult:
         """Fréchet distance of the averaged generator's samples."""
-        return self.measure.measure(lambda first, count: self.sample(first, count, seed=self.measure.seed), self.world)
+        return self._measure(self.measure)
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,9 @@ class Run:
             start = distiller.evaluate()
             if world.is_main:
                 EvaluationHistory(self.path, 0).add(0, start.distance, images=start.images, seconds=start.seconds)
-        try:
+        # The loop has noted it in the folder.
+        with contextlib.suppress(NotFinite):
             distiller.run(self.path)
-        except NotFinite as error:
-            if world.is_main:
-                _write_json(self.path / FAILED_FILE, {"step": error.step, "reason": str(error)})
 
     @property
     def _points(self) -> list[tuple[int, float]]:

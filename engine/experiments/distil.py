@@ -17,13 +17,13 @@ from ipfm.engine.experiments.options import (
     read_teacher,
     run_name,
 )
-from ipfm.engine.experiments.recipe import Plan, Recipe
+from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.resolve import complete
-from ipfm.engine.training.run_folder import check_run_folder, open_run_folder, teacher_facts
+from ipfm.engine.training.run_folder import check_run_folder, claimed, teacher_facts
 from ipfm.models import NetworkConfig, Precond, presets
 
 
@@ -58,15 +58,15 @@ class DistilPlan(Plan):
         assert self.teacher is not None
         path, notes = self.path, self.recipe.notes(self.network, self.config)
         evaluation = self.options.evaluation(self.comparison, world)
-        open_run_folder(path, self.record, write=world.is_main)
         # Published figures are those of unconditional networks.
         dataset = f"{self.recipe.dataset}-cond" if self.network.label_dim else self.recipe.dataset
-        distiller = Distiller(
-            replace(self.config, resume=True), self.teacher, evaluation=evaluation, dataset=dataset, world=world
-        )
+        config = replace(self.config, resume=True)
+        with claimed(path, self.record, self.config, write=world.is_main):
+            distiller = Distiller(config, self.teacher, evaluation=evaluation, dataset=dataset, world=world)
 
         def train() -> None:
             if world.is_main:
+                say_if_settled(path, "distill", config)
                 print(*notes, sep="\n", end="\n" if notes else "")
             distiller.run(path)
             if world.is_main:

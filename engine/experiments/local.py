@@ -17,13 +17,13 @@ from ipfm.engine.evaluation.metrics import Features, dataset_statistics
 from ipfm.engine.evaluation.results import EvaluationRow, results_table
 from ipfm.engine.experiments.dry_run import describe, teacher_duration
 from ipfm.engine.experiments.options import DistillationOptions, check_images, read_teacher, run_name
-from ipfm.engine.experiments.recipe import Plan, Recipe
+from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import Given, user_input
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.resolve import complete, resolve_precision
-from ipfm.engine.training.run_folder import check_run_folder, open_run_folder, teacher_facts
+from ipfm.engine.training.run_folder import check_run_folder, claimed, open_run_folder, teacher_facts
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
 from ipfm.models import NetworkConfig, Precond
 
@@ -53,7 +53,8 @@ class TrainAndDistilPlan(Plan):
 
     def begin(self, world: World) -> Callable[[], None]:
         """See `Plan.begin`. The teacher is a part of the training."""
-        open_run_folder(self.path, self.record, write=world.is_main)
+        with claimed(self.path, self.record, self.config, write=world.is_main):
+            open_run_folder(self.path, self.record, write=world.is_main)
         return partial(self._train, world)
 
     def _train(self, world: World) -> None:
@@ -66,10 +67,13 @@ class TrainAndDistilPlan(Plan):
             # A folder whose generator came from a teacher that has been trained further since is refused here.
             check_run_folder(path, "distill", config, teacher_facts(teacher))
             distiller = Distiller(config, teacher, evaluation=evaluation, world=world)
-        distiller.run(path)
         if world.is_main:
+            say_if_settled(path, "distill", config)
+        distiller.run(path)
+        if world.is_main and distiller.rows:
             print(f"\nFréchet distance {recipe.compared} against all {len(recipe.dataset)} {recipe.title}\n")
             print(results_table(distiller.rows))
+        if world.is_main:
             print(f"run folder: {path}   generator: {path / 'generator'}   curve: {path / 'convergence.png'}")
 
 

@@ -6,14 +6,18 @@ prints the plan. A run is started by every process together, `Plan.begin`, and t
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ipfm.engine.config import RunConfig
 from ipfm.engine.distributed.world import World, check_environment, start_world
 from ipfm.engine.runtime.commandline import Given, parse_given, user_input
 from ipfm.engine.runtime.launcher import is_first_process
+from ipfm.engine.training.run_folder import is_settled, settings_said
 
 O = TypeVar("O")
 
@@ -68,6 +72,18 @@ class Recipe(ABC, Generic[O]):
     def main(self, argv: Sequence[str]) -> None:
         """Run the recipe with these arguments, see `run_recipe`."""
         run_recipe(self, argv)
+
+
+def say_if_settled(path: Path, kind: str, config: RunConfig) -> None:
+    """A line on stderr where the run folder has its result already, which is only read: whose result is shown."""
+    if not is_settled(path, kind, config):
+        return
+    other = settings_said(path, config)
+    print(
+        f"{path} is finished: this is its result after {config.total_steps:,} steps, nothing is trained or measured "
+        f"again{f'; it was made with other settings ({other})' if other else ''}",
+        file=sys.stderr,
+    )
 
 
 def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:

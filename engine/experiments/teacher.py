@@ -16,11 +16,11 @@ from ipfm.engine.evaluation.evaluation import Comparison
 from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.experiments.dry_run import describe_training
 from ipfm.engine.experiments.options import check_images
-from ipfm.engine.experiments.recipe import Plan, Recipe
+from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.resolve import complete_training, resolve_D
-from ipfm.engine.training.run_folder import check_run_folder, open_run_folder
+from ipfm.engine.training.run_folder import check_run_folder, claimed
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
 from ipfm.models import NetworkConfig, presets
 from ipfm.models.checkpoints.training_state import TrainingState, read_training_state
@@ -93,13 +93,15 @@ class TeacherPlan(Plan):
         assert self.data is not None
         path = self.path
         evaluation = self.options.evaluation(self.comparison, world)
-        open_run_folder(path, self.record, write=world.is_main)
         config = replace(self.config, resume=True)
-        training = TeacherTraining(
-            config, self.network, self.data, evaluation=evaluation, start=self.state, world=world
-        )
+        with claimed(path, self.record, self.config, write=world.is_main):
+            training = TeacherTraining(
+                config, self.network, self.data, evaluation=evaluation, start=self.state, world=world
+            )
 
         def train() -> None:
+            if world.is_main:
+                say_if_settled(path, "teacher", config)
             training.run(path)
             if world.is_main:
                 print(f"teacher: {path / 'model'}")

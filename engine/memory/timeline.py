@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ipfm.engine.objectives.phases import Phase
+from ipfm.engine.runtime.figures import file_figure
 from ipfm.models.atomic_files import atomic_write
 
 # A network's phases share a hue.
@@ -67,18 +68,15 @@ class Timeline:
         Raises:
             ValueError: there is no phase to draw.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-
         if not self.spans:
             raise ValueError("no phase was measured: there is nothing to plot")
         origin, end = self.spans[0].start, self.spans[-1].end
         largest = max(state, *(value for _, value in self.live), *predicted.values(), 1)
         unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
 
-        figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = file_figure(figsize=(9, 5.4), dpi=150, layout="constrained")
+        from matplotlib.patches import Patch
+
         axes = figure.add_subplot()
         for span in self.spans:
             axes.axvspan(span.start - origin, span.end - origin, color=COLOURS.get(span.phase, "#eeeeee"), linewidth=0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from ipfm.engine.distributed.world import World
 from ipfm.engine.memory.plan import MemoryPlan
 from ipfm.engine.memory.profile import MemoryProfiler
 from ipfm.engine.objectives.step_metrics import StepMetrics
+from ipfm.engine.runtime.errors import described
 
 
 class Profiled(Protocol):
@@ -43,21 +45,31 @@ class MemoryWatch:
         self._profiler: MemoryProfiler | None = None
 
     def iteration(self, step: int) -> StepMetrics:
-        """One step of training, measured if it is among the first."""
-        if self._left == 0:
-            return self._task.iteration(step)
+        """One step of training, measured if it is among the first; what fails about the measuring is a warning."""
+        if self._left and self._profiler is None:
+            with self._without():
+                plan = self._task.memory_plan()
+                device = self._task.world.device
+                self._profiler = MemoryProfiler(device, plan.phases, plan.state, other=self._task.other_bytes)
         if self._profiler is None:
-            plan = self._task.memory_plan()
-            self._profiler = MemoryProfiler(
-                self._task.world.device, plan.phases, plan.state, other=self._task.other_bytes
-            )
+            return self._task.iteration(step)
         with self._profiler.step():
             measured = self._task.iteration(step)
         self._left -= 1
         if self._left == 0:
-            warnings = self._profiler.finish(self._folder if self._task.world.is_main else None)
-            self._tell(f"memory of a step, predicted and measured: {self._folder / 'memory' / 'memory.md'}")
-            for line in warnings:
-                self._tell(f"warning: {line}")
+            with self._without():
+                warnings = self._profiler.finish(self._folder if self._task.world.is_main else None)
+                self._tell(f"memory of a step, predicted and measured: {self._folder / 'memory' / 'memory.md'}")
+                for line in warnings:
+                    self._tell(f"warning: {line}")
             self._profiler = None
         return measured
+
+    @contextmanager
+    def _without(self) -> Iterator[None]:
+        """The training goes on without the profile where the block fails."""
+        try:
+            yield
+        except Exception as error:
+            self._left, self._profiler = 0, None
+            self._tell(f"warning: no profile of memory: {described(error)}")

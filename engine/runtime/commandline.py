@@ -194,7 +194,7 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
         _complain(f"{name}: failed: {error}", everyone=True)
         sys.exit(FAILED)
     except Failed as error:
-        _complain(f"{name}: failed: {error}")
+        _complain(f"{name}: failed: {error}", everyone=error.alone)
         sys.exit(FAILED)
     except (RuntimeError, OSError) as error:
         if isinstance(error, OSError) and (_no_room(error) or error.errno == errno.EROFS):
@@ -209,8 +209,8 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
     except Interrupted as stop:
         _complain(f"{name}: {stop}; the same command continues")
         sys.exit(128 + stop.signum)
-    except KeyboardInterrupt:
-        _complain(f"{name}: interrupted")
+    except KeyboardInterrupt as stop:
+        _complain(f"{name}: interrupted{f'; {stop}' if str(stop) else ''}")
         sys.exit(130)
     finally:
         # Only where a run has started: a process group that is left open warns at exit.

@@ -20,6 +20,9 @@ class FolderInUse(ValueError):
 class Failed(RuntimeError):
     """A command cannot do what was asked, and not for the user's input; the message, one line, says why."""
 
+    alone = False
+    """It happened in this process, and another one may not know: it speaks for itself."""
+
 
 class TrainingFailed(Failed):
     """The run cannot go on; the message says why and where to continue."""
@@ -27,3 +30,13 @@ class TrainingFailed(Failed):
 
 class ProcessLost(TrainingFailed):
     """Another process of the run has ended, or does not answer."""
+
+
+def described(error: BaseException) -> str:
+    """What went wrong, in one line: the message; with the file, or with the error's kind where that says it first."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, (ValueError, Failed)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -116,10 +116,37 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that is whole, or None. A damaged one is reported on stderr and skipped."""
+def step_of(checkpoint: Path) -> int:
+    """Steps done at a checkpoint, which its name says."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints in `folder` of more than `step` steps.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    for path in checkpoints_in(folder):
+        if step_of(path) > step:
+            # Under another name first: half of a checkpoint is not to be met under its own.
+            removed = folder / f".partial-{path.name}"
+            shutil.rmtree(removed, ignore_errors=True)
+            path.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path, step: int | None = None) -> Path | None:
+    """The newest checkpoint in `folder` that is whole, or None. A damaged one is reported on stderr and skipped.
+
+    Args:
+        folder: the run's checkpoints folder.
+        step: take the one of this step instead; None of step 0.
+    """
     # By name rather than by `latest`: a folder renamed just before a crash is whole although `latest` is older.
     for path in checkpoints_in(folder):
+        if step is not None and step_of(path) != step:
+            continue
         try:
             verify_checkpoint(path)
         except DamagedCheckpoint as error:

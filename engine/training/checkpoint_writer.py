@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
+from ipfm.engine.runtime.errors import Failed
 from ipfm.engine.training.checkpoint import Draft, checkpoints_in, is_whole
 from ipfm.models.atomic_files import why
 
@@ -32,7 +33,7 @@ class _State(NamedTuple):
         return cls(_gather(network, world), network.steps_applied, network.loss_scale_state)
 
 
-class CheckpointFailed(RuntimeError):
+class CheckpointFailed(Failed):
     """A checkpoint could not be written; the message names its folder, the reason and the last good one."""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from ipfm.engine.config import Rules
 from ipfm.engine.distributed.precision import apply_precision, halve_storage
+from ipfm.engine.distributed.signals import StopRequested, catching_signals
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.distributed.zero import TrainedNetwork, shard_frozen
 from ipfm.engine.evaluation.evaluation import Evaluation, evaluate_teacher
@@ -25,10 +28,13 @@ from ipfm.engine.memory import MemoryPlan, device_budget, plan_layout
 from ipfm.engine.objectives.base import Distillation, Role, StepContext
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
 from ipfm.engine.objectives.step_metrics import StepMetrics
+from ipfm.engine.runtime.errors import Interrupted, described
+from ipfm.engine.runtime.launcher import Launcher
 from ipfm.engine.sampling.samplers import nfe
 from ipfm.engine.training.resolve import resolve
 from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import teacher_facts
+from ipfm.engine.training.task import attempt
 from ipfm.models import NetworkConfig, Precond
 from ipfm.models.facts import read_facts
 from ipfm.models.teacher import check_teacher
@@ -158,7 +164,11 @@ class Distiller(TrainingRun[Distillation]):
         about = read_facts({**own, **self.objective.facts})
         folder, progress = self._run(Path(path), kind="distill", facts=self._facts, export="generator", about=about)
         if self.evaluation is not None:
-            self.rows = self._conclude(folder.path, self.evaluation, progress.last)
+            with catching_signals(Launcher(self.world.launched)):
+                try:
+                    self.rows = self._conclude(folder.path, self.evaluation, progress.last)
+                except StopRequested as asked:
+                    raise Interrupted(asked.signum) from None
         self.average.facts = about
         return self.average
 
@@ -171,13 +181,21 @@ class Distiller(TrainingRun[Distillation]):
             last: the generator's distance at the end; None when nothing was trained, then a table that is there stands.
 
         Returns:
-            The rows of the table: teacher, generator.
+            The rows of the table: teacher, generator; none, and a warning, where they cannot be measured.
         """
         known = read_results(folder)
         if known and last is None:
             return known
-        teacher = evaluate_teacher(self.teacher, evaluation, self.world, D=self.D, steps=self.config.heun_steps)
-        generator = last or self._measure(evaluation)
+        teacher, reason = attempt(
+            self.world,
+            lambda: evaluate_teacher(self.teacher, evaluation, self.world, D=self.D, steps=self.config.heun_steps),
+        )
+        generator = last
+        if last is None and not reason:
+            generator, reason = attempt(self.world, lambda: self._measure(evaluation))
+        if teacher is None or generator is None:
+            self._warn(f"no table of results: {reason}; the same command measures again")
+            return []
         # A published figure is an FID: nothing else compares with it.
         published = self.config.published(self.dataset).get(self.D) if teacher.name == "FID" else None
         teachers = f"FID {published.teacher_fid:g}" if published and published.teacher_fid else None
@@ -187,14 +205,29 @@ class Distiller(TrainingRun[Distillation]):
             _row("generator", evaluations, evaluations, generator, published and str(published)),
         ]
         if self.world.is_main:
-            write_results(folder, rows)
-            points = EvaluationHistory(folder).points
-            plot_convergence(points, teacher.distance, folder / "convergence.png", self.title, teacher.name)
+            self._write(folder, rows, teacher)
         self.world.barrier()
         return rows
+
+    def _write(self, folder: Path, rows: list[EvaluationRow], teacher: FrechetResult) -> None:
+        """The table and the curve, on the first process; what cannot be written is a warning."""
+        try:
+            write_results(folder, rows)
+        except OSError as error:
+            self._warn(f"the table of results cannot be written: {described(error)}")
+        picture = folder / "convergence.png"
+        try:
+            plot_convergence(EvaluationHistory(folder).points, teacher.distance, picture, self.title, teacher.name)
+        except Exception as error:
+            self._warn(f"no {picture}: {described(error)}")
+
+    def _warn(self, text: str) -> None:
+        if self.world.is_main:
+            with suppress(OSError):
+                print(f"warning: {text}", file=sys.stderr)
 
 
 def _row(label: str, steps: int | None, nfe: int, result: FrechetResult, paper: str | None) -> EvaluationRow:
     return EvaluationRow(
-        label, steps, nfe, result.distance, result.images, result.images_per_second, paper, result.name
+        label, steps, nfe, result.distance, result.images, result.images_per_second, paper, result.name, result.left_out
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -14,15 +16,17 @@ from ipfm.engine.distributed.signals import SignalFlag, StopRequested, catching_
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.results import EvaluationHistory
 from ipfm.engine.memory.watch import MemoryWatch
-from ipfm.engine.runtime.errors import Interrupted, ProcessLost, TrainingFailed
+from ipfm.engine.objectives.phases import Phase, listening
+from ipfm.engine.runtime.errors import Interrupted, ProcessLost, TrainingFailed, described
 from ipfm.engine.runtime.launcher import Launcher, lost_process
-from ipfm.engine.training.checkpoint import checkpoints_in, find_checkpoint, load_checkpoint
+from ipfm.engine.training.checkpoint import checkpoints_in, find_checkpoint, forget_after, load_checkpoint
 from ipfm.engine.training.checkpoint_writer import CheckpointFailed, CheckpointWriter
 from ipfm.engine.training.environment import log_start
-from ipfm.engine.training.monitor import Monitor, picture_path
+from ipfm.engine.training.monitor import Monitor, picture_path, pictures_in
 from ipfm.engine.training.run_folder import RunFolder
-from ipfm.engine.training.task import NotFinite, Progress, Task
-from ipfm.models.atomic_files import why
+from ipfm.engine.training.run_state import FAILED_FILE, write_divergence
+from ipfm.engine.training.task import NotFinite, Progress, StepFailed, Task, attempt
+from ipfm.models.atomic_files import atomic_write, why
 
 __all__ = ["Interrupted", "ProcessLost", "Progress", "Task", "TrainingFailed", "train"]
 
@@ -30,22 +34,30 @@ PICTURE_IMAGES = 64
 PICTURE_SEED = 20_000
 # The processes talk at least this often about signals: a scheduler that sends one gives some 30 s.
 SECONDS_TO_NOTICE = 10.0
+# In the run folder: where in the code a run failed, for whoever mends it.
+TRACEBACK = "traceback.txt"
+# What is no defect of the code, and needs no traceback.
+PLAIN = (OSError, ValueError, MemoryError, StepFailed, torch.OutOfMemoryError)
+
+T = TypeVar("T")
 
 
 def train(task: Task, config: RunConfig, folder: RunFolder) -> Progress:
     """Run `task` from the folder's newest whole checkpoint (or its first step) to `config.total_steps`.
 
-    SIGINT, SIGTERM, SIGUSR1 and SIGHUP, to any of the processes, save and stop; so does the end of the launcher.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP, to any of the processes, save and stop; so does the end of the launcher. An
+    evaluation or a picture that fails is a warning.
 
     Raises:
         TrainingFailed: more than `max_bad_steps` steps had non-finite samples or gradients; a checkpoint could not be
-            written or read, or the logs not be opened. On every process.
+            written or read, or the logs not be opened; or whatever else was raised, after the state has been saved. On
+            every process, unless it is `alone`: then the others lose this one.
         ProcessLost: another process has ended, or has not answered for the time of IPFM_TIMEOUT.
         Interrupted: a signal stopped the run; a checkpoint was written.
     """
     world = task.world
     with catching_signals(Launcher(world.launched)) as noted, _failures(folder):
-        found = find_checkpoint(folder.checkpoints) if world.is_main else None
+        found = find_checkpoint(folder.checkpoints, config.from_step) if world.is_main else None
         name = world.broadcast_text("" if found is None else found.name)
         checkpoint = folder.checkpoints / name if name else None
         progress = Progress(task.first_step)
@@ -55,7 +67,8 @@ def train(task: Task, config: RunConfig, folder: RunFolder) -> Progress:
             except ValueError as error:
                 raise TrainingFailed(str(error)) from error
             progress.saved_at = progress.step
-        evaluation_due = checkpoint is not None and _look_is_missing(progress.step, config, folder, world)
+        reached = progress.step <= config.total_steps
+        evaluation_due = checkpoint is not None and reached and _look_is_missing(progress.step, config, folder, world)
         if progress.step >= config.total_steps and not evaluation_due:
             return progress
         return _Run(task, config, folder, progress, checkpoint, noted).run(evaluation_due)
@@ -93,12 +106,19 @@ class _Run:
         # When the processes talk next: soon, so that they know how long a step takes.
         self._exchange_at = progress.step + 1
         self._since = 0.0
+        self._updating = False
 
     def _logs(self) -> tuple[Monitor, EvaluationHistory | None]:
         path, first = self.folder.path, self.progress.step
         if self.world.is_main:
+            if self.config.from_step is not None:
+                forget_after(self.folder.checkpoints, first)
+                for step, picture in pictures_in(path):
+                    if step > first:
+                        picture.unlink(missing_ok=True)
             # The table of an earlier, shorter part of the run no longer holds.
-            (path / "results.json").unlink(missing_ok=True)
+            for name in ("results.json", FAILED_FILE, TRACEBACK):
+                (path / name).unlink(missing_ok=True)
             log_start(path, first, self.world)
         monitor = Monitor(
             path,
@@ -112,35 +132,92 @@ class _Run:
 
     def run(self, evaluation_due: bool) -> Progress:
         """To the end; `evaluation_due`: the evaluation at the checkpoint is still to be made."""
-        config, progress = self.config, self.progress
-        total = config.total_steps
         try:
-            with self.monitor:
-                if self.checkpoint is not None:
-                    self.monitor.message(f"continuing at step {progress.step} from {self.checkpoint}")
-                if evaluation_due:
-                    self._stop(self._evaluate())
-                self._since = time.perf_counter()
-                while progress.step < total:
-                    progress.pending.append((progress.step, self.watch.iteration(progress.step)))
-                    progress.step += 1
-                    finished = progress.step == total
-                    due = _due(progress.step, config.checkpoint_every) or finished
-                    look = _due(progress.step, config.eval_every) or finished
-                    log = _due(progress.step, config.log_every) or progress.step >= self._exchange_at
-                    if not (due or look or log):
-                        continue
-                    stop = self._log_pending()
-                    if look and not stop:
-                        stop = self._evaluate()
-                    if due:
-                        self._save()
-                    self._stop(stop)
-                    self._since = time.perf_counter()
-                self.writer.wait()
+            with self.monitor, listening(self._hear):
+                try:
+                    self._train(evaluation_due)
+                except (Interrupted, TrainingFailed, CheckpointFailed):
+                    raise
+                except Exception as error:
+                    if lost_process(error):
+                        raise
+                    raise self._failed(error) from error
         finally:
             self.writer.settle()
-        return progress
+        return self.progress
+
+    def _train(self, evaluation_due: bool) -> None:
+        config, progress = self.config, self.progress
+        total = config.total_steps
+        if self.checkpoint is not None:
+            self.monitor.message(f"continuing at step {progress.step} from {self.checkpoint}")
+        if evaluation_due:
+            self._stop(self._evaluate())
+        self._since = time.perf_counter()
+        while progress.step < total:
+            progress.pending.append((progress.step, self.watch.iteration(progress.step)))
+            progress.step += 1
+            self._updating = False
+            finished = progress.step == total
+            due = _due(progress.step, config.checkpoint_every) or finished
+            look = _due(progress.step, config.eval_every) or finished
+            log = _due(progress.step, config.log_every) or progress.step >= self._exchange_at
+            if not (due or look or log):
+                continue
+            stop = self._log_pending()
+            if look and not stop:
+                stop = self._evaluate()
+            if due:
+                self._save()
+            self._stop(stop)
+            self._since = time.perf_counter()
+        self.writer.wait()
+
+    def _hear(self, phase: Phase) -> None:
+        """Between the first optimiser of a step and its end the networks are those of no step."""
+        self._updating = self._updating or phase.endswith("optimiser")
+
+    def _failed(self, error: Exception) -> TrainingFailed:
+        """What ends the run, once the state is saved, as far as it can be."""
+        world, progress = self.world, self.progress
+        text = described(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            text += "; a smaller --micro-batch, or --activation-checkpointing on, needs less memory"
+        elif not isinstance(error, PLAIN):
+            text += self._trace(error)
+        # Where one process fails alone the others wait for it in the step, and cannot help to save.
+        alone = world.size > 1 and not isinstance(error, StepFailed)
+        saved = ""
+        if not (alone or self._updating or progress.step == self.task.first_step):
+            saved = self._saved()
+        whose = f"process {world.rank} of {world.size}: " if alone else ""
+        failed = TrainingFailed(f"{whose}{text}{saved}: {_way_on(self.folder)}")
+        failed.alone = alone
+        return failed
+
+    def _saved(self) -> str:
+        """Save what there is after an error, and say how that went."""
+        # Losses that cannot be read are no reason to lose the state too.
+        with suppress(Exception):
+            if self.progress.pending:
+                self._log_pending()
+        try:
+            self._save()
+            self.writer.wait()
+        except Exception as error:
+            return f"; and the state could not be saved ({described(error)})"
+        return "; the state is saved"
+
+    def _trace(self, error: Exception) -> str:
+        """Leave the traceback in the run folder; where it is."""
+        path = self.folder.path / TRACEBACK
+        if not self.world.is_main:
+            path = path.with_stem(f"{path.stem}-{self.world.rank}")
+        with suppress(OSError):
+            with atomic_write(path) as file:
+                file.write("".join(traceback.format_exception(error)).encode())
+            return f" ({path})"
+        return ""
 
     def _log_pending(self) -> int:
         """Bring the pending measurements of all processes to the host in one transfer and log them.
@@ -182,35 +259,52 @@ class _Run:
             self.writer.wait()
         if progress.bad_steps > config.max_bad_steps:
             self.writer.wait()
-            raise NotFinite(self._too_bad(), progress.step)
+            reason = self._too_bad()
+            if self.world.is_main:
+                with monitor.tolerant(FAILED_FILE):
+                    write_divergence(self.folder.path, progress.step, reason)
+            raise NotFinite(reason, progress.step)
         return int(stop)
 
     def _evaluate(self) -> int:
-        """Evaluate and draw a picture; a signal that came meanwhile, or 0."""
+        """Evaluate and draw a picture; a signal that came meanwhile, or 0. What fails here is a warning."""
         task, progress, monitor = self.task, self.progress, self.monitor
         with monitor.paused():
             task.refresh()
             try:
-                result = task.evaluate()
+                result = self._tried("evaluation", task.evaluate)
             except StopRequested as asked:
                 return asked.signum
-            images = task.picture(PICTURE_IMAGES, PICTURE_SEED)
+            images = self._tried("picture", lambda: task.picture(PICTURE_IMAGES, PICTURE_SEED))
+            # That of an earlier step is not this one's.
+            progress.last = result
             if result is not None:
-                progress.last = result
                 monitor.scalar(progress.step, "frechet", result.distance)
-                monitor.message(f"step {progress.step}: {result.name} {result.distance:.4f}")
+                monitor.message(f"step {progress.step}: {result.in_words()}")
                 if self.history is not None:
                     facts = {"images": result.images, "seconds": round(result.seconds, 3)}
+                    if result.left_out:
+                        facts["left_out"] = result.left_out
                     with monitor.tolerant("evaluations.jsonl"):
                         self.history.add(progress.step, result.distance, **facts)
             # The picture is the last, so that it stands for the whole: see `_look_is_missing`.
-            monitor.image(progress.step, images)
+            if images is not None:
+                monitor.image(progress.step, images)
         return 0
+
+    def _tried(self, what: str, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None on every process, and a warning, where it fails on one."""
+        found, reason = attempt(self.world, work)
+        if reason:
+            self.monitor.message(f"warning: the {what} after step {self.progress.step} failed: {reason}")
+        return found
 
     def _save(self) -> None:
         progress = self.progress
         if progress.saved_at != progress.step:
             with self.monitor.paused():
+                if self.world.is_main and self.folder.restore():
+                    self.monitor.message(f"warning: {self.folder.path} was removed while the run goes on: made again")
                 self.monitor.sync()
                 self.writer.save(progress.step, self.task.networks)
             progress.saved_at = progress.step
@@ -246,13 +340,18 @@ def _failures(folder: RunFolder) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, TrainingFailed) or not (reason := lost_process(error)):
             raise
-        # By name, as resuming does: the lost process may not have come to replace `latest`.
-        found = checkpoints_in(folder.checkpoints)
-        where = f"its checkpoint {found[0].name}" if found else "the start, it has no checkpoint"
         raise ProcessLost(
-            f"another process of this run has ended or does not answer ({reason}): the same command continues "
-            f"{folder.path} from {where}"
+            f"another process of this run has ended or does not answer ({reason}): {_way_on(folder)}"
         ) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_way_on(folder)) from None
+
+
+def _way_on(folder: RunFolder) -> str:
+    # By name, as resuming does: a process that was lost may not have come to replace `latest`.
+    found = checkpoints_in(folder.checkpoints)
+    where = f"its checkpoint {found[0].name}" if found else "the start, it has no checkpoint"
+    return f"the same command continues {folder.path} from {where}"
 
 
 def _look_is_missing(step: int, config: RunConfig, folder: RunFolder, world: World) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -24,9 +25,9 @@ from ipfm.models.atomic_files import sync, why
 class Monitor:
     """What a run writes into its folder: metrics.jsonl, tensorboard/, samples/step-XXXXXXX.png; and progress to stderr.
 
-    Once it is open, nothing here ends a run: what the disk refuses is one warning a kind, and what stderr refuses (its
-    terminal or reader is gone) is not said. Lines of metrics.jsonl then wait in memory, and are written as soon as the
-    disk takes them.
+    Once it is open, nothing here ends a run: what the disk refuses, or a library cannot do, is one warning a kind, and
+    what stderr refuses (its terminal or reader is gone) is not said. Lines of metrics.jsonl then wait in memory, and
+    are written as soon as the disk takes them.
 
     Step numbers: `record` and `advance` take the index of the step just made, 0…total_steps-1; `scalar` and `image`,
     which tell of the state between two steps, take the number of steps done, as a checkpoint does, and so does
@@ -105,7 +106,7 @@ class Monitor:
         if step + 1 > self._done:
             self.images_per_second = (step + 1 - self._done) * self.batch_size / max(now - self._since, 1e-9)
         self._done, self._since = step + 1, now
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             self._progress.move(step + 1, _postfix(f"{significant(self.images_per_second)} img/s", values))
 
     def image(self, step: int, images: Tensor) -> None:
@@ -130,15 +131,15 @@ class Monitor:
     def message(self, text: str) -> None:
         """A line for the person who watches, above the bar."""
         if self.enabled:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 tqdm.write(text, file=sys.stderr)
 
     @contextlib.contextmanager
     def tolerant(self, name: str) -> Iterator[None]:
-        """The block writes `name` in the run folder: what the disk refuses there is a warning, once for each name."""
+        """The block writes `name` in the run folder: what fails there is a warning, once for each name."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:
             if name not in self._refused:
                 self._refused.add(name)
                 self.message(f"warning: {self.folder / name} cannot be written: {why(error)}")
@@ -182,7 +183,7 @@ class Monitor:
             # Without events from before there is nothing to purge.
             purge = first_step + 1 if folder.is_dir() and any(folder.iterdir()) else None
             self._board = SummaryWriter(str(folder), purge_step=purge)
-        except (OSError, ImportError, UnicodeError) as error:  # it takes no path that is not UTF-8
+        except Exception as error:  # a path that is not UTF-8, a package that does not go with another, a full disk
             self._board_failed(error)
 
     def _to_board(self, write: Callable[[Any], object]) -> None:
@@ -190,7 +191,7 @@ class Monitor:
             return
         try:
             write(self._board)
-        except OSError as error:  # the disk is full, the folder is gone: raised by its writer thread
+        except Exception as error:  # the disk is full, the folder is gone: raised by its writer thread
             self._board_failed(error)
 
     def _board_failed(self, error: Exception) -> None:
@@ -208,6 +209,16 @@ def _quiet_about_the_board(args: threading.ExceptHookArgs) -> None:
 def picture_path(folder: Path, step: int) -> Path:
     """Where the run `folder` keeps the images drawn after `step` steps."""
     return folder / "samples" / f"step-{step:07d}.png"
+
+
+def pictures_in(folder: Path) -> tuple[tuple[int, Path], ...]:
+    """(steps done, path) of the pictures of the run `folder`, in order."""
+    found = []
+    samples = folder / "samples"
+    for path in samples.iterdir() if samples.is_dir() else ():
+        if named := re.fullmatch(r"step-(\d+)\.png", path.name):
+            found.append((int(named[1]), path))
+    return tuple(sorted(found))
 
 
 def _postfix(speed: str, values: Mapping[str, float]) -> str:

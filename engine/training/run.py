@@ -127,7 +127,8 @@ class TrainingRun(ABC, Generic[C]):
         return None if self.evaluation is None else self._measure(self.evaluation)
 
     def _measure(self, evaluation: Evaluation) -> FrechetResult:
-        return evaluation.measure(lambda first, count: self.sample(first, count, seed=evaluation.seed), self.world)
+        seed = evaluation.seed
+        return evaluation.measure(lambda first, count: self.sample(first, count, seed=seed), self.world, leave_out=True)
 
     def picture(self, count: int, seed: int) -> Tensor:
         """`count` images from fixed latents, (count, C, H, W) in [-1, 1]."""

@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
@@ -16,14 +17,18 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ipfm.engine.config import CURRENT_RULES, FIRST_RULES, RunConfig, TeacherConfig, free_settings
+from ipfm.engine.checks import option_name
+from ipfm.engine.config import CURRENT_RULES, FIRST_RULES, RunConfig, TeacherConfig, free_settings, place_settings
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.runtime.errors import FolderInUse
-from ipfm.engine.training.checkpoint import check_format, checkpoints_in
+from ipfm.engine.runtime.files import read_json
+from ipfm.engine.training.checkpoint import check_format, checkpoints_in, is_whole, step_of
 from ipfm.models import Precond
 from ipfm.models.atomic_files import atomic_write, forget_unfinished
 
 FORMAT = 1
+# The exported network of each kind of run.
+EXPORTS = {"distill": "generator", "teacher": "model"}
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,27 @@ class RunFolder:
     """A run folder that belongs to this configuration."""
 
     path: Path
+    record: Mapping[str, Any] | None = None
+    """Its config.json."""
 
     @property
     def checkpoints(self) -> Path:
         """Where the checkpoints lie."""
         return self.path / "checkpoints"
+
+    def restore(self) -> bool:
+        """Take the folder again if somebody has removed it under the run; whether that was so.
+
+        Raises:
+            ValueError: another process has taken it meanwhile.
+            OSError: it cannot be written.
+        """
+        if self.record is None or (self.path / "config.json").exists():
+            return False
+        release_folder(self.path)
+        lock_folder(self.path, patience=0)
+        _write_record(self.path, self.record)
+        return True
 
 
 def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,12 +72,13 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
             yet may be left out: it is then not compared, and stays as the folder has it.
 
     Returns:
-        The content that the folder's config.json is to have. Its rules are those that the folder's run began with.
+        The content that the folder's config.json is to have: what it has, where the run is finished and only read. Its
+        rules are those that the folder's run began with.
 
     Raises:
         ValueError: `path` cannot be a folder or cannot be written; it holds another run, something that is no run,
-            checkpoints of another version's format, or any run with ``resume=False``. The message is one line and names
-            each setting that differs.
+            checkpoints of another version's format, more steps than the settings ask for, no checkpoint of the step to
+            go back to, or any run with ``resume=False``. The message is one line and names each setting that differs.
         OSError: the folder cannot be read.
     """
     record = {"format": FORMAT, "kind": kind, **config.recorded(), "config": config.to_json(), **facts}
@@ -68,6 +90,7 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
         if place.exists() and not os.access(place, os.W_OK | os.X_OK):
             raise ValueError(f"{place} cannot be written: choose another --out")
     if not path.is_dir() or all(_is_leftover(entry) for entry in path.iterdir()):
+        _check_steps(path, kind, config)
         return record
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is not empty and holds no run (no config.json): choose another --out")
@@ -90,7 +113,107 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
             check_format(checkpoint)
         except ValueError as error:
             raise ValueError(f"{error}: choose another --out") from None
+    _check_steps(path, kind, config)
+    if is_settled(path, kind, config):
+        return {**record, **found, **facts}
     return {**found, **record}
+
+
+def is_settled(path: Path, kind: str, config: RunConfig) -> bool:
+    """Whether the folder's run has all the steps of these settings, and its result: it is only read."""
+    newest, result = max(_steps(path), default=None), _exported_steps(path, kind)
+    measured = kind == "teacher" or (path / "results.json").is_file()
+    return config.from_step is None and measured and newest is not None and newest == result == _length(config)
+
+
+def settings_said(path: Path, config: RunConfig) -> str:
+    """What of the settings that a finished run was made with differs from these, as far as its result may show it."""
+    found = (read_json(path / "config.json") or {}).get("config")
+    ours, places = config.to_json(), place_settings(type(config))
+    if not isinstance(found, dict):
+        return ""
+    return "; ".join(
+        f"{option_name(name)} is {_short(found[name])} there, {_short(value)} here"
+        for name, value in ours.items()
+        if name in found and name not in {*places, "rules"} and found[name] != value
+    )
+
+
+def _steps(path: Path) -> list[int]:
+    """Steps done at the folder's checkpoints, rising."""
+    return sorted({step_of(checkpoint) for checkpoint in checkpoints_in(path / "checkpoints")})
+
+
+def _exported_steps(path: Path, kind: str) -> int | None:
+    """Steps done by the exported network; None where there is none, or it does not say."""
+    extra = (read_json(path / EXPORTS[kind] / "config.json") or {}).get("extra")
+    steps = extra.get("optimizer_steps") if isinstance(extra, dict) else None
+    return steps if isinstance(steps, int) else None
+
+
+def _length(config: RunConfig) -> int | None:
+    return None if config.max_steps is None and config.kimg is None else config.total_steps
+
+
+def _check_steps(path: Path, kind: str, config: RunConfig) -> None:
+    """ValueError where the run in the folder is beyond the end of these settings, or cannot begin where they say."""
+    steps, start, total = _steps(path), config.from_step, _length(config)
+    known = ", ".join(map(str, steps))
+    if start and start not in steps:
+        has = f"it has those of steps {known}" if steps else "it has none"
+        raise ValueError(f"{path} has no checkpoint of step {start}: {has}; or leave --from-step out")
+    if start and not any(is_whole(c) for c in checkpoints_in(path / "checkpoints") if step_of(c) == start):
+        raise ValueError(f"the checkpoint of step {start} in {path} is damaged: leave --from-step out")
+    if total is None:
+        return
+    length = f"--max-steps {total}" if config.kimg is None else f"--kimg {config.kimg:g} ({total} steps)"
+    reached = (steps[-1] if steps else 0) if start is None else start
+    if reached > total:
+        earlier = max((step for step in steps if step <= total), default=0)
+        raise ValueError(
+            f"{path} is at step {reached} already, beyond {length}: give at least {reached} steps, --from-step "
+            f"{earlier} to go back and forget what came after, or choose another --out"
+        )
+    exported = None if steps or start is not None else _exported_steps(path, kind)
+    if exported is not None:
+        raise ValueError(
+            f"{path} holds the result of {exported} steps and no checkpoint to continue from: give --from-step 0 to "
+            "replace it, or choose another --out"
+        )
+
+
+@contextmanager
+def claimed(path: Path, record: Mapping[str, Any], config: RunConfig, *, write: bool) -> Iterator[None]:
+    """Keep others out of a folder that `check_run_folder` approved, while the run is made; nothing is recorded yet.
+
+    It is checked again, for what others have done to it since. Where the block fails a new folder is let go.
+
+    Args:
+        path: the run folder, created where it does not exist.
+        record: what `check_run_folder` returned.
+        config: the settings that it was asked with.
+        write: this process is the one that writes.
+
+    Raises:
+        ValueError: another process is using the folder and does not leave, or it holds another run by now.
+        OSError: the folder cannot be written.
+    """
+    if not write:
+        yield
+        return
+    lock_folder(path)
+    try:
+        about = ("format", "kind", "config", *config.recorded())
+        facts = {name: value for name, value in record.items() if name not in about}
+        check_run_folder(path, record["kind"], config, facts)
+        yield
+    except BaseException:
+        if all(entry.name == "run.lock" for entry in path.iterdir()):
+            release_folder(path)
+            with suppress(OSError):
+                (path / "run.lock").unlink()
+                path.rmdir()
+        raise
 
 
 def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> RunFolder:
@@ -108,9 +231,14 @@ def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> Ru
     if write:
         lock_folder(path)
         forget_unfinished(path)
-        with atomic_write(path / "config.json") as file:
-            file.write((json.dumps(record, indent=1) + "\n").encode())
-    return RunFolder(path)
+        if read_json(path / "config.json") != record:
+            _write_record(path, record)
+    return RunFolder(path, record if write else None)
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    with atomic_write(path / "config.json") as file:
+        file.write((json.dumps(record, indent=1) + "\n").encode())
 
 
 def _with_rules(record: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -193,6 +321,13 @@ def lock_folder(path: Path, patience: float = PATIENCE) -> None:
     file.write(f"{os.getpid()}\n")
     file.flush()
     _held[path] = file
+
+
+def release_folder(path: Path) -> None:
+    """Let others into the run folder `path` again."""
+    file = _held.pop(path.resolve(), None)
+    if file is not None:
+        file.close()
 
 
 def folder_user(path: Path) -> str | None:

@@ -20,19 +20,17 @@ from ipfm.engine.checks import number
 from ipfm.engine.evaluation.results import DISTANCE, EvaluationRow, read_results
 from ipfm.engine.memory.profile import PhaseMemory
 from ipfm.engine.runtime.files import StepLog, read_json
-from ipfm.engine.training.checkpoint import checkpoints_in
+from ipfm.engine.training.checkpoint import checkpoints_in, step_of
 from ipfm.engine.training.environment import ENVIRONMENT_FILE, read_starts
 from ipfm.engine.training.pace import Pace, read_pace
-from ipfm.engine.training.run_folder import folder_user
-from ipfm.models.atomic_files import why
+from ipfm.engine.training.run_folder import EXPORTS, folder_user
+from ipfm.models.atomic_files import atomic_write, why
 from ipfm.models.facts import GeneratorFacts, TeacherFacts, read_facts
 from ipfm.models.store import CONFIG_FILE
 
 T = TypeVar("T")
 State = Literal["finished", "running", "stopped", "diverged"]
-# The exported network of each kind of run.
-EXPORTS = {"distill": "generator", "teacher": "model"}
-# In the folder of a run whose training failed: the step and the reason.
+# In the folder of a run that had too many non-finite samples or gradients: the step and the reason.
 FAILED_FILE = "diverged.json"
 # A folder without a readable config.json is a run's if it has one of these.
 TRACES = ("metrics.jsonl", "evaluations.jsonl", "checkpoints")
@@ -86,7 +84,7 @@ class RunRecord:
     """The newest one."""
     pace: Pace
     diverged: int | None
-    """In an ablation: the step at which the training failed."""
+    """The step at which too many samples or gradients had not been finite."""
     in_use: bool
     """A process is working in the folder."""
     problems: tuple[str, ...]
@@ -109,7 +107,7 @@ class RunRecord:
     @property
     def checkpoint_step(self) -> int | None:
         """Steps done at the newest checkpoint, which its name says."""
-        return None if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
+        return None if self.checkpoint is None else step_of(self.checkpoint)
 
     @property
     def export_path(self) -> Path:
@@ -126,9 +124,9 @@ class RunRecord:
     def state(self) -> State:
         """How the run is going.
 
-        diverged: its training failed. running: a process of this machine works in the folder. finished: the network
-        that was exported is that of the last step, not of an earlier end of a run that was lengthened since. stopped:
-        the same command continues.
+        diverged: too many samples or gradients were not finite. running: a process of this machine works in the folder.
+        finished: the network that was exported is that of the last step, not of an earlier end of a run that was
+        lengthened since. stopped: the same command continues.
         """
         if self.diverged is not None:
             return "diverged"
@@ -138,11 +136,12 @@ class RunRecord:
 
     @property
     def is_exported(self) -> bool:
-        """Whether the exported network is that of the last step."""
+        """Whether the exported network is that of the last step, and not of steps that the run has gone back from."""
         if self.exported is None:
             return False
         done = self.steps_done if self.exported.optimizer_steps is None else self.exported.optimizer_steps
-        return self.total_steps is None or done >= self.total_steps
+        undone = self.checkpoint_step is not None and done > self.steps_done
+        return self.total_steps is None or (done >= self.total_steps and not undone)
 
     @property
     def metric(self) -> str:
@@ -297,6 +296,16 @@ def _memory(path: Path) -> tuple[PhaseMemory, ...]:
             )
             for line in csv.DictReader(file)
         )
+
+
+def write_divergence(folder: Path, step: int, reason: str) -> None:
+    """Note in the run folder that the training failed at `step`; the next start in the folder forgets it.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    with atomic_write(folder / FAILED_FILE) as file:
+        file.write((json.dumps({"step": step, "reason": reason}, indent=1) + "\n").encode())
 
 
 def _diverged(path: Path) -> int | None:

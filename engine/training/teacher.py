@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.augmentation import augment
-from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.data.dataset import Batch, ImageDataset
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.evaluation.evaluation import Evaluation
@@ -21,10 +21,12 @@ from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
 from ipfm.engine.random_streams import Stream, seed_dropout
+from ipfm.engine.runtime.errors import described
 from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.engine.training.resolve import resolve_training
 from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import fingerprint
+from ipfm.engine.training.task import StepFailed
 from ipfm.models import NetworkConfig, Precond, build_network
 from ipfm.models.facts import TeacherFacts
 
@@ -102,7 +104,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         for first in world.micro_batches(config.batch, self.micro_batch):
             mark("teacher: forward and backward")
             index = torch.arange(first, first + self.micro_batch, device=world.device)
-            batch = self.dataset.batch(step, index, batch_size=config.batch, seed=config.seed)
+            batch = self._batch(step, index)
             labels = batch.labels if self.network.label_dim else None
             sigma = noise.denoising(index, seed=config.seed, stream=Stream.TEACHER_SIGMA, step=step)
             y, augment_labels = augment(
@@ -139,6 +141,23 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
             lr=config.learning_rate(step), ema_decay=config.ema_decay(step), grad_scale=tally.grad_scale(config.batch)
         )
         return tally.measured(applied)
+
+    def _batch(self, step: int, index: Tensor) -> Batch:
+        """The images with these indices of the batch of `step`. StepFailed: files of a process cannot be read."""
+        config = self.config
+        failure: Exception | None = None
+        try:
+            batch = self.dataset.batch(step, index, batch_size=config.batch, seed=config.seed)
+        except (OSError, ValueError) as error:
+            failure = error
+        # Images in memory cannot fail, and need no word between the processes.
+        if not isinstance(self.dataset.images, Tensor):
+            reason = self.world.said_by_any("" if failure is None else described(failure))
+            if reason:
+                raise StepFailed(reason) from failure
+        if failure is not None:
+            raise failure
+        return batch
 
     def sample(self, first: int, count: int, *, seed: int) -> Tensor:
         """Images first..first + count - 1 of `seed` from the averaged network as last refreshed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def write_plots(folder: Path, rows: Sequence[Row], machine: Machine, *, gpu: boo
 
 
 def _plot(path: Path, op: str, rows: list[Row], machine: Machine, *, gpu: bool) -> Path:
+    # The import fails where this names a backend that is not installed, as a notebook's; files need none.
+    os.environ.pop("MPLBACKEND", None)
     from matplotlib.figure import Figure
 
     cases = list(dict.fromkeys(_case(row) for row in rows))

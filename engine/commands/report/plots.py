@@ -15,6 +15,7 @@ from ipfm.engine.checks import number
 from ipfm.engine.commands.report.facts import Facts
 from ipfm.engine.commands.report.pictures import Picture, png
 from ipfm.engine.evaluation.results import draw_convergence
+from ipfm.engine.runtime.figures import file_figure, import_matplotlib
 from ipfm.engine.runtime.wording import significant
 from ipfm.engine.training.run_state import RunRecord
 
@@ -146,12 +147,7 @@ def _pace(facts: Facts, theme: Theme) -> Figure:
 
 
 def _figure(count: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Figure and canvas are made by hand: pyplot keeps global state and looks for a display.
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = file_figure(figsize=(width, height), dpi=DPI, layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
@@ -173,8 +169,7 @@ def _values(record: RunRecord, name: str) -> np.ndarray:
 
 
 def _drawn(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
-    import matplotlib
-
+    matplotlib = import_matplotlib()
     colours = {
         "figure.facecolor": theme.paper,
         "axes.facecolor": theme.paper,

@@ -1,15 +1,18 @@
 """One pass over images that are shared out over the ranks: moments of their features, and the features themselves."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ipfm.engine.distributed.signals import StopRequested
+from ipfm.engine.distributed.world import run_device
 from ipfm.engine.evaluation.metrics.features import Classifier, Features
 from ipfm.engine.evaluation.metrics.moments import FeatureMoments
+from ipfm.engine.runtime.launcher import lost_process
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,8 @@ def collect(
         ValueError: on every rank when it happens on one: n < 2, images or features of the wrong shape, an image that
             cannot be read, probabilities asked of features that have none, a rank and world size that are not those of
             the process group.
+        Exception: whatever else `sample` or `features` raise; where it happens on one rank, the others raise a
+            RuntimeError that says the same.
     """
     if n < 2 or batch < 1:
         raise ValueError(f"needs at least 2 images and a positive batch, got n={n}, batch={batch}")
@@ -81,16 +86,7 @@ def collect(
             raise ValueError(f"{features.name!r} gives no class probabilities")
         classify = features
     own = _Share(features, keep_features=keep_features, classify=classify)
-    try:
-        for first, count in index_ranges(n, batch, rank, world_size):
-            own.take(sample, first, count)
-        failure = None
-    except ValueError as error:
-        failure = error
-    if world_size > 1:
-        failure = _first_failure(failure, world_size)
-    if failure is not None:
-        raise failure
+    own.take_all(sample, index_ranges(n, batch, rank, world_size), world_size)
     moments, seconds = own.moments, own.seconds
     assert moments is not None  # n ≥ 2 gives every rank at least one range
 
@@ -122,6 +118,23 @@ class _Share:
         self.probabilities: list[Tensor] = []
         self.seconds = 0.0
 
+    def take_all(
+        self, sample: Callable[[int, int], Tensor], ranges: Sequence[tuple[int, int]], world_size: int
+    ) -> None:
+        """Take in each of the ranges, as many on every rank. What fails on one ends it on all, after the same range."""
+        for first, count in ranges:
+            failure: Exception | None = None
+            try:
+                self.take(sample, first, count)
+            except StopRequested:  # on every rank, at the same point
+                raise
+            except Exception as error:
+                if world_size == 1 or lost_process(error):
+                    raise
+                failure = error
+            if world_size > 1:
+                _agree(failure)
+
     def take(self, sample: Callable[[int, int], Tensor], first: int, count: int) -> None:
         """Draw a range of images and take them in; of an empty one an image that is thrown away."""
         started = time.perf_counter()
@@ -145,11 +158,18 @@ class _Share:
             self.probabilities.append(self.classify.probabilities(images).to(images.device, torch.float32))
 
 
-def _first_failure(own: ValueError | None, world_size: int) -> ValueError | None:
-    """What went wrong on the first rank where something did: no rank may wait for one that has given up."""
-    messages: list[str | None] = [None] * world_size
-    dist.all_gather_object(messages, None if own is None else str(own))
-    return next((ValueError(message) for message in messages if message is not None), None)
+def _agree(own: Exception | None) -> None:
+    """Raise what went wrong on the first rank where something did: no rank may wait for one that has given up."""
+    failed = torch.tensor(int(own is not None), device=run_device())
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if not failed:
+        return
+    said: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, None if own is None else (str(own), isinstance(own, ValueError)))
+    if own is not None and not isinstance(own, ValueError):
+        raise own
+    message, is_value = next(one for one in said if one is not None)
+    raise (ValueError if is_value else RuntimeError)(message)
 
 
 def _check_group(rank: int, world_size: int) -> None:

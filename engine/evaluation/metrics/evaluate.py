@@ -43,7 +43,7 @@ class FrechetResult:
 
     Attributes:
         distance: Fréchet distance, NaN where it was not asked for.
-        images: how many were drawn by all ranks.
+        images: how many it is of, drawn by all ranks.
         seconds: that the slowest rank spent drawing them, without features and matrix roots.
         images_per_second: of all ranks together.
         name: what the distance is called, "FID" with Inception features alone.
@@ -53,6 +53,7 @@ class FrechetResult:
         inception_score_std: its deviation over subsets.
         precision: share of samples that lie where real images do.
         recall: share of real images that lie where samples do.
+        left_out: how many more were drawn, and left out because they, or their features, were not finite.
     """
 
     distance: float
@@ -66,6 +67,15 @@ class FrechetResult:
     inception_score_std: float | None = None
     precision: float | None = None
     recall: float | None = None
+    left_out: int = 0
+
+    def in_words(self) -> str:
+        """The distance, with its name; how many images are not in it, if any."""
+        text = f"{self.name} {self.distance:.4f}"
+        if not self.left_out:
+            return text
+        drawn = self.images + self.left_out
+        return f"{text} over {self.images:,} of {drawn:,} images: {self.left_out:,} were not finite"
 
 
 def distance_name(features: Features) -> str:
@@ -116,6 +126,7 @@ def evaluate_images(
     world_size: int = 1,
     metrics: Sequence[Metric] = ("fid",),
     pr_images: int = PR_IMAGES,
+    leave_out: bool = False,
 ) -> FrechetResult:
     """The `metrics` of `n` sampled images, the same on every rank and for every number of ranks.
 
@@ -130,10 +141,12 @@ def evaluate_images(
         metrics: what is measured.
         pr_images: images of each set that precision and recall are measured on, of which the time is quadratic; drawn
             at random with a fixed seed where there are more.
+        leave_out: of the Fréchet distance alone, take the samples that are finite and count the others; the distance
+            is NaN where fewer than two are.
 
     Raises:
-        ValueError: a metric that the features or the reference do not allow, non-finite features (how many), and as
-            `collect`.
+        ValueError: a metric that the features or the reference do not allow, non-finite features (how many) unless
+            they are left out, and as `collect`.
     """
     check_metrics(metrics, features, reference)
     single = bool({"kid", "pr"} & set(metrics))
@@ -147,9 +160,10 @@ def evaluate_images(
         keep_features=single,
         keep_probabilities="is" in metrics,
     )
-    statistics = found.moments.statistics  # an error where features are not finite
+    # An error where features are not finite.
+    statistics = found.moments.of_finite() if leave_out else found.moments.statistics
     distance, others = float("nan"), dict[str, float]()
-    if reference is not None and "fid" in metrics:
+    if reference is not None and statistics is not None and "fid" in metrics:
         distance = frechet_distance(statistics, reference.statistics)
     if reference is not None and reference.features is not None and found.features is not None:
         if "kid" in metrics:
@@ -161,7 +175,8 @@ def evaluate_images(
         others["inception_score"], others["inception_score_std"] = inception_score(found.probabilities)
     count = found.moments.count
     speed = count / max(found.seconds, 1e-9)
-    return FrechetResult(distance, count, found.seconds, speed, distance_name(features), **others)
+    left_out = found.moments.non_finite
+    return FrechetResult(distance, count, found.seconds, speed, distance_name(features), **others, left_out=left_out)
 
 
 def evaluate_frechet(

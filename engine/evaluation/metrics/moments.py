@@ -95,6 +95,17 @@ class FeatureMoments:
         return int(self._counts[0])
 
     @property
+    def non_finite(self) -> int:
+        """Number of samples left out because they were not finite, likewise."""
+        return int(self._counts[1])
+
+    def of_finite(self) -> Statistics | None:
+        """Mean and covariance of the samples that were finite, however many were not; None of fewer than two."""
+        if self.count < 2:
+            return None
+        return Statistics(self._mean, self._scatter / (self._counts[0] - 1))
+
+    @property
     def mean(self) -> Tensor:
         """Mean (dim,), float64.
 

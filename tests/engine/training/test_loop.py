@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,12 +17,20 @@ from torch import Tensor
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.distributed.signals import check_stop
 from ipfm.engine.distributed.world import World
+from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.engine.runtime.errors import Interrupted, ProcessLost, TrainingFailed
 from ipfm.engine.training import loop
 from ipfm.engine.training.checkpoint import find_checkpoint
 from ipfm.engine.training.loop import train
-from ipfm.engine.training.run_folder import RunFolder
+from ipfm.engine.training.run_folder import (
+    RunFolder,
+    check_run_folder,
+    folder_user,
+    open_run_folder,
+    release_folder,
+)
+from ipfm.engine.training.task import NotFinite
 
 
 class Net:
@@ -42,10 +52,15 @@ class Net:
 
 @dataclass
 class Counting:
-    """A task that counts its steps; `at` are things to happen in a step, `looks` the steps that were looked at."""
+    """A task that counts its steps; `looks` are those that were looked at.
+
+    Things happen in a step, `at` the update or `before` it, or at a look.
+    """
 
     at: dict[int, Callable[[], None]] = field(default_factory=dict)
+    before: dict[int, Callable[[], None]] = field(default_factory=dict)
     looking: Callable[[], None] = lambda: None
+    picturing: Callable[[], None] = lambda: None
     title: str = "count"
     world: World = field(default_factory=lambda: World(0, 1, torch.device("cpu")))
     first_step: int = 0
@@ -57,6 +72,8 @@ class Counting:
 
     def iteration(self, step: int) -> StepMetrics:
         assert int(self.net.weight) == step
+        self.before.get(step, lambda: None)()
+        mark("net: optimiser")
         self.net.weight += 1
         self.net.steps_applied += 1
         self.at.get(step, lambda: None)()
@@ -71,6 +88,7 @@ class Counting:
         self.looks.append(int(self.net.weight))
 
     def picture(self, count: int, seed: int) -> Tensor:
+        self.picturing()
         return torch.zeros(count, 1, 2, 2)
 
 
@@ -186,12 +204,135 @@ def test_a_lost_process_says_where_to_continue(tmp_path) -> None:
     with pytest.raises(ProcessLost, match=f"{message}its checkpoint step-0000004"):
         train(Counting(at={5: lose}), config(), RunFolder(tmp_path))
 
-    def other() -> None:
-        raise RuntimeError("a defect")
 
-    with pytest.raises(RuntimeError, match="a defect") as error:
-        train(Counting(at={6: other}), config(), RunFolder(tmp_path))
-    assert not isinstance(error.value, TrainingFailed)
+def fail(error: Exception) -> Callable[[], None]:
+    def raise_it() -> None:
+        raise error
+
+    return raise_it
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/data/7.png"), "/data/7.png: No such file or directory"),
+        (ValueError("data.zip: 7.png cannot be read"), "data.zip: 7.png cannot be read"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "OutOfMemoryError: CUDA out of memory.; a smaller --micro-batch",
+        ),
+        (RuntimeError("a defect"), "RuntimeError: a defect ("),
+    ],
+)
+@pytest.mark.parametrize("background", [False, True])
+def test_an_error_in_a_step_saves_the_steps_before_it(tmp_path, error: Exception, said: str, background: bool) -> None:
+    settings = config(async_checkpoints=background)
+    with pytest.raises(TrainingFailed) as failed:
+        train(Counting(before={6: fail(error)}), settings, RunFolder(tmp_path))
+    text = str(failed.value)
+    assert text.startswith(said) and "\n" not in text
+    assert text.endswith(
+        f"; the state is saved: the same command continues {tmp_path} from its checkpoint step-0000006"
+    )
+    defect = type(error) is RuntimeError
+    assert (tmp_path / "traceback.txt").exists() == defect == (f"({tmp_path / 'traceback.txt'})" in text)
+    assert steps(tmp_path) == list(range(6))
+    assert train(Counting(), settings, RunFolder(tmp_path)).step == 12
+    assert steps(tmp_path) == list(range(12)) and not (tmp_path / "traceback.txt").exists()
+
+
+def test_an_error_between_the_updates_of_a_step_saves_nothing_of_it(tmp_path) -> None:
+    """Networks of half a step would be a state that no run has."""
+    message = r"^late: the same command continues .* from its checkpoint step-0000004$"
+    with pytest.raises(TrainingFailed, match=message):
+        train(Counting(at={6: fail(ValueError("late"))}), config(), RunFolder(tmp_path))
+    with pytest.raises(TrainingFailed, match="from the start, it has no checkpoint"):
+        train(Counting(before={0: fail(ValueError("at once"))}), config(), RunFolder(tmp_path / "b"))
+    assert not (tmp_path / "b" / "checkpoints").exists()
+
+
+def test_an_error_whose_state_cannot_be_saved_says_both(tmp_path) -> None:
+    def block_and_fail() -> None:
+        (tmp_path / "checkpoints" / ".partial-step-0000006").write_text("a file in the way of the folder")
+        raise ValueError("unreadable")
+
+    message = (
+        r"^unreadable; and the state could not be saved \(the checkpoint .*step-0000006 cannot be written "
+        r"\(File exists\); the last good one is step-0000004\): the same command continues .* from its checkpoint "
+        r"step-0000004$"
+    )
+    with pytest.raises(TrainingFailed, match=message):
+        train(Counting(before={6: block_and_fail}), config(), RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no file"), RuntimeError("svd did not converge"), MemoryError(), OSError(5, "I/O")]
+)
+def test_an_evaluation_or_a_picture_that_fails_is_a_warning(tmp_path, capsys, error: Exception) -> None:
+    task = Counting(looking=fail(error), picturing=fail(error))
+    assert train(task, config(eval_every=6), RunFolder(tmp_path)).step == 12
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert [line.partition(" failed: ")[0] for line in shown] == [
+        f"warning: the {what} after step {step}" for step in (6, 12) for what in ("evaluation", "picture")
+    ]
+    assert steps(tmp_path) == list(range(12)) and find_checkpoint(tmp_path / "checkpoints").name == "step-0000012"
+
+
+def test_a_second_ctrl_c_within_an_evaluation_says_where_the_run_continues(tmp_path, usual_ctrl_c) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    message = f"the same command continues {tmp_path} from its checkpoint step-0000004"
+    with pytest.raises(KeyboardInterrupt, match=message):
+        train(Counting(looking=twice), config(eval_every=6), RunFolder(tmp_path))
+
+
+@pytest.fixture
+def usual_ctrl_c() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_too_many_bad_steps_are_noted_in_the_folder_until_the_next_start(tmp_path) -> None:
+    class Bad(Counting):
+        def iteration(self, step: int) -> StepMetrics:
+            found = super().iteration(step)
+            return StepMetrics(found.sums, found.counts, {"net": torch.tensor(float(step >= 6))})
+
+    with pytest.raises(NotFinite):
+        train(Bad(), config(max_bad_steps=1), RunFolder(tmp_path))
+    noted = json.loads((tmp_path / "diverged.json").read_text())
+    assert noted["step"] == 8 and "net in 2" in noted["reason"]
+    assert train(Counting(), config(), RunFolder(tmp_path)).step == 12
+    assert not (tmp_path / "diverged.json").exists()
+
+
+def test_a_run_goes_back_to_an_earlier_checkpoint_and_forgets_what_came_after(tmp_path) -> None:
+    settings = {"eval_every": 2, "keep_checkpoints": 5}
+    train(Counting(), config(**settings), RunFolder(tmp_path))
+    with pytest.raises(Interrupted):
+        task = Counting(before={9: lambda: signal.raise_signal(signal.SIGTERM)})
+        train(task, config(**settings, from_step=8, log_every=1), RunFolder(tmp_path))
+    assert steps(tmp_path) == list(range(10))
+    names = [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))]
+    assert names == ["step-0000004", "step-0000008", "step-0000010"]
+    assert [p.stem[-2:] for p in sorted((tmp_path / "samples").iterdir())] == ["02", "04", "06", "08"]
+    task = Counting()
+    train(task, config(**settings, from_step=0), RunFolder(tmp_path))
+    assert task.looks == [2, 4, 6, 8, 10, 12] and steps(tmp_path) == list(range(12))
+
+
+def test_a_run_folder_that_is_removed_meanwhile_is_made_again(tmp_path, capsys) -> None:
+    path = tmp_path / "run"
+    record = check_run_folder(path, "teacher", config(), {})
+    folder = open_run_folder(path, record, write=True)
+    train(Counting(at={5: lambda: shutil.rmtree(path)}), config(), folder)
+    assert capsys.readouterr().err.count(f"warning: {path} was removed while the run goes on: made again") == 1
+    assert check_run_folder(path, "teacher", config(), {}) == record
+    assert folder_user(path) == str(os.getpid()) and steps(path)[-1] == 11
+    release_folder(path)
 
 
 def test_logs_that_cannot_be_opened_end_the_run_before_it_begins(tmp_path) -> None:

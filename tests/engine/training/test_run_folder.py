@@ -1,5 +1,6 @@
 """Whose a run folder is: continued by the same configuration, refused to another, untouched by the check."""
 
+import hashlib
 import json
 import math
 import os
@@ -12,7 +13,15 @@ from ipfm.engine.config import TeacherConfig, free_settings
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.objectives.pid import PidConfig
-from ipfm.engine.training.run_folder import check_run_folder, open_run_folder
+from ipfm.engine.training.run_folder import (
+    check_run_folder,
+    claimed,
+    folder_user,
+    is_settled,
+    open_run_folder,
+    release_folder,
+    settings_said,
+)
 
 CONFIG = DistillConfig(D=128.0, batch=8, max_steps=10, sigmas=(2.5, 1.25), seed=3)
 FACTS = {"teacher": "ab12"}
@@ -151,6 +160,7 @@ FREELY = {
     "teacher_storage": "sharded",
     "compile": True,
     "memory_format": "channels_last",
+    "from_step": 0,
 }
 
 
@@ -213,6 +223,109 @@ def test_rules_of_a_later_version_are_refused(tmp_path):
         record["config"]["rules"] = other
         (tmp_path / "config.json").write_text(json.dumps(record))
         assert f"(rules is {json.dumps(other).strip(chr(34))} there, 2 here)" in refused(tmp_path)
+
+
+def advance(path: Path, *steps: int, exported: int | None = None, measured: bool = True) -> None:
+    """Checkpoints of a run in `path`, and its result."""
+    for step in steps:
+        checkpoint = path / "checkpoints" / f"step-{step:07d}"
+        checkpoint.mkdir(parents=True)
+        progress = json.dumps({"format": 1, "step": step}).encode()
+        (checkpoint / "progress.json").write_bytes(progress)
+        (checkpoint / "manifest.json").write_text(json.dumps({"progress.json": hashlib.sha256(progress).hexdigest()}))
+    if exported is not None:
+        (path / "generator").mkdir()
+        (path / "generator" / "config.json").write_text(json.dumps({"extra": {"optimizer_steps": exported}}))
+        (path / "results.json").write_text("[]") if measured else None
+
+
+@pytest.mark.parametrize("exported", [None, 150])
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [({"max_steps": 120}, "--max-steps 120"), ({"max_steps": None, "kimg": 0.96}, "--kimg 0.96 (120 steps)")],
+)
+def test_fewer_steps_than_the_run_has_are_refused_before_anything_is_written(tmp_path, exported, length, said):
+    start(tmp_path, replace(CONFIG, max_steps=300))
+    advance(tmp_path, 100, 150, exported=exported)
+    assert refused(tmp_path, replace(CONFIG, **length)) == (
+        f"{tmp_path} is at step 150 already, beyond {said}: give at least 150 steps, --from-step 100 to go back and "
+        "forget what came after, or choose another --out"
+    )
+    start(tmp_path, replace(CONFIG, **length, from_step=100))
+
+
+def test_a_run_without_an_earlier_checkpoint_can_go_back_to_its_start(tmp_path):
+    start(tmp_path, replace(CONFIG, max_steps=300))
+    advance(tmp_path, 150)
+    assert "give at least 150 steps, --from-step 0 to go back" in refused(tmp_path, replace(CONFIG, max_steps=120))
+    start(tmp_path, replace(CONFIG, max_steps=120, from_step=0))
+
+
+@pytest.mark.parametrize(("steps", "has"), [((), "it has none"), ((100, 150), "it has those of steps 100, 150")])
+def test_a_step_that_has_no_checkpoint_cannot_be_gone_back_to(tmp_path, steps, has):
+    if steps:
+        start(tmp_path, replace(CONFIG, max_steps=300))
+        advance(tmp_path, *steps)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError) as error:
+        check_run_folder(tmp_path, "distill", replace(CONFIG, max_steps=300, from_step=120), FACTS)
+    assert str(error.value) == f"{tmp_path} has no checkpoint of step 120: {has}; or leave --from-step out"
+    assert contents(tmp_path) == before
+
+
+def test_a_damaged_checkpoint_cannot_be_gone_back_to(tmp_path):
+    start(tmp_path, replace(CONFIG, max_steps=300))
+    advance(tmp_path, 100, 150)
+    (tmp_path / "checkpoints" / "step-0000100" / "progress.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"the checkpoint of step 100 in .* is damaged: leave --from-step out"):
+        check_run_folder(tmp_path, "distill", replace(CONFIG, max_steps=300, from_step=100), FACTS)
+
+
+def test_a_result_whose_checkpoints_were_deleted_is_not_overwritten(tmp_path):
+    start(tmp_path)
+    advance(tmp_path, exported=10)
+    message = refused(tmp_path)
+    assert message.startswith(f"{tmp_path} holds the result of 10 steps and no checkpoint to continue from")
+    start(tmp_path, replace(CONFIG, from_step=0))
+
+
+def test_the_settings_of_a_finished_run_stay_those_that_it_was_made_with(tmp_path):
+    start(tmp_path)
+    advance(tmp_path, 10, exported=10)
+    before = contents(tmp_path)
+    other = replace(CONFIG, heun_steps=40, eval_every=3, max_steps=None, kimg=0.08)
+    start(tmp_path, other)
+    assert contents(tmp_path) == before and is_settled(tmp_path, "distill", other)
+    assert settings_said(tmp_path, other) == (
+        "max-steps is 10 there, null here; kimg is null there, 0.08 here; heun-steps is 18 there, 40 here"
+    )
+    assert settings_said(tmp_path, CONFIG) == ""
+    start(tmp_path, replace(CONFIG, max_steps=20))
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["max_steps"] == 20
+
+
+def test_another_run_that_came_first_keeps_its_settings(tmp_path):
+    """Two starts at once, of other settings, that both found the folder empty."""
+    path = tmp_path / "run"
+    ours = check_run_folder(path, "distill", CONFIG, FACTS)
+    start(path, replace(CONFIG, alpha=1.2))
+    before = contents(path)
+    with pytest.raises(ValueError, match=r"alpha is 1\.2 there, 1\.0 here"), claimed(path, ours, CONFIG, write=True):
+        pass
+    assert contents(path) == before
+    release_folder(path)
+
+
+def test_a_run_that_cannot_be_made_leaves_no_folder(tmp_path):
+    path = tmp_path / "runs" / "a"
+    with (
+        pytest.raises(ValueError, match="memory does not suffice"),
+        claimed(path, check_run_folder(path, "distill", CONFIG, FACTS), CONFIG, write=True),
+    ):
+        assert folder_user(path) == str(os.getpid())
+        raise ValueError("memory does not suffice")
+    assert not path.exists()
+    start(path)
 
 
 def test_where_the_state_lives_may_change(tmp_path):

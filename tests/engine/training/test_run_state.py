@@ -134,8 +134,7 @@ def test_info_and_report_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert states(tmp_path / "held", capsys) == ("running", "going on")
     shutil.copytree(tmp_path / "held", tmp_path / "run")
     assert read_run(tmp_path / "run").state == state
-    # Info has no word for a training that failed.
-    assert states(tmp_path / "run", capsys) == ("stopped" if state == "diverged" else state, state)
+    assert states(tmp_path / "run", capsys) == (state, state)
 
 
 def test_what_is_damaged_is_said_by_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
