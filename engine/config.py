@@ -271,6 +271,10 @@ class RunConfig:
         """What config.json of a run folder says of these settings beside their values."""
         return {}
 
+    def about(self) -> Mapping[str, Any]:
+        """What config.json says of the objective for readers that do not know it, under "about"; plain JSON values."""
+        return {}
+
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON holds exactly; infinity as the string "inf"."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}

@@ -77,12 +77,16 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
         "last": run.metrics[-1] if run.metrics else {},
         "config": run.settings,
     }
-    text = rows(_run_rows(facts, objective.info_words(run.settings) if objective else kind))
+    unused = objective.unused if objective else run.about.get("unused", ())
+    used = {name: value for name, value in run.settings.items() if name not in unused}
+    text = rows(
+        _run_rows(facts, used, objective.info_words(run.settings) if objective else run.about.get("info", kind))
+    )
     return facts, f"{text}\n\n{results_table(run.results).rstrip()}" if run.results else text
 
 
-def _run_rows(facts: Mapping[str, Any], objective: str | None) -> list[tuple[str, object]]:
-    """The lines of a run's text, from its facts and its objective in words."""
+def _run_rows(facts: Mapping[str, Any], used: Mapping[str, Any], objective: str | None) -> list[tuple[str, object]]:
+    """The lines of a run's text, from its facts, the settings that it makes use of and its objective in words."""
     from ipfm.engine.commands import describe
     from ipfm.engine.runtime.wording import significant
 
@@ -103,7 +107,7 @@ def _run_rows(facts: Mapping[str, Any], objective: str | None) -> list[tuple[str
         ("objective", objective),
         ("D", None if D is None else number(D)),
         ("sigmas", _levels(facts["sigmas"])),
-        ("settings", describe.training(facts["config"])),
+        ("settings", describe.training(used)),
     ]
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # What a Fréchet distance is called unless its features are Inception's.
 DISTANCE = "Fréchet distance"
+RESULTS = "results.json"
+# The teacher's line of it, where the run goes on.
+TEACHER_RESULTS = "teacher-results.json"
 
 
 class EvaluationHistory:
@@ -118,11 +121,28 @@ def results_table(rows: Sequence[EvaluationRow]) -> str:
 
 def write_results(folder: Path | str, rows: Sequence[EvaluationRow]) -> None:
     """Write folder/results.json, a list of the rows' fields (non-finite numbers null), and folder/results.txt."""
-    lines = ",\n".join(f"  {json_line(asdict(row))}" for row in rows)
-    with atomic_write(Path(folder) / "results.json") as file:
-        file.write(f"[\n{lines}\n]\n".encode())
+    _write_rows(Path(folder) / RESULTS, rows)
     with atomic_write(Path(folder) / "results.txt") as file:
         file.write(results_table(rows).encode())
+    (Path(folder) / TEACHER_RESULTS).unlink(missing_ok=True)
+
+
+def forget_results(folder: Path) -> None:
+    """Remove results.json, which no longer holds where a run goes on; its teacher's line does, and is kept.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    teacher = [row for row in read_results(folder) if row.label == "teacher"]
+    if teacher:
+        _write_rows(folder / TEACHER_RESULTS, teacher)
+    (folder / RESULTS).unlink(missing_ok=True)
+
+
+def _write_rows(path: Path, rows: Sequence[EvaluationRow]) -> None:
+    lines = ",\n".join(f"  {json_line(asdict(row))}" for row in rows)
+    with atomic_write(path) as file:
+        file.write(f"[\n{lines}\n]\n".encode())
 
 
 def plot_convergence(
@@ -209,10 +229,10 @@ def distance_axis(axes: Axes, values: Sequence[float], *, span: float, metric: s
         axes.spines[side].set_visible(False)
 
 
-def read_results(folder: Path | str) -> list[EvaluationRow]:
-    """The rows that `write_results` left in `folder`; none where there are none to read."""
+def read_results(folder: Path | str, name: str = "results.json") -> list[EvaluationRow]:
+    """The rows that `write_results` left in `folder`, or the file `name` has; none where there are none to read."""
     try:
-        lines = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+        lines = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
         return [EvaluationRow(**{k: v for k, v in line.items() if k != "non_finite"}) for line in lines]
     except (OSError, ValueError, TypeError, AttributeError):
         return []

@@ -194,6 +194,8 @@ class Distillation(RunConfig, ABC):
     """The method's name in the literature, within a sentence; default: its kind."""
     readings: ClassVar[Mapping[str, str]] = {}
     """Name of a loss in the log -> a sentence on how to read it."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Names of settings that all objectives have and this one makes no use of, such as ema_kimg."""
 
     teacher: Path | None = setting(None, identity=False, place=True, memory=False)
     """The teacher: a checkpoint of EDM, PFGM++ or SiD, or a model folder (config.json and model.safetensors)."""
@@ -280,6 +282,20 @@ class Distillation(RunConfig, ABC):
     def recorded(self) -> Mapping[str, str]:
         """See `RunConfig.recorded`."""
         return {"objective": self.kind}
+
+    def about(self) -> Mapping[str, Any]:
+        """See `RunConfig.about`: of an objective from outside this project, what reports ask its class."""
+        kind, settings = type(self), self.to_json()
+        if kind.__module__.startswith("ipfm."):
+            return {}
+        return {
+            "title": kind.report_title(settings, ""),
+            "words": kind.report_words(settings),
+            "info": kind.info_words(settings),
+            "readings": dict(kind.readings),
+            "nfe": kind.nfe_of(settings),
+            "unused": list(kind.unused),
+        }
 
     def check_network(self, network: NetworkConfig) -> None:
         """Check that this objective can do with a teacher of this architecture.

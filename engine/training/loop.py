@@ -14,7 +14,7 @@ import torch
 from ipfm.engine.config import RunConfig
 from ipfm.engine.distributed.signals import SignalFlag, StopRequested, catching_signals
 from ipfm.engine.distributed.world import World
-from ipfm.engine.evaluation.results import EvaluationHistory
+from ipfm.engine.evaluation.results import EvaluationHistory, forget_results
 from ipfm.engine.memory.watch import MemoryWatch
 from ipfm.engine.objectives.phases import Phase, listening
 from ipfm.engine.runtime.errors import Interrupted, ProcessLost, TrainingFailed, described
@@ -117,7 +117,8 @@ class _Run:
                     if step > first:
                         picture.unlink(missing_ok=True)
             # The table of an earlier, shorter part of the run no longer holds.
-            for name in ("results.json", FAILED_FILE, TRACEBACK):
+            forget_results(path)
+            for name in (FAILED_FILE, TRACEBACK):
                 (path / name).unlink(missing_ok=True)
             log_start(path, first, self.world)
         monitor = Monitor(

@@ -21,7 +21,8 @@ class Pace:
     @property
     def seconds(self) -> float:
         """From the first logged step of each part to its last one; evaluations and checkpoints included."""
-        return sum(part[-1][1] - part[0][1] for part in self.parts if part)
+        # A clock that was set back meanwhile says nothing.
+        return sum(max(0.0, part[-1][1] - part[0][1]) for part in self.parts if part)
 
     def images_per_second(self, batch: int, *, log_every: int, pauses: tuple[int, ...]) -> list[tuple[int, float]]:
         """(steps done, images/s of the steps before, over all processes).

@@ -181,7 +181,7 @@ class TrainingRun(ABC, Generic[C]):
         """
         self.refresh()
         if self.world.is_main:
-            places = place_settings(type(self.config))
+            places = place_settings(type(self.config)) | set(getattr(self.config, "unused", ()))
             settings = {name: value for name, value in self.config.to_json().items() if name not in places}
             made = replace(about, optimizer_steps=steps, settings=settings)
             save_model(self.average, folder, extra=made.to_json())

@@ -82,6 +82,8 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
         OSError: the folder cannot be read.
     """
     record = {"format": FORMAT, "kind": kind, **config.recorded(), "config": config.to_json(), **facts}
+    if about := config.about():
+        record["about"] = dict(about)
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} is a file, the run folder {path} cannot be there: choose another --out")
@@ -203,8 +205,8 @@ def claimed(path: Path, record: Mapping[str, Any], config: RunConfig, *, write: 
         return
     lock_folder(path)
     try:
-        about = ("format", "kind", "config", *config.recorded())
-        facts = {name: value for name, value in record.items() if name not in about}
+        known = ("format", "kind", "config", "about", *config.recorded())
+        facts = {name: value for name, value in record.items() if name not in known}
         check_run_folder(path, record["kind"], config, facts)
         yield
     except BaseException:
@@ -257,7 +259,7 @@ def _free(config: RunConfig) -> frozenset[str]:
 def _differences(found: Mapping[str, Any], ours: Mapping[str, Any], free: frozenset[str]) -> list[str]:
     """What identifies the two runs and differs: "alpha is 1.0 there, 1.2 here"."""
     # A fact that one side does not know yet, such as a teacher still to be trained, is no difference.
-    known = [name for name in ours if name in found and name != "config"]
+    known = [name for name in ours if name in found and name not in ("config", "about")]
     theirs = {name: found[name] for name in known} | _identity(found["config"], free)
     mine = {name: ours[name] for name in known} | _identity(ours["config"], free)
     return [

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ipfm.engine.checks import number
-from ipfm.engine.evaluation.results import DISTANCE, EvaluationRow, read_results
+from ipfm.engine.evaluation.results import DISTANCE, TEACHER_RESULTS, EvaluationRow, read_results
 from ipfm.engine.memory.profile import PhaseMemory
 from ipfm.engine.runtime.files import StepLog, read_json
 from ipfm.engine.training.checkpoint import checkpoints_in, step_of
@@ -70,6 +70,8 @@ class RunRecord:
     """The lines of metrics.jsonl by their step, which counts from 0."""
     evaluations: tuple[EvaluationPoint, ...]
     results: tuple[EvaluationRow, ...]
+    earlier: tuple[EvaluationRow, ...]
+    """The teacher's line of the table of an earlier end, where the run was lengthened since."""
     pictures: tuple[tuple[int, Path], ...]
     """(steps done, samples/step-*.png), in order; whether they can be read is not yet known."""
     starts: tuple[Mapping[str, Any], ...]
@@ -133,6 +135,17 @@ class RunRecord:
         if self.in_use:
             return "running"
         return "finished" if self.is_exported else "stopped"
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What an objective from outside this project said of itself; empty for others."""
+        said = self.identity.get("about")
+        return said if isinstance(said, dict) else {}
+
+    @property
+    def teacher_distance(self) -> float | None:
+        """The distance of the teacher's samples, also that of an earlier end of the run; None where there is none."""
+        return next((row.frechet for row in (*self.results, *self.earlier) if row.label == "teacher"), None)
 
     @property
     def is_exported(self) -> bool:
@@ -206,6 +219,7 @@ def read_run(path: Path, *, times: bool = True) -> RunRecord:
         metrics=tuple(sorted({line["step"]: line for line in metrics}.values(), key=lambda line: line["step"])),
         evaluations=tolerant("evaluations.jsonl", lambda: _evaluations(path), ()),
         results=tolerant("results.json", lambda: tuple(_checked(row) for row in results), ()),
+        earlier=tolerant(TEACHER_RESULTS, lambda: tuple(map(_checked, read_results(path, TEACHER_RESULTS))), ()),
         pictures=tolerant("samples", lambda: _pictures(path / "samples"), ()),
         starts=tolerant(ENVIRONMENT_FILE, lambda: read_starts(path), ()),
         memory=tolerant("memory/memory.csv", lambda: _memory(memory / "memory.csv"), ()),

@@ -15,7 +15,7 @@ from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.evaluation.metrics import FrechetResult
 from ipfm.engine.memory import MemoryPlan
 from ipfm.engine.objectives.step_metrics import StepMetrics
-from ipfm.engine.runtime.errors import TrainingFailed, described
+from ipfm.engine.runtime.errors import Failed, TrainingFailed, described
 from ipfm.engine.runtime.launcher import lost_process
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class NotFinite(TrainingFailed):
         self.step = step
 
 
-class StepFailed(Exception):
+class StepFailed(Failed):
     """A step cannot be made, for a reason that every process knows, and nothing has been changed: one line says it."""
 
 

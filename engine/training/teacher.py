@@ -21,12 +21,11 @@ from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
 from ipfm.engine.random_streams import Stream, seed_dropout
-from ipfm.engine.runtime.errors import described
 from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.engine.training.resolve import resolve_training
 from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import fingerprint
-from ipfm.engine.training.task import StepFailed
+from ipfm.engine.training.task import StepFailed, attempt
 from ipfm.models import NetworkConfig, Precond, build_network
 from ipfm.models.facts import TeacherFacts
 
@@ -143,20 +142,18 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         return tally.measured(applied)
 
     def _batch(self, step: int, index: Tensor) -> Batch:
-        """The images with these indices of the batch of `step`. StepFailed: files of a process cannot be read."""
-        config = self.config
-        failure: Exception | None = None
-        try:
-            batch = self.dataset.batch(step, index, batch_size=config.batch, seed=config.seed)
-        except (OSError, ValueError) as error:
-            failure = error
+        """The images with these indices of the batch of `step`. StepFailed: files of some process cannot be read."""
+        config, world = self.config, self.world
+
+        def read() -> Batch:
+            return self.dataset.batch(step, index, batch_size=config.batch, seed=config.seed)
+
         # Images in memory cannot fail, and need no word between the processes.
-        if not isinstance(self.dataset.images, Tensor):
-            reason = self.world.said_by_any("" if failure is None else described(failure))
-            if reason:
-                raise StepFailed(reason) from failure
-        if failure is not None:
-            raise failure
+        if world.size == 1 or isinstance(self.dataset.images, Tensor):
+            return read()
+        batch, reason = attempt(world, read)
+        if batch is None:
+            raise StepFailed(reason)
         return batch
 
     def sample(self, first: int, count: int, *, seed: int) -> Tensor:

@@ -36,6 +36,7 @@ class RegressionConfig(Distillation):
     kind: ClassVar[str] = "regression"
     planned: ClassVar[Mapping[str, str]] = {"level": "Of regression: its noise level. Default: 2.5."}
     method: ClassVar[str] = "regression on the teacher's denoising"
+    unused: ClassVar[tuple[str, ...]] = ("ema_kimg", "ema_rampup")
     readings: ClassVar[Mapping[str, str]] = {"pupil_loss": "pupil_loss is a squared error: it falls."}
 
     level: float = 2.5

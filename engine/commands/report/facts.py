@@ -79,6 +79,8 @@ class Facts:
     best: EvaluationPoint | None
     losses: tuple[Loss, ...]
     loss_reading: str
+    teacher_distance: float | None
+    """Of the teacher's samples; None where it was not measured."""
     started: str | None
     """Date and time in UTC."""
     logged_seconds: float | None
@@ -118,7 +120,7 @@ def facts_of(record: RunRecord) -> Facts:
     pace = _pace(record, whole_batch)
     names = record.losses
     distillation = distillation_class(record)
-    readings = TEACHER_READINGS if record.kind == "teacher" else distillation.readings if distillation else {}
+    readings = TEACHER_READINGS if record.kind == "teacher" else distillation.readings if distillation else _own(record)
     bad_names = dict.fromkeys(name for line in record.metrics for name in line if name.endswith("_bad"))
     bad = {name.removesuffix("_bad"): [_count(line.get(name)) for line in record.metrics] for name in bad_names}
     images = None if whole_batch is None else done * whole_batch
@@ -141,6 +143,7 @@ def facts_of(record: RunRecord) -> Facts:
         best=best,
         losses=tuple(_loss(record, name) for name in names),
         loss_reading=" ".join(readings[name] for name in names if name in readings and config),
+        teacher_distance=record.teacher_distance,
         started=None if record.pace.started is None else _date(record.pace.started),
         logged_seconds=record.pace.seconds or None,
         images_per_second=statistics.median(speed for _, speed in pace) if pace else None,
@@ -166,9 +169,17 @@ def _objective(record: RunRecord) -> str:
     if record.kind == "teacher":
         return "denoising score matching"
     kind = distillation_class(record)
+    if kind is None and isinstance(record.about.get("words"), str):
+        return str(record.about["words"])
     if kind is None:
         return f"an objective that {'this version does not know' if record.config else 'is not recorded'}"
     return kind.report_words(record.config)
+
+
+def _own(record: RunRecord) -> Mapping[str, str]:
+    """How to read the losses, as an objective from outside says it."""
+    found = record.about.get("readings")
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
 
 
 def _title(record: RunRecord, D: float) -> str:
@@ -176,7 +187,9 @@ def _title(record: RunRecord, D: float) -> str:
     if record.kind == "teacher":
         return f"Training of a teacher{at}"
     kind = distillation_class(record)
-    return f"Distillation{at}" if kind is None else kind.report_title(record.config, at)
+    if kind is None:
+        return f"{record.about.get('title', 'Distillation')}{at}"
+    return kind.report_title(record.config, at)
 
 
 def _summary(
@@ -195,7 +208,8 @@ def _summary(
         nfe = next((row.nfe for row in record.results if row.label == "generator"), None)
         kind = distillation_class(record)
         if nfe is None:
-            nfe = record.config.get("steps") if kind is None else kind.nfe_of(record.config)
+            own = record.about.get("nfe", record.config.get("steps"))
+            nfe = own if kind is None else kind.nfe_of(record.config)
         evaluations = f" that makes an image in {counted(nfe, 'network evaluation')}" if nfe else ""
         yield f"This run distils {_teacher(record)} into a generator{evaluations}{at}, by {objective}."
     yield _length(record, state, images)
@@ -279,9 +293,10 @@ def _settings(record: RunRecord) -> Iterator[SettingRow]:
     if kind is not None:
         defaults = kind().to_json()
         defaults |= {f"noise.{name}": value for name, value in defaults.pop("noise").items()}
+    unused = record.about.get("unused", ()) if kind is None else getattr(kind, "unused", ())
     for name, value in record.config.items():
-        if name == "out":
-            continue  # the folder itself
+        if name == "out" or name in unused:
+            continue  # the folder itself, and what had no effect
         known = name in defaults
         yield SettingRow(
             name.replace("_", "-"),

@@ -100,9 +100,10 @@ def limits(raw: np.ndarray, smoothed: np.ndarray) -> tuple[float, float] | None:
 def _distance(facts: Facts, theme: Theme) -> Figure:
     figure, (axes,) = _figure(1, 9, 3.9)
     points = [(e.step, e.frechet) for e in facts.evaluations]
-    teacher = next((row.frechet for row in facts.results if row.label == "teacher"), None)
     whose = "teacher" if facts.kind == "teacher" else "generator"
-    draw_convergence(axes, points, teacher, facts.metric, label=whose, colour=theme.curves[0], ink=theme.faint)
+    draw_convergence(
+        axes, points, facts.teacher_distance, facts.metric, label=whose, colour=theme.curves[0], ink=theme.faint
+    )
     axes.set_xlim(left=0)
     return figure
 

@@ -20,12 +20,14 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import regression
 import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from ipfm.engine.commands.info import Info
 from ipfm.engine.commands.main import _main
-from ipfm.engine.commands.report import page
+from ipfm.engine.commands.report import page, plots
 from ipfm.engine.commands.report.facts import facts_of
 from ipfm.engine.commands.report.page import target, write_page
 from ipfm.engine.commands.report.pictures import Picture, png
@@ -33,13 +35,14 @@ from ipfm.engine.commands.report.plots import limits, smooth
 from ipfm.engine.commands.report.reproduce import reproduce
 from ipfm.engine.config import free_settings
 from ipfm.engine.data.image_grid import image_grid, save_grid
-from ipfm.engine.evaluation.results import EvaluationRow, write_results
+from ipfm.engine.evaluation.results import EvaluationRow, forget_results, write_results
 from ipfm.engine.memory.profile import MemoryProfiler
+from ipfm.engine.objectives import base
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.runtime.commandline import parse, run_command
 from ipfm.engine.runtime.files import json_line
 from ipfm.engine.training import run_folder
-from ipfm.engine.training.run_folder import _identity
+from ipfm.engine.training.run_folder import _identity, check_run_folder, open_run_folder
 from ipfm.engine.training.run_state import read_run
 from ipfm.models import EDMPrecond, presets, save_model
 from ipfm.recipes import (
@@ -556,3 +559,41 @@ def test_memory_as_the_profiler_writes_it(tmp_path: Path) -> None:
     assert read_run(run).memory == tuple(profiler.rows)
     found = page_of(run)
     assert "generator: backward" in found.text and "memory over a step, by phase" in found.alts
+
+
+def test_an_objective_from_outside_is_described_in_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a process that does not know it."""
+    config = regression.RegressionConfig(D=64.0, batch=16, max_steps=40, level=1.5, seed=3)
+    run = tmp_path / "run"
+    open_run_folder(run, check_run_folder(run, "distill", config, {}), write=True)
+    (run / "metrics.jsonl").write_text('{"step": 0, "pupil_loss": 3.0}\n')
+    monkeypatch.setattr(base, "_registered", {k: v for k, v in base._registered.items() if k != "regression"})
+    facts = facts_of(read_run(run))
+    assert facts.title == "Regression on the teacher's denoising, D = 64"
+    assert facts.objective == "regression on the teacher's denoising at σ = 1.5"
+    assert "makes an image in 1 network evaluation" in facts.summary
+    assert facts.loss_reading == "pupil_loss is a squared error: it falls."
+    assert not {"ema-kimg", "ema-rampup"} & {setting.name for setting in facts.settings}
+    Info(model=run).run()
+    shown = capsys.readouterr().out
+    assert "regression on the teacher's denoising" in shown and "half-life" not in shown
+    # What it says of itself is no part of what identifies the run.
+    monkeypatch.setattr(regression.RegressionConfig, "method", "another name")
+    assert check_run_folder(run, "distill", config, {})["about"]["info"] == "another name"
+
+
+def test_the_curve_of_a_run_that_was_lengthened_keeps_the_teachers_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, drawn = make(tmp_path / "run"), []
+    monkeypatch.setattr(plots, "draw_convergence", lambda axes, points, teacher, *_, **__: drawn.append(teacher))
+    facts = facts_of(read_run(run))
+    known = next(row.frechet for row in facts.results if row.label == "teacher")
+    forget_results(run)
+    record = read_run(run)
+    facts = facts_of(record)
+    assert facts.results == () and facts.teacher_distance == known and not record.problems
+    plots.curves(record, facts, dark=False)
+    assert drawn == [known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -224,3 +225,21 @@ def test_a_small_soak(tmp_path: Path, teacher) -> None:
     soak.complete(kills.arguments, kills.log, launcher="forked")
     soak.complete(settings(teacher, whole, 12, checkpoint_every=1000), tmp_path / "log", launcher="forked")
     assert differences(whole, out) == []
+
+
+# -- one process alone -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_what_fails_on_one_of_two_processes_stops_or_warns_both(tmp_path: Path) -> None:
+    """A file that it cannot read saves the state; features that it cannot take cost the evaluation alone."""
+    launch.run_workers("failing_rank.py", 2, {"out": str(tmp_path)}, timeout=60)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    run = tmp_path / "run"
+    assert first == second == {
+        "stopped": "/data/7.png: Input/output error; the state is saved: the same command continues "
+        f"{run} from its checkpoint step-0000003",
+        "finished": "",
+    }  # fmt: skip
+    assert newest(run) == 4 and not (run / "evaluations.jsonl").exists()
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
