@@ -53,7 +53,7 @@ CHOICES = {
     "teacher_storage": ("must be auto, fp32, half or sharded", ("bf16", None)),
     "clip_grad": ("must be a finite number > 0", (0, -1.0, INF, NAN, True)),
     "async_checkpoints": ("must be True or False", (1, None)),
-    "profile_memory": ("must be an integer >= 0", (-1, 1.5, True)),
+    **dict.fromkeys(("profile_memory", "from_step"), ("must be an integer >= 0", (-1, 1.5, True))),
     "backward": ("must be auto, joint or phased", ("both", None)),
     "tf32": ("must be True or False", (1, "no")),
     "rules": ("must be 1 or 2", (0, 3, "2", 1.0, True, None)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import launch
@@ -171,6 +172,13 @@ def test_images_that_are_not_finite_are_counted_for_every_metric(files: Path) ->
     evaluation = comparison(files, ALL).evaluation(ALONE, images=20, batch=8)
     with pytest.raises(ValueError, match="3 of 20 samples have non-finite features"):
         evaluation.measure(sample, ALONE)
+    fid = comparison(files, ("fid",)).evaluation(ALONE, images=20, batch=8)
+    found = fid.measure(sample, ALONE, leave_out=True)
+    finite = replace(fid, images=17).measure(lambda first, count: pattern(first + 3, count), ALONE)
+    assert (found.images, found.left_out) == (17, 3)
+    assert found.distance == pytest.approx(finite.distance, rel=1e-9)
+    none = fid.measure(lambda first, count: pattern(first, count) * math.nan, ALONE, leave_out=True)
+    assert math.isnan(none.distance) and (none.images, none.left_out) == (0, 20)
 
 
 @pytest.mark.distributed
