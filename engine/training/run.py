@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -158,6 +159,8 @@ class TrainingRun(ABC, Generic[C]):
         record = check_run_folder(path, kind, self.config, facts)
         if record["config"]["rules"] != self.config.rules:
             self._go_by(record["config"]["rules"])
+            if self.world.is_main:
+                print(f"ipfm: {path} goes on by rules {self.config.rules}, as it began; see --rules", file=sys.stderr)
         # Every process has looked before the first one writes.
         self.world.barrier()
         folder = open_run_folder(path, record, write=self.world.is_main)

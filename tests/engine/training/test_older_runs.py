@@ -144,7 +144,9 @@ def without_rules(run: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ipfm", "pid", "teacher"])
-def test_dropout_augmentation_and_ema_go_on_as_they_began(kind: str, tmp_path: Path) -> None:
+def test_dropout_augmentation_and_ema_go_on_as_they_began(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run that was left half-way before the rules changed ends as by the first ones; a new one goes by the second."""
     network = NetworkConfig(
         img_resolution=8, img_channels=1, model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=(),
@@ -171,7 +173,9 @@ def test_dropout_augmentation_and_ema_go_on_as_they_began(kind: str, tmp_path: P
     before, now = trained(1), trained(2)
     trained(1, tmp_path, max_steps=1)
     without_rules(tmp_path)
+    capsys.readouterr()
     resumed = trained(2, tmp_path)
+    assert f"ipfm: {tmp_path} goes on by rules 1, as it began; see --rules\n" in capsys.readouterr().err
     assert all(torch.equal(resumed[name], before[name]) for name in before)
     assert any(not torch.equal(now[name], before[name]) for name in before)
     for file in (tmp_path / "config.json", next(tmp_path.glob("[gm]*/config.json"))):
