@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import prepared
 import pytest
 import torch
 
@@ -27,9 +28,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    is_worker = hasattr(config, "workerinput")
     # Workers report to the process that started them.
-    if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
+    if config.getoption("--record-durations") and not is_worker:
         config.pluginmanager.register(Recorder())
+    if not is_worker and getattr(config.option, "dist", "no") != "no":
+        if not HAS_CUDA:
+            prepared.share()
+        return
+    # There is little garbage among what is imported and collected, and looking for it takes a second.
+    gc.disable()
 
 
 class Recorder:
@@ -65,8 +73,8 @@ def expected_seconds(file: Path, recorded: Mapping[str, float]) -> float:
 
 def pytest_collection_finish() -> None:
     """What has been imported and collected stays: nobody need look through it for garbage."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ SHOWN = {"AdamEMA", "Distiller", "denoising_loss", "generate", "group_norm_silu"
 
 def examples(file: Path) -> Iterator[doctest.DocTest]:
     """Read from the text of a file: doctest's own search passes over functions that torch.no_grad wraps."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    source = file.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)) if ">>> " in source else ():
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             text = ast.get_docstring(node) or ""
             found = doctest.DocTestParser().get_doctest(text, {}, node.name, str(file), node.lineno)

@@ -2,9 +2,10 @@
 
 A program of this project imports for three seconds before it does anything. Tests of what a run does, and not of how
 Python starts it, fork theirs from a server that has imported everything and started no thread; each pytest process has
-its own. A forked program sees what a started one would: arguments, environment, folder, standard streams, session,
-limits, signals; its exit code comes back. Only its objects are not freed one by one at its end: that would copy all the
-memory that it shares with the server. On a machine with a GPU, which no forked process could use, it is started.
+its own, but for workers, which share their controller's. A forked program sees what a started one would: arguments,
+environment, folder, standard streams, session, limits, signals; its exit code comes back. Only its objects are not
+freed one by one at its end: that would copy all the memory that it shares with the server. On a machine with a GPU,
+which no forked process could use, it is started.
 
     python tests/helpers/prepared.py SOCKET      (the server; it ends when its stdin is closed)
 """
@@ -42,6 +43,8 @@ IMPORTS = (
 # What is read as Python starts and these are imported: a program that is to have other values is started. Not what an
 # import sets for later, as torch's compiler and DeepSpeed do in a process that tests.
 READ_ONCE = ("PYTHON", "LC_", "LANG", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+# The address and the environment of the server that workers share.
+SHARED = "IPFM_PREPARED_PROGRAMS"
 
 
 class Program:
@@ -146,7 +149,30 @@ def _server() -> tuple[str, dict[str, str]]:
     """The address of this process's server, and the environment that it was started in."""
     import launch
 
+    if SHARED in os.environ:
+        (address, env), server = json.loads(os.environ[SHARED]), None
+    else:
+        env = launch.environment()
+        address, server = _start_server(env)
+    deadline = time.monotonic() + 120
+    while not Path(address).exists():
+        running = server is None or server.poll() is None
+        assert running and time.monotonic() < deadline, "the server of prepared programs did not start"
+        time.sleep(0.02)
+    return address, env
+
+
+def share() -> None:
+    """Start one server for the workers that this process starts."""
+    import launch
+
     env = launch.environment()
+    address, _ = _start_server(env)
+    os.environ[SHARED] = json.dumps([address, {name: env[name] for name in env if name.startswith(READ_ONCE)}])
+
+
+def _start_server(env: Mapping[str, str]) -> tuple[str, subprocess.Popen]:
+    """Start a server that ends with this process, and do not wait for it: its address, and itself."""
     folder = tempfile.TemporaryDirectory(prefix="prepared-")
     address = str(Path(folder.name) / "socket")
     server = subprocess.Popen(
@@ -161,11 +187,7 @@ def _server() -> tuple[str, dict[str, str]]:
         folder.cleanup()
 
     atexit.register(end)
-    deadline = time.monotonic() + 120
-    while not Path(address).exists():
-        assert server.poll() is None and time.monotonic() < deadline, "the server of prepared programs did not start"
-        time.sleep(0.02)
-    return address, env
+    return address, server
 
 
 # -- the server --------------------------------------------------------------------------------------------------------
@@ -173,8 +195,11 @@ def _server() -> tuple[str, dict[str, str]]:
 
 def serve(address: str) -> dict[str, Any] | None:
     """Fork a program for each connection. Returns what is to be run in the fork, and None when all is over."""
+    # There is little garbage among what is imported, and looking for it takes half a second.
+    gc.disable()
     for name in IMPORTS:
         importlib.import_module(name)
+    gc.enable()
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would not survive the fork"
     # What is imported stays, and nobody need look through it for garbage.
     gc.collect()
