@@ -161,13 +161,16 @@ def load_stored(stored: StoredConfig, *, device: torch.device | str = "cpu") -> 
 
 def _existing(folder: Path) -> Path:
     """`folder`, or what a writer that was stopped between its two renames left in its stead."""
-    if not folder.exists() and previous_of(folder).is_dir():
-        return previous_of(folder)
+    try:
+        if not folder.exists() and previous_of(folder).is_dir():
+            return previous_of(folder)
+    except RuntimeError:
+        raise ValueError(f"{folder} is a link that leads back to itself") from None
     readable = f"what can be read: a folder with {CONFIG_FILE} and {TENSOR_FILE}"
     if not folder.exists():
         raise ValueError(f"{missing(folder)}; {readable}")
     if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; {readable}")
+        raise ValueError(f"{folder} is {'a file' if folder.is_file() else 'neither file nor folder'}; {readable}")
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
             what = what_folder(folder)

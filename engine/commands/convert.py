@@ -48,11 +48,14 @@ class Convert:
         from ipfm.engine.noise_levels import check_sigmas
         from ipfm.models import save_model
         from ipfm.models.checkpoints.reader import open_checkpoint
+        from ipfm.models.checkpoints.recognise import missing
         from ipfm.models.teacher import build
 
         with user_input():
             if self.sigmas:
                 check_sigmas(self.sigmas)
+            if self.out.exists() and not self.source.exists():
+                raise ValueError(f"{missing(self.source)}; the checkpoint comes first: ipfm convert IN OUT")
             checkpoint = open_checkpoint(self.source)
             name = checkpoint.choose(self.network)
             generator = self._is_generator(checkpoint, name)

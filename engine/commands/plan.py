@@ -211,4 +211,5 @@ def read_network(model: str) -> NetworkConfig:
     path = Path(model).expanduser()
     if path.is_file():
         return open_checkpoint(path).read().config
-    return read_config(path).network if path.is_dir() else presets.get(model)
+    # A name with a slash is no preset's.
+    return read_config(path).network if path.is_dir() or "/" in model else presets.get(model)

@@ -17,6 +17,7 @@ from ipfm.engine.evaluation.metrics import Features, Reference, Statistics, coll
 from ipfm.engine.evaluation.metrics.frechet import check_statistics
 from ipfm.engine.runtime.progress import ProgressBar
 from ipfm.models.atomic_files import atomic_write
+from ipfm.models.checkpoints.recognise import what_place
 
 # Names of an array of images in an .npz: ADM's sample and reference batches, and those of `ipfm sample`.
 IMAGE_ARRAYS = ("arr_0", "images")
@@ -43,6 +44,7 @@ def open_reference(path: Path | str) -> ReferenceFile:
         ValueError: there is no such file, it holds none of these, or statistics that are none; one line.
     """
     path = Path(path)
+    _refuse_what_is_known(path)
     if not is_npz(path):
         return ReferenceFile(path, None, open_images(path))
     arrays = _read_npz(path, ("mu", "sigma", *IMAGE_ARRAYS))
@@ -68,6 +70,7 @@ def open_images(path: Path | str, *, limit: int | None = None, seed: int = 0) ->
     from ipfm.engine.data.open_dataset import Subset, open_dataset
 
     path = Path(path)
+    _refuse_what_is_known(path)
     if not is_npz(path):
         return open_dataset(path, labels=False, max_images=limit, seed=seed)
     images = _images(path, _read_npz(path, IMAGE_ARRAYS))
@@ -75,6 +78,13 @@ def open_images(path: Path | str, *, limit: int | None = None, seed: int = 0) ->
         raise ValueError(f"{path} holds no images (arr_0)")
     assert isinstance(images.images, torch.Tensor)
     return replace(images, images=images.images[Subset(limit, seed).of(len(images))])
+
+
+def _refuse_what_is_known(path: Path) -> None:
+    """ValueError: a pointer, a web page, a pickle, or a folder of this project, which are no images."""
+    if what := what_place(path):
+        is_no = "is no readable .npz" if path.suffix.lower() == ".npz" else "holds neither images nor statistics"
+        raise ValueError(f"{path} {is_no}: {what}")
 
 
 def is_npz(path: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ipfm.models.checkpoints.pickle_values import Limits, Table, shown
-from ipfm.models.checkpoints.recognise import missing, what_file, what_zip
+from ipfm.models.checkpoints.recognise import missing, what_file, what_of_ours, what_zip
 from ipfm.models.checkpoints.stored_tensors import LEGACY_START, STORAGES, Storage, read_legacy, storage_of
 from ipfm.models.checkpoints.unpickler import read_pickle
 
@@ -37,6 +37,8 @@ def map_file(path: Path) -> memoryview:
     """
     try:
         if not path.is_file():
+            if path.is_dir():
+                raise ValueError(f"{shown_path(path)} is a folder{_of(path)}; a checkpoint is a file")
             raise ValueError(f"{shown_path(path)} is no ordinary file" if path.exists() else missing(path))
         with path.open("rb") as file:
             if not path.stat().st_size:
@@ -44,6 +46,11 @@ def map_file(path: Path) -> memoryview:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise ValueError(f"{shown_path(path)} cannot be read: {shown(error.strerror, 200)}") from None
+
+
+def _of(folder: Path) -> str:
+    what = what_of_ours(folder)
+    return "" if what is None else f" ({what})"
 
 
 def shown_path(path: Path) -> str:

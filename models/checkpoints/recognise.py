@@ -132,6 +132,37 @@ def what_folder(folder: Path) -> str | None:
     return _what_names(folder)
 
 
+def what_of_ours(folder: Path) -> str | None:
+    """What a folder is that this project wrote for itself: a model, a run, a checkpoint of one; None for any other.
+
+    Args:
+        folder: the folder.
+    """
+    if all((folder / name).is_file() for name in _MODEL_FILES):
+        return "it is a model folder"
+    if is_checkpoint(folder) or _run_kind(folder) is not None:
+        return what_folder(folder)
+    return None
+
+
+def what_place(path: Path) -> str | None:
+    """What stands at `path` in the place of data: a pointer, a page, a pickle, a folder of ours; None if neither.
+
+    Args:
+        path: a file or folder.
+    """
+    if path.is_dir():
+        return what_of_ours(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError:
+        return None
+    if start.startswith(b"\x80"):
+        return "it is a pickle; statistics are an .npz with mu and sigma"
+    return what_pointer(start)
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether it is a checkpoint of a run."""
     return (folder / "manifest.json").is_file() and (folder / "progress.json").is_file()
@@ -174,7 +205,13 @@ def _name(field: bytes) -> str:
 
 
 def _part_of_a_model(path: Path | None) -> str | None:
-    if path is None or path.name not in _MODEL_FILES:
+    if path is None:
+        return None
+    if is_checkpoint(path.parent):
+        return f"it is a part of a checkpoint that a run continues from{_whose_run(path.resolve().parents[2])}"
+    if path.name == "config.json" and _run_kind(path.parent) is not None:
+        return f"it holds the settings of a run{_models_of(path.parent)}"
+    if path.name not in _MODEL_FILES:
         return None
     if not all((path.parent / name).is_file() for name in _MODEL_FILES):
         return None

@@ -11,6 +11,7 @@ from ipfm.engine.commands.export import hub_folder, onnx_file
 from ipfm.engine.commands.export.network import FORMAT
 from ipfm.engine.commands.export.program import FACTS_FILE
 from ipfm.engine.runtime.files import unwritable_ancestor
+from ipfm.models.checkpoints.recognise import missing
 
 Format = Literal["onnx", "torch", "huggingface"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
@@ -22,7 +23,7 @@ def choose_format(out: Path, given: Format | None) -> Format:
     Raises:
         ValueError: the two contradict.
     """
-    by_name = next((name for name, suffix in SUFFIXES.items() if out.suffix == suffix), None)
+    by_name = next((name for name, suffix in SUFFIXES.items() if out.suffix.lower() == suffix), None)
     if given is None:
         return by_name or "huggingface"
     if given != (by_name or "huggingface"):
@@ -37,6 +38,8 @@ def check_place(out: Path, format: Format, model: Path) -> None:
     Raises:
         ValueError: it cannot be written, lies in the model folder, or is something else than an earlier export.
     """
+    if out.exists() and not model.exists():
+        raise ValueError(f"{missing(model)}; the model comes first: ipfm export MODEL OUT")
     if model.resolve() in (out.resolve(), out.resolve().parent):
         raise ValueError(f"{out} belongs to the model itself, where other files are refused: name another OUT")
     if (above := unwritable_ancestor(out.absolute().parent)) is not None:

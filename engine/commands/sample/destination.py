@@ -21,6 +21,7 @@ from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.host_memory import check_memory
 from ipfm.engine.runtime.wording import size
 from ipfm.models.atomic_files import atomic_write
+from ipfm.models.checkpoints.recognise import what_of_ours
 
 # The largest side of a picture that common programs open.
 MOST_PIXELS = 65_500
@@ -121,6 +122,8 @@ class Folder(Destination):
     """
 
     def __init__(self, path: Path, names: Sequence[int], made_by: Mapping[str, Any], *, add: bool) -> None:
+        if what := what_of_ours(path):
+            raise ValueError(f"{path} is no place for samples: {what}")
         self._path, self._names, self._record = path, names, json.loads(json.dumps(made_by))
         first = next(_images(path), None)
         if first is None:

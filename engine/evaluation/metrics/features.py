@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ipfm.models.checkpoints.recognise import what_pointer
+
 INCEPTION_FILE = "inception-2015-12-05.pt"
 WHERE_TO_GET_INCEPTION = (
     f"{INCEPTION_FILE}, a TorchScript file, is published by NVIDIA with the StyleGAN2-ADA (PyTorch) project, "
@@ -160,8 +162,10 @@ def _load_script(path: Path, device: torch.device) -> Any:
         raise ValueError(f"{path} does not exist or is no file: {WHERE_TO_GET_INCEPTION}")
     with path.open("rb") as file:
         # The first byte of every pickle since protocol 2.
-        pickled = file.read(1) == b"\x80"
-    if pickled:
+        start = file.read(512)
+    if what := what_pointer(start):
+        raise ValueError(f"{path} is no TorchScript network: {what}; {WHERE_TO_GET_INCEPTION}")
+    if start.startswith(b"\x80"):
         raise ValueError(
             f"{path} is a pickled network, which runs code of its own when it is opened, and is not read here: "
             f"{WHERE_TO_GET_INCEPTION}"

@@ -116,7 +116,7 @@ def test_bad_input_is_one_line_and_writes_nothing(net, tmp_path):
     refused(r"D must be a number above 0, or inf for diffusion, got -1", snapshot, D=-1)
     refused(r"none.pkl does not exist", tmp_path / "none.pkl")
     refused(r"text: neither a pickle nor a torch.save file: it begins with b'text'", tmp_path / "text")
-    refused(r"is no ordinary file", tmp_path)
+    refused(r"is a folder; a checkpoint is a file", tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("kept")
     before = sorted(tmp_path.iterdir())

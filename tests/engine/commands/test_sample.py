@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ipfm.engine.commands.export.destination import choose_format
 from ipfm.engine.commands.main import _main
 from ipfm.engine.commands.sample.destination import Folder, Picture
 from ipfm.engine.evaluation.subject import SAMPLES_FILE
@@ -210,3 +211,66 @@ def test_long_work_says_how_far_it_is_every_ten_minutes(capsys, monkeypatch):
     for clock[0] in (5.0, 11.0, 300.0, 612.0, 700.0):
         bar.advance(100)
     assert [line.split("/")[0].split()[-1] for line in capsys.readouterr().err.splitlines()] == ["200", "400"]
+
+
+def test_a_folder_of_this_project_is_no_place_for_samples(models, tmp_path, capsys):
+    """Images in it would keep the next export from replacing the model."""
+    before = files(models / "other")
+    for more in ((), ("--add",)):
+        assert sample(models / "one", "--n", 1, "--out", models / "other", *more) == 2
+        assert "is no place for samples: it is a model folder" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"format": 1, "kind": "distill", "config": {}}')
+    assert sample(models / "one", "--n", 1, "--out", tmp_path) == 2
+    assert "is no place for samples: it is the folder of a distillation" in capsys.readouterr().err
+    assert files(models / "other") == before
+
+
+def ipfm(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        run_command("ipfm", _main, [str(argument) for argument in arguments])
+    return int(stop.value.code)
+
+
+def test_swapped_arguments_and_folders_for_files_are_named(models, tmp_path, capsys):
+    path = of.write_pickle(tmp_path / "a.pkl", of.edm_snapshot(EDMPrecond(SMALL)))
+    for line, said in [
+        (("export", tmp_path / "new.pt2", models / "one"), "; the model comes first: ipfm export MODEL OUT"),
+        (("convert", tmp_path / "new", path), "does not exist; the checkpoint comes first: ipfm convert IN OUT"),
+        (("convert", models / "one", tmp_path / "new"), "is a folder (it is a model folder); a checkpoint is a file"),
+        (("plan", "--model", "runs/none", "--batch", 4), "runs/none does not exist in "),
+    ]:  # fmt: skip
+        assert ipfm(*line) == 2
+        assert said in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert not (tmp_path / "new").exists() and not (tmp_path / "new.pt2").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html>", "a web page"),
+        (b"\x80\x04N.", "a pickle; statistics are an .npz"),
+    ],
+)
+def test_a_reference_and_an_inception_network_that_are_something_else(models, tmp_path, capsys, content, said):
+    for name in ("a.npz", "a.pt"):
+        (tmp_path / name).write_bytes(content)
+    given = ("evaluate", models / "one", "--images", 2)
+    assert ipfm(*given, "--features", "pixels", "--reference", tmp_path / "a.npz") == 2
+    assert f"a.npz is no readable .npz: it is {said}" in capsys.readouterr().err
+    assert ipfm(*given, "--inception", tmp_path / "a.pt", "--reference", tmp_path / "a.npz") == 2
+    line = capsys.readouterr().err
+    assert "pickled network" in line if content.startswith(b"\x80") else f"no TorchScript network: it is {said}" in line
+
+
+def test_a_run_is_no_reference(models, tmp_path, capsys):
+    """The pictures of a run are no images."""
+    (tmp_path / "config.json").write_text('{"format": 1, "kind": "distill", "config": {}}')
+    Image.new("L", (8, 8)).save(tmp_path / "convergence.png")
+    given = ("--images", 2, "--features", "pixels", "--reference")
+    assert ipfm("evaluate", models / "one", *given, tmp_path) == 2
+    assert "holds neither images nor statistics: it is the folder of a distillation" in capsys.readouterr().err
+
+
+def test_an_export_is_known_by_a_suffix_in_capitals():
+    assert choose_format(Path("a.ONNX"), None) == "onnx" and choose_format(Path("a.PT2"), None) == "torch"

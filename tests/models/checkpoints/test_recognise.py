@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -210,3 +211,23 @@ def test_what_stands_in_the_place_of_the_weights(model, damage, said):
 def test_a_pointer_in_the_place_of_config_json(model):
     (model / "config.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:01\n")
     assert "config.json cannot be read as JSON: it is a pointer of Git LFS" in refusal(model)
+
+
+def test_parts_of_a_run_lead_to_its_models(tmp_path, model):
+    run = run_folder(tmp_path / "run", "distill", generator=model)
+    weights = run / "checkpoints" / "step-0000002" / "generator.safetensors"
+    weights.write_bytes(b"x")
+    said = f"it is a part of a checkpoint that a run continues from; its generator is {run}/generator"
+    with pytest.raises(ValueError, match=f"{weights}: neither a pickle .*: {said}"):
+        load_teacher(weights)
+    with pytest.raises(ValueError, match=f"it holds the settings of a run; its generator is {run}/generator"):
+        load_teacher(run / "config.json")
+
+
+def test_what_is_neither_file_nor_folder(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, said in {"pipe": "is neither file nor folder", "loop": "is a link that leads back to itself"}.items():
+        assert said in refusal(tmp_path / name)
+        with pytest.raises(ValueError, match=said):
+            load_teacher(tmp_path / name)
