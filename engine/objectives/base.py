@@ -101,7 +101,11 @@ class StepContext:
 
 
 class Steps(Protocol):
-    """The training steps of an objective."""
+    """The training steps of an objective.
+
+    Dropout acts in the network that is being trained, and there alone: what is made as data for another network is made
+    in eval mode.
+    """
 
     def iteration(self, step: int) -> StepMetrics:
         """One update of every network; `step` counts from 0. Waits for nothing on the device."""

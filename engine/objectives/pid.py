@@ -198,8 +198,12 @@ class PhysicsInformedDistillation:
         return PidSteps(self.config, context, self.network)
 
     def forwards(self, *, phased: bool, checkpointed: bool) -> int:
-        """See `Objective.forwards`: two evaluations with their backward passes, and one of the teacher."""
-        return 7 + 2 * phased + 2 * checkpointed
+        """See `Objective.forwards`: two evaluations with their backward passes, and one of the teacher.
+
+        With dropout two more, for the point at which the teacher is asked.
+        """
+        without = self.config.dropout > 0 and not self.config.samples_have_dropout
+        return 7 + 2 * phased + 2 * checkpointed + 2 * without
 
     def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
         """See `Objective.sample`."""
@@ -272,7 +276,7 @@ class PidSteps:
         self.phased, self.world = context.settings.phased, context.world
         self.local_batch, self.micro_batch = config.batch // context.world.size, context.micro_batch
         device = context.world.device
-        # Once: nobody else changes it, and it is a walk over all modules.
+        # Once, as it is a walk over all modules: only evaluations without dropout change it for a while.
         self.generator.module.train(config.dropout > 0)
         self._lpips = None if config.distance == "l2" else _lpips(config, device)
         self._grid = config.noise.karras(config.points)[:-1].to(device)

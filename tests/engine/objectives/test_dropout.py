@@ -92,6 +92,7 @@ def test_the_teacher_is_asked_about_a_trajectory_without_it(teacher: Precond, di
         run.teacher.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].clone()))
         run.iteration(0)
         assert run.generator.module.training is (dropout > 0)
+        assert run.objective.forwards(phased=False, checkpointed=False) == 7 + 2 * (dropout > 0 and rules == 2)
     without, now, before = asked
     torch.testing.assert_close(now, without, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(before, without, atol=1e-2)
