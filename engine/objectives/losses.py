@@ -98,7 +98,7 @@ def denoising_objective(net: Raw, y: Tensor, noisy: Noisy, *, sigma_data: float)
         ValueError: a shape, dtype or number that does not fit.
     """
     noisy = isolate(noisy)
-    out = _held(net(noisy.scaled, noisy.sigma))
+    out = held(net(noisy.scaled, noisy.sigma))
     result = denoising_loss(
         out.detach(), y, noisy.sigma, sigma_data=sigma_data, x=noisy.x, c_skip=noisy.c_skip, c_out=noisy.c_out
     )
@@ -136,10 +136,10 @@ def generator_gradient(
         scaled = noisy.scaled.detach().requires_grad_()
         if phased:
             with torch.no_grad():
-                t = _held(teacher(scaled, sigma))
+                t = held(teacher(scaled, sigma))
         else:
-            t = _held(teacher(scaled, sigma))
-        s = _held(student(scaled, sigma))
+            t = held(teacher(scaled, sigma))
+        s = held(student(scaled, sigma))
         result = ipfm_loss(t.detach(), s.detach(), y, alpha=alpha, x=noisy.x, c_skip=noisy.c_skip, c_out=noisy.c_out)
         c_in = per_sample(noisy.c_in, y)
         if phased or rescale or scaled.dtype.itemsize < 4:
@@ -148,7 +148,7 @@ def generator_gradient(
             del s
             mark("generator: teacher")
             if phased:
-                t = _held(teacher(scaled, sigma))
+                t = held(teacher(scaled, sigma))
             gradient = gradient + c_in * _vjp(t, scaled, result.dt, rescale)
         else:
             # At once, where the sum is not rounded to 16 bits: two passes have more to begin and to end.
@@ -195,8 +195,8 @@ class _Along(torch.autograd.Function):
         return gradient * factor[0], None
 
 
-def _held(out: Tensor) -> Tensor:
-    """A raw output in a dtype that holds its gradient before it is scaled: fp16 does not."""
+def held(out: Tensor) -> Tensor:
+    """A raw output in a dtype that holds its gradient before the loss scale has multiplied it: fp16 does not."""
     return out.float() if out.dtype == torch.float16 else out
 
 

@@ -20,7 +20,7 @@ from ipfm.engine.checks import at_least, share
 from ipfm.engine.config import setting
 from ipfm.engine.objectives.base import Distillation, Objective, Role, StepContext
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
-from ipfm.engine.objectives.losses import along, per_sample
+from ipfm.engine.objectives.losses import along, finite_samples, held, per_sample
 from ipfm.engine.objectives.lpips import Lpips, load_lpips, lpips_gradient
 from ipfm.engine.objectives.lpips_weights import read_weights, shapes
 from ipfm.engine.objectives.phases import mark
@@ -97,10 +97,6 @@ class PidConfig(Distillation):
         share("beta1", self.beta1)
         if self.augment > 0:
             raise ValueError(f"augment must be 0, as no denoiser is trained on images here, got {self.augment:g}")
-        if self.precision == "fp16":
-            raise ValueError(
-                "precision fp16 is not for this objective, whose gradients it cannot hold: use bf16 or fp32"
-            )
 
     def completed(self, network: NetworkConfig) -> Self:
         """See `Distillation.completed`."""
@@ -317,15 +313,15 @@ class PidSteps:
         at = stencil(self._grid, pair, config.difference)
         # A latent that overflowed, or would within the network, must not meet the weights, not even under a zero
         # gradient. At small D there are such.
-        finite = torch.isfinite(z.square().sum((1, 2, 3)))
-        z = z.masked_fill(per_sample(~finite, z), 0.0)
         scaled = (self._c_in * z).to(self.teacher.input_dtype)
+        finite = torch.isfinite(z.square().sum((1, 2, 3))) & finite_samples(scaled)
+        z, scaled = (values.masked_fill(per_sample(~finite, z), 0.0) for values in (z, scaled))
 
         def forward(net: Callable[..., Tensor], *levels: Tensor) -> Tensor:
             """F at each of the levels, one after the other."""
             many = len(levels)
             repeated = None if labels is None else labels.repeat(many, 1)
-            return net(scaled.repeat(many, 1, 1, 1), torch.cat(levels), repeated, None, raw=True)
+            return held(net(scaled.repeat(many, 1, 1, 1), torch.cat(levels), repeated, None, raw=True))
 
         def alone(net: Callable[..., Tensor], level: Tensor) -> Tensor:
             # The same elements are dropped at both levels: the network is one and the same.

@@ -1,7 +1,7 @@
 """Worker: distils a stored teacher for some steps in several settings, and leaves the weights of each.
 
 Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?,
-"export"?, "persistent"?, "start"?}]}. "persistent": elements below which ZeRO 3 keeps a parameter whole; 0: all are
+"export"?, "persistent"?, "start"?}]}. "config" may name its "objective"; without, it is ipfm. "persistent": elements below which ZeRO 3 keeps a parameter whole; 0: all are
 sharded. "start": leave what is there before the first step too, under the name with -start. A case with "save" or
 "export" leaves that alone.
 """
@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine import Distiller
 from ipfm.engine.distributed import zero
 from ipfm.engine.distributed.world import import_deepspeed, start_world
+from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.runtime.launcher import stop_world
 from ipfm.engine.training import resolve
 from ipfm.engine.training.checkpoint import find_checkpoint, load_checkpoint
@@ -52,7 +53,9 @@ def main() -> None:
     teacher = load_teacher(job["teacher"])
     for case in job["cases"]:
         zero.PERSISTENT_ELEMENTS = case.get("persistent", 0)
-        distiller = Distiller(DistillConfig(**case["config"]), copy.deepcopy(teacher), world=world)
+        settings = dict(case["config"])
+        kind = OBJECTIVES[settings.pop("objective", "ipfm")]
+        distiller = Distiller(kind(**settings), copy.deepcopy(teacher), world=world)
         first = 0
         if "load" in case:
             checkpoint = find_checkpoint(Path(case["load"]))

@@ -10,7 +10,9 @@ import plain_loop
 import pytest
 import torch
 
-from ipfm.engine import DistillConfig
+from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine.distributed.world import World
+from ipfm.engine.objectives.pid import PidConfig
 from ipfm.models import load_teacher
 
 # `make equivalence` makes 20, and goes through every combination; here accumulation is two processes' alone.
@@ -50,6 +52,13 @@ DROPOUT = tuple(
         ("droplast", 0, "joint", "off"), ("droplast", 0, "phased", "off"),
     )
 )  # fmt: skip
+# Physics informed distillation, whose gradients are those of a difference quotient; eps as the gradients are large.
+PID = {**{name: value for name, value in BASE.items() if name != "alpha"}, "points": 50, "eps": 1.0}
+PIDS: dict[str, dict[str, Any]] = {
+    "pid-z1-joint": {"zero": 1, "backward": "joint"},
+    "pid-z2-phased": {"zero": 2, "backward": "phased", "difference": "central"},
+    "pid-z2-clipped": {"zero": 2, "backward": "joint", "clip_grad": 0.5},
+}
 HALF = (("bf16", 1), ("bf16", 3), ("fp16", 1))
 
 
@@ -130,6 +139,7 @@ def half(teacher: Path, tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("half")
     cases = {f"{p}-z{z}": {**BASE, "zero": z, "precision": p, "backward": "phased"} for p, z in HALF}
     cases["fp16-z2-k2"] = {**BASE, "zero": 2, "precision": "fp16", "backward": "phased", "steps": 2}
+    cases |= {f"{name}-fp16": {**PID, **more, "precision": "fp16", "objective": "pid"} for name, more in PIDS.items()}
     return equivalence.run(teacher, out, 2, cases, STEPS, start=True, whole=WHOLE)
 
 
@@ -149,3 +159,20 @@ def test_16_bits_keep_exact_masters_and_follow_fp32(half, plain, teacher: Path, 
         torch.testing.assert_close(
             found[f"loss/{which}_loss"], torch.tensor(getattr(expected, f"{which}_loss")).double(), rtol=0.05, atol=0.2
         )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", PIDS)
+def test_physics_informed_distillation_in_fp16_follows_fp32(half, teacher: Path, case: str) -> None:
+    """Joint and phased, with clipped gradients too, at ZeRO 1 and 2: no step is lost, and the update is fp32's."""
+    net = load_teacher(teacher)
+    start = dict(net.named_parameters())
+    config = PidConfig(**{**PID, **PIDS[case], "zero": 0})
+    exact = Distiller(config, net, world=World(0, 1, torch.device("cpu")))
+    losses = [exact.iteration(step).sums["generator_loss"] / config.batch for step in range(STEPS)]
+    expected = dict(exact.generator.full("weight"))
+    found = half[f"{case}-fp16"]
+    moved = sum((p - start[n]).square().sum() for n, p in expected.items()).sqrt()
+    apart = sum((found[f"generator/weight/{n}"] - p).square().sum() for n, p in expected.items()).sqrt()
+    assert 0 < apart < 0.05 * moved, f"{apart:.2e} apart after moving {moved:.2e}"
+    torch.testing.assert_close(found["loss/generator_loss"], torch.stack(losses).double(), rtol=0.02, atol=0.0)

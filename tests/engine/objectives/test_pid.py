@@ -200,7 +200,6 @@ def test_published_figures() -> None:
         ({"lpips_side": 8, "distance": "lpips"}, "lpips-side must be an integer >= 16, got 8"),
         ({"beta1": 1.0}, r"beta1 must lie in \[0, 1\), got 1.0"),
         ({"augment": 0.1}, "augment must be 0, .* got 0.1"),
-        ({"precision": "fp16"}, "precision fp16 is not for this objective.*"),
     ],
 )
 def test_refusals(settings: dict, message: str) -> None:
