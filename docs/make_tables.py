@@ -19,10 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ipfm.engine.config import Precision, RunConfig
+from ipfm.engine.experiments import DistilRecipe
+from ipfm.engine.experiments.origins import SOURCES
 from ipfm.engine.memory import Layout, choose_layout, gpu_budget
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
-from ipfm.engine.objectives.published import PAPER_RESULTS, PaperSetting
+from ipfm.engine.objectives.published import PAPER_RESULTS, PaperSetting, paper_result
 from ipfm.models import presets
 from ipfm.recipes import (
     afhqv2_ipfm,
@@ -114,13 +116,30 @@ def settings() -> list[str]:
     return rows
 
 
+def sources() -> list[str]:
+    """Where the settings of each recipe of a published data set come from, a row each."""
+    rows = [_row(["recipe", "paper", "script", "SiD", "this project"]), _row(["---"] * 5)]
+    for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid,
+                   imagenet64_sid, cifar_pid, imagenet64_pid):  # fmt: skip
+        cells = []
+        for source in SOURCES:
+            found = {name: o.remark for name, o in module.RECIPE.origins.items() if o.source == source}
+            cells.append(", ".join(f"`{name}`" + (f" ({remark})" if remark else "") for name, remark in found.items()))
+        rows.append(_row([f"`{module.RECIPE.file}`", *(cell or "–" for cell in cells)]))
+    return rows
+
+
 def pid_settings() -> list[str]:
     """The recipes of physics informed distillation, a row each."""
-    names = ("recipe", "batch", "lr", "levels", "difference", "distance", "EMA half-life, kimg", "length")
+    names = ("recipe", "batch", "lr", "levels", "difference", "distance", "side before VGG", "gradient norm",
+             "EMA half-life, kimg", "length")  # fmt: skip
     rows = [_row(names), _row(["---"] * len(names))]
     for module in (cifar_pid, imagenet64_pid, digits_pid):
         base = module.RECIPE.base
-        values = (base.batch, base.lr, base.points, base.difference, base.distance, base.ema_kimg)
+        if isinstance(module.RECIPE, DistilRecipe):
+            base = module.RECIPE.varied(vars(base), math.inf, conditional=False)
+        sides = tuple("–" if value is None else value for value in (base.lpips_side, base.clip_grad))
+        values = (base.batch, base.lr, base.points, base.difference, base.distance, *sides, base.ema_kimg)
         rows.append(_row([f"`{module.RECIPE.file}`", *map(_shown, values), _length(base)]))
     return rows
 
@@ -151,6 +170,19 @@ def published() -> list[str]:
     return rows
 
 
+def sid_published() -> list[str]:
+    """Those of SiD, at D = inf and K = 1."""
+    rows = [_row(["images", "α", "FID", "recipe"]), _row(["---"] * 4)]
+    for module in (cifar_sid, ffhq_sid, afhqv2_sid, imagenet64_sid):
+        recipe = module.RECIPE
+        for dataset, words in ((recipe.dataset, ""), (f"{recipe.dataset}-cond", ", conditional")):
+            found = paper_result(dataset, math.inf, recipe.base.alpha, 1)
+            if found is not None:
+                fid = f"{found.fid:.3f}"
+                rows.append(_row([f"{recipe.title}{words}", _shown(recipe.base.alpha), fid, f"`{recipe.file}`"]))
+    return rows
+
+
 def pid_published() -> list[str]:
     """Those of physics informed distillation, at D = inf."""
     rows = [_row(["images", "difference", "distance", "FID"]), _row(["---"] * 4)]
@@ -170,9 +202,11 @@ def pid_published() -> list[str]:
 PAGES: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
     "recipes.md": {
         "settings": settings,
+        "sources": sources,
         "settings of physics informed distillation": pid_settings,
         "settings of teachers": teacher_settings,
         "published": published,
+        "published of SiD": sid_published,
         "published of physics informed distillation": pid_published,
     },
     "memory-and-speed.md": {

@@ -254,7 +254,8 @@ def ipfm_loss(
 
     What y does by way of the networks' inputs is not in dy, with or without these arguments.
 
-    Source: IPFM (Shlenskii & Korotin) eq. 21 at α = ½; for every α it is twice SiD (Zhou et al. 2024) eq. 23.
+    Source: IPFM (Shlenskii & Korotin) eq. 21 at α = ½, its regularised eq. 28 at other α; for every α it is twice SiD
+    (Zhou et al. 2024) eq. 23.
     Preconditioning: EDM (Karras et al. 2022) eq. 7.
 
     Args:

@@ -246,7 +246,7 @@ def ipfm_loss(
     c_skip: Tensor | None = None,
     c_out: Tensor | None = None,
 ) -> IpfmLoss:
-    """L(α) = λ[‖T-y‖² - ‖S-y‖² - 2(α-½)‖T-S‖²] and its gradients [IPFM eq. 21; SiD eq. 23, L(α) = 2·L_SiD(α)].
+    """L(α) = λ[‖T-y‖² - ‖S-y‖² - 2(α-½)‖T-S‖²] and its gradients [IPFM eq. 28; SiD eq. 23, L(α) = 2·L_SiD(α)].
 
     T = t and S = s, or T = c_skip x + c_out t and S = c_skip x + c_out s [EDM eq. 7]. In the latter ∂L/∂y includes the
     part that goes through x = y + noise, c_skip (∂L/∂T + ∂L/∂S), which is -c_skip times the direct one.

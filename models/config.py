@@ -24,6 +24,11 @@ ModelType = Literal["SongUNet", "DhariwalUNet"]
 
 # The default of a field that each class has its own of; Any, as every such field holds a value once it is built.
 _OF_CLASS: Any = None
+# What tells the two families of SongUNet apart.
+_FAMILIES = {
+    ("positional", "standard", "standard", (1.0, 1.0)): "ddpm++",
+    ("fourier", "residual", "standard", (1.0, 3.0, 3.0, 1.0)): "ncsn++",
+}
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,15 @@ class NetworkConfig:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
         return self.img_channels, self.img_resolution, self.img_resolution
+
+    @property
+    def family(self) -> str:
+        """The architecture's name in the literature: ddpm++, ncsn++ or ADM; of a mixture its parts."""
+        if self.model_type == "DhariwalUNet":
+            return "ADM"
+        parts = self.embedding_type, self.encoder_type, self.decoder_type
+        named = _FAMILIES.get((*parts, tuple(self.resample_filter)))
+        return named or f"SongUNet ({', '.join(parts)})"
 
     @property
     def out_channels(self) -> int:

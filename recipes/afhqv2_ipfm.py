@@ -4,7 +4,8 @@
     deepspeed recipes/afhqv2_ipfm.py --dry-run
 
 Batch 512, learning rate 5e-6, Adam with beta1 = 0, alpha 1.0, dropout 0.05 and augmentation 0.15 in the student's step
-are SiD's for AFHQv2-64 (arXiv 2404.04057). The length, 100 000 thousand images, is this project's choice.
+are SiD's for AFHQv2-64 (arXiv 2404.04057), as is epsilon 1e-6, there with fp16. The length is the budget of arXiv
+2509.22454, 30 000 thousand images.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from __future__ import annotations
 import math
 
 from ipfm.engine import DistillConfig
-from ipfm.engine.experiments import DistilRecipe, recipe_options, run_command
+from ipfm.engine.experiments import DistilRecipe, origins, recipe_options, run_command
+from ipfm.recipes import cifar_ipfm
 
 BASE = DistillConfig(
     batch=512,
-    kimg=100_000,
+    kimg=30_000,
     lr=5e-6,
     ema_kimg=500,
     alpha=1.0,
     dropout=0.05,
     augment=0.15,
+    eps=1e-6,
     heun_steps=40,
     log_every=50,
 )
@@ -29,6 +32,13 @@ BASE = DistillConfig(
 TEACHERS = """\
   EDM, D = inf           edm-afhqv2-64x64-uncond-vp.pkl (ddpm++), -ve.pkl (ncsn++)       README of NVlabs/edm
 To train one at another D: deepspeed recipes/ffhq_teacher.py --data afhqv2-64x64.zip --D 128 --dropout 0.25"""
+
+ORIGINS = {
+    **origins("paper", "sigma_init", "noise", "init", "student_init", "student_updates", kimg=cifar_ipfm.BUDGET),
+    **origins("SiD", "batch", "lr", "generator_beta1", "student_beta1", "dropout", "augment", "ema_kimg", "ema_rampup"),
+    **origins("SiD", "alpha", eps="1e-6 goes with fp16 there"),
+    **origins("ours", "gradient", sigmas="those of several steps are not printed"),
+}
 
 RECIPE = DistilRecipe(
     file="afhqv2_ipfm.py",
@@ -39,6 +49,8 @@ RECIPE = DistilRecipe(
     preset="afhqv2-64-ddpmpp",
     D=math.inf,
     base=recipe_options(BASE),
+    origins=ORIGINS,
+    formerly={"kimg": (100_000,), "eps": (1e-8,)},
     settings_from="AFHQv2-64: these settings are carried over from SiD (arXiv 2404.04057); no result of this method is "
     "published for this data set",
     teachers=TEACHERS,

@@ -8,28 +8,13 @@ from typing import Any
 from ipfm.engine.runtime.wording import counted
 from ipfm.models import NetworkConfig
 
-# What tells the two families of SongUNet apart.
-_FAMILIES = {
-    ("positional", "standard", "standard", (1.0, 1.0)): "ddpm++",
-    ("fourier", "residual", "standard", (1.0, 3.0, 3.0, 1.0)): "ncsn++",
-}
-
-
-def family(network: NetworkConfig) -> str:
-    """The architecture's name in the literature: ddpm++, ncsn++ or ADM; of a mixture its parts."""
-    if network.model_type == "DhariwalUNet":
-        return "ADM"
-    parts = network.embedding_type, network.encoder_type, network.decoder_type, tuple(network.resample_filter)
-    named = _FAMILIES.get(parts)
-    return named or f"SongUNet ({network.embedding_type}, {network.encoder_type}, {network.decoder_type})"
-
 
 def architecture(network: NetworkConfig) -> str:
     """The family, its widths and the preconditioning, where it is not EDM's."""
     widths = ", ".join(str(network.model_channels * factor) for factor in network.channel_mult)
     other = "" if network.precond == "EDMPrecond" else f", {network.precond}"
     blocks = f"{counted(network.num_blocks, 'block')} a level"
-    return f"{family(network)}, {widths} channels, {blocks}{other}"
+    return f"{network.family}, {widths} channels, {blocks}{other}"
 
 
 def images(network: NetworkConfig) -> str:

@@ -200,10 +200,9 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _network(network: NetworkConfig, parameters: int) -> dict[str, Any]:
-    from ipfm.engine.commands import describe
 
     return {
-        "architecture": describe.family(network),
+        "architecture": network.family,
         "resolution": network.img_resolution,
         "channels": network.img_channels,
         "classes": network.label_dim,

@@ -14,6 +14,7 @@ from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.published import paper_result
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.sampling.stored_model import sample_model
+from ipfm.models import NetworkConfig
 from ipfm.models.facts import GeneratorFacts, ModelFacts
 from ipfm.models.store import CONFIG_FILE
 
@@ -84,22 +85,20 @@ def open_subject(
     draw, network, facts, nfe = model.draw, model.network, model.facts, model.nfe
     shape = network.image_shape
     if isinstance(facts, GeneratorFacts):
-        return Subject("generator", draw, shape, None, network.D, nfe, _generator_paper(facts, network.D, nfe))
-    return Subject("teacher", draw, shape, None, network.D, nfe, _teacher_paper(facts, network.D, nfe))
+        return Subject("generator", draw, shape, None, network.D, nfe, _generator_paper(facts, network, nfe))
+    return Subject("teacher", draw, shape, None, network.D, nfe, _teacher_paper(facts, network, nfe))
 
 
-def _generator_paper(facts: GeneratorFacts, D: float, nfe: int) -> str | None:
+def _generator_paper(facts: GeneratorFacts, network: NetworkConfig, nfe: int) -> str | None:
     """The published figure for a generator that says on what data, by which objective and how it was distilled."""
     objective, settings = OBJECTIVES.of_generator(facts)
     if objective is None or facts.dataset is None:
         return None
-    found = objective.figures(facts.dataset, {"steps": nfe, **settings}).get(D)
+    found = objective.figure(facts.dataset, {"steps": nfe, **settings}, network)
     return None if found is None else str(found)
 
 
-def _teacher_paper(facts: ModelFacts, D: float, nfe: int) -> str | None:
+def _teacher_paper(facts: ModelFacts, network: NetworkConfig, nfe: int) -> str | None:
     # The teacher's figure stands beside every result of its D.
-    found = None if facts.dataset is None else paper_result(facts.dataset, D, 1.0, 1)
-    if found is None or nfe != found.teacher_nfe:
-        return None
-    return f"FID {found.teacher_fid:g} ({found.source})"
+    found = None if facts.dataset is None else paper_result(facts.dataset, network.D, 1.0, 1)
+    return None if found is None else found.teacher(network, nfe)

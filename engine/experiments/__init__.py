@@ -4,6 +4,7 @@ from ipfm.engine.experiments.ablation import Ablation, AblationOptions, Arch, Va
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.options import DistillationOptions, ema_kimg, options_for, recipe_options
+from ipfm.engine.experiments.origins import origins
 from ipfm.engine.experiments.teacher import TeacherOptions, TeacherRecipe
 from ipfm.engine.runtime.commandline import run_command
 
@@ -20,6 +21,7 @@ __all__ = [
     "as_ablation",
     "ema_kimg",
     "options_for",
+    "origins",
     "recipe_options",
     "run_command",
 ]

@@ -53,7 +53,7 @@ class AblationOptions(DistillationOptions):
     """digits: teachers are trained here where none is given, and images are compared in pixel space; cifar: give
     teachers, --reference and --inception."""
     variants: tuple[str, ...] = ()
-    """Which variants are run. Default: all."""
+    """Which variants are run. Default: all but those that the recipe names as further ones."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the distillations, each of which every variant is run with."""
     seed: int = 0
@@ -182,6 +182,9 @@ class Ablation(Recipe[AblationOptions]):
     title: str
     """What is varied, above the plot."""
     variants: tuple[Variant, ...]
+    """Those that are run unless --variants names others."""
+    further: tuple[Variant, ...] = ()
+    """Those that are run only when --variants names them."""
     digits: TrainAndDistil[AblationOptions]
     """Data, teacher's training and settings of --data digits."""
     cifar: DistilRecipe
@@ -245,13 +248,14 @@ class Ablation(Recipe[AblationOptions]):
             steps = {"teacher_steps": QUICK["teacher_steps"] if given.options.data == "digits" else None}
             base = replace(base, **{**QUICK, **steps})
         options = given.over(base)
-        varied = {name for variant in self.variants for name in variant.settings}
-        varied |= {name for name in ("D", "arch") if any(getattr(v, name) is not None for v in self.variants)}
+        possible = (*self.variants, *self.further)
+        varied = {name for variant in possible for name in variant.settings}
+        varied |= {name for name in ("D", "arch") if any(getattr(v, name) is not None for v in possible)}
         for name in sorted(varied):
             if getattr(options, name) != getattr(base, name):
                 raise ValueError(
                     f"{option_name(name)} was given, but it is what this ablation varies: choose among "
-                    f"--variants {_listed(v.label for v in self.variants)}"
+                    f"--variants {_listed(v.label for v in possible)}"
                 )
         return options
 
@@ -261,8 +265,8 @@ class Ablation(Recipe[AblationOptions]):
         return base
 
     def _chosen(self, options: AblationOptions) -> list[Variant]:
-        known = {variant.label: variant for variant in self.variants}
-        labels = options.variants or tuple(known)
+        known = {variant.label: variant for variant in (*self.variants, *self.further)}
+        labels = options.variants or tuple(variant.label for variant in self.variants)
         unknown = [label for label in labels if label not in known]
         if unknown or len(set(labels)) < len(labels):
             raise ValueError(f"variants must be different ones of {_listed(known)}, got {_listed(labels)}")

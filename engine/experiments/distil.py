@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ipfm.engine.experiments.options import (
     read_teacher,
     run_name,
 )
+from ipfm.engine.experiments.origins import Origin, described
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import BadInput, Given
@@ -26,10 +28,13 @@ from ipfm.engine.training.resolve import complete
 from ipfm.engine.training.run_folder import check_run_folder, claimed, teacher_facts
 from ipfm.models import NetworkConfig, Precond, presets
 
+# (settings by name, D, whether the teacher is class-conditional) -> what the recipe sets otherwise then.
+Variation = Callable[[Mapping[str, Any], float, bool], Mapping[str, Any]]
 
-def same_for_every_D(base: DistillationOptions, D: float) -> DistillationOptions:
-    """The settings of a recipe that has no variants."""
-    return base
+
+def no_variant(settings: Mapping[str, Any], D: float, conditional: bool) -> Mapping[str, Any]:
+    """A recipe whose settings are the same for every teacher."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -46,21 +51,32 @@ class DistilPlan(Plan):
     path: Path
     record: Mapping[str, Any]
     comparison: Comparison | None
+    chosen: frozenset[str]
+    """Settings that were given on the command line."""
+    kept: Mapping[str, Any]
+    """Settings that the run in the folder was begun with, and the recipe has otherwise now."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of the settings, a line each."""
+        kept = ", ".join(f"{name} {value}" for name, value in self.kept.items())
+        lines = (f"as the run in {self.path} was begun: {kept}; the recipe itself is another now",) if kept else ()
+        return (*self.recipe.notes(self.network, self.config), *lines)
 
     def describe(self) -> str:
         """See `Plan.describe`."""
-        notes = self.recipe.notes(self.network, self.config)
         more = (self.recipe.help_with_teachers(),) if self.teacher is None else ()
-        return describe(self.config, self.network, self.path, (*notes, *more), given=self.options.distillation())
+        origins = described(self.recipe.origins, self.chosen | self.kept.keys())
+        return describe(
+            self.config, self.network, self.path, (*origins, *self.notes, *more), given=self.options.distillation()
+        )
 
     def begin(self, world: World) -> Callable[[], None]:
         """See `Plan.begin`."""
         assert self.teacher is not None
-        path, notes = self.path, self.recipe.notes(self.network, self.config)
+        path, notes = self.path, self.notes
         evaluation = self.options.evaluation(self.comparison, world)
-        # Published figures are those of unconditional networks.
-        dataset = f"{self.recipe.dataset}-cond" if self.network.label_dim else self.recipe.dataset
-        config = replace(self.config, resume=True)
+        config, dataset = replace(self.config, resume=True), self.recipe.figures_of(self.network)
         with claimed(path, self.record, self.config, write=world.is_main):
             distiller = Distiller(config, self.teacher, evaluation=evaluation, dataset=dataset, world=world)
 
@@ -92,9 +108,13 @@ class DistilRecipe(Recipe[DistillationOptions]):
     D: float
     """Auxiliary dimensions of a --dry-run with neither --teacher nor --D."""
     base: DistillationOptions
-    """Settings, but for what a D changes; of the type of its objective's options."""
-    variant: Callable[[Any, float], Any] = same_for_every_D
-    """(base, D) -> the settings for this D."""
+    """Settings, but for those of a variant; of the type of its objective's options."""
+    variant: Variation = no_variant
+    """What is set otherwise for some teachers, or beside other settings, where it is not given."""
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    """Where the settings come from, by name; those that are not named are this project's."""
+    formerly: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Name of a setting -> its values in earlier versions of the recipe, which a run that was begun with them keeps."""
     settings_from: str = ""
     """Where the settings come from, if not from the paper of the method; printed with every run."""
     teachers: str
@@ -114,14 +134,18 @@ class DistilRecipe(Recipe[DistillationOptions]):
             raise BadInput("give --teacher; --dry-run works without one", self.help_with_teachers())
         teacher = read_teacher(options)
         network = self._network(options, teacher)
-        # What the user gave stands; the rest comes from the variant for this teacher.
-        options = given.over(self.settings_for(network))
+        # What the user gave stands; the rest comes from the variant for this teacher, or from the run that is there.
+        options = given.over(self.settings_for(network, options))
+        stem = self.file.removesuffix(".py").removesuffix("_ipfm")
+        path = options.out or run_name(stem, options.distillation(), network.D)
+        kept = self._as_begun(path, options, given.names)
+        options = replace(options, **kept)
         config = complete(options.distillation(), network, run_device())
         config.split(launched_processes())
-        path = options.out or run_name(self.file.removesuffix(".py").removesuffix("_ipfm"), config, network.D)
         record = check_run_folder(path, "distill", config, teacher_facts(teacher))
         comparison = options.comparison(self.shape, run_device())
-        return DistilPlan(self, options, config, network, teacher, path, record, comparison)
+        chosen = given.names & self.origins.keys()
+        return DistilPlan(self, options, config, network, teacher, path, record, comparison, chosen, kept)
 
     def with_options(
         self,
@@ -132,39 +156,87 @@ class DistilRecipe(Recipe[DistillationOptions]):
         D: float,
         settings_of: str,
         preset: str | None = None,
+        variant: Variation = no_variant,
+        origins: Mapping[str, Origin] | None = None,
+        formerly: Mapping[str, tuple[Any, ...]] | None = None,
     ) -> DistilRecipe:
         """The same data set with the settings, or by the objective, of another paper.
 
         Args:
             file: name of the recipe's file.
             about: what --help says first.
-            base: settings, the same for every D.
+            base: settings, but for those of a variant.
             D: auxiliary dimensions of a --dry-run with neither --teacher nor --D.
             settings_of: whose settings they are, e.g. "SiD (arXiv 2404.04057)".
             preset: network of a --dry-run without --teacher; this recipe's when None.
+            variant: see `variant`.
+            origins: see `origins`.
+            formerly: see `formerly`.
         """
         return replace(
             self,
             file=file,
             about=about or "",
             base=base,
-            variant=same_for_every_D,
+            variant=variant,
+            origins=origins or {},
+            formerly=formerly or {},
             D=D,
             preset=preset or self.preset,
             settings_from=f"{self.title}: the settings of {settings_of}",
         )
 
-    def settings_for(self, network: NetworkConfig) -> DistillationOptions:
-        """The settings for a teacher: those for its D, without augmentation where it cannot be told of it."""
-        options: DistillationOptions = self.variant(self.base, network.D)
+    def help_text(self) -> str:
+        """See `Recipe.help_text`: with the origins of the settings."""
+        return "\n".join((self.about.rstrip(), "", *described(self.origins))) if self.origins else self.about
+
+    def settings_for(self, network: NetworkConfig, given: DistillationOptions) -> DistillationOptions:
+        """The settings for a teacher beside those that were given, of which `given` has the values.
+
+        Without augmentation where the teacher cannot be told of it.
+        """
+        settings = {f.name: getattr(given, f.name) for f in fields(given)}
+        options = self.varied(settings, network.D, conditional=bool(network.label_dim))
         return options if network.augment_dim else replace(options, augment=0.0)
+
+    def varied(self, settings: Mapping[str, Any], D: float, *, conditional: bool) -> DistillationOptions:
+        """The recipe's settings beside these ones, for a teacher of this D.
+
+        Args:
+            settings: by name, as they are or as JSON has them.
+            D: of the teacher.
+            conditional: the teacher takes classes.
+        """
+        return replace(self.base, **self.variant(settings, D, conditional))
+
+    def _as_begun(self, path: Path, options: DistillationOptions, given: frozenset[str]) -> dict[str, Any]:
+        """What the run in `path` has of an earlier version of this recipe, where nothing else is given."""
+        try:
+            begun = json.loads((path / "config.json").read_text(encoding="utf-8"))["config"]
+            found = {n: begun[n] for n, values in self.formerly.items() if n in begun and begun[n] in values}
+        except (OSError, ValueError, LookupError, TypeError):
+            return {}
+        # Another length may be asked for in two ways.
+        if {"kimg", "max_steps"} & given or begun.get("max_steps") is not None:
+            found.pop("kimg", None)
+        return {name: value for name, value in found.items() if name not in given}
+
+    def figures_of(self, network: NetworkConfig) -> str:
+        """The name under which the figures of such teachers are published: those of unconditional ones are apart."""
+        return f"{self.dataset}-cond" if network.label_dim else self.dataset
 
     def notes(self, network: NetworkConfig, config: Distillation) -> tuple[str, ...]:
         """What to know of these settings' standing, a line each."""
         lines: list[str] = []
-        known = config.published(self.dataset)
+        dataset = self.figures_of(network)
+        known = config.published(dataset)
+        figure = config.figure(dataset, config.to_json(), network)
         if self.settings_from:
             lines.append(self.settings_from)
+        if figure is not None:
+            lines.append(f"{self.title}: published is {figure}")
+        elif self.settings_from:
+            pass
         elif network.label_dim:
             lines.append(f"{self.title}: no result of this method is published for class-conditional networks")
         elif network.D not in known:

@@ -53,6 +53,10 @@ class Recipe(ABC, Generic[O]):
     about: str
     """What --help says first."""
 
+    def help_text(self) -> str:
+        """What --help says before the options."""
+        return self.about
+
     @property
     @abstractmethod
     def defaults(self) -> O:
@@ -99,7 +103,7 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
         TrainingFailed, Interrupted: from the run.
     """
     with user_input():
-        given = parse_given(argv, default=recipe.defaults, prog=recipe.file, description=recipe.about)
+        given = parse_given(argv, default=recipe.defaults, prog=recipe.file, description=recipe.help_text())
         check_environment()
         plan = recipe.plan(given)
     if plan.options.dry_run:

@@ -280,8 +280,20 @@ class Distillation(RunConfig, ABC):
         """What tells runs of the same teacher apart, for the name of a run folder, e.g. "alpha1-K1"."""
 
     def published(self, dataset: str) -> Mapping[float, PaperResult]:
-        """The published figures for exactly these settings at every D that has one, see `figures`."""
+        """The published figures for these settings at every D that has one, see `figures`."""
         return self.figures(dataset, self.to_json())
+
+    @classmethod
+    def figure(cls, dataset: str, settings: Mapping[str, Any], network: NetworkConfig) -> PaperResult | None:
+        """The published figure to print beside a result, with what differs in words; None where there is none.
+
+        Args:
+            dataset: see `plain_name`.
+            settings: of the distillation, as JSON has them.
+            network: the teacher's architecture and D, or the generator's.
+        """
+        found = cls.figures(dataset, settings).get(network.D)
+        return None if found is None else found.beside(settings, network)
 
     def recorded(self) -> Mapping[str, str]:
         """See `RunConfig.recorded`."""
@@ -327,7 +339,10 @@ class Distillation(RunConfig, ABC):
 
     @classmethod
     def figures(cls, dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
-        """The published figures for exactly these settings at every D that has one; `dataset`: see `plain_name`."""
+        """The published figures that these settings look up, at every D that has one; `dataset`: see `plain_name`.
+
+        What else matters of the settings and the network, a figure says itself, see `PaperResult.beside`.
+        """
         return {}
 
     @classmethod

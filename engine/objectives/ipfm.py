@@ -47,7 +47,7 @@ STUDENT_FORWARDS, GENERATOR_FORWARDS, PHASED_FORWARDS = 4, 7, 2
 class InversePoissonFlowMatching:
     """See `Objective`; with a student, which learns to denoise the generator's samples.
 
-    The generator learns to make the student agree with the teacher [IPFM eq. 21; SiD eq. 23].
+    The generator learns to make the student agree with the teacher [IPFM eq. 21, regularised eq. 28; SiD eq. 23].
 
     Args:
         config: settings, D among them.
@@ -129,12 +129,12 @@ class Chain(NamedTuple):
 
 
 class DistillSteps:
-    """The steps of inverse Poisson flow matching [IPFM, algorithms 1 and 2].
+    """The steps of inverse Poisson flow matching [IPFM, algorithm 1], on generators of several steps [algorithm 2].
 
     One iteration is `student_updates` student steps, then one generator step:
 
         student step    y = G(z), detached, augmented if asked; x = perturb(y, sigma); S descends the denoising loss
-        generator step  y = G(z); x = perturb(y, sigma); G descends L(T(x), S(x), y) of IPFM eq. 21
+        generator step  y = G(z); x = perturb(y, sigma); G descends L(T(x), S(x), y) [IPFM, eq. 28]
 
     Dropout acts in the network that is being trained, and there alone: in S in its step, and in every evaluation of G
     that the gradient passes through in G's. The student's images are made without it.
@@ -328,7 +328,7 @@ ALPHA_LIMIT = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(Distillation):
-    """Distillation of a teacher into a K-step generator by inverse Poisson flow matching [IPFM, algorithms 1 and 2]."""
+    """Distillation of a teacher into a K-step generator by inverse Poisson flow matching [IPFM, algorithm 1]."""
 
     kind: ClassVar[str] = "ipfm"
     planned: ClassVar[Mapping[str, str]] = {
@@ -348,7 +348,8 @@ class DistillConfig(Distillation):
     steps: int = 1
     """K: network evaluations of the generator."""
     sigmas: tuple[float, ...] = setting((), memory=False)
-    """Noise levels of the K evaluations, falling. Default: sigma_init (K - k + 1) / K."""
+    """Noise levels of the K evaluations, falling. Default: sigma_init (K - k + 1) / K, this project's choice for K > 1:
+    the paper prints none."""
     sigma_init: float = setting(2.5, memory=False)
     """Noise level of the generator's input when --sigmas is not given."""
     gradient: Literal["all", "last"] = "all"

@@ -108,7 +108,7 @@ def denoising_objective(net: Raw, y: Tensor, noisy: Noisy, *, sigma_data: float)
 def generator_gradient(
     teacher: Raw, student: Raw, y: Tensor, noisy: Noisy, *, alpha: float, phased: bool, rescale: bool = False
 ) -> GeneratorGradient:
-    """dL/dy = partial_y L + J_S^T partial_S L + J_T^T partial_T L for L of IPFM eq. 21 with SiD's regularisation.
+    """dL/dy = partial_y L + J_S^T partial_S L + J_T^T partial_T L for the L of IPFM eq. 28.
 
     x = y + noise, so the Jacobians with respect to x are those with respect to y. The parameters of both networks
     should be frozen; they get no gradient in any case. Joint: both networks' activations live together. Phased: the

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ipfm.engine.checks import at_least, share
+from ipfm.engine.checks import at_least, number, share
 from ipfm.engine.config import setting
 from ipfm.engine.objectives.base import Distillation, Objective, Role, StepContext
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
@@ -24,7 +24,7 @@ from ipfm.engine.objectives.losses import along, finite_samples, held, per_sampl
 from ipfm.engine.objectives.lpips import Lpips, load_lpips, lpips_gradient
 from ipfm.engine.objectives.lpips_weights import read_weights, shapes
 from ipfm.engine.objectives.phases import mark
-from ipfm.engine.objectives.published import PaperResult, plain_name
+from ipfm.engine.objectives.published import Conditions, PaperResult, plain_name
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
 from ipfm.engine.random_streams import ObjectiveStream, draw_labels, seed_dropout
 from ipfm.engine.sampling.batches import sample_trajectory
@@ -33,14 +33,37 @@ from ipfm.models import EDMPrecond, NetworkConfig, Precond
 
 Difference = Literal["first", "central"]
 
-# Figures of the paper: CIFAR-10 and ImageNet-64, EDM teachers.
-_PUBLISHED = {
-    ("cifar10", "first", "lpips"): 3.92,
-    ("cifar10", "central", "lpips"): 3.68,
-    ("cifar10", "first", "l2"): 5.85,
-    ("imagenet64cond", "first", "lpips"): 9.49,
-}
 SOURCE = "Tee et al., Physics Informed Distillation"
+# The side that images are resized to before VGG: the paper's, and that of the settings published beside it.
+PAPER_SIDE, SCRIPT_SIDE = 244, 224
+
+
+def _published(
+    fid: float,
+    distance: str,
+    *,
+    preset: str = "cifar10-ddpmpp",
+    teacher: tuple[float, int | None] = (2.04, None),
+    width: float = 1.0,
+    **precision: tuple[Any, ...],
+) -> PaperResult:
+    settings = {"lpips_side": (PAPER_SIDE, SCRIPT_SIDE)} if distance == "lpips" else {}
+    start: dict[str, tuple[Any, ...]] = {"init": ("teacher",)} if width == 1 else {}
+    required = {"clip_grad": "gradient clipping"} if precision else {}
+    return PaperResult(fid, *teacher, SOURCE, Conditions(preset, {**settings, **start, **precision}, required))
+
+
+# Figures of the paper, EDM teachers: (data set, difference, distance, width) -> FID. CIFAR-10's network is that of the
+# settings published beside it and of the parameters that the paper counts, ddpm++; its text says ncsn++.
+_PUBLISHED = {
+    ("cifar10", "first", "lpips", 1.0): _published(3.92, "lpips"),
+    ("cifar10", "central", "lpips", 1.0): _published(3.68, "lpips"),
+    ("cifar10", "first", "l2", 1.0): _published(5.85, "l2"),
+    ("cifar10", "first", "lpips", 0.5): _published(8.29, "lpips", width=0.5),
+    ("imagenet64cond", "first", "lpips", 1.0): _published(
+        9.49, "lpips", preset="imagenet64-adm", teacher=(2.44, 79), precision=("fp16",)
+    ),
+}
 
 
 class PidStream(ObjectiveStream):
@@ -71,7 +94,8 @@ class PidConfig(Distillation):
     points: int = setting(250, memory=False, planned_as=2)
     """N: noise levels of the grid on which the trajectory is differentiated."""
     difference: Difference = setting("first", memory=False)
-    """first: the slope at a level by the difference to the next one; central: at the middle between the two."""
+    """first: the slope at a level by the difference to the next one; central: at the middle between the two, this
+    project's reading of the paper's second order."""
     distance: Literal["l2", "lpips"] = "l2"
     """What measures the residual: l2, its square summed over the elements; lpips, the distance of the two images in the
     features of VGG-16 (1 or 3 channels)."""
@@ -79,7 +103,8 @@ class PidConfig(Distillation):
     """With --distance lpips: its weights, the state dict of lpips.LPIPS(net="vgg") or a folder with the two files that
     it is made of. Default: those of the installed package lpips and of torch's hub folder."""
     lpips_side: int | None = None
-    """With --distance lpips: resize images to this side first. Default: as they are, at least 16."""
+    """With --distance lpips: resize images to this side first, bilinearly; 244 in the paper, 224 in the settings
+    published beside it. Default: as they are, at least 16; 244 in the recipes of CIFAR-10 and ImageNet."""
     beta1: float = 0.9
     """First decay of Rectified Adam."""
 
@@ -137,10 +162,11 @@ class PidConfig(Distillation):
     @classmethod
     def figures(cls, dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
         """See `Distillation.figures`."""
-        if settings.get("points") != 250 or settings.get("width") != 1:
+        if settings.get("points") != 250:
             return {}
-        known = _PUBLISHED.get((plain_name(dataset), str(settings.get("difference")), str(settings.get("distance"))))
-        return {} if known is None else {math.inf: PaperResult(known, None, None, SOURCE)}
+        difference, distance = (str(settings.get(name)) for name in ("difference", "distance"))
+        found = _PUBLISHED.get((plain_name(dataset), difference, distance, number(settings.get("width"))))
+        return {} if found is None else {math.inf: found}
 
     @classmethod
     def report_words(cls, settings: Mapping[str, Any]) -> str:
@@ -229,11 +255,15 @@ class Stencil(NamedTuple):
 
 
 def stencil(grid: Tensor, index: Tensor, difference: Difference) -> Stencil:
-    """The two levels `index` and `index` + 1 of the falling grid, and how the residual is made there [PID, section 3].
+    """The two levels `index` and `index` + 1 of the falling grid, and how the residual is made there.
+
+    Source: PID, sections 4.2 and 4.3, eq. 10 and 11, with the first difference. For the second order, section 6.1, the
+    paper prints no stencil: "central" is this project's reading.
 
     Args:
         grid: (N,) float64 noise levels from T on.
-        index: (B,) int64 in [0, N - 2].
+        index: (B,) int64 in [0, N - 2], so that both levels are on the grid: this project's reading of algorithm 1,
+            which draws from 0 … N.
         difference: see `PidConfig`.
     """
     T, here, there = grid[0], grid[index], grid[index + 1]

@@ -43,7 +43,7 @@ from ipfm.models.teacher import check_teacher
 class Distiller(TrainingRun[Distillation]):
     """Distils a teacher into a generator, by the objective that the settings stand for.
 
-    `DistillConfig` is inverse Poisson flow matching [IPFM, algorithms 1 and 2] and SiD, see `DistillSteps`. No data is
+    `DistillConfig` is inverse Poisson flow matching [IPFM, algorithm 1] and SiD, see `DistillSteps`. No data is
     used. Every random number is a function of (seed, step, sample), so that the number of processes and the micro-batch
     do not change what is computed; dropout alone, if there is any, is drawn for a micro-batch as a whole.
 
@@ -197,11 +197,11 @@ class Distiller(TrainingRun[Distillation]):
             self._warn(f"no table of results: {reason}; the same command measures again")
             return []
         # A published figure is an FID: nothing else compares with it.
-        published = self.config.published(self.dataset).get(self.D) if teacher.name == "FID" else None
-        teachers = f"FID {published.teacher_fid:g}" if published and published.teacher_fid else None
-        evaluations = self.objective.nfe
+        settings = self.config.to_json()
+        published = self.config.figure(self.dataset, settings, self.network) if teacher.name == "FID" else None
+        evaluations, heun = self.objective.nfe, nfe(self.config.heun_steps, "heun")
         rows = [
-            _row("teacher", None, nfe(self.config.heun_steps, "heun"), teacher, teachers),
+            _row("teacher", None, heun, teacher, published and published.teacher(self.network, heun)),
             _row("generator", evaluations, evaluations, generator, published and str(published)),
         ]
         if self.world.is_main:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import math
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,8 @@ import pytest
 from ipfm.engine.memory.choose import Layout, choose_layout
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.published import PAPER_RESULTS
-from ipfm.engine.runtime.commandline import BadInput
-from ipfm.models import EDMPrecond, NetworkConfig, save_model
+from ipfm.engine.runtime.commandline import BadInput, parse_given
+from ipfm.models import EDMPrecond, NetworkConfig, presets, save_model
 from ipfm.recipes import (
     afhqv2_ipfm,
     afhqv2_sid,
@@ -34,16 +36,17 @@ DISTIL = {
 PID = {"cifar": cifar_pid, "imagenet64": imagenet64_pid}
 TEACH = {"cifar": cifar_teacher, "ffhq": ffhq_teacher}
 
-# recipe -> (lr, beta1 of student and generator, alpha, batch, dropout, augment, EMA half-life in kimg, Heun steps)
+# recipe -> (lr, beta1 of student and generator, alpha, batch, dropout, augment, EMA half-life in kimg, Heun steps,
+# Adam's epsilon, length in kimg)
 PUBLISHED = {
-    "cifar": (1e-5, 0.0, 0.0, 1.0, 256, 0.0, 0.12, 500, 18),
-    "ffhq": (1e-5, 0.0, 0.9, 1.0, 512, 0.05, 0.15, 500, 40),
-    "afhqv2": (5e-6, 0.0, 0.0, 1.0, 512, 0.05, 0.15, 500, 40),
-    "imagenet64": (4e-6, 0.0, 0.0, 1.2, 8192, 0.1, 0.0, 2000, 40),
-    "cifar SiD": (1e-5, 0.0, 0.0, 1.2, 256, 0.13, 0.12, 500, 18),
-    "ffhq SiD": (1e-5, 0.0, 0.9, 1.2, 512, 0.05, 0.15, 500, 40),
-    "afhqv2 SiD": (5e-6, 0.0, 0.0, 1.0, 512, 0.05, 0.15, 500, 40),
-    "imagenet64 SiD": (4e-6, 0.0, 0.0, 1.2, 8192, 0.1, 0.0, 2000, 40),
+    "cifar": (1e-5, 0.0, 0.0, 1.0, 256, 0.0, 0.12, 500, 18, 1e-8, 30_000),
+    "ffhq": (1e-5, 0.0, 0.9, 1.0, 512, 0.05, 0.15, 500, 40, 1e-6, 30_000),
+    "afhqv2": (5e-6, 0.0, 0.0, 1.0, 512, 0.05, 0.15, 500, 40, 1e-6, 30_000),
+    "imagenet64": (4e-6, 0.0, 0.0, 1.2, 8192, 0.1, 0.0, 2000, 40, 1e-6, 30_000),
+    "cifar SiD": (1e-5, 0.0, 0.0, 1.2, 256, 0.13, 0.12, 500, 18, 1e-8, 500_000),
+    "ffhq SiD": (1e-5, 0.0, 0.9, 1.2, 512, 0.05, 0.15, 500, 40, 1e-6, 500_000),
+    "afhqv2 SiD": (5e-6, 0.0, 0.0, 1.0, 512, 0.05, 0.15, 500, 40, 1e-6, 500_000),
+    "imagenet64 SiD": (4e-6, 0.0, 0.0, 1.2, 8192, 0.1, 0.0, 2000, 40, 1e-6, 1_000_000),
 }
 
 
@@ -79,13 +82,15 @@ def dry(capsys: pytest.CaptureFixture[str], module, *arguments: str) -> dict[str
 def test_settings_are_those_of_the_papers(capsys: pytest.CaptureFixture[str], tmp_path: Path, recipe: str) -> None:
     # Nothing is left open for memory to decide, which takes longer for the large networks.
     said = dry(capsys, DISTIL[recipe], "--micro-batch", "16", "--zero", "1", "--backward", "phased")
-    lr, student_beta1, generator_beta1, alpha, batch, dropout, augment, ema, heun = PUBLISHED[recipe]
+    lr, student_beta1, generator_beta1, alpha, batch, dropout, augment, ema, heun, eps, kimg = PUBLISHED[recipe]
     expected = {
         "lr": lr, "student_beta1": student_beta1, "generator_beta1": generator_beta1, "alpha": alpha, "batch": batch,
         "dropout": dropout, "augment": augment, "ema_kimg": ema, "heun_steps": heun, "ema_rampup": 0.05,
-        "sigmas": 2.5, "eps": 1e-8,
+        "sigmas": 2.5, "eps": eps, "max_steps": math.ceil(kimg * 1000 / batch),
     }  # fmt: skip
     assert {name: float(said[name]) for name in expected} == pytest.approx(expected)
+    # SiD computes without TF32.
+    assert said["tf32"] == str("SiD" not in recipe)
     assert not list(tmp_path.iterdir())
 
 
@@ -103,8 +108,79 @@ def test_settings_of_pid(capsys: pytest.CaptureFixture[str], recipe: str, lr: fl
     # 0.99995 in every step: the ramp ends with the first one.
     assert 0.5 ** (batch / (1000 * float(said["ema_kimg"]))) == pytest.approx(0.99995, abs=1e-9)
     assert float(said["ema_rampup"]) == 1e6 and float(said["dropout"]) == 0
+    steps = {"cifar": 800_000, "imagenet64": 400_000}[recipe]
+    assert (int(said["max_steps"]), said["lpips_side"]) == (steps, "default")
     with pytest.raises(BadInput, match="LPIPS"):
         PID[recipe].main(["--dry-run"])
+
+
+@pytest.mark.parametrize(("recipe", "clip"), [("cifar", None), ("imagenet64", 1.0)])
+def test_pid_resizes_images_before_vgg_and_clips_as_its_paper_does(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, clip: float | None
+) -> None:
+    monkeypatch.setattr("ipfm.engine.objectives.pid.read_weights", lambda path: {})
+    base = PID[recipe].RECIPE.defaults
+    sides = {}
+    for line in ("", "--distance lpips", "--lpips-side 224", "--lpips-side None", "--distance l2"):
+        given = parse_given([*line.split(), "--dry-run"], default=base, prog="", description="")
+        config = PID[recipe].RECIPE.plan(given).config
+        sides[line] = config.lpips_side
+        assert config.clip_grad == clip
+    assert list(sides.values()) == [244, 244, 224, None, None]
+
+
+@pytest.mark.usefixtures("thin_plan")
+@pytest.mark.parametrize("recipe", [*DISTIL, "PID cifar", "PID imagenet64"])
+def test_each_setting_says_where_it_comes_from(capsys: pytest.CaptureFixture[str], recipe: str) -> None:
+    """Whatever a recipe sets has an origin, which --help and a dry run print; what is given is the user's."""
+    module = PID[recipe[4:]] if recipe.startswith("PID") else DISTIL[recipe]
+    origins, base = module.RECIPE.origins, module.RECIPE.base
+    settings = base.distillation()
+    plain, known = type(settings)(), {f.name for f in fields(settings)}
+    logs = {"heun_steps", "log_every"}
+    assert {name for name in known if getattr(settings, name) != getattr(plain, name)} - logs <= origins.keys() <= known
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    text = capsys.readouterr().out
+    assert ("where the settings come from" in text and "printed in the method's paper" in text) or "of SiD" in text
+    said = dry(capsys, module, "--lr", "0.5", *(["--distance", "l2"] if "PID" in recipe else []))["text"]
+    assert "  given: " in said and "lr" in said.partition("  given: ")[2].partition("\n")[0].split(", ")
+
+
+def test_a_run_begun_with_an_older_recipe_goes_on_as_it_was_begun(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Two student updates and 100 000 kimg were the recipe's at D = 2048; what was the user's is still compared."""
+    network = replace(presets.get("cifar10-ncsnpp", D=2048.0), model_channels=8, channel_mult=(1,), num_blocks=1)
+    save_model(EDMPrecond(network), tmp_path / "model")
+    begun = {**cifar_ipfm.BASE.to_json(), "student_updates": 2, "kimg": 100_000.0, "D": 2048.0, "sigmas": [2.5]}
+    begun |= {"precision": "fp32", "teacher_storage": "fp32"}
+    run = tmp_path / "runs" / "cifar-D2048-alpha1-K1"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"format": 1, "kind": "distill", "objective": "ipfm", "config": begun}))
+    layout = ["--teacher", str(tmp_path / "model"), "--micro-batch", "16", "--zero", "0", "--backward", "joint"]
+    said = dry(capsys, cifar_ipfm, *layout)
+    assert (said["student_updates"], said["max_steps"]) == ("2", "390625")
+    assert "was begun: kimg 100000.0, student_updates 2; the recipe itself is another now" in said["text"]
+    assert dry(capsys, cifar_ipfm, *layout, "--max-steps", "400000")["max_steps"] == "400000"
+    with pytest.raises(BadInput, match="student_updates is 2 there, 1 here"):
+        cifar_ipfm.main([*layout, "--student-updates", "1", "--dry-run"])
+    with pytest.raises(BadInput, match="batch is 256 there, 128 here"):
+        cifar_ipfm.main([*layout, "--batch", "128", "--dry-run"])
+
+
+@pytest.mark.usefixtures("thin_plan")
+@pytest.mark.parametrize(
+    ("recipe", "fid"), [("cifar", 1.923), ("ffhq", 1.55), ("afhqv2", 1.628), ("imagenet64", 1.524)]
+)
+def test_sid_has_its_published_figure(capsys: pytest.CaptureFixture[str], recipe: str, fid: float) -> None:
+    said = dry(capsys, DISTIL[f"{recipe} SiD"])
+    assert f"published is FID {fid:g} (arXiv 2404.04057)" in said["text"]
+
+
+def test_conditional_networks_of_cifar_are_trained_longer_in_sid() -> None:
+    settings = cifar_sid.RECIPE.varied({}, math.inf, conditional=True)
+    assert (settings.kimg, cifar_sid.RECIPE.varied({}, math.inf, conditional=False).kimg) == (800_000, 500_000)
 
 
 @pytest.mark.usefixtures("thin_plan")
@@ -115,7 +191,12 @@ def test_every_published_setting_is_recognised(capsys: pytest.CaptureFixture[str
         capsys, DISTIL[recipe], "--D", f"{setting.D:g}", "--alpha", f"{setting.alpha:g}", "--steps", str(setting.steps)
     )
     assert float(said["D"]) == setting.D
-    assert int(said["student_updates"]) == (2 if recipe == "cifar" and setting.D == 2048 else 1)
+    # One in the paper; two in the run without regularisation of the script that was published beside it.
+    alone = (recipe, setting.D, setting.alpha, setting.steps) == ("cifar", 2048, 0.5, 1)
+    assert int(said["student_updates"]) == (2 if alone else 1)
+    # With the paper's network and one step nothing differs; the paper does not print the levels of several.
+    unsaid = "" if setting.steps == 1 else "; its noise levels are not printed"
+    assert f"published is FID {PAPER_RESULTS[setting].fid:g} (arXiv 2509.22454{unsaid})" in said["text"]
     assert len(said["sigmas"].split(", ")) == setting.steps
     assert "no result" not in said["text"]
 

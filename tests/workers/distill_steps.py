@@ -1,9 +1,9 @@
 """Worker: distils a stored teacher for some steps in several settings, and leaves the weights of each.
 
 Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?,
-"export"?, "persistent"?, "start"?}]}. "config" may name its "objective"; without, it is ipfm. "persistent": elements below which ZeRO 3 keeps a parameter whole; 0: all are
-sharded. "start": leave what is there before the first step too, under the name with -start. A case with "save" or
-"export" leaves that alone.
+"export"?, "persistent"?, "start"?}]}. "config" may name its "objective", else ipfm. "persistent": elements below which
+ZeRO 3 keeps a parameter whole; 0: all are sharded. "start": leave what is there before the first step too, under the
+name with -start. A case with "save" or "export" leaves that alone.
 """
 
 import copy

@@ -253,7 +253,7 @@ def _result(generator: EvaluationRow, teacher: EvaluationRow | None, metric: str
         if teacher.frechet > 0 and 0.1 < generator.frechet / teacher.frechet < 100:
             text += f": {generator.frechet / teacher.frechet:.2f} times the teacher's"
     text += f" ({generator.images:,} images each)." if teacher is not None else f" ({generator.images:,} images)."
-    return f"{text} Published for this setting: {generator.paper}." if generator.paper else text
+    return f"{text} Published: {generator.paper}." if generator.paper else text
 
 
 def _teacher(record: RunRecord) -> str:

@@ -78,8 +78,7 @@ def reproduce(record: RunRecord) -> Command:
         if isinstance(recipe, (DistilRecipe, TrainAndDistil)) and isinstance(recipe.base, kind):
             likeness = _likeness(record, recipe)
             if likeness is not None:
-                base = recipe.variant(recipe.base, D) if isinstance(recipe, DistilRecipe) else recipe.base
-                options = _options(record, base)
+                options = _options(record, _base(record, recipe, D))
                 found.append((likeness, len(options), recipe.file, recipe, options))
     if not found:
         return Command(
@@ -125,6 +124,14 @@ def _recipes() -> Iterator[object]:
         recipe = getattr(import_module(module.name), "RECIPE", None)
         if recipe is not None:
             yield recipe
+
+
+def _base(record: RunRecord, recipe: DistilRecipe | TrainAndDistil, D: float) -> Any:
+    """The settings of the recipe where those of the run that it does not set otherwise are given."""
+    if not isinstance(recipe, DistilRecipe):
+        return recipe.base
+    network = _network(record)
+    return recipe.varied(record.config, D, conditional=network is not None and bool(network.label_dim))
 
 
 def _likeness(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> int | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ipfm.engine.commands.describe import architecture, family, images
+from ipfm.engine.commands.describe import architecture, images
 from ipfm.engine.commands.info import Info
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.evaluation.results import EvaluationHistory, EvaluationRow, write_results
@@ -116,7 +116,7 @@ def test_a_folder_that_is_neither(tmp_path: Path) -> None:
 
 
 def test_architectures_have_their_names() -> None:
-    known = {name: family(presets.get(name)) for name in presets.names()}
+    known = {name: presets.get(name).family for name in presets.names()}
     assert {name: found for name, found in known.items() if "-" in name} == {
         name: {"ddpmpp": "ddpm++", "ncsnpp": "ncsn++", "adm": "ADM"}[next(p for p in name.split("-") if p[-1] in "pm")]
         for name in presets.names()
@@ -125,7 +125,7 @@ def test_architectures_have_their_names() -> None:
     ncsnpp = presets.get("cifar10-ncsnpp-cond")
     assert architecture(ncsnpp) == "ncsn++, 256, 256, 256 channels, 4 blocks a level"
     assert images(ncsnpp) == "3x32x32, 10 classes"
-    assert family(replace(ncsnpp, encoder_type="standard")) == "SongUNet (fourier, standard, standard)"
+    assert replace(ncsnpp, encoder_type="standard").family == "SongUNet (fourier, standard, standard)"
 
 
 def test_json_is_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:

@@ -281,7 +281,10 @@ def test_commands_of_the_recipes(tmp_path: Path, module: Any, dataset: str, opti
     recipe = module.RECIPE
 
     def settings(arguments: list[str], D: float) -> Any:
-        base = recipe.variant(recipe.base, D) if hasattr(recipe, "variant") else recipe.base
+        base = recipe.base
+        if hasattr(recipe, "variant"):
+            read = parse(type(base), arguments, default=base, prog="", description="")
+            base = recipe.varied(vars(read), D, conditional=dataset.endswith("-cond"))
         config = parse(type(recipe.base), arguments, default=base, prog="", description="").distillation()
         return replace(config, sigmas=config.levels) if isinstance(config, DistillConfig) else config
 

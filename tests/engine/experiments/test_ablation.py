@@ -22,13 +22,22 @@ from ipfm.engine.experiments.ablation_runs import Run
 from ipfm.engine.runtime.commandline import BadInput, parse_given
 from ipfm.engine.runtime.errors import Interrupted
 from ipfm.models import EDMPrecond, NetworkConfig, load_model, presets, save_model
-from ipfm.recipes import ablation_alpha, ablation_architecture, ablation_D, ablation_init, ablation_pid, ablation_steps
+from ipfm.recipes import (
+    ablation_alpha,
+    ablation_architecture,
+    ablation_D,
+    ablation_divergence,
+    ablation_init,
+    ablation_pid,
+    ablation_steps,
+)
 
 ALL = {
     "D": ablation_D,
     "alpha": ablation_alpha,
     "init": ablation_init,
     "architecture": ablation_architecture,
+    "divergence": ablation_divergence,
     "steps": ablation_steps,
     "pid": ablation_pid,
 }
@@ -171,6 +180,7 @@ def thin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("architecture", set()),
         ("steps", {"steps", "sigmas", "gradient"}),
         ("pid", {"D", "difference", "points"}),
+        ("divergence", {"D"}),
     ],
 )
 def test_nothing_else_varies(name: str, free: set[str]) -> None:
@@ -190,9 +200,25 @@ def test_nothing_else_varies(name: str, free: set[str]) -> None:
         "architecture": [(128.0, "ncsnpp"), (128.0, "ddpmpp"), (128.0, "adm")],
         "steps": [(128.0, "ddpmpp")],
         "pid": [(math.inf, "ddpmpp"), (128.0, "ddpmpp")],
+        "divergence": [(D, arch) for arch in ("ncsnpp", "ddpmpp") for D in (128.0, 2048.0, math.inf)],
     }
     assert networks == expected[name]
     assert len({str(t.training and t.training.to_json() | {"D": None}) for t in plan.teachers.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "settings"),
+    [
+        ("alpha", "alpha0", {"alpha": 0.0}),
+        ("pid", "Dinf-first-N1000", {"points": 1000, "difference": "first"}),
+        ("divergence", "ncsnpp-Dinf", {"alpha": 1.2}),
+    ],
+)
+def test_what_the_papers_vary_can_be_named(name: str, label: str, settings: dict[str, float]) -> None:
+    """Further variants are run when they are named; the rest of the plan is as it was."""
+    plan = plan_of(ALL[name], "--variants", label, "--seeds", "0")
+    ((run, _),) = plan.runs
+    assert run.variant == label and {key: getattr(run.config, key) for key in settings} == settings
 
 
 @pytest.mark.parametrize(

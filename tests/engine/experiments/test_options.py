@@ -76,7 +76,7 @@ def test_recipes_and_ablations_of_a_third_objective() -> None:
     base = recipe_options(ToyConfig(max_steps=7))
     toy = cifar_ipfm.RECIPE.with_options("toy.py", "A toy.", base, D=2.0, settings_of="nobody")
     assert (toy.file, toy.shape, toy.settings_from) == ("toy.py", (3, 32, 32), "CIFAR-10: the settings of nobody")
-    assert toy.variant(toy.base, 2048.0) is base
+    assert toy.varied({}, 2048.0, conditional=True) == base
     local = digits_ipfm.RECIPE.with_options("toy.py", "A toy.", base)
     assert local.base is base and local.data is digits_ipfm.RECIPE.data
     ablation = as_ablation(base, seeds=(3,), max_steps=9)

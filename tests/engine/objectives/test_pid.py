@@ -20,7 +20,7 @@ from ipfm.engine.random_streams import draw_labels, seed_dropout
 from ipfm.engine.sampling.stored_model import sample_model
 from ipfm.engine.sampling.trajectory import trajectory
 from ipfm.kernels import perturb, philox
-from ipfm.models import EDMPrecond, NetworkConfig, Precond, read_config
+from ipfm.models import EDMPrecond, NetworkConfig, Precond, presets, read_config
 from ipfm.models.facts import GeneratorFacts
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -188,6 +188,25 @@ def test_published_figures() -> None:
     }
     for other in (replace(config, points=35), replace(config, width=0.5), replace(config, difference="central")):
         assert other.published("cifar10") == {}
+    small = replace(config, distance="lpips", width=0.5, lpips_side=224)
+    assert [r.fid for r in small.published("cifar10").values()] == [8.29]
+
+
+def test_a_published_figure_stands_with_what_the_paper_did_otherwise() -> None:
+    """Images resized before VGG, clipped gradients, fp16, the teacher's network."""
+    config = PidConfig(distance="lpips", precision="bf16")
+
+    def differs(dataset: str, preset: str, **settings) -> tuple[str, ...]:
+        figure = config.figure(dataset, replace(config, **settings).to_json(), presets.get(preset))
+        assert figure is not None
+        return figure.differs
+
+    assert differs("cifar10", "cifar10-ddpmpp") == ("side before VGG 244 there, as it is here",)
+    assert differs("cifar10", "cifar10-ddpmpp", lpips_side=224) == differs("cifar10", "cifar10-ddpmpp", lpips_side=244)
+    assert differs("cifar10", "cifar10-ncsnpp", lpips_side=244) == ("ddpm++ there, ncsn++ here",)
+    imagenet = ("imagenet64-cond", "imagenet64-adm")
+    assert differs(*imagenet, lpips_side=244) == ("precision fp16 there, bf16 here", "gradient clipping there")
+    assert differs(*imagenet, lpips_side=244, precision="fp16", clip_grad=1.0) == ()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from ipfm.engine.evaluation.results import (
     results_table,
     write_results,
 )
-from ipfm.engine.objectives.published import PAPER_RESULTS, paper_result
+from ipfm.engine.objectives.published import PAPER_RESULTS, SID_RESULTS, paper_result
 from ipfm.engine.training.monitor import Monitor
 
 
@@ -440,6 +440,9 @@ def test_published_figures():
         ("afhq64", 128, 1.0, 1),
     ):
         assert paper_result(*nothing) is None
+    assert {s.dataset: r.fid for s, r in SID_RESULTS.items()} == {
+        "cifar10": 1.923, "cifar10cond": 1.71, "ffhq64": 1.55, "afhqv264": 1.628, "imagenet64cond": 1.524
+    }  # fmt: skip
 
 
 def test_import_needs_no_plotting_libraries():

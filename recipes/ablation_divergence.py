@@ -1,0 +1,39 @@
+"""Where alpha = 1.2 diverges: ncsn++ and ddpm++, each at D = 128, 2048, inf, distilled with the same settings.
+
+    deepspeed recipes/ablation_divergence.py
+    python recipes/ablation_divergence.py --alpha 1 --out runs/ablation-divergence-1
+    deepspeed recipes/ablation_divergence.py --data cifar --variants ncsnpp-D128 ncsnpp-D2048 --teachers \
+ncsnpp-D128=training-state-d128.pt ncsnpp-D2048=cifar10_ncsnpp_D_2048.pkl --reference cifar10-32x32.npz \
+--inception inception-2015-12-05.pt
+
+Appendix B of arXiv 2509.22454, where it was seen on CIFAR-10: with ncsn++ at D = inf and at one finite D the runs
+diverged, at another they remained stable; with ddpm++ at D = inf they were stable and matched SiD. Leaves ablation.csv,
+ablation.png and ablation.md in runs/ablation-divergence. The same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ipfm.engine.experiments import Ablation, Arch, Variant, run_command
+from ipfm.recipes.ablation_data import CIFAR, DIGITS
+
+ARCHITECTURES: tuple[Arch, ...] = ("ncsnpp", "ddpmpp")
+
+ABLATION = Ablation(
+    file="ablation_divergence.py",
+    about=__doc__ or "",
+    name="divergence",
+    title="alpha = 1.2 by architecture and auxiliary dimensions D",
+    variants=tuple(
+        Variant(label=f"{arch}-D{D:g}", D=D, arch=arch) for arch in ARCHITECTURES for D in (128.0, 2048.0, math.inf)
+    ),
+    digits=replace(DIGITS, base=replace(DIGITS.base, alpha=1.2)),
+    cifar=replace(CIFAR, base=replace(CIFAR.base, alpha=1.2)),
+)
+
+main = ABLATION.main
+
+if __name__ == "__main__":
+    run_command(__file__, main)
