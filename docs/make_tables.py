@@ -105,13 +105,13 @@ def largest(precision: Precision = "bf16", gpu: int = 24, cases: Sequence[Case] 
 
 def settings() -> list[str]:
     """The recipes that distil with a student, a row each."""
-    names = ("recipe", "batch", "lr", "α", "β₁ of S, G", "dropout", "augment", "EMA half-life, kimg", "length")
+    names = ("recipe", "batch", "lr", "α", "β₁ of S, G", "ε", "dropout", "augment", "EMA half-life, kimg", "length")
     rows = [_row(names), _row(["---"] * len(names))]
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid,
                    imagenet64_sid, digits_ipfm, shapes_ipfm):  # fmt: skip
         base = module.RECIPE.base
         betas = f"{base.student_beta1:g}, {base.generator_beta1:g}"
-        numbers = (base.batch, base.lr, base.alpha, betas, base.dropout, base.augment, base.ema_kimg)
+        numbers = (base.batch, base.lr, base.alpha, betas, base.eps, base.dropout, base.augment, base.ema_kimg)
         rows.append(_row([f"`{module.RECIPE.file}`", *map(_shown, numbers), _length(base)]))
     return rows
 
@@ -251,7 +251,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _length(config: RunConfig) -> str:
-    return f"{config.kimg:,g} kimg".replace(",", " ") if config.max_steps is None else f"{config.max_steps} steps"
+    return f"{config.kimg:,.9g} kimg".replace(",", " ") if config.max_steps is None else f"{config.max_steps} steps"
 
 
 def _shown(value: object) -> str:

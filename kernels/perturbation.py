@@ -345,7 +345,8 @@ def perturb(
     Args:
         y: (B, C, H, W) or (B, N), float32, bfloat16, float16 or float64, of any strides; B = 0 is fine. y = 0 gives the
             samplers' prior. Half precision is perturbed in float32 and rounded once.
-        sigma: (B,) float32 or float64, noise levels in the units of y.
+        sigma: (B,) float32 or float64, noise levels in the units of y. Not PFGM++'s r: one that is given r draws noise
+            √D times too large; σ = r/√D.
         D: number of auxiliary dimensions, any real in (0, ∞].
         seed: in [0, 2⁶⁴); with stream, step and sample_index the position of the noise, as in
             `ipfm.kernels.philox.uniform`. Element i (in C-contiguous order) of a sample gets the same noise whatever

@@ -35,7 +35,7 @@ BASE = PidConfig(
 )
 
 ORIGINS = {
-    **origins("paper", "batch", "lr", "points", "difference", "distance", "dropout", "ema_kimg", "init"),
+    **origins("paper", "batch", "lr", "points", "difference", "distance", "dropout", "ema_kimg"),
     **origins("paper", lpips_side=f"{PAPER_SIDE}; {SCRIPT_SIDE} in the script"),
     **origins("script", kimg="800 000 steps of 512"),
     **origins("ours", "beta1", "eps", ema_rampup="none, so that every step has the paper's decay"),

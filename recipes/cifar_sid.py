@@ -23,7 +23,7 @@ from ipfm.recipes import cifar_ipfm
 # Of every recipe of SiD's.
 ORIGINS = {
     **origins("SiD", "alpha", "batch", "lr", "generator_beta1", "student_beta1", "student_updates", "sigma_init"),
-    **origins("SiD", "noise", "init", "student_init", "dropout", "augment", "ema_kimg", "ema_rampup", "eps", "tf32"),
+    **origins("SiD", "noise", "dropout", "augment", "ema_kimg", "ema_rampup", "eps", "tf32"),
     **origins("SiD", kimg="800 Mimg for conditional networks of CIFAR-10; 100 Mimg are called very competitive"),
     **origins("ours", precision="auto; SiD has fp32"),
 }

@@ -33,7 +33,7 @@ BASE = PidConfig(
 )
 
 ORIGINS = {
-    **origins("paper", "batch", "lr", "points", "difference", "distance", "dropout", "ema_kimg", "init"),
+    **origins("paper", "batch", "lr", "points", "difference", "distance", "dropout", "ema_kimg"),
     **origins("paper", lpips_side=f"{PAPER_SIDE}; {SCRIPT_SIDE} in the script"),
     **origins("script", kimg="400 000 steps of 2048"),
     **origins("ours", precision="auto; the paper has fp16", clip_grad="1; the paper clips, its norm is not known here"),

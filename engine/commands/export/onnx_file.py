@@ -34,7 +34,7 @@ def check_onnx(network: ExportedNetwork | None = None) -> None:
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise ValueError(f"the format onnx needs {', '.join(missing)}: pip install 'ipfm[onnx]'")
+        raise ValueError(f"the format onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
     tensors = [] if network is None else [*network.net.parameters(), *network.net.buffers()]
     size = sum(t.numel() * t.element_size() for t in tensors)
     if size > MOST_BYTES:

@@ -358,5 +358,5 @@ def test_what_is_refused(
     monkeypatch.setattr(onnx_file, "MOST_BYTES", 1000)
     assert "an ONNX file holds 2 GiB" in refused(capsys, one, tmp_path / "a.onnx")
     monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "onnxscript" else object())
-    assert "needs onnxscript: pip install 'ipfm[onnx]'" in refused(capsys, one, tmp_path / "a.onnx")
+    assert "needs onnxscript: pip install onnxscript" in refused(capsys, one, tmp_path / "a.onnx")
     assert sorted(tmp_path.rglob("*")) == before
