@@ -38,7 +38,8 @@ class Export:
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """File or folder to write; an earlier export there is replaced, nothing else is."""
     format: Literal["onnx", "torch", "huggingface"] | None = None
-    """onnx needs pip install onnx onnxscript onnxruntime. Default: by OUT, onnx for .onnx, torch for .pt2, else huggingface."""
+    """onnx needs pip install onnx onnxscript onnxruntime. Default: by OUT, onnx for .onnx, torch for .pt2, else
+    huggingface."""
     samples: int | None = None
     """Images in the picture of a Hugging Face folder, 0 for none. Default: 64, of a teacher 16."""
     D: float | None = None
