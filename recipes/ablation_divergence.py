@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from ipfm.engine.experiments import Ablation, Arch, Variant, run_command
+from ipfm.engine.experiments import Ablation, Arch, Variant, as_ablation, run_command
 from ipfm.recipes.ablation_data import CIFAR, DIGITS
 
 ARCHITECTURES: tuple[Arch, ...] = ("ncsnpp", "ddpmpp")
@@ -29,8 +29,8 @@ ABLATION = Ablation(
     variants=tuple(
         Variant(label=f"{arch}-D{D:g}", D=D, arch=arch) for arch in ARCHITECTURES for D in (128.0, 2048.0, math.inf)
     ),
-    digits=replace(DIGITS, base=replace(DIGITS.base, alpha=1.2)),
-    cifar=replace(CIFAR, base=replace(CIFAR.base, alpha=1.2)),
+    digits=replace(DIGITS, base=as_ablation(DIGITS.base, alpha=1.2)),
+    cifar=replace(CIFAR, base=as_ablation(CIFAR.base, alpha=1.2)),
 )
 
 main = ABLATION.main
