@@ -169,7 +169,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
 
 @pytest.mark.distributed
 def test_cifar_trains_from_a_model_folder(models: dict[str, Path], tmp_path: Path) -> None:
-    """End to end at reduced width: one student update, as the paper has it at every D; the teacher's dropout is not carried over."""
+    """End to end at reduced width: the paper's one student update; the teacher's dropout is not carried over."""
     done = prepared.run(
         launch.ROOT / "recipes" / "cifar_ipfm.py", "--teacher", models["cifar"], "--out", tmp_path / "run",
         "--max-steps", 2, "--batch", 4, "--log-every", 1, "--backward", "phased", env=launch.environment(),
