@@ -26,6 +26,7 @@ from ipfm.engine.evaluation.metrics import (
 from ipfm.engine.evaluation.metrics.evaluate import PR_IMAGES, check_metrics
 from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION
 from ipfm.engine.evaluation.reference_data import ReferenceFile, make_reference, open_reference
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.models import Precond
 
@@ -197,12 +198,13 @@ class Comparison:
             if self.file is not None and self.file.statistics is None and self.file.images is not None:
                 sets[" of the reference"] = len(self.file.images)
             said += [
-                f"{count:,} images{whose} are fewer than the {dim:,} features: their covariance is singular, and the "
-                "distance larger than that of many images"
+                f"{counted(count, 'image')}{whose}, no more than the {dim:,} features: their covariance is singular, and "
+                "the distance larger than that of many images"
                 for whose, count in sets.items()
                 if count <= dim
             ]
-        if self.file is not None and (words := _other_size(self.file, shape)):
+        # Pixels of another size are an error.
+        if self.file is not None and self.features.name != "pixels" and (words := _other_size(self.file, shape)):
             said.append(words)
         return said
 

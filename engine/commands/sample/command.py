@@ -194,8 +194,8 @@ class Sample:
 
         channels, height, width = network.image_shape
         size = min(self.batch, count)
-        # The sampler's state in float64, and an activation of the first level where the network is on the host too.
-        each = 8 * channels + (8 * network.model_channels if run_device().type == "cpu" else 0)
+        # The images, and where the network is on the host too its input and an activation of the first level.
+        each = 4 * channels + (4 * (channels + 2 * network.model_channels) if run_device().type == "cpu" else 0)
         check_memory(size * height * width * each, f"a batch of {size:,} images", "give a smaller --batch")
 
     def _destination(self, model: SampledModel, names: Sequence[int], of_one_seed: bool) -> Destination:

@@ -301,11 +301,11 @@ def test_what_to_know_of_a_distance_is_said_and_in_json(
         assert [line for line in found.err.splitlines() if "note" in line] == [f"ipfm: note: {text}" for text in said]
         return said
 
-    singular = "are fewer than the {} features: their covariance is singular, and the distance larger than that of many"
-    assert remarks() == [f"30 images {singular.format(64)} images"]
+    singular = ", no more than the {} features: their covariance is singular, and the distance larger than that of many"
+    assert remarks() == [f"30 images{singular.format(64)} images"]
     assert remarks(images=65) == []
     of_reference = remarks(images=65, reference=root / "real.npz")
-    assert of_reference == [f"40 images of the reference {singular.format(64)} images"]
+    assert of_reference == [f"40 images of the reference{singular.format(64)} images"]
     with np.load(root / "real.npz") as arrays:
         np.savez(tmp_path / "large.npz", arr_0=arrays["arr_0"].repeat(2, axis=1).repeat(2, axis=2).repeat(3, axis=3))
     inception = {"features": "inception", "inception": root / "inception.pt", "images": 65}
