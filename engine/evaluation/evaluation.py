@@ -198,8 +198,8 @@ class Comparison:
             if self.file is not None and self.file.statistics is None and self.file.images is not None:
                 sets[" of the reference"] = len(self.file.images)
             said += [
-                f"{counted(count, 'image')}{whose}, no more than the {dim:,} features: their covariance is singular, and "
-                "the distance larger than that of many images"
+                f"{counted(count, 'image')}{whose}, no more than the {dim:,} features: their covariance is singular, "
+                "and the distance larger than that of many images"
                 for whose, count in sets.items()
                 if count <= dim
             ]
