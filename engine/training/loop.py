@@ -152,6 +152,8 @@ class _Run:
         total = config.total_steps
         if self.checkpoint is not None:
             self.monitor.message(f"continuing at step {progress.step} from {self.checkpoint}")
+        if config.from_step is not None:
+            self.monitor.message("what came after this step is forgotten: leave --from-step out to resume afterwards")
         if evaluation_due:
             self._stop(self._evaluate())
         self._since = time.perf_counter()

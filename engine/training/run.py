@@ -22,9 +22,11 @@ from ipfm.engine.evaluation.metrics import FrechetResult
 from ipfm.engine.memory import MemoryPlan
 from ipfm.engine.memory.live import bytes_in_use
 from ipfm.engine.objectives.step_metrics import StepMetrics
+from ipfm.engine.runtime.errors import TrainingFailed
 from ipfm.engine.training.loop import Progress, train
 from ipfm.engine.training.run_folder import RunFolder, check_run_folder, open_run_folder
 from ipfm.models import NetworkConfig, Precond, save_model
+from ipfm.models.atomic_files import why
 from ipfm.models.facts import ModelFacts
 
 C = TypeVar("C", bound=RunConfig)
@@ -181,11 +183,21 @@ class TrainingRun(ABC, Generic[C]):
             folder: where the model is stored; what is there is replaced.
             about: what it says of itself, but for these settings and steps.
             steps: number of optimiser steps done.
+
+        Raises:
+            TrainingFailed: on every process: the disk refuses.
         """
         self.refresh()
+        reason = ""
         if self.world.is_main:
             places = place_settings(type(self.config)) | set(getattr(self.config, "unused", ()))
             settings = {name: value for name, value in self.config.to_json().items() if name not in places}
             made = replace(about, optimizer_steps=steps, settings=settings)
-            save_model(self.average, folder, extra=made.to_json())
-        self.world.barrier()
+            try:
+                save_model(self.average, folder, extra=made.to_json())
+            except OSError as error:
+                reason = why(error)
+        if reason := self.world.broadcast_text(reason):
+            raise TrainingFailed(
+                f"the network cannot be stored in {folder} ({reason}); the state is saved: the same command stores it"
+            )

@@ -42,6 +42,7 @@ from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.runtime.commandline import parse, run_command
 from ipfm.engine.runtime.files import json_line
 from ipfm.engine.training import run_folder
+from ipfm.engine.training.pace import Pace
 from ipfm.engine.training.run_folder import _identity, check_run_folder, open_run_folder
 from ipfm.engine.training.run_state import read_run
 from ipfm.models import EDMPrecond, presets, save_model
@@ -512,6 +513,12 @@ def test_images_per_second_from_the_times_of_the_losses(tmp_path: Path, drawn: N
     files[0].write_bytes(files[0].read_bytes()[:-7])
     assert facts_of(read_run(run)).pace == facts.pace
     assert "8.000" in page_of(run).alts[-1]
+
+
+def test_a_clock_that_was_set_back_takes_no_time_away() -> None:
+    pace = Pace((((10, 1000.0), (20, 400.0), (30, 410.0)), ((40, 500.0), (50, 520.0))))
+    assert pace.seconds == 20
+    assert pace.images_per_second(4, log_every=10, pauses=()) == [(30, 4.0), (50, 2.0)]
 
 
 def test_smoothing_and_the_axis() -> None:

@@ -15,7 +15,7 @@ from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.evaluation.metrics import PixelFeatures, Statistics
 from ipfm.engine.objectives.ipfm import DistillConfig
-from ipfm.engine.runtime.errors import Interrupted
+from ipfm.engine.runtime.errors import Interrupted, TrainingFailed
 from ipfm.engine.training import distiller
 from ipfm.engine.training.distiller import Distiller
 from ipfm.models import NetworkConfig, build_network
@@ -74,6 +74,19 @@ def test_a_table_that_cannot_be_measured_is_a_warning_and_measured_by_the_same_c
     picture = tmp_path / "convergence.png"
     assert f"warning: no {picture}: Key backend: no such thing" in capsys.readouterr().err
     assert (tmp_path / "results.json").exists() and not picture.exists()
+
+
+def test_a_network_that_cannot_be_stored_is_one_line_and_stored_by_the_same_command(tmp_path: Path) -> None:
+    run(tmp_path / "other")
+    (tmp_path / "other" / "generator").rename(tmp_path / "moved")
+    (tmp_path / "other" / ".generator.partial").write_text("a file in the way of the folder")
+    message = (
+        r"^the network cannot be stored in .*generator \(File exists\); the state is saved: the same command stores"
+    )
+    with pytest.raises(TrainingFailed, match=message):
+        run(tmp_path / "other")
+    (tmp_path / "other" / ".generator.partial").unlink()
+    assert [row.label for row in run(tmp_path / "other").rows] == ["teacher", "generator"]
 
 
 @pytest.mark.parametrize(("fault", "finite"), [("some", 8), ("all", 0)])

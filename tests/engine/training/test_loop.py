@@ -278,6 +278,12 @@ def test_an_evaluation_or_a_picture_that_fails_is_a_warning(tmp_path, capsys, er
     assert steps(tmp_path) == list(range(12)) and find_checkpoint(tmp_path / "checkpoints").name == "step-0000012"
 
 
+def test_a_profile_of_memory_that_fails_is_a_warning(tmp_path, capsys) -> None:
+    assert train(Counting(), config(profile_memory=2), RunFolder(tmp_path)).step == 12
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert line.startswith("warning: no profile of memory: AttributeError: 'Counting' object has no attribute")
+
+
 def test_a_second_ctrl_c_within_an_evaluation_says_where_the_run_continues(tmp_path, usual_ctrl_c) -> None:
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)

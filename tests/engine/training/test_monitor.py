@@ -188,6 +188,32 @@ def test_tensorboard_that_cannot_be_written_is_one_warning(tmp_path, capsys):
     assert (tmp_path / "samples" / "step-0000003.png").exists()
 
 
+def test_tensorboard_that_fails_in_its_own_way_is_one_warning(tmp_path, monkeypatch, capsys):
+    """A package that does not go with another, or a thread of it that has died."""
+    import torch.utils.tensorboard
+
+    def broken(*_, **__):
+        raise TypeError("Descriptors cannot be created directly")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.utils.tensorboard, "SummaryWriter", broken)
+        monitor(tmp_path / "a", tensorboard=True).close()
+    with monitor(tmp_path / "b", tensorboard=True) as m:
+        monkeypatch.setattr(type(m._board), "add_scalar", broken)
+        for step in range(3):
+            m.record(step, {"loss": 1.0})
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert [("Descriptors" in line, "no TensorBoard in" in line) for line in warnings] == [(True, True)] * 2
+    assert len(lines(tmp_path / "b" / "metrics.jsonl")) == 3
+
+
+def test_a_picture_that_cannot_be_drawn_is_one_warning(tmp_path, capsys):
+    with monitor(tmp_path) as m:
+        m.image(1, torch.zeros(2, 5, 8, 8))
+        m.image(2, torch.zeros(2, 5, 8, 8))
+    assert capsys.readouterr().err.count(f"warning: {tmp_path / 'samples'} cannot be written: ") == 1
+
+
 FULL_DISK = """
 import resource, sys
 import torch
