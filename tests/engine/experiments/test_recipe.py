@@ -210,7 +210,9 @@ def run(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str], *, rank: int 
         return Process(rank, 2, CPU)
 
     monkeypatch.setattr(choreography, "start_world", start)
-    monkeypatch.setenv("RANK", str(rank))
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
     try:
         Nothing(file="nothing.py", about="", done=done).main(arguments)
     except (BadInput, ValueError) as error:
