@@ -212,10 +212,10 @@ class DistilRecipe(Recipe[DistillationOptions]):
     def _as_begun(self, path: Path, options: DistillationOptions, given: frozenset[str]) -> dict[str, Any]:
         """What the run in `path` has of an earlier version of this recipe, where nothing else is given."""
         try:
-            begun = json.loads((path / "config.json").read_text(encoding="utf-8"))["config"]
-            found = {n: begun[n] for n, values in self.formerly.items() if n in begun and begun[n] in values}
+            begun = dict(json.loads((path / "config.json").read_text(encoding="utf-8"))["config"])
         except (OSError, ValueError, LookupError, TypeError):
             return {}
+        found = {n: begun[n] for n, values in self.formerly.items() if n in begun and begun[n] in values}
         # Another length may be asked for in two ways.
         if {"kimg", "max_steps"} & given or begun.get("max_steps") is not None:
             found.pop("kimg", None)

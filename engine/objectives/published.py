@@ -217,4 +217,6 @@ def _shown(value: Any) -> str:
         return "as it is"
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    # A folder's settings may hold anything.
+    return text if text.isprintable() and len(text) <= 40 else f"{text[:40]!r}"

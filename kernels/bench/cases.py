@@ -77,7 +77,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
                 yield group_norm_case(device, shape, dtype, last=last, scaled=True)
             if (channels, height) == (256, 32):
                 yield group_norm_case(device, shape, dtype, last=False, scaled=False)
-    # As many parameters as ncsn++ has: 55.7 million.
+    # About as many parameters as ncsn++ has: 56 million.
     width, convolutions, vectors = (256, 95, 405) if cuda else (32, 32, 32)
     shapes: list[tuple[int, ...]] = [(width, width, 3, 3)] * convolutions
     shapes += [(width,)] * vectors

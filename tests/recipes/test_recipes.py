@@ -167,6 +167,12 @@ def test_a_run_begun_with_an_older_recipe_goes_on_as_it_was_begun(
         cifar_ipfm.main([*layout, "--student-updates", "1", "--dry-run"])
     with pytest.raises(BadInput, match="batch is 256 there, 128 here"):
         cifar_ipfm.main([*layout, "--batch", "128", "--dry-run"])
+    # Elsewhere the recipe is what it is now; what cannot be read is refused as before.
+    assert dry(capsys, cifar_ipfm, *layout, "--out", "new")["max_steps"] == "117188"
+    for damaged in ('{"config": ["kimg"]}', '{"config": "kimg"}', "[]", "{"):
+        (run / "config.json").write_text(damaged)
+        with pytest.raises(BadInput, match="cannot be read as a run's configuration"):
+            cifar_ipfm.main([*layout, "--dry-run"])
 
 
 @pytest.mark.usefixtures("thin_plan")

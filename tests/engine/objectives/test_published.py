@@ -39,6 +39,14 @@ def test_a_published_figure_says_what_differs(settings: dict, preset: str, diffe
     assert str(figure) == f"FID {figure.fid:g} ({'; '.join(('arXiv 2509.22454', *differs))})"
 
 
+@pytest.mark.parametrize("width", ["wide", "a\nb", "x" * 10_000, None, [[1]], {"a": 1}, float("nan"), True, -1])
+def test_what_a_folder_says_is_shown_in_one_line(width: object) -> None:
+    found = paper_result("cifar10", 128, 1.0, 1)
+    assert found is not None
+    text = str(found.beside({"width": width, "sigmas": {}}, presets.get("cifar10-ncsnpp", D=128.0)))
+    assert text.startswith("FID 3.31 (arXiv 2509.22454") and "\n" not in text and len(text) < 300
+
+
 def test_a_teachers_figure_says_with_how_many_evaluations() -> None:
     found = paper_result("cifar10", 2048, 1.0, 1)
     network = presets.get("cifar10-ncsnpp", D=2048.0)
