@@ -114,8 +114,8 @@ def _run_rows(facts: Mapping[str, Any], used: Mapping[str, Any], objective: str 
 # What follows for whoever started the run.
 _WAYS_ON = {
     "stopped": "; the same command continues",
-    "diverged": ": too many samples or gradients were not finite, and will be again from its last checkpoint; see "
-    "--from-step and other settings",
+    "diverged": ": too many samples or gradients were not finite, and the same command would probably meet them again; "
+    "other settings need another --out",
 }
 
 

@@ -118,8 +118,8 @@ class _Run:
                         picture.unlink(missing_ok=True)
             # The table of an earlier, shorter part of the run no longer holds.
             forget_results(path)
-            for name in (FAILED_FILE, TRACEBACK):
-                (path / name).unlink(missing_ok=True)
+            for left in (path / FAILED_FILE, *path.glob("traceback*.txt")):
+                left.unlink(missing_ok=True)
             log_start(path, first, self.world)
         monitor = Monitor(
             path,
@@ -193,9 +193,12 @@ class _Run:
         saved = ""
         if not (alone or self._updating or progress.step == self.task.first_step):
             saved = self._saved()
-        whose = f"process {world.rank} of {world.size}: " if alone else ""
-        failed = TrainingFailed(f"{whose}{text}{saved}: {_way_on(self.folder)}")
-        failed.alone = alone
+        if not alone:
+            return TrainingFailed(f"{text}{saved}: {_way_on(self.folder)}")
+        # Which it is only the first process knows, which may still be writing one.
+        way_on = f"the same command continues {self.folder.path} from its last checkpoint"
+        failed = TrainingFailed(f"process {world.rank} of {world.size}: {text}: {way_on}")
+        failed.alone = True
         return failed
 
     def _saved(self) -> str:

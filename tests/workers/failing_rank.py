@@ -5,6 +5,7 @@ Argument (JSON): {"out": folder}
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import start_world
 from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.evaluation.metrics import PixelFeatures, Statistics
+from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.engine.runtime.errors import TrainingFailed
 from ipfm.engine.runtime.launcher import stop_world
 from ipfm.engine.training.teacher import TeacherTraining
@@ -71,8 +73,19 @@ def main() -> None:
             found[name] = ""
         except TrainingFailed as error:
             found[name] = str(error)
+    training = TeacherTraining(replace(config, max_steps=6), NETWORK, data, world=world)
+    if world.rank == 1:
+        training._step = broken
+    try:
+        training.run(out / "run")
+    except TrainingFailed as error:
+        found["alone"] = str(error)
     (out / f"rank{world.rank}.json").write_text(json.dumps(found))
     stop_world()
+
+
+def broken(step: int) -> StepMetrics:
+    raise TypeError("a defect of one")
 
 
 main()

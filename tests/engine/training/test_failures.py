@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -236,10 +237,17 @@ def test_what_fails_on_one_of_two_processes_stops_or_warns_both(tmp_path: Path) 
     launch.run_workers("failing_rank.py", 2, {"out": str(tmp_path)}, timeout=60)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     run = tmp_path / "run"
-    assert first == second == {
+    assert {**first, "alone": ""} == {**second, "alone": ""} == {
+        "alone": "",
         "stopped": "/data/7.png: Input/output error; the state is saved: the same command continues "
         f"{run} from its checkpoint step-0000003",
         "finished": "",
     }  # fmt: skip
+    # What no process but the one knows ends the others too, which lose it.
+    assert re.fullmatch(
+        r"process 1 of 2: TypeError: a defect of one \(.*traceback-1\.txt\): the same command continues .*run from its "
+        r"last checkpoint", second["alone"]
+    )  # fmt: skip
+    assert "has ended or does not answer" in first["alone"] and (run / "traceback-1.txt").exists()
     assert newest(run) == 4 and not (run / "evaluations.jsonl").exists()
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
