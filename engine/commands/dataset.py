@@ -10,6 +10,7 @@ import tyro
 
 from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.json_output import output
+from ipfm.engine.runtime.remarks import Remarks
 
 if TYPE_CHECKING:
     from ipfm.engine.data.preparation import Pictures
@@ -35,27 +36,39 @@ class Dataset:
     folders: always these names. none: no labels."""
     max_images: int | None = None
     """Keep a random subset of this many images."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be decoded, and count them. Default: the first one stops."""
+    strict: bool = False
+    """Stop where anything in SOURCE would be left out, or where a class has no images."""
     overwrite: bool = False
     """Replace OUT.zip where it exists."""
 
     json: bool = False
-    """Print JSON: out, images, resolution, channels, labels."""
+    """Print JSON: out, images, resolution, channels, labels, what was left out."""
 
     def run(self) -> None:
         """Write the zip and print what is in it."""
-        from ipfm.engine.data.open_dataset import Subset, label_width
+        from ipfm.engine.data.open_dataset import Subset, empty_classes, label_width
         from ipfm.engine.data.preparation import Shaping, find_pictures
         from ipfm.engine.data.zip_writer import write_dataset_zip
 
+        remarks = Remarks()
         with user_input():
-            if self.out.suffix != ".zip":
+            if self.out.suffix.lower() != ".zip":
                 raise ValueError(f"the data set must be named *.zip, got {self.out}")
             if self.out.is_dir():
                 raise ValueError(f"{self.out} is a folder")
             if self.out.exists() and not self.overwrite:
                 raise ValueError(f"{self.out} exists already: give --overwrite, or another name")
             shaping = Shaping(self.resolution, crop=self.crop == "center")
-            pictures = find_pictures(self.source, shaping, self.labels, Subset(self.max_images))
+            pictures = find_pictures(
+                self.source, shaping, self.labels, Subset(self.max_images), skip_unreadable=self.skip_unreadable
+            )
+            empty = empty_classes(pictures.labels, pictures.width)
+            for said in self._remarks(pictures, empty):
+                remarks.add(said)
+            if self.strict and (pictures.left_out.beyond_system_files or pictures.remarks or empty):
+                raise ValueError(f"strict was given, and {remarks[-1]}")
             # The work as well: a bad image may show only when it is decoded.
             write_dataset_zip(self.out, pictures.pngs(), pictures.labels)
         width = 0 if pictures.labels is None else label_width(pictures.labels)
@@ -70,9 +83,20 @@ class Dataset:
                     "labels": pictures.label_source,
                     "classes": width if classes else None,
                     "label_width": width,
+                    "left_out": {reason: len(names) for reason, names in pictures.left_out.items()},
+                    "empty_classes": empty,
+                    "remarks": list(remarks),
                 },
                 self._text(pictures, width, classes),
             )
+
+    def _remarks(self, pictures: Pictures, empty: list[int]) -> list[str]:
+        said = [f"{self.source}: left out {pictures.left_out.said()}"] if pictures.left_out else []
+        said += pictures.remarks
+        if empty:
+            shown = ", ".join(map(str, empty[:8])) + (", …" if len(empty) > 8 else "")
+            said.append(f"{len(empty)} of {pictures.width} classes have no images: {shown}")
+        return said
 
     def _text(self, pictures: Pictures, width: int, classes: bool) -> str:
         kind = "grey" if pictures.channels == 1 else "RGB"

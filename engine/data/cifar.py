@@ -27,6 +27,7 @@ from ipfm.engine.data.image_files import printable
 from ipfm.models.checkpoints.unpickler import Inert, Limits, Table, read_pickle
 
 CLASSES = 10
+_ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 _PIXELS = 3 * 32 * 32
 _MAX_BATCH_BYTES = 1 << 26
 _MAX_ARCHIVE_BYTES = 1 << 30
@@ -44,6 +45,15 @@ def is_cifar_folder(path: Path) -> bool:
     return any((path / name).is_file() for kind in _KINDS for name in kind.batches)
 
 
+def cifar_place(path: Path) -> Path:
+    """Where the training set lies: `path`, or in torchvision's root folder, which is given in its place."""
+    if path.is_dir() and not is_cifar_folder(path):
+        for name in (*(kind.folder for kind in _KINDS), *_ARCHIVES):
+            if is_cifar_folder(path / name) or (name in _ARCHIVES and (path / name).is_file()):
+                return path / name
+    return path
+
+
 def read_cifar(path: Path) -> Cifar:
     """The training set in `path`, an archive (.tar, .tar.gz) or the folder that is in it.
 
@@ -51,6 +61,7 @@ def read_cifar(path: Path) -> Cifar:
         ValueError: one line that names the file: no such archive, a batch is missing, damaged, or holds anything else
             than images of 3072 bytes with labels from 0 to 9.
     """
+    path = cifar_place(path)
     kind, contents = _from_folder(path) if path.is_dir() else _from_archive(path)
     parts = []
     for name in kind.batches:
@@ -131,7 +142,10 @@ def _from_archive(path: Path) -> tuple[_Kind, dict[str, bytes]]:
     for kind in _KINDS:
         if found[kind.folder]:
             return kind, found[kind.folder]
-    raise ValueError(f"{path} is not CIFAR-10's archive: it has no {' or '.join(f'{k.folder}/' for k in _KINDS)}")
+    raise ValueError(
+        f"{path} is not CIFAR-10's archive: it has no {' or '.join(f'{k.folder}/' for k in _KINDS)}; "
+        "of any other archive unpack the images and give their folder"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ binary batches
@@ -200,6 +214,7 @@ def _encode(text: object, encoding: object) -> bytes:
 _NDARRAY = "numpy.ndarray"
 _GLOBALS: Table = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # NumPy 2
     ("numpy", "ndarray"): _NDARRAY,
     ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): _encode,

@@ -5,7 +5,7 @@ Images lie in memory, or in files that are decoded batch by batch; `ipfm.engine.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -44,6 +44,14 @@ class ImageSource(Protocol):
         Raises:
             ValueError: one line naming the bad file.
         """
+
+
+@runtime_checkable
+class LeavesOut(Protocol):
+    """A source that reads another image where a file cannot be read."""
+
+    def served(self, indices: Tensor) -> Tensor:
+        """The numbers of the images that `read` gave for `indices` (B,)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +215,8 @@ class ImageDataset:
         if self.xflip:
             mirrored = torch.cat(flips)[position]
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        if isinstance(stored, LeavesOut):
+            chosen = stored.served(chosen)
         labels = None if self.labels is None else self.labels[chosen]
         if labels is not None and labels.ndim == 1:
             assert self.classes is not None

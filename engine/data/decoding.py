@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ipfm.engine.data.image_files import ImageFiles, printable
+from ipfm.engine.runtime.remarks import Remarks
+from ipfm.models.checkpoints.recognise import what_pointer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,7 +51,7 @@ def read_header(files: ImageFiles, name: str) -> Header:
 
 
 def read_picture(files: ImageFiles, name: str, channels: int) -> Image:
-    """An image in Pillow's mode "L" (1 channel) or "RGB" (3), decoded; of an animation the first picture.
+    """An image in Pillow's mode "L" (1 channel) or "RGB" (3), decoded and turned as its EXIF orientation says.
 
     Grey becomes RGB where 3 channels are asked for, palettes and other colour spaces are converted, an alpha channel
     that is opaque throughout is dropped.
@@ -66,7 +69,7 @@ def read_picture(files: ImageFiles, name: str, channels: int) -> Image:
                 image = image.convert("RGBA")
                 if image.getchannel("A").getextrema() != (255, 255):
                     raise _Refused("is transparent; flatten it to grey or RGB first")
-            return image.convert(_MODES[channels])
+            return _upright(image).convert(_MODES[channels])
         except _Refused as error:
             raise ValueError(f"{where} {error}") from None
         except Exception as error:  # Pillow's decoders raise whatever a damaged file makes of their arithmetic
@@ -103,12 +106,16 @@ class DecodedImages:
         chosen: names of the images, in their order.
         size: (C, H, W) that all of them must have; an image that has not is found when it is read.
         device: where `read` puts the images.
+        skip_unreadable: the next image that can be read stands for one that cannot; said on stderr once a file.
     """
 
     files: ImageFiles
     chosen: Sequence[str]
     size: tuple[int, int, int]
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
+    skip_unreadable: bool = False
+    _stand_ins: dict[int, int] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -128,11 +135,42 @@ class DecodedImages:
         out = np.empty((len(indices), *self.size), dtype=np.uint8)
 
         def decode(row: int, index: int) -> None:
-            out[row] = read_pixels(self.files, self.chosen[index], self.size)
+            out[row] = self._pixels(index)
 
         for _ in threads().map(decode, range(len(indices)), indices.tolist()):
             pass
         return torch.from_numpy(out).to(self.device)
+
+    def served(self, indices: Tensor) -> Tensor:
+        """The numbers of the images that `read` gave for `indices` (B,): others where a file could not be read."""
+        if not self._stand_ins:
+            return indices
+        return torch.tensor([self._stand_ins.get(i, i) for i in indices.tolist()], dtype=torch.int64).to(indices.device)
+
+    def _pixels(self, index: int) -> np.ndarray:
+        if not self.skip_unreadable:
+            return read_pixels(self.files, self.chosen[index], self.size)
+        count, reason = len(self.chosen), ""
+        for step in range(count):
+            other = (self._stand_ins.get(index, index) + step) % count
+            try:
+                pixels = read_pixels(self.files, self.chosen[other], self.size)
+            except ValueError as error:
+                reason = reason or str(error)
+                continue
+            if reason:
+                self._note(index, other, reason)
+            return pixels
+        raise ValueError(f"{self.files.path} holds no image that can be read: {reason}")
+
+    def _note(self, index: int, other: int, reason: str) -> None:
+        with self._lock:
+            known = index in self._stand_ins
+            self._stand_ins[index] = other
+            number = len(self._stand_ins)
+        if not known:
+            stands = self.files.where(self.chosen[other])
+            Remarks().add(f"image {number} left out: {reason}; {stands} stands in its place")
 
 
 @cache
@@ -153,7 +191,10 @@ def _opened(files: ImageFiles, name: str) -> Iterator[Image]:
         try:
             image = Image.open(file, formats=_FORMATS)
         except Image.UnidentifiedImageError:
-            raise ValueError(f"{files.where(name)} is no image; what can be read: {', '.join(_FORMATS)}") from None
+            file.seek(0)
+            what = what_pointer(file.read(512))
+            about = f": {what}" if what else f"; what can be read: {', '.join(_FORMATS)}"
+            raise ValueError(f"{files.where(name)} is no image{about}") from None
         except Exception as error:
             raise ValueError(f"{files.where(name)} cannot be read: {printable(str(error))}") from None
         yield image
@@ -165,4 +206,38 @@ def _header(image: Image, where: str) -> Header:
     channels = _CHANNELS.get(image.mode)
     if channels is None:
         raise ValueError(f"{where} has pixels of the kind {image.mode}; possible: 8-bit grey or RGB")
-    return Header(image.width, image.height, channels)
+    if (bits := _bits(image)) > 8:
+        raise ValueError(f"{where} has {bits} bits a value, of which 8 would be lost; possible: 8-bit grey or RGB")
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise ValueError(
+            f"{where} holds {getattr(image, 'n_frames', 'several')} pictures, of which one would be taken: "
+            "make a file of each, or keep one"
+        )
+    # Turning exchanges the sides; looking whether a PNG is to be turned decodes it, which a square one is spared.
+    turned = image.width != image.height and image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in _LYING
+    return Header(*((image.height, image.width) if turned else image.size), channels)
+
+
+_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
+
+
+def _upright(image: Image) -> Image:
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
+def _bits(image: Image) -> int:
+    """Bits a value in the file; Pillow makes 8 of more without a word."""
+    if image.format == "TIFF":
+        found = getattr(image, "tag_v2", {}).get(258, 8)
+        return max(found) if isinstance(found, tuple) else int(found)
+    tiles = getattr(image, "tile", None)
+    if not tiles:
+        return 8
+    options = tiles[0][3]
+    if image.format == "PNG":
+        return 16 if "16" in str(options) else 8
+    if image.format == "PPM" and isinstance(options, tuple) and type(options[-1]) is int:
+        return max(8, options[-1].bit_length())
+    return 8

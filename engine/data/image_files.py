@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import os
 import threading
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Protocol
 
-EXTENSIONS = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+EXTENSIONS = frozenset(
+    (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
 """What the name of an image ends in, in small or capital letters."""
 LABEL_FILE = "dataset.json"
 MAX_FILE_BYTES = 1 << 28
@@ -32,6 +35,14 @@ class ImageFiles(Protocol):
     def names(self) -> list[str]:
         """Names of the images, sorted; hidden files and other kinds of files are left out."""
 
+    @property
+    def left_out(self) -> LeftOut:
+        """What is there and is no image of the set."""
+
+    @property
+    def label_files(self) -> list[str]:
+        """Names of all files dataset.json, in small or capital letters, sorted."""
+
     def open(self, name: str) -> IO[bytes]:
         """The content of a file.
 
@@ -47,7 +58,7 @@ class ImageFiles(Protocol):
 
 
 class FolderFiles:
-    """Files of a folder and of its sub-folders. Links to folders are not followed.
+    """Files of a folder and of its sub-folders. Links to folders are followed, but for those that lead back up.
 
     Raises:
         ValueError: the folder cannot be listed.
@@ -55,14 +66,37 @@ class FolderFiles:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found: list[str] = []
+        self._found: list[str] = []
+        self._folders: list[str] = []
+        self._special: list[str] = []
+        self._loops: list[str] = []
+        self._broken: list[str] = []
         try:
-            for folder, _, files in os.walk(path, onerror=_raise):
-                inside = Path(folder).relative_to(path)
-                found += ((inside / file).as_posix() for file in files)
+            self._walk(path, "", tuple(_identity(folder) for folder in (path, *path.resolve().parents)))
         except OSError as error:
-            raise ValueError(f"{error.filename}: {error.strerror}") from None
-        self.names = _images(found)
+            raise ValueError(f"{printable(str(error.filename))}: {error.strerror}") from None
+        self.names, self.left_out, self.label_files = _sorted_out(self._found, self._folders)
+        self.left_out.add("pipes, sockets or devices", self._special)
+        self.left_out.add("links to a folder above them", self._loops)
+        self.left_out.add("links that lead nowhere", self._broken)
+
+    def _walk(self, folder: Path, inside: str, above: tuple[tuple[int, int], ...]) -> None:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                name = inside + entry.name
+                if entry.is_dir():
+                    identity = _identity(Path(entry.path))
+                    if entry.is_symlink() and identity in above:
+                        self._loops.append(name)
+                        continue
+                    self._folders.append(name)
+                    self._walk(Path(entry.path), f"{name}/", (*above, identity))
+                elif _leads_nowhere(entry) and os.path.splitext(name)[1].lower() not in EXTENSIONS:
+                    self._broken.append(name)
+                elif entry.is_file() or _leads_nowhere(entry):
+                    self._found.append(name)  # a broken link to an image is found when that is read
+                else:
+                    self._special.append(name)
 
     def open(self, name: str) -> IO[bytes]:
         try:
@@ -92,19 +126,22 @@ class ZipFiles:
             raise ValueError(f"{path}: {printable(str(error))}") from None
         # A zip has one position in its file, and counts its open members without a lock of its own.
         self._lock = threading.Lock()
-        members = [info.filename for info in self._zip.infolist() if not info.is_dir()]
-        self._members = frozenset(members)
+        members = [(_plain_name(info.filename), info) for info in self._zip.infolist() if not info.is_dir()]
+        self._members = dict(members)
         if len(members) != len(self._members):
-            twice = next(name for i, name in enumerate(sorted(members)[1:]) if sorted(members)[i] == name)
+            inside = sorted(name for name, _ in members)
+            twice = next(name for i, name in enumerate(inside[1:]) if inside[i] == name)
             raise ValueError(f"{path} holds {printable(twice)} twice")
-        self.names = _images(members)
+        folders = [_plain_name(info.filename).rstrip("/") for info in self._zip.infolist() if info.is_dir()]
+        self.names, self.left_out, self.label_files = _sorted_out(self._members, folders)
 
     def open(self, name: str) -> IO[bytes]:
         try:
             with self._lock:
-                if self._zip.getinfo(name).file_size > MAX_FILE_BYTES:
+                member = self._members[name]
+                if member.file_size > MAX_FILE_BYTES:
                     raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-                return io.BytesIO(self._zip.read(name))
+                return io.BytesIO(self._zip.read(member))
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
             # RuntimeError: encrypted; NotImplementedError, one of them: a compression that is not supported.
             raise ValueError(f"{self.where(name)}: {printable(str(error))}") from None
@@ -121,14 +158,82 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def _images(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS and not _hidden(name))
+class LeftOut(dict[str, list[str]]):
+    """What is not taken from a set: names by the reason, which counts them in words."""
+
+    def add(self, reason: str, names: Iterable[str]) -> None:
+        """Leave `names` out for `reason`; a reason without a name is none."""
+        if names := list(names):
+            self.setdefault(reason, []).extend(names)
+
+    @property
+    def beyond_system_files(self) -> bool:
+        """Whether anything else is left out than what a system puts into every folder."""
+        return any(reason != SYSTEM_FILES for reason in self)
+
+    def said(self) -> str:
+        """One line: "files .avif: 2 (a.avif, b.avif); hidden files: 1 (.x.png)"."""
+        return "; ".join(f"{reason}: {len(names)} ({_shown(names)})" for reason, names in self.items())
+
+
+SYSTEM_FILES = "files of the system"
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(printable(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _sorted_out(names: Iterable[str], folders: Iterable[str]) -> tuple[list[str], LeftOut, list[str]]:
+    """Images, sorted; what is left out; label files, sorted."""
+    images, labels, left = [], [], LeftOut()
+    for name in sorted(names):
+        suffix = os.path.splitext(name)[1].lower()
+        if ".." in name.split("/"):
+            left.add("names that lead out of it", [name])
+        elif _of_the_system(name):
+            left.add(SYSTEM_FILES, [name])
+        elif _hidden(name):
+            left.add("hidden files", [name])
+        elif suffix in EXTENSIONS:
+            images.append(name)
+        elif name.rpartition("/")[2].lower() == LABEL_FILE:
+            labels.append(name)
+        else:
+            left.add(f"files {printable(suffix)}" if suffix else "files without a suffix", [name])
+    full = {"/".join(parts[:i]) for name in images for parts in [name.split("/")] for i in range(1, len(parts))}
+    left.add("folders without an image", (name for name in folders if name not in full and not _hidden(name)))
+    return images, left, labels
+
+
+def _plain_name(member: str) -> str:
+    """A member's name as the folder's files have theirs: Windows writes backslashes, tar's users "./"."""
+    name = member.replace("\\", "/")
+    while name.startswith("./"):
+        name = name[2:]
+    return name
+
+
+def same_name(name: str) -> str:
+    """What a label's name and its file's have in common, however each was written: `name` in NFC, without "./"."""
+    return unicodedata.normalize("NFC", _plain_name(name))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a broken link, or one of a circle: a file that should be there."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
+def _of_the_system(name: str) -> bool:
+    parts = name.split("/")
+    last = parts[-1]
+    return "__MACOSX" in parts or last.startswith("._") or last in (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def _hidden(name: str) -> bool:
     # Mac OS puts a second file beside each image, under the image's name, into its zips.
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
-def _raise(error: OSError) -> None:
-    raise error

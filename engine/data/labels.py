@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ipfm.engine.data.image_files import LABEL_FILE, MAX_FILE_BYTES, ImageFiles, printable
+from ipfm.engine.data.image_files import LABEL_FILE, MAX_FILE_BYTES, ImageFiles, printable, same_name
+from ipfm.models.checkpoints.recognise import what_pointer
 
 MAX_CLASSES = 1_000_000
 """A class number is below this: labels are one-hot vectors, as wide as there are classes."""
@@ -24,20 +25,45 @@ def read_labels(files: ImageFiles) -> Tensor | None:
         ValueError: one line that names the file: no JSON of this form, labels of several kinds or out of range, an
             image without a label, a label without its image or two labels for one.
     """
-    if not files.has(LABEL_FILE):
+    file = label_file(files)
+    if file is None:
         return None
-    where = files.where(LABEL_FILE)
-    found = _entries(files, where)
+    where, below = files.where(file), file[: -len(LABEL_FILE)]
+    found = _entries(files, file)
     if found is None:
         return None
-    present = set(files.names)
+    known = {same_name(name.removeprefix(below)) for name in files.names}
     for name in found:
-        if name not in present:
-            raise ValueError(f"{where} has a label for {printable(name)}, which is not there")
-    for name in files.names:
+        if name not in known:
+            is_not = "is left out: it is no image" if files.has(below + name) else "is not there"
+            raise ValueError(f"{where} has a label for {printable(name)}, which {is_not}")
+    keys = [same_name(name.removeprefix(below)) for name in files.names]
+    for name in keys:
         if name not in found:
             raise ValueError(f"{where} has no label for {printable(name)}")
-    return as_labels([found[name] for name in files.names], files.names, where)
+    return as_labels([found[name] for name in keys], files.names, where)
+
+
+def label_file(files: ImageFiles) -> str | None:
+    """Name of the label file: at the top, or in the one folder that all images lie in; None where there is none.
+
+    Raises:
+        ValueError: there are label files, but none of all images.
+    """
+    found = sorted(files.label_files, key=lambda name: (name.count("/"), name != LABEL_FILE))
+    if not found:
+        return None
+    below = found[0][: -len(LABEL_FILE)]
+    if stray := next((name for name in files.names if not name.startswith(below)), None):
+        raise ValueError(
+            f"{files.where(found[0])} has the labels of its own folder, in which {printable(stray)} is not: "
+            "give that folder alone, or take no labels"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{files.path} has {len(found)} label files, {printable(found[0])} and {printable(found[1])}: keep one"
+        )
+    return found[0]
 
 
 def as_labels(values: Sequence[object], names: Sequence[str], where: str) -> Tensor:
@@ -54,6 +80,12 @@ def as_labels(values: Sequence[object], names: Sequence[str], where: str) -> Ten
                 raise ValueError(f"{where}: the label of {printable(name)} is no list of {max(width, 1)} numbers")
         return torch.tensor(values, dtype=torch.float32)
     for name, value in zip(names, values, strict=True):
+        if isinstance(value, str):
+            raise ValueError(
+                f"{where}: the label of {printable(name)} must be a whole number from 0 to {MAX_CLASSES - 1}, "
+                f"got {printable(value)[:60]}, a text: number the classes, or make a folder of each "
+                "(ipfm dataset --labels folders)"
+            )
         if type(value) is not int or not 0 <= value < MAX_CLASSES:
             raise ValueError(
                 f"{where}: the label of {printable(name)} must be a whole number from 0 to {MAX_CLASSES - 1}, "
@@ -62,16 +94,18 @@ def as_labels(values: Sequence[object], names: Sequence[str], where: str) -> Ten
     return torch.tensor(values, dtype=torch.int64)
 
 
-def _entries(files: ImageFiles, where: str) -> dict[str, object] | None:
+def _entries(files: ImageFiles, label_file: str) -> dict[str, object] | None:
     """Label by name."""
-    with files.open(LABEL_FILE) as file:
+    where = files.where(label_file)
+    with files.open(label_file) as file:
         data = file.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"{where} is larger than {MAX_FILE_BYTES >> 20} MiB")
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON: {printable(str(error))}") from None
+        what = None if data.lstrip().startswith((b"{", b"[")) else what_pointer(data[:512])
+        raise ValueError(f"{where} is no JSON: {what or printable(str(error))}") from None
     if not isinstance(content, dict) or "labels" not in content:
         raise ValueError(f'{where} has no "labels"')
     labels = content["labels"]
@@ -83,7 +117,7 @@ def _entries(files: ImageFiles, where: str) -> dict[str, object] | None:
     for number, entry in enumerate(labels):
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
             raise ValueError(f"{where}: entry {number} of the labels is no pair [name, label]")
-        name = entry[0].replace("\\", "/")
+        name = same_name(entry[0])
         if name in found:
             raise ValueError(f"{where} has two labels for {printable(name)}")
         found[name] = entry[1]

@@ -9,6 +9,7 @@ Nothing is unpacked to disk and no code from a file is run.
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 from dataclasses import dataclass
 from math import prod
@@ -18,11 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ipfm.engine.data.cifar import CLASSES, is_cifar_folder, read_cifar
+from ipfm.engine.data.cifar import CLASSES, cifar_place, is_cifar_folder, read_cifar
 from ipfm.engine.data.dataset import ImageDataset
-from ipfm.engine.data.decoding import DecodedImages, read_header
+from ipfm.engine.data.decoding import DecodedImages, Header, read_header
 from ipfm.engine.data.image_files import EXTENSIONS, FolderFiles, ImageFiles, ZipFiles
 from ipfm.engine.data.labels import read_labels
+from ipfm.engine.runtime.launcher import is_first_process
+from ipfm.engine.runtime.remarks import Remarks
+from ipfm.models.checkpoints.recognise import what_place
 
 IN_MEMORY_LIMIT = 4 * 10**9
 """Bytes of pixels up to which a data set is decoded once and held in memory; a larger one is decoded batch by batch."""
@@ -38,6 +42,7 @@ def open_dataset(
     xflip: bool = False,
     max_images: int | None = None,
     seed: int = 0,
+    skip_unreadable: bool = False,
     memory_limit: int = IN_MEMORY_LIMIT,
 ) -> ImageDataset:
     """The images at `path`, named by it, on the CPU: uint8, square, in the order of their names or of their archive.
@@ -50,6 +55,8 @@ def open_dataset(
         max_images: keep a random subset of this many (EDM's: NumPy's RandomState(seed) shuffles
             the indices; the first max_images of them, sorted); None, or more than there are, keeps all.
         seed: of the subset, in [0, 2³²).
+        skip_unreadable: put the next image in the place of one that cannot be decoded, and say so on stderr; the number
+            and the order of the others stay. Default: such an image is an error.
         memory_limit: see IN_MEMORY_LIMIT; the images are the same either way.
 
     Raises:
@@ -68,8 +75,11 @@ def open_dataset(
             xflip=xflip,
         )
     files = open_image_files(path)
+    if is_first_process():
+        for remark in remarks_on(files):
+            Remarks().add(remark)
     found = read_labels(files) if labels else None
-    header = read_header(files, files.names[0])
+    header = _first_header(files, skip_unreadable=skip_unreadable)
     if header.width != header.height:
         raise ValueError(
             f"{files.where(files.names[0])} is {header.width}x{header.height}, but images must be square: "
@@ -77,10 +87,17 @@ def open_dataset(
         )
     chosen = kept.of(len(files.names))
     source = DecodedImages(
-        files, [files.names[i] for i in chosen.tolist()], (header.channels, header.height, header.width)
+        files,
+        [files.names[i] for i in chosen.tolist()],
+        (header.channels, header.height, header.width),
+        skip_unreadable=skip_unreadable,
     )
+    held, everything = prod(source.shape) <= memory_limit, torch.arange(len(chosen))
+    kept_images = source.read(everything) if held else source
+    if held:
+        chosen = chosen[source.served(everything)]
     return ImageDataset(
-        source.read(torch.arange(len(chosen))) if prod(source.shape) <= memory_limit else source,
+        kept_images,
         None if found is None else found[chosen],
         name=str(path),
         classes=None if found is None else label_width(found),
@@ -121,7 +138,7 @@ class Subset:
 def is_cifar(path: Path) -> bool:
     """Whether `path` is to be read as CIFAR-10: a folder with its batches, or any (packed) tar archive."""
     if path.is_dir():
-        return is_cifar_folder(path)
+        return is_cifar_folder(path) or cifar_place(path) != path
     if not path.is_file() or zipfile.is_zipfile(path):
         return False
     with open(path, "rb") as file:
@@ -138,11 +155,46 @@ def open_image_files(path: Path) -> ImageFiles:
     if not path.exists():
         raise ValueError(f"{path} does not exist; a data set is {KINDS}")
     if not path.is_dir() and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no data set that can be read: it must be {KINDS}")
+        what = _what_else(path)
+        about = f"{what}; a data set is" if what else "it must be"
+        raise ValueError(f"{path} is no data set that can be read: {about} {KINDS}")
     files: ImageFiles = FolderFiles(path) if path.is_dir() else ZipFiles(path)
     if not files.names:
-        raise ValueError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}); a data set is {KINDS}")
+        besides = f"; it holds {files.left_out.said()}" if files.left_out else ""
+        raise ValueError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}){besides}; a data set is {KINDS}")
     return files
+
+
+def _first_header(files: ImageFiles, *, skip_unreadable: bool) -> Header:
+    for name in files.names[:-1] if skip_unreadable else ():
+        with contextlib.suppress(ValueError):
+            return read_header(files, name)
+    return read_header(files, files.names[-1 if skip_unreadable else 0])
+
+
+def _what_else(path: Path) -> str | None:
+    """What a file is that is no data set, where that is known."""
+    if not path.is_file():
+        return "it is a pipe, socket or device"
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start.startswith(b"PK\x03\x04"):
+        return "it is a damaged zip, which lacks its end: fetch it again"
+    if not start:
+        return "it is empty"
+    return what_place(path)
+
+
+def remarks_on(files: ImageFiles) -> list[str]:
+    """What is there and not taken, a line for people."""
+    return [f"{files.path}: left out {files.left_out.said()}"] if files.left_out else []
+
+
+def empty_classes(labels: Tensor | None, width: int) -> list[int]:
+    """The classes below `width` that no image has; none where labels are not classes."""
+    if labels is None or labels.ndim != 1:
+        return []
+    return torch.bincount(labels, minlength=width).eq(0).nonzero().flatten().tolist()
 
 
 def label_width(labels: Tensor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ipfm.engine.data.cifar import read_cifar
 from ipfm.engine.data.decoding import Header, read_header, read_picture, threads, to_array
-from ipfm.engine.data.image_files import LABEL_FILE, ImageFiles, printable
-from ipfm.engine.data.labels import MAX_CLASSES, read_labels
+from ipfm.engine.data.image_files import LABEL_FILE, ImageFiles, LeftOut, printable
+from ipfm.engine.data.labels import MAX_CLASSES, label_file, read_labels
 from ipfm.engine.data.open_dataset import Subset, is_cifar, label_width, open_image_files
 from ipfm.engine.data.zip_writer import encode_png
 from ipfm.engine.runtime.progress import ProgressBar
@@ -27,6 +27,7 @@ Labelling = Literal["auto", "folders", "none"]
 
 MAX_RESOLUTION = 4096
 _AT_ONCE = 256  # images in work: as many as wait in memory
+_SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev"))
 _SHARD = re.compile(r"\d{5}/img\d{8}\.\w+")
 
 
@@ -86,6 +87,8 @@ class Pictures:
         labels: (count,) integers, (count, K) floats or None.
         label_source: where they come from, for people.
         width: how wide they are in the whole source.
+        left_out: what is in the source and not taken.
+        remarks: what else there is to say of the source.
     """
 
     load: Callable[[int], Image]
@@ -95,6 +98,8 @@ class Pictures:
     labels: Tensor | None
     label_source: str
     width: int
+    left_out: LeftOut = field(default_factory=LeftOut)
+    remarks: list[str] = field(default_factory=list)
 
     def pngs(self) -> Iterator[bytes]:
         """The images in their order, as PNGs, made by several threads; shows a bar.
@@ -113,7 +118,9 @@ class Pictures:
                     bar.advance()
 
 
-def find_pictures(source: Path, shaping: Shaping, labelling: Labelling, subset: Subset) -> Pictures:
+def find_pictures(
+    source: Path, shaping: Shaping, labelling: Labelling, subset: Subset, *, skip_unreadable: bool = False
+) -> Pictures:
     """Look through `source`, a folder, zip or CIFAR-10 archive; no image is decoded yet, but for CIFAR-10.
 
     Args:
@@ -121,8 +128,10 @@ def find_pictures(source: Path, shaping: Shaping, labelling: Labelling, subset: 
         shaping: how the pictures become squares.
         labelling: "auto" takes the labels of dataset.json or of CIFAR-10; where there are none, and all images lie in
             two or more top-level folders that are not the numbered ones of EDM's format, these are the classes, in the
-            order of their names. "folders" insists on that; "none" takes no labels.
+            order of their names. "folders" insists on that; "none" takes no labels. Folders that hold one folder and
+            nothing else are passed through.
         subset: which images to keep.
+        skip_unreadable: leave out, and count, the images that cannot be decoded; each is decoded once to know.
 
     Raises:
         ValueError: one line that names the file: the source or an image cannot be read, an image is not square or
@@ -130,7 +139,7 @@ def find_pictures(source: Path, shaping: Shaping, labelling: Labelling, subset: 
     """
     if is_cifar(source):
         return _from_cifar(source, shaping, labelling, subset)
-    return _from_files(open_image_files(source), shaping, labelling, subset)
+    return _from_files(open_image_files(source), shaping, labelling, subset, skip_unreadable=skip_unreadable)
 
 
 def _from_cifar(source: Path, shaping: Shaping, labelling: Labelling, subset: Subset) -> Pictures:
@@ -150,9 +159,17 @@ def _from_cifar(source: Path, shaping: Shaping, labelling: Labelling, subset: Su
     return Pictures(load, len(chosen), side, 3, classes[chosen], "CIFAR-10's", label_width(classes))
 
 
-def _from_files(files: ImageFiles, shaping: Shaping, labelling: Labelling, subset: Subset) -> Pictures:
-    labels, label_source = _labels(files, labelling)
+def _from_files(
+    files: ImageFiles, shaping: Shaping, labelling: Labelling, subset: Subset, *, skip_unreadable: bool
+) -> Pictures:
+    labels, label_source, remarks = _labels(files, labelling)
     chosen = subset.of(len(files.names))
+    if skip_unreadable:
+        readable = torch.tensor(_readable(files, [files.names[i] for i in chosen.tolist()]), dtype=torch.bool)
+        files.left_out.add("images that cannot be read", (files.names[i] for i in chosen[~readable].tolist()))
+        chosen = chosen[readable]
+        if not len(chosen):
+            raise ValueError(f"{files.path} holds no image that can be read")
     names = [files.names[i] for i in chosen.tolist()]
     side = channels = 0
     headers = _headers(files, names)
@@ -170,7 +187,27 @@ def _from_files(files: ImageFiles, shaping: Shaping, labelling: Labelling, subse
         return shaping.shaped(read_picture(files, names[index], channels))
 
     width = 0 if labels is None else label_width(labels)
-    return Pictures(load, len(names), side, channels, None if labels is None else labels[chosen], label_source, width)
+    kept = None if labels is None else labels[chosen]
+    return Pictures(load, len(names), side, channels, kept, label_source, width, files.left_out, remarks)
+
+
+def _readable(files: ImageFiles, names: list[str]) -> list[bool]:
+    """Whether each image can be decoded."""
+
+    def tried(name: str) -> bool:
+        try:
+            read_picture(files, name, 3)
+        except ValueError:
+            return False
+        return True
+
+    found: list[bool] = []
+    with ProgressBar("reading", len(names)) as bar:
+        for first in range(0, len(names), _AT_ONCE):
+            for readable in threads().map(tried, names[first : first + _AT_ONCE]):
+                found.append(readable)
+                bar.advance()
+    return found
 
 
 def _headers(files: ImageFiles, names: list[str]) -> Iterator[Header]:
@@ -181,17 +218,27 @@ def _headers(files: ImageFiles, names: list[str]) -> Iterator[Header]:
                 bar.advance()
 
 
-def _labels(files: ImageFiles, labelling: Labelling) -> tuple[Tensor | None, str]:
-    """Labels of all images, and where they come from."""
+def _labels(files: ImageFiles, labelling: Labelling) -> tuple[Tensor | None, str, list[str]]:
+    """Labels of all images, where they come from, and what there is to say of that."""
     if labelling == "none":
-        return None, "none"
-    if labelling == "auto" and files.has(LABEL_FILE):
+        return None, "none", []
+    if labelling == "auto" and label_file(files) is not None:
         labels = read_labels(files)
-        return labels, "none" if labels is None else f"those of {LABEL_FILE}"
-    tops = [name.partition("/")[0] if "/" in name else None for name in files.names]
+        return labels, "none" if labels is None else f"those of {LABEL_FILE}", []
+    names = _without_outer_folders(files.names)
+    tops = [name.partition("/")[0] if "/" in name else None for name in names]
     classes = sorted({top for top in tops if top is not None})
-    if labelling == "auto" and (None in tops or len(classes) < 2 or all(map(_SHARD.fullmatch, files.names))):
-        return None, "none"
+    if labelling == "auto":
+        if len(classes) < 2 or all(map(_SHARD.fullmatch, names)):
+            return None, "none", []
+        if None in tops:
+            stray = printable(names[tops.index(None)])
+            return None, "none", [f"{files.path}: no labels, for {stray} lies beside the folders, not in one of them"]
+        if _SPLITS.issuperset(name.lower() for name in classes):
+            raise ValueError(
+                f"{files.path} holds {' and '.join(classes)}, the parts of a split, which are no classes: give one of "
+                "them, or --labels none; --labels folders takes them all the same"
+            )
     if None in tops:
         raise ValueError(
             f"{files.where(files.names[tops.index(None)])} lies in no folder, so it has no class: --labels none"
@@ -202,4 +249,15 @@ def _labels(files: ImageFiles, labelling: Labelling) -> tuple[Tensor | None, str
     shown = [printable(name) for name in classes]
     if len(shown) > 12:
         shown[6:-3] = ["…"]
-    return torch.tensor([number[top] for top in tops if top is not None]), f"the folders {', '.join(shown)}"
+    labels = torch.tensor([number[top] for top in tops if top is not None])
+    return labels, f"the folders {', '.join(shown)}", []
+
+
+def _without_outer_folders(names: list[str]) -> list[str]:
+    """`names` below the folders that all of them share, as long as each still lies in a folder."""
+    while len({name.partition("/")[0] for name in names}) == 1:
+        inner = [name.partition("/")[2] for name in names]
+        if not all("/" in name for name in inner):
+            break
+        names = inner
+    return names

@@ -42,6 +42,8 @@ class TeacherOptions(TeacherConfig, EvaluationOptions):
     """Train with the data's class labels."""
     xflip: bool = False
     """Mirror images at random."""
+    skip_unreadable: bool = False
+    """Put the next image in the place of one that cannot be decoded. Default: the first one stops."""
     continue_from: Path | None = None
     """A training-state-*.pt of EDM or PFGM++: continue that training with its weights, EMA and optimiser state."""
     dry_run: bool = False
@@ -141,7 +143,12 @@ class TeacherRecipe(Recipe[TeacherOptions]):
             raise BadInput("give --data; --dry-run works without it", self.data)
         data = None
         if options.data is not None:
-            data = open_dataset(options.data, labels=self._labelled(options, state), xflip=options.xflip)
+            data = open_dataset(
+                options.data,
+                labels=self._labelled(options, state),
+                xflip=options.xflip,
+                skip_unreadable=options.skip_unreadable,
+            )
         network = self._network(options, data, state)
         config = complete_training(replace(options.training(), D=network.D), network, run_device())
         config.split(launched_processes())

@@ -76,6 +76,7 @@ def test_a_folder_with_labels(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == {
         "out": str(tmp_path / "out.zip"), "images": 3, "resolution": 8, "channels": 3,
         "labels": "those of dataset.json", "classes": 4, "label_width": 4,
+        "left_out": {}, "empty_classes": [2], "remarks": ["1 of 4 classes have no images: 2"],
     }  # fmt: skip
 
 
@@ -146,6 +147,42 @@ def test_a_subset_is_the_one_that_reading_would_take(tmp_path, capsys):
     Dataset(source=tmp_path / "two", out=tmp_path / "first.zip", max_images=7).run()
     assert open_dataset(tmp_path / "first.zip").labels.tolist() == [0] * 7
     assert "1 classes (the source has 2; the last are not among these)" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_counted_and_strict_refuses(tmp_path, capsys):
+    source = tmp_path / "in"
+    folder(source, "set/cat/0.png", "set/dog/0.png")
+    (source / "set" / "dog" / "1.png").write_bytes(b"")
+    (source / "set" / "dog" / "2.avif").write_bytes(b"x")
+    (source / ".DS_Store").write_bytes(b"x")
+    (source / "set" / "bird").mkdir()
+    out = tmp_path / "out.zip"
+    refused("dog/1.png is no image: it is empty", source=source, out=out)
+    refused("strict was given, and .*files .avif: 1", source=source, out=out, skip_unreadable=True, strict=True)
+    capsys.readouterr()
+    Dataset(source=source, out=out, json=True, skip_unreadable=True).run()
+    said = capsys.readouterr()
+    facts = json.loads(said.out)
+    assert facts["left_out"] == {
+        "files of the system": 1, "files .avif": 1, "folders without an image": 1, "images that cannot be read": 1,
+    }  # fmt: skip
+    assert facts["images"] == 2 and facts["labels"] == "the folders cat, dog" and facts["remarks"][0] in said.err
+    assert open_dataset(out).labels.tolist() == [0, 1]
+    # What a system puts there is no data.
+    folder(tmp_path / "mac", "0.png")
+    (tmp_path / "mac" / ".DS_Store").write_bytes(b"x")
+    Dataset(source=tmp_path / "mac", out=tmp_path / "mac.ZIP", strict=True).run()
+    (tmp_path / "mac" / "dataset.json").write_text('{"labels": [["0.png", 1]]}')
+    refused("1 of 2 classes have no images: 0", source=tmp_path / "mac", out=out, overwrite=True, strict=True)
+
+
+def test_the_parts_of_a_split_are_no_classes(tmp_path, capsys):
+    folder(tmp_path / "in", "train/cat/0.png", "val/cat/1.png")
+    refused("holds train and val, the parts of a split, which are no classes", source=tmp_path / "in",
+            out=tmp_path / "out.zip")  # fmt: skip
+    folder(tmp_path / "stray", "cat/0.png", "dog/0.png", "preview.png")
+    Dataset(source=tmp_path / "stray", out=tmp_path / "out.zip").run()
+    assert "no labels, for preview.png lies beside the folders" in capsys.readouterr().err
 
 
 # -- shapes ------------------------------------------------------------------------------------------------------------

@@ -124,6 +124,26 @@ def test_files_that_were_pickled_anew(tmp_path):
     assert np.array_equal(images[ROWS : 2 * ROWS].flatten(1).numpy(), data) and found[:ROWS].tolist() == labels
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("module", ["numpy.core", "numpy._core"])
+def test_batches_that_numpy_1_or_2_pickled_anew(tmp_path, protocol, module):
+    data, labels = batch(1)
+    content = pickle.dumps({"data": data, "labels": labels}, protocol=protocol)
+    if protocol == 2:
+        content = content.replace(b"numpy._core", module.encode())
+    files = {f"cifar-10-batches-py/data_batch_{i}": content for i in range(1, 6)}
+    images, found = read_cifar(write_folder(tmp_path, files))
+    assert np.array_equal(images[:ROWS].flatten(1).numpy(), data) and found[:ROWS].tolist() == labels
+
+
+def test_the_root_folder_of_torchvision_stands_for_the_folder_or_the_archive_in_it(tmp_path):
+    write_folder(tmp_path / "unpacked", files_of(PYTHON))
+    (tmp_path / "packed").mkdir()
+    write_tar(tmp_path / "packed" / "cifar-10-python.tar.gz", files_of(PYTHON))
+    for root in ("unpacked", "packed"):
+        assert len(open_dataset(tmp_path / root)) == 5 * ROWS
+
+
 # -- refusing ----------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +217,8 @@ def test_bad_binary_batches(tmp_path):
     (tmp_path / name).unlink()
     refused(folder, r"data_batch_3.bin is missing; the training set is data_batch_1.bin to data_batch_5.bin")
     assert is_cifar_folder(folder) and not is_cifar_folder(tmp_path)
-    refused(tmp_path, "has no data_batch_1 and no data_batch_1.bin")
+    (tmp_path / "none").mkdir()
+    refused(tmp_path / "none", "has no data_batch_1 and no data_batch_1.bin")
     refused(write_folder(tmp_path / "empty", dict.fromkeys(files_of(BINARY), b"")), "there are no images")
 
 

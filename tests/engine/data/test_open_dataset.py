@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import stat
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -217,7 +220,7 @@ BAD_IMAGES = {
     "transparent": (PNG, encoded(SHEER), "1.png is transparent; flatten it"),
     "16 bit": (PNG, DEEP.getvalue(), "1.png has pixels of the kind I;16; possible: 8-bit grey or RGB"),
     "cut short": (PNG, PNG[:150], "1.png cannot be decoded: "),
-    "no image": (PNG, b"<html>", "1.png is no image; what can be read: BMP, "),
+    "no image": (PNG, b"\x00\x01nothing", "1.png is no image; what can be read: BMP, "),
     "empty": (b"", PNG, "0.png is no image"),
     "a program": (PNG, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n", "1.png is no image"),
 }
@@ -306,6 +309,131 @@ def test_bad_zips(tmp_path, monkeypatch):
 def test_large_images_are_not_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "MAX_PIXELS", 63)
     refused(write(tmp_path / "x", numbered(COLOUR)), f"{NAMES[0]} is 8x8, more than 0 million pixels")
+
+
+# -- nothing is dropped without a word ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "set/", "a/b/"])
+@pytest.mark.parametrize("style", ["plain", "backslash", "dot", "capital"])
+def test_labels_are_found_however_a_zip_writes_its_names(tmp_path, prefix, style):
+    def member(name: str) -> str:
+        return {"backslash": name.replace("/", "\\"), "dot": f"./{name}"}.get(style, name)
+
+    pairs = [[member(name), 1 - i] for i, name in enumerate(NAMES)]
+    label = "Dataset.JSON" if style == "capital" else "dataset.json"
+    files = {member(prefix + name): encode_png(pixels) for name, pixels in zip(NAMES, COLOUR, strict=True)}
+    files[member(prefix + label)] = json.dumps({"labels": pairs}).encode()
+    data = open_dataset(write(tmp_path / "x.zip", files | {"__MACOSX/._x.png": b"x"}))
+    assert data.labels.tolist() == [1, 0] and np.array_equal(data.images.numpy(), COLOUR)
+
+
+def test_labels_of_a_part_of_the_images_are_refused(tmp_path):
+    files = {"a/0.png": PNG, "b/0.png": PNG} | {"a/dataset.json": label_file([["0.png", 1]])["dataset.json"]}
+    refused(write(tmp_path / "x", files), "a/dataset.json has the labels of its own folder, in which b/0.png is not")
+    files = {"0.png": PNG, "1.avif": b"x"} | label_file([["0.png", 1], ["1.avif", 0]])
+    refused(write(tmp_path / "y", files), "has a label for 1.avif, which is left out: it is no image")
+
+
+def test_names_of_labels_in_another_form_of_unicode(tmp_path):
+    files = {"cafe\u0301.png": PNG} | label_file([["caf\u00e9.png", 2]])
+    assert open_dataset(write(tmp_path / "x.zip", files)).labels.tolist() == [2]
+
+
+def test_links_to_folders_are_followed_and_a_pipe_is_not_waited_for(tmp_path, capsys):
+    write(tmp_path / "birds", {"0.jfif": encoded(COLOUR[0], "JPEG"), "x.avif": b"x", ".hidden.png": b"x"})
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    (tmp_path / "set" / "bird").symlink_to(tmp_path / "birds")
+    (tmp_path / "set" / "up").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "set" / "f.png")
+    assert len(open_dataset(tmp_path / "set")) == 1
+    said = capsys.readouterr().err
+    for part in ("files .avif: 1 (bird/x.avif)", "hidden files: 1", "pipes, sockets or devices: 1 (f.png)",
+                 "folders without an image: 1 (cat)", "links to a folder above them: 1 (up)"):  # fmt: skip
+        assert part in said
+    assert said.count("\n") == 1
+    (tmp_path / "set" / "gone.png").symlink_to(tmp_path / "nothing")
+    refused(tmp_path / "set", "gone.png: No such file")
+
+
+def test_photos_are_turned_as_their_exif_orientation_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.new("RGB", (16, 16), "white")
+    picture.paste("red", (0, 0, 16, 8))  # above, as stored; at the right when it is turned
+    (tmp_path / "x").mkdir()
+    for kind in ("JPEG", "PNG", "TIFF", "WEBP"):
+        picture.save(tmp_path / "x" / f"a.{'tif' if kind == 'TIFF' else kind.lower()}", kind, exif=exif, quality=100)
+    images = open_dataset(tmp_path / "x").images
+    assert (images[:, 1, :, 10:] < 40).all() and (images[:, 1, :, :6] > 215).all()
+    picture.crop((0, 0, 16, 8)).save(tmp_path / "x" / "a.jpeg", exif=exif)
+    refused(tmp_path / "x", "a.jpeg is 8x16, but images must be square")
+
+
+@pytest.mark.parametrize("kind", ["png", "ppm", "tif"])
+def test_colour_of_16_bits_is_refused(tmp_path, kind):
+    values = np.arange(8 * 8 * 3, dtype=">u2").reshape(8, 8, 3) * 16
+    if kind == "png":
+
+        def chunk(name: bytes, data: bytes) -> bytes:
+            return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+        rows = b"".join(b"\0" + row.tobytes() for row in values)
+        content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+        content += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    elif kind == "ppm":
+        content = b"P6 8 8 65535\n" + values.tobytes()
+    else:
+        tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 3, 122), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 128),
+                (277, 3, 1, 3), (278, 3, 1, 8), (279, 4, 1, 384)]  # fmt: skip
+        entries = b"".join(
+            struct.pack("<HHI", *tag[:3]) + struct.pack("<HH" if tag[1] == 3 and tag[2] == 1 else "<I",
+                                                         *((tag[3], 0) if tag[1] == 3 and tag[2] == 1 else tag[3:]))
+            for tag in tags
+        )  # fmt: skip
+        head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+        content = head.ljust(122, b"\0") + struct.pack("<HHH", 16, 16, 16) + values.astype("<u2").tobytes()
+    refused(write(tmp_path / "x", {f"0.{kind}": content}), "0.* has 16 bits a value")
+
+
+def test_of_several_pictures_in_a_file_none_is_dropped(tmp_path):
+    first, second = (Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in COLOUR)
+    for kind in ("GIF", "WEBP", "TIFF"):
+        buffer = io.BytesIO()
+        first.save(buffer, kind, save_all=True, append_images=[second])
+        refused(write(tmp_path / kind, {"0.tif": buffer.getvalue()}), "0.tif holds 2 pictures")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"<!DOCTYPE html><html>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1\n", "pointer of Git LFS"),
+        (b"PK\x03\x04" + bytes(99), "it is a damaged zip"),
+    ],
+)
+def test_what_stands_in_the_place_of_data_is_named(tmp_path, content, message):
+    refused(write(tmp_path, {"x.zip": content}) / "x.zip", message)
+    if not content.startswith(b"PK"):
+        refused(write(tmp_path / "x", {"0.png": content}), f"0.png is no image: .*{message}")
+
+
+@pytest.mark.parametrize("memory_limit", [0, 10**6])
+def test_an_image_that_cannot_be_read_is_left_out_when_asked(tmp_path, capsys, memory_limit):
+    images = random_images(4)
+    files = numbered(images) | label_file([[image_name(i), i] for i in range(4)])
+    files |= {image_name(0): b"", image_name(3): PNG[:99]}
+    path = write(tmp_path / "x.zip", files)
+    data = open_dataset(path, skip_unreadable=True, memory_limit=memory_limit)
+    got = data.batch(0, torch.arange(4), batch_size=4, seed=0)
+    order = got.labels.argmax(1)
+    assert sorted(order.tolist()) == [1, 1, 1, 2]  # the labels are those of the images that were read
+    assert torch.equal(got.images, torch.from_numpy(images)[order] / 127.5 - 1)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 2 and f"{image_name(0)} is no image: it is empty; " in said
+    data.batch(1, torch.arange(4), batch_size=4, seed=0)
+    assert not capsys.readouterr().err
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
