@@ -116,8 +116,10 @@ def test_same_command_again_only_reads(tmp_path: Path, finished) -> None:
     before = {p: p.stat().st_mtime_ns for p in (out / "checkpoints").rglob("*")} | {
         out / "metrics.jsonl": (out / "metrics.jsonl").stat().st_mtime_ns
     }
+    before |= {out / "config.json": (out / "config.json").stat().st_mtime_ns}
     again = run("--out", str(out), *SHORT)
     assert (out / "results.txt").read_text() in again.stdout
+    assert f"{out} is finished: this is its result after 12 steps" in again.stderr
     assert before == {p: p.stat().st_mtime_ns for p in before}
     shutil.copytree(out, tmp_path / "longer")
     longer = run("--out", str(tmp_path / "longer"), *SHORT[:3], "14", *SHORT[4:])

@@ -31,7 +31,15 @@ def main() -> None:
         dropout=0.0, embedding_type="fourier", augment_dim=9, label_dim=10, D=64.0,
     )  # fmt: skip
     config = TeacherConfig(
-        batch=8, max_steps=4, lr=1e-3, eps=1e-3, lr_rampup_kimg=0.1, augment=0.3, zero=job["zero"], precision="fp32"
+        batch=8,
+        max_steps=4,
+        lr=1e-3,
+        eps=1e-3,
+        lr_rampup_kimg=0.1,
+        augment=0.3,
+        zero=job["zero"],
+        precision="fp32",
+        ema_rampup=1.0,  # that an average remembers where it started
     )
     whole = TeacherTraining(config, network, digits(), world=world)
     for step in range(2):

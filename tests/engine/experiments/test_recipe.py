@@ -279,3 +279,19 @@ def test_a_recipe_file_is_data_and_ends_in_main() -> None:
         assert text.endswith(end), file.name
         assert text.count("from ipfm.engine.experiments") == 1 and "def main" not in text, file.name
     assert math.isinf(cifar_pid.RECIPE.D)
+
+
+def test_whose_result_is_shown_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the same folder is named again for another length or sampler, by its name or by default."""
+    config = DistillConfig(D=64.0, max_steps=300, heun_steps=40)
+    choreography.say_if_settled(tmp_path, "distill", config)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(choreography, "is_settled", lambda *_: True)
+    monkeypatch.setattr(choreography, "settings_said", lambda *_: "heun-steps is 18 there, 40 here")
+    choreography.say_if_settled(tmp_path, "distill", config)
+    assert capsys.readouterr().err == (
+        f"{tmp_path} is finished: this is its result after 300 steps, nothing is trained or measured again; it was "
+        "made with other settings (heun-steps is 18 there, 40 here)\n"
+    )
