@@ -188,6 +188,11 @@ def _texts(facts: Facts) -> dict[str, str]:
         "table": f"NFE: network evaluations an image. {facts.metric}: between {facts.results[0].images:,} drawn images "
         f"and the reference{'' if fid else '; it is no FID, as its features are not those of Inception'}."
         f"{' Published figures are of 50,000 images.' if any(row.paper for row in facts.results) else ''}"
+        + "".join(
+            f" {row.left_out:,} further images of the {row.label} were not finite and are left out."
+            for row in facts.results
+            if row.left_out
+        )
         if facts.results
         else "",
         "settings": "The defaults are those of the settings themselves; a recipe has its own for its data.",

@@ -607,3 +607,9 @@ def test_the_curve_of_a_run_that_was_lengthened_keeps_the_teachers_line(
     assert facts.results == () and facts.teacher_distance == known and not record.problems
     plots.curves(record, facts, dark=False)
     assert drawn == [known]
+
+
+def test_images_that_were_not_finite_are_counted_below_the_table(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    write_results(run, [EvaluationRow("generator", 1, 1, 3.5, 1987, 9.0, left_out=13)])
+    assert "13 further images of the generator were not finite and are left out." in page_of(run).text
