@@ -65,7 +65,7 @@ class Dataset:
                 self.source, shaping, self.labels, Subset(self.max_images), skip_unreadable=self.skip_unreadable
             )
             empty = empty_classes(pictures.labels, pictures.width)
-            for said in self._remarks(pictures, empty):
+            for said in self._remarks(pictures):
                 remarks.add(said)
             if self.strict and (pictures.left_out.beyond_system_files or pictures.remarks or empty):
                 raise ValueError(f"strict was given, and {remarks[-1]}")
@@ -90,13 +90,13 @@ class Dataset:
                 self._text(pictures, width, classes),
             )
 
-    def _remarks(self, pictures: Pictures, empty: list[int]) -> list[str]:
+    def _remarks(self, pictures: Pictures) -> list[str]:
+        from ipfm.engine.data.open_dataset import remark_on_classes
+
         said = [f"{self.source}: left out {pictures.left_out.said()}"] if pictures.left_out else []
         said += pictures.remarks
-        if empty:
-            shown = ", ".join(map(str, empty[:8])) + (", …" if len(empty) > 8 else "")
-            said.append(f"{len(empty)} of {pictures.width} classes have no images: {shown}")
-        return said
+        classes = remark_on_classes(pictures.labels, pictures.width)
+        return said if classes is None else [*said, classes]
 
     def _text(self, pictures: Pictures, width: int, classes: bool) -> str:
         kind = "grey" if pictures.channels == 1 else "RGB"

@@ -65,6 +65,7 @@ def read_picture(files: ImageFiles, name: str, channels: int) -> Image:
         if _header(image, where).channels > channels:
             raise ValueError(f"{where} is in colour, but the data set is grey")
         try:
+            image.load()
             if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 if image.getchannel("A").getextrema() != (255, 255):
@@ -208,23 +209,41 @@ def _header(image: Image, where: str) -> Header:
         raise ValueError(f"{where} has pixels of the kind {image.mode}; possible: 8-bit grey or RGB")
     if (bits := _bits(image)) > 8:
         raise ValueError(f"{where} has {bits} bits a value, of which 8 would be lost; possible: 8-bit grey or RGB")
-    if getattr(image, "is_animated", False) and image.format != "MPO":
+    # A second picture of a photo (MPO) is its preview, or the other eye's.
+    if image.format != "MPO" and (pictures := _pictures(image)) > 1:
         raise ValueError(
-            f"{where} holds {getattr(image, 'n_frames', 'several')} pictures, of which one would be taken: "
-            "make a file of each, or keep one"
+            f"{where} holds {pictures} pictures, of which one would be taken: make a file of each, or keep one"
         )
     # Turning exchanges the sides; looking whether a PNG is to be turned decodes it, which a square one is spared.
-    turned = image.width != image.height and image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in _LYING
+    turned = image.width != image.height and image.format != "TIFF" and _orientation(image) in _LYING
     return Header(*((image.height, image.width) if turned else image.size), channels)
 
 
 _ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)
 
 
+def _orientation(image: Image) -> int:
+    """The EXIF orientation; 1, upright, where there is none or the EXIF data are damaged, which the picture is not."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # whatever Pillow makes of damaged data
+        return 1
+
+
 def _upright(image: Image) -> Image:
     from PIL import ImageOps
 
+    if _orientation(image) not in range(2, 9):
+        return image
     return ImageOps.exif_transpose(image)
+
+
+def _pictures(image: Image) -> int:
+    """How many pictures a file holds; where its tail is damaged, 1."""
+    try:
+        return int(getattr(image, "n_frames", 1)) if getattr(image, "is_animated", False) else 1
+    except Exception:  # as above
+        return 1
 
 
 def _bits(image: Image) -> int:

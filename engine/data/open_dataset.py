@@ -79,6 +79,8 @@ def open_dataset(
         for remark in remarks_on(files):
             Remarks().add(remark)
     found = read_labels(files) if labels else None
+    if found is not None and is_first_process() and (said := remark_on_classes(found, label_width(found))):
+        Remarks().add(f"{path}: {said}")
     header = _first_header(files, skip_unreadable=skip_unreadable)
     if header.width != header.height:
         raise ValueError(
@@ -195,6 +197,13 @@ def empty_classes(labels: Tensor | None, width: int) -> list[int]:
     if labels is None or labels.ndim != 1:
         return []
     return torch.bincount(labels, minlength=width).eq(0).nonzero().flatten().tolist()
+
+
+def remark_on_classes(labels: Tensor | None, width: int) -> str | None:
+    """One line on the classes that no image has, None where there are none."""
+    empty = empty_classes(labels, width)
+    shown = ", ".join(map(str, empty[:8])) + (", …" if len(empty) > 8 else "")
+    return f"{len(empty)} of {width} classes have no images: {shown}" if empty else None
 
 
 def label_width(labels: Tensor) -> int:

@@ -370,6 +370,21 @@ def test_photos_are_turned_as_their_exif_orientation_says(tmp_path):
     refused(tmp_path / "x", "a.jpeg is 8x16, but images must be square")
 
 
+def test_damaged_exif_data_are_no_damaged_picture(tmp_path):
+    exif = b"Exif\0\0MM\0*" + bytes([255] * 40)
+    picture = Image.new("RGB", (16, 16), "red")
+    (tmp_path / "x").mkdir()
+    for kind in ("jpeg", "png", "webp"):
+        picture.save(tmp_path / "x" / f"a.{kind}", exif=exif)
+    assert len(open_dataset(tmp_path / "x")) == 3
+
+
+def test_classes_without_an_image_are_said(tmp_path, capsys):
+    files = numbered(COLOUR) | label_file([[NAMES[0], 1], [NAMES[1], 3]])
+    assert open_dataset(write(tmp_path / "x.zip", files)).classes == 4
+    assert "x.zip: 2 of 4 classes have no images: 0, 2\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["png", "ppm", "tif"])
 def test_colour_of_16_bits_is_refused(tmp_path, kind):
     values = np.arange(8 * 8 * 3, dtype=">u2").reshape(8, 8, 3) * 16
