@@ -107,6 +107,7 @@ class Evaluate:
             )
         world = _world()
         remarks = Remarks()
+        remarks.extend((*subject.said, *comparison.said))
         for remark in (*subject.remarks, *comparison.remarks(subject.shape, images)):
             if world.is_main:
                 remarks.add(remark)

@@ -67,6 +67,7 @@ class ImageDataset:
         classes: the width of a label; the largest class + 1, or K, when None.
         xflip: mirror each image with probability ½, drawn anew in every epoch, a function of (seed, position); EDM's
             datasets hold a mirrored copy of every image instead, so that an epoch is twice as long.
+        remarks: what opening it said on stderr, for the JSON of commands.
 
     Raises:
         ValueError: wrong shapes or dtypes, no images, values outside of the range, labels outside of the classes or not
@@ -79,6 +80,7 @@ class ImageDataset:
     value_range: tuple[float, float] | None = None
     classes: int | None = None
     xflip: bool = False
+    remarks: tuple[str, ...] = ()
     _epochs: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -17,6 +17,8 @@ EXTENSIONS = frozenset(
 )
 """What the name of an image ends in, in small or capital letters."""
 LABEL_FILE = "dataset.json"
+OWN_FILES = frozenset((".ipfm-samples.json",))
+"""What `ipfm sample` writes beside its images: never an image, so never left out."""
 MAX_FILE_BYTES = 1 << 28
 """Largest file that is read from a zip, unpacked."""
 
@@ -188,6 +190,8 @@ def _sorted_out(names: Iterable[str], folders: Iterable[str]) -> tuple[list[str]
     images, labels, left = [], [], LeftOut()
     for name in sorted(names):
         suffix = os.path.splitext(name)[1].lower()
+        if name in OWN_FILES:
+            continue
         if ".." in name.split("/"):
             left.add("names that lead out of it", [name])
         elif _of_the_system(name):

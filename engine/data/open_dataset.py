@@ -75,12 +75,12 @@ def open_dataset(
             xflip=xflip,
         )
     files = open_image_files(path)
-    if is_first_process():
-        for remark in remarks_on(files):
-            Remarks().add(remark)
+    remarks = remarks_on(files)
     found = read_labels(files) if labels else None
-    if found is not None and is_first_process() and (said := remark_on_classes(found, label_width(found))):
-        Remarks().add(f"{path}: {said}")
+    if found is not None and (said := remark_on_classes(found, label_width(found))):
+        remarks.append(f"{path}: {said}")
+    for remark in remarks if is_first_process() else ():
+        Remarks().add(remark)
     header = _first_header(files, skip_unreadable=skip_unreadable)
     if header.width != header.height:
         raise ValueError(
@@ -104,6 +104,7 @@ def open_dataset(
         name=str(path),
         classes=None if found is None else label_width(found),
         xflip=xflip,
+        remarks=tuple(remarks),
     )
 
 

@@ -184,6 +184,11 @@ class Comparison:
             reference = make_reference(self.file, self.features, world, keep_features=keep, batch=batch)
         return Evaluation(self.features, reference, images, batch, seed, self.metrics, pr_images)
 
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What opening the reference said on stderr."""
+        return () if self.file is None or self.file.images is None else self.file.images.remarks
+
     def remarks(self, shape: tuple[int, int, int], images: int) -> list[str]:
         """What to know of a distance that is measured all the same, a line each.
 

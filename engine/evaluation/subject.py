@@ -36,6 +36,7 @@ class Subject:
         nfe: network evaluations an image, None for images.
         paper: the published FID as text, if any.
         remarks: what to know of it, a line each.
+        said: what opening it said on stderr.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Subject:
     nfe: int | None = None
     paper: str | None = None
     remarks: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
 
 
 def open_subject(
@@ -80,6 +82,7 @@ def open_subject(
             images.shape,
             len(images),
             remarks=(f"{path} holds images of several models: they were put together with --add",) if mixed else (),
+            said=images.remarks,
         )
     model = sample_model(path, device, heun_steps=heun_steps, seed=seed, D=D)
     draw, network, facts, nfe = model.draw, model.network, model.facts, model.nfe

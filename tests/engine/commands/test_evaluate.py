@@ -327,6 +327,17 @@ def test_a_mixture_that_was_asked_for_is_said(
     assert found["remarks"][0] == f"{tmp_path}/mix holds images of several models: they were put together with --add"
 
 
+def test_what_is_left_out_of_images_is_said_and_in_json(
+    capsys: pytest.CaptureFixture[str], root: Path, options: Evaluate, tmp_path: Path
+) -> None:
+    shutil.copytree(root / "folder", tmp_path / "some")
+    (tmp_path / "some" / "x.avif").write_bytes(b"x")
+    replace(options, model=tmp_path / "some", images=None).run()
+    said = capsys.readouterr()
+    note = f"{tmp_path}/some: left out files .avif: 1 (x.avif)"
+    assert said.err.count(note) == 1 and note in json.loads(said.out)["remarks"]
+
+
 @pytest.mark.parametrize("name", ["stats.NPZ", "stats", "stats.dat"])
 def test_statistics_are_told_by_content(root: Path, tmp_path: Path, name: str) -> None:
     shutil.copy(root / "stats.npz", tmp_path / name)
