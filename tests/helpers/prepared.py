@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import IO, Any
 
 IMPORTS = (
-    "sklearn.datasets", "scipy.linalg", "scipy.stats", "matplotlib.figure", "matplotlib.backends.backend_agg", "tyro",
+    "scipy.linalg", "scipy.stats", "matplotlib.figure", "matplotlib.backends.backend_agg", "tyro",
     "PIL.Image", "PIL.PngImagePlugin", "torch._dynamo", "torch.utils.tensorboard", "tensorboard.compat.proto",
     "ipfm.recipes.digits_ipfm", "ipfm.recipes.cifar_ipfm", "ipfm.engine.training.distiller",
     "ipfm.engine.training.teacher", "ipfm.engine.evaluation.metrics", "ipfm.engine.memory.watch", "deepspeed",

@@ -1,5 +1,6 @@
 """Datasets: values, order, resumption, refusals."""
 
+import importlib.util
 import sys
 
 import pytest
@@ -157,19 +158,26 @@ def test_uint8_covers_the_range_exactly():
     assert shifted.take(0, 3).flatten().tolist() == [-1, -0.5, 1]
 
 
-def test_digits():
+@pytest.mark.parametrize("found", [True, False])
+def test_digits(monkeypatch, found: bool):
+    """Whether scikit-learn's file is read or scikit-learn has to be asked, as where its files lie elsewhere."""
     from sklearn.datasets import load_digits
 
+    source = load_digits()
+    if found:
+        monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     data = digits()
     assert data.images.shape == (1797, 1, 8, 8) and data.images.dtype == torch.float32
     assert len(data) == 1797 and data.shape == (1, 8, 8) and data.classes == 10 and data.name == "digits"
-    source = load_digits()
     assert torch.equal(data.take(0, 1797)[:, 0].double(), torch.from_numpy(source.images) / 8 - 1)
     assert data.labels.tolist() == source.target.tolist()
     assert data.images.min() == -1 and data.images.max() == 1
 
 
 def test_digits_without_scikit_learn_say_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(RuntimeError, match="scikit-learn, which is missing") as caught:
         digits()
