@@ -26,6 +26,7 @@ from ipfm.engine.commands.main import _main
 from ipfm.engine.data.image_grid import save_pngs
 from ipfm.engine.distributed.signals import catching_signals
 from ipfm.engine.distributed.world import start_world
+from ipfm.engine.evaluation.subject import SAMPLES_FILE
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.engine.runtime.launcher import stop_world
@@ -117,7 +118,7 @@ def written(tmp_path: Path, network: EDMPrecond) -> Path:
     [
         ("sample model --n 2 --out a.png", "a.png"),
         ("sample model --n 40 --out a.npz", "a.npz"),
-        ("sample model --n 2 --out pictures", "pictures/000000.png"),
+        ("sample model --n 2 --out pictures --add", "pictures/000000.png"),
         ("dataset pictures a.zip --overwrite", "a.zip"),
         ("evaluate pictures --reference pictures --features pixels --save-reference statistics.npz", "statistics.npz"),
         ("convert CHECKPOINT converted", ".converted.partial/model.safetensors"),
@@ -137,8 +138,12 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(written: Path, command
         said = reading.read()
         assert program.wait(100) == 1
     place = (written if file.startswith(".") else Path()) / file
-    assert said == f"ipfm: failed: cannot write {place}: File too large\n"
-    assert before == {path: path.read_bytes() for path in written.rglob("*") if path.is_file()}
+    *notes, line = said.splitlines()
+    assert line == f"ipfm: failed: cannot write {place}: File too large"
+    assert all(note.startswith("ipfm: note: ") for note in notes)
+    # `sample` notes first that a folder will hold images of several models.
+    after = {path: path.read_bytes() for path in written.rglob("*") if path.is_file() and path.name != SAMPLES_FILE}
+    assert before == after
 
 
 # -- links -----------------------------------------------------------------------------------------------------------
