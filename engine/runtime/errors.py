@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 
 class Interrupted(Exception):
-    """A signal arrived and the state is saved. `signum` is the signal."""
+    """A signal arrived and the state is saved. `signum` is the signal; `folder`: the run's."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}, state saved")
+    def __init__(self, signum: int, folder: Path | None = None) -> None:
+        where = "" if folder is None else f" in {folder}"
+        super().__init__(f"stopped by {signal.Signals(signum).name}, state saved{where}")
         self.signum = signum
 
 

@@ -168,7 +168,7 @@ class Distiller(TrainingRun[Distillation]):
                 try:
                     self.rows = self._conclude(folder.path, self.evaluation, progress.last)
                 except StopRequested as asked:
-                    raise Interrupted(asked.signum) from None
+                    raise Interrupted(asked.signum, folder.path) from None
         self.average.facts = about
         return self.average
 

@@ -320,7 +320,7 @@ class _Run:
         if signum:
             self._save()
             self.writer.wait()
-            raise Interrupted(signum)
+            raise Interrupted(signum, self.folder.path)
 
     def _too_bad(self) -> str:
         progress = self.progress

@@ -331,6 +331,11 @@ def ends(error: BaseException | None, capfd, argv: list[str] | None = None) -> t
         (FolderInUse("runs/a is in use"), 2, "recipe.py: error: runs/a is in use\n"),
         (TrainingFailed("too many"), 1, "recipe.py: failed: too many\n"),
         (Interrupted(signal.SIGINT), 130, "recipe.py: stopped by SIGINT, state saved; the same command continues\n"),
+        (
+            Interrupted(signal.SIGINT, Path("runs/a")),
+            130,
+            "recipe.py: stopped by SIGINT, state saved in runs/a; the same command continues\n",
+        ),
         (Interrupted(signal.SIGTERM), 143, "recipe.py: stopped by SIGTERM, state saved; the same command continues\n"),
         (KeyboardInterrupt(), 130, "recipe.py: interrupted\n"),
     ],

@@ -140,7 +140,7 @@ def test_a_signal_within_an_evaluation_saves_and_stops_and_the_evaluation_is_mad
     wait_until(lambda: (out / "metrics.jsonl").exists(), group)
     group.ranks()[1].send_signal(signal.SIGUSR1)
     assert group.wait(60) == [128 + signal.SIGUSR1] * 2
-    assert "digits_ipfm.py: stopped by SIGUSR1, state saved; the same command continues" in group.output()
+    assert f"digits_ipfm.py: stopped by SIGUSR1, state saved in {out}; the same command continues" in group.output()
     assert newest(out) == 1 and not (out / "samples").exists()
     done = run_alone(*settings(teacher, out, 3, eval_every=1, checkpoint_every=1000))
     assert done.returncode == 0, done.stderr
