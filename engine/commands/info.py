@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from ipfm.engine.runtime.json_output import output
 from ipfm.engine.runtime.wording import number, rows
 
 if TYPE_CHECKING:
+    from ipfm.engine.runtime.remarks import Remarks
     from ipfm.models import NetworkConfig
     from ipfm.models.facts import GeneratorFacts
 
@@ -35,16 +35,27 @@ class Info:
 
     def run(self) -> None:
         """Print what is known."""
-        from ipfm.engine.training.run_state import is_run
+        from ipfm.engine.runtime.remarks import Remarks
+        from ipfm.engine.training.run_state import is_damaged_run, is_run
 
+        remarks = Remarks()
         with output(as_json=self.json) as write:
             with user_input():
-                read = _checkpoint if self.model.is_file() else _run if is_run(self.model) else _folder
-                facts, text = read(self.model)
-            write({"path": self.model, **facts}, text)
+                if self.model.is_file():
+                    facts, text = _checkpoint(self.model)
+                elif is_run(self.model):
+                    facts, text = _run(self.model, remarks)
+                elif is_damaged_run(self.model):
+                    raise ValueError(
+                        f"{self.model} is the folder of a run, but its config.json is missing or damaged: "
+                        "ipfm report shows what there is"
+                    )
+                else:
+                    facts, text = _folder(self.model)
+            write({"path": self.model, **facts, "remarks": list(remarks)}, text)
 
 
-def _run(path: Path) -> tuple[dict[str, Any], str]:
+def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
     """The facts of a run folder, and as text. ValueError: it cannot be read."""
     from ipfm.engine.evaluation.results import results_table
     from ipfm.engine.objectives import OBJECTIVES
@@ -54,7 +65,7 @@ def _run(path: Path) -> tuple[dict[str, Any], str]:
     if run.settings is None:
         raise ValueError(f"{path} holds no run: no config.json that says distill or teacher")
     for problem in run.problems:
-        warnings.warn(f"{path}/{problem}", stacklevel=1)
+        remarks.add(f"{path}/{problem}")
     kind, distances = run.identity.get("objective"), [(point.step, point.frechet) for point in run.evaluations]
     objective = OBJECTIVES.of(kind, run.settings) if run.kind == "distill" else None
     step, distance = distances[-1] if distances else (None, None)

@@ -169,7 +169,18 @@ class RunRecord:
 
 def is_run(path: Path) -> bool:
     """Whether `path` is the folder of a distillation or of a teacher's training."""
-    return (read_json(path / CONFIG_FILE) or {}).get("kind") in EXPORTS
+    return _says_kind(read_json(path / CONFIG_FILE))
+
+
+def is_damaged_run(path: Path) -> bool:
+    """Whether `path` holds what a run writes, but no config.json that can be read."""
+    return read_json(path / CONFIG_FILE) is None and any((path / name).exists() for name in TRACES)
+
+
+def _says_kind(found: Mapping[str, Any] | None) -> bool:
+    """Whether what a config.json holds is the record of a run."""
+    kind = found and found.get("kind")
+    return isinstance(kind, str) and kind in EXPORTS
 
 
 def read_run(path: Path, *, times: bool = True) -> RunRecord:
@@ -244,7 +255,7 @@ def _config(path: Path, problems: list[str]) -> dict[str, Any]:
             "give the folder of one of its runs, VARIANT/seedN"
         )
     found = read_json(path / "config.json")
-    if found is not None and found.get("kind") in EXPORTS:
+    if found is not None and _says_kind(found):
         return found
     if found is not None and str(found.get("format", "")).startswith("ipfm-network"):
         raise ValueError(f"{path} is a model folder, not that of a run: `ipfm info` describes it")

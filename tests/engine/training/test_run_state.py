@@ -16,6 +16,7 @@ from ipfm.engine.commands.report.command import Report
 from ipfm.engine.evaluation.results import EvaluationHistory
 from ipfm.engine.experiments.ablation_runs import Run
 from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.runtime.commandline import BadInput
 from ipfm.engine.runtime.files import StepLog
 from ipfm.engine.training.checkpoint import Draft
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder
@@ -138,19 +139,37 @@ def test_info_and_report_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_what_is_damaged_is_said_by_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Info warns and goes on; what the logs no longer say is not known to either."""
+    """Info says so, a line each, and goes on; what the logs no longer say is not known to either."""
     make(tmp_path / "held", steps=3, total=8)
     shutil.copytree(tmp_path / "held", tmp_path / "run")
     (tmp_path / "run" / "evaluations.jsonl").unlink()
     (tmp_path / "run" / "evaluations.jsonl").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('no json\n{"step": 1, "student_loss": "x"}\n')
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.warns(UserWarning) as caught:
-        info, report = said(tmp_path / "run", capsys)
-    assert {str(warning.message) for warning in caught} == {
+    info, report = said(tmp_path / "run", capsys)
+    assert set(info["remarks"]) == {
         f"{tmp_path}/run/metrics.jsonl: 1 unreadable lines were left out",
         f"{tmp_path}/run/evaluations.jsonl cannot be read: Is a directory",
     }
+    Info(model=tmp_path / "run").run()
+    assert capsys.readouterr().err.splitlines() == [f"ipfm: note: {remark}" for remark in info["remarks"]]
     assert (info["state"], info["steps_done"]) == (report["state"], report["steps_done"]) == ("stopped", 2)
     assert info["distances"] == report["evaluations"] == []
     assert "Evaluations.jsonl cannot be read: Is a directory." in report["missing"]
+
+
+@pytest.mark.parametrize("text", ['{"kind": ["distill"]}', '{"kind": {}}', '{"kind"', "[]", "{}", None])
+def test_a_run_whose_config_was_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None) -> None:
+    """The report shows what there is; info names it, or says what else the folder holds."""
+    make(tmp_path / "held", steps=3, total=8, exported=2)
+    shutil.copytree(tmp_path / "held", tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    config.unlink() if text is None else config.write_text(text)
+    with pytest.raises(BadInput) as refused:
+        Info(model=tmp_path / "run").run()
+    report = "is the folder of a run, but its config.json is missing or damaged: ipfm report shows what there is"
+    assert report in str(refused.value) or "holds the model folder 'generator'" in str(refused.value)
+    assert (report in str(refused.value)) == (text in ('{"kind"', "[]", None))
+    Report(run_folder=tmp_path / "run", json=True).run()
+    missing = "is missing" if text is None else "cannot be read as a run's settings"
+    assert f"Config.json {missing}." in json.loads(capsys.readouterr().out)["missing"]
