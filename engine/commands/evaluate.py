@@ -75,7 +75,7 @@ class Evaluate:
             self._run(write)
 
     def _run(self, write: Write) -> None:
-        from ipfm.engine.distributed.world import check_environment, run_device
+        from ipfm.engine.distributed.world import check_environment, environment_remarks, run_device
         from ipfm.engine.evaluation.evaluation import open_comparison
         from ipfm.engine.evaluation.subject import open_subject
         from ipfm.engine.runtime.host_memory import check_memory, enough_memory
@@ -108,7 +108,7 @@ class Evaluate:
         world = _world()
         remarks = Remarks()
         remarks.extend((*subject.said, *comparison.said))
-        for remark in (*subject.remarks, *comparison.remarks(subject.shape, images)):
+        for remark in (*environment_remarks(), *subject.remarks, *comparison.remarks(subject.shape, images)):
             if world.is_main:
                 remarks.add(remark)
         with enough_memory("give a smaller --batch"):

@@ -9,6 +9,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,6 +111,34 @@ def check_environment() -> None:
             f"LOCAL_RANK must be less than the number of GPUs, got {launcher.local_rank()} and "
             f"{torch.cuda.device_count()}{'' if visible is None else f' (CUDA_VISIBLE_DEVICES={visible})'}"
         )
+
+
+def environment_remarks() -> list[str]:
+    """What to say of the environment before anything is begun, though it can be used; a line each."""
+    return [*launcher.launch_remarks(), *_no_gpu()]
+
+
+# What an NVIDIA driver shows of each GPU, whether or not a program may use it.
+_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+def _no_gpu() -> list[str]:
+    """What keeps this process from a GPU that is there or was named; nothing where GPUs are hidden on purpose."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.cuda.is_available() or (visible is not None and (not visible or visible.startswith("-"))):
+        return []
+    # `deepspeed` sets the variable where there is no GPU too.
+    there = _GPUS.is_dir() and any(_GPUS.iterdir())
+    if visible is not None and (there or not launcher.is_launched()):
+        return [f"CUDA_VISIBLE_DEVICES={visible} names no GPU that can be used: computing on the CPU"]
+    if there:
+        cannot = (
+            "was built without CUDA" if torch.version.cuda is None else f"needs a driver for CUDA {torch.version.cuda}"
+        )
+        return [
+            f"this machine has a GPU that cannot be used (torch {torch.__version__} {cannot}): computing on the CPU"
+        ]
+    return []
 
 
 def start_world() -> World:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ipfm.engine.config import RunConfig
-from ipfm.engine.distributed.world import World, check_environment, start_world
+from ipfm.engine.distributed.world import World, check_environment, environment_remarks, start_world
 from ipfm.engine.runtime.commandline import Given, parse_given, user_input
 from ipfm.engine.runtime.launcher import is_first_process
+from ipfm.engine.runtime.remarks import Remarks
 from ipfm.engine.training.run_folder import is_settled, settings_said
 
 O = TypeVar("O")
@@ -105,6 +106,10 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
     with user_input():
         given = parse_given(argv, default=recipe.defaults, prog=recipe.file, description=recipe.help_text())
         check_environment()
+        if is_first_process():
+            remarks = Remarks(recipe.file)
+            for remark in environment_remarks():
+                remarks.add(remark)
         plan = recipe.plan(given)
     if plan.options.dry_run:
         if is_first_process():

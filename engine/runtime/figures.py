@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ def file_figure(**settings: Any) -> Figure:
 
 def import_matplotlib() -> Any:
     """Matplotlib. Its import fails where MPLBACKEND names a backend that is not installed, as a notebook's may."""
+    # Where its own folder in HOME cannot be written it takes a temporary one, which concerns nobody.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     given = os.environ.pop(VARIABLE, None)
     try:
         import matplotlib

@@ -120,6 +120,24 @@ def launched_port() -> str:
     return os.environ.get("MASTER_PORT", "")
 
 
+# What says how many processes a launcher has started that does not tell them how to meet.
+_UNJOINED = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun"}
+
+
+def launch_remarks() -> list[str]:
+    """What to say where another launcher has started several processes, which do not join: each is a run of its own."""
+    if is_launched():
+        return []
+    for name, launcher in _UNJOINED.items():
+        given = os.environ.get(name, "")
+        if re.fullmatch(r"[0-9]{1,9}", given) and int(given) > 1:
+            return [
+                f"{launcher} has started {given} processes ({name}), which do not join: each is a run of its own; "
+                "start by deepspeed or torchrun for one run"
+            ]
+    return []
+
+
 def is_first_process() -> bool:
     """Whether this process is the one of its run that speaks. So is one that no whole launch has a place for."""
     return _launch_fault() is not None or launched_rank() == 0

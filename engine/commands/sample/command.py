@@ -74,7 +74,7 @@ class Sample:
 
     def run(self) -> None:
         """Write the images to `out`."""
-        from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.distributed.world import environment_remarks, run_device
         from ipfm.engine.runtime.host_memory import enough_memory
         from ipfm.engine.runtime.progress import ProgressBar
         from ipfm.engine.runtime.remarks import Remarks
@@ -102,7 +102,7 @@ class Sample:
             self._check_memory(model.network, len(names))
             destination = self._destination(model, names, seeds is None)
         remarks = Remarks()
-        for remark in destination.remarks:
+        for remark in (*environment_remarks(), *destination.remarks):
             remarks.add(remark)
         with output(as_json=self.json) as write:
             with ProgressBar("sample", len(names)) as bar, enough_memory("give a smaller --batch"):

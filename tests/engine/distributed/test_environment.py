@@ -12,7 +12,7 @@ import torch.distributed as dist
 import triton
 
 from ipfm.engine.distributed import world
-from ipfm.engine.distributed.world import check_environment, start_world
+from ipfm.engine.distributed.world import check_environment, environment_remarks, start_world
 from ipfm.engine.runtime import cores, launcher
 from ipfm.engine.runtime.errors import Failed
 
@@ -59,6 +59,59 @@ def test_variables_that_cannot_be_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
         with pytest.raises(ValueError, match=r"got 1 and 1 \(CUDA_VISIBLE_DEVICES=1\)$"):
             check_environment()
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpu", "said"),
+    [
+        ({}, False, ""),
+        ({"CUDA_VISIBLE_DEVICES": "7"}, False, "CUDA_VISIBLE_DEVICES=7 names no GPU that can be used: "),
+        ({"CUDA_VISIBLE_DEVICES": "all"}, True, "CUDA_VISIBLE_DEVICES=all names no GPU that can be used: "),
+        ({"CUDA_VISIBLE_DEVICES": ""}, True, ""),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, True, ""),
+        ({}, True, f"this machine has a GPU that cannot be used (torch {torch.__version__} "),
+        # The deepspeed launcher sets it on a CPU too.
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "RANK": "0"}, False, ""),
+        (
+            {"CUDA_VISIBLE_DEVICES": "0,1", "RANK": "0"},
+            True,
+            "CUDA_VISIBLE_DEVICES=0,1 names no GPU that can be used: ",
+        ),
+    ],
+)
+def test_falling_back_to_the_cpu_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], gpu: bool, said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(world, "_GPUS", tmp_path)
+    if gpu:
+        (tmp_path / "0000:01:00.0").mkdir()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    remarks = environment_remarks()
+    assert len(remarks) == bool(said)
+    assert all(remark.startswith(said) and remark.endswith(": computing on the CPU") for remark in remarks)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert environment_remarks() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpiexec"), ("SLURM_STEP_NUM_TASKS", "srun")],
+)
+def test_processes_of_other_launchers_do_not_join(monkeypatch: pytest.MonkeyPatch, name: str, program: str) -> None:
+    """Nor would they be refused: many runs may be started so, each with its own settings."""
+    monkeypatch.setattr(world, "_no_gpu", lambda: [])
+    for single in ("1", "", "x"):
+        monkeypatch.setenv(name, single)
+        assert environment_remarks() == []
+    monkeypatch.setenv(name, "4")
+    assert environment_remarks() == [
+        f"{program} has started 4 processes ({name}), which do not join: each is a run of its own; start by deepspeed "
+        "or torchrun for one run"
+    ]
+    monkeypatch.setenv("RANK", "0")
+    assert environment_remarks() == []
 
 
 @pytest.mark.parametrize(
