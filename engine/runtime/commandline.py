@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ipfm.engine.runtime.errors import Failed, FolderInUse, Interrupted, ProcessLost
+from ipfm.engine.runtime.host_memory import not_enough
 from ipfm.engine.runtime.launcher import is_first_process, lost_process
 from ipfm.engine.runtime.stdio import usable_streams
 
@@ -195,6 +196,10 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
         sys.exit(FAILED)
     except Failed as error:
         _complain(f"{name}: failed: {error}", everyone=error.alone)
+        sys.exit(FAILED)
+    except MemoryError as error:
+        # Of the host; what asks for much of it says the way on itself.
+        _complain(f"{name}: failed: {not_enough(error)}", everyone=True)
         sys.exit(FAILED)
     except (RuntimeError, OSError) as error:
         if isinstance(error, OSError) and (_no_room(error) or error.errno == errno.EROFS):

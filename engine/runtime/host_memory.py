@@ -44,6 +44,12 @@ def check_memory(needed: int, what: str, way_on: str) -> None:
         )
 
 
+def refuses_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory was refused, of the host or of a device."""
+    said = isinstance(error, RuntimeError) and _REFUSED.search(str(error))
+    return isinstance(error, MemoryError) or bool(said)
+
+
 @contextlib.contextmanager
 def enough_memory(way_on: str) -> Iterator[None]:
     """A block whose allocations may fail: one line that says the way on.
@@ -54,11 +60,16 @@ def enough_memory(way_on: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        if not isinstance(error, MemoryError) and not _REFUSED.search(text):
+        if not refuses_memory(error):
             raise
-        reason = f" ({text.partition('. ')[0][:200]})" if text else ""
-        raise Failed(f"there is not enough memory{reason}: {way_on}") from error
+        raise Failed(f"{not_enough(error)}: {way_on}") from error
+
+
+def not_enough(error: BaseException) -> str:
+    """What an error for which `refuses_memory` holds says, in one line."""
+    text = " ".join(str(error).split())
+    reason = f" ({text.partition('. ')[0][:200]})" if text else ""
+    return f"there is not enough memory{reason}"
 
 
 def _machine() -> int | None:

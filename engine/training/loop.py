@@ -18,6 +18,7 @@ from ipfm.engine.evaluation.results import EvaluationHistory, forget_results
 from ipfm.engine.memory.watch import MemoryWatch
 from ipfm.engine.objectives.phases import Phase, listening
 from ipfm.engine.runtime.errors import Interrupted, ProcessLost, TrainingFailed, described
+from ipfm.engine.runtime.host_memory import refuses_memory
 from ipfm.engine.runtime.launcher import Launcher, lost_process
 from ipfm.engine.training.checkpoint import checkpoints_in, find_checkpoint, forget_after, load_checkpoint
 from ipfm.engine.training.checkpoint_writer import CheckpointFailed, CheckpointWriter
@@ -184,7 +185,7 @@ class _Run:
         """What ends the run, once the state is saved, as far as it can be."""
         world, progress = self.world, self.progress
         text = described(error)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if refuses_memory(error):
             text += "; a smaller --micro-batch, or --activation-checkpointing on, needs less memory"
         elif not isinstance(error, PLAIN):
             text += self._trace(error)

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Literal
 
 from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.errors import TrainingFailed
+from ipfm.engine.runtime.host_memory import check_memory, enough_memory
 from ipfm.engine.runtime.json_output import output
 
 if TYPE_CHECKING:
+    from ipfm.engine.runtime.remarks import Remarks
     from ipfm.models import NetworkConfig
+
+
+SMALLER = "give a smaller --batch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +68,27 @@ class Bench:
             given = [name for name in ("offline", "metrics", "memory", "step") if getattr(self, name)]
             if len(given) > 1:
                 raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
+        remarks = self._remarks()
         with output(as_json=self.json) as write:
             tables = [self._run_memory()] if self.memory else [self._run_step()] if self.step else self._run_speed()
-            facts = {"tables": [{"file": table, "rows": read_rows(table)} for table in tables]}
+            facts = {
+                "tables": [{"file": table, "rows": read_rows(table)} for table in tables],
+                "remarks": list(remarks),
+            }
             texts = [table.with_suffix(".md").read_text(encoding="utf-8") for table in tables]
             write(facts, "\n".join([*texts, *map(str, tables)]))
+
+    def _remarks(self) -> Remarks:
+        """What is said of where it is measured."""
+        from ipfm.engine.runtime.remarks import Remarks
+
+        remarks = Remarks()
+        if not self.offline:
+            from ipfm.engine.distributed.world import environment_remarks
+
+            for remark in environment_remarks():
+                remarks.add(remark)
+        return remarks
 
     def _run_speed(self) -> list[Path]:
         from ipfm.engine.commands.bench.metrics import run_metrics
@@ -90,18 +111,20 @@ class Bench:
             check_environment()
             check_D(self.D)
             network = replace(self._network(), D=self.D)
+            self._check_memory(network)
             for precision in self.precision:
                 resolve_precision(DistillConfig(precision=precision, compile=self.compile), run_device())
             self.out.mkdir(parents=True, exist_ok=True)
-        return run_step(
-            self.out,
-            network,
-            batch=self.batch,
-            precisions=self.precision,
-            compiled=self.compile,
-            quick=self.quick,
-            title=self.model,
-        )
+        with enough_memory(SMALLER):
+            return run_step(
+                self.out,
+                network,
+                batch=self.batch,
+                precisions=self.precision,
+                compiled=self.compile,
+                quick=self.quick,
+                title=self.model,
+            )
 
     def _network(self) -> NetworkConfig:
         """What --memory and --step measure; ValueError where it, or the batch, is impossible."""
@@ -111,6 +134,15 @@ class Bench:
             raise ValueError(f"batch must be an integer >= 1, got {self.batch}")
         return bench_network(self.model, self.channels)
 
+    def _check_memory(self, network: NetworkConfig) -> None:
+        """ValueError: not even the first level's activations of a batch fit into the host's memory."""
+        from ipfm.engine.distributed.world import run_device
+
+        if run_device().type == "cpu":
+            channels, height, width = network.image_shape
+            needed = 4 * self.batch * height * width * (channels + 2 * network.model_channels)
+            check_memory(needed, f"a batch of {self.batch:,} images", SMALLER)
+
     def _run_memory(self) -> Path:
         from ipfm.engine.commands.bench.memory import run_memory
         from ipfm.engine.distributed.world import check_environment
@@ -118,16 +150,18 @@ class Bench:
         with user_input():
             check_environment()
             network = self._network()
+            self._check_memory(network)
             self.out.mkdir(parents=True, exist_ok=True)
         try:
-            return run_memory(
-                self.out,
-                network,
-                batch=self.batch,
-                checkpointed=self.activation_checkpointing,
-                quick=self.quick,
-                title=self.model,
-            )
+            with enough_memory(SMALLER):
+                return run_memory(
+                    self.out,
+                    network,
+                    batch=self.batch,
+                    checkpointed=self.activation_checkpointing,
+                    quick=self.quick,
+                    title=self.model,
+                )
         except RuntimeError as error:
             raise TrainingFailed(str(error)) from error
 

@@ -138,7 +138,9 @@ def _measure(case: StepCase) -> StepRow:
         ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            said = " ".join(done.stderr.split())[-300:]
+            # The last line of a traceback; torch says whose it is.
+            lines = [line.removeprefix("[rank0]: ") for line in done.stderr.splitlines() if line.strip()]
+            said = lines[-1][:300] if lines else ""
             killed = " (killed: perhaps out of memory)" if done.returncode == -9 else ""
             raise RuntimeError(f"the step {case.name} ended with {done.returncode}{killed}: {said}")
         return StepRow(**json.loads(result.read_text(encoding="utf-8")))

@@ -57,11 +57,12 @@ def target(out: Path, images: Path | None = None) -> Target:
     Raises:
         ValueError: another suffix, a file there that is no report, a folder that is none, or `images` without Markdown.
     """
-    if out.suffix not in SUFFIXES:
+    suffix = out.suffix.lower()
+    if suffix not in SUFFIXES:
         raise ValueError(f"out must end in {' or '.join(SUFFIXES)}, got {out}")
-    if images is not None and out.suffix != ".md":
+    if images is not None and suffix != ".md":
         raise ValueError(f"images is for a Markdown page, the HTML page {out} has them in itself")
-    if out.suffix == ".md":
+    if suffix == ".md":
         images = out.with_name(f"{out.stem}_files") if images is None else images
     for place in (out.parent, *out.parent.parents, *((images, *images.parents) if images else ())):
         if place.exists() and not place.is_dir():

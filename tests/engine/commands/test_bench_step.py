@@ -117,6 +117,7 @@ def test_the_table_of_the_command(tmp_path: Path) -> None:
         (["--memory"], "memory and step exclude each other: give one of them"),
         (["--D", "0"], "D must lie in (0, inf], got 0.0"),
         (["--batch", "0"], "batch must be an integer >= 1, got 0"),
+        (["--model", "digits", "--batch", "10" + "0" * 12], "a batch of 10,000,000,000,000 images needs at least "),
         (["--model", "unet"], "network preset 'unet' is unknown"),
         (["--precision", "fp8"], "--precision must be one of bf16, fp16, fp32, got 'fp8'"),
     ],

@@ -469,6 +469,9 @@ def test_a_report_is_replaced_whole_and_nothing_else_is(
     assert "is no report of this command: choose another --out" in refused(capsys, "report", run, "--out", notes)
     assert notes.read_text() == "<html>mine</html>"
     assert "must end in .html or .md" in refused(capsys, "report", run, "--out", tmp_path / "a.pdf")
+    ipfm("report", run, "--out", tmp_path / "A.MD")
+    assert (tmp_path / "A.MD").is_file() and (tmp_path / "A_files").is_dir()
+    capsys.readouterr()
     assert "images is for a Markdown page" in refused(capsys, "report", run, "--images", tmp_path)
     assert "is a file" in refused(capsys, "report", run, "--out", notes / "a.html")
     assert "leave out and images away" in refused(capsys, "report", run, "--json", "--out", tmp_path / "a.html")

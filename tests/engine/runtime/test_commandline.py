@@ -350,6 +350,14 @@ def test_exit_codes(error, code, line, capfd, monkeypatch):
     assert ends(error, capfd) == (code, "")  # the first process speaks for all
 
 
+def test_memory_that_the_host_has_not_is_a_failure_of_whichever_process_asked(capfd, monkeypatch):
+    error = MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000000000,)\nand data type float64")
+    said = "recipe.py: failed: there is not enough memory (Unable to allocate 7.28 TiB for an array with shape "
+    monkeypatch.setenv("RANK", "1")
+    assert ends(error, capfd) == (1, f"{said}(1000000000000,) and data type float64)\n")
+    assert ends(MemoryError(), capfd) == (1, "recipe.py: failed: there is not enough memory\n")
+
+
 def test_a_defect_keeps_its_traceback(capfd):
     with pytest.raises(ZeroDivisionError):
         ends(ZeroDivisionError(), capfd)
