@@ -18,7 +18,7 @@ PICTURE = IMAGES / "teacher-and-generator.png"
 GROUND, INK, QUIET, ARROW = "#f4f5f7", "#1d2430", "#5b6472", "#1f5fa8"
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
-SIDE, CELL, GRID = 8, 65, 6  # of a digit; of its place in the grids, eightfold with a line; digits in a row of them
+SIDE, CELL, GRID = 8, 72, 6  # of a digit; of its place in the grids, eightfold with a gap; digits in a row of them
 COLUMNS, ROWS, SCALE, GAP = 6, 3, 12, 12  # of a panel; whole-number enlargement; between digits
 MARGIN, BETWEEN, TOP, BOTTOM = 40, 248, 92, 66
 

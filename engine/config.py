@@ -62,6 +62,9 @@ class RunConfig:
         ValueError: a setting out of its range; the message names it, what was given and what is possible.
     """
 
+    readings: ClassVar[Mapping[str, str]] = {}
+    """Name of a loss in the log -> a sentence on how to read it."""
+
     out: Path | None = setting(None, identity=False, place=True, memory=False)
     """Run folder. Default: runs/ and a name made of the recipe and its settings."""
     batch: int = 256
@@ -283,6 +286,10 @@ class RunConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(RunConfig):
     """Training of a teacher on data: the denoising loss with PFGM++ noise at any D [Xu et al. 2023; EDM]."""
+
+    readings: ClassVar[Mapping[str, str]] = {
+        "teacher_loss": "teacher_loss is a denoising loss: it falls, then levels off above zero."
+    }
 
     D: float | None = setting(None, memory=False)
     """Auxiliary dimensions, in (0, inf]; inf is a diffusion model. Default: the network's."""

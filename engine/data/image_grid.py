@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,50 +14,103 @@ from ipfm.models.atomic_files import atomic_write
 # Side in pixels to which small images are enlarged, and the grey level between images.
 VISIBLE_SIDE = 64
 PADDING_GREY = 96
+# The largest side of a picture that common programs open.
+MOST_PIXELS = 65_500
+# What a grid's PNG says of itself: the pixels between its images. One that says nothing is of version 0.1.0, with one.
+GAP_KEY, GAP_BEFORE = "Gap", 1
+
+
+class Layout(NamedTuple):
+    """How images are laid out in a grid, row by row."""
+
+    rows: int
+    columns: int
+    scale: int
+    """How often each pixel is repeated."""
+    gap: int
+    """Pixels between two images: one of theirs, and at least two. There are none around the grid."""
+    height: int
+    """Of an image, enlarged."""
+    width: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the whole grid."""
+        return (
+            self.rows * (self.height + self.gap) - self.gap,
+            self.columns * (self.width + self.gap) - self.gap,
+        )
+
+
+def layout(count: int, shape: tuple[int, int, int], columns: int | None = None, scale: int | None = None) -> Layout:
+    """The layout of `count` > 0 images (C, H, W) = `shape`; see `image_grid` for the rest.
+
+    Raises:
+        ValueError: columns or scale below 1.
+    """
+    channels, height, width = shape
+    if channels not in (1, 3):
+        width = channels * (width + 1) - 1
+    columns = min(count, math.ceil(math.sqrt(count)) if columns is None else columns)
+    largest = max(1, round(VISIBLE_SIDE / max(height, width))) if scale is None else scale
+    if columns < 1 or largest < 1:
+        raise ValueError(f"columns and scale must be positive, got {columns} and {largest}")
+    for s in range(largest, 0, -1):
+        found = Layout(-(-count // columns), columns, s, max(2, s), height * s, width * s)
+        if scale is not None or max(found.size) <= MOST_PIXELS:
+            break
+    return found
 
 
 def image_grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> np.ndarray:
-    """Images (B, C, H, W) in [-1, 1], C = 1 or 3, row by row in one picture, uint8 (H', W', 3).
+    """Images (B, C, H, W) in [-1, 1], row by row in one picture, uint8 (H', W', 3); nothing is interpolated.
 
     A value v becomes clip(127.5·v + 128, 0, 255), truncated; NaN becomes black; grey is repeated in three channels.
-    One pixel lies between images, none around them.
+    Of another number of channels than 1 and 3 each is grey, one beside the other. Between images and behind the last
+    is PADDING_GREY, see `Layout`.
 
     Args:
         images: (B, C, H, W), of any floating dtype, on any device.
         columns: images a row, about √B when None.
-        scale: integer factor by which each pixel is repeated; when None the smallest that brings the images to some 64
-            pixels.
+        scale: integer factor by which each pixel is repeated; when None the one that brings the images to some 64
+            pixels, or a smaller one, for the picture to fit in MOST_PIXELS.
 
     Raises:
         ValueError: another shape, no images, columns or scale below 1.
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
-        raise ValueError(f"images must have shape (B, 1 or 3, H, W) with B > 0, got {tuple(images.shape)}")
-    count, _, height, width = images.shape
-    columns = min(count, math.ceil(math.sqrt(count)) if columns is None else columns)
-    scale = max(1, round(VISIBLE_SIDE / max(height, width))) if scale is None else scale
-    if columns < 1 or scale < 1:
-        raise ValueError(f"columns and scale must be positive, got {columns} and {scale}")
-
-    shown = pixels(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-    tiles = shown.numpy().repeat(scale, axis=1).repeat(scale, axis=2)
-
-    rows = -(-count // columns)
-    tall, wide = height * scale + 1, width * scale + 1
-    grid = np.full((rows * tall - 1, columns * wide - 1, 3), PADDING_GREY, dtype=np.uint8)
-    for i, tile in enumerate(tiles):
-        top, left = i // columns * tall, i % columns * wide
-        grid[top : top + tall - 1, left : left + wide - 1] = tile
+    if images.ndim != 4 or images.numel() == 0:
+        raise ValueError(f"images must have shape (B, C, H, W) with B > 0, got {tuple(images.shape)}")
+    count, channels, height, width = images.shape
+    placed = layout(count, (channels, height, width), columns, scale)
+    grid = np.full((*placed.size, 3), PADDING_GREY, dtype=np.uint8)
+    for i, image in enumerate(_as_rgb(pixels(images)).numpy()):
+        top = i // placed.columns * (placed.height + placed.gap)
+        left = i % placed.columns * (placed.width + placed.gap)
+        tile = image.repeat(placed.scale, axis=0).repeat(placed.scale, axis=1)
+        grid[top : top + placed.height, left : left + placed.width] = tile
     return grid
 
 
 def save_grid(images: Tensor, path: Path | str, columns: int | None = None, scale: int | None = None) -> None:
     """Write `image_grid` of `images` as a PNG; an existing file is replaced whole or not at all."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     picture = Image.fromarray(image_grid(images, columns, scale))
+    count, channels, height, width = images.shape
+    about = PngInfo()
+    about.add_text(GAP_KEY, str(layout(count, (channels, height, width), columns, scale).gap))
     with atomic_write(path) as file:
-        picture.save(file, format="PNG")
+        picture.save(file, format="PNG", pnginfo=about)
+
+
+def _as_rgb(levels: Tensor) -> Tensor:
+    """(B, C, H, W) uint8 as (B, H, W', 3): grey and RGB as they are, else the channels side by side, a pixel apart."""
+    count, channels, height, width = levels.shape
+    if channels not in (1, 3):
+        apart = torch.nn.functional.pad(levels, (0, 1), value=PADDING_GREY)
+        levels = apart.permute(0, 2, 1, 3).reshape(count, 1, height, channels * (width + 1))[..., :-1]
+    return levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
 
 
 def save_pngs(images: Tensor, paths: Sequence[Path | str]) -> None:

@@ -32,7 +32,7 @@ class EmaNetwork:
         precision: Precision,
         device: torch.device,
     ) -> None:
-        self._trained, self._network, self._buffers = trained, network, buffers
+        self._trained, self.network, self._buffers = trained, network, buffers
         self._precision, self._device = precision, device
         self._net: Precond | None = None
 
@@ -51,7 +51,7 @@ class EmaNetwork:
         """Gather the average as it is now. Every process must call it."""
         if self._net is None:
             with torch.device("meta"):
-                net = build_network(self._network)
+                net = build_network(self.network)
             net = apply_precision(net.to_empty(device=self._device), self._precision)
             for name, buffer in net.named_buffers():
                 buffer.copy_(self._buffers[name])

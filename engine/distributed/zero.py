@@ -64,6 +64,9 @@ class TrainedNetwork:
         self.world = world
         self.stage = stage
         self.precision = precision
+        self._averaged = ema
+        self.rates: dict[str, float] = {}
+        """Learning rate ("lr") and, with an average, its decay ("ema_decay"), of the last step; empty before it."""
         # As they are before the engine rounds them.
         self.exact_buffers = {n: buffer.detach().clone() for n, buffer in module.named_buffers()} if ema else {}
         parameters = self._parameters = [p for p in module.parameters() if p.requires_grad]
@@ -125,6 +128,7 @@ class TrainedNetwork:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.ema_decay = ema_decay
+        self.rates = {"lr": lr, "ema_decay": ema_decay} if self._averaged else {"lr": lr}
         self.optimizer.grad_scale = grad_scale
         scale = self.loss_scale
         self.engine.step()

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.signals import check_stop
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.metrics import (
@@ -48,6 +49,7 @@ class Evaluation:
         seed: of the samples; fixed, so that evaluations compare.
         metrics: the Fréchet distance alone by default.
         pr_images: images of each set that precision and recall are measured on.
+        data: the real images, for pictures that show them beside samples; None where they are not at hand.
 
     Raises:
         ValueError: numbers out of range, or a metric that the features or the reference do not allow.
@@ -60,6 +62,7 @@ class Evaluation:
     seed: int = 10_000
     metrics: tuple[Metric, ...] = ("fid",)
     pr_images: int = PR_IMAGES
+    data: ImageDataset | None = None
 
     def __post_init__(self) -> None:
         real = None if self._reference is None or self._reference.features is None else len(self._reference.features)
@@ -182,7 +185,8 @@ class Comparison:
         if self.file is not None:
             keep = bool({"kid", "pr"} & set(self.metrics))
             reference = make_reference(self.file, self.features, world, keep_features=keep, batch=batch)
-        return Evaluation(self.features, reference, images, batch, seed, self.metrics, pr_images)
+        data = None if self.file is None else self.file.images
+        return Evaluation(self.features, reference, images, batch, seed, self.metrics, pr_images, data)
 
     @property
     def said(self) -> tuple[str, ...]:

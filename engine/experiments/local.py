@@ -22,6 +22,7 @@ from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import Given, user_input
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.distiller import Distiller
+from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.resolve import complete, resolve_precision
 from ipfm.engine.training.run_folder import check_run_folder, claimed, open_run_folder, teacher_facts
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
@@ -75,6 +76,8 @@ class TrainAndDistilPlan(Plan):
             print(results_table(distiller.rows))
         if world.is_main:
             print(f"run folder: {path}   generator: {path / 'generator'}   curve: {path / 'convergence.png'}")
+            if (path / COMPARISON_FILE).exists():
+                print(f"teacher, generator and data side by side: {path / COMPARISON_FILE}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +183,8 @@ class TrainAndDistil(Recipe[O], Generic[O]):
         """The Fréchet distance of `images` samples, the base settings' when None, to all the data."""
         features = self.features(self.dataset.shape)
         statistics = dataset_statistics(self.dataset, features)
-        return Evaluation(features, statistics, images=self.base.eval_images if images is None else images)
+        count = self.base.eval_images if images is None else images
+        return Evaluation(features, statistics, images=count, data=self.dataset)
 
     # -- the command line -------------------------------------------------------------------------------------------
 

@@ -196,8 +196,6 @@ class Distillation(RunConfig, ABC):
     """A command line for the help of `ipfm plan`."""
     method: ClassVar[str] = ""
     """The method's name in the literature, within a sentence; default: its kind."""
-    readings: ClassVar[Mapping[str, str]] = {}
-    """Name of a loss in the log -> a sentence on how to read it."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Names of settings that all objectives have and this one makes no use of, such as ema_kimg."""
 

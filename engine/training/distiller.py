@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import sys
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from ipfm.engine.config import Rules
+from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.precision import apply_precision, halve_storage
 from ipfm.engine.distributed.signals import StopRequested, catching_signals
 from ipfm.engine.distributed.world import World, start_world
@@ -30,7 +30,9 @@ from ipfm.engine.objectives.initial_networks import starting_network, trained_co
 from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.engine.runtime.errors import Interrupted, described
 from ipfm.engine.runtime.launcher import Launcher
+from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.engine.sampling.samplers import nfe
+from ipfm.engine.training.loop import PICTURE_SEED
 from ipfm.engine.training.resolve import resolve
 from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import teacher_facts
@@ -150,8 +152,9 @@ class Distiller(TrainingRun[Distillation]):
     def run(self, path: Path | str) -> Precond:
         """Distil in the run folder `path`, or continue there.
 
-        Leaves the averaged generator in path/generator and, with an evaluation, the table of results (results.txt,
-        results.json) and the curve of convergence (convergence.png). A finished run is only read again.
+        Leaves the averaged generator in path/generator, images of it beside the teacher's and the data's
+        (comparison.png) and, with an evaluation, the table of results (results.txt, results.json) and the curve of
+        convergence (convergence.png). A finished run is only read again.
 
         Returns:
             The averaged generator, on the run's device, in eval mode.
@@ -169,8 +172,25 @@ class Distiller(TrainingRun[Distillation]):
                     self.rows = self._conclude(folder.path, self.evaluation, progress.last)
                 except StopRequested as asked:
                     raise Interrupted(asked.signum, folder.path) from None
+        self._finish(folder.path, progress.step)
         self.average.facts = about
         return self.average
+
+    @property
+    def _compared(self) -> tuple[Mapping[str, Callable[[int, int], Tensor]], ImageDataset | None]:
+        steps = self.config.heun_steps
+
+        def teacher(first: int, count: int) -> Tensor:
+            return sample_teacher(self.teacher, first, count, D=self.D, steps=steps, seed=PICTURE_SEED)
+
+        def generator(first: int, count: int) -> Tensor:
+            return self.sample(first, count, seed=PICTURE_SEED)
+
+        networks = {
+            f"teacher, {nfe(steps, 'heun')} NFE": teacher,
+            f"generator, {self.objective.nfe} NFE": generator,
+        }
+        return networks, None if self.evaluation is None else self.evaluation.data
 
     def _conclude(self, folder: Path, evaluation: Evaluation, last: FrechetResult | None) -> list[EvaluationRow]:
         """Write results.txt, results.json and convergence.png into the run folder; every process calls it.
@@ -220,11 +240,6 @@ class Distiller(TrainingRun[Distillation]):
             plot_convergence(EvaluationHistory(folder).points, teacher.distance, picture, self.title, teacher.name)
         except Exception as error:
             self._warn(f"no {picture}: {described(error)}")
-
-    def _warn(self, text: str) -> None:
-        if self.world.is_main:
-            with suppress(OSError):
-                print(f"warning: {text}", file=sys.stderr)
 
 
 def _row(label: str, steps: int | None, nfe: int, result: FrechetResult, paper: str | None) -> EvaluationRow:

@@ -20,11 +20,12 @@ from ipfm.engine.objectives.phases import Phase, listening
 from ipfm.engine.runtime.errors import Interrupted, ProcessLost, TrainingFailed, described
 from ipfm.engine.runtime.host_memory import refuses_memory
 from ipfm.engine.runtime.launcher import Launcher, lost_process
+from ipfm.engine.training.board import DISTANCE
 from ipfm.engine.training.checkpoint import checkpoints_in, find_checkpoint, forget_after, load_checkpoint
 from ipfm.engine.training.checkpoint_writer import CheckpointFailed, CheckpointWriter
 from ipfm.engine.training.environment import log_start
-from ipfm.engine.training.monitor import Monitor, picture_path, pictures_in
-from ipfm.engine.training.run_folder import RunFolder
+from ipfm.engine.training.monitor import COMPARISON_FILE, Monitor, picture_path, pictures_in
+from ipfm.engine.training.run_folder import RunFolder, identity
 from ipfm.engine.training.run_state import FAILED_FILE, write_divergence
 from ipfm.engine.training.task import NotFinite, Progress, StepFailed, Task, attempt
 from ipfm.models.atomic_files import atomic_write, why
@@ -119,6 +120,7 @@ class _Run:
                         picture.unlink(missing_ok=True)
             # The table of an earlier, shorter part of the run no longer holds.
             forget_results(path)
+            (path / COMPARISON_FILE).unlink(missing_ok=True)
             for left in (path / FAILED_FILE, *path.glob("traceback*.txt")):
                 left.unlink(missing_ok=True)
             log_start(path, first, self.world)
@@ -129,6 +131,8 @@ class _Run:
             first_step=first,
             batch_size=self.config.batch,
             enabled=self.world.is_main,
+            readings=self.config.readings,
+            settings=identity(self.config),
         )
         return monitor, EvaluationHistory(path, first) if self.world.is_main else None
 
@@ -260,6 +264,8 @@ class _Run:
             progress.bad_networks.update(n for n, b in zip(bad_names, bad, strict=True) if b > 0)
             monitor.record(step, values)
         monitor.flush()
+        for name, network in self.task.networks.items():
+            monitor.scalars(progress.step, {f"{name}_{rate}": value for rate, value in network.rates.items()})
         monitor.advance(progress.step - 1, {n: values[n] for n in names})
         progress.pending.clear()
         if failed:
@@ -286,7 +292,7 @@ class _Run:
             # That of an earlier step is not this one's.
             progress.last = result
             if result is not None:
-                monitor.scalar(progress.step, "frechet", result.distance)
+                monitor.scalar(progress.step, DISTANCE, result.distance)
                 monitor.message(f"step {progress.step}: {result.in_words()}")
                 if self.history is not None:
                     facts = {"images": result.images, "seconds": round(result.seconds, 3)}

@@ -1,13 +1,14 @@
 """What a person and a machine see of a run while it goes on: progress, metrics.jsonl, TensorBoard, sample grids."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 import os
 import re
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ from ipfm.engine.data.image_grid import image_grid, save_grid
 from ipfm.engine.runtime.files import StepLog
 from ipfm.engine.runtime.progress import ProgressBar
 from ipfm.engine.runtime.wording import significant
+from ipfm.engine.training.board import SAMPLES, Board, board_folder
 from ipfm.models.atomic_files import sync, why
+
+# In the run folder: teacher, generator and data side by side, at the end.
+COMPARISON_FILE = "comparison.png"
 
 
 class Monitor:
-    """What a run writes into its folder: metrics.jsonl, tensorboard/, samples/step-XXXXXXX.png; and progress to stderr.
+    """What a run writes into its folder: metrics.jsonl, samples/step-XXXXXXX.png, a `Board`; and progress to stderr.
 
     Once it is open, nothing here ends a run: what the disk refuses, or a library cannot do, is one warning a kind, and
     what stderr refuses (its terminal or reader is gone) is not said. Lines of metrics.jsonl then wait in memory, and
@@ -43,6 +48,8 @@ class Monitor:
         batch_size: of all ranks together, for images per second.
         enabled: on rank 0; a monitor without it does nothing at all.
         tensorboard: whether to write for TensorBoard.
+        readings: as `Board` takes them.
+        settings: as `Board` takes them.
 
     Raises:
         ValueError: numbers that do not go together.
@@ -59,6 +66,8 @@ class Monitor:
         batch_size: int,
         enabled: bool = True,
         tensorboard: bool = True,
+        readings: Mapping[str, str] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         if not 0 <= first_step <= total_steps or batch_size < 1:
             raise ValueError(
@@ -70,7 +79,7 @@ class Monitor:
         self.batch_size = batch_size
         self.images_per_second = math.nan  # over the steps between the last two calls of `advance`
         self._done, self._since = first_step, time.perf_counter()
-        self._board: Any = None
+        self._board: Board | None = None
         self._refused: set[str] = set()
         if not enabled:
             return
@@ -78,7 +87,8 @@ class Monitor:
         self._log = StepLog(self.folder / "metrics.jsonl", keep_below=first_step)
         self._progress = ProgressBar(title, total_steps, first=first_step, unit=" step", pause=0.0, leave=True)
         if tensorboard:
-            self._open_board(first_step)
+            with self._tolerant_of_the_board():
+                self._board = Board(self.folder, first_step, readings=readings, settings=settings)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, {"step": …} and then the names in alphabetical order, and TensorBoard scalars.
@@ -88,12 +98,18 @@ class Monitor:
         if not self.enabled:
             return
         self._log.append(step, {name: float(values[name]) for name in sorted(values)})
-        for name, value in values.items():
-            self.scalar(step + 1, name, value)
+        self.scalars(step + 1, values)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Scalars for TensorBoard alone, after `step` steps."""
+        if self._board is not None:
+            with self._tolerant_of_the_board():
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
 
     def scalar(self, step: int, name: str, value: float) -> None:
         """A scalar for TensorBoard alone, after `step` steps."""
-        self._to_board(lambda board: board.add_scalar(name, value, step))
+        self.scalars(step, {name: value})
 
     def advance(self, step: int, values: Mapping[str, float]) -> None:
         """Moves the progress to step + 1 and shows images per second, time left, `values` and memory.
@@ -105,6 +121,7 @@ class Monitor:
         now = time.perf_counter()
         if step + 1 > self._done:
             self.images_per_second = (step + 1 - self._done) * self.batch_size / max(now - self._since, 1e-9)
+            self.scalar(step + 1, "images_per_second", self.images_per_second)
         self._done, self._since = step + 1, now
         with contextlib.suppress(Exception):
             self._progress.move(step + 1, _postfix(f"{significant(self.images_per_second)} img/s", values))
@@ -116,7 +133,9 @@ class Monitor:
         with self.paused():
             with self.tolerant("samples"):
                 save_grid(images, picture_path(self.folder, step))
-            self._to_board(lambda board: board.add_image("samples", image_grid(images), step, dataformats="HWC"))
+            if self._board is not None:
+                with self._tolerant_of_the_board():
+                    self._board.add_image(SAMPLES, image_grid(images), step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -165,45 +184,26 @@ class Monitor:
             self.message(f"warning: {self._log.waiting} lines of {self._log.path} are lost")
         with contextlib.suppress(OSError):
             self._progress.close()
-        self._to_board(lambda board: board.close())
+        if self._board is not None:
+            with self._tolerant_of_the_board():
+                self._board.close()
         self._board = None
 
-    def __enter__(self) -> "Monitor":
+    def __enter__(self) -> Monitor:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _open_board(self, first_step: int) -> None:
-        folder = self.folder / "tensorboard"
+    @contextlib.contextmanager
+    def _tolerant_of_the_board(self) -> Iterator[None]:
+        """The block writes for TensorBoard: what fails there is one warning, and nothing is written any more."""
         try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            threading.excepthook = _quiet_about_the_board
-            # Without events from before there is nothing to purge.
-            purge = first_step + 1 if folder.is_dir() and any(folder.iterdir()) else None
-            self._board = SummaryWriter(str(folder), purge_step=purge)
-        except Exception as error:  # a path that is not UTF-8, a package that does not go with another, a full disk
-            self._board_failed(error)
-
-    def _to_board(self, write: Callable[[Any], object]) -> None:
-        if self._board is None:
-            return
-        try:
-            write(self._board)
-        except Exception as error:  # the disk is full, the folder is gone: raised by its writer thread
-            self._board_failed(error)
-
-    def _board_failed(self, error: Exception) -> None:
-        self._board = None
-        self.message(f"warning: no TensorBoard in {self.folder / 'tensorboard'}: {why(error)}")
-
-
-def _quiet_about_the_board(args: threading.ExceptHookArgs) -> None:
-    """No traceback of TensorBoard's writer thread when the disk refuses: the board's next call raises the same."""
-    thread = type(args.thread).__module__
-    if not (issubclass(args.exc_type, OSError) and thread.startswith("tensorboard.")):
-        threading.__excepthook__(args)
+            yield
+        # A full disk, raised by its writer thread; a path that is not UTF-8; a package that does not go with another.
+        except Exception as error:
+            self._board = None
+            self.message(f"warning: no TensorBoard in {board_folder(self.folder)}: {why(error)}")
 
 
 def picture_path(folder: Path, step: int) -> Path:

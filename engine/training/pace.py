@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from ipfm.engine.training.board import board_files
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -39,8 +41,8 @@ class Pace:
         return sorted(found)
 
 
-def read_pace(folder: Path) -> Pace:
-    """The times in the TensorBoard files of `folder`; a file's cut end is left out.
+def read_pace(run: Path) -> Pace:
+    """The times in the TensorBoard files of the run folder `run`; a file's cut end is left out.
 
     Raises:
         OSError: a file cannot be read.
@@ -49,7 +51,7 @@ def read_pace(folder: Path) -> Pace:
     from tensorboard.compat.proto.event_pb2 import Event
 
     parts, starts = [], []
-    for path in sorted(folder.glob("events.out.tfevents.*")):
+    for path in board_files(run):
         times: dict[int, float] = {}
         for record in _records(path.read_bytes()):
             if b"_loss" not in record and b"brain.Event" not in record:

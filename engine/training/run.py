@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ipfm.engine.config import Resolved, Rules, RunConfig, place_settings
+from ipfm.engine.data.comparison import IMAGES_OF_CLASSES, Panel, examples, places, save_comparison
+from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.compilation import set_execution
 from ipfm.engine.distributed.ema import EmaNetwork
 from ipfm.engine.distributed.precision import allow_tf32, apply_precision
+from ipfm.engine.distributed.signals import StopRequested, catching_signals, check_stop
 from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.evaluation.evaluation import Evaluation
@@ -22,14 +28,21 @@ from ipfm.engine.evaluation.metrics import FrechetResult
 from ipfm.engine.memory import MemoryPlan
 from ipfm.engine.memory.live import bytes_in_use
 from ipfm.engine.objectives.step_metrics import StepMetrics
-from ipfm.engine.runtime.errors import TrainingFailed
-from ipfm.engine.training.loop import Progress, train
+from ipfm.engine.random_streams import Stream, draw_labels
+from ipfm.engine.runtime.errors import Interrupted, TrainingFailed, described
+from ipfm.engine.runtime.launcher import Launcher
+from ipfm.engine.training.board import conclude
+from ipfm.engine.training.loop import PICTURE_SEED, Progress, train
+from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.run_folder import RunFolder, check_run_folder, open_run_folder
+from ipfm.engine.training.task import attempt
 from ipfm.models import NetworkConfig, Precond, save_model
 from ipfm.models.atomic_files import why
 from ipfm.models.facts import ModelFacts
 
 C = TypeVar("C", bound=RunConfig)
+# Of the picture at the end: small, for a signal to be noticed between two batches.
+IMAGES_AT_ONCE = 16
 
 
 class TrainingRun(ABC, Generic[C]):
@@ -170,6 +183,63 @@ class TrainingRun(ABC, Generic[C]):
         progress = train(self, self.config, folder)
         self.export(path / export, about=about, steps=progress.step)
         return folder, progress
+
+    @property
+    @abstractmethod
+    def _compared(self) -> tuple[Mapping[str, Callable[[int, int], Tensor]], ImageDataset | None]:
+        """Networks by their titles, as what draws images first..first + count - 1 of PICTURE_SEED; and the data."""
+
+    def _finish(self, folder: Path, step: int) -> None:
+        """Leave the picture of the end in the run folder, unless it is there, and the end in TensorBoard.
+
+        Every process calls it, after `export`. What fails is a warning.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        path = folder / COMPARISON_FILE
+        if not self.world.broadcast_text("" if path.exists() else "missing"):
+            return
+        with catching_signals(Launcher(self.world.launched)):
+            try:
+                picture, reason = attempt(self.world, lambda: self._compare(path))
+            except StopRequested as asked:
+                raise Interrupted(asked.signum, folder) from None
+        if reason:
+            self._warn(f"no {path}: {reason}")
+        if self.world.is_main:
+            try:
+                conclude(folder, step, picture)
+            except Exception as error:
+                self._warn(f"the end is not in TensorBoard: {described(error)}")
+
+    def _compare(self, path: Path) -> np.ndarray | None:
+        """Draw the networks' images and the data's side by side: the picture, on the first process."""
+        networks, data = self._compared
+        network = self.averaged.network
+        index = torch.arange(IMAGES_OF_CLASSES)
+        labels = draw_labels(network.label_dim, index, seed=PICTURE_SEED, stream=Stream.SAMPLER_LABEL, step=0)
+        where = places(network.image_shape, labels)
+        panels = []
+        for title, draw in networks.items():
+            drawn = []
+            for first in range(0, where.drawn, IMAGES_AT_ONCE):
+                check_stop(self.world)
+                drawn.append(draw(first, min(IMAGES_AT_ONCE, where.drawn - first)).float().cpu())
+            panels.append(Panel(title, where.shown(torch.cat(drawn))))
+        if not self.world.is_main:
+            return None
+        if data is not None:
+            try:
+                panels.append(Panel("data", examples(data, where)))
+            except Exception as error:
+                self._warn(f"{path} is without data: {described(error)}")
+        return save_comparison(panels, where, path)
+
+    def _warn(self, text: str) -> None:
+        if self.world.is_main:
+            with suppress(OSError):
+                print(f"warning: {text}", file=sys.stderr)
 
     def _go_by(self, rules: Rules) -> None:
         """Compute by these rules from now on, those that the run in the folder began with."""

@@ -269,6 +269,11 @@ def _differences(found: Mapping[str, Any], ours: Mapping[str, Any], free: frozen
     ]
 
 
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The settings that identify a run, by name, as config.json has them; they are those of all its parts."""
+    return _identity(config.to_json(), free_settings(type(config)))
+
+
 def _identity(config: Mapping[str, Any], free: frozenset[str]) -> dict[str, Any]:
     """The settings that identify a run; those within another one under their full name, such as noise.p_mean."""
     settings: dict[str, Any] = {}

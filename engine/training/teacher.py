@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
 from ipfm.engine.random_streams import Stream, seed_dropout
 from ipfm.engine.sampling.batches import sample_teacher
+from ipfm.engine.sampling.samplers import nfe
+from ipfm.engine.training.loop import PICTURE_SEED
 from ipfm.engine.training.resolve import resolve_training
 from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import fingerprint
@@ -166,15 +168,26 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         return plan_training(self.settings, self.network, ranks=self.world.size, budget=budget)
 
     def run(self, path: Path | str) -> Precond:
-        """Train in the run folder `path`, or continue there; the averaged network, also saved as path/model."""
-        self._run(
+        """Train in the run folder `path`, or continue there; the averaged network, also saved as path/model.
+
+        Leaves images of it beside the data's in path/comparison.png.
+        """
+        folder, progress = self._run(
             Path(path),
             kind="teacher",
             facts=training_facts(self.config, self.network, self.dataset, self.start),
             export="model",
             about=TeacherFacts(dataset=_place_free(self.dataset.name)),
         )
+        self._finish(folder.path, progress.step)
         return self.average
+
+    @property
+    def _compared(self) -> tuple[Mapping[str, Callable[[int, int], Tensor]], ImageDataset | None]:
+        def teacher(first: int, count: int) -> Tensor:
+            return self.sample(first, count, seed=PICTURE_SEED)
+
+        return {f"teacher, {nfe(self.config.heun_steps, 'heun')} NFE": teacher}, self.dataset
 
 
 def _check_images(network: NetworkConfig, dataset: ImageDataset) -> None:

@@ -21,6 +21,7 @@ from ipfm.engine.commands.report.reproduce import (
     settings_class,
     use,
 )
+from ipfm.engine.config import TeacherConfig
 from ipfm.engine.evaluation.results import EvaluationRow
 from ipfm.engine.memory.profile import PhaseMemory
 from ipfm.engine.runtime.json_output import plain
@@ -32,7 +33,6 @@ from ipfm.engine.training.run_state import EvaluationPoint, RunRecord
 State = Literal["finished", "going on", "stopped", "diverged"]
 
 # How to read the losses of a teacher's training; an objective says it of its own.
-TEACHER_READINGS = {"teacher_loss": "teacher_loss is a denoising loss: it falls, then levels off above zero."}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ def facts_of(record: RunRecord) -> Facts:
     pace = _pace(record, whole_batch)
     names = record.losses
     distillation = distillation_class(record)
-    readings = TEACHER_READINGS if record.kind == "teacher" else distillation.readings if distillation else _own(record)
+    told = TeacherConfig if record.kind == "teacher" else distillation
+    readings = told.readings if told else _own(record)
     bad_names = dict.fromkeys(name for line in record.metrics for name in line if name.endswith("_bad"))
     bad = {name.removesuffix("_bad"): [_count(line.get(name)) for line in record.metrics] for name in bad_names}
     images = None if whole_batch is None else done * whole_batch
@@ -346,7 +347,7 @@ def _missing(record: RunRecord, state: State) -> Iterator[str]:
     if not record.export:
         yield f"No network: {record.export_path.name}/ is made at the end. The checkpoints are there to continue from."
     if not record.pace.parts:
-        yield "No images/s: they come from the times in the files of tensorboard/, of which none can be read."
+        yield "No images/s: they come from the times in TensorBoard's files, of which none can be read."
     if not record.memory and record.memory_picture is None:
         yield "No profile of memory: --profile-memory N leaves one."
     yield from (f"{line[0].upper()}{line[1:]}." for line in record.problems)

@@ -81,6 +81,7 @@ def write_page(record: RunRecord, facts: Facts, where: Target) -> None:
     """
     drawn, grids, timeline = curves(record, facts, dark=where.images is None), samples(record), memory_timeline(record)
     files: dict[str, Picture] = dict(drawn)
+    files |= {"comparison": grids.comparison} if grids.comparison else {}
     files |= {"samples": grids.last[1]} if grids.last else {}
     files |= {f"samples-{number}": found for number, (_, found) in enumerate(grids.over_time, start=1)}
     files |= {"memory": timeline} if timeline else {}
@@ -197,6 +198,7 @@ def _texts(facts: Facts) -> dict[str, str]:
         if facts.results
         else "",
         "settings": "The defaults are those of the settings themselves; a recipe has its own for its data.",
+        "comparison": "At the end of the run. Images in the same place of two networks are of the same latent.",
         "last": "images from fixed latents, the same ones at every step.",
         "over_time": f"The first of these images over time{', with the ' + facts.metric if facts.evaluations else ''}:",
         "losses": "Pale: each step; strong: the mean over a thirtieth of the run.",

@@ -11,7 +11,10 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ipfm.engine.data.comparison import TITLE_KEY
+from ipfm.engine.data.image_grid import GAP_BEFORE, GAP_KEY
 from ipfm.engine.training.loop import PICTURE_IMAGES
+from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.run_state import RunRecord
 
 # How a picture of ours is known when it is to be replaced.
@@ -38,6 +41,8 @@ class Picture:
 class Samples:
     """Pictures from fixed latents: the first 16 over time, and all 64 at the end. Steps done are in front."""
 
+    comparison: Picture | None
+    """Teacher, generator and data side by side, at the end."""
     over_time: tuple[tuple[int, Picture], ...]
     last: tuple[int, Picture] | None
     problems: tuple[str, ...]
@@ -68,7 +73,18 @@ def samples(record: RunRecord) -> Samples:
         if (image := opened(path)) is not None:
             part = _enlarged(_corner(image), LEAST)
             over_time.append((step, Picture(f"samples after {step} steps", png(part))))
-    return Samples(tuple(over_time), last, tuple(problems))
+    return Samples(_comparison(record.path / COMPARISON_FILE, problems), tuple(over_time), last, tuple(problems))
+
+
+def _comparison(path: Path, problems: list[str]) -> Picture | None:
+    if not path.is_file():
+        return None
+    try:
+        image = _opened(path)
+        return Picture(f"side by side: {image.info.get(TITLE_KEY, 'the networks')}", png(image))
+    except DAMAGED:
+        problems.append(f"{path.name} cannot be read.")
+        return None
 
 
 def memory_timeline(record: RunRecord) -> Picture | None:
@@ -94,17 +110,24 @@ def _opened(path: Path) -> Image.Image:
     """The picture in grey or RGB, read whole."""
     with Image.open(path, formats=["PNG"]) as image:
         pixels = np.asarray(image.convert("RGB"))
+        about = {GAP_KEY: GAP_BEFORE} | {k: v for k, v in image.info.items() if k in (GAP_KEY, TITLE_KEY)}
     if (pixels == pixels[..., :1]).all():
         pixels = pixels[..., 0]
-    return Image.fromarray(pixels)
+    found = Image.fromarray(pixels)
+    found.info.update(about)
+    return found
 
 
 def _corner(grid: Image.Image) -> Image.Image:
     """The first images of a grid, those of the same latents whatever the step; all of it if it is no grid of ours."""
-    if (grid.width + 1) % COLUMNS or (grid.height + 1) % COLUMNS:
+    try:
+        gap = int(grid.info[GAP_KEY])
+    except ValueError:
         return grid
-    wide, tall = (grid.width + 1) // COLUMNS, (grid.height + 1) // COLUMNS
-    return grid.crop((0, 0, FEW * wide - 1, FEW * tall - 1))
+    if (grid.width + gap) % COLUMNS or (grid.height + gap) % COLUMNS or gap < 0:
+        return grid
+    wide, tall = (grid.width + gap) // COLUMNS, (grid.height + gap) // COLUMNS
+    return grid.crop((0, 0, FEW * wide - gap, FEW * tall - gap))
 
 
 def _enlarged(image: Image.Image, least: int) -> Image.Image:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, cat
 
 from ipfm.engine.data.image_files import EXTENSIONS
-from ipfm.engine.data.image_grid import pixels, save_grid, save_pngs
+from ipfm.engine.data.image_grid import MOST_PIXELS, layout, pixels, save_grid, save_pngs
 from ipfm.engine.evaluation.subject import SAMPLES_FILE
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.host_memory import check_memory
@@ -23,8 +23,6 @@ from ipfm.engine.runtime.wording import size
 from ipfm.models.atomic_files import atomic_write
 from ipfm.models.checkpoints.recognise import what_of_ours
 
-# The largest side of a picture that common programs open.
-MOST_PIXELS = 65_500
 _ADD = "name another folder, or add to it with --add"
 
 
@@ -59,13 +57,16 @@ class Picture(Destination):
     def __init__(self, path: Path, count: int, shape: tuple[int, int, int]) -> None:
         self._path, self._kept = path, list[Tensor]()
         side = max(shape[1:])
-        if count**0.5 * side > MOST_PIXELS:
-            fit = (MOST_PIXELS // side) ** 2
+        tall, wide = layout(count, shape).size
+        if max(tall, wide) > MOST_PIXELS:
+            # Two pixels lie between images that are not enlarged.
+            fit = ((MOST_PIXELS + 2) // (side + 2)) ** 2
             raise ValueError(
                 f"out must be a folder or end in .npz for {count:,} images {side}x{side}: a picture takes {fit:,}"
             )
         channels, height, width = shape
-        check_memory(count * height * width * (4 * channels + 3), f"a picture of {count:,} images", _FOLDER)
+        needed = count * height * width * (4 * channels + 3) + 3 * tall * wide
+        check_memory(needed, f"a picture of {count:,} images", _FOLDER)
 
     def write(self, first: int, images: Tensor) -> None:
         """See `Destination.write`."""

@@ -34,7 +34,8 @@ from ipfm.engine.commands.report.pictures import Picture, png
 from ipfm.engine.commands.report.plots import limits, smooth
 from ipfm.engine.commands.report.reproduce import reproduce
 from ipfm.engine.config import free_settings
-from ipfm.engine.data.image_grid import image_grid, save_grid
+from ipfm.engine.data.comparison import Panel, places, save_comparison
+from ipfm.engine.data.image_grid import PADDING_GREY, image_grid, save_grid
 from ipfm.engine.evaluation.results import EvaluationRow, forget_results, write_results
 from ipfm.engine.memory.profile import MemoryProfiler
 from ipfm.engine.objectives import base
@@ -180,14 +181,16 @@ def test_a_real_run_has_everything(finished: Path, drawn: None) -> None:
         assert word in found.text, word
     assert "Not in this report" not in found.text
     assert str(finished.parent) not in (finished / "report.html").read_text()
-    # Three plots, light and dark; 2 grids over time and the last one large; the timeline.
-    assert len(found.pictures) == 2 * 3 + 2 + 1 + 1 and len(found.alts) == 7 and all(found.alts)
+    # Three plots, light and dark; teacher, generator and data; 2 grids over time and the last one large; the timeline.
+    assert len(found.pictures) == 2 * 3 + 1 + 2 + 1 + 1 and len(found.alts) == 8 and all(found.alts)
+    assert "side by side: teacher, 3 NFE, generator, 1 NFE, data" in found.alts
     for picture in found.pictures:
         assert np.asarray(picture.convert("L")).std() > 5
     # Teacher's run, too.
     found = page_of(finished / "teacher")
     assert "Training of a teacher, D = 128" in found.text and "2 steps of 128 images" in found.text
     assert "first part of the distillation" in found.text and "model --n 64" in found.text
+    assert "side by side: teacher, 3 NFE, data" in found.alts
 
 
 @pytest.mark.distributed
@@ -556,6 +559,36 @@ def test_grids_over_time(tmp_path: Path) -> None:
     factor = -(-240 // expected.shape[0])
     with Image.open(tmp_path / "a_files" / "a-samples-1.png") as picture:
         assert np.array_equal(np.asarray(picture), expected.repeat(factor, 0).repeat(factor, 1))
+
+
+def test_the_picture_of_the_end_is_on_the_page_and_said_where_it_is_damaged(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    images = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    where = places((1, 8, 8), None)
+    whole = save_comparison([Panel("teacher, 35 NFE", images), Panel("data", -images)], where, run / "comparison.png")
+    record = read_run(run)
+    write_page(record, facts_of(record), target(tmp_path / "a.md"))
+    assert "![side by side: teacher, 35 NFE, data](a_files/a-comparison.png)" in (tmp_path / "a.md").read_text()
+    with Image.open(tmp_path / "a_files" / "a-comparison.png") as picture:
+        assert np.array_equal(np.asarray(picture), whole)
+    assert "side by side: teacher, 35 NFE, data" in page_of(run).alts
+    (run / "comparison.png").write_bytes((run / "comparison.png").read_bytes()[:90])
+    assert "comparison.png cannot be read." in page_of(run).text
+
+
+def test_grids_of_an_older_run_are_taken_apart_where_they_were_put_together(tmp_path: Path) -> None:
+    """Version 0.1.0 left one pixel between images, and did not say so."""
+    run = make(tmp_path / "run")
+    tile = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    old = np.full((8 * 9 - 1, 8 * 9 - 1), PADDING_GREY, dtype=np.uint8)
+    for i in range(8):
+        for j in range(8):
+            old[9 * i : 9 * i + 8, 9 * j : 9 * j + 8] = tile + 16 * (i // 4 + j // 4)
+    Image.fromarray(old).save(run / "samples" / "step-0000020.png")
+    record = read_run(run)
+    write_page(record, facts_of(record), target(tmp_path / "a.md"))
+    with Image.open(tmp_path / "a_files" / "a-samples-1.png") as picture:
+        assert np.array_equal(np.asarray(picture)[::7, ::7], old[:35, :35])
 
 
 def test_memory_as_the_profiler_writes_it(tmp_path: Path) -> None:

@@ -6,18 +6,25 @@ import json
 import math
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from ipfm.engine.data import comparison
+from ipfm.engine.data.comparison import Panel
+from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.evaluation.metrics import PixelFeatures, Statistics
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.runtime.errors import Interrupted, TrainingFailed
-from ipfm.engine.training import distiller
+from ipfm.engine.sampling.batches import sample_teacher
+from ipfm.engine.training import distiller, loop
+from ipfm.engine.training import run as training_run
 from ipfm.engine.training.distiller import Distiller
+from ipfm.engine.training.pace import read_pace
 from ipfm.models import NetworkConfig, build_network
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -43,9 +50,10 @@ class Features(PixelFeatures):
         return torch.where(bad[self.fault][:, None], math.nan, found) if self.fault in bad else found
 
 
-def run(path: Path, fault: str = "", **settings: object) -> Distiller:
-    config = DistillConfig(batch=4, max_steps=1, heun_steps=1, zero=0, precision="fp32", **settings)
-    evaluation = Evaluation(Features(fault), Statistics(torch.zeros(16), torch.eye(16)), images=16, batch=8)
+def run(path: Path, fault: str = "", data: ImageDataset | None = None, **settings: Any) -> Distiller:
+    given = {"batch": 4, "max_steps": 1, "heun_steps": 1, "zero": 0, "precision": "fp32", **settings}
+    config = DistillConfig(**given)
+    evaluation = Evaluation(Features(fault), Statistics(torch.zeros(16), torch.eye(16)), images=16, batch=8, data=data)
     torch.manual_seed(0)
     made = Distiller(config, build_network(NETWORK).eval(), evaluation=evaluation, world=ALONE)
     made.run(path)
@@ -74,6 +82,95 @@ def test_a_table_that_cannot_be_measured_is_a_warning_and_measured_by_the_same_c
     picture = tmp_path / "convergence.png"
     assert f"warning: no {picture}: Key backend: no such thing" in capsys.readouterr().err
     assert (tmp_path / "results.json").exists() and not picture.exists()
+
+
+def test_teacher_and_generator_of_the_same_latents_and_data_are_left_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[list[Panel]] = []
+
+    def kept(panels: list[Panel], *rest: Any) -> Any:
+        drawn.append(panels)
+        return comparison.save_comparison(panels, *rest)
+
+    def no_font(*_: Any) -> None:
+        raise RuntimeError("no font")
+
+    def no_file(*_: Any) -> None:
+        raise ValueError("a.png is damaged")
+
+    monkeypatch.setattr(training_run, "save_comparison", kept)
+    made = run(tmp_path)
+    picture = tmp_path / "comparison.png"
+    before = picture.read_bytes()
+    (panels,) = drawn
+    assert [panel.title for panel in panels] == ["teacher, 1 NFE", "generator, 1 NFE"]
+    made.refresh()
+    # The place of a latent, as in samples/.
+    torch.testing.assert_close(panels[1].images, made.sample(0, 16, seed=loop.PICTURE_SEED))
+    expected = sample_teacher(made.teacher, 0, 16, D=64.0, steps=1, seed=loop.PICTURE_SEED)
+    torch.testing.assert_close(panels[0].images, expected)
+    # Once for a run; anew where the run goes on.
+    run(tmp_path)
+    assert len(drawn) == 1 and picture.read_bytes() == before
+    data = ImageDataset(torch.zeros(20, 1, 4, 4), name="black")
+    run(tmp_path, data=data, max_steps=2)
+    assert [panel.title for panel in drawn[1]][2:] == ["data"] and (drawn[1][2].images == 0).all()
+    assert picture.read_bytes() != before
+    # What fails is a warning, and drawn by the same command.
+    picture.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "side_by_side", no_font)
+        run(tmp_path, max_steps=2)
+    assert f"warning: no {picture}: RuntimeError: no font" in capsys.readouterr().err and not picture.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDataset, "take", no_file)
+        run(tmp_path, data=data, max_steps=2)
+    assert f"warning: {picture} is without data: a.png is damaged" in capsys.readouterr().err and picture.exists()
+
+
+def test_tensorboard_has_the_settings_the_teachers_distance_and_the_end(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    run(tmp_path / "runs" / "digits-K1")
+    read = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "runs")).Reload()
+    assert list(read.Runs()) == ["digits-K1"]
+    board = read.GetAccumulator("digits-K1")
+    tags = set(board.Tags()["scalars"])
+    assert tags == {
+        "frechet", "teacher_frechet", "generator_loss", "student_loss", "generator_bad", "student_bad",
+        "generator_lr", "student_lr", "generator_ema_decay", "images_per_second",
+    }  # fmt: skip
+    for tag in tags | {"samples", "comparison"}:
+        # The usual reader drops what is said of a tag of no class.
+        assert board.SummaryMetadata(tag).summary_description and board.SummaryMetadata(tag).data_class, tag
+    assert "oscillates about zero" in board.SummaryMetadata("generator_loss").summary_description
+    rows = json.loads((tmp_path / "runs" / "digits-K1" / "results.json").read_text())
+    for tag, row in zip(("teacher_frechet", "frechet"), rows, strict=True):
+        assert [(e.step, e.value) for e in board.Scalars(tag)] == [(1, pytest.approx(row["frechet"]))]
+    assert board.Scalars("generator_lr")[0].value == pytest.approx(1e-5)
+    assert [e.step for e in board.Images("comparison")] == [1]
+    said = {t: HParamsPluginData.FromString(c) for t, c in board.PluginTagToContent("hparams").items()}
+    start = said["_hparams_/session_start_info"].session_start_info.hparams
+    assert (start["alpha"].number_value, start["lr"].number_value) == (1.0, 1e-5)
+    # What may change from one part of a run to the next would not be true of all of it.
+    assert "max_steps" not in start and "out" not in start and "noise.p_mean" in start
+    metrics = [m.name.tag for m in said["_hparams_/experiment"].experiment.metric_infos]
+    assert metrics[0] == "frechet" and "generator_loss" in metrics
+    assert said["_hparams_/session_end_info"].session_end_info.status
+
+
+def test_a_run_that_began_with_a_folder_for_tensorboard_goes_on_there(tmp_path: Path) -> None:
+    run(tmp_path)
+    former = tmp_path / "tensorboard"
+    former.mkdir()
+    for path in tmp_path.glob("events.out.tfevents.*"):
+        path.rename(former / path.name)
+    before = {path.name for path in former.iterdir()}
+    run(tmp_path, max_steps=2)
+    assert not list(tmp_path.glob("events.out.tfevents.*")) and before < {path.name for path in former.iterdir()}
+    assert read_pace(tmp_path).parts
 
 
 def test_a_network_that_cannot_be_stored_is_one_line_and_stored_by_the_same_command(tmp_path: Path) -> None:

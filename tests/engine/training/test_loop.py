@@ -42,6 +42,7 @@ class Net:
         self.weight = torch.zeros(1)
         self.steps_applied = 0
         self.loss_scale_state: dict[str, float] = {}
+        self.rates: dict[str, float] = {"lr": 0.5}
 
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         yield "w", self.weight
