@@ -64,6 +64,10 @@ class Evaluate:
     """Steps of a teacher's sampler; 18 are 35 network evaluations."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
+    skip_unreadable: bool = False
+    """Put the next image in the place of one that cannot be decoded. Default: the first one stops."""
+    strict: bool = False
+    """Stop where anything of MODEL's or the reference's images would be left out, or a sample is not finite."""
     json: bool = False
     """Print JSON: the distances of each set, nfe, D, the published figure, remarks."""
     save_reference: Path | None = None
@@ -85,7 +89,14 @@ class Evaluate:
             self._check()
             check_environment()
             subject = open_subject(
-                self.model, run_device(), heun_steps=self.heun_steps, seed=self.seed, D=self.D, limit=self.images
+                self.model,
+                run_device(),
+                heun_steps=self.heun_steps,
+                seed=self.seed,
+                D=self.D,
+                limit=self.images,
+                skip_unreadable=self.skip_unreadable,
+                strict=self.strict,
             )
             if subject.available is not None and self.repeats > 1:
                 raise ValueError(f"repeats must be 1 for images, got {self.repeats}: {self.model} is no model")
@@ -96,6 +107,8 @@ class Evaluate:
                 features=self.features,
                 inception=self.inception,
                 metrics=self.metrics,
+                skip_unreadable=self.skip_unreadable,
+                strict=self.strict,
             )
             if self.save_reference and (comparison.file is None or comparison.file.statistics is not None):
                 raise ValueError("save-reference needs a --reference of images, whose statistics are not known yet")
@@ -137,15 +150,25 @@ class Evaluate:
             with user_input():
                 save_statistics(self.save_reference, evaluation.statistics)
         results = []
-        # A bad file of a large data set shows when it is read, a model's NaN when it is sampled.
+        # A bad file of a large data set shows when it is read.
         with user_input(), self._bar(evaluation, world) as bar:
             for repeat in range(self.repeats):
                 draw = _counting(subject.draw, bar)
-                results.append(evaluation.measure(draw, world, first_index=repeat * evaluation.images))
+                result = evaluation.measure(
+                    draw, world, first_index=repeat * evaluation.images, leave_out=not self.strict
+                )
+                results.append(result)
+        for result in results:
+            if result.left_out and world.is_main:
+                drawn = result.images + result.left_out
+                remarks.add(f"{result.left_out:,} of {drawn:,} images were not finite; --strict refuses them")
         if world.is_main:
             write(self._facts(subject, results) | {"remarks": list(remarks)}, self._text(subject, evaluation, results))
 
     def _check(self) -> None:
+        from ipfm.engine.data.open_dataset import check_strictness
+
+        check_strictness(skip_unreadable=self.skip_unreadable, strict=self.strict)
         for name, least in (("repeats", 1), ("batch", 1), ("heun_steps", 1), ("images", 2), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -174,7 +197,6 @@ class Evaluate:
         return subject.paper if self.features == "inception" and images == PUBLISHED_IMAGES else None
 
     def _facts(self, subject: Subject, results: list[FrechetResult]) -> dict[str, object]:
-        distances = [result.distance for result in results]
         return {
             "model": self.model,
             "kind": subject.kind,
@@ -184,7 +206,8 @@ class Evaluate:
             "reference": self.reference,
             "seed": self.seed if subject.nfe else None,
             "images": results[0].images,
-            "frechet": min(distances) if "fid" in self.metrics else None,
+            "left_out": sum(result.left_out for result in results),
+            "frechet": _smallest(results) if "fid" in self.metrics else None,
             "runs": [
                 {name: value for name, value in asdict(result).items() if not _unmeasured(value)} for result in results
             ],
@@ -210,20 +233,25 @@ class Evaluate:
         ]
         rows: list[tuple[str, list[str]]] = []
         if "fid" in self.metrics:
-            rows.append((results[0].name, [significant(result.distance) for result in results]))
+            rows.append((results[0].name, [_number(result.distance) for result in results]))
         if "kid" in self.metrics:
             rows.append(("KID" if self.features == "inception" else "kernel distance", _pairs(results, "kid")))
         if "is" in self.metrics:
             rows.append(("Inception score", _pairs(results, "inception_score")))
         if "pr" in self.metrics:
-            rows += [(name, [significant(getattr(r, name)) for r in results]) for name in ("precision", "recall")]
+            rows += [(name, [_number(getattr(r, name)) for r in results]) for name in ("precision", "recall")]
         if "fid" in self.metrics and len(results) > 1:
-            smallest = min(result.distance for result in results)
-            rows.append((f"smallest {results[0].name}", [significant(smallest)]))
+            smallest = _smallest(results)
+            rows.append((f"smallest {results[0].name}", [_number(smallest)]))
         if "fid" in self.metrics and (paper := self._paper(subject, count)):
             rows.append(("paper", [paper]))
         width = max(len(name) for name, _ in rows)
         return "\n".join([*lines, *(f"{name:<{width}}  {'   '.join(values)}" for name, values in rows)])
+
+
+def _smallest(results: list[FrechetResult]) -> float:
+    """The smallest distance; NaN, which is smaller than nothing, where none could be measured."""
+    return min((result.distance for result in results if not math.isnan(result.distance)), default=math.nan)
 
 
 def _unmeasured(value: object) -> bool:
@@ -231,9 +259,14 @@ def _unmeasured(value: object) -> bool:
 
 
 def _pairs(results: list[FrechetResult], name: str) -> list[str]:
+    return [f"{_number(getattr(r, name))} ± {_number(getattr(r, f'{name}_std'))}" for r in results]
+
+
+def _number(value: float | None) -> str:
+    """A number for people; "not finite" where too few samples were finite to measure it."""
     from ipfm.engine.runtime.wording import significant
 
-    return [f"{significant(getattr(r, name))} ± {significant(getattr(r, f'{name}_std'))}" for r in results]
+    return "not finite" if value is None or math.isnan(value) else significant(value)
 
 
 def _world() -> World:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gzip
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 from typing import IO, NamedTuple, cast
@@ -28,6 +28,8 @@ from ipfm.models.checkpoints.unpickler import Inert, Limits, Table, read_pickle
 
 CLASSES = 10
 _ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
+CIFAR_100 = "CIFAR-100, which is not read: store its images as files, a folder for each class, and give their folder"
+"""For messages."""
 _PIXELS = 3 * 32 * 32
 _MAX_BATCH_BYTES = 1 << 26
 _MAX_ARCHIVE_BYTES = 1 << 30
@@ -43,6 +45,12 @@ class Cifar(NamedTuple):
 def is_cifar_folder(path: Path) -> bool:
     """Whether `path` is a folder with the batches, or some of them."""
     return any((path / name).is_file() for kind in _KINDS for name in kind.batches)
+
+
+def is_cifar100(names: Iterable[str]) -> bool:
+    """Whether these are the files, or the folders, of CIFAR-100: its training set is one file, train or train.bin."""
+    last = {name.rpartition("/")[2] for name in names}
+    return {"train", "test", "meta"} <= last or {"train.bin", "test.bin", "fine_label_names.txt"} <= last
 
 
 def cifar_place(path: Path) -> Path:
@@ -119,12 +127,14 @@ def _from_archive(path: Path) -> tuple[_Kind, dict[str, bytes]]:
     """The batches in an archive, found by their full names: no name of a member is ever used as a path."""
     wanted = {f"{kind.folder}/{name}": (kind, name) for kind in _KINDS for name in kind.batches}
     found: dict[str, dict[str, bytes]] = {kind.folder: {} for kind in _KINDS}
+    others: list[str] = []
     try:
         with _unpacked(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 # What follows has to be unpacked to get past it.
                 if member.offset_data + member.size > _MAX_ARCHIVE_BYTES:
                     raise ValueError(f"{path} is larger than {_MAX_ARCHIVE_BYTES >> 30} GiB unpacked")
+                others.append(member.name)
                 kind, name = wanted.get(member.name.removeprefix("./"), (None, ""))
                 if kind is None:
                     continue
@@ -142,6 +152,8 @@ def _from_archive(path: Path) -> tuple[_Kind, dict[str, bytes]]:
     for kind in _KINDS:
         if found[kind.folder]:
             return kind, found[kind.folder]
+    if is_cifar100(others):
+        raise ValueError(f"{path} is {CIFAR_100}")
     raise ValueError(
         f"{path} is not CIFAR-10's archive: it has no {' or '.join(f'{k.folder}/' for k in _KINDS)}; "
         "of any other archive unpack the images and give their folder"
@@ -182,7 +194,11 @@ class _Array(Inert):
         _, shape, dtype, fortran, content = state
         if type(shape) is not tuple or len(shape) != 2 or not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError("an array has other than two dimensions")
-        if not isinstance(dtype, _Dtype) or type(fortran) is not bool or not isinstance(content, (bytes, memoryview)):
+        if (
+            not isinstance(dtype, _Dtype)
+            or type(fortran) is not bool
+            or not isinstance(content, (bytes, bytearray, memoryview))
+        ):
             raise ValueError("an array holds other things than bytes")
         if len(content) != prod(shape):
             raise ValueError(f"an array of shape {shape} has {len(content)} bytes")
@@ -193,6 +209,15 @@ def _reconstruct(kind: object, shape: object, code: object) -> _Array:
     if kind != _NDARRAY:
         raise ValueError("an array is of a foreign kind")
     return _Array()
+
+
+def _from_buffer(content: object, dtype: object, shape: object, order: object) -> _Array:
+    # An array of pickle's protocol 5.
+    if order not in ("C", "F"):
+        raise ValueError("an array is damaged")
+    array = _Array()
+    array.set_state((1, shape, dtype, order == "F", content))
+    return array
 
 
 def _dtype(code: object, align: object, copy: object) -> _Dtype:
@@ -215,6 +240,8 @@ _NDARRAY = "numpy.ndarray"
 _GLOBALS: Table = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # NumPy 2
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
     ("numpy", "ndarray"): _NDARRAY,
     ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): _encode,
@@ -226,6 +253,8 @@ def _parse_python(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
     root = read_pickle(data, _GLOBALS, where=where, encoding="bytes", limits=limits)
     fields = {_text(key): value for key, value in root.items()} if isinstance(root, dict) else {}
     array, labels = fields.get("data"), fields.get("labels")
+    if labels is None and "fine_labels" in fields:
+        raise ValueError(f"{where} is of {CIFAR_100}")
     if not isinstance(array, _Array) or array.values.shape[1] != _PIXELS:
         raise ValueError(f"{where}: data must be an array of {_PIXELS} bytes a row")
     rows = len(array.values)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ipfm.engine.data.image_files import ImageFiles, printable
 from ipfm.engine.runtime.remarks import Remarks
-from ipfm.models.checkpoints.recognise import what_pointer
+from ipfm.models.checkpoints.recognise import image_kind, what_pointer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -108,6 +108,7 @@ class DecodedImages:
         size: (C, H, W) that all of them must have; an image that has not is found when it is read.
         device: where `read` puts the images.
         skip_unreadable: the next image that can be read stands for one that cannot; said on stderr once a file.
+        said: what was said so.
     """
 
     files: ImageFiles
@@ -115,6 +116,7 @@ class DecodedImages:
     size: tuple[int, int, int]
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
     skip_unreadable: bool = False
+    said: list[str] = field(default_factory=list, repr=False)
     _stand_ins: dict[int, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -171,7 +173,9 @@ class DecodedImages:
             number = len(self._stand_ins)
         if not known:
             stands = self.files.where(self.chosen[other])
-            Remarks().add(f"image {number} left out: {reason}; {stands} stands in its place")
+            said = f"image {number} left out: {reason}; {stands} stands in its place"
+            self.said.append(said)
+            Remarks().add(said)
 
 
 @cache
@@ -193,17 +197,31 @@ def _opened(files: ImageFiles, name: str) -> Iterator[Image]:
             image = Image.open(file, formats=_FORMATS)
         except Image.UnidentifiedImageError:
             file.seek(0)
-            what = what_pointer(file.read(512))
-            about = f": {what}" if what else f"; what can be read: {', '.join(_FORMATS)}"
-            raise ValueError(f"{files.where(name)} is no image{about}") from None
+            raise ValueError(f"{files.where(name)} {_no_image(file.read(512))}") from None
+        except Image.DecompressionBombError:
+            raise ValueError(f"{files.where(name)} is larger than is decoded: {_too_many()}") from None
         except Exception as error:
             raise ValueError(f"{files.where(name)} cannot be read: {printable(str(error))}") from None
         yield image
 
 
+def _no_image(start: bytes) -> str:
+    """What a file is that Pillow does not know, from its first bytes, 512 of them."""
+    readable = f"what can be read: {', '.join(_FORMATS)}"
+    if kind := image_kind(start):
+        damaged = kind in _FORMATS
+        return f"is {'a damaged' if damaged else 'an image of the format'} {kind}{'' if damaged else '; ' + readable}"
+    what = what_pointer(start)
+    return f"is no image{f': {what}' if what else f'; {readable}'}"
+
+
+def _too_many() -> str:
+    return f"more than {MAX_PIXELS // 10**6} million pixels"
+
+
 def _header(image: Image, where: str) -> Header:
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{where} is {image.width}x{image.height}, more than {MAX_PIXELS // 10**6} million pixels")
+        raise ValueError(f"{where} is {image.width}x{image.height}, {_too_many()}")
     channels = _CHANNELS.get(image.mode)
     if channels is None:
         raise ValueError(f"{where} has pixels of the kind {image.mode}; possible: 8-bit grey or RGB")

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Protocol
 
+from ipfm.models.checkpoints.recognise import image_kind, missing
+
 EXTENSIONS = frozenset(
     (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
@@ -78,6 +80,7 @@ class FolderFiles:
         except OSError as error:
             raise ValueError(f"{printable(str(error.filename))}: {error.strerror}") from None
         self.names, self.left_out, self.label_files = _sorted_out(self._found, self._folders)
+        _tell_images(self)
         self.left_out.add("pipes, sockets or devices", self._special)
         self.left_out.add("links to a folder above them", self._loops)
         self.left_out.add("links that lead nowhere", self._broken)
@@ -103,6 +106,8 @@ class FolderFiles:
     def open(self, name: str) -> IO[bytes]:
         try:
             return open(self.path / name, "rb")
+        except FileNotFoundError:
+            raise ValueError(missing(self.path / name)) from None
         except OSError as error:
             raise ValueError(f"{self.where(name)}: {error.strerror}") from None
 
@@ -136,6 +141,7 @@ class ZipFiles:
             raise ValueError(f"{path} holds {printable(twice)} twice")
         folders = [_plain_name(info.filename).rstrip("/") for info in self._zip.infolist() if info.is_dir()]
         self.names, self.left_out, self.label_files = _sorted_out(self._members, folders)
+        _tell_images(self)
 
     def open(self, name: str) -> IO[bytes]:
         try:
@@ -179,10 +185,28 @@ class LeftOut(dict[str, list[str]]):
 
 
 SYSTEM_FILES = "files of the system"
+NO_SUFFIX = "files without a suffix"
+_LOOKED_INTO = 1000  # a file to open each
 
 
 def _shown(names: list[str]) -> str:
     return ", ".join(printable(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _tell_images(files: ImageFiles) -> None:
+    """Say of the files without a suffix which are images: they are not taken, and a name says why."""
+    bare = files.left_out.pop(NO_SUFFIX, [])
+    images = [name for name in bare[:_LOOKED_INTO] if _is_image(files, name)]
+    files.left_out.add("images whose names have no suffix, such as .png", images)
+    files.left_out.add(NO_SUFFIX, (name for name in bare if name not in set(images)))
+
+
+def _is_image(files: ImageFiles, name: str) -> bool:
+    try:
+        with files.open(name) as file:
+            return image_kind(file.read(32)) is not None
+    except (OSError, ValueError):
+        return False
 
 
 def _sorted_out(names: Iterable[str], folders: Iterable[str]) -> tuple[list[str], LeftOut, list[str]]:
@@ -203,7 +227,7 @@ def _sorted_out(names: Iterable[str], folders: Iterable[str]) -> tuple[list[str]
         elif name.rpartition("/")[2].lower() == LABEL_FILE:
             labels.append(name)
         else:
-            left.add(f"files {printable(suffix)}" if suffix else "files without a suffix", [name])
+            left.add(f"files {printable(suffix)}" if suffix else NO_SUFFIX, [name])
     full = {"/".join(parts[:i]) for name in images for parts in [name.split("/")] for i in range(1, len(parts))}
     left.add("folders without an image", (name for name in folders if name not in full and not _hidden(name)))
     return images, left, labels

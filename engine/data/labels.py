@@ -32,12 +32,13 @@ def read_labels(files: ImageFiles) -> Tensor | None:
     found = _entries(files, file)
     if found is None:
         return None
-    known = {same_name(name.removeprefix(below)) for name in files.names}
+    keys = [same_name(name.removeprefix(below)) for name in files.names]
+    found = _in_the_case_of(keys, found)
+    known = set(keys)
     for name in found:
         if name not in known:
             is_not = "is left out: it is no image" if files.has(below + name) else "is not there"
             raise ValueError(f"{where} has a label for {printable(name)}, which {is_not}")
-    keys = [same_name(name.removeprefix(below)) for name in files.names]
     for name in keys:
         if name not in found:
             raise ValueError(f"{where} has no label for {printable(name)}")
@@ -92,6 +93,23 @@ def as_labels(values: Sequence[object], names: Sequence[str], where: str) -> Ten
                 f"got {printable(str(value))[:60]}"
             )
     return torch.tensor(values, dtype=torch.int64)
+
+
+def _in_the_case_of(keys: Sequence[str], found: dict[str, object]) -> dict[str, object]:
+    """Labels by the names `keys`, of which they may differ in capitals where that leaves no doubt."""
+    if found.keys() <= set(keys):
+        return found
+    by_small: dict[str, list[str]] = {}
+    for key in keys:
+        by_small.setdefault(key.lower(), []).append(key)
+    named: dict[str, object] = {}
+    for name, label in found.items():
+        own = by_small.get(name.lower(), [])
+        key = own[0] if len(own) == 1 and own[0] not in found else name
+        if key in named:
+            return found
+        named[key] = label
+    return named
 
 
 def _entries(files: ImageFiles, label_file: str) -> dict[str, object] | None:

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ipfm.engine.data.cifar import CLASSES, cifar_place, is_cifar_folder, read_cifar
+from ipfm.engine.data.cifar import CIFAR_100, CLASSES, cifar_place, is_cifar100, is_cifar_folder, read_cifar
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.decoding import DecodedImages, Header, read_header
-from ipfm.engine.data.image_files import EXTENSIONS, FolderFiles, ImageFiles, ZipFiles
+from ipfm.engine.data.image_files import EXTENSIONS, NO_SUFFIX, FolderFiles, ImageFiles, ZipFiles
 from ipfm.engine.data.labels import read_labels
 from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.engine.runtime.remarks import Remarks
-from ipfm.models.checkpoints.recognise import what_place
+from ipfm.models.checkpoints.recognise import image_kind, missing, what_packed, what_place, what_zip
 
 IN_MEMORY_LIMIT = 4 * 10**9
 """Bytes of pixels up to which a data set is decoded once and held in memory; a larger one is decoded batch by batch."""
@@ -43,6 +43,7 @@ def open_dataset(
     max_images: int | None = None,
     seed: int = 0,
     skip_unreadable: bool = False,
+    strict: bool = False,
     memory_limit: int = IN_MEMORY_LIMIT,
 ) -> ImageDataset:
     """The images at `path`, named by it, on the CPU: uint8, square, in the order of their names or of their archive.
@@ -57,13 +58,16 @@ def open_dataset(
         seed: of the subset, in [0, 2³²).
         skip_unreadable: put the next image in the place of one that cannot be decoded, and say so on stderr; the number
             and the order of the others stay. Default: such an image is an error.
+        strict: refuse a set of which anything is left out, system files aside, or in which a class has no images.
         memory_limit: see IN_MEMORY_LIMIT; the images are the same either way.
 
     Raises:
         ValueError: one line that names the file: nothing there, not one of the kinds, damaged, images that are not
-            square or not alike, labels that do not fit the images; max_images < 1.
+            square or not alike, labels that do not fit the images; max_images < 1; what `strict` forbids.
     """
+    check_strictness(skip_unreadable=skip_unreadable, strict=strict)
     kept = Subset(max_images, seed)
+    path = path.expanduser()
     if is_cifar(path):
         images, classes = read_cifar(path)
         chosen = kept.of(len(images))
@@ -77,10 +81,12 @@ def open_dataset(
     files = open_image_files(path)
     remarks = remarks_on(files)
     found = read_labels(files) if labels else None
-    if found is not None and (said := remark_on_classes(found, label_width(found))):
+    if said := None if found is None else remark_on_classes(found, label_width(found)):
         remarks.append(f"{path}: {said}")
     for remark in remarks if is_first_process() else ():
         Remarks().add(remark)
+    if strict and (said or files.left_out.beyond_system_files):
+        raise ValueError(f"strict was given, and {remarks[-1]}")
     header = _first_header(files, skip_unreadable=skip_unreadable)
     if header.width != header.height:
         raise ValueError(
@@ -104,7 +110,7 @@ def open_dataset(
         name=str(path),
         classes=None if found is None else label_width(found),
         xflip=xflip,
-        remarks=tuple(remarks),
+        remarks=(*remarks, *source.said),
     )
 
 
@@ -156,16 +162,31 @@ def open_image_files(path: Path) -> ImageFiles:
         ValueError: `path` is neither, is damaged, or holds no images.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist; a data set is {KINDS}")
+        raise ValueError(f"{missing(path)}; a data set is {KINDS}")
     if not path.is_dir() and not zipfile.is_zipfile(path):
         what = _what_else(path)
         about = f"{what}; a data set is" if what else "it must be"
         raise ValueError(f"{path} is no data set that can be read: {about} {KINDS}")
     files: ImageFiles = FolderFiles(path) if path.is_dir() else ZipFiles(path)
+    if not files.names and (what := _other_zip(path)):
+        raise ValueError(f"{path} holds no images: {what}")
     if not files.names:
+        inside = [*files.left_out.get(NO_SUFFIX, ()), *files.left_out.get("files .bin", ())]
+        if is_cifar100([*inside, *files.left_out.get("files .txt", ())]):
+            raise ValueError(f"{path} is {CIFAR_100}")
         besides = f"; it holds {files.left_out.said()}" if files.left_out else ""
         raise ValueError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}){besides}; a data set is {KINDS}")
     return files
+
+
+def check_strictness(*, skip_unreadable: bool, strict: bool) -> None:
+    """Check that a reader is not told to leave out what cannot be read, and to leave out nothing.
+
+    Raises:
+        ValueError: it is.
+    """
+    if skip_unreadable and strict:
+        raise ValueError("strict forbids to leave anything out, and skip-unreadable asks for it: give one of them")
 
 
 def _first_header(files: ImageFiles, *, skip_unreadable: bool) -> Header:
@@ -180,12 +201,30 @@ def _what_else(path: Path) -> str | None:
     if not path.is_file():
         return "it is a pipe, socket or device"
     with open(path, "rb") as file:
-        start = file.read(8)
+        start = file.read(32)
+    if kind := image_kind(start):
+        return f"it is a single image ({kind}); give the folder that it lies in"
     if start.startswith(b"PK\x03\x04"):
         return "it is a damaged zip, which lacks its end: fetch it again"
     if not start:
         return "it is empty"
+    if start.startswith(b"\x93NUMPY"):
+        return "it is a single array of NumPy"
+    if packed := what_packed(start):
+        return packed
     return what_place(path)
+
+
+def _other_zip(path: Path) -> str | None:
+    """What a zip is that is known to be no data set: a program, a checkpoint, arrays."""
+    if path.is_dir():
+        return None
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith("/data.pkl") for name in names) and not any(n.endswith("/constants.pkl") for n in names):
+        return "it is a checkpoint, a file of torch.save"
+    told = any(name.endswith(("/constants.pkl", ".npy", ".pkl", ".pt", ".pth")) for name in names)
+    return what_zip(names) if told else None
 
 
 def remarks_on(files: ImageFiles) -> list[str]:

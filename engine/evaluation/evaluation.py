@@ -238,6 +238,8 @@ def open_comparison(
     features: FeatureName = "inception",
     inception: Path | None = None,
     metrics: tuple[Metric, ...] = ("fid",),
+    skip_unreadable: bool = False,
+    strict: bool = False,
 ) -> Comparison:
     """Open and check what samples (C, H, W) = `shape` are to be compared with.
 
@@ -248,6 +250,8 @@ def open_comparison(
         features: the extractor, see `open_features`.
         inception: its file, see `open_features`.
         metrics: what is measured.
+        skip_unreadable: of reference images, as in `open_dataset`.
+        strict: likewise.
 
     Raises:
         ValueError: a file that cannot be used, or a metric that features or reference do not allow.
@@ -260,7 +264,11 @@ def open_comparison(
         return Comparison(extractor, None, metrics)
     if "is" in metrics:
         check_metrics(("is",), extractor, None)
-    file = open_reference(reference)
+    file = open_reference(reference, skip_unreadable=skip_unreadable, strict=strict)
+    if file.statistics is None and file.images is not None and len(file.images) < 2:
+        raise ValueError(f"{file.path} holds one image; a reference has at least two")
+    if features == "pixels" and file.images is not None and (words := _other_size(file, shape)):
+        raise ValueError(f"{words}; pixels can be compared of one size alone")
     if file.images is None and file.statistics is not None:
         check_metrics(metrics, extractor, Reference(file.statistics))
     return Comparison(extractor, file, metrics)

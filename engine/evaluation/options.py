@@ -27,6 +27,10 @@ class EvaluationOptions:
     """The TorchScript Inception network (inception-2015-12-05.pt), which makes the distance an FID."""
     features: Literal["inception", "pixels"] = "inception"
     """pixels compares the images themselves, where there is no Inception network."""
+    skip_unreadable: bool = False
+    """Put the next image in the place of one that cannot be decoded. Default: the first one stops."""
+    strict: bool = False
+    """Stop where anything of a data set would be left out, or where a class has no images."""
     eval_images: int = 10_000
     """Images drawn for each distance; published figures take 50 000."""
 
@@ -36,8 +40,10 @@ class EvaluationOptions:
         Raises:
             ValueError: they do not.
         """
+        from ipfm.engine.data.open_dataset import check_strictness
         from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION
 
+        check_strictness(skip_unreadable=self.skip_unreadable, strict=self.strict)
         if self.eval_images < 2:
             raise ValueError(f"eval-images must be at least 2, got {self.eval_images}")
         if self.features not in ("inception", "pixels"):
@@ -61,7 +67,15 @@ class EvaluationOptions:
 
         if self.reference is None:
             return None
-        return open_comparison(self.reference, shape, device, features=self.features, inception=self.inception)
+        return open_comparison(
+            self.reference,
+            shape,
+            device,
+            features=self.features,
+            inception=self.inception,
+            skip_unreadable=self.skip_unreadable,
+            strict=self.strict,
+        )
 
     def evaluation(self, comparison: Comparison | None, world: World) -> Evaluation | None:
         """The evaluation of a run; features of reference images are computed here. Every rank calls it."""

@@ -32,36 +32,47 @@ class ReferenceFile:
     images: ImageDataset | None
 
 
-def open_reference(path: Path | str) -> ReferenceFile:
+def open_reference(path: Path | str, *, skip_unreadable: bool = False, strict: bool = False) -> ReferenceFile:
     """Read and check a reference; no features are computed.
 
     Args:
         path: an .npz with `mu` (dim,) and `sigma` (dim, dim), the mean and unbiased covariance of Inception features as
             EDM publishes them; an .npz with images `arr_0` (N, H, W, C) uint8 as ADM publishes them; or a data set:
             an image folder, a zip, CIFAR-10's archive. ADM's reference batches hold statistics and images.
+        skip_unreadable: of a data set, as in `open_dataset`.
+        strict: likewise.
 
     Raises:
         ValueError: there is no such file, it holds none of these, or statistics that are none; one line.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     _refuse_what_is_known(path)
     if not is_npz(path):
-        return ReferenceFile(path, None, open_images(path))
+        return ReferenceFile(path, None, open_images(path, skip_unreadable=skip_unreadable, strict=strict))
     arrays = _read_npz(path, ("mu", "sigma", *IMAGE_ARRAYS))
     statistics = _statistics(path, arrays) if "mu" in arrays or "sigma" in arrays else None
     images = _images(path, arrays)
     if statistics is None and images is None:
-        raise ValueError(f"{path} holds neither statistics (mu, sigma) nor images (arr_0)")
+        raise ValueError(f"{path} holds neither statistics (mu, sigma) nor images (arr_0){_arrays_of(path)}")
     return ReferenceFile(path, statistics, images)
 
 
-def open_images(path: Path | str, *, limit: int | None = None, seed: int = 0) -> ImageDataset:
+def open_images(
+    path: Path | str,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    skip_unreadable: bool = False,
+    strict: bool = False,
+) -> ImageDataset:
     """The images at `path`, without labels: a data set, or an .npz with `arr_0` or `images` (N, H, W, C) uint8.
 
     Args:
         path: the file or folder.
         limit: so many of them are taken at random where there are more; None takes all.
         seed: of the choice, in [0, 2^32).
+        skip_unreadable: of a data set, as in `open_dataset`.
+        strict: likewise.
 
     Raises:
         ValueError: there are none; one line.
@@ -69,13 +80,15 @@ def open_images(path: Path | str, *, limit: int | None = None, seed: int = 0) ->
     # Here, for a run that compares with statistics needs no reader of images.
     from ipfm.engine.data.open_dataset import Subset, open_dataset
 
-    path = Path(path)
+    path = Path(path).expanduser()
     _refuse_what_is_known(path)
     if not is_npz(path):
-        return open_dataset(path, labels=False, max_images=limit, seed=seed)
+        return open_dataset(
+            path, labels=False, max_images=limit, seed=seed, skip_unreadable=skip_unreadable, strict=strict
+        )
     images = _images(path, _read_npz(path, IMAGE_ARRAYS))
     if images is None:
-        raise ValueError(f"{path} holds no images (arr_0)")
+        raise ValueError(f"{path} holds no images (arr_0){_arrays_of(path)}")
     assert isinstance(images.images, torch.Tensor)
     return replace(images, images=images.images[Subset(limit, seed).of(len(images))])
 
@@ -85,6 +98,16 @@ def _refuse_what_is_known(path: Path) -> None:
     if what := what_place(path):
         is_no = "is no readable .npz" if path.suffix.lower() == ".npz" else "holds neither images nor statistics"
         raise ValueError(f"{path} {is_no}: {what}")
+
+
+def _arrays_of(path: Path) -> str:
+    """What an .npz holds instead, the second half of a message."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+    if {"mu", "sigma"} <= set(names):
+        return ", but statistics (mu, sigma), which are a reference"
+    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:4])
+    return f", but {shown}{', …' if len(names) > 4 else ''}" if names else "; it is empty"
 
 
 def is_npz(path: Path) -> bool:
@@ -161,6 +184,9 @@ def _read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         with archive:
             return {name: archive[name] for name in names if name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, zipfile.BadZipFile):
+            cut = "it is cut short or damaged, as after a download that was interrupted: fetch it again"
+            raise ValueError(f"{path} is no readable .npz: {cut}") from None
         raise ValueError(
             f"{path} is no readable .npz: {' '.join(str(error).split()) or type(error).__name__}"
         ) from None

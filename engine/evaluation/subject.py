@@ -51,7 +51,15 @@ class Subject:
 
 
 def open_subject(
-    path: Path, device: torch.device, *, heun_steps: int, seed: int, D: float | None = None, limit: int | None = None
+    path: Path,
+    device: torch.device,
+    *,
+    heun_steps: int,
+    seed: int,
+    D: float | None = None,
+    limit: int | None = None,
+    skip_unreadable: bool = False,
+    strict: bool = False,
 ) -> Subject:
     """What is at `path`: a model folder, a data set or an .npz of images, or else a checkpoint of EDM, PFGM++ or SiD.
 
@@ -62,6 +70,8 @@ def open_subject(
         seed: of a model's samples, and of the choice among images.
         D: auxiliary dimensions of a checkpoint that does not say them; None takes what the model says.
         limit: so many images of a set that has more are drawn at random; None takes all.
+        skip_unreadable: of images, as in `open_dataset`.
+        strict: likewise.
 
     Raises:
         ValueError: there is nothing to measure, or D contradicts it.
@@ -72,9 +82,11 @@ def open_subject(
     if not stored and (path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES or is_npz(path)):
         if D is not None:
             raise ValueError(f"D was given, but {path} holds images, not a model")
-        images = open_images(path, limit=limit, seed=seed)
+        images = open_images(path, limit=limit, seed=seed, skip_unreadable=skip_unreadable, strict=strict)
         if limit is not None and len(images) < limit:
             raise ValueError(f"images must be at most {len(images)}, as many as {path} holds, got {limit}")
+        if len(images) < 2:
+            raise ValueError(f"{path} holds one image; what is measured are at least two")
         mixed = (read_json(path / SAMPLES_FILE) or {}).get("mixed") is True
         return Subject(
             "images",

@@ -42,8 +42,6 @@ class TeacherOptions(TeacherConfig, EvaluationOptions):
     """Train with the data's class labels."""
     xflip: bool = False
     """Mirror images at random."""
-    skip_unreadable: bool = False
-    """Put the next image in the place of one that cannot be decoded. Default: the first one stops."""
     continue_from: Path | None = None
     """A training-state-*.pt of EDM or PFGM++: continue that training with its weights, EMA and optimiser state."""
     dry_run: bool = False
@@ -148,6 +146,7 @@ class TeacherRecipe(Recipe[TeacherOptions]):
                 labels=self._labelled(options, state),
                 xflip=options.xflip,
                 skip_unreadable=options.skip_unreadable,
+                strict=options.strict,
             )
         network = self._network(options, data, state)
         config = complete_training(replace(options.training(), D=network.D), network, run_device())

@@ -251,6 +251,7 @@ def _instructions() -> list[Callable[[PickleMachine], None]]:
         b"C": lambda m: m._stack.append(m._take(m._next())),
         b"B": lambda m: m._stack.append(m._take(m._number(4))),
         b"\x8e": lambda m: m._stack.append(m._take(m._number(8))),
+        b"\x96": lambda m: m._stack.append(m._take(m._number(8))),  # a bytearray
         b"U": lambda m: m._python2_string(m._next()),
         b"T": lambda m: m._python2_string(m._number(4, signed=True)),
         b")": M._empty_tuple,

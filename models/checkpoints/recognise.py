@@ -33,6 +33,20 @@ _KINDS = {
     b"%PDF": "a PDF",
     b"\x7fELF": "a program",
 }
+_IMAGE_STARTS = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"8BPS": "PSD, of Photoshop",
+    b"qoif": "QOI",
+    b"DDS ": "DDS",
+    b"\x76\x2f\x31\x01": "OpenEXR",
+}
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _CHECKPOINTS = (".pkl", ".pt", ".pth")
 # Names that are looked at in a folder, which may hold millions.
@@ -75,6 +89,22 @@ def what_file(data: memoryview, path: Path | None = None) -> str | None:
     return f"it is {known}" if known else _what_text(start)
 
 
+def image_kind(start: bytes) -> str | None:
+    """The format of an image file that begins with these bytes, 16 or more; None where it is none that is known."""
+    if start[4:8] == b"ftyp":
+        brand = start[8:12]
+        return "AVIF" if brand.startswith(b"avi") else "HEIC" if brand[:3] in (b"hei", b"hev", b"mif", b"msf") else None
+    if start[:4] == b"RIFF":
+        return "WEBP" if start[8:12] == b"WEBP" else None
+    return next((name for magic, name in _IMAGE_STARTS.items() if start.startswith(magic)), None)
+
+
+def what_packed(start: bytes) -> str | None:
+    """Says so where a file is packed, other than as a zip or by gzip, from its first bytes."""
+    name = next((name for magic, name in _PACKED.items() if start.startswith(magic)), None)
+    return None if name is None else f"it is packed with {name}: unpack it first"
+
+
 def what_pointer(data: bytes | memoryview) -> str | None:
     """What stands in the place of a file of weights: a pointer of Git LFS, a page, an answer; None where that is none.
 
@@ -107,6 +137,8 @@ def what_global(module: str, name: str) -> str:
         return "; it holds a whole network that only its code could read: store networks with save_model"
     if top in ("numpy",) and name == "_reconstruct":
         return "; it holds arrays of NumPy, such as a reference's statistics"
+    if top == "__torch__":
+        return "; it is a TorchScript program, as the Inception network of an evaluation (--inception) is"
     if top in ("diffusers", "transformers", "omegaconf", "pytorch_lightning", "lightning"):
         return f"; it is a file of {top}"
     return ""
@@ -250,9 +282,19 @@ def _what_names(folder: Path) -> str | None:
         return f"it holds the checkpoint{'s' * (len(files) > 1)} {_some(files)}: give {_one(files)}"
     if any(name.lower().endswith(_IMAGES) for name in names):
         return "it holds images"
+    if below := next((name for name in names if _holds_images(folder / name)), None):
+        return f"it holds folders of images, such as {shown(below)}: a data set"
     if runs := [name for name in names if _run_kind(folder / name) is not None]:
         return f"it holds the run{'s' * (len(runs) > 1)} {_some(runs)}: give a model in {_one(runs)}"
     return None
+
+
+def _holds_images(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name.lower().endswith(_IMAGES) for entry in islice(entries, _LOOKED_AT))
+    except OSError:
+        return False
 
 
 def _one(names: Sequence[str]) -> str:

@@ -141,8 +141,8 @@ def evaluate_images(
         metrics: what is measured.
         pr_images: images of each set that precision and recall are measured on, of which the time is quadratic; drawn
             at random with a fixed seed where there are more.
-        leave_out: of the Fréchet distance alone, take the samples that are finite and count the others; the distance
-            is NaN where fewer than two are.
+        leave_out: measure the samples that are finite, and count the others. Of fewer than two the Fréchet distance is
+            NaN; the others are not measured of fewer than they need (2, 4 with precision and recall, 10 for the score).
 
     Raises:
         ValueError: a metric that the features or the reference do not allow, non-finite features (how many) unless
@@ -165,18 +165,29 @@ def evaluate_images(
     distance, others = float("nan"), dict[str, float]()
     if reference is not None and statistics is not None and "fid" in metrics:
         distance = frechet_distance(statistics, reference.statistics)
-    if reference is not None and reference.features is not None and found.features is not None:
+    rows, probabilities = found.features, found.probabilities
+    if leave_out:
+        rows, probabilities = _finite(rows, least=4 if "pr" in metrics else 2), _finite(probabilities, least=10)
+    if reference is not None and reference.features is not None and rows is not None:
         if "kid" in metrics:
-            others["kid"], others["kid_std"] = kernel_distance(found.features, reference.features)
+            others["kid"], others["kid_std"] = kernel_distance(rows, reference.features)
         if "pr" in metrics:
-            pair = precision_recall(reference.features, found.features, limit=pr_images)
+            pair = precision_recall(reference.features, rows, limit=pr_images)
             others["precision"], others["recall"] = pair
-    if found.probabilities is not None:
-        others["inception_score"], others["inception_score_std"] = inception_score(found.probabilities)
+    if probabilities is not None:
+        others["inception_score"], others["inception_score_std"] = inception_score(probabilities)
     count = found.moments.count
     speed = count / max(found.seconds, 1e-9)
     left_out = found.moments.non_finite
     return FrechetResult(distance, count, found.seconds, speed, distance_name(features), **others, left_out=left_out)
+
+
+def _finite(rows: Tensor | None, *, least: int) -> Tensor | None:
+    """The rows that are finite; None where they are too few to be measured."""
+    if rows is None:
+        return None
+    kept = rows[torch.isfinite(rows).all(dim=1)]
+    return kept if len(kept) >= least else None
 
 
 def evaluate_frechet(

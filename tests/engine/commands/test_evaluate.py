@@ -280,13 +280,70 @@ def test_bad_input_is_one_line(
     assert capsys.readouterr().out == "" and sorted(root.iterdir()) == before
 
 
-def test_a_model_that_gives_nan_is_one_line_too(root: Path, options: Evaluate, tmp_path: Path) -> None:
+def test_samples_that_are_not_finite_are_counted_and_refused_where_strict(
+    capsys: pytest.CaptureFixture[str], root: Path, options: Evaluate, tmp_path: Path
+) -> None:
     net = load_model(root / "plain")
     with torch.no_grad():
         next(net.parameters()).fill_(math.nan)
     save_model(net, tmp_path / "broken", extra={"task": "generator", "sigmas": [2.5]})
     with pytest.raises(BadInput, match="30 of 30 samples have non-finite features"):
-        replace(options, model=tmp_path / "broken").run()
+        replace(options, model=tmp_path / "broken", strict=True).run()
+    replace(options, model=tmp_path / "broken").run()
+    found = json.loads(capsys.readouterr().out)
+    assert (found["images"], found["left_out"], found["frechet"]) == (0, 30, None)
+    assert "30 of 30 images were not finite; --strict refuses them" in found["remarks"]
+    replace(options, model=tmp_path / "broken", json=False, metrics=("fid", "kid"), reference=root / "real.npz").run()
+    said = capsys.readouterr().out
+    assert "Fréchet distance  not finite" in said and "kernel distance   not finite" in said
+
+
+def test_references_and_images_are_read_as_training_data_are(
+    capsys: pytest.CaptureFixture[str], root: Path, options: Evaluate, tmp_path: Path
+) -> None:
+    """What cannot be decoded, and what is left out: the same two options in each place where images are read."""
+    shutil.copytree(root / "folder", tmp_path / "images")
+    (tmp_path / "images" / "000.png").write_bytes(b"x")
+    images = replace(options, images=None, reference=tmp_path / "images", model=root / "real.npz")
+    for given in (images, replace(images, reference=root / "real.npz", model=tmp_path / "images")):
+        with pytest.raises(BadInput, match=r"000\.png is no image"):
+            given.run()
+        found = printed(capsys, replace(given, skip_unreadable=True))
+        assert found["images"] == 40 and any("000.png" in remark for remark in found["remarks"])
+        (tmp_path / "images" / "x.avif").write_bytes(b"x")
+        with pytest.raises(BadInput, match=r"strict was given, and .*left out files .avif: 1"):
+            replace(given, strict=True).run()
+        (tmp_path / "images" / "x.avif").unlink()
+        with pytest.raises(BadInput, match="give one of them"):
+            replace(given, strict=True, skip_unreadable=True).run()
+
+
+def test_images_that_cannot_be_compared_are_refused_before_anything_is_said(
+    capsys: pytest.CaptureFixture[str], root: Path, options: Evaluate, tmp_path: Path
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "large").mkdir()
+    for name, side in (("one/a.png", 8), ("large/a.png", 16), ("large/b.png", 16)):
+        Image.new("L", (side, side)).save(tmp_path / name)
+    np.savez(tmp_path / "other.npz", mean=np.zeros(3), cov=np.eye(3))
+    half = (root / "real.npz").read_bytes()
+    (tmp_path / "half.npz").write_bytes(half[: len(half) // 2])
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    for changes, message in {
+        ("reference", tmp_path / "one"): "holds one image; a reference has at least two",
+        ("reference", tmp_path / "large"): "are 1x16x16, those that are measured 1x8x8; pixels",
+        ("reference", tmp_path / "other.npz"): "holds neither statistics (mu, sigma) nor images (arr_0), but mean, cov",
+        ("reference", tmp_path / "half.npz"): "is no readable .npz: it is cut short or damaged",
+        ("reference", tmp_path / "single.npy"): "it is a single array of NumPy",
+        ("reference", root / "inception.pt"): "holds no images: it is a TorchScript program",
+        ("reference", tmp_path / "one" / "a.png"): "it is a single image (PNG); give the folder that it lies in",
+        ("model", tmp_path / "one"): "holds one image; what is measured are at least two",
+        ("model", root / "stats.npz"): "holds no images (arr_0), but statistics (mu, sigma), which are a reference",
+    }.items():
+        with pytest.raises(BadInput) as refused:
+            replace(options, images=None, **dict([changes])).run()
+        assert message in str(refused.value) and "\n" not in str(refused.value)
+        assert capsys.readouterr().err == ""
 
 
 def test_what_to_know_of_a_distance_is_said_and_in_json(

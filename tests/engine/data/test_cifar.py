@@ -98,6 +98,35 @@ def test_the_training_set_in_the_order_of_its_batches(tmp_path, kind, place):
     assert labels.tolist() == [n for _, numbers in parts for n in numbers]
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_batches_of_the_newest_pickles(tmp_path, order):
+    """Protocol 5 stores an array as a bytearray, and the order of its values as a letter."""
+    data, labels = batch(1)
+    content = pickle.dumps({"data": np.asarray(data, order=order), "labels": labels}, protocol=5)
+    assert b"_frombuffer" in content
+    files = {f"cifar-10-batches-py/data_batch_{i}": content for i in range(1, 6)}
+    images, found = read_cifar(write_folder(tmp_path, files))
+    assert np.array_equal(images[:ROWS].flatten(1).numpy(), data) and found[:ROWS].tolist() == labels
+
+
+def test_cifar_100_is_named(tmp_path):
+    rows = {"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0, 99], "coarse_labels": [0, 19]}
+    python = {f"cifar-100-python/{name}": pickle.dumps(rows, protocol=2) for name in ("meta", "test", "train")}
+    names = ("coarse_label_names.txt", "fine_label_names.txt", "test.bin", "train.bin")
+    binary100 = {f"cifar-100-binary/{name}": b"x" for name in names}
+    named = {f"cifar-10-batches-py/data_batch_{i}": pickle.dumps(rows, protocol=2) for i in range(1, 6)}
+    places = [
+        write_tar(tmp_path / "cifar-100-python.tar.gz", python),
+        write_tar(tmp_path / "cifar-100-binary.tar.gz", binary100),
+        write_folder(tmp_path, python),
+        write_folder(tmp_path, binary100),
+        write_folder(tmp_path, named),
+    ]
+    for place in places:
+        with pytest.raises(ValueError, match="CIFAR-100, which is not read: store its images as files, a folder for"):
+            open_dataset(place)
+
+
 def test_the_dataset(tmp_path):
     path = write_tar(tmp_path / "cifar-10-binary.tar.gz", files_of(BINARY))
     data = open_dataset(path, xflip=True)

@@ -340,6 +340,63 @@ def test_names_of_labels_in_another_form_of_unicode(tmp_path):
     assert open_dataset(write(tmp_path / "x.zip", files)).labels.tolist() == [2]
 
 
+def test_labels_are_found_where_names_differ_in_capitals_alone(tmp_path):
+    upper = [name.replace(".png", ".PNG") for name in NAMES]
+    files = {name: encode_png(pixels) for name, pixels in zip(upper, COLOUR, strict=True)}
+    pairs = [[name, 1 - i] for i, name in enumerate(NAMES)]
+    assert open_dataset(write(tmp_path / "x.zip", files | label_file(pairs))).labels.tolist() == [1, 0]
+    # Two images that differ so: whose label it is, nobody knows.
+    both = files | {NAMES[0]: encode_png(COLOUR[0])}
+    refused(write(tmp_path / "y.zip", both | label_file([*pairs[1:], [upper[0].title(), 0]])), "is not there")
+
+
+def test_images_without_a_suffix_and_single_images_are_named(tmp_path, capsys):
+    bare = {"n00": encode_png(COLOUR[0]), "n01": encoded(COLOUR[0], "JPEG"), "LICENSE": b"x"}
+    for place in ("x", "x.zip"):
+        path = write(tmp_path / place, bare)
+        said = r"no suffix, such as .png: 2 \(n00, n01\); files without a suffix: 1 \(LICENSE\)"
+        refused(path, said)
+    write(tmp_path / "x", {"a.png": encode_png(COLOUR[0])})
+    assert len(open_dataset(tmp_path / "x")) == 1
+    assert "no suffix, such as .png: 2 (n00, n01)" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"strict was given, and .*no suffix"):
+        open_dataset(tmp_path / "x", strict=True)
+    refused(tmp_path / "x" / "a.png", r"it is a single image \(PNG\); give the folder that it lies in")
+
+
+@pytest.mark.parametrize(
+    "start, said",
+    [
+        (b"\0\0\0\x18ftypheic", "is an image of the format HEIC; what can be read: BMP, GIF"),
+        (b"\0\0\0\x18ftypavif", "is an image of the format AVIF;"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "is an image of the format JPEG 2000;"),
+        (b"8BPS", "is an image of the format PSD, of Photoshop;"),
+        (b"\xff\xd8\xff", "is a damaged JPEG"),
+        (b"\x1f\x8b", "is no image; what can be read"),
+    ],
+)
+def test_what_no_image_is_is_said(tmp_path, start, said):
+    refused(write(tmp_path / "x", {"a.jpg": start + bytes(64)}), f"a.jpg {said}")
+
+
+def test_what_is_no_data_set_is_named(tmp_path):
+    for name, content, said in (
+        ("a.7z", b"7z\xbc\xaf\x27\x1c", "it is packed with 7-Zip: unpack it first"),
+        ("a.rar", b"Rar!\x1a\x07", "it is packed with RAR: unpack it first"),
+        ("a.xz", b"\xfd7zXZ\0", "it is packed with xz: unpack it first"),
+    ):
+        refused(write(tmp_path, {name: content + bytes(64)}) / name, said)
+    weights = write(tmp_path / "x.zip", {"archive/data.pkl": b"x", "archive/data/0": b"x"})
+    refused(weights, "holds no images: it is a checkpoint, a file of torch.save")
+
+
+def test_paths_are_read_as_a_shell_reads_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "x", numbered(COLOUR))
+    assert len(open_dataset(Path("~/x"))) == len(COLOUR)
+    refused(Path("~/y"), f"{tmp_path}/y does not exist; a data set is")
+
+
 def test_links_to_folders_are_followed_and_a_pipe_is_not_waited_for(tmp_path, capsys):
     write(tmp_path / "birds", {"0.jfif": encoded(COLOUR[0], "JPEG"), "x.avif": b"x", ".hidden.png": b"x"})
     (tmp_path / "set" / "cat").mkdir(parents=True)
@@ -353,7 +410,7 @@ def test_links_to_folders_are_followed_and_a_pipe_is_not_waited_for(tmp_path, ca
         assert part in said
     assert said.count("\n") == 1
     (tmp_path / "set" / "gone.png").symlink_to(tmp_path / "nothing")
-    refused(tmp_path / "set", "gone.png: No such file")
+    refused(tmp_path / "set", "gone.png is a link to")
 
 
 def test_photos_are_turned_as_their_exif_orientation_says(tmp_path):

@@ -177,6 +177,12 @@ def test_images_that_are_not_finite_are_counted_for_every_metric(files: Path) ->
     finite = replace(fid, images=17).measure(lambda first, count: pattern(first + 3, count), ALONE)
     assert (found.images, found.left_out) == (17, 3)
     assert found.distance == pytest.approx(finite.distance, rel=1e-9)
+    whole = evaluation.measure(sample, ALONE, leave_out=True)
+    alone = replace(evaluation, images=17).measure(lambda first, count: pattern(first + 3, count), ALONE)
+    for name in ("kid", "precision", "recall", "inception_score"):
+        assert getattr(whole, name) == pytest.approx(getattr(alone, name), rel=1e-6), name
+    none = evaluation.measure(lambda first, count: pattern(first, count) * math.nan, ALONE, leave_out=True)
+    assert none.kid is None and none.precision is None and none.inception_score is None
     none = fid.measure(lambda first, count: pattern(first, count) * math.nan, ALONE, leave_out=True)
     assert math.isnan(none.distance) and (none.images, none.left_out) == (0, 20)
 
