@@ -44,7 +44,7 @@ setup(
         "nvidia-ml-py>=12",
         "safetensors>=0.4.5",
         "tqdm>=4.66",
-        "Pillow>=10",
+        "Pillow>=10.1",
         "matplotlib>=3.8",
         "Jinja2>=3.1",
         "tensorboard>=2.16",
