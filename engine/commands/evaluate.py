@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -39,6 +39,12 @@ class Evaluate:
     Example: ipfm evaluate runs/cifar-D2048-alpha1-K1/generator --reference cifar10-32x32.npz
     --inception inception-2015-12-05.pt --repeats 3
     """
+
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {
+        **{name: f"it is one of --metrics, as in --metrics {name}" for name in ("fid", "kid", "is", "pr")},
+        "n": "the number of images is --images",
+        "steps": "the number of steps is a generator's own; --heun-steps is for a teacher",
+    }
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Model folder, checkpoint of EDM, PFGM++ or SiD, or images: a folder, a zip, CIFAR-10's archive, an .npz."""

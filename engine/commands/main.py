@@ -20,7 +20,7 @@ from ipfm.engine.commands.plan import Plan
 from ipfm.engine.commands.report.command import Report
 from ipfm.engine.commands.sample.command import Sample
 from ipfm.engine.commands.usage import Shell, overview, versions
-from ipfm.engine.runtime.commandline import parse, run_command, without_local_rank
+from ipfm.engine.runtime.commandline import BadInput, parse, run_command, without_local_rank
 from ipfm.engine.runtime.launcher import forget_launch
 
 
@@ -66,6 +66,34 @@ Command = (
 SHARED = ("evaluate",)
 
 
+# Words that are no commands, and what is given instead.
+OTHERWISE = {
+    "help": "ipfm --help lists the commands, ipfm COMMAND --help its options",
+    **dict.fromkeys(("version", "-v", "-V"), "ipfm --version says the versions"),
+    **dict.fromkeys(
+        ("train", "distil", "distill", "teach", "ablation", "run"),
+        "training is done by the recipes: deepspeed recipes/digits_ipfm.py --help",
+    ),
+    "generate": "images are drawn by ipfm sample",
+    "fid": "it is measured by ipfm evaluate",
+    "memory": "it is predicted by ipfm plan",
+}
+
+
+def _of_recipes(name: str) -> str | None:
+    """Says of an option of the recipes that it is one."""
+    # What they are made of is imported with torch.
+    from dataclasses import fields
+
+    from ipfm.engine.config import TeacherConfig
+    from ipfm.engine.experiments.options import DistillationOptions
+    from ipfm.engine.objectives import OBJECTIVES
+
+    settings = (DistillationOptions, TeacherConfig, *OBJECTIVES.values())
+    known = {f.name.replace("_", "-") for kind in settings for f in fields(kind)}
+    return "recipes have it, such as recipes/digits_ipfm.py" if name in known else None
+
+
 def _main(argv: Sequence[str]) -> None:
     given = without_local_rank(argv) or ["--help"]
     if given[0] not in SHARED:
@@ -73,7 +101,10 @@ def _main(argv: Sequence[str]) -> None:
     if given[0] in ("-h", "--help", "--version"):
         print(versions() if given[0] == "--version" else overview(Command))
         sys.exit()
-    parse(Command, given, prog="ipfm", description="").run()  # type: ignore[arg-type]
+    if given[0] in OTHERWISE:
+        kind = "option" if given[0].startswith("-") else "command"
+        raise BadInput(f"unknown {kind} {given[0]}; {OTHERWISE[given[0]]}")
+    parse(Command, given, prog="ipfm", description="", elsewhere=_of_recipes).run()  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ prints the plan. A run is started by every process together, `Plan.begin`, and t
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,14 +14,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from ipfm.engine.config import RunConfig
+from ipfm.engine.checks import option_name
+from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.distributed.world import World, check_environment, environment_remarks, start_world
+from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.runtime.commandline import Given, parse_given, user_input
 from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.engine.runtime.remarks import Remarks
 from ipfm.engine.training.run_folder import is_settled, settings_said
 
 O = TypeVar("O")
+
+# Options that are looked for in recipes, and the command of `ipfm` that has them.
+OF_COMMANDS = {
+    **dict.fromkeys(("gpu-memory", "fits", "ranks"), "plan"),
+    **dict.fromkeys(("n", "classes", "solver", "churn"), "sample"),
+    **dict.fromkeys(("metrics", "repeats", "save-reference"), "evaluate"),
+    **dict.fromkeys(("format", "samples"), "export"),
+}
+OF_TEACHERS = ("data", "arch", "model-channels", "num-blocks", "conditional", "xflip", "continue-from")
+OF_ABLATIONS = ("variants", "seeds", "teachers", "quick")
+
+
+def _options(settings: type[RunConfig]) -> set[str]:
+    """Names of the options that these settings are."""
+    return {option_name(f.name) for f in dataclasses.fields(settings)}
 
 
 class Plan(ABC):
@@ -74,6 +92,20 @@ class Recipe(ABC, Generic[O]):
             ValueError, BadInput: an option, a file or a folder that cannot be used; one line.
         """
 
+    def elsewhere(self, name: str) -> str | None:
+        """Where an option is one that this recipe does not have, for messages: in `ipfm`, or in other recipes."""
+        if name in OF_COMMANDS:
+            return f"ipfm {OF_COMMANDS[name]} has it"
+        if name in _options(TeacherConfig) or name in OF_TEACHERS:
+            return "recipes that train a teacher have it, such as cifar_teacher.py"
+        if name in OF_ABLATIONS:
+            return "ablations have it, such as ablation_D.py"
+        kinds = [kind for kind, settings in OBJECTIVES.items() if name in _options(settings)]
+        if not kinds:
+            return None
+        of = f" by the objective {kinds[0]}" if len(kinds) == 1 else ""
+        return f"recipes that distil{of} have it"
+
     def main(self, argv: Sequence[str]) -> None:
         """Run the recipe with these arguments, see `run_recipe`."""
         run_recipe(self, argv)
@@ -104,7 +136,9 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
         TrainingFailed, Interrupted: from the run.
     """
     with user_input():
-        given = parse_given(argv, default=recipe.defaults, prog=recipe.file, description=recipe.help_text())
+        given = parse_given(
+            argv, default=recipe.defaults, prog=recipe.file, description=recipe.help_text(), elsewhere=recipe.elsewhere
+        )
         check_environment()
         if is_first_process():
             remarks = Remarks(recipe.file)

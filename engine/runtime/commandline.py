@@ -85,7 +85,20 @@ class Given(Generic[T]):
             raise BadInput(named(str(error), type(default))) from error
 
 
-def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog: str, description: str) -> T:
+def nowhere(name: str) -> str | None:
+    """Of an option that a program does not have: nothing is known."""
+    return None
+
+
+def parse(
+    kind: type[T],
+    argv: Sequence[str],
+    *,
+    default: T | None = None,
+    prog: str,
+    description: str,
+    elsewhere: Callable[[str], str | None] = nowhere,
+) -> T:
     """Read a dataclass of options from the command line.
 
     Args:
@@ -95,6 +108,7 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog:
             class's ALTERNATIVES) the one that is given counts.
         prog: the program's name in messages.
         description: what --help says first.
+        elsewhere: what to say of an option, by its name, that is none of these: where it is one.
 
     Raises:
         BadInput: an unknown option or an impossible value; the message is one line and names the option as it is typed.
@@ -103,10 +117,17 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog:
     arguments = without_local_rank(argv)
     if default is not None:
         default = _giving_way(default, _names(kind, arguments))
-    return _read(kind, arguments, default, prog, description)
+    return _read(kind, arguments, default, prog, description, elsewhere)
 
 
-def parse_given(argv: Sequence[str], *, default: T, prog: str, description: str) -> Given[T]:
+def parse_given(
+    argv: Sequence[str],
+    *,
+    default: T,
+    prog: str,
+    description: str,
+    elsewhere: Callable[[str], str | None] = nowhere,
+) -> Given[T]:
     """As `parse`, where other defaults may follow from what is given.
 
     Args:
@@ -114,6 +135,7 @@ def parse_given(argv: Sequence[str], *, default: T, prog: str, description: str)
         default: values of options that are not given, which --help shows too.
         prog: see `parse`.
         description: see `parse`.
+        elsewhere: see `parse`.
 
     Raises:
         BadInput: see `parse`.
@@ -121,14 +143,21 @@ def parse_given(argv: Sequence[str], *, default: T, prog: str, description: str)
     """
     kind, arguments = type(default), without_local_rank(argv)
     names = _names(kind, arguments)
-    return Given(_read(kind, arguments, _giving_way(default, names), prog, description), names)
+    return Given(_read(kind, arguments, _giving_way(default, names), prog, description, elsewhere), names)
 
 
-def _read(kind: type[T], arguments: Sequence[str], default: T | None, prog: str, description: str) -> T:
+def _read(
+    kind: type[T],
+    arguments: Sequence[str],
+    default: T | None,
+    prog: str,
+    description: str,
+    elsewhere: Callable[[str], str | None],
+) -> T:
     import tyro
 
     from ipfm.engine.runtime.option_help import Shown, registry
-    from ipfm.engine.runtime.parse_errors import ParseError, parse_errors
+    from ipfm.engine.runtime.parse_errors import ParseError, check_command, parse_errors
 
     shown = Shown(sys.stdout)
     # Options of a subcommand are off unless they are given; a recipe may have some of its own on.
@@ -136,7 +165,9 @@ def _read(kind: type[T], arguments: Sequence[str], default: T | None, prog: str,
     keywords = {} if default is None else {"default": default}
     with _environment(COLUMNS=str(HELP_WIDTH)):
         try:
-            with contextlib.redirect_stdout(shown), parse_errors(kind, arguments):
+            if not dataclasses.is_dataclass(kind):
+                check_command(kind, arguments, prog)
+            with contextlib.redirect_stdout(shown), parse_errors(kind, arguments, elsewhere):
                 options = tyro.cli(  # type: ignore[call-overload]
                     kind,
                     args=arguments,

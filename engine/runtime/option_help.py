@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import textwrap
 import types
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -112,16 +114,62 @@ def _read(read: Callable[[list[str]], Any], kind: Any, words: list[str]) -> Any:
     """What `read` makes of `words`.
 
     Raises:
-        Unreadable: nothing.
+        Unreadable: nothing, or no number that was meant: Python takes 1_000, and 1e400 for infinity.
     """
+    numbers = get_args(kind)[0] if get_origin(kind) is tuple and get_args(kind)[1:] == (...,) else kind
+    nouns = {int: "a whole number", float: "a number"}
     try:
+        if numbers in nouns:
+            for word in words:
+                _check_number(word, numbers)
         return read(words)
     except Unreadable:
         raise
     except (ValueError, TypeError) as error:
-        noun = {int: "a whole number", float: "a number"}.get(kind)
         given = ", ".join(map(repr, words))
-        raise Unreadable(f"takes {noun}, got {given}" if noun else f"cannot be read from {given}") from error
+        if numbers not in nouns:
+            raise Unreadable(f"cannot be read from {given}") from error
+        noun = nouns[numbers] if numbers is kind else f"{nouns[numbers].removeprefix('a ')}s"
+        if numbers is not kind:
+            hint = ", separated by spaces" if any(mark in word for word in words for mark in ",;") else ""
+            raise Unreadable(f"takes {noun}{hint}, got {given}") from error
+        hint = next((hint for word in words if (hint := _as_number(word, numbers))), "")
+        raise Unreadable(f"takes {noun}, got {given}{hint}") from error
+
+
+_INFINITE = ("inf", "infinity")
+
+
+def _check_number(word: str, kind: type) -> None:
+    """Check that a text is a number as people write it: ASCII, one that is not rounded to 0 or infinity.
+
+    Raises:
+        Unreadable: it is too large or too small.
+        ValueError: it is none.
+    """
+    if not word.isascii() or "_" in word or word != word.strip():
+        raise ValueError(word)
+    value = kind(word)
+    if kind is not float:
+        return
+    if math.isinf(value) and word.lstrip("+-").lower() not in _INFINITE:
+        raise Unreadable(f"is too large a number, got {word}; inf is infinity")
+    if value == 0 and re.search("[1-9]", word.lower().partition("e")[0]):
+        raise Unreadable(f"is too small a number, got {word}")
+
+
+def _as_number(word: str, kind: type) -> str:
+    """How a text that is none of these numbers is written, where that is plain: ": write 1000"."""
+    text = unicodedata.normalize("NFKC", word).strip().replace("\u2212", "-")
+    if re.fullmatch(r"[+-]?[0-9]{1,3}([_,' ][0-9]{3})+", text) and (kind is int or "," not in text):
+        return f": write {re.sub('[^0-9+-]', '', text)}"
+    if kind is float:
+        text = text.replace(",", ".").replace("_", "")
+        return f": write {text}" if text != word and re.fullmatch(r"[+-]?[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", text) else ""
+    if re.fullmatch(r"[+-]?[0-9]{1,9}(\.[0-9]{1,9})?(e\+?[0-9]{1,2})?", text.lower()):
+        value = float(text)
+        return f": write {int(value)}" if text != word or value == int(value) else ""
+    return ""
 
 
 def _optional(info: PrimitiveTypeInfo, *, none: bool) -> PrimitiveConstructorSpec[Any] | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -18,47 +19,82 @@ from tyro._arguments import ArgumentDefinition
 
 # How alike an option must be to be proposed, and how many are that are not more than that.
 ALIKE, MOST = 0.8, 3
+# The same for commands, which are short words.
+ALIKE_COMMAND = 0.7
 # The likeness of an option that begins or ends with what was given, or contains it.
 PART = 0.9
+
+
+# (an option's name without the hyphens) -> where it is an option, or what is done instead; None: nowhere.
+Elsewhere = Callable[[str], str | None]
 
 
 class ParseError(Exception):
     """A command line that cannot be read; the message is one line."""
 
 
-def parse_errors(kind: Any, arguments: Sequence[str]) -> AbstractContextManager[None]:
+def parse_errors(kind: Any, arguments: Sequence[str], elsewhere: Elsewhere) -> AbstractContextManager[None]:
     """A block in which `tyro.cli` raises `ParseError` in place of printing what is wrong and leaving.
 
     Args:
         kind: the dataclass of options that is read, or a union of them for subcommands.
         arguments: that it is read from.
+        elsewhere: what to say of an option that this program does not have. A class of options may know better: its
+            ELSEWHERE has such texts by the option's name.
     """
 
     def report(event: _errors.ParseErrorEvent) -> NoReturn:
-        raise ParseError(_line(event, kind, arguments))
+        raise ParseError(_line(event, kind, arguments, elsewhere))
 
     return _errors.on_parse_error(report)
 
 
-def _line(event: _errors.ParseErrorEvent, kind: Any, arguments: Sequence[str]) -> str:
+def check_command(commands: Any, arguments: Sequence[str], prog: str) -> None:
+    """Check that a command line begins with a command.
+
+    Args:
+        commands: a union of dataclasses, each annotated with its name.
+        arguments: the command line; one that is empty, or asks for help, is for the parser.
+        prog: the program's name.
+
+    Raises:
+        ParseError: it does not; what is wrong, and which command was meant.
+    """
+    names = [about.name for _, about in map(get_args, get_args(commands))]
+    if not arguments or arguments[0] in (*names, "-h", "--help"):
+        return
+    first, *rest = arguments
+    if first.startswith("-"):
+        command = next((word for word in rest if word in names), "COMMAND")
+        raise ParseError(f"{first} is given before the command: options follow it, as in {prog} {command} ... {first}")
+    near = difflib.get_close_matches(first.lower(), names, n=MOST, cutoff=ALIKE_COMMAND)
+    hint = f"perhaps you meant {' or '.join(near)}" if near else f"possible: {', '.join(names)}"
+    raise ParseError(f"unknown command {first}; {hint}")
+
+
+def _line(event: _errors.ParseErrorEvent, kind: Any, arguments: Sequence[str], elsewhere: Elsewhere) -> str:
     match event:
         case _errors.UnrecognizedArgs():
-            return _unrecognised(event.tokens, kind, arguments)
+            return _unrecognised(event.tokens, kind, arguments, elsewhere)
+        case _errors.MissingArgs() | _errors.BadValue() if unknown := _unknown(kind, arguments):
+            # What was typed in place of what is missing says more.
+            return _unrecognised(unknown, kind, arguments, elsewhere)
         case _errors.MissingArgs():
             command = f"{event.prog} {event.missing_arguments[0].source_parser.prog_suffix}".strip()
-            return f"{command} needs {' and '.join(_typed(missing.arg) for missing in event.missing_arguments)}"
+            missing = [missing.arg for missing in event.missing_arguments]
+            return f"{command} needs {' and '.join(map(_typed, missing))}{_as_in(missing[0], kind, arguments)}"
         case _errors.MissingSubcommand():
             return f"Expected one of {{{', '.join(event.subcommand_spec.parser_from_name)}}}"
         case _errors.BadValue():
-            return f"{event.argument.display_name()} needs a value"
+            return f"{_shown(event.argument)} needs a value"
         case _errors.InvalidChoice():
-            possible = ", ".join(sorted(event.choices))
-            return f"{event.argument.display_name()} must be one of {possible}, got '{event.value}'"
+            # "None" is how an option is given that may be left out.
+            possible = ", ".join(choice for choice in sorted(event.choices) if choice != "None")
+            return f"{_shown(event.argument)} must be one of {possible}, got '{event.value}'"
         case _errors.InstantiationFailure(argument=None):
             return named(event.message, kind)
         case _errors.InstantiationFailure(argument=ArgumentDefinition() as argument):
-            name = argument.lowered.metavar if argument.is_positional() else argument.display_name()
-            return f"{name} {event.message}"
+            return f"{_shown(argument)} {event.message}"
     return "the arguments cannot be read"
 
 
@@ -77,34 +113,100 @@ def named(message: str, kind: Any) -> str:
     return f"--{options[name]}{space}{rest}" if name in options else message
 
 
-def _unrecognised(tokens: Sequence[str], kind: Any, arguments: Sequence[str]) -> str:
+def _unrecognised(tokens: Sequence[str], kind: Any, arguments: Sequence[str], elsewhere: Elsewhere) -> str:
     unknown = [token for token in tokens if token.startswith("-")]
+    if not unknown:
+        return f"unexpected argument {tokens[0]}; {_hint_for_word(tokens[0], kind, arguments)}"
     options = _spellings(kind, arguments)
-    proposed = [name for token in unknown for option in _alike(token, options) for name in option]
-    hint = f"perhaps you meant {' or '.join(dict.fromkeys(proposed))}" if proposed else "--help lists all"
-    return f"unknown option {', '.join(unknown)}; {hint}" if unknown else f"unexpected argument {tokens[0]}; {hint}"
+    hints: list[str] = []
+    proposed: list[str] = []
+    for token in unknown:
+        name = _name(token)
+        if said := getattr(_options(kind, arguments), "ELSEWHERE", {}).get(name):
+            hints.append(said)
+        elif alike := _alike(token, options):
+            proposed += [spelling for option in alike for spelling in option]
+        elif found := _found_elsewhere(name, kind, elsewhere):
+            hints.append(found)
+    if proposed:
+        hints.append(f"perhaps you meant {' or '.join(dict.fromkeys(proposed))}")
+    return f"unknown option {', '.join(unknown)}; {'; '.join(dict.fromkeys(hints)) or '--help lists all'}"
+
+
+def _hint_for_word(word: str, kind: Any, arguments: Sequence[str]) -> str:
+    before = dict(zip(arguments[1:], arguments, strict=False)).get(word, "")
+    switches = next((names for names in _spellings(kind, arguments) if before in names and len(names) > 1), None)
+    if switches is not None:
+        return f"{before} takes no value: {' or '.join(switches)}"
+    if re.match("[\u2010-\u2015\u2212]", word):  # as web pages and word processors have them
+        return "an option begins with two plain hyphens, --"
+    return "--help lists all"
+
+
+def _found_elsewhere(name: str, kind: Any, elsewhere: Elsewhere) -> str | None:
+    """Where an option of exactly this name is, that the command at hand does not have."""
+    having = [
+        about.name
+        for command, about in ([] if dataclasses.is_dataclass(kind) else map(get_args, get_args(kind)))
+        if name in _paths(command)
+    ]
+    return f"{', '.join(having)} {'has' if len(having) == 1 else 'have'} it" if having else elsewhere(name)
+
+
+def _name(token: str) -> str:
+    """An option's name as --help has it: --micro_batch=4 is micro-batch."""
+    return token.partition("=")[0].lstrip("-").replace("_", "-")
+
+
+def _unknown(kind: Any, arguments: Sequence[str]) -> list[str]:
+    """The options that were given and are none: no value of an option begins like one, but for numbers."""
+    known = {_name(spelling) for names in _spellings(kind, arguments) for spelling in names} | {"help", "h"}
+    given = [argument for argument in arguments if re.match(r"--?[A-Za-z]", argument)]
+    return [
+        token
+        for token in given
+        if (_name(token) not in known if token.startswith("--") else token not in ("-h", "-inf", "-nan"))
+    ]
+
+
+def _as_in(missing: ArgumentDefinition, kind: Any, arguments: Sequence[str]) -> str:
+    """How what was typed without the name of a missing option is typed with it."""
+    if missing.is_positional() or dataclasses.is_dataclass(kind) or len(arguments) < 2 or arguments[1].startswith("-"):
+        return ""
+    return f", as in {missing.lowered.name_or_flags[0]} {arguments[1]}"
 
 
 def _alike(token: str, options: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """The options that look like `token`, the likest first."""
-    given = token.partition("=")[0]
+    given = token.partition("=")[0].replace("_", "-").lower()
+    if not given.startswith("--"):
+        given = f"-{given}"  # -n, of other programs
     word = given.removeprefix("--")
 
     def likeness(option: tuple[str, ...]) -> float:
-        if any(name.endswith(word) or (len(word) > 1 and word in name) for name in option):
+        if len(word) > 1 and any(word in name for name in option):
             return PART
-        return max(difflib.SequenceMatcher(a=given, b=name).ratio() for name in option)
+        return max(difflib.SequenceMatcher(a=given, b=name.lower()).ratio() for name in option)
 
-    values = {option: likeness(option) for option in options} if word and given.startswith("--") else {}
+    values = {option: likeness(option) for option in options} if word else {}
+    if exact := [option for option in options if given in (name.lower() for name in option)]:
+        return exact
     likely = sorted((o for o in values if values[o] >= ALIKE), key=lambda option: (-values[option], option))
     return [option for place, option in enumerate(likely) if place < MOST or values[option] >= PART]
+
+
+def _options(kind: Any, arguments: Sequence[str]) -> Any:
+    """The class of the options that a command line is read by; None where it names no command."""
+    if dataclasses.is_dataclass(kind):
+        return kind
+    commands = {about.name: command for command, about in map(get_args, get_args(kind))}
+    return commands.get(arguments[0]) if arguments else None
 
 
 def _spellings(kind: Any, arguments: Sequence[str]) -> list[tuple[str, ...]]:
     """How each option of the command is typed: --name, or --name and --no-name."""
     if not dataclasses.is_dataclass(kind):
-        commands = {about.name: command for command, about in map(get_args, get_args(kind))}
-        named = commands.get(arguments[0]) if arguments else None
+        named = _options(kind, arguments)
         return [] if named is None else [(f"--{path}",) for path in _paths(named)]
     switches = {name.replace("_", "-") for name, (hint, _) in _hints(kind).items() if hint is bool}
     return [(f"--{path}", f"--no-{path}") if path in switches else (f"--{path}",) for path in _paths(kind)]
@@ -128,6 +230,11 @@ def _hints(kind: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         name: (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
         for name, hint in hints.items()
     }
+
+
+def _shown(argument: ArgumentDefinition) -> str:
+    """An argument's name in a sentence: "--model", "MODEL"."""
+    return str(argument.lowered.metavar) if argument.is_positional() else argument.display_name()
 
 
 def _typed(argument: ArgumentDefinition) -> str:

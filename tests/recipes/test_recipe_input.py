@@ -49,6 +49,11 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: str, *arguments: str) ->
     [
         (["--learning-rate", "1"], "unknown option --learning-rate"),
         (["--alpa", "1"], "perhaps you meant --alpha"),
+        (["--dry-run", "--gpu-memory", "24"], "unknown option --gpu-memory; ipfm plan has it"),
+        (["--n", "64"], "unknown option --n; ipfm sample has it"),
+        (["--xflip"], "unknown option --xflip; recipes that train a teacher have it, such as cifar_teacher.py"),
+        (["--distance", "l2"], "unknown option --distance; recipes that distil by the objective pid have it"),
+        (["--variants", "D8"], "unknown option --variants; ablations have it, such as ablation_D.py"),
         (["--teacher", "missing/model"], "missing/model does not exist"),
         (["--D", "0"], "D must lie in (0, inf], got 0.0"),
         (["--D", "-1"], "D must lie in (0, inf], got -1.0"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -35,6 +35,10 @@ class Sample:
 
     Example: ipfm sample runs/digits-D128-alpha1-K1/generator --n 64 --out digits.png
     """
+
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {
+        "steps": "the number of steps is a generator's own; --heun-steps is for a teacher",
+    }
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Model folder, or a teacher's checkpoint of EDM, PFGM++ or SiD. A generator's D and noise levels are its own; a

@@ -354,8 +354,24 @@ def test_json_of_samples(models: Path, tmp_path: Path, capsys: pytest.CaptureFix
             ["plan", "--model", "digits", "--objective", "pid", "--distance", "lpips"],
             "distance lpips needs images of at least 16x16",
         ),
-        (["completion", "tcsh"], "shell must be one of bash, fish, zsh, got 'tcsh'"),
-        (["paint"], "paint"),
+        (["completion", "tcsh"], "SHELL must be one of bash, fish, zsh, got 'tcsh'"),
+        (["paint"], "unknown command paint; possible: sample, evaluate, "),
+        (["sampel", "MODELS/teacher"], "unknown command sampel; perhaps you meant sample"),
+        (["train"], "unknown command train; training is done by the recipes: deepspeed recipes/digits_ipfm.py"),
+        (["version"], "unknown command version; ipfm --version says"),
+        (
+            ["--n", "4", "sample", "MODELS/teacher"],
+            "--n is given before the command: options follow it, as in ipfm sample ... --n",
+        ),
+        (
+            ["sample", "MODELS/generator", "--steps", "2"],
+            "unknown option --steps; the number of steps is a generator's own; --heun-steps is for a teacher",
+        ),
+        (["evaluate", "MODELS/teacher", "--fid"], "unknown option --fid; it is one of --metrics, as in --metrics fid"),
+        (["plan", "--model", "digits", "--solver", "heun"], "unknown option --solver; sample has it"),
+        (["plan", "--model", "digits", "--alpha", "1"], "unknown option --alpha; recipes have it, such as "),
+        (["plan", "digits"], "ipfm plan needs --model STR, as in --model digits"),
+        (["sample", "MODELS/generator", "--D", "1e400"], "--D is too large a number, got 1e400; inf is infinity"),
     ],
 )
 def test_bad_input_is_one_line(

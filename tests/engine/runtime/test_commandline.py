@@ -11,7 +11,7 @@ import signal
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 import tyro
@@ -73,7 +73,10 @@ MISTAKES = {
     "--zzzz": "unknown option --zzzz; --help lists all",
     "--seed 3 --zzzz=4 --qqqq 5": "unknown option --zzzz=4, --qqqq; --help lists all",
     "stray": "unexpected argument stray; --help lists all",
-    "--tf32 false": "unexpected argument false; --help lists all",
+    "--tf32 false": "unexpected argument false; --tf32 takes no value: --tf32 or --no-tf32",
+    "-seed 3": "unknown option -seed; perhaps you meant --seed",
+    "--SEED 3": "unknown option --SEED; perhaps you meant --seed",
+    "—seed 3": "unexpected argument —seed; an option begins with two plain hyphens, --",
     # a value of the wrong type, or none
     "--batch x": "--batch takes a whole number, got 'x'",
     "--batch 1.5": "--batch takes a whole number, got '1.5'",
@@ -81,14 +84,26 @@ MISTAKES = {
     "--lr fast": "--lr takes a number, got 'fast'",
     "--micro_batch x": "--micro-batch takes a whole number, got 'x'",
     "--D abc": "--D takes a number, got 'abc'",
-    "--sigmas 1 x": "--sigmas cannot be read from '1', 'x'",
+    "--sigmas 1 x": "--sigmas takes numbers, got '1', 'x'",
+    "--sigmas 2,1": "--sigmas takes numbers, separated by spaces, got '2,1'",
+    # numbers that Python takes for others, or is alone to know
+    "--D 1e400": "--D is too large a number, got 1e400; inf is infinity",
+    "--lr 1e-400": "--lr is too small a number, got 1e-400",
+    "--sigmas 1e999 1": "--sigmas is too large a number, got 1e999; inf is infinity",
+    "--alpha 1_0.5": "--alpha takes a number, got '1_0.5': write 10.5",
+    "--alpha 1,5": "--alpha takes a number, got '1,5': write 1.5",
+    "--alpha \uff11": "--alpha takes a number, got '\uff11': write 1",
+    "--seed 1_000": "--seed takes a whole number, got '1_000': write 1000",
+    "--batch 4,096": "--batch takes a whole number, got '4,096': write 4096",
+    "--max-steps 1e6": "--max-steps takes a whole number, got '1e6': write 1000000",
+    "--batch \u0664\u0668": "--batch takes a whole number, got '\u0664\u0668'",
     "--noise.rho x": "--noise.rho takes a number, got 'x'",
     "--batch": "--batch needs a value",
     "--D --seed 3": "--D needs a value",
     "--sigmas": "--sigmas needs a value",
     "--seed 3 --sigmas --no-resume": "--sigmas needs a value",
     "--precision fp8": "--precision must be one of auto, bf16, fp16, fp32, got 'fp8'",
-    "--zero 5": "--zero must be one of 0, 1, 2, 3, None, got '5'",
+    "--zero 5": "--zero must be one of 0, 1, 2, 3, got '5'",
     # values that the configuration refuses
     "--batch 0": "--batch must be an integer >= 1, got 0",
     "--batch -3": "--batch must be an integer >= 1, got -3",
@@ -191,6 +206,8 @@ def test_a_narrow_terminal_does_not_break_messages(monkeypatch):
 class Draw:
     """Draw images."""
 
+    ELSEWHERE: ClassVar[dict[str, str]] = {"steps": "the number of steps is the model's own"}
+
     model: tyro.conf.Positional[Path]
     """Where the model lies."""
     n: int = 4
@@ -213,14 +230,22 @@ COMMANDS = Annotated[Draw, tyro.conf.subcommand("draw")] | Annotated[Plan, tyro.
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("drow", "unexpected argument drow; --help lists all"),
+        ("drow", "unknown command drow; perhaps you meant draw"),
+        ("DRAW a", "unknown command DRAW; perhaps you meant draw"),
+        ("paint a --n 3", "unknown command paint; possible: draw, plan"),
+        ("--n 4 draw a", "--n is given before the command: options follow it, as in ipfm draw ... --n"),
+        ("--n=4", "--n=4 is given before the command: options follow it, as in ipfm COMMAND ... --n=4"),
         ("draw", "ipfm draw needs PATH"),
         ("plan", "ipfm plan needs --model STR"),
-        ("plan --modle x", "ipfm plan needs --model STR"),
+        ("plan --modle x", "unknown option --modle; perhaps you meant --model"),
+        ("plan x --zero 1", "ipfm plan needs --model STR, as in --model x"),
+        ("draw -n 4 a", "unknown option -n; perhaps you meant --n"),
         ("draw a --nn 3", "unknown option --nn; perhaps you meant --n"),
         ("draw a b", "unexpected argument b; --help lists all"),
-        # an option of another subcommand, and one like it: neither is proposed
-        ("draw a --zero 1", "unknown option --zero; --help lists all"),
+        # an option of another subcommand, which is said, and one like it, which is not proposed
+        ("draw a --zero 1", "unknown option --zero; plan has it"),
+        ("draw a --steps 1", "unknown option --steps; the number of steps is the model's own"),
+        ("draw a --alpha 1", "unknown option --alpha; recipes have it"),
         ("draw a --zeroo 1", "unknown option --zeroo; --help lists all"),
         ("", "Expected one of {draw, plan}"),
         ("draw a --n x", "--n takes a whole number, got 'x'"),
@@ -229,7 +254,7 @@ COMMANDS = Annotated[Draw, tyro.conf.subcommand("draw")] | Annotated[Plan, tyro.
 )
 def test_subcommands(line, message):
     with pytest.raises(BadInput) as error:
-        parse(COMMANDS, line.split(), prog="ipfm", description="")
+        parse(COMMANDS, line.split(), prog="ipfm", description="", elsewhere={"alpha": "recipes have it"}.get)
     assert str(error.value) == message
     assert parse(COMMANDS, ["draw", "a", "--n", "3"], prog="ipfm", description="") == Draw(model=Path("a"), n=3)
 
