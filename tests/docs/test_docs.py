@@ -30,7 +30,9 @@ PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.m
 WALKS = (DOCS / "getting-started.md", DOCS / "distil-a-checkpoint.md")
 # Where the host of a repository shows its continuous integration, as seen from the README.
 ACTIONS = "../../actions/workflows/"
-RECIPES = sorted(p.name for p in (ROOT / "recipes").glob("*.py") if p.name not in ("__init__.py", "ablation_data.py"))
+RECIPES = sorted(
+    p.name for p in (ROOT / "recipes").glob("*.py") if p.name not in ("__init__.py", "ablation_data.py", "ipfm.py")
+)
 # Options of other programs; each must be in use, so that none stays by mistake.
 FOREIGN = {
     "deepspeed": {"--num_accelerators", "--hostfile", "--include", "--master_port", "--module"},
