@@ -54,6 +54,10 @@ class Dataset:
 
         remarks = Remarks()
         with user_input():
+            if self.source.suffix.lower() == ".zip" and self.out.is_dir():
+                raise ValueError(
+                    f"{self.out} is a folder; the images come first: ipfm dataset {self.out} {self.source}"
+                )
             if self.out.suffix.lower() != ".zip":
                 raise ValueError(f"the data set must be named *.zip, got {self.out}")
             if self.out.is_dir():

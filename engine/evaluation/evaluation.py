@@ -30,6 +30,7 @@ from ipfm.engine.evaluation.reference_data import ReferenceFile, make_reference,
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.models import Precond
+from ipfm.models.checkpoints.recognise import missing
 
 FeatureName = Literal["inception", "pixels"]
 
@@ -257,7 +258,7 @@ def open_comparison(
         ValueError: a file that cannot be used, or a metric that features or reference do not allow.
     """
     if reference is not None and not reference.exists():
-        raise ValueError(f"{reference} does not exist: a reference is an .npz with mu and sigma, or a data set")
+        raise ValueError(f"{missing(reference)}: a reference is an .npz with mu and sigma, or a data set")
     extractor = open_features(features, inception, shape, device)
     if reference is None:
         check_metrics(metrics, extractor, None)

@@ -17,7 +17,7 @@ from ipfm.engine.evaluation.metrics import Features, Reference, Statistics, coll
 from ipfm.engine.evaluation.metrics.frechet import check_statistics
 from ipfm.engine.runtime.progress import ProgressBar
 from ipfm.models.atomic_files import atomic_write
-from ipfm.models.checkpoints.recognise import what_place
+from ipfm.models.checkpoints.recognise import missing, what_place
 
 # Names of an array of images in an .npz: ADM's sample and reference batches, and those of `ipfm sample`.
 IMAGE_ARRAYS = ("arr_0", "images")
@@ -176,7 +176,7 @@ def save_statistics(path: Path | str, statistics: Statistics) -> None:
 def _read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The arrays of these names that the file has; objects, which would have to be unpickled, are refused."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist or is no file")
+        raise ValueError(f"{path} is no file" if path.exists() else missing(path))
     try:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):

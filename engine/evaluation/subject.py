@@ -15,6 +15,7 @@ from ipfm.engine.objectives.published import paper_result
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.sampling.stored_model import sample_model
 from ipfm.models import NetworkConfig
+from ipfm.models.checkpoints.recognise import missing
 from ipfm.models.facts import GeneratorFacts, ModelFacts
 from ipfm.models.store import CONFIG_FILE
 
@@ -77,7 +78,7 @@ def open_subject(
         ValueError: there is nothing to measure, or D contradicts it.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give a model folder, a checkpoint, a data set or an .npz of images")
+        raise ValueError(f"{missing(path)}: give a model folder, a checkpoint, a data set or an .npz of images")
     stored = (path / CONFIG_FILE).is_file()
     if not stored and (path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES or is_npz(path)):
         if D is not None:

@@ -12,6 +12,7 @@ from ipfm.engine.commands.export.network import FORMAT
 from ipfm.engine.commands.export.program import FACTS_FILE
 from ipfm.engine.runtime.files import unwritable_ancestor
 from ipfm.models.checkpoints.recognise import missing
+from ipfm.models.store import CONFIG_FILE
 
 Format = Literal["onnx", "torch", "huggingface"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
@@ -40,6 +41,8 @@ def check_place(out: Path, format: Format, model: Path) -> None:
     """
     if out.exists() and not model.exists():
         raise ValueError(f"{missing(model)}; the model comes first: ipfm export MODEL OUT")
+    if model.suffix.lower() in SUFFIXES.values() and (out / CONFIG_FILE).is_file():
+        raise ValueError(f"{model} is an export, and {out} a model, which comes first: ipfm export {out} {model}")
     if model.resolve() in (out.resolve(), out.resolve().parent):
         raise ValueError(f"{out} belongs to the model itself, where other files are refused: name another OUT")
     if (above := unwritable_ancestor(out.absolute().parent)) is not None:

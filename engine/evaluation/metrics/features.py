@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ipfm.models.checkpoints.recognise import what_pointer
+from ipfm.models.checkpoints.recognise import missing, what_pointer
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 WHERE_TO_GET_INCEPTION = (
@@ -159,7 +159,7 @@ class InceptionFeatures:
 
 def _load_script(path: Path, device: torch.device) -> Any:
     if not path.is_file():
-        raise ValueError(f"{path} does not exist or is no file: {WHERE_TO_GET_INCEPTION}")
+        raise ValueError(f"{f'{path} is no file' if path.exists() else missing(path)}: {WHERE_TO_GET_INCEPTION}")
     with path.open("rb") as file:
         # The first byte of every pickle since protocol 2.
         start = file.read(512)

@@ -352,6 +352,9 @@ def test_what_is_refused(
         "samples are for the format huggingface": (one, tmp_path / "a.pt2", "--samples", 3),
         "samples must be at least 0, got -1": (one, tmp_path / "a", "--samples", -1),
         "nowhere does not exist": (tmp_path / "nowhere", tmp_path / "a.pt2"),
+        # the two arguments swapped, before and after an export
+        "new.onnx does not exist; the model comes first: ipfm export MODEL OUT": (tmp_path / "new.onnx", one),
+        f"notes.onnx is an export, and {one} a model, which comes first": (tmp_path / "notes.onnx", one),
     }
     for message, arguments in lines.items():
         assert message in refused(capsys, *arguments)

@@ -95,8 +95,8 @@ def test_images_that_do_not_fit_the_features_name_the_file(tmp_path: Path) -> No
 
 GOOD = {"mu": np.zeros(3), "sigma": np.eye(3)}
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda path: None, "does not exist or is no file"),
-    "folder": (lambda path: path.mkdir(), "does not exist or is no file"),
+    "missing": (lambda path: None, "does not exist"),
+    "folder": (lambda path: path.mkdir(), "is no file"),
     "noise": (lambda path: path.write_bytes(b"no archive"), "is no readable .npz"),
     "empty": (lambda path: path.write_bytes(b""), "is no readable .npz"),
     "cut": (lambda path: path.write_bytes(write(path, **GOOD).read_bytes()[:-40]), "is no readable .npz"),
