@@ -32,6 +32,10 @@ OF_COMMANDS = {
     **dict.fromkeys(("metrics", "repeats", "save-reference"), "evaluate"),
     **dict.fromkeys(("format", "samples"), "export"),
 }
+OF_LAUNCHERS = (
+    *("num-gpus", "num-accelerators", "num-nodes", "include", "exclude", "hostfile", "master-port", "master-addr"),
+    *("nproc-per-node", "nnodes", "node-rank", "rdzv-endpoint", "module"),
+)
 OF_TEACHERS = ("data", "arch", "model-channels", "num-blocks", "conditional", "xflip", "continue-from")
 OF_ABLATIONS = ("variants", "seeds", "teachers", "quick")
 
@@ -94,6 +98,8 @@ class Recipe(ABC, Generic[O]):
 
     def elsewhere(self, name: str) -> str | None:
         """Where an option is one that this recipe does not have, for messages: in `ipfm`, or in other recipes."""
+        if name in OF_LAUNCHERS:
+            return "it is the launcher's, and stands before the recipe"
         if name in OF_COMMANDS:
             return f"ipfm {OF_COMMANDS[name]} has it"
         if name in _options(TeacherConfig) or name in OF_TEACHERS:

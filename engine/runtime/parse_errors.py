@@ -19,6 +19,29 @@ from tyro._arguments import ArgumentDefinition
 
 # How alike an option must be to be proposed, and how many are that are not more than that.
 ALIKE, MOST = 0.8, 3
+# Names that other programs of this field have for an option, and what it may be called here.
+SYNONYMS = {
+    "outdir": ("out",),
+    "output": ("out",),
+    "output-dir": ("out",),
+    "network": ("teacher", "model"),
+    "checkpoint": ("teacher", "model"),
+    "batch-size": ("batch",),
+    "batch-gpu": ("micro-batch",),
+    "learning-rate": ("lr",),
+    "duration": ("kimg",),
+    "epochs": ("kimg", "max-steps"),
+    "num-steps": ("max-steps", "heun-steps"),
+    "iterations": ("max-steps",),
+    "fp16": ("precision",),
+    "bf16": ("precision",),
+    "mixed-precision": ("precision",),
+    "cond": ("conditional",),
+    "class": ("classes",),
+    "num-samples": ("n", "images"),
+    "num-images": ("n", "images", "eval-images"),
+    "ref": ("reference",),
+}
 # The same for commands, which are short words.
 ALIKE_COMMAND = 0.7
 # The likeness of an option that begins or ends with what was given, or contains it.
@@ -124,6 +147,8 @@ def _unrecognised(tokens: Sequence[str], kind: Any, arguments: Sequence[str], el
         name = _name(token)
         if said := getattr(_options(kind, arguments), "ELSEWHERE", {}).get(name):
             hints.append(said)
+        elif same := [f"--{known}" for known in SYNONYMS.get(name, ()) if any(f"--{known}" in one for one in options)]:
+            proposed += same
         elif alike := _alike(token, options):
             proposed += [spelling for option in alike for spelling in option]
         elif found := _found_elsewhere(name, kind, elsewhere):
