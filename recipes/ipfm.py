@@ -40,7 +40,8 @@ def how_started():
     """The words behind `python` that start this program, a recipe; none where it is another one."""
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script is None and sys.argv[:1] == ["-m"]:
-        return list(getattr(sys, "orig_argv", [])[1:3])
+        words = getattr(sys, "orig_argv", ["-m", "recipes"])
+        return words[words.index("-m") :][:2]
     return sys.argv[:1] if script and os.path.dirname(os.path.abspath(script)) == HERE else []
 
 

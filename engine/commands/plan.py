@@ -57,6 +57,7 @@ class Plan:
     """Predict the memory of a distillation on each process, by part and by phase of a step.
 
     With --gpu-memory: the largest micro-batch, and the cheapest form of the step that fits; --fits: for several GPUs.
+    How long GPUs compute follows from the arithmetic of a step.
     """
 
     model: str
@@ -71,8 +72,9 @@ class Plan:
     """Images one process handles at a time. Default: what memory allows, else its whole share of the batch."""
     zero: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage. Default: the lowest that fits; at least 1 in bf16 and fp16."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the networks."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Arithmetic of the networks. Default: that of a run, bf16 for --gpu-memory and --fits (fp32 at --zero 0), else
+    fp32."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in the host's memory."""
     teacher_storage: Literal["auto", "fp32", "half", "sharded"] | None = None
@@ -102,18 +104,41 @@ class Plan:
 
     def _plan(self, config: Distillation | TeacherConfig, network: NetworkConfig, write: Write) -> None:
         from ipfm.engine.memory import gpu_budget, layout_of
+        from ipfm.engine.memory.arithmetic import SHARE, flops_in_words
 
         budget = None if self.gpu_memory is None else gpu_budget(self.gpu_memory * 1e9)
         with user_input():
             layout = layout_of(config, network, ranks=self.ranks, budget=budget)
         plan = layout.plan
+        flops, seconds = self._arithmetic(config, network, layout)
         lines = [
             str(plan),
+            f"{'precision':<34}{config.decided_precision:>12}",
             f"{'micro-batch x accumulation':<34}{f'{plan.micro_batch} x {layout.accumulation}':>12}",
             f"{'ZeRO stage':<34}{plan.parts.stage:>12}",
             f"{'arithmetic, relative':<34}{layout.relative_cost:>12.2f}",
+            f"{'arithmetic of a step':<34}{flops_in_words(flops):>12}",
+            f"GPU seconds a step at {SHARE:.0%} of the peak (an assumption): "
+            + ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()),
         ]
-        write(self._kind() | _facts(layout), "\n".join(lines))
+        arithmetic = {"flops": flops, "share_of_peak": SHARE, "gpu_seconds": seconds}
+        write(self._kind(config) | _facts(layout) | arithmetic, "\n".join(lines))
+
+    def _arithmetic(
+        self, config: Distillation | TeacherConfig, network: NetworkConfig, layout: Layout
+    ) -> tuple[float, dict[str, float]]:
+        """Floating-point operations of a step of all processes, and the seconds that one GPU of each kind needs."""
+        from ipfm.engine.memory.arithmetic import forward_flops, gpu_seconds
+        from ipfm.engine.objectives.base import Distillation
+
+        # A backward pass is twice a forward pass.
+        passes = (
+            config.objective(network).forwards(phased=False, checkpointed=False)
+            if isinstance(config, Distillation)
+            else 3
+        )
+        flops = forward_flops(network) * passes * layout.relative_cost * config.batch
+        return flops, gpu_seconds(flops, config.decided_precision)
 
     def _fits(self, config: Distillation | TeacherConfig, network: NetworkConfig, write: Write) -> None:
         from ipfm.engine.memory import fits
@@ -129,15 +154,15 @@ class Plan:
             }
             for fit in found
         ]
-        write(self._kind() | {"gpus": facts}, "\n".join(fit_table(config, found)))
+        write(self._kind(config) | {"gpus": facts}, "\n".join(fit_table(config, found)))
 
-    def _kind(self) -> dict[str, Any]:
+    def _kind(self, config: Distillation | TeacherConfig) -> dict[str, Any]:
         return {
             "model": self.model,
             "objective": None if self.teacher_training else self._objective(),
             "batch": self.batch,
             "ranks": self.ranks,
-            "precision": self.precision,
+            "precision": config.decided_precision,
         }
 
     def _check(self) -> None:
@@ -189,8 +214,10 @@ class Plan:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _common(self) -> dict[str, Any]:
-        names = ("batch", "micro_batch", "zero", "precision", "offload", "activation_checkpointing")
-        return {name: getattr(self, name) for name in names}
+        names = ("batch", "micro_batch", "zero", "offload", "activation_checkpointing")
+        on_gpu = self.gpu_memory is not None or self.fits
+        usual = "bf16" if on_gpu and self.zero != 0 else "fp32"
+        return {name: getattr(self, name) for name in names} | {"precision": self.precision or usual}
 
 
 def _facts(layout: Layout) -> dict[str, Any]:

@@ -111,7 +111,8 @@ class AblationPlan(Plan):
     def describe(self) -> str:
         """See `Plan.describe`. Settings of the first run, then teachers and runs with their states."""
         run, place = self.runs[0]
-        lines = [describe(run.config, self.teachers[place].network, run.path), "", "teachers"]
+        given = replace(run.config, precision=self.options.precision, teacher_storage=self.options.teacher_storage)
+        lines = [describe(run.config, self.teachers[place].network, run.path, given=given), "", "teachers"]
         for folder, teacher in self.teachers.items():
             how = "given"
             if teacher.training is not None:

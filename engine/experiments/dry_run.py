@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import TypeVar
 
 from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.distributed.world import run_device
+from ipfm.engine.experiments.step_time import step_seconds
 from ipfm.engine.memory import MemoryPlan, choose_layout, choose_training, device_budget
-from ipfm.engine.memory.fits import layout_table
+from ipfm.engine.memory.arithmetic import SHARE, flops_in_words, forward_flops, gpu_seconds
+from ipfm.engine.memory.fits import LAYOUTS, gpu_precision, layout_table
+from ipfm.engine.memory.state import parameter_count
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.launcher import launched_processes
-from ipfm.engine.runtime.wording import counted, duration
+from ipfm.engine.runtime.progress import ProgressBar
+from ipfm.engine.runtime.wording import counted, duration, size
 from ipfm.engine.training.resolve import resolve_precision
-from ipfm.models import NetworkConfig, build_network
+from ipfm.models import NetworkConfig
 
+C = TypeVar("C", bound=RunConfig)
+
+# Seconds before the first line of progress, where stderr is a file.
+PAUSE = 3.0
 # Forward passes, or as much arithmetic, of a teacher's update: a backward pass is twice a forward pass.
 TRAINING_FORWARDS = 3
 
@@ -31,11 +37,12 @@ def describe(
     notes: tuple[str, ...] = (),
     *,
     given: Distillation | None = None,
+    teaching: TeacherConfig | None = None,
 ) -> str:
     """What a run with this resolved configuration would do.
 
-    That is settings, memory plan and expected duration on this machine, and how it would be laid out on GPUs. Runs a
-    few forward passes of the network to estimate the duration.
+    That is settings, memory plan and expected duration on this machine, and how it would be laid out on GPUs. Runs some
+    steps to estimate the duration; stderr says how far all this is, where it takes long.
 
     Args:
         config: settings with nothing left open but what memory decides.
@@ -43,41 +50,51 @@ def describe(
         path: the run folder.
         notes: lines to add.
         given: the settings as the user gave them, whose open ones the GPUs' layouts decide; default: `config`.
+        teaching: settings of the teacher's training, where the run has one.
     """
     ranks = launched_processes()
     config.split(ranks)  # a batch that cannot be shared is bad input; too little memory is not
     trained = trained_config(network, config.dropout)
     parts: list[str] = []
-    try:
-        layout = choose_layout(config, trained, ranks=ranks, budget=device_budget(run_device()))
-    except ValueError as error:
-        parts = [*_settings(config, path, D=network.D), f"memory: {error}"]
-    else:
-        plan = layout.plan
-        objective = config.objective(trained)
-        cost = objective.forwards(phased=plan.backward == "phased", checkpointed=plan.activation_checkpointing)
-        parts = [
-            *_settings(
-                replace(config, micro_batch=plan.micro_batch),
-                path,
-                D=network.D,
-                zero=plan.parts.stage,
-                backward=plan.backward,
-                activation_checkpointing="on" if plan.activation_checkpointing else "off",
-            ),
-            *_network(network, plan.parameters),
-            *_memory(plan),
-            _expected_duration(config, network, cost),
+    with ProgressBar("dry run", 2 + LAYOUTS, unit=" part", pause=PAUSE) as progress:
+        try:
+            layout = choose_layout(config, trained, ranks=ranks, budget=device_budget(run_device()))
+        except ValueError as error:
+            parts = [*_settings(config, path, D=network.D), f"memory: {error}"]
+            progress.advance(2)
+        else:
+            progress.advance()
+            plan = layout.plan
+            cost = _forwards(config, trained, phased=plan.phased, checkpointed=plan.activation_checkpointing)
+            parts = [
+                *_settings(
+                    replace(config, micro_batch=plan.micro_batch),
+                    path,
+                    D=network.D,
+                    zero=plan.parts.stage,
+                    backward=plan.backward,
+                    activation_checkpointing="on" if plan.activation_checkpointing else "off",
+                ),
+                *_network(network, plan.parameters),
+                *_memory(plan),
+                _expected_duration(config, trained, plan, cost),
+                *([teacher_duration(teaching, network)] if teaching is not None else []),
+            ]
+            progress.advance()
+        given = given or config
+        parts += [
+            *_on_gpus(given, trained, _forwards(config, trained, phased=False, checkpointed=False)),
+            *_room(config, [(role.network, 1 + role.moments) for role in config.objective(trained).roles]),
+            layout_table(given, trained, zero=given.zero, done=progress.advance),
+            *notes,
         ]
-    given = given or config
-    parts += [layout_table(given, trained, zero=given.zero), *notes]
     return "\n".join(parts)
 
 
 def describe_training(config: TeacherConfig, network: NetworkConfig, path: Path, notes: tuple[str, ...] = ()) -> str:
     """What training a teacher with this resolved configuration would do: settings, network, expected duration.
 
-    Runs a few forward passes of the network to estimate the duration.
+    Runs some steps to estimate the duration.
     """
     plan = choose_training(
         resolve_precision(config, run_device()),
@@ -95,10 +112,16 @@ def describe_training(config: TeacherConfig, network: NetworkConfig, path: Path,
         ),
         *_network(network, plan.parameters),
         *_memory(plan),
-        _expected_duration(config, network, TRAINING_FORWARDS + checkpointed),
+        _expected_duration(config, network, plan, TRAINING_FORWARDS + checkpointed),
+        *_on_gpus(config, network, TRAINING_FORWARDS),
+        *_room(config, [(network, 3 + (config.beta1 > 0))]),
         *notes,
     ]
     return "\n".join(parts)
+
+
+def _forwards(config: Distillation, trained: NetworkConfig, *, phased: bool, checkpointed: bool) -> int:
+    return config.objective(trained).forwards(phased=phased, checkpointed=checkpointed)
 
 
 def _settings(config: RunConfig, path: Path, **resolved: object) -> list[str]:
@@ -127,45 +150,54 @@ def _network(network: NetworkConfig, parameters: int) -> list[str]:
     ]
 
 
-def _expected_duration(config: RunConfig, network: NetworkConfig, forwards: int) -> str:
+def _expected_duration(config: C, network: NetworkConfig, plan: MemoryPlan, forwards: int) -> str:
     """`forwards`: forward passes, or as much arithmetic, of one image in one step."""
     device = run_device()
-    local, _ = config.split(launched_processes())
-    seconds = seconds_per_image(network, device, config.precision == "bf16") * local * forwards * config.total_steps
+    config = resolve_precision(replace(config, zero=plan.parts.stage), device)
+    form = config.laid_out(
+        D=network.D,
+        stage=plan.parts.stage,
+        micro_batch=plan.micro_batch,
+        phased=plan.phased,
+        checkpointed=plan.activation_checkpointing,
+    )
+    step = step_seconds(form, network, forwards, device)
     return (
-        f"expected duration on this {device.type.upper()}: {duration(seconds)} for {config.total_steps:,} steps "
-        f"({seconds / config.total_steps:.3g} s a step)"
+        f"expected duration on this {device.type.upper()}: {duration(step * config.total_steps)} for "
+        f"{config.total_steps:,} steps ({step:.3g} s a step, measured; evaluations and checkpoints come on top)"
     )
 
 
 def teacher_duration(config: TeacherConfig, network: NetworkConfig) -> str:
-    """A line for the notes of `describe`: what the training of the run's teacher takes on this machine."""
-    return f"training of the teacher, before it: {_expected_duration(config, network, TRAINING_FORWARDS)}"
+    """A line for a run that trains its teacher: what that takes on this machine."""
+    plan = choose_training(config, network, ranks=launched_processes(), budget=device_budget(run_device()))
+    expected = _expected_duration(config, network, plan, TRAINING_FORWARDS + plan.activation_checkpointing)
+    return f"training of the teacher, before it: {expected}"
 
 
-def seconds_per_image(network: NetworkConfig, device: torch.device, bf16: bool) -> float:
-    """Time of one forward pass per image, measured: the best of a few passes over a small batch."""
-    net = build_network(network).to(device).eval()
-    net.compute_dtype = torch.bfloat16 if bf16 else torch.float32
-    batch = max(
-        1, min(64, 65_536 // (network.img_channels * network.img_resolution**2)) // (1 if device.type == "cuda" else 8)
-    )
-    x = torch.randn(batch, *network.image_shape, device=device)
-    sigma = torch.ones(batch, device=device)
-    best = float("inf")
-    with torch.no_grad():
-        for _ in range(3):
-            _wait(device)
-            start = time.perf_counter()
-            net(x, sigma)
-            _wait(device)
-            best = min(best, time.perf_counter() - start)
-    return best / batch
+def _on_gpus(config: RunConfig, network: NetworkConfig, forwards: int) -> list[str]:
+    """What a step computes, and GPU hours by arithmetic alone."""
+    flops = forward_flops(network) * forwards * config.batch
+    precision = gpu_precision(config)
+    peak = precision if precision != "fp32" else "TF32" if config.tf32 else "fp32"
+    hours = gpu_seconds(flops * config.total_steps, precision, config.tf32)
+    shown = ", ".join(f"{name} {seconds / 3600:,.3g}" for name, seconds in hours.items())
+    return [
+        f"arithmetic: {flops_in_words(flops)} a step, {flops_in_words(flops * config.total_steps)} in all; "
+        f"GPU hours at {SHARE:.0%} of the {peak} peak (an assumption): {shown}"
+    ]
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _room(config: RunConfig, trained: list[tuple[NetworkConfig, int]]) -> list[str]:
+    """What checkpoints and the result take; `trained`: the networks with the numbers that each parameter has stored."""
+    numbers = [parameter_count(network) for network, _ in trained]
+    checkpoint = 4 * sum(count * kept for count, (_, kept) in zip(numbers, trained, strict=True))
+    # One more is there while it is written.
+    disk = checkpoint * (config.keep_checkpoints + 1) + 4 * max(numbers)
+    host = f", and of host memory {size(checkpoint)} while one is written" if config.async_checkpoints else ""
+    return [
+        f"disk: {size(disk)} for {config.keep_checkpoints + 1} checkpoints of {size(checkpoint)} and the result{host}"
+    ]
 
 
 def _shown(value: object) -> str:

@@ -15,7 +15,7 @@ from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.evaluation.metrics import Features, dataset_statistics
 from ipfm.engine.evaluation.results import EvaluationRow, results_table
-from ipfm.engine.experiments.dry_run import describe, teacher_duration
+from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.options import DistillationOptions, check_images, read_teacher, run_name
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.objectives.base import Distillation
@@ -49,8 +49,8 @@ class TrainAndDistilPlan(Plan):
 
     def describe(self) -> str:
         """See `Plan.describe`."""
-        before = () if self.teacher is not None else (teacher_duration(self.teaching, self.network),)
-        return describe(self.config, self.network, self.path, before)
+        teaching = None if self.teacher is not None else self.teaching
+        return describe(self.config, self.network, self.path, given=self.options.distillation(), teaching=teaching)
 
     def begin(self, world: World) -> Callable[[], None]:
         """See `Plan.begin`. The teacher is a part of the training."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ipfm.engine.config import Precision, TeacherConfig, ZeroStage
+from ipfm.engine.config import Precision, RunConfig, TeacherConfig, ZeroStage
 from ipfm.engine.memory.budget import gpu_budget
 from ipfm.engine.memory.choose import Layout, choose_layout, choose_training
 from ipfm.engine.memory.plan import MemoryPlan
@@ -61,6 +61,12 @@ def fits(
 RANKS = (1, 4, 8)
 # GPUs by their memory in GB: consumer, A100/H100, H200.
 GPUS = (24, 80, 141)
+LAYOUTS = len(RANKS) * len(GPUS)
+
+
+def gpu_precision(config: RunConfig) -> Precision:
+    """What a run computes in on a GPU that has bf16: that, where the settings leave it open and the stage allows it."""
+    return ("fp32" if config.zero == 0 else "bf16") if config.precision == "auto" else config.precision
 
 
 def layout_table(
@@ -70,6 +76,7 @@ def layout_table(
     ranks: Sequence[int] = RANKS,
     gpus: Sequence[float] = GPUS,
     zero: ZeroStage | None = None,
+    done: Callable[[], None] = lambda: None,
 ) -> str:
     """The cheapest layout for each number of processes and each GPU, a row each.
 
@@ -79,18 +86,23 @@ def layout_table(
         ranks: numbers of processes, one GPU each.
         gpus: memory of a GPU in GB.
         zero: the ZeRO stage, None: any.
+        done: called after each layout.
 
     Returns:
         Lines of text: micro-batch x accumulation, form, memory by part in GB, arithmetic relative to the joint form.
     """
-    precision: Precision = "bf16" if config.precision == "auto" else config.precision
-    if zero == 0 and precision != "fp32":
-        precision = "fp32"
+    precision = gpu_precision(replace(config, zero=zero))
     storage = config.teacher_storage
     if storage == "half" and precision == "fp32":
         storage = "auto"
     config = replace(config, precision=precision, zero=zero, teacher_storage=storage)
-    return "\n".join(fit_table(config, fits(config, network, ranks=ranks, gpus=gpus)))
+
+    def found() -> Iterator[LayoutOnGpu]:
+        for fit in fits(config, network, ranks=ranks, gpus=gpus):
+            done()
+            yield fit
+
+    return "\n".join(fit_table(config, found()))
 
 
 def fit_table(config: Distillation | TeacherConfig, found: Iterable[LayoutOnGpu]) -> list[str]:
@@ -111,7 +123,11 @@ def fit_table(config: Distillation | TeacherConfig, found: Iterable[LayoutOnGpu]
     plainest = "joint without checkpointing" if isinstance(config, Distillation) else "a step without checkpointing"
     return [
         *lines,
-        f"step: activations and temporaries at the peak; cost: arithmetic relative to {plainest};",
+        "ranks: processes, a GPU each; micro x accum.: images at a time, and how often in a step;",
+        "checkpointed: activations are computed again on the way back; GB of a GPU, weights: of the teacher and in",
+        "training; masters: ZeRO's in fp32; Adam+EMA: moments and averages; grads: gradients, buckets: communication;",
+        "step: activations and temporaries at the peak;",
+        f"cost: arithmetic relative to {plainest};",
         "at least 16 images at a time are preferred (an assumption: fewer leave a GPU idle)",
     ]
 

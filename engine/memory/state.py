@@ -129,6 +129,11 @@ def state_bytes(
     return StateBytes(n, largest, kept, weights, masters, optimizer, gradients, buckets, host, sharding.stage)
 
 
+def parameter_count(network: NetworkConfig) -> int:
+    """Number of parameters."""
+    return _parameters(network)[0]
+
+
 @lru_cache(maxsize=64)
 def _parameters(network: NetworkConfig) -> tuple[int, int]:
     """Number of parameters, and of those that sixteen bits may hold."""

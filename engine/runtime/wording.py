@@ -35,12 +35,15 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For people: "48 s", "12 min", "3.4 h", "2.1 days"."""
+    """For people: "48 s", "12 min", "3.4 h", "2.1 days", "146 years"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+    if seconds < 172_800:
+        return f"{seconds / 3600:.1f} h"
+    days = seconds / 86_400
+    return f"{days:.1f} days" if days < 730 else f"{days / 365.25:,.0f} years"
 
 
 def significant(value: float) -> str:

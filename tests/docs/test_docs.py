@@ -267,7 +267,7 @@ def test_drawings_are_well_formed() -> None:
 def sources() -> list[re.Pattern[str]]:
     """What the program can print: each string of its sources, with anything in place of values."""
     found = []
-    for folder in ("engine", "models", "kernels"):
+    for folder in ("engine", "models", "kernels", "recipes"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 parts = node.values if isinstance(node, ast.JoinedStr) else [node]

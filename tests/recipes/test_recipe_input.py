@@ -51,10 +51,13 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: str, *arguments: str) ->
         (["--alpa", "1"], "perhaps you meant --alpha"),
         (["--dry-run", "--gpu-memory", "24"], "unknown option --gpu-memory; ipfm plan has it"),
         (["--n", "64"], "unknown option --n; ipfm sample has it"),
+        (["--num_gpus", "2"], "unknown option --num_gpus; it is the launcher's, and stands before the recipe"),
+        (["--batch-size", "2"], "unknown option --batch-size; perhaps you meant --batch"),
+        (["--network=x.pkl", "--outdir=y"], "perhaps you meant --teacher or --out"),
         (["--xflip"], "unknown option --xflip; recipes that train a teacher have it, such as cifar_teacher.py"),
         (["--distance", "l2"], "unknown option --distance; recipes that distil by the objective pid have it"),
         (["--variants", "D8"], "unknown option --variants; ablations have it, such as ablation_D.py"),
-        (["--teacher", "missing/model"], "missing/model does not exist"),
+        (["--teacher", "missing/model"], "missing/model does not exist in /"),
         (["--D", "0"], "D must lie in (0, inf], got 0.0"),
         (["--D", "-1"], "D must lie in (0, inf], got -1.0"),
         (["--D", "nan"], "D must lie in (0, inf], got nan"),
@@ -162,7 +165,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     arguments: list[str], expected: list[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ipfm.engine.experiments.dry_run.seconds_per_image", lambda *_: 0.001)
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_seconds", lambda *_: 0.001)
     if recipe != "digits":  # test_fits has the tables of large networks
         monkeypatch.setattr("ipfm.engine.experiments.dry_run.layout_table", lambda *_, **__: "layouts on GPUs")
     run_command(f"{recipe}_ipfm.py", RECIPES[recipe].main, [*arguments, "--dry-run"])
@@ -170,6 +173,24 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     for part in [*expected, "configuration", "memory of one process", "expected duration", "layouts on GPUs"]:
         assert part in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_shows_how_far_it_is_and_says_what_a_gpu_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes 0.25 s, of which 300 are 75 s; what trains the teacher is said too."""
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_seconds", lambda *_: 0.25)
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.PAUSE", 0.0)
+    run_command("digits_ipfm.py", digits_ipfm.main, ["--dry-run"])
+    printed = capsys.readouterr()
+    assert "expected duration on this CPU: 75 s for 300 steps (0.25 s a step, measured; evaluations" in printed.out
+    assert "training of the teacher, before it: expected duration on this CPU: 4 min for 900 steps" in printed.out
+    assert "GPU hours at 30% of the bf16 peak (an assumption): RTX 4090 " in printed.out
+    assert "layouts on GPUs, bf16, global batch 64" in printed.out
+    # 180,193 parameters: three numbers each of the generator (weight, second moment, EMA), two of the student.
+    assert "disk: 11.0 MiB for 3 checkpoints of 3.4 MiB and the result" in printed.out
+    lines = printed.err.splitlines()
+    assert len(lines) > 3 and all(line.startswith("dry run: ") for line in lines) and "11/11" in lines[-1]
 
 
 @pytest.mark.distributed

@@ -243,8 +243,6 @@ def test_options_as_they_are_typed(root: Path) -> None:
         ({"features": "inception"}, "or compare pixels with --features pixels"),
         ({"reference": None}, "give --reference, statistics (.npz) or real images"),
         ({"reference": "ROOT/none.npz"}, "none.npz does not exist"),
-        ({"reference": "none.npz"}, f"none.npz does not exist in {Path.cwd()}"),
-        ({"model": "runs/nowhere"}, f"runs/nowhere does not exist in {Path.cwd()}: give a model folder"),
         ({"reference": "ROOT/inception.pt"}, "inception.pt"),
         ({"model": "ROOT/nowhere"}, "nowhere does not exist: give a model folder, a checkpoint, a data set"),
         ({"model": "ROOT/stats.npz"}, "stats.npz holds no images"),

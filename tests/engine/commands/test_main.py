@@ -19,6 +19,7 @@ from ipfm.engine import generate, heun_sample
 from ipfm.engine.commands.main import _main
 from ipfm.engine.data.image_grid import image_grid, save_pngs
 from ipfm.engine.evaluation.subject import SAMPLES_FILE
+from ipfm.engine.memory.arithmetic import forward_flops
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.engine.sampling.samplers import Churn, trajectory_sample
@@ -237,7 +238,8 @@ def test_a_generator_in_a_file_has_no_levels_to_sample_at(tmp_path: Path, capsys
 def test_plan_chooses_by_the_memory_of_the_gpu(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = []
     for memory in (80, 4):
-        ipfm("plan", "--model", "ncsnpp", "--batch", 16, "--micro-batch", 16, "--gpu-memory", memory, "--json")
+        given = ["plan", "--model", "ncsnpp", "--batch", 16, "--micro-batch", 16, "--precision", "fp32"]
+        ipfm(*given, "--gpu-memory", memory, "--json")
         found = json.loads(capsys.readouterr().out)
         assert found["peak"] <= found["budget"] == int(0.85 * memory * 1e9)
         chosen.append((found["backward"], found["activation_checkpointing"], found["relative_cost"]))
@@ -264,6 +266,32 @@ def test_plan_of_pid_and_of_a_training(capsys: pytest.CaptureFixture[str]) -> No
     assert lpips["phases"]["generator: optimiser"] - plans["pid"]["phases"]["generator: optimiser"] > 0.99 * vgg
     training = planned("--teacher-training")
     assert training["objective"] is None and training["backward"] == "" and training["relative_cost"] == 1.0
+
+
+def test_plan_states_one_precision_which_is_that_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """bf16 for GPUs that are asked for, as a run there and the table of a dry run have it."""
+
+    def planned(*arguments: object) -> dict:
+        ipfm("plan", "--model", "digits", "--batch", 8, "--json", *arguments)
+        return json.loads(capsys.readouterr().out)
+
+    given = {"--gpu-memory 24": "bf16", "--fits 24": "bf16", "--fits 24 --zero 0": "fp32", "": "fp32",
+             "--precision fp32 --fits 24": "fp32", "--teacher-training --gpu-memory 24": "bf16"}  # fmt: skip
+    assert {line: planned(*line.split())["precision"] for line in given} == given
+    ipfm("plan", "--model", "digits", "--batch", 8, "--gpu-memory", 24)
+    assert re.search(r"^precision +bf16$", capsys.readouterr().out, re.M)
+
+
+def test_plan_says_what_a_step_computes_and_how_long_gpus_need(capsys: pytest.CaptureFixture[str]) -> None:
+    flops = forward_flops(presets.get("digits"))
+    for more, passes in (([], 11), (["--teacher-training"], 3), (["--backward", "phased"], 13)):
+        given = ["plan", "--model", "digits", "--batch", 8, "--precision", "bf16", *more]
+        ipfm(*given, "--json")
+        found = json.loads(capsys.readouterr().out)
+        assert found["flops"] == pytest.approx(flops * passes * 8)
+        assert found["gpu_seconds"]["H100"] == pytest.approx(found["flops"] / (found["share_of_peak"] * 989.4e12))
+        ipfm(*given)
+        assert "GPU seconds a step at 30% of the peak (an assumption): RTX 4090 " in capsys.readouterr().out
 
 
 def test_plan_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
@@ -357,6 +385,12 @@ def test_json_of_samples(models: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["completion", "tcsh"], "SHELL must be one of bash, fish, zsh, got 'tcsh'"),
         (["paint"], "unknown command paint; possible: sample, evaluate, "),
         (["sampel", "MODELS/teacher"], "unknown command sampel; perhaps you meant sample"),
+        (["evaluate", "runs/nowhere", "--metrics", "is", "--inception", "x.pt"], "runs/nowhere does not exist in /"),
+        (
+            ["evaluate", "MODELS/teacher", "--reference", "none.npz", "--features", "pixels"],
+            "none.npz does not exist in /",
+        ),
+        (["dataset", "none", "out.zip"], "none does not exist in /"),
         (["train"], "unknown command train; training is done by the recipes: deepspeed recipes/digits_ipfm.py"),
         (["version"], "unknown command version; ipfm --version says"),
         (

@@ -209,7 +209,7 @@ def test_dry_run_says_what_would_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ipfm.engine.experiments.dry_run.seconds_per_image", lambda *_: 0.001)
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_seconds", lambda *_: 0.001)
     monkeypatch.setattr("ipfm.engine.experiments.dry_run.layout_table", lambda *_, **__: "layouts")
     for arguments, parts in {
         (): ["runs/shapes-ncsnpp16-D128-alpha1-K1", "SongUNet, 3x32x32, "],

@@ -286,7 +286,7 @@ def test_dry_run_lists_what_would_be_done(
     whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Settings, memory and duration are those of every recipe's dry run.
-    monkeypatch.setattr("ipfm.engine.experiments.ablation.describe", lambda config, *_: f"alpha {config.alpha:g}")
+    monkeypatch.setattr("ipfm.engine.experiments.ablation.describe", lambda config, *_, **__: f"alpha {config.alpha:g}")
     ablation_init.main(["--quick", "--seeds", "0", "4", "--out", str(whole), "--dry-run"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     runs = [line[:4] for line in lines if line[1:2] == ["seed"]]

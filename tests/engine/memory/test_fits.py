@@ -56,7 +56,7 @@ def rows(text: str) -> list[Row]:
 
 def test_a_large_batch(capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ipfm.engine.experiments.dry_run.seconds_per_image", lambda *_: 0.001)
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_seconds", lambda *_: 0.001)
     cifar_ipfm.main(["--batch", "4096", "--dry-run"])
     table = rows(capsys.readouterr().out)
     assert [(row.ranks, row.gpu) for row in table] == [(ranks, gpu) for ranks in RANKS for gpu in GPUS]
@@ -85,7 +85,7 @@ def test_what_is_fixed_stands() -> None:
 
 def test_what_does_not_fit_says_what_it_needs() -> None:
     config = DistillConfig(batch=2, max_steps=1)
-    *_, line, _, _ = layout_table(config, SMALL, ranks=(1,), gpus=(0.001,)).splitlines()
+    line = layout_table(config, SMALL, ranks=(1,), gpus=(0.001,)).splitlines()[2]
     assert line.startswith("    1 0.001 GB a process may use 0.8 MiB, but needs at least ")
     assert line.endswith("joint, ZeRO 1, 1 process): more processes or --offload help")
 
@@ -95,3 +95,14 @@ def test_a_batch_that_the_processes_cannot_share() -> None:
     table = layout_table(config, SMALL, ranks=(1, 4), gpus=(24,))
     assert [row.ranks for row in rows(table)] == [1]
     assert "4  24 GB batch must be divisible by the number of processes, got 6 and 4" in table
+
+
+def test_the_columns_have_a_legend() -> None:
+    title, head, _, *legend = layout_table(
+        DistillConfig(batch=2, max_steps=1), SMALL, ranks=(1,), gpus=(24,)
+    ).splitlines()
+    assert title.startswith("layouts on GPUs, bf16, ")
+    for column in ("ranks", "micro x accum.", "checkpointed", "weights", "masters", "Adam+EMA", "grads", "buckets",
+                   "step", "cost"):  # fmt: skip
+        assert column in head and any(f"{column}:" in line for line in legend), column
+    assert max(map(len, legend)) <= 120

@@ -1,0 +1,191 @@
+"""How long a step takes on this machine: some of the run's own, measured on networks that nobody trained."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ipfm.engine.config import Precision, Resolved, RunConfig, TeacherConfig
+from ipfm.engine.distributed.precision import apply_precision
+from ipfm.engine.distributed.world import World
+from ipfm.engine.distributed.zero import TrainedNetwork
+from ipfm.engine.objectives.base import Distillation, Role, StepContext
+from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
+from ipfm.engine.objectives.phases import Phase, listening, mark
+from ipfm.engine.random_streams import Stream
+from ipfm.engine.runtime.cores import usable_cores
+from ipfm.engine.runtime.launcher import launched_processes, local_processes
+from ipfm.models import NetworkConfig, Precond, build_network
+
+# Seconds that the steps which are measured take, about.
+PATIENCE = 2.0
+# Where the step of a single image takes longer, by its forward pass, that pass alone is measured.
+LONGEST = 8.0
+
+Iteration = Callable[[int], object]
+
+
+def step_seconds(form: Resolved[Any], network: NetworkConfig, forwards: int, device: torch.device) -> float:
+    """Seconds of a step of one process, evaluations, checkpoints and communication left out.
+
+    Whole steps are measured, optimisers included, on a micro-batch or as many of its images as are done in a second or
+    two; the others are in proportion. Sharding and compilation are left out of what is measured.
+
+    Args:
+        form: the settings of a distillation or of a teacher's training, as they are laid out.
+        network: architecture as it is trained.
+        forwards: forward passes, or as much arithmetic, of one image in a step.
+        device: where it will run.
+    """
+    local = form.config.batch // launched_processes()
+    with _threads_of_a_run():
+        count, seconds = _measurable(form, network, forwards, device)
+        if seconds > LONGEST:
+            return seconds * local
+        try:
+            images, optimisers = _measured(form, network, count, device)
+        except (torch.OutOfMemoryError, MemoryError):
+            return seconds * local / count
+    return images * local / count + optimisers
+
+
+def _measurable(form: Resolved[Any], network: NetworkConfig, forwards: int, device: torch.device) -> tuple[int, float]:
+    """How many images of a micro-batch a step is measured on, and its seconds, about: by forward passes.
+
+    As many as can be: together they take less time each, above all on a GPU or where cores are shared.
+    """
+    net = _network(network, form.precision, device).eval()
+    count = 1
+    seconds = forwards * _forward_seconds(net, count, device)
+    while count < form.micro_batch and seconds < PATIENCE:
+        more = min(form.micro_batch, 4 * count)
+        longer = forwards * _forward_seconds(net, more, device)
+        if longer > 2 * PATIENCE:
+            break
+        count, seconds = more, longer
+    return count, seconds
+
+
+@contextlib.contextmanager
+def _threads_of_a_run() -> Iterator[None]:
+    """As many threads as a process of the run will have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, max(1, usable_cores() // max(1, local_processes()))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(form: Resolved[Any], network: NetworkConfig, count: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of a step of `count` images: without its optimisers, and of these."""
+    kind = _distillation if isinstance(form.config, Distillation) else _training
+    step = kind(form, network, device)(count)
+    _timed(step, 0, device)  # the first one is slow
+    parts = [_timed(step, 1, device)]
+    parts += [_timed(step, 2 + more, device) for more in range(min(9, int(PATIENCE / max(1e-9, sum(parts[0])))))]
+    return statistics.median(p[0] for p in parts), statistics.median(p[1] for p in parts)
+
+
+def _timed(step: Iteration, number: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of an iteration: without its optimisers, and of these."""
+    seconds = {False: 0.0, True: 0.0}
+    since, optimiser = _now(device), False
+
+    def begin(phase: Phase) -> None:
+        nonlocal since, optimiser
+        now = _now(device)
+        seconds[optimiser] += now - since
+        since, optimiser = now, "optimiser" in phase
+
+    with listening(begin):
+        step(number)
+        begin("")
+    return seconds[False], seconds[True]
+
+
+def _distillation(
+    form: Resolved[Distillation], network: NetworkConfig, device: torch.device
+) -> Callable[[int], Iteration]:
+    """Number of images -> an iteration on so many, of the objective's own steps."""
+    world = World(0, 1, device)
+    networks = {role.name: _under_optimiser(form, role, world) for role in form.config.objective(network).roles}
+    teacher = _network(network, form.precision, device).eval().requires_grad_(False)
+
+    def at(count: int) -> Iteration:
+        config = replace(form.config, batch=count, micro_batch=None)
+        settings = replace(form, config=config, micro_batch=count)
+        return config.objective(network).steps(StepContext(networks, teacher, settings, world)).iteration
+
+    return at
+
+
+def _training(
+    form: Resolved[TeacherConfig], network: NetworkConfig, device: torch.device
+) -> Callable[[int], Iteration]:
+    """Number of images -> a step of a teacher's training on so many."""
+    config = form.config
+    role = Role("teacher", network, "random", config.lr, config.beta1, averaged=True)
+    net = _under_optimiser(form, role, World(0, 1, device))
+    net.module.train()
+
+    def at(count: int) -> Iteration:
+        y = torch.randn(count, *network.image_shape, device=device)
+        index = torch.arange(count, device=device)
+
+        def iteration(step: int) -> None:
+            mark("teacher: forward and backward")
+            sigma = config.noise.denoising(index, seed=0, stream=Stream.TEACHER_SIGMA, step=step)
+            noisy = add_noise(
+                y, sigma, form.D, net.module, seed=0, stream=Stream.TEACHER_NOISE, step=step, sample_index=index
+            )
+            result = denoising_objective(bind(net, None), y, noisy, sigma_data=config.noise.sigma_data)
+            net.backward(result.surrogate / count)
+            mark("teacher: optimiser")
+            net.step(lr=config.lr, ema_decay=0.9)
+
+        return iteration
+
+    return at
+
+
+def _under_optimiser(form: Resolved[RunConfig], role: Role, world: World) -> TrainedNetwork:
+    """A network that computes as the run's, with fp32 weights and by itself: nothing is shared."""
+    config = replace(form.config, zero=0, precision="fp32", offload="none", **_stored_whole(form.config))
+    alone = replace(form, config=config, precision="fp32", stage=0, teacher_storage="fp32")
+    net = _network(role.network, form.precision, world.device)
+    return TrainedNetwork(
+        net, alone, world=world, lr=role.lr, beta1=role.beta1, ema=role.averaged, rectified=role.rectified
+    )
+
+
+def _stored_whole(config: RunConfig) -> dict[str, Any]:
+    return {"teacher_storage": "fp32"} if isinstance(config, Distillation) else {}
+
+
+def _network(network: NetworkConfig, precision: Precision, device: torch.device) -> Precond:
+    return apply_precision(build_network(network).to(device), precision)
+
+
+def _forward_seconds(net: Precond, count: int, device: torch.device) -> float:
+    """Seconds of a forward pass of so many images: the shorter of two."""
+    x, sigma = torch.randn(count, *net.config.image_shape, device=device), torch.ones(count, device=device)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(2):
+            start = _now(device)
+            net(x, sigma)
+            seconds.append(_now(device) - start)
+    return min(seconds)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,69 @@
+"""What a step computes, counted, and how long GPUs need for it: arithmetic, no measurement."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ipfm.engine.config import Precision
+from ipfm.models import NetworkConfig, build_network
+
+# An assumption: the share of a GPU's peak that a step of these networks reaches.
+SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its data sheet: dense arithmetic with sums in fp32."""
+
+    name: str
+    memory: float
+    """GB."""
+    half: float
+    """TFLOP/s in bf16 and fp16."""
+    tf32: float
+    """TFLOP/s of fp32 numbers rounded to TF32."""
+    single: float
+    """TFLOP/s in fp32."""
+
+    def peak(self, precision: Precision, tf32: bool) -> float:
+        """FLOP/s of convolutions and matrix products."""
+        return 1e12 * (self.half if precision != "fp32" else self.tf32 if tf32 else self.single)
+
+
+GPUS = (
+    Gpu("RTX 4090", 24, 165.2, 82.6, 82.6),
+    Gpu("A100", 80, 312.0, 156.0, 19.5),
+    Gpu("H100", 80, 989.4, 494.7, 66.9),
+    Gpu("H200", 141, 989.4, 494.7, 66.9),
+)
+
+
+@functools.lru_cache(maxsize=64)
+def forward_flops(network: NetworkConfig) -> int:
+    """Floating-point operations of a forward pass of one image.
+
+    Those of convolutions and matrix products are counted, a multiplication and an addition each.
+    """
+    device = torch.device("meta")
+    with device:
+        net = build_network(network).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(torch.empty(1, *network.image_shape, device=device), torch.empty(1, device=device))
+    return int(counter.get_total_flops())
+
+
+def gpu_seconds(flops: float, precision: Precision, tf32: bool = True) -> dict[str, float]:
+    """Seconds that one GPU of each kind in `GPUS` needs for `flops`, at `SHARE` of its peak."""
+    return {gpu.name: flops / (SHARE * gpu.peak(precision, tf32)) for gpu in GPUS}
+
+
+def flops_in_words(flops: float) -> str:
+    """For people: "3.14 TFLOP", "12.5 PFLOP"."""
+    for unit, name in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP")):
+        if flops >= unit:
+            return f"{flops / unit:.3g} {name}"
+    return f"{flops / 1e9:.3g} GFLOP"

@@ -1,0 +1,125 @@
+"""The expected duration: whole steps of the run's own are measured, and what is in proportion to the images scaled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ipfm.engine import DistillConfig, Distiller, PidConfig, TeacherConfig
+from ipfm.engine.config import Resolved
+from ipfm.engine.distributed.world import World
+from ipfm.engine.experiments import step_time
+from ipfm.engine.experiments.step_time import step_seconds
+from ipfm.engine.objectives.initial_networks import trained_config
+from ipfm.models import NetworkConfig, build_network
+
+CPU = torch.device("cpu")
+SMALL = NetworkConfig(
+    img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(),
+    dropout=0.0, D=128.0,
+)  # fmt: skip
+SETTINGS = {
+    "ipfm": DistillConfig(D=128.0, batch=8, max_steps=1, precision="fp32", teacher_storage="fp32"),
+    "two steps": DistillConfig(D=128.0, batch=8, max_steps=1, precision="fp32", teacher_storage="fp32", steps=2),
+    "pid": PidConfig(D=128.0, batch=8, max_steps=1, precision="fp32", teacher_storage="fp32", distance="l2"),
+    "teacher": TeacherConfig(D=128.0, batch=8, max_steps=1, precision="fp32"),
+}
+
+
+def form_of(name: str, micro_batch: int) -> Resolved[Any]:
+    config = SETTINGS[name]
+    if isinstance(config, TeacherConfig):
+        return config.laid_out(D=128.0, stage=0, micro_batch=micro_batch, phased=False, checkpointed=False)
+    config = config.completed(SMALL)
+    return config.laid_out(D=128.0, stage=0, micro_batch=micro_batch, phased=False, checkpointed=False)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by their name and the size of what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.counted[str(func), out.numel() if isinstance(out, torch.Tensor) else 0] += 1
+        return out
+
+
+def operations(work: Callable[[], object]) -> Counter[tuple[str, int]]:
+    with Operations() as mode:
+        work()
+    return mode.counted
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_of_each_kind_is_measured(name: str) -> None:
+    assert 0 < step_seconds(form_of(name, 4), SMALL, 11, CPU) < 60
+
+
+@pytest.mark.parametrize("name", ["ipfm", "two steps", "pid"])
+def test_what_is_measured_is_the_step_of_the_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[Counter[tuple[str, int]]] = []
+
+    def counted(step: step_time.Iteration, number: int, device: torch.device) -> tuple[float, float]:
+        counts.append(operations(lambda: step(number)))
+        return 1.0, 0.0
+
+    monkeypatch.setattr(step_time, "_timed", counted)
+    form = form_of(name, 8)
+    step_seconds(form, trained_config(SMALL, 0.0), 11, CPU)
+    teacher = build_network(SMALL).eval().requires_grad_(False)
+    run = Distiller(replace(form.config, zero=0), teacher, world=World(0, 1, CPU))
+    run.iteration(0)
+    assert counts[1] == operations(lambda: run.iteration(1)) and counts[1].total() > 100
+
+
+@pytest.mark.parametrize(
+    ("forward", "micro_batch", "images"),
+    [
+        (0.0001, 64, 64),  # a micro-batch is soon done
+        (0.05, 64, 4),  # 10 times as much as a forward pass: 0.5 s for one image, 2 s for 4
+        (0.5, 64, 1),
+        (0.0001, 32, 32),
+    ],
+)
+def test_images_count_in_proportion_and_the_optimisers_once(
+    forward: float, micro_batch: int, images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """128 images a step: 10 ms each, and 0.2 s for the optimisers."""
+    sizes: list[int] = []
+
+    def at(count: int) -> step_time.Iteration:
+        sizes.append(count)
+        return lambda number: None
+
+    monkeypatch.setattr(step_time, "_distillation", lambda *_: at)
+    monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, __: forward * count)
+    monkeypatch.setattr(step_time, "_timed", lambda *_: (0.01 * sizes[-1], 0.2))
+    form = form_of("ipfm", 8)
+    form = replace(form, config=replace(form.config, batch=128), micro_batch=micro_batch)
+    assert step_seconds(form, SMALL, 10, CPU) == pytest.approx(128 * 0.01 + 0.2)
+    assert sizes == [images]
+
+
+def test_a_step_that_would_take_minutes_is_reckoned_from_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_time, "_distillation", None)  # nothing is made
+    monkeypatch.setattr(step_time, "_forward_seconds", lambda *_: 2.0)
+    assert step_seconds(form_of("ipfm", 8), SMALL, 11, CPU) == 2.0 * 11 * 8
+
+
+def test_a_step_that_needs_too_much_memory_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(step_time, "_distillation", too_large)
+    monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, __: 0.02 * count)
+    assert step_seconds(form_of("ipfm", 8), SMALL, 11, CPU) == pytest.approx(0.02 * 11 * 8)

@@ -1,0 +1,58 @@
+"""What a step computes, counted, and the time of GPUs by their data sheets."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ipfm.engine.config import Precision
+from ipfm.engine.memory.arithmetic import GPUS, SHARE, flops_in_words, forward_flops, gpu_seconds
+from ipfm.models import NetworkConfig, build_network
+from ipfm.models.layers import Conv2d, Linear
+
+SMALL = NetworkConfig(
+    img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(),
+    dropout=0.0,
+)  # fmt: skip
+
+
+def test_operations_are_those_of_convolutions_and_matrix_products() -> None:
+    net = build_network(SMALL).eval()
+    found = []
+
+    def count(module: nn.Module, _: object, out: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        weight = module.weight
+        if isinstance(weight, nn.Parameter):
+            numbers = sum(part.numel() for part in (out if isinstance(out, tuple) else (out,)))
+            found.append(2 * numbers * weight[0].numel())
+
+    for module in net.modules():
+        if isinstance(module, (Conv2d, Linear)):
+            module.register_forward_hook(count)
+    net(torch.zeros(1, 1, 8, 8), torch.ones(1))
+    counted = forward_flops(SMALL)
+    # So is attention.
+    assert sum(found) <= counted <= 1.2 * sum(found)
+
+
+@pytest.mark.parametrize(
+    ("precision", "tf32", "name", "peak"),
+    [("bf16", True, "A100", 312e12), ("fp16", True, "H100", 989.4e12), ("fp32", True, "A100", 156e12),
+     ("fp32", False, "A100", 19.5e12), ("bf16", False, "RTX 4090", 165.2e12)],
+)  # fmt: skip
+def test_seconds_are_operations_over_a_share_of_the_peak(
+    precision: Precision, tf32: bool, name: str, peak: float
+) -> None:
+    assert gpu_seconds(3e15, precision, tf32)[name] == pytest.approx(3e15 / (SHARE * peak))
+    assert list(gpu_seconds(1.0, precision)) == [gpu.name for gpu in GPUS]
+
+
+@pytest.mark.parametrize(
+    ("flops", "words"),
+    [(2.5e9, "2.5 GFLOP"), (3.14159e12, "3.14 TFLOP"), (4e15, "4 PFLOP"), (7.25e20, "725 EFLOP"), (0, "0 GFLOP")],
+)
+def test_in_words(flops: float, words: str) -> None:
+    assert flops_in_words(flops) == words and math.isfinite(flops)
