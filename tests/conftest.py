@@ -16,6 +16,9 @@ HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     # Triton looks at this when it decorates a kernel, so it has to be set before anything imports ipfm.kernels.
     os.environ["TRITON_INTERPRET"] = "1"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        # Programs remark on one that names no GPU.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 TESTS = Path(__file__).parent

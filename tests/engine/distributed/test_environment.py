@@ -19,7 +19,8 @@ from ipfm.engine.runtime.errors import Failed
 
 @pytest.fixture(autouse=True)
 def without_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*launcher.VARIABLES, "DS_ACCELERATOR", "IPFM_TIMEOUT", "CUDA_VISIBLE_DEVICES"):
+    others = ("DS_ACCELERATOR", "IPFM_TIMEOUT", "CUDA_VISIBLE_DEVICES", *launcher._UNJOINED)
+    for name in (*launcher.VARIABLES, *others):
         # Set first, so that what the call sets is undone at the end.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
