@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from ipfm.engine.runtime.commandline import user_input
+from ipfm.engine.runtime.files import check_writable
 from ipfm.engine.runtime.json_output import Write, output
 from ipfm.engine.runtime.launcher import is_launched
 
@@ -124,6 +125,9 @@ class Evaluate:
                 f"a batch of {min(self.batch, images):,} images",
                 "give a smaller --batch",
             )
+            if run_device().type == "cpu":
+                kept = comparison.kept_bytes(images, self.batch)
+                check_memory(kept, f"a comparison of {images:,} images", "give a smaller --images")
         world = _world()
         remarks = Remarks()
         remarks.extend((*subject.said, *comparison.said))
@@ -173,14 +177,19 @@ class Evaluate:
 
     def _check(self) -> None:
         from ipfm.engine.data.open_dataset import check_strictness
+        from ipfm.engine.evaluation.metrics.collection import MOST_IMAGES
 
         check_strictness(skip_unreadable=self.skip_unreadable, strict=self.strict)
         for name, least in (("repeats", 1), ("batch", 1), ("heun_steps", 1), ("images", 2), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.images is not None and self.images > MOST_IMAGES:
+            raise ValueError(f"images must be at most {MOST_IMAGES:,}, got {self.images:,}")
         if self.save_reference and (self.save_reference.suffix.lower() != ".npz" or self.save_reference.is_dir()):
             raise ValueError(f"save-reference must be a file that ends in .npz, got {self.save_reference}")
+        if self.save_reference:
+            check_writable(self.save_reference, self.save_reference.parent)
         if self.reference is None and set(self.metrics) != {"is"}:
             raise ValueError("give --reference, statistics (.npz) or real images; only the Inception score needs none")
         if self.features == "inception" and self.inception is None:

@@ -24,8 +24,9 @@ from ipfm.engine.evaluation.metrics import (
     Statistics,
     evaluate_images,
 )
+from ipfm.engine.evaluation.metrics.collection import MOST_IMAGES
 from ipfm.engine.evaluation.metrics.evaluate import PR_IMAGES, check_metrics
-from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION
+from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION, Classifier
 from ipfm.engine.evaluation.reference_data import ReferenceFile, make_reference, open_reference
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.sampling.batches import sample_teacher
@@ -146,7 +147,9 @@ def open_features(
 
 
 def _check_sizes(metrics: tuple[Metric, ...], images: int, batch: int, pr_images: int, real: int | None = None) -> None:
-    """ValueError where there are too few images, of `real` ones too where their number is known."""
+    """ValueError where there are too few images or too many, of `real` ones too where their number is known."""
+    if images > MOST_IMAGES:
+        raise ValueError(f"an evaluation takes at most {MOST_IMAGES:,} images, got {images:,}")
     if images < 2 or batch < 1:
         raise ValueError(f"an evaluation needs at least 2 images and a positive batch, got {images} and {batch}")
     fewest = min(pr_images, images, images if real is None else real)
@@ -188,6 +191,20 @@ class Comparison:
             reference = make_reference(self.file, self.features, world, keep_features=keep, batch=batch)
         data = None if self.file is None else self.file.images
         return Evaluation(self.features, reference, images, batch, seed, self.metrics, pr_images, data)
+
+    def kept_bytes(self, images: int, batch: int) -> int:
+        """Bytes, at least, that are kept of `images` samples and of the reference's until they are compared.
+
+        Args:
+            images: number of samples.
+            batch: images that a process handles at a time.
+        """
+        width = self.features.dim if {"kid", "pr"} & set(self.metrics) else 0
+        real = 0 if self.file is None or self.file.images is None else len(self.file.images)
+        if "is" in self.metrics and isinstance(self.features, Classifier):
+            width += self.features.classes
+        # The first index and the number of each batch; float32 features, which are put together in a second place.
+        return 128 * (images // batch) + 8 * width * (images + real)
 
     @property
     def said(self) -> tuple[str, ...]:

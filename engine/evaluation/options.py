@@ -41,11 +41,14 @@ class EvaluationOptions:
             ValueError: they do not.
         """
         from ipfm.engine.data.open_dataset import check_strictness
+        from ipfm.engine.evaluation.metrics.collection import MOST_IMAGES
         from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION
 
         check_strictness(skip_unreadable=self.skip_unreadable, strict=self.strict)
         if self.eval_images < 2:
             raise ValueError(f"eval-images must be at least 2, got {self.eval_images}")
+        if self.eval_images > MOST_IMAGES:
+            raise ValueError(f"eval-images must be at most {MOST_IMAGES:,}, got {self.eval_images:,}")
         if self.features not in ("inception", "pixels"):
             raise ValueError(f"features must be inception or pixels, got {self.features!r}")
         if self.reference is None and self.inception is not None:

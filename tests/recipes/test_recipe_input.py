@@ -72,6 +72,7 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: str, *arguments: str) ->
         (["--precision", "bf16", "--zero", "0"], "precision bf16 needs zero 1, 2 or 3"),
         (["--zero", "5"], "5"),
         (["--eval-images", "1"], "eval-images must be at least 2, got 1"),
+        (["--eval-images", "10000000000"], "eval-images must be at most 1,000,000,000, got 10,000,000,000"),
         (["--teacher-steps", "0"], "teacher-steps must be at least 1, got 0"),
     ],
 )

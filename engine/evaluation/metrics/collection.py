@@ -14,6 +14,9 @@ from ipfm.engine.evaluation.metrics.features import Classifier, Features
 from ipfm.engine.evaluation.metrics.moments import FeatureMoments
 from ipfm.engine.runtime.launcher import lost_process
 
+# Above this number is a slip of the keyboard.
+MOST_IMAGES = 10**9
+
 
 @dataclass(frozen=True, eq=False)
 class Collected:

@@ -252,6 +252,7 @@ def test_options_as_they_are_typed(root: Path) -> None:
         ({"model": "ROOT/folder", "D": 128.0}, "D was given, but"),
         ({"D": 64.0}, "128"),
         ({"images": 1}, "images must be at least 2, got 1"),
+        ({"images": 10**10}, "images must be at most 1,000,000,000, got 10,000,000,000"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
@@ -407,3 +408,9 @@ def test_a_batch_without_room_on_the_host_is_refused(options: Evaluate, monkeypa
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 1 << 20)
     with pytest.raises(BadInput, match=r"a batch of 8,000,000 images needs .* 1\.91 GiB .*: give a smaller --batch"):
         replace(options, images=8_000_000, batch=8_000_000).run()
+    # What the kernel distance keeps of them: 64 features each, in two places for a moment.
+    several = replace(options, reference=options.model.parent / "folder", metrics=("kid",))
+    with pytest.raises(
+        BadInput, match=r"a comparison of 8,000,000 images needs .* 3\.83 GiB .*: give a smaller --imag"
+    ):
+        replace(several, images=8_000_000, batch=64).run()
