@@ -46,12 +46,15 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """A disk without room says which file it had none for: the system does not, once a file is open."""
+def _named(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """A disk without room says which file it had none for: the system does not, once a file is open.
+
+    Nobody has asked for a `temporary` file, whose place is that of `path`.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in NO_ROOM and error.filename is None:
+        if (error.errno in NO_ROOM and error.filename is None) or error.filename == str(temporary):
             error.filename = str(path)
         raise
 
@@ -83,7 +86,7 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _named(path), open(temporary, "wb") as file:
+        with _named(path, temporary), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

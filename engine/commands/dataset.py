@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ipfm.engine.runtime.commandline import user_input
+from ipfm.engine.runtime.files import check_writable
 from ipfm.engine.runtime.json_output import output
 from ipfm.engine.runtime.remarks import Remarks
 
@@ -64,6 +65,7 @@ class Dataset:
                 raise ValueError(f"{self.out} is a folder")
             if self.out.exists() and not self.overwrite:
                 raise ValueError(f"{self.out} exists already: give --overwrite, or another name")
+            check_writable(self.out, self.out.parent)
             shaping = Shaping(self.resolution, crop=self.crop == "center")
             pictures = find_pictures(
                 self.source, shaping, self.labels, Subset(self.max_images), skip_unreadable=self.skip_unreadable

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from ipfm.engine.config import MemoryFormat
+from ipfm.engine.runtime.errors import described
+from ipfm.engine.runtime.files import unwritable_ancestor
 from ipfm.models import Precond
 
 # Networks of one class share a code object, whose compiled forms are counted together: trained, frozen, without
@@ -84,11 +86,24 @@ def _is_whole(library: Path) -> bool:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Check that torch.compile has the C++ compiler that it needs on a CPU.
+    """Check that torch.compile has a folder for what it compiles, and on a CPU the C++ compiler that it needs.
 
     Raises:
         ValueError: it has not.
     """
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    try:
+        # It makes the folder.
+        above = unwritable_ancestor(Path(cache_dir()))
+        unwritable = "" if above is None else f"{above}: no permission"
+    except OSError as error:
+        unwritable = described(error)
+    if unwritable:
+        raise ValueError(
+            f"compile cannot keep what it compiles ({unwritable}): name a folder that can be written by "
+            "TORCHINDUCTOR_CACHE_DIR"
+        )
     if device.type != "cpu":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler

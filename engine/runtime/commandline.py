@@ -209,6 +209,12 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
     """
     name = Path(prog).name
     try:
+        os.getcwd()
+    except OSError:
+        # Libraries look for it when they are loaded, and end the process without a word that helps.
+        _complain(f"{name}: error: the current folder is gone: go to another one")
+        sys.exit(BAD_INPUT)
+    try:
         try:
             main(sys.argv[1:] if argv is None else argv)
         finally:
@@ -239,6 +245,8 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
         elif reason := lost_process(error):
             message = f"another process of this run has ended or does not answer ({reason})"
             _complain(f"{name}: failed: {message}", everyone=True)
+        elif isinstance(error, OSError) and error.filename and error.strerror:
+            _complain(f"{name}: failed: {error.filename}: {error.strerror}", everyone=True)
         else:
             raise
         sys.exit(FAILED)

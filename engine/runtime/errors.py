@@ -36,7 +36,8 @@ class ProcessLost(TrainingFailed):
 
 def described(error: BaseException) -> str:
     """What went wrong, in one line: the message; with the file, or with the error's kind where that says it first."""
-    text = " ".join(str(error).split())
+    # What torch.compile adds is for its authors.
+    text = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE=1")[0].split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, (ValueError, Failed)) and text:

@@ -26,6 +26,17 @@ def unwritable_ancestor(folder: Path) -> Path | None:
     return None if above.is_dir() and os.access(above, os.W_OK | os.X_OK) else above
 
 
+def check_writable(out: Path, folder: Path) -> None:
+    """Check that files can be written to `folder`, for what is asked for as `out`.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    above = unwritable_ancestor(folder)
+    if above is not None:
+        raise ValueError(f"{out} cannot be written: {above} is no folder that takes files")
+
+
 def json_line(values: Mapping[str, object]) -> str:
     """One line of valid JSON in the order of `values`.
 

@@ -67,7 +67,8 @@ def enough_memory(way_on: str) -> Iterator[None]:
 
 def not_enough(error: BaseException) -> str:
     """What an error for which `refuses_memory` holds says, in one line."""
-    text = " ".join(str(error).split())
+    # What torch begins with is the place in its code.
+    text = re.sub(r"^\[enforce fail [^]]*\] [^.]*\. ", "", " ".join(str(error).split()))
     reason = f" ({text.partition('. ')[0][:200]})" if text else ""
     return f"there is not enough memory{reason}"
 

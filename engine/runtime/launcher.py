@@ -39,7 +39,7 @@ def lost_process(error: BaseException) -> str:
         import torch.distributed as dist
 
         if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
-            return text.partition(".")[0][:200]
+            return re.split(r"\.(?= |$)", text)[0][:200]
     return "connection closed after a timeout" if "Application timeout caused pair closure" in text else ""
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.errors import TrainingFailed
+from ipfm.engine.runtime.files import check_writable
 from ipfm.engine.runtime.host_memory import check_memory, enough_memory
 from ipfm.engine.runtime.json_output import output
 
@@ -68,6 +69,7 @@ class Bench:
             given = [name for name in ("offline", "metrics", "memory", "step") if getattr(self, name)]
             if len(given) > 1:
                 raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
+            check_writable(self.out, self.out)
         remarks = self._remarks()
         with output(as_json=self.json) as write:
             tables = [self._run_memory()] if self.memory else [self._run_step()] if self.step else self._run_speed()

@@ -18,6 +18,7 @@ import jinja2
 from ipfm.engine.commands.report.facts import Facts
 from ipfm.engine.commands.report.pictures import Picture, Samples, is_ours, memory_timeline, samples
 from ipfm.engine.commands.report.plots import curves
+from ipfm.engine.runtime.files import unwritable_ancestor
 from ipfm.engine.runtime.wording import significant, size
 from ipfm.engine.training.run_state import RunRecord
 from ipfm.models.atomic_files import atomic_write
@@ -67,6 +68,8 @@ def target(out: Path, images: Path | None = None) -> Target:
     for place in (out.parent, *out.parent.parents, *((images, *images.parents) if images else ())):
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} is a file, the report {out} cannot be there")
+    if unwritable_ancestor(out.parent) is not None:
+        raise ValueError(f"{out} cannot be written: choose another --out")
     if out.exists() and not _is_report(out):
         raise ValueError(f"{out} is there and is no report of this command: choose another --out")
     return Target(out, images)

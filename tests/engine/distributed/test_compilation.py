@@ -15,6 +15,7 @@ from ipfm.engine import DistillConfig
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.distributed import compilation
 from ipfm.engine.distributed.compilation import check_compiler, set_execution
+from ipfm.engine.runtime.errors import described
 from ipfm.engine.training.resolve import complete
 from ipfm.models import NetworkConfig, Precond, build_network
 from ipfm.models.blocks import UNetBlock
@@ -118,6 +119,20 @@ def test_what_cannot_be_compiled() -> None:
             check_compiler(CPU)
         with pytest.raises(ValueError, match="compile needs a"):
             complete(DistillConfig(compile=True), NETWORKS["adm"], CPU)
+
+
+def test_a_cache_of_compiled_networks_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    message = f"compile cannot keep what it compiles ({tmp_path}/file/cache: Not a directory): name a folder that can "
+    with pytest.raises(ValueError) as refused:
+        check_compiler(CPU)
+    assert str(refused.value) == f"{message}be written by TORCHINDUCTOR_CACHE_DIR"
+
+
+def test_what_the_compiler_adds_for_its_authors_is_left_out() -> None:
+    error = RuntimeError("OSError: No space left\n\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please)")
+    assert described(error) == "RuntimeError: OSError: No space left"
 
 
 def test_libraries_that_a_killed_process_has_left_are_removed(

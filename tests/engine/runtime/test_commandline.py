@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import errno
 import inspect
 import io
 import itertools
@@ -22,6 +23,7 @@ from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.runtime import commandline, launcher, parse_errors
 from ipfm.engine.runtime.commandline import BadInput, parse, run_command, user_input
 from ipfm.engine.runtime.errors import FolderInUse, Interrupted, TrainingFailed
+from ipfm.engine.runtime.host_memory import not_enough
 
 BASE = DistillConfig(D=128.0, max_steps=10, sigma_init=3.0)
 
@@ -381,6 +383,30 @@ def test_memory_that_the_host_has_not_is_a_failure_of_whichever_process_asked(ca
     monkeypatch.setenv("RANK", "1")
     assert ends(error, capfd) == (1, f"{said}(1000000000000,) and data type float64)\n")
     assert ends(MemoryError(), capfd) == (1, "recipe.py: failed: there is not enough memory\n")
+
+
+def test_what_the_host_says_of_memory_begins_with_what_was_asked_for():
+    said = (
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 8 bytes. Error code 12 (Cannot allocate memory)"
+    )
+    text = "there is not enough memory (DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes)"
+    assert not_enough(RuntimeError(said)) == text
+
+
+def test_a_file_that_cannot_be_had_is_one_line(capfd, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    error = PermissionError(errno.EACCES, "Permission denied", "/data/a.png")
+    assert ends(error, capfd) == (1, "recipe.py: failed: /data/a.png: Permission denied\n")
+
+
+def test_the_current_folder_is_gone(capfd, monkeypatch, tmp_path):
+    monkeypatch.delenv("RANK", raising=False)
+    place = tmp_path / "removed"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    place.rmdir()
+    assert ends(None, capfd) == (2, "recipe.py: error: the current folder is gone: go to another one\n")
 
 
 def test_a_defect_keeps_its_traceback(capfd):

@@ -306,3 +306,32 @@ def test_entries_that_a_crash_has_left_empty_are_no_kernels(
             _cache.usable_cache()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["DEF", "a file"]
     assert [str(w.message) for w in recwarn] == [f"removed 1 broken entry of Triton's cache {tmp_path}"]
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path: Path) -> None:
+    """And not by the temporary name beside it."""
+    with pytest.raises(OSError) as error, atomic_write("/proc/self/x.html") as file:
+        file.write(b"")
+    assert error.value.filename == "/proc/self/x.html"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dataset", "PLACE/pictures", "PLACE/file/x.zip"],
+        ["bench", "--offline", "--out", "PLACE/file"],
+        ["evaluate", "PLACE/g", "--reference", "PLACE/pictures", "--features", "pixels", "--save-reference",
+         "PLACE/file/x.npz"],
+    ],
+    ids=lambda arguments: arguments[0],
+)  # fmt: skip
+def test_a_place_that_takes_no_files_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        ipfm(*(argument.replace("PLACE", str(tmp_path)) for argument in arguments))
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ipfm: error: ")
+    assert line.endswith(f" cannot be written: {tmp_path}/file is no folder that takes files")

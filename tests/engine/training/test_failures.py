@@ -81,9 +81,16 @@ def test_a_hung_process_is_given_up_after_the_timeout(tmp_path: Path, teacher, g
     ("error", "reason"),
     [
         (RuntimeError("[x/pair.cc:553] Connection closed by peer [::1]:9. This is"), "Connection closed by peer"),
+        (
+            torch.distributed.DistNetworkError("timed out while trying to connect to (127.0.0.1, 1). More"),
+            "timed out while trying to connect to (127.0.0.1, 1)",
+        ),
         (RuntimeError("[x/unbound_buffer.cc:78] Timed out waiting 6000ms for recv"), "Timed out waiting 6000ms"),
         (RuntimeError("Application timeout caused pair closure"), "connection closed after a timeout"),
-        (torch.distributed.DistBackendError("NCCL error in: x.cpp:1, remote process exited"), "NCCL error in: x"),
+        (
+            torch.distributed.DistBackendError("NCCL error in: x.cpp:1, remote process exited"),
+            "NCCL error in: x.cpp:1, remote process exited",
+        ),
         (RuntimeError("expected scalar type Float but found Half"), ""),
         (ValueError("Connection closed by peer"), ""),
         (ConnectionResetError("Connection reset by peer"), ""),
