@@ -90,7 +90,8 @@ def save_model(
         OSError: the disk refuses.
     """
     target = Path(folder).resolve()
-    _refuse_foreign(target)
+    if reason := in_the_way(target):
+        raise ValueError(f"{reason}: name another folder")
     tensors = _tensors_to_store(net, state)
     payload = safetensors.torch.save(tensors)
     config = {
@@ -178,16 +179,14 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _refuse_foreign(target: Path) -> None:
+def in_the_way(target: Path) -> str:
+    """What keeps a network from being stored in `target`: a file, or what replacing it would delete; "" if nothing."""
     if not target.exists():
-        return
+        return ""
     if not target.is_dir():
-        raise ValueError(f"{target} is a file; a network is stored as a folder")
+        return f"{target} is a file; a network is stored as a folder"
     foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in (CONFIG_FILE, TENSOR_FILE))
-    if foreign:
-        raise ValueError(
-            f"{target} holds {foreign[0]!r}, which storing a network there would delete; name another folder"
-        )
+    return f"{target} holds {foreign[0]!r}, which storing a network there would delete" if foreign else ""
 
 
 def _tensors_to_store(net: Precond, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

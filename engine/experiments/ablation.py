@@ -25,7 +25,6 @@ from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.resolve import complete, resolve_D, resolve_precision
 from ipfm.engine.training.run_folder import check_run_folder, teacher_facts
-from ipfm.engine.training.teacher import training_facts
 from ipfm.models import NetworkConfig, Precond, load_teacher, presets
 
 Arch = Literal["ddpmpp", "ncsnpp", "adm"]
@@ -214,6 +213,7 @@ class Ablation(Recipe[AblationOptions]):
         teachers: dict[Path, Teacher] = {}
         runs: list[tuple[Run, Path]] = []
         rules: set[Rules] = set()
+        distilled: set[Path] = set()
         for variant in chosen:
             place, teacher = self._teacher(variant, options, named, path / "teachers", teachers)
             teachers[place] = teacher
@@ -225,8 +225,14 @@ class Ablation(Recipe[AblationOptions]):
                 # Roles are made here, so that a width that cannot be is refused before anything is trained.
                 objective = config.objective(teacher.network)
                 _ = objective.roles
-                rules.add(check_run_folder(run_path, "distill", config, facts)["config"]["rules"])
+                found = check_run_folder(run_path, "distill", config, facts)
+                rules.add(found["config"]["rules"])
+                if "teacher" in found:
+                    distilled.add(place)
                 runs.append((Run(variant.label, seed, config, objective.nfe, run_path), place))
+        for place, teacher in teachers.items():
+            if teacher.training is not None:
+                self.digits.check_teaching(place, teacher.training, teacher.network, distilled=place in distilled)
         comparison = None if options.data == "digits" else options.comparison(self.cifar.shape, run_device())
         if comparison is None and options.data != "digits" and not options.dry_run:
             raise ValueError("give --reference, and --inception or --features pixels: there is nothing to measure")
@@ -333,7 +339,6 @@ class Ablation(Recipe[AblationOptions]):
         network = self.digits.network(replace(options, arch=arch), D)
         training = resolve_precision(self.digits.teaching(replace(options, D=D, resume=True)), run_device())
         training.split(launched_processes())
-        check_run_folder(place, "teacher", training, training_facts(training, network, self.digits.dataset, None))
         return place, Teacher(network, place, None, training)
 
     def _base_D(self, options: AblationOptions) -> float:

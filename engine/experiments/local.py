@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,10 +22,18 @@ from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import Given, user_input
 from ipfm.engine.runtime.launcher import launched_processes
+from ipfm.engine.training.checkpoint import checkpoints_in, step_of
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.resolve import complete, resolve_precision
-from ipfm.engine.training.run_folder import check_run_folder, claimed, open_run_folder, teacher_facts
+from ipfm.engine.training.run_folder import (
+    EXPORTS,
+    check_run_folder,
+    claimed,
+    exported_steps,
+    open_run_folder,
+    teacher_facts,
+)
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
 from ipfm.models import NetworkConfig, Precond
 
@@ -62,6 +71,8 @@ class TrainAndDistilPlan(Plan):
         recipe, path, teacher = self.recipe, self.path, self.teacher
         config = replace(self.config, resume=True)  # the folder is this run's from here on
         if teacher is None:
+            if world.is_main and "teacher" in self.record and not (path / "teacher").exists():
+                print(f"{path} was distilled from a teacher that is not in it: it is trained again", file=sys.stderr)
             teacher = recipe.teacher(self.teaching, self.network, path / "teacher", world)
         evaluation = recipe.evaluation(self.options.eval_images)
         with user_input():
@@ -78,6 +89,34 @@ class TrainAndDistilPlan(Plan):
             print(f"run folder: {path}   generator: {path / 'generator'}   curve: {path / 'convergence.png'}")
             if (path / COMPARISON_FILE).exists():
                 print(f"teacher, generator and data side by side: {path / COMPARISON_FILE}")
+
+
+def check_own_teacher(folder: Path, teaching: TeacherConfig, *, distilled: bool) -> None:
+    """Whether the teacher that was trained for a run can be the one that is asked for now.
+
+    Args:
+        folder: of its training.
+        teaching: settings of its training.
+        distilled: a run has begun to distil it; then it is to stay as it is.
+
+    Raises:
+        ValueError: its training is longer; it would have to go on though it has been distilled; or there is its
+            result and nothing to continue from.
+    """
+    wanted, exported = teaching.total_steps, exported_steps(folder, "teacher")
+    saved = max(map(step_of, checkpoints_in(folder / "checkpoints")), default=None)
+    if exported is not None and saved is None:
+        raise ValueError(
+            f"{folder} has a teacher, and no checkpoint of its training: give --teacher {folder / EXPORTS['teacher']} "
+            "to take it as it is, or choose another --out"
+        )
+    longer = saved is not None and saved > wanted
+    if longer or (distilled and exported is not None and exported < wanted):
+        done = max(saved or 0, exported or 0)
+        raise ValueError(
+            f"the teacher in {folder} has {done} steps{' and was distilled' if distilled else ''}, --teacher-steps "
+            f"asks for {wanted}: give --teacher-steps {done}, or choose another --out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +185,15 @@ class TrainAndDistil(Recipe[O], Generic[O]):
             resume=options.resume,
         )
 
+    def check_teaching(self, folder: Path, config: TeacherConfig, network: NetworkConfig, *, distilled: bool) -> None:
+        """Whether `teacher` can train in `folder`, or take what is there; see `check_own_teacher`. Nothing is written.
+
+        Raises:
+            ValueError: it cannot; one line.
+        """
+        check_own_teacher(folder, config, distilled=distilled)
+        check_run_folder(folder, "teacher", config, training_facts(config, network, self.dataset, None))
+
     def teacher(self, config: TeacherConfig, network: NetworkConfig, path: Path, world: World) -> Precond:
         """The averaged teacher; trained in the run folder `path`, or read from there.
 
@@ -211,6 +259,5 @@ class TrainAndDistil(Recipe[O], Generic[O]):
         teaching.split(launched_processes())
         record = check_run_folder(path, "distill", config, teacher_facts(teacher))
         if teacher is None and (path / "teacher").exists():
-            facts = training_facts(teaching, network, self.dataset, None)
-            check_run_folder(path / "teacher", "teacher", teaching, facts)
+            self.check_teaching(path / "teacher", teaching, network, distilled="teacher" in record)
         return TrainAndDistilPlan(self, options, config, network, teacher, teaching, path, record)

@@ -13,8 +13,10 @@ import errno
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -25,6 +27,8 @@ from ipfm.engine.runtime.stdio import usable_streams
 
 T = TypeVar("T")
 BAD_INPUT, FAILED = 2, 1
+# Where the code of this project is, from the package's folder.
+ROOMS = ("engine", "kernels", "models", "recipes")
 # Columns of --help.
 HELP_WIDTH = 100
 
@@ -208,6 +212,7 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
             traceback is wanted.
     """
     name = Path(prog).name
+    before, warnings.formatwarning = warnings.formatwarning, partial(_warning_of, name, warnings.formatwarning)
     try:
         os.getcwd()
     except OSError:
@@ -262,6 +267,17 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
             from ipfm.engine.runtime.launcher import stop_world
 
             stop_world()
+        warnings.formatwarning = before
+
+
+def _warning_of(
+    prog: str, usual: Callable[..., str], message: Warning | str, kind: type[Warning], file: str, *where: Any
+) -> str:
+    """A warning of this project as the line that it is; others as they come, with their place in the code."""
+    with contextlib.suppress(ValueError):
+        if Path(file).resolve().relative_to(Path(__file__).resolve().parents[2]).parts[0] in ROOMS:
+            return f"{prog}: note: {message}\n"
+    return usual(message, kind, file, *where)
 
 
 def _complain(line: str, details: str = "", *, everyone: bool = False) -> None:

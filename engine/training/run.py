@@ -34,11 +34,12 @@ from ipfm.engine.runtime.launcher import Launcher
 from ipfm.engine.training.board import conclude
 from ipfm.engine.training.loop import PICTURE_SEED, Progress, train
 from ipfm.engine.training.monitor import COMPARISON_FILE
-from ipfm.engine.training.run_folder import RunFolder, check_run_folder, open_run_folder
+from ipfm.engine.training.run_folder import RunFolder, check_run_folder, is_settled, open_run_folder
 from ipfm.engine.training.task import attempt
 from ipfm.models import NetworkConfig, Precond, save_model
 from ipfm.models.atomic_files import why
 from ipfm.models.facts import ModelFacts
+from ipfm.models.store import in_the_way
 
 C = TypeVar("C", bound=RunConfig)
 # Of the picture at the end: small, for a signal to be noticed between two batches.
@@ -176,12 +177,17 @@ class TrainingRun(ABC, Generic[C]):
             self._go_by(record["config"]["rules"])
             if self.world.is_main:
                 print(f"ipfm: {path} goes on by rules {self.config.rules}, as it began; see --rules", file=sys.stderr)
+        # A result that lies among files of others stays as it is.
+        kept = is_settled(path, kind, self.config) and in_the_way(path / export)
         # Every process has looked before the first one writes.
         self.world.barrier()
         folder = open_run_folder(path, record, write=self.world.is_main)
         self.world.barrier()
         progress = train(self, self.config, folder)
-        self.export(path / export, about=about, steps=progress.step)
+        if kept:
+            self.refresh()
+        else:
+            self.export(path / export, about=about, steps=progress.step)
         return folder, progress
 
     @property
@@ -265,7 +271,7 @@ class TrainingRun(ABC, Generic[C]):
             made = replace(about, optimizer_steps=steps, settings=settings)
             try:
                 save_model(self.average, folder, extra=made.to_json())
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 reason = why(error)
         if reason := self.world.broadcast_text(reason):
             raise TrainingFailed(

@@ -25,6 +25,7 @@ from ipfm.engine.runtime.files import read_json
 from ipfm.engine.training.checkpoint import check_format, checkpoints_in, is_whole, step_of
 from ipfm.models import Precond
 from ipfm.models.atomic_files import atomic_write, forget_unfinished
+from ipfm.models.store import in_the_way
 
 FORMAT = 1
 # The exported network of each kind of run.
@@ -78,7 +79,8 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
     Raises:
         ValueError: `path` cannot be a folder or cannot be written; it holds another run, something that is no run,
             checkpoints of another version's format, more steps than the settings ask for, no checkpoint of the step to
-            go back to, or any run with ``resume=False``. The message is one line and names each setting that differs.
+            go back to, files that the exported network would replace, or any run with ``resume=False``. The message is
+            one line and names each setting that differs.
         OSError: the folder cannot be read.
     """
     record = {"format": FORMAT, "kind": kind, **config.recorded(), "config": config.to_json(), **facts}
@@ -118,12 +120,14 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
     _check_steps(path, kind, config)
     if is_settled(path, kind, config):
         return {**record, **found, **facts}
+    if reason := in_the_way(path / EXPORTS[kind]):
+        raise ValueError(f"{reason}: move it away, or choose another --out")
     return {**found, **record}
 
 
 def is_settled(path: Path, kind: str, config: RunConfig) -> bool:
     """Whether the folder's run has all the steps of these settings, and its result: it is only read."""
-    newest, result = max(_steps(path), default=None), _exported_steps(path, kind)
+    newest, result = max(_steps(path), default=None), exported_steps(path, kind)
     measured = kind == "teacher" or (path / "results.json").is_file()
     return config.from_step is None and measured and newest is not None and newest == result == _length(config)
 
@@ -146,7 +150,7 @@ def _steps(path: Path) -> list[int]:
     return sorted({step_of(checkpoint) for checkpoint in checkpoints_in(path / "checkpoints")})
 
 
-def _exported_steps(path: Path, kind: str) -> int | None:
+def exported_steps(path: Path, kind: str) -> int | None:
     """Steps done by the exported network; None where there is none, or it does not say."""
     extra = (read_json(path / EXPORTS[kind] / "config.json") or {}).get("extra")
     steps = extra.get("optimizer_steps") if isinstance(extra, dict) else None
@@ -176,7 +180,7 @@ def _check_steps(path: Path, kind: str, config: RunConfig) -> None:
             f"{path} is at step {reached} already, beyond {length}: give at least {reached} steps, --from-step "
             f"{earlier} to go back and forget what came after, or choose another --out"
         )
-    exported = None if steps or start is not None else _exported_steps(path, kind)
+    exported = None if steps or start is not None else exported_steps(path, kind)
     if exported is not None:
         raise ValueError(
             f"{path} holds the result of {exported} steps and no checkpoint to continue from: give --from-step 0 to "
@@ -263,9 +267,10 @@ def _differences(found: Mapping[str, Any], ours: Mapping[str, Any], free: frozen
     theirs = {name: found[name] for name in known} | _identity(found["config"], free)
     mine = {name: ours[name] for name in known} | _identity(ours["config"], free)
     return [
-        f"{name} is {_short(theirs.get(name))} there, {_short(mine.get(name))} here"
+        f"{name} is {there} there, {here} here"
         for name in mine | theirs
         if theirs.get(name) != mine.get(name)
+        for there, here in [_told_apart(theirs.get(name), mine.get(name))]
     ]
 
 
@@ -287,6 +292,12 @@ def _identity(config: Mapping[str, Any], free: frozenset[str]) -> dict[str, Any]
 def _is_leftover(entry: Path) -> bool:
     """What a run that was killed while it wrote its first file leaves behind."""
     return entry.name == "run.lock" or (entry.name.startswith(".config.json.") and entry.name.endswith(".tmp"))
+
+
+def _told_apart(one: Any, other: Any) -> tuple[str, str]:
+    """Two values that differ; as JSON has them where they would read alike, as 16 and "16" in an edited file."""
+    texts = _short(one), _short(other)
+    return texts if texts[0] != texts[1] else (json.dumps(one), json.dumps(other))
 
 
 def _short(value: Any) -> str:

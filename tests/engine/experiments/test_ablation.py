@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -267,6 +268,17 @@ def test_another_teacher_or_measure_is_refused(whole: Path, tmp_path: Path) -> N
         ablation_init.main([*TWO, "--out", str(whole), "--eval-images", "65"])
     with pytest.raises(BadInput, match=r"belongs to another ablation .ablation is init there, alpha here"):
         ablation_alpha.main(["--quick", "--out", str(whole)])
+
+
+def test_a_teacher_whose_runs_have_begun_is_not_trained_on(whole: Path, tmp_path: Path) -> None:
+    """The runs could not go on from another one."""
+    shutil.copytree(whole, tmp_path / "init")
+    given = parse_given(
+        [*TWO, "--out", str(tmp_path / "init"), "--teacher-steps", "9"],
+        default=ablation_init.ABLATION.defaults, prog="x", description="",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"has 4 steps and was distilled, --teacher-steps asks for 9: give"):
+        ablation_init.ABLATION.plan(given)
 
 
 def test_an_ablation_that_was_begun_by_older_rules_ends_by_them(tmp_path: Path) -> None:

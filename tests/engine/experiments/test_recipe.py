@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +21,7 @@ from ipfm.engine import DistillConfig
 from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments import distil, recipe_options
 from ipfm.engine.experiments import recipe as choreography
+from ipfm.engine.experiments.local import check_own_teacher
 from ipfm.engine.experiments.recipe import Plan, Recipe
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.runtime.commandline import BadInput, Given, parse, parse_given
@@ -299,3 +302,37 @@ def test_whose_result_is_shown_is_said_first(
         f"{tmp_path} is finished: this is its result after 300 steps, nothing is trained or measured again; it was "
         "made with other settings (heun-steps is 18 there, 40 here)\n"
     )
+
+
+# -- the teacher in a run's own folder ---------------------------------------------------------------------------------
+
+
+def own_teacher(run: Path, *steps: int, exported: int | None) -> None:
+    """What a teacher's training in `run` leaves: checkpoints after these steps, and the teacher."""
+    for step in steps:
+        (run / "teacher" / "checkpoints" / f"step-{step:07d}").mkdir(parents=True)
+    if exported is not None:
+        (run / "teacher" / "model").mkdir(parents=True)
+        record = {"extra": {"optimizer_steps": exported}}
+        (run / "teacher" / "model" / "config.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("asked", "distilled", "steps", "exported", "said"),
+    [
+        (900, True, (800, 900), 900, ""),
+        (900, False, (400,), None, ""),  # stopped
+        (1200, False, (800, 900), 900, ""),  # not distilled yet
+        (900, True, (800,), 900, ""),  # the last checkpoint was lost: it is made again
+        (1200, True, (800, 900), 900, "has 900 steps and was distilled, --teacher-steps asks for 1200: give"),
+        (600, True, (800, 900), 900, "has 900 steps and was distilled, --teacher-steps asks for 600: give"),
+        (600, False, (700,), None, "has 700 steps, --teacher-steps asks for 600: give --teacher-steps 700"),
+        (900, True, (), 900, "no checkpoint of its training: give --teacher run/teacher/model"),
+    ],
+)  # fmt: skip
+def test_the_teacher_in_a_runs_folder_is_not_trained_on_once_it_is_distilled(asked, distilled, steps, exported, said):
+    own_teacher(Path("run"), *steps, exported=exported)
+    teaching = replace(digits_ipfm.RECIPE.training, max_steps=asked)
+    with pytest.raises(ValueError) if said else nullcontext() as error:
+        check_own_teacher(Path("run/teacher"), teaching, distilled=distilled)
+    assert not said or (said in str(error.value) and str(error.value).endswith("or choose another --out"))

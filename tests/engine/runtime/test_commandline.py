@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -346,6 +347,21 @@ def ends(error: BaseException | None, capfd, argv: list[str] | None = None) -> t
     out, err = capfd.readouterr()
     assert out == ""
     return code, err
+
+
+def test_a_warning_of_this_project_is_one_line_without_its_place_in_the_code():
+    before, said = warnings.formatwarning, []
+
+    def main(_: object) -> None:
+        for file in (commandline.__file__, "/else/where.py"):
+            said.append(warnings.formatwarning("1 line was left out", UserWarning, file, 7))
+
+    run_command("/some/where/recipe.py", main, [])
+    assert said == [
+        "recipe.py: note: 1 line was left out\n",
+        "/else/where.py:7: UserWarning: 1 line was left out\n",
+    ]
+    assert warnings.formatwarning is before
 
 
 @pytest.mark.quick

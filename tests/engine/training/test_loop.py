@@ -336,6 +336,18 @@ def test_a_run_goes_back_to_an_earlier_checkpoint_and_forgets_what_came_after(tm
     assert task.looks == [2, 4, 6, 8, 10, 12] and steps(tmp_path) == list(range(12))
 
 
+def test_a_step_that_is_gone_back_to_and_is_the_last_one_loses_what_came_after_it_too(tmp_path) -> None:
+    settings = {"eval_every": 4, "keep_checkpoints": 5}
+    train(Counting(), config(**settings), RunFolder(tmp_path))
+    (tmp_path / "results.json").write_text("[]")
+    task = Counting()
+    assert train(task, config(**settings, max_steps=8, from_step=8), RunFolder(tmp_path)).step == 8
+    assert task.looks == [8] and steps(tmp_path) == list(range(8))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == ["step-0000004", "step-0000008"]
+    assert sorted(p.stem[-2:] for p in (tmp_path / "samples").iterdir()) == ["04", "08"]
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_a_run_folder_that_is_removed_meanwhile_is_made_again(tmp_path, capsys) -> None:
     path = tmp_path / "run"
     record = check_run_folder(path, "teacher", config(), {})

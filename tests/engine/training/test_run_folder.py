@@ -420,3 +420,35 @@ def test_no_resume(tmp_path):
     message = refused(tmp_path / "new", config)
     assert message == f"{tmp_path / 'new'} holds a run already and --no-resume was given: choose another --out"
     start(tmp_path / "new")
+
+
+@pytest.mark.parametrize("kind", ["distill", "teacher"])
+@pytest.mark.parametrize("entry", ["README.md", None])
+def test_files_that_the_result_would_replace_are_told_before_a_run_begins(tmp_path, kind, entry):
+    config = CONFIG if kind == "distill" else TeacherConfig(batch=8, max_steps=10)
+    export = tmp_path / {"distill": "generator", "teacher": "model"}[kind]
+    start(tmp_path, config, kind)
+    if entry is None:
+        export.write_text("")
+        reason = "is a file; a network is stored as a folder"
+    else:
+        export.mkdir()
+        (export / entry).write_text("mine")
+        reason = f"holds '{entry}', which storing a network there would delete"
+    assert refused(tmp_path, config, kind) == f"{export} {reason}: move it away, or choose another --out"
+
+
+def test_files_beside_the_result_of_a_finished_run_are_no_hindrance(tmp_path):
+    start(tmp_path)
+    advance(tmp_path, 10, exported=10)
+    (tmp_path / "generator" / "README.md").write_text("mine")
+    start(tmp_path)
+    assert "holds 'README.md'" in refused(tmp_path, replace(CONFIG, max_steps=20))
+
+
+def test_a_number_that_was_edited_to_a_text_is_told_apart(tmp_path):
+    start(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    record["config"]["batch"] = "8"
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert '(batch is "8" there, 8 here)' in refused(tmp_path)
