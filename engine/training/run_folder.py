@@ -86,6 +86,10 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
     record = {"format": FORMAT, "kind": kind, **config.recorded(), "config": config.to_json(), **facts}
     if about := config.about():
         record["about"] = dict(about)
+    try:
+        path.resolve()
+    except RuntimeError:
+        raise ValueError(f"{path} is a link that leads back to itself: choose another --out") from None
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} is a file, the run folder {path} cannot be there: choose another --out")

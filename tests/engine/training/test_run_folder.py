@@ -452,3 +452,10 @@ def test_a_number_that_was_edited_to_a_text_is_told_apart(tmp_path):
     record["config"]["batch"] = "8"
     (tmp_path / "config.json").write_text(json.dumps(record))
     assert '(batch is "8" there, 8 here)' in refused(tmp_path)
+
+
+def test_a_folder_that_is_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises((ValueError, OSError)) as error:
+        start(tmp_path / "loop")
+    assert "\n" not in str(error.value) and "loop" in str(error.value)
