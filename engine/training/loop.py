@@ -72,8 +72,9 @@ def train(task: Task, config: RunConfig, folder: RunFolder) -> Progress:
         reached = progress.step <= config.total_steps
         # What came after a step that is gone back to is forgotten, its result too, also where this step is the last.
         gone_back = config.from_step is not None and progress.step == config.total_steps
-        evaluation_due = reached and checkpoint is not None
-        evaluation_due = evaluation_due and (gone_back or _look_is_missing(progress.step, config, folder, world))
+        evaluation_due = (
+            checkpoint is not None and reached and (gone_back or _look_is_missing(progress.step, config, folder, world))
+        )
         if progress.step >= config.total_steps and not evaluation_due:
             return progress
         return _Run(task, config, folder, progress, checkpoint, noted).run(evaluation_due)
