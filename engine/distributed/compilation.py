@@ -91,10 +91,10 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         ValueError: it has not.
     """
-    from torch._inductor.runtime.runtime_utils import cache_dir
-
     try:
-        # It makes the folder.
+        # It makes the folder, some of the modules that it is imported with too.
+        from torch._inductor.runtime.runtime_utils import cache_dir
+
         above = unwritable_ancestor(Path(cache_dir()))
         unwritable = "" if above is None else f"{above}: no permission"
     except OSError as error:
