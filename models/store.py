@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ipfm.models.atomic_files import atomic_folder, previous_of, write_durably
-from ipfm.models.checkpoints.recognise import cut_short, missing, what_folder, what_pointer
+from ipfm.models.checkpoints.recognise import cut_short, missing, user_path, what_folder, what_pointer
 from ipfm.models.config import NetworkConfig, PrecondType
 from ipfm.models.facts import GeneratorFacts, TeacherFacts, read_facts
 from ipfm.models.precond import Precond, build_network
@@ -89,7 +89,7 @@ def save_model(
             `extra` is no JSON.
         OSError: the disk refuses.
     """
-    target = Path(folder).resolve()
+    target = user_path(folder).resolve()
     if reason := in_the_way(target):
         raise ValueError(f"{reason}: name another folder")
     tensors = _tensors_to_store(net, state)
@@ -119,7 +119,7 @@ def read_config(folder: str | os.PathLike[str]) -> StoredConfig:
     Raises:
         ValueError: one line that names the file that is missing or damaged.
     """
-    return _read_config(_existing(Path(folder)))
+    return _read_config(_existing(user_path(folder)))
 
 
 def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Precond:
@@ -171,7 +171,10 @@ def _existing(folder: Path) -> Path:
     if not folder.exists():
         raise ValueError(f"{missing(folder)}; {readable}")
     if not folder.is_dir():
-        raise ValueError(f"{folder} is {'a file' if folder.is_file() else 'neither file nor folder'}; {readable}")
+        kind, more = "neither file nor folder", ""
+        if folder.is_file():
+            kind, more = "a file", "; load_teacher and load_network read checkpoints"
+        raise ValueError(f"{folder} is {kind}; {readable}{more}")
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
             what = what_folder(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ipfm.models.checkpoints.reader import Checkpoint, ImportedNetwork, check_D, open_checkpoint
-from ipfm.models.checkpoints.recognise import models_in
+from ipfm.models.checkpoints.recognise import models_in, user_path
 from ipfm.models.facts import GeneratorFacts, TeacherFacts
 from ipfm.models.precond import Precond, build_network
 from ipfm.models.store import StoredConfig, load_stored, read_config
@@ -44,7 +44,7 @@ def load_network(
         ValueError: one line that names the file, where `path` is anything else, is damaged, has no such network, was
             trained for another D, or is a generator where a teacher is wanted.
     """
-    place = Path(path)
+    place = user_path(path)
     check_D(D)
     if place.is_file():
         checkpoint = open_checkpoint(place)

@@ -49,6 +49,7 @@ class Dataset:
 
     def run(self) -> None:
         """Write the zip and print what is in it."""
+        from ipfm.engine.data.decoding import pillow_heard
         from ipfm.engine.data.open_dataset import Subset, empty_classes, label_width
         from ipfm.engine.data.preparation import Shaping, find_pictures
         from ipfm.engine.data.zip_writer import write_dataset_zip
@@ -67,16 +68,20 @@ class Dataset:
                 raise ValueError(f"{self.out} exists already: give --overwrite, or another name")
             check_writable(self.out, self.out.parent)
             shaping = Shaping(self.resolution, crop=self.crop == "center")
-            pictures = find_pictures(
-                self.source, shaping, self.labels, Subset(self.max_images), skip_unreadable=self.skip_unreadable
-            )
+            with pillow_heard() as heard:
+                pictures = find_pictures(
+                    self.source, shaping, self.labels, Subset(self.max_images), skip_unreadable=self.skip_unreadable
+                )
             empty = empty_classes(pictures.labels, pictures.width)
             for said in self._remarks(pictures):
                 remarks.add(said)
             if self.strict and (pictures.left_out.beyond_system_files or pictures.remarks or empty):
                 raise ValueError(f"strict was given, and {remarks[-1]}")
             # The work as well: a bad image may show only when it is decoded.
-            write_dataset_zip(self.out, pictures.pngs(), pictures.labels)
+            with pillow_heard() as while_decoding:
+                write_dataset_zip(self.out, pictures.pngs(), pictures.labels)
+            for said in (while_decoding or heard)[:1]:
+                remarks.add(f"{self.source}: {said}")
         width = 0 if pictures.labels is None else label_width(pictures.labels)
         classes = pictures.labels is not None and pictures.labels.ndim == 1
         with output(as_json=self.json) as write:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from ipfm.engine.data.image_files import ImageFiles, printable
 from ipfm.engine.runtime.remarks import Remarks
+from ipfm.engine.runtime.wording import counted
 from ipfm.models.checkpoints.recognise import image_kind, what_pointer
 
 if TYPE_CHECKING:
@@ -182,6 +185,25 @@ class DecodedImages:
 def threads() -> ThreadPoolExecutor:
     """The threads that decode images; Pillow and zlib let them run side by side."""
     return ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0))), thread_name_prefix="decode")
+
+
+@contextmanager
+def pillow_heard() -> Iterator[list[str]]:
+    """Gathers what Pillow warns of while pictures are read, which names no file: one line with how often, at the end.
+
+    For one thread at a time; the warnings of others are passed on.
+    """
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", module=r"PIL\.")
+        yield said
+    own = [one for one in caught if "PIL" in Path(one.filename).parts]
+    for one in caught:
+        if one not in own:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if own:
+        text = printable(" ".join(str(own[0].message).split()))
+        said.append(f"Pillow warned {counted(len(own), 'time')} and read the images all the same: {text[:120]}")
 
 
 class _Refused(Exception):

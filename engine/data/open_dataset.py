@@ -10,6 +10,7 @@ Nothing is unpacked to disk and no code from a file is run.
 from __future__ import annotations
 
 import contextlib
+import os
 import zipfile
 from dataclasses import dataclass
 from math import prod
@@ -21,12 +22,20 @@ from torch import Tensor
 
 from ipfm.engine.data.cifar import CIFAR_100, CLASSES, cifar_place, is_cifar100, is_cifar_folder, read_cifar
 from ipfm.engine.data.dataset import ImageDataset
-from ipfm.engine.data.decoding import DecodedImages, Header, read_header
+from ipfm.engine.data.decoding import DecodedImages, Header, pillow_heard, read_header
 from ipfm.engine.data.image_files import EXTENSIONS, NO_SUFFIX, FolderFiles, ImageFiles, ZipFiles
 from ipfm.engine.data.labels import read_labels
 from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.engine.runtime.remarks import Remarks
-from ipfm.models.checkpoints.recognise import image_kind, missing, what_packed, what_place, what_zip
+from ipfm.models.checkpoints.recognise import (
+    image_kind,
+    missing,
+    user_path,
+    what_of_ours,
+    what_packed,
+    what_place,
+    what_zip,
+)
 
 IN_MEMORY_LIMIT = 4 * 10**9
 """Bytes of pixels up to which a data set is decoded once and held in memory; a larger one is decoded batch by batch."""
@@ -36,7 +45,7 @@ KINDS = "a folder or zip of images, or CIFAR-10's python or binary archive (.tar
 
 
 def open_dataset(
-    path: Path,
+    path: str | os.PathLike[str],
     *,
     labels: bool = True,
     xflip: bool = False,
@@ -67,7 +76,7 @@ def open_dataset(
     """
     check_strictness(skip_unreadable=skip_unreadable, strict=strict)
     kept = Subset(max_images, seed)
-    path = path.expanduser()
+    path = user_path(path)
     if is_cifar(path):
         images, classes = read_cifar(path)
         chosen = kept.of(len(images))
@@ -87,7 +96,8 @@ def open_dataset(
         Remarks().add(remark)
     if strict and (said or files.left_out.beyond_system_files):
         raise ValueError(f"strict was given, and {remarks[-1]}")
-    header = _first_header(files, skip_unreadable=skip_unreadable)
+    with pillow_heard() as heard:
+        header = _first_header(files, skip_unreadable=skip_unreadable)
     if header.width != header.height:
         raise ValueError(
             f"{files.where(files.names[0])} is {header.width}x{header.height}, but images must be square: "
@@ -101,9 +111,14 @@ def open_dataset(
         skip_unreadable=skip_unreadable,
     )
     held, everything = prod(source.shape) <= memory_limit, torch.arange(len(chosen))
-    kept_images = source.read(everything) if held else source
+    kept_images: Tensor | DecodedImages = source
     if held:
+        with pillow_heard() as heard:
+            kept_images = source.read(everything)
         chosen = chosen[source.served(everything)]
+    for remark in heard if is_first_process() else ():
+        Remarks().add(f"{path}: {remark}")
+    remarks += [f"{path}: {remark}" for remark in heard]
     return ImageDataset(
         kept_images,
         None if found is None else found[chosen],
@@ -168,7 +183,7 @@ def open_image_files(path: Path) -> ImageFiles:
         about = f"{what}; a data set is" if what else "it must be"
         raise ValueError(f"{path} is no data set that can be read: {about} {KINDS}")
     files: ImageFiles = FolderFiles(path) if path.is_dir() else ZipFiles(path)
-    if not files.names and (what := _other_zip(path)):
+    if not files.names and (what := _what_instead(path)):
         raise ValueError(f"{path} holds no images: {what}")
     if not files.names:
         inside = [*files.left_out.get(NO_SUFFIX, ()), *files.left_out.get("files .bin", ())]
@@ -215,10 +230,10 @@ def _what_else(path: Path) -> str | None:
     return what_place(path)
 
 
-def _other_zip(path: Path) -> str | None:
-    """What a zip is that is known to be no data set: a program, a checkpoint, arrays."""
+def _what_instead(path: Path) -> str | None:
+    """What is known to be no data set: a folder of ours, a zip that is a program, a checkpoint or arrays."""
     if path.is_dir():
-        return None
+        return what_of_ours(path)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if any(name.endswith("/data.pkl") for name in names) and not any(n.endswith("/constants.pkl") for n in names):

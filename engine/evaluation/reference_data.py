@@ -17,7 +17,7 @@ from ipfm.engine.evaluation.metrics import Features, Reference, Statistics, coll
 from ipfm.engine.evaluation.metrics.frechet import check_statistics
 from ipfm.engine.runtime.progress import ProgressBar
 from ipfm.models.atomic_files import atomic_write
-from ipfm.models.checkpoints.recognise import missing, what_place
+from ipfm.models.checkpoints.recognise import missing, user_path, what_place
 
 # Names of an array of images in an .npz: ADM's sample and reference batches, and those of `ipfm sample`.
 IMAGE_ARRAYS = ("arr_0", "images")
@@ -45,7 +45,7 @@ def open_reference(path: Path | str, *, skip_unreadable: bool = False, strict: b
     Raises:
         ValueError: there is no such file, it holds none of these, or statistics that are none; one line.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     _refuse_what_is_known(path)
     if not is_npz(path):
         return ReferenceFile(path, None, open_images(path, skip_unreadable=skip_unreadable, strict=strict))
@@ -80,7 +80,7 @@ def open_images(
     # Here, for a run that compares with statistics needs no reader of images.
     from ipfm.engine.data.open_dataset import Subset, open_dataset
 
-    path = Path(path).expanduser()
+    path = user_path(path)
     _refuse_what_is_known(path)
     if not is_npz(path):
         return open_dataset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from ipfm.engine.objectives.published import paper_result
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.sampling.stored_model import sample_model
 from ipfm.models import NetworkConfig
-from ipfm.models.checkpoints.recognise import missing
+from ipfm.models.checkpoints.recognise import image_kind, missing
 from ipfm.models.facts import GeneratorFacts, ModelFacts
 from ipfm.models.store import CONFIG_FILE
 
@@ -97,12 +98,23 @@ def open_subject(
             remarks=(f"{path} holds images of several models: they were put together with --add",) if mixed else (),
             said=images.remarks,
         )
+    if image := _single_image(path):
+        raise ValueError(f"{path} is a single image ({image}); give the folder that it lies in")
     model = sample_model(path, device, heun_steps=heun_steps, seed=seed, D=D)
     draw, network, facts, nfe = model.draw, model.network, model.facts, model.nfe
     shape = network.image_shape
     if isinstance(facts, GeneratorFacts):
         return Subject("generator", draw, shape, None, network.D, nfe, _generator_paper(facts, network, nfe))
     return Subject("teacher", draw, shape, None, network.D, nfe, _teacher_paper(facts, network, nfe))
+
+
+def _single_image(path: Path) -> str | None:
+    """The format of a file that is one image; None of anything else."""
+    if not path.is_file():
+        return None
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return image_kind(file.read(32))
+    return None
 
 
 def _generator_paper(facts: GeneratorFacts, network: NetworkConfig, nfe: int) -> str | None:

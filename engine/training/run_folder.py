@@ -22,6 +22,7 @@ from ipfm.engine.config import CURRENT_RULES, FIRST_RULES, RunConfig, TeacherCon
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.runtime.errors import FolderInUse
 from ipfm.engine.runtime.files import read_json
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import check_format, checkpoints_in, is_whole, step_of
 from ipfm.models import Precond
 from ipfm.models.atomic_files import atomic_write, forget_unfinished
@@ -271,11 +272,20 @@ def _differences(found: Mapping[str, Any], ours: Mapping[str, Any], free: frozen
     theirs = {name: found[name] for name in known} | _identity(found["config"], free)
     mine = {name: ours[name] for name in known} | _identity(ours["config"], free)
     return [
-        f"{name} is {there} there, {here} here"
+        f"{name} is {there} there, {here} here" + _since(name, mine.get(name), theirs)
         for name in mine | theirs
         if theirs.get(name) != mine.get(name)
         for there, here in [_told_apart(theirs.get(name), mine.get(name))]
     ]
+
+
+def _since(name: str, now: object, theirs: Mapping[str, Any]) -> str:
+    """What another number of images says: files of the data set have come or gone."""
+    before = theirs.get("images")
+    if name != "images" or not (isinstance(now, int) and isinstance(before, int)):
+        return ""
+    said = f"lacks {counted(before - now, 'file')}" if before > now else f"has {counted(now - before, 'new file')}"
+    return f" (the data set {said} since the run began: put it back as it was to go on)"
 
 
 def identity(config: RunConfig) -> dict[str, Any]:

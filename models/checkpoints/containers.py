@@ -140,7 +140,8 @@ def _content(data: memoryview, info: zipfile.ZipInfo, where: str) -> memoryview:
     name = shown(info.filename)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
         raise ValueError(
-            f"{where}: member {name} is compressed or encrypted, which torch.save never does: was it packed again?"
+            f"{where}: member {name} is compressed or encrypted, which torch.save never does: was it packed again? "
+            "Unpack it, and pack it without compression: zip -0 -r NEW.pt FOLDER"
         )
     header = bytes(data[info.header_offset : info.header_offset + _LOCAL_HEADER.size])
     if info.header_offset < 0 or len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):

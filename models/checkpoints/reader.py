@@ -64,6 +64,7 @@ class Checkpoint:
         networks: by name, in the order of the file.
         entries: everything at the top of the file, networks included.
         size: of the file in bytes.
+        file: where it lies, if it is on disk.
     """
 
     where: str
@@ -72,6 +73,7 @@ class Checkpoint:
     networks: Mapping[str, Record]
     entries: Mapping[str, object]
     size: int
+    file: Path | None = None
 
     def choose(self, name: str | None = None) -> str:
         """The name of the network to take.
@@ -116,6 +118,7 @@ class Checkpoint:
         check_D(D)
         record = self.networks[key]
         try:
+            self._check_length()
             stated = trained_for(record)
             config, tensors, parameters = self._plan(record, stated or D or math.inf)
         except ValueError as error:
@@ -123,12 +126,21 @@ class Checkpoint:
         if D is not None and stated is not None and stated != D:
             raise ValueError(f"{self.where} was trained for D = {stated:g}, but D = {D:g} was asked for")
         try:
-            weights = {name: _load(name, tensor) for name, tensor in tensors.items()}
+            weights = {name: self._loaded(name, tensor) for name, tensor in tensors.items()}
             check_constants(config, weights)
         except ValueError as error:
             raise ValueError(f"{self.where}: network {shown(key)}: {error}") from None
         source: DSource = "file" if stated is not None else "caller" if D is not None else "assumed"
         return ImportedNetwork(key, record.class_name, config, weights, parameters, source)
+
+    def _loaded(self, name: str, tensor: StoredTensor) -> Tensor:
+        self._check_length()
+        return _load(name, tensor)
+
+    def _check_length(self) -> None:
+        # Reading behind the end of a mapped file ends the process, so that a file that shrinks is looked for.
+        if self.file is not None and self.file.exists() and self.file.stat().st_size < self.size:
+            raise ValueError("the file was cut short while it was read")
 
     def _plan(self, record: Record, D: float) -> tuple[NetworkConfig, dict[str, StoredTensor], tuple[str, ...]]:
         """Configuration, tensors by name and parameters' names, everything checked but the elements."""
@@ -183,7 +195,7 @@ def parse_checkpoint(
     if not networks:
         found = ", ".join(shown(key, 30) for key in list(root)[:8]) or "nothing"
         raise ValueError(f"{where} holds {_state_dict(root) or f'no network, only {found}'}; {_READABLE}")
-    return Checkpoint(where, container.kind, _origin(container.kind, root), networks, root, len(view))
+    return Checkpoint(where, container.kind, _origin(container.kind, root), networks, root, len(view), path)
 
 
 def check_D(D: float | None) -> None:

@@ -53,6 +53,23 @@ _CHECKPOINTS = (".pkl", ".pt", ".pth")
 _LOOKED_AT = 1000
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path as a shell reads it: ~ is the home folder.
+
+    Args:
+        path: as it was given.
+
+    Raises:
+        ValueError: it is empty, as an unset variable is.
+    """
+    if not os.fspath(path):
+        raise ValueError("a path is empty, as of a variable that is not set")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # a user that does not exist
+        return Path(path)
+
+
 def missing(path: Path) -> str:
     """Why there is nothing at `path`: "X does not exist", where it was looked for, or where a link leads."""
     if path.is_symlink():

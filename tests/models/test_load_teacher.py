@@ -1,13 +1,14 @@
 """load_teacher: every kind of file gives a frozen network, and the same one."""
 
 import math
+import os
 from pathlib import Path
 
 import official_files as of
 import pytest
 import torch
 
-from ipfm.models import EDMPrecond, NetworkConfig, build_network, load_teacher, save_model
+from ipfm.models import EDMPrecond, NetworkConfig, build_network, load_model, load_teacher, presets, save_model
 from ipfm.models.teacher import load_network
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -109,3 +110,17 @@ def test_what_is_no_network(stored, tmp_path):
         load_teacher(stored)
     with pytest.raises(ValueError, match=r"config.json: neither a pickle nor a torch.save file: it is a JSON text"):
         load_teacher(stored / "config.json")
+
+
+def test_paths_are_read_as_a_shell_reads_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    net = EDMPrecond(presets.get("digits", D=128.0))
+    save_model(net, "~/net")
+    assert sorted(os.listdir(tmp_path)) == ["net"]
+    assert load_teacher("~/net").config == load_model("~/net").config == net.config
+    for load in (load_teacher, load_model):
+        with pytest.raises(ValueError, match="a path is empty"):
+            load("")
+    with pytest.raises(ValueError, match=r"config\.json is a file; .*; load_teacher and load_network read checkpoints"):
+        load_model("~/net/config.json")

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -9,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ipfm.models.checkpoints.recognise import missing, what_pointer
+from ipfm.models.checkpoints.recognise import missing, what_pointer, what_zip
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 WHERE_TO_GET_INCEPTION = (
@@ -157,6 +158,21 @@ class InceptionFeatures:
         return found.shape[1], normalised
 
 
+def _no_program(path: Path) -> str | None:
+    """What a zip is that holds no program, in place of the library's own words; None of any other file."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return "it is a damaged zip, as after a download that was interrupted: fetch it again"
+    if any(name.endswith("/constants.pkl") for name in names):
+        return None
+    return "it is a checkpoint of torch.save" if any(n.endswith("/data.pkl") for n in names) else what_zip(names)
+
+
 def _load_script(path: Path, device: torch.device) -> Any:
     if not path.is_file():
         raise ValueError(f"{f'{path} is no file' if path.exists() else missing(path)}: {WHERE_TO_GET_INCEPTION}")
@@ -170,6 +186,8 @@ def _load_script(path: Path, device: torch.device) -> Any:
             f"{path} is a pickled network, which runs code of its own when it is opened, and is not read here: "
             f"{WHERE_TO_GET_INCEPTION}"
         )
+    if what := _no_program(path):
+        raise ValueError(f"{path} is no TorchScript network: {what}; {WHERE_TO_GET_INCEPTION}")
     try:
         with warnings.catch_warnings():
             # TorchScript is on its way out of PyTorch, the published file is not.

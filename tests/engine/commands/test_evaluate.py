@@ -338,6 +338,7 @@ def test_images_that_cannot_be_compared_are_refused_before_anything_is_said(
         ("reference", tmp_path / "single.npy"): "it is a single array of NumPy",
         ("reference", root / "inception.pt"): "holds no images: it is a TorchScript program",
         ("reference", tmp_path / "one" / "a.png"): "it is a single image (PNG); give the folder that it lies in",
+        ("model", tmp_path / "one" / "a.png"): "a.png is a single image (PNG); give the folder that it lies in",
         ("model", tmp_path / "one"): "holds one image; what is measured are at least two",
         ("model", root / "stats.npz"): "holds no images (arr_0), but statistics (mu, sigma), which are a reference",
     }.items():

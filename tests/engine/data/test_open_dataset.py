@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import re
 import stat
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -386,6 +388,8 @@ def test_what_is_no_data_set_is_named(tmp_path):
         ("a.xz", b"\xfd7zXZ\0", "it is packed with xz: unpack it first"),
     ):
         refused(write(tmp_path, {name: content + bytes(64)}) / name, said)
+    write(tmp_path / "net", {"config.json": b"{}", "model.safetensors": b"x"})
+    refused(tmp_path / "net", "net holds no images: it is a model folder")
     weights = write(tmp_path / "x.zip", {"archive/data.pkl": b"x", "archive/data/0": b"x"})
     refused(weights, "holds no images: it is a checkpoint, a file of torch.save")
 
@@ -393,7 +397,9 @@ def test_what_is_no_data_set_is_named(tmp_path):
 def test_paths_are_read_as_a_shell_reads_them(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "x", numbered(COLOUR))
-    assert len(open_dataset(Path("~/x"))) == len(COLOUR)
+    assert len(open_dataset(Path("~/x"))) == len(open_dataset("~/x")) == len(COLOUR)
+    with pytest.raises(ValueError, match="a path is empty, as of a variable that is not set"):
+        open_dataset("")
     refused(Path("~/y"), f"{tmp_path}/y does not exist; a data set is")
 
 
@@ -427,13 +433,19 @@ def test_photos_are_turned_as_their_exif_orientation_says(tmp_path):
     refused(tmp_path / "x", "a.jpeg is 8x16, but images must be square")
 
 
-def test_damaged_exif_data_are_no_damaged_picture(tmp_path):
+def test_damaged_exif_data_are_no_damaged_picture(tmp_path, capsys):
     exif = b"Exif\0\0MM\0*" + bytes([255] * 40)
     picture = Image.new("RGB", (16, 16), "red")
     (tmp_path / "x").mkdir()
     for kind in ("jpeg", "png", "webp"):
         picture.save(tmp_path / "x" / f"a.{kind}", exif=exif)
-    assert len(open_dataset(tmp_path / "x")) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none of Pillow's own lines reaches stderr
+        data = open_dataset(tmp_path / "x")
+    assert len(data) == 3
+    (said,) = data.remarks
+    assert re.search(r"x: Pillow warned \d+ times? and read the images all the same: Corrupt EXIF data", said)
+    assert capsys.readouterr().err == f"ipfm: note: {said}\n"
 
 
 def test_classes_without_an_image_are_said(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 from pathlib import Path
 
@@ -100,6 +101,8 @@ def test_files_that_are_something_else_are_named_in_one_line(tmp_path: Path) -> 
     (tmp_path / "noise.pt").write_bytes(b"no network at all")
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "weights.pt")
+    tiny_inception.write(tmp_path / "half.pt")
+    os.truncate(tmp_path / "half.pt", 4096)
     tiny_inception.write(tmp_path / "call.pt", tiny_inception.WithoutFeatures())
     tiny_inception.write(tmp_path / "flat.pt", tiny_inception.FlatFeatures())
     for name, message in (
@@ -108,7 +111,8 @@ def test_files_that_are_something_else_are_named_in_one_line(tmp_path: Path) -> 
         ("net.pkl", "is a pickled network, which runs code of its own"),
         ("noise.pt", "is no TorchScript network"),
         ("empty.pt", "is no TorchScript network"),
-        ("weights.pt", "is no TorchScript network"),
+        ("weights.pt", "is no TorchScript network: it is a checkpoint of torch.save; "),
+        ("half.pt", "is no TorchScript network: it is a damaged zip, as after a download that was interrupted"),
         ("call.pt", r"does not take images as net\(images, return_features=True\)"),
         ("flat.pt", r"gives no features \(B, dim\) of 2 images, but torch.float32 \(\)"),
     ):

@@ -182,6 +182,15 @@ def test_a_setting_that_identifies_the_run(tmp_path, name):
     )
 
 
+@pytest.mark.parametrize("now, said", [(7, "lacks 1 file"), (10, "has 2 new files")])
+def test_files_of_the_data_set_that_came_or_went_since_the_run_began(tmp_path, now, said):
+    config, facts = TeacherConfig(batch=2, max_steps=2), {"dataset": "set", "images": 8}
+    start(tmp_path, config, "teacher", facts)
+    with pytest.raises(ValueError) as refused:
+        check_run_folder(tmp_path, "teacher", config, facts | {"images": now})
+    assert f"images is 8 there, {now} here (the data set {said} since the run began: put it back" in str(refused.value)
+
+
 @pytest.mark.parametrize("name", FREELY)
 def test_a_setting_that_may_change(tmp_path, name):
     start(tmp_path)

@@ -1,6 +1,7 @@
 """Checkpoints of EDM, PFGM++, SiD and their descendants: what is read, and what contradicts itself."""
 
 import math
+import os
 import pickletools
 from collections.abc import Callable
 from dataclasses import replace
@@ -359,6 +360,14 @@ def test_nothing_is_read_before_it_is_needed(tmp_path):
         ValueError, match=r"network 'fake_score': model.map_layer0.bias holds values that are not finite"
     ):
         checkpoint.read("fake_score")
+
+
+def test_a_file_that_is_cut_short_after_it_was_opened(tmp_path):
+    """Bytes behind the end of a mapped file end the process with SIGBUS."""
+    checkpoint = open_checkpoint(of.write_pickle(tmp_path / "x.pkl", of.edm_snapshot(network(SMALL))))
+    os.truncate(tmp_path / "x.pkl", 4096)
+    with pytest.raises(ValueError, match="the file was cut short while it was read"):
+        checkpoint.read()
 
 
 def test_buffers_that_follow_from_the_architecture(tmp_path):
