@@ -56,9 +56,9 @@ class Evaluate:
     features: Literal["inception", "pixels"] = "inception"
     """What images are compared by; pixels needs no network, and its distance is no FID."""
     metrics: tuple[Literal["fid", "kid", "is", "pr"], ...] = ("fid",)
-    """Fréchet distance, kernel distance, Inception score, precision and recall; kid and pr need real images."""
+    """FID, KID, Inception score, precision and recall; kid and pr need real images."""
     images: int | None = None
-    """Images that are measured. Default: 50000 of a model, all that there are otherwise."""
+    """Images that are measured. Default: 50000 of a model, otherwise all."""
     repeats: int = 1
     """Measure so many sets of samples, each with other latents; papers print the smallest FID of 3."""
     pr_images: int = 10_000
@@ -66,15 +66,15 @@ class Evaluate:
     batch: int = 256
     """Images a process handles at a time."""
     seed: int = 0
-    """Image i of a seed is the same whatever the batch and the number of processes."""
+    """Image i of a seed is the same whatever the batch and the ranks."""
     heun_steps: int = 18
     """Steps of a teacher's sampler; 18 are 35 network evaluations."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
     skip_unreadable: bool = False
-    """Put the next image in the place of one that cannot be decoded. Default: the first one stops."""
+    """Put the next image in the place of one that cannot be decoded."""
     strict: bool = False
-    """Stop where anything of MODEL's or the reference's images would be left out, or a sample is not finite."""
+    """Stop where an image would be left out, or a sample is not finite."""
     json: bool = False
     """Print JSON: the distances of each set, nfe, D, the published figure, remarks."""
     save_reference: Path | None = None

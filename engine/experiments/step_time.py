@@ -23,10 +23,10 @@ from ipfm.engine.runtime.cores import usable_cores
 from ipfm.engine.runtime.launcher import launched_processes, local_processes
 from ipfm.models import NetworkConfig, Precond, build_network
 
-# Seconds that the steps which are measured take, about.
-PATIENCE = 2.0
+# Seconds that the steps which are measured take, about: a dry run answers while one waits.
+PATIENCE = 0.5
 # Where the step of a single image takes longer, by its forward pass, that pass alone is measured.
-LONGEST = 8.0
+LONGEST = 1.0
 
 Iteration = Callable[[int], object]
 

@@ -141,6 +141,7 @@ def test_no_way_for_processes_to_meet(
         raise RuntimeError(error)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # by a test before this one
     monkeypatch.setattr(dist, "init_process_group", fail)
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -86,8 +86,8 @@ def test_what_is_measured_is_the_step_of_the_run(name: str, monkeypatch: pytest.
     ("forward", "micro_batch", "images"),
     [
         (0.0001, 64, 64),  # a micro-batch is soon done
-        (0.05, 64, 4),  # 10 times as much as a forward pass: 0.5 s for one image, 2 s for 4
-        (0.5, 64, 1),
+        (0.0125, 64, 4),  # 10 times as much as a forward pass: 0.125 s for one image, 0.5 s for 4
+        (0.08, 64, 1),
         (0.0001, 32, 32),
     ],
 )
