@@ -56,11 +56,11 @@ class Evaluate:
     features: Literal["inception", "pixels"] = "inception"
     """What images are compared by; pixels needs no network, and its distance is no FID."""
     metrics: tuple[Literal["fid", "kid", "is", "pr"], ...] = ("fid",)
-    """FID, KID, Inception score, precision and recall; kid and pr need real images."""
+    """What is measured; kid and pr need real images."""
     images: int | None = None
     """Images that are measured. Default: 50000 of a model, otherwise all."""
     repeats: int = 1
-    """Measure so many sets of samples, each with other latents; papers print the smallest FID of 3."""
+    """Sets of samples, each of other latents; papers print the smallest FID of 3."""
     pr_images: int = 10_000
     """Images of each set for precision and recall, whose time is quadratic."""
     batch: int = 256
