@@ -105,15 +105,13 @@ class Bench:
     def _run_step(self) -> Path:
         from ipfm.engine.checks import check_D
         from ipfm.engine.commands.bench.step import run_step
-        from ipfm.engine.distributed.world import check_environment, run_device
+        from ipfm.engine.distributed.world import run_device
         from ipfm.engine.objectives.ipfm import DistillConfig
         from ipfm.engine.training.resolve import resolve_precision
 
         with user_input():
-            check_environment()
             check_D(self.D)
             network = replace(self._network(), D=self.D)
-            self._check_memory(network)
             for precision in self.precision:
                 resolve_precision(DistillConfig(precision=precision, compile=self.compile), run_device())
             self.out.mkdir(parents=True, exist_ok=True)
@@ -129,12 +127,16 @@ class Bench:
             )
 
     def _network(self) -> NetworkConfig:
-        """What --memory and --step measure; ValueError where it, or the batch, is impossible."""
+        """What --memory and --step measure; ValueError where it, the batch or the environment is impossible."""
         from ipfm.engine.commands.bench.memory import bench_network
+        from ipfm.engine.distributed.world import check_environment
 
+        check_environment()
         if self.batch < 1:
             raise ValueError(f"batch must be an integer >= 1, got {self.batch}")
-        return bench_network(self.model, self.channels)
+        network = bench_network(self.model, self.channels)
+        self._check_memory(network)
+        return network
 
     def _check_memory(self, network: NetworkConfig) -> None:
         """ValueError: not even the first level's activations of a batch fit into the host's memory."""
@@ -147,12 +149,9 @@ class Bench:
 
     def _run_memory(self) -> Path:
         from ipfm.engine.commands.bench.memory import run_memory
-        from ipfm.engine.distributed.world import check_environment
 
         with user_input():
-            check_environment()
             network = self._network()
-            self._check_memory(network)
             self.out.mkdir(parents=True, exist_ok=True)
         try:
             with enough_memory(SMALLER):
