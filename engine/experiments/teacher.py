@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ipfm.engine.checks import option_name
 from ipfm.engine.config import TeacherConfig
@@ -15,6 +15,7 @@ from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Comparison
 from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.experiments.dry_run import describe_training
+from ipfm.engine.experiments.network_options import NetworkOptions
 from ipfm.engine.experiments.options import check_images
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.runtime.commandline import BadInput, Given
@@ -27,17 +28,11 @@ from ipfm.models.checkpoints.training_state import TrainingState, read_training_
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherOptions(TeacherConfig, EvaluationOptions):
+class TeacherOptions(TeacherConfig, EvaluationOptions, NetworkOptions):
     """Options of every recipe that trains a teacher."""
 
     data: Path | None = None
     """Training images: a zip or folder (`ipfm dataset` makes a zip), or CIFAR-10's archive."""
-    arch: Literal["ddpmpp", "ncsnpp"] = "ncsnpp"
-    """Architecture: DDPM++ or NCSN++."""
-    model_channels: int | None = None
-    """Base width of the network. Default: the architecture's, 128."""
-    num_blocks: int | None = None
-    """Residual blocks of each resolution. Default: the architecture's, 4."""
     conditional: bool = False
     """Train with the data's class labels."""
     xflip: bool = False
@@ -50,14 +45,9 @@ class TeacherOptions(TeacherConfig, EvaluationOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_evaluation()
-        if self.arch not in ("ddpmpp", "ncsnpp"):
-            raise ValueError(f"arch must be ddpmpp or ncsnpp, got {self.arch!r}")
-        for name, least in (("model_channels", 1), ("num_blocks", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{option_name(name)} must be at least {least}, got {value}")
-            if value is not None and self.continue_from is not None:
-                raise ValueError(f"{option_name(name)} was given, but continue-from says what the network is")
+        self.check_network()
+        for name in self.names_network if self.continue_from is not None else ():
+            raise ValueError(f"{option_name(name)} was given, but continue-from says what the network is")
         if self.conditional and self.continue_from is not None:
             raise ValueError("conditional was given, but continue-from says what the network is")
 
@@ -136,6 +126,7 @@ class TeacherRecipe(Recipe[TeacherOptions]):
     def plan(self, given: Given[TeacherOptions]) -> TeacherPlan:
         """See `Recipe.plan`."""
         options = given.options
+        check_one_network(given)
         state = None if options.continue_from is None else self._state(options, options.continue_from)
         if options.data is None and not options.dry_run:
             raise BadInput("give --data; --dry-run works without it", self.data)
@@ -153,7 +144,7 @@ class TeacherRecipe(Recipe[TeacherOptions]):
         config.split(launched_processes())
         if data is not None and data.shape != self.shape:
             raise ValueError(f"{options.data} has images {_times(data.shape)}, {self.title} is {_times(self.shape)}")
-        path = options.out or Path("runs") / f"{self.name}-teacher-{options.arch}-D{network.D:g}"
+        path = options.out or Path("runs") / f"{self.name}-teacher-{options.preset or options.arch}-D{network.D:g}"
         record = check_run_folder(path, "teacher", config, training_facts(config, network, data, state))
         comparison = options.comparison(self.shape, run_device())
         return TeacherPlan(self, options, config, network, data, state, path, record, comparison)
@@ -173,17 +164,27 @@ class TeacherRecipe(Recipe[TeacherOptions]):
         if state is not None:
             resolve_D(options.D, state.config)
             return state.config
-        network = presets.get(self.presets[options.arch], D=self.D if options.D is None else options.D)
-        network = replace(
-            network,
-            model_channels=options.model_channels or network.model_channels,
-            num_blocks=network.num_blocks if options.num_blocks is None else options.num_blocks,
+        classes = data.classes if options.conditional and data is not None else 0
+        if options.conditional and data is not None and not classes:
+            raise ValueError(f"conditional was given, but {options.data} has no class labels")
+        return options.network(
+            presets.get(options.preset or self.presets[options.arch]),
+            self.shape,
+            D=self.D if options.D is None else options.D,
+            classes=classes or 0,
+            augmented=options.augment > 0,
         )
-        if options.conditional and data is not None:
-            if not data.classes:
-                raise ValueError(f"conditional was given, but {options.data} has no class labels")
-            network = replace(network, label_dim=data.classes)
-        return replace(network, augment_dim=network.augment_dim if options.augment > 0 else 0)
+
+
+def check_one_network(given: Given[Any]) -> None:
+    """Check that not both --preset and --arch were given.
+
+    Raises:
+        ValueError: they were.
+    """
+    if {"preset", "arch"} <= given.names and given.options.preset is not None:
+        preset, arch = given.options.preset, given.options.arch
+        raise ValueError(f"preset {preset} and arch {arch} were given: leave one of them out")
 
 
 def _times(shape: tuple[int, int, int]) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ipfm.engine.experiments import TeacherOptions
+from ipfm.engine.experiments.network_options import network_differences
 from ipfm.engine.memory.choose import Layout, choose_layout
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.published import PAPER_RESULTS
@@ -267,13 +269,41 @@ def test_teacher_recipes(capsys: pytest.CaptureFixture[str], tmp_path: Path, rec
     assert not list(tmp_path.iterdir())
 
 
+def test_teachers_of_other_architectures(capsys: pytest.CaptureFixture[str]) -> None:
+    """ADM, own widths, levels and attention, and a preset of another size, fitted to the recipe's images."""
+    small = ["--num-blocks", "1", "--model-channels", "8"]
+    said = dry(capsys, cifar_teacher, "--arch", "adm", "--channel-mult", "8", "16", "--attention", "0", *small)
+    assert said["out"] == "runs/cifar-teacher-adm-D2048"
+    assert "DhariwalUNet, 3x32x32, " in said["text"]
+    said = dry(capsys, ffhq_teacher, "--preset", "imagenet64-adm", *small, "--channel-mult", "8", "--attention", "64")
+    assert said["out"] == "runs/ffhq-teacher-imagenet64-adm-D128"
+    assert "DhariwalUNet, 3x64x64, " in said["text"]
+    network = TeacherOptions(channel_mult=(1, 2), attention=(16,), model_channels=16).network(
+        presets.get("afhqv2-64-ncsnpp"), (1, 32, 32), D=4.0, classes=3, augmented=True
+    )
+    assert (network.image_shape, network.label_dim, network.augment_dim, network.D) == ((1, 32, 32), 3, 9, 4.0)
+    assert (network.channel_mult, network.attn_resolutions, network.num_blocks) == ((1, 2), (16,), 4)
+    plain = presets.get("cifar10-ncsnpp")
+    assert network_differences(replace(plain, channel_mult=(1, 2), attn_resolutions=()), plain) == [
+        "--channel-mult", "1", "2", "--attention", "0",
+    ]  # fmt: skip
+    assert network_differences(presets.get("ffhq64-ncsnpp"), plain) is None
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
         (cifar_ipfm, ["--inception", "x.pt", "--dry-run"], "inception was given without reference"),
         (cifar_ipfm, ["--reference", "x.npz", "--dry-run"], "inception-2015-12-05.pt"),
         (cifar_ipfm, ["--augment", "1.5"], "--augment must lie in [0, 1], got 1.5"),
-        (cifar_teacher, ["--arch", "adm"], "--arch must be one of ddpmpp, ncsnpp"),
+        (cifar_teacher, ["--arch", "unet"], "--arch must be one of adm, ddpmpp, ncsnpp"),
+        (cifar_teacher, ["--attention", "7", "--dry-run"], "attention 7 is no level of this network"),
+        (cifar_teacher, ["--attention", "0", "16"], "--attention 0 means none, got it beside others"),
+        (cifar_teacher, ["--channel-mult", "1", "0"], "--channel-mult must be at least 1, got 0"),
+        (cifar_teacher, ["--channel-mult", *"1222222", "--dry-run"], "multiple of 64, which ipfm dataset --resolution"),
+        (cifar_teacher, ["--preset", "vgg", "--dry-run"], "network preset 'vgg' is unknown; possible: cifar10-ddpmpp"),
+        (cifar_teacher, ["--preset", "adm", "--arch", "adm", "--dry-run"], "leave one of them out"),
+        (cifar_teacher, ["--continue-from", "x.pt", "--preset", "adm"], "--preset was given, but continue-from"),
         (cifar_teacher, ["--model-channels", "0"], "--model-channels must be at least 1, got 0"),
         (cifar_teacher, ["--data", "nowhere.zip"], "nowhere.zip"),
         (cifar_teacher, ["--continue-from", "nowhere.pt"], "nowhere.pt"),

@@ -16,6 +16,7 @@ from ipfm.engine.checks import number
 from ipfm.engine.config import FIRST_RULES, TeacherConfig, place_settings
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.local import TrainAndDistil
+from ipfm.engine.experiments.network_options import fitted, network_differences
 from ipfm.engine.experiments.teacher import TeacherRecipe
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.base import Distillation
@@ -204,23 +205,11 @@ def _training(record: RunRecord) -> Command:
         if not isinstance(recipe, TeacherRecipe) or network is None or not D > 0:
             continue
         for arch, preset in recipe.presets.items():
-            plain = presets.get(preset, D=D)
-            if (
-                replace(
-                    plain,
-                    model_channels=network.model_channels,
-                    num_blocks=network.num_blocks,
-                    dropout=network.dropout,
-                    label_dim=network.label_dim,
-                    augment_dim=network.augment_dim,
-                )
-                != network
-            ):
+            plain = replace(fitted(presets.get(preset), recipe.shape), D=D)
+            named = network_differences(network, plain)
+            if named is None:
                 continue
-            options = ["--data", "DATA", "--arch", arch]
-            for name in ("model_channels", "num_blocks"):
-                if getattr(network, name) != getattr(plain, name):
-                    options += [f"--{name.replace('_', '-')}", str(getattr(network, name))]
+            options = ["--data", "DATA", "--arch", arch, *named]
             options += ["--conditional"] if network.label_dim else []
             options += ["--xflip"] if record.identity.get("xflip") is True else []
             notes = ["Give the data where they lie on your machine."]
