@@ -1,8 +1,10 @@
 """Preconditioned networks: a denoiser D(x; σ) around a U-Net (Karras et al. 2022, eq. 7 and table 1)."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -123,10 +125,12 @@ class Precond(nn.Module, ABC):
         """The denoised x, (B, C, R, R), float32 (float64 for a float64 network).
 
         Args:
-            x: (B, C, R, R), of any floating dtype.
-            sigma: noise levels > 0 in the units of x: a number, or a tensor 0-d, (1,) or (B,).
-            class_labels: (B or 1, label_dim); None is all zeros. An unconditional network ignores them.
-            augment_labels: (B or 1, augment_dim); None is "not augmented".
+            x: (B, C, R, R), of any dtype. One image may go with B levels.
+            sigma: noise levels > 0 in the units of x: a number, or a tensor of one element or of B, of any dtype and
+                shape: (), (1,), (B,), (B, 1, 1, 1), …
+            class_labels: (B or 1, label_dim), of any dtype, or one row (label_dim,); None is all zeros. An
+                unconditional network ignores them.
+            augment_labels: (B or 1, augment_dim), likewise; None is "not augmented".
             raw: x is c_in·x already, in `input_dtype`, and the result F in that dtype, for callers that do the scaling
                 in passes over the data that they make anyway.
 
@@ -136,13 +140,14 @@ class Precond(nn.Module, ABC):
         wide = self.wide_dtype
         self._check_image(x)
         x = x.to(self.input_dtype if raw else wide)
-        sigma = self._sigma_column(sigma, x, wide)
+        sigma = self._sigma_column(sigma, x, wide, one_image=not raw)
+        batch = sigma.shape[0] if x.shape[0] == 1 else x.shape[0]
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         inner: Tensor = self.model(
             x if raw else (c_in * x).to(self.input_dtype),
             c_noise.flatten(),
-            self._class_labels(class_labels, sigma, x.shape[0]),
-            self._augment_labels(augment_labels, sigma, x.shape[0]),
+            self._class_labels(class_labels, sigma, batch),
+            self._augment_labels(augment_labels, sigma, batch),
         )[:, : self.img_channels]
         return inner if raw else torch.addcmul(c_skip * x, c_out, inner.to(wide))
 
@@ -174,14 +179,18 @@ class Precond(nn.Module, ABC):
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(f"x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
 
-    def _sigma_column(self, sigma: Tensor | float, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _sigma_column(self, sigma: Tensor | float, x: Tensor, dtype: torch.dtype, *, one_image: bool) -> Tensor:
+        """The levels (B or 1, 1, 1, 1); with `one_image` an image alone goes with any number of them."""
         if not isinstance(sigma, Tensor):
+            if not isinstance(sigma, (Real, torch.SymFloat, torch.SymInt)):
+                raise ValueError(f"sigma must be a number or a tensor, got {type(sigma).__name__}")
             if not sigma > 0:
                 raise ValueError(f"sigma must be above 0, got {sigma}")
             # Filled on the device: a tensor made from the number would be a copy from the host.
             return torch.full((1, 1, 1, 1), float(sigma), dtype=dtype, device=x.device)
-        if sigma.ndim > 1 or sigma.numel() not in (1, x.shape[0]):
-            raise ValueError(f"sigma must have shape (), (1,) or ({x.shape[0]},), got {tuple(sigma.shape)}")
+        count, batch = sigma.numel(), x.shape[0]
+        if count not in (batch, 1) and not (one_image and batch == 1 and count):
+            raise ValueError(f"sigma must have one element or {batch}, one an image, in any shape, got {_shape(sigma)}")
         return sigma.to(device=x.device, dtype=dtype).reshape(-1, 1, 1, 1)
 
     def _class_labels(self, labels: Tensor | None, sigma: Tensor, batch: int) -> Tensor | None:
@@ -198,10 +207,18 @@ class Precond(nn.Module, ABC):
 
 
 def _label_rows(name: str, labels: Tensor, width: int, sigma: Tensor, batch: int) -> Tensor:
-    """The labels on the device and in the dtype of `sigma`."""
-    if labels.ndim != 2 or labels.shape[0] not in (1, batch) or labels.shape[1] != width:
-        raise ValueError(f"{name} must have shape ({batch}, {width}), got {tuple(labels.shape)}")
-    return labels.to(device=sigma.device, dtype=sigma.dtype)
+    """The labels (B or 1, width) on the device and in the dtype of `sigma`."""
+    # A line of whole numbers beside several images are the images' classes.
+    numbers = labels.ndim < 2 and not labels.is_floating_point() and batch != 1
+    rows = math.prod(labels.shape[:-1])
+    if numbers or labels.ndim == 0 or labels.shape[-1] != width or rows not in (batch, 1):
+        one_hot = "; numbers of classes become rows by one_hot" if numbers and name == "class_labels" else ""
+        raise ValueError(f"{name} must have shape ({batch}, {width}), got {_shape(labels)}{one_hot}")
+    return labels.to(device=sigma.device, dtype=sigma.dtype).reshape(rows, width)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
 
 
 class EDMPrecond(Precond):

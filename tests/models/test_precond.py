@@ -213,6 +213,42 @@ def test_labels_and_sigma_shapes(precond):
         torch.testing.assert_close(net(x, sigma), one, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("precond", CLASSES)
+@torch.no_grad()
+def test_sigma_and_labels_as_other_programs_give_them(precond):
+    """Any shape that has a level for each image or one for all, any dtype; the same for labels."""
+    net, x, labels = build(precond), images(torch.float32), torch.eye(3)[[0, 1, 2, 0]]
+    expected = net(x, SIGMA.float(), labels)
+    for shape in ((4,), (4, 1, 1, 1), (1, 4), (4, 1), (2, 2)):
+        for dtype in (torch.float32, torch.float64):
+            torch.testing.assert_close(net(x, SIGMA.reshape(shape).to(dtype), labels), expected, rtol=0, atol=0)
+    two = net(x, torch.full((4,), 2.0), labels)
+    whole = (2, 2.0, np.float64(2), np.int64(2), torch.tensor(2), torch.tensor([[[2]]], dtype=torch.uint8))
+    for level in (*whole, torch.tensor(2.0, dtype=torch.bfloat16), torch.full((4, 1, 1, 1), 2, dtype=torch.int16)):
+        torch.testing.assert_close(net(x, level, labels), two, rtol=0, atol=1e-6)
+    for given in (labels.long(), labels.bool(), labels.double(), labels.reshape(4, 1, 3)):
+        assert torch.equal(net(x, SIGMA, given), expected)
+    torch.testing.assert_close(net(x, SIGMA, labels[1]), net(x, SIGMA, labels[[1] * 4]), rtol=0, atol=1e-6)
+    # One image at several levels; F in the dtype of the network, whatever that of the image is.
+    torch.testing.assert_close(net(x[:1], SIGMA, labels), net(x[[0] * 4], SIGMA, labels), rtol=0, atol=1e-6)
+    one = torch.ones(2, 2, 8, 8, dtype=torch.uint8)
+    assert torch.equal(net(one, 1), net(one.double(), 1.0)) and net(one, 1).dtype == torch.float32
+    double = copy.deepcopy(net).double()
+    assert double(x, SIGMA.reshape(4, 1, 1, 1), labels.long()).dtype == torch.float64
+    torch.testing.assert_close(double(x, SIGMA.reshape(4, 1), labels).float(), expected, rtol=1e-3, atol=1e-3)
+    on_meta = copy.deepcopy(net).to("meta")(x.to("meta"), SIGMA.reshape(4, 1, 1, 1).to("meta"), labels.to("meta"))
+    assert on_meta.shape == expected.shape
+
+
+@torch.no_grad()
+def test_levels_of_every_shape_compile_without_a_break():
+    net = build("EDMPrecond", img_resolution=4, channel_mult=(1,))
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    x, labels = images(torch.float32)[:, :, :4, :4], torch.eye(3)[[0, 1, 2, 0]].long()
+    for sigma in (SIGMA.reshape(4, 1, 1, 1), 2):
+        assert torch.equal(compiled(x, sigma, labels), net(x, sigma, labels))
+
+
 @pytest.mark.parametrize("model_type", UNETS)
 @pytest.mark.parametrize("precond", CLASSES)
 def test_storage(precond, model_type, tmp_path):
