@@ -86,7 +86,8 @@ class Evaluate:
             self._run(write)
 
     def _run(self, write: Write) -> None:
-        from ipfm.engine.distributed.world import check_environment, environment_remarks, run_device
+        from ipfm.engine.distributed.launch_environment import check_environment, environment_remarks
+        from ipfm.engine.distributed.world import run_device
         from ipfm.engine.evaluation.evaluation import open_comparison
         from ipfm.engine.evaluation.subject import open_subject
         from ipfm.engine.runtime.host_memory import check_memory, enough_memory

@@ -16,7 +16,8 @@ from typing import Any, Generic, TypeVar
 
 from ipfm.engine.checks import option_name
 from ipfm.engine.config import RunConfig, TeacherConfig
-from ipfm.engine.distributed.world import World, check_environment, environment_remarks, start_world
+from ipfm.engine.distributed.launch_environment import check_environment, environment_remarks
+from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.runtime.commandline import Given, parse_given, user_input
 from ipfm.engine.runtime.launcher import is_first_process

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ipfm.engine.config import Rules
 from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.distributed.agreement import attempt
 from ipfm.engine.distributed.precision import apply_precision, halve_storage
 from ipfm.engine.distributed.signals import StopRequested, catching_signals
 from ipfm.engine.distributed.world import World, start_world
@@ -36,7 +37,6 @@ from ipfm.engine.training.loop import PICTURE_SEED
 from ipfm.engine.training.resolve import resolve
 from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import teacher_facts
-from ipfm.engine.training.task import attempt
 from ipfm.models import NetworkConfig, Precond
 from ipfm.models.facts import read_facts
 from ipfm.models.teacher import check_teacher
@@ -207,12 +207,12 @@ class Distiller(TrainingRun[Distillation]):
         if known and last is None:
             return known
         teacher, reason = attempt(
-            self.world,
             lambda: evaluate_teacher(self.teacher, evaluation, self.world, D=self.D, steps=self.config.heun_steps),
+            self.world.size,
         )
         generator = last
         if last is None and not reason:
-            generator, reason = attempt(self.world, lambda: self._measure(evaluation))
+            generator, reason = attempt(lambda: self._measure(evaluation), self.world.size)
         if teacher is None or generator is None:
             self._warn(f"no table of results: {reason}; the same command measures again")
             return []

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from ipfm.engine.config import RunConfig
+from ipfm.engine.distributed.agreement import attempt
 from ipfm.engine.distributed.signals import SignalFlag, StopRequested, catching_signals
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.results import EvaluationHistory, forget_results
@@ -27,7 +28,7 @@ from ipfm.engine.training.environment import log_start
 from ipfm.engine.training.monitor import COMPARISON_FILE, Monitor, picture_path, pictures_in
 from ipfm.engine.training.run_folder import RunFolder, identity
 from ipfm.engine.training.run_state import FAILED_FILE, write_divergence
-from ipfm.engine.training.task import NotFinite, Progress, StepFailed, Task, attempt
+from ipfm.engine.training.task import NotFinite, Progress, StepFailed, Task
 from ipfm.models.atomic_files import atomic_write, why
 
 __all__ = ["Interrupted", "ProcessLost", "Progress", "Task", "TrainingFailed", "train"]
@@ -311,7 +312,7 @@ class _Run:
 
     def _tried(self, what: str, work: Callable[[], T]) -> T | None:
         """What `work` returns; None on every process, and a warning, where it fails on one."""
-        found, reason = attempt(self.world, work)
+        found, reason = attempt(work, self.world.size)
         if reason:
             self.monitor.message(f"warning: the {what} after step {self.progress.step} failed: {reason}")
         return found

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ipfm.engine.config import Resolved, Rules, RunConfig, place_settings
 from ipfm.engine.data.comparison import IMAGES_OF_CLASSES, Panel, examples, places, save_comparison
 from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.distributed.agreement import attempt
 from ipfm.engine.distributed.compilation import set_execution
 from ipfm.engine.distributed.ema import EmaNetwork
 from ipfm.engine.distributed.precision import allow_tf32, apply_precision
@@ -35,7 +36,6 @@ from ipfm.engine.training.board import conclude
 from ipfm.engine.training.loop import PICTURE_SEED, Progress, train
 from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.run_folder import RunFolder, check_run_folder, is_settled, open_run_folder
-from ipfm.engine.training.task import attempt
 from ipfm.models import NetworkConfig, Precond, save_model
 from ipfm.models.atomic_files import why
 from ipfm.models.facts import ModelFacts
@@ -208,7 +208,7 @@ class TrainingRun(ABC, Generic[C]):
             return
         with catching_signals(Launcher(self.world.launched)):
             try:
-                picture, reason = attempt(self.world, lambda: self._compare(path))
+                picture, reason = attempt(lambda: self._compare(path), self.world.size)
             except StopRequested as asked:
                 raise Interrupted(asked.signum, folder) from None
         if reason:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from torch import Tensor
 
-from ipfm.engine.distributed.signals import StopRequested
 from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.evaluation.metrics import FrechetResult
 from ipfm.engine.memory import MemoryPlan
 from ipfm.engine.objectives.step_metrics import StepMetrics
-from ipfm.engine.runtime.errors import Failed, TrainingFailed, described
-from ipfm.engine.runtime.launcher import lost_process
-
-T = TypeVar("T")
+from ipfm.engine.runtime.errors import Failed, TrainingFailed
 
 
 class NotFinite(TrainingFailed):
@@ -68,29 +64,6 @@ class Task(Protocol):
     def picture(self, count: int, seed: int) -> Tensor:
         """Images of the averaged network from fixed latents, (count, C, H, W) in [-1, 1]."""
         ...
-
-
-def attempt(world: World, work: Callable[[], T]) -> tuple[T | None, str]:
-    """Something that the training is well without, such as an evaluation; every process calls it.
-
-    Returns:
-        What `work` returns, and ""; where it fails on a process, None and the reason, on all of them.
-
-    Raises:
-        StopRequested: a signal came.
-        RuntimeError: another process is lost.
-    """
-    found, reason = None, ""
-    try:
-        found = work()
-    except StopRequested:
-        raise
-    except Exception as error:
-        if lost_process(error):
-            raise
-        reason = described(error)
-    reason = world.said_by_any(reason)
-    return (None, reason) if reason else (found, "")
 
 
 @dataclass

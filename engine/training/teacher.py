@@ -13,6 +13,7 @@ from torch import Tensor
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.augmentation import augment
 from ipfm.engine.data.dataset import Batch, ImageDataset
+from ipfm.engine.distributed.agreement import attempt
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.evaluation.evaluation import Evaluation
@@ -27,7 +28,7 @@ from ipfm.engine.training.loop import PICTURE_SEED
 from ipfm.engine.training.resolve import resolve_training
 from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import fingerprint
-from ipfm.engine.training.task import StepFailed, attempt
+from ipfm.engine.training.task import StepFailed
 from ipfm.models import NetworkConfig, Precond, build_network
 from ipfm.models.facts import TeacherFacts
 
@@ -153,7 +154,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         # Images in memory cannot fail, and need no word between the processes.
         if world.size == 1 or isinstance(self.dataset.images, Tensor):
             return read()
-        batch, reason = attempt(world, read)
+        batch, reason = attempt(read, world.size)
         if batch is None:
             raise StepFailed(reason)
         return batch

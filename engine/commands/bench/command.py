@@ -86,7 +86,7 @@ class Bench:
 
         remarks = Remarks()
         if not self.offline:
-            from ipfm.engine.distributed.world import environment_remarks
+            from ipfm.engine.distributed.launch_environment import environment_remarks
 
             for remark in environment_remarks():
                 remarks.add(remark)
@@ -129,7 +129,7 @@ class Bench:
     def _network(self) -> NetworkConfig:
         """What --memory and --step measure; ValueError where it, the batch or the environment is impossible."""
         from ipfm.engine.commands.bench.memory import bench_network
-        from ipfm.engine.distributed.world import check_environment
+        from ipfm.engine.distributed.launch_environment import check_environment
 
         check_environment()
         if self.batch < 1:

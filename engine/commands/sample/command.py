@@ -78,7 +78,8 @@ class Sample:
 
     def run(self) -> None:
         """Write the images to `out`."""
-        from ipfm.engine.distributed.world import environment_remarks, run_device
+        from ipfm.engine.distributed.launch_environment import environment_remarks
+        from ipfm.engine.distributed.world import run_device
         from ipfm.engine.runtime.host_memory import enough_memory
         from ipfm.engine.runtime.progress import ProgressBar
         from ipfm.engine.runtime.remarks import Remarks

@@ -3,16 +3,15 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ipfm.engine.distributed.signals import StopRequested
-from ipfm.engine.distributed.world import run_device
+from ipfm.engine.distributed.agreement import together
 from ipfm.engine.evaluation.metrics.features import Classifier, Features
 from ipfm.engine.evaluation.metrics.moments import FeatureMoments
-from ipfm.engine.runtime.launcher import lost_process
 
 # Above this number is a slip of the keyboard.
 MOST_IMAGES = 10**9
@@ -78,7 +77,7 @@ def collect(
             cannot be read, probabilities asked of features that have none, a rank and world size that are not those of
             the process group.
         Exception: whatever else `sample` or `features` raise; where it happens on one rank, the others raise a
-            RuntimeError that says the same.
+            `Failed`, a RuntimeError, that says the same.
     """
     if n < 2 or batch < 1:
         raise ValueError(f"needs at least 2 images and a positive batch, got n={n}, batch={batch}")
@@ -126,17 +125,7 @@ class _Share:
     ) -> None:
         """Take in each of the ranges, as many on every rank. What fails on one ends it on all, after the same range."""
         for first, count in ranges:
-            failure: Exception | None = None
-            try:
-                self.take(sample, first, count)
-            except StopRequested:  # on every rank, at the same point
-                raise
-            except Exception as error:
-                if world_size == 1 or lost_process(error):
-                    raise
-                failure = error
-            if world_size > 1:
-                _agree(failure)
+            together(partial(self.take, sample, first, count), world_size)
 
     def take(self, sample: Callable[[int, int], Tensor], first: int, count: int) -> None:
         """Draw a range of images and take them in; of an empty one an image that is thrown away."""
@@ -159,20 +148,6 @@ class _Share:
             self.rows.append(found.to(images.device, torch.float32))
         if self.classify is not None:
             self.probabilities.append(self.classify.probabilities(images).to(images.device, torch.float32))
-
-
-def _agree(own: Exception | None) -> None:
-    """Raise what went wrong on the first rank where something did: no rank may wait for one that has given up."""
-    failed = torch.tensor(int(own is not None), device=run_device())
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if not failed:
-        return
-    said: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, None if own is None else (str(own), isinstance(own, ValueError)))
-    if own is not None and not isinstance(own, ValueError):
-        raise own
-    message, is_value = next(one for one in said if one is not None)
-    raise (ValueError if is_value else RuntimeError)(message)
 
 
 def _check_group(rank: int, world_size: int) -> None:

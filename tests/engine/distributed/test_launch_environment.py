@@ -11,8 +11,14 @@ import torch
 import torch.distributed as dist
 import triton
 
-from ipfm.engine.distributed import world
-from ipfm.engine.distributed.world import check_environment, environment_remarks, start_world
+from ipfm.engine.distributed import launch_environment
+from ipfm.engine.distributed.launch_environment import (
+    answer_timeout,
+    check_environment,
+    environment_remarks,
+    share_cores,
+)
+from ipfm.engine.distributed.world import start_world
 from ipfm.engine.runtime import cores, launcher
 from ipfm.engine.runtime.errors import Failed
 
@@ -84,7 +90,7 @@ def test_falling_back_to_the_cpu_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], gpu: bool, said: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(world, "_GPUS", tmp_path)
+    monkeypatch.setattr(launch_environment, "_GPUS", tmp_path)
     if gpu:
         (tmp_path / "0000:01:00.0").mkdir()
     for name, value in variables.items():
@@ -102,7 +108,7 @@ def test_falling_back_to_the_cpu_is_said(
 )
 def test_processes_of_other_launchers_do_not_join(monkeypatch: pytest.MonkeyPatch, name: str, program: str) -> None:
     """Nor would they be refused: many runs may be started so, each with its own settings."""
-    monkeypatch.setattr(world, "_no_gpu", lambda: [])
+    monkeypatch.setattr(launch_environment, "_no_gpu", lambda: [])
     for single in ("1", "", "x"):
         monkeypatch.setenv(name, single)
         assert environment_remarks() == []
@@ -155,6 +161,24 @@ def test_no_way_for_processes_to_meet(
         start_world()
 
 
+# -- how long processes wait for each other ---------------------------------------------------------------------------
+
+
+def test_processes_wait_as_long_as_they_are_told(monkeypatch) -> None:
+    monkeypatch.delenv("IPFM_TIMEOUT", raising=False)
+    assert answer_timeout().total_seconds() == 600
+    for given, seconds in (("30", 30), ("0.5", 0.5), ("1e4", 10_000)):
+        monkeypatch.setenv("IPFM_TIMEOUT", given)
+        assert answer_timeout().total_seconds() == seconds
+
+
+@pytest.mark.parametrize("given", ["soon", "", "0", "-1", "nan", "inf"])
+def test_times_that_are_none(monkeypatch, given: str) -> None:
+    monkeypatch.setenv("IPFM_TIMEOUT", given)
+    with pytest.raises(ValueError, match=f"^IPFM_TIMEOUT must be a number of seconds > 0, got '{given}'$"):
+        answer_timeout()
+
+
 # -- cores -----------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +222,7 @@ def test_threads_are_no_more_than_cores(
     said: str,
 ) -> None:
     """As many as a process's share of them, or as few as the user says."""
-    monkeypatch.setattr(world, "usable_cores", lambda: 4)
+    monkeypatch.setattr(launch_environment, "usable_cores", lambda: 4)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     for speaks in (False, True):
@@ -206,7 +230,7 @@ def test_threads_are_no_more_than_cores(
         torch.set_num_threads(max(asked.values(), default=4))
         for name, value in asked.items():
             monkeypatch.setenv(name, str(value))
-        world._share_cores(processes, speaks=speaks)
+        share_cores(processes, speaks=speaks)
         assert torch.get_num_threads() == threads
         assert capsys.readouterr().err == (said if speaks else "")
 

@@ -1,0 +1,123 @@
+"""What the environment says of a run's processes: a launcher's variables, GPUs, the network, shares of the cores."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import triton
+
+from ipfm.engine.runtime import launcher
+from ipfm.engine.runtime.cores import usable_cores
+from ipfm.engine.runtime.wording import counted
+
+# Seconds after which a process gives up on one that does not answer; IPFM_TIMEOUT changes it.
+TIMEOUT = 600.0
+
+
+def check_environment() -> None:
+    """Check what the environment says of this process's run, before anything is begun.
+
+    Raises:
+        ValueError: a launcher's variables, IPFM_TIMEOUT, DS_ACCELERATOR or TRITON_INTERPRET cannot be; one line.
+    """
+    launcher.check_launch()
+    answer_timeout()
+    cuda = torch.cuda.is_available()
+    accelerator, expected = os.environ.get("DS_ACCELERATOR"), "cuda" if cuda else "cpu"
+    if accelerator not in (None, expected):
+        raise ValueError(f"DS_ACCELERATOR must be {expected} on this machine, got {accelerator!r}: unset it")
+    if cuda and triton.knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET=1 computes every kernel in Python, for tests on a CPU: unset it on a GPU")
+    if cuda and launcher.local_rank() >= torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise ValueError(
+            f"LOCAL_RANK must be less than the number of GPUs, got {launcher.local_rank()} and "
+            f"{torch.cuda.device_count()}{'' if visible is None else f' (CUDA_VISIBLE_DEVICES={visible})'}"
+        )
+
+
+def environment_remarks() -> list[str]:
+    """What to say of the environment before anything is begun, though it can be used; a line each."""
+    return [*launcher.launch_remarks(), *_no_gpu()]
+
+
+# What an NVIDIA driver shows of each GPU, whether or not a program may use it.
+_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+def _no_gpu() -> list[str]:
+    """What keeps this process from a GPU that is there or was named; nothing where GPUs are hidden on purpose."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.cuda.is_available() or (visible is not None and (not visible or visible.startswith("-"))):
+        return []
+    # `deepspeed` sets the variable where there is no GPU too.
+    there = _GPUS.is_dir() and any(_GPUS.iterdir())
+    if visible is not None and (there or not launcher.is_launched()):
+        return [f"CUDA_VISIBLE_DEVICES={visible} names no GPU that can be used: computing on the CPU"]
+    if there:
+        cannot = (
+            "was built without CUDA" if torch.version.cuda is None else f"needs a driver for CUDA {torch.version.cuda}"
+        )
+        return [
+            f"this machine has a GPU that cannot be used (torch {torch.__version__} {cannot}): computing on the CPU"
+        ]
+    return []
+
+
+def answer_timeout() -> timedelta:
+    """How long a process waits for another one: `TIMEOUT`, or what IPFM_TIMEOUT says.
+
+    Raises:
+        ValueError: IPFM_TIMEOUT is no number of seconds.
+    """
+    given = os.environ.get("IPFM_TIMEOUT", str(TIMEOUT))
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"IPFM_TIMEOUT must be a number of seconds > 0, got {given!r}")
+    return timedelta(seconds=seconds)
+
+
+def no_network(error: str) -> str:
+    """What is missing for processes to meet, if that is what torch says; else ""."""
+    if "failed to listen" in error:
+        another = "give another one (`deepspeed --master_port N`, `torchrun --master_port N`)"
+        return f"port {launcher.launched_port()} is in use: {another}"
+    if re.search(r"[Uu]nable to find (?:interface|address) for", error):
+        named = os.environ.get("GLOO_SOCKET_IFNAME")
+        if named:
+            unknown = f"GLOO_SOCKET_IFNAME={named!r} is no network interface of this machine"
+            return f"{unknown}: unset it, or name another (ip link lists them)"
+        return (
+            "no network interface is up, not even the loopback: bring it up (ip link set lo up), "
+            "or name one that is by GLOO_SOCKET_IFNAME"
+        )
+    return ""
+
+
+def share_cores(local_size: int, *, speaks: bool) -> None:
+    """Divide this machine's cores among its processes.
+
+    Fewer threads, as the user's OMP_NUM_THREADS says, stay. More wait for each other most of the time: they are taken
+    back, and the one that `speaks` says so.
+    """
+    share = max(1, usable_cores() // max(1, local_size))
+    threads = torch.get_num_threads()
+    asked = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ]
+    if asked and threads < share:
+        return
+    # MKL's number as well, which torch takes from its own variable.
+    torch.set_num_threads(share)
+    if asked and threads > share and speaks:
+        print(
+            f"{' and '.join(asked)} would start {counted(threads, 'thread')} in each of "
+            f"{counted(local_size, 'process')} on {counted(usable_cores(), 'core')}: {share} instead",
+            file=sys.stderr,
+        )
