@@ -348,12 +348,24 @@ def _initialize(
 
 @contextmanager
 def _sent_at_once(module: nn.Module, comm: Any) -> Iterator[None]:
-    """Give every process the first one's weights in a few messages, and none of the hundreds that DeepSpeed sends."""
+    """Give every process the first one's weights in a few messages, and none of the hundreds that DeepSpeed sends.
+
+    It has no setting for that: while the block lasts, its own broadcasts of weights, which it sends as bytes, are left
+    out. Whatever else it may broadcast goes its way.
+
+    Args:
+        module: whose weights are sent.
+        comm: DeepSpeed's module `deepspeed.comm`, by which it finds `broadcast`.
+    """
     if dist.get_world_size() > 1:
         weights = [p.data for p in module.parameters()]
         dist._broadcast_coalesced(distributed_c10d._get_default_group(), weights, 4 * BUCKET_ELEMENTS, 0)
     one_by_one = comm.broadcast
-    comm.broadcast = lambda *_, **__: None
+
+    def but_for_weights(tensor: Tensor, *more: Any, **keywords: Any) -> Any:
+        return None if tensor.dtype == torch.uint8 else one_by_one(tensor, *more, **keywords)
+
+    comm.broadcast = but_for_weights
     try:
         yield
     finally:
