@@ -53,8 +53,8 @@ class Evaluate:
     """Real images, or their statistics as EDM publishes them (.npz with mu and sigma). Only "is" needs none."""
     inception: Path | None = None
     """The Inception network, inception-2015-12-05.pt from NVIDIA's model store for StyleGAN2-ADA (PyTorch)."""
-    features: Literal["inception", "pixels"] = "inception"
-    """What images are compared by; pixels needs no network, and its distance is no FID."""
+    features: Literal["inception", "pixels", "blocks"] = "inception"
+    """What images are compared by; pixels, and blocks of them, need no network, and their distance is no FID."""
     metrics: tuple[Literal["fid", "kid", "is", "pr"], ...] = ("fid",)
     """What is measured; kid and pr need real images."""
     images: int | None = None

@@ -15,6 +15,7 @@ from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.signals import check_stop
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.metrics import (
+    BlockFeatures,
     Features,
     FrechetResult,
     InceptionFeatures,
@@ -24,6 +25,7 @@ from ipfm.engine.evaluation.metrics import (
     Statistics,
     evaluate_images,
 )
+from ipfm.engine.evaluation.metrics.blocks import block_side
 from ipfm.engine.evaluation.metrics.collection import MOST_IMAGES
 from ipfm.engine.evaluation.metrics.evaluate import PR_IMAGES, check_metrics
 from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION, Classifier
@@ -33,7 +35,9 @@ from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.models import Precond
 from ipfm.models.checkpoints.recognise import missing
 
-FeatureName = Literal["inception", "pixels"]
+FeatureName = Literal["inception", "pixels", "blocks"]
+# Those that need no network, and images of one size.
+OF_PIXELS = ("pixels", "blocks")
 
 
 @dataclass(frozen=True)
@@ -131,17 +135,20 @@ def open_features(
 ) -> Features:
     """The extractor: the Inception network in the file `inception`, or the pixels of images (C, H, W) = `shape`.
 
+    "blocks" compares the means and deviations of blocks of them, see `BlockFeatures`.
+
     Raises:
-        ValueError: Inception features without a file, pixels with one, or a file that is no such network; one line,
+        ValueError: Inception features without a file, others with one, or a file that is no such network; one line,
             which says where the file is found.
     """
-    if name == "pixels":
+    if name in OF_PIXELS:
         if inception is not None:
-            raise ValueError("inception was given, but features is pixels: leave one of them out")
-        return PixelFeatures(shape)
+            raise ValueError(f"inception was given, but features is {name}: leave one of them out")
+        return PixelFeatures(shape) if name == "pixels" else BlockFeatures(shape, block_side(shape[1]))
     if inception is None:
         raise ValueError(
-            f"inception must be given for Inception features ({WHERE_TO_GET_INCEPTION}); or take features pixels"
+            f"inception must be given for Inception features ({WHERE_TO_GET_INCEPTION}); or take features pixels "
+            "or blocks"
         )
     return InceptionFeatures(inception, device)
 
@@ -231,7 +238,7 @@ class Comparison:
                 if count <= dim
             ]
         # Pixels of another size are an error.
-        if self.file is not None and self.features.name != "pixels" and (words := _other_size(self.file, shape)):
+        if self.file is not None and self.features.name == "inception" and (words := _other_size(self.file, shape)):
             said.append(words)
         return said
 
@@ -285,8 +292,8 @@ def open_comparison(
     file = open_reference(reference, skip_unreadable=skip_unreadable, strict=strict)
     if file.statistics is None and file.images is not None and len(file.images) < 2:
         raise ValueError(f"{file.path} holds one image; a reference has at least two")
-    if features == "pixels" and file.images is not None and (words := _other_size(file, shape)):
-        raise ValueError(f"{words}; pixels can be compared of one size alone")
+    if features in OF_PIXELS and file.images is not None and (words := _other_size(file, shape)):
+        raise ValueError(f"{words}; {features} can be compared of one size alone")
     if file.images is None and file.statistics is not None:
         check_metrics(metrics, extractor, Reference(file.statistics))
     return Comparison(extractor, file, metrics)

@@ -10,7 +10,7 @@ import torch
 
 if TYPE_CHECKING:
     from ipfm.engine.distributed.world import World
-    from ipfm.engine.evaluation.evaluation import Comparison, Evaluation
+    from ipfm.engine.evaluation.evaluation import Comparison, Evaluation, FeatureName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,9 @@ class EvaluationOptions:
     """What samples are compared with: statistics (.npz with mu and sigma) or images (folder, zip, CIFAR-10 archive)."""
     inception: Path | None = None
     """The TorchScript Inception network (inception-2015-12-05.pt), which makes the distance an FID."""
-    features: Literal["inception", "pixels"] = "inception"
-    """pixels compares the images themselves, where there is no Inception network."""
+    features: Literal["auto", "inception", "pixels", "blocks"] = "inception"
+    """What images are compared by. pixels: the images themselves; blocks: means and deviations of blocks of pixels,
+    for any size and without a network; auto: inception with --inception, else blocks."""
     skip_unreadable: bool = False
     """Put the next image in the place of one that cannot be decoded. Default: the first one stops."""
     strict: bool = False
@@ -41,6 +42,7 @@ class EvaluationOptions:
             ValueError: they do not.
         """
         from ipfm.engine.data.open_dataset import check_strictness
+        from ipfm.engine.evaluation.evaluation import OF_PIXELS
         from ipfm.engine.evaluation.metrics.collection import MOST_IMAGES
         from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION
 
@@ -49,16 +51,28 @@ class EvaluationOptions:
             raise ValueError(f"eval-images must be at least 2, got {self.eval_images}")
         if self.eval_images > MOST_IMAGES:
             raise ValueError(f"eval-images must be at most {MOST_IMAGES:,}, got {self.eval_images:,}")
-        if self.features not in ("inception", "pixels"):
-            raise ValueError(f"features must be inception or pixels, got {self.features!r}")
-        if self.reference is None and self.inception is not None:
+        if self.features not in ("auto", "inception", "pixels", "blocks"):
+            raise ValueError(f"features must be auto, inception, pixels or blocks, got {self.features!r}")
+        if self.compared_with is None and self.inception is not None:
             raise ValueError("inception was given without reference: there is nothing to compare with")
-        if self.reference is None and self.features == "pixels":
-            raise ValueError("features pixels was given without reference: there is nothing to compare with")
-        if self.reference is not None and self.features == "inception" and self.inception is None:
+        if self.compared_with is None and self.features in OF_PIXELS:
+            raise ValueError(f"features {self.features} was given without reference: there is nothing to compare with")
+        if self.compared_with is not None and self.compared_by == "inception" and self.inception is None:
             raise ValueError(
                 f"reference needs --inception FILE ({WHERE_TO_GET_INCEPTION}), or --features pixels to compare pixels"
             )
+
+    @property
+    def compared_with(self) -> Path | None:
+        """What samples are compared with: --reference; a recipe may have something else without one."""
+        return self.reference
+
+    @property
+    def compared_by(self) -> FeatureName:
+        """What images are compared by, decided."""
+        if self.features != "auto":
+            return self.features
+        return "blocks" if self.inception is None else "inception"
 
     def comparison(self, shape: tuple[int, int, int], device: torch.device) -> Comparison | None:
         """The files that these options name, open and checked; None without a reference.
@@ -68,13 +82,13 @@ class EvaluationOptions:
         """
         from ipfm.engine.evaluation.evaluation import open_comparison
 
-        if self.reference is None:
+        if self.compared_with is None:
             return None
         return open_comparison(
-            self.reference,
+            self.compared_with,
             shape,
             device,
-            features=self.features,
+            features=self.compared_by,
             inception=self.inception,
             skip_unreadable=self.skip_unreadable,
             strict=self.strict,

@@ -206,7 +206,7 @@ class Ablation(Recipe[AblationOptions]):
             "ablation": self.name,
             "data": options.data,
             "eval_images": options.eval_images,
-            "features": "pixels" if options.data == "digits" else options.features,
+            "features": "pixels" if options.data == "digits" else options.compared_by,
             "reference": None if options.reference is None else options.reference.name,
         }
         check_ablation_folder(path, record)

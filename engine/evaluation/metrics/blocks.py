@@ -4,6 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Blocks that lie side by side, at most, where their size follows from that of the images: 3 x 16 x 16 x 2 features.
+MOST_BLOCKS = 16
+
+
+def block_side(side: int) -> int:
+    """The side of the blocks for images of this side, in pixels: the smallest that leaves MOST_BLOCKS side by side.
+
+    Raises:
+        ValueError: an image is a single pixel.
+    """
+    if side < 2:
+        raise ValueError(f"features blocks is for images of at least 2x2 pixels, these are {side}x{side}")
+    return next(block for block in range(2, side + 1) if side % block == 0 and side // block <= MOST_BLOCKS)
+
 
 class BlockFeatures:
     """Mean and standard deviation of each channel in each block of `block` x `block` pixels.

@@ -30,6 +30,7 @@ from ipfm.engine.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
+from ipfm.engine.evaluation.options import EvaluationOptions
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, device=CPU)
@@ -154,6 +155,16 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(files: Path
         Evaluation(features, None, 9, metrics=("is",))
 
 
+@pytest.mark.parametrize(("side", "dim"), [(2, 6), (7, 6), (28, 1176), (48, 1536), (64, 1536), (100, 600), (128, 1536)])
+def test_blocks_are_features_of_images_of_any_size(side: int, dim: int) -> None:
+    """Few enough for the covariance of a small set, whatever the size: at most 16 blocks side by side."""
+    found = open_features("blocks", None, (3, side, side), CPU)
+    assert found(torch.zeros(2, 3, side, side)).shape == (2, found.dim) and found.dim == dim
+    assert Evaluation(found, Statistics(torch.zeros(dim), torch.eye(dim)), 20).features.name.startswith("blocks of ")
+    with pytest.raises(ValueError, match="at least 2x2 pixels, these are 1x1"):
+        open_features("blocks", None, (3, 1, 1), CPU)
+
+
 def test_features_are_named_or_pixels(files: Path) -> None:
     assert open_features("pixels", None, SHAPE, CPU).dim == 108
     assert open_features("inception", files / "net.pt", SHAPE, CPU).dim == tiny_inception.DIM
@@ -161,6 +172,11 @@ def test_features_are_named_or_pixels(files: Path) -> None:
         open_features("inception", None, SHAPE, CPU)
     with pytest.raises(ValueError, match="leave one of them out"):
         open_features("pixels", files / "net.pt", SHAPE, CPU)
+    assert EvaluationOptions(reference=files / "real.npz", features="auto").compared_by == "blocks"
+    with_network = EvaluationOptions(reference=files / "real.npz", inception=files / "net.pt", features="auto")
+    assert with_network.compared_by == "inception"
+    with pytest.raises(ValueError, match=r"the images of .* are 3x6x6, those that are measured 3x8x8; blocks can"):
+        open_comparison(files / "real.npz", (3, 8, 8), CPU, features="blocks")
 
 
 def test_images_that_are_not_finite_are_counted_for_every_metric(files: Path) -> None:
