@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
+from ipfm.engine.commands.processes import joined
 from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.files import check_writable
 from ipfm.engine.runtime.json_output import Write, output
-from ipfm.engine.runtime.launcher import is_launched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +34,8 @@ PUBLISHED_IMAGES = 50_000
 class Evaluate:
     """Measure FID, KID, Inception score, precision and recall of a model or of images.
 
-    A model is sampled at its own D: Gaussian latents, right for D = inf alone, would make a generator of finite D look
-    better or worse than it is. Several processes share the work: deepspeed .venv/bin/ipfm evaluate ...
+    A model is sampled at its own D: Gaussian latents are right for D = inf alone. Several processes share the work:
+    deepspeed .venv/bin/ipfm evaluate ...
 
     Example: ipfm evaluate runs/cifar-D2048-alpha1-K1/generator --reference cifar10-32x32.npz
     --inception inception-2015-12-05.pt --repeats 3
@@ -52,23 +52,29 @@ class Evaluate:
     reference: Path | None = None
     """Real images, or their statistics as EDM publishes them (.npz with mu and sigma). Only "is" needs none."""
     inception: Path | None = None
-    """The Inception network, inception-2015-12-05.pt from NVIDIA's model store for StyleGAN2-ADA (PyTorch)."""
+    """The Inception network: inception-2015-12-05.pt of NVIDIA's StyleGAN2-ADA."""
     features: Literal["inception", "pixels", "blocks"] = "inception"
-    """What images are compared by; pixels, and blocks of them, need no network, and their distance is no FID."""
+    """What images are compared by; that of pixels, or blocks of them, is no FID."""
     metrics: tuple[Literal["fid", "kid", "is", "pr"], ...] = ("fid",)
     """What is measured; kid and pr need real images."""
     images: int | None = None
     """Images that are measured. Default: 50000 of a model, otherwise all."""
     repeats: int = 1
-    """Sets of samples, each of other latents; papers print the smallest FID of 3."""
+    """Sets of samples, each of other latents; papers print the best of 3."""
     pr_images: int = 10_000
-    """Images of each set for precision and recall, whose time is quadratic."""
+    """Images of a set for precision and recall, quadratic in time."""
     batch: int = 256
     """Images a process handles at a time."""
     seed: int = 0
     """Image i of a seed is the same whatever the batch and the ranks."""
     heun_steps: int = 18
     """Steps of a teacher's sampler; 18 are 35 network evaluations."""
+    rho: float | None = None
+    """Of a teacher's sampler: the spacing of its noise levels. Default: 7."""
+    sigma_min: float | None = None
+    """The lowest of them. Default: 0.002 or the network's."""
+    sigma_max: float | None = None
+    """The highest. Default: 80 or the network's."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
     skip_unreadable: bool = False
@@ -92,6 +98,7 @@ class Evaluate:
         from ipfm.engine.evaluation.subject import open_subject
         from ipfm.engine.runtime.host_memory import check_memory, enough_memory
         from ipfm.engine.runtime.remarks import Remarks
+        from ipfm.engine.sampling.stored_model import Schedule
 
         with user_input():
             self._check()
@@ -101,6 +108,7 @@ class Evaluate:
                 run_device(),
                 heun_steps=self.heun_steps,
                 seed=self.seed,
+                schedule=Schedule(self.sigma_min, self.sigma_max, self.rho),
                 D=self.D,
                 limit=self.images,
                 skip_unreadable=self.skip_unreadable,
@@ -129,7 +137,7 @@ class Evaluate:
             if run_device().type == "cpu":
                 kept = comparison.kept_bytes(images, self.batch)
                 check_memory(kept, f"a comparison of {images:,} images", "give a smaller --images")
-        world = _world()
+        world = joined()
         remarks = Remarks()
         remarks.extend((*subject.said, *comparison.said))
         for remark in (*environment_remarks(), *subject.remarks, *comparison.remarks(subject.shape, images)):
@@ -283,13 +291,6 @@ def _number(value: float | None) -> str:
     from ipfm.engine.runtime.wording import significant
 
     return "not finite" if value is None or math.isnan(value) else significant(value)
-
-
-def _world() -> World:
-    """The processes of a launcher, or this one alone, which then needs no process group."""
-    from ipfm.engine.distributed.world import World, run_device, start_world
-
-    return start_world() if is_launched() else World(rank=0, size=1, device=run_device())
 
 
 def _counting(draw: Callable[[int, int], Tensor], bar: ProgressBar) -> Callable[[int, int], Tensor]:

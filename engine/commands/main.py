@@ -63,7 +63,7 @@ Command = (
 
 
 # Commands whose work a launcher's processes share. The others are one process, whatever a launcher has left behind.
-SHARED = ("evaluate",)
+SHARED = ("evaluate", "sample")
 
 
 # Words that are no commands, and what is given instead.

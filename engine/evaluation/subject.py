@@ -14,7 +14,7 @@ from ipfm.engine.evaluation.reference_data import is_npz, open_images
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.published import paper_result
 from ipfm.engine.runtime.files import read_json
-from ipfm.engine.sampling.stored_model import sample_model
+from ipfm.engine.sampling.stored_model import USUAL, Schedule, sample_model
 from ipfm.models import NetworkConfig
 from ipfm.models.checkpoints.recognise import image_kind, missing
 from ipfm.models.facts import GeneratorFacts, ModelFacts
@@ -58,6 +58,7 @@ def open_subject(
     *,
     heun_steps: int,
     seed: int,
+    schedule: Schedule = USUAL,
     D: float | None = None,
     limit: int | None = None,
     skip_unreadable: bool = False,
@@ -70,13 +71,14 @@ def open_subject(
         device: where images are drawn.
         heun_steps: of a teacher's sampler; a generator has its own noise levels.
         seed: of a model's samples, and of the choice among images.
+        schedule: of a teacher's sampler: ends and rho of its grid.
         D: auxiliary dimensions of a checkpoint that does not say them; None takes what the model says.
         limit: so many images of a set that has more are drawn at random; None takes all.
         skip_unreadable: of images, as in `open_dataset`.
         strict: likewise.
 
     Raises:
-        ValueError: there is nothing to measure, or D contradicts it.
+        ValueError: there is nothing to measure, or D contradicts it; a schedule for what is no teacher.
     """
     if not path.exists():
         raise ValueError(f"{missing(path)}: give a model folder, a checkpoint, a data set or an .npz of images")
@@ -84,6 +86,8 @@ def open_subject(
     if not stored and (path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES or is_npz(path)):
         if D is not None:
             raise ValueError(f"D was given, but {path} holds images, not a model")
+        if own := _listed(schedule):
+            raise ValueError(f"{own} given, but {path} holds images, not a teacher: leave it out")
         images = open_images(path, limit=limit, seed=seed, skip_unreadable=skip_unreadable, strict=strict)
         if limit is not None and len(images) < limit:
             raise ValueError(f"images must be at most {len(images)}, as many as {path} holds, got {limit}")
@@ -100,12 +104,21 @@ def open_subject(
         )
     if image := _single_image(path):
         raise ValueError(f"{path} is a single image ({image}); give the folder that it lies in")
-    model = sample_model(path, device, heun_steps=heun_steps, seed=seed, D=D)
+    model = sample_model(path, device, heun_steps=heun_steps, seed=seed, schedule=schedule, D=D)
     draw, network, facts, nfe = model.draw, model.network, model.facts, model.nfe
     shape = network.image_shape
     if isinstance(facts, GeneratorFacts):
+        if own := _listed(schedule):
+            raise ValueError(f"{own} given, but {path} is a generator, which has noise levels of its own: leave it out")
         return Subject("generator", draw, shape, None, network.D, nfe, _generator_paper(facts, network, nfe))
-    return Subject("teacher", draw, shape, None, network.D, nfe, _teacher_paper(facts, network, nfe))
+    paper = None if schedule.named() else _teacher_paper(facts, network, nfe)
+    return Subject("teacher", draw, shape, None, network.D, nfe, paper)
+
+
+def _listed(schedule: Schedule) -> str:
+    """What was given of a schedule: "rho was", "sigma-min, rho were"; nothing where nothing was."""
+    given = [name.replace("_", "-") for name, value in vars(schedule).items() if value is not None]
+    return f"{', '.join(given)} {'was' if len(given) == 1 else 'were'}" if given else ""
 
 
 def _single_image(path: Path) -> str | None:

@@ -79,7 +79,9 @@ def read_numbers(name: str, text: str) -> tuple[int, ...]:
     for part in text.split(","):
         found = re.fullmatch(r" *([0-9]{1,20}) *(?:- *([0-9]{1,20}) *)?", part)
         if found is None:
-            raise ValueError(f"{name} must be whole numbers and ranges like 0,3,7-12, got {text!r}")
+            # Of thousands of numbers, the one that is none.
+            got = repr(text) if len(text) <= 60 else f"{part.strip()[:60]!r} among them"
+            raise ValueError(f"{name} must be whole numbers and ranges like 0,3,7-12, got {got}")
         first, last = int(found[1]), int(found[2] or found[1])
         if last < first:
             raise ValueError(f"{name}: a range must rise, got {part.strip()}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
-from ipfm.engine.sampling.batches import Sampler, draw_images, teacher_range
+from ipfm.engine.sampling.batches import SIGMA_MAX, SIGMA_MIN, Sampler, draw_images, teacher_range
 from ipfm.engine.sampling.samplers import Churn, Solver, generate, heun_sample, nfe, trajectory_sample
 from ipfm.engine.sampling.seeds import Seeds
 from ipfm.engine.sampling.trajectory import trajectory_network
@@ -40,6 +42,55 @@ class SampledModel(NamedTuple):
     """Its noise levels, the highest first: those of a generator, or of a teacher's steps before what churn adds."""
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """The grid of a teacher's steps [Karras et al. 2022, eq. 5]; what is None is as usual.
+
+    Raises:
+        ValueError: a number out of its range, or a range that is empty.
+    """
+
+    sigma_min: float | None = None
+    """Lowest noise level; None: 0.002, or the lowest that the network knows."""
+    sigma_max: float | None = None
+    """Highest noise level, where the prior is drawn; None: 80, or the highest that the network knows."""
+    rho: float | None = None
+    """Exponent: sigma^(1/rho) is spaced evenly; None: 7."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number > 0, got {value:g}")
+        low, high = self.sigma_min, self.sigma_max
+        if low is not None and high is not None and not low < high:
+            raise ValueError(f"sigma_min must be below sigma_max, got {low:g} and {high:g}")
+
+    def named(self) -> dict[str, float]:
+        """What it has of its own, by the option's name: another rho than 7, ends other than 0.002 and 80."""
+        usual = {"sigma_min": SIGMA_MIN, "sigma_max": SIGMA_MAX, "rho": NoiseLevels().rho}
+        given = {name: getattr(self, name) for name in usual}
+        return {name: value for name, value in given.items() if value is not None and value != usual[name]}
+
+    def of(self, net: Precond) -> NoiseLevels:
+        """Its ends and rho for a network.
+
+        Raises:
+            ValueError: an end that was given lies outside of what the network knows, or leaves no range.
+        """
+        low, high = teacher_range(net)
+        # The usual ends, given or not, are clipped to what the network knows.
+        own = self.named()
+        for name, value in own.items():
+            if name != "rho" and not net.sigma_min <= value <= net.sigma_max:
+                raise ValueError(
+                    f"{name} must lie in what the network knows, [{net.sigma_min:g}, {net.sigma_max:g}], got {value:g}"
+                )
+        return NoiseLevels(**{"sigma_min": low, "sigma_max": high, **own})
+
+
+USUAL = Schedule()
+
+
 def sample_model(
     path: Path,
     device: torch.device,
@@ -48,6 +99,7 @@ def sample_model(
     seed: Seeds,
     D: float | None = None,
     sigmas: tuple[float, ...] | None = None,
+    schedule: Schedule = USUAL,
     solver: Solver = "heun",
     churn: Churn | None = None,
     classes: Sequence[int] | None = None,
@@ -64,6 +116,7 @@ def sample_model(
         seed: of the images; of several seeds, image i is the first one of seed[i].
         D: auxiliary dimensions, for a checkpoint that does not say them.
         sigmas: noise levels of a teacher's sampler, in place of heun_steps; see `heun_sample`.
+        schedule: ends and rho of the grid of a teacher's sampler, where sigmas are not given.
         solver: of a teacher's sampler, likewise.
         churn: of a teacher's sampler, likewise.
         classes: image i is of class classes[i modulo their number]; None draws the classes at random.
@@ -80,6 +133,7 @@ def sample_model(
         heun_steps=heun_steps,
         seed=seed,
         sigmas=sigmas,
+        schedule=schedule,
         solver=solver,
         churn=churn,
         classes=classes,
@@ -94,6 +148,7 @@ def sample_network(
     heun_steps: int,
     seed: Seeds,
     sigmas: tuple[float, ...] | None = None,
+    schedule: Schedule = USUAL,
     solver: Solver = "heun",
     churn: Churn | None = None,
     classes: Sequence[int] | None = None,
@@ -107,6 +162,7 @@ def sample_network(
         heun_steps: of a teacher's sampler.
         seed: of the images.
         sigmas: noise levels of a teacher's sampler.
+        schedule: ends and rho of its grid, where sigmas are not given.
         solver: of a teacher's sampler.
         churn: of a teacher's sampler.
         classes: of the images.
@@ -120,7 +176,7 @@ def sample_network(
     if isinstance(facts, GeneratorFacts):
         sampler, nfe, levels = _generator_sampler(net, facts, path / CONFIG_FILE)
     else:
-        sampler, nfe, levels = _teacher_sampler(net, heun_steps, sigmas, solver, churn)
+        sampler, nfe, levels = _teacher_sampler(net, heun_steps, sigmas, schedule, solver, churn)
     return SampledModel(
         lambda first, count: draw_images(sampler, net, first, count, seed=seed, classes=classes),
         net.config,
@@ -169,14 +225,19 @@ def fingerprint(path: Path) -> str:
 
 
 def _teacher_sampler(
-    net: Precond, steps: int, sigmas: tuple[float, ...] | None, solver: Solver, churn: Churn | None
+    net: Precond,
+    steps: int,
+    sigmas: tuple[float, ...] | None,
+    schedule: Schedule,
+    solver: Solver,
+    churn: Churn | None,
 ) -> tuple[Sampler, int, tuple[float, ...]]:
     """The sampler, its network evaluations and its noise levels."""
     bound = partial(heun_sample, net, D=net.D, solver=solver, churn=churn)
     if sigmas is None:
-        low, high = teacher_range(net)
-        grid = NoiseLevels(sigma_min=low, sigma_max=high).karras(steps)[:-1].tolist()
-        return partial(bound, steps=steps, sigma_min=low, sigma_max=high), nfe(steps, solver), tuple(grid)
+        noise = schedule.of(net)
+        ends = {"sigma_min": noise.sigma_min, "sigma_max": noise.sigma_max, "rho": noise.rho}
+        return partial(bound, steps=steps, **ends), nfe(steps, solver), tuple(noise.karras(steps)[:-1].tolist())
     levels = check_sigmas(sigmas)
     if not (net.sigma_min <= levels[-1] and levels[0] <= net.sigma_max):
         raise ValueError(

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
+from ipfm.engine.commands.processes import joined
 from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.json_output import output
+from ipfm.engine.runtime.launcher import forget_launch, is_launched, launched_processes, launched_rank
 
 if TYPE_CHECKING:
     from ipfm.engine.commands.sample.destination import Destination
+    from ipfm.engine.distributed.world import World
     from ipfm.engine.runtime.progress import ProgressBar
     from ipfm.engine.sampling.samplers import Churn
-    from ipfm.engine.sampling.stored_model import SampledModel
+    from ipfm.engine.sampling.stored_model import SampledModel, Schedule
     from ipfm.models import NetworkConfig
 
 
@@ -26,7 +29,8 @@ IMAGES, HEUN_STEPS = 64, 18
 # The largest numbers that are taken: above them is a slip of the keyboard.
 MOST = {"n": 10**12, "batch": 10**12, "heun_steps": 100_000}
 # Options of a teacher's sampler; a generator's is its own.
-OF_A_TEACHER = ("heun_steps", "solver", "sigmas", "churn", "churn_min", "churn_max", "churn_noise")
+SCHEDULE = ("sigma_min", "sigma_max", "rho")
+OF_A_TEACHER = ("heun_steps", "solver", "sigmas", *SCHEDULE, "churn", "churn_min", "churn_max", "churn_noise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +48,12 @@ class Sample:
     """Model folder, or a teacher's checkpoint of EDM, PFGM++ or SiD. A generator's D and noise levels are its own; a
     teacher is sampled with Heun's method."""
     out: Path = Path("samples.png")
-    """A .png (one grid), a .npz (images NHWC, uint8), or a folder: one PNG an image, named by its seed or index."""
+    """A .png (one grid), a .npz (images NHWC, uint8), or a folder: one PNG an image, named by its seed or index, which
+    several processes share (deepspeed .venv/bin/ipfm sample ...)."""
     add: bool = False
-    """Put the images into a folder that holds others too; those of the same name are replaced."""
+    """Put the images into a folder with others; those of the same name are replaced."""
+    subdirs: bool = False
+    """Put each 1000 images into a sub-folder: 000000, 001000, ..."""
     n: int | None = None
     """Number of images. Default: 64."""
     seed: int | None = None
@@ -63,8 +70,14 @@ class Sample:
     """Of a teacher: heun, the default, is of second order; euler of first, with one network evaluation a step."""
     sigmas: tuple[float, ...] = ()
     """Noise levels of a teacher's steps, highest first, in place of --heun-steps."""
+    sigma_min: float | None = None
+    """Lowest noise level of a teacher's steps. Default: 0.002 or the network's."""
+    sigma_max: float | None = None
+    """Highest, where the prior is drawn. Default: 80 or the network's."""
+    rho: float | None = None
+    """Spacing of the levels: more puts more of them at low noise. Default: 7."""
     churn: float | None = None
-    """Sample a teacher stochastically: S_churn of EDM's algorithm 2. Exact at D = inf, an approximation below."""
+    """Sample a teacher stochastically, S_churn of EDM; exact at D = inf alone."""
     churn_min: float | None = None
     """S_tmin, the lowest noise level that noise is added to. Default: 0."""
     churn_max: float | None = None
@@ -78,7 +91,7 @@ class Sample:
 
     def run(self) -> None:
         """Write the images to `out`."""
-        from ipfm.engine.distributed.launch_environment import environment_remarks
+        from ipfm.engine.distributed.launch_environment import check_environment, environment_remarks
         from ipfm.engine.distributed.world import run_device
         from ipfm.engine.runtime.host_memory import enough_memory
         from ipfm.engine.runtime.progress import ProgressBar
@@ -89,6 +102,11 @@ class Sample:
 
         with user_input():
             self._check()
+            if is_launched():
+                check_environment()
+            alone = self._alone()
+            if alone and launched_rank():
+                return
             seeds = None if self.seeds is None else self._seeds(self.seeds)
             churn = self._churn()
             model = sample_model(
@@ -98,6 +116,7 @@ class Sample:
                 seed=(self.seed or 0) if seeds is None else seeds,
                 D=self.D,
                 sigmas=self.sigmas or None,
+                schedule=self._schedule(),
                 solver=self.solver or "heun",
                 churn=churn,
                 classes=None if self.classes is None else read_numbers("classes", self.classes),
@@ -107,11 +126,21 @@ class Sample:
             self._check_memory(model.network, len(names))
             destination = self._destination(model, names, seeds is None)
         remarks = Remarks()
-        for remark in (*environment_remarks(), *destination.remarks):
+        if alone:
+            forget_launch()
+        # Waits for all processes, so that each has seen the folder as it was.
+        world = joined()
+        for remark in (*alone, *environment_remarks(), *destination.remarks) if world.is_main else ():
             remarks.add(remark)
         with output(as_json=self.json) as write:
-            with ProgressBar("sample", len(names)) as bar, enough_memory("give a smaller --batch"):
-                seconds, bad = self._write(model, len(names), destination, bar)
+            # Whole batches, so that an image is the same to the bit however many processes there are.
+            starts = range(world.rank * self.batch, len(names), world.size * self.batch)
+            total = len(starts) * self.batch - max(0, starts[-1] + self.batch - len(names)) if starts else 0
+            bar = ProgressBar("sample", total, enabled=world.is_main)
+            with bar, enough_memory("give a smaller --batch"):
+                seconds, bad = self._write(model, starts, len(names), destination, bar, world)
+            if not world.is_main:
+                return
             if bad:
                 remarks.add(
                     f"{counted(bad, 'image')} of {len(names):,} {'is' if bad == 1 else 'are'} not finite, and black "
@@ -133,7 +162,7 @@ class Sample:
                 limit = "at least 1" if value < 1 else f"at most {MOST[name]:,}"
                 raise ValueError(f"{_typed(name)} must be {limit}, got {value}")
         check_seeds("seed", [self.seed or 0])
-        for name, others in (("seeds", ("n", "seed")), ("sigmas", ("heun_steps",))):
+        for name, others in (("seeds", ("n", "seed")), ("sigmas", ("heun_steps", *SCHEDULE))):
             both = [other for other in others if name in self._given() and other in self._given()]
             if both:
                 raise ValueError(f"{name} and {_typed(both[0])} exclude each other: give one of them")
@@ -143,6 +172,8 @@ class Sample:
             raise ValueError(f"out must end in .png or .npz, or be a folder (no suffix), got {self.out}")
         if self.add and not self._is_folder():
             raise ValueError(f"add is for folders, got the file {self.out}, which is replaced")
+        if self.subdirs and not self._is_folder():
+            raise ValueError(f"subdirs is for folders, got the file {self.out}: name a folder (no suffix) as --out")
         if self._is_folder() and self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out must end in .png or .npz, or be a folder, got the file {self.out}")
         if (above := unwritable_ancestor(self.out if self.out.is_dir() else self.out.absolute().parent)) is not None:
@@ -157,10 +188,15 @@ class Sample:
 
         seeds = read_numbers("seeds", text)
         check_seeds("seeds", seeds)
-        twice = [seed for seed, count in Counter(seeds).items() if count > 1]
-        if self._is_folder() and twice:
-            raise ValueError(f"seeds must differ where each names a file in a folder, got {twice[0]} twice")
+        if self._is_folder() and len(set(seeds)) < len(seeds):
+            twice = Counter(seeds).most_common(1)[0][0]
+            raise ValueError(f"seeds must differ where each names a file in a folder, got {twice} twice")
         return seeds
+
+    def _schedule(self) -> Schedule:
+        from ipfm.engine.sampling.stored_model import Schedule
+
+        return Schedule(sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
 
     def _churn(self) -> Churn | None:
         from ipfm.engine.sampling.samplers import Churn
@@ -208,7 +244,7 @@ class Sample:
         from ipfm.engine.commands.sample.destination import Array, Folder, Picture
 
         if self._is_folder():
-            return Folder(self.out, names, self._made_by(model, of_one_seed), add=self.add)
+            return Folder(self.out, names, self._made_by(model, of_one_seed), add=self.add, subdirs=self.subdirs)
         return (Picture if self._suffix() == ".png" else Array)(self.out, len(names), model.network.image_shape)
 
     def _made_by(self, model: SampledModel, of_one_seed: bool) -> dict[str, object]:
@@ -224,15 +260,38 @@ class Sample:
             "classes": self.classes,
             "seed": (self.seed or 0) if of_one_seed else "each its own",
             **{name: value for name, value in own.items() if value is not None},
+            **self._schedule().named(),
         }
         return {name: plain(value) for name, value in made.items()}
 
-    def _write(self, model: SampledModel, count: int, destination: Destination, bar: ProgressBar) -> tuple[float, int]:
-        """Draw `count` images; the seconds that drawing them took, and how many of them are not finite."""
+    def _alone(self) -> list[str]:
+        """Says that one of several processes draws all images, where they go into one file; else nothing."""
+        if self._is_folder() or launched_processes() == 1:
+            return []
+        return [
+            f"one of {launched_processes()} processes draws all images of {self.out}: several share those of a folder"
+        ]
+
+    def _write(
+        self,
+        model: SampledModel,
+        starts: range,
+        count: int,
+        destination: Destination,
+        bar: ProgressBar,
+        world: World,
+    ) -> tuple[float, int]:
+        """Draw the batches that begin at `starts` of `count` images.
+
+        Returns:
+            the most seconds that a process took, and how many images of all processes are not finite.
+        """
+        from torch import tensor
+
         seconds, bad = 0.0, 0
         try:
             with destination.opened():
-                for first in range(0, count, self.batch):
+                for first in starts:
                     started = time.perf_counter()
                     # On the host: what draws is done with them.
                     images = model.draw(first, min(self.batch, count - first)).cpu()
@@ -243,7 +302,8 @@ class Sample:
         except OSError:
             with user_input():
                 raise
-        return seconds, bad
+        longest = world.all_reduce_max_(tensor(seconds, device=world.device))
+        return float(longest), int(world.all_reduce_sum_(tensor(bad, device=world.device)))
 
     def _facts(
         self,

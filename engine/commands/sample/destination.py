@@ -23,6 +23,8 @@ from ipfm.engine.runtime.wording import size
 from ipfm.models.atomic_files import atomic_write
 from ipfm.models.checkpoints.recognise import what_of_ours
 
+PER_FOLDER = 1000
+"""Images of a sub-folder."""
 _ADD = "name another folder, or add to it with --add"
 
 
@@ -117,15 +119,21 @@ class Folder(Destination):
         names: number of each image.
         made_by: what makes the images: the model, and all that changes them but their numbers.
         add: put them beside other images.
+        subdirs: put each thousand into a folder of their own, named by the first number, as EDM's generate.py can.
 
     Raises:
         ValueError: it holds images that were made otherwise, or the disk has no room for so many.
     """
 
-    def __init__(self, path: Path, names: Sequence[int], made_by: Mapping[str, Any], *, add: bool) -> None:
+    def __init__(
+        self, path: Path, names: Sequence[int], made_by: Mapping[str, Any], *, add: bool, subdirs: bool = False
+    ) -> None:
         if what := what_of_ours(path):
             raise ValueError(f"{path} is no place for samples: {what}")
         self._path, self._names, self._record = path, names, json.loads(json.dumps(made_by))
+        self._subdirs = subdirs
+        if subdirs:  # in one folder an image could be there twice
+            self._record["subdirs"] = True
         first = next(_images(path), None)
         if first is None:
             _check_disk(path, len(names))
@@ -140,7 +148,11 @@ class Folder(Destination):
 
     def file(self, index: int) -> Path:
         """Where image `index` goes."""
-        return self._path / f"{self._names[index]:06d}.png"
+        return self._path / self._name(self._names[index])
+
+    def _name(self, number: int) -> str:
+        inside = f"{number - number % PER_FOLDER:06d}/" if self._subdirs else ""
+        return f"{inside}{number:06d}.png"
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -158,8 +170,8 @@ class Folder(Destination):
         own = self._names if isinstance(self._names, range) else set(self._names)
 
         def replaced(name: str) -> bool:
-            stem = name.removesuffix(".png")
-            return stem.isdecimal() and len(stem) < 21 and f"{int(stem):06d}.png" == name and int(stem) in own
+            stem = os.path.basename(name).removesuffix(".png")
+            return stem.isdecimal() and len(stem) < 21 and self._name(int(stem)) == name and int(stem) in own
 
         return sum(not replaced(name) for name in _images(self._path))
 
@@ -181,7 +193,7 @@ def _difference(known: Mapping[str, Any] | None, record: Mapping[str, Any]) -> s
         return "of which it does not say what made them, and would mix them with these"
     if known["model"] != record["model"]:
         return "of another model, and would mix them with these"
-    differ = [name for name in record if known.get(name) != record[name]]
+    differ = [name.replace("_", "-") for name in {**record, **known} if known.get(name) != record.get(name)]
     return f"of this model with other {', '.join(differ)}, and would mix them with these"
 
 

@@ -24,6 +24,7 @@ from ipfm.engine.evaluation.subject import SAMPLES_FILE, open_subject
 from ipfm.engine.objectives.pid import PidConfig
 from ipfm.engine.runtime import host_memory
 from ipfm.engine.runtime.commandline import BadInput, parse
+from ipfm.engine.sampling.stored_model import Schedule
 from ipfm.models import EDMPrecond, load_model, load_teacher, presets, save_model
 
 CPU = torch.device("cpu")
@@ -91,6 +92,18 @@ def test_a_teacher_is_sampled_by_heun(capsys: pytest.CaptureFixture[str], root: 
     expected = heun_sample(load_model(root / "teacher"), 30, D=128.0, steps=3, seed=0)
     assert (found["kind"], found["nfe"]) == ("teacher", 5)
     assert found["frechet"] == pytest.approx(distance(root, expected), rel=1e-4)
+
+
+def test_a_teacher_is_sampled_on_the_grid_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str], root: Path, options: Evaluate
+) -> None:
+    found = printed(capsys, replace(options, model=root / "teacher", heun_steps=3, rho=3.0, sigma_max=20.0))
+    expected = heun_sample(load_model(root / "teacher"), 30, steps=3, seed=0, rho=3.0, sigma_max=20.0)
+    assert found["frechet"] == pytest.approx(distance(root, expected), rel=1e-4)
+    # The published figure is that of the usual grid.
+    for schedule, known in ((Schedule(rho=7.0), True), (Schedule(sigma_min=0.01), False)):
+        subject = open_subject(root / "teacher", CPU, heun_steps=18, seed=0, schedule=schedule)
+        assert (subject.paper is not None) == known
 
 
 def test_a_checkpoint_of_edm_is_a_teacher_at_the_D_that_is_given(
@@ -251,6 +264,9 @@ def test_options_as_they_are_typed(root: Path) -> None:
         ({"model": "ROOT/folder", "repeats": 3}, "repeats must be 1 for images, got 3"),
         ({"model": "ROOT/folder", "D": 128.0}, "D was given, but"),
         ({"D": 64.0}, "128"),
+        ({"model": "ROOT/folder", "sigma_min": 1.0, "rho": 7.0}, "sigma-min, rho were given, but"),
+        ({"sigma_max": 20.0}, "sigma-max was given, but"),
+        ({"rho": 0.0}, "rho must be a finite number > 0, got 0"),
         ({"images": 1}, "images must be at least 2, got 1"),
         ({"images": 10**10}, "images must be at most 1,000,000,000, got 10,000,000,000"),
         ({"batch": 0}, "batch must be at least 1, got 0"),

@@ -2,8 +2,10 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import launch
 import numpy as np
 import official_files as of
 import pytest
@@ -13,11 +15,15 @@ from PIL import Image
 from ipfm.engine.commands.export.destination import choose_format
 from ipfm.engine.commands.main import _main
 from ipfm.engine.commands.sample.destination import Folder, Picture
+from ipfm.engine.data.image_grid import pixels
+from ipfm.engine.data.open_dataset import open_dataset
 from ipfm.engine.evaluation.subject import SAMPLES_FILE
+from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.runtime import host_memory, progress
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.engine.runtime.errors import Failed
-from ipfm.models import EDMPrecond, NetworkConfig, save_model
+from ipfm.engine.sampling.samplers import heun_sample
+from ipfm.models import EDMPrecond, NetworkConfig, VEPrecond, load_model, save_model
 
 SMALL = NetworkConfig(
     img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), D=128.0
@@ -274,3 +280,128 @@ def test_a_run_is_no_reference(models, tmp_path, capsys):
 
 def test_an_export_is_known_by_a_suffix_in_capitals():
     assert choose_format(Path("a.ONNX"), None) == "onnx" and choose_format(Path("a.PT2"), None) == "torch"
+
+
+# -- as EDM's generate.py ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> Path:
+    """A teacher that knows every level, and one that knows those from 0.02 to 100."""
+    root = tmp_path_factory.mktemp("teachers")
+    save_model(of.randomize(EDMPrecond(SMALL), 0), root / "edm", extra={"task": "teacher"})
+    save_model(
+        of.randomize(VEPrecond(replace(SMALL, precond="VEPrecond", sigma_min=0.02, sigma_max=100.0)), 0),
+        root / "ve",
+        extra={"task": "teacher"},
+    )
+    return root
+
+
+def test_a_teachers_grid_is_what_is_asked_for(teachers, tmp_path, capsys):
+    for name, given, ends in [
+        ("edm", ("--rho", 3), {"rho": 3.0}),
+        ("edm", ("--sigma-min", 0.05, "--sigma-max", 200), {"sigma_min": 0.05, "sigma_max": 200.0}),
+        ("ve", ("--sigma-max", 90), {"sigma_min": 0.02, "sigma_max": 90.0}),
+        # The usual ends are those that are left out.
+        ("ve", ("--sigma-min", 0.002, "--sigma-max", 80, "--rho", 7), {"sigma_min": 0.02}),
+    ]:
+        capsys.readouterr()
+        out = tmp_path / "a.npz"
+        assert sample(teachers / name, "--n", 2, "--heun-steps", 3, *given, "--out", out, "--json") == 0
+        expected = heun_sample(load_model(teachers / name), 2, steps=3, seed=0, **ends)
+        assert np.array_equal(np.load(out)["images"], pixels(expected).permute(0, 2, 3, 1).numpy())
+        grid = NoiseLevels(**ends).karras(3)[:-1].tolist()
+        assert json.loads(capsys.readouterr().out)["sigmas"] == pytest.approx(grid)
+
+
+def test_another_grid_does_not_continue_a_folder(teachers, tmp_path, capsys):
+    given = (teachers / "edm", "--n", 1, "--heun-steps", 3, "--out", tmp_path / "a")
+    assert sample(*given, "--rho", 5, "--sigma-max", 40) == 0
+    record = json.loads((tmp_path / "a" / SAMPLES_FILE).read_text())
+    assert (record["rho"], record["sigma_max"], "sigma_min" in record) == (5.0, 40.0, False)
+    capsys.readouterr()
+    assert sample(*given, "--rho", 5, "--sigma-max", 40, "--sigma-min", 0.002) == 0
+    assert sample(*given, "--rho", 6, "--sigma-max", 40) == 2
+    assert "of this model with other sigmas, rho, and would mix" in capsys.readouterr().err
+    assert sample(*given) == 2
+    assert "of this model with other sigmas, sigma-max, rho, and would mix" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "said"),
+    [
+        ("edm", ("--sigma-max", 0), "sigma_max must be a finite number > 0, got 0"),
+        ("edm", ("--rho", "nan"), "rho must be a finite number > 0, got nan"),
+        ("edm", ("--sigma-min", 5, "--sigma-max", 2), "sigma_min must be below sigma_max, got 5 and 2"),
+        ("edm", ("--sigma-max", 0.001), "sigma_min must be below sigma_max, got 0.002 and 0.001"),
+        ("edm", ("--sigmas", 5, 1, "--rho", 3), "sigmas and rho exclude each other"),
+        ("ve", ("--sigma-min", 0.01), "sigma_min must lie in what the network knows, [0.02, 100], got 0.01"),
+        ("ve", ("--sigma-max", 101), "sigma_max must lie in what the network knows, [0.02, 100], got 101"),
+        ("one", ("--rho", 3, "--sigma-max", 9), "sigma-max, rho cannot be given: "),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(models, teachers, tmp_path, capsys, model, given, said):
+    place = models if model == "one" else teachers
+    assert sample(place / model, "--out", tmp_path / "a.png", *given) == 2
+    assert said in (line := capsys.readouterr().err) and line.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_thousand_goes_into_a_folder_of_its_own(models, tmp_path, capsys):
+    out = tmp_path / "images"
+    given = (models / "one", "--seeds", "0-1,998-1001,123456", "--out", out)
+    assert sample(*given, "--subdirs", "--json") == 0
+    names = ["000000/000000.png", "000000/000001.png", "000000/000998.png", "000000/000999.png",
+             "001000/001000.png", "001000/001001.png", "123000/123456.png"]  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["files"] == [str(out / name) for name in names]
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.png")) == names
+    assert sample(models / "one", "--seeds", "0-1,998-1001,123456", "--out", tmp_path / "flat") == 0
+    for name in names:
+        assert (out / name).read_bytes() == (tmp_path / "flat" / Path(name).name).read_bytes()
+    capsys.readouterr()
+    # It continues as one set, not beside it, and is measured as one.
+    assert sample(models / "one", "--seeds", "1,2", "--out", out, "--subdirs") == 0
+    assert "holds 6 other images too" in capsys.readouterr().err
+    assert sample(*given) == 2
+    assert "of this model with other subdirs, and would mix" in capsys.readouterr().err
+    assert sample(models / "one", "--out", tmp_path / "a.png", "--subdirs") == 2
+    assert "subdirs is for folders, got the file" in capsys.readouterr().err
+    both = ("--features", "pixels", "--reference", tmp_path / "flat", "--images", 7, "--json")
+    assert sample_of("evaluate", out, *both) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 7
+    assert len(open_dataset(out)) == 8
+
+
+def sample_of(command: str, *arguments: object) -> int:
+    try:
+        run_command("ipfm", _main, [command, *map(str, arguments)])
+    except SystemExit as stop:
+        return int(stop.code)
+    return 0
+
+
+def test_a_long_list_of_seeds_with_a_slip_is_one_short_line(models, tmp_path, capsys):
+    seeds = ",".join(map(str, range(50_000)))
+    assert sample(models / "one", "--seeds", seeds + ",7x", "--out", tmp_path / "a") == 2
+    assert capsys.readouterr().err == (
+        "ipfm: error: seeds must be whole numbers and ranges like 0,3,7-12, got '7x' among them\n"
+    )
+    assert sample(models / "one", "--seeds", seeds + ",7", "--out", tmp_path / "a") == 2
+    assert "seeds must differ where each names a file in a folder, got 7 twice" in capsys.readouterr().err
+
+
+def test_two_processes_share_the_images_of_a_folder(models, tmp_path):
+    """To the bit those of one process; a single file is one process's work, and the other leaves it alone."""
+    given = ["sample", str(models / "one"), "--n", "11", "--batch", "2", "--subdirs"]
+    jobs = [[*given, "--out", str(tmp_path / "shared")], [*given[:6], "--out", str(tmp_path / "a.npz")]]
+    launch.run_workers("sample_shares.py", 2, {"jobs": jobs, "out": str(tmp_path)})
+    assert sample(*given[1:], "--out", tmp_path / "alone") == 0
+    for path in (tmp_path / "alone").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "shared" / path.relative_to(tmp_path / "alone")).read_bytes()
+    shared = len(list((tmp_path / "shared").rglob("*.png")))
+    assert shared == 11 and len(np.load(tmp_path / "a.npz")["images"]) == 11
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert "11 images, 1 network evaluation each" in first["said"][0] and second["said"] == ["", ""]
+    assert second["err"] == ["", ""] and first["err"][0] == ""
+    assert first["err"][1].startswith("ipfm: note: one of 2 processes draws all images of ")
