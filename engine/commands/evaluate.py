@@ -50,11 +50,11 @@ class Evaluate:
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Model folder, checkpoint of EDM, PFGM++ or SiD, or images: a folder, a zip, CIFAR-10's archive, an .npz."""
     reference: Path | None = None
-    """Real images, or their statistics as EDM publishes them (.npz with mu and sigma). Only "is" needs none."""
+    """Real images, or their statistics (.npz, mu and sigma). Only "is" needs none."""
     inception: Path | None = None
     """The Inception network: inception-2015-12-05.pt of NVIDIA's StyleGAN2-ADA."""
     features: Literal["inception", "pixels", "blocks"] = "inception"
-    """What images are compared by; that of pixels, or blocks of them, is no FID."""
+    """What images are compared by; only inception gives an FID."""
     metrics: tuple[Literal["fid", "kid", "is", "pr"], ...] = ("fid",)
     """What is measured; kid and pr need real images."""
     images: int | None = None
@@ -78,13 +78,13 @@ class Evaluate:
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
     skip_unreadable: bool = False
-    """Put the next image in the place of one that cannot be decoded."""
+    """Put the next image in the place of one that cannot be read."""
     strict: bool = False
     """Stop where an image would be left out, or a sample is not finite."""
     json: bool = False
     """Print JSON: the distances of each set, nfe, D, the published figure, remarks."""
     save_reference: Path | None = None
-    """Keep the statistics of a reference that is images in this .npz (mu and sigma)."""
+    """Keep the statistics of a reference that is images in this .npz."""
 
     def run(self) -> None:
         """Print what was measured."""
