@@ -132,12 +132,11 @@ class Plan:
         from ipfm.engine.objectives.base import Distillation
 
         # A backward pass is twice a forward pass.
-        passes = (
-            config.objective(network).forwards(phased=False, checkpointed=False)
-            if isinstance(config, Distillation)
-            else 3
-        )
-        flops = forward_flops(network) * passes * layout.relative_cost * config.batch
+        passes, further = 3, 0
+        if isinstance(config, Distillation):
+            passes = config.objective(network).forwards(phased=False, checkpointed=False)
+            further = config.further_flops(network)
+        flops = (forward_flops(network) * passes * layout.relative_cost + further) * config.batch
         return flops, gpu_seconds(flops, config.decided_precision)
 
     def _fits(self, config: Distillation | TeacherConfig, network: NetworkConfig, write: Write) -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.distributed.world import run_device
-from ipfm.engine.experiments.step_time import step_seconds
+from ipfm.engine.experiments.step_time import step_time
 from ipfm.engine.memory import MemoryPlan, choose_layout, choose_training, device_budget
 from ipfm.engine.memory.arithmetic import SHARE, flops_in_words, forward_flops, gpu_seconds
 from ipfm.engine.memory.fits import LAYOUTS, gpu_precision, layout_table
@@ -94,15 +94,21 @@ def describe(
 def describe_training(config: TeacherConfig, network: NetworkConfig, path: Path, notes: tuple[str, ...] = ()) -> str:
     """What training a teacher with this resolved configuration would do: settings, network, expected duration.
 
-    Runs some steps to estimate the duration.
+    Runs some steps to estimate the duration; stderr says how far this is, where it takes long.
     """
-    plan = choose_training(
-        resolve_precision(config, run_device()),
-        network,
-        ranks=launched_processes(),
-        budget=device_budget(run_device()),
-    )
-    checkpointed = plan.activation_checkpointing
+    with ProgressBar("dry run", 3, unit=" part", pause=PAUSE) as progress:
+        plan = choose_training(
+            resolve_precision(config, run_device()),
+            network,
+            ranks=launched_processes(),
+            budget=device_budget(run_device()),
+        )
+        checkpointed = plan.activation_checkpointing
+        progress.advance()
+        expected = _expected_duration(config, network, plan, TRAINING_FORWARDS + checkpointed)
+        progress.advance()
+        on_gpus = _on_gpus(config, network, TRAINING_FORWARDS)
+        progress.advance()
     parts = [
         *_settings(
             replace(config, micro_batch=plan.micro_batch),
@@ -112,16 +118,17 @@ def describe_training(config: TeacherConfig, network: NetworkConfig, path: Path,
         ),
         *_network(network, plan.parameters),
         *_memory(plan),
-        _expected_duration(config, network, plan, TRAINING_FORWARDS + checkpointed),
-        *_on_gpus(config, network, TRAINING_FORWARDS),
+        expected,
+        *on_gpus,
         *_room(config, [(network, 3 + (config.beta1 > 0))]),
         *notes,
     ]
     return "\n".join(parts)
 
 
-def _forwards(config: Distillation, trained: NetworkConfig, *, phased: bool, checkpointed: bool) -> int:
-    return config.objective(trained).forwards(phased=phased, checkpointed=checkpointed)
+def _forwards(config: Distillation, trained: NetworkConfig, *, phased: bool, checkpointed: bool) -> float:
+    passes = config.objective(trained).forwards(phased=phased, checkpointed=checkpointed)
+    return passes + config.further_flops(trained) / forward_flops(trained)
 
 
 def _settings(config: RunConfig, path: Path, **resolved: object) -> list[str]:
@@ -150,7 +157,7 @@ def _network(network: NetworkConfig, parameters: int) -> list[str]:
     ]
 
 
-def _expected_duration(config: C, network: NetworkConfig, plan: MemoryPlan, forwards: int) -> str:
+def _expected_duration(config: C, network: NetworkConfig, plan: MemoryPlan, forwards: float) -> str:
     """`forwards`: forward passes, or as much arithmetic, of one image in one step."""
     device = run_device()
     config = resolve_precision(replace(config, zero=plan.parts.stage), device)
@@ -161,10 +168,11 @@ def _expected_duration(config: C, network: NetworkConfig, plan: MemoryPlan, forw
         phased=plan.phased,
         checkpointed=plan.activation_checkpointing,
     )
-    step = step_seconds(form, network, forwards, device)
+    step = step_time(form, network, forwards, device)
     return (
-        f"expected duration on this {device.type.upper()}: {duration(step * config.total_steps)} for "
-        f"{config.total_steps:,} steps ({step:.3g} s a step, measured; evaluations and checkpoints come on top)"
+        f"expected duration on this {device.type.upper()}: {duration(step.seconds * config.total_steps)} for "
+        f"{config.total_steps:,} steps ({step.seconds:.3g} s a step, {step.how()}; evaluations and checkpoints come on "
+        "top)"
     )
 
 
@@ -175,7 +183,7 @@ def teacher_duration(config: TeacherConfig, network: NetworkConfig) -> str:
     return f"training of the teacher, before it: {expected}"
 
 
-def _on_gpus(config: RunConfig, network: NetworkConfig, forwards: int) -> list[str]:
+def _on_gpus(config: RunConfig, network: NetworkConfig, forwards: float) -> list[str]:
     """What a step computes, and GPU hours by arithmetic alone."""
     flops = forward_flops(network) * forwards * config.batch
     precision = gpu_precision(config)

@@ -1,4 +1,4 @@
-"""How long a step takes on this machine: some of the run's own, measured on networks that nobody trained."""
+"""How long a step takes on this machine: some of the run's own, or passes, measured on networks that nobody trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,21 +21,39 @@ from ipfm.engine.objectives.phases import Phase, listening, mark
 from ipfm.engine.random_streams import Stream
 from ipfm.engine.runtime.cores import usable_cores
 from ipfm.engine.runtime.launcher import launched_processes, local_processes
+from ipfm.engine.runtime.wording import counted
 from ipfm.models import NetworkConfig, Precond, build_network
 
 # Seconds that the steps which are measured take, about: a dry run answers while one waits.
 PATIENCE = 0.5
-# Where the step of a single image takes longer, by its forward pass, that pass alone is measured.
-LONGEST = 1.0
+# Where the step of a single image takes longer, by its forward pass, that pass alone is measured, and one of several
+# images, unless by the first it takes longer than the other number.
+LONGEST, LONGEST_FORWARD, SEVERAL = 1.0, 20.0, 4
 
 Iteration = Callable[[int], object]
 
 
-def step_seconds(form: Resolved[Any], network: NetworkConfig, forwards: int, device: torch.device) -> float:
-    """Seconds of a step of one process, evaluations, checkpoints and communication left out.
+class StepTime(NamedTuple):
+    """How long a step takes."""
+
+    seconds: float
+    forward_of: int = 0
+    """Number of images whose forward pass is all that was measured, the step being reckoned from it; 0 where whole
+    steps were."""
+
+    def how(self) -> str:
+        """Where it comes from, for people."""
+        if not self.forward_of:
+            return "measured"
+        return f"reckoned from a forward pass of {counted(self.forward_of, 'image')}, which was measured"
+
+
+def step_time(form: Resolved[Any], network: NetworkConfig, forwards: float, device: torch.device) -> StepTime:
+    """How long a step of one process takes, evaluations, checkpoints and communication left out.
 
     Whole steps are measured, optimisers included, on a micro-batch or as many of its images as are done in a second or
-    two; the others are in proportion. Sharding and compilation are left out of what is measured.
+    two; the others are in proportion. Sharding and compilation are left out of what is measured. Where a step of one
+    image takes longer, or more memory than there is, it is reckoned from forward passes.
 
     Args:
         form: the settings of a distillation or of a teacher's training, as they are laid out.
@@ -45,31 +63,44 @@ def step_seconds(form: Resolved[Any], network: NetworkConfig, forwards: int, dev
     """
     local = form.config.batch // launched_processes()
     with _threads_of_a_run():
-        count, seconds = _measurable(form, network, forwards, device)
-        if seconds > LONGEST:
-            return seconds * local
-        try:
-            images, optimisers = _measured(form, network, count, device)
-        except (torch.OutOfMemoryError, MemoryError):
-            return seconds * local / count
-    return images * local / count + optimisers
+        net = _network(network, form.precision, device).eval()
+        count, passes = _measurable(net, form.micro_batch, forwards, device)
+        if forwards * passes > LONGEST:
+            count, passes = _several(net, count, passes, form.micro_batch, device)
+        else:
+            del net
+            with contextlib.suppress(torch.OutOfMemoryError, MemoryError):
+                images, optimisers = _measured(form, network, count, device)
+                return StepTime(images * local / count + optimisers)
+    return StepTime(forwards * passes * local / count, forward_of=count)
 
 
-def _measurable(form: Resolved[Any], network: NetworkConfig, forwards: int, device: torch.device) -> tuple[int, float]:
-    """How many images of a micro-batch a step is measured on, and its seconds, about: by forward passes.
+def _measurable(net: Precond, micro_batch: int, forwards: float, device: torch.device) -> tuple[int, float]:
+    """How many images of a micro-batch a step is measured on, and the seconds of a forward pass of so many.
 
     As many as can be: together they take less time each, above all on a GPU or where cores are shared.
     """
-    net = _network(network, form.precision, device).eval()
     count = 1
-    seconds = forwards * _forward_seconds(net, count, device)
-    while count < form.micro_batch and seconds < PATIENCE:
-        more = min(form.micro_batch, 4 * count)
-        longer = forwards * _forward_seconds(net, more, device)
-        if longer > 2 * PATIENCE:
+    seconds = _forward_seconds(net, count, device)
+    while count < micro_batch and forwards * seconds < PATIENCE:
+        more = min(micro_batch, 4 * count)
+        longer = _forward_seconds(net, more, device)
+        if forwards * longer > 2 * PATIENCE:
             break
         count, seconds = more, longer
     return count, seconds
+
+
+def _several(net: Precond, count: int, seconds: float, micro_batch: int, device: torch.device) -> tuple[int, float]:
+    """As `_measurable` for a step that is reckoned: a single image alone may take twice its time among several."""
+    more = min(micro_batch, SEVERAL * count)
+    if more * seconds > LONGEST_FORWARD * count:
+        return count, seconds
+    try:
+        longer = _forward_seconds(net, more, device, times=1)
+    except (torch.OutOfMemoryError, MemoryError):
+        return count, seconds
+    return (more, longer) if longer * count < seconds * more else (count, seconds)
 
 
 @contextlib.contextmanager
@@ -173,12 +204,12 @@ def _network(network: NetworkConfig, precision: Precision, device: torch.device)
     return apply_precision(build_network(network).to(device), precision)
 
 
-def _forward_seconds(net: Precond, count: int, device: torch.device) -> float:
-    """Seconds of a forward pass of so many images: the shorter of two."""
+def _forward_seconds(net: Precond, count: int, device: torch.device, times: int = 2) -> float:
+    """Seconds of a forward pass of so many images: the shortest of some."""
     x, sigma = torch.randn(count, *net.config.image_shape, device=device), torch.ones(count, device=device)
     seconds = []
     with torch.no_grad():
-        for _ in range(2):
+        for _ in range(times):
             start = _now(device)
             net(x, sigma)
             seconds.append(_now(device) - start)

@@ -273,6 +273,14 @@ class Distillation(RunConfig, ABC):
             network: the teacher's architecture, as it is trained.
         """
 
+    def further_flops(self, network: NetworkConfig) -> int:
+        """Floating-point operations of one image in an iteration that are no pass of the networks, see `forwards`.
+
+        Args:
+            network: the teacher's architecture, as it is trained.
+        """
+        return 0
+
     @abstractmethod
     def name(self) -> str:
         """What tells runs of the same teacher apart, for the name of a run folder, e.g. "alpha1-K1"."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from ipfm.engine.objectives.losses import finite_samples, per_sample
 from ipfm.engine.objectives.lpips_weights import (
@@ -177,6 +179,23 @@ def load_lpips(path: Path | str | None, device: torch.device | str = "cpu", *, r
         ValueError: there are no such weights; one line that says what was found and what is possible.
     """
     return Lpips(read_weights(None if path is None else Path(path)), resize=resize).to(device)
+
+
+def lpips_without_values(resize: int | None = None) -> Lpips:
+    """LPIPS on PyTorch's meta device, which computes nothing, for counting what it takes."""
+    return Lpips({name: torch.empty(size, device="meta") for name, size in shapes().items()}, resize=resize)
+
+
+@functools.lru_cache(maxsize=16)
+def lpips_flops(shape: tuple[int, int, int], resize: int | None = None) -> int:
+    """Floating-point operations of `lpips_gradient` for one pair of images (C, H, W) = `shape`.
+
+    Those of convolutions and matrix products are counted, a multiplication and an addition each.
+    """
+    image = torch.empty(1, *shape, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        lpips_gradient(lpips_without_values(resize), image, image)
+    return int(counter.get_total_flops())
 
 
 def _vgg_level(level: int, parts: list[Convolution]) -> nn.Sequential:

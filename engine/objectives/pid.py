@@ -21,8 +21,8 @@ from ipfm.engine.config import setting
 from ipfm.engine.objectives.base import Distillation, Objective, Role, StepContext
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.losses import along, finite_samples, held, per_sample
-from ipfm.engine.objectives.lpips import Lpips, load_lpips, lpips_gradient
-from ipfm.engine.objectives.lpips_weights import read_weights, shapes
+from ipfm.engine.objectives.lpips import Lpips, load_lpips, lpips_flops, lpips_gradient, lpips_without_values
+from ipfm.engine.objectives.lpips_weights import read_weights
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.published import Conditions, PaperResult, plain_name
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
@@ -147,6 +147,10 @@ class PidConfig(Distillation):
     def objective(self, network: NetworkConfig) -> Objective:
         """See `Distillation.objective`."""
         return PhysicsInformedDistillation(self, network)
+
+    def further_flops(self, network: NetworkConfig) -> int:
+        """See `Distillation.further_flops`: VGG's, of both images, and back to one of them."""
+        return 0 if self.distance == "l2" else lpips_flops(network.image_shape, self.lpips_side)
 
     def name(self) -> str:
         """See `Distillation.name`."""
@@ -414,5 +418,4 @@ def _lpips(config: PidConfig, device: torch.device) -> Lpips:
     """The distance; for a memory plan without values."""
     if device.type != "meta":
         return load_lpips(config.lpips, device, resize=config.lpips_side)
-    weights = {name: torch.empty(size, device=device) for name, size in shapes().items()}
-    return Lpips(weights, resize=config.lpips_side)
+    return lpips_without_values(config.lpips_side)

@@ -28,6 +28,7 @@ from documented import Block, Command
 
 from ipfm.engine.data.shapes import shapes
 from ipfm.engine.experiments.local import TrainAndDistil
+from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.runtime.commandline import BadInput
 from ipfm.models import presets
 
@@ -75,7 +76,7 @@ def small() -> Iterator[None]:
         patch.setattr("ipfm.engine.commands.bench.step.ROUNDS_QUICK", 1)
         patch.setattr("ipfm.engine.commands.bench.step.WARM_UP", 0)
         patch.setattr("ipfm.engine.experiments.dry_run.layout_table", lambda *_, **__: "layouts")
-        patch.setattr("ipfm.engine.experiments.dry_run.step_seconds", lambda *_: 1.0)
+        patch.setattr("ipfm.engine.experiments.dry_run.step_time", lambda *_: StepTime(1.0))
         patch.setattr("ipfm.engine.commands.bench.memory.subprocess", types.SimpleNamespace(run=measured_here))
         # DeepSpeed does not get over the end of the process group that it began with.
         patch.setattr("ipfm.engine.runtime.launcher.stop_world", lambda: None)

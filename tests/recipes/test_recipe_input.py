@@ -10,9 +10,10 @@ import prepared
 import pytest
 import torch
 
+from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.models import EDMPrecond, NetworkConfig, load_model, presets, save_model
-from ipfm.recipes import cifar_ipfm, digits_ipfm
+from ipfm.recipes import cifar_ipfm, cifar_teacher, digits_ipfm
 
 RECIPES = {"digits": digits_ipfm, "cifar": cifar_ipfm}
 
@@ -166,7 +167,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     arguments: list[str], expected: list[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_seconds", lambda *_: 0.001)
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_time", lambda *_: StepTime(0.001))
     if recipe != "digits":  # test_fits has the tables of large networks
         monkeypatch.setattr("ipfm.engine.experiments.dry_run.layout_table", lambda *_, **__: "layouts on GPUs")
     run_command(f"{recipe}_ipfm.py", RECIPES[recipe].main, [*arguments, "--dry-run"])
@@ -180,7 +181,7 @@ def test_a_dry_run_shows_how_far_it_is_and_says_what_a_gpu_needs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step takes 0.25 s, of which 300 are 75 s; what trains the teacher is said too."""
-    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_seconds", lambda *_: 0.25)
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_time", lambda *_: StepTime(0.25))
     monkeypatch.setattr("ipfm.engine.experiments.dry_run.PAUSE", 0.0)
     run_command("digits_ipfm.py", digits_ipfm.main, ["--dry-run"])
     printed = capsys.readouterr()
@@ -192,6 +193,18 @@ def test_a_dry_run_shows_how_far_it_is_and_says_what_a_gpu_needs(
     assert "disk: 11.0 MiB for 3 checkpoints of 3.4 MiB and the result" in printed.out
     lines = printed.err.splitlines()
     assert len(lines) > 3 and all(line.startswith("dry run: ") for line in lines) and "11/11" in lines[-1]
+
+
+def test_a_teachers_dry_run_shows_how_far_it_is_and_what_was_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_time", lambda *_: StepTime(2.0, forward_of=4))
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.PAUSE", 0.0)
+    run_command("cifar_teacher.py", cifar_teacher.main, ["--dry-run", "--model-channels", "8", "--num-blocks", "0"])
+    printed = capsys.readouterr()
+    assert "(2 s a step, reckoned from a forward pass of 4 images, which was measured; evaluations and" in printed.out
+    lines = printed.err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("dry run: ") for line in lines) and "3/3" in lines[-1]
 
 
 @pytest.mark.distributed

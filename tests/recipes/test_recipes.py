@@ -11,6 +11,7 @@ import pytest
 
 from ipfm.engine.experiments import TeacherOptions
 from ipfm.engine.experiments.network_options import network_differences
+from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.memory.choose import Layout, choose_layout
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.published import PAPER_RESULTS
@@ -56,7 +57,7 @@ PUBLISHED = {
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In an empty folder, without timing full-size networks or laying them out (test_fits does)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_seconds", lambda *_: 0.001)
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_time", lambda *_: StepTime(0.001))
     monkeypatch.setattr("ipfm.engine.experiments.dry_run.layout_table", lambda *_, **__: "layouts")
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from ipfm.engine.data.image_grid import image_grid
 from ipfm.engine.data.shapes import BRIGHTEST, COLOURS, DARKEST, KINDS, SIZES, SLOTS, draw, draw_factors, shapes
 from ipfm.engine.evaluation.metrics import BlockFeatures
+from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.runtime.commandline import BadInput
 from ipfm.models import load_model, presets, read_config
 from ipfm.recipes import shapes_ipfm
@@ -209,7 +210,7 @@ def test_dry_run_says_what_would_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_seconds", lambda *_: 0.001)
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_time", lambda *_: StepTime(0.001))
     monkeypatch.setattr("ipfm.engine.experiments.dry_run.layout_table", lambda *_, **__: "layouts")
     for arguments, parts in {
         (): ["runs/shapes-ncsnpp16-D128-alpha1-K1", "SongUNet, 3x32x32, "],

@@ -15,7 +15,8 @@ from ipfm.engine import DistillConfig, Distiller, PidConfig, TeacherConfig
 from ipfm.engine.config import Resolved
 from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments import step_time
-from ipfm.engine.experiments.step_time import step_seconds
+from ipfm.engine.experiments.step_time import StepTime
+from ipfm.engine.experiments.step_time import step_time as time_of
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.models import NetworkConfig, build_network
 
@@ -62,7 +63,7 @@ def operations(work: Callable[[], object]) -> Counter[tuple[str, int]]:
 @pytest.mark.quick
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_step_of_each_kind_is_measured(name: str) -> None:
-    assert 0 < step_seconds(form_of(name, 4), SMALL, 11, CPU) < 60
+    assert 0 < time_of(form_of(name, 4), SMALL, 11, CPU).seconds < 60
 
 
 @pytest.mark.parametrize("name", ["ipfm", "two steps", "pid"])
@@ -75,7 +76,7 @@ def test_what_is_measured_is_the_step_of_the_run(name: str, monkeypatch: pytest.
 
     monkeypatch.setattr(step_time, "_timed", counted)
     form = form_of(name, 8)
-    step_seconds(form, trained_config(SMALL, 0.0), 11, CPU)
+    time_of(form, trained_config(SMALL, 0.0), 11, CPU)
     teacher = build_network(SMALL).eval().requires_grad_(False)
     run = Distiller(replace(form.config, zero=0), teacher, world=World(0, 1, CPU))
     run.iteration(0)
@@ -102,18 +103,32 @@ def test_images_count_in_proportion_and_the_optimisers_once(
         return lambda number: None
 
     monkeypatch.setattr(step_time, "_distillation", lambda *_: at)
-    monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, __: forward * count)
+    monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, *__, **___: forward * count)
     monkeypatch.setattr(step_time, "_timed", lambda *_: (0.01 * sizes[-1], 0.2))
     form = form_of("ipfm", 8)
     form = replace(form, config=replace(form.config, batch=128), micro_batch=micro_batch)
-    assert step_seconds(form, SMALL, 10, CPU) == pytest.approx(128 * 0.01 + 0.2)
+    found = time_of(form, SMALL, 10, CPU)
+    assert found.seconds == pytest.approx(128 * 0.01 + 0.2) and found.how() == "measured"
     assert sizes == [images]
 
 
-def test_a_step_that_would_take_minutes_is_reckoned_from_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("passes", "seconds", "said"),
+    [
+        # (seconds of a forward pass by its images, of a step of 8 images that is 11 of them each, where from)
+        ({1: 2.0, 4: 4.0}, 11 * 8 * 1.0, "a forward pass of 4 images"),  # together they take half as long each
+        ({1: 2.0, 4: 9.0}, 11 * 8 * 2.0, "a forward pass of 1 image"),
+        ({1: 6.0}, 11 * 8 * 6.0, "a forward pass of 1 image"),  # more would take too long
+    ],
+)
+def test_a_step_that_would_take_minutes_is_reckoned_from_a_forward_pass(
+    monkeypatch: pytest.MonkeyPatch, passes: dict[int, float], seconds: float, said: str
+) -> None:
     monkeypatch.setattr(step_time, "_distillation", None)  # nothing is made
-    monkeypatch.setattr(step_time, "_forward_seconds", lambda *_: 2.0)
-    assert step_seconds(form_of("ipfm", 8), SMALL, 11, CPU) == 2.0 * 11 * 8
+    monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, *__, **___: passes[count])
+    found = time_of(form_of("ipfm", 8), SMALL, 11, CPU)
+    assert found.seconds == pytest.approx(seconds)
+    assert found.how() == f"reckoned from {said}, which was measured"
 
 
 def test_a_step_that_needs_too_much_memory_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,5 +136,16 @@ def test_a_step_that_needs_too_much_memory_is_too(monkeypatch: pytest.MonkeyPatc
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr(step_time, "_distillation", too_large)
-    monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, __: 0.02 * count)
-    assert step_seconds(form_of("ipfm", 8), SMALL, 11, CPU) == pytest.approx(0.02 * 11 * 8)
+    monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, *__, **___: 0.02 * count)
+    assert time_of(form_of("ipfm", 8), SMALL, 11, CPU) == StepTime(pytest.approx(0.02 * 11 * 8), forward_of=4)
+
+
+def test_what_vgg_computes_counts_too() -> None:
+    """Of a pair of images of side 32: VGG-16's convolutions, 313.2 million products each, forward and once back."""
+    lpips = PidConfig(D=128.0, batch=8, max_steps=1, distance="lpips")
+    network = replace(SMALL, img_resolution=32)
+    flops = lpips.further_flops(network)
+    assert flops == pytest.approx(3 * 2 * 313.2e6, rel=0.01)
+    resized = replace(lpips, lpips_side=64)
+    assert resized.further_flops(network) == pytest.approx(4 * flops, rel=0.05)
+    assert SETTINGS["pid"].further_flops(network) == SETTINGS["ipfm"].further_flops(network) == 0

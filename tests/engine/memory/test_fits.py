@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.memory.budget import USABLE
 from ipfm.engine.memory.fits import GPUS, RANKS, layout_table
 from ipfm.engine.objectives.ipfm import DistillConfig
@@ -56,7 +57,7 @@ def rows(text: str) -> list[Row]:
 
 def test_a_large_batch(capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_seconds", lambda *_: 0.001)
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_time", lambda *_: StepTime(0.001))
     cifar_ipfm.main(["--batch", "4096", "--dry-run"])
     table = rows(capsys.readouterr().out)
     assert [(row.ranks, row.gpu) for row in table] == [(ranks, gpu) for ranks in RANKS for gpu in GPUS]
