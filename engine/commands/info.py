@@ -84,6 +84,7 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
         "objective": kind or (objective and objective.kind),
         "D": run.settings.get("D"),
         "sigmas": run.settings.get("sigmas"),
+        "continues": run.identity.get("start"),
         "network": None if run.exported is None else run.export_path,
         "last": run.metrics[-1] if run.metrics else {},
         "config": run.settings,
@@ -116,10 +117,19 @@ def _run_rows(facts: Mapping[str, Any], used: Mapping[str, Any], objective: str 
         ("losses", ", ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in losses.items())),
         ("generator" if facts["kind"] == "distill" else "teacher", facts["network"] or "not exported yet"),
         ("objective", objective),
+        ("began with", _start(facts["continues"])),
         ("D", None if D is None else number(D)),
         ("sigmas", _levels(facts["sigmas"])),
         ("settings", describe.training(used)),
     ]
+
+
+def _start(said: object) -> str | None:
+    """What a run went on from, in words; None where it began with its teacher or its data."""
+    if not isinstance(said, dict):
+        return None
+    seen = said.get("images_seen")
+    return f"{said.get('source')}" + (f", {seen:,} images seen" if isinstance(seen, int) and seen else "")
 
 
 # What follows for whoever started the run.

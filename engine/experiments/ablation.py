@@ -198,6 +198,9 @@ class Ablation(Recipe[AblationOptions]):
     def plan(self, given: Given[AblationOptions]) -> AblationPlan:
         """See `Recipe.plan`. What is finished in the folder is only read; a run that diverges is a result."""
         options = self.options(given)
+        if options.continue_from is not None or options.student_from is not None:
+            name = "student-from" if options.continue_from is None else "continue-from"
+            raise ValueError(f"{name} was given, but the runs of an ablation all begin with their teachers")
         path = options.out or Path("runs") / f"ablation-{self.name}{'' if options.data == 'digits' else '-cifar'}"
         chosen, named = self._chosen(options), self._given(options)
         base = options.distillation()

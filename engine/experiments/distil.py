@@ -20,12 +20,14 @@ from ipfm.engine.experiments.options import (
 )
 from ipfm.engine.experiments.origins import Origin, described
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
+from ipfm.engine.experiments.starts import described_start, read_start
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.resolve import complete
 from ipfm.engine.training.run_folder import check_run_folder, claimed, teacher_facts
+from ipfm.engine.training.start import DistillationStart, start_facts
 from ipfm.models import NetworkConfig, Precond, presets
 
 # (settings by name, D, whether the teacher is class-conditional) -> what the recipe sets otherwise then.
@@ -55,13 +57,15 @@ class DistilPlan(Plan):
     """Settings that were given on the command line."""
     kept: Mapping[str, Any]
     """Settings that the run in the folder was begun with, and the recipe has otherwise now."""
+    start: DistillationStart | None = None
+    """What it goes on from, unless it begins with the teacher."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What to know of the settings, a line each."""
         kept = ", ".join(f"{name} {value}" for name, value in self.kept.items())
         lines = (f"as the run in {self.path} was begun: {kept}; the recipe itself is another now",) if kept else ()
-        return (*self.recipe.notes(self.network, self.config), *lines)
+        return (*self.recipe.notes(self.network, self.config), *lines, *described_start(self.start, self.config))
 
     def describe(self) -> str:
         """See `Plan.describe`."""
@@ -78,7 +82,9 @@ class DistilPlan(Plan):
         evaluation = self.options.evaluation(self.comparison, world)
         config, dataset = replace(self.config, resume=True), self.recipe.figures_of(self.network)
         with claimed(path, self.record, self.config, write=world.is_main):
-            distiller = Distiller(config, self.teacher, evaluation=evaluation, dataset=dataset, world=world)
+            distiller = Distiller(
+                config, self.teacher, evaluation=evaluation, dataset=dataset, start=self.start, world=world
+            )
 
         def train() -> None:
             if world.is_main:
@@ -142,10 +148,11 @@ class DistilRecipe(Recipe[DistillationOptions]):
         options = replace(options, **kept)
         config = complete(options.distillation(), network, run_device())
         config.split(launched_processes())
-        record = check_run_folder(path, "distill", config, teacher_facts(teacher))
+        start = read_start(options, config, teacher)
+        record = check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
         comparison = options.comparison(self.shape, run_device())
         chosen = given.names & self.origins.keys()
-        return DistilPlan(self, options, config, network, teacher, path, record, comparison, chosen, kept)
+        return DistilPlan(self, options, config, network, teacher, path, record, comparison, chosen, kept, start)
 
     def with_options(
         self,

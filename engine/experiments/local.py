@@ -19,6 +19,7 @@ from ipfm.engine.evaluation.results import EvaluationRow, results_table
 from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.options import DistillationOptions, check_images, read_teacher, run_name
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
+from ipfm.engine.experiments.starts import described_start, read_start
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import Given, user_input
 from ipfm.engine.runtime.launcher import launched_processes
@@ -34,6 +35,7 @@ from ipfm.engine.training.run_folder import (
     open_run_folder,
     teacher_facts,
 )
+from ipfm.engine.training.start import DistillationStart, start_facts
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
 from ipfm.models import NetworkConfig, Precond
 
@@ -55,11 +57,14 @@ class TrainAndDistilPlan(Plan):
     teaching: TeacherConfig
     path: Path
     record: Mapping[str, Any]
+    start: DistillationStart | None = None
+    """What the distillation goes on from, unless it begins with the teacher."""
 
     def describe(self) -> str:
         """See `Plan.describe`."""
         teaching = None if self.teacher is not None else self.teaching
-        return describe(self.config, self.network, self.path, given=self.options.distillation(), teaching=teaching)
+        notes, given = described_start(self.start, self.config), self.options.distillation()
+        return describe(self.config, self.network, self.path, notes, given=given, teaching=teaching)
 
     def begin(self, world: World) -> Callable[[], None]:
         """See `Plan.begin`. The teacher is a part of the training."""
@@ -68,7 +73,7 @@ class TrainAndDistilPlan(Plan):
         return partial(self._train, world)
 
     def _train(self, world: World) -> None:
-        recipe, path, teacher = self.recipe, self.path, self.teacher
+        recipe, path, teacher, start = self.recipe, self.path, self.teacher, self.start
         config = replace(self.config, resume=True)  # the folder is this run's from here on
         if teacher is None:
             if world.is_main and "teacher" in self.record and not (path / "teacher").exists():
@@ -77,10 +82,12 @@ class TrainAndDistilPlan(Plan):
         evaluation = recipe.evaluation(self.options.eval_images)
         with user_input():
             # A folder whose generator came from a teacher that has been trained further since is refused here.
-            check_run_folder(path, "distill", config, teacher_facts(teacher))
-            distiller = Distiller(config, teacher, evaluation=evaluation, world=world)
+            check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
+            distiller = Distiller(config, teacher, evaluation=evaluation, start=start, world=world)
         if world.is_main:
             say_if_settled(path, "distill", config)
+            for line in described_start(start, config):
+                print(line)
         distiller.run(path)
         if world.is_main and distiller.rows:
             print(f"\nFréchet distance {recipe.compared} against all {len(recipe.dataset)} {recipe.title}\n")
@@ -257,7 +264,8 @@ class TrainAndDistil(Recipe[O], Generic[O]):
             raise ValueError(f"reference was given, but this recipe compares with the {self.title} themselves")
         teaching = resolve_precision(self.teaching(options), run_device())
         teaching.split(launched_processes())
-        record = check_run_folder(path, "distill", config, teacher_facts(teacher))
+        start = read_start(options, config, teacher)
+        record = check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
         if teacher is None and (path / "teacher").exists():
             self.check_teaching(path / "teacher", teaching, network, distilled="teacher" in record)
-        return TrainAndDistilPlan(self, options, config, network, teacher, teaching, path, record)
+        return TrainAndDistilPlan(self, options, config, network, teacher, teaching, path, record, start)

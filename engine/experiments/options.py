@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ipfm.engine.checks import not_negative, option_name
 from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.objectives.base import Distillation
 from ipfm.models import NetworkConfig, Precond, load_teacher
@@ -20,6 +21,14 @@ class DistillationOptions(Distillation, EvaluationOptions):
 
     teacher_steps: int | None = None
     """Training steps of the teacher, in a recipe that trains one when --teacher is not given."""
+    continue_from: Path | None = None
+    """Go on from there, in a run folder of its own: a training-state-*.pt of SiD or pfgmpp-idmd, a run folder or
+    checkpoint (weights, averages, optimisers, images seen), or a generator alone."""
+    student_from: Path | None = None
+    """First weights of the student: a model folder, a file with a fake_score, or a run folder. Beside a generator in
+    --continue-from, or alone."""
+    continue_at_kimg: float | None = None
+    """Thousands of images that --continue-from has seen, where its name does not say it: the schedules go on there."""
     dry_run: bool = False
     """Print the resolved configuration, the memory plan and the expected duration, and stop."""
 
@@ -28,6 +37,15 @@ class DistillationOptions(Distillation, EvaluationOptions):
         self.check_evaluation()
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise ValueError(f"teacher-steps must be at least 1, got {self.teacher_steps}")
+        if self.continue_at_kimg is not None:
+            not_negative("continue-at-kimg", self.continue_at_kimg)
+            if self.continue_from is None:
+                raise ValueError("continue-at-kimg was given without continue-from")
+        for option, init in (("continue_from", "init"), ("student_from", "student_init")):
+            if getattr(self, option) is not None and getattr(self, init, "auto") != "auto":
+                raise ValueError(
+                    f"{option_name(init)} was given, but {option_name(option)} says what the first weights are"
+                )
 
     @classmethod
     def settings_class(cls) -> type[Distillation]:

@@ -37,6 +37,7 @@ from ipfm.engine.training.loop import PICTURE_SEED
 from ipfm.engine.training.resolve import resolve
 from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import teacher_facts
+from ipfm.engine.training.start import DistillationStart, NetworkStart, start_facts
 from ipfm.models import NetworkConfig, Precond
 from ipfm.models.facts import read_facts
 from ipfm.models.teacher import check_teacher
@@ -55,11 +56,13 @@ class Distiller(TrainingRun[Distillation]):
         teacher: the frozen denoiser; it is copied.
         evaluation: what the generator's samples are measured against; None measures nothing.
         dataset: name of the teacher's data ("cifar10", …), under which published results are looked up.
+        start: what the networks begin with where they go on from another training; None begins with the teacher, as
+            the settings say.
         world: the run's processes; joined or started when None.
 
     Raises:
-        ValueError: D contradicts the teacher, the batch does not divide among the processes, or memory does not
-            suffice.
+        ValueError: D contradicts the teacher, `start` does not fit it, the batch does not divide among the processes,
+            or memory does not suffice.
 
     Example:
         >>> from ipfm.engine import DistillConfig, Distiller
@@ -84,6 +87,7 @@ class Distiller(TrainingRun[Distillation]):
         *,
         evaluation: Evaluation | None = None,
         dataset: str = "",
+        start: DistillationStart | None = None,
         world: World | None = None,
     ) -> None:
         check_teacher(teacher)
@@ -96,8 +100,12 @@ class Distiller(TrainingRun[Distillation]):
         super().__init__(settings, world, title=self.objective.title, evaluation=evaluation)
         # The caller's teacher, where it lies on this device, is the caller's to release.
         self._measure_other_bytes(without=teacher)
-        self._facts = teacher_facts(teacher)
-        self.networks = {role.name: self._in_training(role, teacher) for role in self.objective.roles}
+        self._facts = {**teacher_facts(teacher), **start_facts(start)}
+        if start is not None:
+            start.check(self.objective.roles)
+            self.first_step = start.first_step(self.config.batch)
+        begun = {} if start is None else start.networks
+        self.networks = {r.name: self._in_training(r, teacher, begun.get(r.name)) for r in self.objective.roles}
         self.generator = self.networks[self.objective.generator]
         self.averaged = self._average_of(self.generator, self._exported())
         self.teacher = self._execute_as_set(self._stored(teacher))
@@ -108,10 +116,15 @@ class Distiller(TrainingRun[Distillation]):
         """The form of the step: "joint" or "phased"."""
         return "phased" if self.settings.phased else "joint"
 
-    def _in_training(self, role: Role, teacher: Precond) -> TrainedNetwork:
+    def _in_training(self, role: Role, teacher: Precond, start: NetworkStart | None) -> TrainedNetwork:
         """The network of a role, as it starts, under its optimiser."""
         net = starting_network(role.network, role.start, teacher, role.seed(self.config.seed)).to(self.world.device)
-        return self._under_optimiser(net, lr=role.lr, beta1=role.beta1, ema=role.averaged, rectified=role.rectified)
+        if start is not None:
+            start.put_into(net)
+        trained = self._under_optimiser(net, lr=role.lr, beta1=role.beta1, ema=role.averaged, rectified=role.rectified)
+        if start is not None:
+            start.take_on(trained)
+        return trained
 
     def _exported(self) -> NetworkConfig:
         """Architecture of the result; its dropout is the teacher's again, as a record, for it is used without any."""

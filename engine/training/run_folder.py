@@ -268,7 +268,11 @@ def _free(config: RunConfig) -> frozenset[str]:
 def _differences(found: Mapping[str, Any], ours: Mapping[str, Any], free: frozenset[str]) -> list[str]:
     """What identifies the two runs and differs: "alpha is 1.0 there, 1.2 here"."""
     # A fact that one side does not know yet, such as a teacher still to be trained, is no difference.
-    known = [name for name in ours if name in found and name not in ("config", "about")]
+    known = [name for name in ours if name in found and name not in ("config", "about", "start")]
+    if "distill" == found.get("kind") == ours.get("kind") and {"continues"} & (ours.keys() | found.keys()):
+        # A distillation that goes on from nothing else does not say so.
+        ours, found = {"continues": "nothing", **ours}, {"continues": "nothing", **found}
+        known = [*(name for name in known if name != "continues"), "continues"]
     theirs = {name: found[name] for name in known} | _identity(found["config"], free)
     mine = {name: ours[name] for name in known} | _identity(ours["config"], free)
     return [

@@ -1,7 +1,7 @@
 """Training states of EDM and PFGM++: everything that continuing a teacher's training needs.
 
 The optimiser is Adam (Kingma and Ba 2015). Its state is stored by number; number i is the i-th parameter of the network
-in the same file.
+in the same file. States of distillations are in `distillation_state`.
 """
 
 import dataclasses
@@ -22,9 +22,32 @@ from ipfm.models.checkpoints.stored_tensors import StoredTensor
 from ipfm.models.config import NetworkConfig
 
 _EDM_STATE = re.compile(r"training-state-(\d{1,12})\.pt")
+# What a distillation never reaches where images are not augmented, so that Adam has no moments of it.
+_UNREACHED = "map_augment."
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # Settings of torch's Adam that change its steps, and the only value of each that is continued here.
 _PLAIN_ADAM = {"weight_decay": 0, "amsgrad": False, "maximize": False, "decoupled_weight_decay": False}
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """What Adam knows of a network. All tensors are float32, contiguous and on the CPU.
+
+    Attributes:
+        exp_avg: first moments by the parameters' names, of the parameters' shapes.
+        exp_avg_sq: second moments, likewise.
+        steps: steps of the optimiser.
+        betas: its decays.
+        lr: its learning rate.
+        eps: its epsilon.
+    """
+
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    steps: int
+    betas: tuple[float, float]
+    lr: float
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -100,8 +123,8 @@ def training_state_of(checkpoint: Checkpoint, place: Path, *, D: float | None = 
         )
     net = checkpoint.read("net", D=D)
     try:
-        optimizer = _optimizer(checkpoint, net)
-        step = _images_seen(checkpoint.entries.get("step"), place)
+        adam = adam_of(checkpoint, "optimizer_state", net)
+        step = images_seen(checkpoint.entries.get("step"), place)
     except ValueError as error:
         raise ValueError(f"{checkpoint.where}: {error}") from None
     ema, ema_from = _average(checkpoint, place, net, D)
@@ -112,50 +135,75 @@ def training_state_of(checkpoint: Checkpoint, place: Path, *, D: float | None = 
         ema=ema,
         ema_from=ema_from,
         images_seen=step,
-        **optimizer,  # type: ignore[arg-type]
+        exp_avg=adam.exp_avg,
+        exp_avg_sq=adam.exp_avg_sq,
+        adam_steps=adam.steps,
+        betas=adam.betas,
+        lr=adam.lr,
+        eps=adam.eps,
     )
 
 
-def _optimizer(checkpoint: Checkpoint, net: ImportedNetwork) -> dict[str, object]:
-    state = checkpoint.entries["optimizer_state"]
+def adam_of(checkpoint: Checkpoint, entry: str, net: ImportedNetwork, *, partial: bool = False) -> AdamState:
+    """The state of Adam that a checkpoint has of a network.
+
+    Args:
+        checkpoint: from `open_checkpoint`.
+        entry: name of the optimiser's state at its top.
+        net: the network, which was read from it.
+        partial: parameters of the augmentation labels may have no moments: nothing reaches them where images are not
+            augmented. Their moments are then 0.
+
+    Raises:
+        ValueError: it is none, or not of this network; one line that does not name the file.
+    """
+    state = checkpoint.entries.get(entry)
     if (
         not isinstance(state, dict)
         or not isinstance(state.get("state"), dict)
         or type(state.get("param_groups")) is not list
     ):
-        raise ValueError("optimizer_state is not that of Adam")
+        raise ValueError(f"{entry} is not that of Adam")
     groups, moments = state["param_groups"], state["state"]
     count = len(net.parameters)
     if len(groups) != 1 or not isinstance(groups[0], dict):
-        raise ValueError(f"optimizer_state has {len(groups)} groups of parameters instead of one")
+        raise ValueError(f"{entry} has {len(groups)} groups of parameters instead of one")
     group = groups[0]
     if group.get("params") != list(range(count)):
-        raise ValueError(f"optimizer_state is not that of the network's {count} parameters")
+        raise ValueError(f"{entry} is not that of the network's {count} parameters")
     for name, plain in _PLAIN_ADAM.items():
         if group.get(name, plain) != plain:
             raise ValueError(f"its optimiser has {name} = {shown(group[name])}; what can be continued: {plain}")
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas of its optimiser are {shown(betas)}")
-    return {
-        **_moments(moments, net, checkpoint.size),
-        "betas": (_number("beta1", betas[0], 0, 1), _number("beta2", betas[1], 0, 1)),
-        "lr": _number("lr", group.get("lr"), 0, math.inf),
-        "eps": _number("eps", group.get("eps"), 0, math.inf),
-    }
+    absent = (i for i, name in enumerate(net.parameters) if _UNREACHED in name and i not in moments)
+    exp_avg, exp_avg_sq, steps = _moments(entry, moments, net, checkpoint.size, set(absent) if partial else set())
+    return AdamState(
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        steps=steps,
+        betas=(_number("beta1", betas[0], 0, 1), _number("beta2", betas[1], 0, 1)),
+        lr=_number("lr", group.get("lr"), 0, math.inf),
+        eps=_number("eps", group.get("eps"), 0, math.inf),
+    )
 
 
-def _moments(stored: Mapping[object, object], net: ImportedNetwork, size: int) -> dict[str, object]:
-    """The moments by parameter; zeros where the optimiser has not stepped yet."""
+def _moments(
+    what: str, stored: Mapping[object, object], net: ImportedNetwork, size: int, unreached: set[int]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """The two moments by parameter, and the number of steps; zeros where the optimiser has not stepped yet."""
     names = net.parameters
     if not stored:
-        zeros = {kind: {name: torch.zeros_like(net.weights[name]) for name in names} for kind in _MOMENTS}
-        return {**zeros, "adam_steps": 0}
-    if set(stored) != set(range(len(names))):
-        raise ValueError(f"optimizer_state has moments of {len(stored)} of the {len(names)} parameters")
+        first, second = ({name: torch.zeros_like(net.weights[name]) for name in names} for _ in _MOMENTS)
+        return first, second, 0
+    if set(stored) != set(range(len(names))) - unreached:
+        raise ValueError(f"{what} has moments of {len(stored)} of the {len(names)} parameters")
     tensors: dict[str, dict[str, StoredTensor]] = {kind: {} for kind in _MOMENTS}
     steps: set[int] = set()
     for index, name in enumerate(names):
+        if index in unreached:
+            continue
         entry = stored[index]
         if not isinstance(entry, dict):
             raise ValueError(f"the moments of {name} are {shown(entry)}")
@@ -167,11 +215,12 @@ def _moments(stored: Mapping[object, object], net: ImportedNetwork, size: int) -
         steps.add(_step(entry.get("step")))
     if len(steps) > 1:
         raise ValueError(f"the parameters have made different numbers of steps: {min(steps)} to {max(steps)}")
-    loaded: dict[str, object] = {"adam_steps": steps.pop()}
+    loaded: list[dict[str, Tensor]] = []
     for kind, found in tensors.items():
         check_bounds(found, size)
-        loaded[kind] = {name: _moment(f"{kind} of {name}", tensor) for name, tensor in found.items()}
-    return loaded
+        read = {name: _moment(f"{kind} of {name}", tensor) for name, tensor in found.items()}
+        loaded.append({name: read[name] if name in read else torch.zeros_like(net.weights[name]) for name in names})
+    return loaded[0], loaded[1], steps.pop()
 
 
 def _moment(name: str, stored: StoredTensor) -> Tensor:
@@ -196,7 +245,16 @@ def _step(stored: object) -> int:
     return int(value)
 
 
-def _images_seen(step: object, place: Path) -> int | None:
+def images_seen(step: object, place: Path) -> int | None:
+    """How many training images a state has seen: what it says itself, else what the name of its file says.
+
+    Args:
+        step: what it says, None where it says nothing.
+        place: its file.
+
+    Raises:
+        ValueError: what it says is no number of images.
+    """
     if step is not None:
         if type(step) is not int or not 0 <= step < 1 << 53:
             raise ValueError(f"step, the number of images seen, is {shown(step)}")
@@ -220,12 +278,13 @@ def _average(
             return None, source.name
         ema = open_checkpoint(source).read("ema", D=D)
     # The two may differ in how much they drop while training, and in nothing else.
-    if _comparable(ema.config) != _comparable(net.config):
+    if comparable(ema.config) != comparable(net.config):
         raise ValueError(f"{shown_path(source)}: ema is not the average of net in {checkpoint.where}: they differ")
     return ema.weights, source.name
 
 
-def _comparable(config: NetworkConfig) -> NetworkConfig:
+def comparable(config: NetworkConfig) -> NetworkConfig:
+    """The architecture without what may differ between a network and its average: how much it drops while training."""
     return dataclasses.replace(config, dropout=0.0, use_fp16=False)
 
 

@@ -29,10 +29,28 @@ class Plain:
     generator_loss: list[float] = field(default_factory=list)
 
 
-def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
-    """`steps` iterations on the whole batch at once, gradients by autograd through everything."""
+@dataclass
+class Begun:
+    """A distillation that has begun elsewhere: networks and average, states of torch's Adam, steps done."""
+
+    student: Precond
+    generator: Precond
+    ema: Precond
+    student_adam: dict
+    generator_adam: dict
+    step: int
+
+
+def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | None = None) -> Plain:
+    """`steps` iterations on the whole batch at once, gradients by autograd through everything.
+
+    `begun`: go on from there.
+    """
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-    S, G = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+    S, G = (
+        copy.deepcopy(net).requires_grad_(True)
+        for net in ((teacher, teacher) if begun is None else (begun.student, begun.generator))
+    )
     for module in (*S.modules(), *G.modules()):
         if hasattr(module, "dropout"):
             module.dropout = config.dropout
@@ -43,6 +61,12 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
     generator_adam = torch.optim.Adam(
         G.parameters(), lr=config.lr, betas=(config.generator_beta1, 0.999), eps=config.eps
     )
+    first = 0
+    if begun is not None:
+        first = begun.step
+        run.ema = {name: p.detach().clone() for name, p in begun.ema.named_parameters()}
+        student_adam.load_state_dict(copy.deepcopy(begun.student_adam))
+        generator_adam.load_state_dict(copy.deepcopy(begun.generator_adam))
     index = torch.arange(config.batch)
     D, levels = teacher.D, config.levels
 
@@ -79,7 +103,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int) -> Plain:
             torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip_grad)
         adam.step()
 
-    for step in range(steps):
+    for step in range(first, first + steps):
         student_losses = []
         for update in range(config.student_updates):
             count = step * config.student_updates + update

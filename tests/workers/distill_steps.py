@@ -1,9 +1,10 @@
 """Worker: distils a stored teacher for some steps in several settings, and leaves the weights of each.
 
 Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?,
-"export"?, "persistent"?, "start"?}]}. "config" may name its "objective", else ipfm. "persistent": elements below which
-ZeRO 3 keeps a parameter whole; 0: all are sharded. "start": leave what is there before the first step too, under the
-name with -start. A case with "save" or "export" leaves that alone.
+"export"?, "persistent"?, "start"?, "continue_from"?}]}. "config" may name its "objective", else ipfm. "persistent":
+elements below which ZeRO 3 keeps a parameter whole; 0: all are sharded. "start": leave what is there before the first
+step too, under the name with -start. "continue_from": a training that is gone on from, for "steps" more. A case with
+"save" or "export" leaves that alone.
 """
 
 import copy
@@ -18,11 +19,14 @@ from safetensors.torch import save_file
 from ipfm.engine import Distiller
 from ipfm.engine.distributed import zero
 from ipfm.engine.distributed.world import import_deepspeed, start_world
+from ipfm.engine.experiments.options import options_for
+from ipfm.engine.experiments.starts import read_start
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.runtime.launcher import stop_world
 from ipfm.engine.training import resolve
 from ipfm.engine.training.checkpoint import find_checkpoint, load_checkpoint
 from ipfm.engine.training.checkpoint_writer import save_checkpoint
+from ipfm.engine.training.resolve import complete
 from ipfm.models import load_teacher
 from ipfm.models.facts import GeneratorFacts
 
@@ -55,18 +59,22 @@ def main() -> None:
         zero.PERSISTENT_ELEMENTS = case.get("persistent", 0)
         settings = dict(case["config"])
         kind = OBJECTIVES[settings.pop("objective", "ipfm")]
-        distiller = Distiller(kind(**settings), copy.deepcopy(teacher), world=world)
-        first = 0
+        start = None
+        if "continue_from" in case:
+            options = options_for(kind)(**settings, continue_from=Path(case["continue_from"]))
+            start = read_start(options, complete(options.distillation(), teacher.config, world.device), teacher)
+        distiller = Distiller(kind(**settings), copy.deepcopy(teacher), start=start, world=world)
+        first = distiller.first_step
         if "load" in case:
             checkpoint = find_checkpoint(Path(case["load"]))
             assert checkpoint is not None
             first = load_checkpoint(checkpoint, distiller.networks)
         if case.get("start"):
-            start = state(distiller)
+            tensors = state(distiller)
             if world.is_main:
-                save_file(start, Path(job["out"]) / f"{case['name']}-start-{world.size}.safetensors")
+                save_file(tensors, Path(job["out"]) / f"{case['name']}-start-{world.size}.safetensors")
         losses: dict[str, list[torch.Tensor]] = {}
-        for step in range(first, case["steps"]):
+        for step in range(first, case["steps"] + distiller.first_step):
             measured = distiller.iteration(step)
             for name, value in measured.sums.items():
                 losses.setdefault(name, []).append(world.all_reduce_sum_(torch.stack([value, measured.counts[name]])))

@@ -213,6 +213,11 @@ def _summary(
             nfe = own if kind is None else kind.nfe_of(record.config)
         evaluations = f" that makes an image in {counted(nfe, 'network evaluation')}" if nfe else ""
         yield f"This run distils {_teacher(record)} into a generator{evaluations}{at}, by {objective}."
+    start = record.identity.get("start")
+    if isinstance(start, dict):
+        seen = start.get("images_seen")
+        after = f", after {seen:,} images" if isinstance(seen, int) and seen else ""
+        yield f"It went on from {start.get('source')}{after}."
     yield _length(record, state, images)
     rows = {row.label: row for row in record.results}
     if generator := rows.get("generator"):

@@ -179,6 +179,13 @@ def _given(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> tuple[li
         if isinstance(recipe, TrainAndDistil) and network != recipe.network(base, number(record.config.get("D"))):
             notes.append("The teacher's network is not the recipe's default: give the options that name it too.")
     else:
+        if record.identity.get("continues"):
+            start = record.identity.get("start")
+            options += [
+                "--continue-from",
+                str(start.get("source", "TRAINING")) if isinstance(start, dict) else "TRAINING",
+            ]
+            notes.append("It went on from another training: give that where it lies on your machine.")
         options += ["--teacher", portable(str(record.config.get("teacher") or "TEACHER"))]
         notes.append("Give the teacher where it lies on your machine.")
     if images is not None and isinstance(recipe, DistilRecipe):
@@ -213,7 +220,7 @@ def _training(record: RunRecord) -> Command:
             options += ["--conditional"] if network.label_dim else []
             options += ["--xflip"] if record.identity.get("xflip") is True else []
             notes = ["Give the data where they lie on your machine."]
-            if "continues" in record.identity:
+            if record.identity.get("continues"):
                 options += ["--continue-from", "TRAINING_STATE"]
                 options = [o for o in options if o not in ("--conditional",)]
                 notes.append("It continued a training state, whose name is not recorded.")

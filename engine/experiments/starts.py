@@ -1,0 +1,354 @@
+"""What --continue-from and --student-from name: another distillation's state, a run of this project, or networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ipfm.engine.config import place_settings
+from ipfm.engine.distributed.zero import BETA2
+from ipfm.engine.experiments.options import DistillationOptions
+from ipfm.engine.noise_levels import NoiseLevels
+from ipfm.engine.objectives import OBJECTIVES
+from ipfm.engine.objectives.base import Distillation, Role
+from ipfm.engine.objectives.initial_networks import starting_network, trained_config
+from ipfm.engine.training.checkpoint import find_checkpoint, step_of, verify_checkpoint
+from ipfm.engine.training.run_folder import EXPORTS, fingerprint
+from ipfm.engine.training.start import DistillationStart, NetworkStart, frequencies
+from ipfm.models import NetworkConfig, Precond, read_config
+from ipfm.models.checkpoints.distillation_state import (
+    DistillationState,
+    NetworkState,
+    distillation_state_of,
+    is_distillation_state,
+)
+from ipfm.models.checkpoints.reader import Checkpoint, open_checkpoint
+from ipfm.models.checkpoints.recognise import is_checkpoint, missing
+from ipfm.models.checkpoints.training_state import AdamState, is_training_state
+from ipfm.models.facts import GeneratorFacts, TeacherFacts
+from ipfm.models.store import load_stored
+
+# The role of a student, and what files with several networks call it.
+STUDENT = "student"
+_STUDENTS = ("fake_score", "student")
+CAN_BE = (
+    "what can be continued: a training state of SiD or pfgmpp-idmd, a run folder of a distillation or one of its "
+    "checkpoints, or a generator (a model folder, a network-snapshot-*.pkl)"
+)
+
+
+def read_start(options: DistillationOptions, config: Distillation, teacher: Precond | None) -> DistillationStart | None:
+    """What the run begins with, as --continue-from and --student-from say; None without them. Nothing is written.
+
+    Args:
+        options: of the recipe.
+        config: the settings with nothing left open but what memory decides.
+        teacher: None where it is still to be trained.
+
+    Raises:
+        ValueError: a file or folder that is neither, or does not fit; one line that names it.
+    """
+    if options.continue_from is None and options.student_from is None:
+        return None
+    if teacher is None:
+        given = "student-from" if options.continue_from is None else "continue-from"
+        raise ValueError(f"{given} was given: give the teacher that it was distilled from too, as --teacher")
+    return _Reader(options, config, teacher).read()
+
+
+def described_start(start: DistillationStart | None, config: Distillation) -> tuple[str, ...]:
+    """Lines on what is continued, for a dry run and for the start of a run; none where nothing is."""
+    if start is None:
+        return ()
+    step, seen = start.first_step(config.batch), f"{start.images_seen:,} images seen"
+    goes_on = f"continues {start.source}: {seen}, goes on at step {step:,} of {config.total_steps:,}"
+    return (
+        goes_on if step else f"starts from {start.source}, at step 0 (--continue-at-kimg sets it)",
+        *(f"  {role}: {network.words}" for role, network in start.networks.items()),
+        *(f"  {note}" for note in start.notes),
+    )
+
+
+class _Reader:
+    """Reads what the options name.
+
+    Args:
+        options: of the recipe, which name something.
+        config: the settings with nothing left open but what memory decides.
+        teacher: what is distilled.
+    """
+
+    def __init__(self, options: DistillationOptions, config: Distillation, teacher: Precond) -> None:
+        self.options, self.config, self.teacher = options, config, teacher
+        self.objective = config.objective(trained_config(teacher.config, config.dropout))
+        self.roles = {role.name: role for role in self.objective.roles}
+        self.notes: list[str] = []
+
+    def read(self) -> DistillationStart:
+        """See `read_start`."""
+        options, batch, total = self.options, self.config.batch, self.config.total_steps
+        student = options.student_from
+        if student is not None and STUDENT not in self.roles:
+            raise ValueError(f"student-from was given, but {self.config.method} has no student")
+        start = DistillationStart(str(student and student.name), {})
+        if options.continue_from is not None:
+            start = self._continued(options.continue_from)
+        if student is not None:
+            if STUDENT in start.networks:
+                raise ValueError(
+                    f"student-from was given, but {options.continue_from} has the student of its own training: leave "
+                    "student-from out"
+                )
+            start = replace(start, networks={**start.networks, STUDENT: self._student(student)})
+        start.check(self.objective.roles)
+        for role in self.roles.values():
+            if role.name not in start.networks:
+                self.notes.append(f"{role.name}: starts from {_FIRST[role.start]}, with a fresh optimiser")
+        seen = start.images_seen if options.continue_at_kimg is None else round(options.continue_at_kimg * 1000)
+        start = replace(start, images_seen=seen, notes=tuple(self.notes))
+        if (first := start.first_step(batch)) >= total:
+            raise ValueError(
+                f"{start.source} has seen {seen / 1000:g} kimg, {first:,} steps of {batch} images, and the run is to "
+                f"end at step {total:,}: give a larger --kimg or --max-steps, which count from the first training's "
+                "start"
+            )
+        return start
+
+    # -- what --continue-from may be --------------------------------------------------------------------------------
+
+    def _continued(self, path: Path) -> DistillationStart:
+        if path.is_dir():
+            return self._folder(path)
+        if not path.exists():
+            raise ValueError(f"{missing(path)}; {CAN_BE}")
+        checkpoint = open_checkpoint(path)
+        if is_distillation_state(checkpoint):
+            return self._state(distillation_state_of(checkpoint, path, D=self.teacher.D), path)
+        return DistillationStart(path.name, {self.objective.generator: self._generator_in(checkpoint, path)})
+
+    def _state(self, state: DistillationState, path: Path) -> DistillationStart:
+        """A training state of SiD, of pfgmpp-idmd or of the project before it."""
+        generator = self.objective.generator
+        if STUDENT not in self.roles:
+            raise ValueError(
+                f"{path} is a {state.origin}, with a student: {self.config.method} has none and goes on from none"
+            )
+        seen = state.images_seen
+        if seen is None and self.options.continue_at_kimg is None:
+            steps = state.generator.adam.steps
+            seen = steps * self.config.batch
+            self.notes.append(
+                f"its name does not say how many images it has seen: {steps:,} steps of its generator's optimiser, of "
+                f"{self.config.batch} images each; --continue-at-kimg says it"
+            )
+        for role, stored in ((generator, state.generator), (STUDENT, state.student)):
+            self._compare(self.roles[role], stored.adam)
+        networks = {
+            generator: _of(state.generator, path, state.average, state.average_key or ""),
+            STUDENT: _of(state.student, path),
+        }
+        return DistillationStart(path.name, networks, seen or 0)
+
+    def _compare(self, role: Role, adam: AdamState) -> None:
+        """Note where the optimiser of the training elsewhere had other settings than this run's."""
+        pairs = {"lr": (adam.lr, role.lr), "beta1": (adam.betas[0], role.beta1), "eps": (adam.eps, self.config.eps)}
+        told = [f"{name} is {there:g} there, {here:g} here" for name, (there, here) in pairs.items() if there != here]
+        if told:
+            self.notes.append(f"{role.name}: its optimiser goes on with this run's settings ({'; '.join(told)})")
+
+    def _folder(self, path: Path) -> DistillationStart:
+        run = _run_of(path)
+        if run is None:
+            return DistillationStart(path.name, {self.objective.generator: self._generator_of(path)})
+        there = _settings(run)
+        if there.kind != self.config.kind:
+            raise ValueError(f"{run} was distilled by {there.method}: this recipe is one of {self.config.method}")
+        if there.D != self.config.D:
+            raise ValueError(
+                f"{run} was distilled at D = {there.D:g}, the teacher of this run is of D {self.teacher.D:g}"
+            )
+        checkpoint = _newest(path, run)
+        if checkpoint is None:
+            return DistillationStart(run.name, {self.objective.generator: self._generator_of(run / EXPORTS["distill"])})
+        networks = {role.name: self._saved(role, checkpoint, run, there) for role in self._roles(there)}
+        for name in networks.keys() & self.roles.keys():
+            adam = networks[name].adam
+            assert adam is not None
+            self._compare(self.roles[name], adam)
+        return DistillationStart(f"{run.name}/{checkpoint.name}", networks, step_of(checkpoint) * there.batch)
+
+    # -- single networks --------------------------------------------------------------------------------------------
+
+    def _generator_of(self, folder: Path) -> NetworkStart:
+        """The generator in a model folder."""
+        stored = read_config(folder)
+        facts = stored.facts
+        if isinstance(facts, TeacherFacts) and facts.task == "teacher":
+            raise ValueError(f"{folder} is a teacher and no generator; without --continue-from that is the start")
+        if isinstance(facts, GeneratorFacts):
+            ours = self.objective.facts
+            if facts.is_trajectory != (ours.get("parametrisation") == "trajectory"):
+                kind = "a trajectory" if facts.is_trajectory else "evaluations at noise levels"
+                raise ValueError(f"{folder} is a generator by {kind}, which {self.config.method} does not go on from")
+            levels = ours.get("sigmas")
+            if facts.sigmas is not None and levels is not None and list(facts.sigmas) != levels:
+                there, here = (", ".join(f"{sigma:g}" for sigma in given) for given in (facts.sigmas, levels))
+                self.notes.append(f"it was distilled at the noise levels {there}, this run has {here}")
+        weights = load_stored(stored).float().state_dict()
+        return _alone(str(folder), weights, stored.network)
+
+    def _generator_in(self, checkpoint: Checkpoint, path: Path) -> NetworkStart:
+        """The generator in a file that holds no whole state."""
+        name = checkpoint.choose()
+        if not checkpoint.is_generator(name) and (is_training_state(checkpoint) or "loss_fn" in checkpoint.entries):
+            raise ValueError(
+                f"{path} is a teacher's ({checkpoint.origin}) and no generator: recipes that train a teacher continue "
+                f"its training; {CAN_BE}"
+            )
+        found = checkpoint.read(name, D=self.teacher.D)
+        return _alone(f"{found.key} of {path.name}", found.weights, found.config)
+
+    def _student(self, path: Path) -> NetworkStart:
+        """The network that --student-from names."""
+        if not path.exists():
+            raise ValueError(f"{missing(path)}; a student is a model folder, a file with a fake_score, or a run folder")
+        if path.is_dir():
+            if (run := _run_of(path)) is not None:
+                there, saved = _settings(run), _newest(path, run)
+                role = next((role for role in self._roles(there) if role.name == STUDENT), None)
+                if saved is None or role is None:
+                    raise ValueError(f"{path} has no checkpoint with a student")
+                return replace(self._saved(role, saved, run, there), adam=None)
+            stored = read_config(path)
+            if isinstance(stored.facts, GeneratorFacts):
+                raise ValueError(f"{path} is a generator and no student")
+            return NetworkStart(str(path), load_stored(stored).float().state_dict(), stored.network)
+        checkpoint = open_checkpoint(path)
+        name = next((name for name in _STUDENTS if name in checkpoint.networks), None) or checkpoint.choose()
+        if checkpoint.is_generator(name):
+            raise ValueError(f"{path}: {name} is a generator and no student")
+        found = checkpoint.read(name, D=self.teacher.D)
+        return NetworkStart(f"{found.key} of {path.name}", found.weights, found.config)
+
+    # -- checkpoints of this project --------------------------------------------------------------------------------
+
+    def _roles(self, there: Distillation) -> tuple[Role, ...]:
+        """The networks of a run with the settings `there`."""
+        return there.objective(trained_config(self.teacher.config, there.dropout)).roles
+
+    def _saved(self, role: Role, checkpoint: Path, run: Path, there: Distillation) -> NetworkStart:
+        """A network as a checkpoint has it, of a run with the settings `there`."""
+        path = checkpoint / f"{role.name}.safetensors"
+        kinds: dict[str, dict[str, Tensor]] = {}
+        try:
+            for key, tensor in load_file(path).items():
+                kind, _, name = key.partition("/")
+                kinds.setdefault(kind, {})[name] = tensor
+            steps = json.loads((checkpoint / "progress.json").read_bytes())["steps_applied"][role.name]
+            weights, second = kinds["weight"], kinds["exp_avg_sq"]
+        except (OSError, SafetensorError, LookupError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as the state of the {role.name}: {error}") from None
+        return NetworkStart(
+            f"{role.name} of {run.name}/{checkpoint.name}",
+            {**self._buffers(role, run, there), **weights},
+            ema=kinds.get("ema"),
+            adam=AdamState(kinds.get("exp_avg", {}), second, steps, (role.beta1, BETA2), role.lr, there.eps),
+        )
+
+    def _buffers(self, role: Role, run: Path, there: Distillation) -> dict[str, Tensor]:
+        """What a network has beside its parameters, which checkpoints do not hold: as its run began with it.
+
+        Raises:
+            ValueError: it cannot be known.
+        """
+        net = starting_network(role.network, role.start, self.teacher, role.seed(there.seed))
+        buffers = {name: buffer.cpu() for name, buffer in net.named_buffers()}
+        record = _record(run)
+        own = fingerprint(self.teacher.state_dict())
+        known, why = role.start == "random" or record.get("teacher") == own, "was distilled from another teacher"
+        begun = (record.get("start") or {}).get("frequencies", {})
+        if role.name in begun:
+            known, why = begun[role.name] == frequencies(buffers), "went on from another training"
+        # Under other embeddings all buffers are constants.
+        if role.network.embedding_type == "fourier" and not known:
+            place = run / EXPORTS["distill"]
+            raise ValueError(
+                f"{run} {why}, and its checkpoints lack the Fourier frequencies of its {role.name}: give its generator, "
+                f"{place}"
+            )
+        return buffers
+
+
+_FIRST = {"teacher": "the teacher", "random": "random weights"}
+
+
+def _of(state: NetworkState, path: Path, average: Mapping[str, Tensor] | None = None, key: str = "") -> NetworkStart:
+    """A network of a training state, and its average under its name there."""
+    source = f"{state.key} of {path.name}"
+    return NetworkStart(source, state.weights, state.config, average, state.adam, f"its average {key}")
+
+
+def _alone(source: str, weights: Mapping[str, Tensor], config: NetworkConfig) -> NetworkStart:
+    """A generator without what trained it."""
+    return NetworkStart(source, weights, config, weights, ema_source="which is its average too")
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run whose folder, folder of checkpoints or checkpoint `path` is; None for anything else."""
+    run = path
+    if is_checkpoint(path):
+        run = path.resolve().parent.parent
+    elif path.name == "checkpoints":
+        run = path.resolve().parent
+    return run if _record(run) else None
+
+
+def _newest(path: Path, run: Path) -> Path | None:
+    """The checkpoint that `path` names, or the newest whole one of its run; None where there is none."""
+    if not is_checkpoint(path):
+        return find_checkpoint(run / "checkpoints")
+    verify_checkpoint(path)
+    return path
+
+
+def _record(run: Path) -> dict[str, Any]:
+    """The config.json of a run folder; empty where there is none."""
+    try:
+        found = json.loads((run / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("config"), dict) and "kind" in found else {}
+
+
+def _settings(run: Path) -> Distillation:
+    """The settings that the folder of a distillation holds, but for those that are places.
+
+    Raises:
+        ValueError: it is another run, or they cannot be read.
+    """
+    record = _record(run)
+    kind = OBJECTIVES.of(record.get("objective"), record["config"]) if record["kind"] == "distill" else None
+    if kind is None:
+        what = "the training of a teacher" if record["kind"] == "teacher" else "no distillation that is known here"
+        raise ValueError(f"{run} is {what}; {CAN_BE}")
+    names = {f.name for f in dataclasses.fields(kind)} - place_settings(kind)
+    try:
+        return kind(**{name: _typed(name, value) for name, value in record["config"].items() if name in names})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{run / 'config.json'} cannot be read as a run's settings: {error}") from None
+
+
+def _typed(name: str, value: Any) -> Any:
+    """A setting as it was before JSON."""
+    if name == "noise" and isinstance(value, dict):
+        return NoiseLevels(**value)
+    return math.inf if value == "inf" else tuple(value) if isinstance(value, list) else value

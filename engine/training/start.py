@@ -1,0 +1,161 @@
+"""What a distillation begins with where it goes on from another one: weights, averages, optimisers, images seen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.distributed.zero import TrainedNetwork
+from ipfm.engine.objectives.base import Role
+from ipfm.engine.training.run_folder import fingerprint
+from ipfm.models import NetworkConfig, Precond, build_network
+from ipfm.models.checkpoints.training_state import AdamState
+
+# What of an architecture says nothing of its tensors, or is no obstacle: a generator needs no augmentation labels.
+_FREE = ("dropout", "label_dropout", "use_fp16", "augment_dim", "sigma_min", "sigma_max")
+_AUGMENT = "map_augment."
+
+
+@dataclass(frozen=True)
+class NetworkStart:
+    """What a network of a distillation begins with. Tensors are float32 and on the CPU.
+
+    Attributes:
+        source: what it is from, for messages, e.g. "G of training-state-000500.pt".
+        weights: state dict, buffers included.
+        config: its architecture; None where only the tensors say it.
+        ema: its average by the parameters' names; None begins with the weights.
+        ema_source: what the average is, for messages.
+        adam: what its optimiser knows; None is a fresh one.
+    """
+
+    source: str
+    weights: Mapping[str, Tensor]
+    config: NetworkConfig | None = None
+    ema: Mapping[str, Tensor] | None = None
+    adam: AdamState | None = None
+    ema_source: str = "its average"
+
+    def check(self, role: Role) -> None:
+        """Check that this can be the network of a role.
+
+        Raises:
+            ValueError: another architecture, D or other tensors; one line that names what differs.
+        """
+        if self.config is not None and (differences := _differences(self.config, role.network)):
+            width = {"model_channels"} == set(differences) and self.config.model_channels < role.network.model_channels
+            share = self.config.model_channels / role.network.model_channels
+            more = f": --{_option(role)} {share:g} makes it so narrow" if width else ""
+            listed = "; ".join(f"{name} is {there} there, {here} here" for name, (there, here) in differences.items())
+            raise ValueError(f"{self.source} is another network than the {role.name} of this run ({listed}){more}")
+        with torch.device("meta"):
+            own = build_network(role.network).state_dict()
+        for name, tensor in own.items():
+            found = self.weights.get(name)
+            if found is None and _AUGMENT not in name:
+                raise ValueError(f"{self.source} has no {name}, which the {role.name} of this run has")
+            if found is not None and found.shape != tensor.shape:
+                raise ValueError(
+                    f"{self.source}: {name} has shape {tuple(found.shape)}, {tuple(tensor.shape)} in the {role.name} "
+                    "of this run"
+                )
+        if unknown := [name for name in self.weights if name not in own and _AUGMENT not in name]:
+            raise ValueError(f"{self.source} has {unknown[0]}, which the {role.name} of this run has not")
+
+    def put_into(self, net: Precond) -> None:
+        """Give `net`, which `check` has approved, these weights and buffers."""
+        own = net.state_dict()
+        net.load_state_dict(own | {name: tensor for name, tensor in self.weights.items() if name in own})
+
+    def take_on(self, trained: TrainedNetwork) -> None:
+        """Give the optimiser and the average of `trained`, which has these weights, what they knew."""
+        states: dict[str, Mapping[str, Tensor]] = {}
+        if self.ema is not None and "ema" in trained.state_kinds:
+            states["ema"] = self.ema
+        if self.adam is not None:
+            states["exp_avg_sq"] = self.adam.exp_avg_sq
+            if "exp_avg" in trained.state_kinds and self.adam.exp_avg:
+                states["exp_avg"] = self.adam.exp_avg
+            trained.steps_applied = self.adam.steps
+        for kind, tensors in states.items():
+            whole = all(name in tensors for name, _ in trained.module.named_parameters())
+            trained.load(kind, tensors if whole else {**dict(trained.full(kind)), **tensors})
+
+    @property
+    def words(self) -> str:
+        """What is taken: "G of x.pt, its average G_ema, its optimiser's moments and 500 steps"."""
+        average = [] if self.ema is None else [self.ema_source]
+        optimiser = "a fresh optimiser"
+        if self.adam is not None:
+            optimiser = f"its optimiser's moments and {self.adam.steps:,} steps"
+        return ", ".join([self.source, *average, optimiser])
+
+
+@dataclass(frozen=True)
+class DistillationStart:
+    """What a distillation goes on from.
+
+    Attributes:
+        source: the file or folder, for messages.
+        networks: by role; the others start as their settings say.
+        images_seen: of the generator's training so far; the schedules go on from them.
+        notes: what else to know of it, a line each.
+    """
+
+    source: str
+    networks: Mapping[str, NetworkStart]
+    images_seen: int = 0
+    notes: tuple[str, ...] = ()
+
+    def first_step(self, batch: int) -> int:
+        """Steps of this batch that the images seen are."""
+        return self.images_seen // batch
+
+    def check(self, roles: Sequence[Role]) -> None:
+        """Check that an objective's networks can begin so.
+
+        Raises:
+            ValueError: it has no such network, or one of another shape; one line.
+        """
+        known = {role.name: role for role in roles}
+        for name, start in self.networks.items():
+            if name not in known:
+                raise ValueError(f"{start.source} would be a {name}, and this objective has none")
+            start.check(known[name])
+
+    @property
+    def frequencies(self) -> dict[str, str]:
+        """By role, what tells its Fourier frequencies apart, which no checkpoint holds."""
+        return {name: frequencies(start.weights) for name, start in self.networks.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies a run by it, wherever its files lie ("continues"), and what is said of it ("start")."""
+        tensors = {f"{role}.{name}": t for role, start in self.networks.items() for name, t in start.weights.items()}
+        said = {"source": self.source, "images_seen": self.images_seen, "frequencies": self.frequencies}
+        return {"continues": fingerprint(tensors), "start": said}
+
+
+def start_facts(start: DistillationStart | None) -> dict[str, Any]:
+    """See `DistillationStart.facts`; of a run that goes on from nothing else, nothing."""
+    return {} if start is None else start.facts()
+
+
+def frequencies(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the Fourier frequencies among weights and buffers."""
+    return fingerprint({name: tensor for name, tensor in state.items() if name.endswith("freqs")})
+
+
+def _option(role: Role) -> str:
+    return "student-width" if role.name == "student" else "width"
+
+
+def _differences(there: NetworkConfig, here: NetworkConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields of the two architectures that differ, and their values."""
+    names = [f.name for f in dataclasses.fields(NetworkConfig) if f.name not in _FREE]
+    pairs = {name: (getattr(there, name), getattr(here, name)) for name in names}
+    return {name: values for name, values in pairs.items() if values[0] != values[1]}

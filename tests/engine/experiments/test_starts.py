@@ -1,0 +1,331 @@
+"""A distillation that began elsewhere goes on as a plain loop does from the same weights, moments and steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import equivalence
+import official_files as of
+import plain_loop
+import pytest
+import torch
+
+from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine.distributed.world import World
+from ipfm.engine.experiments.options import DistillationOptions, options_for
+from ipfm.engine.experiments.starts import described_start, read_start
+from ipfm.engine.objectives.pid import PidConfig
+from ipfm.engine.runtime.commandline import BadInput
+from ipfm.engine.training.resolve import complete
+from ipfm.engine.training.start import DistillationStart
+from ipfm.models import EDMPrecond, NetworkConfig, Precond, load_model, load_teacher, save_model
+from ipfm.recipes import ablation_alpha, digits_ipfm, digits_pid
+
+CPU = torch.device("cpu")
+BASE: dict[str, Any] = {**equivalence.BASE, "batch": 8, "max_steps": 1000, "zero": 0}
+SMALL = NetworkConfig(
+    img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(),
+    embedding_type="fourier", augment_dim=9, dropout=0.0, D=128.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    net = of.randomize(EDMPrecond(SMALL), seed=5)
+    save_model(net, tmp_path_factory.mktemp("teacher") / "model", extra={"task": "teacher"})
+    return tmp_path_factory.getbasetemp() / next(tmp_path_factory.getbasetemp().glob("teacher*")).name / "model"
+
+
+def adam(net: torch.nn.Module, *, steps: int, seed: int, lr: float, eps: float, betas: tuple[float, float]) -> dict:
+    """The state of torch's Adam after `steps`; nothing has reached the augmentation labels, as in SiD."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, eps=eps, betas=betas)
+    generator = torch.Generator().manual_seed(seed)
+    for index, (name, p) in enumerate(net.named_parameters()):
+        if "map_augment" not in name:
+            optimizer.state[p] = {
+                "step": torch.tensor(float(steps)),
+                "exp_avg": torch.randn(p.shape, generator=generator),
+                "exp_avg_sq": torch.rand(p.shape, generator=generator) * (1 + index % 3),
+            }
+    return optimizer.state_dict()
+
+
+def begun(teacher: Precond, *, step: int, adam_steps: int = 300, beta1: float = 0.0, **config: Any) -> plain_loop.Begun:
+    """A distillation of `teacher` that has begun."""
+    G, S, ema = (of.shifted(teacher, shift) for shift in (0.002, -0.002, 0.004))
+    for net in (G, S, ema):
+        # No gradient ever reaches it.
+        net.get_parameter("model.map_augment.weight").data.copy_(teacher.get_parameter("model.map_augment.weight"))
+    settings = {"lr": config["lr"], "eps": config["eps"], "betas": (beta1, 0.999), "steps": adam_steps}
+    return plain_loop.Begun(S, G, ema, adam(S, seed=1, **settings), adam(G, seed=2, **settings), step)
+
+
+def write(begun: plain_loop.Begun, path: Path, **options: Any) -> Path:
+    """As SiD's program writes its training state."""
+    networks = {"fake_score": begun.student, "G": begun.generator, "G_ema": begun.ema}
+    root = {name: of.official(net, **options) for name, net in networks.items()}
+    adams = {"fake_score_optimizer_state": begun.student_adam, "g_optimizer_state": begun.generator_adam}
+    return of.write_torch(path, root | adams)
+
+
+def start_of(config: Any, teacher: Precond, path: Path | None = None, **options: Any) -> DistillationStart:
+    values = {name: value for name, value in vars(config).items() if name not in ("continue_from",)}
+    given: DistillationOptions = options_for(type(config))(**values, continue_from=path, **options)
+    found = read_start(given, complete(config, teacher.config, CPU), teacher)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("D", [128.0, math.inf])
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_the_first_steps_are_those_of_the_plain_loop(tmp_path: Path, D: float, beta1: float) -> None:
+    """Losses, then weights and average: what the file does not bring would show in the first of them."""
+    net = of.randomize(EDMPrecond(replace(SMALL, D=D)), seed=5)
+    at_start = begun(net, step=500, beta1=beta1, **BASE)
+    layout = {} if math.isinf(D) else {"pfgmpp": True, "D": D}
+    path = write(at_start, tmp_path / "training-state-000004.pt", **layout)
+    config = DistillConfig(**BASE, generator_beta1=beta1, student_beta1=beta1)
+    plain = plain_loop.distill(net, config, 2, at_start)
+
+    start = start_of(config, net, path)
+    distiller = Distiller(config, net, start=start, world=World(0, 1, CPU))
+    assert distiller.first_step == 500 and start.images_seen == 4000
+    for step in (500, 501):
+        sums = distiller.iteration(step).sums
+        for which in ("student", "generator"):
+            expected = getattr(plain, f"{which}_loss")[step - 500]
+            assert float(sums[f"{which}_loss"]) / 8 == pytest.approx(expected, rel=1e-4)
+    found = {
+        f"{which}/{kind}/{name}": tensor.detach()
+        for which, network in distiller.networks.items()
+        for kind in network.state_kinds
+        for name, tensor in network.full(kind)
+    }
+    assert max(equivalence.difference(plain, found)) <= equivalence.LIMIT
+    assert distiller.generator.steps_applied == 302
+    # None of it is empty: without the moments, the average or the count the result is another.
+    for missing in ("adam", "ema", "step"):
+        networks = start.networks if missing == "step" else {
+            role: replace(network, **{missing: None}) for role, network in start.networks.items()
+        }  # fmt: skip
+        other = Distiller(config, net, start=replace(start, networks=networks), world=World(0, 1, CPU))
+        for step in (0, 1) if missing == "step" else (500, 501):
+            other.iteration(step)
+        found = {f"generator/{k}/{n}": t.detach() for k in ("weight", "ema") for n, t in other.generator.full(k)}
+        found |= {f"student/weight/{n}": t.detach() for n, t in other.networks["student"].full("weight")}
+        assert max(equivalence.difference(plain, found)) > 50 * equivalence.LIMIT, missing
+
+
+@pytest.mark.distributed
+def test_two_processes_continue_as_the_plain_loop(teacher: Path, tmp_path: Path) -> None:
+    """At ZeRO 1, where each has a part of the moments and of the average."""
+    net = load_teacher(teacher)
+    at_start = begun(net, step=500, **BASE)
+    path = write(at_start, tmp_path / "training-state-000004.pt", pfgmpp=True, D=128)
+    plain = plain_loop.distill(net, DistillConfig(**BASE), 1, at_start)
+    case = {"name": "on", "steps": 1, "config": {**BASE, "zero": 1}, "continue_from": str(path)}
+    equivalence.launch.run_workers(
+        "distill_steps.py", 2, {"teacher": str(teacher), "out": str(tmp_path), "cases": [case]}
+    )
+    found = equivalence.load_file(tmp_path / "on-2.safetensors")
+    assert max(equivalence.difference(plain, found)) <= equivalence.LIMIT
+    assert float(found["loss/generator_loss"]) == pytest.approx(plain.generator_loss[0], rel=1e-4)
+
+
+# -- what may be given -------------------------------------------------------------------------------------------------
+
+
+def test_layouts_of_the_authors_and_images_seen(teacher: Path, tmp_path: Path) -> None:
+    """The average of pfgmpp-idmd and of the older project; the name, the file, the optimiser or the user says kimg."""
+    net, config = load_teacher(teacher), DistillConfig(**BASE)
+    sid = of.sid_state(net, of.IDMD, pfgmpp=True, D=128)
+    named = of.write_torch(tmp_path / "training-state-000004.pt", sid)
+    start = start_of(config, net, named)
+    average = of.shifted(net, 2).state_dict()
+    ema = start.networks["generator"].ema
+    assert ema is not None and all(torch.equal(ema[name], average[name]) for name in average)
+    assert start.networks["generator"].words == (
+        "G of training-state-000004.pt, its average G_ema, its optimiser's moments and 3 steps"
+    )
+    lines = described_start(start, complete(config, net.config, CPU))
+    assert lines[0] == "continues training-state-000004.pt: 4,000 images seen, goes on at step 500 of 1,000"
+    assert "  student: its optimiser goes on with this run's settings (lr is 0.0002 there, 0.001 here; " in lines[-1]
+
+    other = named.rename(tmp_path / "state.pt")
+    start = start_of(config, net, other)
+    assert start.images_seen == 24 and "its name does not say how many images it has seen: 3 steps" in start.notes[0]
+    start = start_of(config, net, other, continue_at_kimg=1.0)
+    assert start.images_seen == 1000 and not any("its name" in note for note in start.notes)
+
+    older = of.write_pickle(tmp_path / "network-snapshot-000001.pkl", of.distillation_snapshot(net))
+    start = start_of(config, net, older)
+    # The counter in the file, and its slowest average.
+    assert start.images_seen == 1024 and "its average ema_0_9990" in start.networks["generator"].words
+
+
+def test_a_generator_alone_and_a_student(teacher: Path, tmp_path: Path) -> None:
+    net, config = load_teacher(teacher), DistillConfig(**BASE)
+    snapshot = of.write_pickle(
+        tmp_path / "network-snapshot-1.200000-000100.pkl", {"ema": of.official(of.shifted(net, 1))}
+    )
+    state = of.write_torch(tmp_path / "training-state-000004.pt", of.sid_state(of.shifted(net, 5)))
+    start = start_of(config, net, snapshot)
+    assert described_start(start, config) == (
+        "starts from network-snapshot-1.200000-000100.pkl, at step 0 (--continue-at-kimg sets it)",
+        "  generator: ema of network-snapshot-1.200000-000100.pkl, which is its average too, a fresh optimiser",
+        "  student: starts from the teacher, with a fresh optimiser",
+    )
+    assert start_of(config, net, snapshot, continue_at_kimg=4).first_step(8) == 500
+    both = start_of(config, net, snapshot, student_from=state)
+    distiller = Distiller(config, net, start=both, world=World(0, 1, CPU))
+    for role, shift in (("generator", 1), ("student", 5)):
+        expected = dict(of.shifted(net, shift).named_parameters())
+        assert all(torch.equal(p, expected[name]) for name, p in distiller.networks[role].full("weight")), role
+        assert distiller.networks[role].steps_applied == 0
+    # A student alone; a model folder.
+    save_model(of.shifted(net, 3), tmp_path / "mine")
+    start = start_of(config, net, student_from=tmp_path / "mine")
+    assert list(start.networks) == ["student"] and "generator: starts from the teacher" in start.notes[0]
+
+
+def test_a_generator_of_half_the_width(teacher: Path, tmp_path: Path) -> None:
+    net = load_teacher(teacher)
+    half = of.randomize(EDMPrecond(replace(SMALL, model_channels=4)))
+    save_model(half, tmp_path / "half")
+    with pytest.raises(
+        ValueError,
+        match=r"half is another network than the generator .*\(model_channels is 4 there, 8 here\): --width 0.5",
+    ):
+        start_of(DistillConfig(**BASE), net, tmp_path / "half")
+    start = start_of(DistillConfig(**BASE, width=0.5), net, tmp_path / "half")
+    distiller = Distiller(DistillConfig(**BASE, width=0.5), net, start=start, world=World(0, 1, CPU))
+    distiller.refresh()
+    # Its Fourier frequencies are its own, and no new random ones.
+    assert all(torch.equal(t, distiller.average.state_dict()[name]) for name, t in half.state_dict().items())
+
+
+def test_a_generator_of_pid(teacher: Path, tmp_path: Path) -> None:
+    net, config = load_teacher(teacher), PidConfig(**{k: v for k, v in BASE.items() if k != "alpha"})
+    save_model(of.shifted(net, 1), tmp_path / "pid", extra={"task": "generator", "parametrisation": "trajectory"})
+    save_model(of.shifted(net, 1), tmp_path / "sid", extra={"task": "generator", "sigmas": [1.5]})
+    start = start_of(config, net, tmp_path / "pid")
+    assert Distiller(config, net, start=start, world=World(0, 1, CPU)).generator.steps_applied == 0
+    with pytest.raises(ValueError, match="sid is a generator by evaluations at noise levels, which physics informed"):
+        start_of(config, net, tmp_path / "sid")
+    with pytest.raises(ValueError, match="student-from was given, but physics informed distillation has no student"):
+        start_of(config, net, tmp_path / "pid", student_from=tmp_path / "sid")
+    state = of.write_torch(tmp_path / "training-state-000004.pt", of.sid_state(net))
+    with pytest.raises(ValueError, match="is a training state of SiD, with a student: physics informed"):
+        start_of(config, net, state)
+    with pytest.raises(
+        ValueError, match="pid is a generator by a trajectory, which inverse Poisson flow matching does"
+    ):
+        start_of(DistillConfig(**BASE), net, tmp_path / "pid")
+    start = start_of(DistillConfig(**BASE), net, tmp_path / "sid")
+    assert start.notes[0] == "it was distilled at the noise levels 1.5, this run has 2.5"
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda net: of.edm_state(net), "is a teacher's (EDM training state) and no generator"),
+        (lambda net: of.edm_snapshot(net), "is a teacher's (EDM network snapshot) and no generator"),
+        (lambda net: of.sid_state(net, pfgmpp=True, D=64), "was trained for D = 64, but D = 128 was asked for"),
+        (
+            lambda net: of.sid_state(EDMPrecond(replace(SMALL, num_blocks=2))),
+            "is another network than the generator of this run (num_blocks is 2 there, 1 here)",
+        ),
+        (
+            lambda net: of.sid_state(net) | {"g_optimizer_state": {"state": 1}},
+            "training-state-000001.pt: g_optimizer_state is not that of Adam",
+        ),
+        (
+            lambda net: of.sid_state(net) | {"G_ema": of.official(EDMPrecond(replace(SMALL, num_blocks=2)))},
+            "G_ema is not the average of G: they differ",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_continued(teacher: Path, tmp_path: Path, made, message: str) -> None:
+    net = load_teacher(teacher)
+    path = of.write_torch(tmp_path / "training-state-000001.pt", made(net))
+    with pytest.raises(ValueError) as caught:
+        start_of(DistillConfig(**BASE), net, path)
+    assert message in str(caught.value) and "training-state-000001.pt" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_moments_that_are_missing_are_damage_but_for_the_augmentation_labels(teacher: Path, tmp_path: Path) -> None:
+    net = load_teacher(teacher)
+    root = of.sid_state(net)
+    del root["g_optimizer_state"]["state"][3]
+    path = of.write_torch(tmp_path / "training-state-000001.pt", root)
+    with pytest.raises(ValueError, match=r"g_optimizer_state has moments of \d+ of the"):
+        start_of(DistillConfig(**BASE), net, path)
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def state(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    net = load_teacher(teacher)
+    return write(begun(net, step=4, **BASE), tmp_path / "training-state-000001.pt", pfgmpp=True, D=128)
+
+
+def arguments(teacher: Path, *more: object) -> list[str]:
+    small = ("--teacher", teacher, "--batch", 250, "--heun-steps", 1, "--eval-images", 16)
+    return [*map(str, (*small, "--log-every", 1, *more))]
+
+
+def test_a_run_goes_on_from_a_state_and_is_resumed(
+    teacher: Path, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*more: object) -> str:
+        digits_ipfm.main(arguments(teacher, "--out", "run", *more))
+        return capsys.readouterr().out
+
+    said = run("--continue-from", state, "--max-steps", 5)
+    assert "continues training-state-000001.pt: 1,000 images seen, goes on at step 4 of 5" in said
+    steps = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [4] and load_model(Path("run/generator")).facts.optimizer_steps == 5
+    record = json.loads(Path("run/config.json").read_text())
+    assert {"source": "training-state-000001.pt", "images_seen": 1000}.items() <= record["start"].items()
+    # The same command, longer; then without the option, and the folder of a fresh run with it.
+    run("--continue-from", state, "--max-steps", 6)
+    steps = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [4, 5]
+    with pytest.raises(BadInput, match=r"run belongs to another configuration \(continues is .* there, nothing here\)"):
+        run("--max-steps", 6)
+
+    # A run of our own goes on in another folder, with other settings.
+    said = run("--continue-from", "run", "--max-steps", 7, "--alpha", 1.2, "--out", "more", "--dry-run")
+    assert "continues run/step-0000006: 1,500 images seen, goes on at step 6 of 7" in said
+    assert "  generator: generator of run/step-0000006, its average, its optimiser's moments and 302 steps" in said
+
+
+def test_bad_command_lines_are_one_line(teacher: Path, state: Path) -> None:
+    def refused(*more: object, main: Any = digits_ipfm.main) -> str:
+        with pytest.raises(BadInput) as caught:
+            main(arguments(teacher, "--out", "run", *more))
+        assert "\n" not in str(caught.value) and not Path("run").exists()
+        return str(caught.value)
+
+    assert refused("--continue-from", "no.pt").startswith("no.pt does not exist in ")
+    assert "has seen 1 kimg, 4 steps of 250 images, and the run is to end at step 3" in refused(
+        "--continue-from", state, "--max-steps", 3
+    )
+    assert "--continue-at-kimg was given without continue-from" in refused("--continue-at-kimg", 3)
+    assert "--continue-at-kimg must be" in refused("--continue-from", state, "--continue-at-kimg", -3)
+    assert "--init was given, but continue-from says" in refused("--continue-from", state, "--init", "random")
+    assert "leave student-from out" in refused("--continue-from", state, "--student-from", state)
+    assert "is a teacher and no generator" in refused("--continue-from", teacher)
+    assert "model is a generator and no student" not in refused("--student-from", "nowhere")
+    assert "with a student" in refused("--continue-from", state, main=digits_pid.main)
+    assert "all begin with their teachers" in refused("--continue-from", state, main=ablation_alpha.main)
+    with pytest.raises(BadInput, match="continue-from was given: give the teacher that it was distilled from too"):
+        digits_ipfm.main(["--continue-from", str(state), "--dry-run"])
