@@ -282,8 +282,8 @@ class _Reader:
         if role.network.embedding_type == "fourier" and not known:
             place = run / EXPORTS["distill"]
             raise ValueError(
-                f"{run} {why}, and its checkpoints lack the Fourier frequencies of its {role.name}: give its generator, "
-                f"{place}"
+                f"{run} {why}, and its checkpoints lack the Fourier frequencies of its {role.name}: give its "
+                f"generator, {place}"
             )
         return buffers
 
