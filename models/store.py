@@ -14,7 +14,6 @@ either the old network or the new one, whole, whatever interrupts the writer.
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from ipfm.models.atomic_files import atomic_folder, previous_of, write_durably
 from ipfm.models.checkpoints.recognise import cut_short, missing, user_path, what_folder, what_pointer
 from ipfm.models.config import NetworkConfig, PrecondType
 from ipfm.models.facts import GeneratorFacts, TeacherFacts, read_facts
+from ipfm.models.json_values import from_json, to_json
 from ipfm.models.precond import Precond, build_network
 
 CONFIG_FILE = "config.json"
@@ -101,7 +101,7 @@ def save_model(
         "network": net.config.to_json(),
         "dtype": _dtype_name(_parameter_dtype(net, tensors)),
         "sha256": hashlib.sha256(payload).hexdigest(),
-        "extra": _to_json(dict(extra or {}), "extra"),
+        "extra": to_json(dict(extra or {}), "extra"),
     }
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
 
@@ -247,7 +247,7 @@ def _read_config(folder: Path) -> StoredConfig:
             dtype=_DTYPES[data["dtype"]],
             sha256=data["sha256"],
             folder=folder,
-            extra=_from_json(data["extra"]),
+            extra=from_json(data["extra"]),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -288,30 +288,6 @@ def _check_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
-
-
-def _to_json(value: Any, where: str) -> Any:
-    """`value` in JSON; an infinite number, which JSON lacks, becomes {"float": "inf"}."""
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise ValueError(f"{where}: keys must be strings, got {key!r}")
-        return {key: _to_json(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else {"float": str(float(value))}
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    raise ValueError(f"{where}: {type(value).__name__} is no JSON value")
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        if list(value) == ["float"] and value["float"] in ("inf", "-inf", "nan"):
-            return float(value["float"])
-        return {key: _from_json(item) for key, item in value.items()}
-    return [_from_json(item) for item in value] if isinstance(value, list) else value
 
 
 def _one_line(error: BaseException) -> str:

@@ -72,7 +72,9 @@ def load_from_checkpoint(checkpoint: Checkpoint, *, D: float | None = None, netw
     """
     imported = checkpoint.read(network, D=D)
     net = build(imported).requires_grad_(False)
-    if not checkpoint.is_generator(imported.key):
+    if checkpoint.facts is not None:
+        net.facts = checkpoint.facts
+    elif not checkpoint.is_generator(imported.key):
         net.facts = TeacherFacts(source={"file": Path(checkpoint.where).name, "D": imported.D_source})
     return net
 

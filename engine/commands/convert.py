@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,7 +60,8 @@ class Convert:
             name = checkpoint.choose(self.network)
             generator = self._is_generator(checkpoint, name)
             imported = checkpoint.read(name, D=self.D)
-            facts = self._about(generator, imported, self._source(checkpoint, imported)).to_json()
+            about = self._about(checkpoint.facts, generator, imported, self._source(checkpoint, imported))
+            facts = about.to_json()
             net = build(imported)
             save_model(net, self.out, extra=facts)
         size = sum(p.numel() for p in net.parameters())
@@ -74,8 +75,10 @@ class Convert:
 
     def _is_generator(self, checkpoint: Checkpoint, name: str) -> bool:
         """ValueError: it needs noise levels and has none, or the other way round."""
+        from ipfm.models.facts import GeneratorFacts
+
         generator = self.generator or checkpoint.is_generator(name)
-        if generator and not self.sigmas:
+        if generator and not self.sigmas and not isinstance(checkpoint.facts, GeneratorFacts):
             raise ValueError(
                 f"{checkpoint.where}: {name} is a generator; give its noise levels with --sigmas (2.5 for SiD's)"
             )
@@ -83,10 +86,16 @@ class Convert:
             raise ValueError(f"sigmas are a generator's; give --generator if {name} of {checkpoint.where} is one")
         return generator
 
-    def _about(self, generator: bool, imported: ImportedNetwork, source: dict[str, str]) -> ModelFacts:
-        """What the folder says of the network, its noise levels first."""
+    def _about(
+        self, known: ModelFacts | None, generator: bool, imported: ImportedNetwork, source: dict[str, str]
+    ) -> ModelFacts:
+        """What the folder says of the network, its noise levels first; `known`: what the file says, if it is ours."""
         from ipfm.models.facts import GeneratorFacts, TeacherFacts
 
+        if isinstance(known, GeneratorFacts) and generator:
+            return replace(known, source=source, sigmas=self.sigmas or known.sigmas)
+        if isinstance(known, TeacherFacts) and not generator:
+            return replace(known, source=source)
         if generator:
             return GeneratorFacts(sigmas=self.sigmas, D=imported.config.D, source=source, order=("task", "sigmas"))
         return TeacherFacts(D=imported.config.D, source=source)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,6 @@ from ipfm.engine.runtime.wording import number, rows
 
 if TYPE_CHECKING:
     from ipfm.engine.runtime.remarks import Remarks
-    from ipfm.engine.training.snapshots import KeptModel
     from ipfm.models import NetworkConfig
     from ipfm.models.facts import GeneratorFacts
 
@@ -88,8 +86,6 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
         "sigmas": run.settings.get("sigmas"),
         "continues": run.identity.get("start"),
         "network": None if run.exported is None else run.export_path,
-        "best": run.best and _kept(run.best),
-        "snapshots": [_kept(snapshot) for snapshot in run.snapshots],
         "last": run.metrics[-1] if run.metrics else {},
         "config": run.settings,
     }
@@ -101,12 +97,6 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
     return facts, f"{text}\n\n{results_table(run.results).rstrip()}" if run.results else text
 
 
-def _kept(model: KeptModel) -> dict[str, Any]:
-    """A network that a run kept along the way; its distance is null where none was measured."""
-    measured = math.isfinite(model.distance)
-    return {"path": model.path, "step": model.step, "distance": model.distance if measured else None}
-
-
 def _run_rows(facts: Mapping[str, Any], used: Mapping[str, Any], objective: str | None) -> list[tuple[str, object]]:
     """The lines of a run's text, from its facts, the settings that it makes use of and its objective in words."""
     from ipfm.engine.commands import describe
@@ -114,10 +104,9 @@ def _run_rows(facts: Mapping[str, Any], used: Mapping[str, Any], objective: str 
 
     state, step, D = facts["state"], facts["distance_step"], facts["D"]
     measured = None if step is None else f"{significant(facts['distance'])} at step {step}"
-    smallest = min(facts["distances"], key=lambda point: (point[1] != point[1], point[1]), default=None)
-    if smallest is not None and smallest[0] != step:
-        measured = f"{measured}; smallest {significant(smallest[1])} at step {smallest[0]}"
-    best = facts["best"]
+    best = min(facts["distances"], key=lambda point: (point[1] != point[1], point[1]), default=None)
+    if best is not None and best[0] != step:
+        measured = f"{measured}; smallest {significant(best[1])} at step {best[0]}"
     losses = {k: v for k, v in facts["last"].items() if k.endswith("_loss") and isinstance(v, (int, float))}
     return [
         ("run", "distillation" if facts["kind"] == "distill" else "training of a teacher"),
@@ -127,8 +116,6 @@ def _run_rows(facts: Mapping[str, Any], used: Mapping[str, Any], objective: str 
         (facts["metric"], measured),
         ("losses", ", ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in losses.items())),
         ("generator" if facts["kind"] == "distill" else "teacher", facts["network"] or "not exported yet"),
-        ("best", best and f"{best['path']}: step {best['step']}, {significant(best['distance'])}"),
-        ("snapshots", _snapshots(facts["snapshots"])),
         ("objective", objective),
         ("began with", _start(facts["continues"])),
         ("D", None if D is None else number(D)),
@@ -143,15 +130,6 @@ def _start(said: object) -> str | None:
         return None
     seen = said.get("images_seen")
     return f"{said.get('source')}" + (f", {seen:,} images seen" if isinstance(seen, int) and seen else "")
-
-
-def _snapshots(kept: Sequence[Mapping[str, Any]]) -> str | None:
-    """How many snapshots there are, and of which steps."""
-    if not kept:
-        return None
-    first, last = kept[0], kept[-1]
-    steps = f"step {first['step']}" if len(kept) == 1 else f"steps {first['step']} to {last['step']}"
-    return f"{len(kept)} of {steps}: {last['path'].parent}"
 
 
 # What follows for whoever started the run.
@@ -202,17 +180,20 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
     """The same of the network that would be taken from a checkpoint."""
+    from ipfm.engine.commands import describe
     from ipfm.models.checkpoints.reader import open_checkpoint
     from ipfm.models.checkpoints.training_state import is_training_state, training_state_of
+    from ipfm.models.facts import GeneratorFacts
 
     checkpoint = open_checkpoint(path)
     network = checkpoint.read()
     parameters = sum(network.weights[name].numel() for name in network.parameters)
-    generator = checkpoint.is_generator(network.key)
+    generator, about = checkpoint.is_generator(network.key), checkpoint.facts
+    sigmas, nfe = _sampling(about) if isinstance(about, GeneratorFacts) else (None, None)
     facts: dict[str, Any] = _network(network.config, parameters) | {
         "kind": "generator" if generator else "teacher",
-        "nfe": None,
-        "sigmas": None,
+        "nfe": nfe,
+        "sigmas": sigmas,
         "file": {
             "format": checkpoint.origin,
             "networks": ", ".join(checkpoint.networks),
@@ -221,12 +202,17 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
         },
     }
     lines: list[tuple[str, object]] = [
-        ("kind", facts["kind"] + ("; ipfm convert gives it noise levels" if generator else "")),
+        ("kind", facts["kind"] + ("; ipfm convert gives it noise levels" if generator and sigmas is None else "")),
         *_network_rows(network.config, parameters),
+        ("NFE", nfe),
+        ("sigmas", _levels(sigmas)),
         ("format", checkpoint.origin),
         ("networks", f"{facts['file']['networks']}; taken: {network.key}"),
         ("D from", {"file": "the file", "assumed": "nowhere: assumed"}.get(network.D_source, network.D_source)),
     ]
+    if about is not None:
+        facts["training"] = about.to_json()
+        lines.append(("training", describe.training(about.settings, about.optimizer_steps)))
     if is_training_state(checkpoint):
         state = training_state_of(checkpoint, path)
         facts["training"] = {

@@ -174,7 +174,7 @@ def sample_network(
         _check_classes(classes, net.label_dim)
     sampler: Sampler
     if isinstance(facts, GeneratorFacts):
-        sampler, nfe, levels = _generator_sampler(net, facts, path / CONFIG_FILE)
+        sampler, nfe, levels = _generator_sampler(net, facts, facts_file(path))
     else:
         sampler, nfe, levels = _teacher_sampler(net, heun_steps, sigmas, schedule, solver, churn)
     return SampledModel(
@@ -200,7 +200,7 @@ def load_denoiser(path: Path, *, D: float | None) -> tuple[Precond, TeacherFacts
     if path.is_file():
         checkpoint = open_checkpoint(path)
         name = checkpoint.choose()
-        if checkpoint.is_generator(name):
+        if checkpoint.is_generator(name) and checkpoint.facts is None:
             raise ValueError(
                 f"{checkpoint.where}: {name} is a generator, whose noise levels the file does not hold: make a model "
                 "folder of it with ipfm convert FILE FOLDER --sigmas 2.5"
@@ -210,6 +210,11 @@ def load_denoiser(path: Path, *, D: float | None) -> tuple[Precond, TeacherFacts
     check_D(D)
     stored = read_config(path)
     return load_from_folder(stored, D=D), stored.facts
+
+
+def facts_file(path: Path) -> Path:
+    """The file that says what a stored network is: the config.json of a folder, or the checkpoint itself."""
+    return path if path.is_file() else path / CONFIG_FILE
 
 
 def fingerprint(path: Path) -> str:

@@ -16,7 +16,7 @@ from ipfm.models.config import NetworkConfig
 Shapes = Mapping[str, tuple[int, ...]]
 _COMMON = {"label_dim": 0, "use_fp16": False}
 # The preconditioners' own arguments and their defaults.
-_OPTIONS: dict[str, dict[str, object]] = {
+OPTIONS: dict[str, dict[str, object]] = {
     "EDMPrecond": {"sigma_min": 0.0, "sigma_max": math.inf, "sigma_data": 0.5},
     "VPPrecond": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5},
     "VEPrecond": {"sigma_min": 0.02, "sigma_max": 100.0},
@@ -28,8 +28,8 @@ _MODEL_TYPES = {
     "VEPrecond": "SongUNet",
     "iDDPMPrecond": "DhariwalUNet",
 }
-PRECONDITIONERS = tuple(_OPTIONS)
-_UNETS: dict[str, dict[str, object]] = {
+PRECONDITIONERS = tuple(OPTIONS)
+UNETS: dict[str, dict[str, object]] = {
     "SongUNet": {
         "augment_dim": 0,
         "model_channels": 128,
@@ -80,7 +80,7 @@ def network_config(record: Record, shapes: Shapes, *, D: float) -> NetworkConfig
         ValueError: the file's arguments and tensors make no network of the EDM family.
     """
     name = record.class_name
-    if name not in _OPTIONS:
+    if name not in OPTIONS:
         foreign = f", {_FOREIGN[name]}," if name in _FOREIGN else ""
         raise ValueError(f"the class {shown(name)}{foreign} cannot be read; possible: {', '.join(PRECONDITIONERS)}")
     seen = from_shapes(shapes)
@@ -91,14 +91,14 @@ def network_config(record: Record, shapes: Shapes, *, D: float) -> NetworkConfig
     unet = str(seen["model_type"])
     stated = record.state if given is None else given
     chosen: dict[str, object] = dict(seen)
-    for option, default in {**_COMMON, **_OPTIONS[name]}.items():
+    for option, default in {**_COMMON, **OPTIONS[name]}.items():
         chosen[option] = _plain(option, stated.get(option, default))
     if given is None:
         chosen["dropout"] = _dropout(inner)
         chosen["label_dropout"] = _plain("label_dropout", inner.state.get("label_dropout", 0.0))
     else:
         given.setdefault("model_type", _MODEL_TYPES[name])
-        _take_arguments(chosen, given, seen, _UNETS[unet], extra={**_COMMON, **_OPTIONS[name]})
+        _take_arguments(chosen, given, seen, UNETS[unet], extra={**_COMMON, **OPTIONS[name]})
         _check_inner_arguments(inner, chosen)
     if isinstance(fp16 := record.state.get("use_fp16"), bool):
         chosen["use_fp16"] = fp16

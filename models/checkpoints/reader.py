@@ -15,12 +15,14 @@ from typing import Literal
 from torch import Tensor
 
 from ipfm.models.checkpoints.containers import ContainerKind, map_file, read_container, shown_path
+from ipfm.models.checkpoints.edm_layout import FACTS_ENTRY, facts_in
 from ipfm.models.checkpoints.infer_config import network_config, trained_for
 from ipfm.models.checkpoints.pickle_values import DEFAULT_LIMITS, Limits, shown
 from ipfm.models.checkpoints.pickled_objects import GLOBALS, MAX_TENSORS, Record, modules, own_tensors
 from ipfm.models.checkpoints.stored_tensors import StoredTensor, finite_float32
 from ipfm.models.checkpoints.validate import blueprint, check_constants, check_parts, check_shapes
 from ipfm.models.config import NetworkConfig
+from ipfm.models.facts import GeneratorFacts, TeacherFacts
 
 DSource = Literal["file", "caller", "assumed"]
 CAN_BE_READ = "a checkpoint of EDM, PFGM++ or SiD (.pkl, .pt)"
@@ -93,12 +95,19 @@ class Checkpoint:
             raise ValueError(f"{self.where} has no network {shown(name)}; possible: {self._names()}")
         return name
 
+    @property
+    def facts(self) -> TeacherFacts | GeneratorFacts | None:
+        """What the file says of its network, if this package wrote it."""
+        return facts_in(self.entries)
+
     def is_generator(self, name: str) -> bool:
         """Whether the file says that the network is a generator and no denoiser of a teacher.
 
         By the network's name in it; where that is `ema` and nothing else is there, as in EDM's and SiD's snapshots, by
         the file's name, in which SiD has its alpha: network-snapshot-1.200000-403968.pkl.
         """
+        if (facts := self.facts) is not None:
+            return isinstance(facts, GeneratorFacts)
         if _GENERATOR.fullmatch(name) is not None:
             return True
         return list(self.entries) == ["ema"] and _OF_SID.fullmatch(Path(self.where).name) is not None
@@ -236,6 +245,8 @@ def _decay(name: str) -> float:
 
 def _origin(container: ContainerKind, root: Mapping[str, object]) -> str:
     pickled = container == "pickle"
+    if FACTS_ENTRY in root:
+        return "export of ipfm in EDM's layout"
     if "generator" in root and "student" in root:
         return "snapshot of pfgmpp-distillation"
     if "fake_score" in root and "G_ema990" in root:

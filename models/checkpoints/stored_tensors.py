@@ -27,7 +27,7 @@ _MAX_DIMENSIONS = 8
 # A file of torch's older format begins with its magic number, pickled. In the blobs that plain pickles hold, so do all
 # bytes up to the object itself, always the same.
 LEGACY_START = b"\x80\x02\x8a\x0a" + _MAGIC.to_bytes(10, "little") + b"."
-_USUAL_START = LEGACY_START + (
+BLOB_START = LEGACY_START + (
     b"\x80\x02M\xe9\x03."
     b"\x80\x02}q\x00(X\x10\x00\x00\x00protocol_versionq\x01M\xe9\x03X\r\x00\x00\x00little_endianq\x02\x88"
     b"X\n\x00\x00\x00type_sizesq\x03}q\x04(X\x05\x00\x00\x00shortq\x05K\x02X\x03\x00\x00\x00intq\x06K\x04"
@@ -179,8 +179,8 @@ def read_legacy(data: memoryview, table: Table, *, where: str, limits: Limits = 
         return known
 
     reader = RestrictedUnpickler(data, table, where=where, persistent=storage, limits=limits)
-    if data[: len(_USUAL_START)] == _USUAL_START:
-        reader.position = len(_USUAL_START)
+    if data[: len(BLOB_START)] == BLOB_START:
+        reader.position = len(BLOB_START)
     else:
         magic, version, system = reader.load(), reader.load(), reader.load()
         if magic != _MAGIC or version != _VERSION or not isinstance(system, dict):

@@ -1,1 +1,1 @@
-"""`ipfm export`: models in formats that other programs read: ONNX, plain PyTorch, a folder for Hugging Face."""
+"""`ipfm export`: models in formats that other programs read: ONNX, plain PyTorch, a folder for Hugging Face, EDM's."""

@@ -15,6 +15,7 @@ from ipfm.engine.runtime.json_output import output
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ipfm.engine.commands.export.destination import Format
     from ipfm.engine.commands.export.network import ExportedNetwork
 
 
@@ -24,7 +25,7 @@ IMAGES, IMAGES_OF_TEACHER, HEUN_STEPS = 64, 16, 18
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a model as an ONNX file, a plain PyTorch program, or a folder for Hugging Face.
+    """Write a model as ONNX, plain PyTorch, a Hugging Face folder or a checkpoint of EDM.
 
     A one-step generator becomes a graph from latents to images, a generator of several steps and a teacher the
     denoiser (x, sigma) -> x. D, noise levels and training facts are stored with it; what was written is compared with
@@ -37,25 +38,24 @@ class Export:
     """Model folder, or a teacher's checkpoint of EDM, PFGM++ or SiD."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """File or folder to write; an earlier export there is replaced, nothing else is."""
-    format: Literal["onnx", "torch", "huggingface"] | None = None
-    """onnx needs pip install onnx onnxscript onnxruntime. Default: by OUT, onnx for .onnx, torch for .pt2, else
-    huggingface."""
+    format: Literal["onnx", "torch", "huggingface", "edm"] | None = None
+    """onnx needs pip install onnx onnxscript onnxruntime; edm is a pickle for generate.py of EDM and PFGM++ and for
+    sid_generate.py. Default: by OUT, onnx for .onnx, torch for .pt2, edm for .pkl, else huggingface."""
     samples: int | None = None
     """Images in the picture of a Hugging Face folder, 0 for none. Default: 64, of a teacher 16."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
     json: bool = False
-    """Print JSON: what was written, its inputs and output, the largest difference from the network."""
+    """Print JSON: what was written, its inputs and output, the largest difference from the network, remarks."""
 
     def run(self) -> None:
         """Write `out` and print how far it is from the network."""
         from ipfm.engine.commands.export.comparison import BATCHES, LIMIT
         from ipfm.engine.commands.export.destination import check_place, choose_format
-        from ipfm.engine.commands.export.hub_folder import export_folder
-        from ipfm.engine.commands.export.model_card import origin_of
+        from ipfm.engine.commands.export.edm_file import check_edm, inputs_of, remarks_of
         from ipfm.engine.commands.export.network import open_network
-        from ipfm.engine.commands.export.onnx_file import check_onnx, export_onnx
-        from ipfm.engine.commands.export.program import export_program, make_program
+        from ipfm.engine.commands.export.onnx_file import check_onnx
+        from ipfm.engine.runtime.remarks import Remarks
 
         with user_input():
             format = choose_format(self.out, self.format)
@@ -66,36 +66,50 @@ class Export:
             network = open_network(self.model, D=self.D)
             if format == "onnx":
                 check_onnx(network)
-        program = make_program(network)
-        if format == "onnx":
-            difference = export_onnx(network, program, self.out)
-        elif format == "torch":
-            difference = export_program(network, program, self.out)
-        else:
-            count = self._count(network)
-            difference = export_folder(
-                network,
-                program,
-                self.out,
-                origin=origin_of(self.model),
-                draw=(lambda: self._draw(network, count)) if count else None,
-            )
+            elif format == "edm":
+                check_edm(network)
+        difference, remarks = self._write(network, format), Remarks()
+        inputs, output_name = network.inputs, network.output
+        if format == "edm":
+            inputs, output_name = inputs_of(network), "denoised"
+            for remark in remarks_of(network, self.out):
+                remarks.add(remark)
         batches = " and ".join(map(str, BATCHES))
         told = {
             "out": self.out,
             "format": format,
-            "inputs": network.inputs,
-            "output": network.output,
+            "inputs": inputs,
+            "output": output_name,
             "difference": difference,
             "batches": BATCHES,
             "limit": LIMIT,
+            "remarks": list(remarks),
         }
         with output(as_json=self.json) as write:
             write(
                 told,
-                f"{self.out}: {format}, {', '.join(network.inputs)} -> {network.output}\n"
+                f"{self.out}: {format}, {', '.join(inputs)} -> {output_name}\n"
                 f"largest difference from the network: {difference:.1e} (batches of {batches}; limit {LIMIT:.0e})",
             )
+
+    def _write(self, network: ExportedNetwork, format: Format) -> float:
+        """Write `out`; how far what it computes is from the network."""
+        from ipfm.engine.commands.export.edm_file import export_edm
+        from ipfm.engine.commands.export.hub_folder import export_folder
+        from ipfm.engine.commands.export.model_card import origin_of
+        from ipfm.engine.commands.export.onnx_file import export_onnx
+        from ipfm.engine.commands.export.program import export_program, make_program
+
+        if format == "edm":
+            return export_edm(network, self.out)
+        program = make_program(network)
+        if format == "onnx":
+            return export_onnx(network, program, self.out)
+        if format == "torch":
+            return export_program(network, program, self.out)
+        count = self._count(network)
+        draw = (lambda: self._draw(network, count)) if count else None
+        return export_folder(network, program, self.out, origin=origin_of(self.model), draw=draw)
 
     def _check_samples(self, format: str) -> None:
         if self.samples is not None and self.samples < 0:

@@ -7,15 +7,15 @@ import zipfile
 from pathlib import Path
 from typing import Literal, get_args
 
-from ipfm.engine.commands.export import hub_folder, onnx_file
+from ipfm.engine.commands.export import edm_file, hub_folder, onnx_file
 from ipfm.engine.commands.export.network import FORMAT
 from ipfm.engine.commands.export.program import FACTS_FILE
 from ipfm.engine.runtime.files import unwritable_ancestor
 from ipfm.models.checkpoints.recognise import missing
 from ipfm.models.store import CONFIG_FILE
 
-Format = Literal["onnx", "torch", "huggingface"]
-SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+Format = Literal["onnx", "torch", "huggingface", "edm"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "edm": ".pkl"}
 
 
 def choose_format(out: Path, given: Format | None) -> Format:
@@ -41,7 +41,9 @@ def check_place(out: Path, format: Format, model: Path) -> None:
     """
     if out.exists() and not model.exists():
         raise ValueError(f"{missing(model)}; the model comes first: ipfm export MODEL OUT")
-    if model.suffix.lower() in SUFFIXES.values() and (out / CONFIG_FILE).is_file():
+    # A pickle may be the model too.
+    programs = (SUFFIXES["onnx"], SUFFIXES["torch"])
+    if model.suffix.lower() in programs and (out / CONFIG_FILE).is_file():
         raise ValueError(f"{model} is an export, and {out} a model, which comes first: ipfm export {out} {model}")
     if model.resolve() in (out.resolve(), out.resolve().parent):
         raise ValueError(f"{out} belongs to the model itself, where other files are refused: name another OUT")
@@ -59,8 +61,8 @@ def check_place(out: Path, format: Format, model: Path) -> None:
 def _obstacle(out: Path, format: Format) -> str | None:
     if format == "huggingface":
         return hub_folder.obstacle(out)
-    exported = onnx_file.is_exported(out) if format == "onnx" else _is_program(out)
-    return None if exported else f"it is no export in the format {format}"
+    exported = {"onnx": onnx_file.is_exported, "torch": _is_program, "edm": edm_file.is_exported}[format]
+    return None if exported(out) else f"it is no export in the format {format}"
 
 
 def _is_program(path: Path) -> bool:

@@ -20,11 +20,10 @@ from ipfm.engine.runtime.json_output import plain
 from ipfm.engine.sampling.batches import teacher_range
 from ipfm.engine.sampling.samplers import draw_prior
 from ipfm.engine.sampling.seeds import SampleNoise
-from ipfm.engine.sampling.stored_model import generator_levels, load_denoiser
+from ipfm.engine.sampling.stored_model import facts_file, generator_levels, load_denoiser
 from ipfm.engine.sampling.trajectory import trajectory_network
 from ipfm.models import Precond
 from ipfm.models.facts import GeneratorFacts, ModelFacts
-from ipfm.models.store import CONFIG_FILE
 
 FORMAT, VERSION = "ipfm-export", 1
 
@@ -138,7 +137,7 @@ def open_network(path: Path, *, D: float | None) -> ExportedNetwork:
     if not isinstance(facts, GeneratorFacts):
         low, high = teacher_range(net)
         return ExportedNetwork(net, Denoising(net), (high, low), facts)
-    levels = generator_levels(net, facts, path / CONFIG_FILE)
+    levels = generator_levels(net, facts, facts_file(path))
     if isinstance(levels, NoiseLevels):
         return ExportedNetwork(net, TrajectoryEnd(trajectory_network(net), levels), levels, facts)
     return ExportedNetwork(net, OneStep(net, levels[0]) if len(levels) == 1 else Denoising(net), levels, facts)
