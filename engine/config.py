@@ -121,8 +121,13 @@ class RunConfig:
     """Steps between two checkpoints; one is always written at the end."""
     keep_checkpoints: int = setting(2, identity=False, place=True, memory=False)
     """Number of checkpoints that are kept."""
+    snapshot_every: int = setting(0, identity=False, place=True, memory=False)
+    """Steps between two snapshots, networks that are kept along the way (snapshots/ in --out); 0 keeps none but the
+    best, which every run with an evaluation keeps."""
+    keep_snapshots: int = setting(10, identity=False, place=True, memory=False)
+    """Number of snapshots that are kept, the newest; 0 keeps all."""
     async_checkpoints: bool = setting(True, identity=False, place=True, memory=False)
-    """Write checkpoints while the training goes on; needs host memory for one of them."""
+    """Write checkpoints and snapshots while the training goes on; needs host memory for one of them."""
     profile_memory: int = setting(0, identity=False, place=True, memory=False)
     """Measure the memory of this many steps at the start and compare it with the prediction (memory/ in --out)."""
     max_bad_steps: int = setting(50, identity=False, place=True, memory=False)
@@ -139,7 +144,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("batch", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps"):
             at_least(name, getattr(self, name), 1)
-        for name in ("eval_every", "seed", "profile_memory"):
+        for name in ("eval_every", "seed", "profile_memory", "snapshot_every", "keep_snapshots"):
             at_least(name, getattr(self, name), 0)
         if self.micro_batch is not None:
             at_least("micro-batch", self.micro_batch, 1)

@@ -26,6 +26,9 @@ class ModelFacts(ABC):
     """Of the training that made the weights."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of that training, as JSON values; their key is "config"."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """What an evaluation in the training found of these very weights: metric, distance, images. Only of networks that a
+    run keeps along the way."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """The file that it was converted from: its name, format and SHA-256, and the network taken."""
     others: Mapping[str, Any] = field(default_factory=dict)
@@ -60,6 +63,7 @@ class TeacherFacts(ModelFacts):
                 "D": self.D,
                 "optimizer_steps": self.optimizer_steps,
                 "config": self.settings,
+                "measured": self.measured,
                 "source": self.source,
             }
         )
@@ -103,6 +107,7 @@ class GeneratorFacts(ModelFacts):
                 "alpha": self.alpha,
                 "optimizer_steps": self.optimizer_steps,
                 "config": self.settings,
+                "measured": self.measured,
                 "source": self.source,
             }
         )
@@ -122,6 +127,7 @@ def read_facts(stored: Mapping[str, Any]) -> TeacherFacts | GeneratorFacts:
     D = values.take("D", str) if isinstance(stored.get("D"), str) else values.number("D")
     steps = values.take("optimizer_steps", int)
     settings, source = values.take("config", dict) or {}, values.take("source", dict) or {}
+    measured = values.take("measured", dict) or {}
     if task != "generator":
         return TeacherFacts(
             task=task,
@@ -129,6 +135,7 @@ def read_facts(stored: Mapping[str, Any]) -> TeacherFacts | GeneratorFacts:
             D=D,
             optimizer_steps=steps,
             settings=settings,
+            measured=measured,
             source=source,
             others=values.left,
             order=tuple(stored),
@@ -144,6 +151,7 @@ def read_facts(stored: Mapping[str, Any]) -> TeacherFacts | GeneratorFacts:
         alpha=values.number("alpha"),
         optimizer_steps=steps,
         settings=settings,
+        measured=measured,
         source=source,
         others=values.left,
         order=tuple(stored),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from ipfm.engine.runtime.wording import number, rows
 
 if TYPE_CHECKING:
     from ipfm.engine.runtime.remarks import Remarks
+    from ipfm.engine.training.snapshots import KeptModel
     from ipfm.models import NetworkConfig
     from ipfm.models.facts import GeneratorFacts
 
@@ -86,6 +88,8 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
         "sigmas": run.settings.get("sigmas"),
         "continues": run.identity.get("start"),
         "network": None if run.exported is None else run.export_path,
+        "best": run.best and _kept(run.best),
+        "snapshots": [_kept(snapshot) for snapshot in run.snapshots],
         "last": run.metrics[-1] if run.metrics else {},
         "config": run.settings,
     }
@@ -97,6 +101,12 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
     return facts, f"{text}\n\n{results_table(run.results).rstrip()}" if run.results else text
 
 
+def _kept(model: KeptModel) -> dict[str, Any]:
+    """A network that a run kept along the way; its distance is null where none was measured."""
+    measured = math.isfinite(model.distance)
+    return {"path": model.path, "step": model.step, "distance": model.distance if measured else None}
+
+
 def _run_rows(facts: Mapping[str, Any], used: Mapping[str, Any], objective: str | None) -> list[tuple[str, object]]:
     """The lines of a run's text, from its facts, the settings that it makes use of and its objective in words."""
     from ipfm.engine.commands import describe
@@ -104,9 +114,10 @@ def _run_rows(facts: Mapping[str, Any], used: Mapping[str, Any], objective: str 
 
     state, step, D = facts["state"], facts["distance_step"], facts["D"]
     measured = None if step is None else f"{significant(facts['distance'])} at step {step}"
-    best = min(facts["distances"], key=lambda point: (point[1] != point[1], point[1]), default=None)
-    if best is not None and best[0] != step:
-        measured = f"{measured}; smallest {significant(best[1])} at step {best[0]}"
+    smallest = min(facts["distances"], key=lambda point: (point[1] != point[1], point[1]), default=None)
+    if smallest is not None and smallest[0] != step:
+        measured = f"{measured}; smallest {significant(smallest[1])} at step {smallest[0]}"
+    best = facts["best"]
     losses = {k: v for k, v in facts["last"].items() if k.endswith("_loss") and isinstance(v, (int, float))}
     return [
         ("run", "distillation" if facts["kind"] == "distill" else "training of a teacher"),
@@ -116,6 +127,8 @@ def _run_rows(facts: Mapping[str, Any], used: Mapping[str, Any], objective: str 
         (facts["metric"], measured),
         ("losses", ", ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in losses.items())),
         ("generator" if facts["kind"] == "distill" else "teacher", facts["network"] or "not exported yet"),
+        ("best", best and f"{best['path']}: step {best['step']}, {significant(best['distance'])}"),
+        ("snapshots", _snapshots(facts["snapshots"])),
         ("objective", objective),
         ("began with", _start(facts["continues"])),
         ("D", None if D is None else number(D)),
@@ -130,6 +143,15 @@ def _start(said: object) -> str | None:
         return None
     seen = said.get("images_seen")
     return f"{said.get('source')}" + (f", {seen:,} images seen" if isinstance(seen, int) and seen else "")
+
+
+def _snapshots(kept: Sequence[Mapping[str, Any]]) -> str | None:
+    """How many snapshots there are, and of which steps."""
+    if not kept:
+        return None
+    first, last = kept[0], kept[-1]
+    steps = f"step {first['step']}" if len(kept) == 1 else f"steps {first['step']} to {last['step']}"
+    return f"{len(kept)} of {steps}: {last['path'].parent}"
 
 
 # What follows for whoever started the run.

@@ -156,6 +156,11 @@ class TrainedNetwork:
         entries = next(iter(self.optimizer.state.values()))
         return ("weight", *(kind for kind in ("exp_avg", "exp_avg_sq", "ema") if kind in entries))
 
+    @property
+    def parameter_count(self) -> int:
+        """Numbers among the parameters, whole."""
+        return sum(self._shape(p).numel() for p in self.module.parameters())
+
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's fp32 weight ("weight"), "exp_avg", "exp_avg_sq" or "ema", whole and by name.
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ipfm.engine.runtime.figures import file_figure
 from ipfm.engine.runtime.files import StepLog, json_line
@@ -23,6 +23,14 @@ DISTANCE = "Fréchet distance"
 RESULTS = "results.json"
 # The teacher's line of it, where the run goes on.
 TEACHER_RESULTS = "teacher-results.json"
+
+
+def is_better(distance: float, than: float | None) -> bool:
+    """Whether an evaluation beats an earlier one; `than` is None where there is none.
+
+    Smaller is better. What is not finite never wins, and of two that are equal the earlier one stays.
+    """
+    return math.isfinite(distance) and (than is None or not math.isfinite(than) or distance < than)
 
 
 class EvaluationHistory:
@@ -47,6 +55,12 @@ class EvaluationHistory:
         """(step, distance) by increasing step; a distance that was not finite is NaN."""
         last = {line["step"]: line.get("frechet") for line in self._log.read()}
         return sorted((step, math.nan if value is None else float(value)) for step, value in last.items())
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The evaluations by increasing step, as they were written."""
+        last = {line["step"]: line for line in self._log.read()}
+        return [last[step] for step in sorted(last)]
 
     @property
     def images_per_second(self) -> float:

@@ -27,6 +27,7 @@ from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.resolve import complete
 from ipfm.engine.training.run_folder import check_run_folder, claimed, teacher_facts
+from ipfm.engine.training.snapshots import best_said
 from ipfm.engine.training.start import DistillationStart, start_facts
 from ipfm.models import NetworkConfig, Precond, presets
 
@@ -95,6 +96,8 @@ class DistilPlan(Plan):
                 if distiller.rows:
                     print(results_table(distiller.rows))
                 print(f"generator: {path / 'generator'}")
+                if best := best_said(path, "distill"):
+                    print(best)
 
         return train
 

@@ -19,6 +19,7 @@ from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.runtime.progress import ProgressBar
 from ipfm.engine.runtime.wording import counted, duration, size
+from ipfm.engine.training.disk import disk_use, missing_room
 from ipfm.engine.training.resolve import resolve_precision
 from ipfm.models import NetworkConfig
 
@@ -84,7 +85,7 @@ def describe(
         given = given or config
         parts += [
             *_on_gpus(given, trained, _forwards(config, trained, phased=False, checkpointed=False)),
-            *_room(config, [(role.network, 1 + role.moments) for role in config.objective(trained).roles]),
+            *_room(config, path, [(role.network, 1 + role.moments) for role in config.objective(trained).roles]),
             layout_table(given, trained, zero=given.zero, done=progress.advance),
             *notes,
         ]
@@ -120,7 +121,7 @@ def describe_training(config: TeacherConfig, network: NetworkConfig, path: Path,
         *_memory(plan),
         expected,
         *on_gpus,
-        *_room(config, [(network, 3 + (config.beta1 > 0))]),
+        *_room(config, path, [(network, 3 + (config.beta1 > 0))]),
         *notes,
     ]
     return "\n".join(parts)
@@ -196,16 +197,14 @@ def _on_gpus(config: RunConfig, network: NetworkConfig, forwards: float) -> list
     ]
 
 
-def _room(config: RunConfig, trained: list[tuple[NetworkConfig, int]]) -> list[str]:
-    """What checkpoints and the result take; `trained`: the networks with the numbers that each parameter has stored."""
+def _room(config: RunConfig, path: Path, trained: list[tuple[NetworkConfig, int]]) -> list[str]:
+    """What the run takes of the disk at `path`; `trained`: networks, and how many numbers a parameter has stored."""
     numbers = [parameter_count(network) for network, _ in trained]
     checkpoint = 4 * sum(count * kept for count, (_, kept) in zip(numbers, trained, strict=True))
-    # One more is there while it is written.
-    disk = checkpoint * (config.keep_checkpoints + 1) + 4 * max(numbers)
+    use = disk_use(config, checkpoint=checkpoint, model=4 * max(numbers))
     host = f", and of host memory {size(checkpoint)} while one is written" if config.async_checkpoints else ""
-    return [
-        f"disk: {size(disk)} for {config.keep_checkpoints + 1} checkpoints of {size(checkpoint)} and the result{host}"
-    ]
+    lacking = missing_room(use, path)
+    return [f"disk: {use.in_words()}{host}", *([] if lacking is None else [f"warning: {lacking}"])]
 
 
 def _shown(value: object) -> str:

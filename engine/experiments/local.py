@@ -35,6 +35,7 @@ from ipfm.engine.training.run_folder import (
     open_run_folder,
     teacher_facts,
 )
+from ipfm.engine.training.snapshots import best_said
 from ipfm.engine.training.start import DistillationStart, start_facts
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
 from ipfm.models import NetworkConfig, Precond
@@ -94,6 +95,8 @@ class TrainAndDistilPlan(Plan):
             print(results_table(distiller.rows))
         if world.is_main:
             print(f"run folder: {path}   generator: {path / 'generator'}   curve: {path / 'convergence.png'}")
+            if best := best_said(path, "distill"):
+                print(best)
             if (path / COMPARISON_FILE).exists():
                 print(f"teacher, generator and data side by side: {path / COMPARISON_FILE}")
 

@@ -22,6 +22,7 @@ from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.resolve import complete_training, resolve_D
 from ipfm.engine.training.run_folder import check_run_folder, claimed
+from ipfm.engine.training.snapshots import best_said
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
 from ipfm.models import NetworkConfig, presets
 from ipfm.models.checkpoints.training_state import TrainingState, read_training_state
@@ -95,6 +96,8 @@ class TeacherPlan(Plan):
             training.run(path)
             if world.is_main:
                 print(f"teacher: {path / 'model'}")
+                if best := best_said(path, "teacher"):
+                    print(best)
 
         return train
 

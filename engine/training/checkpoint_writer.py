@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -61,12 +61,15 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
         self._expected: Path | None = None
 
-    def save(self, step: int, networks: Mapping[str, TrainedNetwork]) -> None:
+    def save(
+        self, step: int, networks: Mapping[str, TrainedNetwork], *, after: Callable[[], None] = lambda: None
+    ) -> None:
         """Write folder/step-…: `step` optimiser steps are done.
 
         Args:
             step: number of steps done.
             networks: what is saved: weights, optimiser state, EMA and step count of each.
+            after: returns when what belongs to the steps before is written; called before this checkpoint is.
 
         Raises:
             CheckpointFailed: on every process, because this checkpoint could not be written, or the one before it in
@@ -77,9 +80,10 @@ class CheckpointWriter:
         if self.background:
             gathered = {name: _State.of(net, self.world) for name, net in networks.items()}
             if self._thread is not None:
-                self._pending = self._thread.submit(self._write, step, gathered)
+                self._pending = self._thread.submit(self._write, step, gathered, after)
             self._expected = target
             return
+        after()
         draft: Draft | None = None
         reason = ""
         for name, network in networks.items():
@@ -129,8 +133,9 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _write(self, step: int, gathered: dict[str, _State]) -> None:
+    def _write(self, step: int, gathered: dict[str, _State], after: Callable[[], None]) -> None:
         """In the thread: no communication with other processes here."""
+        after()
         draft: Draft | None = None
         try:
             draft = Draft(self.folder, step)

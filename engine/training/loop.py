@@ -28,6 +28,7 @@ from ipfm.engine.training.environment import log_start
 from ipfm.engine.training.monitor import COMPARISON_FILE, Monitor, picture_path, pictures_in
 from ipfm.engine.training.run_folder import RunFolder, identity
 from ipfm.engine.training.run_state import FAILED_FILE, write_divergence
+from ipfm.engine.training.snapshots import Snapshots, best_said
 from ipfm.engine.training.task import NotFinite, Progress, StepFailed, Task
 from ipfm.models.atomic_files import atomic_write, why
 
@@ -105,6 +106,8 @@ class _Run:
         reason = ""
         try:
             self.monitor, self.history = self._logs()
+            self.snapshots = Snapshots(task, config, folder.path, folder.kind, self.monitor.message)
+            self.snapshots.resume(progress.step, self.history, go_back=config.from_step is not None)
         except OSError as error:
             reason = why(error)
         if reason := self.world.broadcast_text(reason):
@@ -155,6 +158,7 @@ class _Run:
                     raise self._failed(error) from error
         finally:
             self.writer.settle()
+            self.snapshots.settle()
         return self.progress
 
     def _train(self, evaluation_due: bool) -> None:
@@ -175,11 +179,15 @@ class _Run:
             due = _due(progress.step, config.checkpoint_every) or finished
             look = _due(progress.step, config.eval_every) or finished
             log = _due(progress.step, config.log_every) or progress.step >= self._exchange_at
-            if not (due or look or log):
+            snapshot = self.snapshots.due(progress.step)
+            if not (due or look or log or snapshot):
                 continue
             stop = self._log_pending()
-            if look and not stop:
+            looked = look and not stop
+            if looked:
                 stop = self._evaluate()
+            if snapshot:
+                self._take_snapshot(refreshed=looked)
             if due:
                 self._save()
             self._stop(stop)
@@ -269,6 +277,7 @@ class _Run:
             progress.bad_networks.update(n for n, b in zip(bad_names, bad, strict=True) if b > 0)
             monitor.record(step, values)
         monitor.flush()
+        self.snapshots.report()
         for name, network in self.task.networks.items():
             monitor.scalars(progress.step, {f"{name}_{rate}": value for rate, value in network.rates.items()})
         monitor.advance(progress.step - 1, {n: values[n] for n in names})
@@ -305,6 +314,7 @@ class _Run:
                         facts["left_out"] = result.left_out
                     with monitor.tolerant("evaluations.jsonl"):
                         self.history.add(progress.step, result.distance, **facts)
+                self.snapshots.offer(progress.step, result)
             # The picture is the last, so that it stands for the whole: see `_look_is_missing`.
             if images is not None:
                 monitor.image(progress.step, images)
@@ -317,6 +327,12 @@ class _Run:
             self.monitor.message(f"warning: the {what} after step {self.progress.step} failed: {reason}")
         return found
 
+    def _take_snapshot(self, *, refreshed: bool) -> None:
+        with self.monitor.paused():
+            if not refreshed:
+                self.task.refresh()
+            self.snapshots.take(self.progress.step)
+
     def _save(self) -> None:
         progress = self.progress
         if progress.saved_at != progress.step:
@@ -324,7 +340,7 @@ class _Run:
                 if self.world.is_main and self.folder.restore():
                     self.monitor.message(f"warning: {self.folder.path} was removed while the run goes on: made again")
                 self.monitor.sync()
-                self.writer.save(progress.step, self.task.networks)
+                self.writer.save(progress.step, self.task.networks, after=self.snapshots.after_writing())
             progress.saved_at = progress.step
 
     def _stop(self, signum: int) -> None:
@@ -354,15 +370,27 @@ def _failures(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except CheckpointFailed as error:
-        raise TrainingFailed(str(error)) from error
+        raise TrainingFailed(f"{error}{_best_of(folder)}") from error
+    except TrainingFailed as error:
+        error.args = (f"{error}{_best_of(folder)}",)
+        raise
     except RuntimeError as error:
-        if isinstance(error, TrainingFailed) or not (reason := lost_process(error)):
+        if not (reason := lost_process(error)):
             raise
         raise ProcessLost(
-            f"another process of this run has ended or does not answer ({reason}): {_way_on(folder)}"
+            f"another process of this run has ended or does not answer ({reason}): {_way_on(folder)}{_best_of(folder)}"
         ) from error
+    except Interrupted as error:
+        error.args = (f"{error}{_best_of(folder)}",)
+        raise
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_way_on(folder)) from None
+        raise KeyboardInterrupt(f"{_way_on(folder)}{_best_of(folder)}") from None
+
+
+def _best_of(folder: RunFolder) -> str:
+    """Where the best network is that the run hands over, for its last line; nothing where there is none."""
+    best = best_said(folder.path, folder.kind)
+    return "" if best is None else f"; {best}"
 
 
 def _way_on(folder: RunFolder) -> str:

@@ -33,12 +33,13 @@ from ipfm.engine.random_streams import Stream, draw_labels
 from ipfm.engine.runtime.errors import Interrupted, TrainingFailed, described
 from ipfm.engine.runtime.launcher import Launcher
 from ipfm.engine.training.board import conclude
+from ipfm.engine.training.disk import disk_use, missing_room
 from ipfm.engine.training.loop import PICTURE_SEED, Progress, train
 from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.run_folder import RunFolder, check_run_folder, is_settled, open_run_folder
-from ipfm.models import NetworkConfig, Precond, save_model
+from ipfm.models import NetworkConfig, Precond, build_network, save_model
 from ipfm.models.atomic_files import why
-from ipfm.models.facts import ModelFacts
+from ipfm.models.facts import ModelFacts, TeacherFacts
 from ipfm.models.store import in_the_way
 
 C = TypeVar("C", bound=RunConfig)
@@ -68,6 +69,7 @@ class TrainingRun(ABC, Generic[C]):
         self.config, self.D, self.micro_batch = settings.config, settings.D, settings.micro_batch
         self.first_step = 0
         self.other_bytes = 0
+        self._about: ModelFacts = TeacherFacts()
         allow_tf32(self.config.tf32)
 
     @property
@@ -147,6 +149,17 @@ class TrainingRun(ABC, Generic[C]):
         seed = evaluation.seed
         return evaluation.measure(lambda first, count: self.sample(first, count, seed=seed), self.world, leave_out=True)
 
+    def stored(self, step: int, measured: Mapping[str, Any], *, copy: bool) -> Callable[[Path], None]:
+        """See `Task.stored`."""
+        extra = self._said(self._about, step, measured)
+        net = self.average
+        if not copy:
+            return lambda folder: save_model(net, folder, extra=extra)
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in net.state_dict().items()}
+        with torch.device("meta"):
+            form = build_network(net.config)
+        return lambda folder: save_model(form, folder, extra=extra, state=state)
+
     def picture(self, count: int, seed: int) -> Tensor:
         """`count` images from fixed latents, (count, C, H, W) in [-1, 1]."""
         return self.sample(0, count, seed=seed)
@@ -183,12 +196,25 @@ class TrainingRun(ABC, Generic[C]):
         self.world.barrier()
         folder = open_run_folder(path, record, write=self.world.is_main)
         self.world.barrier()
+        self._about = about
+        if self.world.is_main and not kept and not is_settled(path, kind, self.config):
+            self._say_disk_use(path)
         progress = train(self, self.config, folder)
         if kept:
             self.refresh()
         else:
             self.export(path / export, about=about, steps=progress.step)
         return folder, progress
+
+    def _say_disk_use(self, path: Path) -> None:
+        counts = [net.parameter_count for net in self.networks.values()]
+        kinds = [len(net.state_kinds) for net in self.networks.values()]
+        checkpoint = 4 * sum(count * kept for count, kept in zip(counts, kinds, strict=True))
+        use = disk_use(self.config, checkpoint=checkpoint, model=4 * max(counts))
+        with suppress(OSError):
+            print(f"disk: {use.in_words()}", file=sys.stderr)
+        if (lacking := missing_room(use, path)) is not None:
+            self._warn(lacking)
 
     @property
     @abstractmethod
@@ -266,14 +292,17 @@ class TrainingRun(ABC, Generic[C]):
         self.refresh()
         reason = ""
         if self.world.is_main:
-            places = place_settings(type(self.config)) | set(getattr(self.config, "unused", ()))
-            settings = {name: value for name, value in self.config.to_json().items() if name not in places}
-            made = replace(about, optimizer_steps=steps, settings=settings)
             try:
-                save_model(self.average, folder, extra=made.to_json())
+                save_model(self.average, folder, extra=self._said(about, steps, {}))
             except (OSError, ValueError) as error:
                 reason = why(error)
         if reason := self.world.broadcast_text(reason):
             raise TrainingFailed(
                 f"the network cannot be stored in {folder} ({reason}); the state is saved: the same command stores it"
             )
+
+    def _said(self, about: ModelFacts, steps: int, measured: Mapping[str, Any]) -> dict[str, Any]:
+        """What a stored network says of itself: `about`, the settings that it owes its weights to, the steps done."""
+        places = place_settings(type(self.config)) | set(getattr(self.config, "unused", ()))
+        settings = {name: value for name, value in self.config.to_json().items() if name not in places}
+        return replace(about, optimizer_steps=steps, settings=settings, measured=measured).to_json()

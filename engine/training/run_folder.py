@@ -39,7 +39,9 @@ class RunFolder:
 
     path: Path
     record: Mapping[str, Any] | None = None
-    """Its config.json."""
+    """Its config.json, on the process that writes."""
+    kind: str = "distill"
+    """"distill" or "teacher"."""
 
     @property
     def checkpoints(self) -> Path:
@@ -244,7 +246,7 @@ def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> Ru
         forget_unfinished(path)
         if read_json(path / "config.json") != record:
             _write_record(path, record)
-    return RunFolder(path, record if write else None)
+    return RunFolder(path, record if write else None, record["kind"])
 
 
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from ipfm.engine.training.checkpoint import checkpoints_in, step_of
 from ipfm.engine.training.environment import ENVIRONMENT_FILE, read_starts
 from ipfm.engine.training.pace import Pace, read_pace
 from ipfm.engine.training.run_folder import EXPORTS, folder_user
+from ipfm.engine.training.snapshots import SNAPSHOTS, KeptModel, best_path, read_best, read_snapshots
 from ipfm.models.atomic_files import atomic_write, why
 from ipfm.models.facts import GeneratorFacts, TeacherFacts, read_facts
 from ipfm.models.store import CONFIG_FILE
@@ -84,6 +85,10 @@ class RunRecord:
     """config.json of the teacher's own run in teacher/; empty where the teacher was given."""
     checkpoint: Path | None
     """The newest one."""
+    best: KeptModel | None
+    """The best network of all evaluations; None where the run had none, or is of an older version."""
+    snapshots: tuple[KeptModel, ...]
+    """Networks that were kept along the way, the oldest first."""
     pace: Pace
     diverged: int | None
     """The step at which too many samples or gradients had not been finite."""
@@ -238,6 +243,8 @@ def read_run(path: Path, *, times: bool = True) -> RunRecord:
         export=read_json(path / EXPORTS[kind] / CONFIG_FILE) or {},
         teacher=read_json(path / "teacher" / "config.json") or {},
         checkpoint=tolerant("checkpoints", lambda: next(iter(checkpoints_in(path / "checkpoints")), None), None),
+        best=tolerant(best_path(path, kind).name, lambda: read_best(path, kind), None),
+        snapshots=tolerant(SNAPSHOTS, lambda: read_snapshots(path), ()),
         pace=tolerant("tensorboard", lambda: read_pace(path), Pace()) if times else Pace(),
         diverged=tolerant(FAILED_FILE, lambda: _diverged(path / FAILED_FILE), None),
         in_use=folder_user(path) is not None,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -59,6 +60,16 @@ class Task(Protocol):
 
     def evaluate(self) -> FrechetResult | None:
         """Fréchet distance of the averaged network; None without a reference."""
+        ...
+
+    def stored(self, step: int, measured: Mapping[str, Any], *, copy: bool) -> Callable[[Path], None]:
+        """What stores the averaged network of the last `refresh` in a model folder, on the first process.
+
+        Args:
+            step: steps done.
+            measured: what an evaluation found of it; empty if there was none.
+            copy: take a copy, so that it may be stored later and in any thread.
+        """
         ...
 
     def picture(self, count: int, seed: int) -> Tensor:

@@ -30,7 +30,9 @@ INTEGERS = {
         ),
         ("must be an integer >= 1", (0, -1, 1.0, 2.5, "3", True)),
     ),
-    **dict.fromkeys(("eval_every", "seed"), ("must be an integer >= 0", (-1, 0.0, "0", False))),
+    **dict.fromkeys(
+        ("eval_every", "seed", "snapshot_every", "keep_snapshots"), ("must be an integer >= 0", (-1, 0.0, "0", False))
+    ),
 }  # fmt: skip
 REALS = {
     **dict.fromkeys(

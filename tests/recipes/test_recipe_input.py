@@ -190,7 +190,7 @@ def test_a_dry_run_shows_how_far_it_is_and_says_what_a_gpu_needs(
     assert "GPU hours at 30% of the bf16 peak (an assumption): RTX 4090 " in printed.out
     assert "layouts on GPUs, bf16, global batch 64" in printed.out
     # 180,193 parameters: three numbers each of the generator (weight, second moment, EMA), two of the student.
-    assert "disk: 11.0 MiB for 3 checkpoints of 3.4 MiB and the result" in printed.out
+    assert "disk: at most 12.4 MiB for 3 checkpoints of 3.4 MiB, the best and the result of 0.7 MiB each" in printed.out
     lines = printed.err.splitlines()
     assert len(lines) > 3 and all(line.startswith("dry run: ") for line in lines) and "11/11" in lines[-1]
 

@@ -122,7 +122,7 @@ FREE = {
     "out", "micro_batch", "max_steps", "kimg", "zero", "tf32", "log_every", "eval_every", "checkpoint_every",
     "keep_checkpoints", "max_bad_steps", "resume", "backward", "teacher", "heun_steps", "offload",
     "activation_checkpointing", "async_checkpoints", "profile_memory", "teacher_storage", "compile", "memory_format",
-    "lpips", "from_step",
+    "lpips", "from_step", "snapshot_every", "keep_snapshots",
 }  # fmt: skip
 PLACE = FREE - {"max_steps", "kimg", "heun_steps", "tf32"}
 KINDS = (DistillConfig, PidConfig, TeacherConfig)

@@ -150,6 +150,8 @@ FREELY = {
     "eval_every": 5,
     "checkpoint_every": 7,
     "keep_checkpoints": 5,
+    "snapshot_every": 5,
+    "keep_snapshots": 5,
     "max_bad_steps": 1,
     "backward": "phased",
     "teacher": Path("moved"),
