@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ipfm.kernels import philox
+from ipfm.models import NetworkConfig
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,63 @@ class NoiseLevels:
         _check_steps("the number of sampling steps", steps)
         t = torch.linspace(1, 0, steps, dtype=torch.float64) if steps > 1 else torch.ones(1, dtype=torch.float64)
         return torch.cat([self.at(t), torch.zeros(1, dtype=torch.float64)])
+
+
+def training_sigmas(
+    network: NetworkConfig, noise: NoiseLevels, sample_index: Tensor, *, seed: int, stream: int, step: int
+) -> Tensor:
+    """sigma (B,) float32 of a teacher's training, by its preconditioning [Karras et al. 2022, table 1, training].
+
+    EDM: ln sigma ~ N(p_mean, p_std^2). VP: t ~ U(epsilon_t, 1), sigma = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1).
+    VE: ln sigma ~ U(ln sigma_min, ln sigma_max), of the network's range.
+
+    Args:
+        network: what is trained.
+        noise: p_mean and p_std of EDM.
+        sample_index: (B,) int64, the samples' global indices.
+        seed: of the random numbers, as in `ipfm.kernels.philox.uniform`.
+        stream: of the random numbers, likewise.
+        step: of the random numbers, likewise.
+
+    Raises:
+        ValueError: as in `check_trainable`, and in `ipfm.kernels.philox.uniform`.
+    """
+    check_trainable(network)
+    if network.precond == "EDMPrecond":
+        return noise.denoising(sample_index, seed=seed, stream=stream, step=step)
+    u = philox.uniform(sample_index, 1, seed=seed, stream=stream, step=step)[:, 0].double()
+    if network.precond == "VPPrecond":
+        t = network.epsilon_t + (1 - network.epsilon_t) * u
+        return torch.expm1(network.beta_d / 2 * t.square() + network.beta_min * t).sqrt().float()
+    low, high = math.log(network.sigma_min), math.log(network.sigma_max)
+    return (low + (high - low) * u).exp().float()
+
+
+def weight_sigma_data(network: NetworkConfig, noise: NoiseLevels) -> float:
+    """sigma_data of the weight 1 / sigma_data^2 + 1 / sigma^2 in a teacher's training; inf: 1 / sigma^2 of VP and VE.
+
+    Source: Karras et al. 2022, table 1, loss weighting.
+    """
+    return noise.sigma_data if network.precond == "EDMPrecond" else math.inf
+
+
+def check_trainable(network: NetworkConfig) -> None:
+    """Check that a teacher of this preconditioning can be trained.
+
+    Raises:
+        ValueError: it cannot: iDDPM's loss has a part for variances, which these networks are not trained by here; or
+            VE's range of noise levels begins at 0.
+    """
+    if network.precond == "iDDPMPrecond":
+        raise ValueError(
+            "iDDPM networks are not trained here: their loss has a part for the variances that they predict too, which "
+            "nothing here makes use of; precond can be edm, vp or ve"
+        )
+    if network.precond == "VEPrecond" and not 0 < network.sigma_min < network.sigma_max < math.inf:
+        raise ValueError(
+            f"a VE network is trained at noise levels between its sigma_min and sigma_max, which must be finite and "
+            f"above 0, got {network.sigma_min:g} and {network.sigma_max:g}"
+        )
 
 
 def few_step_sigmas(steps: int, sigma_init: float = 2.5) -> tuple[float, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,7 @@ def denoising_loss_kernel(
     DATA_TERM: tl.constexpr, RAW: tl.constexpr, COMPUTE: tl.constexpr,
     MAX_LOSS: tl.constexpr, MAX_GRAD: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Program = sample: loss = w·Σ(pred-y)², grad = 2w(pred-y), w = DATA_TERM + 1/σ² with DATA_TERM = 1/σ_d².
+    """Program = sample: loss = w·Σ(pred-y)², grad = 2w(pred-y), w = DATA_TERM + 1/σ² with DATA_TERM = 1/σ_d² or 0.
 
     RAW: c_skip x + c_out pred in place of pred, so that grad has the factor c_out.
 
@@ -164,7 +166,8 @@ def denoising_loss(
 
         L = w ‖c_skip x + c_out F - y‖²,   ∂L/∂F = 2w c_out (c_skip x + c_out F - y)
 
-    Source: EDM (Karras et al. 2022) table 1 and eq. 7; PFGM++ keeps them for every D.
+    Source: EDM (Karras et al. 2022) table 1 and eq. 7; PFGM++ keeps them for every D. σ_d = inf leaves w = 1/σ², the
+    weight of VP and VE in the same table.
 
     Args:
         pred: (B, C, H, W) or (B, N), float32, bfloat16, float16 or float64, any strides: the denoiser's output. B = 0
@@ -172,7 +175,7 @@ def denoising_loss(
             beside float32.
         y: clean sample, of pred's shape, device and dtype, any strides.
         sigma: (B,) float32 or float64, noise levels in the units of y.
-        sigma_data: σ_d, in [1e-6, 1e6].
+        sigma_data: σ_d, in [1e-6, 1e6], or inf.
         x: noisy sample, of y's shape, device and dtype, any strides; given with c_skip and c_out or not at all.
         c_skip: (B,) float32 or float64, factor of x.
         c_out: (B,) float32 or float64, factor of F.
@@ -213,9 +216,9 @@ def denoising_loss(
         _checks.narrower(op, "pred", pred, "y", y)
     x, c_skip, c_out = _checks.preconditioning(op, x, c_skip, c_out, y)
     sigma = _checks.per_sample(op, "sigma", sigma, pred)
-    sigma_data = _checks.positive(op, "sigma_data", sigma_data)
-    if not 1e-6 <= sigma_data <= 1e6:
-        raise ValueError(f"{op}: sigma_data must be in [1e-6, 1e6]; got {sigma_data}")
+    sigma_data = _checks.positive(op, "sigma_data", sigma_data, infinite=True)
+    if not (1e-6 <= sigma_data <= 1e6 or math.isinf(sigma_data)):
+        raise ValueError(f"{op}: sigma_data must be in [1e-6, 1e6], or inf; got {sigma_data}")
     if use_triton(op, backend, pred.device):
         return DenoisingLoss(*_denoising_loss(pred, y, sigma, sigma_data, x, c_skip, c_out))
     return reference.denoising_loss(pred, y, sigma, sigma_data=sigma_data, x=x, c_skip=c_skip, c_out=c_out)

@@ -313,6 +313,8 @@ def denoising_loss(
 ) -> DenoisingLoss:
     """L = w‖pred - y‖² and ∂L/∂pred = 2w(pred - y), w = (σ²+σ_d²)/(σσ_d)² = 1/σ_d² + 1/σ² [EDM table 1].
 
+    At σ_d = inf w = 1/σ², the weight of VP and VE.
+
     With x, c_skip and c_out `pred` is F, the prediction c_skip x + c_out F [EDM eq. 7] and the gradient that by F.
     """
     compute = torch.promote_types(y.dtype, torch.float32)

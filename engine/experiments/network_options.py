@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ipfm.engine.checks import option_name
 from ipfm.engine.data.augmentation import AUGMENT_DIM
+from ipfm.engine.noise_levels import check_trainable
 from ipfm.models import NetworkConfig, presets
+from ipfm.models.config import PrecondType
 
 Arch = Literal["ddpmpp", "ncsnpp", "adm"]
 ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
+PRECONDS: Mapping[str, PrecondType] = {
+    "edm": "EDMPrecond",
+    "vp": "VPPrecond",
+    "ve": "VEPrecond",
+    "iddpm": "iDDPMPrecond",
+}
+# The range of noise levels, which follows from the preconditioning.
+_OF_CLASS: dict[str, Any] = {"sigma_min": None, "sigma_max": None}
 # The least value of each option.
 _LEAST = {"model_channels": 1, "num_blocks": 0, "channel_mult": 1, "attention": 0}
 
@@ -34,6 +46,9 @@ class NetworkOptions:
     architecture's."""
     num_blocks: int | None = None
     """Residual blocks of each resolution. Default: the architecture's, 4 (adm: 3)."""
+    precond: str = "edm"
+    """Preconditioning, with its own loss and noise levels: edm, vp or ve. vp and ve are diffusion models (D = inf)
+    unless --D is given."""
     attention: tuple[int, ...] = ()
     """Sides of the levels that have attention, such as 16 8; 0 for none. Default: the architecture's, 16 (adm: 32 16
     8)."""
@@ -51,6 +66,10 @@ class NetworkOptions:
             for value in given if isinstance(given, tuple) else (given,):
                 if value is not None and value < least:
                     raise ValueError(f"{option_name(name)} must be at least {least}, got {value}")
+        if self.precond == "iddpm":
+            check_trainable(NetworkConfig(img_resolution=8, img_channels=1, precond=PRECONDS[self.precond]))
+        if self.precond not in ("edm", "vp", "ve"):
+            raise ValueError(f"precond must be edm, vp or ve, got {self.precond!r}")
         if 0 in self.attention and len(self.attention) > 1:
             raise ValueError(f"attention 0 means none, got it beside others: {' '.join(map(str, self.attention))}")
         if self.preset is not None:
@@ -59,7 +78,12 @@ class NetworkOptions:
     @property
     def names_network(self) -> tuple[str, ...]:
         """The options given that say what the network is, other than its architecture."""
-        return tuple(name for name in ("preset", *_LEAST) if getattr(self, name) not in (None, ()))
+        given = [name for name in ("preset", *_LEAST) if getattr(self, name) not in (None, ())]
+        return (*given, "precond") if self.precond != "edm" else tuple(given)
+
+    def default_D(self, otherwise: float) -> float:
+        """D where none is given: `otherwise` with EDM's preconditioning, inf with VP's and VE's."""
+        return otherwise if self.precond == "edm" else math.inf
 
     def network(
         self, base: NetworkConfig, shape: tuple[int, int, int], *, D: float, classes: int, augmented: bool
@@ -95,6 +119,8 @@ class NetworkOptions:
             label_dim=classes,
             augment_dim=AUGMENT_DIM if augmented else 0,
             D=D,
+            precond=PRECONDS[self.precond],
+            **_OF_CLASS,
         )
 
 
@@ -114,7 +140,10 @@ def network_differences(network: NetworkConfig, base: NetworkConfig) -> list[str
         network: of a training.
         base: a preset, fitted to the images.
     """
+    base = replace(base, precond=network.precond, **_OF_CLASS)
+    preconds = {name: option for option, name in PRECONDS.items()}
     named = {
+        "precond": (preconds[network.precond],) * (network.precond != "EDMPrecond"),
         "model-channels": (network.model_channels,) * (network.model_channels != base.model_channels),
         "channel-mult": network.channel_mult if network.channel_mult != base.channel_mult else (),
         "num-blocks": (network.num_blocks,) * (network.num_blocks != base.num_blocks),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -57,6 +58,17 @@ class TeacherOptions(TeacherConfig, EvaluationOptions, NetworkOptions):
         return TeacherConfig(**{f.name: getattr(self, f.name) for f in fields(TeacherConfig)})
 
 
+def precond_notes(network: NetworkConfig) -> list[str]:
+    """What to know of a training by its preconditioning."""
+    if network.precond == "EDMPrecond":
+        return []
+    named = network.precond.removesuffix("Precond")
+    lines = [f"preconditioning, noise levels and loss weight of {named} (EDM, arXiv 2206.00364, table 1)"]
+    if not math.isinf(network.D):
+        lines.append(f"{named} at a finite D is this project's extension: no paper has results of it")
+    return lines
+
+
 @dataclass(frozen=True)
 class TeacherPlan(Plan):
     """See `Plan`. A teacher's training with nothing left open but what memory decides."""
@@ -76,6 +88,7 @@ class TeacherPlan(Plan):
     def describe(self) -> str:
         """See `Plan.describe`."""
         notes = [f"continues {self.options.continue_from}: {self.state}"] if self.state is not None else []
+        notes += precond_notes(self.network)
         notes += [self.recipe.data] if self.data is None else [f"data: {self.data.name}, {len(self.data):,} images"]
         return describe_training(self.config, self.network, self.path, tuple(notes))
 
@@ -143,11 +156,12 @@ class TeacherRecipe(Recipe[TeacherOptions]):
                 strict=options.strict,
             )
         network = self._network(options, data, state)
+        check_levels(given, network)
         config = complete_training(replace(options.training(), D=network.D), network, run_device())
         config.split(launched_processes())
         if data is not None and data.shape != self.shape:
             raise ValueError(f"{options.data} has images {_times(data.shape)}, {self.title} is {_times(self.shape)}")
-        path = options.out or Path("runs") / f"{self.name}-teacher-{options.preset or options.arch}-D{network.D:g}"
+        path = options.out or Path("runs") / f"{self.name}-teacher-{named(options)}-D{network.D:g}"
         record = check_run_folder(path, "teacher", config, training_facts(config, network, data, state))
         comparison = options.comparison(self.shape, run_device())
         return TeacherPlan(self, options, config, network, data, state, path, record, comparison)
@@ -173,9 +187,29 @@ class TeacherRecipe(Recipe[TeacherOptions]):
         return options.network(
             presets.get(options.preset or self.presets[options.arch]),
             self.shape,
-            D=self.D if options.D is None else options.D,
+            D=options.default_D(self.D) if options.D is None else options.D,
             classes=classes or 0,
             augmented=options.augment > 0,
+        )
+
+
+def named(options: TeacherOptions) -> str:
+    """The network of a run in its folder's name: "ncsnpp", or "ncsnpp-vp"."""
+    precond = "" if options.precond == "edm" else f"-{options.precond}"
+    return f"{options.preset or options.arch}{precond}"
+
+
+def check_levels(given: Given[Any], network: NetworkConfig) -> None:
+    """Check that no noise levels were given that the network's training makes no use of.
+
+    Raises:
+        ValueError: they were.
+    """
+    unused = sorted(given.names & {"noise.p_mean", "noise.p_std", "noise.sigma_data"})
+    if unused and network.precond != "EDMPrecond":
+        raise ValueError(
+            f"{option_name(unused[0])} was given, but the noise levels of {network.precond} are its own: it is a "
+            "setting of EDM's preconditioning"
         )
 
 

@@ -85,6 +85,8 @@ class GeneratorGradient(NamedTuple):
 def denoising_objective(net: Raw, y: Tensor, noisy: Noisy, *, sigma_data: float) -> DenoisingResult:
     """w(sigma) ||D(x, sigma) - y||^2, summed over elements [Karras et al. 2022, table 1]: teacher and student.
 
+    w = 1 / sigma_data^2 + 1 / sigma^2: EDM's weight, and at sigma_data = inf that of VP and VE.
+
     Samples with a non-finite x are kept out of the network: a NaN activation would reach the weights even under a
     zero gradient. One with a non-finite y does not count either.
 
@@ -92,7 +94,7 @@ def denoising_objective(net: Raw, y: Tensor, noisy: Noisy, *, sigma_data: float)
         net: the network that is trained.
         y: (B, C, H, W) clean samples, without a graph.
         noisy: their perturbation, without a graph.
-        sigma_data: standard deviation of the data.
+        sigma_data: standard deviation of the data; inf: see above.
 
     Raises:
         ValueError: a shape, dtype or number that does not fit.

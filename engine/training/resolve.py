@@ -13,6 +13,7 @@ from ipfm.engine.distributed.compilation import check_compiler
 from ipfm.engine.distributed.precision import fp16_supported
 from ipfm.engine.distributed.world import World
 from ipfm.engine.memory import MemoryPlan, choose_layout, choose_training, device_budget
+from ipfm.engine.noise_levels import check_trainable
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.models import NetworkConfig
@@ -95,9 +96,10 @@ def complete_training(config: TeacherConfig, network: NetworkConfig, device: tor
     """The same for a teacher's training: D and precision.
 
     Raises:
-        ValueError: D contradicts the network's, it takes no augmentation labels and images are to be augmented, or the
-            device cannot do the precision.
+        ValueError: D contradicts the network's, its preconditioning is none that is trained here, it takes no
+            augmentation labels and images are to be augmented, or the device cannot do the precision.
     """
+    check_trainable(network)
     D = resolve_D(config.D, network)
     check_augment(config.augment, network)
     return resolve_precision(replace(config, D=D), device)

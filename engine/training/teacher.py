@@ -18,6 +18,7 @@ from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.memory import MemoryPlan, device_budget, plan_training
+from ipfm.engine.noise_levels import training_sigmas, weight_sigma_data
 from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 class TeacherTraining(TrainingRun[TeacherConfig]):
     """Trains a denoiser on `dataset`: minimises E w(sigma) ||net(y + noise, sigma) - y||^2 with the noise of D.
+
+    Noise levels and weight w are those of the network's preconditioning, EDM's, VP's or VE's, see `training_sigmas`.
 
     Args:
         config: settings.
@@ -108,7 +111,9 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
             index = torch.arange(first, first + self.micro_batch, device=world.device)
             batch = self._batch(step, index)
             labels = batch.labels if self.network.label_dim else None
-            sigma = noise.denoising(index, seed=config.seed, stream=Stream.TEACHER_SIGMA, step=step)
+            sigma = training_sigmas(
+                self.network, noise, index, seed=config.seed, stream=Stream.TEACHER_SIGMA, step=step
+            )
             y, augment_labels = augment(
                 batch.images,
                 config.augment,
@@ -134,7 +139,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
                 bind(self.net, labels, augment_labels),
                 y,
                 noisy,
-                sigma_data=noise.sigma_data,
+                sigma_data=weight_sigma_data(self.network, noise),
             )
             self.net.backward(result.surrogate / self.local_batch)
             tally.add(result.loss, result.valid)

@@ -29,11 +29,12 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, device: t
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("sigma_data", [0.5, 1.0, 0.3])
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0, 0.3, math.inf])
 def test_equals_autograd_of_the_formula(sigma_data, backend, device):
     pred, y, sigma = inputs((3, 2, 5, 7), device=device)
     pred.requires_grad_()
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    # That of VP and VE has no part of the data.
+    weight = 1 / sigma**2 if math.isinf(sigma_data) else (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     loss = weight * (pred - y).flatten(1).square().sum(1)
     (wanted,) = torch.autograd.grad(loss.sum(), pred)
     got = denoising_loss(pred, y, sigma, sigma_data=sigma_data, backend=backend)
@@ -186,6 +187,22 @@ def test_raw_equals_autograd_of_the_formula(shape, backend, device):
     assert got.valid.all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("sign", [-1, 1], ids=["VP", "VE"])
+def test_raw_with_the_preconditioning_and_weight_of_vp_and_ve(sign, backend, device):
+    a = raw_inputs((3, 2, 5, 7), device=device)
+    a |= {"c_skip": torch.ones_like(a["sigma"]), "c_out": sign * a["sigma"]}
+    f = a["pred"].requires_grad_()
+    sigma = column(a["sigma"], f)
+    loss = ((a["x"] + sign * sigma * f - a["y"]) / sigma).flatten(1).square().sum(1)
+    (wanted,) = torch.autograd.grad(loss.sum(), f)
+    got = denoising_loss(**a, sigma_data=math.inf, backend=backend)
+    torch.testing.assert_close(got.loss, loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.grad, wanted, rtol=1e-11, atol=1e-12)
+    a["sigma"][1] = math.inf
+    assert denoising_loss(**a, sigma_data=math.inf, backend=backend).valid.tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(map(ids, pair)))
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 def test_raw_triton_is_no_worse_than_pytorch(shape, pair, device, no_worse):
@@ -256,9 +273,9 @@ COEFFICIENTS = {"x": ONES, "c_skip": torch.ones(2), "c_out": torch.ones(2)}
         ({"y": ONES.to("meta")}, "y must have pred's device cpu; got meta"),
         ({"sigma": torch.ones(3)}, r"sigma must be \(B,\) = \(2,\); got \(3,\)"),
         ({"sigma": 0.5}, "sigma must be a tensor; got float"),
-        ({"sigma_data": 0}, r"sigma_data must be in \(0, inf\); got 0"),
+        ({"sigma_data": 0}, r"sigma_data must be in \(0, inf\]; got 0"),
         ({"sigma_data": math.nan}, "got nan"),
-        ({"sigma_data": 1e9}, r"sigma_data must be in \[1e-6, 1e6\]"),
+        ({"sigma_data": 1e9}, r"sigma_data must be in \[1e-6, 1e6\], or inf; got"),
         ({"backend": None}, "auto, triton, reference; got None"),
         ({"x": ONES}, "x, c_skip and c_out go together; got x alone"),
         ({"x": ONES, "c_out": torch.ones(2)}, "x, c_skip and c_out go together; got x and c_out alone"),
