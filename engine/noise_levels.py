@@ -144,8 +144,7 @@ def check_trainable(network: NetworkConfig) -> None:
     """
     if network.precond == "iDDPMPrecond":
         raise ValueError(
-            "iDDPM networks are not trained here: their loss has a part for the variances that they predict too, which "
-            "nothing here makes use of; precond can be edm, vp or ve"
+            "iDDPM networks are not trained here, as their loss has a part for variances: precond can be edm, vp or ve"
         )
     if network.precond == "VEPrecond" and not 0 < network.sigma_min < network.sigma_max < math.inf:
         raise ValueError(

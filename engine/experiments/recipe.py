@@ -37,7 +37,10 @@ OF_LAUNCHERS = (
     *("num-gpus", "num-accelerators", "num-nodes", "include", "exclude", "hostfile", "master-port", "master-addr"),
     *("nproc-per-node", "nnodes", "node-rank", "rdzv-endpoint", "module"),
 )
-OF_TEACHERS = ("data", "arch", "model-channels", "num-blocks", "conditional", "xflip", "continue-from")
+OF_TEACHERS = (
+    *("data", "arch", "preset", "precond", "model-channels", "channel-mult", "num-blocks", "attention"),
+    *("conditional", "xflip"),
+)
 OF_ABLATIONS = ("variants", "seeds", "teachers", "quick")
 
 

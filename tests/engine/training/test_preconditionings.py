@@ -1,4 +1,4 @@
-"""Teachers with VP's and VE's preconditioning: their noise levels, loss and gradient; trained, sampled and described."""
+"""Teachers with VP's and VE's preconditioning: noise levels, loss and gradient; trained, sampled, described."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_recipe_trains_describes_and_names_it() -> None:
     assert planned().network.precond == "EDMPrecond" and planned().network.D == 2048
     assert not precond_notes(planned().network)
     for option, message in (
-        (["--precond", "iddpm"], "iDDPM networks are not trained here: their loss has a part for the variances"),
+        (["--precond", "iddpm"], "iDDPM networks are not trained here, as their loss has a part for variances"),
         (["--precond", "ddim"], "--precond must be edm, vp or ve, got 'ddim'"),
         (
             ["--precond", "vp", "--noise.p-mean", "-1"],
