@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ipfm.engine.distributed.world import World
     from ipfm.engine.evaluation.evaluation import Comparison, Evaluation
     from ipfm.engine.evaluation.metrics import FrechetResult
+    from ipfm.engine.evaluation.metrics.measures import Measure
     from ipfm.engine.evaluation.subject import Subject
     from ipfm.engine.runtime.progress import ProgressBar
     from ipfm.engine.runtime.remarks import Remarks
@@ -56,7 +57,7 @@ class Evaluate:
     features: Literal["inception", "pixels", "blocks"] = "inception"
     """What images are compared by; only inception gives an FID."""
     metrics: tuple[Literal["fid", "kid", "is", "pr"], ...] = ("fid",)
-    """What is measured; kid and pr need real images."""
+    """What is measured; kid and pr need real images. KID: 100 subsets of 1000, or of half the images; pr: k = 3."""
     images: int | None = None
     """Images that are measured. Default: 50000 of a model, otherwise all."""
     repeats: int = 1
@@ -155,6 +156,7 @@ class Evaluate:
         images: int,
         remarks: Remarks,
     ) -> None:
+        from ipfm.engine.evaluation.metrics.measures import notes
         from ipfm.engine.evaluation.reference_data import save_statistics
 
         with user_input():
@@ -181,6 +183,8 @@ class Evaluate:
             if result.left_out and world.is_main:
                 drawn = result.images + result.left_out
                 remarks.add(f"{result.left_out:,} of {drawn:,} images were not finite; --strict refuses them")
+        for note in notes(results, results[0].name) if world.is_main else ():
+            remarks.add(note)
         if world.is_main:
             write(self._facts(subject, results) | {"remarks": list(remarks)}, self._text(subject, evaluation, results))
 
@@ -233,12 +237,14 @@ class Evaluate:
             "left_out": sum(result.left_out for result in results),
             "frechet": _smallest(results) if "fid" in self.metrics else None,
             "runs": [
-                {name: value for name, value in asdict(result).items() if not _unmeasured(value)} for result in results
+                {name: value for name, value in result.to_json().items() if not _unmeasured(value)}
+                for result in results
             ],
             "paper": self._paper(subject, results[0].images),
         }
 
     def _text(self, subject: Subject, evaluation: Evaluation, results: list[FrechetResult]) -> str:
+        from ipfm.engine.evaluation.metrics.measures import measures_of
         from ipfm.engine.runtime.wording import counted, significant
 
         count, seconds = results[0].images, sum(result.seconds for result in results)
@@ -256,14 +262,10 @@ class Evaluate:
             "",
         ]
         rows: list[tuple[str, list[str]]] = []
-        if "fid" in self.metrics:
-            rows.append((results[0].name, [_number(result.distance) for result in results]))
-        if "kid" in self.metrics:
-            rows.append(("KID" if self.features == "inception" else "kernel distance", _pairs(results, "kid")))
-        if "is" in self.metrics:
-            rows.append(("Inception score", _pairs(results, "inception_score")))
-        if "pr" in self.metrics:
-            rows += [(name, [_number(getattr(r, name)) for r in results]) for name in ("precision", "recall")]
+        for measure in measures_of(self.metrics):
+            shown = ["not finite" if math.isnan(r.values[measure.key]) else r.shown(measure) for r in results]
+            how = {_how(r, measure) for r in results}
+            rows.append((measure.called(results[0].name), [*shown, *(f"({words})" for words in how if words)]))
         if "fid" in self.metrics and len(results) > 1:
             smallest = _smallest(results)
             rows.append((f"smallest {results[0].name}", [_number(smallest)]))
@@ -282,8 +284,13 @@ def _unmeasured(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _pairs(results: list[FrechetResult], name: str) -> list[str]:
-    return [f"{_number(getattr(r, name))} ± {_number(getattr(r, f'{name}_std'))}" for r in results]
+def _how(result: FrechetResult, measure: Measure) -> str:
+    """What a number depends on beside the images, for who compares it."""
+    if measure.metric == "kid" and result.kid_subset_size is not None:
+        return f"subsets of {result.kid_subset_size}"
+    if measure.metric == "pr" and result.pr_images is not None:
+        return f"k = 3, {result.pr_images} of {result.pr_real_images} real images"
+    return ""
 
 
 def _number(value: float | None) -> str:

@@ -15,7 +15,9 @@ from ipfm.engine.runtime.json_output import output
 from ipfm.engine.runtime.wording import number, rows
 
 if TYPE_CHECKING:
+    from ipfm.engine.evaluation.metrics.measures import Measure
     from ipfm.engine.runtime.remarks import Remarks
+    from ipfm.engine.training.run_state import RunRecord
     from ipfm.engine.training.snapshots import KeptModel
     from ipfm.models import NetworkConfig
     from ipfm.models.facts import GeneratorFacts
@@ -68,7 +70,8 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
         raise ValueError(f"{path} holds no run: no config.json that says distill or teacher")
     for problem in run.problems:
         remarks.add(f"{path}/{problem}")
-    kind, distances = run.identity.get("objective"), [(point.step, point.frechet) for point in run.evaluations]
+    kind = run.identity.get("objective")
+    distances = [(point.step, point.frechet) for point in run.evaluations if "fid" in point.metrics]
     objective = OBJECTIVES.of(kind, run.settings) if run.kind == "distill" else None
     step, distance = distances[-1] if distances else (None, None)
     facts = {
@@ -82,7 +85,10 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
         "distance": distance,
         "distance_step": step,
         "distances": distances,
-        "results": run.results,
+        "metrics": run.measured,
+        "evaluations": [point.to_json() for point in run.evaluations],
+        "best_evaluation": None if run.best_evaluation is None else run.best_evaluation.to_json(),
+        "results": [row.to_json() for row in run.results],
         "objective": kind or (objective and objective.kind),
         "D": run.settings.get("D"),
         "sigmas": run.settings.get("sigmas"),
@@ -96,7 +102,7 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
     unused = objective.unused if objective else run.about.get("unused", ())
     used = {name: value for name, value in run.settings.items() if name not in unused}
     text = rows(
-        _run_rows(facts, used, objective.info_words(run.settings) if objective else run.about.get("info", kind))
+        _run_rows(run, facts, used, objective.info_words(run.settings) if objective else run.about.get("info", kind))
     )
     return facts, f"{text}\n\n{results_table(run.results).rstrip()}" if run.results else text
 
@@ -107,24 +113,21 @@ def _kept(model: KeptModel) -> dict[str, Any]:
     return {"path": model.path, "step": model.step, "distance": model.distance if measured else None}
 
 
-def _run_rows(facts: Mapping[str, Any], used: Mapping[str, Any], objective: str | None) -> list[tuple[str, object]]:
+def _run_rows(
+    run: RunRecord, facts: Mapping[str, Any], used: Mapping[str, Any], objective: str | None
+) -> list[tuple[str, object]]:
     """The lines of a run's text, from its facts, the settings that it makes use of and its objective in words."""
     from ipfm.engine.commands import describe
     from ipfm.engine.runtime.wording import significant
 
-    state, step, D = facts["state"], facts["distance_step"], facts["D"]
-    measured = None if step is None else f"{significant(facts['distance'])} at step {step}"
-    smallest = min(facts["distances"], key=lambda point: (point[1] != point[1], point[1]), default=None)
-    if smallest is not None and smallest[0] != step:
-        measured = f"{measured}; smallest {significant(smallest[1])} at step {smallest[0]}"
-    best = facts["best"]
+    state, D, best = facts["state"], facts["D"], facts["best"]
     losses = {k: v for k, v in facts["last"].items() if k.endswith("_loss") and isinstance(v, (int, float))}
     return [
         ("run", "distillation" if facts["kind"] == "distill" else "training of a teacher"),
         ("state", state + _WAYS_ON.get(state, "")),
         ("steps", f"{facts['steps_done']} of {facts['steps_total'] or 'an unknown number'}"),
         ("checkpoint", facts["checkpoint"] and f"{facts['checkpoint']} (step {facts['checkpoint_step']})"),
-        (facts["metric"], measured),
+        *((measure.called(run.metric), _measured(run, measure)) for measure in run.measures),
         ("losses", ", ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in losses.items())),
         ("generator" if facts["kind"] == "distill" else "teacher", facts["network"] or "not exported yet"),
         ("best", best and f"{best['path']}: step {best['step']}, {significant(best['distance'])}"),
@@ -152,6 +155,22 @@ def _snapshots(kept: Sequence[Mapping[str, Any]]) -> str | None:
     first, last = kept[0], kept[-1]
     steps = f"step {first['step']}" if len(kept) == 1 else f"steps {first['step']} to {last['step']}"
     return f"{len(kept)} of {steps}: {last['path'].parent}"
+
+
+def _measured(run: RunRecord, measure: Measure) -> str | None:
+    """The last value of a number, and the best one if that is another; None where it was never measured."""
+    from ipfm.engine.runtime.wording import significant
+
+    points = [(point, point.values[measure.key]) for point in run.evaluations if measure.key in point.values]
+    if not points:
+        return None
+    last, _ = points[-1]
+    text = f"{last.shown(measure)} at step {last.step}"
+    finite = [(value, point.step) for point, value in points if math.isfinite(value)]
+    if not finite:
+        return text
+    best, step = max(finite, key=lambda found: found[0]) if measure.higher else min(finite, key=lambda found: found[0])
+    return text if best == last.values[measure.key] else f"{text}; {measure.best} {significant(best)} at step {step}"
 
 
 # What follows for whoever started the run.

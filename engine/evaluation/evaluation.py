@@ -72,7 +72,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         real = None if self._reference is None or self._reference.features is None else len(self._reference.features)
-        _check_sizes(self.metrics, self.images, self.batch, self.pr_images, real)
+        check_sizes(self.metrics, self.images, self.batch, self.pr_images, real)
         check_metrics(self.metrics, self.features, self._reference)
 
     def measure(
@@ -153,7 +153,9 @@ def open_features(
     return InceptionFeatures(inception, device)
 
 
-def _check_sizes(metrics: tuple[Metric, ...], images: int, batch: int, pr_images: int, real: int | None = None) -> None:
+def check_sizes(
+    metrics: tuple[Metric, ...], images: int, batch: int = 1, pr_images: int = PR_IMAGES, real: int | None = None
+) -> None:
     """ValueError where there are too few images or too many, of `real` ones too where their number is known."""
     if images > MOST_IMAGES:
         raise ValueError(f"an evaluation takes at most {MOST_IMAGES:,} images, got {images:,}")
@@ -191,7 +193,8 @@ class Comparison:
         Raises:
             ValueError: too few images, or reference images that do not fit the features.
         """
-        _check_sizes(self.metrics, images, batch, pr_images)
+        real = None if self.file is None or self.file.images is None else len(self.file.images)
+        check_sizes(self.metrics, images, batch, pr_images, real)
         reference = None
         if self.file is not None:
             keep = bool({"kid", "pr"} & set(self.metrics))
@@ -300,7 +303,7 @@ def open_comparison(
 
 
 def evaluate_teacher(net: Precond, evaluation: Evaluation, world: World, *, D: float, steps: int) -> FrechetResult:
-    """Fréchet distance of a teacher's samples; those that are not finite are left out and counted."""
+    """The metrics of a teacher's samples; those that are not finite are left out and counted."""
 
     def sample(first: int, count: int) -> Tensor:
         return sample_teacher(net, first, count, D=D, steps=steps, seed=evaluation.seed)

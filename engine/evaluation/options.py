@@ -34,6 +34,8 @@ class EvaluationOptions:
     """Stop where anything of a data set would be left out, or where a class has no images."""
     eval_images: int = 10_000
     """Images drawn for each distance; published figures take 50 000."""
+    metrics: tuple[Literal["fid", "kid", "is", "pr"], ...] = ("fid",)
+    """What is measured at each evaluation, of the same samples; the best generator is that by the first."""
 
     def check_evaluation(self) -> None:
         """Check that these options go together; called when the options are made.
@@ -42,8 +44,9 @@ class EvaluationOptions:
             ValueError: they do not.
         """
         from ipfm.engine.data.open_dataset import check_strictness
-        from ipfm.engine.evaluation.evaluation import OF_PIXELS
+        from ipfm.engine.evaluation.evaluation import OF_PIXELS, check_sizes
         from ipfm.engine.evaluation.metrics.collection import MOST_IMAGES
+        from ipfm.engine.evaluation.metrics.evaluate import check_known
         from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION
 
         check_strictness(skip_unreadable=self.skip_unreadable, strict=self.strict)
@@ -51,9 +54,11 @@ class EvaluationOptions:
             raise ValueError(f"eval-images must be at least 2, got {self.eval_images}")
         if self.eval_images > MOST_IMAGES:
             raise ValueError(f"eval-images must be at most {MOST_IMAGES:,}, got {self.eval_images:,}")
+        check_known(self.metrics)
+        check_sizes(self.metrics, self.eval_images)
         if self.features not in ("auto", "inception", "pixels", "blocks"):
             raise ValueError(f"features must be auto, inception, pixels or blocks, got {self.features!r}")
-        if self.compared_with is None and self.inception is not None:
+        if self.compared_with is None and self.inception is not None and not self._needs_no_reference:
             raise ValueError("inception was given without reference: there is nothing to compare with")
         if self.compared_with is None and self.features in OF_PIXELS:
             raise ValueError(f"features {self.features} was given without reference: there is nothing to compare with")
@@ -74,25 +79,43 @@ class EvaluationOptions:
             return self.features
         return "blocks" if self.inception is None else "inception"
 
+    @property
+    def _needs_no_reference(self) -> bool:
+        """The Inception score alone is asked for."""
+        return set(self.metrics) == {"is"}
+
     def comparison(self, shape: tuple[int, int, int], device: torch.device) -> Comparison | None:
-        """The files that these options name, open and checked; None without a reference.
+        """The files that these options name, open and checked; None where nothing is to be measured.
 
         Raises:
-            ValueError: a file that cannot be used, or does not fit images (C, H, W) = `shape`.
+            ValueError: a file that cannot be used, does not fit images (C, H, W) = `shape`, or does not allow what is
+                to be measured; or too little memory for it.
         """
         from ipfm.engine.evaluation.evaluation import open_comparison
+        from ipfm.engine.runtime.host_memory import check_memory
 
-        if self.compared_with is None:
+        if self.compared_with is None and self.inception is None:
+            if self._needs_no_reference:
+                raise ValueError("metrics is needs --inception FILE; the Inception score alone needs no --reference")
+            if self.metrics != ("fid",):
+                raise ValueError(
+                    f"metrics {' '.join(self.metrics)} were given without reference: there is nothing to compare with"
+                )
             return None
-        return open_comparison(
+        found = open_comparison(
             self.compared_with,
             shape,
             device,
             features=self.compared_by,
             inception=self.inception,
+            metrics=self.metrics,
             skip_unreadable=self.skip_unreadable,
             strict=self.strict,
         )
+        if device.type == "cpu":
+            kept = found.kept_bytes(self.eval_images, batch=256)
+            check_memory(kept, f"a comparison of {self.eval_images:,} images", "give a smaller --eval-images")
+        return found
 
     def evaluation(self, comparison: Comparison | None, world: World) -> Evaluation | None:
         """The evaluation of a run; features of reference images are computed here. Every rank calls it."""

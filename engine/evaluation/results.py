@@ -1,14 +1,16 @@
-"""What an evaluation leaves on disk: table of results, curve of convergence, log of distances; published figures."""
+"""What an evaluation leaves on disk: table of results, curves of convergence, log of what was measured."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ipfm.engine.evaluation.metrics.evaluate import FrechetResult
+from ipfm.engine.evaluation.metrics.measures import DISTANCE, FID, Measured, measures_of, notes
 from ipfm.engine.runtime.figures import file_figure
 from ipfm.engine.runtime.files import StepLog, json_line
 from ipfm.engine.runtime.wording import significant
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# What a Fréchet distance is called unless its features are Inception's.
-DISTANCE = "Fréchet distance"
 RESULTS = "results.json"
 # The teacher's line of it, where the run goes on.
 TEACHER_RESULTS = "teacher-results.json"
@@ -34,7 +34,7 @@ def is_better(distance: float, than: float | None) -> bool:
 
 
 class EvaluationHistory:
-    """Fréchet distance over training, in folder/evaluations.jsonl.
+    """What was measured over training, in folder/evaluations.jsonl: a line an evaluation, by the keys of `MEASURES`.
 
     `step` counts the generator steps done before the evaluation, so the evaluation at `first_step` belongs to the
     checkpoint that a run resumes from: on resume, lines with step > first_step are dropped (metrics.jsonl, whose
@@ -45,16 +45,36 @@ class EvaluationHistory:
     def __init__(self, folder: Path | str, first_step: int | None = None) -> None:
         self._log = StepLog(Path(folder) / "evaluations.jsonl", None if first_step is None else first_step + 1)
 
-    def add(self, step: int, distance: float, **facts: object) -> None:
-        """Append an evaluation, with further `facts` (images, seconds …), and write it at once."""
-        self._log.append(step, {"frechet": float(distance), **facts})
+    def add(self, step: int, distance: float | None, **facts: object) -> None:
+        """Append an evaluation, with further `facts` (images, seconds …), and write it at once; None: no distance."""
+        measured = {} if distance is None else {"frechet": float(distance)}
+        self._log.append(step, {**measured, **facts})
         self._log.flush()
+
+    def add_result(self, step: int, result: FrechetResult) -> None:
+        """Append all that an evaluation after `step` steps found, and write it at once."""
+        facts: dict[str, object] = {"images": result.images, "seconds": round(result.seconds, 3)}
+        if result.left_out:
+            facts["left_out"] = result.left_out
+        if result.name == FID:
+            facts["name"] = result.name
+        facts |= {name: value for name, value in result.to_json().items() if name in result.others}
+        self.add(step, result.distance if "fid" in result.metrics else None, **facts)
 
     @property
     def points(self) -> list[tuple[int, float]]:
-        """(step, distance) by increasing step; a distance that was not finite is NaN."""
-        last = {line["step"]: line.get("frechet") for line in self._log.read()}
-        return sorted((step, math.nan if value is None else float(value)) for step, value in last.items())
+        """(step, Fréchet distance), see `points_of`."""
+        return self.points_of("frechet")
+
+    def points_of(self, key: str) -> list[tuple[int, float]]:
+        """(step, number) by increasing step, of the evaluations that measured it; one that was not finite is NaN.
+
+        Args:
+            key: of one of MEASURES.
+        """
+        last = {line["step"]: line for line in self._log.read()}
+        found = {step: line[key] for step, line in last.items() if key in line}
+        return sorted((step, math.nan if value is None else float(value)) for step, value in found.items())
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -70,14 +90,14 @@ class EvaluationHistory:
 
 
 @dataclass(frozen=True)
-class EvaluationRow:
-    """One line of the table of results.
+class EvaluationRow(Measured):
+    """One line of the table of results; `Measured` has what it may have beside the distance.
 
     Args:
         label: which network, such as "generator" or "teacher".
         steps: K of a few-step generator, None for a teacher.
         nfe: network evaluations an image.
-        frechet: distance of `images` images.
+        frechet: distance of `images` images, NaN where it was not measured.
         images: how many were drawn.
         images_per_second: over all ranks.
         paper: the published figure as text, None where there is none. It compares only where `frechet` is an FID, with
@@ -100,16 +120,18 @@ class EvaluationRow:
 def results_table(rows: Sequence[EvaluationRow]) -> str:
     """Aligned plain text, a line per row in the order given; the column of the paper only if a row has a figure.
 
-    Below it is a line for each network that made images that were not finite.
+    Below it is a line for each network that made images that were not finite, and for what is to be known of a number.
     """
-    metrics = {row.metric for row in rows}
-    header = ["network", "steps", "NFE", metrics.pop() if len(metrics) == 1 else DISTANCE, "images", "images/s"]
+    names = {row.metric for row in rows}
+    distance = names.pop() if len(names) == 1 else DISTANCE
+    measures = measures_of([metric for row in rows for metric in row.metrics] or ("fid",))
+    header = ["network", "steps", "NFE", *(one.called(distance) for one in measures), "images", "images/s"]
     cells = [
         [
             row.label,
             "-" if row.steps is None else str(row.steps),
             str(row.nfe),
-            significant(row.frechet),
+            *map(row.shown, measures),
             str(row.images),
             significant(row.images_per_second),
         ]
@@ -130,7 +152,8 @@ def results_table(rows: Sequence[EvaluationRow]) -> str:
         for row in rows
         if row.left_out
     ]
-    return "\n".join([join(header), "  ".join("-" * w for w in widths), *map(join, cells), *remarks]) + "\n"
+    lines = [join(header), "  ".join("-" * w for w in widths), *map(join, cells), *remarks, *notes(rows, distance)]
+    return "\n".join(lines) + "\n"
 
 
 def write_results(folder: Path | str, rows: Sequence[EvaluationRow]) -> None:
@@ -154,9 +177,29 @@ def forget_results(folder: Path) -> None:
 
 
 def _write_rows(path: Path, rows: Sequence[EvaluationRow]) -> None:
-    lines = ",\n".join(f"  {json_line(asdict(row))}" for row in rows)
+    lines = ",\n".join(f"  {json_line(row.to_json())}" for row in rows)
     with atomic_write(path) as file:
         file.write(f"[\n{lines}\n]\n".encode())
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A number over training.
+
+    Args:
+        points: (step, number), in any order; those that are not finite are left out.
+        teacher: the teacher's, None where it was not measured.
+        name: of the number, for people.
+    """
+
+    points: Sequence[tuple[int, float]]
+    teacher: float | None
+    name: str
+
+    @property
+    def is_finite(self) -> bool:
+        """There is anything to draw."""
+        return any(math.isfinite(value) for _, value in self.points)
 
 
 def plot_convergence(
@@ -165,6 +208,7 @@ def plot_convergence(
     path: Path | str,
     title: str = "",
     metric: str = DISTANCE,
+    others: Sequence[Curve] = (),
 ) -> None:
     """Write a PNG of the Fréchet distance over generator steps, with the teacher's as a dashed line.
 
@@ -176,14 +220,20 @@ def plot_convergence(
         path: of the PNG, which is replaced whole or not at all.
         title: above the plot.
         metric: what the distance is called.
+        others: further numbers, each in a panel of its own below; a panel without a finite number is left out.
 
     Raises:
         ValueError: nothing finite to draw.
     """
-    figure = file_figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    draw_convergence(axes, history, teacher, metric)
-    axes.set_title(title)
+    curves = [Curve(history, teacher, metric), *others]
+    drawn = [curve for curve in curves if curve.is_finite]
+    if not drawn:
+        raise ValueError(f"no finite {' or '.join(curve.name for curve in curves)} to plot")
+    figure = file_figure(figsize=(7, 1.2 + 3 * len(drawn)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
+    for axes, curve in zip(panels, drawn, strict=True):
+        draw_convergence(axes, curve.points, curve.teacher, curve.name)
+    panels[0].set_title(title)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
@@ -207,7 +257,7 @@ def draw_convergence(
 
     points = sorted((step, value) for step, value in history if math.isfinite(value))
     if not points:
-        raise ValueError("no finite Fréchet distance to plot")
+        raise ValueError(f"no finite {metric} to plot")
     teacher = teacher if teacher is not None and math.isfinite(teacher) else None
     steps, distances = zip(*points, strict=True)
     axes.plot(steps, distances, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=label)
@@ -224,9 +274,10 @@ def draw_convergence(
 
 
 def distance_axis(axes: Axes, values: Sequence[float], *, span: float, metric: str) -> None:
-    """Make the vertical axis one of distances.
+    """Make the vertical axis one of distances, or of other numbers.
 
-    It is logarithmic where `values`, all finite, span more than a factor `span`, else it begins at 0.
+    It is logarithmic where `values`, all finite, span more than a factor `span`, else it has 0 at its bottom; where
+    some are negative, as a kernel distance may be, it has all of them, and a line at 0.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -235,8 +286,10 @@ def distance_axis(axes: Axes, values: Sequence[float], *, span: float, metric: s
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
+    elif min(values) >= 0:
         axes.set_ylim(bottom=0)
+    else:
+        axes.axhline(0, color="#888888", linewidth=0.8, zorder=0)
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3, which="major")
     for side in ("top", "right"):
@@ -245,8 +298,9 @@ def distance_axis(axes: Axes, values: Sequence[float], *, span: float, metric: s
 
 def read_results(folder: Path | str, name: str = "results.json") -> list[EvaluationRow]:
     """The rows that `write_results` left in `folder`, or the file `name` has; none where there are none to read."""
+    known = {f.name for f in fields(EvaluationRow)}
     try:
         lines = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-        return [EvaluationRow(**{k: v for k, v in line.items() if k != "non_finite"}) for line in lines]
+        return [EvaluationRow(**{k: v for k, v in line.items() if k in known}) for line in lines]
     except (OSError, ValueError, TypeError, AttributeError):
         return []

@@ -129,7 +129,9 @@ class AblationPlan(Plan):
         """See `Plan.begin`. Each run takes its own folder, and its teacher's training too."""
         open_ablation_folder(self.path, dict(self.record), write=world.is_main)
         if self.options.data == "digits":
-            evaluation: Evaluation | None = self.ablation.digits.evaluation(self.options.eval_images)
+            evaluation: Evaluation | None = self.ablation.digits.evaluation(
+                self.options.eval_images, self.options.metrics
+            )
         else:
             evaluation = self.options.evaluation(self.comparison, world)
         assert evaluation is not None
@@ -203,6 +205,10 @@ class Ablation(Recipe[AblationOptions]):
             raise ValueError(f"{name} was given, but the runs of an ablation all begin with their teachers")
         path = options.out or Path("runs") / f"ablation-{self.name}{'' if options.data == 'digits' else '-cifar'}"
         chosen, named = self._chosen(options), self._given(options)
+        if "fid" not in options.metrics:
+            raise ValueError(f"metrics must have fid, which variants are compared by, got {_listed(options.metrics)}")
+        if options.data == "digits":
+            self.digits.check_metrics(options.metrics)
         base = options.distillation()
         base.split(launched_processes())
         record = {

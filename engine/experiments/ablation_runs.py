@@ -12,7 +12,7 @@ from typing import Any
 from ipfm.engine.config import Rules
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Evaluation, evaluate_teacher
-from ipfm.engine.evaluation.metrics import FrechetResult
+from ipfm.engine.evaluation.metrics import FrechetResult, Metric
 from ipfm.engine.evaluation.results import EvaluationHistory
 from ipfm.engine.experiments.ablation_report import Curve
 from ipfm.engine.objectives.base import Distillation
@@ -33,8 +33,13 @@ class MeasuredDistiller(Distiller):
         super().__init__(config, teacher, world=world)
         self.measure = measure
 
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """See `Task.metrics`."""
+        return self.measure.metrics
+
     def evaluate(self) -> FrechetResult:
-        """Fréchet distance of the averaged generator's samples."""
+        """The metrics of the averaged generator's samples."""
         return self._measure(self.measure)
 
 
@@ -107,7 +112,7 @@ class Run:
             distiller.refresh()
             start = distiller.evaluate()
             if world.is_main:
-                EvaluationHistory(self.path, 0).add(0, start.distance, images=start.images, seconds=start.seconds)
+                EvaluationHistory(self.path, 0).add_result(0, start)
         # The loop has noted it in the folder.
         with contextlib.suppress(NotFinite):
             distiller.run(self.path)
@@ -133,7 +138,8 @@ def teacher_distance(
     known = read_json(folder / "distance.json") or {}
     same = {name: known.get(name) for name in about} == about
     if not world.broadcast_text("known" if same else ""):
-        result = evaluate_teacher(net, evaluation, world, D=net.config.D, steps=steps)
+        distance_alone = replace(evaluation, metrics=("fid",))
+        result = evaluate_teacher(net, distance_alone, world, D=net.config.D, steps=steps)
         finite = result.distance if math.isfinite(result.distance) else None
         known = {**about, "frechet": finite, "name": result.name}
         if world.is_main:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +14,9 @@ from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Evaluation
-from ipfm.engine.evaluation.metrics import Features, dataset_statistics
+from ipfm.engine.evaluation.metrics import Features, Metric, dataset_reference
+from ipfm.engine.evaluation.metrics.features import Classifier
+from ipfm.engine.evaluation.metrics.measures import measures_of
 from ipfm.engine.evaluation.results import EvaluationRow, results_table
 from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.options import DistillationOptions, check_images, read_teacher, run_name
@@ -80,7 +82,7 @@ class TrainAndDistilPlan(Plan):
             if world.is_main and "teacher" in self.record and not (path / "teacher").exists():
                 print(f"{path} was distilled from a teacher that is not in it: it is trained again", file=sys.stderr)
             teacher = recipe.teacher(self.teaching, self.network, path / "teacher", world)
-        evaluation = recipe.evaluation(self.options.eval_images)
+        evaluation = recipe.evaluation(self.options.eval_images, self.options.metrics)
         with user_input():
             # A folder whose generator came from a teacher that has been trained further since is refused here.
             check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
@@ -91,7 +93,7 @@ class TrainAndDistilPlan(Plan):
                 print(line)
         distiller.run(path)
         if world.is_main and distiller.rows:
-            print(f"\nFréchet distance {recipe.compared} against all {len(recipe.dataset)} {recipe.title}\n")
+            print(f"\n{_named(distiller.rows)} {recipe.compared} against all {len(recipe.dataset)} {recipe.title}\n")
             print(results_table(distiller.rows))
         if world.is_main:
             print(f"run folder: {path}   generator: {path / 'generator'}   curve: {path / 'convergence.png'}")
@@ -99,6 +101,12 @@ class TrainAndDistilPlan(Plan):
                 print(best)
             if (path / COMPARISON_FILE).exists():
                 print(f"teacher, generator and data side by side: {path / COMPARISON_FILE}")
+
+
+def _named(rows: list[EvaluationRow]) -> str:
+    """What a table has been measured of, for its title: "Fréchet distance, precision, recall"."""
+    names = ", ".join(measure.called(rows[0].metric) for measure in measures_of(rows[0].metrics))
+    return names[:1].upper() + names[1:]
 
 
 def check_own_teacher(folder: Path, teaching: TeacherConfig, *, distilled: bool) -> None:
@@ -237,12 +245,25 @@ class TrainAndDistil(Recipe[O], Generic[O]):
         distiller.run(path)
         return distiller.rows
 
-    def evaluation(self, images: int | None = None) -> Evaluation:
-        """The Fréchet distance of `images` samples, the base settings' when None, to all the data."""
-        features = self.features(self.dataset.shape)
-        statistics = dataset_statistics(self.dataset, features)
+    def evaluation(self, images: int | None = None, metrics: Sequence[Metric] | None = None) -> Evaluation:
+        """These metrics of `images` samples, the base settings' when None, against all the data."""
         count = self.base.eval_images if images is None else images
-        return Evaluation(features, statistics, images=count, data=self.dataset)
+        chosen = self.base.metrics if metrics is None else tuple(metrics)
+        features = self.features(self.dataset.shape)
+        reference = dataset_reference(self.dataset, features, keep_features=bool({"kid", "pr"} & set(chosen)))
+        return Evaluation(features, reference, images=count, metrics=chosen, data=self.dataset)
+
+    def check_metrics(self, metrics: Sequence[Metric]) -> None:
+        """Check that these can be measured as this recipe compares images.
+
+        Raises:
+            ValueError: the Inception score, which other features than Inception's do not give.
+        """
+        if "is" in metrics and not isinstance(self.features(self.dataset.shape), Classifier):
+            raise ValueError(
+                f"metrics must be among fid, kid, pr, got {' '.join(metrics)}: this recipe compares {self.compared}, "
+                "without the Inception network that the Inception score needs"
+            )
 
     # -- the command line -------------------------------------------------------------------------------------------
 
@@ -265,6 +286,7 @@ class TrainAndDistil(Recipe[O], Generic[O]):
         check_images(network, self.dataset.shape, f"the {self.title} are")
         if options.reference is not None:
             raise ValueError(f"reference was given, but this recipe compares with the {self.title} themselves")
+        self.check_metrics(options.metrics)
         teaching = resolve_precision(self.teaching(options), run_device())
         teaching.split(launched_processes())
         start = read_start(options, config, teacher)

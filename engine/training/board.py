@@ -7,22 +7,29 @@ they are still read, and a run that began so goes on.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ipfm.engine.evaluation.metrics.measures import MEASURES, Metric, measures_of
 from ipfm.engine.evaluation.results import EvaluationHistory, read_results
 
 FILES = "events.out.tfevents.*"
 FORMER = "tensorboard"
-DISTANCE, TEACHER_DISTANCE, SAMPLES, COMPARISON = "frechet", "teacher_frechet", "samples", "comparison"
+SAMPLES, COMPARISON = "samples", "comparison"
+# Begins the tag of what was measured of the teacher.
+TEACHER = "teacher_"
 
 DESCRIPTIONS = {
-    DISTANCE: "Fréchet distance between samples of the averaged network and the reference: smaller is better.",
-    TEACHER_DISTANCE: "Fréchet distance between the teacher's own samples and the same reference.",
+    **{measure.key: measure.about for measure in MEASURES},
+    **{
+        f"{TEACHER}{measure.key}": f"The {measure.otherwise} of the teacher's own samples, measured as the run's."
+        for measure in MEASURES
+    },
     "images_per_second": "Images trained on a second, over all processes; evaluations and checkpoints left out.",
     SAMPLES: "Images of the averaged network, of the same latents at every step.",
     COMPARISON: "At the end of the run: teacher and generator of the same latents, and data where there are some.",
@@ -45,6 +52,8 @@ class Board:
             adds to what there is.
         readings: name of a loss -> a sentence on how to read it.
         settings: of the run, by name, as JSON has them; shown under HPARAMS. Empty where they are there already.
+        metrics: what the run measures, each in a chart of its own with the teacher's; the Fréchet distance where it
+            measures nothing.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class Board:
         *,
         readings: Mapping[str, str] | None = None,
         settings: Mapping[str, Any] | None = None,
+        metrics: Sequence[Metric] = (),
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter, summary
 
@@ -66,7 +76,7 @@ class Board:
         self._make: Any = summary
         self._writer: Any = SummaryWriter(str(folder), purge_step=purge)
         if settings:
-            self._add_settings(settings)
+            self._add_settings(settings, [measure.key for measure in measures_of(metrics or ("fid",))])
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """A point of a curve, after `step` steps."""
@@ -113,13 +123,19 @@ class Board:
                 return " ".join((words.format(tag.removesuffix(ending)), self._readings.get(tag, ""))).strip()
         return DESCRIPTIONS.get(tag, "")
 
-    def _add_settings(self, settings: Mapping[str, Any]) -> None:
-        """Settings and the distance, as a row of a table of runs; the teacher's distance as a line in its chart."""
+    def _add_settings(self, settings: Mapping[str, Any], measured: Sequence[str]) -> None:
+        """Settings and what is measured, as a row of a table of runs; the teacher's numbers as lines in their charts.
+
+        Args:
+            settings: by name.
+            measured: tags of the run's numbers.
+        """
         shown = {name: _plain(value) for name, value in settings.items() if value is not None}
-        results = dict.fromkeys((DISTANCE, TEACHER_DISTANCE, *self._readings), 0.0)
+        tags = [name for key in measured for name in (key, f"{TEACHER}{key}")]
+        results = dict.fromkeys((*tags, *self._readings), 0.0)
         experiment, start, _ = self._make.hparams(shown, results)
-        chart = {"distance": {DISTANCE: ["Multiline", [f"^{DISTANCE}$", f"^{TEACHER_DISTANCE}$"]]}}
-        for summary in (experiment, start, self._make.custom_scalars(chart)):
+        charts = {key: ["Multiline", [f"^{key}$", f"^{TEACHER}{key}$"]] for key in measured}
+        for summary in (experiment, start, self._make.custom_scalars({"distance": charts})):
             self._writer.file_writer.add_summary(summary)
 
 
@@ -135,7 +151,7 @@ def board_files(run: Path) -> list[Path]:
 
 
 def conclude(run: Path, step: int, picture: np.ndarray | None) -> None:
-    """Add the end of the run `run`: its picture, the teacher's distance along the run's own ones, that it is done.
+    """Add the end of the run `run`: its picture, the teacher's numbers along the run's own ones, that it is done.
 
     Args:
         run: the run folder.
@@ -149,9 +165,11 @@ def conclude(run: Path, step: int, picture: np.ndarray | None) -> None:
     if picture is not None:
         board.add_image(COMPARISON, picture, step)
     for row in read_results(run):
-        if row.label == "teacher" and row.frechet is not None:
-            for at, _ in EvaluationHistory(run).points:
-                board.add_scalar(TEACHER_DISTANCE, row.frechet, at)
+        if row.label != "teacher":
+            continue
+        for key, value in row.values.items():
+            for at, _ in EvaluationHistory(run).points_of(key) if math.isfinite(value) else ():
+                board.add_scalar(f"{TEACHER}{key}", value, at)
     board.finish()
     board.close()
 

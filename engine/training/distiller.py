@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.distributed.zero import TrainedNetwork, shard_frozen
 from ipfm.engine.evaluation.evaluation import Evaluation, evaluate_teacher
 from ipfm.engine.evaluation.metrics import FrechetResult
+from ipfm.engine.evaluation.metrics.measures import FID, measures_of
 from ipfm.engine.evaluation.results import (
+    Curve,
     EvaluationHistory,
     EvaluationRow,
     plot_convergence,
@@ -211,13 +214,15 @@ class Distiller(TrainingRun[Distillation]):
         Args:
             folder: the run folder.
             evaluation: what samples are measured against.
-            last: the generator's distance at the end; None when nothing was trained, then a table that is there stands.
+            last: what was measured of the generator at the end; None when nothing was trained, then a table that is
+                there stands.
 
         Returns:
             The rows of the table: teacher, generator; none, and a warning, where they cannot be measured.
         """
         known = read_results(folder)
         if known and last is None:
+            self._say_what_is_not_known(folder, evaluation, known)
             return known
         teacher, reason = attempt(
             lambda: evaluate_teacher(self.teacher, evaluation, self.world, D=self.D, steps=self.config.heun_steps),
@@ -231,7 +236,8 @@ class Distiller(TrainingRun[Distillation]):
             return []
         # A published figure is an FID: nothing else compares with it.
         settings = self.config.to_json()
-        published = self.config.figure(self.dataset, settings, self.network) if teacher.name == "FID" else None
+        comparable = teacher.name == FID and "fid" in evaluation.metrics
+        published = self.config.figure(self.dataset, settings, self.network) if comparable else None
         evaluations, heun = self.objective.nfe, nfe(self.config.heun_steps, "heun")
         rows = [
             _row("teacher", None, heun, teacher, published and published.teacher(self.network, heun)),
@@ -242,6 +248,16 @@ class Distiller(TrainingRun[Distillation]):
         self.world.barrier()
         return rows
 
+    def _say_what_is_not_known(self, folder: Path, evaluation: Evaluation, known: list[EvaluationRow]) -> None:
+        """A line where more is asked for than the table of a finished run has, which stands."""
+        missing = [metric for metric in dict.fromkeys(evaluation.metrics) if metric not in known[-1].metrics]
+        if missing and self.world.is_main:
+            print(
+                f"ipfm: {folder} is finished, and its table has no {', '.join(missing)}: "
+                f"ipfm evaluate {folder / 'generator'} --metrics {' '.join(missing)} ... measures it",
+                file=sys.stderr,
+            )
+
     def _write(self, folder: Path, rows: list[EvaluationRow], teacher: FrechetResult) -> None:
         """The table and the curve, on the first process; what cannot be written is a warning."""
         try:
@@ -250,12 +266,26 @@ class Distiller(TrainingRun[Distillation]):
             self._warn(f"the table of results cannot be written: {described(error)}")
         picture = folder / "convergence.png"
         try:
-            plot_convergence(EvaluationHistory(folder).points, teacher.distance, picture, self.title, teacher.name)
+            history = EvaluationHistory(folder)
+            first, *others = (
+                Curve(history.points_of(measure.key), teacher.values[measure.key], measure.called(teacher.name))
+                for measure in measures_of(teacher.metrics)
+            )
+            plot_convergence(first.points, first.teacher, picture, self.title, first.name, others)
         except Exception as error:
             self._warn(f"no {picture}: {described(error)}")
 
 
 def _row(label: str, steps: int | None, nfe: int, result: FrechetResult, paper: str | None) -> EvaluationRow:
     return EvaluationRow(
-        label, steps, nfe, result.distance, result.images, result.images_per_second, paper, result.name, result.left_out
+        label,
+        steps,
+        nfe,
+        result.distance,
+        result.images,
+        result.images_per_second,
+        paper,
+        result.name,
+        result.left_out,
+        **result.others,
     )

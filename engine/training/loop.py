@@ -15,13 +15,13 @@ from ipfm.engine.config import RunConfig
 from ipfm.engine.distributed.agreement import attempt
 from ipfm.engine.distributed.signals import SignalFlag, StopRequested, catching_signals
 from ipfm.engine.distributed.world import World
+from ipfm.engine.evaluation.metrics.measures import notes
 from ipfm.engine.evaluation.results import EvaluationHistory, forget_results
 from ipfm.engine.memory.watch import MemoryWatch
 from ipfm.engine.objectives.phases import Phase, listening
 from ipfm.engine.runtime.errors import Interrupted, ProcessLost, TrainingFailed, described
 from ipfm.engine.runtime.host_memory import refuses_memory
 from ipfm.engine.runtime.launcher import Launcher, lost_process
-from ipfm.engine.training.board import DISTANCE
 from ipfm.engine.training.checkpoint import checkpoints_in, find_checkpoint, forget_after, load_checkpoint
 from ipfm.engine.training.checkpoint_writer import CheckpointFailed, CheckpointWriter
 from ipfm.engine.training.environment import log_start
@@ -141,6 +141,7 @@ class _Run:
             enabled=self.world.is_main,
             readings=self.config.readings,
             settings=identity(self.config),
+            metrics=self.task.metrics,
         )
         return monitor, EvaluationHistory(path, first) if self.world.is_main else None
 
@@ -306,14 +307,13 @@ class _Run:
             # That of an earlier step is not this one's.
             progress.last = result
             if result is not None:
-                monitor.scalar(progress.step, DISTANCE, result.distance)
+                monitor.scalars(progress.step, result.values)
                 monitor.message(f"step {progress.step}: {result.in_words()}")
+                for note in notes([result], result.name):
+                    monitor.message_once(note)
                 if self.history is not None:
-                    facts = {"images": result.images, "seconds": round(result.seconds, 3)}
-                    if result.left_out:
-                        facts["left_out"] = result.left_out
                     with monitor.tolerant("evaluations.jsonl"):
-                        self.history.add(progress.step, result.distance, **facts)
+                        self.history.add_result(progress.step, result)
                 self.snapshots.offer(progress.step, result)
             # The picture is the last, so that it stands for the whole: see `_look_is_missing`.
             if images is not None:

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ipfm.engine.data.image_grid import image_grid, save_grid
+from ipfm.engine.evaluation.metrics import Metric
 from ipfm.engine.runtime.files import StepLog
 from ipfm.engine.runtime.progress import ProgressBar
 from ipfm.engine.runtime.wording import significant
@@ -50,6 +51,7 @@ class Monitor:
         tensorboard: whether to write for TensorBoard.
         readings: as `Board` takes them.
         settings: as `Board` takes them.
+        metrics: as `Board` takes them.
 
     Raises:
         ValueError: numbers that do not go together.
@@ -68,6 +70,7 @@ class Monitor:
         tensorboard: bool = True,
         readings: Mapping[str, str] | None = None,
         settings: Mapping[str, Any] | None = None,
+        metrics: Sequence[Metric] = (),
     ) -> None:
         if not 0 <= first_step <= total_steps or batch_size < 1:
             raise ValueError(
@@ -81,6 +84,7 @@ class Monitor:
         self._done, self._since = first_step, time.perf_counter()
         self._board: Board | None = None
         self._refused: set[str] = set()
+        self._said: set[str] = set()
         if not enabled:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +92,7 @@ class Monitor:
         self._progress = ProgressBar(title, total_steps, first=first_step, unit=" step", pause=0.0, leave=True)
         if tensorboard:
             with self._tolerant_of_the_board():
-                self._board = Board(self.folder, first_step, readings=readings, settings=settings)
+                self._board = Board(self.folder, first_step, readings=readings, settings=settings, metrics=metrics)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, {"step": …} and then the names in alphabetical order, and TensorBoard scalars.
@@ -152,6 +156,12 @@ class Monitor:
         if self.enabled:
             with contextlib.suppress(OSError, ValueError):
                 tqdm.write(text, file=sys.stderr)
+
+    def message_once(self, text: str) -> None:
+        """As `message`, unless it was said before."""
+        if text not in self._said:
+            self._said.add(text)
+            self.message(text)
 
     @contextlib.contextmanager
     def tolerant(self, name: str) -> Iterator[None]:

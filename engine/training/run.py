@@ -25,7 +25,7 @@ from ipfm.engine.distributed.signals import StopRequested, catching_signals, che
 from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.evaluation.evaluation import Evaluation
-from ipfm.engine.evaluation.metrics import FrechetResult
+from ipfm.engine.evaluation.metrics import FrechetResult, Metric
 from ipfm.engine.memory import MemoryPlan
 from ipfm.engine.memory.live import bytes_in_use
 from ipfm.engine.objectives.step_metrics import StepMetrics
@@ -141,8 +141,13 @@ class TrainingRun(ABC, Generic[C]):
         """The averaged network of the last `refresh`; the next step frees it."""
         return self.averaged.net
 
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What is measured, the one that decides first; nothing without an evaluation."""
+        return () if self.evaluation is None else self.evaluation.metrics
+
     def evaluate(self) -> FrechetResult | None:
-        """Fréchet distance of the averaged network's samples; None without an evaluation."""
+        """The metrics of the averaged network's samples; None without an evaluation."""
         return None if self.evaluation is None else self._measure(self.evaluation)
 
     def _measure(self, evaluation: Evaluation) -> FrechetResult:

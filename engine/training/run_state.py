@@ -11,13 +11,14 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ipfm.engine.checks import number
-from ipfm.engine.evaluation.results import DISTANCE, TEACHER_RESULTS, EvaluationRow, read_results
+from ipfm.engine.evaluation.metrics.measures import DISTANCE, METRICS, Measure, Measured, Metric, best_of, measures_of
+from ipfm.engine.evaluation.results import TEACHER_RESULTS, EvaluationRow, read_results
 from ipfm.engine.memory.profile import PhaseMemory
 from ipfm.engine.runtime.files import StepLog, read_json
 from ipfm.engine.training.checkpoint import checkpoints_in, step_of
@@ -38,20 +39,27 @@ TRACES = ("metrics.jsonl", "evaluations.jsonl", "checkpoints")
 
 
 @dataclass(frozen=True)
-class EvaluationPoint:
-    """An evaluation of a run.
+class EvaluationPoint(Measured):
+    """An evaluation of a run; `Measured` has what was measured beside the distance.
 
     Attributes:
         step: generator steps before it.
-        frechet: its distance, NaN where it was not finite.
+        frechet: its distance, NaN where it was not finite or not measured.
         images: how many were drawn, None where that is not recorded.
         seconds: that drawing them took, likewise.
+        name: what the distance is called.
     """
 
     step: int
     frechet: float
     images: int | None
     seconds: float | None
+    name: str = DISTANCE
+
+    def to_json(self) -> dict[str, Any]:
+        """As the line of evaluations.jsonl has it."""
+        found = super().to_json()
+        return {name: value for name, value in found.items() if name != "name" or value != DISTANCE}
 
 
 @dataclass(frozen=True)
@@ -148,9 +156,31 @@ class RunRecord:
         return said if isinstance(said, dict) else {}
 
     @property
+    def measured(self) -> tuple[Metric, ...]:
+        """The metrics that the run has measured: those of the last evaluation, and then those of earlier ones."""
+        found = [metric for one in (*self.evaluations[::-1], *self.results) for metric in one.metrics]
+        return tuple(dict.fromkeys(found)) or ("fid",)
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The numbers that these give."""
+        return measures_of(self.measured)
+
+    @property
+    def best_evaluation(self) -> EvaluationPoint | None:
+        """The best evaluation by the metric that the last one names first; None where there is none."""
+        return best_of(self.evaluations, self.measured[0])
+
+    @property
+    def teacher_row(self) -> EvaluationRow | None:
+        """What was measured of the teacher's samples, also at an earlier end of the run; None where nothing was."""
+        return next((row for row in (*self.results, *self.earlier) if row.label == "teacher"), None)
+
+    @property
     def teacher_distance(self) -> float | None:
         """The distance of the teacher's samples, also that of an earlier end of the run; None where there is none."""
-        return next((row.frechet for row in (*self.results, *self.earlier) if row.label == "teacher"), None)
+        row = self.teacher_row
+        return row.frechet if row is not None and "fid" in row.metrics else None
 
     @property
     def is_exported(self) -> bool:
@@ -164,7 +194,9 @@ class RunRecord:
     @property
     def metric(self) -> str:
         """What the distance is called."""
-        return self.results[0].metric if self.results else DISTANCE
+        if self.results:
+            return self.results[0].metric
+        return self.evaluations[-1].name if self.evaluations else DISTANCE
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -284,20 +316,38 @@ def _evaluations(path: Path) -> tuple[EvaluationPoint, ...]:
     found = {}
     for line in StepLog(path / "evaluations.jsonl", None).read():
         images, seconds = number(line.get("images")), number(line.get("seconds"))
+        named, asked = line.get("name"), line.get("metrics")
         found[line["step"]] = EvaluationPoint(
             line["step"],
             number(line.get("frechet")),
             int(images) if math.isfinite(images) else None,
             seconds if math.isfinite(seconds) else None,
+            named if isinstance(named, str) else DISTANCE,
+            **_others(line, asked if isinstance(asked, list) else ["fid"]),
         )
     return tuple(found[step] for step in sorted(found))
+
+
+def _others(found: Mapping[str, Any], asked: Sequence[object]) -> dict[str, Any]:
+    """What `Measured` has, from a file: numbers, or None where there is none."""
+    counts = ("kid_subset_size", "pr_images", "pr_real_images")
+    others: dict[str, Any] = {}
+    for name in (field.name for field in fields(Measured) if field.name != "metrics"):
+        value = number(found.get(name))
+        others[name] = None if not math.isfinite(value) else int(value) if name in counts else value
+    return others | {"metrics": tuple(metric for metric in asked if metric in METRICS)}
 
 
 def _checked(row: EvaluationRow) -> EvaluationRow:
     """The row with NaN where a number was not finite or is none. TypeError: it is no row."""
     if not (isinstance(row.label, str) and isinstance(row.nfe, int) and isinstance(row.images, int)):
         raise TypeError
-    return replace(row, frechet=number(row.frechet), images_per_second=number(row.images_per_second))
+    return replace(
+        row,
+        frechet=number(row.frechet),
+        images_per_second=number(row.images_per_second),
+        **_others(row.others, row.metrics),
+    )
 
 
 def _pictures(folder: Path) -> tuple[tuple[int, Path], ...]:

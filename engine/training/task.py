@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
-from ipfm.engine.evaluation.metrics import FrechetResult
+from ipfm.engine.evaluation.metrics import FrechetResult, Metric
 from ipfm.engine.memory import MemoryPlan
 from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.engine.runtime.errors import Failed, TrainingFailed
@@ -46,6 +46,11 @@ class Task(Protocol):
         """What is saved in a checkpoint, by name."""
         ...
 
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        """What an evaluation measures; the first decides which one is the best. Empty where nothing is measured."""
+        ...
+
     def iteration(self, step: int) -> StepMetrics:
         """One step of training; `step` counts from 0."""
         ...
@@ -59,7 +64,7 @@ class Task(Protocol):
         ...
 
     def evaluate(self) -> FrechetResult | None:
-        """Fréchet distance of the averaged network; None without a reference."""
+        """The metrics of the averaged network's samples; None where nothing is measured."""
         ...
 
     def stored(self, step: int, measured: Mapping[str, Any], *, copy: bool) -> Callable[[Path], None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ipfm.engine.commands.export.network import ExportedNetwork
+from ipfm.engine.evaluation.metrics.measures import measures_of
 from ipfm.engine.evaluation.results import EvaluationRow, read_results, results_table
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.runtime.wording import counted, symbol
@@ -45,7 +46,7 @@ def origin_of(model: Path) -> Origin:
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return Origin()
     # A distance that was not finite is null in the file.
-    rows = tuple(row for row in read_results(run) if isinstance(row.frechet, float) and isinstance(row.nfe, int))
+    rows = tuple(row for row in read_results(run) if _is_measured(row) and isinstance(row.nfe, int))
     if isinstance(teacher, str):
         teacher = Path(teacher).name
     else:
@@ -55,6 +56,11 @@ def origin_of(model: Path) -> Origin:
         fingerprint if isinstance(fingerprint, str) else None,
         rows,
     )
+
+
+def _is_measured(row: EvaluationRow) -> bool:
+    """Every number that was asked for is one."""
+    return all(isinstance(getattr(row, measure.key), float) for measure in measures_of(row.metrics))
 
 
 def model_card(network: ExportedNetwork, origin: Origin, *, program: str, loader: str | None, grid: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from ipfm.engine.commands.report.reproduce import (
     use,
 )
 from ipfm.engine.config import TeacherConfig
+from ipfm.engine.evaluation.metrics.measures import MEASURES, Measure, Measured, Metric, measures_of
 from ipfm.engine.evaluation.results import EvaluationRow
 from ipfm.engine.memory.profile import PhaseMemory
 from ipfm.engine.runtime.json_output import plain
@@ -74,13 +75,18 @@ class Facts:
     """Images that the network was trained on."""
     metric: str
     """What the distance is called."""
+    metrics: tuple[Metric, ...]
+    """What was measured; the first decides which evaluation is the best."""
     results: tuple[EvaluationRow, ...]
     evaluations: tuple[EvaluationPoint, ...]
     best: EvaluationPoint | None
+    """By the first of the metrics."""
     losses: tuple[Loss, ...]
     loss_reading: str
     teacher_distance: float | None
     """Of the teacher's samples; None where it was not measured."""
+    teacher_values: Mapping[str, float]
+    """All that was measured of them, by the keys of `MEASURES`."""
     started: str | None
     """Date and time in UTC."""
     logged_seconds: float | None
@@ -105,7 +111,13 @@ class Facts:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, see `plain`."""
-        return {"format": 1, **plain(self)}
+        best = None if self.best is None else self.best.to_json()
+        measured = {"results": _listed(self.results), "evaluations": _listed(self.evaluations), "best": best}
+        return {"format": 1, **plain(self), **plain(measured)}
+
+
+def _listed(found: Iterable[Measured]) -> list[dict[str, Any]]:
+    return [one.to_json() for one in found]
 
 
 def facts_of(record: RunRecord) -> Facts:
@@ -114,8 +126,7 @@ def facts_of(record: RunRecord) -> Facts:
     D, batch = number(config.get("D")), number(config.get("batch"))
     whole_batch = int(batch) if math.isfinite(batch) else None
     state, done = _state(record), record.steps_done
-    finite = [e for e in record.evaluations if math.isfinite(e.frechet)]
-    best = min(finite, key=lambda e: e.frechet, default=None)
+    best, teacher = record.best_evaluation, record.teacher_row
     objective = _objective(record)
     pace = _pace(record, whole_batch)
     names = record.losses
@@ -129,7 +140,7 @@ def facts_of(record: RunRecord) -> Facts:
     return Facts(
         run=record.path.resolve().name,
         title=_title(record, D),
-        summary=" ".join(_summary(record, state, objective, D, record.metric, best, images)),
+        summary=" ".join(_summary(record, state, objective, D, best, images)),
         kind=record.kind,
         objective=objective,
         D=D,
@@ -139,12 +150,14 @@ def facts_of(record: RunRecord) -> Facts:
         batch=whole_batch,
         images=images,
         metric=record.metric,
+        metrics=record.measured,
         results=record.results,
         evaluations=record.evaluations,
         best=best,
         losses=tuple(_loss(record, name) for name in names),
         loss_reading=" ".join(readings[name] for name in names if name in readings and config),
         teacher_distance=record.teacher_distance,
+        teacher_values={} if teacher is None else teacher.values,
         started=None if record.pace.started is None else _date(record.pace.started),
         logged_seconds=record.pace.seconds or None,
         images_per_second=statistics.median(speed for _, speed in pace) if pace else None,
@@ -198,7 +211,6 @@ def _summary(
     state: State,
     objective: str,
     D: float,
-    metric: str,
     best: EvaluationPoint | None,
     images: int | None,
 ) -> Iterator[str]:
@@ -220,17 +232,47 @@ def _summary(
         yield f"It went on from {start.get('source')}{after}."
     yield _length(record, state, images)
     rows = {row.label: row for row in record.results}
+    metric = record.metric
     if generator := rows.get("generator"):
         yield _result(generator, rows.get("teacher"), metric)
+        yield from _further(generator, rows.get("teacher"), metric)
     elif record.evaluations:
         last = record.evaluations[-1]
         whose = "teacher" if record.kind == "teacher" else "generator"
         drawn = f" over {last.images:,} images" if last.images else ""
-        yield f"The {metric} of the {whose}'s samples after {last.step:,} steps is {significant(last.frechet)}{drawn}."
+        name, value = _leading(last).called(metric), last.shown(_leading(last))
+        yield f"The {name} of the {whose}'s samples after {last.step:,} steps is {value}{drawn}."
+        yield from _further(last, record.teacher_row, metric)
     else:
         yield "Its samples have not been measured."
     if best is not None and record.evaluations and best.step != record.evaluations[-1].step:
-        yield f"The lowest so far was {significant(best.frechet)}, after {best.step:,} steps."
+        yield f"{_superlative(best, record.measured[0], metric)}, after {best.step:,} steps."
+
+
+def _leading(found: Measured) -> Measure:
+    """The number that is spoken of first: the Fréchet distance where there is one."""
+    measures = measures_of(found.metrics) or MEASURES
+    return next((measure for measure in measures if measure.metric == "fid"), measures[0])
+
+
+def _further(found: Measured, teacher: Measured | None, metric: str) -> Iterator[str]:
+    """A sentence on what else was measured, if anything."""
+    parts = []
+    for measure in measures_of(found.metrics):
+        if measure == _leading(found):
+            continue
+        beside = "" if teacher is None or measure.key not in teacher.values else f" (teacher: {teacher.shown(measure)})"
+        parts.append(f"{measure.called(metric)} {found.shown(measure)}{beside}")
+    if parts:
+        yield f"Of the same samples: {', '.join(parts)}."
+
+
+def _superlative(best: EvaluationPoint, chosen_by: Metric, metric: str) -> str:
+    """The best evaluation, by the metric that decides."""
+    if chosen_by == "fid":
+        return f"The lowest so far was {significant(best.frechet)}"
+    shown = " and ".join(f"{one.called(metric)} {best.shown(one)}" for one in measures_of((chosen_by,)))
+    return f"The best so far had {shown}"
 
 
 def _length(record: RunRecord, state: State, images: int | None) -> str:
@@ -251,12 +293,13 @@ def _length(record: RunRecord, state: State, images: int | None) -> str:
 
 
 def _result(generator: EvaluationRow, teacher: EvaluationRow | None, metric: str) -> str:
-    text = f"The {metric} of the generator's samples is {significant(generator.frechet)}"
+    first = _leading(generator)
+    text = f"The {first.called(metric)} of the generator's samples is {generator.shown(first)}"
     if teacher is not None:
-        text += f", beside {significant(teacher.frechet)} of the teacher at {counted(teacher.nfe, 'evaluation')}"
+        text += f", beside {teacher.shown(first)} of the teacher at {counted(teacher.nfe, 'evaluation')}"
         text += " an image"
         # Where one of them is broken a ratio says nothing.
-        if teacher.frechet > 0 and 0.1 < generator.frechet / teacher.frechet < 100:
+        if first.key == "frechet" and teacher.frechet > 0 and 0.1 < generator.frechet / teacher.frechet < 100:
             text += f": {generator.frechet / teacher.frechet:.2f} times the teacher's"
     text += f" ({generator.images:,} images each)." if teacher is not None else f" ({generator.images:,} images)."
     return f"{text} Published: {generator.paper}." if generator.paper else text

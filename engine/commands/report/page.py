@@ -18,6 +18,7 @@ import jinja2
 from ipfm.engine.commands.report.facts import Facts
 from ipfm.engine.commands.report.pictures import Picture, Samples, is_ours, memory_timeline, samples
 from ipfm.engine.commands.report.plots import curves
+from ipfm.engine.evaluation.metrics.measures import FID, Measure, measures_of, notes
 from ipfm.engine.runtime.files import unwritable_ancestor
 from ipfm.engine.runtime.wording import significant, size
 from ipfm.engine.training.run_state import RunRecord
@@ -172,10 +173,12 @@ def _content(facts: Facts, drawn: Mapping[str, Picture], grids: Samples, timelin
         "mark": MARK,
         "facts": facts,
         "paper": any(row.paper for row in facts.results),
+        "columns": _columns(facts),
+        "chosen_by": measures_of(facts.metrics)[0].called(facts.metric),
+        "measured": _capital(", ".join(measure.called(facts.metric) for measure in measures_of(facts.metrics))),
         "texts": _texts(facts),
         "samples": grids,
-        "distances": {e.step: e.frechet for e in facts.evaluations if math.isfinite(e.frechet)}
-        | {step: None for step, _ in grids.over_time if step not in {e.step for e in facts.evaluations}},
+        "distances": _captions(facts, grids),
         "curves": {name: drawn.get(name) for name in ("distance", "losses", "pace")},
         "timeline": timeline,
         "changed": [setting for setting in facts.settings if setting.changed],
@@ -184,14 +187,36 @@ def _content(facts: Facts, drawn: Mapping[str, Picture], grids: Samples, timelin
     }
 
 
+def _columns(facts: Facts) -> list[tuple[str, Measure]]:
+    """What the table of results has a column of, by its heading."""
+    asked = [metric for row in facts.results for metric in row.metrics] or ["fid"]
+    return [(measure.called(facts.metric), measure) for measure in measures_of(asked)]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _captions(facts: Facts, grids: Samples) -> dict[int, str | None]:
+    """Step -> what was measured then, by the metric that decides, for the pictures over time."""
+    first, *_ = measures_of(facts.metrics)
+    measured = {e.step: e.shown(first) for e in facts.evaluations if math.isfinite(e.values.get(first.key, math.nan))}
+    return {step: None for step, _ in grids.over_time} | measured
+
+
 def _texts(facts: Facts) -> dict[str, str]:
     """Sentences beside tables and pictures."""
-    fid = facts.metric == "FID"
+    fid = facts.metric == FID
+    first, *_ = measures_of(facts.metrics)
+    distance = any("fid" in row.metrics for row in facts.results)
+    said = notes(facts.results, facts.metric)
+    own = f" {facts.metric}: between {facts.results[0].images:,} drawn images and the reference" if distance else ""
+    own += "; it is no FID, as its features are not those of Inception" if distance and not fid else ""
+    own += f"{'.' if distance else ''}{''.join(f' {_capital(note)}.' for note in said)}"
     total = sum(facts.bad.values())
     by_network = ", ".join(f"{count:,} of the {name}" for name, count in facts.bad.items() if count)
     return {
-        "table": f"NFE: network evaluations an image. {facts.metric}: between {facts.results[0].images:,} drawn images "
-        f"and the reference{'' if fid else '; it is no FID, as its features are not those of Inception'}."
+        "table": f"NFE: network evaluations an image.{own}"
         f"{' Published figures are of 50,000 images.' if any(row.paper for row in facts.results) else ''}"
         + "".join(
             f" {row.left_out:,} further images of the {row.label} were not finite and are left out."
@@ -203,7 +228,8 @@ def _texts(facts: Facts) -> dict[str, str]:
         "settings": "The defaults are those of the settings themselves; a recipe has its own for its data.",
         "comparison": "At the end of the run. Images in the same place of two networks are of the same latent.",
         "last": "images from fixed latents, the same ones at every step.",
-        "over_time": f"The first of these images over time{', with the ' + facts.metric if facts.evaluations else ''}:",
+        "over_time": "The first of these images over time"
+        f"{f', with the {first.called(facts.metric)}' if facts.evaluations else ''}:",
         "losses": "Pale: each step; strong: the mean over a thirtieth of the run.",
         "pace": "Over all processes, evaluations and checkpoints left out, from the times at which losses were logged.",
         "memory": "Of one process, at the peak of each phase, the permanent state included.",

@@ -14,7 +14,8 @@ from PIL import Image
 from ipfm.engine.checks import number
 from ipfm.engine.commands.report.facts import Facts
 from ipfm.engine.commands.report.pictures import Picture, png
-from ipfm.engine.evaluation.results import draw_convergence
+from ipfm.engine.evaluation.metrics.measures import measures_of
+from ipfm.engine.evaluation.results import Curve, draw_convergence
 from ipfm.engine.runtime.figures import file_figure, import_matplotlib
 from ipfm.engine.runtime.wording import significant
 from ipfm.engine.training.run_state import RunRecord
@@ -60,10 +61,10 @@ def curves(record: RunRecord, facts: Facts, *, dark: bool) -> dict[str, Picture]
         return Picture(alt, _drawn(draw, LIGHT), _drawn(draw, DARK) if dark else None)
 
     found: dict[str, Picture] = {}
-    finite = [e for e in facts.evaluations if math.isfinite(e.frechet)]
-    if finite:
-        alt = f"{facts.metric} over steps, from {significant(finite[0].frechet)} to {significant(finite[-1].frechet)}"
-        found["distance"] = both(alt, lambda theme: _distance(facts, theme))
+    drawn = [curve for curve in _measured(facts) if curve.is_finite]
+    if drawn:
+        alt = ", ".join(_said(curve) for curve in drawn)
+        found["distance"] = both(alt, lambda theme: _distance(drawn, facts, theme))
     if any(np.isfinite(_values(record, loss.name)).any() for loss in facts.losses):
         alt = f"{' and '.join(loss.name for loss in facts.losses)} over steps"
         found["losses"] = both(alt, lambda theme: _losses(record, facts, theme))
@@ -97,14 +98,32 @@ def limits(raw: np.ndarray, smoothed: np.ndarray) -> tuple[float, float] | None:
     return float(low - margin), float(high + margin)
 
 
-def _distance(facts: Facts, theme: Theme) -> Figure:
-    figure, (axes,) = _figure(1, 9, 3.9)
-    points = [(e.step, e.frechet) for e in facts.evaluations]
+def _measured(facts: Facts) -> list[Curve]:
+    """What was measured over training."""
+    return [
+        Curve(
+            [(e.step, e.values[measure.key]) for e in facts.evaluations if measure.key in e.values],
+            facts.teacher_values.get(measure.key),
+            measure.called(facts.metric),
+        )
+        for measure in measures_of(facts.metrics)
+    ]
+
+
+def _said(curve: Curve) -> str:
+    finite = [value for _, value in sorted(curve.points) if math.isfinite(value)]
+    return f"{curve.name} over steps, from {significant(finite[0])} to {significant(finite[-1])}"
+
+
+def _distance(drawn: Sequence[Curve], facts: Facts, theme: Theme) -> Figure:
+    figure = file_figure(figsize=(9, 0.9 + 3 * len(drawn)), dpi=DPI, layout="constrained")
     whose = "teacher" if facts.kind == "teacher" else "generator"
-    draw_convergence(
-        axes, points, facts.teacher_distance, facts.metric, label=whose, colour=theme.curves[0], ink=theme.faint
-    )
-    axes.set_xlim(left=0)
+    panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
+    for axes, curve in zip(panels, drawn, strict=True):
+        draw_convergence(
+            axes, curve.points, curve.teacher, curve.name, label=whose, colour=theme.curves[0], ink=theme.faint
+        )
+        axes.set_xlim(left=0)
     return figure
 
 

@@ -102,7 +102,8 @@ def use(record: RunRecord, network: str) -> tuple[tuple[str, str], ...]:
     ]
     # Features that are not Inception's may be a recipe's own.
     if all(row.metric == "FID" for row in record.results):
-        lines.append(("Measure it", f"ipfm evaluate {place} --reference REFERENCE --inception INCEPTION"))
+        line = ["ipfm evaluate", place, "--reference REFERENCE --inception INCEPTION", *_metrics(record)]
+        lines.append(("Measure it", " ".join(line)))
     if record.kind == "teacher":
         lines.append(("Distil it", f"deepspeed recipes/RECIPE.py --teacher {place}"))
     return tuple(lines)
@@ -194,7 +195,14 @@ def _given(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> tuple[li
         notes.append("The folder does not record what the samples were compared with: give --reference.")
     if images is not None and images != base.eval_images:
         options += ["--eval-images", str(images)]
+    options += _metrics(record)
     return options, tuple(notes)
+
+
+def _metrics(record: RunRecord) -> list[str]:
+    """The option that names what the run measures, where it is not the distance alone."""
+    asked = record.evaluations[-1].metrics if record.evaluations else ("fid",)
+    return [] if asked == ("fid",) else ["--metrics", *asked]
 
 
 def _training(record: RunRecord) -> Command:
@@ -225,7 +233,7 @@ def _training(record: RunRecord) -> Command:
                 options = [o for o in options if o not in ("--conditional",)]
                 notes.append("It continued a training state, whose name is not recorded.")
             if record.evaluations:
-                options += ["--reference", "REFERENCE", "--inception", "INCEPTION"]
+                options += ["--reference", "REFERENCE", "--inception", "INCEPTION", *_metrics(record)]
             line = ["deepspeed", f"recipes/{recipe.file}", *options, *_options(record, recipe.base)]
             return Command(shlex.join(line), tuple(notes))
     return Command(None, ("None of this project's recipes is known to have trained this network.",))

@@ -8,10 +8,9 @@ were split into batches nor on the number of ranks, beyond rounding.
 from ipfm.engine.evaluation.metrics.blocks import BlockFeatures
 from ipfm.engine.evaluation.metrics.collection import collect, index_ranges
 from ipfm.engine.evaluation.metrics.evaluate import (
-    METRICS,
     FrechetResult,
-    Metric,
     Reference,
+    dataset_reference,
     dataset_statistics,
     evaluate_frechet,
     evaluate_images,
@@ -20,6 +19,7 @@ from ipfm.engine.evaluation.metrics.features import Features, InceptionFeatures,
 from ipfm.engine.evaluation.metrics.frechet import frechet_distance
 from ipfm.engine.evaluation.metrics.inception_score import InceptionScore, inception_score
 from ipfm.engine.evaluation.metrics.kernel_distance import KernelDistance, kernel_distance
+from ipfm.engine.evaluation.metrics.measures import METRICS, Metric
 from ipfm.engine.evaluation.metrics.moments import FeatureMoments, Statistics
 from ipfm.engine.evaluation.metrics.precision_recall import PrecisionRecall, precision_recall
 
@@ -38,6 +38,7 @@ __all__ = [
     "Reference",
     "Statistics",
     "collect",
+    "dataset_reference",
     "dataset_statistics",
     "evaluate_frechet",
     "evaluate_images",

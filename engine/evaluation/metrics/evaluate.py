@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +12,10 @@ from ipfm.engine.evaluation.metrics.collection import collect
 from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION, Classifier, Features
 from ipfm.engine.evaluation.metrics.frechet import frechet_distance
 from ipfm.engine.evaluation.metrics.inception_score import inception_score
-from ipfm.engine.evaluation.metrics.kernel_distance import kernel_distance
+from ipfm.engine.evaluation.metrics.kernel_distance import kernel_distance, usual_subset_size
+from ipfm.engine.evaluation.metrics.measures import DISTANCE, FID, METRICS, Measure, Measured, Metric, measures_of
 from ipfm.engine.evaluation.metrics.moments import FeatureMoments, Statistics
 from ipfm.engine.evaluation.metrics.precision_recall import precision_recall
-
-Metric = Literal["fid", "kid", "is", "pr"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
 
 # Images of each set that precision and recall are measured on.
 PR_IMAGES = 10_000
@@ -38,8 +36,8 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class FrechetResult:
-    """What an evaluation found.
+class FrechetResult(Measured):
+    """What an evaluation found; `Measured` has what it may be beside the distance.
 
     Attributes:
         distance: Fréchet distance, NaN where it was not asked for.
@@ -47,12 +45,6 @@ class FrechetResult:
         seconds: that the slowest rank spent drawing them, without features and matrix roots.
         images_per_second: of all ranks together.
         name: what the distance is called, "FID" with Inception features alone.
-        kid: kernel distance; this and the following are None where they were not asked for.
-        kid_std: its deviation over subsets.
-        inception_score: Inception score.
-        inception_score_std: its deviation over subsets.
-        precision: share of samples that lie where real images do.
-        recall: share of real images that lie where samples do.
         left_out: how many more were drawn, and left out because they, or their features, were not finite.
     """
 
@@ -60,27 +52,38 @@ class FrechetResult:
     images: int
     seconds: float
     images_per_second: float
-    name: str = "Fréchet distance"
-    kid: float | None = None
-    kid_std: float | None = None
-    inception_score: float | None = None
-    inception_score_std: float | None = None
-    precision: float | None = None
-    recall: float | None = None
+    name: str = DISTANCE
     left_out: int = 0
 
+    @property
+    def frechet(self) -> float:
+        """The distance, by its name in files."""
+        return self.distance
+
     def in_words(self) -> str:
-        """The distance, with its name; how many images are not in it, if any."""
-        text = f"{self.name} {self.distance:.4f}"
+        """What was measured, with its names; how many images are not in it, if any."""
+        first, *others = measures_of(self.metrics)
+        text = f"{self.name} {self.distance:.4f}" if first.key == "frechet" else self._named(first)
+        text = ", ".join([text, *map(self._named, others)])
         if not self.left_out:
             return text
         drawn = self.images + self.left_out
         return f"{text} over {self.images:,} of {drawn:,} images: {self.left_out:,} were not finite"
 
+    def _named(self, measure: Measure) -> str:
+        return f"{measure.called(self.name)} {self.shown(measure)}"
+
 
 def distance_name(features: Features) -> str:
     """What the Fréchet distance of these features is called."""
-    return "FID" if features.name == "inception" else "Fréchet distance"
+    return FID if features.name == "inception" else DISTANCE
+
+
+def check_known(metrics: Sequence[str]) -> None:
+    """ValueError unless these are names of metrics, one or more."""
+    unknown = [metric for metric in metrics if metric not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(f"metrics must be among {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}")
 
 
 def check_metrics(metrics: Sequence[Metric], features: Features, reference: Reference | None) -> None:
@@ -89,9 +92,7 @@ def check_metrics(metrics: Sequence[Metric], features: Features, reference: Refe
     Raises:
         ValueError: they cannot, or one is unknown.
     """
-    unknown = [metric for metric in metrics if metric not in METRICS]
-    if unknown or not metrics:
-        raise ValueError(f"metrics must be among {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}")
+    check_known(metrics)
     if "is" in metrics and not (isinstance(features, Classifier) and features.classes):
         raise ValueError(
             f"the Inception score needs class probabilities, which {features.name!r} does not give; "
@@ -162,7 +163,7 @@ def evaluate_images(
     )
     # An error where features are not finite.
     statistics = found.moments.of_finite() if leave_out else found.moments.statistics
-    distance, others = float("nan"), dict[str, float]()
+    distance, others = float("nan"), dict[str, Any]()
     if reference is not None and statistics is not None and "fid" in metrics:
         distance = frechet_distance(statistics, reference.statistics)
     rows, probabilities = found.features, found.probabilities
@@ -171,15 +172,21 @@ def evaluate_images(
     if reference is not None and reference.features is not None and rows is not None:
         if "kid" in metrics:
             others["kid"], others["kid_std"] = kernel_distance(rows, reference.features)
+            others["kid_subset_size"] = usual_subset_size(rows, reference.features)
         if "pr" in metrics:
             pair = precision_recall(reference.features, rows, limit=pr_images)
             others["precision"], others["recall"] = pair
+            others["pr_images"], others["pr_real_images"] = (
+                min(pr_images, len(each)) for each in (rows, reference.features)
+            )
     if probabilities is not None:
         others["inception_score"], others["inception_score_std"] = inception_score(probabilities)
     count = found.moments.count
     speed = count / max(found.seconds, 1e-9)
     left_out = found.moments.non_finite
-    return FrechetResult(distance, count, found.seconds, speed, distance_name(features), **others, left_out=left_out)
+    return FrechetResult(
+        distance, count, found.seconds, speed, distance_name(features), left_out, metrics=tuple(metrics), **others
+    )
 
 
 def _finite(rows: Tensor | None, *, least: int) -> Tensor | None:
@@ -216,6 +223,24 @@ def dataset_statistics(
         batch: images at a time.
         device: where the features are computed; the dataset's own when None.
     """
+    return dataset_reference(dataset, features, batch, device).statistics
+
+
+def dataset_reference(
+    dataset: ImageDataset,
+    features: Features,
+    batch: int = 512,
+    device: torch.device | str | None = None,
+    *,
+    keep_features: bool = False,
+) -> Reference:
+    """As `dataset_statistics`, with the features themselves where `keep_features`: 4·N·dim bytes."""
     where = dataset.device if device is None else device
-    found = collect(lambda i, count: dataset.take(i, count).to(where), len(dataset), features, batch=batch)
-    return found.moments.statistics
+    found = collect(
+        lambda i, count: dataset.take(i, count).to(where),
+        len(dataset),
+        features,
+        batch=batch,
+        keep_features=keep_features,
+    )
+    return Reference(found.moments.statistics, found.features)

@@ -28,8 +28,8 @@ def kernel_distance(
         a: features (N, dim), floating.
         b: features (M, dim), floating.
         subsets: how many are drawn.
-        subset_size: samples in each, from either set without repetition; the smaller set bounds it. None takes the
-            usual 1000, but no more than half of the smaller set, for larger subsets would hardly differ.
+        subset_size: samples in each, from either set without repetition; the smaller set bounds it. None takes
+            `usual_subset_size`.
         seed: of the subsets, which are the same on every device.
 
     Raises:
@@ -38,7 +38,7 @@ def kernel_distance(
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or a.shape[1] == 0:
         raise ValueError(f"features must have shapes (N, dim) and (M, dim), got {tuple(a.shape)} and {tuple(b.shape)}")
     fewest = min(len(a), len(b))
-    size = min(fewest, max(2, min(SUBSET_SIZE, fewest // 2)) if subset_size is None else subset_size)
+    size = min(fewest, usual_subset_size(a, b) if subset_size is None else subset_size)
     if size < 2 or subsets < 1:
         raise ValueError(f"needs a subset or more of at least 2 samples, got {subsets} of {size}")
     generator = torch.Generator().manual_seed(seed)
@@ -48,6 +48,15 @@ def kernel_distance(
     if not torch.isfinite(values).all():
         raise ValueError("the features have non-finite entries")
     return KernelDistance(values.mean().item(), values.std(correction=0).item())
+
+
+def usual_subset_size(a: Tensor, b: Tensor) -> int:
+    """Samples in a subset of the sets of features `a` (N, dim) and `b` (M, dim), unless another number is asked for.
+
+    1000, but no more than half of the smaller set, for larger subsets would hardly differ: with fewer than 2000 samples
+    they are smaller. The mean does not depend on it, as the estimate is unbiased; the deviation does.
+    """
+    return max(2, min(SUBSET_SIZE, len(a) // 2, len(b) // 2))
 
 
 def _draw(features: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -65,6 +65,7 @@ class Counting:
     title: str = "count"
     world: World = field(default_factory=lambda: World(0, 1, torch.device("cpu")))
     first_step: int = 0
+    metrics: tuple[str, ...] = ()
     looks: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
