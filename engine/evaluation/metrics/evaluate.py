@@ -62,16 +62,15 @@ class FrechetResult(Measured):
 
     def in_words(self) -> str:
         """What was measured, with its names; how many images are not in it, if any."""
-        first, *others = measures_of(self.metrics)
-        text = f"{self.name} {self.distance:.4f}" if first.key == "frechet" else self._named(first)
-        text = ", ".join([text, *map(self._named, others)])
+        text = ", ".join(map(self._named, measures_of(self.metrics)))
         if not self.left_out:
             return text
         drawn = self.images + self.left_out
         return f"{text} over {self.images:,} of {drawn:,} images: {self.left_out:,} were not finite"
 
     def _named(self, measure: Measure) -> str:
-        return f"{measure.called(self.name)} {self.shown(measure)}"
+        value = f"{self.distance:.4f}" if measure.key == "frechet" else self.shown(measure)
+        return f"{measure.called(self.name)} {value}"
 
 
 def distance_name(features: Features) -> str:
