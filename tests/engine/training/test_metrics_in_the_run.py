@@ -176,7 +176,7 @@ def test_info_and_report_say_every_number(
     path, _, _ = finished
     facts = answered(capsys, Info(model=path, json=True))
     assert (facts["metrics"], facts["metric"]) == (list(EVERY), "FID") and facts["evaluations"] == lines(path)
-    assert facts["best"] == min(lines(path), key=lambda line: float(line["kid"]))
+    assert facts["best_evaluation"] == min(lines(path), key=lambda line: float(line["kid"]))
     Info(model=path).run()
     text = capsys.readouterr().out
     for name in ("KID", "FID", "Inception score", "precision", "recall"):
@@ -209,7 +209,7 @@ def test_a_run_that_goes_on_with_other_metrics_keeps_what_was_measured(
     history = EvaluationHistory(tmp_path)
     assert [step for step, _ in history.points] == [1] and [step for step, _ in history.points_of("kid")] == [2]
     record = read_run(tmp_path)
-    assert record.measured == ("kid", "fid") and record.best is not None and record.best.step == 2
+    assert record.measured == ("kid", "fid") and record.best_evaluation is not None and record.best_evaluation.step == 2
     assert [row.metrics for row in record.results] == [("kid",), ("kid",)] and record.teacher_distance is None
     assert "KID" in (tmp_path / "results.txt").read_text() and "FID" not in (tmp_path / "results.txt").read_text()
     assert "The KID of the generator's samples" in facts_of(record).summary
@@ -235,7 +235,7 @@ def test_the_best_by_another_metric_is_another_one(tmp_path: Path) -> None:
         for step, found in enumerate(numbers, start=2):
             history.add(step, found["frechet"], metrics=list(metrics), **{k: found[k] for k in found if k != "frechet"})
         (folder / "config.json").write_text(json.dumps({"kind": "distill", "config": {}}))
-        chosen = read_run(folder, times=False).best
+        chosen = read_run(folder, times=False).best_evaluation
         assert chosen is not None
         return chosen.step
 
