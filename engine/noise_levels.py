@@ -161,16 +161,20 @@ def few_step_sigmas(steps: int, sigma_init: float = 2.5) -> tuple[float, ...]:
     """
     _check_steps("the number of generator steps", steps)
     if not (_finite(sigma_init) and sigma_init > 0):
-        raise ValueError(f"sigma_init must be a finite number > 0, got {sigma_init}")
+        raise ValueError(f"sigma_init must be a finite number > 0, got {sigma_init!r}")
     return tuple(sigma_init * (steps - k) / steps for k in range(steps))
 
 
-def check_sigmas(sigmas: tuple[float, ...]) -> tuple[float, ...]:
+def check_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
     """Levels of a few-step generator, as floats.
+
+    Args:
+        sigmas: a sequence, an array or a tensor.
 
     Raises:
         ValueError: there is none, or they are not finite, positive and strictly falling.
     """
+    sigmas = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
     if not isinstance(sigmas, Sequence) or not all(isinstance(sigma, numbers.Real) for sigma in sigmas):
         raise ValueError(f"sigmas must be a sequence of numbers, got {sigmas!r}")
     levels = tuple(float(sigma) for sigma in sigmas)
@@ -190,4 +194,4 @@ def _finite(value: object) -> bool:
 
 def _check_steps(what: str, steps: object) -> None:
     if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
-        raise ValueError(f"{what} must be an integer >= 1, got {steps}")
+        raise ValueError(f"{what} must be an integer >= 1, got {steps!r}")

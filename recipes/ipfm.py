@@ -16,9 +16,13 @@ def hand_over():
     """Import the package, in this module's place.
 
     Raises:
-        SystemExit: with code 2 and a line on stderr, where a recipe was started and it cannot be imported.
+        SystemExit: with a line on stderr, where a recipe was started and it cannot be imported: code 2; 1 where memory
+            does not suffice.
     """
     path = list(sys.path)
+    if not has_folder() and how_started():
+        # Libraries look for it when they are loaded.
+        end("error: the current folder is gone: go to another one", 2)
     sys.path[:] = [folder for folder in path if os.path.abspath(folder or os.curdir) != HERE]
     if __name__ == "ipfm":
         del sys.modules["ipfm"]
@@ -26,14 +30,36 @@ def hand_over():
         if sys.version_info < OLDEST:
             raise ImportError("Python is too old")
         import ipfm.engine.experiments  # noqa: F401
-    except ImportError as error:
+    except (ImportError, MemoryError) as error:
         started, reason = how_started(), why(error)
-        if not started or reason is None:
-            raise
-        sys.stderr.write(f"{os.path.basename(started[-1])}: error: {reason}: {way_on(started)}\n")
-        sys.exit(2)
+        if started and reason is not None:
+            end(f"error: {reason}: {way_on(started)}", 2)
+        if started and lacks_memory(error):
+            text = " ".join(str(error).split())
+            end(f"failed: there is not enough memory to load what it needs{f' ({text})' if text else ''}", 1)
+        raise
     finally:
         sys.path[:] = path
+
+
+def end(line, code):
+    """End the program with a line on stderr."""
+    sys.stderr.write(f"{os.path.basename(how_started()[-1])}: {line}\n")
+    sys.exit(code)
+
+
+def has_folder():
+    """Whether the current folder exists."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
+def lacks_memory(error):
+    """Whether an import failed for want of memory: `ulimit -v`, mostly."""
+    return isinstance(error, MemoryError) or "failed to map segment" in str(error)
 
 
 def how_started():

@@ -50,12 +50,13 @@ class Dataset:
     def run(self) -> None:
         """Write the zip and print what is in it."""
         from ipfm.engine.data.decoding import pillow_heard
-        from ipfm.engine.data.open_dataset import Subset, empty_classes, label_width
+        from ipfm.engine.data.open_dataset import Subset, check_strictness, empty_classes, label_width
         from ipfm.engine.data.preparation import Shaping, find_pictures
         from ipfm.engine.data.zip_writer import write_dataset_zip
 
         remarks = Remarks()
         with user_input():
+            check_strictness(skip_unreadable=self.skip_unreadable, strict=self.strict)
             if self.source.suffix.lower() == ".zip" and self.out.is_dir():
                 raise ValueError(
                     f"{self.out} is a folder; the images come first: ipfm dataset {self.out} {self.source}"

@@ -239,7 +239,10 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
     except Failed as error:
         _complain(f"{name}: failed: {error}", everyone=error.alone)
         sys.exit(FAILED)
-    except MemoryError as error:
+    except (MemoryError, ImportError) as error:
+        # A library that cannot be loaded for want of memory is an ImportError; another one is a defect.
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+            raise
         # Of the host; what asks for much of it says the way on itself.
         _complain(f"{name}: failed: {not_enough(error)}", everyone=True)
         sys.exit(FAILED)

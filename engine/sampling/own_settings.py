@@ -7,8 +7,11 @@ the caller overrides it. Any other network takes what it is given, and its own D
 from __future__ import annotations
 
 import math
+import numbers
+import os
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ipfm.engine.noise_levels import check_sigmas
@@ -24,6 +27,29 @@ def facts_of(net: object) -> TeacherFacts | GeneratorFacts | None:
     return found if isinstance(found, (TeacherFacts, GeneratorFacts)) else None
 
 
+def check_given(net: object, latents: object, class_labels: object) -> None:
+    """Check that a sampler was given a network, and tensors where it takes tensors.
+
+    Raises:
+        ValueError: something else, such as the path of a network.
+    """
+    if isinstance(net, (str, os.PathLike)):
+        raise ValueError(
+            f"the samplers take a network, got the path {os.fspath(net)!r}: load it first, a generator or a model "
+            "folder by load_model, a teacher by load_teacher"
+        )
+    # A network's class is callable too.
+    if isinstance(net, type) or not (callable(net) and hasattr(net, "img_channels") and hasattr(net, "img_resolution")):
+        kind = f"the class {net.__name__}" if isinstance(net, type) else type(net).__name__
+        raise ValueError(f"the samplers take a network with img_channels and img_resolution, got {kind}")
+    for name, value, more in (
+        ("latents", latents, ""),
+        ("class_labels", class_labels, "; numbers of classes become rows by one_hot"),
+    ):
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}{more}")
+
+
 def own_D(net: object, D: float | None, *, override: bool) -> float:
     """`D`, or the network's own.
 
@@ -35,6 +61,8 @@ def own_D(net: object, D: float | None, *, override: bool) -> float:
         if own is None:
             raise ValueError("give D, the auxiliary dimensions of the prior: the network does not say them")
         return float(own)
+    if not isinstance(D, numbers.Real):
+        raise ValueError(f"D must be a number in (0, inf], got {D!r}")
     facts = facts_of(net)
     if override or own is None or facts is None or _same(D, own):
         return D
@@ -58,8 +86,8 @@ def own_levels(net: object, sigmas: Sequence[float] | None, *, override: bool) -
     if sigmas is None:
         if own is None:
             raise ValueError("give sigmas, the noise levels of its evaluations: the network does not say them")
-        return check_sigmas(tuple(own))
-    levels = check_sigmas(tuple(sigmas))
+        return check_sigmas(own)
+    levels = check_sigmas(sigmas)
     if override or own is None or (len(own) == len(levels) and all(map(_same, own, levels))):
         return levels
     raise ValueError(
@@ -81,6 +109,8 @@ def own_ends(net: object, high: float | None, low: float | None, *, override: bo
         own: float | None = getattr(facts, name, None)
         if given is None:
             return usual if own is None else own
+        if not isinstance(given, numbers.Real):
+            raise ValueError(f"{name} must be a number > 0, got {given!r}")
         if own is not None and not override and not _same(given, own):
             raise ValueError(f"the network was made for {name} = {own:g}, got {given:g}: leave it out, or {ASK}")
         return given

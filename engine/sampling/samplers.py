@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
 from ipfm.engine.random_streams import Stream
-from ipfm.engine.sampling.own_settings import check_denoiser, own_D, own_ends, own_labels, own_levels
+from ipfm.engine.sampling.own_settings import check_denoiser, check_given, own_D, own_ends, own_labels, own_levels
 from ipfm.engine.sampling.seeds import SampleNoise, Seeds
 from ipfm.engine.sampling.trajectory import trajectory, trajectory_network
 
@@ -61,8 +61,8 @@ def nfe(steps: int, solver: Solver = "heun") -> int:
         ValueError: fewer than one step, or no such solver.
     """
     _check_solver(solver)
-    if steps < 1:
-        raise ValueError(f"the number of sampling steps must be an integer >= 1, got {steps}")
+    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
+        raise ValueError(f"the number of sampling steps must be an integer >= 1, got {steps!r}")
     return steps if solver == "euler" else 2 * steps - 1
 
 
@@ -135,6 +135,9 @@ def heun_sample(
         True
     """
     _check_solver(solver)
+    check_given(net, latents, class_labels)
+    if churn is not None and not isinstance(churn, Churn):
+        raise ValueError(f"churn must be a Churn, such as Churn(amount=40), got {churn!r}")
     check_denoiser(net, override=override)
     D = own_D(net, D, override=override)
     grid = _grid(steps, sigmas, NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
@@ -209,6 +212,7 @@ def generate(
         >>> torch.allclose(last, images[3:], atol=1e-4)
         True
     """
+    check_given(net, latents, class_labels)
     D, levels = own_D(net, D, override=override), own_levels(net, sigmas, override=override)
     device = _device(net, latents)
     draws = SampleNoise.of(n, seed, first_index, device)
@@ -262,6 +266,7 @@ def trajectory_sample(
         ValueError: another preconditioning, a number out of its range, latents of another shape, or what the network
             was not made with: D, ends of the trajectory, labels.
     """
+    check_given(net, latents, class_labels)
     network = trajectory_network(net)
     D, (high, low) = own_D(net, D, override=override), own_ends(net, sigma_max, sigma_min, override=override)
     ends = NoiseLevels(sigma_min=low, sigma_max=high)

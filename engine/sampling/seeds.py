@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,12 +36,18 @@ class SampleNoise:
     def of(cls, n: int, seed: Seeds, first_index: int, device: torch.device) -> SampleNoise:
         """Images first_index..first_index + n - 1 of one seed, or image first_index of each of n seeds.
 
+        Seeds are a sequence, an array or a tensor.
+
         Raises:
             ValueError: a number out of its range, or not n seeds.
         """
         for name, value in (("the number of images", n), ("the index of the first image", first_index)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an integer >= 0, got {value}")
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+                raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+        n, first_index = int(n), int(first_index)
+        seed = seed.tolist() if hasattr(seed, "tolist") else seed
+        if isinstance(seed, (str, bytes)):
+            raise ValueError(f"seed must be an integer in [0, 2^64), or one for each image, got {seed!r}")
         if not isinstance(seed, Sequence):
             return cls(((seed, torch.arange(first_index, first_index + n, device=device)),))
         if len(seed) != n:

@@ -30,7 +30,7 @@ from ipfm.engine.training.run_folder import RunFolder, identity
 from ipfm.engine.training.run_state import FAILED_FILE, write_divergence
 from ipfm.engine.training.snapshots import Snapshots, best_said
 from ipfm.engine.training.task import NotFinite, Progress, StepFailed, Task
-from ipfm.models.atomic_files import atomic_write, why
+from ipfm.models.atomic_files import atomic_write
 
 __all__ = ["Interrupted", "ProcessLost", "Progress", "Task", "TrainingFailed", "train"]
 
@@ -109,9 +109,9 @@ class _Run:
             self.snapshots = Snapshots(task, config, folder.path, folder.kind, self.monitor.message)
             self.snapshots.resume(progress.step, self.history, go_back=config.from_step is not None)
         except OSError as error:
-            reason = why(error)
+            reason = described(error)
         if reason := self.world.broadcast_text(reason):
-            raise TrainingFailed(f"the logs in {folder.path} cannot be written: {reason}")
+            raise TrainingFailed(f"the logs in {folder.path} cannot be written ({reason})")
         self.watch = MemoryWatch(task, config.profile_memory, folder.path, self.monitor.message)
         # When the processes talk next: soon, so that they know how long a step takes.
         self._exchange_at = progress.step + 1

@@ -76,3 +76,19 @@ def test_the_way_on_is_the_command_that_works(
 
 def test_any_other_error_of_an_import_keeps_its_traceback(stand_in: ModuleType) -> None:
     assert stand_in.why(ImportError("libcudart.so.12: cannot open shared object file")) is None
+
+
+def test_in_a_folder_that_is_gone(tmp_path: Path) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    done = subprocess.run(
+        ["sh", "-c", 'rmdir "$PWD" && exec "$0" -S "$1"', sys.executable, str(SCRIPT)],
+        cwd=gone, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "digits_ipfm.py: error: the current folder is gone: go to another one\n"
+
+
+def test_too_little_memory_for_what_it_needs_is_said(stand_in: ModuleType) -> None:
+    for error in (MemoryError(), ImportError("libtorch_cpu.so: failed to map segment from shared object")):
+        assert stand_in.lacks_memory(error) and stand_in.why(error) is None
+    assert not stand_in.lacks_memory(ImportError("libcudart.so.12: cannot open shared object file"))

@@ -152,13 +152,15 @@ def test_a_subset_is_the_one_that_reading_would_take(tmp_path, capsys):
 def test_what_is_left_out_is_counted_and_strict_refuses(tmp_path, capsys):
     source = tmp_path / "in"
     folder(source, "set/cat/0.png", "set/dog/0.png")
-    (source / "set" / "dog" / "1.png").write_bytes(b"")
     (source / "set" / "dog" / "2.avif").write_bytes(b"x")
     (source / ".DS_Store").write_bytes(b"x")
     (source / "set" / "bird").mkdir()
     out = tmp_path / "out.zip"
+    refused("strict was given, and .*files .avif: 1", source=source, out=out, strict=True)
+    (source / "set" / "dog" / "1.png").write_bytes(b"")
     refused("dog/1.png is no image: it is empty", source=source, out=out)
-    refused("strict was given, and .*files .avif: 1", source=source, out=out, skip_unreadable=True, strict=True)
+    both = "strict forbids to leave anything out, and skip-unreadable asks for it: give one of them"
+    refused(both, source=tmp_path / "not looked for", out=out, skip_unreadable=True, strict=True)
     capsys.readouterr()
     Dataset(source=source, out=out, json=True, skip_unreadable=True).run()
     said = capsys.readouterr()

@@ -399,6 +399,11 @@ def test_memory_that_the_host_has_not_is_a_failure_of_whichever_process_asked(ca
     monkeypatch.setenv("RANK", "1")
     assert ends(error, capfd) == (1, f"{said}(1000000000000,) and data type float64)\n")
     assert ends(MemoryError(), capfd) == (1, "recipe.py: failed: there is not enough memory\n")
+    unloaded = "libtorch_cpu.so: failed to map segment from shared object"
+    said = f"recipe.py: failed: there is not enough memory ({unloaded})\n"
+    assert ends(ImportError(unloaded), capfd) == (1, said)
+    with pytest.raises(ImportError, match="libcudart"):
+        ends(ImportError("libcudart.so.12: cannot open shared object file"), capfd)
 
 
 def test_what_the_host_says_of_memory_begins_with_what_was_asked_for():

@@ -1,7 +1,10 @@
 """A network that was read from disk is sampled with what it was made with; others are refused unless asked for."""
 
+import inspect
 import math
+from pathlib import Path
 
+import numpy as np
 import official_files as of
 import pytest
 import torch
@@ -109,3 +112,51 @@ def test_a_D_that_is_assumed_leads_to_the_file(tmp_path):
 def test_a_generator_in_memory_is_no_teacher(models):
     with pytest.raises(ValueError, match="the teacher given is a generator, which knows its own few noise levels"):
         Distiller(DistillConfig(batch=2, max_steps=1), load_model(models / "generator"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"sigmas": 2.5}, r"^sigmas must be a sequence of numbers, got 2\.5$"),
+        ({"sigmas": "2.5"}, r"^sigmas must be a sequence of numbers, got '2\.5'$"),
+        ({"sigmas": torch.tensor(2.5)}, r"^sigmas must be a sequence of numbers, got 2\.5$"),
+        ({"D": "128"}, r"^D must be a number in \(0, inf\], got '128'$"),
+        ({"D": (128,)}, r"^D must be a number in \(0, inf\], got \(128,\)$"),
+        ({"seed": "0"}, r"^seed must be an integer in \[0, 2\^64\), or one for each image, got '0'$"),
+        ({"n": 3.0}, r"^the number of images must be an integer >= 0, got 3\.0$"),
+        ({"latents": [[0.0]]}, r"^latents must be a tensor, got list$"),
+        ({"class_labels": 3}, r"^class_labels must be a tensor, got int; numbers of classes become rows by one_hot$"),
+        ({"steps": "18"}, r"^the number of sampling steps must be an integer >= 1, got '18'$"),
+        ({"churn": 40}, r"^churn must be a Churn, such as Churn\(amount=40\), got 40$"),
+        ({"sigma_max": "80"}, r"^sigma_max must be a(?: finite)? number > 0, got '?80'?$"),
+        (
+            {"net": "runs/x"},
+            r"^the samplers take a network, got the path 'runs/x': load it first, ",
+        ),
+        ({"net": Path("teacher.pkl")}, r"^the samplers take a network, got the path 'teacher\.pkl': load it first, "),
+        ({"net": {}}, r"^the samplers take a network with img_channels and img_resolution, got dict$"),
+        ({"net": EDMPrecond}, r"^the samplers take a network with .*, got the class EDMPrecond$"),
+    ],
+)
+def test_numbers_tensors_and_paths_that_are_mistaken_for_each_other(models, given, said):
+    """One line each, of every sampler that takes the argument."""
+    usual = {"generator": (generate, {}), "teacher": (heun_sample, {"steps": 2}), "trajectory": (trajectory_sample, {})}
+    tried = 0
+    for name, (sample, more) in usual.items():
+        if not given.keys() <= {*inspect.signature(sample).parameters}:
+            continue
+        arguments = {"net": load_model(models / name), "n": 3, "seed": 5, **more, **given}
+        if {"sigmas", "steps"} <= arguments.keys():
+            del arguments["steps"]
+        with pytest.raises(ValueError, match=said):
+            sample(**arguments)
+        tried += 1
+    assert tried
+
+
+def test_arrays_and_tensors_are_sequences_too(models):
+    net = load_model(models / "generator")
+    for sigmas, seeds in ((torch.tensor([2.5, 1.25]), torch.tensor([5, 6])), (np.array([2.5, 1.25]), np.array([5, 6]))):
+        assert torch.equal(
+            generate(net, np.int64(2), sigmas=sigmas, seed=seeds), generate(net, 2, sigmas=(2.5, 1.25), seed=[5, 6])
+        )
