@@ -28,30 +28,46 @@ class Dataset:
     """Folder or zip of images, or CIFAR-10's python or binary archive (.tar.gz or unpacked)."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT.zip")]
     """The zip to write."""
-    resolution: int | None = None
-    """Side of the images; others are resized (Lanczos). Default: as they are, all alike."""
-    crop: Literal["center", "none"] = "none"
-    """What to do with images that are not square: cut out the middle, or stop."""
+    resolution: Annotated[int | str | None, tyro.conf.arg(metavar="N")] = None
+    """Side of the images, to which others are resized (Lanczos); WxH for --crop wide. Default: as they are, all alike.
+    """
+    crop: Literal["center", "wide", "adm", "none"] = "none"
+    """Of images that are not square, center takes the middle; wide takes the largest rectangle of the shape WxH, makes
+    it WxH and puts black above and below, up to WxW; adm shrinks as for ADM (box, bicubic), then takes the middle; none
+    stops."""
+    fit: Literal["stretch", "pad", "none"] = "none"
+    """Keep all of such images: squeeze them into the square, or put black beside them."""
     labels: Literal["auto", "folders", "none"] = "auto"
-    """auto: those of dataset.json or CIFAR-10, else the names of the top-level folders if every image lies in one.
-    folders: always these names. none: no labels."""
+    """auto: those of dataset.json or CIFAR-10, else the names of the top-level folders if every image lies in one and
+    they are not numbered 00000, 00001, ... folders: always these names."""
     max_images: int | None = None
-    """Keep a random subset of this many images."""
+    """Keep so many images."""
+    subset: Literal["random", "first"] = "random"
+    """Which ones: drawn by --seed, or the first by name, which may be of a few classes alone."""
+    seed: int = 0
+    """Of the random subset."""
+    background: Literal["white", "black", "grey"] | None = None
+    """Put transparent images on this colour. Default: the first one stops."""
+    first_frame: bool = False
+    """Take the first picture of animations and the like. Default: they stop."""
+    to_8_bits: bool = False
+    """Keep the upper 8 of 16 bits a value. Default: more than 8 stop."""
     skip_unreadable: bool = False
-    """Leave out images that cannot be decoded, and count them. Default: the first one stops."""
+    """Leave out images that cannot be read, and count them. Default: the first one stops."""
     strict: bool = False
     """Stop where anything in SOURCE would be left out, or where a class has no images."""
     overwrite: bool = False
     """Replace OUT.zip where it exists."""
 
     json: bool = False
-    """Print JSON: out, images, resolution, channels, labels, what was left out."""
+    """Print JSON: out, images, resolution, channels, labels, what was left out, remarks."""
 
     def run(self) -> None:
         """Write the zip and print what is in it."""
-        from ipfm.engine.data.decoding import pillow_heard
+        from ipfm.engine.data.decoding import Leniency, pillow_heard
         from ipfm.engine.data.open_dataset import Subset, check_strictness, empty_classes, label_width
-        from ipfm.engine.data.preparation import Shaping, find_pictures
+        from ipfm.engine.data.preparation import find_pictures
+        from ipfm.engine.data.shaping import Shaping, read_resolution
         from ipfm.engine.data.zip_writer import write_dataset_zip
 
         remarks = Remarks()
@@ -68,12 +84,22 @@ class Dataset:
             if self.out.exists() and not self.overwrite:
                 raise ValueError(f"{self.out} exists already: give --overwrite, or another name")
             check_writable(self.out, self.out.parent)
-            shaping = Shaping(self.resolution, crop=self.crop == "center")
+            if self.max_images is None and (self.subset != "random" or self.seed):
+                raise ValueError(f"{'seed' if self.seed else 'subset'} needs max-images: --max-images 1000, say")
+            if self.subset == "first" and self.seed:
+                raise ValueError("seed was given, but subset first draws nothing")
             with pillow_heard() as heard:
                 pictures = find_pictures(
-                    self.source, shaping, self.labels, Subset(self.max_images), skip_unreadable=self.skip_unreadable
+                    self.source,
+                    Shaping(read_resolution(self.resolution), self.crop, self.fit),
+                    self.labels,
+                    Subset(self.max_images, self.seed, first=self.subset == "first"),
+                    skip_unreadable=self.skip_unreadable,
+                    leniency=Leniency(self.background, self.first_frame, self.to_8_bits),
                 )
             empty = empty_classes(pictures.labels, pictures.width)
+            for said in pictures.notes:
+                remarks.add(said)
             for said in self._remarks(pictures):
                 remarks.add(said)
             if self.strict and (pictures.left_out.beyond_system_files or pictures.remarks or empty):
@@ -90,6 +116,8 @@ class Dataset:
                 {
                     "out": self.out,
                     "images": pictures.count,
+                    "of_images": pictures.whole,
+                    "subset": self._subset(pictures),
                     "resolution": pictures.side,
                     "channels": pictures.channels,
                     "labels": pictures.label_source,
@@ -101,6 +129,12 @@ class Dataset:
                 },
                 self._text(pictures, width, classes),
             )
+
+    def _subset(self, pictures: Pictures) -> dict[str, object] | None:
+        """Which images of more were kept."""
+        if self.max_images is None or self.max_images >= pictures.whole:
+            return None
+        return {"chosen": self.subset, "seed": self.seed if self.subset == "random" else None}
 
     def _remarks(self, pictures: Pictures) -> list[str]:
         from ipfm.engine.data.open_dataset import remark_on_classes

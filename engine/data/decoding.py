@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ipfm.engine.data.formats import formats_of, what_instead
 from ipfm.engine.data.image_files import ImageFiles, printable
 from ipfm.engine.runtime.remarks import Remarks
 from ipfm.engine.runtime.wording import counted
-from ipfm.models.checkpoints.recognise import image_kind, what_pointer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 MAX_PIXELS = 80_000_000
 """Largest image that is decoded."""
 
-# Formats that Pillow decodes itself: others are handed to programs on the machine.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
 _MODES = {1: "L", 3: "RGB"}
+# Grey of 16 bits.
+_DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+GO_ON = "; --skip-unreadable goes on without it"
 
 
 class Header(NamedTuple):
@@ -43,41 +44,57 @@ class Header(NamedTuple):
     channels: int
 
 
-def read_header(files: ImageFiles, name: str) -> Header:
+@dataclass(frozen=True)
+class Leniency:
+    """What to do with images of which something would be lost, in place of refusing them."""
+
+    background: str | None = None
+    """Colour, by Pillow's name, on which transparent ones are put."""
+    first_frame: bool = False
+    """Take the first of several pictures in a file."""
+    eight_bits: bool = False
+    """Keep the upper 8 of more bits a value."""
+
+
+STRICT = Leniency()
+
+
+def read_header(files: ImageFiles, name: str, leniency: Leniency = STRICT) -> Header:
     """What the beginning of an image says.
 
     Raises:
-        ValueError: no image, too large, or of more than 8 bits a value.
+        ValueError: no image, too large, or, as far as `leniency` does not allow it, of more than 8 bits a value or of
+            several pictures.
     """
     with _opened(files, name) as image:
-        return _header(image, files.where(name))
+        return _header(image, files.where(name), leniency)
 
 
-def read_picture(files: ImageFiles, name: str, channels: int) -> Image:
+def read_picture(files: ImageFiles, name: str, channels: int, leniency: Leniency = STRICT) -> Image:
     """An image in Pillow's mode "L" (1 channel) or "RGB" (3), decoded and turned as its EXIF orientation says.
 
     Grey becomes RGB where 3 channels are asked for, palettes and other colour spaces are converted, an alpha channel
     that is opaque throughout is dropped.
 
     Raises:
-        ValueError: one line that names the file: it cannot be decoded, has more than 8 bits a value, is transparent, or
-            in colour where 1 channel is asked for.
+        ValueError: one line that names the file: it cannot be decoded, is in colour where 1 channel is asked for, or,
+            as far as `leniency` does not allow it, has more than 8 bits a value or several pictures or is transparent.
     """
     where = files.where(name)
     with _opened(files, name) as image:
-        if _header(image, where).channels > channels:
-            raise ValueError(f"{where} is in colour, but the data set is grey")
+        if _header(image, where, leniency).channels > channels:
+            raise ValueError(f"{where} is in colour, but the data set is grey: ipfm dataset makes all of them RGB")
         try:
             image.load()
+            if image.mode in _DEEP:
+                image = _upper_bits(image)
             if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                if image.getchannel("A").getextrema() != (255, 255):
-                    raise _Refused("is transparent; flatten it to grey or RGB first")
+                image = _opaque(image, leniency)
             return _upright(image).convert(_MODES[channels])
         except _Refused as error:
             raise ValueError(f"{where} {error}") from None
         except Exception as error:  # Pillow's decoders raise whatever a damaged file makes of their arithmetic
-            raise ValueError(f"{where} cannot be decoded: {printable(str(error))}") from None
+            raise ValueError(f"{where} cannot be decoded: {printable(str(error))}{GO_ON}") from None
 
 
 def read_pixels(files: ImageFiles, name: str, shape: tuple[int, int, int]) -> np.ndarray:
@@ -90,7 +107,8 @@ def read_pixels(files: ImageFiles, name: str, shape: tuple[int, int, int]) -> np
     image = read_picture(files, name, channels)
     if image.size != (width, height):
         raise ValueError(
-            f"{files.where(name)} is {image.width}x{image.height}, but the data set's first image is {width}x{height}"
+            f"{files.where(name)} is {image.width}x{image.height}, but the data set's first image is {width}x{height}: "
+            "ipfm dataset --resolution N resizes all of them"
         )
     return to_array(image)
 
@@ -162,7 +180,7 @@ class DecodedImages:
             try:
                 pixels = read_pixels(self.files, self.chosen[other], self.size)
             except ValueError as error:
-                reason = reason or str(error)
+                reason = reason or str(error).removesuffix(GO_ON)
                 continue
             if reason:
                 self._note(index, other, reason)
@@ -216,43 +234,38 @@ def _opened(files: ImageFiles, name: str) -> Iterator[Image]:
 
     with files.open(name) as file:
         try:
-            image = Image.open(file, formats=_FORMATS)
+            image = Image.open(file, formats=formats_of(name))
         except Image.UnidentifiedImageError:
             file.seek(0)
-            raise ValueError(f"{files.where(name)} {_no_image(file.read(512))}") from None
+            raise ValueError(f"{files.where(name)} {what_instead(file.read(512))}{GO_ON}") from None
         except Image.DecompressionBombError:
             raise ValueError(f"{files.where(name)} is larger than is decoded: {_too_many()}") from None
         except Exception as error:
-            raise ValueError(f"{files.where(name)} cannot be read: {printable(str(error))}") from None
+            raise ValueError(f"{files.where(name)} cannot be read: {printable(str(error))}{GO_ON}") from None
         yield image
 
 
-def _no_image(start: bytes) -> str:
-    """What a file is that Pillow does not know, from its first bytes, 512 of them."""
-    readable = f"what can be read: {', '.join(_FORMATS)}"
-    if kind := image_kind(start):
-        damaged = kind in _FORMATS
-        return f"is {'a damaged' if damaged else 'an image of the format'} {kind}{'' if damaged else '; ' + readable}"
-    what = what_pointer(start)
-    return f"is no image{f': {what}' if what else f'; {readable}'}"
-
-
 def _too_many() -> str:
-    return f"more than {MAX_PIXELS // 10**6} million pixels"
+    return f"more than {MAX_PIXELS // 10**6} million pixels: make it smaller with another program{GO_ON}"
 
 
-def _header(image: Image, where: str) -> Header:
+def _header(image: Image, where: str, leniency: Leniency) -> Header:
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{where} is {image.width}x{image.height}, {_too_many()}")
-    channels = _CHANNELS.get(image.mode)
+    channels = 1 if image.mode in _DEEP else _CHANNELS.get(image.mode)
     if channels is None:
-        raise ValueError(f"{where} has pixels of the kind {image.mode}; possible: 8-bit grey or RGB")
-    if (bits := _bits(image)) > 8:
-        raise ValueError(f"{where} has {bits} bits a value, of which 8 would be lost; possible: 8-bit grey or RGB")
-    # A second picture of a photo (MPO) is its preview, or the other eye's.
-    if image.format != "MPO" and (pictures := _pictures(image)) > 1:
+        raise ValueError(f"{where} has pixels of the kind {image.mode}; possible: 8-bit grey or RGB{GO_ON}")
+    bits = max(_bits(image), 16) if image.mode in _DEEP else _bits(image)
+    if bits > 8 and not leniency.eight_bits:
         raise ValueError(
-            f"{where} holds {pictures} pictures, of which one would be taken: make a file of each, or keep one"
+            f"{where} has {bits} bits a value, of which {bits - 8} would be lost; possible: 8-bit grey or RGB: "
+            "ipfm dataset --to-8-bits keeps the upper 8"
+        )
+    # A second picture of a photo (MPO) is its preview, or the other eye's.
+    if not leniency.first_frame and image.format != "MPO" and (pictures := _pictures(image)) > 1:
+        raise ValueError(
+            f"{where} holds {pictures} pictures, of which one would be taken: make a file of each, or "
+            "ipfm dataset --first-frame takes the first"
         )
     # Turning exchanges the sides; looking whether a PNG is to be turned decodes it, which a square one is spared.
     turned = image.width != image.height and image.format != "TIFF" and _orientation(image) in _LYING
@@ -278,6 +291,30 @@ def _upright(image: Image) -> Image:
     return ImageOps.exif_transpose(image)
 
 
+def _opaque(image: Image, leniency: Leniency) -> Image:
+    """A picture with an alpha channel or a transparent colour without it."""
+    from PIL import Image as Images
+
+    image, info = image.convert("RGBA"), image.info
+    if image.getchannel("A").getextrema() == (255, 255):
+        return image
+    if leniency.background is None:
+        raise _Refused("is transparent: ipfm dataset --background white (or black, grey) puts it on a colour")
+    flat = Images.alpha_composite(Images.new("RGBA", image.size, leniency.background), image)
+    flat.info = info  # the orientation
+    return flat
+
+
+def _upper_bits(image: Image) -> Image:
+    """The upper 8 bits of grey values, as Pillow itself takes them of colour; it has made 16 of 9 to 15 bits."""
+    from PIL import Image as Images
+
+    values = np.asarray(image).astype(np.int64) >> (24 if (image.format, image.mode) == ("TIFF", "I") else 8)
+    grey = Images.fromarray(values.clip(0, 255).astype(np.uint8))
+    grey.info = image.info
+    return grey
+
+
 def _pictures(image: Image) -> int:
     """How many pictures a file holds; where its tail is damaged, 1."""
     try:
@@ -299,4 +336,36 @@ def _bits(image: Image) -> int:
         return 16 if "16" in str(options) else 8
     if image.format == "PPM" and isinstance(options, tuple) and type(options[-1]) is int:
         return max(8, options[-1].bit_length())
-    return 8
+    if image.format == "AVIF":
+        return _avif_bits(image)
+    return _jpeg2000_bits(image) or 8
+
+
+def _start(image: Image) -> bytes:
+    """The first bytes of an image's file, which is left where it was."""
+    file = getattr(image, "fp", None)
+    if file is None:
+        return b""
+    place = file.tell()
+    file.seek(0)
+    start = file.read(1 << 14)
+    file.seek(place)
+    return start
+
+
+def _avif_bits(image: Image) -> int:
+    """8, 10 or 12, by the configuration of AV1: a flag for more than 8 bits, and one for 12."""
+    _, found, rest = _start(image).partition(b"av1C")
+    if not found or len(rest) < 3 or not rest[2] & 0x40:
+        return 8
+    return 12 if rest[2] & 0x20 else 10
+
+
+def _jpeg2000_bits(image: Image) -> int | None:
+    """The most bits of a component, by the marker SIZ of a JPEG 2000; None of other images."""
+    if image.format != "JPEG2000":
+        return None
+    _, found, rest = _start(image).partition(b"\xff\x4f\xff\x51")
+    components = int.from_bytes(rest[36:38], "big")
+    sizes = rest[38 : 38 + 3 * components : 3] if found else b""
+    return max((size & 0x7F) + 1 for size in sizes) if sizes else None

@@ -12,12 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Protocol
 
+from ipfm.engine.data.formats import EXTENSIONS, why_not_read
 from ipfm.models.checkpoints.recognise import image_kind, missing
 
-EXTENSIONS = frozenset(
-    (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
-"""What the name of an image ends in, in small or capital letters."""
 LABEL_FILE = "dataset.json"
 OWN_FILES = frozenset((".ipfm-samples.json",))
 """What `ipfm sample` writes beside its images: never an image, so never left out."""
@@ -186,7 +183,8 @@ class LeftOut(dict[str, list[str]]):
 
 SYSTEM_FILES = "files of the system"
 NO_SUFFIX = "files without a suffix"
-_LOOKED_INTO = 1000  # a file to open each
+_SUFFIX = "files "  # what those of one suffix are left out as
+_LOOKED_INTO, _TRIED = 1000, 5  # a file to open each
 
 
 def _shown(names: list[str]) -> str:
@@ -194,11 +192,17 @@ def _shown(names: list[str]) -> str:
 
 
 def _tell_images(files: ImageFiles) -> None:
-    """Say of the files without a suffix which are images: they are not taken, and a name says why."""
-    bare = files.left_out.pop(NO_SUFFIX, [])
-    images = [name for name in bare[:_LOOKED_INTO] if _is_image(files, name)]
-    files.left_out.add("images whose names have no suffix, such as .png", images)
-    files.left_out.add(NO_SUFFIX, (name for name in bare if name not in set(images)))
+    """Say which of the files without an image's suffix are images: they are not taken, and a name says why."""
+    for reason in [one for one in files.left_out if one == NO_SUFFIX or one.startswith(f"{_SUFFIX}.")]:
+        # Of a kind of files that are none, a few tell.
+        if reason != NO_SUFFIX and not any(_is_image(files, name) for name in files.left_out[reason][:_TRIED]):
+            continue
+        found = files.left_out.pop(reason)
+        images = {name for name in found[:_LOOKED_INTO] if _is_image(files, name)}
+        said = f"images whose names end in {reason.removeprefix(_SUFFIX)}: rename them"
+        images_said = "images whose names have no suffix, such as .png" if reason == NO_SUFFIX else said
+        files.left_out.add(images_said, (name for name in found if name in images))
+        files.left_out.add(reason, (name for name in found if name not in images))
 
 
 def _is_image(files: ImageFiles, name: str) -> bool:
@@ -222,12 +226,14 @@ def _sorted_out(names: Iterable[str], folders: Iterable[str]) -> tuple[list[str]
             left.add(SYSTEM_FILES, [name])
         elif _hidden(name):
             left.add("hidden files", [name])
+        elif why := why_not_read(suffix):
+            left.add(why, [name])
         elif suffix in EXTENSIONS:
             images.append(name)
         elif name.rpartition("/")[2].lower() == LABEL_FILE:
             labels.append(name)
         else:
-            left.add(f"files {printable(suffix)}" if suffix else NO_SUFFIX, [name])
+            left.add(f"{_SUFFIX}{printable(suffix)}" if suffix else NO_SUFFIX, [name])
     full = {"/".join(parts[:i]) for name in images for parts in [name.split("/")] for i in range(1, len(parts))}
     left.add("folders without an image", (name for name in folders if name not in full and not _hidden(name)))
     return images, left, labels

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ipfm.engine.data.formats import why_not_read
 from ipfm.engine.data.image_files import LABEL_FILE, MAX_FILE_BYTES, ImageFiles, printable, same_name
 from ipfm.models.checkpoints.recognise import what_pointer
 
+WITHOUT = ": mend it, or make a data set with `ipfm dataset --labels none`"
 MAX_CLASSES = 1_000_000
 """A class number is below this: labels are one-hot vectors, as wide as there are classes."""
 
@@ -37,12 +40,20 @@ def read_labels(files: ImageFiles) -> Tensor | None:
     known = set(keys)
     for name in found:
         if name not in known:
-            is_not = "is left out: it is no image" if files.has(below + name) else "is not there"
-            raise ValueError(f"{where} has a label for {printable(name)}, which {is_not}")
+            raise ValueError(
+                f"{where} has a label for {printable(name)}, which {_is_not(files, below + name)}{WITHOUT}"
+            )
     for name in keys:
         if name not in found:
-            raise ValueError(f"{where} has no label for {printable(name)}")
+            raise ValueError(f"{where} has no label for {printable(name)}{WITHOUT}")
     return as_labels([found[name] for name in keys], files.names, where)
+
+
+def _is_not(files: ImageFiles, name: str) -> str:
+    if not files.has(name):
+        return "is not there"
+    why = why_not_read(os.path.splitext(name)[1].lower())
+    return f"is left out with all {why}" if why else "is left out: it is no image"
 
 
 def label_file(files: ImageFiles) -> str | None:
@@ -58,11 +69,12 @@ def label_file(files: ImageFiles) -> str | None:
     if stray := next((name for name in files.names if not name.startswith(below)), None):
         raise ValueError(
             f"{files.where(found[0])} has the labels of its own folder, in which {printable(stray)} is not: "
-            "give that folder alone, or take no labels"
+            "give that folder alone, or take no labels (`ipfm dataset --labels none`)"
         )
     if len(found) > 1:
         raise ValueError(
-            f"{files.path} has {len(found)} label files, {printable(found[0])} and {printable(found[1])}: keep one"
+            f"{files.path} has {len(found)} label files, {printable(found[0])} and {printable(found[1])}: keep one, or "
+            "make a data set with `ipfm dataset --labels none` or folders"
         )
     return found[0]
 

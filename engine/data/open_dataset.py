@@ -101,7 +101,7 @@ def open_dataset(
     if header.width != header.height:
         raise ValueError(
             f"{files.where(files.names[0])} is {header.width}x{header.height}, but images must be square: "
-            "`ipfm dataset --crop center` makes squares"
+            "`ipfm dataset --crop center` makes squares, and --fit stretch or pad does so without cutting"
         )
     chosen = kept.of(len(files.names))
     source = DecodedImages(
@@ -136,6 +136,7 @@ class Subset:
     Args:
         max_images: as in `open_dataset`.
         seed: as in `open_dataset`.
+        first: the first ones, not a random subset.
 
     Raises:
         ValueError: max_images < 1, or a seed out of its range.
@@ -143,6 +144,7 @@ class Subset:
 
     max_images: int | None
     seed: int = 0
+    first: bool = False
 
     def __post_init__(self) -> None:
         if self.max_images is not None and self.max_images < 1:
@@ -154,7 +156,8 @@ class Subset:
         """The numbers of the images kept out of `n`, increasing, int64."""
         order = np.arange(n)
         if self.max_images is not None and self.max_images < n:
-            np.random.RandomState(self.seed).shuffle(order)
+            if not self.first:
+                np.random.RandomState(self.seed).shuffle(order)
             order = np.sort(order[: self.max_images])
         return torch.from_numpy(order)
 

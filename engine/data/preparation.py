@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ipfm.engine.data.cifar import read_cifar
-from ipfm.engine.data.decoding import Header, read_header, read_picture, threads, to_array
+from ipfm.engine.data.decoding import STRICT, Header, Leniency, read_header, read_picture, threads, to_array
 from ipfm.engine.data.image_files import LABEL_FILE, ImageFiles, LeftOut, printable
 from ipfm.engine.data.labels import MAX_CLASSES, label_file, read_labels
 from ipfm.engine.data.open_dataset import Subset, is_cifar, label_width, open_image_files
+from ipfm.engine.data.shaping import Shaping
 from ipfm.engine.data.zip_writer import encode_png
 from ipfm.engine.runtime.progress import ProgressBar
 
@@ -25,54 +26,11 @@ if TYPE_CHECKING:
 
 Labelling = Literal["auto", "folders", "none"]
 
-MAX_RESOLUTION = 4096
 _AT_ONCE = 256  # images in work: as many as wait in memory
 _SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev"))
-_SHARD = re.compile(r"\d{5}/img\d{8}\.\w+")
-
-
-@dataclass(frozen=True)
-class Shaping:
-    """How pictures become squares of one size.
-
-    Args:
-        resolution: side in pixels to which they are resized with Lanczos' filter; None leaves the size.
-        crop: cut out the middle before.
-
-    Raises:
-        ValueError: an impossible resolution.
-    """
-
-    resolution: int | None = None
-    crop: bool = False
-
-    def __post_init__(self) -> None:
-        if self.resolution is not None and not 1 <= self.resolution <= MAX_RESOLUTION:
-            raise ValueError(f"resolution must lie in 1…{MAX_RESOLUTION}, got {self.resolution}")
-
-    def side(self, header: Header, where: str) -> int:
-        """Side in pixels of what becomes of a picture.
-
-        Raises:
-            ValueError: it is not square, and not to be cropped; `where` begins the message.
-        """
-        if header.width != header.height and not self.crop:
-            raise ValueError(
-                f"{where} is {header.width}x{header.height}, but images must be square: "
-                "--crop center cuts out the middle"
-            )
-        return self.resolution or min(header.width, header.height)
-
-    def shaped(self, image: Image) -> Image:
-        """The square."""
-        from PIL.Image import Resampling
-
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        if image.size != (side, side):
-            image = image.crop((left, top, left + side, top + side))
-        size = self.resolution or side
-        return image if size == side else image.resize((size, size), Resampling.LANCZOS)
+_EDMS = re.compile(r"\d{5}/img\d{8}\.\w+")
+# A folder of a large data set, counted: classes have names, or are so few that four digits count them.
+_SHARD = re.compile(r"\d{5,}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +47,8 @@ class Pictures:
         width: how wide they are in the whole source.
         left_out: what is in the source and not taken.
         remarks: what else there is to say of the source.
+        notes: what there is to say of what was done as asked.
+        whole: number of images in the source.
     """
 
     load: Callable[[int], Image]
@@ -100,6 +60,8 @@ class Pictures:
     width: int
     left_out: LeftOut = field(default_factory=LeftOut)
     remarks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    whole: int = 0
 
     def pngs(self) -> Iterator[bytes]:
         """The images in their order, as PNGs, made by several threads; shows a bar.
@@ -119,7 +81,13 @@ class Pictures:
 
 
 def find_pictures(
-    source: Path, shaping: Shaping, labelling: Labelling, subset: Subset, *, skip_unreadable: bool = False
+    source: Path,
+    shaping: Shaping,
+    labelling: Labelling,
+    subset: Subset,
+    *,
+    skip_unreadable: bool = False,
+    leniency: Leniency = STRICT,
 ) -> Pictures:
     """Look through `source`, a folder, zip or CIFAR-10 archive; no image is decoded yet, but for CIFAR-10.
 
@@ -127,11 +95,12 @@ def find_pictures(
         source: folder, zip or archive.
         shaping: how the pictures become squares.
         labelling: "auto" takes the labels of dataset.json or of CIFAR-10; where there are none, and all images lie in
-            two or more top-level folders that are not the numbered ones of EDM's format, these are the classes, in the
-            order of their names. "folders" insists on that; "none" takes no labels. Folders that hold one folder and
-            nothing else are passed through.
+            two or more top-level folders that are not the numbered parts of a data set, five digits or more, these
+            are the classes, in the order of their names. "folders" insists on that; "none" takes no labels. Folders
+            that hold one folder and nothing else are passed through.
         subset: which images to keep.
         skip_unreadable: leave out, and count, the images that cannot be decoded; each is decoded once to know.
+        leniency: what to do with images of which something would be lost.
 
     Raises:
         ValueError: one line that names the file: the source or an image cannot be read, an image is not square or
@@ -139,7 +108,8 @@ def find_pictures(
     """
     if is_cifar(source):
         return _from_cifar(source, shaping, labelling, subset)
-    return _from_files(open_image_files(source), shaping, labelling, subset, skip_unreadable=skip_unreadable)
+    files = open_image_files(source)
+    return _from_files(files, shaping, labelling, subset, leniency, skip_unreadable=skip_unreadable)
 
 
 def _from_cifar(source: Path, shaping: Shaping, labelling: Labelling, subset: Subset) -> Pictures:
@@ -153,30 +123,47 @@ def _from_cifar(source: Path, shaping: Shaping, labelling: Labelling, subset: Su
     def load(index: int) -> Image.Image:
         return shaping.shaped(Image.fromarray(images[chosen[index]].permute(1, 2, 0).numpy()))
 
-    side = shaping.resolution or images.shape[-1]
-    if labelling == "none":
-        return Pictures(load, len(chosen), side, 3, None, "none", 0)
-    return Pictures(load, len(chosen), side, 3, classes[chosen], "CIFAR-10's", label_width(classes))
+    pixels = images.shape[-1]
+    side = shaping.side(Header(pixels, pixels, 3), str(source))
+    none = labelling == "none"
+    return Pictures(
+        load,
+        len(chosen),
+        side,
+        channels=3,
+        labels=None if none else classes[chosen],
+        label_source="none" if none else "CIFAR-10's",
+        width=0 if none else label_width(classes),
+        notes=_of_subset(source, subset, len(images)),
+        whole=len(images),
+    )
 
 
 def _from_files(
-    files: ImageFiles, shaping: Shaping, labelling: Labelling, subset: Subset, *, skip_unreadable: bool
+    files: ImageFiles,
+    shaping: Shaping,
+    labelling: Labelling,
+    subset: Subset,
+    leniency: Leniency,
+    *,
+    skip_unreadable: bool,
 ) -> Pictures:
     labels, label_source, remarks = _labels(files, labelling)
     chosen = subset.of(len(files.names))
     if skip_unreadable:
-        readable = torch.tensor(_readable(files, [files.names[i] for i in chosen.tolist()]), dtype=torch.bool)
+        readable = torch.tensor(_readable(files, [files.names[i] for i in chosen.tolist()], leniency), dtype=torch.bool)
         files.left_out.add("images that cannot be read", (files.names[i] for i in chosen[~readable].tolist()))
         chosen = chosen[readable]
         if not len(chosen):
             raise ValueError(f"{files.path} holds no image that can be read")
     names = [files.names[i] for i in chosen.tolist()]
-    side = channels = 0
-    headers = _headers(files, names)
+    side = channels = uneven = 0
+    headers = _headers(files, names, leniency)
     for name, header in zip(names, headers, strict=True):
         found = shaping.side(header, files.where(name))
         side = side or found
         channels = max(channels, header.channels)
+        uneven += header.width != header.height
         if found != side:
             raise ValueError(
                 f"{files.where(name)} gives an image of {found} pixels a side, the first one {side}: "
@@ -184,19 +171,33 @@ def _from_files(
             )
 
     def load(index: int) -> Image:
-        return shaping.shaped(read_picture(files, names[index], channels))
+        return shaping.shaped(read_picture(files, names[index], channels, leniency))
 
     width = 0 if labels is None else label_width(labels)
     kept = None if labels is None else labels[chosen]
-    return Pictures(load, len(names), side, channels, kept, label_source, width, files.left_out, remarks)
+    notes = _of_subset(files.path, subset, len(files.names))
+    if said := shaping.said(uneven, len(names)):
+        notes.append(f"{files.path}: {said}")
+    whole = len(files.names)
+    return Pictures(load, len(names), side, channels, kept, label_source, width, files.left_out, remarks, notes, whole)
 
 
-def _readable(files: ImageFiles, names: list[str]) -> list[bool]:
+def _of_subset(source: Path, subset: Subset, whole: int) -> list[str]:
+    """Says which images are kept of more, a line; nothing of all."""
+    kept = subset.max_images
+    if kept is None or kept >= whole:
+        return []
+    if subset.first:
+        return [f"{source}: the first {kept:,} of {whole:,} images are kept, in the order of their names"]
+    return [f"{source}: {kept:,} of {whole:,} images are kept, drawn at random (seed {subset.seed})"]
+
+
+def _readable(files: ImageFiles, names: list[str], leniency: Leniency) -> list[bool]:
     """Whether each image can be decoded."""
 
     def tried(name: str) -> bool:
         try:
-            read_picture(files, name, 3)
+            read_picture(files, name, 3, leniency)
         except ValueError:
             return False
         return True
@@ -210,10 +211,13 @@ def _readable(files: ImageFiles, names: list[str]) -> list[bool]:
     return found
 
 
-def _headers(files: ImageFiles, names: list[str]) -> Iterator[Header]:
+def _headers(files: ImageFiles, names: list[str], leniency: Leniency) -> Iterator[Header]:
+    def read(name: str) -> Header:
+        return read_header(files, name, leniency)
+
     with ProgressBar("looking", len(names)) as bar:
         for first in range(0, len(names), _AT_ONCE):
-            for header in threads().map(lambda name: read_header(files, name), names[first : first + _AT_ONCE]):
+            for header in threads().map(read, names[first : first + _AT_ONCE]):
                 yield header
                 bar.advance()
 
@@ -229,8 +233,11 @@ def _labels(files: ImageFiles, labelling: Labelling) -> tuple[Tensor | None, str
     tops = [name.partition("/")[0] if "/" in name else None for name in names]
     classes = sorted({top for top in tops if top is not None})
     if labelling == "auto":
-        if len(classes) < 2 or all(map(_SHARD.fullmatch, names)):
+        if len(classes) < 2 or all(map(_EDMS.fullmatch, names)):
             return None, "none", []
+        if None not in tops and all(map(_SHARD.fullmatch, classes)):
+            taken = "are taken for parts of a data set, not for classes: --labels folders makes them classes"
+            return None, "none", [f"{files.path}: the folders {_listed(classes)} {taken}"]
         if None in tops:
             stray = printable(names[tops.index(None)])
             return None, "none", [f"{files.path}: no labels, for {stray} lies beside the folders, not in one of them"]
@@ -245,12 +252,20 @@ def _labels(files: ImageFiles, labelling: Labelling) -> tuple[Tensor | None, str
         )
     if len(classes) > MAX_CLASSES:
         raise ValueError(f"{files.path} has {len(classes)} folders, more than {MAX_CLASSES} classes")
+    remarks = []
+    if all(map(_EDMS.fullmatch, names)):
+        parts = "are numbered as the parts of a data set in EDM's format, whose classes are those of its dataset.json"
+        remarks = [f"{files.path}: the folders {_listed(classes)} {parts}; --labels folders makes them classes"]
     number = {name: index for index, name in enumerate(classes)}
+    labels = torch.tensor([number[top] for top in tops if top is not None])
+    return labels, f"the folders {_listed(classes)}", remarks
+
+
+def _listed(classes: list[str]) -> str:
     shown = [printable(name) for name in classes]
     if len(shown) > 12:
         shown[6:-3] = ["…"]
-    labels = torch.tensor([number[top] for top in tops if top is not None])
-    return labels, f"the folders {', '.join(shown)}", []
+    return ", ".join(shown)
 
 
 def _without_outer_folders(names: list[str]) -> list[str]:

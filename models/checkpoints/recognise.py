@@ -41,6 +41,7 @@ _IMAGE_STARTS = {
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
     b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
     b"\0\0\0\x0cJXL ": "JPEG XL",
     b"8BPS": "PSD, of Photoshop",
     b"qoif": "QOI",

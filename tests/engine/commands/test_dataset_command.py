@@ -77,6 +77,7 @@ def test_a_folder_with_labels(tmp_path, capsys):
         "out": str(tmp_path / "out.zip"), "images": 3, "resolution": 8, "channels": 3,
         "labels": "those of dataset.json", "classes": 4, "label_width": 4,
         "left_out": {}, "empty_classes": [2], "remarks": ["1 of 4 classes have no images: 2"],
+        "of_images": 3, "subset": None,
     }  # fmt: skip
 
 
@@ -152,11 +153,11 @@ def test_a_subset_is_the_one_that_reading_would_take(tmp_path, capsys):
 def test_what_is_left_out_is_counted_and_strict_refuses(tmp_path, capsys):
     source = tmp_path / "in"
     folder(source, "set/cat/0.png", "set/dog/0.png")
-    (source / "set" / "dog" / "2.avif").write_bytes(b"x")
+    (source / "set" / "dog" / "2.xyz").write_bytes(b"x")
     (source / ".DS_Store").write_bytes(b"x")
     (source / "set" / "bird").mkdir()
     out = tmp_path / "out.zip"
-    refused("strict was given, and .*files .avif: 1", source=source, out=out, strict=True)
+    refused("strict was given, and .*files .xyz: 1", source=source, out=out, strict=True)
     (source / "set" / "dog" / "1.png").write_bytes(b"")
     refused("dog/1.png is no image: it is empty", source=source, out=out)
     both = "strict forbids to leave anything out, and skip-unreadable asks for it: give one of them"
@@ -166,7 +167,7 @@ def test_what_is_left_out_is_counted_and_strict_refuses(tmp_path, capsys):
     said = capsys.readouterr()
     facts = json.loads(said.out)
     assert facts["left_out"] == {
-        "files of the system": 1, "files .avif": 1, "folders without an image": 1, "images that cannot be read": 1,
+        "files of the system": 1, "files .xyz": 1, "folders without an image": 1, "images that cannot be read": 1,
     }  # fmt: skip
     assert facts["images"] == 2 and facts["labels"] == "the folders cat, dog" and facts["remarks"][0] in said.err
     assert open_dataset(out).labels.tolist() == [0, 1]
@@ -187,6 +188,101 @@ def test_the_parts_of_a_split_are_no_classes(tmp_path, capsys):
     assert "no labels, for preview.png lies beside the folders" in capsys.readouterr().err
 
 
+def test_numbered_parts_are_no_classes_unless_it_is_said(tmp_path, capsys):
+    """FFHQ's folders, those of `ipfm sample --subdirs`, others like them; and classes that have numbers for names."""
+    layouts = {
+        ("00000/00000.png", "01000/01000.png"): None,
+        ("000000/000000.png", "001000/001000.png"): None,
+        ("00000/a.png", "00001/b.png"): None,
+        ("0/a.png", "9/b.png"): [0, 1],
+        ("0000/img00000000.png", "0001/img00000001.png"): [0, 1],
+    }
+    for place, (names, auto) in enumerate(layouts.items()):
+        source = tmp_path / str(place)
+        folder(source, *names)
+        capsys.readouterr()
+        Dataset(source=source, out=tmp_path / "auto.zip", overwrite=True).run()
+        said = capsys.readouterr().err
+        labels = open_dataset(tmp_path / "auto.zip").labels
+        assert (labels if labels is None else labels.tolist()) == auto
+        parts = ", ".join(name.split("/")[0] for name in names)
+        note = f"the folders {parts} are taken for parts of a data set, not for classes: --labels folders makes them"
+        assert (note in said) == (auto is None)
+        if auto is None:
+            refused("strict was given, and .* are taken for parts", source=source, out=tmp_path / "x.zip", strict=True)
+        Dataset(source=source, out=tmp_path / "asked.zip", overwrite=True, labels="folders", strict=True).run()
+        assert open_dataset(tmp_path / "asked.zip").labels.tolist() == [0, 1]
+
+
+def test_parts_of_edms_format_as_classes_are_said_and_its_labels_are_taken(tmp_path, capsys):
+    source = tmp_path / "in"
+    folder(source, "00000/img00000000.png", "00001/img00001000.png")
+    Dataset(source=source, out=tmp_path / "a.zip").run()
+    assert open_dataset(tmp_path / "a.zip").labels is None and capsys.readouterr().err == ""
+    Dataset(source=source, out=tmp_path / "a.zip", labels="folders", overwrite=True).run()
+    assert "whose classes are those of its dataset.json; --labels folders makes them classes" in capsys.readouterr().err
+    pairs = [["00000/img00000000.png", 3], ["00001/img00001000.png", 1]]
+    (source / "dataset.json").write_text(json.dumps({"labels": pairs}))
+    Dataset(source=source, out=tmp_path / "a.zip", overwrite=True).run()
+    assert open_dataset(tmp_path / "a.zip").labels.tolist() == [3, 1]
+
+
+def test_which_images_of_more_are_kept_is_said(tmp_path, capsys):
+    source, out = tmp_path / "in", tmp_path / "a.zip"
+    folder(source, *(f"{i // 5}/{i:02}.png" for i in range(20)))
+    Dataset(source=source, out=tmp_path / "all.zip").run()
+
+    def kept(**options) -> tuple[list[int], dict]:
+        capsys.readouterr()
+        Dataset(source=source, out=out, overwrite=True, json=True, **options).run()
+        return open_dataset(out).labels.tolist(), json.loads(capsys.readouterr().out)
+
+    for seed in (0, 1):
+        labels, facts = kept(max_images=6, seed=seed)
+        assert facts["remarks"][0] == f"{source}: 6 of 20 images are kept, drawn at random (seed {seed})"
+        assert (facts["images"], facts["of_images"], facts["subset"]) == (6, 20, {"chosen": "random", "seed": seed})
+        assert labels == open_dataset(tmp_path / "all.zip", max_images=6, seed=seed).labels.tolist()
+    labels, facts = kept(max_images=6, subset="first")
+    assert labels == [0] * 5 + [1] and facts["subset"] == {"chosen": "first", "seed": None}
+    assert facts["remarks"] == [
+        f"{source}: the first 6 of 20 images are kept, in the order of their names",
+        "2 of 4 classes have no images: 2, 3",
+    ]
+    assert kept(max_images=20)[1]["subset"] is None and kept()[1]["remarks"] == []
+    # A source of its own.
+    cifar(tmp_path / "bin")
+    Dataset(source=tmp_path / "bin", out=tmp_path / "c.zip", max_images=3, subset="first").run()
+    assert "the first 3 of 20 images are kept" in capsys.readouterr().err
+    assert torch.equal(open_dataset(tmp_path / "c.zip").images, open_dataset(tmp_path / "bin").images[:3])
+
+
+def test_each_refusal_of_an_image_names_an_option_that_gets_on(tmp_path):
+    """Transparent, deep, several pictures, not square, damaged: refused, and taken when that is asked for."""
+    source = tmp_path / "in"
+    folder(source, "a.png")
+    clear = random_image(1, channels=4)
+    clear[0, 0, 3] = 7
+    save(source / "b.png", clear)
+    Image.fromarray(np.full((8, 8), 999, dtype=np.uint16)).save(source / "c.png")
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(source / "d.gif", save_all=True, append_images=frames[1:])
+    save(source / "e.png", random_image(2, 9, 8))
+    (source / "f.png").write_bytes((source / "a.png").read_bytes()[:80])
+    given = {"source": source, "out": tmp_path / "out.zip", "resolution": 8}
+    for option, value, said in [
+        ("to_8_bits", True, "c.png has 16 bits a value, .* --to-8-bits"),
+        ("first_frame", True, "d.gif holds 2 pictures, .* --first-frame"),
+        ("fit", "stretch", "e.png is 9x8, .* --fit stretch"),
+        ("background", "grey", "b.png is transparent: .* --background"),
+        ("skip_unreadable", True, "f.png cannot be decoded: .*; --skip-unreadable goes on without it"),
+    ]:
+        refused(said, **given)
+        given[option] = value
+    Dataset(**given).run()
+    images = open_dataset(tmp_path / "out.zip").images
+    assert len(images) == 5 and (images[2] == 3).all() and images[3].float().mean((1, 2)).tolist() == [255, 0, 0]
+
+
 # -- shapes ------------------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +296,85 @@ def test_the_middle_is_cut_out_before_resizing(tmp_path):
     got = open_dataset(tmp_path / "out.zip").images.permute(0, 2, 3, 1).numpy()
     assert np.array_equal(got, np.stack(expected))
     assert np.array_equal(got[2], square)
+
+
+def shaped(tmp_path: Path, **options) -> np.ndarray:
+    """What `ipfm dataset` makes of `tmp_path`/in: (N, H, W, C)."""
+    Dataset(source=tmp_path / "in", out=tmp_path / "out.zip", overwrite=True, **options).run()
+    return open_dataset(tmp_path / "out.zip").images.permute(0, 2, 3, 1).numpy()
+
+
+def lanczos(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def test_the_wide_crop_is_a_rectangle_in_a_black_square(tmp_path):
+    wide, tall, exact = random_image(0, 40, 20), random_image(1, 16, 41), random_image(2, 16, 12)
+    for name, pixels in (("0.png", wide), ("1.png", tall), ("2.png", exact)):
+        save(tmp_path / "in" / name, pixels)
+    got = shaped(tmp_path, resolution="16x12", crop="wide")
+    assert got.shape == (3, 16, 16, 3)
+    assert not got[:, :2].any() and not got[:, 14:].any()
+    # The largest rectangles of 4:3: 27x20 of 40x20, 16x12 of 16x41.
+    middles = [wide[:, 6:33], tall[14:26], exact]
+    assert np.array_equal(got[:, 2:14], np.stack([lanczos(one, 16, 12) for one in middles]))
+    assert np.array_equal(got[2, 2:14], exact)
+
+
+def test_images_that_are_not_square_can_be_kept_whole(tmp_path, capsys):
+    wide, square = random_image(0, 24, 12), random_image(1, 12, 12)
+    for name, pixels in (("0.png", wide), ("1.png", square)):
+        save(tmp_path / "in" / name, pixels)
+    capsys.readouterr()
+    got = shaped(tmp_path, resolution=8, fit="stretch", json=True)
+    assert np.array_equal(got, np.stack([lanczos(wide, 8, 8), lanczos(square, 8, 8)]))
+    said = capsys.readouterr()
+    note = f"{tmp_path}/in: 1 of 2 images are not square and were squeezed into squares"
+    assert json.loads(said.out)["remarks"] == [note] and f"ipfm: note: {note}\n" in said.err
+    # It was asked for: strict does not mind.
+    shaped(tmp_path, resolution=8, fit="stretch", strict=True)
+    got = shaped(tmp_path, resolution=8, fit="pad")
+    assert np.array_equal(got[0, 2:6], lanczos(wide, 8, 4)) and not got[0, :2].any() and not got[0, 6:].any()
+    assert np.array_equal(got[1], lanczos(square, 8, 8))
+    assert "1 of 2 images are not square and were filled up to squares with black" in capsys.readouterr().err
+    # Without a resolution: the shorter side, or the longer one.
+    (tmp_path / "in" / "1.png").unlink()
+    assert shaped(tmp_path, fit="stretch").shape == (1, 12, 12, 3)
+    got = shaped(tmp_path, fit="pad")
+    assert got.shape == (1, 24, 24, 3) and np.array_equal(got[0, 6:18], wide)
+
+
+def test_shrinking_as_for_adm_halves_by_boxes_and_takes_the_middle(tmp_path):
+    y, x = np.mgrid[:40, :72]
+    pixels = np.stack([x * 3, y * 4, x + y], 2).astype(np.uint8)
+    save(tmp_path / "in" / "a.png", pixels)
+    got = shaped(tmp_path, resolution=10, crop="adm")
+    # Twice by 2: 18x10, of which the middle is columns 4 to 13: values are means of 4x4 pixels.
+    expected = pixels.reshape(10, 4, 18, 4, 3).mean((1, 3))[:, 4:14]
+    assert np.abs(got[0] - expected).max() <= 1
+    assert shaped(tmp_path, resolution=30, crop="adm").shape == (1, 30, 30, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"crop": "adm"}, "crop adm needs --resolution"),
+        ({"crop": "wide"}, "crop wide needs a width and a height: --resolution 512x384, say"),
+        ({"crop": "wide", "resolution": "64x64"}, "crop wide needs a width and a height"),
+        ({"crop": "wide", "resolution": "48x64"}, "crop wide needs a width not below the height, got 48x64"),
+        ({"resolution": "64x48"}, "resolution must be one side, for images are square, got 64x48: --crop wide"),
+        ({"resolution": "64x"}, "resolution must be a side, as in 64, or with --crop wide WxH, .* got '64x'"),
+        ({"resolution": "4097x4", "crop": "wide"}, "resolution must lie in 1…4096, got 4097"),
+        ({"crop": "center", "fit": "pad"}, "crop and fit exclude each other"),
+        ({"subset": "first"}, "subset needs max-images"),
+        ({"seed": 3}, "seed needs max-images"),
+        ({"seed": 3, "subset": "first", "max_images": 1}, "seed was given, but subset first draws nothing"),
+        ({"seed": -1, "max_images": 1}, "seed must lie in 0"),
+    ],
+)
+def test_shapes_and_subsets_that_cannot_be(tmp_path, options, said):
+    folder(tmp_path / "in", "0.png")
+    refused(said, source=tmp_path / "in", out=tmp_path / "out.zip", **options)
 
 
 def test_resizing_keeps_what_a_low_pass_keeps(tmp_path):
@@ -304,5 +479,9 @@ def test_the_command_line():
     assert read(
         "in out.zip --resolution 64 --crop center --labels folders --max-images 5 --overwrite"
     ) == replace(plain, resolution=64, crop="center", labels="folders", max_images=5, overwrite=True)  # fmt: skip
-    with pytest.raises(BadInput, match="--crop must be one of center, none, got"):
+    assert read(
+        "in out.zip --resolution 512x384 --crop wide --subset first --background grey --first-frame --to-8-bits"
+    ) == replace(plain, resolution="512x384", crop="wide", subset="first", background="grey", first_frame=True,
+                 to_8_bits=True)  # fmt: skip
+    with pytest.raises(BadInput, match="--crop must be one of adm, center, none, wide, got"):
         read("in out.zip --crop left")

@@ -327,10 +327,10 @@ def test_references_and_images_are_read_as_training_data_are(
             given.run()
         found = printed(capsys, replace(given, skip_unreadable=True))
         assert found["images"] == 40 and any("000.png" in remark for remark in found["remarks"])
-        (tmp_path / "images" / "x.avif").write_bytes(b"x")
-        with pytest.raises(BadInput, match=r"strict was given, and .*left out files .avif: 1"):
+        (tmp_path / "images" / "x.xyz").write_bytes(b"x")
+        with pytest.raises(BadInput, match=r"strict was given, and .*left out files .xyz: 1"):
             replace(given, strict=True).run()
-        (tmp_path / "images" / "x.avif").unlink()
+        (tmp_path / "images" / "x.xyz").unlink()
         with pytest.raises(BadInput, match="give one of them"):
             replace(given, strict=True, skip_unreadable=True).run()
 
@@ -406,10 +406,10 @@ def test_what_is_left_out_of_images_is_said_and_in_json(
     capsys: pytest.CaptureFixture[str], root: Path, options: Evaluate, tmp_path: Path
 ) -> None:
     shutil.copytree(root / "folder", tmp_path / "some")
-    (tmp_path / "some" / "x.avif").write_bytes(b"x")
+    (tmp_path / "some" / "x.xyz").write_bytes(b"x")
     replace(options, model=tmp_path / "some", images=None).run()
     said = capsys.readouterr()
-    note = f"{tmp_path}/some: left out files .avif: 1 (x.avif)"
+    note = f"{tmp_path}/some: left out files .xyz: 1 (x.xyz)"
     assert said.err.count(note) == 1 and note in json.loads(said.out)["remarks"]
 
 

@@ -219,8 +219,8 @@ BAD_IMAGES = {
     "other size": (PNG, encode_png(random_images(1, size=4)[0]), "1.png is 4x4, but the data set's first image is 8x8"),
     "other shape": (PNG, encoded(TALL), "1.png is 8x9, but"),
     "colour among grey": (encode_png(GREY[0]), PNG, "1.png is in colour, but the data set is grey"),
-    "transparent": (PNG, encoded(SHEER), "1.png is transparent; flatten it"),
-    "16 bit": (PNG, DEEP.getvalue(), "1.png has pixels of the kind I;16; possible: 8-bit grey or RGB"),
+    "transparent": (PNG, encoded(SHEER), "1.png is transparent: ipfm dataset --background white"),
+    "16 bit": (PNG, DEEP.getvalue(), "1.png has 16 bits a value, of which 8 .* ipfm dataset --to-8-bits keeps"),
     "cut short": (PNG, PNG[:150], "1.png cannot be decoded: "),
     "no image": (PNG, b"\x00\x01nothing", "1.png is no image; what can be read: BMP, "),
     "empty": (b"", PNG, "0.png is no image"),
@@ -333,8 +333,10 @@ def test_labels_are_found_however_a_zip_writes_its_names(tmp_path, prefix, style
 def test_labels_of_a_part_of_the_images_are_refused(tmp_path):
     files = {"a/0.png": PNG, "b/0.png": PNG} | {"a/dataset.json": label_file([["0.png", 1]])["dataset.json"]}
     refused(write(tmp_path / "x", files), "a/dataset.json has the labels of its own folder, in which b/0.png is not")
-    files = {"0.png": PNG, "1.avif": b"x"} | label_file([["0.png", 1], ["1.avif", 0]])
-    refused(write(tmp_path / "y", files), "has a label for 1.avif, which is left out: it is no image")
+    files = {"0.png": PNG, "1.xyz": b"x"} | label_file([["0.png", 1], ["1.xyz", 0]])
+    refused(write(tmp_path / "y", files), "has a label for 1.xyz, which is left out: it is no image")
+    files = {"0.png": PNG, "1.psd": b"x"} | label_file([["0.png", 1], ["1.psd", 0]])
+    refused(write(tmp_path / "z", files), "1.psd, which is left out with all images .psd, which are not read: convert")
 
 
 def test_names_of_labels_in_another_form_of_unicode(tmp_path):
@@ -370,8 +372,9 @@ def test_images_without_a_suffix_and_single_images_are_named(tmp_path, capsys):
     "start, said",
     [
         (b"\0\0\0\x18ftypheic", "is an image of the format HEIC; what can be read: BMP, GIF"),
-        (b"\0\0\0\x18ftypavif", "is an image of the format AVIF;"),
-        (b"\0\0\0\x0cjP  \r\n\x87\n", "is an image of the format JPEG 2000;"),
+        (b"\0\0\0\x18ftypavif", "is a damaged AVIF"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "is a damaged JPEG 2000"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "is an image of the format JPEG XL; what can be read"),
         (b"8BPS", "is an image of the format PSD, of Photoshop;"),
         (b"\xff\xd8\xff", "is a damaged JPEG"),
         (b"\x1f\x8b", "is no image; what can be read"),
@@ -404,14 +407,14 @@ def test_paths_are_read_as_a_shell_reads_them(tmp_path, monkeypatch):
 
 
 def test_links_to_folders_are_followed_and_a_pipe_is_not_waited_for(tmp_path, capsys):
-    write(tmp_path / "birds", {"0.jfif": encoded(COLOUR[0], "JPEG"), "x.avif": b"x", ".hidden.png": b"x"})
+    write(tmp_path / "birds", {"0.jfif": encoded(COLOUR[0], "JPEG"), "x.xyz": b"x", ".hidden.png": b"x"})
     (tmp_path / "set" / "cat").mkdir(parents=True)
     (tmp_path / "set" / "bird").symlink_to(tmp_path / "birds")
     (tmp_path / "set" / "up").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "set" / "f.png")
     assert len(open_dataset(tmp_path / "set")) == 1
     said = capsys.readouterr().err
-    for part in ("files .avif: 1 (bird/x.avif)", "hidden files: 1", "pipes, sockets or devices: 1 (f.png)",
+    for part in ("files .xyz: 1 (bird/x.xyz)", "hidden files: 1", "pipes, sockets or devices: 1 (f.png)",
                  "folders without an image: 1 (cat)", "links to a folder above them: 1 (up)"):  # fmt: skip
         assert part in said
     assert said.count("\n") == 1
