@@ -110,7 +110,8 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
 def _kept(model: KeptModel) -> dict[str, Any]:
     """A network that a run kept along the way; its distance is null where none was measured."""
     measured = math.isfinite(model.distance)
-    return {"path": model.path, "step": model.step, "distance": model.distance if measured else None}
+    about = {"path": model.path, "step": model.step, "distance": model.distance if measured else None}
+    return about | {"chosen_by": model.chosen_by, "measured": dict(model.values)}
 
 
 def _run_rows(
@@ -118,19 +119,18 @@ def _run_rows(
 ) -> list[tuple[str, object]]:
     """The lines of a run's text, from its facts, the settings that it makes use of and its objective in words."""
     from ipfm.engine.commands import describe
-    from ipfm.engine.runtime.wording import significant
 
-    state, D, best = facts["state"], facts["D"], facts["best"]
+    state, D, best = facts["state"], facts["D"], run.best
     losses = {k: v for k, v in facts["last"].items() if k.endswith("_loss") and isinstance(v, (int, float))}
     return [
         ("run", "distillation" if facts["kind"] == "distill" else "training of a teacher"),
         ("state", state + _WAYS_ON.get(state, "")),
         ("steps", f"{facts['steps_done']} of {facts['steps_total'] or 'an unknown number'}"),
         ("checkpoint", facts["checkpoint"] and f"{facts['checkpoint']} (step {facts['checkpoint_step']})"),
-        *((measure.called(run.metric), _measured(run, measure)) for measure in run.measures),
+        *((measure.called(run.metric), _over_training(run, measure)) for measure in run.measures),
         ("losses", ", ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in losses.items())),
         ("generator" if facts["kind"] == "distill" else "teacher", facts["network"] or "not exported yet"),
-        ("best", best and f"{best['path']}: step {best['step']}, {significant(best['distance'])}"),
+        ("best", best and f"{best.path}: step {best.step}, {best.number}"),
         ("snapshots", _snapshots(facts["snapshots"])),
         ("objective", objective),
         ("began with", _start(facts["continues"])),
@@ -157,7 +157,7 @@ def _snapshots(kept: Sequence[Mapping[str, Any]]) -> str | None:
     return f"{len(kept)} of {steps}: {last['path'].parent}"
 
 
-def _measured(run: RunRecord, measure: Measure) -> str | None:
+def _over_training(run: RunRecord, measure: Measure) -> str | None:
     """The last value of a number, and the best one if that is another; None where it was never measured."""
     from ipfm.engine.runtime.wording import significant
 

@@ -25,12 +25,19 @@ RESULTS = "results.json"
 TEACHER_RESULTS = "teacher-results.json"
 
 
-def is_better(distance: float, than: float | None) -> bool:
-    """Whether an evaluation beats an earlier one; `than` is None where there is none.
+def is_better(value: float, than: float | None, *, higher: bool = False) -> bool:
+    """Whether an evaluation beats an earlier one.
 
-    Smaller is better. What is not finite never wins, and of two that are equal the earlier one stays.
+    What is not finite never wins, and of two that are equal the earlier one stays.
+
+    Args:
+        value: a distance, or another number by which the two are compared.
+        than: the earlier one's, None where there is none.
+        higher: larger is better, as of `merit`.
     """
-    return math.isfinite(distance) and (than is None or not math.isfinite(than) or distance < than)
+    if than is None or not math.isfinite(than):
+        return math.isfinite(value)
+    return math.isfinite(value) and (value > than if higher else value < than)
 
 
 class EvaluationHistory:

@@ -17,13 +17,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ipfm.engine.checks import number
 from ipfm.engine.config import RunConfig
 from ipfm.engine.evaluation.metrics import FrechetResult
+from ipfm.engine.evaluation.metrics.measures import DISTANCE, MEASURES, METRICS, Measured, Metric, measures_of, merit
 from ipfm.engine.evaluation.results import EvaluationHistory, is_better
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.wording import significant
@@ -49,6 +50,8 @@ class KeptModel:
         distance: that was measured of it, NaN where none was.
         metric: what the distance is called; None where that is not said.
         drawn: images that were drawn for it, None where that is not said.
+        values: all that was measured of it, by the keys of `MEASURES`.
+        chosen_by: the metric by which it was the best.
     """
 
     path: Path
@@ -56,11 +59,26 @@ class KeptModel:
     distance: float = math.nan
     metric: str | None = None
     drawn: int | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+    chosen_by: Metric = "fid"
+
+    def merit(self, metric: Metric) -> float:
+        """See `merit`."""
+        return merit(metric, self.values)
+
+    @property
+    def number(self) -> str:
+        """By what it was the best, for people: "0.31", "KID 0.0021", "precision 0.7, recall 0.5"; "" without any."""
+        if self.chosen_by == "fid":
+            return significant(self.distance) if math.isfinite(self.distance) else ""
+        found = [measure for measure in measures_of((self.chosen_by,)) if measure.key in self.values]
+        name = self.metric or DISTANCE
+        return ", ".join(f"{measure.called(name)} {significant(self.values[measure.key])}" for measure in found)
 
     def in_words(self) -> str:
         """As in "step 400, 0.31: runs/x/generator-best"."""
-        distance = f", {significant(self.distance)}" if math.isfinite(self.distance) else ""
-        return f"step {self.step}{distance}: {self.path}"
+        number = self.number
+        return f"step {self.step}{number and f', {number}'}: {self.path}"
 
 
 def best_said(run: Path, kind: str) -> str | None:
@@ -75,9 +93,9 @@ def best_path(run: Path, kind: str) -> Path:
 
 
 def read_best(run: Path, kind: str) -> KeptModel | None:
-    """The best network that the run kept; None where there is none that says its distance."""
+    """The best network that the run kept; None where there is none that says by what."""
     found = _read(best_path(run, kind))
-    return None if found is None or not math.isfinite(found.distance) else found
+    return None if found is None or not math.isfinite(found.merit(found.chosen_by)) else found
 
 
 def read_snapshots(run: Path) -> tuple[KeptModel, ...]:
@@ -107,13 +125,28 @@ def _read(path: Path) -> KeptModel | None:
         return None
     said = measured if isinstance(measured, dict) else {}
     metric, images, left_out = said.get("metric"), number(said.get("images")), number(said.get("left_out", 0))
+    chosen_by = _chosen_by(said)
     return KeptModel(
         path,
         step,
         number(said.get("distance")),
         metric if isinstance(metric, str) else None,
         int(images + left_out) if math.isfinite(images + left_out) else None,
+        _values(said | {"frechet": said.get("distance")}),
+        chosen_by,
     )
+
+
+def _values(said: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation that are finite, by the keys of `MEASURES`."""
+    found = {measure.key: number(said.get(measure.key)) for measure in MEASURES}
+    return {key: value for key, value in found.items() if math.isfinite(value)}
+
+
+def _chosen_by(said: Mapping[str, Any]) -> Metric:
+    """The first metric of an evaluation; versions that did not say it knew the Fréchet distance alone."""
+    asked = said.get("metrics")
+    return next((metric for metric in asked if metric in METRICS), "fid") if isinstance(asked, list) else "fid"
 
 
 @dataclass
@@ -175,8 +208,17 @@ class Snapshots:
                 if found is not None and found.step > step:
                     _remove(found.path)
         self.best = read_best(self._run, self._kind)
+        first = next(iter(self._task.metrics), None)
+        other = self.best is not None and first is not None and self.best.chosen_by != first
+        if other:
+            assert self.best is not None
+            self._message(
+                f"the best was chosen by {self.best.chosen_by} ({self.best.in_words()}), and is chosen by {first} from "
+                f"here on, among the evaluations that have it"
+            )
+            self.best = None
         if self.best is None and history is not None:
-            self._find_best(step, history)
+            self._find_best(step, history, first or "fid")
 
     def due(self, step: int) -> bool:
         """Whether a snapshot is to be taken at this step."""
@@ -187,17 +229,18 @@ class Snapshots:
         if not self._task.world.is_main:
             return
         self._average(step, _measured(result))
-        best = self.best
+        best, metric = self.best, result.metrics[0]
         drawn = result.images + result.left_out
         same = best is None or (best.drawn in (None, drawn) and best.metric in (None, result.name))
-        if not is_better(result.distance, best.distance if best is not None and same else None):
+        than = best.merit(metric) if best is not None and same else None
+        if not is_better(result.merit(metric), than, higher=True):
             return
         if best is not None and not same:
             self._message(
                 f"the best so far ({best.in_words()}) was measured otherwise, over {best.drawn:,} images: it gives way"
             )
         path = best_path(self._run, self._kind)
-        self.best = KeptModel(path, step, result.distance, result.name, drawn)
+        self.best = KeptModel(path, step, result.distance, result.name, drawn, result.values, metric)
 
         def back() -> None:
             # The one before it is there still, and counts.
@@ -291,17 +334,19 @@ class Snapshots:
             for path in others[: max(0, len(others) + 1 - self.keep)]:
                 _remove(path)
 
-    def _find_best(self, step: int, history: EvaluationHistory) -> None:
-        """Make the best of what is left of the run: its snapshots and checkpoints whose distance is known."""
-        points = [line for line in history.lines if line["step"] <= step]
+    def _find_best(self, step: int, history: EvaluationHistory, metric: Metric) -> None:
+        """Make the best of what is left of the run: its snapshots and checkpoints of which the metric was measured."""
+        points = [(merit(metric, _values(line)), line) for line in history.lines if line["step"] <= step]
+        best_first = sorted((-worth, line["step"], line) for worth, line in points if math.isfinite(worth))
         left = {step_of(path): path for path in checkpoints_in(self._run / "checkpoints")}
         left |= {step_of(path): path for path in snapshots_in(self._run)}
-        for line in sorted(points, key=lambda line: (number(line.get("frechet")), line["step"])):
-            distance = number(line.get("frechet"))
-            source = left.get(line["step"])
-            if source is None or not is_better(distance, None):
+        former = _read(best_path(self._run, self._kind))
+        left |= {} if former is None else {former.step: former.path}
+        for _, at, line in best_first:
+            source = left.get(at)
+            if source is None:
                 continue
-            measured = {"distance": distance} | {k: line[k] for k in ("images", "left_out") if k in line}
+            measured = _said_of(line, metric)
             try:
                 _copy(source, best_path(self._run, self._kind), measured)
             except (OSError, ValueError) as error:
@@ -314,7 +359,18 @@ class Snapshots:
 
 def _measured(result: FrechetResult) -> dict[str, Any]:
     found: dict[str, Any] = {"metric": result.name, "distance": result.distance, "images": result.images}
-    return found | ({"left_out": result.left_out} if result.left_out else {})
+    found |= {"left_out": result.left_out} if result.left_out else {}
+    found |= {name: value for name, value in result.to_json().items() if name in result.others}
+    return {name: value for name, value in found.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+def _said_of(line: Mapping[str, Any], metric: Metric) -> dict[str, Any]:
+    """What a model folder says of an evaluation, from its line, by whose `metric` the network is the best."""
+    names = ("images", "left_out", *(f.name for f in fields(Measured) if f.name != "metrics"))
+    said = {"distance": line.get("frechet"), "metric": line.get("name"), **{name: line.get(name) for name in names}}
+    asked = list(dict.fromkeys((metric, *(one.metric for one in MEASURES if one.key in line))))
+    said |= {} if asked == ["fid"] else {"metrics": asked}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _copy(source: Path, target: Path, measured: Mapping[str, Any]) -> None:

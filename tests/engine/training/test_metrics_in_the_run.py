@@ -20,14 +20,17 @@ from ipfm.engine.commands.report.facts import facts_of
 from ipfm.engine.commands.report.page import target, write_page
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Evaluation, open_comparison
-from ipfm.engine.evaluation.metrics import Metric
+from ipfm.engine.evaluation.metrics import FrechetResult, Metric
 from ipfm.engine.evaluation.metrics.measures import best_of, measures_of, merit
 from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.evaluation.results import EvaluationHistory, EvaluationRow, read_results, results_table
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.training.distiller import Distiller
+from ipfm.engine.training.run_folder import release_folder
 from ipfm.engine.training.run_state import read_run
+from ipfm.engine.training.snapshots import KeptModel, read_best
 from ipfm.models import NetworkConfig, build_network
+from ipfm.models.store import read_config
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -245,6 +248,57 @@ def test_the_best_by_another_metric_is_another_one(tmp_path: Path) -> None:
     assert merit("is", {"inception_score": 9.0}) > merit("is", {"inception_score": 8.0})
     rows = [EvaluationRow("a", 1, 1, 2.0, 9, 1.0), EvaluationRow("b", 1, 1, 2.0, 9, 1.0)]
     assert best_of(rows, "fid") == rows[0] and best_of(rows, "kid") is None
+
+
+def test_the_best_network_is_that_of_the_first_metric_also_of_a_run_that_goes_on_with_another(
+    tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("ipfm.engine.training.monitor.tqdm.write", lambda text, **_: said.append(text))
+    measured = {1: (1.0, 0.3), 2: (2.0, -0.1), 3: (3.0, 0.2), 4: (0.5, 0.4), 5: (4.0, 0.05), 6: (5.0, -0.2)}
+
+    def go_on(metrics: tuple[Metric, ...], steps: int, **settings: Any) -> KeptModel | None:
+        release_folder(tmp_path)
+        given = {"batch": 2, "max_steps": steps, "eval_every": 1, "checkpoint_every": 1, "zero": 0, "heun_steps": 1}
+        config = DistillConfig(**{**given, "precision": "fp32", "snapshot_every": 1, **settings})
+        torch.manual_seed(0)
+        made = Distiller(config, build_network(NETWORK).eval(), evaluation=evaluation(files, metrics), world=ALONE)
+        at: list[int] = []
+        monkeypatch.setattr(made, "iteration", lambda step, usual=made.iteration: (at.append(step + 1), usual(step))[1])
+
+        def found() -> FrechetResult:
+            frechet, kid = measured[at[-1]]
+            asked: dict[str, Any] = {"kid": kid, "kid_std": 0.1} if "kid" in metrics else {}
+            return FrechetResult(
+                frechet if "fid" in metrics else math.nan, 16, 0.1, 1.0, "FID", metrics=metrics, **asked
+            )
+
+        monkeypatch.setattr(made, "evaluate", found)
+        made.run(tmp_path)
+        release_folder(tmp_path)
+        return read_best(tmp_path, "distill")
+
+    def of(best: KeptModel | None) -> tuple[int, str, str]:
+        assert best is not None
+        return best.step, best.chosen_by, best.number
+
+    assert of(go_on(("kid", "fid"), 2)) == (2, "kid", "KID -0.1000")
+    facts = read_config(tmp_path / "generator-best").facts
+    assert facts.measured["metrics"] == ["kid", "fid"] and (facts.measured["kid"], facts.measured["distance"]) == (
+        -0.1,
+        2,
+    )
+    # The best by the other metric is among the snapshots.
+    assert of(go_on(("fid",), 3)) == (1, "fid", "1.000")
+    assert "the best was chosen by kid (step 2, KID -0.1000: " in "\n".join(said)
+    assert "is chosen by fid from here on, among the evaluations that have it" in "\n".join(said)
+    assert of(go_on(("fid",), 4)) == (4, "fid", "0.5000")
+    # Step 4 has no KID; back to it, step 2 is the best of those that have it.
+    assert of(go_on(("kid",), 5, keep_snapshots=9)) == (2, "kid", "KID -0.1000")
+    assert "distance" in read_config(tmp_path / "generator-best").facts.measured
+    best = go_on(("kid",), 6)
+    assert of(best) == (6, "kid", "KID -0.2000") and best is not None and math.isnan(best.distance)
+    assert json.loads((tmp_path / "generator-best" / "config.json").read_text())["extra"]["measured"]["kid"] == -0.2
 
 
 def test_rows_of_other_metrics_share_a_table() -> None:
