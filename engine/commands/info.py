@@ -144,7 +144,9 @@ def _start(said: object) -> str | None:
     """What a run went on from, in words; None where it began with its teacher or its data."""
     if not isinstance(said, dict):
         return None
-    seen = said.get("images_seen")
+    seen, tensors = said.get("images_seen"), said.get("tensors")
+    if tensors is not None:
+        return f"{tensors} of {said.get('of')} tensors of {said.get('source')}"
     return f"{said.get('source')}" + (f", {seen:,} images seen" if isinstance(seen, int) and seen else "")
 
 
@@ -212,6 +214,7 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
             ("sigmas", _levels(sigmas)),
             ("distilled by", distilled),
             ("dataset", about.dataset),
+            ("began with", _start(about.others.get("transfer"))),
             ("training", describe.training(about.settings, about.optimizer_steps)),
             ("converted from", " ".join(str(source[name]) for name in ("file", "network") if name in source)),
         ]

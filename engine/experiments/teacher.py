@@ -24,9 +24,11 @@ from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.training.resolve import complete_training, resolve_D
 from ipfm.engine.training.run_folder import check_run_folder, claimed
 from ipfm.engine.training.snapshots import best_said
-from ipfm.engine.training.teacher import TeacherTraining, training_facts
+from ipfm.engine.training.teacher import TeacherTraining, first_step, training_facts
+from ipfm.engine.training.transfer import Transfer, transfer_from
 from ipfm.models import NetworkConfig, presets
 from ipfm.models.checkpoints.training_state import TrainingState, read_training_state
+from ipfm.models.teacher import load_network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,9 @@ class TeacherOptions(TeacherConfig, EvaluationOptions, NetworkOptions):
     """Mirror images at random."""
     continue_from: Path | None = None
     """A training-state-*.pt of EDM or PFGM++: continue that training with its weights, EMA and optimiser state."""
+    transfer: Path | None = None
+    """A model folder or checkpoint whose weights the new network begins with, those that fit by name and shape: of
+    another size, D or number of classes."""
     dry_run: bool = False
     """Print the resolved configuration and the expected duration, and stop."""
 
@@ -50,6 +55,8 @@ class TeacherOptions(TeacherConfig, EvaluationOptions, NetworkOptions):
         self.check_network()
         for name in self.names_network if self.continue_from is not None else ():
             raise ValueError(f"{option_name(name)} was given, but continue-from says what the network is")
+        if self.transfer is not None and self.continue_from is not None:
+            raise ValueError("transfer was given, but continue-from says what the weights are: leave one of them out")
         if self.conditional and self.continue_from is not None:
             raise ValueError("conditional was given, but continue-from says what the network is")
 
@@ -84,10 +91,18 @@ class TeacherPlan(Plan):
     path: Path
     record: Mapping[str, Any]
     comparison: Comparison | None
+    transfer: Transfer | None = None
+    """What a new network takes over."""
+
+    @property
+    def begins_with(self) -> list[str]:
+        """Lines on what is continued, or taken over."""
+        lines = [] if self.state is None else state_notes(self.state, f"{self.options.continue_from}", self.config)
+        return lines + ([] if self.transfer is None else list(self.transfer.words))
 
     def describe(self) -> str:
         """See `Plan.describe`."""
-        notes = [f"continues {self.options.continue_from}: {self.state}"] if self.state is not None else []
+        notes = self.begins_with
         notes += precond_notes(self.network)
         notes += [self.recipe.data] if self.data is None else [f"data: {self.data.name}, {len(self.data):,} images"]
         return describe_training(self.config, self.network, self.path, tuple(notes))
@@ -100,12 +115,20 @@ class TeacherPlan(Plan):
         config = replace(self.config, resume=True)
         with claimed(path, self.record, self.config, write=world.is_main):
             training = TeacherTraining(
-                config, self.network, self.data, evaluation=evaluation, start=self.state, world=world
+                config,
+                self.network,
+                self.data,
+                evaluation=evaluation,
+                start=self.state,
+                transfer=self.transfer,
+                world=world,
             )
+        lines = self.begins_with
 
         def train() -> None:
             if world.is_main:
                 say_if_settled(path, "teacher", config)
+                print(*lines, sep="\n", end="\n" if lines else "")
             training.run(path)
             if world.is_main:
                 print(f"teacher: {path / 'model'}")
@@ -162,9 +185,12 @@ class TeacherRecipe(Recipe[TeacherOptions]):
         if data is not None and data.shape != self.shape:
             raise ValueError(f"{options.data} has images {_times(data.shape)}, {self.title} is {_times(self.shape)}")
         path = options.out or Path("runs") / f"{self.name}-teacher-{named(options)}-D{network.D:g}"
-        record = check_run_folder(path, "teacher", config, training_facts(config, network, data, state))
+        if state is not None:
+            check_length(state, str(options.continue_from), config)
+        transfer = None if options.transfer is None else _transfer(options.transfer, network)
+        record = check_run_folder(path, "teacher", config, training_facts(config, network, data, state, transfer))
         comparison = options.comparison(self.shape, run_device())
-        return TeacherPlan(self, options, config, network, data, state, path, record, comparison)
+        return TeacherPlan(self, options, config, network, data, state, path, record, comparison, transfer)
 
     def _state(self, options: TeacherOptions, path: Path) -> TrainingState:
         state = read_training_state(path, D=options.D)
@@ -191,6 +217,37 @@ class TeacherRecipe(Recipe[TeacherOptions]):
             classes=classes or 0,
             augmented=options.augment > 0,
         )
+
+
+def state_notes(state: TrainingState, source: str, config: TeacherConfig) -> list[str]:
+    """Lines on a training that is continued; `source`: its file."""
+    seen, step = state.images_seen, first_step(state, config)
+    told = "the images that it has seen are not known" if seen is None else f"{seen:,} images seen"
+    average = f"its average from {state.ema_from}"
+    if state.ema is None:
+        average = "no average, which starts from the weights"
+        average += f" ({state.ema_from} is not there)" if state.ema_from else ""
+    return [
+        f"continues {Path(source).name}: {told}, goes on at step {step:,} of {config.total_steps:,}",
+        f"  teacher: its weights, {average}, its optimiser's moments and {state.adam_steps:,} steps",
+    ]
+
+
+def check_length(state: TrainingState, source: str, config: TeacherConfig) -> None:
+    """Check that a training that is continued does not end before it goes on; `source`: its file.
+
+    Raises:
+        ValueError: it does.
+    """
+    if (step := first_step(state, config)) >= config.total_steps:
+        raise ValueError(
+            f"{source} is at step {step:,} of {config.batch} images already, and the run is to end at step "
+            f"{config.total_steps:,}: give a larger --kimg or --max-steps, which count from the first training's start"
+        )
+
+
+def _transfer(path: Path, network: NetworkConfig) -> Transfer:
+    return transfer_from(path.name, load_network(path), network)
 
 
 def named(options: TeacherOptions) -> str:

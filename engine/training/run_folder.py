@@ -271,10 +271,11 @@ def _differences(found: Mapping[str, Any], ours: Mapping[str, Any], free: frozen
     """What identifies the two runs and differs: "alpha is 1.0 there, 1.2 here"."""
     # A fact that one side does not know yet, such as a teacher still to be trained, is no difference.
     known = [name for name in ours if name in found and name not in ("config", "about", "start")]
-    if "distill" == found.get("kind") == ours.get("kind") and {"continues"} & (ours.keys() | found.keys()):
-        # A distillation that goes on from nothing else does not say so.
-        ours, found = {"continues": "nothing", **ours}, {"continues": "nothing", **found}
-        known = [*(name for name in known if name != "continues"), "continues"]
+    # A distillation that goes on from nothing else, and a teacher that takes nothing over, do not say so.
+    name = {"distill": "continues", "teacher": "transfers"}[str(ours["kind"])]
+    if ours["kind"] == found.get("kind") and name in ours.keys() | found.keys():
+        ours, found = {name: "nothing", **ours}, {name: "nothing", **found}
+        known = [*(other for other in known if other != name), name]
     theirs = {name: found[name] for name in known} | _identity(found["config"], free)
     mine = {name: ours[name] for name in known} | _identity(ours["config"], free)
     return [

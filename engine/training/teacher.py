@@ -30,6 +30,7 @@ from ipfm.engine.training.resolve import resolve_training
 from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import fingerprint
 from ipfm.engine.training.task import StepFailed
+from ipfm.engine.training.transfer import Transfer
 from ipfm.models import NetworkConfig, Precond, build_network
 from ipfm.models.facts import TeacherFacts
 
@@ -49,6 +50,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         evaluation: what the samples are measured against; None measures nothing.
         start: a training elsewhere that this one continues: weights, EMA and optimiser state, and, as far as it is
             known, the number of images seen.
+        transfer: weights of another network that a new one begins with.
         world: the run's processes; joined or started when None.
 
     Raises:
@@ -63,6 +65,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         *,
         evaluation: Evaluation | None = None,
         start: TrainingState | None = None,
+        transfer: Transfer | None = None,
         world: World | None = None,
     ) -> None:
         _check_images(network, dataset)
@@ -72,7 +75,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         self.network = replace(network, dropout=config.dropout)
         self.local_batch, _ = config.split(world.size)
         self.dataset = dataset.to(world.device)
-        self.start = start
+        self.start, self.transfer = start, transfer
         self._measure_other_bytes()
         self.net = self._in_training()
         self.networks = {"teacher": self.net}
@@ -87,6 +90,8 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         net = build_network(self.network).to(self.world.device)
         if self.start is not None:
             net.load_state_dict(dict(self.start.weights))
+        if self.transfer is not None:
+            self.transfer.put_into(net)
         return self._under_optimiser(net, lr=self.config.lr, beta1=self.config.beta1, ema=True)
 
     def _continue(self, start: TrainingState) -> None:
@@ -99,7 +104,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         for kind, tensors in state.items():
             self.net.load(kind, tensors)
         self.net.steps_applied = start.adam_steps
-        self.first_step = start.adam_steps if start.images_seen is None else start.images_seen // self.config.batch
+        self.first_step = first_step(start, self.config)
 
     def _step(self, step: int) -> StepMetrics:
         """One update on the batch of `step`, counted from 0."""
@@ -181,9 +186,9 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         folder, progress = self._run(
             Path(path),
             kind="teacher",
-            facts=training_facts(self.config, self.network, self.dataset, self.start),
+            facts=training_facts(self.config, self.network, self.dataset, self.start, self.transfer),
             export="model",
-            about=TeacherFacts(dataset=_place_free(self.dataset.name)),
+            about=TeacherFacts(dataset=_place_free(self.dataset.name), others=_taken_over(self.transfer)),
         )
         self._finish(folder.path, progress.step)
         return self.average
@@ -204,8 +209,17 @@ def _check_images(network: NetworkConfig, dataset: ImageDataset) -> None:
         raise ValueError(f"the network takes {network.label_dim} classes, {dataset.name} has {dataset.classes}")
 
 
+def first_step(start: TrainingState, config: TeacherConfig) -> int:
+    """The step at which a training that began elsewhere goes on: by the images seen, else by its optimiser's count."""
+    return start.adam_steps if start.images_seen is None else start.images_seen // config.batch
+
+
 def training_facts(
-    config: TeacherConfig, network: NetworkConfig, dataset: ImageDataset | None, start: TrainingState | None
+    config: TeacherConfig,
+    network: NetworkConfig,
+    dataset: ImageDataset | None,
+    start: TrainingState | None,
+    transfer: Transfer | None = None,
 ) -> dict[str, Any]:
     """What identifies a training beside its settings; what the data say is left out while they are not known."""
     facts: dict[str, Any] = {"network": replace(network, dropout=config.dropout).to_json()}
@@ -213,7 +227,12 @@ def training_facts(
         facts |= {"dataset": _place_free(dataset.name), "images": len(dataset), "xflip": dataset.xflip}
     # Said of a fresh training too: a folder of one must not go on where --continue-from is given, and ignore it.
     facts["continues"] = None if start is None else fingerprint(start.weights)
-    return facts
+    return facts if transfer is None else {**facts, **transfer.facts()}
+
+
+def _taken_over(transfer: Transfer | None) -> dict[str, Any]:
+    """What a stored teacher says of the weights that it began with."""
+    return {} if transfer is None else {"transfer": transfer.facts()["start"]}
 
 
 def _place_free(name: str) -> str:

@@ -74,6 +74,10 @@ def _training_state(path: Path) -> None:
     (official_files.write_pickle if path.suffix == ".pkl" else official_files.write_torch)(path, state)
 
 
+def _distillation_state(path: Path) -> None:
+    official_files.write_torch(path, official_files.sid_state(network("cifar10-ddpmpp")))
+
+
 def _converted(path: Path) -> None:
     D = float(re.findall(r"_D_(\d+)", path.name)[0])
     net = network(preset_of(path.name), D)
@@ -180,6 +184,7 @@ MAKERS: Mapping[str, Callable[[Path], object]] = {
     r"runs/cifar-D2048-alpha1-K1(?=[/\s\"']|$)": _cifar_run,
     rf"models/(?:cifar10|ffhq|afhqv2|imagenet64){NAME}": _model,
     rf"(?:{NAME}/)*{NAME}_D_\d+\.pkl": _converted,
+    rf"(?:{NAME}/)*sid-{NAME}/training-state-{NAME}\.pt": _distillation_state,
     rf"(?:{NAME}/)*training-state-{NAME}\.(?:pt|pkl)": _training_state,
     rf"(?:{NAME}/)*(?:network-snapshot-|edm-){NAME}\.pkl": _snapshot,
     rf"(?:{NAME}/)*cifar-10-(?:python|binary)\.tar\.gz": cifar_archive,

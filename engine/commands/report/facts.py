@@ -229,7 +229,10 @@ def _summary(
     if isinstance(start, dict):
         seen = start.get("images_seen")
         after = f", after {seen:,} images" if isinstance(seen, int) and seen else ""
-        yield f"It went on from {start.get('source')}{after}."
+        if "tensors" in start:
+            yield f"It began with {start['tensors']} of {start.get('of')} tensors of {start.get('source')}."
+        else:
+            yield f"It went on from {start.get('source')}{after}."
     yield _length(record, state, images)
     rows = {row.label: row for row in record.results}
     metric = record.metric

@@ -228,6 +228,10 @@ def _training(record: RunRecord) -> Command:
             options += ["--conditional"] if network.label_dim else []
             options += ["--xflip"] if record.identity.get("xflip") is True else []
             notes = ["Give the data where they lie on your machine."]
+            if record.identity.get("transfers"):
+                start = record.identity.get("start")
+                options += ["--transfer", str(start.get("source")) if isinstance(start, dict) else "MODEL"]
+                notes.append("It began with weights of another network: give that where it lies on your machine.")
             if record.identity.get("continues"):
                 options += ["--continue-from", "TRAINING_STATE"]
                 options = [o for o in options if o not in ("--conditional",)]

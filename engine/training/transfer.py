@@ -1,0 +1,119 @@
+"""Weights of another network in a new one: those that fit by name and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.runtime.wording import counted
+from ipfm.engine.training.run_folder import fingerprint
+from ipfm.models import NetworkConfig, Precond, build_network
+
+# Of the buffers those alone are learnt, or drawn, with the weights; the others follow from the architecture.
+_FREQUENCIES = "freqs"
+# Names that a line lists.
+_LISTED = 4
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a new network takes over.
+
+    Attributes:
+        source: the other network's file, for messages.
+        weights: tensors by name that fit, on the CPU.
+        fresh: names of the new network's that nothing fits.
+        shapes: of those, (name, shape there, shape here) where the other network has one of another shape.
+        unused: names of the other network's that the new one has not.
+        parameters: (how many numbers are taken over, how many the new network has).
+    """
+
+    source: str
+    weights: Mapping[str, Tensor]
+    fresh: tuple[str, ...]
+    shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    unused: tuple[str, ...]
+    parameters: tuple[int, int]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Lines on what fits and what does not."""
+        taken, whole = self.parameters
+        total = len(self.weights) + len(self.fresh)
+        lines = [
+            f"transfer from {self.source}: {len(self.weights)} of {counted(total, 'tensor')} fit by name and shape, "
+            f"{taken:,} of {whole:,} numbers{' (little of the network)' if taken < whole / 2 else ''}"
+        ]
+        others = {name: f"{name} ({_times(there)} there, {_times(here)} here)" for name, there, here in self.shapes}
+        if self.fresh:
+            lines.append(f"  start fresh: {_listed([others.get(name, name) for name in self.fresh])}")
+        if self.unused:
+            lines.append(f"  not used of {self.source}: {_listed(self.unused)}")
+        return tuple(lines)
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies a training by it ("transfers"), and what is said of it ("start")."""
+        total = len(self.weights) + len(self.fresh)
+        said = {"source": self.source, "tensors": len(self.weights), "of": total}
+        return {"transfers": fingerprint(self.weights), "start": said}
+
+    def put_into(self, net: Precond) -> None:
+        """Give `net` what fits."""
+        net.load_state_dict({**net.state_dict(), **self.weights})
+
+
+def transfer_from(source: str, net: Precond, network: NetworkConfig) -> Transfer:
+    """What of `net` a new network of another architecture, size, D or number of classes takes over.
+
+    Args:
+        source: where `net` is from, for messages.
+        net: any network.
+        network: the new network's architecture.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    with torch.device("meta"):
+        new = build_network(network)
+    wanted = _learnt(new)
+    found = {name: tensor.detach().float().cpu() for name, tensor in _learnt(net).items()}
+    fits = {name: found[name] for name, tensor in wanted.items() if name in found and found[name].shape == tensor.shape}
+    if not fits:
+        raise ValueError(
+            f"nothing of {source} fits by name and shape ({net.config.family}, {net.config.model_channels} channels, "
+            f"sides {_sides(net.config)}; here {network.family}, {network.model_channels} channels, sides "
+            f"{_sides(network)}): leave transfer out"
+        )
+    fresh = tuple(name for name in wanted if name not in fits)
+    return Transfer(
+        source=source,
+        weights=fits,
+        fresh=fresh,
+        shapes=tuple((n, tuple(found[n].shape), tuple(wanted[n].shape)) for n in fresh if n in found),
+        unused=tuple(name for name in found if name not in wanted),
+        parameters=(sum(t.numel() for t in fits.values()), sum(t.numel() for t in wanted.values())),
+    )
+
+
+def _learnt(net: Precond) -> dict[str, Tensor]:
+    """Parameters and Fourier frequencies by name."""
+    buffers = {name: buffer for name, buffer in net.named_buffers() if name.endswith(_FREQUENCIES)}
+    return {**dict(net.named_parameters()), **buffers}
+
+
+def _sides(network: NetworkConfig) -> str:
+    sides = [network.img_resolution >> level for level in range(len(network.channel_mult))]
+    return ", ".join(map(str, sides))
+
+
+def _listed(names: tuple[str, ...] | list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
