@@ -1,7 +1,10 @@
 """A network from wherever it is stored: a folder of our own format, or a checkpoint of EDM, PFGM++ or SiD."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -11,18 +14,29 @@ from ipfm.models.facts import GeneratorFacts, TeacherFacts
 from ipfm.models.precond import Precond, build_network
 from ipfm.models.store import StoredConfig, load_stored, read_config
 
+Kind = Literal["generator", "teacher"]
 _NO_TEACHER = "which knows its own few noise levels alone, and no teacher, a denoiser at all levels"
 
 
-def load_teacher(path: str | os.PathLike[str], *, D: float | None = None, network: str | None = None) -> Precond:
+def load_teacher(
+    path: str | os.PathLike[str], *, D: float | None = None, network: str | None = None, anyway: bool = False
+) -> Precond:
     """The teacher at `path`, frozen and in eval mode, on the CPU; `.config` describes it.
 
-    Args as of `load_network`.
+    Args:
+        path: as of `load_network`.
+        D: as of `load_network`.
+        network: as of `load_network`.
+        anyway: a checkpoint's network is a teacher, also where its name or place says that it is a generator.
 
     Raises:
         ValueError: as of `load_network`; or it says of itself that it is a generator, which knows its own few noise
             levels alone and cannot be distilled from.
     """
+    place = user_path(path)
+    if anyway and place.is_file():
+        check_D(D)
+        return load_from_checkpoint(open_checkpoint(place), D=D, network=network, kind="teacher")
     return load_network(path, D=D, network=network, teacher=True)
 
 
@@ -48,8 +62,11 @@ def load_network(
     check_D(D)
     if place.is_file():
         checkpoint = open_checkpoint(place)
-        if teacher and checkpoint.is_generator(name := checkpoint.choose(network)):
-            raise ValueError(f"{checkpoint.where}: {name} is a generator ({checkpoint.origin}), {_NO_TEACHER}")
+        if teacher and (why := checkpoint.why_generator(name := checkpoint.choose(network))):
+            raise ValueError(
+                f"{checkpoint.where}: {name} is a generator ({checkpoint.origin}), {_NO_TEACHER}; it is known {why}: "
+                "if it is a teacher after all, --teacher-anyway, or in Python anyway=True"
+            )
         return load_from_checkpoint(checkpoint, D=D, network=network)
     stored = read_config(place)
     if teacher and isinstance(stored.facts, GeneratorFacts):
@@ -59,23 +76,36 @@ def load_network(
     return load_from_folder(stored, D=D)
 
 
-def load_from_checkpoint(checkpoint: Checkpoint, *, D: float | None = None, network: str | None = None) -> Precond:
+def load_from_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    D: float | None = None,
+    network: str | None = None,
+    kind: Kind | None = None,
+    sigmas: Sequence[float] = (),
+) -> Precond:
     """A network of an opened checkpoint; as `load_network`.
 
     Args:
         checkpoint: from `open_checkpoint`.
         D: the auxiliary dimensions it is expected to be trained for.
         network: which of its networks.
+        kind: what it is, whatever the file and its name say; None goes by these.
+        sigmas: noise levels of a generator. Without them `facts` is None, unless the file says them.
 
     Raises:
         ValueError: one line that names the file.
     """
     imported = checkpoint.read(network, D=D)
-    net = build(imported).requires_grad_(False)
-    if checkpoint.facts is not None:
-        net.facts = checkpoint.facts
-    elif not checkpoint.is_generator(imported.key):
-        net.facts = TeacherFacts(source={"file": Path(checkpoint.where).name, "D": imported.D_source})
+    net, known = build(imported).requires_grad_(False), checkpoint.facts
+    source = {"file": Path(checkpoint.where).name, "D": imported.D_source}
+    generator = checkpoint.is_generator(imported.key) if kind is None else kind == "generator"
+    if not generator:
+        net.facts = known if isinstance(known, TeacherFacts) else TeacherFacts(source=source)
+    elif isinstance(known, GeneratorFacts):
+        net.facts = replace(known, sigmas=list(sigmas)) if sigmas else known
+    elif sigmas:
+        net.facts = GeneratorFacts(D=net.D, sigmas=list(sigmas), source=source)
     return net
 
 

@@ -36,10 +36,11 @@ class Convert:
     network: str | None = None
     """Which of the file's networks. Default: the average of the weights (ema, G_ema), where there is one."""
     generator: bool = False
-    """The network is a generator, not a teacher; known by itself for networks named G, G_ema, generator."""
+    """The network is a generator, not a teacher; known by itself by the name of the network or the file."""
     sigmas: tuple[float, ...] = ()
     """A generator's noise levels, highest first; 2.5 for SiD's."""
-
+    teacher: bool = False
+    """The network is a teacher, whatever its name and place say."""
     json: bool = False
     """Print JSON: what the file holds, the network taken, its parameters, its facts."""
 
@@ -77,10 +78,14 @@ class Convert:
         """ValueError: it needs noise levels and has none, or the other way round."""
         from ipfm.models.facts import GeneratorFacts
 
-        generator = self.generator or checkpoint.is_generator(name)
+        if self.generator and self.teacher:
+            raise ValueError("generator and teacher exclude each other: give one of them")
+        why = None if self.teacher else checkpoint.why_generator(name)
+        generator = self.generator or why is not None
         if generator and not self.sigmas and not isinstance(checkpoint.facts, GeneratorFacts):
             raise ValueError(
                 f"{checkpoint.where}: {name} is a generator; give its noise levels with --sigmas (2.5 for SiD's)"
+                + ("" if why is None else f"; it is known {why}: --teacher if it is a teacher after all")
             )
         if self.sigmas and not generator:
             raise ValueError(f"sigmas are a generator's; give --generator if {name} of {checkpoint.where} is one")

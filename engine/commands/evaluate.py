@@ -35,8 +35,7 @@ PUBLISHED_IMAGES = 50_000
 class Evaluate:
     """Measure FID, KID, Inception score, precision and recall of a model or of images.
 
-    A model is sampled at its own D: Gaussian latents are right for D = inf alone. Several processes share the work:
-    deepspeed .venv/bin/ipfm evaluate ...
+    A model is drawn at its own D. Processes share the work: deepspeed .venv/bin/ipfm evaluate ...
 
     Example: ipfm evaluate runs/cifar-D2048-alpha1-K1/generator --reference cifar10-32x32.npz
     --inception inception-2015-12-05.pt --repeats 3
@@ -62,7 +61,7 @@ class Evaluate:
     """Images that are measured. Default: 50000 of a model, otherwise all."""
     repeats: int = 1
     """Sets of samples, each of other latents; papers print the best of 3."""
-    pr_images: int = 10_000
+    pr_images: Annotated[int, tyro.conf.arg(metavar="N")] = 10_000
     """Images of a set for precision and recall, quadratic in time."""
     batch: int = 256
     """Images a process handles at a time."""
@@ -72,12 +71,18 @@ class Evaluate:
     """Steps of a teacher's sampler; 18 are 35 network evaluations."""
     rho: float | None = None
     """Of a teacher's sampler: the spacing of its noise levels. Default: 7."""
-    sigma_min: float | None = None
+    sigma_min: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
     """The lowest of them. Default: 0.002 or the network's."""
-    sigma_max: float | None = None
+    sigma_max: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
     """The highest. Default: 80 or the network's."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
+    generator: bool = False
+    """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
+    sigmas: tuple[float, ...] = ()
+    """Noise levels of --generator, highest first."""
+    teacher: bool = False
+    """The checkpoint is a teacher, whatever its name and place say."""
     skip_unreadable: bool = False
     """Put the next image in the place of one that cannot be read."""
     strict: bool = False
@@ -99,7 +104,7 @@ class Evaluate:
         from ipfm.engine.evaluation.subject import open_subject
         from ipfm.engine.runtime.host_memory import check_memory, enough_memory
         from ipfm.engine.runtime.remarks import Remarks
-        from ipfm.engine.sampling.stored_model import Schedule
+        from ipfm.engine.sampling.stored_model import Claim, Schedule
 
         with user_input():
             self._check()
@@ -111,6 +116,7 @@ class Evaluate:
                 seed=self.seed,
                 schedule=Schedule(self.sigma_min, self.sigma_max, self.rho),
                 D=self.D,
+                claim=Claim.of(generator=self.generator, teacher=self.teacher, sigmas=self.sigmas),
                 limit=self.images,
                 skip_unreadable=self.skip_unreadable,
                 strict=self.strict,

@@ -232,10 +232,10 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
     checkpoint = open_checkpoint(path)
     network = checkpoint.read()
     parameters = sum(network.weights[name].numel() for name in network.parameters)
-    generator, about = checkpoint.is_generator(network.key), checkpoint.facts
+    why, about = checkpoint.why_generator(network.key), checkpoint.facts
     sigmas, nfe = _sampling(about) if isinstance(about, GeneratorFacts) else (None, None)
     facts: dict[str, Any] = _network(network.config, parameters) | {
-        "kind": "generator" if generator else "teacher",
+        "kind": "generator" if why else "teacher",
         "nfe": nfe,
         "sigmas": sigmas,
         "file": {
@@ -243,10 +243,11 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
             "networks": ", ".join(checkpoint.networks),
             "taken": network.key,
             "D from": network.D_source,
+            "generator": why,
         },
     }
     lines: list[tuple[str, object]] = [
-        ("kind", facts["kind"] + ("; ipfm convert gives it noise levels" if generator and sigmas is None else "")),
+        ("kind", facts["kind"] + (f", {why}; --generator draws from it" if why and sigmas is None else "")),
         *_network_rows(network.config, parameters),
         ("NFE", nfe),
         ("sigmas", _levels(sigmas)),

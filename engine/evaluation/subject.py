@@ -14,7 +14,7 @@ from ipfm.engine.evaluation.reference_data import is_npz, open_images
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.published import paper_result
 from ipfm.engine.runtime.files import read_json
-from ipfm.engine.sampling.stored_model import USUAL, Schedule, sample_model
+from ipfm.engine.sampling.stored_model import NO_CLAIM, USUAL, Claim, Schedule, sample_model
 from ipfm.models import NetworkConfig
 from ipfm.models.checkpoints.recognise import image_kind, missing
 from ipfm.models.facts import GeneratorFacts, ModelFacts
@@ -60,6 +60,7 @@ def open_subject(
     seed: int,
     schedule: Schedule = USUAL,
     D: float | None = None,
+    claim: Claim = NO_CLAIM,
     limit: int | None = None,
     skip_unreadable: bool = False,
     strict: bool = False,
@@ -73,6 +74,7 @@ def open_subject(
         seed: of a model's samples, and of the choice among images.
         schedule: of a teacher's sampler: ends and rho of its grid.
         D: auxiliary dimensions of a checkpoint that does not say them; None takes what the model says.
+        claim: whether a checkpoint is a generator or a teacher, likewise.
         limit: so many images of a set that has more are drawn at random; None takes all.
         skip_unreadable: of images, as in `open_dataset`.
         strict: likewise.
@@ -86,6 +88,8 @@ def open_subject(
     if not stored and (path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES or is_npz(path)):
         if D is not None:
             raise ValueError(f"D was given, but {path} holds images, not a model")
+        if claim.kind is not None:
+            raise ValueError(f"{claim.kind} was given, but {path} holds images, not a model")
         if own := _listed(schedule):
             raise ValueError(f"{own} given, but {path} holds images, not a teacher: leave it out")
         images = open_images(path, limit=limit, seed=seed, skip_unreadable=skip_unreadable, strict=strict)
@@ -104,13 +108,14 @@ def open_subject(
         )
     if image := _single_image(path):
         raise ValueError(f"{path} is a single image ({image}); give the folder that it lies in")
-    model = sample_model(path, device, heun_steps=heun_steps, seed=seed, schedule=schedule, D=D)
+    model = sample_model(path, device, heun_steps=heun_steps, seed=seed, schedule=schedule, D=D, claim=claim)
     draw, network, facts, nfe = model.draw, model.network, model.facts, model.nfe
     shape = network.image_shape
     if isinstance(facts, GeneratorFacts):
         if own := _listed(schedule):
             raise ValueError(f"{own} given, but {path} is a generator, which has noise levels of its own: leave it out")
-        return Subject("generator", draw, shape, None, network.D, nfe, _generator_paper(facts, network, nfe))
+        paper = _generator_paper(facts, network, nfe)
+        return Subject("generator", draw, shape, None, network.D, nfe, paper, model.remarks)
     paper = None if schedule.named() else _teacher_paper(facts, network, nfe)
     return Subject("teacher", draw, shape, None, network.D, nfe, paper)
 

@@ -29,6 +29,8 @@ class DistillationOptions(Distillation, EvaluationOptions):
     --continue-from, or alone."""
     continue_at_kimg: float | None = None
     """Thousands of images that --continue-from has seen, where its name does not say it: the schedules go on there."""
+    teacher_anyway: bool = False
+    """Take the network of --teacher also where the name or the folder of its file says that it is a generator."""
     dry_run: bool = False
     """Print the resolved configuration, the memory plan and the expected duration, and stop."""
 
@@ -37,6 +39,8 @@ class DistillationOptions(Distillation, EvaluationOptions):
         self.check_evaluation()
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise ValueError(f"teacher-steps must be at least 1, got {self.teacher_steps}")
+        if self.teacher_anyway and self.teacher is None:
+            raise ValueError("teacher-anyway is for the file of a teacher: give --teacher too")
         if self.continue_at_kimg is not None:
             not_negative("continue-at-kimg", self.continue_at_kimg)
             if self.continue_from is None:
@@ -108,7 +112,7 @@ def read_teacher(options: DistillationOptions) -> Precond | None:
     """
     if options.teacher is None:
         return None
-    return load_teacher(options.teacher, D=options.D)
+    return load_teacher(options.teacher, D=options.D, anyway=options.teacher_anyway)
 
 
 def check_images(network: NetworkConfig, shape: tuple[int, int, int], whose: str) -> None:

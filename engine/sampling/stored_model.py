@@ -22,7 +22,7 @@ from ipfm.models import NetworkConfig, Precond, read_config
 from ipfm.models.checkpoints.reader import check_D, open_checkpoint
 from ipfm.models.facts import GeneratorFacts, ModelFacts, TeacherFacts
 from ipfm.models.store import CONFIG_FILE
-from ipfm.models.teacher import load_from_checkpoint, load_from_folder
+from ipfm.models.teacher import Kind, load_from_checkpoint, load_from_folder
 
 T = TypeVar("T")
 
@@ -40,6 +40,8 @@ class SampledModel(NamedTuple):
     """Network evaluations an image."""
     sigmas: tuple[float, ...]
     """Its noise levels, the highest first: those of a generator, or of a teacher's steps before what churn adds."""
+    remarks: tuple[str, ...] = ()
+    """What was taken for granted, a line each."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,50 @@ class Schedule:
 
 USUAL = Schedule()
 
+# At which SiD's generators are evaluated (Zhou et al. 2024), and IPFM's of one step.
+ONE_STEP = (2.5,)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a user says of a checkpoint that does not say it itself.
+
+    Attributes:
+        kind: whether it is a generator or a teacher; None takes what file, name and place say.
+        sigmas: noise levels of a generator, the highest first; 2.5 for one that the file says none of.
+
+    Raises:
+        ValueError: levels that cannot be, or of what is not said to be a generator.
+    """
+
+    kind: Kind | None = None
+    sigmas: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.sigmas:
+            check_sigmas(self.sigmas)
+            if self.kind != "generator":
+                raise ValueError("sigmas are a generator's: give --generator too, if the checkpoint is one")
+
+    @classmethod
+    def of(cls, *, generator: bool, teacher: bool, sigmas: tuple[float, ...] = ()) -> Claim:
+        """The claim of two options.
+
+        Args:
+            generator: whether --generator was given.
+            teacher: whether --teacher was given.
+            sigmas: those of a generator.
+
+        Raises:
+            ValueError: both were given, or the levels cannot be.
+        """
+        if generator and teacher:
+            raise ValueError("generator and teacher exclude each other: give one of them")
+        return cls("generator" if generator else "teacher" if teacher else None, sigmas)
+
+
+NO_CLAIM = Claim()
+
 
 def sample_model(
     path: Path,
@@ -98,6 +144,7 @@ def sample_model(
     heun_steps: int,
     seed: Seeds,
     D: float | None = None,
+    claim: Claim = NO_CLAIM,
     sigmas: tuple[float, ...] | None = None,
     schedule: Schedule = USUAL,
     solver: Solver = "heun",
@@ -115,6 +162,7 @@ def sample_model(
         heun_steps: of a teacher's sampler.
         seed: of the images; of several seeds, image i is the first one of seed[i].
         D: auxiliary dimensions, for a checkpoint that does not say them.
+        claim: what a checkpoint is, likewise.
         sigmas: noise levels of a teacher's sampler, in place of heun_steps; see `heun_sample`.
         schedule: ends and rho of the grid of a teacher's sampler, where sigmas are not given.
         solver: of a teacher's sampler, likewise.
@@ -122,11 +170,12 @@ def sample_model(
         classes: image i is of class classes[i modulo their number]; None draws the classes at random.
 
     Raises:
-        ValueError: there is no such model, D contradicts it, its stored noise levels are unusable, it is a generator in
-            a file, which cannot hold noise levels, or sigmas or classes are not what the network knows.
+        ValueError: there is no such model, D or the claim contradicts it, its stored noise levels are unusable, it is a
+            generator in a file without noise levels, of which nothing is claimed, or sigmas or classes are not what the
+            network knows.
     """
-    net, facts = load_denoiser(path, D=D)
-    return sample_network(
+    net, facts = load_denoiser(path, D=D, claim=claim)
+    model = sample_network(
         net.to(device),
         facts,
         path,
@@ -138,6 +187,22 @@ def sample_model(
         churn=churn,
         classes=classes,
     )
+    return model._replace(remarks=_granted(path, facts, model, claim))
+
+
+def _granted(path: Path, facts: ModelFacts, model: SampledModel, claim: Claim) -> tuple[str, ...]:
+    """What a generator is drawn from with that neither its file nor the user says."""
+    # What a file says of itself has an order.
+    if claim.kind != "generator" or facts.order:
+        return ()
+    levels = ", ".join(f"{sigma:g}" for sigma in model.sigmas)
+    unsaid = {} if claim.sigmas else {"--sigmas": f"sigma {levels}"}
+    if facts.source.get("D") == "assumed":
+        unsaid["--D"] = f"D = {model.network.D:g}"
+    if not unsaid:
+        return ()
+    others = "says another" if len(unsaid) == 1 else "say others"
+    return (f"{path.name} is drawn from at {' and '.join(unsaid.values())}; {' and '.join(unsaid)} {others}",)
 
 
 def sample_network(
@@ -186,29 +251,39 @@ def sample_network(
     )
 
 
-def load_denoiser(path: Path, *, D: float | None) -> tuple[Precond, TeacherFacts | GeneratorFacts]:
+def load_denoiser(
+    path: Path, *, D: float | None, claim: Claim = NO_CLAIM
+) -> tuple[Precond, TeacherFacts | GeneratorFacts]:
     """A stored network, frozen and in eval mode, on the CPU, and what it says of itself.
 
     Args:
-        path: a model folder, or a teacher's checkpoint of EDM, PFGM++ or SiD.
+        path: a model folder, or a checkpoint of EDM, PFGM++ or SiD.
         D: the auxiliary dimensions it is expected to be trained for; None takes what it says.
+        claim: what a checkpoint is.
 
     Raises:
-        ValueError: there is no such network, D contradicts it, or it is a generator in a checkpoint, which holds no
-            noise levels.
+        ValueError: there is no such network, D or the claim contradicts it, or it is a generator in a checkpoint, which
+            holds no noise levels, and nothing is claimed of it.
     """
     if path.is_file():
         checkpoint = open_checkpoint(path)
         name = checkpoint.choose()
-        if checkpoint.is_generator(name) and checkpoint.facts is None:
+        if claim.kind is None and checkpoint.facts is None and (why := checkpoint.why_generator(name)):
             raise ValueError(
-                f"{checkpoint.where}: {name} is a generator, whose noise levels the file does not hold: make a model "
-                "folder of it with ipfm convert FILE FOLDER --sigmas 2.5"
+                f"{checkpoint.where}: {name} is a generator, {why}, whose noise levels the file does not hold: give "
+                f"--generator, which draws in one step at {ONE_STEP[0]:g}, or at those of --sigmas; --teacher if it is "
+                "a teacher after all"
             )
-        net = load_from_checkpoint(checkpoint, D=D, network=name)
-        return net, net.facts or TeacherFacts(source={"file": path.name})
+        says_levels = claim.kind != "generator" or isinstance(checkpoint.facts, GeneratorFacts)
+        sigmas = claim.sigmas or (() if says_levels else ONE_STEP)
+        net = load_from_checkpoint(checkpoint, D=D, network=name, kind=claim.kind, sigmas=sigmas)
+        assert net.facts is not None
+        return net, net.facts
     check_D(D)
     stored = read_config(path)
+    if claim.kind is not None:
+        own = "generator" if isinstance(stored.facts, GeneratorFacts) else "teacher"
+        raise ValueError(f"{claim.kind} was given, but {path} is a model folder, which says that it is a {own}")
     return load_from_folder(stored, D=D), stored.facts
 
 

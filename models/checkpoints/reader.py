@@ -19,6 +19,7 @@ from ipfm.models.checkpoints.edm_layout import FACTS_ENTRY, facts_in
 from ipfm.models.checkpoints.infer_config import network_config, trained_for
 from ipfm.models.checkpoints.pickle_values import DEFAULT_LIMITS, Limits, shown
 from ipfm.models.checkpoints.pickled_objects import GLOBALS, MAX_TENSORS, Record, modules, own_tensors
+from ipfm.models.checkpoints.recognise import generator_by_place
 from ipfm.models.checkpoints.stored_tensors import StoredTensor, finite_float32
 from ipfm.models.checkpoints.validate import blueprint, check_constants, check_parts, check_shapes
 from ipfm.models.config import NetworkConfig
@@ -30,7 +31,6 @@ _READABLE = f"what can be read: {CAN_BE_READ}"
 _FIRST_CHOICES = ("ema", "G_ema")
 _LAST_CHOICES = ("net", "G", "generator")
 _DISTILLATION_EMA = re.compile(r"ema_(\d)_(\d{1,9})")
-_OF_SID = re.compile(r"network-snapshot-\d+\.\d{6}-\d{6}\.pkl")
 _GENERATOR = re.compile(r"G(_ema\d*)?|generator|ema_\d_\d{1,9}")
 
 
@@ -101,16 +101,22 @@ class Checkpoint:
         return facts_in(self.entries)
 
     def is_generator(self, name: str) -> bool:
-        """Whether the file says that the network is a generator and no denoiser of a teacher.
+        """Whether the file says that the network is a generator and no denoiser of a teacher; see `why_generator`."""
+        return self.why_generator(name) is not None
 
-        By the network's name in it; where that is `ema` and nothing else is there, as in EDM's and SiD's snapshots, by
-        the file's name, in which SiD has its alpha: network-snapshot-1.200000-403968.pkl.
+    def why_generator(self, name: str) -> str | None:
+        """By what the network is a generator and no denoiser of a teacher; None where nothing says so.
+
+        By what this package wrote into the file, or by the network's name in it; where that is `ema` and nothing else
+        is there, as in EDM's and SiD's snapshots, by the file's name or place (`recognise.generator_by_place`).
         """
         if (facts := self.facts) is not None:
-            return isinstance(facts, GeneratorFacts)
+            return "by what stands in the file" if isinstance(facts, GeneratorFacts) else None
         if _GENERATOR.fullmatch(name) is not None:
-            return True
-        return list(self.entries) == ["ema"] and _OF_SID.fullmatch(Path(self.where).name) is not None
+            return "by its name in the file"
+        if list(self.entries) != ["ema"]:
+            return None
+        return generator_by_place(self.file or Path(self.where))
 
     def read(self, name: str | None = None, *, D: float | None = None) -> ImportedNetwork:
         """The network `name`, or the one that `choose` takes.

@@ -3,8 +3,10 @@
 Nothing is refused and nothing is raised here; a few bytes are looked at, and the names in a folder.
 """
 
+import contextlib
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -50,6 +52,8 @@ _IMAGE_STARTS = {
 }
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _CHECKPOINTS = (".pkl", ".pt", ".pth")
+_OF_SID = re.compile(r"network-snapshot-\d+\.\d{6}-\d{6,}")
+_AVERAGE = re.compile(r"G_ema\d*")
 # Names that are looked at in a folder, which may hold millions.
 _LOOKED_AT = 1000
 
@@ -211,6 +215,26 @@ def what_place(path: Path) -> str | None:
     if start.startswith(b"\x80"):
         return "it is a pickle; statistics are an .npz with mu and sigma"
     return what_pointer(start)
+
+
+def generator_by_place(path: Path) -> str | None:
+    """By what a file that holds an average alone is a generator's: its name or its folder; None where neither says it.
+
+    SiD has alpha in the name, as in network-snapshot-1.200000-403968.pkl, and IPFM's program keeps its averages in
+    folders G_ema, G_ema990, …; EDM's own network-snapshot-002500.pkl has neither.
+
+    Args:
+        path: the file. Where it is a link, its own name counts and that of what it leads to.
+    """
+    places = [path.absolute()]
+    with contextlib.suppress(OSError, RuntimeError):
+        places.append(path.resolve())
+    for place in places:
+        if _OF_SID.search(place.name):
+            return f"by its name, which has SiD's alpha ({_text(Path(place.name))})"
+        if _AVERAGE.fullmatch(place.parent.name):
+            return f"by its folder {place.parent.name}"
+    return None
 
 
 def is_checkpoint(folder: Path) -> bool:

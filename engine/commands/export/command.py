@@ -35,7 +35,7 @@ class Export:
     """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """Model folder, or a teacher's checkpoint of EDM, PFGM++ or SiD."""
+    """Model folder, or a checkpoint of EDM, PFGM++ or SiD."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """File or folder to write; an earlier export there is replaced, nothing else is."""
     format: Literal["onnx", "torch", "huggingface", "edm"] | None = None
@@ -45,6 +45,12 @@ class Export:
     """Images in the picture of a Hugging Face folder, 0 for none. Default: 64, of a teacher 16."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
+    generator: bool = False
+    """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
+    sigmas: tuple[float, ...] = ()
+    """Noise levels of --generator, highest first."""
+    teacher: bool = False
+    """The checkpoint is a teacher, whatever its name and place say."""
     json: bool = False
     """Print JSON: what was written, its inputs and output, the largest difference from the network, remarks."""
 
@@ -56,6 +62,7 @@ class Export:
         from ipfm.engine.commands.export.network import open_network
         from ipfm.engine.commands.export.onnx_file import check_onnx
         from ipfm.engine.runtime.remarks import Remarks
+        from ipfm.engine.sampling.stored_model import Claim
 
         with user_input():
             format = choose_format(self.out, self.format)
@@ -63,7 +70,8 @@ class Export:
             if format == "onnx":
                 check_onnx()
             check_place(self.out, format, self.model)
-            network = open_network(self.model, D=self.D)
+            claim = Claim.of(generator=self.generator, teacher=self.teacher, sigmas=self.sigmas)
+            network = open_network(self.model, D=self.D, claim=claim)
             if format == "onnx":
                 check_onnx(network)
             elif format == "edm":

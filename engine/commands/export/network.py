@@ -20,7 +20,7 @@ from ipfm.engine.runtime.json_output import plain
 from ipfm.engine.sampling.batches import teacher_range
 from ipfm.engine.sampling.samplers import draw_prior
 from ipfm.engine.sampling.seeds import SampleNoise
-from ipfm.engine.sampling.stored_model import facts_file, generator_levels, load_denoiser
+from ipfm.engine.sampling.stored_model import NO_CLAIM, Claim, facts_file, generator_levels, load_denoiser
 from ipfm.engine.sampling.trajectory import trajectory_network
 from ipfm.models import Precond
 from ipfm.models.facts import GeneratorFacts, ModelFacts
@@ -120,20 +120,21 @@ class ExportedNetwork:
         return torch.tensor([self.levels[i % len(self.levels)] for i in range(n)])
 
 
-def open_network(path: Path, *, D: float | None) -> ExportedNetwork:
-    """The model at `path`, a model folder or a teacher's checkpoint, as it is exported.
+def open_network(path: Path, *, D: float | None, claim: Claim = NO_CLAIM) -> ExportedNetwork:
+    """The model at `path`, a model folder or a checkpoint, as it is exported.
 
     A generator of one evaluation becomes a function of latents, one of several evaluations and a teacher the denoiser.
 
     Args:
         path: the model.
         D: auxiliary dimensions, for a checkpoint that does not say them.
+        claim: whether it is a generator or a teacher, likewise.
 
     Raises:
-        ValueError: there is no such model, D contradicts it, or its stored noise levels are unusable.
+        ValueError: there is no such model, D or the claim contradicts it, or its stored noise levels are unusable.
     """
     # On the CPU: operations that exist there exist wherever the graph goes.
-    net, facts = load_denoiser(path, D=D)
+    net, facts = load_denoiser(path, D=D, claim=claim)
     if not isinstance(facts, GeneratorFacts):
         low, high = teacher_range(net)
         return ExportedNetwork(net, Denoising(net), (high, low), facts)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ipfm.engine.distributed.world import World
     from ipfm.engine.runtime.progress import ProgressBar
     from ipfm.engine.sampling.samplers import Churn
-    from ipfm.engine.sampling.stored_model import SampledModel, Schedule
+    from ipfm.engine.sampling.stored_model import Claim, SampledModel, Schedule
     from ipfm.models import NetworkConfig
 
 
@@ -69,7 +69,7 @@ class Sample:
     solver: Literal["heun", "euler"] | None = None
     """Of a teacher: heun, the default, is of second order; euler of first, with one network evaluation a step."""
     sigmas: tuple[float, ...] = ()
-    """Noise levels of a teacher's steps, highest first, in place of --heun-steps."""
+    """Noise levels of a teacher's steps, highest first, in place of --heun-steps; of --generator, its own."""
     sigma_min: float | None = None
     """Lowest noise level of a teacher's steps. Default: 0.002 or the network's."""
     sigma_max: float | None = None
@@ -86,6 +86,10 @@ class Sample:
     """S_noise, factor of the noise added. Default: 1."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
+    generator: bool = False
+    """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
+    teacher: bool = False
+    """The checkpoint is a teacher, whatever its name and place say."""
     json: bool = False
     """Print JSON: files, seeds, nfe, D, sigmas, non-finite images, remarks, seconds, images/s."""
 
@@ -115,6 +119,7 @@ class Sample:
                 heun_steps=HEUN_STEPS if self.heun_steps is None else self.heun_steps,
                 seed=(self.seed or 0) if seeds is None else seeds,
                 D=self.D,
+                claim=self._claim(),
                 sigmas=self.sigmas or None,
                 schedule=self._schedule(),
                 solver=self.solver or "heun",
@@ -130,7 +135,7 @@ class Sample:
             forget_launch()
         # Waits for all processes, so that each has seen the folder as it was.
         world = joined()
-        for remark in (*alone, *environment_remarks(), *destination.remarks) if world.is_main else ():
+        for remark in (*alone, *environment_remarks(), *model.remarks, *destination.remarks) if world.is_main else ():
             remarks.add(remark)
         with output(as_json=self.json) as write:
             # Whole batches, so that an image is the same to the bit however many processes there are.
@@ -209,11 +214,18 @@ class Sample:
             raise ValueError("churn-min, churn-max and churn-noise need churn: give --churn too, or leave them out")
         return None
 
+    def _claim(self) -> Claim:
+        from ipfm.engine.sampling.stored_model import Claim
+
+        own = self.sigmas if self.generator else ()
+        return Claim.of(generator=self.generator, teacher=self.teacher, sigmas=own)
+
     def _check_model(self, model: SampledModel) -> None:
         """ValueError: options for a teacher, and it is a generator; a picture that PNG does not know."""
         from ipfm.models.facts import GeneratorFacts
 
-        given = [_typed(name) for name in OF_A_TEACHER if name in self._given()]
+        own = {"sigmas"} if self.generator else set()
+        given = [_typed(name) for name in OF_A_TEACHER if name in self._given() - own]
         if given and isinstance(model.facts, GeneratorFacts):
             raise ValueError(
                 f"{', '.join(given)} cannot be given: {self.model} is a generator, which has noise levels of its own"
