@@ -335,7 +335,7 @@ class Ablation(Recipe[AblationOptions]):
             place = folder / (variant.label if len(set(given.values())) > 1 else "given")
             if place in known:
                 return place, known[place]
-            net = load_teacher(source, D=D)
+            net = load_teacher(source, D=D, anyway=options.teacher_anyway)
             resolve_D(D, net.config)
             check_images(net.config, shape, f"{title} are" if options.data == "digits" else f"{title} is")
             if variant.arch not in (None, arch_of(net.config)):

@@ -72,17 +72,24 @@ def write_network(net: Precond, file: IO[bytes], facts: ModelFacts) -> None:
 
 
 def facts_in(entries: Mapping[str, object]) -> TeacherFacts | GeneratorFacts | None:
-    """What `write_network` was told of the network `ema`; None of a file of another program, or damaged facts.
+    """What `write_network` was told of the network `ema`; None of a file of another program.
 
     Args:
         entries: everything at the top of the file.
+
+    Raises:
+        ValueError: it is damaged, so that a generator might be taken for a teacher.
     """
-    text = entries.get(FACTS_ENTRY)
+    if FACTS_ENTRY not in entries:
+        return None
+    text = entries[FACTS_ENTRY]
     try:
         stored = from_json(json.loads(text)) if isinstance(text, str) else None
     except (ValueError, RecursionError):
-        return None
-    return read_facts(stored) if isinstance(stored, dict) else None
+        stored = None
+    if not isinstance(stored, dict):
+        raise ValueError(f"what it says of its network, under {FACTS_ENTRY!r}, is damaged")
+    return read_facts(stored)
 
 
 _RECONSTRUCT = Global("torch_utils.persistence", "_reconstruct_persistent_obj")

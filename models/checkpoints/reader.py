@@ -67,6 +67,7 @@ class Checkpoint:
         entries: everything at the top of the file, networks included.
         size: of the file in bytes.
         file: where it lies, if it is on disk.
+        facts: what the file says of its network, if this package wrote it.
     """
 
     where: str
@@ -76,6 +77,7 @@ class Checkpoint:
     entries: Mapping[str, object]
     size: int
     file: Path | None = None
+    facts: TeacherFacts | GeneratorFacts | None = None
 
     def choose(self, name: str | None = None) -> str:
         """The name of the network to take.
@@ -95,11 +97,6 @@ class Checkpoint:
             raise ValueError(f"{self.where} has no network {shown(name)}; possible: {self._names()}")
         return name
 
-    @property
-    def facts(self) -> TeacherFacts | GeneratorFacts | None:
-        """What the file says of its network, if this package wrote it."""
-        return facts_in(self.entries)
-
     def is_generator(self, name: str) -> bool:
         """Whether the file says that the network is a generator and no denoiser of a teacher; see `why_generator`."""
         return self.why_generator(name) is not None
@@ -110,8 +107,8 @@ class Checkpoint:
         By what this package wrote into the file, or by the network's name in it; where that is `ema` and nothing else
         is there, as in EDM's and SiD's snapshots, by the file's name or place (`recognise.generator_by_place`).
         """
-        if (facts := self.facts) is not None:
-            return "by what stands in the file" if isinstance(facts, GeneratorFacts) else None
+        if self.facts is not None:
+            return "by what stands in the file" if isinstance(self.facts, GeneratorFacts) else None
         if _GENERATOR.fullmatch(name) is not None:
             return "by its name in the file"
         if list(self.entries) != ["ema"]:
@@ -210,7 +207,11 @@ def parse_checkpoint(
     if not networks:
         found = ", ".join(shown(key, 30) for key in list(root)[:8]) or "nothing"
         raise ValueError(f"{where} holds {_state_dict(root) or f'no network, only {found}'}; {_READABLE}")
-    return Checkpoint(where, container.kind, _origin(container.kind, root), networks, root, len(view), path)
+    try:
+        facts = facts_in(root)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return Checkpoint(where, container.kind, _origin(container.kind, root), networks, root, len(view), path, facts)
 
 
 def check_D(D: float | None) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import launch
+import official_files
 import prepared
 import pytest
 import torch
@@ -113,6 +115,20 @@ def test_teachers_that_do_not_fit(capsys: pytest.CaptureFixture[str], models: di
     line, *details = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and line == "cifar_ipfm.py: error: give --teacher; --dry-run works without one"
     assert details[0].startswith("Teachers that fit (3x32x32)")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_generator_by_its_folder_is_a_teacher_where_that_is_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    network = EDMPrecond(replace(presets.get("digits"), img_channels=2, model_channels=8, channel_mult=(1,)))
+    (tmp_path / "G_ema").mkdir()
+    file = official_files.write_pickle(tmp_path / "G_ema" / "net.pkl", {"ema": official_files.official(network)})
+    given = ("--teacher", str(file), "--out", str(tmp_path / "run"))
+    line = refused(capsys, "digits", *given)
+    assert "ema is a generator" in line and "known by its folder G_ema" in line and "--teacher-anyway" in line
+    assert refused(capsys, "digits", *given, "--teacher-anyway").startswith("the teacher makes images 2x8x8")
+    assert "give --teacher too" in refused(capsys, "digits", "--teacher-anyway")
     assert not (tmp_path / "run").exists()
 
 

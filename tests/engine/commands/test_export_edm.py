@@ -199,6 +199,26 @@ def _compare(found: torch.nn.Module, official: official_files.Official | torch.n
         _compare(part, state["_modules"][name])
 
 
+def test_a_network_that_has_diverged_is_not_written(tmp_path, capsys):
+    net = build_network(SMALL)
+    net.model.map_layer0.weight.data[0, 0] = math.nan
+    save_model(net, tmp_path / "bad")
+    with pytest.raises(SystemExit) as stop:
+        ipfm("export", tmp_path / "bad", tmp_path / "a.pkl")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and "map_layer0.weight holds values that are not finite" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+
+
+def test_damaged_facts_are_no_reason_to_take_a_generator_for_a_teacher(tmp_path, capsys):
+    folder, out = stored(tmp_path / "g", SMALL, task="generator", sigmas=[2.5]), tmp_path / "g.pkl"
+    exported(capsys, folder, out)
+    out.write_bytes(out.read_bytes().replace(b'{"task"', b'{"task?'))
+    for load in (load_teacher, load_network):
+        with pytest.raises(ValueError, match=r"g\.pkl: what it says of its network, under 'ipfm', is damaged"):
+            load(out)
+
+
 def test_a_network_in_float64_is_rounded_and_says_so(tmp_path, capsys):
     net = build_network(SMALL).double()
     randomise(net)
