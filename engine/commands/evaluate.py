@@ -237,13 +237,18 @@ class Evaluate:
             "D": subject.D,
             "nfe": subject.nfe,
             "features": self.features,
+            "metrics": list(dict.fromkeys(self.metrics)),
             "reference": self.reference,
             "seed": self.seed if subject.nfe else None,
             "images": results[0].images,
             "left_out": sum(result.left_out for result in results),
             "frechet": _smallest(results) if "fid" in self.metrics else None,
             "runs": [
-                {name: value for name, value in result.to_json().items() if not _unmeasured(value)}
+                {
+                    name: value
+                    for name, value in result.to_json().items()
+                    if not _unmeasured(value) and name != "metrics"
+                }
                 for result in results
             ],
             "paper": self._paper(subject, results[0].images),
@@ -295,7 +300,7 @@ def _how(result: FrechetResult, measure: Measure) -> str:
     if measure.metric == "kid" and result.kid_subset_size is not None:
         return f"subsets of {result.kid_subset_size}"
     if measure.metric == "pr" and result.pr_images is not None:
-        return f"k = 3, {result.pr_images} of {result.pr_real_images} real images"
+        return f"k = 3, {result.pr_images} samples, {result.pr_real_images} real images"
     return ""
 
 

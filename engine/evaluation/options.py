@@ -91,7 +91,7 @@ class EvaluationOptions:
             ValueError: a file that cannot be used, does not fit images (C, H, W) = `shape`, or does not allow what is
                 to be measured; or too little memory for it.
         """
-        from ipfm.engine.evaluation.evaluation import open_comparison
+        from ipfm.engine.evaluation.evaluation import check_sizes, open_comparison
         from ipfm.engine.runtime.host_memory import check_memory
 
         if self.compared_with is None and self.inception is None:
@@ -99,7 +99,7 @@ class EvaluationOptions:
                 raise ValueError("metrics is needs --inception FILE; the Inception score alone needs no --reference")
             if self.metrics != ("fid",):
                 raise ValueError(
-                    f"metrics {' '.join(self.metrics)} were given without reference: there is nothing to compare with"
+                    f"metrics {' '.join(self.metrics)} was given without reference: there is nothing to compare with"
                 )
             return None
         found = open_comparison(
@@ -112,6 +112,8 @@ class EvaluationOptions:
             skip_unreadable=self.skip_unreadable,
             strict=self.strict,
         )
+        if found.file is not None and found.file.images is not None:
+            check_sizes(self.metrics, self.eval_images, real=len(found.file.images))
         if device.type == "cpu":
             kept = found.kept_bytes(self.eval_images, batch=256)
             check_memory(kept, f"a comparison of {self.eval_images:,} images", "give a smaller --eval-images")

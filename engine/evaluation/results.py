@@ -237,7 +237,7 @@ def plot_convergence(
     if not drawn:
         raise ValueError(f"no finite {' or '.join(curve.name for curve in curves)} to plot")
     figure = file_figure(figsize=(7, 1.2 + 3 * len(drawn)), dpi=150, layout="constrained")
-    panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
+    panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
     for axes, curve in zip(panels, drawn, strict=True):
         draw_convergence(axes, curve.points, curve.teacher, curve.name)
     panels[0].set_title(title)

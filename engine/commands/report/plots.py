@@ -118,7 +118,7 @@ def _said(curve: Curve) -> str:
 def _distance(drawn: Sequence[Curve], facts: Facts, theme: Theme) -> Figure:
     figure = file_figure(figsize=(9, 0.9 + 3 * len(drawn)), dpi=DPI, layout="constrained")
     whose = "teacher" if facts.kind == "teacher" else "generator"
-    panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
+    panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
     for axes, curve in zip(panels, drawn, strict=True):
         draw_convergence(
             axes, curve.points, curve.teacher, curve.name, label=whose, colour=theme.curves[0], ink=theme.faint

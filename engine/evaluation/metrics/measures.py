@@ -149,8 +149,8 @@ class Measured:
     pr_real_images: int | None = None
 
     def __post_init__(self) -> None:
-        # A file has a list.
-        object.__setattr__(self, "metrics", tuple(self.metrics))
+        # A file has a list; what is named twice is measured once.
+        object.__setattr__(self, "metrics", tuple(dict.fromkeys(self.metrics)))
 
     @property
     def values(self) -> dict[str, float]:

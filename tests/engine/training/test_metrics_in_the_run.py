@@ -314,7 +314,7 @@ def test_rows_of_other_metrics_share_a_table() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"metrics": ("kid",)}, "metrics kid were given without reference: there is nothing to compare with"),
+        ({"metrics": ("kid",)}, "metrics kid was given without reference: there is nothing to compare with"),
         ({"metrics": ("is",)}, "metrics is needs --inception FILE"),
         ({"metrics": ()}, "metrics must be among fid, kid, is, pr, got none"),
         ({"metrics": ("pr",), "eval_images": 3}, "precision and recall need at least 4 images"),
