@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Comparison
-from ipfm.engine.evaluation.results import results_table
+from ipfm.engine.evaluation.results import EvaluationRow, read_results, results_table
 from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.options import (
     DistillationOptions,
@@ -23,8 +24,8 @@ from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.experiments.starts import described_start, read_start
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import BadInput, Given
-from ipfm.engine.runtime.launcher import launched_processes
-from ipfm.engine.training.distiller import Distiller
+from ipfm.engine.runtime.launcher import is_first_process, launched_processes
+from ipfm.engine.training.distiller import Distiller, remark_on_metrics
 from ipfm.engine.training.resolve import complete
 from ipfm.engine.training.run_folder import check_run_folder, claimed, teacher_facts
 from ipfm.engine.training.snapshots import best_said
@@ -76,6 +77,18 @@ class DistilPlan(Plan):
             self.config, self.network, self.path, (*origins, *self.notes, *more), given=self.options.distillation()
         )
 
+    def show(self) -> bool:
+        """See `Plan.show`."""
+        if not say_if_settled(self.path, "distill", self.config, measured=self.comparison is not None):
+            return False
+        if is_first_process():
+            rows = read_results(self.path)
+            if remark := remark_on_metrics(self.path, self.options.metrics, rows):
+                print(remark, file=sys.stderr)
+            print(*self.notes, sep="\n", end="\n" if self.notes else "")
+            _print_result(self.path, rows)
+        return True
+
     def begin(self, world: World) -> Callable[[], None]:
         """See `Plan.begin`."""
         assert self.teacher is not None
@@ -93,13 +106,18 @@ class DistilPlan(Plan):
                 print(*notes, sep="\n", end="\n" if notes else "")
             distiller.run(path)
             if world.is_main:
-                if distiller.rows:
-                    print(results_table(distiller.rows))
-                print(f"generator: {path / 'generator'}")
-                if best := best_said(path, "distill"):
-                    print(best)
+                _print_result(path, distiller.rows)
 
         return train
+
+
+def _print_result(path: Path, rows: list[EvaluationRow]) -> None:
+    """What the run in `path` has left; `rows`: its table, which may be empty."""
+    if rows:
+        print(results_table(rows))
+    print(f"generator: {path / 'generator'}")
+    if best := best_said(path, "distill"):
+        print(best)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,16 +17,16 @@ from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.evaluation.metrics import Features, Metric, dataset_reference
 from ipfm.engine.evaluation.metrics.features import Classifier
 from ipfm.engine.evaluation.metrics.measures import measures_of
-from ipfm.engine.evaluation.results import EvaluationRow, results_table
+from ipfm.engine.evaluation.results import EvaluationRow, read_results, results_table
 from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.options import DistillationOptions, check_images, read_teacher, run_name
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.experiments.starts import described_start, read_start
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import Given, user_input
-from ipfm.engine.runtime.launcher import launched_processes
+from ipfm.engine.runtime.launcher import is_first_process, launched_processes
 from ipfm.engine.training.checkpoint import checkpoints_in, step_of
-from ipfm.engine.training.distiller import Distiller
+from ipfm.engine.training.distiller import Distiller, remark_on_metrics
 from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.resolve import complete, resolve_precision
 from ipfm.engine.training.run_folder import (
@@ -34,13 +34,15 @@ from ipfm.engine.training.run_folder import (
     check_run_folder,
     claimed,
     exported_steps,
+    is_settled,
     open_run_folder,
     teacher_facts,
 )
 from ipfm.engine.training.snapshots import best_said
 from ipfm.engine.training.start import DistillationStart, start_facts
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
-from ipfm.models import NetworkConfig, Precond
+from ipfm.models import NetworkConfig, Precond, load_model
+from ipfm.models.store import TENSOR_FILE
 
 O = TypeVar("O", bound=DistillationOptions)
 P = TypeVar("P", bound=DistillationOptions)
@@ -69,6 +71,32 @@ class TrainAndDistilPlan(Plan):
         notes, given = described_start(self.start, self.config), self.options.distillation()
         return describe(self.config, self.network, self.path, notes, given=given, teaching=teaching)
 
+    def show(self) -> bool:
+        """See `Plan.show`."""
+        if not say_if_settled(self.path, "distill", self.config):
+            return False
+        if is_first_process():
+            rows = read_results(self.path)
+            if self.teacher is None and not _has_weights(self.path / "teacher" / EXPORTS["teacher"]):
+                print(f"the teacher that it was distilled from is not in {self.path}", file=sys.stderr)
+            if remark := remark_on_metrics(self.path, self.options.metrics, rows):
+                print(remark, file=sys.stderr)
+            print(*(f"{line}\n" for line in described_start(self.start, self.config)), sep="", end="")
+            self._print(rows)
+        return True
+
+    def _print(self, rows: list[EvaluationRow]) -> None:
+        """What the run has left; `rows`: its table, which may be empty."""
+        recipe, path = self.recipe, self.path
+        if rows:
+            print(f"\n{_named(rows)} {recipe.compared} against all {len(recipe.dataset)} {recipe.title}\n")
+            print(results_table(rows))
+        print(f"run folder: {path}   generator: {path / 'generator'}   curve: {path / 'convergence.png'}")
+        if best := best_said(path, "distill"):
+            print(best)
+        if (path / COMPARISON_FILE).exists():
+            print(f"teacher, generator and data side by side: {path / COMPARISON_FILE}")
+
     def begin(self, world: World) -> Callable[[], None]:
         """See `Plan.begin`. The teacher is a part of the training."""
         with claimed(self.path, self.record, self.config, write=world.is_main):
@@ -92,15 +120,12 @@ class TrainAndDistilPlan(Plan):
             for line in described_start(start, config):
                 print(line)
         distiller.run(path)
-        if world.is_main and distiller.rows:
-            print(f"\n{_named(distiller.rows)} {recipe.compared} against all {len(recipe.dataset)} {recipe.title}\n")
-            print(results_table(distiller.rows))
         if world.is_main:
-            print(f"run folder: {path}   generator: {path / 'generator'}   curve: {path / 'convergence.png'}")
-            if best := best_said(path, "distill"):
-                print(best)
-            if (path / COMPARISON_FILE).exists():
-                print(f"teacher, generator and data side by side: {path / COMPARISON_FILE}")
+            self._print(distiller.rows)
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / TENSOR_FILE).is_file()
 
 
 def _named(rows: list[EvaluationRow]) -> str:
@@ -292,5 +317,16 @@ class TrainAndDistil(Recipe[O], Generic[O]):
         start = read_start(options, config, teacher)
         record = check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
         if teacher is None and (path / "teacher").exists():
-            self.check_teaching(path / "teacher", teaching, network, distilled="teacher" in record)
+            self._check_own(path, config, teaching, network, distilled="teacher" in record)
         return TrainAndDistilPlan(self, options, config, network, teacher, teaching, path, record, start)
+
+    def _check_own(
+        self, path: Path, config: Distillation, teaching: TeacherConfig, network: NetworkConfig, *, distilled: bool
+    ) -> None:
+        """Whether the teacher in the run folder is the one that is asked for, and that which has been distilled."""
+        own, settled = path / "teacher", is_settled(path, "distill", config)
+        # Of a finished run, which is only shown, what is left of its teacher may be little, or nothing.
+        if not settled or checkpoints_in(own / "checkpoints"):
+            self.check_teaching(own, teaching, network, distilled=distilled)
+        if settled and _has_weights(own / EXPORTS["teacher"]):
+            check_run_folder(path, "distill", config, teacher_facts(load_model(own / EXPORTS["teacher"])))

@@ -59,6 +59,14 @@ class Plan(ABC):
     def describe(self) -> str:
         """What a dry run prints."""
 
+    def show(self) -> bool:
+        """Where the run is finished, print its result, on the first process; nothing is written.
+
+        Returns:
+            Whether that is so, and there is nothing to begin.
+        """
+        return False
+
     @abstractmethod
     def begin(self, world: World) -> Callable[[], None]:
         """Take the run's folder and make what is trained; every process calls it.
@@ -121,16 +129,29 @@ class Recipe(ABC, Generic[O]):
         run_recipe(self, argv)
 
 
-def say_if_settled(path: Path, kind: str, config: RunConfig) -> None:
-    """A line on stderr where the run folder has its result already, which is only read: whose result is shown."""
-    if not is_settled(path, kind, config):
-        return
+def say_if_settled(path: Path, kind: str, config: RunConfig, *, measured: bool = True) -> bool:
+    """A line on stderr where the run folder has its result already, which is only read: whose result is shown.
+
+    Args:
+        path: the run folder.
+        kind: "distill" or "teacher".
+        config: the settings.
+        measured: a table is a part of the result.
+
+    Returns:
+        Whether it has.
+    """
+    if not is_settled(path, kind, config, "results.json" if measured else None):
+        return False
+    if not is_first_process():
+        return True
     other = settings_said(path, config)
     print(
         f"{path} is finished: this is its result after {config.total_steps:,} steps, nothing is trained or measured "
         f"again{f'; it was made with other settings ({other})' if other else ''}",
         file=sys.stderr,
     )
+    return True
 
 
 def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
@@ -158,6 +179,8 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
     if plan.options.dry_run:
         if is_first_process():
             print(plan.describe())
+        return
+    if plan.show():
         return
     world = start_world()
     # Nobody changes the folder before all have looked at it.

@@ -20,7 +20,7 @@ from ipfm.engine.experiments.network_options import NetworkOptions
 from ipfm.engine.experiments.options import check_images
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.runtime.commandline import BadInput, Given
-from ipfm.engine.runtime.launcher import launched_processes
+from ipfm.engine.runtime.launcher import is_first_process, launched_processes
 from ipfm.engine.training.resolve import complete_training, resolve_D
 from ipfm.engine.training.run_folder import check_run_folder, claimed
 from ipfm.engine.training.snapshots import best_said
@@ -107,6 +107,14 @@ class TeacherPlan(Plan):
         notes += [self.recipe.data] if self.data is None else [f"data: {self.data.name}, {len(self.data):,} images"]
         return describe_training(self.config, self.network, self.path, tuple(notes))
 
+    def show(self) -> bool:
+        """See `Plan.show`."""
+        if not say_if_settled(self.path, "teacher", self.config):
+            return False
+        if is_first_process():
+            _print_result(self.path)
+        return True
+
     def begin(self, world: World) -> Callable[[], None]:
         """See `Plan.begin`."""
         assert self.data is not None
@@ -131,11 +139,16 @@ class TeacherPlan(Plan):
                 print(*lines, sep="\n", end="\n" if lines else "")
             training.run(path)
             if world.is_main:
-                print(f"teacher: {path / 'model'}")
-                if best := best_said(path, "teacher"):
-                    print(best)
+                _print_result(path)
 
         return train
+
+
+def _print_result(path: Path) -> None:
+    """What the run in `path` has left."""
+    print(f"teacher: {path / 'model'}")
+    if best := best_said(path, "teacher"):
+        print(best)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ipfm.engine.distributed.signals import StopRequested, catching_signals
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.distributed.zero import TrainedNetwork, shard_frozen
 from ipfm.engine.evaluation.evaluation import Evaluation, evaluate_teacher
-from ipfm.engine.evaluation.metrics import FrechetResult
+from ipfm.engine.evaluation.metrics import FrechetResult, Metric
 from ipfm.engine.evaluation.metrics.measures import FID, measures_of
 from ipfm.engine.evaluation.results import (
     Curve,
@@ -222,7 +222,8 @@ class Distiller(TrainingRun[Distillation]):
         """
         known = read_results(folder)
         if known and last is None:
-            self._say_what_is_not_known(folder, evaluation, known)
+            if self.world.is_main and (remark := remark_on_metrics(folder, evaluation.metrics, known)):
+                print(remark, file=sys.stderr)
             return known
         teacher, reason = attempt(
             lambda: evaluate_teacher(self.teacher, evaluation, self.world, D=self.D, steps=self.config.heun_steps),
@@ -248,16 +249,6 @@ class Distiller(TrainingRun[Distillation]):
         self.world.barrier()
         return rows
 
-    def _say_what_is_not_known(self, folder: Path, evaluation: Evaluation, known: list[EvaluationRow]) -> None:
-        """A line where more is asked for than the table of a finished run has, which stands."""
-        missing = [metric for metric in dict.fromkeys(evaluation.metrics) if metric not in known[-1].metrics]
-        if missing and self.world.is_main:
-            print(
-                f"ipfm: {folder} is finished, and its table has no {', '.join(missing)}: "
-                f"ipfm evaluate {folder / 'generator'} --metrics {' '.join(missing)} ... measures it",
-                file=sys.stderr,
-            )
-
     def _write(self, folder: Path, rows: list[EvaluationRow], teacher: FrechetResult) -> None:
         """The table and the curve, on the first process; what cannot be written is a warning."""
         try:
@@ -274,6 +265,17 @@ class Distiller(TrainingRun[Distillation]):
             plot_convergence(first.points, first.teacher, picture, self.title, first.name, others)
         except Exception as error:
             self._warn(f"no {picture}: {described(error)}")
+
+
+def remark_on_metrics(folder: Path, metrics: Sequence[Metric], known: Sequence[EvaluationRow]) -> str:
+    """A line where more is asked for than the table of a finished run has, which stands; else ""."""
+    missing = [metric for metric in dict.fromkeys(metrics) if known and metric not in known[-1].metrics]
+    if not missing:
+        return ""
+    return (
+        f"ipfm: {folder} is finished, and its table has no {', '.join(missing)}: "
+        f"ipfm evaluate {folder / 'generator'} --metrics {' '.join(missing)} ... measures it"
+    )
 
 
 def _row(label: str, steps: int | None, nfe: int, result: FrechetResult, paper: str | None) -> EvaluationRow:

@@ -96,9 +96,10 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} is a file, the run folder {path} cannot be there: choose another --out")
-    # Every process can tell beforehand, and before the networks are built, what would stop the first one.
+    # Every process can tell beforehand, and before the networks are built, what would stop the first one. A finished
+    # run is only read.
     for place in (path / "checkpoints", next(p for p in (path, *path.absolute().parents) if p.exists())):
-        if place.exists() and not os.access(place, os.W_OK | os.X_OK):
+        if place.exists() and not os.access(place, os.W_OK | os.X_OK) and not is_settled(path, kind, config, None):
             raise ValueError(f"{place} cannot be written: choose another --out")
     if not path.is_dir() or all(_is_leftover(entry) for entry in path.iterdir()):
         _check_steps(path, kind, config)
@@ -132,10 +133,17 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
     return {**found, **record}
 
 
-def is_settled(path: Path, kind: str, config: RunConfig) -> bool:
-    """Whether the folder's run has all the steps of these settings, and its result: it is only read."""
+def is_settled(path: Path, kind: str, config: RunConfig, table: str | None = "results.json") -> bool:
+    """Whether the folder's run has all the steps of these settings, and its result: it is only read.
+
+    Args:
+        path: the run folder.
+        kind: "distill" or "teacher".
+        config: the settings.
+        table: file of a distillation's table of results, which has to be there; None where nothing is measured.
+    """
     newest, result = max(_steps(path), default=None), exported_steps(path, kind)
-    measured = kind == "teacher" or (path / "results.json").is_file()
+    measured = kind == "teacher" or table is None or (path / table).is_file()
     return config.from_step is None and measured and newest is not None and newest == result == _length(config)
 
 

@@ -20,7 +20,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ipfm.engine.runtime.commandline import BadInput
 from ipfm.models import load_model, load_teacher, read_config
+from ipfm.recipes import digits_ipfm
 
 RECIPE = str(launch.ROOT / "recipes" / "digits_ipfm.py")
 # 8 steps of the teacher and 12 of the distillation, a checkpoint every 4.
@@ -125,6 +127,40 @@ def test_same_command_again_only_reads(tmp_path: Path, finished) -> None:
     longer = run("--out", str(tmp_path / "longer"), *SHORT[:3], "14", *SHORT[4:])
     assert [line["step"] for line in metrics(tmp_path / "longer")] == list(range(14))
     assert "continuing at step 12" in longer.stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("lost", ["", "teacher", "teacher/checkpoints", "samples", "comparison.png"])
+def test_a_finished_run_is_shown_whatever_else_is_gone(
+    tmp_path: Path, finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    """On a disk that takes nothing, too: no process group is made, and nothing is trained, measured or written."""
+    shutil.copytree(finished[0], out := tmp_path / "run")
+    if lost:
+        shutil.rmtree(out / lost) if (out / lost).is_dir() else (out / lost).unlink()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    monkeypatch.setattr("ipfm.engine.experiments.recipe.start_world", None)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    digits_ipfm.main(["--out", str(out), *SHORT])
+    said = capsys.readouterr()
+    assert (out / "results.txt").read_text() in said.out and f"generator: {out / 'generator'}" in said.out
+    expected = [f"{out} is finished: this is its result after 12 steps, nothing is trained or measured again"]
+    if lost == "teacher":
+        expected.append(f"the teacher that it was distilled from is not in {out}")
+    assert said.err.splitlines() == expected
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    # A longer one is none that could be shown.
+    with pytest.raises(BadInput, match="cannot be written: choose another --out"):
+        digits_ipfm.main(["--out", str(out), *SHORT, "--max-steps", "14"])
+
+
+@pytest.mark.distributed
+def test_another_teacher_in_the_folder_of_a_finished_run_is_none_of_its(tmp_path: Path, finished, thin: str) -> None:
+    shutil.copytree(finished[0], out := tmp_path / "run")
+    shutil.rmtree(out / "teacher" / "model")
+    shutil.copytree(thin, out / "teacher" / "model")
+    with pytest.raises(BadInput, match=r"belongs to another configuration \(teacher is .* there, .* here\)"):
+        digits_ipfm.main(["--out", str(out), *SHORT])
 
 
 @pytest.mark.distributed
