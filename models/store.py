@@ -15,8 +15,9 @@ either the old network or the new one, whole, whatever interrupts the writer.
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,13 +27,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ipfm.models.atomic_files import atomic_folder, previous_of, write_durably
-from ipfm.models.checkpoints.recognise import cut_short, missing, user_path, what_folder, what_pointer
+from ipfm.models.checkpoints.recognise import cut_short, is_checkpoint, missing, user_path, what_folder, what_pointer
+from ipfm.models.checkpoints.run_models import locate
 from ipfm.models.config import NetworkConfig, PrecondType
 from ipfm.models.facts import GeneratorFacts, TeacherFacts, read_facts
 from ipfm.models.json_values import from_json, to_json
 from ipfm.models.precond import Precond, build_network
 
 CONFIG_FILE = "config.json"
+# In a checkpoint of a run: what config.json of a model folder would say of the average in it, and its buffers.
+AVERAGED_FILE = "averaged.json"
+BUFFER_FILE = "buffers.safetensors"
 TENSOR_FILE = "model.safetensors"
 _FORMAT = "ipfm-network"
 _VERSION = 1
@@ -51,6 +56,9 @@ class StoredConfig:
         sha256: of model.safetensors.
         folder: where both files lie.
         extra: what the writer said of the weights, JSON values with infinite numbers as numbers.
+        tensor_file: name of the file with the weights, whose checksum is `sha256`.
+        buffers: of the average in a checkpoint: the file that has its buffers, and that file's SHA-256; None where
+            there are none, or `tensor_file` has them.
     """
 
     class_name: str
@@ -59,6 +67,8 @@ class StoredConfig:
     sha256: str
     folder: Path
     extra: dict[str, Any] = field(default_factory=dict)
+    tensor_file: str = TENSOR_FILE
+    buffers: tuple[Path, str] | None = None
 
     @property
     def facts(self) -> TeacherFacts | GeneratorFacts:
@@ -95,11 +105,7 @@ def save_model(
     tensors = _tensors_to_store(net, state)
     payload = safetensors.torch.save(tensors)
     config = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "class": net.config.precond,
-        "network": net.config.to_json(),
-        "dtype": _dtype_name(_parameter_dtype(net, tensors)),
+        **_description(net.config, _dtype_name(_parameter_dtype(net, tensors))),
         "sha256": hashlib.sha256(payload).hexdigest(),
         "extra": to_json(dict(extra or {}), "extra"),
     }
@@ -110,11 +116,25 @@ def save_model(
         write_durably(partial / CONFIG_FILE, text.encode())
 
 
+def describe_average(network: NetworkConfig, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says in `AVERAGED_FILE` of the average in it.
+
+    Args:
+        network: its architecture.
+        name: of the network whose average it is: its file is NAME.safetensors.
+        extra: as in `save_model`.
+
+    Raises:
+        ValueError: `extra` is no JSON.
+    """
+    return {**_description(network, "float32"), "tensors": name, "extra": to_json(dict(extra), "extra")}
+
+
 def read_config(folder: str | os.PathLike[str]) -> StoredConfig:
     """What is stored in a folder, without reading the weights.
 
     Args:
-        folder: a model folder.
+        folder: a model folder, or a checkpoint of a run, of which it is the average.
 
     Raises:
         ValueError: one line that names the file that is missing or damaged.
@@ -122,17 +142,38 @@ def read_config(folder: str | os.PathLike[str]) -> StoredConfig:
     return _read_config(_existing(user_path(folder)))
 
 
-def load_model(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Precond:
+def load_model(
+    folder: str | os.PathLike[str], *, device: torch.device | str = "cpu", which: str | int | None = None
+) -> Precond:
     """The network stored in a folder, in the dtype it was stored in and in eval mode.
 
     Args:
-        folder: a model folder.
+        folder: a model folder, or a checkpoint of a run, of which the average is taken; or a run folder, of which a
+            warning says what was taken.
         device: where the network is to be.
+        which: of a run: "best", "last" or a step; see `locate`.
 
     Raises:
         ValueError: one line that names the file, where anything is missing, damaged or does not fit together.
     """
-    return load_stored(read_config(folder), device=device)
+    return load_stored(read_config(located(folder, which)), device=device)
+
+
+def located(path: str | os.PathLike[str], which: str | int | None = None, *, teacher: bool = False) -> Path:
+    """Where the network is that `path` means; of a run folder a warning says what was taken. As `locate`.
+
+    Args:
+        path: a file or folder.
+        which: of a run.
+        teacher: a teacher is wanted.
+
+    Raises:
+        ValueError: the run has no such network.
+    """
+    found = locate(path, which, teacher=teacher)
+    if said := found.said("which={!r}"):
+        warnings.warn(said, stacklevel=3)
+    return found.path
 
 
 def load_stored(stored: StoredConfig, *, device: torch.device | str = "cpu") -> Precond:
@@ -145,8 +186,8 @@ def load_stored(stored: StoredConfig, *, device: torch.device | str = "cpu") -> 
     Raises:
         ValueError: one line that names the file: the weights are missing, damaged or do not fit.
     """
-    path = stored.folder / TENSOR_FILE
-    tensors = _read_tensors(path, stored.sha256)
+    path = stored.folder / stored.tensor_file
+    tensors = _tensors_of(stored)
     with torch.device("meta"):
         net = build_network(stored.network)
     net.to(stored.dtype)
@@ -175,6 +216,8 @@ def _existing(folder: Path) -> Path:
         if folder.is_file():
             kind, more = "a file", "; load_teacher and load_network read checkpoints"
         raise ValueError(f"{folder} is {kind}; {readable}{more}")
+    if is_checkpoint(folder):
+        return folder
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
             what = what_folder(folder)
@@ -217,7 +260,78 @@ def _dtype_name(dtype: torch.dtype) -> str:
     raise ValueError(f"parameters of {dtype} cannot be stored; possible: {', '.join(_DTYPES)}")
 
 
+def _tensors_of(stored: StoredConfig) -> dict[str, Tensor]:
+    """The state dict. Of a checkpoint the average, with its buffers."""
+    tensors = _read_tensors(stored.folder / stored.tensor_file, stored.sha256)
+    if stored.tensor_file == TENSOR_FILE:
+        return tensors
+    found = {name.removeprefix("ema/"): tensor for name, tensor in tensors.items() if name.startswith("ema/")}
+    if stored.buffers is not None:
+        path, sha256 = stored.buffers
+        with torch.device("meta"):
+            parameters = dict(build_network(stored.network).named_parameters())
+        found |= {name: tensor for name, tensor in _read_tensors(path, sha256).items() if name not in parameters}
+    return found
+
+
+def _read_checkpoint(folder: Path) -> StoredConfig:
+    """What a checkpoint of a run says of the average in it; one of an older version is told by its run's networks."""
+    path, manifest = folder / AVERAGED_FILE, _object(folder / "manifest.json")
+    if path.name not in manifest:
+        return _read_older_checkpoint(folder, manifest)
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {_one_line(error)}") from None
+    if hashlib.sha256(payload).hexdigest() != manifest[path.name]:
+        raise ValueError(f"{path} is damaged: its SHA-256 is not that of manifest.json")
+    data = _object(path)
+    stored = _parsed(path, data, {"tensors": str})
+    name = f"{data['tensors']}.safetensors"
+    buffers = (folder / BUFFER_FILE, str(manifest[BUFFER_FILE])) if BUFFER_FILE in manifest else None
+    return replace(stored, folder=folder, tensor_file=name, sha256=str(manifest.get(name)), buffers=buffers)
+
+
+def _read_older_checkpoint(folder: Path, manifest: Mapping[str, Any]) -> StoredConfig:
+    """The same where the checkpoint says nothing of its network, but its run has exported one like it."""
+    run = folder.resolve().parent.parent
+    kept = [run / name for name in ("generator", "generator-best", "model", "model-best")]
+    like = next((place for place in kept if (place / CONFIG_FILE).is_file() and (place / TENSOR_FILE).is_file()), None)
+    name = next((name for name in ("generator.safetensors", "teacher.safetensors") if name in manifest), None)
+    if like is None or name is None:
+        raise ValueError(
+            f"{folder} does not say which network it is of, as checkpoints of version 0.1 do not, and its run has "
+            "exported none: the recipe that made it continues it, and exports one at its end"
+        )
+    stored = _read_config(like)
+    step = _object(folder / "progress.json").get("step")
+    extra = {key: value for key, value in stored.extra.items() if key not in ("measured", "optimizer_steps")}
+    buffers = (like / TENSOR_FILE, stored.sha256)
+    return replace(
+        stored,
+        folder=folder,
+        dtype=torch.float32,
+        tensor_file=name,
+        sha256=str(manifest[name]),
+        extra={**extra, "optimizer_steps": step},
+        buffers=buffers,
+    )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. ValueError: there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {_one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} cannot be read as JSON: it holds no object")
+    return found
+
+
 def _read_config(folder: Path) -> StoredConfig:
+    if is_checkpoint(folder):
+        return _read_checkpoint(folder)
     path = folder / CONFIG_FILE
     try:
         data = json.loads(path.read_bytes())
@@ -228,9 +342,24 @@ def _read_config(folder: Path) -> StoredConfig:
         if what := what_folder(folder):
             raise ValueError(f"{folder} is no model: {what}")
         raise ValueError(f'{path} does not describe a stored network (no "format": "{_FORMAT}")')
+    return _parsed(path, data, {"sha256": str})
+
+
+def _description(network: NetworkConfig, dtype: str) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "class": network.precond,
+        "network": network.to_json(),
+        "dtype": dtype,
+    }
+
+
+def _parsed(path: Path, data: Mapping[str, Any], more: Mapping[str, type]) -> StoredConfig:
+    """What the file `path` says, whose object `data` is; `more`: further entries that it must have."""
     if data.get("version") != _VERSION:
         raise ValueError(f"{path} is of version {data.get('version')!r}; what can be read: version {_VERSION}")
-    expected = {"class": str, "network": dict, "dtype": str, "sha256": str, "extra": dict}
+    expected: dict[str, type] = {"class": str, "network": dict, "dtype": str, **more, "extra": dict}
     for key, kind in expected.items():
         if not isinstance(data.get(key), kind):
             raise ValueError(f"{path}: {key!r} must be a {kind.__name__}, got {data.get(key)!r}")
@@ -245,8 +374,8 @@ def _read_config(folder: Path) -> StoredConfig:
             class_name=data["class"],
             network=network,
             dtype=_DTYPES[data["dtype"]],
-            sha256=data["sha256"],
-            folder=folder,
+            sha256=data.get("sha256", ""),
+            folder=path.parent,
             extra=from_json(data["extra"]),
         )
     except ValueError as error:

@@ -9,17 +9,22 @@ from typing import Literal
 import torch
 
 from ipfm.models.checkpoints.reader import Checkpoint, ImportedNetwork, check_D, open_checkpoint
-from ipfm.models.checkpoints.recognise import models_in, user_path
+from ipfm.models.checkpoints.recognise import models_in
 from ipfm.models.facts import GeneratorFacts, TeacherFacts
 from ipfm.models.precond import Precond, build_network
-from ipfm.models.store import StoredConfig, load_stored, read_config
+from ipfm.models.store import StoredConfig, load_stored, located, read_config
 
 Kind = Literal["generator", "teacher"]
 _NO_TEACHER = "which knows its own few noise levels alone, and no teacher, a denoiser at all levels"
 
 
 def load_teacher(
-    path: str | os.PathLike[str], *, D: float | None = None, network: str | None = None, anyway: bool = False
+    path: str | os.PathLike[str],
+    *,
+    D: float | None = None,
+    network: str | None = None,
+    anyway: bool = False,
+    which: str | int | None = None,
 ) -> Precond:
     """The teacher at `path`, frozen and in eval mode, on the CPU; `.config` describes it.
 
@@ -33,33 +38,40 @@ def load_teacher(
         ValueError: as of `load_network`; or it says of itself that it is a generator, which knows its own few noise
             levels alone and cannot be distilled from.
     """
-    place = user_path(path)
+    place = located(path, which, teacher=True)
     if anyway and place.is_file():
         check_D(D)
         return load_from_checkpoint(open_checkpoint(place), D=D, network=network, kind="teacher")
-    return load_network(path, D=D, network=network, teacher=True)
+    return load_network(place, D=D, network=network, teacher=True)
 
 
 def load_network(
-    path: str | os.PathLike[str], *, D: float | None = None, network: str | None = None, teacher: bool = False
+    path: str | os.PathLike[str],
+    *,
+    D: float | None = None,
+    network: str | None = None,
+    teacher: bool = False,
+    which: str | int | None = None,
 ) -> Precond:
     """The network at `path`, a teacher or a generator, frozen and in eval mode, on the CPU; `.config` describes it.
 
     Args:
         path: a folder with config.json and model.safetensors, or a checkpoint file of EDM, PFGM++ or SiD (network
-            snapshot or training state), from which nothing is run.
+            snapshot or training state), from which nothing is run; or a checkpoint of a run, of which the average is
+            taken, or a run folder, of which a warning says what was taken.
         D: the auxiliary dimensions it is expected to be trained for (inf: diffusion). None takes what the file says,
             and inf for a checkpoint that says nothing.
         network: which of a checkpoint's networks. None takes the average of the weights where there is one
             (`Checkpoint.choose`).
-        teacher: it is to be a teacher.
+        teacher: it is to be a teacher; of a distillation's folder, the one that it trained.
+        which: of a run: "best", "last" or a step; see `locate`.
 
     Raises:
         ValueError: one line that names the file, where `path` is anything else, is damaged, has no such network, was
             trained for another D, or is a generator where a teacher is wanted.
     """
-    place = user_path(path)
     check_D(D)
+    place = located(path, which, teacher=teacher)
     if place.is_file():
         checkpoint = open_checkpoint(place)
         if teacher and (why := checkpoint.why_generator(name := checkpoint.choose(network))):

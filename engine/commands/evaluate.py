@@ -48,7 +48,8 @@ class Evaluate:
     }
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """Model folder, checkpoint of EDM, PFGM++ or SiD, or images: a folder, a zip, CIFAR-10's archive, an .npz."""
+    """Model folder, run folder, checkpoint (of a run, EDM, PFGM++ or SiD), or images: a folder, a zip, CIFAR-10's
+    archive, an .npz."""
     reference: Path | None = None
     """Real images, or their statistics (.npz, mu and sigma). Only "is" needs none."""
     inception: Path | None = None
@@ -77,6 +78,8 @@ class Evaluate:
     """The highest. Default: 80 or the network's."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
+    which: Annotated[str | None, tyro.conf.arg(metavar="best|last|STEP")] = None
+    """Of a run folder: its best network, its newest, or that of a step. Default: the one at its end, else the best."""
     generator: bool = False
     """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
     sigmas: tuple[float, ...] = ()
@@ -117,6 +120,7 @@ class Evaluate:
                 schedule=Schedule(self.sigma_min, self.sigma_max, self.rho),
                 D=self.D,
                 claim=Claim.of(generator=self.generator, teacher=self.teacher, sigmas=self.sigmas),
+                which=self.which,
                 limit=self.images,
                 skip_unreadable=self.skip_unreadable,
                 strict=self.strict,
@@ -233,6 +237,7 @@ class Evaluate:
     def _facts(self, subject: Subject, results: list[FrechetResult]) -> dict[str, object]:
         return {
             "model": self.model,
+            "taken": subject.path,
             "kind": subject.kind,
             "D": subject.D,
             "nfe": subject.nfe,

@@ -33,7 +33,9 @@ class Info:
     """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
-    """Run folder, model folder, or a checkpoint of EDM, PFGM++ or SiD."""
+    """Run folder, model folder, checkpoint of a run, or a checkpoint of EDM, PFGM++ or SiD."""
+    which: Annotated[str | None, tyro.conf.arg(metavar="best|last|STEP")] = None
+    """Describe this network of a run folder, and not the run."""
     json: bool = False
     """Print JSON: all that is known."""
 
@@ -41,11 +43,14 @@ class Info:
         """Print what is known."""
         from ipfm.engine.runtime.remarks import Remarks
         from ipfm.engine.training.run_state import is_damaged_run, is_run
+        from ipfm.models.checkpoints.run_models import locate
 
         remarks = Remarks()
         with output(as_json=self.json) as write:
             with user_input():
-                if self.model.is_file():
+                if self.which is not None:
+                    facts, text = _folder(locate(self.model, self.which).path)
+                elif self.model.is_file():
                     facts, text = _checkpoint(self.model)
                 elif is_run(self.model):
                     facts, text = _run(self.model, remarks)
@@ -55,7 +60,10 @@ class Info:
                         "ipfm report shows what there is"
                     )
                 else:
-                    facts, text = _folder(self.model)
+                    taken = locate(self.model)
+                    if taken.taken:
+                        remarks.add(taken.said())
+                    facts, text = _folder(taken.path)
             write({"path": self.model, **facts, "remarks": list(remarks)}, text)
 
 
@@ -188,6 +196,7 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
     from ipfm.engine.commands import describe
     from ipfm.engine.objectives import OBJECTIVES
     from ipfm.models import read_config
+    from ipfm.models.checkpoints.recognise import is_checkpoint
     from ipfm.models.facts import GeneratorFacts
     from ipfm.models.store import load_stored
 
@@ -202,13 +211,14 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
         distilled = objective.info_words(about.settings) if objective else about.objective
     facts = _network(stored.network, parameters) | {
         "kind": "generator" if generator else "teacher",
+        "taken": path,
         "nfe": nfe,
         "sigmas": sigmas,
         "training": about.to_json(),
     }
     text = rows(
         [
-            ("kind", facts["kind"]),
+            ("kind", facts["kind"] + (", the average in a checkpoint of a run" if is_checkpoint(path) else "")),
             *_network_rows(stored.network, parameters),
             ("NFE", nfe if generator else "35 (18 steps of Heun's method, unless others are asked for)"),
             ("sigmas", _levels(sigmas)),
@@ -216,10 +226,22 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
             ("dataset", about.dataset),
             ("began with", _start(about.others.get("transfer"))),
             ("training", describe.training(about.settings, about.optimizer_steps)),
+            ("measured", _measured(about.measured)),
             ("converted from", " ".join(str(source[name]) for name in ("file", "network") if name in source)),
         ]
     )
     return facts, text
+
+
+def _measured(found: Mapping[str, Any]) -> str | None:
+    """What the run that kept a network measured of it: "FID 3.21 over 50,000 images"."""
+    from ipfm.engine.checks import number as as_number
+    from ipfm.engine.evaluation.results import DISTANCE
+    from ipfm.engine.runtime.wording import significant
+
+    distance = as_number(found.get("distance"))
+    images = f" over {found['images']:,} images" if isinstance(found.get("images"), int) else ""
+    return f"{found.get('metric', DISTANCE)} {significant(distance)}{images}" if math.isfinite(distance) else None
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:

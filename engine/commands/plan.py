@@ -233,9 +233,10 @@ def read_network(model: str) -> NetworkConfig:
     """
     from ipfm.models import presets, read_config
     from ipfm.models.checkpoints.reader import open_checkpoint
+    from ipfm.models.checkpoints.run_models import locate
 
     path = Path(model).expanduser()
     if path.is_file():
         return open_checkpoint(path).read().config
     # A name with a slash is no preset's.
-    return read_config(path).network if path.is_dir() or "/" in model else presets.get(model)
+    return read_config(locate(path).path).network if path.is_dir() or "/" in model else presets.get(model)

@@ -16,7 +16,8 @@ from ipfm.engine.objectives.published import paper_result
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.sampling.stored_model import NO_CLAIM, USUAL, Claim, Schedule, sample_model
 from ipfm.models import NetworkConfig
-from ipfm.models.checkpoints.recognise import image_kind, missing
+from ipfm.models.checkpoints.recognise import image_kind, is_checkpoint, missing
+from ipfm.models.checkpoints.run_models import locate
 from ipfm.models.facts import GeneratorFacts, ModelFacts
 from ipfm.models.store import CONFIG_FILE
 
@@ -39,6 +40,7 @@ class Subject:
         paper: the published FID as text, if any.
         remarks: what to know of it, a line each.
         said: what opening it said on stderr.
+        path: where a model was loaded from.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Subject:
     paper: str | None = None
     remarks: tuple[str, ...] = ()
     said: tuple[str, ...] = ()
+    path: Path | None = None
 
 
 def open_subject(
@@ -60,6 +63,7 @@ def open_subject(
     seed: int,
     schedule: Schedule = USUAL,
     D: float | None = None,
+    which: str | None = None,
     claim: Claim = NO_CLAIM,
     limit: int | None = None,
     skip_unreadable: bool = False,
@@ -68,12 +72,14 @@ def open_subject(
     """What is at `path`: a model folder, a data set or an .npz of images, or else a checkpoint of EDM, PFGM++ or SiD.
 
     Args:
-        path: a folder with config.json is a model, any other folder a data set.
+        path: a folder with config.json is a model or a run, a checkpoint of a run its average, any other folder a data
+            set.
         device: where images are drawn.
         heun_steps: of a teacher's sampler; a generator has its own noise levels.
         seed: of a model's samples, and of the choice among images.
         schedule: of a teacher's sampler: ends and rho of its grid.
         D: auxiliary dimensions of a checkpoint that does not say them; None takes what the model says.
+        which: of a run folder: "best", "last" or a step; see `locate`.
         claim: whether a checkpoint is a generator or a teacher, likewise.
         limit: so many images of a set that has more are drawn at random; None takes all.
         skip_unreadable: of images, as in `open_dataset`.
@@ -84,7 +90,9 @@ def open_subject(
     """
     if not path.exists():
         raise ValueError(f"{missing(path)}: give a model folder, a checkpoint, a data set or an .npz of images")
-    stored = (path / CONFIG_FILE).is_file()
+    taken = locate(path, which)
+    path = taken.path
+    stored = (path / CONFIG_FILE).is_file() or is_checkpoint(path)
     if not stored and (path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES or is_npz(path)):
         if D is not None:
             raise ValueError(f"D was given, but {path} holds images, not a model")
@@ -114,10 +122,11 @@ def open_subject(
     if isinstance(facts, GeneratorFacts):
         if own := _listed(schedule):
             raise ValueError(f"{own} given, but {path} is a generator, which has noise levels of its own: leave it out")
-        paper = _generator_paper(facts, network, nfe)
-        return Subject("generator", draw, shape, None, network.D, nfe, paper, model.remarks)
-    paper = None if schedule.named() else _teacher_paper(facts, network, nfe)
-    return Subject("teacher", draw, shape, None, network.D, nfe, paper)
+        kind, paper = "generator", _generator_paper(facts, network, nfe)
+    else:
+        kind, paper = "teacher", None if schedule.named() else _teacher_paper(facts, network, nfe)
+    remarks = ((taken.said(),) if taken.taken else ()) + model.remarks
+    return Subject(kind, draw, shape, None, network.D, nfe, paper, remarks=remarks, path=path)
 
 
 def _listed(schedule: Schedule) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from typing import Any
 from ipfm.engine.checks import not_negative, option_name
 from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.models import NetworkConfig, Precond, load_teacher
+from ipfm.models.checkpoints.run_models import locate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,11 @@ def read_teacher(options: DistillationOptions) -> Precond | None:
     """
     if options.teacher is None:
         return None
-    return load_teacher(options.teacher, D=options.D, anyway=options.teacher_anyway)
+    taken = locate(options.teacher, teacher=True)
+    if taken.taken and is_first_process():
+        with suppress(OSError):
+            print(f"note: {taken.taken}; name another network's folder as --teacher", file=sys.stderr)
+    return load_teacher(taken.path, D=options.D, anyway=options.teacher_anyway)
 
 
 def check_images(network: NetworkConfig, shape: tuple[int, int, int], whose: str) -> None:

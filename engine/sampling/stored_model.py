@@ -38,6 +38,8 @@ class SampledModel(NamedTuple):
     """What it says of itself; a checkpoint only which file it is."""
     nfe: int
     """Network evaluations an image."""
+    path: Path
+    """Where it was loaded from."""
     sigmas: tuple[float, ...]
     """Its noise levels, the highest first: those of a generator, or of a teacher's steps before what churn adds."""
     remarks: tuple[str, ...] = ()
@@ -157,7 +159,7 @@ def sample_model(
     its sigma_min; a teacher is sampled by Heun's method; all at their own D.
 
     Args:
-        path: a model folder, or a teacher's checkpoint of EDM, PFGM++ or SiD.
+        path: a model folder, a checkpoint of a run, or a teacher's checkpoint of EDM, PFGM++ or SiD.
         device: where images are drawn.
         heun_steps: of a teacher's sampler.
         seed: of the images; of several seeds, image i is the first one of seed[i].
@@ -247,6 +249,7 @@ def sample_network(
         net.config,
         facts,
         nfe,
+        path,
         levels,
     )
 
@@ -257,7 +260,7 @@ def load_denoiser(
     """A stored network, frozen and in eval mode, on the CPU, and what it says of itself.
 
     Args:
-        path: a model folder, or a checkpoint of EDM, PFGM++ or SiD.
+        path: a model folder, a checkpoint of a run, or a checkpoint of EDM, PFGM++ or SiD.
         D: the auxiliary dimensions it is expected to be trained for; None takes what it says.
         claim: what a checkpoint is.
 

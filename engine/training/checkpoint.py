@@ -1,9 +1,10 @@
 """Checkpoints on disk: portable, checked, and never half-written.
 
-A checkpoint is a folder `step-0000400` with one safetensors file a network, `progress.json`, and `manifest.json` with
-the SHA-256 of each: tensors only, one entry a parameter, whatever the ZeRO stage and the number of processes. It is
-written beside its final place, synced, and renamed; `latest` is replaced last. A folder that is incomplete or damaged
-is therefore never taken for a checkpoint. Names in a run's checkpoints folder:
+A checkpoint is a folder `step-0000400` with one safetensors file a network, `progress.json`, `averaged.json` (which
+average is in it, so that it can be taken for a model) and `manifest.json` with the SHA-256 of each: tensors only, one
+entry a parameter, whatever the ZeRO stage and the number of processes. It is written beside its final place, synced,
+and renamed; `latest` is replaced last. A folder that is incomplete or damaged is therefore never taken for a
+checkpoint. Names in a run's checkpoints folder:
 
     step-0000400            a checkpoint
     .replaced-step-0000400  an older one of the same step, while the new one takes its place
@@ -21,20 +22,30 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.models.atomic_files import atomic_write, make_folder, sync, why, write_durably
+from ipfm.models.store import AVERAGED_FILE, BUFFER_FILE
 
 FORMAT = 1
 
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint folder that is incomplete or does not match its manifest; the message names the file."""
+
+
+class Average(NamedTuple):
+    """What a checkpoint says of the average in it, so that it can be taken for a model."""
+
+    about: Mapping[str, Any]
+    """See `describe_average`."""
+    buffers: Mapping[str, Tensor]
+    """By name, contiguous and in the host's memory."""
 
 
 class Draft:
@@ -75,6 +86,14 @@ class Draft:
         self._steps_applied[name] = steps_applied
         if loss_scale:
             self._loss_scale[name] = loss_scale
+
+    def add_average(self, average: Average) -> None:
+        """Which network's average this holds, and its buffers: what a reader needs to take it for a model."""
+        self._json(AVERAGED_FILE, average.about)
+        if average.buffers:
+            payload = save(dict(average.buffers))
+            write_durably(self._partial / BUFFER_FILE, payload)
+            self._manifest[BUFFER_FILE] = hashlib.sha256(payload).hexdigest()
 
     def finish(self) -> Path:
         """Make it the newest checkpoint; its folder."""

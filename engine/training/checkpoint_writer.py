@@ -15,7 +15,7 @@ from torch import Tensor
 from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.runtime.errors import Failed
-from ipfm.engine.training.checkpoint import Draft, checkpoints_in, is_whole
+from ipfm.engine.training.checkpoint import Average, Draft, checkpoints_in, is_whole
 from ipfm.models.atomic_files import why
 
 
@@ -62,13 +62,19 @@ class CheckpointWriter:
         self._expected: Path | None = None
 
     def save(
-        self, step: int, networks: Mapping[str, TrainedNetwork], *, after: Callable[[], None] = lambda: None
+        self,
+        step: int,
+        networks: Mapping[str, TrainedNetwork],
+        *,
+        average: Average | None = None,
+        after: Callable[[], None] = lambda: None,
     ) -> None:
         """Write folder/step-…: `step` optimiser steps are done.
 
         Args:
             step: number of steps done.
             networks: what is saved: weights, optimiser state, EMA and step count of each.
+            average: what is said of the average among them; None says nothing.
             after: returns when what belongs to the steps before is written; called before this checkpoint is.
 
         Raises:
@@ -80,7 +86,7 @@ class CheckpointWriter:
         if self.background:
             gathered = {name: _State.of(net, self.world) for name, net in networks.items()}
             if self._thread is not None:
-                self._pending = self._thread.submit(self._write, step, gathered, after)
+                self._pending = self._thread.submit(self._write, step, gathered, average, after)
             self._expected = target
             return
         after()
@@ -100,7 +106,7 @@ class CheckpointWriter:
             self._agree(target, reason, draft)
         if draft is not None:
             try:
-                self._finish(draft)
+                self._finish(draft, average)
             except OSError as error:
                 reason = why(error)
         self._agree(target, reason, draft)
@@ -133,7 +139,9 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _write(self, step: int, gathered: dict[str, _State], after: Callable[[], None]) -> None:
+    def _write(
+        self, step: int, gathered: dict[str, _State], average: Average | None, after: Callable[[], None]
+    ) -> None:
         """In the thread: no communication with other processes here."""
         after()
         draft: Draft | None = None
@@ -141,13 +149,15 @@ class CheckpointWriter:
             draft = Draft(self.folder, step)
             for name in list(gathered):
                 draft.add(name, *gathered.pop(name))
-            self._finish(draft)
+            self._finish(draft, average)
         except BaseException:
             if draft is not None:
                 draft.discard()
             raise
 
-    def _finish(self, draft: Draft) -> None:
+    def _finish(self, draft: Draft, average: Average | None) -> None:
+        if average is not None:
+            draft.add_average(average)
         self._known[draft.finish()] = True
         with suppress(OSError):
             self._forget_old(draft.target)

@@ -340,7 +340,12 @@ class _Run:
                 if self.world.is_main and self.folder.restore():
                     self.monitor.message(f"warning: {self.folder.path} was removed while the run goes on: made again")
                 self.monitor.sync()
-                self.writer.save(progress.step, self.task.networks, after=self.snapshots.after_writing())
+                self.writer.save(
+                    progress.step,
+                    self.task.networks,
+                    average=self.task.average_said(progress.step),
+                    after=self.snapshots.after_writing(),
+                )
             progress.saved_at = progress.step
 
     def _stop(self, signum: int) -> None:

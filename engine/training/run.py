@@ -33,6 +33,7 @@ from ipfm.engine.random_streams import Stream, draw_labels
 from ipfm.engine.runtime.errors import Interrupted, TrainingFailed, described
 from ipfm.engine.runtime.launcher import Launcher
 from ipfm.engine.training.board import conclude
+from ipfm.engine.training.checkpoint import Average
 from ipfm.engine.training.disk import disk_use, missing_room
 from ipfm.engine.training.loop import PICTURE_SEED, Progress, train
 from ipfm.engine.training.monitor import COMPARISON_FILE
@@ -40,7 +41,7 @@ from ipfm.engine.training.run_folder import RunFolder, check_run_folder, is_sett
 from ipfm.models import NetworkConfig, Precond, build_network, save_model
 from ipfm.models.atomic_files import why
 from ipfm.models.facts import ModelFacts, TeacherFacts
-from ipfm.models.store import in_the_way
+from ipfm.models.store import describe_average, in_the_way
 
 C = TypeVar("C", bound=RunConfig)
 # Of the picture at the end: small, for a signal to be noticed between two batches.
@@ -153,6 +154,14 @@ class TrainingRun(ABC, Generic[C]):
     def _measure(self, evaluation: Evaluation) -> FrechetResult:
         seed = evaluation.seed
         return evaluation.measure(lambda first, count: self.sample(first, count, seed=seed), self.world, leave_out=True)
+
+    def average_said(self, step: int) -> Average | None:
+        """See `Task.average_said`."""
+        averaged = self.averaged
+        name = next(name for name, net in self.networks.items() if net is averaged.trained)
+        about = describe_average(averaged.network, name, self._said(self._about, step, {}))
+        buffers = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in averaged.buffers.items()}
+        return Average(about, buffers)
 
     def stored(self, step: int, measured: Mapping[str, Any], *, copy: bool) -> Callable[[Path], None]:
         """See `Task.stored`."""

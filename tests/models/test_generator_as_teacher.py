@@ -68,4 +68,9 @@ def test_a_recipe_refuses_a_generator_as_its_teacher(run, recipe):
 
 def test_the_folder_of_the_run_leads_to_the_teacher(run):
     (run / "config.json").write_text('{"format": 1, "kind": "distill", "config": {}}')
-    assert refusal(run).endswith(f"its generator is {run}/generator, its teacher is {run}/teacher/model")
+    with pytest.warns(UserWarning, match=f"^the teacher of {run} is taken, {run}/teacher/model$"):
+        assert load_teacher(run).facts.task == "teacher"
+    with pytest.warns(UserWarning, match="the generator at its end is taken"):
+        assert load_network(run).facts.sigmas == [2.5]
+    shutil.rmtree(run / "teacher")
+    assert refusal(run).endswith(f"it is the folder of a distillation; its generator is {run}/generator")

@@ -35,7 +35,7 @@ class Export:
     """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """Model folder, or a checkpoint of EDM, PFGM++ or SiD."""
+    """Model folder, run folder or checkpoint of one, or a checkpoint of EDM, PFGM++ or SiD."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """File or folder to write; an earlier export there is replaced, nothing else is."""
     format: Literal["onnx", "torch", "huggingface", "edm"] | None = None
@@ -45,6 +45,8 @@ class Export:
     """Images in the picture of a Hugging Face folder, 0 for none. Default: 64, of a teacher 16."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
+    which: Annotated[str | None, tyro.conf.arg(metavar="best|last|STEP")] = None
+    """Of a run folder: its best network, its newest, or that of a step. Default: the one at its end, else the best."""
     generator: bool = False
     """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
     sigmas: tuple[float, ...] = ()
@@ -63,20 +65,25 @@ class Export:
         from ipfm.engine.commands.export.onnx_file import check_onnx
         from ipfm.engine.runtime.remarks import Remarks
         from ipfm.engine.sampling.stored_model import Claim
+        from ipfm.models.checkpoints.run_models import locate
 
         with user_input():
             format = choose_format(self.out, self.format)
             self._check_samples(format)
             if format == "onnx":
                 check_onnx()
-            check_place(self.out, format, self.model)
             claim = Claim.of(generator=self.generator, teacher=self.teacher, sigmas=self.sigmas)
-            network = open_network(self.model, D=self.D, claim=claim)
+            taken = locate(self.model, self.which)
+            check_place(self.out, format, taken.path)
+            network = open_network(taken.path, D=self.D, claim=claim)
             if format == "onnx":
                 check_onnx(network)
             elif format == "edm":
                 check_edm(network)
-        difference, remarks = self._write(network, format), Remarks()
+        remarks = Remarks()
+        if taken.taken:
+            remarks.add(taken.said())
+        difference = self._write(network, format, taken.path)
         inputs, output_name = network.inputs, network.output
         if format == "edm":
             inputs, output_name = inputs_of(network), "denoised"
@@ -85,6 +92,7 @@ class Export:
         batches = " and ".join(map(str, BATCHES))
         told = {
             "out": self.out,
+            "taken": taken.path,
             "format": format,
             "inputs": inputs,
             "output": output_name,
@@ -100,8 +108,8 @@ class Export:
                 f"largest difference from the network: {difference:.1e} (batches of {batches}; limit {LIMIT:.0e})",
             )
 
-    def _write(self, network: ExportedNetwork, format: Format) -> float:
-        """Write `out`; how far what it computes is from the network."""
+    def _write(self, network: ExportedNetwork, format: Format, model: Path) -> float:
+        """Write `out`, of what lies at `model`; how far what it computes is from the network."""
         from ipfm.engine.commands.export.edm_file import export_edm
         from ipfm.engine.commands.export.hub_folder import export_folder
         from ipfm.engine.commands.export.model_card import origin_of
@@ -116,8 +124,8 @@ class Export:
         if format == "torch":
             return export_program(network, program, self.out)
         count = self._count(network)
-        draw = (lambda: self._draw(network, count)) if count else None
-        return export_folder(network, program, self.out, origin=origin_of(self.model), draw=draw)
+        draw = (lambda: self._draw(network, count, model)) if count else None
+        return export_folder(network, program, self.out, origin=origin_of(model), draw=draw)
 
     def _check_samples(self, format: str) -> None:
         if self.samples is not None and self.samples < 0:
@@ -133,11 +141,11 @@ class Export:
             return self.samples
         return IMAGES if network.is_generator else IMAGES_OF_TEACHER
 
-    def _draw(self, network: ExportedNetwork, count: int) -> Tensor:
+    def _draw(self, network: ExportedNetwork, count: int, model: Path) -> Tensor:
         """`count` images of seed 0, (count, C, H, W) in [-1, 1], on the run's device."""
         from ipfm.engine.distributed.world import run_device
         from ipfm.engine.sampling.stored_model import sample_network
 
         # A copy: what is exported stays on the CPU.
         net = copy.deepcopy(network.net).to(run_device())
-        return sample_network(net, network.about, self.model, heun_steps=HEUN_STEPS, seed=0).draw(0, count)
+        return sample_network(net, network.about, model, heun_steps=HEUN_STEPS, seed=0).draw(0, count)

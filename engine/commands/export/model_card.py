@@ -37,16 +37,20 @@ class Origin:
 
 def origin_of(model: Path) -> Origin:
     """What the run folder around the model folder `model` says; nothing where that is none."""
-    run = model.absolute().parent
+    place = model.absolute()
+    # Snapshots and checkpoints lie a folder further down.
+    deep = place.parent.name in ("snapshots", "checkpoints")
+    run = place.parent.parent if deep else place.parent
     try:
         record = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        if model.name != "generator" or record["kind"] != "distill":
+        if not (deep or place.name in ("generator", "generator-best")) or record["kind"] != "distill":
             return Origin()
         fingerprint, teacher = record.get("teacher"), record["config"].get("teacher")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return Origin()
     # A distance that was not finite is null in the file.
-    rows = tuple(row for row in read_results(run) if _is_measured(row) and isinstance(row.nfe, int))
+    results = read_results(run) if place.name == "generator" else []
+    rows = tuple(row for row in results if _is_measured(row) and isinstance(row.nfe, int))
     if isinstance(teacher, str):
         teacher = Path(teacher).name
     else:

@@ -45,8 +45,8 @@ class Sample:
     }
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """Model folder, or a teacher's checkpoint of EDM, PFGM++ or SiD. A generator's D and noise levels are its own; a
-    teacher is sampled with Heun's method."""
+    """Model folder, run folder, checkpoint of a run, or a teacher's checkpoint of EDM, PFGM++ or SiD. A generator's D
+    and noise levels are its own; a teacher is sampled with Heun's method."""
     out: Path = Path("samples.png")
     """A .png (one grid), a .npz (images NHWC, uint8), or a folder: one PNG an image, named by its seed or index, which
     several processes share (deepspeed .venv/bin/ipfm sample ...)."""
@@ -86,6 +86,8 @@ class Sample:
     """S_noise, factor of the noise added. Default: 1."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
+    which: Annotated[str | None, tyro.conf.arg(metavar="best|last|STEP")] = None
+    """Of a run folder: its best network, its newest, or that of a step. Default: the one at its end, else the best."""
     generator: bool = False
     """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
     teacher: bool = False
@@ -103,6 +105,7 @@ class Sample:
         from ipfm.engine.runtime.wording import counted
         from ipfm.engine.sampling.seeds import read_numbers
         from ipfm.engine.sampling.stored_model import sample_model
+        from ipfm.models.checkpoints.run_models import locate
 
         with user_input():
             self._check()
@@ -113,8 +116,9 @@ class Sample:
                 return
             seeds = None if self.seeds is None else self._seeds(self.seeds)
             churn = self._churn()
+            taken = locate(self.model, self.which)
             model = sample_model(
-                self.model,
+                taken.path,
                 run_device(),
                 heun_steps=HEUN_STEPS if self.heun_steps is None else self.heun_steps,
                 seed=(self.seed or 0) if seeds is None else seeds,
@@ -135,7 +139,9 @@ class Sample:
             forget_launch()
         # Waits for all processes, so that each has seen the folder as it was.
         world = joined()
-        for remark in (*alone, *environment_remarks(), *model.remarks, *destination.remarks) if world.is_main else ():
+        said = (taken.said(),) if taken.taken else ()
+        remarked = (*alone, *said, *environment_remarks(), *model.remarks, *destination.remarks)
+        for remark in remarked if world.is_main else ():
             remarks.add(remark)
         with output(as_json=self.json) as write:
             # Whole batches, so that an image is the same to the bit however many processes there are.
@@ -266,7 +272,7 @@ class Sample:
 
         own = {name: getattr(self, name) for name in ("solver", "churn", "churn_min", "churn_max", "churn_noise")}
         made = {
-            "model": fingerprint(self.model),
+            "model": fingerprint(model.path),
             "D": model.network.D,
             "sigmas": model.sigmas,
             "classes": self.classes,
@@ -332,6 +338,7 @@ class Sample:
         files = [place.file(index) for index in range(count)] if isinstance(place, Folder) else [self.out]
         return {
             "model": self.model,
+            "taken": model.path,
             "kind": "generator" if isinstance(model.facts, GeneratorFacts) else "teacher",
             "files": files,
             "images": count,

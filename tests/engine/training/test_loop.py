@@ -84,6 +84,8 @@ class Counting:
 
     def refresh(self) -> None: ...
 
+    def average_said(self, step: int) -> None: ...
+
     def evaluate(self) -> None:
         self.looking()
         check_stop(self.world)

@@ -254,8 +254,8 @@ def test_a_checkpoint_comes_after_the_networks_that_were_kept_before(made, tmp_p
     order: list[str] = []
     usual = CheckpointWriter._write
 
-    def write(self: CheckpointWriter, step: int, gathered: Any, after: Callable[[], None]) -> None:
-        usual(self, step, gathered, lambda: (after(), order.append(f"checkpoint {step}"))[0])
+    def write(self: CheckpointWriter, step: int, gathered: Any, average: Any, after: Callable[[], None]) -> None:
+        usual(self, step, gathered, average, lambda: (after(), order.append(f"checkpoint {step}"))[0])
 
     keep = snapshots.Snapshots._forget_old
 

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 from ipfm.models import EDMPrecond, NetworkConfig, load_model, load_teacher, save_model
+from ipfm.models.checkpoints.recognise import what_of_ours
 
 SMALL = NetworkConfig(
     img_resolution=8,
@@ -152,18 +153,27 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
-def test_a_run_folder_and_its_checkpoints_know_where_its_models_are(tmp_path, model):
+def test_a_run_folder_without_a_network_says_so_and_its_neighbours_what_they_hold(tmp_path, model):
     run = run_folder(tmp_path / "run", "distill", generator=model)
     teacher = run_folder(run / "teacher", "teacher", model=model)
     where = f"its generator is {run}/generator, its teacher is {run}/teacher/model"
-    assert refusal(run) == f"{run} is no model: it is the folder of a distillation; {where}"
-    assert refusal(teacher).endswith(f"it is the folder of a teacher's training; its teacher is {teacher}/model")
-    step = run / "checkpoints" / "step-0000002"
-    assert refusal(step) == f"{step} is no model: it is a checkpoint that a run continues from; {where}"
-    assert refusal(run / "checkpoints").endswith(f"it holds the checkpoints that a run continues from; {where}")
-    assert refusal(tmp_path).endswith("is no model: it holds the model folder 'net': give that")
-    young = run_folder(tmp_path / "young", "distill")
+    with pytest.warns(UserWarning, match=f"of {run} the generator at its end is taken$"):
+        assert load_model(run).config == SMALL
+    young = tmp_path / "young"
+    young.mkdir()
+    (young / "config.json").write_text(json.dumps({"format": 1, "kind": "distill", "config": {}}))
     assert refusal(young).endswith("it is the folder of a distillation, which has not exported a model yet")
+    (young / "checkpoints").mkdir()
+    said = "it holds the checkpoints that a run continues from, which has not exported a model yet"
+    assert refusal(young / "checkpoints").endswith(said)
+    holds = tmp_path / "holds"
+    shutil.copytree(model, holds / "net")
+    assert refusal(holds).endswith("is no model: it holds the model folder 'net': give that")
+    # In the place of data, say.
+    assert what_of_ours(run) == f"it is the folder of a distillation; {where}"
+    assert what_of_ours(teacher) == f"it is the folder of a teacher's training; its teacher is {teacher}/model"
+    step = run / "checkpoints" / "step-0000002"
+    assert what_of_ours(step) == f"it is a checkpoint that a run continues from; {where}"
 
 
 def test_what_other_folders_hold(tmp_path, model):
