@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -24,8 +25,15 @@ class Dataset:
     Example: ipfm dataset imagenet/train imagenet-64.zip --resolution 64 --crop center
     """
 
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {
+        "transform": "squares are made by --crop center, wide or adm",
+        "source": "the source comes first, without an option",
+        "dest": "the zip comes second, without an option",
+        **dict.fromkeys(("width", "height"), "the size is --resolution, a side or with --crop wide WxH"),
+    }
+
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """Folder or zip of images, or CIFAR-10's python or binary archive (.tar.gz or unpacked)."""
+    """Folder or zip of images, CIFAR-10's python or binary archive, or MNIST's training images."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT.zip")]
     """The zip to write."""
     resolution: Annotated[int | str | None, tyro.conf.arg(metavar="N")] = None
@@ -38,8 +46,8 @@ class Dataset:
     fit: Literal["stretch", "pad", "none"] = "none"
     """Keep all of such images: squeeze them into the square, or put black beside them."""
     labels: Literal["auto", "folders", "none"] = "auto"
-    """auto: those of dataset.json or CIFAR-10, else the names of the top-level folders if every image lies in one and
-    they are not numbered 00000, 00001, ... folders: always these names."""
+    """auto: those of dataset.json, CIFAR-10 or MNIST, else the names of the top-level folders if every image lies in
+    one and they are not numbered 00000, 00001, ... folders: always these names."""
     max_images: int | None = None
     """Keep so many images."""
     subset: Literal["random", "first"] = "random"

@@ -3,6 +3,7 @@
     a folder with images           in any sub-folders; labels from its dataset.json
     a zip with images              EDM's format, see `ipfm.engine.data.zip_writer`
     CIFAR-10's archives            Python or binary, .tar.gz or unpacked; the training set
+    MNIST's training images        idx3-ubyte, .gz or unpacked, and those of sets in its format
 
 Nothing is unpacked to disk and no code from a file is run.
 """
@@ -13,8 +14,10 @@ import contextlib
 import os
 import zipfile
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +26,9 @@ from torch import Tensor
 from ipfm.engine.data.cifar import CIFAR_100, CLASSES, cifar_place, is_cifar100, is_cifar_folder, read_cifar
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.decoding import DecodedImages, Header, pillow_heard, read_header
-from ipfm.engine.data.image_files import EXTENSIONS, NO_SUFFIX, FolderFiles, ImageFiles, ZipFiles
+from ipfm.engine.data.image_files import NO_SUFFIX, FolderFiles, ImageFiles, ZipFiles, printable
 from ipfm.engine.data.labels import read_labels
+from ipfm.engine.data.mnist import mnist_file, read_mnist
 from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.engine.runtime.remarks import Remarks
 from ipfm.models.checkpoints.recognise import (
@@ -40,7 +44,10 @@ from ipfm.models.checkpoints.recognise import (
 IN_MEMORY_LIMIT = 4 * 10**9
 """Bytes of pixels up to which a data set is decoded once and held in memory; a larger one is decoded batch by batch."""
 
-KINDS = "a folder or zip of images, or CIFAR-10's python or binary archive (.tar.gz or unpacked)"
+KINDS = (
+    "a folder or zip of images, or CIFAR-10's python or binary archive (.tar.gz or unpacked), or MNIST's training "
+    "images (train-images-idx3-ubyte, .gz or unpacked)"
+)
 """What can be opened, for messages."""
 
 
@@ -77,15 +84,19 @@ def open_dataset(
     check_strictness(skip_unreadable=skip_unreadable, strict=strict)
     kept = Subset(max_images, seed)
     path = user_path(path)
-    if is_cifar(path):
-        images, classes = read_cifar(path)
-        chosen = kept.of(len(images))
+    if packed := read_packed(path):
+        chosen = kept.of(len(packed.images))
+        notes = kept.said(path, len(packed.images))
+        for remark in notes if is_first_process() else ():
+            Remarks().add(remark)
+        taken = packed.labels if labels else None
         return ImageDataset(
-            images if len(chosen) == len(images) else images[chosen],
-            classes[chosen] if labels else None,
+            packed.images if len(chosen) == len(packed.images) else packed.images[chosen],
+            None if taken is None else taken[chosen],
             name=str(path),
-            classes=CLASSES if labels else None,
+            classes=None if taken is None else packed.classes,
             xflip=xflip,
+            remarks=tuple(notes),
         )
     files = open_image_files(path)
     remarks = remarks_on(files)
@@ -104,6 +115,10 @@ def open_dataset(
             "`ipfm dataset --crop center` makes squares, and --fit stretch or pad does so without cutting"
         )
     chosen = kept.of(len(files.names))
+    for remark in kept.said(path, len(files.names)):
+        remarks.append(remark)
+        if is_first_process():
+            Remarks().add(remark)
     source = DecodedImages(
         files,
         [files.names[i] for i in chosen.tolist()],
@@ -161,6 +176,42 @@ class Subset:
             order = np.sort(order[: self.max_images])
         return torch.from_numpy(order)
 
+    def said(self, place: Path, n: int) -> list[str]:
+        """Says which images of `place` are kept out of `n`, a line; nothing of all."""
+        kept = self.max_images
+        if kept is None or kept >= n:
+            return []
+        if self.first:
+            return [f"{place}: the first {kept:,} of {n:,} images are kept, in their order"]
+        return [f"{place}: {kept:,} of {n:,} images are kept, drawn at random (seed {self.seed})"]
+
+
+class Packed(NamedTuple):
+    """A set that is distributed as arrays."""
+
+    images: Tensor
+    """(N, C, H, W) uint8."""
+    labels: Tensor | None
+    """(N,) int64 from 0, if it has any."""
+    classes: int
+    """Their number, 0 without labels."""
+    title: str
+    """Its name for people."""
+
+
+def read_packed(path: Path) -> Packed | None:
+    """CIFAR-10 or MNIST, training sets, where that is what lies at `path`; None where it is anything else.
+
+    Raises:
+        ValueError: it is damaged or incomplete; one line that names the file.
+    """
+    if file := mnist_file(path):
+        images, labels = read_mnist(file)
+        return Packed(images, labels, 0 if labels is None else label_width(labels), "MNIST")
+    if is_cifar(path):
+        return Packed(*read_cifar(path), CLASSES, "CIFAR-10")
+    return None
+
 
 def is_cifar(path: Path) -> bool:
     """Whether `path` is to be read as CIFAR-10: a folder with its batches, or any (packed) tar archive."""
@@ -193,7 +244,7 @@ def open_image_files(path: Path) -> ImageFiles:
         if is_cifar100([*inside, *files.left_out.get("files .txt", ())]):
             raise ValueError(f"{path} is {CIFAR_100}")
         besides = f"; it holds {files.left_out.said()}" if files.left_out else ""
-        raise ValueError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}){besides}; a data set is {KINDS}")
+        raise ValueError(f"{path} holds no images (.png, .jpg, .webp and the like){besides}; a data set is {KINDS}")
     return files
 
 
@@ -236,13 +287,33 @@ def _what_else(path: Path) -> str | None:
 def _what_instead(path: Path) -> str | None:
     """What is known to be no data set: a folder of ours, a zip that is a program, a checkpoint or arrays."""
     if path.is_dir():
-        return what_of_ours(path)
+        return what_of_ours(path) or _what_container(path)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if any(name.endswith("/data.pkl") for name in names) and not any(n.endswith("/constants.pkl") for n in names):
         return "it is a checkpoint, a file of torch.save"
+    if names and all(name.endswith(".npy") for name in names):
+        kept = ", ".join(printable(name.removesuffix(".npy")) for name in names[:4])
+        return f"it is an .npz ({kept}), which is measured (ipfm evaluate): to train on images write each into a folder"
     told = any(name.endswith(("/constants.pkl", ".npy", ".pkl", ".pt", ".pth")) for name in names)
     return what_zip(names) if told else None
+
+
+# Files that hold a data set of another program, and how its images are got out.
+_CONTAINERS = {
+    "data.mdb": "it is a database of LMDB, as LSUN's: export its images to files (LSUN's data.py does)",
+    ".parquet": "it is a data set of Hugging Face (parquet): save each image of it as a file, and give that folder",
+    ".arrow": "it is a data set of Hugging Face (arrow): save each image of it as a file, and give that folder",
+    ".tfrecords": "it holds records of TensorFlow: export its images to files",
+    ".tfrecord": "it holds records of TensorFlow: export its images to files",
+    ".tar": "it holds tar archives: unpack them, each class into a folder",
+}
+
+
+def _what_container(folder: Path) -> str | None:
+    """What a folder without images holds instead, where that is known."""
+    names = [path.name for path in islice(folder.rglob("*"), 1000)]
+    return next((said for end, said in _CONTAINERS.items() if any(name.endswith(end) for name in names)), None)
 
 
 def remarks_on(files: ImageFiles) -> list[str]:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ipfm.engine.data.cifar import read_cifar
 from ipfm.engine.data.decoding import STRICT, Header, Leniency, read_header, read_picture, threads, to_array
 from ipfm.engine.data.image_files import LABEL_FILE, ImageFiles, LeftOut, printable
 from ipfm.engine.data.labels import MAX_CLASSES, label_file, read_labels
-from ipfm.engine.data.open_dataset import Subset, is_cifar, label_width, open_image_files
+from ipfm.engine.data.open_dataset import Packed, Subset, label_width, open_image_files, read_packed
 from ipfm.engine.data.shaping import Shaping
 from ipfm.engine.data.zip_writer import encode_png
 from ipfm.engine.runtime.progress import ProgressBar
@@ -89,7 +88,7 @@ def find_pictures(
     skip_unreadable: bool = False,
     leniency: Leniency = STRICT,
 ) -> Pictures:
-    """Look through `source`, a folder, zip or CIFAR-10 archive; no image is decoded yet, but for CIFAR-10.
+    """Look through `source`, a folder, a zip, CIFAR-10 or MNIST; no image of a folder or zip is decoded yet.
 
     Args:
         source: folder, zip or archive.
@@ -106,35 +105,36 @@ def find_pictures(
         ValueError: one line that names the file: the source or an image cannot be read, an image is not square or
             (without a resolution) not of the first one's size, labels do not fit.
     """
-    if is_cifar(source):
-        return _from_cifar(source, shaping, labelling, subset)
+    if packed := read_packed(source):
+        return _from_arrays(packed, source, shaping, labelling, subset)
     files = open_image_files(source)
     return _from_files(files, shaping, labelling, subset, leniency, skip_unreadable=skip_unreadable)
 
 
-def _from_cifar(source: Path, shaping: Shaping, labelling: Labelling, subset: Subset) -> Pictures:
+def _from_arrays(packed: Packed, source: Path, shaping: Shaping, labelling: Labelling, subset: Subset) -> Pictures:
     from PIL import Image
 
     if labelling == "folders":
-        raise ValueError(f"{source} is CIFAR-10, which has labels of its own: --labels auto or none")
-    images, classes = read_cifar(source)
+        raise ValueError(f"{source} is {packed.title}, which has labels of its own: --labels auto or none")
+    images, classes = packed.images, packed.labels
     chosen = subset.of(len(images))
 
     def load(index: int) -> Image.Image:
-        return shaping.shaped(Image.fromarray(images[chosen[index]].permute(1, 2, 0).numpy()))
+        pixels = images[chosen[index]].numpy()
+        return shaping.shaped(Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)))
 
-    pixels = images.shape[-1]
-    side = shaping.side(Header(pixels, pixels, 3), str(source))
-    none = labelling == "none"
+    channels, height, width = images.shape[1:]
+    side = shaping.side(Header(width, height, channels), str(source))
+    none = labelling == "none" or classes is None
     return Pictures(
         load,
         len(chosen),
         side,
-        channels=3,
-        labels=None if none else classes[chosen],
-        label_source="none" if none else "CIFAR-10's",
-        width=0 if none else label_width(classes),
-        notes=_of_subset(source, subset, len(images)),
+        channels,
+        labels=None if none or classes is None else classes[chosen],
+        label_source="none" if none else f"{packed.title}'s",
+        width=0 if none else packed.classes,
+        notes=subset.said(source, len(images)),
         whole=len(images),
     )
 
@@ -175,21 +175,11 @@ def _from_files(
 
     width = 0 if labels is None else label_width(labels)
     kept = None if labels is None else labels[chosen]
-    notes = _of_subset(files.path, subset, len(files.names))
+    notes = subset.said(files.path, len(files.names))
     if said := shaping.said(uneven, len(names)):
         notes.append(f"{files.path}: {said}")
     whole = len(files.names)
     return Pictures(load, len(names), side, channels, kept, label_source, width, files.left_out, remarks, notes, whole)
-
-
-def _of_subset(source: Path, subset: Subset, whole: int) -> list[str]:
-    """Says which images are kept of more, a line; nothing of all."""
-    kept = subset.max_images
-    if kept is None or kept >= whole:
-        return []
-    if subset.first:
-        return [f"{source}: the first {kept:,} of {whole:,} images are kept, in the order of their names"]
-    return [f"{source}: {kept:,} of {whole:,} images are kept, drawn at random (seed {subset.seed})"]
 
 
 def _readable(files: ImageFiles, names: list[str], leniency: Leniency) -> list[bool]:

@@ -15,7 +15,9 @@ from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.metrics import Features, Reference, Statistics, collect
 from ipfm.engine.evaluation.metrics.frechet import check_statistics
+from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.engine.runtime.progress import ProgressBar
+from ipfm.engine.runtime.remarks import Remarks
 from ipfm.models.atomic_files import atomic_write
 from ipfm.models.checkpoints.recognise import missing, user_path, what_place
 
@@ -90,7 +92,11 @@ def open_images(
     if images is None:
         raise ValueError(f"{path} holds no images (arr_0){_arrays_of(path)}")
     assert isinstance(images.images, torch.Tensor)
-    return replace(images, images=images.images[Subset(limit, seed).of(len(images))])
+    kept = Subset(limit, seed)
+    said = kept.said(path, len(images))
+    for remark in said if is_first_process() else ():
+        Remarks().add(remark)
+    return replace(images, images=images.images[kept.of(len(images))], remarks=tuple(said))
 
 
 def _refuse_what_is_known(path: Path) -> None:

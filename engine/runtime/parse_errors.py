@@ -40,7 +40,16 @@ SYNONYMS = {
     "class": ("classes",),
     "num-samples": ("n", "images"),
     "num-images": ("n", "images", "eval-images"),
+    "num": ("images", "max-images"),
+    "dest": ("save-reference",),
     "ref": ("reference",),
+    "cbase": ("model-channels",),
+    "cres": ("channel-mult",),
+    "snap": ("snapshot-every",),
+    "dump": ("checkpoint-every",),
+    "init-sigma": ("sigma-init",),
+    "nblock": ("num-blocks",),
+    "aug-dim": ("D",),
 }
 # The same for commands, which are short words.
 ALIKE_COMMAND = 0.7

@@ -245,7 +245,7 @@ def test_which_images_of_more_are_kept_is_said(tmp_path, capsys):
     labels, facts = kept(max_images=6, subset="first")
     assert labels == [0] * 5 + [1] and facts["subset"] == {"chosen": "first", "seed": None}
     assert facts["remarks"] == [
-        f"{source}: the first 6 of 20 images are kept, in the order of their names",
+        f"{source}: the first 6 of 20 images are kept, in their order",
         "2 of 4 classes have no images: 2, 3",
     ]
     assert kept(max_images=20)[1]["subset"] is None and kept()[1]["remarks"] == []

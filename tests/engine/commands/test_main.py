@@ -401,6 +401,17 @@ def test_json_of_samples(models: Path, tmp_path: Path, capsys: pytest.CaptureFix
             ["sample", "MODELS/generator", "--steps", "2"],
             "unknown option --steps; the number of steps is a generator's own; --heun-steps is for a teacher",
         ),
+        (
+            ["sample", "--network=MODELS/teacher", "--outdir=x", "--S_churn=40", "--disc=vp", "--class=3"],
+            "the model comes first, without an option; it is --churn; a teacher is sampled by EDM's own schedule and "
+            "scaling; perhaps you meant --out or --classes",
+        ),
+        (
+            ["dataset", "--source=in", "--dest=x.zip", "--transform=center-crop-wide"],
+            "the source comes first, without an option; the zip comes second, without an option; squares are made by "
+            "--crop center, wide or adm",
+        ),
+        (["evaluate", "MODELS/teacher", "--ref=x.npz", "--num=9"], "perhaps you meant --reference or --images"),
         (["evaluate", "MODELS/teacher", "--fid"], "unknown option --fid; it is one of --metrics, as in --metrics fid"),
         (["plan", "--model", "digits", "--solver", "heun"], "unknown option --solver; sample has it"),
         (["plan", "--model", "digits", "--alpha", "1"], "unknown option --alpha; recipes have it, such as "),

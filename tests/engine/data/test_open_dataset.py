@@ -397,6 +397,27 @@ def test_what_is_no_data_set_is_named(tmp_path):
     refused(weights, "holds no images: it is a checkpoint, a file of torch.save")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("data.mdb", "it is a database of LMDB, as LSUN's: export its images to files"),
+        ("train-00000-of-00001.parquet", "it is a data set of Hugging Face .parquet.: save each image of it as a file"),
+        ("ffhq-r06.tfrecords", "it holds records of TensorFlow: export its images to files"),
+        ("n01440764.tar", "it holds tar archives: unpack them, each class into a folder"),
+    ],
+)
+def test_a_folder_of_another_programs_data_is_named_with_the_way_out(tmp_path, name, said):
+    write(tmp_path / "x", {f"sub/{name}": b"x"})
+    refused(tmp_path / "x", f"x holds no images: {said}")
+    # Images beside it are a data set.
+    assert len(open_dataset(write(tmp_path / "x", {"0.png": PNG}))) == 1
+
+
+def test_an_npz_is_no_data_set(tmp_path):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    refused(tmp_path / "x.npz", r"it is an .npz \(arr_0\), which is measured \(ipfm evaluate\): to train on images")
+
+
 def test_paths_are_read_as_a_shell_reads_them(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "x", numbered(COLOUR))
