@@ -33,6 +33,7 @@ def load_teacher(
         D: as of `load_network`.
         network: as of `load_network`.
         anyway: a checkpoint's network is a teacher, also where its name or place says that it is a generator.
+        which: as of `load_network`.
 
     Raises:
         ValueError: as of `load_network`; or it says of itself that it is a generator, which knows its own few noise
