@@ -266,6 +266,8 @@ def test_another_teacher_or_measure_is_refused(whole: Path, tmp_path: Path) -> N
         ablation_init.main([*TWO, "--out", str(whole), "--teacher", str(tmp_path / "model")])
     with pytest.raises(BadInput, match=r"belongs to another ablation .eval_images is 64 there, 65 here"):
         ablation_init.main([*TWO, "--out", str(whole), "--eval-images", "65"])
+    with pytest.raises(BadInput, match=r"metrics must have fid, which variants are compared by, got kid pr"):
+        ablation_init.main([*TWO, "--out", str(whole), "--metrics", "kid", "pr"])
     with pytest.raises(BadInput, match=r"belongs to another ablation .ablation is init there, alpha here"):
         ablation_alpha.main(["--quick", "--out", str(whole)])
 

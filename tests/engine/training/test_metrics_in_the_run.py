@@ -48,6 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("files")
     tiny_inception.write(root / "net.pt")
     np.savez(root / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (24, 4, 4, 1), dtype=np.uint8))
+    np.savez(root / "three.npz", arr_0=np.zeros((3, 4, 4, 1), dtype=np.uint8))
     np.savez(root / "stats.npz", mu=np.zeros(tiny_inception.DIM), sigma=np.eye(tiny_inception.DIM))
     return root
 
@@ -323,6 +324,10 @@ def test_rows_of_other_metrics_share_a_table() -> None:
             "kid cannot be measured against",
         ),
         ({"metrics": ("is",), "reference": "real.npz", "features": "pixels"}, "the Inception score needs class prob"),
+        (
+            {"metrics": ("pr",), "reference": "three.npz", "features": "pixels"},
+            "at least 4 images, real ones too, got 3",
+        ),
         ({"metrics": ("fid", "is"), "inception": "net.pt"}, "inception was given without reference"),
         (
             {"metrics": ("kid",), "reference": "real.npz", "features": "pixels", "eval_images": 10**9},
