@@ -125,28 +125,32 @@ def _read(path: Path) -> KeptModel | None:
         return None
     said = measured if isinstance(measured, dict) else {}
     metric, images, left_out = said.get("metric"), number(said.get("images")), number(said.get("left_out", 0))
-    chosen_by = _chosen_by(said)
     return KeptModel(
         path,
         step,
         number(said.get("distance")),
         metric if isinstance(metric, str) else None,
         int(images + left_out) if math.isfinite(images + left_out) else None,
-        _values(said | {"frechet": said.get("distance")}),
-        chosen_by,
+        values_of(said),
+        next(iter(asked_of(said)), "fid"),
     )
 
 
-def _values(said: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of an evaluation that are finite, by the keys of `MEASURES`."""
-    found = {measure.key: number(said.get(measure.key)) for measure in MEASURES}
-    return {key: value for key, value in found.items() if math.isfinite(value)}
+def values_of(said: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that are finite of what a model folder says was measured of it, by the keys of `MEASURES`."""
+    return _values({**said, "frechet": said.get("distance")})
 
 
-def _chosen_by(said: Mapping[str, Any]) -> Metric:
-    """The first metric of an evaluation; versions that did not say it knew the Fréchet distance alone."""
+def asked_of(said: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """The metrics of it, first what decides; versions that did not say them knew the Fréchet distance alone."""
     asked = said.get("metrics")
-    return next((metric for metric in asked if metric in METRICS), "fid") if isinstance(asked, list) else "fid"
+    return tuple(metric for metric in asked if metric in METRICS) if isinstance(asked, list) else ("fid",)
+
+
+def _values(line: Mapping[str, Any]) -> dict[str, float]:
+    """The same of a line of evaluations.jsonl."""
+    found = {measure.key: number(line.get(measure.key)) for measure in MEASURES}
+    return {key: value for key, value in found.items() if math.isfinite(value)}
 
 
 @dataclass

@@ -200,11 +200,14 @@ def _is_model(folder: Path) -> bool:
 
 
 def _said(folder: Path) -> tuple[int | None, float]:
-    """Steps done and the distance of a model folder, as far as it says them."""
+    """Steps done and the distance of a model folder, as far as it says them and it is what was gone by."""
     extra = _json(folder if folder.exists() else previous_of(folder)).get("extra")
     extra = extra if isinstance(extra, dict) else {}
     step, measured = extra.get("optimizer_steps"), extra.get("measured")
     distance = measured.get("distance") if isinstance(measured, dict) else None
+    asked = measured.get("metrics") if isinstance(measured, dict) else None
+    if isinstance(asked, list) and asked[:1] != ["fid"]:
+        distance = None
     number = float(distance) if isinstance(distance, (int, float)) else math.nan
     return step if isinstance(step, int) else None, number
 

@@ -30,6 +30,7 @@ from ipfm.engine.training.run_folder import release_folder
 from ipfm.engine.training.run_state import read_run
 from ipfm.engine.training.snapshots import KeptModel, read_best
 from ipfm.models import NetworkConfig, build_network
+from ipfm.models.checkpoints.run_models import locate
 from ipfm.models.store import read_config
 
 CPU = torch.device("cpu")
@@ -252,7 +253,7 @@ def test_the_best_by_another_metric_is_another_one(tmp_path: Path) -> None:
 
 
 def test_the_best_network_is_that_of_the_first_metric_also_of_a_run_that_goes_on_with_another(
-    tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr("ipfm.engine.training.monitor.tqdm.write", lambda text, **_: said.append(text))
@@ -289,6 +290,8 @@ def test_the_best_network_is_that_of_the_first_metric_also_of_a_run_that_goes_on
         -0.1,
         2,
     )
+    Info(model=tmp_path / "generator-best").run()
+    assert "KID -0.1000, FID 2.000 over 16 images" in capsys.readouterr().out
     # The best by the other metric is among the snapshots.
     assert of(go_on(("fid",), 3)) == (1, "fid", "1.000")
     assert "the best was chosen by kid (step 2, KID -0.1000: " in "\n".join(said)
@@ -297,6 +300,7 @@ def test_the_best_network_is_that_of_the_first_metric_also_of_a_run_that_goes_on
     # Step 4 has no KID; back to it, step 2 is the best of those that have it.
     assert of(go_on(("kid",), 5, keep_snapshots=9)) == (2, "kid", "KID -0.1000")
     assert "distance" in read_config(tmp_path / "generator-best").facts.measured
+    assert locate(tmp_path).other == ("best", "its best generator (step 2)")
     best = go_on(("kid",), 6)
     assert of(best) == (6, "kid", "KID -0.2000") and best is not None and math.isnan(best.distance)
     assert json.loads((tmp_path / "generator-best" / "config.json").read_text())["extra"]["measured"]["kid"] == -0.2
