@@ -68,7 +68,7 @@ class TrainedNetwork:
         self.rates: dict[str, float] = {}
         """Learning rate ("lr") and, with an average, its decay ("ema_decay"), of the last step; empty before it."""
         # As they are before the engine rounds them.
-        self.exact_buffers = {n: buffer.detach().clone() for n, buffer in module.named_buffers()} if ema else {}
+        self.exact_buffers = {n: buffer.detach().clone() for n, buffer in module.named_buffers()}
         parameters = self._parameters = [p for p in module.parameters() if p.requires_grad]
         exact = {n: p.detach().cpu().clone() for n, p in module.named_parameters()} if precision != "fp32" else {}
         self.optimizer = AdamEMA(
@@ -199,6 +199,23 @@ class TrainedNetwork:
                     f"{kind} of parameter {name} has shape {tuple(tensors[name].shape)}, expected {tuple(shape)}"
                 )
             self._set(p, kind, tensors[name].to(self.world.device))
+
+    @torch.no_grad()
+    def load_buffers(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the buffers that are among `tensors`, by name; the others stay.
+
+        Raises:
+            ValueError: one has another shape.
+        """
+        for name, buffer in self.module.named_buffers():
+            if name not in tensors:
+                continue
+            if tensors[name].shape != buffer.shape:
+                raise ValueError(
+                    f"buffer {name} has shape {tuple(tensors[name].shape)}, expected {tuple(buffer.shape)}"
+                )
+            for target in (buffer, self.exact_buffers[name]):
+                target.copy_(tensors[name])
 
     @property
     def steps_applied(self) -> int:

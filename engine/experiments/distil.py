@@ -169,7 +169,7 @@ class DistilRecipe(Recipe[DistillationOptions]):
         options = replace(options, **kept)
         config = complete(options.distillation(), network, run_device())
         config.split(launched_processes())
-        start = read_start(options, config, teacher)
+        start = read_start(options, config, teacher, path)
         record = check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
         comparison = options.comparison(self.shape, run_device())
         chosen = given.names & self.origins.keys()

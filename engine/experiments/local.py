@@ -314,7 +314,7 @@ class TrainAndDistil(Recipe[O], Generic[O]):
         self.check_metrics(options.metrics)
         teaching = resolve_precision(self.teaching(options), run_device())
         teaching.split(launched_processes())
-        start = read_start(options, config, teacher)
+        start = read_start(options, config, teacher, path)
         record = check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
         if teacher is None and (path / "teacher").exists():
             self._check_own(path, config, teaching, network, distilled="teacher" in record)

@@ -21,9 +21,9 @@ from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.base import Distillation, Role
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
-from ipfm.engine.training.checkpoint import find_checkpoint, step_of, verify_checkpoint
+from ipfm.engine.training.checkpoint import BUFFER, find_checkpoint, step_of, verify_checkpoint
 from ipfm.engine.training.run_folder import EXPORTS, fingerprint
-from ipfm.engine.training.start import DistillationStart, NetworkStart, frequencies
+from ipfm.engine.training.start import DistillationStart, NetworkStart
 from ipfm.models import NetworkConfig, Precond, read_config
 from ipfm.models.checkpoints.distillation_state import (
     DistillationState,
@@ -46,13 +46,16 @@ CAN_BE = (
 )
 
 
-def read_start(options: DistillationOptions, config: Distillation, teacher: Precond | None) -> DistillationStart | None:
+def read_start(
+    options: DistillationOptions, config: Distillation, teacher: Precond | None, folder: Path | None = None
+) -> DistillationStart | None:
     """What the run begins with, as --continue-from and --student-from say; None without them. Nothing is written.
 
     Args:
         options: of the recipe.
         config: the settings with nothing left open but what memory decides.
         teacher: None where it is still to be trained.
+        folder: the run folder. A run that has begun there, and has a checkpoint, needs no file that is gone.
 
     Raises:
         ValueError: a file or folder that is neither, or does not fit; one line that names it.
@@ -62,6 +65,9 @@ def read_start(options: DistillationOptions, config: Distillation, teacher: Prec
     if teacher is None:
         given = "student-from" if options.continue_from is None else "continue-from"
         raise ValueError(f"{given} was given: give the teacher that it was distilled from too, as --teacher")
+    gone = [p for p in (options.continue_from, options.student_from) if p is not None and not p.exists()]
+    if gone and folder is not None and options.from_step != 0 and (begun := _begun(folder, gone[0])) is not None:
+        return begun
     return _Reader(options, config, teacher).read()
 
 
@@ -76,6 +82,18 @@ def described_start(start: DistillationStart | None, config: Distillation) -> tu
         *(f"  {role}: {network.words}" for role, network in start.networks.items()),
         *(f"  {note}" for note in start.notes),
     )
+
+
+def _begun(folder: Path, gone: Path) -> DistillationStart | None:
+    """The start of the run in `folder` where it goes on from a checkpoint of its own, and the file `gone` is gone."""
+    record = _record(folder)
+    said = record.get("start")
+    if not isinstance(said, dict) or "continues" not in record or find_checkpoint(folder / "checkpoints") is None:
+        return None
+    seen, note = said.get("images_seen"), f"{gone} is gone: the run goes on from its checkpoint, and needs it no more"
+    facts = {name: record[name] for name in ("continues", "start")}
+    source, images = str(said.get("source")), seen if isinstance(seen, int) else 0
+    return DistillationStart(source, {}, images, (note,), facts)
 
 
 class _Reader:
@@ -257,35 +275,30 @@ class _Reader:
             weights, second = kinds["weight"], kinds["exp_avg_sq"]
         except (OSError, SafetensorError, LookupError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as the state of the {role.name}: {error}") from None
+        buffers = kinds.get(BUFFER) or self._buffers(role, run, there)
         return NetworkStart(
             f"{role.name} of {run.name}/{checkpoint.name}",
-            {**self._buffers(role, run, there), **weights},
+            {**buffers, **weights},
             ema=kinds.get("ema"),
             adam=AdamState(kinds.get("exp_avg", {}), second, steps, (role.beta1, BETA2), role.lr, there.eps),
         )
 
     def _buffers(self, role: Role, run: Path, there: Distillation) -> dict[str, Tensor]:
-        """What a network has beside its parameters, which checkpoints do not hold: as its run began with it.
+        """What a network has beside its parameters, as its run began with it: older checkpoints do not hold it.
 
         Raises:
             ValueError: it cannot be known.
         """
-        net = starting_network(role.network, role.start, self.teacher, role.seed(there.seed))
-        buffers = {name: buffer.cpu() for name, buffer in net.named_buffers()}
-        record = _record(run)
         own = fingerprint(self.teacher.state_dict())
-        known, why = role.start == "random" or record.get("teacher") == own, "was distilled from another teacher"
-        begun = (record.get("start") or {}).get("frequencies", {})
-        if role.name in begun:
-            known, why = begun[role.name] == frequencies(buffers), "went on from another training"
+        known = role.start == "random" or _record(run).get("teacher") == own
         # Under other embeddings all buffers are constants.
         if role.network.embedding_type == "fourier" and not known:
-            place = run / EXPORTS["distill"]
             raise ValueError(
-                f"{run} {why}, and its checkpoints lack the Fourier frequencies of its {role.name}: give its "
-                f"generator, {place}"
+                f"{run} was distilled from another teacher, and its checkpoints lack the Fourier frequencies of its "
+                f"{role.name}: give its generator, {run / EXPORTS['distill']}"
             )
-        return buffers
+        net = starting_network(role.network, role.start, self.teacher, role.seed(there.seed))
+        return {name: buffer.cpu() for name, buffer in net.named_buffers()}
 
 
 _FIRST = {"teacher": "the teacher", "random": "random weights"}

@@ -20,7 +20,9 @@ from ipfm.engine.experiments.network_options import NetworkOptions
 from ipfm.engine.experiments.options import check_images
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.runtime.commandline import BadInput, Given
+from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.launcher import is_first_process, launched_processes
+from ipfm.engine.training.checkpoint import find_checkpoint
 from ipfm.engine.training.resolve import complete_training, resolve_D
 from ipfm.engine.training.run_folder import check_run_folder, claimed
 from ipfm.engine.training.snapshots import best_said
@@ -200,7 +202,7 @@ class TeacherRecipe(Recipe[TeacherOptions]):
         path = options.out or Path("runs") / f"{self.name}-teacher-{named(options)}-D{network.D:g}"
         if state is not None:
             check_length(state, str(options.continue_from), config)
-        transfer = None if options.transfer is None else _transfer(options.transfer, network)
+        transfer = None if options.transfer is None else _transfer(options.transfer, network, path)
         record = check_run_folder(path, "teacher", config, training_facts(config, network, data, state, transfer))
         comparison = options.comparison(self.shape, run_device())
         return TeacherPlan(self, options, config, network, data, state, path, record, comparison, transfer)
@@ -259,7 +261,13 @@ def check_length(state: TrainingState, source: str, config: TeacherConfig) -> No
         )
 
 
-def _transfer(path: Path, network: NetworkConfig) -> Transfer:
+def _transfer(path: Path, network: NetworkConfig, folder: Path) -> Transfer:
+    """What the network takes over; nothing more where the training in `folder` has begun, and the file is gone."""
+    if not path.exists() and find_checkpoint(folder / "checkpoints") is not None:
+        record = read_json(folder / "config.json") or {}
+        facts: dict[str, Any] = {name: record[name] for name in ("transfers", "start") if name in record}
+        if len(facts) == 2:
+            return Transfer(path.name, {}, (), (), (), (0, 0), facts)
     return transfer_from(path.name, load_network(path), network)
 
 

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step-0000400` with one safetensors file a network, `progress.json`, `averaged.json` (which
 average is in it, so that it can be taken for a model) and `manifest.json` with the SHA-256 of each: tensors only, one
-entry a parameter, whatever the ZeRO stage and the number of processes. It is written beside its final place, synced,
-and renamed; `latest` is replaced last. A folder that is incomplete or damaged is therefore never taken for a
+entry a parameter and buffer, whatever the ZeRO stage and the number of processes. It is written beside its final place,
+synced, and renamed; `latest` is replaced last. A folder that is incomplete or damaged is therefore never taken for a
 checkpoint. Names in a run's checkpoints folder:
 
     step-0000400            a checkpoint
@@ -33,6 +33,8 @@ from ipfm.models.atomic_files import atomic_write, make_folder, sync, why, write
 from ipfm.models.store import AVERAGED_FILE, BUFFER_FILE
 
 FORMAT = 1
+# Kind of the entries that are no parameter's, such as the frequencies of an embedding; older checkpoints have none.
+BUFFER = "buffer"
 
 
 class DamagedCheckpoint(ValueError):
@@ -248,11 +250,14 @@ def load_checkpoint(checkpoint: Path, networks: Mapping[str, TrainedNetwork]) ->
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read as the state of network {name!r}: {error}") from error
-        for kind in network.state_kinds:
+        for kind in (*network.state_kinds, BUFFER):
             prefix = f"{kind}/"
             entries = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
             try:
-                network.load(kind, entries)
+                if kind == BUFFER:
+                    network.load_buffers(entries)
+                else:
+                    network.load(kind, entries)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
         network.steps_applied = progress["steps_applied"][name]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.runtime.errors import Failed
-from ipfm.engine.training.checkpoint import Average, Draft, checkpoints_in, is_whole
+from ipfm.engine.training.checkpoint import BUFFER, Average, Draft, checkpoints_in, is_whole
 from ipfm.models.atomic_files import why
 
 
@@ -216,6 +216,8 @@ def _gather(network: TrainedNetwork, world: World) -> dict[str, Tensor]:
                 tensors[f"{kind}/{name}"] = tensor.detach().to(
                     "cpu", torch.float32, copy=True, memory_format=torch.contiguous_format
                 )
+    if world.is_main:
+        tensors |= {f"{BUFFER}/{name}": t.detach().float().cpu() for name, t in network.exact_buffers.items()}
     return tensors
 
 

@@ -105,12 +105,15 @@ class DistillationStart:
         networks: by role; the others start as their settings say.
         images_seen: of the generator's training so far; the schedules go on from them.
         notes: what else to know of it, a line each.
+        recorded: its facts as the run folder has them, where the run has a checkpoint of its own by now and needs
+            nothing else of it.
     """
 
     source: str
     networks: Mapping[str, NetworkStart]
     images_seen: int = 0
     notes: tuple[str, ...] = ()
+    recorded: Mapping[str, Any] | None = None
 
     def first_step(self, batch: int) -> int:
         """Steps of this batch that the images seen are."""
@@ -128,26 +131,18 @@ class DistillationStart:
                 raise ValueError(f"{start.source} would be a {name}, and this objective has none")
             start.check(known[name])
 
-    @property
-    def frequencies(self) -> dict[str, str]:
-        """By role, what tells its Fourier frequencies apart, which no checkpoint holds."""
-        return {name: frequencies(start.weights) for name, start in self.networks.items()}
-
     def facts(self) -> dict[str, Any]:
         """What identifies a run by it, wherever its files lie ("continues"), and what is said of it ("start")."""
         tensors = {f"{role}.{name}": t for role, start in self.networks.items() for name, t in start.weights.items()}
-        said = {"source": self.source, "images_seen": self.images_seen, "frequencies": self.frequencies}
+        if self.recorded is not None:
+            return dict(self.recorded)
+        said = {"source": self.source, "images_seen": self.images_seen}
         return {"continues": fingerprint(tensors), "start": said}
 
 
 def start_facts(start: DistillationStart | None) -> dict[str, Any]:
     """See `DistillationStart.facts`; of a run that goes on from nothing else, nothing."""
     return {} if start is None else start.facts()
-
-
-def frequencies(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the Fourier frequencies among weights and buffers."""
-    return fingerprint({name: tensor for name, tensor in state.items() if name.endswith("freqs")})
 
 
 def _option(role: Role) -> str:

@@ -30,6 +30,8 @@ class Transfer:
         shapes: of those, (name, shape there, shape here) where the other network has one of another shape.
         unused: names of the other network's that the new one has not.
         parameters: (how many numbers are taken over, how many the new network has).
+        recorded: its facts as the run folder has them, where the training has a checkpoint of its own by now and needs
+            nothing else of it.
     """
 
     source: str
@@ -38,10 +40,13 @@ class Transfer:
     shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     unused: tuple[str, ...]
     parameters: tuple[int, int]
+    recorded: Mapping[str, Any] | None = None
 
     @property
     def words(self) -> tuple[str, ...]:
         """Lines on what fits and what does not."""
+        if self.recorded is not None:
+            return (f"{self.source} is gone: the training goes on from its checkpoint, and needs it no more",)
         taken, whole = self.parameters
         total = len(self.weights) + len(self.fresh)
         lines = [
@@ -57,6 +62,8 @@ class Transfer:
 
     def facts(self) -> dict[str, Any]:
         """What identifies a training by it ("transfers"), and what is said of it ("start")."""
+        if self.recorded is not None:
+            return dict(self.recorded)
         total = len(self.weights) + len(self.fresh)
         said = {"source": self.source, "tensors": len(self.weights), "of": total}
         return {"transfers": fingerprint(self.weights), "start": said}

@@ -301,11 +301,47 @@ def test_a_run_goes_on_from_a_state_and_is_resumed(
     assert steps == [4, 5]
     with pytest.raises(BadInput, match=r"run belongs to another configuration \(continues is .* there, nothing here\)"):
         run("--max-steps", 6)
+    # The file is not needed any more, but to begin anew.
+    state.rename(state.with_suffix(".moved"))
+    said = run("--continue-from", state, "--max-steps", 7)
+    assert "is gone: the run goes on from its checkpoint" in said
+    assert load_model(Path("run/generator")).facts.optimizer_steps == 7
+    with pytest.raises(BadInput, match=r"training-state-000001\.pt does not exist"):
+        run("--continue-from", state, "--max-steps", 7, "--from-step", 0)
 
     # A run of our own goes on in another folder, with other settings.
-    said = run("--continue-from", "run", "--max-steps", 7, "--alpha", 1.2, "--out", "more", "--dry-run")
-    assert "continues run/step-0000006: 1,500 images seen, goes on at step 6 of 7" in said
-    assert "  generator: generator of run/step-0000006, its average, its optimiser's moments and 302 steps" in said
+    said = run("--continue-from", "run", "--max-steps", 8, "--alpha", 1.2, "--out", "more", "--dry-run")
+    assert "continues run/step-0000007: 1,750 images seen, goes on at step 7 of 8" in said
+    assert "  generator: generator of run/step-0000007, its average, its optimiser's moments and 303 steps" in said
+
+
+def test_a_run_of_ours_goes_on_with_its_own_frequencies(teacher: Path, tmp_path: Path) -> None:
+    """They lie in its checkpoints: no other network's, and no new random ones."""
+    net, half = load_teacher(teacher), of.randomize(EDMPrecond(replace(SMALL, model_channels=4)))
+    save_model(half, tmp_path / "half")
+    config = DistillConfig(**{**BASE, "max_steps": 1, "width": 0.5, "heun_steps": 1})
+    start, world = start_of(config, net, tmp_path / "half"), World(0, 1, CPU)
+    first = Distiller(config, net, start=start, world=world)
+    first.run(tmp_path / "first")
+    again = DistillConfig(**{**BASE, "max_steps": 2, "width": 0.5, "alpha": 0.5})
+    second = Distiller(again, net, start=start_of(again, net, tmp_path / "first"), world=world)
+    assert second.first_step == 1
+    for name, network in first.networks.items():
+        for kind in network.state_kinds:
+            there, here = dict(network.full(kind)), dict(second.networks[name].full(kind))
+            assert all(torch.equal(here[key], there[key]) for key in there), (name, kind)
+        there, here = network.exact_buffers, second.networks[name].exact_buffers
+        assert any("freqs" in key for key in there) and all(torch.equal(here[key], there[key]) for key in there)
+    assert torch.equal(
+        second.generator.exact_buffers["model.map_noise.freqs"], half.get_buffer("model.map_noise.freqs")
+    )
+    # Another width, and its student alone.
+    with pytest.raises(
+        ValueError, match=r"generator of first/step-0000001: .* has shape .* in the generator of this run"
+    ):
+        start_of(DistillConfig(**BASE), net, tmp_path / "first" / "checkpoints" / "step-0000001")
+    student = start_of(DistillConfig(**BASE), net, student_from=tmp_path / "first").networks
+    assert list(student) == ["student"] and student["student"].adam is None
 
 
 def test_bad_command_lines_are_one_line(teacher: Path, state: Path) -> None:

@@ -41,6 +41,7 @@ class Net:
     def __init__(self) -> None:
         self.weight = torch.zeros(1)
         self.steps_applied = 0
+        self.exact_buffers: dict[str, Tensor] = {}
         self.loss_scale_state: dict[str, float] = {}
         self.rates: dict[str, float] = {"lr": 0.5}
 
@@ -49,6 +50,9 @@ class Net:
 
     def load(self, kind: str, tensors: dict[str, Tensor]) -> None:
         self.weight.copy_(tensors["w"])
+
+    def load_buffers(self, tensors: dict[str, Tensor]) -> None:
+        assert not tensors
 
 
 @dataclass
