@@ -111,7 +111,9 @@ def load_from_checkpoint(
     """
     imported = checkpoint.read(network, D=D)
     net, known = build(imported).requires_grad_(False), checkpoint.facts
-    source = {"file": Path(checkpoint.where).name, "D": imported.D_source}
+    source: dict[str, str] = {"file": Path(checkpoint.where).name, "D": imported.D_source}
+    if kind is None and checkpoint.may_be_generator(imported.key):
+        source["unsaid"] = "generator or teacher"
     generator = checkpoint.is_generator(imported.key) if kind is None else kind == "generator"
     if not generator:
         net.facts = known if isinstance(known, TeacherFacts) else TeacherFacts(source=source)

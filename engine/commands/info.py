@@ -270,8 +270,11 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
             "generator": why,
         },
     }
+    kind = f", {why}; --generator draws from it" if why and sigmas is None else ""
+    if checkpoint.may_be_generator(network.key):
+        kind = ", or a generator: nothing says which (ipfm sample --generator)"
     lines: list[tuple[str, object]] = [
-        ("kind", facts["kind"] + (f", {why}; --generator draws from it" if why and sigmas is None else "")),
+        ("kind", facts["kind"] + kind),
         *_network_rows(network.config, parameters),
         ("NFE", nfe),
         ("sigmas", _levels(sigmas)),

@@ -193,7 +193,12 @@ def sample_model(
 
 
 def _granted(path: Path, facts: ModelFacts, model: SampledModel, claim: Claim) -> tuple[str, ...]:
-    """What a generator is drawn from with that neither its file nor the user says."""
+    """What neither the file nor the user says of a checkpoint that is drawn from."""
+    if "unsaid" in facts.source and not facts.order:
+        return (
+            f"{path.name} holds an average alone, as snapshots of SiD's generators do: it is sampled as a teacher; "
+            "give --generator if it is one",
+        )
     # What a file says of itself has an order.
     if claim.kind != "generator" or facts.order:
         return ()

@@ -19,7 +19,7 @@ from ipfm.models.checkpoints.edm_layout import FACTS_ENTRY, facts_in
 from ipfm.models.checkpoints.infer_config import network_config, trained_for
 from ipfm.models.checkpoints.pickle_values import DEFAULT_LIMITS, Limits, shown
 from ipfm.models.checkpoints.pickled_objects import GLOBALS, MAX_TENSORS, Record, modules, own_tensors
-from ipfm.models.checkpoints.recognise import generator_by_place
+from ipfm.models.checkpoints.recognise import generator_by_place, teacher_by_name
 from ipfm.models.checkpoints.stored_tensors import StoredTensor, finite_float32
 from ipfm.models.checkpoints.validate import blueprint, check_constants, check_parts, check_shapes
 from ipfm.models.config import NetworkConfig
@@ -114,6 +114,11 @@ class Checkpoint:
         if list(self.entries) != ["ema"]:
             return None
         return generator_by_place(self.file or Path(self.where))
+
+    def may_be_generator(self, name: str) -> bool:
+        """Whether nothing says what the network is: an average alone, in a file whose name and place are nobody's."""
+        place = self.file or Path(self.where)
+        return list(self.entries) == ["ema"] and self.why_generator(name) is None and not teacher_by_name(place)
 
     def read(self, name: str | None = None, *, D: float | None = None) -> ImportedNetwork:
         """The network `name`, or the one that `choose` takes.

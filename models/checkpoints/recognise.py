@@ -53,6 +53,7 @@ _IMAGE_STARTS = {
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _CHECKPOINTS = (".pkl", ".pt", ".pth")
 _OF_SID = re.compile(r"network-snapshot-\d+\.\d{6}-\d{6,}")
+_OF_A_TEACHER = re.compile(r"network-snapshot-\d{6,}\D|training-state-\d|edm-|baseline-")
 _AVERAGE = re.compile(r"G_ema\d*")
 # Names that are looked at in a folder, which may hold millions.
 _LOOKED_AT = 1000
@@ -235,6 +236,15 @@ def generator_by_place(path: Path) -> str | None:
         if _AVERAGE.fullmatch(place.parent.name):
             return f"by its folder {place.parent.name}"
     return None
+
+
+def teacher_by_name(path: Path) -> bool:
+    """Whether the file has a name that EDM or PFGM++ gives to a teacher: network-snapshot-002500.pkl, edm-….pkl.
+
+    Args:
+        path: the file.
+    """
+    return _OF_A_TEACHER.match(path.name) is not None
 
 
 def is_checkpoint(folder: Path) -> bool:

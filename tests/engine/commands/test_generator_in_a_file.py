@@ -144,6 +144,25 @@ def test_what_is_said_of_a_file_counts(place, tmp_path, capsys):
     assert load_teacher(tmp_path / "teacher").facts.task == "teacher"
 
 
+def test_an_average_alone_under_nobodys_name_is_said_to_be_taken_for_a_teacher(place, tmp_path, capsys):
+    given = ("--heun-steps", 2, "--n", 1, "--out", tmp_path / "a.npz", "--json")
+    said = (
+        "mine.pkl holds an average alone, as snapshots of SiD's generators do: it is sampled as a teacher; give "
+        "--generator if it is one"
+    )
+    for file, more, remarks in (
+        ("run/G_emasomething/mine.pkl", (), [said]),
+        ("run/G_emasomething/mine.pkl", ("--teacher",), []),
+        ("run/network-snapshot-002500.pkl", (), []),
+        ("G_ema/edm.pkl", (), []),
+    ):
+        ipfm("sample", place / file, *given, *more)
+        told = json.loads(capsys.readouterr().out)
+        assert (told["kind"], told["remarks"]) == ("teacher", remarks)
+    ipfm("info", place / "run" / "G_emasomething" / "mine.pkl")
+    assert "teacher, or a generator: nothing says which" in capsys.readouterr().out
+
+
 def test_what_cannot_be_said(place, tmp_path, capsys):
     save_model(build_network(SMALL), tmp_path / "model", extra={"task": "teacher"})
     np.savez(tmp_path / "images.npz", np.zeros((4, 8, 8, 1), np.uint8))
