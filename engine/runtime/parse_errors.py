@@ -122,12 +122,19 @@ def _line(event: _errors.ParseErrorEvent, kind: Any, arguments: Sequence[str], e
         case _errors.InvalidChoice():
             # "None" is how an option is given that may be left out.
             possible = ", ".join(choice for choice in sorted(event.choices) if choice != "None")
-            return f"{_shown(event.argument)} must be one of {possible}, got '{event.value}'"
+            return f"{_shown(event.argument)} must be one of {possible}, got '{event.value}'{_apart(event)}"
         case _errors.InstantiationFailure(argument=None):
             return named(event.message, kind)
         case _errors.InstantiationFailure(argument=ArgumentDefinition() as argument):
             return f"{_shown(argument)} {event.message}"
     return "the arguments cannot be read"
+
+
+def _apart(event: _errors.InvalidChoice) -> str:
+    """How several are given that were typed as one, with commas between them."""
+    parts = event.value.split(",")
+    several = event.argument.lowered.nargs in ("*", "+") and len(parts) > 1
+    return f"; give them apart: {' '.join(parts)}" if several and set(parts) <= set(event.choices) else ""
 
 
 def named(message: str, kind: Any) -> str:

@@ -77,7 +77,10 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: str, *arguments: str) ->
         (["--eval-images", "1"], "eval-images must be at least 2, got 1"),
         (["--eval-images", "10000000000"], "eval-images must be at most 1,000,000,000, got 10,000,000,000"),
         (["--teacher-steps", "0"], "teacher-steps must be at least 1, got 0"),
-        (["--metrics", "fid,kid"], "--metrics must be one of fid, is, kid, pr, got 'fid,kid'"),
+        (
+            ["--metrics", "fid,kid"],
+            "--metrics must be one of fid, is, kid, pr, got 'fid,kid'; give them apart: fid kid",
+        ),
         (
             ["--metrics", "fid", "is"],
             "metrics must be among fid, kid, pr, got fid is: this recipe compares in pixel space",
