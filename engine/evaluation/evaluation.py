@@ -268,6 +268,7 @@ def open_comparison(
     metrics: tuple[Metric, ...] = ("fid",),
     skip_unreadable: bool = False,
     strict: bool = False,
+    images: ImageDataset | None = None,
 ) -> Comparison:
     """Open and check what samples (C, H, W) = `shape` are to be compared with.
 
@@ -280,6 +281,7 @@ def open_comparison(
         metrics: what is measured.
         skip_unreadable: of reference images, as in `open_dataset`.
         strict: likewise.
+        images: those of `reference`, where they are open already.
 
     Raises:
         ValueError: a file that cannot be used, or a metric that features or reference do not allow.
@@ -292,7 +294,10 @@ def open_comparison(
         return Comparison(extractor, None, metrics)
     if "is" in metrics:
         check_metrics(("is",), extractor, None)
-    file = open_reference(reference, skip_unreadable=skip_unreadable, strict=strict)
+    if images is not None:
+        file = ReferenceFile(reference, None, images)
+    else:
+        file = open_reference(reference, skip_unreadable=skip_unreadable, strict=strict)
     if file.statistics is None and file.images is not None and len(file.images) < 2:
         raise ValueError(f"{file.path} holds one image; a reference has at least two")
     if features in OF_PIXELS and file.images is not None and (words := _other_size(file, shape)):

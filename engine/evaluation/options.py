@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 if TYPE_CHECKING:
+    from ipfm.engine.data.dataset import ImageDataset
     from ipfm.engine.distributed.world import World
     from ipfm.engine.evaluation.evaluation import Comparison, Evaluation, FeatureName
 
@@ -84,12 +85,19 @@ class EvaluationOptions:
         """The Inception score alone is asked for."""
         return set(self.metrics) == {"is"}
 
-    def comparison(self, shape: tuple[int, int, int], device: torch.device) -> Comparison | None:
+    def comparison(
+        self, shape: tuple[int, int, int], device: torch.device, *, images: ImageDataset | None = None
+    ) -> Comparison | None:
         """The files that these options name, open and checked; None where nothing is to be measured.
 
+        Args:
+            shape: (C, H, W) of the samples.
+            device: where features are computed.
+            images: those that the samples are compared with, where they are open already.
+
         Raises:
-            ValueError: a file that cannot be used, does not fit images (C, H, W) = `shape`, or does not allow what is
-                to be measured; or too little memory for it.
+            ValueError: a file that cannot be used, does not fit the samples, or does not allow what is to be measured;
+                or too little memory for it.
         """
         from ipfm.engine.evaluation.evaluation import check_sizes, open_comparison
         from ipfm.engine.runtime.host_memory import check_memory
@@ -111,6 +119,7 @@ class EvaluationOptions:
             metrics=self.metrics,
             skip_unreadable=self.skip_unreadable,
             strict=self.strict,
+            images=images,
         )
         if found.file is not None and found.file.images is not None:
             check_sizes(self.metrics, self.eval_images, real=len(found.file.images))

@@ -1,19 +1,30 @@
 """What a recipe file is an instance of: its options, the way from the command line to a run, ablations."""
 
 from ipfm.engine.experiments.ablation import Ablation, AblationOptions, Arch, Variant, as_ablation
+from ipfm.engine.experiments.defaults_by_size import STUDENT_BY_SIZE, TRAJECTORY_BY_SIZE, Facts
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.options import DistillationOptions, ema_kimg, options_for, recipe_options
-from ipfm.engine.experiments.origins import origins
+from ipfm.engine.experiments.origins import Origin, origins
+from ipfm.engine.experiments.own_distil import OwnDistillationOptions, OwnDistilRecipe
+from ipfm.engine.experiments.own_teacher import OwnTeacherOptions, OwnTeacherRecipe
 from ipfm.engine.experiments.teacher import TeacherOptions, TeacherRecipe
 from ipfm.engine.runtime.commandline import run_command
 
 __all__ = [
+    "STUDENT_BY_SIZE",
+    "TRAJECTORY_BY_SIZE",
     "Ablation",
     "AblationOptions",
     "Arch",
     "DistilRecipe",
     "DistillationOptions",
+    "Facts",
+    "Origin",
+    "OwnDistilRecipe",
+    "OwnDistillationOptions",
+    "OwnTeacherOptions",
+    "OwnTeacherRecipe",
     "TeacherOptions",
     "TeacherRecipe",
     "TrainAndDistil",

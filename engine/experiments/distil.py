@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Comparison
 from ipfm.engine.evaluation.results import EvaluationRow, read_results, results_table
 from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.options import (
     DistillationOptions,
+    any_size,
     check_images,
     read_teacher,
     run_name,
@@ -42,6 +44,23 @@ def no_variant(settings: Mapping[str, Any], D: float, conditional: bool) -> Mapp
 
 
 @dataclass(frozen=True)
+class SettledDistillation:
+    """What a recipe decides of a distillation once its teacher is known."""
+
+    options: DistillationOptions
+    path: Path
+    """The run folder."""
+    dataset: str
+    """Name of the teacher's data, which the result records and under which figures are looked up."""
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that the run in the folder was begun with, and the recipe has otherwise now."""
+    said: tuple[str, ...] = ()
+    """What to know of the settings, where that is not the same for every teacher, a line each."""
+    data: ImageDataset | None = None
+    """Images that the samples stand beside."""
+
+
+@dataclass(frozen=True)
 class DistilPlan(Plan):
     """See `Plan`. A distillation with nothing left open but what memory decides."""
 
@@ -57,22 +76,28 @@ class DistilPlan(Plan):
     comparison: Comparison | None
     chosen: frozenset[str]
     """Settings that were given on the command line."""
-    kept: Mapping[str, Any]
-    """Settings that the run in the folder was begun with, and the recipe has otherwise now."""
+    settled: SettledDistillation
     start: DistillationStart | None = None
     """What it goes on from, unless it begins with the teacher."""
+
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """Settings that the run in the folder was begun with, and the recipe has otherwise now."""
+        return self.settled.kept
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What to know of the settings, a line each."""
         kept = ", ".join(f"{name} {value}" for name, value in self.kept.items())
         lines = (f"as the run in {self.path} was begun: {kept}; the recipe itself is another now",) if kept else ()
-        return (*self.recipe.notes(self.network, self.config), *lines, *described_start(self.start, self.config))
+        said = (*self.settled.said, *self.recipe.notes(self.network, self.config))
+        return (*said, *lines, *described_start(self.start, self.config))
 
     def describe(self) -> str:
         """See `Plan.describe`."""
         more = (self.recipe.help_with_teachers(),) if self.teacher is None else ()
-        origins = described(self.recipe.origins, self.chosen | self.kept.keys())
+        own = self.settled.said  # which say where their settings come from
+        origins = () if own else described(self.recipe.origins, self.chosen | self.kept.keys())
         return describe(
             self.config, self.network, self.path, (*origins, *self.notes, *more), given=self.options.distillation()
         )
@@ -94,7 +119,9 @@ class DistilPlan(Plan):
         assert self.teacher is not None
         path, notes = self.path, self.notes
         evaluation = self.options.evaluation(self.comparison, world)
-        config, dataset = replace(self.config, resume=True), self.recipe.figures_of(self.network)
+        if evaluation is not None and self.settled.data is not None:
+            evaluation = replace(evaluation, data=self.settled.data)
+        config, dataset = replace(self.config, resume=True), self.settled.dataset
         with claimed(path, self.record, self.config, write=world.is_main):
             distiller = Distiller(
                 config, self.teacher, evaluation=evaluation, dataset=dataset, start=self.start, world=world
@@ -161,19 +188,37 @@ class DistilRecipe(Recipe[DistillationOptions]):
             raise BadInput("give --teacher; --dry-run works without one", self.help_with_teachers())
         teacher = read_teacher(options)
         network = self._network(options, teacher)
-        # What the user gave stands; the rest comes from the variant for this teacher, or from the run that is there.
-        options = given.over(self.settings_for(network, options))
-        stem = self.file.removesuffix(".py").removesuffix("_ipfm")
-        path = options.out or run_name(stem, options.distillation(), network.D)
-        kept = self._as_begun(path, options, given.names)
-        options = replace(options, **kept)
+        settled = self.settle(given, network, teacher)
+        options, path = settled.options, settled.path
         config = complete(options.distillation(), network, run_device())
         config.split(launched_processes())
         start = read_start(options, config, teacher, path)
         record = check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
-        comparison = options.comparison(self.shape, run_device())
+        compared = settled.data if options.reference is None else None
+        comparison = options.comparison(network.image_shape, run_device(), images=compared)
         chosen = given.names & self.origins.keys()
-        return DistilPlan(self, options, config, network, teacher, path, record, comparison, chosen, kept, start)
+        return DistilPlan(self, options, config, network, teacher, path, record, comparison, chosen, settled, start)
+
+    def settle(
+        self, given: Given[DistillationOptions], network: NetworkConfig, teacher: Precond | None
+    ) -> SettledDistillation:
+        """What the recipe decides for this teacher; nothing is written.
+
+        What the user gave stands; the rest comes from the variant for this teacher, or from the run that is there.
+
+        Args:
+            given: the command line.
+            network: the teacher's.
+            teacher: None in a dry run without one.
+
+        Raises:
+            ValueError: what is given cannot be used.
+        """
+        options = given.over(self.settings_for(network, given.options))
+        stem = self.file.removesuffix(".py").removesuffix("_ipfm")
+        path = options.out or run_name(stem, options.distillation(), network.D)
+        kept = self._as_begun(path, options, given.names)
+        return SettledDistillation(replace(options, **kept), path, self.figures_of(network), kept)
 
     def with_options(
         self,
@@ -287,5 +332,5 @@ class DistilRecipe(Recipe[DistillationOptions]):
     def _network(self, options: DistillationOptions, teacher: Precond | None) -> NetworkConfig:
         if teacher is None:
             return presets.get(self.preset, D=self.D if options.D is None else options.D)
-        check_images(teacher.config, self.shape, f"{self.title} is")
+        check_images(teacher.config, self.shape, f"{self.title} is", any_size(self.file))
         return teacher.config

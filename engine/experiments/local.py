@@ -19,7 +19,7 @@ from ipfm.engine.evaluation.metrics.features import Classifier
 from ipfm.engine.evaluation.metrics.measures import measures_of
 from ipfm.engine.evaluation.results import EvaluationRow, read_results, results_table
 from ipfm.engine.experiments.dry_run import describe
-from ipfm.engine.experiments.options import DistillationOptions, check_images, read_teacher, run_name
+from ipfm.engine.experiments.options import DistillationOptions, any_size, check_images, read_teacher, run_name
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.experiments.starts import described_start, read_start
 from ipfm.engine.objectives.base import Distillation
@@ -308,7 +308,7 @@ class TrainAndDistil(Recipe[O], Generic[O]):
         )
         path = options.out or run_name(self.name(options), config, network.D)
         config = complete(config, network, run_device())
-        check_images(network, self.dataset.shape, f"the {self.title} are")
+        check_images(network, self.dataset.shape, f"the {self.title} are", any_size(self.file))
         if options.reference is not None:
             raise ValueError(f"reference was given, but this recipe compares with the {self.title} themselves")
         self.check_metrics(options.metrics)

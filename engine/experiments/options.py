@@ -123,17 +123,33 @@ def read_teacher(options: DistillationOptions) -> Precond | None:
     return load_teacher(taken.path, D=options.D, anyway=options.teacher_anyway)
 
 
-def check_images(network: NetworkConfig, shape: tuple[int, int, int], whose: str) -> None:
+def check_images(network: NetworkConfig, shape: tuple[int, int, int], whose: str, way_on: str = "") -> None:
     """Check that the network makes images (C, H, W) = `shape`.
 
+    Args:
+        network: of a teacher.
+        shape: what is wanted.
+        whose: such as "CIFAR-10 is", names them in the message.
+        way_on: ends the message.
+
     Raises:
-        ValueError: it makes others; `whose`, such as "CIFAR-10 is", names them in the message.
+        ValueError: it makes others.
     """
     if network.image_shape != shape:
         side = network.img_resolution
         raise ValueError(
             f"the teacher makes images {network.img_channels}x{side}x{side}, {whose} {'x'.join(map(str, shape))}"
+            + (f"; {way_on}" if way_on else "")
         )
+
+
+def any_size(file: str) -> str:
+    """Names the recipe of the same method for teachers of any size, the end of a message.
+
+    Args:
+        file: of a recipe for one data set, such as cifar_sid.py.
+    """
+    return f"distill_{file.rpartition('_')[2]} takes teachers of any size"
 
 
 def run_name(recipe: str, config: Distillation, D: float) -> Path:

@@ -37,8 +37,9 @@ OF_LAUNCHERS = (
     *("num-gpus", "num-accelerators", "num-nodes", "include", "exclude", "hostfile", "master-port", "master-addr"),
     *("nproc-per-node", "nnodes", "node-rank", "rdzv-endpoint", "module"),
 )
+OF_ANY_SIZE = ("data", "scale")
 OF_TEACHERS = (
-    *("data", "arch", "preset", "precond", "model-channels", "channel-mult", "num-blocks", "attention"),
+    *("arch", "preset", "precond", "model-channels", "channel-mult", "num-blocks", "attention"),
     *("conditional", "xflip"),
 )
 OF_ABLATIONS = ("variants", "seeds", "teachers", "quick")
@@ -115,7 +116,9 @@ class Recipe(ABC, Generic[O]):
         if name in OF_COMMANDS:
             return f"ipfm {OF_COMMANDS[name]} has it"
         if name in _options(TeacherConfig) or name in OF_TEACHERS:
-            return "recipes that train a teacher have it, such as cifar_teacher.py"
+            return "recipes that train a teacher have it, such as train_teacher.py"
+        if name in OF_ANY_SIZE:
+            return "recipes for images of any size have it, such as distill_ipfm.py and train_teacher.py"
         if name in OF_ABLATIONS:
             return "ablations have it, such as ablation_D.py"
         kinds = [kind for kind, settings in OBJECTIVES.items() if name in _options(settings)]

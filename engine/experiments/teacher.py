@@ -79,6 +79,28 @@ def precond_notes(network: NetworkConfig) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """What a recipe decides of a training once its data are known."""
+
+    options: TeacherOptions
+    shape: tuple[int, int, int]
+    """(C, H, W) of the images."""
+    base: NetworkConfig
+    """The network that the options change."""
+    D: float
+    """Auxiliary dimensions without --D."""
+    name: str
+    """Begins the run folder's name."""
+    said: tuple[str, ...] = ()
+    """What to know of the settings, a line each."""
+
+    def place(self, D: float) -> Path:
+        """The run folder of a teacher of this D."""
+        options = self.options
+        return options.out or Path("runs") / f"{self.name}-teacher-{named(options)}-D{D:g}"
+
+
+@dataclass(frozen=True)
 class TeacherPlan(Plan):
     """See `Plan`. A teacher's training with nothing left open but what memory decides."""
 
@@ -102,12 +124,15 @@ class TeacherPlan(Plan):
         lines = [] if self.state is None else state_notes(self.state, f"{self.options.continue_from}", self.config)
         return lines + ([] if self.transfer is None else list(self.transfer.words))
 
+    said: tuple[str, ...] = ()
+    """What to know of the settings, a line each."""
+
     def describe(self) -> str:
         """See `Plan.describe`."""
         notes = self.begins_with
         notes += precond_notes(self.network)
         notes += [self.recipe.data] if self.data is None else [f"data: {self.data.name}, {len(self.data):,} images"]
-        return describe_training(self.config, self.network, self.path, tuple(notes))
+        return describe_training(self.config, self.network, self.path, (*self.said, *notes))
 
     def show(self) -> bool:
         """See `Plan.show`."""
@@ -120,7 +145,7 @@ class TeacherPlan(Plan):
     def begin(self, world: World) -> Callable[[], None]:
         """See `Plan.begin`."""
         assert self.data is not None
-        path = self.path
+        path, said = self.path, self.said
         evaluation = self.options.evaluation(self.comparison, world)
         config = replace(self.config, resume=True)
         with claimed(path, self.record, self.config, write=world.is_main):
@@ -138,7 +163,7 @@ class TeacherPlan(Plan):
         def train() -> None:
             if world.is_main:
                 say_if_settled(path, "teacher", config)
-                print(*lines, sep="\n", end="\n" if lines else "")
+                print(*said, *lines, sep="\n", end="\n" if said or lines else "")
             training.run(path)
             if world.is_main:
                 _print_result(path)
@@ -193,42 +218,74 @@ class TeacherRecipe(Recipe[TeacherOptions]):
                 skip_unreadable=options.skip_unreadable,
                 strict=options.strict,
             )
-        network = self._network(options, data, state)
+        settled = self.settle(given, data, state)
+        options = settled.options
+        network = self._network(settled, data, state)
         check_levels(given, network)
         config = complete_training(replace(options.training(), D=network.D), network, run_device())
         config.split(launched_processes())
-        if data is not None and data.shape != self.shape:
-            raise ValueError(f"{options.data} has images {_times(data.shape)}, {self.title} is {_times(self.shape)}")
-        path = options.out or Path("runs") / f"{self.name}-teacher-{named(options)}-D{network.D:g}"
+        if data is not None and data.shape != settled.shape:
+            raise ValueError(
+                f"{options.data} has images {times(data.shape)}, {self.title} is {times(settled.shape)}; "
+                "train_teacher.py takes images of any size"
+            )
+        path = settled.place(network.D)
         if state is not None:
             check_length(state, str(options.continue_from), config)
         transfer = None if options.transfer is None else _transfer(options.transfer, network, path)
         record = check_run_folder(path, "teacher", config, training_facts(config, network, data, state, transfer))
-        comparison = options.comparison(self.shape, run_device())
-        return TeacherPlan(self, options, config, network, data, state, path, record, comparison, transfer)
+        comparison = options.comparison(settled.shape, run_device())
+        return TeacherPlan(
+            self, options, config, network, data, state, path, record, comparison, transfer, settled.said
+        )
+
+    def settle(self, given: Given[TeacherOptions], data: ImageDataset | None, state: TrainingState | None) -> Settled:
+        """What the options and the recipe, or the data, decide; nothing is read.
+
+        Args:
+            given: the command line.
+            data: the images; None in a dry run without.
+            state: a training that is continued.
+
+        Raises:
+            ValueError: the data cannot be trained on.
+        """
+        options = given.options
+        base = presets.get(options.preset or self.presets[options.arch])
+        return Settled(options, self.shape, base, self.D, self.name)
 
     def _state(self, options: TeacherOptions, path: Path) -> TrainingState:
         state = read_training_state(path, D=options.D)
-        check_images(state.config, self.shape, f"{self.title} is")
+        self.check_state(state)
         return state
+
+    def check_state(self, state: TrainingState) -> None:
+        """Check that a training that is continued is of such images.
+
+        Raises:
+            ValueError: it is not.
+        """
+        check_images(state.config, self.shape, f"{self.title} is", "train_teacher.py continues teachers of any size")
 
     def _labelled(self, options: TeacherOptions, state: TrainingState | None) -> bool:
         return options.conditional if state is None else state.config.label_dim > 0
 
-    def _network(
-        self, options: TeacherOptions, data: ImageDataset | None, state: TrainingState | None
-    ) -> NetworkConfig:
+    def _network(self, settled: Settled, data: ImageDataset | None, state: TrainingState | None) -> NetworkConfig:
         """The network that is trained: that of the state to continue, or the architecture asked for."""
+        options = settled.options
         if state is not None:
             resolve_D(options.D, state.config)
             return state.config
         classes = data.classes if options.conditional and data is not None else 0
         if options.conditional and data is not None and not classes:
-            raise ValueError(f"conditional was given, but {options.data} has no class labels")
+            raise ValueError(
+                f"conditional was given, but {options.data} has no class labels; ipfm dataset {options.data} NEW.zip "
+                "takes the names of folders for them"
+            )
         return options.network(
-            presets.get(options.preset or self.presets[options.arch]),
-            self.shape,
-            D=options.default_D(self.D) if options.D is None else options.D,
+            settled.base,
+            settled.shape,
+            D=options.default_D(settled.D) if options.D is None else options.D,
             classes=classes or 0,
             augmented=options.augment > 0,
         )
@@ -302,5 +359,6 @@ def check_one_network(given: Given[Any]) -> None:
         raise ValueError(f"preset {preset} and arch {arch} were given: leave one of them out")
 
 
-def _times(shape: tuple[int, int, int]) -> str:
+def times(shape: tuple[int, int, int]) -> str:
+    """(C, H, W) for people: "3x32x32"."""
     return "x".join(map(str, shape))

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from ipfm.models.checkpoints.training_state import TrainingState
 
 
+# Images of a data set by which a run folder knows it again.
+LOOKED_AT = 8
+
+
 class TeacherTraining(TrainingRun[TeacherConfig]):
     """Trains a denoiser on `dataset`: minimises E w(sigma) ||net(y + noise, sigma) - y||^2 with the noise of D.
 
@@ -225,6 +229,7 @@ def training_facts(
     facts: dict[str, Any] = {"network": replace(network, dropout=config.dropout).to_json()}
     if dataset is not None:
         facts |= {"dataset": _place_free(dataset.name), "images": len(dataset), "xflip": dataset.xflip}
+        facts |= _pictures(dataset)
     # Said of a fresh training too: a folder of one must not go on where --continue-from is given, and ignore it.
     facts["continues"] = None if start is None else fingerprint(start.weights)
     return facts if transfer is None else {**facts, **transfer.facts()}
@@ -233,6 +238,20 @@ def training_facts(
 def _taken_over(transfer: Transfer | None) -> dict[str, Any]:
     """What a stored teacher says of the weights that it began with."""
     return {} if transfer is None else {"transfer": transfer.facts()["start"]}
+
+
+def _pictures(dataset: ImageDataset) -> dict[str, str]:
+    """What tells two data sets of one name and number apart: some of their images, spread over them, and the labels.
+
+    Nothing where one of these cannot be read: the training says so when it comes to it.
+    """
+    count, images = min(LOOKED_AT, len(dataset)), dataset.images
+    places = torch.arange(count) * len(dataset) // count
+    try:
+        shown = {"images": images[places] if isinstance(images, Tensor) else images.read(places)}
+    except (ValueError, OSError):
+        return {}
+    return {"pictures": fingerprint(shown if dataset.labels is None else shown | {"labels": dataset.labels})[:16]}
 
 
 def _place_free(name: str) -> str:

@@ -57,7 +57,7 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: str, *arguments: str) ->
         (["--num_gpus", "2"], "unknown option --num_gpus; it is the launcher's, and stands before the recipe"),
         (["--batch-size", "2"], "unknown option --batch-size; perhaps you meant --batch"),
         (["--network=x.pkl", "--outdir=y"], "perhaps you meant --teacher or --out"),
-        (["--xflip"], "unknown option --xflip; recipes that train a teacher have it, such as cifar_teacher.py"),
+        (["--xflip"], "unknown option --xflip; recipes that train a teacher have it, such as train_teacher.py"),
         (["--distance", "l2"], "unknown option --distance; recipes that distil by the objective pid have it"),
         (["--variants", "D8"], "unknown option --variants; ablations have it, such as ablation_D.py"),
         (["--teacher", "missing/model"], "missing/model does not exist in /"),

@@ -28,7 +28,7 @@ NETWORK = NetworkConfig(
 
 
 class Files:
-    """Images in files, of which those of a process cannot be read from some reading on."""
+    """Images in files, of which those of a process cannot be read from some reading on; one tells the set."""
 
     shape, device = (16, 1, 4, 4), torch.device("cpu")
 
@@ -66,7 +66,7 @@ def main() -> None:
     features.broken = world.rank == 1
     evaluation = Evaluation(features, Statistics(torch.zeros(16), torch.eye(16)), images=8, batch=2)
     found = {}
-    for name, good in (("stopped", 3), ("finished", 100)):
+    for name, good in (("stopped", 4), ("finished", 100)):
         data = ImageDataset(Files(good if world.rank == 1 else 100))
         try:
             TeacherTraining(config, NETWORK, data, evaluation=evaluation, world=world).run(out / "run")

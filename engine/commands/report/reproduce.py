@@ -17,6 +17,8 @@ from ipfm.engine.config import FIRST_RULES, TeacherConfig, place_settings
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.network_options import fitted, network_differences
+from ipfm.engine.experiments.own_distil import OwnDistilRecipe
+from ipfm.engine.experiments.own_teacher import FAMILIES, OwnTeacherRecipe
 from ipfm.engine.experiments.teacher import TeacherRecipe
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.base import Distillation
@@ -133,6 +135,8 @@ def _base(record: RunRecord, recipe: DistilRecipe | TrainAndDistil, D: float) ->
     if not isinstance(recipe, DistilRecipe):
         return recipe.base
     network = _network(record)
+    if isinstance(recipe, OwnDistilRecipe):
+        return recipe.base if network is None else recipe.full(network, record.config)
     return recipe.varied(record.config, D, conditional=network is not None and bool(network.label_dim))
 
 
@@ -142,6 +146,10 @@ def _likeness(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> int |
     0 where the folder has the name that the recipe gives it, 1 where it says that it is of the recipe's data, 2 where
     its images have their shape and nothing speaks against it; None elsewhere.
     """
+    if isinstance(recipe, OwnDistilRecipe):
+        # It fits whatever the images are: the folder's name has to say it.
+        named = record.path.resolve().name.startswith(f"{recipe.file.removesuffix('.py')}-")
+        return 0 if named and not record.teacher else None
     local = isinstance(recipe, TrainAndDistil)
     stem = recipe.file.removesuffix(".py")
     prefix = f"{stem.partition('_')[0]}-" if local else f"{stem.removesuffix('_ipfm')}-D"
@@ -191,8 +199,13 @@ def _given(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> tuple[li
         notes.append("Give the teacher where it lies on your machine.")
     if images is not None and isinstance(recipe, DistilRecipe):
         fid = not record.results or record.results[0].metric == "FID"
-        options += ["--reference", "REFERENCE", *(["--inception", "INCEPTION"] if fid else ["--features", "pixels"])]
+        own = isinstance(recipe, OwnDistilRecipe)  # which compares blocks of pixels where nothing else is said
+        without = [] if own else ["--features", "pixels"]
+        options += ["--reference", "REFERENCE", *(["--inception", "INCEPTION"] if fid else without)]
         notes.append("The folder does not record what the samples were compared with: give --reference.")
+    if isinstance(recipe, OwnDistilRecipe):
+        options += ["--scale", "full"]
+        notes.append("The options after --scale are what differs from the settings by the rule of sizes for a GPU.")
     if images is not None and images != base.eval_images:
         options += ["--eval-images", str(images)]
     options += _metrics(record)
@@ -220,11 +233,19 @@ def _training(record: RunRecord) -> Command:
         if not isinstance(recipe, TeacherRecipe) or network is None or not D > 0:
             continue
         for arch, preset in recipe.presets.items():
-            plain = replace(fitted(presets.get(preset), recipe.shape), D=D)
+            plain, base = replace(fitted(presets.get(preset), recipe.shape), D=D), recipe.base
+            scale = ["--scale", "full"] * isinstance(recipe, OwnTeacherRecipe)
+            if isinstance(recipe, OwnTeacherRecipe):
+                # A training that is older than the recipe was not its.
+                if FAMILIES.get(network.family) != arch or "pictures" not in record.identity:
+                    continue
+                images = record.identity.get("images")
+                plain, base = recipe.full(network, images if isinstance(images, int) else None)
+                plain = replace(plain, D=D)
             named = network_differences(network, plain)
             if named is None:
                 continue
-            options = ["--data", "DATA", "--arch", arch, *named]
+            options = ["--data", "DATA", "--arch", arch, *scale, *named]
             options += ["--conditional"] if network.label_dim else []
             options += ["--xflip"] if record.identity.get("xflip") is True else []
             notes = ["Give the data where they lie on your machine."]
@@ -238,7 +259,7 @@ def _training(record: RunRecord) -> Command:
                 notes.append("It continued a training state, whose name is not recorded.")
             if record.evaluations:
                 options += ["--reference", "REFERENCE", "--inception", "INCEPTION", *_metrics(record)]
-            line = ["deepspeed", f"recipes/{recipe.file}", *options, *_options(record, recipe.base)]
+            line = ["deepspeed", f"recipes/{recipe.file}", *options, *_options(record, base)]
             return Command(shlex.join(line), tuple(notes))
     return Command(None, ("None of this project's recipes is known to have trained this network.",))
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Blocks that lie side by side, at most, where their size follows from that of the images: 3 x 16 x 16 x 2 features.
-MOST_BLOCKS = 16
+# Blocks that lie side by side, at most, where their size follows from that of the images: 2 x 3 x 8 x 8 features.
+MOST_BLOCKS = 8
 
 
 def block_side(side: int) -> int:

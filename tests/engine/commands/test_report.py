@@ -40,7 +40,7 @@ from ipfm.engine.evaluation.results import EvaluationRow, forget_results, write_
 from ipfm.engine.memory.profile import MemoryProfiler
 from ipfm.engine.objectives import base
 from ipfm.engine.objectives.ipfm import DistillConfig
-from ipfm.engine.runtime.commandline import parse, run_command
+from ipfm.engine.runtime.commandline import Given, parse, run_command
 from ipfm.engine.runtime.files import json_line
 from ipfm.engine.training import run_folder
 from ipfm.engine.training.pace import Pace
@@ -314,7 +314,7 @@ def test_commands_of_the_recipes(tmp_path: Path, module: Any, dataset: str, opti
 def test_the_command_of_a_teacher(tmp_path: Path) -> None:
     recipe, given = cifar_teacher.RECIPE, "--D 128 --arch ddpmpp --model-channels 64 --batch 64 --xflip"
     options = parse(type(recipe.base), given.split(), default=recipe.base, prog="", description="")
-    network = recipe._network(options, None, None)
+    network = recipe._network(recipe.settle(Given(options, frozenset()), None, None), None, None)
     config = replace(options.training(), D=128.0)
     record = {"kind": "teacher", "config": config.to_json(), "network": replace(network, dropout=0.13).to_json(),
               "dataset": "x.zip", "images": 5, "xflip": True}  # fmt: skip

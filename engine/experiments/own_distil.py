@@ -1,0 +1,236 @@
+"""A recipe that distils teachers of any size: shape, classes, D and levels are theirs, and settings by rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ipfm.engine.data.augmentation import SMALLEST_SIZE
+from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.data.open_dataset import open_dataset
+from ipfm.engine.distributed.world import run_device
+from ipfm.engine.evaluation.reference_data import is_npz, open_images
+from ipfm.engine.experiments.defaults_by_size import ROWS, Facts, Row, RowName, Scale, row_of, said, settings_in
+from ipfm.engine.experiments.distil import DistilRecipe, SettledDistillation
+from ipfm.engine.experiments.options import DistillationOptions, run_name
+from ipfm.engine.experiments.origins import Origin, origins
+from ipfm.engine.experiments.own_images import as_begun, begun_with, slug, values_of, where_from
+from ipfm.engine.noise_levels import NoiseLevels
+from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.runtime.commandline import Given
+from ipfm.engine.runtime.wording import counted
+from ipfm.models import NetworkConfig, Precond
+from ipfm.models.checkpoints.recognise import user_path
+from ipfm.models.facts import TeacherFacts
+
+# (facts of the teacher, options that were given) -> what is set otherwise, with where that comes from.
+Adaptation = Callable[[Facts, Collection[str]], Mapping[str, tuple[Any, Origin]]]
+
+
+def as_in_the_row(facts: Facts, given: Collection[str]) -> Mapping[str, tuple[Any, Origin]]:
+    """A recipe with nothing to set otherwise."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnDistillationOptions(DistillationOptions):
+    """Options of a recipe that distils teachers of any size, beside those of its objective."""
+
+    data: Path | None = None
+    """Images that samples are compared with, and stand beside in comparison.png: a folder, a zip, CIFAR-10's archive,
+    an .npz. The training needs none."""
+    scale: Scale = "auto"
+    """Which settings follow from the teacher: full, those for a GPU; small, a run that a CPU can do; auto: full with a
+    GPU, small without."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale not in ("auto", "full", "small"):
+            raise ValueError(f"scale must be auto, full or small, got {self.scale!r}")
+
+    @property
+    def compared_with(self) -> Path | None:
+        """See `EvaluationOptions.compared_with`: the data without --reference."""
+        return self.data if self.reference is None else self.reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnDistilRecipe(DistilRecipe):
+    """Distillation of teachers of any size."""
+
+    rows: Mapping[RowName, DistilRecipe]
+    """Rows of the rule whose settings those of recipes are."""
+    table: Mapping[RowName, Mapping[str, Any]]
+    """The settings of the other rows."""
+    adapted: Adaptation = as_in_the_row
+    """What is set otherwise for some teachers, where it is not given."""
+
+    def settle(
+        self, given: Given[DistillationOptions], network: NetworkConfig, teacher: Precond | None
+    ) -> SettledDistillation:
+        """See `DistilRecipe.settle`: the settings are those of the teacher's row."""
+        options = given.options
+        assert isinstance(options, OwnDistillationOptions)
+        data, remarks = _open(options, network)
+        facts = facts_of(network, data, options.scale)
+        row = row_of(facts)
+        settings, sources = self.settings_by_rule(row, facts, vars(options), given.names, network)
+        chosen = given.over(replace(self.base, noise=levels_of(network), **settings))
+        name = slug(options.teacher, "teacher").removesuffix(f"-D{network.D:g}") + "-small" * facts.small
+        stem = self.file.removesuffix(".py")
+        path = options.out or run_name(f"{stem}-{name}", chosen.distillation(), network.D)
+        others = [
+            self.settings_by_rule(other, facts, vars(options), given.names, network)[0] for other in ROWS.values()
+        ]
+        kept = begun_with(path, "distill", settings, given.names, others)
+        lines = (
+            *self._row_in_words(row, facts),
+            values_of({n: getattr(chosen, n) for n in ("max_steps", *settings)} | kept),
+            *where_from(self._origins(row), settings, sources, given.names | kept.keys()),
+            *_levels_in_words(chosen.noise),
+            *remarks,
+            *_compared(chosen),
+            *as_begun(path, kept),
+        )
+        return SettledDistillation(
+            replace(chosen, **kept), path, _dataset(options.data, teacher), said=lines, data=data
+        )
+
+    def settings_by_rule(
+        self,
+        row: Row,
+        facts: Facts,
+        settings: Mapping[str, Any],
+        given: Collection[str],
+        network: NetworkConfig,
+    ) -> tuple[dict[str, Any], dict[str, Origin]]:
+        """The settings of a row for a teacher, and where those come from that are not the row's.
+
+        Args:
+            row: the row.
+            facts: of the teacher.
+            settings: by name, as they are given or by default.
+            given: names of those that are given.
+            network: the teacher's.
+        """
+        others = self.adapted(facts, given)
+        now = {**settings, **{name: value for name, (value, _) in others.items()}}
+        found = dict(self.table[row.name]) if row.name not in self.rows else self._published(row, now, facts, network.D)
+        found |= {name: value for name, (value, _) in others.items()}
+        sources = {name: origin for name, (_, origin) in others.items()}
+        if found.get("augment", 0) and (not network.augment_dim or facts.side < SMALLEST_SIZE):
+            found["augment"] = 0.0
+            sources |= origins("ours", augment="none, as the teacher takes no augmentation labels")
+        return found, sources
+
+    def full(self, network: NetworkConfig, settings: Mapping[str, Any]) -> DistillationOptions:
+        """The settings of `--scale full` without --data beside those of a run.
+
+        Args:
+            network: the teacher's.
+            settings: of the run, by name, as JSON has them.
+        """
+        facts = Facts(network.image_shape, None, network.label_dim, network.family, gpu=True, scale="full")
+        found, _ = self.settings_by_rule(row_of(facts), facts, settings, (), network)
+        return replace(self.base, noise=levels_of(network), **found)
+
+    def _published(self, row: Row, settings: Mapping[str, Any], facts: Facts, D: float) -> dict[str, Any]:
+        options = self.rows[row.name].varied(settings, D, conditional=bool(facts.classes))
+        return settings_in(options, type(options).settings_class(), self.rows[row.name].origins)
+
+    def _row_in_words(self, row: Row, facts: Facts) -> tuple[str, ...]:
+        recipe = self.rows.get(row.name)
+        if recipe is None:
+            return said(row, facts)
+        return said(row, facts, f"those of {recipe.file} ({recipe.title})", recipe.shape[2])
+
+    def _origins(self, row: Row) -> Mapping[str, Origin]:
+        recipe = self.rows.get(row.name)
+        return {} if recipe is None else recipe.origins
+
+    def notes(self, network: NetworkConfig, config: Distillation) -> tuple[str, ...]:
+        """See `DistilRecipe.notes`: no figures are published for one's own images."""
+        return ()
+
+    def help_with_teachers(self) -> str:
+        """See `DistilRecipe.help_with_teachers`: any teacher fits."""
+        return self.teachers
+
+    def _network(self, options: DistillationOptions, teacher: Precond | None) -> NetworkConfig:
+        return super()._network(options, None) if teacher is None else teacher.config
+
+
+def facts_of(network: NetworkConfig, data: ImageDataset | None, scale: Scale) -> Facts:
+    """What the rule looks at."""
+    images = None if data is None else len(data)
+    gpu = run_device().type == "cuda"
+    return Facts(network.image_shape, images, network.label_dim, network.family, gpu, scale)
+
+
+def levels_of(network: NetworkConfig) -> NoiseLevels:
+    """EDM's noise levels, as far as they are the teacher's."""
+    plain = NoiseLevels()
+    return replace(
+        plain,
+        sigma_min=max(plain.sigma_min, network.sigma_min),
+        sigma_max=min(plain.sigma_max, network.sigma_max),
+        sigma_data=network.sigma_data,
+    )
+
+
+def _levels_in_words(noise: NoiseLevels) -> list[str]:
+    plain = NoiseLevels()
+    names = [f.name for f in fields(noise) if getattr(noise, f.name) != getattr(plain, f.name)]
+    said = ", ".join(f"noise.{name} {getattr(noise, name):g}" for name in names)
+    return [f"noise levels of this teacher: {said}"] if said else []
+
+
+def _open(options: OwnDistillationOptions, network: NetworkConfig) -> tuple[ImageDataset | None, list[str]]:
+    """The data, with the labels that the teacher takes, and what to know of them."""
+    if options.data is None:
+        return None, []
+    reading = {"skip_unreadable": options.skip_unreadable, "strict": options.strict}
+    if is_npz(user_path(options.data)):
+        data = open_images(options.data, **reading)
+    else:
+        data = open_dataset(options.data, labels=network.label_dim > 0, **reading)
+    if data.shape != network.image_shape:
+        C, _, side = network.image_shape
+        kind = "grey" if C == 1 else "colour"
+        raise ValueError(
+            f"{options.data} has images {'x'.join(map(str, data.shape))}, the teacher makes "
+            f"{'x'.join(map(str, network.image_shape))}: ipfm dataset {options.data} NEW.zip --resolution {side} makes "
+            f"some of its size{'' if data.shape[0] == C else f', from {kind} pictures'}"
+        )
+    remarks = []
+    if network.label_dim and data.classes != network.label_dim:
+        has = f"have {data.classes} classes" if data.classes else "have no labels"
+        remarks.append(
+            f"{options.data}: the images {has}, the teacher takes {network.label_dim}: compared without classes"
+        )
+        data = replace(data, labels=None, classes=None)
+    return data, remarks
+
+
+def _compared(options: DistillationOptions) -> list[str]:
+    """Says what the distance is that the run measures."""
+    where = options.compared_with
+    if where is None:
+        return ["nothing is measured: --data or --reference says what samples are compared with"]
+    if options.compared_by == "inception":
+        return [f"compared with {where}: FID, of {counted(f'{options.eval_images:,}', 'image')}"]
+    what = "pixels" if options.compared_by == "pixels" else "means and deviations of blocks of pixels"
+    return [
+        f"compared with {where}: Fréchet distance of {what}, of {counted(f'{options.eval_images:,}', 'image')}; it is "
+        "no FID, for which give --inception FILE, and compares runs on these images alone"
+    ]
+
+
+def _dataset(data: Path | None, teacher: Precond | None) -> str:
+    """The name of the teacher's data, as far as it is known."""
+    if data is not None:
+        return user_path(data).absolute().name
+    facts = None if teacher is None else teacher.facts
+    return (facts.dataset or "") if isinstance(facts, TeacherFacts) else ""

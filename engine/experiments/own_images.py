@@ -1,0 +1,109 @@
+"""What recipes for images of one's own share: names of run folders, what a run in one was begun with, labels unused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ipfm.engine.data.labels import read_labels
+from ipfm.engine.data.open_dataset import is_cifar, open_image_files
+from ipfm.engine.experiments.origins import Origin, described
+from ipfm.models.checkpoints.recognise import user_path
+
+# What files of data and models are called, which says nothing of them; and what every run calls its networks.
+_SUFFIX = re.compile(r"(\.tar)?\.(gz|zip|tgz|npz|pkl|pt|pth|safetensors)$", re.IGNORECASE)
+_ANYONES = ("model", "teacher", "generator")
+
+
+def slug(path: Path | None, otherwise: str) -> str:
+    """A name for a run folder from that of a file or folder: letters, digits, dots, hyphens and underscores.
+
+    Args:
+        path: of data or of a model; a model folder of a run is called by the run.
+        otherwise: what it is called without a name.
+    """
+    if path is None:
+        return otherwise
+    place = user_path(path).absolute()
+    while place.name in _ANYONES and place.parent != place:
+        place = place.parent
+    name = re.sub(r"[^\w.-]+", "-", _SUFFIX.sub("", place.name)).strip("-.")
+    return name[:80] or otherwise
+
+
+def begun_with(
+    path: Path, kind: str, values: Mapping[str, Any], given: Collection[str], rows: Collection[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The settings of the run in `path` that followed from the rule, where it has others now and none are given.
+
+    The rule looks at things that may change between two parts of a run: its length, --data, the GPU.
+
+    Args:
+        path: the run folder.
+        kind: of the run.
+        values: what the rule says now.
+        given: settings of the command line.
+        rows: what it says of others.
+    """
+    try:
+        record = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        begun = dict(record["config"])
+        if record["kind"] != kind:
+            return {}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    found = {
+        name: begun[name]
+        for name, value in values.items()
+        if name in begun and begun[name] != value and _of_the_rule(name, begun[name], rows)
+    }
+    # Another length may be asked for in two ways.
+    if {"kimg", "max_steps"} & set(given) or begun.get("max_steps") is not None:
+        found.pop("kimg", None)
+    return {name: value for name, value in found.items() if name not in given}
+
+
+def values_of(settings: Mapping[str, Any]) -> str:
+    """Settings with their values, a line for people."""
+    shown = {n: f"{v:g}" if isinstance(v, float) else str(v) for n, v in settings.items() if v is not None}
+    return "  " + ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def as_begun(path: Path, kept: Mapping[str, Any]) -> list[str]:
+    """Says which settings are those of the run in `path`, in a line; none where nothing is `kept`."""
+    begun = ", ".join(f"{name} {value}" for name, value in kept.items())
+    return [f"as the run in {path} was begun: {begun}; by the rule they would be others now"] if kept else []
+
+
+def _of_the_rule(name: str, value: object, rows: Collection[Mapping[str, Any]]) -> bool:
+    """Whether the rule may have said so; of lengths it may have said any."""
+    if name in ("kimg", "lr_rampup_kimg"):
+        return isinstance(value, (int, float)) and value >= 0
+    return any(name in row and row[name] == value for row in rows)
+
+
+def where_from(
+    row: Mapping[str, Origin], values: Mapping[str, Any], more: Mapping[str, Origin], given: Collection[str]
+) -> list[str]:
+    """Lines that say where each setting of the rule comes from.
+
+    Args:
+        row: origins that the row's recipe names.
+        values: what the rule sets.
+        more: origins of what is not the row's.
+        given: what the user gave, or a run was begun with.
+    """
+    named = {name: Origin("ours") for name in values} | dict(row) | dict(more)
+    return described({n: o for n, o in named.items() if n in values or n in row}, set(given) & set(named))
+
+
+def has_labels(path: Path) -> bool:
+    """Whether a data set has labels; one that cannot be told has none."""
+    with contextlib.suppress(ValueError, OSError):
+        place = user_path(path)
+        return is_cifar(place) or read_labels(open_image_files(place)) is not None
+    return False
