@@ -23,7 +23,7 @@ from ipfm.models import NetworkConfig, Precond, build_network, load_model, load_
 from ipfm.models.teacher import load_network
 
 SMALL = NetworkConfig(
-    img_resolution=8, img_channels=2, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
+    img_resolution=4, img_channels=2, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
     dropout=0.1,
 )  # fmt: skip
 NCSNPP = replace(
@@ -31,7 +31,7 @@ NCSNPP = replace(
     channel_mult_noise=2, label_dim=3, augment_dim=9,
 )  # fmt: skip
 ADM = replace(
-    SMALL, model_type="DhariwalUNet", img_resolution=4, model_channels=64, channel_mult=(1,), attn_resolutions=(),
+    SMALL, model_type="DhariwalUNet", model_channels=64, channel_mult=(1,), attn_resolutions=(),
     label_dim=3,
 )  # fmt: skip
 TEACHERS = {
@@ -79,7 +79,7 @@ def test_generate_of_edm_draws_the_same_images(name, tmp_path, capsys):
     assert all(torch.equal(tensor, own.state_dict()[key]) for key, tensor in back.state_dict().items())
     latents, labels = latents_of(own)
     with their_programs.their_modules():
-        theirs = their_programs.edm_generate(out, latents, 4, labels)
+        theirs = their_programs.edm_generate(out, latents, 3, labels)
         net = their_programs.load(out)
         assert not net.training and not any(p.requires_grad for p in net.parameters())
         assert list(net.state_dict()) == list(own.state_dict())
@@ -95,7 +95,7 @@ def test_generate_of_edm_draws_the_same_images(name, tmp_path, capsys):
     high = float(own.round_sigma(torch.tensor(min(80, own.sigma_max), dtype=torch.float64)))
     for net in (own, back):
         ours = heun_sample(
-            net, 3, steps=4, seed=0, latents=high * latents.double(), class_labels=labels,
+            net, 3, steps=3, seed=0, latents=high * latents.double(), class_labels=labels,
             sigma_min=max(0.002, net.sigma_min), sigma_max=min(80, net.sigma_max),
         )  # fmt: skip
         scale = theirs.abs().amax()
