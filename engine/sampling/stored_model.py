@@ -189,23 +189,30 @@ def sample_model(
         churn=churn,
         classes=classes,
     )
-    return model._replace(remarks=_granted(path, facts, model, claim))
+    return model._replace(remarks=taken_for_granted(path, facts, model.sigmas, claim))
 
 
-def _granted(path: Path, facts: ModelFacts, model: SampledModel, claim: Claim) -> tuple[str, ...]:
-    """What neither the file nor the user says of a checkpoint that is drawn from."""
+def taken_for_granted(path: Path, facts: ModelFacts, sigmas: Sequence[float], claim: Claim) -> tuple[str, ...]:
+    """What neither the file nor the user says of a checkpoint that is drawn from, a line each.
+
+    Args:
+        path: the checkpoint; of a folder there is nothing to say.
+        facts: from `load_denoiser`.
+        sigmas: the levels that are drawn at.
+        claim: what the user says.
+    """
     if "unsaid" in facts.source and not facts.order:
         return (
-            f"{path.name} holds an average alone, as snapshots of SiD's generators do: it is sampled as a teacher; "
+            f"{path.name} holds an average alone, as snapshots of SiD's generators do: it is taken for a teacher; "
             "give --generator if it is one",
         )
     # What a file says of itself has an order.
     if claim.kind != "generator" or facts.order:
         return ()
-    levels = ", ".join(f"{sigma:g}" for sigma in model.sigmas)
+    levels = ", ".join(f"{sigma:g}" for sigma in sigmas)
     unsaid = {} if claim.sigmas else {"--sigmas": f"sigma {levels}"}
     if facts.source.get("D") == "assumed":
-        unsaid["--D"] = f"D = {model.network.D:g}"
+        unsaid["--D"] = f"D = {facts.D:g}"
     if not unsaid:
         return ()
     others = "says another" if len(unsaid) == 1 else "say others"

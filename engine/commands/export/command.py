@@ -64,7 +64,7 @@ class Export:
         from ipfm.engine.commands.export.network import open_network
         from ipfm.engine.commands.export.onnx_file import check_onnx
         from ipfm.engine.runtime.remarks import Remarks
-        from ipfm.engine.sampling.stored_model import Claim
+        from ipfm.engine.sampling.stored_model import Claim, taken_for_granted
         from ipfm.models.checkpoints.run_models import locate
 
         with user_input():
@@ -83,6 +83,9 @@ class Export:
         remarks = Remarks()
         if taken.taken:
             remarks.add(taken.said())
+        if isinstance(network.levels, tuple):
+            for remark in taken_for_granted(taken.path, network.about, network.levels, claim):
+                remarks.add(remark)
         difference = self._write(network, format, taken.path)
         inputs, output_name = network.inputs, network.output
         if format == "edm":

@@ -131,7 +131,10 @@ def test_what_is_said_of_a_file_counts(place, tmp_path, capsys):
     assert load_teacher(place / SID, anyway=True).facts is not None
     assert load_teacher(place / "state.pt", anyway=True, D=64).D == 64
     for file, given in ((SID, ("--generator",)), ("state.pt", ("--generator", "--D", 32))):
-        ipfm("export", place / file, tmp_path / "g.pkl", *given, "--sigmas", 2)
+        capsys.readouterr()
+        ipfm("export", place / file, tmp_path / "g.pkl", *given, "--sigmas", 2, "--json")
+        remarks = json.loads(capsys.readouterr().out)["remarks"]
+        assert (remarks[0] == f"{file} is drawn from at D = inf; --D says another") == (file == SID)
         back = load_network(tmp_path / "g.pkl")
         assert back.facts.sigmas == [2.0] and f"{back.D:g}" == ("32" if file == "state.pt" else "inf")
         # Which says itself what it is now; what the user says goes before.
@@ -147,7 +150,7 @@ def test_what_is_said_of_a_file_counts(place, tmp_path, capsys):
 def test_an_average_alone_under_nobodys_name_is_said_to_be_taken_for_a_teacher(place, tmp_path, capsys):
     given = ("--heun-steps", 2, "--n", 1, "--out", tmp_path / "a.npz", "--json")
     said = (
-        "mine.pkl holds an average alone, as snapshots of SiD's generators do: it is sampled as a teacher; give "
+        "mine.pkl holds an average alone, as snapshots of SiD's generators do: it is taken for a teacher; give "
         "--generator if it is one"
     )
     for file, more, remarks in (
