@@ -90,6 +90,8 @@ class EvaluationOptions:
     ) -> Comparison | None:
         """The files that these options name, open and checked; None where nothing is to be measured.
 
+        What is to be known of the numbers is said on stderr, such as a reference of images of another size.
+
         Args:
             shape: (C, H, W) of the samples.
             device: where features are computed.
@@ -101,6 +103,8 @@ class EvaluationOptions:
         """
         from ipfm.engine.evaluation.evaluation import check_sizes, open_comparison
         from ipfm.engine.runtime.host_memory import check_memory
+        from ipfm.engine.runtime.launcher import is_first_process
+        from ipfm.engine.runtime.remarks import Remarks
 
         if self.compared_with is None and self.inception is None:
             if self._needs_no_reference:
@@ -126,6 +130,9 @@ class EvaluationOptions:
         if device.type == "cpu":
             kept = found.kept_bytes(self.eval_images, batch=256)
             check_memory(kept, f"a comparison of {self.eval_images:,} images", "give a smaller --eval-images")
+        remarks = Remarks()
+        for remark in found.remarks(shape, self.eval_images) if is_first_process() else ():
+            remarks.add(remark)
         return found
 
     def evaluation(self, comparison: Comparison | None, world: World) -> Evaluation | None:

@@ -360,3 +360,11 @@ def test_the_inception_score_alone_needs_no_reference(files: Path) -> None:
         lambda first, count: torch.linspace(-1, 1, 160).view(10, 1, 4, 4)[first : first + count], ALONE
     )
     assert found.inception_score is not None and math.isnan(found.distance) and found.in_words().startswith("Inception")
+
+
+def test_what_to_know_of_a_runs_distance_is_said_at_its_start(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = EvaluationOptions(reference=files / "real.npz", inception=files / "net.pt", eval_images=10)
+    given.comparison((1, 8, 8), CPU)
+    said = capsys.readouterr().err
+    assert "note: 10 images, no more than the 12 features: their covariance is singular" in said
+    assert "real.npz are 1x4x4, those that are measured 1x8x8" in said
