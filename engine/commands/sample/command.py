@@ -75,7 +75,7 @@ class Sample:
     solver: Literal["heun", "euler"] | None = None
     """Of a teacher: heun, the default, is of second order; euler of first, with one network evaluation a step."""
     sigmas: tuple[float, ...] = ()
-    """Noise levels of a teacher's steps, highest first, in place of --heun-steps; of --generator, its own."""
+    """Noise levels, highest first: of a teacher's steps, or of --generator."""
     sigma_min: float | None = None
     """Lowest noise level of a teacher's steps. Default: 0.002 or the network's."""
     sigma_max: float | None = None
