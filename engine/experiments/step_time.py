@@ -29,6 +29,8 @@ PATIENCE = 0.5
 # Where the step of a single image takes longer, by its forward pass, that pass alone is measured, and one of several
 # images, unless by the first it takes longer than the other number.
 LONGEST, LONGEST_FORWARD, SEVERAL = 1.0, 20.0, 4
+# The same of several images which take little more than one.
+LONGEST_OF_MORE = 4.0
 
 Iteration = Callable[[int], object]
 
@@ -65,7 +67,7 @@ def step_time(form: Resolved[Any], network: NetworkConfig, forwards: float, devi
     with _threads_of_a_run():
         net = _network(network, form.precision, device).eval()
         count, passes = _measurable(net, form.micro_batch, forwards, device)
-        if forwards * passes > LONGEST:
+        if forwards * passes > (LONGEST if count == 1 else LONGEST_OF_MORE):
             count, passes = _several(net, count, passes, form.micro_batch, device)
         else:
             del net
@@ -78,14 +80,16 @@ def step_time(form: Resolved[Any], network: NetworkConfig, forwards: float, devi
 def _measurable(net: Precond, micro_batch: int, forwards: float, device: torch.device) -> tuple[int, float]:
     """How many images of a micro-batch a step is measured on, and the seconds of a forward pass of so many.
 
-    As many as can be: together they take less time each, above all on a GPU or where cores are shared.
+    As many as can be: together they take less time each, above all on a GPU or where cores are shared. Where other
+    programs want the cores too an image alone may take as long as a hundred: so it goes on beyond the patience as long
+    as images cost less than half.
     """
     count = 1
     seconds = _forward_seconds(net, count, device)
-    while count < micro_batch and forwards * seconds < PATIENCE:
+    while count < micro_batch and forwards * seconds < LONGEST_OF_MORE:
         more = min(micro_batch, 4 * count)
         longer = _forward_seconds(net, more, device)
-        if forwards * longer > 2 * PATIENCE:
+        if forwards * longer > 2 * PATIENCE and 2 * longer * count > seconds * more:
             break
         count, seconds = more, longer
     return count, seconds

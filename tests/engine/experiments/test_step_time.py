@@ -131,6 +131,22 @@ def test_a_step_that_would_take_minutes_is_reckoned_from_a_forward_pass(
     assert found.how() == f"reckoned from {said}, which was measured"
 
 
+def test_images_that_cost_nothing_more_are_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on cores that others want too: 0.2 s of waiting a pass, however many images, would be 140 s for 64 alone."""
+    sizes: list[int] = []
+
+    def at(count: int) -> step_time.Iteration:
+        sizes.append(count)
+        return lambda number: None
+
+    monkeypatch.setattr(step_time, "_distillation", lambda *_: at)
+    monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, *__, **___: 0.2 + 0.0001 * count)
+    monkeypatch.setattr(step_time, "_timed", lambda *_: (3.0, 0.1))
+    form = form_of("ipfm", 8)
+    form = replace(form, config=replace(form.config, batch=64), micro_batch=64)
+    assert time_of(form, SMALL, 11, CPU) == StepTime(pytest.approx(3.1)) and sizes == [64]
+
+
 def test_a_step_that_needs_too_much_memory_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("no")
