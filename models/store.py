@@ -35,9 +35,8 @@ from ipfm.models.json_values import from_json, to_json
 from ipfm.models.precond import Precond, build_network
 
 CONFIG_FILE = "config.json"
-# In a checkpoint of a run: what config.json of a model folder would say of the average in it, and its buffers.
+# In a checkpoint of a run: what config.json of a model folder would say of the average in it.
 AVERAGED_FILE = "averaged.json"
-BUFFER_FILE = "buffers.safetensors"
 TENSOR_FILE = "model.safetensors"
 _FORMAT = "ipfm-network"
 _VERSION = 1
@@ -57,8 +56,7 @@ class StoredConfig:
         folder: where both files lie.
         extra: what the writer said of the weights, JSON values with infinite numbers as numbers.
         tensor_file: name of the file with the weights, whose checksum is `sha256`.
-        buffers: of the average in a checkpoint: the file that has its buffers, and that file's SHA-256; None where
-            there are none, or `tensor_file` has them.
+        buffers: of the average in an older checkpoint: the file that has its buffers, and that file's SHA-256.
     """
 
     class_name: str
@@ -265,12 +263,13 @@ def _tensors_of(stored: StoredConfig) -> dict[str, Tensor]:
     tensors = _read_tensors(stored.folder / stored.tensor_file, stored.sha256)
     if stored.tensor_file == TENSOR_FILE:
         return tensors
-    found = {name.removeprefix("ema/"): tensor for name, tensor in tensors.items() if name.startswith("ema/")}
+    prefixes = ("ema/", "buffer/")
+    found = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
     if stored.buffers is not None:
         path, sha256 = stored.buffers
         with torch.device("meta"):
             parameters = dict(build_network(stored.network).named_parameters())
-        found |= {name: tensor for name, tensor in _read_tensors(path, sha256).items() if name not in parameters}
+        found |= {name: value for name, value in _read_tensors(path, sha256).items() if name not in parameters}
     return found
 
 
@@ -288,8 +287,7 @@ def _read_checkpoint(folder: Path) -> StoredConfig:
     data = _object(path)
     stored = _parsed(path, data, {"tensors": str})
     name = f"{data['tensors']}.safetensors"
-    buffers = (folder / BUFFER_FILE, str(manifest[BUFFER_FILE])) if BUFFER_FILE in manifest else None
-    return replace(stored, folder=folder, tensor_file=name, sha256=str(manifest.get(name)), buffers=buffers)
+    return replace(stored, folder=folder, tensor_file=name, sha256=str(manifest.get(name)))
 
 
 def _read_older_checkpoint(folder: Path, manifest: Mapping[str, Any]) -> StoredConfig:

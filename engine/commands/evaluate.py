@@ -48,8 +48,7 @@ class Evaluate:
     }
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """Model folder, run folder, checkpoint (of a run, EDM, PFGM++ or SiD), or images: a folder, a zip, CIFAR-10's
-    archive, an .npz."""
+    """Model or run folder, checkpoint, or images (folder, archive, .npz)."""
     reference: Path | None = None
     """Real images, or their statistics (.npz, mu and sigma). Only "is" needs none."""
     inception: Path | None = None
@@ -78,8 +77,8 @@ class Evaluate:
     """The highest. Default: 80 or the network's."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
-    which: Annotated[str | None, tyro.conf.arg(metavar="best|last|STEP")] = None
-    """Of a run folder: its best network, its newest, or that of a step. Default: the one at its end, else the best."""
+    which: Annotated[str | None, tyro.conf.arg(metavar="WHICH")] = None
+    """Of a run folder: best, last or a step. Default: the end's, else the best."""
     generator: bool = False
     """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
     sigmas: tuple[float, ...] = ()

@@ -34,8 +34,8 @@ class Info:
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
     """Run folder, model folder, checkpoint of a run, or a checkpoint of EDM, PFGM++ or SiD."""
-    which: Annotated[str | None, tyro.conf.arg(metavar="best|last|STEP")] = None
-    """Describe this network of a run folder, and not the run."""
+    which: Annotated[str | None, tyro.conf.arg(metavar="WHICH")] = None
+    """Describe a network of a run folder, and not the run: best, last or a step."""
     json: bool = False
     """Print JSON: all that is known."""
 

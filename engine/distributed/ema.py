@@ -32,7 +32,7 @@ class EmaNetwork:
         precision: Precision,
         device: torch.device,
     ) -> None:
-        self.trained, self.network, self.buffers = trained, network, buffers
+        self.trained, self.network, self._buffers = trained, network, buffers
         self._precision, self._device = precision, device
         self._net: Precond | None = None
 
@@ -54,7 +54,7 @@ class EmaNetwork:
                 net = build_network(self.network)
             net = apply_precision(net.to_empty(device=self._device), self._precision)
             for name, buffer in net.named_buffers():
-                buffer.copy_(self.buffers[name])
+                buffer.copy_(self._buffers[name])
             self._net = net.eval().requires_grad_(False)
         self.trained.copy_ema_to(self._net)
 

@@ -22,15 +22,15 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.models.atomic_files import atomic_write, make_folder, sync, why, write_durably
-from ipfm.models.store import AVERAGED_FILE, BUFFER_FILE
+from ipfm.models.store import AVERAGED_FILE
 
 FORMAT = 1
 # Kind of the entries that are no parameter's, such as the frequencies of an embedding; older checkpoints have none.
@@ -39,15 +39,6 @@ BUFFER = "buffer"
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint folder that is incomplete or does not match its manifest; the message names the file."""
-
-
-class Average(NamedTuple):
-    """What a checkpoint says of the average in it, so that it can be taken for a model."""
-
-    about: Mapping[str, Any]
-    """See `describe_average`."""
-    buffers: Mapping[str, Tensor]
-    """By name, contiguous and in the host's memory."""
 
 
 class Draft:
@@ -89,13 +80,9 @@ class Draft:
         if loss_scale:
             self._loss_scale[name] = loss_scale
 
-    def add_average(self, average: Average) -> None:
-        """Which network's average this holds, and its buffers: what a reader needs to take it for a model."""
-        self._json(AVERAGED_FILE, average.about)
-        if average.buffers:
-            payload = save(dict(average.buffers))
-            write_durably(self._partial / BUFFER_FILE, payload)
-            self._manifest[BUFFER_FILE] = hashlib.sha256(payload).hexdigest()
+    def say_average(self, about: Mapping[str, Any]) -> None:
+        """Say which average this holds, see `describe_average`: a reader can take it for a model."""
+        self._json(AVERAGED_FILE, about)
 
     def finish(self) -> Path:
         """Make it the newest checkpoint; its folder."""

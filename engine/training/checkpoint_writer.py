@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.runtime.errors import Failed
-from ipfm.engine.training.checkpoint import BUFFER, Average, Draft, checkpoints_in, is_whole
+from ipfm.engine.training.checkpoint import BUFFER, Draft, checkpoints_in, is_whole
 from ipfm.models.atomic_files import why
 
 
@@ -66,7 +66,7 @@ class CheckpointWriter:
         step: int,
         networks: Mapping[str, TrainedNetwork],
         *,
-        average: Average | None = None,
+        average: Mapping[str, Any] | None = None,
         after: Callable[[], None] = lambda: None,
     ) -> None:
         """Write folder/step-…: `step` optimiser steps are done.
@@ -74,7 +74,7 @@ class CheckpointWriter:
         Args:
             step: number of steps done.
             networks: what is saved: weights, optimiser state, EMA and step count of each.
-            average: what is said of the average among them; None says nothing.
+            average: what is said of the average among them, see `describe_average`; None says nothing.
             after: returns when what belongs to the steps before is written; called before this checkpoint is.
 
         Raises:
@@ -140,7 +140,7 @@ class CheckpointWriter:
             self._thread.shutdown()
 
     def _write(
-        self, step: int, gathered: dict[str, _State], average: Average | None, after: Callable[[], None]
+        self, step: int, gathered: dict[str, _State], average: Mapping[str, Any] | None, after: Callable[[], None]
     ) -> None:
         """In the thread: no communication with other processes here."""
         after()
@@ -155,9 +155,9 @@ class CheckpointWriter:
                 draft.discard()
             raise
 
-    def _finish(self, draft: Draft, average: Average | None) -> None:
+    def _finish(self, draft: Draft, average: Mapping[str, Any] | None) -> None:
         if average is not None:
-            draft.add_average(average)
+            draft.say_average(average)
         self._known[draft.finish()] = True
         with suppress(OSError):
             self._forget_old(draft.target)

@@ -33,7 +33,6 @@ from ipfm.engine.random_streams import Stream, draw_labels
 from ipfm.engine.runtime.errors import Interrupted, TrainingFailed, described
 from ipfm.engine.runtime.launcher import Launcher
 from ipfm.engine.training.board import conclude
-from ipfm.engine.training.checkpoint import Average
 from ipfm.engine.training.disk import disk_use, missing_room
 from ipfm.engine.training.loop import PICTURE_SEED, Progress, train
 from ipfm.engine.training.monitor import COMPARISON_FILE
@@ -155,13 +154,10 @@ class TrainingRun(ABC, Generic[C]):
         seed = evaluation.seed
         return evaluation.measure(lambda first, count: self.sample(first, count, seed=seed), self.world, leave_out=True)
 
-    def average_said(self, step: int) -> Average | None:
+    def average_said(self, step: int) -> Mapping[str, Any] | None:
         """See `Task.average_said`."""
-        averaged = self.averaged
-        name = next(name for name, net in self.networks.items() if net is averaged.trained)
-        about = describe_average(averaged.network, name, self._said(self._about, step, {}))
-        buffers = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in averaged.buffers.items()}
-        return Average(about, buffers)
+        name = next(name for name, net in self.networks.items() if net is self.averaged.trained)
+        return describe_average(self.averaged.network, name, self._said(self._about, step, {}))
 
     def stored(self, step: int, measured: Mapping[str, Any], *, copy: bool) -> Callable[[Path], None]:
         """See `Task.stored`."""

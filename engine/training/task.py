@@ -16,7 +16,6 @@ from ipfm.engine.evaluation.metrics import FrechetResult, Metric
 from ipfm.engine.memory import MemoryPlan
 from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.engine.runtime.errors import Failed, TrainingFailed
-from ipfm.engine.training.checkpoint import Average
 
 
 class NotFinite(TrainingFailed):
@@ -68,8 +67,8 @@ class Task(Protocol):
         """The metrics of the averaged network's samples; None where nothing is measured."""
         ...
 
-    def average_said(self, step: int) -> Average | None:
-        """What a checkpoint of `step` says of the average in it; None where it holds none that can be described."""
+    def average_said(self, step: int) -> Mapping[str, Any] | None:
+        """What a checkpoint of `step` says of the average in it, see `describe_average`; None says nothing."""
         ...
 
     def stored(self, step: int, measured: Mapping[str, Any], *, copy: bool) -> Callable[[Path], None]:

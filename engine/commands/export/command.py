@@ -45,8 +45,8 @@ class Export:
     """Images in the picture of a Hugging Face folder, 0 for none. Default: 64, of a teacher 16."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
-    which: Annotated[str | None, tyro.conf.arg(metavar="best|last|STEP")] = None
-    """Of a run folder: its best network, its newest, or that of a step. Default: the one at its end, else the best."""
+    which: Annotated[str | None, tyro.conf.arg(metavar="WHICH")] = None
+    """Of a run folder: best, last or a step. Default: the end's, else the best."""
     generator: bool = False
     """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
     sigmas: tuple[float, ...] = ()

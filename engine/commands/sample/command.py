@@ -51,8 +51,8 @@ class Sample:
     }
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """Model folder, run folder, checkpoint of a run, or a teacher's checkpoint of EDM, PFGM++ or SiD. A generator's D
-    and noise levels are its own; a teacher is sampled with Heun's method."""
+    """Model or run folder, or a checkpoint: of a run, EDM, PFGM++ or SiD. A generator's D and noise levels are its
+    own; a teacher is sampled with Heun's method."""
     out: Path = Path("samples.png")
     """A .png (one grid), a .npz (images NHWC, uint8), or a folder: one PNG an image, named by its seed or index, which
     several processes share (deepspeed .venv/bin/ipfm sample ...)."""
@@ -92,8 +92,8 @@ class Sample:
     """S_noise, factor of the noise added. Default: 1."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
-    which: Annotated[str | None, tyro.conf.arg(metavar="best|last|STEP")] = None
-    """Of a run folder: its best network, its newest, or that of a step. Default: the one at its end, else the best."""
+    which: Annotated[str | None, tyro.conf.arg(metavar="WHICH")] = None
+    """Of a run folder: best, last or a step. Default: the end's, else the best."""
     generator: bool = False
     """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
     teacher: bool = False
