@@ -201,7 +201,8 @@ def test_official_files_are_models_too(capsys: pytest.CaptureFixture[str], tmp_p
     ipfm("info", FIXTURE, "--json")
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"] == 48_899
-    assert facts["file"] == {"format": "EDM network snapshot", "networks": "ema", "taken": "ema", "D from": "assumed"}
+    about = {"format": "EDM network snapshot", "networks": "ema", "taken": "ema", "D from": "assumed"}
+    assert facts["file"] == {**about, "generator": None}
     assert (facts["network"]["D"], facts["network"]["encoder_type"]) == ("inf", "residual")
 
     ipfm("sample", FIXTURE, "--n", 3, "--heun-steps", 2, "--D", 64, "--out", tmp_path / "a.png")
