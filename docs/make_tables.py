@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ipfm.engine.config import Precision, RunConfig
 from ipfm.engine.experiments import DistilRecipe
+from ipfm.engine.experiments.defaults_by_size import ROWS, Facts, by_size, default_arch
 from ipfm.engine.experiments.origins import SOURCES
 from ipfm.engine.memory import Layout, choose_layout, gpu_budget
 from ipfm.engine.objectives.base import Distillation
@@ -35,6 +36,9 @@ from ipfm.recipes import (
     cifar_teacher,
     digits_ipfm,
     digits_pid,
+    distill_ipfm,
+    distill_pid,
+    distill_sid,
     ffhq_ipfm,
     ffhq_sid,
     ffhq_teacher,
@@ -42,6 +46,7 @@ from ipfm.recipes import (
     imagenet64_pid,
     imagenet64_sid,
     shapes_ipfm,
+    train_teacher,
 )
 
 FOLDER = Path(__file__).parent
@@ -156,6 +161,43 @@ def teacher_settings() -> list[str]:
     return rows
 
 
+def sizes_of_teachers() -> list[str]:
+    """The rule of sizes for teachers, a row of it each."""
+    names = ("side, pixels", "settings", "network", "batch", "lr", "dropout", "augment", "EMA half-life, kimg",
+             "length")  # fmt: skip
+    rows = [_row(names), _row(["---"] * len(names))]
+    recipe = train_teacher.RECIPE
+    for row in ROWS.values():
+        side = row.side or {"small": 32, "to-28": 28}.get(row.name, 128)
+        arch = "adm" if row.name == "imagenet" else default_arch(side)
+        start = presets.get(recipe.presets[arch])
+        network = by_size(start, Facts((3, side, side), None, 0, start.family, row.name != "small"))
+        mults = "-".join(map(str, network.channel_mult))
+        what = f"{network.family}, {network.model_channels} × {mults}, {network.num_blocks}"
+        base = replace(recipe.base, **recipe.settings_of(row))
+        values = (base.batch, base.lr, base.dropout, base.augment, base.ema_kimg)
+        whose = "this project's" if row.side is None else f"EDM's, {row.whose.partition(chr(39))[0]}"
+        cells = (row.when.replace(",000", " 000"), whose, f"{what} (at {side})", *map(_shown, values), _length(base))
+        rows.append(_row(cells))
+    return rows
+
+
+def sizes_of_distillations() -> list[str]:
+    """The rule of sizes for distillations: the recipe whose settings a row takes, or its own."""
+    modules = (distill_ipfm, distill_sid, distill_pid)
+    names = ("side, pixels", *(f"`{module.RECIPE.file}`" for module in modules))
+    rows = [_row(names), _row(["---"] * len(names))]
+    for row in ROWS.values():
+        cells = []
+        for module in modules:
+            recipe = module.RECIPE.rows.get(row.name)
+            own = module.RECIPE.table.get(row.name, {})
+            words = [f"{name} {_shown(own[name])}" for name in ("batch", "lr", "points") if name in own]
+            cells.append(f"`{recipe.file}`" if recipe else ", ".join([*words, f"{_shown(own['kimg'])} kimg"]))
+        rows.append(_row([row.when.replace(",000", " 000"), *cells]))
+    return rows
+
+
 def published() -> list[str]:
     """The figures of the method's paper, as the recipes print them."""
     steps = (1, 2, 4)
@@ -205,6 +247,8 @@ PAGES: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
         "sources": sources,
         "settings of physics informed distillation": pid_settings,
         "settings of teachers": teacher_settings,
+        "sizes of teachers": sizes_of_teachers,
+        "sizes of distillations": sizes_of_distillations,
         "published": published,
         "published of SiD": sid_published,
         "published of physics informed distillation": pid_published,

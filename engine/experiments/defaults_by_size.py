@@ -47,21 +47,26 @@ class Row:
     """A row of the rule."""
 
     name: RowName
+    when: str
+    """Which images, or machine, it is for, in words."""
     whose: str
-    """Whose settings they are, in words."""
+    """Whose settings a teacher is trained with, in words."""
     side: int | None = None
     """The side for which they are published."""
 
 
 ROWS: Mapping[RowName, Row] = MappingProxyType(
     {
-        "small": Row("small", "this project's for a machine without a GPU"),
-        "to-28": Row("to-28", "this project's for images up to 28x28"),
-        "cifar": Row("cifar", "CIFAR-10's", 32),
-        "ffhq": Row("ffhq", "FFHQ's", 64),
-        "afhqv2": Row("afhqv2", "AFHQv2's, a small set", 64),
-        "imagenet": Row("imagenet", "ImageNet's, ADM with classes", 64),
-        "from-96": Row("from-96", "this project's for images from 96x96 on, after FFHQ's"),
+        row.name: row
+        for row in (
+            Row("small", "any, without a GPU", "this project's for a machine without a GPU"),
+            Row("to-28", "8 to 28", "this project's for images up to 28x28"),
+            Row("cifar", "29 to 47", "CIFAR-10's", 32),
+            Row("ffhq", "48 to 95", "FFHQ's", 64),
+            Row("afhqv2", f"48 to 95, fewer than {FEW_IMAGES:,} images", "AFHQv2's, a small set", 64),
+            Row("imagenet", "48 to 95, ADM with classes", "ImageNet's, ADM with classes", 64),
+            Row("from-96", "96 to 1024", "this project's for images from 96x96 on, after FFHQ's"),
+        )
     }
 )
 

@@ -27,7 +27,7 @@ ROOT = launch.ROOT
 DOCS = ROOT / "docs"
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(DOCS.rglob("*.md"))]
 # Executed on stand-ins from beginning to end, as the page says.
-WALKS = (DOCS / "getting-started.md", DOCS / "distil-a-checkpoint.md")
+WALKS = tuple(DOCS / f"{name}.md" for name in ("getting-started", "distil-a-checkpoint", "your-own-pictures"))
 # Where the host of a repository shows its continuous integration, as seen from the README.
 ACTIONS = "../../actions/workflows/"
 RECIPES = sorted(

@@ -35,7 +35,7 @@ from ipfm.models import presets
 COMMANDS = [command for page in documented.pages() for command in documented.commands(page)]
 TESTS = [command for command in COMMANDS if command.words[0] == "pytest"]
 # One person's way, in which each command builds on the ones before: nothing on it is left out or begun anew.
-WALKS = ("docs/getting-started.md", "docs/distil-a-checkpoint.md")
+WALKS = ("docs/getting-started.md", "docs/distil-a-checkpoint.md", "docs/your-own-pictures.md")
 
 
 def identity(command: Command) -> str:

@@ -116,6 +116,14 @@ def _zip(path: Path) -> None:
             archive.writestr(f"00000/img{i:08d}.png", _png(pixels))
 
 
+def _photos(path: Path) -> None:
+    """JPEGs of odd sizes in two folders."""
+    for i, pixels in enumerate(smooth_images(20, 90)):
+        place = path / f"{('cats', 'dogs')[i % 2]}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[: 60 + i, : 85 - 2 * i]).save(place / f"{i:02d}.jpg")
+
+
 def _folder(path: Path) -> None:
     """Images in two folders, which are classes where the data set has any."""
     for i, pixels in enumerate(smooth_images(8, 80)):
@@ -192,6 +200,7 @@ MAKERS: Mapping[str, Callable[[Path], object]] = {
     rf"(?:{NAME}/)*{NAME}x{NAME}\.npz": _statistics,
     rf"(?:{NAME}/)*inception-2015-12-05\.pt": tiny_inception.write,
     rf"(?:{NAME}/)*(?:lpips-)?vgg\.pth": _lpips,
+    r"\bmy-photos\b": _photos,
     r"\b(?:ffhq/images1024x1024|imagenet/train|my-images)\b": _folder,
 }
 
