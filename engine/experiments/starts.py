@@ -21,6 +21,7 @@ from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.base import Distillation, Role
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import BUFFER, find_checkpoint, step_of, verify_checkpoint
 from ipfm.engine.training.run_folder import EXPORTS, fingerprint
 from ipfm.engine.training.start import DistillationStart, NetworkStart
@@ -35,7 +36,7 @@ from ipfm.models.checkpoints.reader import Checkpoint, open_checkpoint
 from ipfm.models.checkpoints.recognise import is_checkpoint, missing
 from ipfm.models.checkpoints.training_state import AdamState, is_training_state
 from ipfm.models.facts import GeneratorFacts, TeacherFacts
-from ipfm.models.store import load_stored
+from ipfm.models.store import CONFIG_FILE, load_stored
 
 # The role of a student, and what files with several networks call it.
 STUDENT = "student"
@@ -77,8 +78,9 @@ def described_start(start: DistillationStart | None, config: Distillation) -> tu
         return ()
     step, seen = start.first_step(config.batch), f"{start.images_seen:,} images seen"
     goes_on = f"continues {start.source}: {seen}, goes on at step {step:,} of {config.total_steps:,}"
+    counted_from = " (--continue-at-kimg sets it)" if set(start.networks) != {STUDENT} else ""
     return (
-        goes_on if step else f"starts from {start.source}, at step 0 (--continue-at-kimg sets it)",
+        goes_on if step else f"starts from {start.source}, at step 0{counted_from}",
         *(f"  {role}: {network.words}" for role, network in start.networks.items()),
         *(f"  {note}" for note in start.notes),
     )
@@ -161,8 +163,9 @@ class _Reader:
                 f"{path} is a {state.origin}, with a student: {self.config.method} has none and goes on from none"
             )
         seen = state.images_seen
-        if seen is None and self.options.continue_at_kimg is None:
-            steps = state.generator.adam.steps
+        adam = state.generator.adam
+        if seen is None and adam is not None and self.options.continue_at_kimg is None:
+            steps = adam.steps
             seen = steps * self.config.batch
             self.notes.append(
                 f"its name does not say how many images it has seen: {steps:,} steps of its generator's optimiser, of "
@@ -170,14 +173,18 @@ class _Reader:
             )
         for role, stored in ((generator, state.generator), (STUDENT, state.student)):
             self._compare(self.roles[role], stored.adam)
+        if state.average is None:
+            self.notes.append(f"{generator}: the file has no average of it, which begins with its weights")
         networks = {
             generator: _of(state.generator, path, state.average, state.average_key or ""),
             STUDENT: _of(state.student, path),
         }
         return DistillationStart(path.name, networks, seen or 0)
 
-    def _compare(self, role: Role, adam: AdamState) -> None:
+    def _compare(self, role: Role, adam: AdamState | None) -> None:
         """Note where the optimiser of the training elsewhere had other settings than this run's."""
+        if adam is None:
+            return
         pairs = {"lr": (adam.lr, role.lr), "beta1": (adam.betas[0], role.beta1), "eps": (adam.eps, self.config.eps)}
         told = [f"{name} is {there:g} there, {here:g} here" for name, (there, here) in pairs.items() if there != here]
         if told:
@@ -186,6 +193,7 @@ class _Reader:
     def _folder(self, path: Path) -> DistillationStart:
         run = _run_of(path)
         if run is None:
+            _check_no_states(path)
             return DistillationStart(path.name, {self.objective.generator: self._generator_of(path)})
         there = _settings(run)
         if there.kind != self.config.kind:
@@ -199,9 +207,7 @@ class _Reader:
             return DistillationStart(run.name, {self.objective.generator: self._generator_of(run / EXPORTS["distill"])})
         networks = {role.name: self._saved(role, checkpoint, run, there) for role in self._roles(there)}
         for name in networks.keys() & self.roles.keys():
-            adam = networks[name].adam
-            assert adam is not None
-            self._compare(self.roles[name], adam)
+            self._compare(self.roles[name], networks[name].adam)
         return DistillationStart(f"{run.name}/{checkpoint.name}", networks, step_of(checkpoint) * there.batch)
 
     # -- single networks --------------------------------------------------------------------------------------------
@@ -323,6 +329,15 @@ def _run_of(path: Path) -> Path | None:
     elif path.name == "checkpoints":
         run = path.resolve().parent
     return run if _record(run) else None
+
+
+def _check_no_states(folder: Path) -> None:
+    """ValueError for a folder of training states, as the authors' programs make it."""
+    states = sorted(entry.name for entry in folder.glob("training-state-*.pt"))
+    if states and not (folder / CONFIG_FILE).exists():
+        raise ValueError(
+            f"{folder} holds {counted(len(states), 'training state')}: give one, such as {folder / states[-1]}"
+        )
 
 
 def _newest(path: Path, run: Path) -> Path | None:

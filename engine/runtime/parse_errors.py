@@ -178,7 +178,9 @@ def _hint_for_word(word: str, kind: Any, arguments: Sequence[str]) -> str:
     before = dict(zip(arguments[1:], arguments, strict=False)).get(word, "")
     switches = next((names for names in _spellings(kind, arguments) if before in names and len(names) > 1), None)
     if switches is not None:
-        return f"{before} takes no value: {' or '.join(switches)}"
+        # EDM's programs have a file there.
+        more = "; --continue-from takes a file" if before == "--resume" and hasattr(kind, "continue_from") else ""
+        return f"{before} takes no value: {' or '.join(switches)}{more}"
     if re.match("[\u2010-\u2015\u2212]", word):  # as web pages and word processors have them
         return "an option begins with two plain hyphens, --"
     return "--help lists all"

@@ -48,9 +48,7 @@ class NetworkStart:
             ValueError: another architecture, D or other tensors; one line that names what differs.
         """
         if self.config is not None and (differences := _differences(self.config, role.network)):
-            width = {"model_channels"} == set(differences) and self.config.model_channels < role.network.model_channels
-            share = self.config.model_channels / role.network.model_channels
-            more = f": --{_option(role)} {share:g} makes it so narrow" if width else ""
+            more = f": --{_option(role)} says how wide it is" if {"model_channels"} == set(differences) else ""
             listed = "; ".join(f"{name} is {there} there, {here} here" for name, (there, here) in differences.items())
             raise ValueError(f"{self.source} is another network than the {role.name} of this run ({listed}){more}")
         with torch.device("meta"):

@@ -30,13 +30,13 @@ class NetworkState:
         key: its name in the file.
         config: what it takes to build it, D included.
         weights: state dict, float32 and on the CPU, buffers included.
-        adam: its optimiser.
+        adam: its optimiser; None where the file has left it out.
     """
 
     key: str
     config: NetworkConfig
     weights: dict[str, Tensor]
-    adam: AdamState
+    adam: AdamState | None
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def distillation_state_of(checkpoint: Checkpoint, place: Path, *, D: float | Non
     if layout is None:
         raise ValueError(
             f"{checkpoint.where} is no training state of a distillation ({checkpoint.origin}); what can be continued: "
-            "those of SiD and pfgmpp-idmd, with G, fake_score and both optimisers"
+            "those of SiD and pfgmpp-idmd, with G and fake_score"
         )
     generator, student, generator_adam, student_adam = layout
     G, S = checkpoint.read(generator, D=D), checkpoint.read(student, D=D)
@@ -120,11 +120,12 @@ def distillation_state_of(checkpoint: Checkpoint, place: Path, *, D: float | Non
 
 
 def _trained(checkpoint: Checkpoint, net: ImportedNetwork, optimizer: str) -> NetworkState:
-    return NetworkState(net.key, net.config, net.weights, adam_of(checkpoint, optimizer, net, partial=True))
+    adam = adam_of(checkpoint, optimizer, net, partial=True) if optimizer in checkpoint.entries else None
+    return NetworkState(net.key, net.config, net.weights, adam)
 
 
 def _layout(checkpoint: Checkpoint) -> tuple[str, str, str, str] | None:
     for layout in _LAYOUTS:
-        if all(name in checkpoint.networks for name in layout[:2]) and all(n in checkpoint.entries for n in layout[2:]):
+        if all(name in checkpoint.networks for name in layout[:2]):
             return layout
     return None

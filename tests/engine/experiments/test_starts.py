@@ -161,6 +161,15 @@ def test_layouts_of_the_authors_and_images_seen(teacher: Path, tmp_path: Path) -
     start = start_of(config, net, other, continue_at_kimg=1.0)
     assert start.images_seen == 1000 and not any("its name" in note for note in start.notes)
 
+    # What was left out to save room starts fresh, or from the weights.
+    for name in ("G_ema", "G_ema990", "G_ema995", "G_ema999", "g_optimizer_state", "fake_score_optimizer_state"):
+        del sid[name]
+    bare = start_of(config, net, of.write_torch(tmp_path / "training-state-000002.pt", sid))
+    assert bare.images_seen == 2000 and "has no average of it" in bare.notes[0]
+    assert [n.words for n in bare.networks.values()] == [
+        f"{key} of training-state-000002.pt, a fresh optimiser" for key in ("G", "fake_score")
+    ]
+
     older = of.write_pickle(tmp_path / "network-snapshot-000001.pkl", of.distillation_snapshot(net))
     start = start_of(config, net, older)
     # The counter in the file, and its slowest average.
@@ -198,7 +207,7 @@ def test_a_generator_of_half_the_width(teacher: Path, tmp_path: Path) -> None:
     save_model(half, tmp_path / "half")
     with pytest.raises(
         ValueError,
-        match=r"half is another network than the generator .*\(model_channels is 4 there, 8 here\): --width 0.5",
+        match=r"half is another network than the generator .*\(model_channels is 4 there, 8 here\): --width says",
     ):
         start_of(DistillConfig(**BASE), net, tmp_path / "half")
     start = start_of(DistillConfig(**BASE, width=0.5), net, tmp_path / "half")
@@ -360,6 +369,11 @@ def test_bad_command_lines_are_one_line(teacher: Path, state: Path) -> None:
     assert "--init was given, but continue-from says" in refused("--continue-from", state, "--init", "random")
     assert "leave student-from out" in refused("--continue-from", state, "--student-from", state)
     assert "is a teacher and no generator" in refused("--continue-from", teacher)
+    assert "holds 1 training state: give one, such as " in refused("--continue-from", state.parent)
+    assert "--resume takes no value: --resume or --no-resume; --continue-from takes a file" in refused(
+        "--resume", state
+    )
+    assert "recipes that train a teacher have it" in refused("--transfer", state)
     assert "model is a generator and no student" not in refused("--student-from", "nowhere")
     assert "with a student" in refused("--continue-from", state, main=digits_pid.main)
     assert "all begin with their teachers" in refused("--continue-from", state, main=ablation_alpha.main)
