@@ -338,6 +338,8 @@ def _bits(image: Image) -> int:
         return max(8, options[-1].bit_length())
     if image.format == "AVIF":
         return _avif_bits(image)
+    if image.format == "HEIF":
+        return int(image.info.get("bit_depth", 8))
     return _jpeg2000_bits(image) or 8
 
 

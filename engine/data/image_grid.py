@@ -1,7 +1,9 @@
 """Grids of samples, as an array and as a PNG."""
 
+import io
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,8 @@ VISIBLE_SIDE = 64
 PADDING_GREY = 96
 # The largest side of a picture that common programs open.
 MOST_PIXELS = 65_500
+# Files that are written at a time.
+AT_ONCE = 16
 # What a grid's PNG says of itself: the pixels between its images. One that says nothing is of version 0.1.0, with one.
 GAP_KEY, GAP_BEFORE = "Gap", 1
 
@@ -125,10 +129,20 @@ def save_pngs(images: Tensor, paths: Sequence[Path | str]) -> None:
 
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) != len(paths):
         raise ValueError(f"images must have shape ({len(paths)}, 1 or 3, H, W), got {tuple(images.shape)}")
-    for shown, path in zip(pixels(images).numpy(), paths, strict=True):
-        picture = Image.fromarray(shown[0] if len(shown) == 1 else shown.transpose(1, 2, 0))
+
+    def write(path: Path | str, png: bytes) -> None:
         with atomic_write(path) as file:
-            picture.save(file, format="PNG")
+            file.write(png)
+
+    # Each waits for the disk, which takes many at a time.
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        writes = []
+        for shown, path in zip(pixels(images).numpy(), paths, strict=True):
+            encoded = io.BytesIO()
+            Image.fromarray(shown[0] if len(shown) == 1 else shown.transpose(1, 2, 0)).save(encoded, format="PNG")
+            writes.append(threads.submit(write, path, encoded.getvalue()))
+        for one in writes:
+            one.result()
 
 
 def save_images(images: Tensor, path: Path | str) -> None:

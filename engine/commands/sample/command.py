@@ -313,19 +313,15 @@ class Sample:
         from torch import tensor
 
         seconds, bad = 0.0, 0
-        try:
-            with destination.opened():
-                for first in starts:
-                    started = time.perf_counter()
-                    # On the host: what draws is done with them.
-                    images = model.draw(first, min(self.batch, count - first)).cpu()
-                    seconds += time.perf_counter() - started
-                    bad += int((~images.isfinite()).flatten(1).any(1).sum())
-                    destination.write(first, images)
-                    bar.advance(len(images))
-        except OSError:
-            with user_input():
-                raise
+        with destination.opened():
+            for first in starts:
+                started = time.perf_counter()
+                # On the host: what draws is done with them.
+                images = model.draw(first, min(self.batch, count - first)).cpu()
+                seconds += time.perf_counter() - started
+                bad += int((~images.isfinite()).flatten(1).any(1).sum())
+                destination.write(first, images)
+                bar.advance(len(images))
         longest = world.all_reduce_max_(tensor(seconds, device=world.device))
         return float(longest), int(world.all_reduce_sum_(tensor(bad, device=world.device)))
 

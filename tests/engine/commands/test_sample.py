@@ -1,7 +1,9 @@
 """Where samples go: nothing mixed or lost unasked, what is asked for fits, what is not finite is said."""
 
+import errno
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,6 +210,25 @@ def test_no_list_of_files_is_made_before_the_first_is_written(tmp_path):
     assert folder.file(999_999) == tmp_path / "a" / "999999.png"
     folder.write(7, torch.zeros(1, 1, 8, 8))
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["000007.png"]
+
+
+def test_a_picture_that_the_disk_refuses_leaves_whole_ones_and_is_one_line(models, tmp_path, capsys, monkeypatch):
+    replace_ = os.replace
+
+    def refuse(source, target) -> None:
+        if str(target).endswith("000002.png"):
+            raise OSError(errno.EIO, "Input/output error", str(target))
+        replace_(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert sample(models / "one", "--n", 6, "--out", tmp_path / "a") == 1
+    assert "000002.png" in (line := capsys.readouterr().err) and line.count("\n") == 1
+    for path in (tmp_path / "a").glob("*.png"):
+        Image.open(path).load()
+    assert not list((tmp_path / "a").glob(".*.tmp")) and not (tmp_path / "a" / "000002.png").exists()
+    monkeypatch.undo()
+    assert sample(models / "one", "--n", 6, "--out", tmp_path / "a") == 0
+    assert len(list((tmp_path / "a").glob("*.png"))) == 6
 
 
 def test_long_work_says_how_far_it_is_every_ten_minutes(capsys, monkeypatch):
