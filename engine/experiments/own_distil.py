@@ -11,6 +11,7 @@ from ipfm.engine.data.augmentation import SMALLEST_SIZE
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.open_dataset import open_dataset
 from ipfm.engine.distributed.world import run_device
+from ipfm.engine.evaluation.metrics.measures import DISTANCE, FID, measures_of
 from ipfm.engine.evaluation.reference_data import is_npz, open_images
 from ipfm.engine.experiments.defaults_by_size import ROWS, Facts, Row, RowName, Scale, row_of, said, settings_in
 from ipfm.engine.experiments.distil import DistilRecipe, SettledDistillation
@@ -215,17 +216,21 @@ def _open(options: OwnDistillationOptions, network: NetworkConfig) -> tuple[Imag
 
 
 def _compared(options: DistillationOptions) -> list[str]:
-    """Says what the distance is that the run measures."""
-    where = options.compared_with
+    """Says what the run measures."""
+    where, images = options.compared_with, counted(f"{options.eval_images:,}", "image")
+    inception = options.compared_by == "inception"
+    names = ", ".join(one.called(FID if inception else DISTANCE) for one in measures_of(options.metrics))
+    if where is None and options.inception is not None:
+        return [f"measured: {names}, of {images}"]
     if where is None:
         return ["nothing is measured: --data or --reference says what samples are compared with"]
-    if options.compared_by == "inception":
-        return [f"compared with {where}: FID, of {counted(f'{options.eval_images:,}', 'image')}"]
+    if inception:
+        return [f"compared with {where}: {names}, of {images}"]
     what = "pixels" if options.compared_by == "pixels" else "means and deviations of blocks of pixels"
-    return [
-        f"compared with {where}: Fréchet distance of {what}, of {counted(f'{options.eval_images:,}', 'image')}; it is "
-        "no FID, for which give --inception FILE, and compares runs on these images alone"
-    ]
+    alone = "it is no FID, for which give --inception FILE, and compares runs on these images alone"
+    if "fid" not in options.metrics:
+        alone = "such numbers compare runs on these images alone; those of Inception's features need --inception FILE"
+    return [f"compared with {where}: {names} of {what}, of {images}; {alone}"]
 
 
 def _dataset(data: Path | None, teacher: Precond | None) -> str:
