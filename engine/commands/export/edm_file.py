@@ -74,7 +74,8 @@ def remarks_of(network: ExportedNetwork, path: Path) -> list[str]:
             )
         if math.isfinite(D):
             said.append(
-                f"D = {D:g} is in the file, but EDM's and SiD's programs draw Gaussian latents, right for D = inf alone"
+                f"D = {D:g} is in the file, but EDM's and SiD's programs draw Gaussian latents, right for D = inf "
+                "alone; pfgmpp-idmd's take D as an option"
             )
     elif math.isfinite(D):
         said.append(
