@@ -110,7 +110,7 @@ def _start_of_storage(count: int) -> bytes:
 def _records(net: Precond) -> Call:
     """The network as a record of records."""
     names = sorted({name for module in net.modules() if (name := _class_name(module)) != "ModuleDict"})
-    source = f"from {_MODULE} import {', '.join(names)}\n"
+    source = f"from {_MODULE} import {', '.join(names)}"
 
     def record(module: nn.Module) -> object:
         state = vars(nn.Module()) | {"training": False}
