@@ -30,6 +30,7 @@ from ipfm.engine.runtime.versions import installed
 from ipfm.engine.runtime.wording import counted, duration, significant, symbol
 from ipfm.engine.training.environment import in_words
 from ipfm.engine.training.run_state import EvaluationPoint, RunRecord
+from ipfm.engine.training.snapshots import KeptModel
 
 State = Literal["finished", "going on", "stopped", "diverged"]
 
@@ -53,6 +54,15 @@ class Loss:
     name: str
     first: float
     last: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A network that the run keeps: its folder, as it is given to commands, its step and by what it is the best."""
+
+    path: str
+    step: int
+    number: str
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ class Facts:
     evaluations: tuple[EvaluationPoint, ...]
     best: EvaluationPoint | None
     """By the first of the metrics."""
+    kept: Kept | None
+    """The network of the best evaluation that the run keeps; None where it keeps none."""
     losses: tuple[Loss, ...]
     loss_reading: str
     teacher_distance: float | None
@@ -127,6 +139,8 @@ def facts_of(record: RunRecord) -> Facts:
     whole_batch = int(batch) if math.isfinite(batch) else None
     state, done = _state(record), record.steps_done
     best, teacher = record.best_evaluation, record.teacher_row
+    kept = None if record.best is None else _kept(record, record.best)
+    network = _network(record, kept)
     objective = _objective(record)
     pace = _pace(record, whole_batch)
     names = record.losses
@@ -154,6 +168,7 @@ def facts_of(record: RunRecord) -> Facts:
         results=record.results,
         evaluations=record.evaluations,
         best=best,
+        kept=kept,
         losses=tuple(_loss(record, name) for name in names),
         loss_reading=" ".join(readings[name] for name in names if name in readings and config),
         teacher_distance=record.teacher_distance,
@@ -168,10 +183,21 @@ def facts_of(record: RunRecord) -> Facts:
         settings=tuple(_settings(record)),
         environment=tuple(_environment(record)),
         command=reproduce(record),
-        uses=use(record, f"{_place(record.path)}/{record.export_path.name}") if record.export else (),
+        uses=() if network is None else use(record, network),
         missing=tuple(_missing(record, state)),
         made=f"Made by ipfm {installed('ipfm')} on {made}.",
     )
+
+
+def _kept(record: RunRecord, best: KeptModel) -> Kept:
+    return Kept(f"{_place(record.path)}/{best.path.name}", best.step, best.number)
+
+
+def _network(record: RunRecord, kept: Kept | None) -> str | None:
+    """The network of the run that is there to be used: its result, else the best so far; None where neither is."""
+    if record.export:
+        return f"{_place(record.path)}/{record.export_path.name}"
+    return None if kept is None else kept.path
 
 
 def _state(record: RunRecord) -> State:
@@ -250,6 +276,8 @@ def _summary(
         yield "Its samples have not been measured."
     if best is not None and record.evaluations and best.step != record.evaluations[-1].step:
         yield f"{_superlative(best, record.measured[0], metric)}, after {best.step:,} steps."
+    if record.best is not None and (state != "finished" or record.best.step != record.steps_done):
+        yield f"The best network, of step {record.best.step:,} ({record.best.number}), is in {record.best.path.name}/."
 
 
 def _leading(found: Measured) -> Measure:
@@ -396,7 +424,11 @@ def _missing(record: RunRecord, state: State) -> Iterator[str]:
     if not record.pictures:
         yield f"No pictures: samples/ has none{'' if over else '; the run has not come to its first evaluation'}."
     if not record.export:
-        yield f"No network: {record.export_path.name}/ is made at the end. The checkpoints are there to continue from."
+        best = "" if record.best is None else f" The best so far is in {record.best.path.name}/."
+        yield (
+            f"No network: {record.export_path.name}/ is made at the end.{best} The checkpoints are there to continue "
+            "from."
+        )
     if not record.pace.parts:
         yield "No images/s: they come from the times in TensorBoard's files, of which none can be read."
     if not record.memory and record.memory_picture is None:

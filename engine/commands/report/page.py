@@ -87,6 +87,7 @@ def write_page(record: RunRecord, facts: Facts, where: Target) -> None:
     files: dict[str, Picture] = dict(drawn)
     files |= {"comparison": grids.comparison} if grids.comparison else {}
     files |= {"samples": grids.last[1]} if grids.last else {}
+    files |= {"samples-best": grids.best[1]} if grids.best else {}
     files |= {f"samples-{number}": found for number, (_, found) in enumerate(grids.over_time, start=1)}
     files |= {"memory": timeline} if timeline else {}
     if where.images is not None:
@@ -227,6 +228,7 @@ def _texts(facts: Facts) -> dict[str, str]:
         else "",
         "settings": "The defaults are those of the settings themselves; a recipe has its own for its data.",
         "comparison": "At the end of the run. Images in the same place of two networks are of the same latent.",
+        "best": "" if facts.kept is None else f"the best ({facts.kept.number}), kept in {facts.kept.path}.",
         "last": "images from fixed latents, the same ones at every step.",
         "over_time": "The first of these images over time"
         f"{f', with the {first.called(facts.metric)}' if facts.evaluations else ''}:",

@@ -45,6 +45,8 @@ class Samples:
     """Teacher, generator and data side by side, at the end."""
     over_time: tuple[tuple[int, Picture], ...]
     last: tuple[int, Picture] | None
+    best: tuple[int, Picture] | None
+    """Of the best network that the run keeps, where it is not the last."""
     problems: tuple[str, ...]
     """A sentence for each file that cannot be read."""
 
@@ -73,7 +75,14 @@ def samples(record: RunRecord) -> Samples:
         if (image := opened(path)) is not None:
             part = _enlarged(_corner(image), LEAST)
             over_time.append((step, Picture(f"samples after {step} steps", png(part))))
-    return Samples(_comparison(record.path / COMPARISON_FILE, problems), tuple(over_time), last, tuple(problems))
+    best = None
+    for step, path in whole:
+        kept = record.best is not None and step == record.best.step and last is not None and step != last[0]
+        if kept and (image := opened(path)) is not None:
+            best = step, Picture(f"samples of the best, after {step} steps", png(_enlarged(image, LEAST_LARGE)))
+    comparison = _comparison(record.path / COMPARISON_FILE, problems)
+    # A file that is shown twice is named once.
+    return Samples(comparison, tuple(over_time), last, best, tuple(dict.fromkeys(problems)))
 
 
 def _comparison(path: Path, problems: list[str]) -> Picture | None:

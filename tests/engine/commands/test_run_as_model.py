@@ -165,6 +165,24 @@ def test_info_describes_the_run_and_with_which_its_network(run: Path, capsys) ->
     assert "the average in a checkpoint of a run" in found.out and "(step 6) is taken" in found.err
 
 
+def test_the_report_shows_the_best_and_how_to_use_it(run: Path, tmp_path: Path, capsys) -> None:
+    found, _ = answer(capsys, "report", run)
+    assert found["kept"] == {"path": "run/generator-best", "step": 2, "number": "0.2500"}
+    said = "The best network, of step 2 (0.2500), is in generator-best/."
+    assert said in found["summary"] and "ipfm sample run/generator " in found["uses"][0][1]
+    ipfm(["report", str(run), "--out", str(tmp_path / "page.md")])
+    page = (tmp_path / "page.md").read_text()
+    assert "After 2 steps: the best (0.2500), kept in run/generator-best." in page
+    assert (tmp_path / "page_files" / "page-samples-best.png").is_file()
+    ipfm(["report", str(run), "--out", str(tmp_path / "page.html")])
+    assert "After 2 steps: the best (0.2500), kept in run/generator-best." in (tmp_path / "page.html").read_text()
+    # Without a result the best is what there is to use.
+    shutil.rmtree(run / "generator")
+    found, _ = answer(capsys, "report", run)
+    assert found["state"] == "stopped" and "ipfm sample run/generator-best " in found["uses"][0][1]
+    assert "The best so far is in generator-best/." in " ".join(found["missing"])
+
+
 def test_a_choice_that_there_is_not_is_one_line(run: Path, tmp_path: Path) -> None:
     for arguments, said in (
         (("sample", run, "--which", "3"), "has no network of step 3; it has those of steps 2, 4, 6"),
