@@ -11,23 +11,15 @@ from torch import Tensor
 
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.random_streams import Stream, draw_labels
-from ipfm.engine.sampling.samplers import generate, heun_sample, trajectory_sample
+from ipfm.engine.sampling.samplers import generate, heun_sample, trajectory_sample, usual_range
 from ipfm.engine.sampling.seeds import SampleNoise, Seeds
 from ipfm.models import Precond
-
-# Ends of the sampler's grid [Karras et al. 2022, table 1], where the network supports them.
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
 
 class Sampler(Protocol):
     """A sampler with its network and levels bound."""
 
     def __call__(self, n: int, *, seed: Seeds, class_labels: Tensor | None, first_index: int) -> Tensor: ...
-
-
-def teacher_range(net: Precond) -> tuple[float, float]:
-    """The lowest and the highest noise level that a teacher is sampled at."""
-    return max(SIGMA_MIN, net.sigma_min), min(SIGMA_MAX, net.sigma_max)
 
 
 def sample_generator(net: Precond, first: int, count: int, *, D: float, sigmas: tuple[float, ...], seed: int) -> Tensor:
@@ -82,10 +74,10 @@ def draw_images(
 
 
 def sample_teacher(net: Precond, first: int, count: int, *, D: float, steps: int, seed: int) -> Tensor:
-    """The same from a teacher by Heun's method, on `teacher_range`."""
+    """The same from a teacher by Heun's method, on `usual_range`."""
     index = torch.arange(first, first + count, device=next(net.parameters()).device)
     labels = draw_labels(net.label_dim, index, seed=seed, stream=Stream.SAMPLER_LABEL, step=0)
-    low, high = teacher_range(net)
+    low, high = usual_range(net)
     return heun_sample(
         net,
         count,

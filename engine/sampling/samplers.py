@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -17,6 +17,9 @@ from ipfm.engine.sampling.seeds import SampleNoise, Seeds
 from ipfm.engine.sampling.trajectory import trajectory, trajectory_network
 
 Solver = Literal["heun", "euler"]
+
+# Ends of the sampler's grid [Karras et al. 2022, table 1], where the network supports them.
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
 
 class Denoiser(Protocol):
@@ -75,8 +78,8 @@ def heun_sample(
     seed: Seeds,
     latents: Tensor | None = None,
     class_labels: Tensor | None = None,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
     rho: float = 7.0,
     first_index: int = 0,
     sigmas: tuple[float, ...] | None = None,
@@ -106,8 +109,10 @@ def heun_sample(
         latents: x at the first level, (n, C, H, W); drawn from the prior p_r(. | 0) when None.
         class_labels: (n, label_dim) float32 or None, which draws them, as `ipfm sample` does, for a network that was
             read from disk and knows classes.
-        sigma_min: lowest level of the grid, in the units of the data.
-        sigma_max: highest level of the grid, where the prior is drawn.
+        sigma_min: lowest level of the grid, in the units of the data; the usual one is raised to the lowest level that
+            the network knows, if it says that it knows less.
+        sigma_max: highest level of the grid, where the prior is drawn; the usual one is lowered likewise. PFGM++'s own
+            sampler starts at 80 whatever it is told, this one at the level that is given.
         rho: exponent of the grid: sigma^(1/rho) is spaced evenly.
         first_index: index of the first image, >= 0.
         sigmas: noise levels, strictly falling, one a step, in place of `steps` and the grid; 0 follows the last one.
@@ -140,7 +145,7 @@ def heun_sample(
         raise ValueError(f"churn must be a Churn, such as Churn(amount=40), got {churn!r}")
     check_denoiser(net, override=override)
     D = own_D(net, D, override=override)
-    grid = _grid(steps, sigmas, NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
+    grid = _grid(net, steps, sigmas, NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
     levels = _supported(net, grid)
     count, churn = len(levels), churn or Churn()
     device = _device(net, latents)
@@ -292,12 +297,20 @@ def _check_solver(solver: str) -> None:
         raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
 
 
-def _grid(steps: int | None, sigmas: tuple[float, ...] | None, noise: NoiseLevels) -> list[float]:
+def usual_range(net: object) -> tuple[float, float]:
+    """The lowest and the highest noise level that a network is sampled at unasked: 0.002, 80, where it knows them."""
+    return max(SIGMA_MIN, getattr(net, "sigma_min", 0.0)), min(SIGMA_MAX, getattr(net, "sigma_max", math.inf))
+
+
+def _grid(net: Denoiser, steps: int | None, sigmas: tuple[float, ...] | None, noise: NoiseLevels) -> list[float]:
     """The levels at which the steps start."""
     if sigmas is None:
         if steps is None:
             raise ValueError("give the number of sampling steps, or their noise levels as sigmas")
-        return noise.karras(steps)[:-1].tolist()
+        low, high = usual_range(net)
+        low = low if noise.sigma_min == SIGMA_MIN else noise.sigma_min
+        high = high if noise.sigma_max == SIGMA_MAX else noise.sigma_max
+        return replace(noise, sigma_min=low, sigma_max=high).karras(steps)[:-1].tolist()
     if steps is not None or noise != NoiseLevels():
         raise ValueError("sigmas take the place of steps, sigma_min, sigma_max and rho: give one or the other")
     return list(check_sigmas(sigmas))

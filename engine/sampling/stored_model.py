@@ -14,8 +14,18 @@ import torch
 from torch import Tensor
 
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
-from ipfm.engine.sampling.batches import SIGMA_MAX, SIGMA_MIN, Sampler, draw_images, teacher_range
-from ipfm.engine.sampling.samplers import Churn, Solver, generate, heun_sample, nfe, trajectory_sample
+from ipfm.engine.sampling.batches import Sampler, draw_images
+from ipfm.engine.sampling.samplers import (
+    SIGMA_MAX,
+    SIGMA_MIN,
+    Churn,
+    Solver,
+    generate,
+    heun_sample,
+    nfe,
+    trajectory_sample,
+    usual_range,
+)
 from ipfm.engine.sampling.seeds import Seeds
 from ipfm.engine.sampling.trajectory import trajectory_network
 from ipfm.models import NetworkConfig, Precond, read_config
@@ -81,7 +91,7 @@ class Schedule:
         Raises:
             ValueError: an end that was given lies outside of what the network knows, or leaves no range.
         """
-        low, high = teacher_range(net)
+        low, high = usual_range(net)
         # The usual ends, given or not, are clipped to what the network knows.
         own = self.named()
         for name, value in own.items():

@@ -17,8 +17,7 @@ from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.json_output import plain
-from ipfm.engine.sampling.batches import teacher_range
-from ipfm.engine.sampling.samplers import draw_prior
+from ipfm.engine.sampling.samplers import draw_prior, usual_range
 from ipfm.engine.sampling.seeds import SampleNoise
 from ipfm.engine.sampling.stored_model import NO_CLAIM, Claim, facts_file, generator_levels, load_denoiser
 from ipfm.engine.sampling.trajectory import trajectory_network
@@ -136,7 +135,7 @@ def open_network(path: Path, *, D: float | None, claim: Claim = NO_CLAIM) -> Exp
     # On the CPU: operations that exist there exist wherever the graph goes.
     net, facts = load_denoiser(path, D=D, claim=claim)
     if not isinstance(facts, GeneratorFacts):
-        low, high = teacher_range(net)
+        low, high = usual_range(net)
         return ExportedNetwork(net, Denoising(net), (high, low), facts)
     levels = generator_levels(net, facts, facts_file(path))
     if isinstance(levels, NoiseLevels):

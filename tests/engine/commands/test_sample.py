@@ -24,6 +24,7 @@ from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.runtime import host_memory, progress
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.engine.runtime.errors import Failed
+from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.engine.sampling.samplers import heun_sample
 from ipfm.models import EDMPrecond, NetworkConfig, VEPrecond, load_model, save_model
 
@@ -334,6 +335,15 @@ def test_a_teachers_grid_is_what_is_asked_for(teachers, tmp_path, capsys):
         assert np.array_equal(np.load(out)["images"], pixels(expected).permute(0, 2, 3, 1).numpy())
         grid = NoiseLevels(**ends).karras(3)[:-1].tolist()
         assert json.loads(capsys.readouterr().out)["sigmas"] == pytest.approx(grid)
+
+
+def test_in_python_the_usual_ends_are_those_that_the_network_knows(teachers):
+    net = load_model(teachers / "ve")
+    usual = heun_sample(net, 2, steps=3, seed=0)
+    assert torch.equal(usual, heun_sample(net, 2, steps=3, seed=0, sigma_min=0.02, sigma_max=80.0))
+    assert torch.equal(usual, sample_teacher(net, 0, 2, D=128.0, steps=3, seed=0))
+    # Ends of one's own are taken as they are.
+    assert not torch.equal(usual, heun_sample(net, 2, steps=3, seed=0, sigma_max=70.0))
 
 
 def test_another_grid_does_not_continue_a_folder(teachers, tmp_path, capsys):

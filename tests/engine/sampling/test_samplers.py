@@ -476,8 +476,9 @@ def test_networks_of_discrete_time_are_sampled_at_the_levels_they_know():
     calm, seen[:] = set(seen), []
     assert heun_sample(net, 2, D=math.inf, steps=5, seed=0, sigma_min=net.sigma_min, churn=Churn(5.0)).isfinite().all()
     assert {torch.tensor(sigma).item() for sigma in seen} <= set(net.u.tolist()) and set(seen) - calm
-    with pytest.raises(ValueError, match=r"^the network rounds noise level 0.002 to 0: give no level that low$"):
-        heun_sample(net, 2, D=math.inf, steps=5, seed=0)
+    assert heun_sample(net, 2, D=math.inf, steps=5, seed=0).isfinite().all()  # the usual ends are those that it knows
+    with pytest.raises(ValueError, match=r"^the network rounds noise level 0.0015 to 0: give no level that low$"):
+        heun_sample(net, 2, D=math.inf, steps=5, seed=0, sigma_min=0.0015)
 
 
 def test_a_teacher_is_sampled_within_its_range():
