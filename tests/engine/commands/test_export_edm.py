@@ -20,7 +20,11 @@ from ipfm.engine import generate, heun_sample
 from ipfm.engine.commands.main import _main
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.models import NetworkConfig, Precond, build_network, load_model, load_teacher, save_model
+from ipfm.models.checkpoints.pickled_objects import modules
+from ipfm.models.checkpoints.reader import open_checkpoint
 from ipfm.models.teacher import load_network
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 SMALL = NetworkConfig(
     img_resolution=4, img_channels=2, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
@@ -184,6 +188,29 @@ def test_the_file_holds_names_and_tensors_alone(tmp_path, capsys):
         expected = official_files.official(load_model(folder), pfgmpp=False)
         _compare(net, expected)
         assert net._init_kwargs["augment_dim"] == 9 and "D" not in net._init_kwargs
+
+
+@pytest.mark.parametrize("name", ["edm_ddpmpp_uncond", "edm_ncsnpp_uncond"])
+def test_a_checkpoint_of_edm_written_again_has_all_that_edm_wrote(name, tmp_path, capsys):
+    """Attributes and arguments of every part, but for what says how first weights are drawn."""
+    exported(capsys, FIXTURES / f"{name}.pkl", tmp_path / "again.pkl")
+    theirs, ours = (dict(modules(open_checkpoint(p).networks["ema"])) for p in (FIXTURES / f"{name}.pkl",
+                                                                              tmp_path / "again.pkl"))  # fmt: skip
+    assert list(theirs) == list(ours)
+    for path, record in theirs.items():
+        found = ours[path].state
+        # A newer torch has more hooks, all empty.
+        more = {key for key in set(found) - set(record.state) if not key.endswith("hooks") and "_hooks_" not in key}
+        assert ours[path].class_name == record.class_name
+        assert set(record.state) <= set(found) and more == ({"D", "N", "pfgmpp"} if path == "" else set())
+        for key in set(record.state) - {"_parameters", "_buffers", "_modules", "_init_kwargs"}:
+            assert found[key] == record.state[key], (path, key)
+        if "_init_kwargs" in found:
+            given = {k: v for k, v in record.state["_init_kwargs"].items() if not k.startswith("init")}
+            used = {k: v for k, v in given.items() if v is not False and k not in ("num_heads", "resample_filter")}
+            assert used.items() <= found["_init_kwargs"].items(), path
+    side = theirs[""].state["img_resolution"]
+    assert [ours[""].state[key] for key in ("D", "N", "pfgmpp")] == [128, 3 * side**2, False]
 
 
 def _compare(found: torch.nn.Module, official: official_files.Official | torch.nn.ModuleDict) -> None:
