@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import math
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ipfm.engine.checks import not_negative, option_name
 from ipfm.engine.evaluation.options import EvaluationOptions
@@ -22,6 +23,11 @@ from ipfm.models.checkpoints.run_models import locate
 @dataclass(frozen=True, kw_only=True)
 class DistillationOptions(Distillation, EvaluationOptions):
     """Options of every recipe that distils, beside those of its objective; `options_for` puts the two together."""
+
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {
+        "data": "distillation takes no data; recipes for images of any size have it, to compare with, such as "
+        "distill_ipfm.py",
+    }
 
     teacher_steps: int | None = None
     """Training steps of the teacher, in a recipe that trains one when --teacher is not given."""

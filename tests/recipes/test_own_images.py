@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shlex
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ import tiny_inception
 from PIL import Image
 
 from ipfm.engine.commands.main import _main as ipfm
+from ipfm.engine.commands.report.reproduce import reproduce
+from ipfm.engine.config import free_settings
 from ipfm.engine.experiments.defaults_by_size import (
     LARGEST_SIDE,
     MOST_PASSES,
@@ -34,6 +37,8 @@ from ipfm.engine.experiments.own_images import slug
 from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.runtime.commandline import BadInput, parse_given
+from ipfm.engine.training.run_folder import _identity
+from ipfm.engine.training.run_state import read_run
 from ipfm.models import EDMPrecond, NetworkConfig, build_network, load_model, presets, save_model
 from ipfm.recipes import cifar_ipfm, digits_ipfm, distill_ipfm, distill_pid, distill_sid, ffhq_teacher, train_teacher
 
@@ -91,6 +96,19 @@ def tiny(side: int, **fields: object) -> NetworkConfig:
     return NetworkConfig(
         img_resolution=side, img_channels=3, model_channels=8, channel_mult=(1,), num_blocks=0, attn_resolutions=(),
     ) if not fields else replace(tiny(side), **fields)  # fmt: skip
+
+
+def repeated(run: Path, module: ModuleType, **places: str) -> None:
+    """The command that a report names for a run has its settings, and its network."""
+    line = reproduce(read_run(run)).line
+    assert line is not None and line.startswith(f"deepspeed recipes/{module.RECIPE.file}")
+    words = [places.get(word, word) for word in shlex.split(line)[2:]]
+    given = parse_given([*words, "--out", "again"], default=module.RECIPE.base, prog="", description="")
+    plan, found = module.RECIPE.plan(given), json.loads((run / "config.json").read_text())
+    free = free_settings(type(plan.config))
+    assert _identity(plan.config.to_json(), free) == _identity(found["config"], free)
+    if "network" in found:
+        assert plan.record["network"] == found["network"]
 
 
 # -- the rule ----------------------------------------------------------------------------------------------------------
@@ -264,6 +282,8 @@ def test_from_a_folder_of_jpegs_to_a_generator(side: int, grey: bool, D: float, 
         before = (run / "generator" / "model.safetensors").read_bytes()
         said(module.main, *distil)
         assert (run / "generator" / "model.safetensors").read_bytes() == before
+        repeated(run, module, REFERENCE="pets.zip", TEACHER=str(teacher))
+    repeated(teacher, train_teacher, DATA="pets.zip")
     ipfm(["sample", str(run / "generator"), "--n", "2", "--out", "some.png"])
     ipfm(["evaluate", str(run / "generator"), "--reference", "pets.zip", "--features", "blocks", "--images", "8"])
     ipfm(["report", str(run), "--out", "report.md"])
@@ -275,7 +295,8 @@ def test_a_teacher_in_edms_layout_at_a_size_of_no_other_recipe(method: str, tmp_
     """The fixture that EDM's own code wrote, and a grey one of 40x40 with classes; without data nothing is measured."""
     net = official_files.randomize(EDMPrecond(tiny(40, img_channels=1, label_dim=3, augment_dim=9)))
     own = official_files.write_pickle(tmp_path / "network-snapshot-000100.pkl", official_files.edm_snapshot(net))
-    for teacher, shape in ((FIXTURE, (3, 16, 16)), (own, (1, 40, 40))):
+    fixture = [(FIXTURE, (3, 16, 16))] if method == "ipfm" else []
+    for teacher, shape in (*fixture, (own, (1, 40, 40))):
         told = said(DISTIL[method].main, "--teacher", teacher, "--scale", "full", *SHORT, "--heun-steps", "1",
                     "--backward", "joint", "--out", teacher.stem)  # fmt: skip
         assert load_model(Path(teacher.stem) / "generator").config.image_shape == shape
@@ -365,6 +386,7 @@ def test_what_cannot_be_distilled(tmp_path: Path) -> None:
         distill_ipfm, "--teacher", "m", "--augment", 0.1
     )
     assert "for images of any size have it, such as distill_ipfm.py" in refused(cifar_ipfm, "--scale", "full")
+    assert "distillation takes no data; recipes for images" in refused(cifar_ipfm, "--data", "x")
 
 
 def test_labels_that_are_not_the_teachers_are_left_out(tmp_path: Path) -> None:
