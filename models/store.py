@@ -184,8 +184,15 @@ def load_stored(stored: StoredConfig, *, device: torch.device | str = "cpu") -> 
     Raises:
         ValueError: one line that names the file: the weights are missing, damaged or do not fit.
     """
+    try:
+        tensors = _tensors_of(stored)
+    except ValueError:
+        # A run that goes on may have replaced the folder since its config.json was read.
+        newer = _replaced(stored)
+        if newer is None:
+            raise
+        stored, tensors = newer, _tensors_of(newer)
     path = stored.folder / stored.tensor_file
-    tensors = _tensors_of(stored)
     with torch.device("meta"):
         net = build_network(stored.network)
     net.to(stored.dtype)
@@ -256,6 +263,15 @@ def _dtype_name(dtype: torch.dtype) -> str:
         if dtype == known:
             return name
     raise ValueError(f"parameters of {dtype} cannot be stored; possible: {', '.join(_DTYPES)}")
+
+
+def _replaced(stored: StoredConfig) -> StoredConfig | None:
+    """What the folder says by now, if that is another network of the same architecture."""
+    try:
+        found = _read_config(_existing(stored.folder))
+    except ValueError:
+        return None
+    return found if found.sha256 != stored.sha256 and found.network == stored.network else None
 
 
 def _tensors_of(stored: StoredConfig) -> dict[str, Tensor]:

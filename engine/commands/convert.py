@@ -14,6 +14,7 @@ from ipfm.engine.runtime.json_output import output
 
 if TYPE_CHECKING:
     from ipfm.models.checkpoints.reader import Checkpoint, ImportedNetwork
+    from ipfm.models.checkpoints.run_models import Located
     from ipfm.models.facts import ModelFacts
 
 
@@ -28,7 +29,7 @@ class Convert:
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IN")]
-    """Checkpoint file."""
+    """Checkpoint file, or a checkpoint or the folder of a run."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Model folder to write; a network stored there before is replaced."""
     D: float | None = None
@@ -49,7 +50,8 @@ class Convert:
         from ipfm.engine.noise_levels import check_sigmas
         from ipfm.models import save_model
         from ipfm.models.checkpoints.reader import open_checkpoint
-        from ipfm.models.checkpoints.recognise import missing
+        from ipfm.models.checkpoints.recognise import is_checkpoint, missing
+        from ipfm.models.checkpoints.run_models import locate
         from ipfm.models.teacher import build
 
         with user_input():
@@ -57,6 +59,10 @@ class Convert:
                 check_sigmas(self.sigmas)
             if self.out.exists() and not self.source.exists():
                 raise ValueError(f"{missing(self.source)}; the checkpoint comes first: ipfm convert IN OUT")
+            taken = locate(self.source)
+            if is_checkpoint(taken.path) or taken.taken:
+                self._of_run(taken)
+                return
             checkpoint = open_checkpoint(self.source)
             name = checkpoint.choose(self.network)
             generator = self._is_generator(checkpoint, name)
@@ -72,6 +78,28 @@ class Convert:
             write(
                 told | {"network": imported.config.to_json()},
                 "\n".join(f"{name + ':':<14}{value}" for name, value in lines),
+            )
+
+    def _of_run(self, taken: Located) -> None:
+        """Write the average in a checkpoint of a run, or what is taken of a run folder. ValueError: it cannot be."""
+        from ipfm.engine.runtime.remarks import Remarks
+        from ipfm.models import load_model, read_config, save_model
+
+        given = [name for name in ("D", "network", "generator", "sigmas", "teacher") if getattr(self, name)]
+        if given:
+            raise ValueError(f"{' and '.join(given)} cannot be given: {taken.path} says itself what it is")
+        stored = read_config(taken.path)
+        remarks = Remarks()
+        if taken.taken:
+            remarks.add(taken.taken)
+        net = load_model(taken.path)
+        save_model(net, self.out, extra=stored.extra)
+        size = sum(p.numel() for p in net.parameters())
+        told = {"out": self.out, "taken": taken.path, "parameters": size, **stored.extra, "remarks": list(remarks)}
+        with output(as_json=self.json) as write:
+            write(
+                told | {"network": stored.network.to_json()},
+                f"{taken.path}: {size:,} parameters, written to {self.out}",
             )
 
     def _is_generator(self, checkpoint: Checkpoint, name: str) -> bool:

@@ -309,7 +309,8 @@ def load_denoiser(
     if claim.kind is not None:
         own = "generator" if isinstance(stored.facts, GeneratorFacts) else "teacher"
         raise ValueError(f"{claim.kind} was given, but {path} is a model folder, which says that it is a {own}")
-    return load_from_folder(stored, D=D), stored.facts
+    net = load_from_folder(stored, D=D)
+    return net, net.facts or stored.facts
 
 
 def facts_file(path: Path) -> Path:

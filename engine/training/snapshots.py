@@ -33,7 +33,7 @@ from ipfm.engine.training.run_folder import EXPORTS
 from ipfm.engine.training.task import Task
 from ipfm.models import load_model, save_model
 from ipfm.models.atomic_files import previous_of, why
-from ipfm.models.store import CONFIG_FILE, read_config
+from ipfm.models.store import CONFIG_FILE, TENSOR_FILE, in_the_way, read_config
 
 SNAPSHOTS = "snapshots"
 # Of a folder that is being removed: half of a model is not to be met under its own name.
@@ -383,9 +383,14 @@ def _copy(source: Path, target: Path, measured: Mapping[str, Any]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a model folder of ours, and what stands in for it."""
+    """Remove a model folder of ours, and what stands in for it; of one that holds others' files our own alone."""
     shutil.rmtree(previous_of(path), ignore_errors=True)
-    if path.exists():
+    # A link stays one.
+    path = path.resolve()
+    if in_the_way(path):
+        for name in (CONFIG_FILE, TENSOR_FILE):
+            (path / name).unlink(missing_ok=True)
+    elif path.exists():
         removed = path.with_name(f"{REMOVED}{path.name}")
         shutil.rmtree(removed, ignore_errors=True)
         path.rename(removed)

@@ -292,7 +292,8 @@ def _part_of_a_model(path: Path | None) -> str | None:
     if path is None:
         return None
     if is_checkpoint(path.parent):
-        return f"it is a part of a checkpoint that a run continues from{_whose_run(path.resolve().parents[2])}"
+        whose = _whose_run(path.resolve().parents[2])
+        return f"it is a part of a checkpoint that a run continues from: give the folder for its average{whose}"
     if path.name == "config.json" and _run_kind(path.parent) is not None:
         return f"it holds the settings of a run{_models_of(path.parent)}"
     if path.name not in _MODEL_FILES:

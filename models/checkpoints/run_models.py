@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,9 +88,13 @@ def locate(path: str | os.PathLike[str], which: str | int | None = None, *, teac
     except RuntimeError:  # a link that leads back to itself
         run, folders = None, ()
     chosen = None if which is None else str(which)
-    if chosen is not None and chosen not in ("best", "last") and not re.fullmatch(r"\d{1,12}", chosen):
-        raise ValueError(f"which must be best, last or a step, got {chosen!r}")
+    if chosen is not None and chosen not in ("best", "last"):
+        step = re.fullmatch(r"(?:step-)?(\d{1,12})", chosen)
+        if step is None:
+            raise ValueError(f"which must be best, last or a step, got {chosen!r}")
+        chosen = step[1]
     if run is None:
+        place = _latest(place)
         if chosen is not None:
             raise ValueError(f"which chooses among the networks of a run, and {place} is no run folder: leave it out")
         return Located(place)
@@ -161,6 +166,15 @@ def _run_of(place: Path) -> tuple[Path | None, tuple[str, ...]]:
     if place.resolve().name in ("snapshots", "checkpoints") and _run_kind(above) is not None:
         return place.parent if place.parent.resolve() == above else above, (place.resolve().name,)
     return None, ()
+
+
+def _latest(place: Path) -> Path:
+    """The checkpoint that a run's file `latest` names; another path is what it is."""
+    if place.name == "latest" and place.is_file():
+        with suppress(OSError, UnicodeDecodeError):
+            named = place.with_name(place.read_text(encoding="utf-8")[:100].strip())
+            return named if re.fullmatch(r"step-\d+", named.name) and is_checkpoint(named) else place
+    return place
 
 
 def _networks(run: Path, kind: str, folders: tuple[str, ...]) -> Iterator[_Kept]:

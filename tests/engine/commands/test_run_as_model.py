@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.runtime.commandline import BadInput
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.run_folder import release_folder
-from ipfm.models import NetworkConfig, build_network, load_model, load_teacher, save_model
+from ipfm.models import NetworkConfig, build_network, load_model, load_teacher, read_config, save_model
+from ipfm.models.store import load_stored
 
 # Fourier features: buffers that no architecture says.
 NETWORK = NetworkConfig(
@@ -163,6 +165,31 @@ def test_info_describes_the_run_and_with_which_its_network(run: Path, capsys) ->
     ipfm(["info", str(run / "checkpoints")])
     found = capsys.readouterr()
     assert "the average in a checkpoint of a run" in found.out and "(step 6) is taken" in found.err
+
+
+def test_a_model_folder_is_made_of_a_checkpoint(run: Path, tmp_path: Path, capsys) -> None:
+    step = run / "checkpoints" / "step-0000004"
+    found, said = answer(capsys, "convert", step, tmp_path / "made")
+    assert said == "" and found["taken"] == str(step) and found["optimizer_steps"] == 4
+    made, kept = load_model(tmp_path / "made"), load_model(run / "snapshots" / "step-0000004")
+    assert all(torch.equal(tensor, kept.state_dict()[name]) for name, tensor in made.state_dict().items())
+    assert made.facts == replace(kept.facts, measured={}, order=made.facts.order)
+    found, said = answer(capsys, "convert", run, tmp_path / "made")
+    assert found["optimizer_steps"] == 6 and "the generator at its end (step 6) is taken" in said
+    with pytest.raises(BadInput, match=r"sigmas cannot be given: .* says itself what it is"):
+        ipfm(["convert", str(step), str(tmp_path / "made"), "--sigmas", "2"])
+
+
+def test_a_network_that_is_replaced_while_it_is_read_is_read_anew(run: Path) -> None:
+    stored = read_config(run / "generator-best")
+    newer = load_model(run / "generator")
+    save_model(newer, run / "generator-best", extra={**stored.extra, "optimizer_steps": 6})
+    found = load_stored(stored)
+    assert found.facts.optimizer_steps == 6
+    assert all(torch.equal(tensor, newer.state_dict()[name]) for name, tensor in found.state_dict().items())
+    (run / "generator-best" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is damaged or belongs to another network"):
+        load_stored(stored)
 
 
 def test_the_report_shows_the_best_and_how_to_use_it(run: Path, tmp_path: Path, capsys) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -206,6 +207,28 @@ def test_a_disk_that_refuses_the_best_is_a_warning_and_the_old_one_stays(made, t
     ]
     # 0.4 is the best of those that are there.
     assert best_of(tmp_path) == (6, 0.4) and [found.step for found in read_snapshots(tmp_path)] == [8]
+
+
+def test_files_of_the_user_beside_a_kept_network_stay(made, tmp_path: Path, capsys) -> None:
+    made({2: 0.5, 4: 0.3}, max_steps=4, snapshot_every=2).run(tmp_path)
+    for folder in (tmp_path / "generator-best", snapshot_path(tmp_path, 4)):
+        (folder / "notes.txt").write_text("mine")
+    made({4: 0.4, 6: 0.1}, max_steps=6, from_step=0).run(tmp_path)
+    assert (tmp_path / "generator-best" / "notes.txt").read_text() == "mine"
+    assert read_best(tmp_path, "distill") is None and read_snapshots(tmp_path) == ()
+    said = "cannot be written: .*generator-best holds 'notes.txt', which storing a network there would delete"
+    assert len(re.findall(said, capsys.readouterr().err)) == 2
+
+
+def test_a_best_that_is_a_link_to_another_disk_stays_one(made, tmp_path: Path) -> None:
+    made({2: 0.5, 4: 0.3}, max_steps=4).run(tmp_path)
+    best, elsewhere = tmp_path / "generator-best", tmp_path / "elsewhere" / "best"
+    elsewhere.parent.mkdir()
+    best.rename(elsewhere)
+    best.symlink_to(elsewhere)
+    made({2: 0.7, 4: 0.6}, max_steps=4, from_step=0).run(tmp_path)
+    assert best.is_symlink() and best_of(tmp_path) == (4, 0.6)
+    assert sorted(path.name for path in elsewhere.parent.iterdir()) == ["best"]
 
 
 def test_a_distance_over_another_number_of_images_does_not_compete(made, tmp_path: Path, capsys) -> None:

@@ -227,7 +227,7 @@ def test_parts_of_a_run_lead_to_its_models(tmp_path, model):
     run = run_folder(tmp_path / "run", "distill", generator=model)
     weights = run / "checkpoints" / "step-0000002" / "generator.safetensors"
     weights.write_bytes(b"x")
-    said = f"it is a part of a checkpoint that a run continues from; its generator is {run}/generator"
+    said = "it is a part of a checkpoint that a run continues from: give the folder for its average; its generator is "
     with pytest.raises(ValueError, match=f"{weights}: neither a pickle .*: {said}"):
         load_teacher(weights)
     with pytest.raises(ValueError, match=f"it holds the settings of a run; its generator is {run}/generator"):

@@ -86,6 +86,9 @@ def test_a_step_is_asked_for(run: Path) -> None:
     ]
     assert locate(run / "checkpoints", 600).path == run / "checkpoints" / "step-0000600"
     assert locate(run / "snapshots").path == run / "snapshots" / "step-0000500"
+    assert locate(run, "step-0000500") == locate(run, 500)
+    (run / "checkpoints" / "latest").write_text("step-0000600\n")
+    assert locate(run / "checkpoints" / "latest").path == run / "checkpoints" / "step-0000600"
     for place, which, said in (
         (run, "450", "has no network of step 450; it has those of steps 400, 500, 600"),
         (run / "snapshots", 600, "has no network of step 600; it has those of steps 500"),
