@@ -144,7 +144,7 @@ def say_if_settled(path: Path, kind: str, config: RunConfig, *, measured: bool =
     Returns:
         Whether it has.
     """
-    if not is_settled(path, kind, config, "results.json" if measured else None):
+    if not is_settled(path, kind, config, measured=measured):
         return False
     if not is_first_process():
         return True

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ipfm.engine.checks import option_name
 from ipfm.engine.config import CURRENT_RULES, FIRST_RULES, RunConfig, TeacherConfig, free_settings, place_settings
+from ipfm.engine.evaluation.results import read_results
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.runtime.errors import FolderInUse
 from ipfm.engine.runtime.files import read_json
@@ -26,7 +27,7 @@ from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import check_format, checkpoints_in, is_whole, step_of
 from ipfm.models import Precond
 from ipfm.models.atomic_files import atomic_write, forget_unfinished
-from ipfm.models.store import in_the_way
+from ipfm.models.store import TENSOR_FILE, in_the_way
 
 FORMAT = 1
 # The exported network of each kind of run.
@@ -98,8 +99,9 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
             raise ValueError(f"{place} is a file, the run folder {path} cannot be there: choose another --out")
     # Every process can tell beforehand, and before the networks are built, what would stop the first one. A finished
     # run is only read.
-    for place in (path / "checkpoints", next(p for p in (path, *path.absolute().parents) if p.exists())):
-        if place.exists() and not os.access(place, os.W_OK | os.X_OK) and not is_settled(path, kind, config, None):
+    places = (path / "checkpoints", next(p for p in (path, *path.absolute().parents) if p.exists()))
+    for place in () if is_settled(path, kind, config, measured=False) else places:
+        if place.exists() and not os.access(place, os.W_OK | os.X_OK):
             raise ValueError(f"{place} cannot be written: choose another --out")
     if not path.is_dir() or all(_is_leftover(entry) for entry in path.iterdir()):
         _check_steps(path, kind, config)
@@ -133,18 +135,21 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
     return {**found, **record}
 
 
-def is_settled(path: Path, kind: str, config: RunConfig, table: str | None = "results.json") -> bool:
+def is_settled(path: Path, kind: str, config: RunConfig, *, measured: bool = True) -> bool:
     """Whether the folder's run has all the steps of these settings, and its result: it is only read.
 
     Args:
         path: the run folder.
         kind: "distill" or "teacher".
         config: the settings.
-        table: file of a distillation's table of results, which has to be there; None where nothing is measured.
+        measured: a distillation's table is a part of the result.
     """
     newest, result = max(_steps(path), default=None), exported_steps(path, kind)
-    measured = kind == "teacher" or table is None or (path / table).is_file()
-    return config.from_step is None and measured and newest is not None and newest == result == _length(config)
+    if config.from_step is not None or newest is None or not newest == result == _length(config):
+        return False
+    # What is damaged or has been deleted is made again.
+    whole = (path / EXPORTS[kind] / TENSOR_FILE).is_file()
+    return whole and (kind == "teacher" or not measured or bool(read_results(path)))
 
 
 def settings_said(path: Path, config: RunConfig) -> str:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ipfm.engine.evaluation.results import read_results
 from ipfm.engine.runtime.commandline import BadInput
 from ipfm.models import load_model, load_teacher, read_config
 from ipfm.recipes import digits_ipfm
@@ -152,6 +153,18 @@ def test_a_finished_run_is_shown_whatever_else_is_gone(
     # A longer one is none that could be shown.
     with pytest.raises(BadInput, match="cannot be written: choose another --out"):
         digits_ipfm.main(["--out", str(out), *SHORT, "--max-steps", "14"])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("damaged", ["results.json", "generator/model.safetensors"])
+def test_what_a_finished_run_lacks_of_its_result_is_made_again(tmp_path: Path, finished, damaged: str) -> None:
+    """A table that cannot be read is measured, weights that are gone are stored again from the checkpoint."""
+    shutil.copytree(finished[0], out := tmp_path / "run")
+    (out / damaged).write_text("{") if damaged == "results.json" else (out / damaged).unlink()
+    done = run("--out", str(out), *SHORT)
+    assert "nothing is trained or measured again" not in done.stderr
+    assert (out / "results.txt").read_text() in done.stdout and len(read_results(out)) == 2
+    assert equal(out, finished[0])
 
 
 @pytest.mark.distributed

@@ -295,7 +295,7 @@ def test_whose_result_is_shown_is_said_first(
     config = DistillConfig(D=64.0, max_steps=300, heun_steps=40)
     choreography.say_if_settled(tmp_path, "distill", config)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(choreography, "is_settled", lambda *_: True)
+    monkeypatch.setattr(choreography, "is_settled", lambda *_, **__: True)
     monkeypatch.setattr(choreography, "settings_said", lambda *_: "heun-steps is 18 there, 40 here")
     choreography.say_if_settled(tmp_path, "distill", config)
     assert capsys.readouterr().err == (

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ipfm.engine.config import TeacherConfig, free_settings
+from ipfm.engine.evaluation.results import EvaluationRow, write_results
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.objectives.pid import PidConfig
@@ -247,7 +248,8 @@ def advance(path: Path, *steps: int, exported: int | None = None, measured: bool
     if exported is not None:
         (path / "generator").mkdir()
         (path / "generator" / "config.json").write_text(json.dumps({"extra": {"optimizer_steps": exported}}))
-        (path / "results.json").write_text("[]") if measured else None
+        (path / "generator" / "model.safetensors").write_bytes(b"")
+        write_results(path, [EvaluationRow("generator", 1, 1, 2.0, 16, 1.0)]) if measured else None
 
 
 @pytest.mark.parametrize("exported", [None, 150])
