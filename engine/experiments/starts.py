@@ -24,7 +24,7 @@ from ipfm.engine.objectives.initial_networks import starting_network, trained_co
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import BUFFER, find_checkpoint, step_of, verify_checkpoint
 from ipfm.engine.training.run_folder import EXPORTS, fingerprint
-from ipfm.engine.training.start import DistillationStart, NetworkStart
+from ipfm.engine.training.start import DistillationStart, NetworkStart, short_name
 from ipfm.models import NetworkConfig, Precond, read_config
 from ipfm.models.checkpoints.distillation_state import (
     DistillationState,
@@ -119,7 +119,7 @@ class _Reader:
         student = options.student_from
         if student is not None and STUDENT not in self.roles:
             raise ValueError(f"student-from was given, but {self.config.method} has no student")
-        start = DistillationStart(str(student and student.name), {})
+        start = DistillationStart("" if student is None else short_name(student), {})
         if options.continue_from is not None:
             start = self._continued(options.continue_from)
         if student is not None:
@@ -194,7 +194,7 @@ class _Reader:
         run = _run_of(path)
         if run is None:
             _check_no_states(path)
-            return DistillationStart(path.name, {self.objective.generator: self._generator_of(path)})
+            return DistillationStart(short_name(path), {self.objective.generator: self._generator_of(path)})
         there = _settings(run)
         if there.kind != self.config.kind:
             raise ValueError(f"{run} was distilled by {there.method}: this recipe is one of {self.config.method}")

@@ -26,6 +26,7 @@ from ipfm.engine.training.checkpoint import find_checkpoint
 from ipfm.engine.training.resolve import complete_training, resolve_D
 from ipfm.engine.training.run_folder import check_run_folder, claimed
 from ipfm.engine.training.snapshots import best_said
+from ipfm.engine.training.start import short_name
 from ipfm.engine.training.teacher import TeacherTraining, first_step, training_facts
 from ipfm.engine.training.transfer import Transfer, transfer_from
 from ipfm.models import NetworkConfig, presets
@@ -324,8 +325,8 @@ def _transfer(path: Path, network: NetworkConfig, folder: Path) -> Transfer:
         record = read_json(folder / "config.json") or {}
         facts: dict[str, Any] = {name: record[name] for name in ("transfers", "start") if name in record}
         if len(facts) == 2:
-            return Transfer(path.name, {}, (), (), (), (0, 0), facts)
-    return transfer_from(path.name, load_network(path), network)
+            return Transfer(short_name(path), {}, (), (), (), (0, 0), recorded=facts)
+    return transfer_from(short_name(path), load_network(path), network)
 
 
 def named(options: TeacherOptions) -> str:

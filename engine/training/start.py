@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,6 +137,12 @@ class DistillationStart:
             return dict(self.recorded)
         said = {"source": self.source, "images_seen": self.images_seen}
         return {"continues": fingerprint(tensors), "start": said}
+
+
+def short_name(path: Path) -> str:
+    """A file or folder without the folders that it lies in; a run's network with the run: "cifar/generator"."""
+    own = path.name in ("model", "teacher") or path.name.startswith(("generator", "step-"))
+    return f"{path.parent.name}/{path.name}" if own and path.parent.name else path.name
 
 
 def start_facts(start: DistillationStart | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.run_folder import fingerprint
 from ipfm.models import NetworkConfig, Precond, build_network
+from ipfm.models.facts import GeneratorFacts
 
 # Of the buffers those alone are learnt, or drawn, with the weights; the others follow from the architecture.
 _FREQUENCIES = "freqs"
@@ -29,6 +30,7 @@ class Transfer:
         fresh: names of the new network's that nothing fits.
         shapes: of those, (name, shape there, shape here) where the other network has one of another shape.
         unused: names of the other network's that the new one has not.
+        unlike: what else differs, a line each.
         parameters: (how many numbers are taken over, how many the new network has).
         recorded: its facts as the run folder has them, where the training has a checkpoint of its own by now and needs
             nothing else of it.
@@ -40,6 +42,7 @@ class Transfer:
     shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     unused: tuple[str, ...]
     parameters: tuple[int, int]
+    unlike: tuple[str, ...] = ()
     recorded: Mapping[str, Any] | None = None
 
     @property
@@ -58,6 +61,7 @@ class Transfer:
             lines.append(f"  start fresh: {_listed([others.get(name, name) for name in self.fresh])}")
         if self.unused:
             lines.append(f"  not used of {self.source}: {_listed(self.unused)}")
+        lines += [f"  {line}" for line in self.unlike]
         return tuple(lines)
 
     def facts(self) -> dict[str, Any]:
@@ -103,7 +107,18 @@ def transfer_from(source: str, net: Precond, network: NetworkConfig) -> Transfer
         shapes=tuple((n, tuple(found[n].shape), tuple(wanted[n].shape)) for n in fresh if n in found),
         unused=tuple(name for name in found if name not in wanted),
         parameters=(sum(t.numel() for t in fits.values()), sum(t.numel() for t in wanted.values())),
+        unlike=tuple(_unlike(net, network)),
     )
+
+
+def _unlike(net: Precond, network: NetworkConfig) -> Iterator[str]:
+    """What the tensors' shapes do not show."""
+    if net.config.D != network.D:
+        yield f"it was trained at D = {net.config.D:g}, this one is at D = {network.D:g}"
+    if net.config.precond != network.precond:
+        yield f"it has {net.config.precond}, this one {network.precond}: noise levels reach the network in another form"
+    if isinstance(net.facts, GeneratorFacts):
+        yield "it is a generator, which knows its own few noise levels alone"
 
 
 def _learnt(net: Precond) -> dict[str, Tensor]:

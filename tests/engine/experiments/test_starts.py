@@ -19,7 +19,7 @@ from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments.options import DistillationOptions, options_for
 from ipfm.engine.experiments.starts import described_start, read_start
 from ipfm.engine.objectives.pid import PidConfig
-from ipfm.engine.runtime.commandline import BadInput
+from ipfm.engine.runtime.commandline import BadInput, parse_given
 from ipfm.engine.training.resolve import complete
 from ipfm.engine.training.start import DistillationStart
 from ipfm.models import EDMPrecond, NetworkConfig, Precond, load_model, load_teacher, save_model
@@ -122,18 +122,22 @@ def test_the_first_steps_are_those_of_the_plain_loop(tmp_path: Path, D: float, b
 
 @pytest.mark.distributed
 def test_two_processes_continue_as_the_plain_loop(teacher: Path, tmp_path: Path) -> None:
-    """At ZeRO 1, where each has a part of the moments and of the average."""
+    """At ZeRO 1 and 3, where each has a part of the moments and of the average, and of the weights too."""
     net = load_teacher(teacher)
     at_start = begun(net, step=500, **BASE)
     path = write(at_start, tmp_path / "training-state-000004.pt", pfgmpp=True, D=128)
     plain = plain_loop.distill(net, DistillConfig(**BASE), 1, at_start)
-    case = {"name": "on", "steps": 1, "config": {**BASE, "zero": 1}, "continue_from": str(path)}
+    cases = [
+        {"name": f"z{zero}", "steps": 1, "config": {**BASE, "zero": zero}, "continue_from": str(path)}
+        for zero in (1, 3)
+    ]
     equivalence.launch.run_workers(
-        "distill_steps.py", 2, {"teacher": str(teacher), "out": str(tmp_path), "cases": [case]}
+        "distill_steps.py", 2, {"teacher": str(teacher), "out": str(tmp_path), "cases": cases}
     )
-    found = equivalence.load_file(tmp_path / "on-2.safetensors")
-    assert max(equivalence.difference(plain, found)) <= equivalence.LIMIT
-    assert float(found["loss/generator_loss"]) == pytest.approx(plain.generator_loss[0], rel=1e-4)
+    for case in cases:
+        found = equivalence.load_file(tmp_path / f"{case['name']}-2.safetensors")
+        assert max(equivalence.difference(plain, found)) <= equivalence.LIMIT, case["name"]
+        assert float(found["loss/generator_loss"]) == pytest.approx(plain.generator_loss[0], rel=1e-4)
 
 
 # -- what may be given -------------------------------------------------------------------------------------------------
@@ -319,9 +323,34 @@ def test_a_run_goes_on_from_a_state_and_is_resumed(
         run("--continue-from", state, "--max-steps", 7, "--from-step", 0)
 
     # A run of our own goes on in another folder, with other settings.
-    said = run("--continue-from", "run", "--max-steps", 8, "--alpha", 1.2, "--out", "more", "--dry-run")
-    assert "continues run/step-0000007: 1,750 images seen, goes on at step 7 of 8" in said
-    assert "  generator: generator of run/step-0000007, its average, its optimiser's moments and 303 steps" in said
+    words = arguments(teacher, "--continue-from", "run", "--max-steps", 8, "--alpha", 1.2, "--out", "more")
+    given = parse_given(words, default=digits_ipfm.RECIPE.defaults, prog="x", description="")
+    plan = digits_ipfm.RECIPE.plan(given)
+    lines = described_start(plan.start, plan.config)
+    assert lines[0] == "continues run/step-0000007: 1,750 images seen, goes on at step 7 of 8"
+    assert "  generator: generator of run/step-0000007, its average, its optimiser's moments and 303 steps" in lines
+
+
+@pytest.mark.parametrize("kind", [DistillConfig, PidConfig])
+def test_a_run_of_ours_continues_as_if_it_had_not_stopped(teacher: Path, tmp_path: Path, kind: Any) -> None:
+    """With the same settings; Rectified Adam counts its steps, too."""
+    net, world = load_teacher(teacher), World(0, 1, CPU)
+    settings = {**BASE, "heun_steps": 1, "ema_kimg": 1.0, "ema_rampup": 1.0}
+    config = kind(**{name: value for name, value in settings.items() if name != "alpha" or kind is DistillConfig})
+    whole, first = (Distiller(config, net, world=world) for _ in range(2))
+    for step in range(3):
+        whole.iteration(step)
+    Distiller(replace(config, max_steps=2), net, world=world).run(tmp_path / "first")
+    on = Distiller(config, net, start=start_of(config, net, tmp_path / "first"), world=world)
+    assert on.first_step == 2
+    on.iteration(2)
+    for name, network in whole.networks.items():
+        for state in network.state_kinds:
+            here = dict(on.networks[name].full(state))
+            assert all(torch.equal(here[key], there) for key, there in network.full(state)), (name, state)
+        assert on.networks[name].steps_applied == network.steps_applied == 3
+    assert any(not torch.equal(a, b) for (_, a), (_, b) in zip(
+        first.generator.full("weight"), whole.generator.full("weight"), strict=True))  # fmt: skip
 
 
 def test_a_run_of_ours_goes_on_with_its_own_frequencies(teacher: Path, tmp_path: Path) -> None:

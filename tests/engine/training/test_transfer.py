@@ -45,7 +45,10 @@ def test_a_conditional_teacher_at_another_D_from_an_unconditional_one(other: Any
     lines = transfer.words
     total = len(list(other.parameters())) + 3
     assert lines[0].startswith(f"transfer from cifar.pkl: {total - 2} of {total} tensors fit by name and shape, ")
-    assert lines[1] == "  start fresh: model.map_label.weight, model.map_label.bias" and len(lines) == 2
+    assert lines[1:] == (
+        "  start fresh: model.map_label.weight, model.map_label.bias",
+        "  it was trained at D = 128, this one is at D = 64",
+    )
     training = TeacherTraining(ONE, conditional, digits(), transfer=transfer, world=World(0, 1, torch.device("cpu")))
     fresh = TeacherTraining(ONE, conditional, digits(), world=World(0, 1, torch.device("cpu")))
     expected = dict(other.named_parameters())
@@ -60,6 +63,8 @@ def test_a_conditional_teacher_at_another_D_from_an_unconditional_one(other: Any
 
 def test_another_size_another_width_and_what_fits_nowhere(other: Any) -> None:
     larger = transfer_from("x", other, network(img_resolution=16))
+    vp = replace(SMALL, precond="VPPrecond", D=float("inf"), sigma_min=None, sigma_max=None)
+    assert "it has EDMPrecond, this one VPPrecond" in transfer_from("x", other, vp).words[-1]
     # The levels of the same side.
     assert any("8x8" in name for name in larger.weights) and any("16x16" in name for name in larger.fresh)
     assert any("4x4" in name for name in larger.unused)
