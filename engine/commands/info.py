@@ -249,8 +249,9 @@ def _measured(found: Mapping[str, Any]) -> str | None:
 def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
     """The same of the network that would be taken from a checkpoint."""
     from ipfm.engine.commands import describe
+    from ipfm.models.checkpoints.distillation_state import is_distillation_state
     from ipfm.models.checkpoints.reader import open_checkpoint
-    from ipfm.models.checkpoints.training_state import is_training_state, training_state_of
+    from ipfm.models.checkpoints.training_state import images_seen, is_training_state, training_state_of
     from ipfm.models.facts import GeneratorFacts
 
     checkpoint = open_checkpoint(path)
@@ -297,6 +298,11 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
         }
         seen = "" if state.images_seen is None else f", {state.images_seen:,} images"
         lines.append(("training", f"{state.adam_steps:,} steps{seen}, lr {state.lr:g}"))
+    elif is_distillation_state(checkpoint):
+        images = images_seen(checkpoint.entries.get("cur_nimg"), path)
+        facts["training"] = {"images seen": images}
+        seen = "images seen: its name does not say" if images is None else f"{images:,} images"
+        lines.append(("training", f"{seen}; --continue-from of recipes goes on with it"))
     return facts, rows(lines)
 
 

@@ -215,20 +215,28 @@ class _Reader:
     def _generator_of(self, folder: Path) -> NetworkStart:
         """The generator in a model folder."""
         stored = read_config(folder)
-        facts = stored.facts
-        if isinstance(facts, TeacherFacts) and facts.task == "teacher":
-            raise ValueError(f"{folder} is a teacher and no generator; without --continue-from that is the start")
-        if isinstance(facts, GeneratorFacts):
-            ours = self.objective.facts
-            if facts.is_trajectory != (ours.get("parametrisation") == "trajectory"):
-                kind = "a trajectory" if facts.is_trajectory else "evaluations at noise levels"
-                raise ValueError(f"{folder} is a generator by {kind}, which {self.config.method} does not go on from")
-            levels = ours.get("sigmas")
-            if facts.sigmas is not None and levels is not None and list(facts.sigmas) != levels:
-                there, here = (", ".join(f"{sigma:g}" for sigma in given) for given in (facts.sigmas, levels))
-                self.notes.append(f"it was distilled at the noise levels {there}, this run has {here}")
+        self._check_facts(folder, stored.facts)
         weights = load_stored(stored).float().state_dict()
         return _alone(str(folder), weights, stored.network)
+
+    def _check_facts(self, place: Path, facts: TeacherFacts | GeneratorFacts | None) -> None:
+        """Compare what a network says of itself with a generator of this objective.
+
+        Raises:
+            ValueError: it is a teacher, or a generator of another kind.
+        """
+        if isinstance(facts, TeacherFacts) and facts.task == "teacher":
+            raise ValueError(f"{place} is a teacher and no generator; without --continue-from that is the start")
+        if not isinstance(facts, GeneratorFacts):
+            return
+        ours = self.objective.facts
+        if facts.is_trajectory != (ours.get("parametrisation") == "trajectory"):
+            kind = "a trajectory" if facts.is_trajectory else "evaluations at noise levels"
+            raise ValueError(f"{place} is a generator by {kind}, which {self.config.method} does not go on from")
+        levels = ours.get("sigmas")
+        if facts.sigmas is not None and levels is not None and list(facts.sigmas) != levels:
+            there, here = (", ".join(f"{sigma:g}" for sigma in given) for given in (facts.sigmas, levels))
+            self.notes.append(f"it was distilled at the noise levels {there}, this run has {here}")
 
     def _generator_in(self, checkpoint: Checkpoint, path: Path) -> NetworkStart:
         """The generator in a file that holds no whole state."""
@@ -238,6 +246,7 @@ class _Reader:
                 f"{path} is a teacher's ({checkpoint.origin}) and no generator: recipes that train a teacher continue "
                 f"its training; {CAN_BE}"
             )
+        self._check_facts(path, checkpoint.facts)
         found = checkpoint.read(name, D=self.teacher.D)
         return _alone(f"{found.key} of {path.name}", found.weights, found.config)
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine.commands.main import Command
 from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments.options import DistillationOptions, options_for
 from ipfm.engine.experiments.starts import described_start, read_start
 from ipfm.engine.objectives.pid import PidConfig
-from ipfm.engine.runtime.commandline import BadInput, parse_given
+from ipfm.engine.runtime.commandline import BadInput, parse, parse_given
 from ipfm.engine.training.resolve import complete
 from ipfm.engine.training.start import DistillationStart
 from ipfm.models import EDMPrecond, NetworkConfig, Precond, load_model, load_teacher, save_model
@@ -143,7 +144,9 @@ def test_two_processes_continue_as_the_plain_loop(teacher: Path, tmp_path: Path)
 # -- what may be given -------------------------------------------------------------------------------------------------
 
 
-def test_layouts_of_the_authors_and_images_seen(teacher: Path, tmp_path: Path) -> None:
+def test_layouts_of_the_authors_and_images_seen(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The average of pfgmpp-idmd and of the older project; the name, the file, the optimiser or the user says kimg."""
     net, config = load_teacher(teacher), DistillConfig(**BASE)
     sid = of.sid_state(net, of.IDMD, pfgmpp=True, D=128)
@@ -158,6 +161,9 @@ def test_layouts_of_the_authors_and_images_seen(teacher: Path, tmp_path: Path) -
     lines = described_start(start, complete(config, net.config, CPU))
     assert lines[0] == "continues training-state-000004.pt: 4,000 images seen, goes on at step 500 of 1,000"
     assert "  student: its optimiser goes on with this run's settings (lr is 0.0002 there, 0.001 here; " in lines[-1]
+
+    parse(Command, ["info", str(named)], prog="ipfm", description="").run()
+    assert "4,000 images; --continue-from of recipes goes on with it" in capsys.readouterr().out
 
     other = named.rename(tmp_path / "state.pt")
     start = start_of(config, net, other)
@@ -223,7 +229,8 @@ def test_a_generator_of_half_the_width(teacher: Path, tmp_path: Path) -> None:
 
 def test_a_generator_of_pid(teacher: Path, tmp_path: Path) -> None:
     net, config = load_teacher(teacher), PidConfig(**{k: v for k, v in BASE.items() if k != "alpha"})
-    save_model(of.shifted(net, 1), tmp_path / "pid", extra={"task": "generator", "parametrisation": "trajectory"})
+    ends = {"parametrisation": "trajectory", "sigma_max": 80.0, "sigma_min": 0.002}
+    save_model(of.shifted(net, 1), tmp_path / "pid", extra={"task": "generator", **ends})
     save_model(of.shifted(net, 1), tmp_path / "sid", extra={"task": "generator", "sigmas": [1.5]})
     start = start_of(config, net, tmp_path / "pid")
     assert Distiller(config, net, start=start, world=World(0, 1, CPU)).generator.steps_applied == 0
@@ -240,6 +247,13 @@ def test_a_generator_of_pid(teacher: Path, tmp_path: Path) -> None:
         start_of(DistillConfig(**BASE), net, tmp_path / "pid")
     start = start_of(DistillConfig(**BASE), net, tmp_path / "sid")
     assert start.notes[0] == "it was distilled at the noise levels 1.5, this run has 2.5"
+    # The same in the form of EDM's files, which say it too.
+    words = ["export", str(tmp_path / "sid"), str(tmp_path / "sid.pkl"), "--format", "edm"]
+    parse(Command, words, prog="ipfm", description="").run()
+    start = start_of(DistillConfig(**BASE), net, tmp_path / "sid.pkl")
+    assert start.notes[0] == "it was distilled at the noise levels 1.5, this run has 2.5"
+    with pytest.raises(ValueError, match=r"sid\.pkl is a generator by evaluations at noise levels, which physics"):
+        start_of(config, net, tmp_path / "sid.pkl")
 
 
 @pytest.mark.parametrize(
