@@ -18,7 +18,7 @@ from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.runtime.progress import ProgressBar
-from ipfm.engine.runtime.wording import counted, duration, size
+from ipfm.engine.runtime.wording import counted, duration, size, three_digits
 from ipfm.engine.training.disk import disk_use, missing_room
 from ipfm.engine.training.resolve import resolve_precision
 from ipfm.models import NetworkConfig
@@ -172,7 +172,7 @@ def _expected_duration(config: C, network: NetworkConfig, plan: MemoryPlan, forw
     step = step_time(form, network, forwards, device)
     return (
         f"expected duration on this {device.type.upper()}: {duration(step.seconds * config.total_steps)} for "
-        f"{config.total_steps:,} steps ({step.seconds:.3g} s a step, {step.how()}; evaluations and checkpoints come on "
+        f"{config.total_steps:,} steps ({three_digits(step.seconds)} s a step, {step.how()}; evaluations and checkpoints come on "
         "top)"
     )
 
@@ -190,7 +190,7 @@ def _on_gpus(config: RunConfig, network: NetworkConfig, forwards: float) -> list
     precision = gpu_precision(config)
     peak = precision if precision != "fp32" else "TF32" if config.tf32 else "fp32"
     hours = gpu_seconds(flops * config.total_steps, precision, config.tf32)
-    shown = ", ".join(f"{name} {seconds / 3600:,.3g}" for name, seconds in hours.items())
+    shown = ", ".join(f"{name} {three_digits(seconds / 3600)}" for name, seconds in hours.items())
     return [
         f"arithmetic: {flops_in_words(flops)} a step, {flops_in_words(flops * config.total_steps)} in all; "
         f"GPU hours at {SHARE:.0%} of the {peak} peak (an assumption): {shown}"

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ipfm.engine.config import Precision
+from ipfm.engine.runtime.wording import three_digits
 from ipfm.models import NetworkConfig, build_network
 
 # An assumption: the share of a GPU's peak that a step of these networks reaches.
@@ -65,5 +66,5 @@ def flops_in_words(flops: float) -> str:
     """For people: "3.14 TFLOP", "12.5 PFLOP"."""
     for unit, name in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP")):
         if flops >= unit:
-            return f"{flops / unit:.3g} {name}"
+            return f"{three_digits(flops / unit)} {name}"
     return f"{flops / 1e9:.3g} GFLOP"

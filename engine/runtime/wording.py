@@ -46,6 +46,11 @@ def duration(seconds: float) -> str:
     return f"{days:.1f} days" if days < 730 else f"{days / 365.25:,.0f} years"
 
 
+def three_digits(value: float) -> str:
+    """Three significant digits, without an exponent for large numbers: "0.0123", "3.14", "172,000"."""
+    return f"{float(f'{value:.3g}'):,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
+
+
 def significant(value: float) -> str:
     """Four significant digits, without an exponent for the sizes that occur: 0.01235, 3.314, 1234, 25310."""
     if not math.isfinite(value) or value == 0:

@@ -52,7 +52,14 @@ def test_seconds_are_operations_over_a_share_of_the_peak(
 
 @pytest.mark.parametrize(
     ("flops", "words"),
-    [(2.5e9, "2.5 GFLOP"), (3.14159e12, "3.14 TFLOP"), (4e15, "4 PFLOP"), (7.25e20, "725 EFLOP"), (0, "0 GFLOP")],
+    [
+        (2.5e9, "2.5 GFLOP"),
+        (3.14159e12, "3.14 TFLOP"),
+        (4e15, "4 PFLOP"),
+        (7.25e20, "725 EFLOP"),
+        (1.194e21, "1,190 EFLOP"),
+        (0, "0 GFLOP"),
+    ],
 )
 def test_in_words(flops: float, words: str) -> None:
     assert flops_in_words(flops) == words and math.isfinite(flops)

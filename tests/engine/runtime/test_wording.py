@@ -2,7 +2,7 @@
 
 import pytest
 
-from ipfm.engine.runtime.wording import duration
+from ipfm.engine.runtime.wording import duration, three_digits
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,11 @@ from ipfm.engine.runtime.wording import duration
 )
 def test_a_duration_is_said_in_the_unit_that_fits(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.01234, "0.0123"), (3.14159, "3.14"), (999.0, "999"), (1000.0, "1,000"), (171_954.0, "172,000"), (0.0, "0")],
+)
+def test_three_digits_have_no_exponent_where_they_are_large(value: float, said: str) -> None:
+    assert three_digits(value) == said
