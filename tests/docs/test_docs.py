@@ -164,7 +164,12 @@ def test_options_exist(page: Path) -> None:
     known = set().union(*recipe_options().values(), *command_options().values(), *FOREIGN.values())
     # Text that shows what a mistake looks like.
     mistakes = {"--alhpa"}
-    named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", page.read_text(encoding="utf-8")))
+    text = page.read_text(encoding="utf-8")
+    if (
+        page.name == "coming-from-edm.md"
+    ):  # others' options, in the first column; test_coming_from_edm.py reads the rest
+        text = re.sub(r"^\| `--[\w-]+` \|", "|", text, flags=re.MULTILINE)
+    named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text))
     assert named - known - mistakes == set()
 
 
