@@ -172,8 +172,8 @@ def _expected_duration(config: C, network: NetworkConfig, plan: MemoryPlan, forw
     step = step_time(form, network, forwards, device)
     return (
         f"expected duration on this {device.type.upper()}: {duration(step.seconds * config.total_steps)} for "
-        f"{config.total_steps:,} steps ({three_digits(step.seconds)} s a step, {step.how()}; evaluations and checkpoints come on "
-        "top)"
+        f"{config.total_steps:,} steps ({three_digits(step.seconds)} s a step, {step.how()}; evaluations and "
+        "checkpoints come on top)"
     )
 
 
