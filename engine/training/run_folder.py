@@ -289,8 +289,9 @@ def _differences(found: Mapping[str, Any], ours: Mapping[str, Any], free: frozen
     if ours["kind"] == found.get("kind") and name in ours.keys() | found.keys():
         ours, found = {name: "nothing", **ours}, {name: "nothing", **found}
         known = [*(other for other in known if other != name), name]
-    theirs = {name: found[name] for name in known} | _identity(found["config"], free)
-    mine = {name: ours[name] for name in known} | _identity(ours["config"], free)
+    nothing = frozenset[str]()
+    theirs = _identity({name: found[name] for name in known}, nothing) | _identity(found["config"], free)
+    mine = _identity({name: ours[name] for name in known}, nothing) | _identity(ours["config"], free)
     return [
         f"{name} is {there} there, {here} here" + _since(name, mine.get(name), theirs)
         for name in mine | theirs
@@ -314,7 +315,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _identity(config: Mapping[str, Any], free: frozenset[str]) -> dict[str, Any]:
-    """The settings that identify a run; those within another one under their full name, such as noise.p_mean."""
+    """The settings, or facts, that identify a run; those within another one under their full name: noise.p_mean."""
     settings: dict[str, Any] = {}
     for name, value in config.items():
         if name in free:

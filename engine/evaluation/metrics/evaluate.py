@@ -85,6 +85,10 @@ def check_known(metrics: Sequence[str]) -> None:
         raise ValueError(f"metrics must be among {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}")
 
 
+# Features that the published network gives, and what to do about a reference that has as many.
+INCEPTION_DIM, INCEPTIONS = 2048, ", by their number the Inception network: give --inception FILE"
+
+
 def check_metrics(metrics: Sequence[Metric], features: Features, reference: Reference | None) -> None:
     """Check that these metrics can be measured on these features against this reference.
 
@@ -102,10 +106,11 @@ def check_metrics(metrics: Sequence[Metric], features: Features, reference: Refe
             compared = " and ".join(metric for metric in metrics if metric != "is")
             raise ValueError(f"{compared} cannot be measured without a reference; the Inception score can")
         return
+    wanted = reference.statistics.mean.numel()
     if reference.statistics.mean.shape != (features.dim,):
         raise ValueError(
-            f"the reference has {reference.statistics.mean.numel()} features, {features.name!r} gives {features.dim}: "
-            "it was made with another extractor"
+            f"the reference has {wanted} features, {features.name!r} gives {features.dim}: "
+            "it was made with another extractor" + (INCEPTIONS if wanted == INCEPTION_DIM else "")
         )
     if reference.features is None and (unable := [m for m in metrics if m in ("kid", "pr")]):
         raise ValueError(

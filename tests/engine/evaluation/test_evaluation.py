@@ -175,6 +175,9 @@ def test_features_are_named_or_pixels(files: Path) -> None:
     assert EvaluationOptions(reference=files / "real.npz", features="auto").compared_by == "blocks"
     with_network = EvaluationOptions(reference=files / "real.npz", inception=files / "net.pt", features="auto")
     assert with_network.compared_by == "inception"
+    np.savez(files / "published.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(ValueError, match=r"gives 54: .* by their number the Inception network: give --inc"):
+        open_comparison(files / "published.npz", SHAPE, CPU, features="blocks")
     with pytest.raises(ValueError, match=r"the images of .* are 3x6x6, those that are measured 3x8x8; blocks can"):
         open_comparison(files / "real.npz", (3, 8, 8), CPU, features="blocks")
 
