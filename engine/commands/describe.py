@@ -38,3 +38,16 @@ def training(settings: Mapping[str, Any], steps: object = None) -> str:
         if settings.get(name) is not None:
             said.append(words.format(settings[name]))
     return ", ".join(said)
+
+
+def measured(found: Mapping[str, Any]) -> str | None:
+    """What the run that kept a network measured of it: "KID 0.0021, FID 3.21 over 50,000 images"."""
+    from ipfm.engine.evaluation.metrics.measures import DISTANCE, measures_of
+    from ipfm.engine.runtime.wording import significant
+    from ipfm.engine.training.snapshots import asked_of, values_of
+
+    values, name = values_of(found), str(found.get("metric", DISTANCE))
+    known = [one for one in measures_of(asked_of(found)) if one.key in values]
+    images = f" over {found['images']:,} images" if isinstance(found.get("images"), int) else ""
+    text = ", ".join(f"{one.called(name)} {significant(values[one.key])}" for one in known)
+    return f"{text}{images}" if text else None

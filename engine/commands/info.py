@@ -226,24 +226,11 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
             ("dataset", about.dataset),
             ("began with", _start(about.others.get("transfer"))),
             ("training", describe.training(about.settings, about.optimizer_steps)),
-            ("measured", _measured(about.measured)),
+            ("measured", describe.measured(about.measured)),
             ("converted from", " ".join(str(source[name]) for name in ("file", "network") if name in source)),
         ]
     )
     return facts, text
-
-
-def _measured(found: Mapping[str, Any]) -> str | None:
-    """What the run that kept a network measured of it: "KID 0.0021, FID 3.21 over 50,000 images"."""
-    from ipfm.engine.evaluation.metrics.measures import DISTANCE, measures_of
-    from ipfm.engine.runtime.wording import significant
-    from ipfm.engine.training.snapshots import asked_of, values_of
-
-    values, name = values_of(found), str(found.get("metric", DISTANCE))
-    measured = [one for one in measures_of(asked_of(found)) if one.key in values]
-    images = f" over {found['images']:,} images" if isinstance(found.get("images"), int) else ""
-    text = ", ".join(f"{one.called(name)} {significant(values[one.key])}" for one in measured)
-    return f"{text}{images}" if text else None
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ipfm.engine.commands import describe
 from ipfm.engine.commands.export.network import ExportedNetwork
 from ipfm.engine.evaluation.metrics.measures import measures_of
 from ipfm.engine.evaluation.results import EvaluationRow, read_results, results_table
@@ -158,6 +159,7 @@ def _facts(network: ExportedNetwork, origin: Origin) -> dict[str, object]:
         "converted from": about.source.get("file"),
         **(objective.card_rows(distilled) if objective else {}),
         "optimizer steps": about.optimizer_steps,
+        "measured of it in its run": describe.measured(about.measured),
         "batch": about.settings.get("batch"),
         "precision of the training": about.settings.get("precision"),
     }

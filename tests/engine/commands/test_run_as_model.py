@@ -145,8 +145,11 @@ def test_a_stopped_run_is_its_best_in_every_command(stopped: Path, tmp_path: Pat
     assert found["frechet"] == answer(capsys, "evaluate", best, *arguments)[0]["frechet"]
     last = answer(capsys, "evaluate", stopped, "--which", "last", *arguments)[0]
     assert last["taken"] == str(stopped / "snapshots" / "step-0000006") and last["frechet"] != found["frechet"]
-    found, said = answer(capsys, "export", stopped, tmp_path / "generator.pt2")
+    found, said = answer(capsys, "export", stopped, tmp_path / "hub", "--samples", 0)
     assert said == f"ipfm: note: {note}\n" and found["remarks"] == [note] and found["taken"] == str(best)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "| measured of it in its run | Fréchet distance 0.2500 over 16 images |" in card
+    assert "SHA-256 of the teacher's weights" in card and "## Results" not in card
 
 
 def test_info_describes_the_run_and_with_which_its_network(run: Path, capsys) -> None:

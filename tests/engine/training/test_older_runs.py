@@ -26,6 +26,7 @@ from ipfm.engine.evaluation.metrics import PixelFeatures, dataset_statistics
 from ipfm.engine.evaluation.results import EvaluationHistory
 from ipfm.engine.runtime.files import StepLog
 from ipfm.engine.sampling.stored_model import sample_model
+from ipfm.engine.training.snapshots import read_best
 from ipfm.models import NetworkConfig, build_network, load_model, load_teacher
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "version-0.1.0"
@@ -124,6 +125,11 @@ def test_a_distillation_is_resumed_to_the_same_end(
     distances = [tuple(point) for point in EXPECTED["distances"][run]]
     assert EvaluationHistory(folder / run).points == [(s, pytest.approx(d, rel=1e-4)) for s, d in distances]
     np.testing.assert_allclose(drawn(folder / run / "generator"), images[f"{run}-8"], atol=1e-4)
+    # Its best is one whose network is at hand: from the checkpoint on.
+    at_hand = {step: distance for step, distance in distances if step >= 4}
+    best = read_best(folder / run, "distill")
+    assert best is not None and best.step == min(at_hand, key=lambda step: at_hand[step])
+    assert best.distance == pytest.approx(at_hand[best.step], rel=1e-4)
 
 
 def weights(run: Distiller | TeacherTraining) -> dict[str, torch.Tensor]:
