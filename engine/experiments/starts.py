@@ -202,6 +202,8 @@ class _Reader:
             raise ValueError(
                 f"{run} was distilled at D = {there.D:g}, the teacher of this run is of D {self.teacher.D:g}"
             )
+        if _record(run).get("teacher") != fingerprint(self.teacher.state_dict()):
+            self.notes.append(f"{run.name} was distilled from another teacher than this run's")
         checkpoint = _newest(path, run)
         if checkpoint is None:
             return DistillationStart(run.name, {self.objective.generator: self._generator_of(run / EXPORTS["distill"])})
@@ -294,9 +296,17 @@ class _Reader:
         return NetworkStart(
             f"{role.name} of {run.name}/{checkpoint.name}",
             {**buffers, **weights},
+            self._network_in(checkpoint) if role.name == self.objective.generator else None,
             ema=kinds.get("ema"),
             adam=AdamState(kinds.get("exp_avg", {}), second, steps, (role.beta1, BETA2), role.lr, there.eps),
         )
+
+    def _network_in(self, checkpoint: Path) -> NetworkConfig | None:
+        """The architecture of the average in a checkpoint; older ones do not say it, and tensors are all there is."""
+        try:
+            return read_config(checkpoint).network
+        except ValueError:
+            return None
 
     def _buffers(self, role: Role, run: Path, there: Distillation) -> dict[str, Tensor]:
         """What a network has beside its parameters, as its run began with it: older checkpoints do not hold it.

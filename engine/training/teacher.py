@@ -79,23 +79,25 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         self.network = replace(network, dropout=config.dropout)
         self.local_batch, _ = config.split(world.size)
         self.dataset = dataset.to(world.device)
-        self.start, self.transfer = start, transfer
+        # What they say, and not their tensors, which are memory of their own.
+        self._facts = training_facts(self.config, self.network, dataset, start, transfer)
+        self._taken_over = {} if transfer is None else {"transfer": transfer.facts()["start"]}
         self._measure_other_bytes()
-        self.net = self._in_training()
+        self.net = self._in_training(start, transfer)
         self.networks = {"teacher": self.net}
         self.averaged = self._average_of(self.net, self.network)
         if start is not None:
             self._continue(start)
 
-    def _in_training(self) -> TrainedNetwork:
+    def _in_training(self, start: TrainingState | None, transfer: Transfer | None) -> TrainedNetwork:
         """The network, new or as the training elsewhere left it, under its optimiser."""
         # Every process draws the same initial weights.
         torch.manual_seed(self.config.seed)
         net = build_network(self.network).to(self.world.device)
-        if self.start is not None:
-            net.load_state_dict(dict(self.start.weights))
-        if self.transfer is not None:
-            self.transfer.put_into(net)
+        if start is not None:
+            net.load_state_dict(dict(start.weights))
+        if transfer is not None:
+            transfer.put_into(net)
         return self._under_optimiser(net, lr=self.config.lr, beta1=self.config.beta1, ema=True)
 
     def _continue(self, start: TrainingState) -> None:
@@ -190,9 +192,9 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         folder, progress = self._run(
             Path(path),
             kind="teacher",
-            facts=training_facts(self.config, self.network, self.dataset, self.start, self.transfer),
+            facts=self._facts,
             export="model",
-            about=TeacherFacts(dataset=_place_free(self.dataset.name), others=_taken_over(self.transfer)),
+            about=TeacherFacts(dataset=_place_free(self.dataset.name), others=self._taken_over),
         )
         self._finish(folder.path, progress.step)
         return self.average
@@ -233,11 +235,6 @@ def training_facts(
     # Said of a fresh training too: a folder of one must not go on where --continue-from is given, and ignore it.
     facts["continues"] = None if start is None else fingerprint(start.weights)
     return facts if transfer is None else {**facts, **transfer.facts()}
-
-
-def _taken_over(transfer: Transfer | None) -> dict[str, Any]:
-    """What a stored teacher says of the weights that it began with."""
-    return {} if transfer is None else {"transfer": transfer.facts()["start"]}
 
 
 def _pictures(dataset: ImageDataset) -> dict[str, str]:

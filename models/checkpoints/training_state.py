@@ -120,6 +120,7 @@ def training_state_of(checkpoint: Checkpoint, place: Path, *, D: float | None = 
         raise ValueError(
             f"{checkpoint.where} is no training state of a teacher ({checkpoint.origin}); what can be continued: "
             "training states of EDM and PFGM++, which hold net and optimizer_state"
+            + ("; recipes that distil continue this one" if "fake_score" in checkpoint.networks else "")
         )
     net = checkpoint.read("net", D=D)
     try:
