@@ -276,11 +276,10 @@ def _replaced(stored: StoredConfig) -> StoredConfig | None:
 
 def _tensors_of(stored: StoredConfig) -> dict[str, Tensor]:
     """The state dict. Of a checkpoint the average, with its buffers."""
-    tensors = _read_tensors(stored.folder / stored.tensor_file, stored.sha256)
+    path = stored.folder / stored.tensor_file
     if stored.tensor_file == TENSOR_FILE:
-        return tensors
-    prefixes = ("ema/", "buffer/")
-    found = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+        return _read_tensors(path, stored.sha256)
+    found = _read_average(path, stored.sha256)
     if stored.buffers is not None:
         path, sha256 = stored.buffers
         with torch.device("meta"):
@@ -303,7 +302,9 @@ def _read_checkpoint(folder: Path) -> StoredConfig:
     data = _object(path)
     stored = _parsed(path, data, {"tensors": str})
     name = f"{data['tensors']}.safetensors"
-    return replace(stored, folder=folder, tensor_file=name, sha256=str(manifest.get(name)))
+    if name not in manifest or Path(name).name != name:
+        raise ValueError(f"{path} names the network {data['tensors']!r}, which the checkpoint does not hold")
+    return replace(stored, folder=folder, tensor_file=name, sha256=str(manifest[name]))
 
 
 def _read_older_checkpoint(folder: Path, manifest: Mapping[str, Any]) -> StoredConfig:
@@ -396,22 +397,41 @@ def _parsed(path: Path, data: Mapping[str, Any], more: Mapping[str, type]) -> St
         raise ValueError(f"{path}: {error}") from None
 
 
+def _read_average(path: Path, sha256: str) -> dict[str, Tensor]:
+    """The average and the buffers in a checkpoint's file, which holds several times as much."""
+    try:
+        with path.open("rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        if whole:
+            with safetensors.safe_open(path, "pt") as tensors:
+                names = [name for name in tensors.keys() if name.startswith(("ema/", "buffer/"))]  # noqa: SIM118
+                return {name.partition("/")[2]: tensors.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {_one_line(error)}") from None
+    raise _not_these(path, path.read_bytes(), "manifest.json")
+
+
 def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
         payload = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {_one_line(error)}") from None
     if hashlib.sha256(payload).hexdigest() != sha256:
-        sum_differs = f"its SHA-256 is not that of {CONFIG_FILE}"
-        if what := what_pointer(payload):
-            raise ValueError(f"{path} holds no weights: {what} ({sum_differs})")
-        if cut_short(payload):
-            raise ValueError(f"{path} is cut short, as after a copy that was interrupted ({sum_differs})")
-        raise ValueError(f"{path} is damaged or belongs to another network: {sum_differs}")
+        raise _not_these(path, payload, CONFIG_FILE)
     try:
         return safetensors.torch.load(payload)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is no safetensors file: {_one_line(error)}") from None
+
+
+def _not_these(path: Path, payload: bytes, listed: str) -> ValueError:
+    """What the file is whose checksum is not the one that the file `listed` has."""
+    sum_differs = f"its SHA-256 is not that of {listed}"
+    if what := what_pointer(payload):
+        return ValueError(f"{path} holds no weights: {what} ({sum_differs})")
+    if cut_short(payload):
+        return ValueError(f"{path} is cut short, as after a copy that was interrupted ({sum_differs})")
+    return ValueError(f"{path} is damaged or belongs to another network: {sum_differs}")
 
 
 def _check_fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:

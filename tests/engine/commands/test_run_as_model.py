@@ -106,7 +106,22 @@ def test_a_checkpoint_says_its_network_itself(run: Path, tmp_path: Path) -> None
         load_model(step)
     other = Path(shutil.copytree(run / "checkpoints" / "step-0000004", tmp_path / "other"))
     (other / "generator.safetensors").write_bytes((other / "generator.safetensors").read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"generator\.safetensors is cut short"):
+    with pytest.raises(
+        ValueError, match=r"generator\.safetensors is cut short, .* \(its SHA-256 .* of manifest\.json\)"
+    ):
+        load_model(other)
+    (other / "generator.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"generator\.safetensors cannot be read: .*No such file"):
+        load_model(other)
+    about = json.dumps({**json.loads((other / "averaged.json").read_text()), "tensors": "../step-0000002/generator"})
+    (other / "averaged.json").write_text(about)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["averaged.json"] = hashlib.sha256(about.encode()).hexdigest()
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="which the checkpoint does not hold"):
+        load_model(other)
+    (other / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"manifest\.json cannot be read as JSON: it holds no object"):
         load_model(other)
 
 
