@@ -232,7 +232,11 @@ class _Refused(Exception):
 def _opened(files: ImageFiles, name: str) -> Iterator[Image]:
     from PIL import Image
 
-    with files.open(name) as file:
+    try:
+        opened = files.open(name)
+    except ValueError as error:
+        raise ValueError(f"{error}{GO_ON}") from None
+    with opened as file:
         try:
             image = Image.open(file, formats=formats_of(name))
         except Image.UnidentifiedImageError:

@@ -262,12 +262,17 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
+# What systems and storage boxes put beside files: copies of them, thumbnails, what was deleted.
+_SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"))
+
+
 def _of_the_system(name: str) -> bool:
     parts = name.split("/")
     last = parts[-1]
-    return "__MACOSX" in parts or last.startswith("._") or last in (".DS_Store", "Thumbs.db", "desktop.ini")
+    file = last.startswith("._") or last in (".DS_Store", "Thumbs.db", "desktop.ini")
+    return file or not _SYSTEM_FOLDERS.isdisjoint(parts)
 
 
 def _hidden(name: str) -> bool:
     # Mac OS puts a second file beside each image, under the image's name, into its zips.
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return any(part.startswith(".") or part in _SYSTEM_FOLDERS for part in name.split("/"))

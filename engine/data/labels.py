@@ -14,7 +14,7 @@ from ipfm.engine.data.formats import why_not_read
 from ipfm.engine.data.image_files import LABEL_FILE, MAX_FILE_BYTES, ImageFiles, printable, same_name
 from ipfm.models.checkpoints.recognise import what_pointer
 
-WITHOUT = ": mend it, or make a data set with `ipfm dataset --labels none`"
+WITHOUT = "; ipfm dataset --labels none goes on without labels"
 MAX_CLASSES = 1_000_000
 """A class number is below this: labels are one-hot vectors, as wide as there are classes."""
 
@@ -31,6 +31,13 @@ def read_labels(files: ImageFiles) -> Tensor | None:
     file = label_file(files)
     if file is None:
         return None
+    try:
+        return _labels_in(files, file)
+    except ValueError as error:
+        raise ValueError(f"{error}{WITHOUT}") from None
+
+
+def _labels_in(files: ImageFiles, file: str) -> Tensor | None:
     where, below = files.where(file), file[: -len(LABEL_FILE)]
     found = _entries(files, file)
     if found is None:
@@ -40,12 +47,10 @@ def read_labels(files: ImageFiles) -> Tensor | None:
     known = set(keys)
     for name in found:
         if name not in known:
-            raise ValueError(
-                f"{where} has a label for {printable(name)}, which {_is_not(files, below + name)}{WITHOUT}"
-            )
+            raise ValueError(f"{where} has a label for {printable(name)}, which {_is_not(files, below + name)}")
     for name in keys:
         if name not in found:
-            raise ValueError(f"{where} has no label for {printable(name)}{WITHOUT}")
+            raise ValueError(f"{where} has no label for {printable(name)}")
     return as_labels([found[name] for name in keys], files.names, where)
 
 
@@ -69,12 +74,12 @@ def label_file(files: ImageFiles) -> str | None:
     if stray := next((name for name in files.names if not name.startswith(below)), None):
         raise ValueError(
             f"{files.where(found[0])} has the labels of its own folder, in which {printable(stray)} is not: "
-            "give that folder alone, or take no labels (`ipfm dataset --labels none`)"
+            f"give that folder alone, or take no labels{WITHOUT}"
         )
     if len(found) > 1:
         raise ValueError(
-            f"{files.path} has {len(found)} label files, {printable(found[0])} and {printable(found[1])}: keep one, or "
-            "make a data set with `ipfm dataset --labels none` or folders"
+            f"{files.path} has {len(found)} label files, {printable(found[0])} and {printable(found[1])}: keep one"
+            f"{WITHOUT}"
         )
     return found[0]
 

@@ -230,7 +230,11 @@ def _labels(files: ImageFiles, labelling: Labelling) -> tuple[Tensor | None, str
             return None, "none", [f"{files.path}: the folders {_listed(classes)} {taken}"]
         if None in tops:
             stray = printable(names[tops.index(None)])
-            return None, "none", [f"{files.path}: no labels, for {stray} lies beside the folders, not in one of them"]
+            return (
+                None,
+                "none",
+                [f"{files.path}: no labels, for {stray} lies beside the folders, not in one of them: move it"],
+            )
         if _SPLITS.issuperset(name.lower() for name in classes):
             raise ValueError(
                 f"{files.path} holds {' and '.join(classes)}, the parts of a split, which are no classes: give one of "

@@ -165,9 +165,8 @@ def test_options_exist(page: Path) -> None:
     # Text that shows what a mistake looks like.
     mistakes = {"--alhpa"}
     text = page.read_text(encoding="utf-8")
-    if (
-        page.name == "coming-from-edm.md"
-    ):  # others' options, in the first column; test_coming_from_edm.py reads the rest
+    # The first column has others' options; test_coming_from_edm.py reads ours.
+    if page.name == "coming-from-edm.md":
         text = re.sub(r"^\| `--[\w-]+` \|", "|", text, flags=re.MULTILINE)
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text))
     assert named - known - mistakes == set()

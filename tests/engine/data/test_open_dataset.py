@@ -85,6 +85,8 @@ def test_names_sort_as_text_with_their_folders_and_other_files_are_left_out(tmp_
         "__MACOSX/a/._10.png": b"x",
         "a/.git/x.png": b"x",
         "a/thumbs.db": b"",
+        "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg": encoded(images[0], "JPEG"),
+        "$RECYCLE.BIN/$RX1.png": b"x",
     }
     order = [names.index(name) for name in ("Z.tiff", "a.png", "a/10.png", "a/9.PNG", "b/c/x.bmp")]
     for place in ("folder", "all.zip"):
