@@ -38,7 +38,7 @@ _NEWER = "pip install --upgrade pillow"
 def formats_of(name: str) -> tuple[str, ...]:
     """Pillow's names of the formats that the file `name` may have."""
     named = _BY_NAME.get(os.path.splitext(name)[1].lower())
-    return (*_FORMATS, *(("HEIF",) if _heic() else ()), *((named,) if named else ()))
+    return (*filter(_has, _FORMATS), *(("HEIF",) if _heic() else ()), *((named,) if named else ()))
 
 
 def why_not_read(suffix: str) -> str | None:
@@ -74,9 +74,13 @@ def what_instead(start: bytes) -> str:
 
 @cache
 def _has(kind: str) -> bool:
+    if kind not in _FEATURES:
+        return True
     from PIL import features
 
-    return kind not in _FEATURES or bool(features.check(_FEATURES[kind]))
+    # An older Pillow does not know the name of a newer format, and warns of it.
+    name = _FEATURES[kind]
+    return name in (*features.modules, *features.codecs) and bool(features.check(name))
 
 
 @cache

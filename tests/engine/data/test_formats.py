@@ -87,6 +87,24 @@ def test_images_that_cannot_be_read_are_named_with_what_to_do(tmp_path, monkeypa
     formats._heic.cache_clear()
 
 
+def test_an_older_pillow_does_not_know_avif(tmp_path, monkeypatch, recwarn):
+    from PIL import features
+
+    monkeypatch.setattr(features, "modules", {name: one for name, one in features.modules.items() if name != "avif"})
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    formats._has.cache_clear()
+    try:
+        assert "AVIF" not in formats.formats_of("a.png") and why_not_read(".avif") is not None
+        (tmp_path / "a.qoi").write_bytes(encoded("QOI"))
+        assert len(open_dataset(tmp_path)) == 1
+        (tmp_path / "b.jpg").write_bytes(b"\0\0\0\x18ftypavif" + bytes(64))
+        with pytest.raises(ValueError, match=r"of the format AVIF; .*; AVIF with `pip install --upgrade pillow`"):
+            open_dataset(tmp_path)
+    finally:
+        formats._has.cache_clear()
+    assert not recwarn.list
+
+
 def test_heic_is_read_where_its_package_is_there(tmp_path, monkeypatch):
     """With a stand-in for the package, which reads PNGs under that name."""
     from PIL import PngImagePlugin
