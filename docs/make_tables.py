@@ -174,7 +174,7 @@ def sizes_of_teachers() -> list[str]:
         network = by_size(start, Facts((3, side, side), None, 0, start.family, row.name != "small"))
         mults = "-".join(map(str, network.channel_mult))
         what = f"{network.family}, {network.model_channels} × {mults}, {network.num_blocks}"
-        base = replace(recipe.base, **recipe.settings_of(row))
+        base = replace(recipe.base, **recipe.settings_of(row, side))
         values = (base.batch, base.lr, base.dropout, base.augment, base.ema_kimg)
         whose = "this project's" if row.side is None else f"EDM's, {row.whose.partition(chr(39))[0]}"
         cells = (row.when.replace(",000", " 000"), whose, f"{what} (at {side})", *map(_shown, values), _length(base))

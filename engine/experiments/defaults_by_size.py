@@ -140,8 +140,8 @@ def said(row: Row, facts: Facts, whose: str = "", side: int | None = None) -> tu
     if row.name == "small":
         why = "there is no GPU" if facts.scale == "auto" else "--scale small was given"
         lines.append(
-            f"{why}: a small run by which one sees how it goes; --scale full takes the settings for a GPU, which are "
-            "far longer and are not shortened"
+            f"{why}: a small run by which one sees how it goes, how long it takes here says --dry-run; --scale full "
+            "takes the settings for a GPU, which are far longer and are not shortened"
         )
     return tuple(lines)
 
@@ -204,6 +204,19 @@ def settings_in(options: Any, kind: type, named: Collection[str]) -> dict[str, A
         for name, value in found.items()
         if isinstance(value, (bool, int, float, str)) and (name in named or value != getattr(plain, name))
     }
+
+
+def in_small(settings: Mapping[str, Any], side: int) -> dict[str, Any]:
+    """The settings of a small run for images of this side: of large ones fewer at a time, in as many steps.
+
+    Args:
+        settings: of the row, for images up to 64x64.
+        side: of the images.
+    """
+    share = min(1.0, (64 / side) ** 2)
+    batch = max(4, round(settings["batch"] * share))
+    kimg = float(f"{settings['kimg'] * batch / settings['batch']:.3g}")
+    return {**settings, "batch": batch, "kimg": kimg, "eval_images": max(100, round(settings["eval_images"] * share))}
 
 
 def teacher_settings(

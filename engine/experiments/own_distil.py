@@ -13,7 +13,17 @@ from ipfm.engine.data.open_dataset import open_dataset
 from ipfm.engine.distributed.world import run_device
 from ipfm.engine.evaluation.metrics.measures import DISTANCE, FID, measures_of
 from ipfm.engine.evaluation.reference_data import is_npz, open_images
-from ipfm.engine.experiments.defaults_by_size import ROWS, Facts, Row, RowName, Scale, row_of, said, settings_in
+from ipfm.engine.experiments.defaults_by_size import (
+    ROWS,
+    Facts,
+    Row,
+    RowName,
+    Scale,
+    in_small,
+    row_of,
+    said,
+    settings_in,
+)
 from ipfm.engine.experiments.distil import DistilRecipe, SettledDistillation
 from ipfm.engine.experiments.options import DistillationOptions, run_name
 from ipfm.engine.experiments.origins import Origin, origins
@@ -119,6 +129,7 @@ class OwnDistilRecipe(DistilRecipe):
         others = self.adapted(facts, given)
         now = {**settings, **{name: value for name, (value, _) in others.items()}}
         found = dict(self.table[row.name]) if row.name not in self.rows else self._published(row, now, facts, network.D)
+        found = in_small(found, facts.side) if row.name == "small" else found
         found |= {name: value for name, (value, _) in others.items()}
         sources = {name: origin for name, (_, origin) in others.items()}
         if found.get("augment", 0) and (not network.augment_dim or facts.side < SMALLEST_SIZE):

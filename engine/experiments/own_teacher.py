@@ -18,6 +18,7 @@ from ipfm.engine.experiments.defaults_by_size import (
     Scale,
     by_size,
     default_arch,
+    in_small,
     possible,
     row_of,
     said,
@@ -70,18 +71,20 @@ class OwnTeacherRecipe(TeacherRecipe):
         options = given.options
         facts, arch, base = self._facts(given, data, state)
         row = row_of(facts)
-        settings, sources = teacher_settings(self.settings_of(row), row, facts, length=_length(given, self, row))
+        named = self.settings_of(row, facts.side)
+        settings, sources = teacher_settings(named, row, facts, length=_length(given, named))
         chosen = given.over(replace(self.base, arch=arch, **settings))
         D = self.published.get(row.name, self.D) if state is None else state.config.D
         settled = Settled(chosen, facts.shape, base, D, _name(options, facts))
         path = settled.place(options.default_D(D) if options.D is None else options.D)
-        kept = begun_with(path, "teacher", settings, given.names, [self.settings_of(other) for other in ROWS.values()])
-        named = FROM_EDM if row.side else {}
+        kept = begun_with(
+            path, "teacher", settings, given.names, [self.settings_of(other, facts.side) for other in ROWS.values()]
+        )
         lines = (
             *said(row, facts),
             values_of({name: getattr(chosen, name) for name in ("max_steps", *settings)} | kept),
             _network_in_words(chosen, base, state),
-            *where_from(named, settings, sources, given.names | kept.keys()),
+            *where_from(FROM_EDM if row.side else {}, settings, sources, given.names | kept.keys()),
             *_remarks(chosen, data),
             *as_begun(path, kept),
         )
@@ -101,13 +104,16 @@ class OwnTeacherRecipe(TeacherRecipe):
         row = row_of(facts)
         start = presets.get(self.presets[FAMILIES[network.family]])
         mults = () if possible(facts.side) else network.channel_mult
-        settings, _ = teacher_settings(self.settings_of(row), row, facts)
+        settings, _ = teacher_settings(self.settings_of(row, facts.side), row, facts)
         return by_size(start, facts, mults), replace(self.base, D=self.published.get(row.name, self.D), **settings)
 
-    def settings_of(self, row: Row) -> dict[str, Any]:
-        """The settings of a row, by name."""
+    def settings_of(self, row: Row, side: int) -> dict[str, Any]:
+        """The settings of a row for images of this side, by name."""
         published = self.rows.get(row.name)
-        return dict(TEACHER_BY_SIZE[row.name]) if published is None else settings_in(published, TeacherConfig, FROM_EDM)
+        if published is not None:
+            return settings_in(published, TeacherConfig, FROM_EDM)
+        own = TEACHER_BY_SIZE[row.name]
+        return in_small(own, side) if row.name == "small" else dict(own)
 
     def check_state(self, state: TrainingState) -> None:
         """See `TeacherRecipe.check_state`: any can be continued."""
@@ -134,14 +140,14 @@ class OwnTeacherRecipe(TeacherRecipe):
         return facts, arch, with_levels(start, facts, options.channel_mult)
 
 
-def _length(given: Given[TeacherOptions], recipe: OwnTeacherRecipe, row: Row) -> float | None:
-    """The run's length in thousands of images, where it is given."""
+def _length(given: Given[TeacherOptions], settings: Mapping[str, Any]) -> float | None:
+    """The run's length in thousands of images, where it is given; `settings`: of the row."""
     options = given.options
     if "kimg" in given.names:
         return options.kimg
     if "max_steps" not in given.names or options.max_steps is None:
         return None
-    batch = options.batch if "batch" in given.names else recipe.settings_of(row)["batch"]
+    batch = options.batch if "batch" in given.names else settings["batch"]
     return options.max_steps * batch / 1000
 
 

@@ -152,11 +152,22 @@ def test_the_row_of_images(changes: dict, row: str) -> None:
 )
 def test_settings_of_teachers_are_edms_where_it_has_any(facts: Facts, expected: tuple[float, ...]) -> None:
     row = row_of(facts)
-    settings, sources = teacher_settings(train_teacher.RECIPE.settings_of(row), row, facts)
+    settings, sources = teacher_settings(train_teacher.RECIPE.settings_of(row, facts.side), row, facts)
     found = {"lr_rampup_kimg": 10_000, **settings}
     names = ("batch", "kimg", "lr", "lr_rampup_kimg", "dropout", "augment")
     assert tuple(found[name] for name in names) == pytest.approx(expected)
     assert ("kimg" in sources) == (facts.images == 1000) and pytest.approx(12_656, abs=1) == MOST_PASSES
+
+
+@pytest.mark.parametrize(
+    ("side", "batch", "kimg", "images"), [(16, 32, 80, 1000), (64, 32, 80, 1000), (128, 8, 20, 250), (512, 4, 10, 100)]
+)
+def test_a_small_run_of_large_images_has_small_batches(side: int, batch: int, kimg: float, images: int) -> None:
+    facts = Facts((3, side, side), 10, 0, "ddpm++", gpu=False)
+    row = row_of(facts)
+    found, _ = teacher_settings(train_teacher.RECIPE.settings_of(row, side), row, facts)
+    assert (found["batch"], found["kimg"], found["eval_images"]) == (batch, kimg, images)
+    assert found["kimg"] * 1000 / found["batch"] == 2500 and found["lr_rampup_kimg"] == kimg / 20
 
 
 def test_networks_of_the_rule_are_the_published_ones_at_their_sizes() -> None:
@@ -408,7 +419,7 @@ def test_a_generator_is_no_teacher(tmp_path: Path) -> None:
 
 def test_every_row_says_whose_settings_it_has() -> None:
     for row in ROWS.values():
-        taught = row.name in train_teacher.RECIPE.rows or train_teacher.RECIPE.settings_of(row)
+        taught = row.name in train_teacher.RECIPE.rows or train_teacher.RECIPE.settings_of(row, 32)
         assert row.whose and taught
         for module in DISTIL.values():
             assert row.name in module.RECIPE.rows or row.name in module.RECIPE.table
