@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,7 +35,12 @@ from ipfm.models.checkpoints.distillation_state import (
 )
 from ipfm.models.checkpoints.reader import Checkpoint, open_checkpoint
 from ipfm.models.checkpoints.recognise import is_checkpoint, missing
-from ipfm.models.checkpoints.training_state import AdamState, is_training_state
+from ipfm.models.checkpoints.training_state import (
+    AdamState,
+    TrainingState,
+    is_training_state,
+    read_training_state,
+)
 from ipfm.models.facts import GeneratorFacts, TeacherFacts
 from ipfm.models.store import CONFIG_FILE, load_stored
 
@@ -84,6 +90,69 @@ def described_start(start: DistillationStart | None, config: Distillation) -> tu
         *(f"  {role}: {network.words}" for role, network in start.networks.items()),
         *(f"  {note}" for note in start.notes),
     )
+
+
+def read_teacher_state(path: Path, *, D: float | None = None) -> TrainingState:
+    """The training of a teacher that is continued: a state of EDM or PFGM++, or a run of this project.
+
+    Args:
+        path: the file; or a run folder of a teacher's training, one of its checkpoints, or the folder of them.
+        D: auxiliary dimensions that it is expected to have.
+
+    Raises:
+        ValueError: anything else; one line that names it.
+    """
+    if not path.is_dir():
+        return read_training_state(path, D=D)
+    run = _run_of(path)
+    if run is None:
+        _check_no_states(path)
+        stored = read_config(path)
+        raise ValueError(f"{stored.folder} is a network without its optimiser: --transfer begins with its weights")
+    record = _record(run)
+    if record["kind"] != "teacher":
+        raise ValueError(f"{run} is a distillation, and no training of a teacher: recipes that distil continue it")
+    checkpoint = _newest(path, run)
+    if checkpoint is None:
+        raise ValueError(
+            f"{run} has no checkpoint to continue from: --transfer {run / 'model'} begins with its weights"
+        )
+    average = load_stored(read_config(checkpoint))
+    if D is not None and D != average.D:
+        raise ValueError(f"{run} was trained for D = {average.D:g}, but D = {D:g} was asked for")
+    try:
+        batch, beta1, lr, eps = (float(record["config"][name]) for name in ("batch", "beta1", "lr", "eps"))
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{run / 'config.json'} cannot be read as a run's settings: {error}") from None
+    kinds, steps = _saved_state(checkpoint, "teacher")
+    zeros = {name: torch.zeros_like(value) for name, value in kinds["exp_avg_sq"].items()}
+    return TrainingState(
+        config=average.config,
+        D_source="file",
+        weights={**average.state_dict(), **kinds["weight"]},
+        ema=average.state_dict(),
+        ema_from=f"{run.name}/{checkpoint.name}",
+        exp_avg=kinds.get("exp_avg", zeros),
+        exp_avg_sq=kinds["exp_avg_sq"],
+        adam_steps=steps,
+        images_seen=step_of(checkpoint) * int(batch),
+        betas=(beta1, BETA2),
+        lr=lr,
+        eps=eps,
+    )
+
+
+def _saved_state(checkpoint: Path, network: str) -> tuple[dict[str, dict[str, Tensor]], int]:
+    """What a checkpoint has of a network: its tensors by kind and name, and the steps of its optimiser."""
+    path = checkpoint / f"{network}.safetensors"
+    kinds: dict[str, dict[str, Tensor]] = {"weight": {}, "exp_avg_sq": {}}
+    try:
+        for key, tensor in load_file(path).items():
+            kind, _, name = key.partition("/")
+            kinds.setdefault(kind, {})[name] = tensor
+        return kinds, json.loads((checkpoint / "progress.json").read_bytes())["steps_applied"][network]
+    except (OSError, SafetensorError, LookupError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as the state of the {network}: {error}") from None
 
 
 def _begun(folder: Path, gone: Path) -> DistillationStart | None:
@@ -282,16 +351,8 @@ class _Reader:
 
     def _saved(self, role: Role, checkpoint: Path, run: Path, there: Distillation) -> NetworkStart:
         """A network as a checkpoint has it, of a run with the settings `there`."""
-        path = checkpoint / f"{role.name}.safetensors"
-        kinds: dict[str, dict[str, Tensor]] = {}
-        try:
-            for key, tensor in load_file(path).items():
-                kind, _, name = key.partition("/")
-                kinds.setdefault(kind, {})[name] = tensor
-            steps = json.loads((checkpoint / "progress.json").read_bytes())["steps_applied"][role.name]
-            weights, second = kinds["weight"], kinds["exp_avg_sq"]
-        except (OSError, SafetensorError, LookupError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as the state of the {role.name}: {error}") from None
+        kinds, steps = _saved_state(checkpoint, role.name)
+        weights, second = kinds["weight"], kinds["exp_avg_sq"]
         buffers = kinds.get(BUFFER) or self._buffers(role, run, there)
         return NetworkStart(
             f"{role.name} of {run.name}/{checkpoint.name}",

@@ -19,6 +19,7 @@ from ipfm.engine.experiments.dry_run import describe_training
 from ipfm.engine.experiments.network_options import NetworkOptions
 from ipfm.engine.experiments.options import check_images
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
+from ipfm.engine.experiments.starts import read_teacher_state
 from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.launcher import is_first_process, launched_processes
@@ -30,7 +31,7 @@ from ipfm.engine.training.start import short_name
 from ipfm.engine.training.teacher import TeacherTraining, first_step, training_facts
 from ipfm.engine.training.transfer import Transfer, transfer_from
 from ipfm.models import NetworkConfig, presets
-from ipfm.models.checkpoints.training_state import TrainingState, read_training_state
+from ipfm.models.checkpoints.training_state import TrainingState
 from ipfm.models.teacher import load_network
 
 
@@ -45,7 +46,8 @@ class TeacherOptions(TeacherConfig, EvaluationOptions, NetworkOptions):
     xflip: bool = False
     """Mirror images at random."""
     continue_from: Path | None = None
-    """A training-state-*.pt of EDM or PFGM++: continue that training with its weights, EMA and optimiser state."""
+    """A training-state-*.pt of EDM or PFGM++, or the folder of another run: continue that training with its weights,
+    EMA and optimiser state."""
     transfer: Path | None = None
     """A model folder or checkpoint whose weights the new network begins with, those that fit by name and shape: of
     another size, D or number of classes."""
@@ -256,7 +258,7 @@ class TeacherRecipe(Recipe[TeacherOptions]):
         return Settled(options, self.shape, base, self.D, self.name)
 
     def _state(self, options: TeacherOptions, path: Path) -> TrainingState:
-        state = read_training_state(path, D=options.D)
+        state = read_teacher_state(path, D=options.D)
         self.check_state(state)
         return state
 

@@ -15,6 +15,8 @@ from ipfm.engine.commands.main import Command
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.dataset import digits
 from ipfm.engine.distributed.world import World
+from ipfm.engine.experiments.starts import read_teacher_state
+from ipfm.engine.experiments.teacher import state_notes
 from ipfm.engine.runtime.commandline import BadInput, parse, parse_given
 from ipfm.engine.training.run_folder import check_run_folder
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
@@ -147,3 +149,32 @@ def test_a_state_that_is_continued_is_said_and_must_not_be_over(tmp_path: Path) 
     ]
     with pytest.raises(ValueError, match="is at step 1,000 of 512 images already, and the run is to end at step 1,000"):
         planned("--max-steps", 1000)
+
+
+def test_a_run_of_ours_is_continued_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    """In another folder, where other settings are possible."""
+    config, world = replace(ONE, max_steps=3, D=128.0, ema_rampup=1.0), World(0, 1, torch.device("cpu"))
+    whole = TeacherTraining(config, SMALL, digits(), world=world)
+    for step in range(3):
+        whole.iteration(step)
+    TeacherTraining(replace(config, max_steps=2), SMALL, digits(), world=world).run(tmp_path / "first")
+    state = read_teacher_state(tmp_path / "first")
+    assert state_notes(state, str(tmp_path / "first"), config) == [
+        "continues first: 16 images seen, goes on at step 2 of 3",
+        "  teacher: its weights, its average from first/step-0000002, its optimiser's moments and 2 steps",
+    ]
+    on = TeacherTraining(config, state.config, digits(), start=state, world=world)
+    assert on.first_step == 2
+    on.iteration(2)
+    for kind in whole.net.state_kinds:
+        here = dict(on.net.full(kind))
+        assert all(torch.equal(here[name], there) for name, there in whole.net.full(kind)), kind
+    assert all(torch.equal(on.net.exact_buffers[name], there) for name, there in whole.net.exact_buffers.items())
+    for place, message in (
+        (tmp_path / "first" / "model", "model is a network without its optimiser: --transfer begins with its weights"),
+        (tmp_path / "nowhere", "nowhere does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_teacher_state(place)
+    with pytest.raises(ValueError, match="first was trained for D = 128, but D = 64 was asked for"):
+        read_teacher_state(tmp_path / "first" / "checkpoints", D=64)
