@@ -251,6 +251,7 @@ def test_a_teachers_training_keeps_its_best_and_its_snapshots(tmp_path: Path) ->
     assert best is not None and best.path == tmp_path / "model-best"
     assert [found.path for found in read_snapshots(tmp_path)] == [tmp_path / "snapshots" / "step-0000004"]
     assert same(tmp_path / "snapshots" / "step-0000004", tmp_path / "model")
+    assert same(tmp_path / "checkpoints" / "step-0000004", tmp_path / "model")
 
 
 # -- snapshots ---------------------------------------------------------------------------------------------------------
