@@ -43,6 +43,7 @@ class Evaluate:
 
     ELSEWHERE: ClassVar[Mapping[str, str]] = {
         **{name: f"it is one of --metrics, as in --metrics {name}" for name in ("fid", "kid", "is", "pr")},
+        "data": "images to compare with are --reference",
         "n": "the number of images is --images",
         "steps": "the number of steps is a generator's own; --heun-steps is for a teacher",
     }

@@ -40,7 +40,7 @@ OF_LAUNCHERS = (
 OF_ANY_SIZE = ("data", "scale")
 OF_TEACHERS = (
     *("arch", "preset", "precond", "model-channels", "channel-mult", "num-blocks", "attention"),
-    *("conditional", "xflip", "transfer"),
+    *("conditional", "xflip", "cond", "cbase", "cres", "transfer"),
 )
 OF_ABLATIONS = ("variants", "seeds", "teachers", "quick")
 

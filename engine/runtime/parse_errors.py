@@ -49,7 +49,22 @@ SYNONYMS = {
     "dump": ("checkpoint-every",),
     "init-sigma": ("sigma-init",),
     "nblock": ("num-blocks",),
-    "aug-dim": ("D",),
+    "tick": ("log-every",),
+    **dict.fromkeys(("desc", "name", "nosubdir", "save-images"), ("out",)),
+    **dict.fromkeys(("aug-dim", "pfgmpp"), ("D",)),
+    "lsun": ("noise.p-mean",),
+    "tmax": ("noise.t-max",),
+    "edm-model": ("teacher",),
+    "data-stat": ("reference",),
+    "g-beta1": ("generator-beta1",),
+}
+# Such names for what is no option here, and why.
+UNNEEDED = {
+    **dict.fromkeys(("ls", "lsg"), "there is none such: the loss scale of fp16 finds itself"),
+    "bench": "there is none such: cuDNN chooses as PyTorch has it",
+    "cache": "there is none such: images of up to 4 GB are held in memory",
+    "workers": "there is none such: images are decoded by a thread for each core",
+    "use-pickle": "there is none such: what a file is says its content",
 }
 # The same for commands, which are short words.
 ALIKE_COMMAND = 0.7
@@ -165,6 +180,8 @@ def _unrecognised(tokens: Sequence[str], kind: Any, arguments: Sequence[str], el
             hints.append(said)
         elif same := [f"--{known}" for known in SYNONYMS.get(name, ()) if any(f"--{known}" in one for one in options)]:
             proposed += same
+        elif name in UNNEEDED:
+            hints.append(UNNEEDED[name])
         elif alike := _alike(token, options):
             proposed += [spelling for option in alike for spelling in option]
         elif found := _found_elsewhere(name, kind, elsewhere):

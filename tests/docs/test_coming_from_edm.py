@@ -8,7 +8,7 @@ import launch
 import pytest
 
 from ipfm.engine.commands import main
-from ipfm.engine.runtime.parse_errors import _paths
+from ipfm.engine.runtime.parse_errors import _paths, _unrecognised
 
 PAGE = (launch.ROOT / "docs" / "coming-from-edm.md").read_text(encoding="utf-8")
 # Part of the page -> what its table maps to: a command of `ipfm`, or a recipe.
@@ -43,11 +43,14 @@ def tables() -> dict[str, list[tuple[str, str]]]:
     }
 
 
+def commands() -> dict[str, type]:
+    return {named.name: kind for kind, named in map(typing.get_args, typing.get_args(main.Command))}
+
+
 def options(program: str) -> set[str]:
     """The names of a program's options."""
-    commands = {named.name: kind for kind, named in map(typing.get_args, typing.get_args(main.Command))}
-    if program in commands:
-        return set(_paths(commands[program]))
+    if program in commands():
+        return set(_paths(commands()[program]))
     return set(_paths(type(importlib.import_module(f"ipfm.recipes.{program}").RECIPE.base)))
 
 
@@ -67,6 +70,28 @@ def test_every_option_of_ours_exists_and_every_one_of_theirs_has_a_row(heading: 
         assert set(named) <= known, f"{name}: {sorted(set(named) - known)}"
         # Of an option without one of ours a reason is given.
         assert not ours.startswith("none") or len(ours) > len("none: ")
+
+
+# Answered in other words.
+OTHERWISE = {("network", "sample"), ("disc", "sample"), ("transfer", "distill_sid")}
+
+
+@pytest.mark.parametrize("heading", OURS)
+def test_their_name_typed_here_is_answered_with_ours_or_with_the_reason(heading: str):
+    program = OURS[heading]
+    for name, ours in tables()[heading]:
+        if name.replace("_", "-") in options(program):
+            continue
+        typed = f"--{name}=1"
+        if program in commands():
+            line = _unrecognised([typed], main.Command, [program, typed], main._of_recipes)
+        else:
+            recipe = importlib.import_module(f"ipfm.recipes.{program}").RECIPE
+            line = _unrecognised([typed], type(recipe.base), [typed], recipe.elsewhere)
+        said, named = line.partition("; ")[2], re.findall(r"(?<![\w-])--[a-zA-Z][\w.-]*", ours)
+        assert said != "--help lists all", name
+        if named and not ours.startswith("none: ") and (name, program) not in OTHERWISE:
+            assert any(option in said for option in named), f"{name}: {said}"
 
 
 def test_a_table_that_rots_is_seen():
