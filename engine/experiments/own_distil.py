@@ -95,7 +95,7 @@ class OwnDistilRecipe(DistilRecipe):
         others = [
             self.settings_by_rule(other, facts, vars(options), given.names, network)[0] for other in ROWS.values()
         ]
-        kept = begun_with(path, "distill", settings, given.names, others)
+        kept = begun_with(path, chosen, self.base, given.names, others)
         lines = (
             *self._row_in_words(row, facts),
             values_of({n: getattr(chosen, n) for n in ("max_steps", *settings)} | kept),

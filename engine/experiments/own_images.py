@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ipfm.engine.config import RunConfig, free_settings
 from ipfm.engine.data.labels import read_labels
 from ipfm.engine.data.open_dataset import is_cifar, open_image_files
 from ipfm.engine.experiments.origins import Origin, described
+from ipfm.engine.runtime.files import read_json
 from ipfm.models.checkpoints.recognise import user_path
 
 # What files of data and models are called, which says nothing of them; and what every run calls its networks.
@@ -36,7 +37,7 @@ def slug(path: Path | None, otherwise: str) -> str:
 
 
 def begun_with(
-    path: Path, kind: str, values: Mapping[str, Any], given: Collection[str], rows: Collection[Mapping[str, Any]]
+    path: Path, chosen: RunConfig, base: RunConfig, given: Collection[str], rows: Collection[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The settings of the run in `path` that followed from the rule, where it has others now and none are given.
 
@@ -44,27 +45,24 @@ def begun_with(
 
     Args:
         path: the run folder.
-        kind: of the run.
-        values: what the rule says now.
+        chosen: the settings by the rule and the command line, as it is now.
+        base: those that no row of the rule sets.
         given: settings of the command line.
-        rows: what it says of others.
+        rows: what each row sets.
     """
-    try:
-        record = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        begun = dict(record["config"])
-        if record["kind"] != kind:
-            return {}
-    except (OSError, ValueError, LookupError, TypeError):
+    begun = (read_json(path / "config.json") or {}).get("config")
+    if not isinstance(begun, dict):
         return {}
-    found = {
-        name: begun[name]
-        for name, value in values.items()
-        if name in begun and begun[name] != value and _of_the_rule(name, begun[name], rows)
-    }
-    # Another length may be asked for in two ways.
-    if {"kimg", "max_steps"} & set(given) or begun.get("max_steps") is not None:
-        found.pop("kimg", None)
-    return {name: value for name, value in found.items() if name not in given}
+    length = {"kimg", "max_steps"} & set(given) or begun.get("max_steps") is not None
+    found = {}
+    for name in dict.fromkeys(name for row in (*rows, {"lr_rampup_kimg": 0}) for name in row if name in begun):
+        # Another length may be asked for in two ways.
+        if name in given or (name == "kimg" and length) or (name != "kimg" and name in free_settings(type(chosen))):
+            continue
+        possible = [row.get(name, getattr(base, name)) for row in rows]
+        if begun[name] != getattr(chosen, name) and (begun[name] in possible or _any_length(name, begun[name])):
+            found[name] = begun[name]
+    return found
 
 
 def values_of(settings: Mapping[str, Any]) -> str:
@@ -79,11 +77,9 @@ def as_begun(path: Path, kept: Mapping[str, Any]) -> list[str]:
     return [f"as the run in {path} was begun: {begun}; by the rule they would be others now"] if kept else []
 
 
-def _of_the_rule(name: str, value: object, rows: Collection[Mapping[str, Any]]) -> bool:
-    """Whether the rule may have said so; of lengths it may have said any."""
-    if name in ("kimg", "lr_rampup_kimg"):
-        return isinstance(value, (int, float)) and value >= 0
-    return any(name in row and row[name] == value for row in rows)
+def _any_length(name: str, value: object) -> bool:
+    """Of lengths the rule may have said any."""
+    return name in ("kimg", "lr_rampup_kimg") and isinstance(value, (int, float)) and value >= 0
 
 
 def where_from(

@@ -77,9 +77,8 @@ class OwnTeacherRecipe(TeacherRecipe):
         D = self.published.get(row.name, self.D) if state is None else state.config.D
         settled = Settled(chosen, facts.shape, base, D, _name(options, facts))
         path = settled.place(options.default_D(D) if options.D is None else options.D)
-        kept = begun_with(
-            path, "teacher", settings, given.names, [self.settings_of(other, facts.side) for other in ROWS.values()]
-        )
+        rows = [self.settings_of(other, facts.side) for other in ROWS.values()]
+        kept = begun_with(path, chosen, self.base, given.names, rows)
         lines = (
             *said(row, facts),
             values_of({name: getattr(chosen, name) for name in ("max_steps", *settings)} | kept),

@@ -353,6 +353,20 @@ def test_run_folders_are_called_by_the_data_and_the_teacher(tmp_path: Path) -> N
     assert slug(Path("日本"), "x") == "日本"
 
 
+def test_a_distillation_goes_on_as_the_rule_had_it(tmp_path: Path) -> None:
+    """With --data, and by the settings for a GPU, it keeps those that it began with; what was given is compared."""
+    save_model(official_files.randomize(build_network(tiny(8))), tmp_path / "m")
+    line = ["--teacher", "m", *SHORT, *SAMPLED, "--out", "run"]
+    said(distill_ipfm.main, *line)
+    told = said(distill_ipfm.main, *line, "--max-steps", "2", "--scale", "full", "--data", images(Path("d"), 8))
+    assert "as the run in run was begun: lr 0.0003, ema_kimg 10.0, ema_rampup 0.2; by the rule they would be" in told
+    begun = json.loads(Path("run/config.json").read_text())["config"]
+    assert (begun["lr"], begun["ema_rampup"], begun["max_steps"]) == (3e-4, 0.2, 2)
+    said(distill_ipfm.main, *line, "--alpha", "0.5", "--out", "half")
+    with pytest.raises(BadInput, match=r"alpha is 0.5 there, 1.0 here"):
+        distill_ipfm.main([*line, "--out", "half"])
+
+
 # -- what cannot be done -----------------------------------------------------------------------------------------------
 
 
