@@ -71,7 +71,9 @@ def missing_room(use: DiskUse, run: Path) -> str | None:
 def _taken(run: Path) -> int:
     """Bytes of the networks and checkpoints that are in the run folder already."""
     total = 0
-    for folder, _, names in os.walk(run):
+    for folder, folders, names in os.walk(run):
+        # The run of a teacher within this one has room of its own.
+        folders[:] = [name for name in folders if name != "teacher"]
         for name in names:
             if name.endswith(".safetensors"):
                 try:

@@ -398,9 +398,15 @@ def _remove(path: Path) -> None:
 
 
 def _forget_unfinished(run: Path, kind: str) -> None:
-    """Remove what killed processes left half-written or half-removed."""
+    """Remove what killed processes left half-written or half-removed, and finish what they replaced."""
     best = best_path(run, kind)
     for folder, name in ((run, best.name), (run / SNAPSHOTS, "step-*")):
         for pattern in (f".{name}.partial", f"{REMOVED}{name}"):
             for leftover in folder.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
+        for previous in folder.glob(f".{name}.previous"):
+            target = folder / previous.name.removeprefix(".").removesuffix(".previous")
+            if target.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+            else:
+                previous.rename(target)

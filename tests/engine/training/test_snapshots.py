@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,9 +180,13 @@ def test_a_kill_while_the_best_is_replaced_leaves_the_old_one_or_the_new_one(mad
     best.rename(previous_of(best))
     (tmp_path / ".generator-best.partial").mkdir()
     assert best_of(tmp_path) == (4, 0.3)
-    made({6: 0.4, 8: 0.2}).run(tmp_path)
-    assert best_of(tmp_path) == (8, 0.2)
+    made({6: 0.4}, max_steps=6).run(tmp_path)
+    assert best.is_dir() and best_of(tmp_path) == (4, 0.3)
     assert not list(tmp_path.glob(".generator-best*"))
+    # After the second of them.
+    shutil.copytree(best, previous_of(best))
+    made({8: 0.4}).run(tmp_path)
+    assert best_of(tmp_path) == (4, 0.3) and not list(tmp_path.glob(".generator-best*"))
 
 
 def test_a_disk_that_refuses_the_best_is_a_warning_and_the_old_one_stays(made, tmp_path: Path, monkeypatch, capsys):
