@@ -139,6 +139,7 @@ def read_teacher_state(path: Path, *, D: float | None = None) -> TrainingState:
         betas=(beta1, BETA2),
         lr=lr,
         eps=eps,
+        source=f"{run.name}/{checkpoint.name}",
     )
 
 
@@ -242,6 +243,8 @@ class _Reader:
             )
         for role, stored in ((generator, state.generator), (STUDENT, state.student)):
             self._compare(self.roles[role], stored.adam)
+        if state.D_source != "file" and not math.isinf(self.teacher.D):
+            self.notes.append(f"the file does not say its D: taken for the teacher's, {self.teacher.D:g}")
         if state.average is None:
             self.notes.append(f"{generator}: the file has no average of it, which begins with its weights")
         networks = {

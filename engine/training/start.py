@@ -135,7 +135,7 @@ class DistillationStart:
         tensors = {f"{role}.{name}": t for role, start in self.networks.items() for name, t in start.weights.items()}
         if self.recorded is not None:
             return dict(self.recorded)
-        said = {"source": self.source, "images_seen": self.images_seen}
+        said = {"source": self.source, "images_seen": self.images_seen, "networks": sorted(self.networks)}
         return {"continues": fingerprint(tensors), "start": said}
 
 

@@ -234,6 +234,8 @@ def training_facts(
         facts |= _pictures(dataset)
     # Said of a fresh training too: a folder of one must not go on where --continue-from is given, and ignore it.
     facts["continues"] = None if start is None else fingerprint(start.weights)
+    if start is not None and start.source:
+        facts["start"] = {"source": start.source, "images_seen": start.images_seen}
     return facts if transfer is None else {**facts, **transfer.facts()}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ipfm.models.checkpoints.reader import Checkpoint, ImportedNetwork, open_checkpoint
+from ipfm.models.checkpoints.reader import Checkpoint, DSource, ImportedNetwork, open_checkpoint
 from ipfm.models.checkpoints.training_state import AdamState, adam_of, comparable, images_seen
 from ipfm.models.config import NetworkConfig
 
@@ -49,6 +49,7 @@ class DistillationState:
         average: state dict of its average, None where the file has none.
         average_key: the average's name in the file.
         student: the network that learns to denoise the generator's samples.
+        D_source: as of `ImportedNetwork`.
         images_seen: images of the generator's training so far, None where neither file nor file name says.
     """
 
@@ -57,6 +58,7 @@ class DistillationState:
     average: dict[str, Tensor] | None
     average_key: str | None
     student: NetworkState
+    D_source: DSource
     images_seen: int | None
 
 
@@ -115,6 +117,7 @@ def distillation_state_of(checkpoint: Checkpoint, place: Path, *, D: float | Non
         average=None if average is None else average.weights,
         average_key=None if average is None else key,
         student=trained[1],
+        D_source=G.D_source,
         images_seen=seen,
     )
 

@@ -67,6 +67,7 @@ class TrainingState:
         betas: of Adam.
         lr: of Adam.
         eps: of Adam.
+        source: name of the file, for people; "" where it is from none.
     """
 
     config: NetworkConfig
@@ -81,6 +82,7 @@ class TrainingState:
     betas: tuple[float, float]
     lr: float
     eps: float
+    source: str = ""
 
 
 def read_training_state(path: str | os.PathLike[str], *, D: float | None = None) -> TrainingState:
@@ -142,6 +144,7 @@ def training_state_of(checkpoint: Checkpoint, place: Path, *, D: float | None = 
         betas=adam.betas,
         lr=adam.lr,
         eps=adam.eps,
+        source=place.name,
     )
 
 

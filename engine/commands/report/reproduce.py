@@ -188,13 +188,8 @@ def _given(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> tuple[li
         if isinstance(recipe, TrainAndDistil) and network != recipe.network(base, number(record.config.get("D"))):
             notes.append("The teacher's network is not the recipe's default: give the options that name it too.")
     else:
-        if record.identity.get("continues"):
-            start = record.identity.get("start")
-            options += [
-                "--continue-from",
-                str(start.get("source", "TRAINING")) if isinstance(start, dict) else "TRAINING",
-            ]
-            notes.append("It went on from another training: give that where it lies on your machine.")
+        began, its_notes = _began(record)
+        options, notes = [*options, *began], [*notes, *its_notes]
         options += ["--teacher", portable(str(record.config.get("teacher") or "TEACHER"))]
         notes.append("Give the teacher where it lies on your machine.")
     if images is not None and isinstance(recipe, DistilRecipe):
@@ -210,6 +205,20 @@ def _given(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> tuple[li
         options += ["--eval-images", str(images)]
     options += _metrics(record)
     return options, tuple(notes)
+
+
+def _began(record: RunRecord) -> tuple[list[str], list[str]]:
+    """The option that names what a run went on from or took over, and what to know of it; nothing for most."""
+    said = record.identity.get("start")
+    start = said if isinstance(said, dict) else {}
+    if record.identity.get("transfers"):
+        note = "It began with weights of another network: give that where it lies on your machine."
+        return ["--transfer", str(start.get("source", "MODEL"))], [note]
+    if record.identity.get("continues"):
+        note = "It went on from another training: give that where it lies on your machine."
+        option = "--student-from" if start.get("networks") == ["student"] else "--continue-from"
+        return [option, str(start.get("source", "TRAINING"))], [note]
+    return [], []
 
 
 def _metrics(record: RunRecord) -> list[str]:
@@ -245,18 +254,14 @@ def _training(record: RunRecord) -> Command:
             named = network_differences(network, plain)
             if named is None:
                 continue
-            options = ["--data", "DATA", "--arch", arch, *scale, *named]
-            options += ["--conditional"] if network.label_dim else []
+            options = ["--data", "DATA"]
+            if not record.identity.get("continues"):  # which says what the network is
+                options += ["--arch", arch, *named, *["--conditional"] * bool(network.label_dim)]
+            options += scale
             options += ["--xflip"] if record.identity.get("xflip") is True else []
             notes = ["Give the data where they lie on your machine."]
-            if record.identity.get("transfers"):
-                start = record.identity.get("start")
-                options += ["--transfer", str(start.get("source")) if isinstance(start, dict) else "MODEL"]
-                notes.append("It began with weights of another network: give that where it lies on your machine.")
-            if record.identity.get("continues"):
-                options += ["--continue-from", "TRAINING_STATE"]
-                options = [o for o in options if o not in ("--conditional",)]
-                notes.append("It continued a training state, whose name is not recorded.")
+            began, its_notes = _began(record)
+            options, notes = [*options, *began], [*notes, *its_notes]
             if record.evaluations:
                 options += ["--reference", "REFERENCE", "--inception", "INCEPTION", *_metrics(record)]
             line = ["deepspeed", f"recipes/{recipe.file}", *options, *_options(record, base)]

@@ -170,6 +170,8 @@ def test_a_run_of_ours_is_continued_as_if_it_had_not_stopped(tmp_path: Path) -> 
         here = dict(on.net.full(kind))
         assert all(torch.equal(here[name], there) for name, there in whole.net.full(kind)), kind
     assert all(torch.equal(on.net.exact_buffers[name], there) for name, there in whole.net.exact_buffers.items())
+    facts = training_facts(config, SMALL, digits(), state)
+    assert facts["start"] == {"source": "first/step-0000002", "images_seen": 16}
     for place, message in (
         (tmp_path / "first" / "model", "model is a network without its optimiser: --transfer begins with its weights"),
         (tmp_path / "nowhere", "nowhere does not exist"),
