@@ -59,41 +59,42 @@ NPZ = io.BytesIO()
 np.savez(NPZ, mu=np.zeros(2), sigma=np.eye(2))
 
 
+NO_CHECKPOINTS = {
+    "a web page": (b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded", "a web page: the download led to"),
+    "an error of a store": (b'<?xml version="1.0"?><Error><Code>AccessDenied', "XML text, as servers answer"),
+    "an answer in JSON": (b'{"message": "Not Found"}', "a JSON text, as servers answer with"),
+    "a pointer of LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:01", "fetch that with `git lfs"),
+    "nothing": (b"", "is empty"),
+    "a sparse file": (bytes(4096), "nothing but zeros, as a download does that has not ended"),
+    "a text": (b"the model is over there\n", "it is a text: it begins with b'the model"),
+    "gzip": (gzip.compress(b"x"), "packed with gzip: unpack it first"),
+    "a tar in gzip": (gzip.compress(tarred("net.pkl")), r"unpack it first \('net.pkl' comes first"),
+    "a cut gzip": (b"\x1f\x8b\x08\x00" + b"\xff" * 40, "packed with gzip: unpack it first, if its download"),
+    "zstandard": (b"\x28\xb5\x2f\xfd....", "packed with zstandard"),
+    "a tar": (tarred("net.pkl"), "a tar archive: unpack it, and give the file in it .'net.pkl'"),
+    "a zip with a checkpoint": (zipped(**{"a/net.pkl": b"x"}), "a zip with 'a/net.pkl' in it: unpack it"),
+    "a zip of images": (zipped(**{"a.png": b"x"}), "a zip of images, a data set"),
+    "TorchScript": (zipped(**{"a/constants.pkl": b"", "a/code/b.py": b""}), "a TorchScript program"),
+    "statistics": (NPZ.getvalue(), "an .npz with the arrays mu, sigma: the statistics of a reference"),
+    "half a zip": (saved(WEIGHTS)[:600], "truncated zip: its end is missing, .* interrupted: fetch it again"),
+    "a zip and zeros": (saved(WEIGHTS)[:600] + bytes(100_000), "its end is missing"),
+    "safetensors": (safetensors.torch.save(dict(WEIGHTS)), "a safetensors file, tensors without their network"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    "ONNX": (b"\x08\x07\x12\x07pytorch" + b"x" * 9, "a graph of ONNX"),
+    "a picture": (b"\x89PNG\r\n", r"an image \(PNG\)"),
+    "a bare state dict": (saved(VERSIONED), r"holds weights alone \(a state dict: 'weight' …\) and not the"),
+    "a state dict by a name": (saved({"model": VERSIONED, "epoch": 3}), "holds weights alone under 'model'"),
+    "a whole module": (saved(torch.nn.Linear(2, 2)), "a whole network .*store networks with save_model"),
+    "a module in a pickle": (pickle.dumps({"ema": EDMPrecond(SMALL)}), "a whole network .*store networks with"),
+    "a payload": (b"cposix\nsystem\n(S'true'\ntR.", "neither a pickle"),
+    "a payload of protocol 2": (b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.", "nothing of it was run"),
+    "statistics of EDM2": (pickle.dumps({"fid": {"mu": np.zeros(2)}}), "arrays of NumPy, such as a reference's"),
+}  # fmt: skip
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    ("content", "said"),
-    {
-        "a web page": (b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded", "a web page: the download led to"),
-        "an error of a store": (b'<?xml version="1.0"?><Error><Code>AccessDenied', "XML text, as servers answer"),
-        "an answer in JSON": (b'{"message": "Not Found"}', "a JSON text, as servers answer with"),
-        "a pointer of LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:01", "fetch that with `git lfs"),
-        "nothing": (b"", "is empty"),
-        "a sparse file": (bytes(4096), "nothing but zeros, as a download does that has not ended"),
-        "a text": (b"the model is over there\n", "it is a text: it begins with b'the model"),
-        "gzip": (gzip.compress(b"x"), "packed with gzip: unpack it first"),
-        "a tar in gzip": (gzip.compress(tarred("net.pkl")), r"unpack it first \('net.pkl' comes first"),
-        "a cut gzip": (b"\x1f\x8b\x08\x00" + b"\xff" * 40, "packed with gzip: unpack it first, if its download"),
-        "zstandard": (b"\x28\xb5\x2f\xfd....", "packed with zstandard"),
-        "a tar": (tarred("net.pkl"), "a tar archive: unpack it, and give the file in it .'net.pkl'"),
-        "a zip with a checkpoint": (zipped(**{"a/net.pkl": b"x"}), "a zip with 'a/net.pkl' in it: unpack it"),
-        "a zip of images": (zipped(**{"a.png": b"x"}), "a zip of images, a data set"),
-        "TorchScript": (zipped(**{"a/constants.pkl": b"", "a/code/b.py": b""}), "a TorchScript program"),
-        "statistics": (NPZ.getvalue(), "an .npz with the arrays mu, sigma: the statistics of a reference"),
-        "half a zip": (saved(WEIGHTS)[:600], "truncated zip: its end is missing, .* interrupted: fetch it again"),
-        "a zip and zeros": (saved(WEIGHTS)[:600] + bytes(100_000), "its end is missing"),
-        "safetensors": (safetensors.torch.save(dict(WEIGHTS)), "a safetensors file, tensors without their network"),
-        "HDF5": (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
-        "ONNX": (b"\x08\x07\x12\x07pytorch" + b"x" * 9, "a graph of ONNX"),
-        "a picture": (b"\x89PNG\r\n", r"an image \(PNG\)"),
-        "a bare state dict": (saved(VERSIONED), r"holds weights alone \(a state dict: 'weight' …\) and not the"),
-        "a state dict by a name": (saved({"model": VERSIONED, "epoch": 3}), "holds weights alone under 'model'"),
-        "a whole module": (saved(torch.nn.Linear(2, 2)), "a whole network .*store networks with save_model"),
-        "a module in a pickle": (pickle.dumps({"ema": EDMPrecond(SMALL)}), "a whole network .*store networks with"),
-        "a payload": (b"cposix\nsystem\n(S'true'\ntR.", "neither a pickle"),
-        "a payload of protocol 2": (b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.", "nothing of it was run"),
-        "statistics of EDM2": (pickle.dumps({"fid": {"mu": np.zeros(2)}}), "arrays of NumPy, such as a reference's"),
-    }.values(),
-)  # fmt: skip
+# By name: packed bytes hold the time at which they were packed.
+@pytest.mark.parametrize(("content", "said"), NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
 def test_what_a_file_is_that_is_no_checkpoint(tmp_path, content, said):
     path = tmp_path / "net.pkl"
     path.write_bytes(content)
