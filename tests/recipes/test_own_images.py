@@ -18,7 +18,7 @@ import tiny_inception
 from PIL import Image
 
 from ipfm.engine.commands.main import _main as ipfm
-from ipfm.engine.commands.report.reproduce import reproduce
+from ipfm.engine.commands.report.reproduce import reproduce, use
 from ipfm.engine.config import free_settings
 from ipfm.engine.experiments.defaults_by_size import (
     LARGEST_SIDE,
@@ -295,6 +295,7 @@ def test_from_a_folder_of_jpegs_to_a_generator(side: int, grey: bool, D: float, 
         assert (run / "generator" / "model.safetensors").read_bytes() == before
         repeated(run, module, REFERENCE="pets.zip", TEACHER=str(teacher))
     repeated(teacher, train_teacher, DATA="pets.zip")
+    assert dict(use(read_run(teacher), "x"))["Distil it"] == "deepspeed recipes/distill_ipfm.py --teacher x"
     ipfm(["sample", str(run / "generator"), "--n", "2", "--out", "some.png"])
     ipfm(["evaluate", str(run / "generator"), "--reference", "pets.zip", "--features", "blocks", "--images", "8"])
     ipfm(["report", str(run), "--out", "report.md"])

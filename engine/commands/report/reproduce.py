@@ -107,7 +107,9 @@ def use(record: RunRecord, network: str) -> tuple[tuple[str, str], ...]:
         line = ["ipfm evaluate", place, "--reference REFERENCE --inception INCEPTION", *_metrics(record)]
         lines.append(("Measure it", " ".join(line)))
     if record.kind == "teacher":
-        lines.append(("Distil it", f"deepspeed recipes/RECIPE.py --teacher {place}"))
+        # Reports on runs that are older than the recipe for any size say what they said.
+        recipe = "distill_ipfm.py" if "pictures" in record.identity else "RECIPE.py"
+        lines.append(("Distil it", f"deepspeed recipes/{recipe} --teacher {place}"))
     return tuple(lines)
 
 
