@@ -100,6 +100,7 @@ class OwnDistilRecipe(DistilRecipe):
             *self._row_in_words(row, facts),
             values_of({n: getattr(chosen, n) for n in ("max_steps", *settings)} | kept),
             *where_from(self._origins(row), settings, sources, given.names | kept.keys()),
+            *([f"without --teacher: it is taken to be of the network {self.preset}"] if teacher is None else []),
             *_levels_in_words(chosen.noise),
             *remarks,
             *_compared(chosen),

@@ -29,7 +29,7 @@ from ipfm.engine.experiments.defaults_by_size import (
 from ipfm.engine.experiments.network_options import Arch
 from ipfm.engine.experiments.origins import origins
 from ipfm.engine.experiments.own_images import as_begun, begun_with, has_labels, slug, values_of, where_from
-from ipfm.engine.experiments.teacher import Settled, TeacherOptions, TeacherRecipe
+from ipfm.engine.experiments.teacher import Settled, TeacherOptions, TeacherRecipe, times
 from ipfm.engine.runtime.commandline import Given
 from ipfm.models import NetworkConfig, presets
 from ipfm.models.checkpoints.training_state import TrainingState
@@ -84,6 +84,7 @@ class OwnTeacherRecipe(TeacherRecipe):
             values_of({name: getattr(chosen, name) for name in ("max_steps", *settings)} | kept),
             _network_in_words(chosen, base, state),
             *where_from(FROM_EDM if row.side else {}, settings, sources, given.names | kept.keys()),
+            *([f"without --data: images are taken to be {times(facts.shape)}"] if data is None else []),
             *_remarks(chosen, data),
             *as_begun(path, kept),
         )

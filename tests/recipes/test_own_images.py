@@ -432,6 +432,14 @@ def test_a_generator_is_no_teacher(tmp_path: Path) -> None:
             distill_ipfm.main(["--teacher", place, "--dry-run"])
 
 
+def test_a_dry_run_without_files_says_what_it_takes_them_for() -> None:
+    small = [*SHORT, "--dry-run"]
+    told = said(train_teacher.main, *small, "--preset", "ffhq64-ddpmpp", "--model-channels", "8", "--num-blocks", "0")
+    assert "without --data: images are taken to be 3x64x64" in told and "ipfm dataset FOLDER" in told
+    told = said(distill_pid.main, *small, "--backward", "joint")
+    assert "without --teacher: it is taken to be of the network cifar10-ddpmpp" in told and "Any teacher fits" in told
+
+
 def test_every_row_says_whose_settings_it_has() -> None:
     for row in ROWS.values():
         taught = row.name in train_teacher.RECIPE.rows or train_teacher.RECIPE.settings_of(row, 32)
