@@ -1,7 +1,12 @@
-"""Weights of another network in a new one: those that fit by name and shape."""
+"""Weights of another network in a new one: those that fit by name and shape.
+
+Names hold the side of their level. Between sizes that share few sides, level is taken for level: of a network for
+28x28 the 14x14 blocks for the 24x24 ones of a network for 48x48, whose weights have the same shapes.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -91,13 +96,22 @@ def transfer_from(source: str, net: Precond, network: NetworkConfig) -> Transfer
     with torch.device("meta"):
         new = build_network(network)
     wanted = _learnt(new)
-    found = {name: tensor.detach().float().cpu() for name, tensor in _learnt(net).items()}
-    fits = {name: found[name] for name, tensor in wanted.items() if name in found and found[name].shape == tensor.shape}
+    learnt = {name: tensor.detach().float().cpu() for name, tensor in _learnt(net).items()}
+    unlike = list(_unlike(net, network))
+    there, here = _sides(net.config), _sides(network)
+    # Names of the other network -> names here.
+    names = {name: name for name in learnt}
+    by_level = {name: _at_the_level(name, dict(zip(there, here, strict=False))) for name in learnt}
+    if _numbers(_fitting(learnt, by_level, wanted)) > _numbers(_fitting(learnt, names, wanted)):
+        names = by_level
+        unlike.append(f"level by level: its sides {_words(there)} are taken for {_words(here)} here")
+    found = {new: learnt[name] for name, new in names.items()}
+    fits = _fitting(learnt, names, wanted)
     if not fits:
         raise ValueError(
             f"nothing of {source} fits by name and shape ({net.config.family}, {net.config.model_channels} channels, "
-            f"sides {_sides(net.config)}; here {network.family}, {network.model_channels} channels, sides "
-            f"{_sides(network)}): leave transfer out"
+            f"sides {_words(there)}; here {network.family}, {network.model_channels} channels, sides "
+            f"{_words(here)}): leave transfer out"
         )
     fresh = tuple(name for name in wanted if name not in fits)
     return Transfer(
@@ -105,9 +119,9 @@ def transfer_from(source: str, net: Precond, network: NetworkConfig) -> Transfer
         weights=fits,
         fresh=fresh,
         shapes=tuple((n, tuple(found[n].shape), tuple(wanted[n].shape)) for n in fresh if n in found),
-        unused=tuple(name for name in found if name not in wanted),
-        parameters=(sum(t.numel() for t in fits.values()), sum(t.numel() for t in wanted.values())),
-        unlike=tuple(_unlike(net, network)),
+        unused=tuple(name for name, new in names.items() if new not in wanted),
+        parameters=(_numbers(fits), _numbers(wanted)),
+        unlike=tuple(unlike),
     )
 
 
@@ -127,8 +141,26 @@ def _learnt(net: Precond) -> dict[str, Tensor]:
     return {**dict(net.named_parameters()), **buffers}
 
 
-def _sides(network: NetworkConfig) -> str:
-    sides = [network.img_resolution >> level for level in range(len(network.channel_mult))]
+def _fitting(learnt: Mapping[str, Tensor], names: Mapping[str, str], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of `learnt` that fit under their new `names`, in the order of `wanted`."""
+    found = {new: learnt[name] for name, new in names.items()}
+    return {name: found[name] for name, tensor in wanted.items() if name in found and found[name].shape == tensor.shape}
+
+
+def _at_the_level(name: str, sides: Mapping[int, int]) -> str:
+    """A name with the side of the same level in the new network; a level that it has not gets the side 0."""
+    return re.sub(r"\b(\d+)x\1_", lambda at: "{0}x{0}_".format(sides.get(int(at[1]), 0)), name)
+
+
+def _numbers(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _sides(network: NetworkConfig) -> list[int]:
+    return [network.img_resolution >> level for level in range(len(network.channel_mult))]
+
+
+def _words(sides: list[int]) -> str:
     return ", ".join(map(str, sides))
 
 

@@ -64,13 +64,16 @@ def test_a_conditional_teacher_at_another_D_from_an_unconditional_one(other: Any
 
 
 def test_another_size_another_width_and_what_fits_nowhere(other: Any) -> None:
-    larger = transfer_from("x", other, network(img_resolution=16))
+    larger_network = network(img_resolution=16, channel_mult=(1, 1, 2))
+    larger = transfer_from("x", other, larger_network)
     vp = replace(SMALL, precond="VPPrecond", D=float("inf"), sigma_min=None, sigma_max=None)
     assert "it has EDMPrecond, this one VPPrecond" in transfer_from("x", other, vp).words[-1]
     # The levels of the same side.
     assert any("8x8" in name for name in larger.weights) and any("16x16" in name for name in larger.fresh)
-    assert any("4x4" in name for name in larger.unused)
+    assert any("4x4" in name for name in larger.weights)
     assert [line.partition(":")[0].strip() for line in larger.words[1:]] == ["start fresh", "not used of x"]
+    smaller = transfer_from("x", of.randomize(build_network(larger_network)), SMALL)
+    assert any("4x4" in name for name in smaller.weights) and any("16x16" in name for name in smaller.unused)
     wide = transfer_from("x", other, network(model_channels=16))
     taken, whole = wide.parameters
     assert taken < whole / 2 and "(little of the network)" in wide.words[0]
@@ -79,6 +82,22 @@ def test_another_size_another_width_and_what_fits_nowhere(other: Any) -> None:
         embedding_type="positional", channel_mult=(1,))))  # fmt: skip
     with pytest.raises(ValueError, match=r"nothing of y fits by name and shape \(ADM, 16 channels, sides 8; here"):
         transfer_from("y", grey, network())
+
+
+def test_a_size_that_shares_no_side_takes_level_for_level(other: Any) -> None:
+    there, here = dict(other.named_parameters()), network(img_resolution=12, D=64.0)
+    transfer = transfer_from("x", other, here)
+    assert not transfer.fresh and not transfer.unused and transfer.parameters[0] == transfer.parameters[1]
+    assert "  level by level: its sides 8, 4 are taken for 12, 6 here" in transfer.words
+    weights = transfer.weights
+    assert torch.equal(weights["model.enc.6x6_block0.conv0.weight"], there["model.enc.4x4_block0.conv0.weight"])
+    assert torch.equal(weights["model.dec.12x12_up.conv0.weight"], there["model.dec.8x8_up.conv0.weight"])
+    transfer.put_into(build_network(here))
+    # A level more, at the end or at the start of either, is never taken for another.
+    deeper = transfer_from("x", other, network(img_resolution=12, channel_mult=(1, 2, 2)))
+    assert deeper.fresh and all("3x3" in name or "6x6" in name for name in deeper.fresh)
+    shallower = transfer_from("x", other, network(img_resolution=12, channel_mult=(1,)))
+    assert all("4x4" in name or "8x8" in name for name in shallower.unused) and shallower.unused
 
 
 def test_a_run_says_what_it_began_with_and_its_folder_takes_no_other(
