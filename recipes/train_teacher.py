@@ -30,7 +30,7 @@ RECIPE = OwnTeacherRecipe(
     shape=(3, 32, 32),
     presets=cifar_teacher.RECIPE.presets,
     D=128.0,
-    base=OwnTeacherOptions(arch="ddpmpp"),
+    base=OwnTeacherOptions(arch="ddpmpp", features="auto"),
     data=DATA,
     rows={
         "cifar": cifar_teacher.BASE,

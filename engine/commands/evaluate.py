@@ -219,7 +219,8 @@ class Evaluate:
             from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION
 
             raise ValueError(
-                f"give --inception FILE ({WHERE_TO_GET_INCEPTION}), or compare pixels with --features pixels"
+                f"give --inception FILE ({WHERE_TO_GET_INCEPTION}), or compare pixels with --features pixels, "
+                "blocks of them with --features blocks"
             )
 
     def _bar(self, evaluation: Evaluation, world: World) -> ProgressBar:

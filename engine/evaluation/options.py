@@ -65,7 +65,8 @@ class EvaluationOptions:
             raise ValueError(f"features {self.features} was given without reference: there is nothing to compare with")
         if self.compared_with is not None and self.compared_by == "inception" and self.inception is None:
             raise ValueError(
-                f"reference needs --inception FILE ({WHERE_TO_GET_INCEPTION}), or --features pixels to compare pixels"
+                f"reference needs --inception FILE ({WHERE_TO_GET_INCEPTION}), or --features blocks to compare "
+                "blocks of pixels"
             )
 
     @property

@@ -11,7 +11,6 @@ from ipfm.engine.data.augmentation import SMALLEST_SIZE
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.open_dataset import open_dataset
 from ipfm.engine.distributed.world import run_device
-from ipfm.engine.evaluation.metrics.measures import DISTANCE, FID, measures_of
 from ipfm.engine.evaluation.reference_data import is_npz, open_images
 from ipfm.engine.experiments.defaults_by_size import (
     ROWS,
@@ -27,11 +26,10 @@ from ipfm.engine.experiments.defaults_by_size import (
 from ipfm.engine.experiments.distil import DistilRecipe, SettledDistillation
 from ipfm.engine.experiments.options import DistillationOptions, run_name
 from ipfm.engine.experiments.origins import Origin, origins
-from ipfm.engine.experiments.own_images import as_begun, begun_with, slug, values_of, where_from
+from ipfm.engine.experiments.own_images import as_begun, begun_with, compared, slug, values_of, where_from
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import Given
-from ipfm.engine.runtime.wording import counted
 from ipfm.models import NetworkConfig, Precond
 from ipfm.models.checkpoints.recognise import user_path
 from ipfm.models.facts import TeacherFacts
@@ -103,7 +101,7 @@ class OwnDistilRecipe(DistilRecipe):
             *([f"without --teacher: it is taken to be of the network {self.preset}"] if teacher is None else []),
             *_levels_in_words(chosen.noise),
             *remarks,
-            *_compared(chosen),
+            *compared(chosen, "--data or --reference says what samples are compared with"),
             *as_begun(path, kept),
         )
         return SettledDistillation(
@@ -225,24 +223,6 @@ def _open(options: OwnDistillationOptions, network: NetworkConfig) -> tuple[Imag
         )
         data = replace(data, labels=None, classes=None)
     return data, remarks
-
-
-def _compared(options: DistillationOptions) -> list[str]:
-    """Says what the run measures."""
-    where, images = options.compared_with, counted(f"{options.eval_images:,}", "image")
-    inception = options.compared_by == "inception"
-    names = ", ".join(one.called(FID if inception else DISTANCE) for one in measures_of(options.metrics))
-    if where is None and options.inception is not None:
-        return [f"measured: {names}, of {images}"]
-    if where is None:
-        return ["nothing is measured: --data or --reference says what samples are compared with"]
-    if inception:
-        return [f"compared with {where}: {names}, of {images}"]
-    what = "pixels" if options.compared_by == "pixels" else "means and deviations of blocks of pixels"
-    alone = "it is no FID, for which give --inception FILE, and compares runs on these images alone"
-    if "fid" not in options.metrics:
-        alone = "such numbers compare runs on these images alone; those of Inception's features need --inception FILE"
-    return [f"compared with {where}: {names} of {what}, of {images}; {alone}"]
 
 
 def _dataset(data: Path | None, teacher: Precond | None) -> str:

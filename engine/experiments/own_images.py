@@ -11,8 +11,11 @@ from typing import Any
 from ipfm.engine.config import RunConfig, free_settings
 from ipfm.engine.data.labels import read_labels
 from ipfm.engine.data.open_dataset import is_cifar, open_image_files
+from ipfm.engine.evaluation.metrics.measures import DISTANCE, FID, measures_of
+from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.experiments.origins import Origin, described
 from ipfm.engine.runtime.files import read_json
+from ipfm.engine.runtime.wording import counted
 from ipfm.models.checkpoints.recognise import user_path
 
 # What files of data and models are called, which says nothing of them; and what every run calls its networks.
@@ -94,7 +97,33 @@ def where_from(
         given: what the user gave, or a run was begun with.
     """
     named = {name: Origin("ours") for name in values} | dict(row) | dict(more)
-    return described({n: o for n, o in named.items() if n in values or n in row}, set(given) & set(named))
+    # One length, in steps or in images.
+    named = {n: o for n, o in named.items() if n != "kimg" or "max_steps" not in given}
+    shown = set(given) & {*named, "max_steps"}
+    return described({n: o for n, o in named.items() if n in values or n in row}, shown)
+
+
+def compared(options: EvaluationOptions, otherwise: str) -> list[str]:
+    """Says what the run measures.
+
+    Args:
+        options: of the run.
+        otherwise: what makes it measure, where it does not.
+    """
+    where, images = options.compared_with, counted(f"{options.eval_images:,}", "image")
+    inception = options.compared_by == "inception"
+    names = ", ".join(one.called(FID if inception else DISTANCE) for one in measures_of(options.metrics))
+    if where is None and options.inception is not None:
+        return [f"measured: {names}, of {images}"]
+    if where is None:
+        return [f"nothing is measured: {otherwise}"]
+    if inception:
+        return [f"compared with {where}: {names}, of {images}"]
+    what = "pixels" if options.compared_by == "pixels" else "means and deviations of blocks of pixels"
+    alone = "it is no FID, for which give --inception FILE, and compares runs on these images alone"
+    if "fid" not in options.metrics:
+        alone = "such numbers compare runs on these images alone; those of Inception's features need --inception FILE"
+    return [f"compared with {where}: {names} of {what}, of {images}; {alone}"]
 
 
 def has_labels(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ipfm.engine.config import TeacherConfig
@@ -28,7 +29,15 @@ from ipfm.engine.experiments.defaults_by_size import (
 )
 from ipfm.engine.experiments.network_options import Arch
 from ipfm.engine.experiments.origins import origins
-from ipfm.engine.experiments.own_images import as_begun, begun_with, has_labels, slug, values_of, where_from
+from ipfm.engine.experiments.own_images import (
+    as_begun,
+    begun_with,
+    compared,
+    has_labels,
+    slug,
+    values_of,
+    where_from,
+)
 from ipfm.engine.experiments.teacher import Settled, TeacherOptions, TeacherRecipe, times
 from ipfm.engine.runtime.commandline import Given
 from ipfm.models import NetworkConfig, presets
@@ -55,6 +64,12 @@ class OwnTeacherOptions(TeacherOptions):
         super().__post_init__()
         if self.scale not in ("auto", "full", "small"):
             raise ValueError(f"scale must be auto, full or small, got {self.scale!r}")
+
+    @property
+    def compared_with(self) -> Path | None:
+        """See `EvaluationOptions.compared_with`: where something is to be measured, the data without --reference."""
+        wanted = self.eval_every or self.metrics != ("fid",) or self.inception or self.features != "auto"
+        return self.data if self.reference is None and wanted and not self._needs_no_reference else self.reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +100,7 @@ class OwnTeacherRecipe(TeacherRecipe):
             _network_in_words(chosen, base, state),
             *where_from(FROM_EDM if row.side else {}, settings, sources, given.names | kept.keys()),
             *([f"without --data: images are taken to be {times(facts.shape)}"] if data is None else []),
+            *compared(chosen, "--eval-every N compares samples with the data along the way, --reference with others"),
             *_remarks(chosen, data),
             *as_begun(path, kept),
         )

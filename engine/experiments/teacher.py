@@ -59,11 +59,11 @@ class TeacherOptions(TeacherConfig, EvaluationOptions, NetworkOptions):
         self.check_evaluation()
         self.check_network()
         for name in self.names_network if self.continue_from is not None else ():
-            raise ValueError(f"{option_name(name)} was given, but continue-from says what the network is")
+            raise ValueError(f"{option_name(name)} was given, but continue-from says what the network is: leave it out")
         if self.transfer is not None and self.continue_from is not None:
             raise ValueError("transfer was given, but continue-from says what the weights are: leave one of them out")
         if self.conditional and self.continue_from is not None:
-            raise ValueError("conditional was given, but continue-from says what the network is")
+            raise ValueError("conditional was given, but continue-from says what the network is: leave it out")
 
     def training(self) -> TeacherConfig:
         """The settings of the training alone."""

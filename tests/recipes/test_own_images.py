@@ -302,6 +302,22 @@ def test_from_a_folder_of_jpegs_to_a_generator(side: int, grey: bool, D: float, 
     assert "recipes/distill_pid.py --teacher" in Path("report.md").read_text()
 
 
+def test_a_teacher_is_compared_with_the_images_that_it_is_trained_on() -> None:
+    data = images(Path("d"), 8)
+    train = ["--data", data, "--out", "t", *SHORT, "--heun-steps", "1", "--eval-images", "8"]
+    network = ["--model-channels", "8", "--num-blocks", "0", "--attention", "0"]
+    plan = said(train_teacher.main, *train, "--dry-run")
+    assert "nothing is measured: --eval-every N compares samples with the data" in plan
+    given = plan.partition("where the settings come from")[2]
+    assert " kimg," not in given and "max_steps" in given.partition("  given: ")[2]
+    for wish in (["--eval-every", "1"], ["--metrics", "kid", "fid"], ["--features", "pixels"]):
+        assert "compared with d: " in said(train_teacher.main, *train, *wish, "--dry-run")
+    told = said(train_teacher.main, *train, *network, "--metrics", "kid", "fid", "--eval-every", "1")
+    assert "compared with d: kernel distance, Fréchet distance of means and deviations of blocks of pixels" in told
+    assert "best: step 1, kernel distance " in told
+    assert load_model(Path("t/model-best")).config.image_shape == (3, 8, 8)
+
+
 @pytest.mark.parametrize("method", DISTIL)
 def test_a_teacher_in_edms_layout_at_a_size_of_no_other_recipe(method: str, tmp_path: Path) -> None:
     """The fixture that EDM's own code wrote, and a grey one of 40x40 with classes; without data nothing is measured."""
