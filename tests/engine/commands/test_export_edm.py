@@ -271,7 +271,7 @@ def test_a_checkpoint_becomes_another_and_nothing_else_is_replaced(tmp_path, cap
         (theirs, tmp_path / "a.pt", "--format", "edm"): "OUT must end in .pkl for the format edm",
         (theirs, tmp_path / "a.pkl", "--format", "torch"): "OUT must end in .pt2 for the format torch",
         (theirs, theirs.with_suffix(".pkl"), "--samples", 4): "samples are for the format huggingface",
-        (pid, tmp_path / "pid.pkl"): "a generator of physics informed distillation is none",
+        (pid, tmp_path / "pid.pkl"): "this generator is none: its image is the end of a trajectory",
         (official, official): "belongs to the model itself",
     }
     for arguments, words in refusals.items():
