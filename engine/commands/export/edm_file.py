@@ -32,8 +32,8 @@ def check_edm(network: ExportedNetwork) -> None:
     """
     if not isinstance(network.function, (OneStep, Denoising)):
         raise ValueError(
-            "the format edm holds denoisers, and this generator is none: its image is the end of a trajectory; take onnx, "
-            "torch or huggingface"
+            "the format edm holds denoisers, and this generator is none: its image is the end of a trajectory; take "
+            "onnx, torch or huggingface"
         )
 
 
