@@ -113,7 +113,7 @@ class Convert:
         if generator and not self.sigmas and not isinstance(checkpoint.facts, GeneratorFacts):
             raise ValueError(
                 f"{checkpoint.where}: {name} is a generator; give its noise levels with --sigmas (2.5 for SiD's)"
-                + ("" if why is None else f"; it is known {why}: --teacher if it is a teacher after all")
+                + ("" if self.generator else f"; it is known {why}: --teacher if it is a teacher after all")
             )
         if self.sigmas and not generator:
             raise ValueError(f"sigmas are a generator's; give --generator if {name} of {checkpoint.where} is one")

@@ -160,6 +160,6 @@ class Dataset:
         ]
         if pictures.labels is not None:
             whole = f" (the source has {pictures.width}; the last are not among these)"
-            said = f"{width} {'classes' if classes else 'numbers a label'}"
+            said = ("1 class" if width == 1 else f"{width} classes") if classes else f"{width} numbers a label"
             lines.append(said + ("" if width == pictures.width else whole))
         return "\n".join(lines)

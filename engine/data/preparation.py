@@ -249,7 +249,7 @@ def _labels(files: ImageFiles, labelling: Labelling) -> tuple[Tensor | None, str
     remarks = []
     if all(map(_EDMS.fullmatch, names)):
         parts = "are numbered as the parts of a data set in EDM's format, whose classes are those of its dataset.json"
-        remarks = [f"{files.path}: the folders {_listed(classes)} {parts}; --labels folders makes them classes"]
+        remarks = [f"{files.path}: the folders {_listed(classes)} {parts}; as asked for, they are classes here"]
     number = {name: index for index, name in enumerate(classes)}
     labels = torch.tensor([number[top] for top in tops if top is not None])
     return labels, f"the folders {_listed(classes)}", remarks

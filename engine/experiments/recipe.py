@@ -42,6 +42,7 @@ OF_TEACHERS = (
     *("arch", "preset", "precond", "model-channels", "channel-mult", "num-blocks", "attention"),
     *("conditional", "xflip", "cond", "cbase", "cres", "transfer"),
 )
+OF_DISTILLATIONS = ("continue-at-kimg", "student-from")
 OF_ABLATIONS = ("variants", "seeds", "teachers", "quick")
 
 
@@ -119,6 +120,8 @@ class Recipe(ABC, Generic[O]):
             return "recipes that train a teacher have it, such as train_teacher.py"
         if name in OF_ANY_SIZE:
             return "recipes for images of any size have it, such as distill_ipfm.py and train_teacher.py"
+        if name in OF_DISTILLATIONS:
+            return "recipes that distil have it"
         if name in OF_ABLATIONS:
             return "ablations have it, such as ablation_D.py"
         kinds = [kind for kind, settings in OBJECTIVES.items() if name in _options(settings)]

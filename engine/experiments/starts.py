@@ -209,7 +209,7 @@ class _Reader:
             raise ValueError(
                 f"{start.source} has seen {seen / 1000:g} kimg, {first:,} steps of {batch} images, and the run is to "
                 f"end at step {total:,}: give a larger --kimg or --max-steps, which count from the first training's "
-                "start"
+                "start, or --continue-at-kimg 0 to count from here"
             )
         return start
 

@@ -60,12 +60,15 @@ SYNONYMS = {
 }
 # Such names for what is no option here, and why.
 UNNEEDED = {
-    **dict.fromkeys(("ls", "lsg"), "there is none such: the loss scale of fp16 finds itself"),
+    "ls": "there is none such: the loss scale of fp16 finds itself",
+    "lsg": "there is none such: Adam does not see a factor of the loss",
     "bench": "there is none such: cuDNN chooses as PyTorch has it",
     "cache": "there is none such: images of up to 4 GB are held in memory",
     "workers": "there is none such: images are decoded by a thread for each core",
     "use-pickle": "there is none such: what a file is says its content",
 }
+# Options whose numbers are one word, with commas.
+LISTS = ("--seeds", "--classes")
 # The same for commands, which are short words.
 ALIKE_COMMAND = 0.7
 # The likeness of an option that begins or ends with what was given, or contains it.
@@ -174,18 +177,23 @@ def _unrecognised(tokens: Sequence[str], kind: Any, arguments: Sequence[str], el
     options = _spellings(kind, arguments)
     hints: list[str] = []
     proposed: list[str] = []
+
+    def add(hint: str, token: str) -> None:
+        # Of several options, which one is meant.
+        hints.append(hint if len(unknown) == 1 else f"{token.partition('=')[0]}: {hint}")
+
     for token in unknown:
         name = _name(token)
         if said := getattr(_options(kind, arguments), "ELSEWHERE", {}).get(name):
-            hints.append(said)
+            add(said, token)
         elif same := [f"--{known}" for known in SYNONYMS.get(name, ()) if any(f"--{known}" in one for one in options)]:
             proposed += same
         elif name in UNNEEDED:
-            hints.append(UNNEEDED[name])
+            add(UNNEEDED[name], token)
         elif alike := _alike(token, options):
             proposed += [spelling for option in alike for spelling in option]
         elif found := _found_elsewhere(name, kind, elsewhere):
-            hints.append(found)
+            add(found, token)
     if proposed:
         hints.append(f"perhaps you meant {' or '.join(dict.fromkeys(proposed))}")
     return f"unknown option {', '.join(unknown)}; {'; '.join(dict.fromkeys(hints)) or '--help lists all'}"
@@ -198,9 +206,20 @@ def _hint_for_word(word: str, kind: Any, arguments: Sequence[str]) -> str:
         # EDM's programs have a file there.
         more = "; --continue-from takes a file" if before == "--resume" and hasattr(kind, "continue_from") else ""
         return f"{before} takes no value: {' or '.join(switches)}{more}"
+    if (numbers := _numbers_before(word, arguments)) and numbers[0] in LISTS:
+        return f"{numbers[0]} takes one word: {','.join(numbers[1:])}"
     if re.match("[\u2010-\u2015\u2212]", word):  # as web pages and word processors have them
         return "an option begins with two plain hyphens, --"
     return "--help lists all"
+
+
+def _numbers_before(word: str, arguments: Sequence[str]) -> list[str]:
+    """The option before `word` and what was given to it, where these are numbers and ranges alone; else nothing."""
+    place = list(arguments).index(word) if word in arguments else 0
+    starts = [i for i, argument in enumerate(arguments[:place]) if argument.startswith("--")]
+    rest = list(arguments[starts[-1] :]) if starts else []
+    end = next((i for i, argument in enumerate(rest) if i and not re.fullmatch(r"\d[\d,-]*", argument)), len(rest))
+    return rest[:end] if starts and starts[-1] + end > place else []
 
 
 def _found_elsewhere(name: str, kind: Any, elsewhere: Elsewhere) -> str | None:

@@ -27,11 +27,10 @@ from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import check_format, checkpoints_in, is_whole, step_of
 from ipfm.models import Precond
 from ipfm.models.atomic_files import atomic_write, forget_unfinished
+from ipfm.models.checkpoints.run_models import EXPORTS
 from ipfm.models.store import TENSOR_FILE, in_the_way
 
 FORMAT = 1
-# The exported network of each kind of run.
-EXPORTS = {"distill": "generator", "teacher": "model"}
 
 
 @dataclass(frozen=True)

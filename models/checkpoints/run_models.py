@@ -18,7 +18,8 @@ from typing import Any, Literal
 from ipfm.models.atomic_files import previous_of
 from ipfm.models.checkpoints.recognise import is_checkpoint, user_path
 
-RESULTS = {"distill": "generator", "teacher": "model"}
+EXPORTS = {"distill": "generator", "teacher": "model"}
+"""The folder of the exported network of each kind of run."""
 _WORDS = {"distill": "generator", "teacher": "teacher"}
 _TENSOR_FILE = "model.safetensors"
 
@@ -180,7 +181,7 @@ def _latest(place: Path) -> Path:
 def _networks(run: Path, kind: str, folders: tuple[str, ...]) -> Iterator[_Kept]:
     """The networks in these folders of the run: first its result, then its best, then the others, newest first."""
     if "" in folders:
-        result = run / RESULTS[kind]
+        result = run / EXPORTS[kind]
         if _is_model(result):
             yield _Kept("result", result, *_said(result))
         best = result.with_name(f"{result.name}-best")
@@ -228,7 +229,7 @@ def _said(folder: Path) -> tuple[int | None, float]:
 
 def _run_kind(folder: Path) -> str | None:
     kind = _json(folder).get("kind")
-    return kind if isinstance(kind, str) and kind in RESULTS else None
+    return kind if isinstance(kind, str) and kind in EXPORTS else None
 
 
 def _json(folder: Path) -> dict[str, Any]:

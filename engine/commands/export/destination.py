@@ -16,16 +16,23 @@ from ipfm.models.store import CONFIG_FILE
 
 Format = Literal["onnx", "torch", "huggingface", "edm"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "edm": ".pkl"}
+# What a name ends in that is meant for a file of a format which is not written.
+_OF_FILES = (".bin", ".ckpt", ".gz", ".h5", ".pickle", ".pt", ".pth", ".safetensors", ".tar", ".zip")
 
 
 def choose_format(out: Path, given: Format | None) -> Format:
     """The format of the file or folder `out`: `given`, or by its name.
 
     Raises:
-        ValueError: the two contradict.
+        ValueError: the two contradict, or the name is that of a file of another kind.
     """
     by_name = next((name for name, suffix in SUFFIXES.items() if out.suffix.lower() == suffix), None)
     if given is None:
+        if out.suffix.lower() in _OF_FILES and not out.is_dir():
+            raise ValueError(
+                f"OUT must end in {', '.join(SUFFIXES.values())}, or be a folder for Hugging Face, whose name has no "
+                f"suffix of a file, got {out}"
+            )
         return by_name or "huggingface"
     if given != (by_name or "huggingface"):
         wanted = f"end in {SUFFIXES[given]}" if given in SUFFIXES else "be a folder"

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 IMAGES, HEUN_STEPS = 64, 18
 # The largest numbers that are taken: above them is a slip of the keyboard.
 MOST = {"n": 10**12, "batch": 10**12, "heun_steps": 100_000}
-# Options of a teacher's sampler; a generator's is its own.
 # The ends of EDM's names for what churn is made of, and of these.
 CHURN = {"churn": "", "min": "-min", "max": "-max", "noise": "-noise"}
 SCHEDULE = ("sigma_min", "sigma_max", "rho")
+# Options of a teacher's sampler; a generator's is its own.
 OF_A_TEACHER = ("heun_steps", "solver", "sigmas", *SCHEDULE, "churn", "churn_min", "churn_max", "churn_noise")
 
 
@@ -47,7 +47,8 @@ class Sample:
         "network": "the model comes first, without an option",
         "init-sigma": "it is --sigmas, for a checkpoint that is a --generator",
         **{f"S-{end}": f"it is --churn{own}" for end, own in CHURN.items()},
-        **dict.fromkeys(("disc", "schedule", "scaling"), "a teacher is sampled by EDM's own schedule and scaling"),
+        "disc": "the levels are EDM's own, by --rho, --sigma-min and --sigma-max, or those of --sigmas",
+        **dict.fromkeys(("schedule", "scaling"), "a teacher is sampled by EDM's own schedule and scaling"),
     }
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]

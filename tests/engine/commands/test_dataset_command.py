@@ -147,7 +147,7 @@ def test_a_subset_is_the_one_that_reading_would_take(tmp_path, capsys):
     folder(tmp_path / "two", *(f"{i // 39}/{i:02}.png" for i in range(40)))
     Dataset(source=tmp_path / "two", out=tmp_path / "first.zip", max_images=7).run()
     assert open_dataset(tmp_path / "first.zip").labels.tolist() == [0] * 7
-    assert "1 classes (the source has 2; the last are not among these)" in capsys.readouterr().out
+    assert "1 class (the source has 2; the last are not among these)" in capsys.readouterr().out
 
 
 def test_what_is_left_out_is_counted_and_strict_refuses(tmp_path, capsys):
@@ -220,7 +220,7 @@ def test_parts_of_edms_format_as_classes_are_said_and_its_labels_are_taken(tmp_p
     Dataset(source=source, out=tmp_path / "a.zip").run()
     assert open_dataset(tmp_path / "a.zip").labels is None and capsys.readouterr().err == ""
     Dataset(source=source, out=tmp_path / "a.zip", labels="folders", overwrite=True).run()
-    assert "whose classes are those of its dataset.json; --labels folders makes them classes" in capsys.readouterr().err
+    assert "whose classes are those of its dataset.json; as asked for, they are classes here" in capsys.readouterr().err
     pairs = [["00000/img00000000.png", 3], ["00001/img00001000.png", 1]]
     (source / "dataset.json").write_text(json.dumps({"labels": pairs}))
     Dataset(source=source, out=tmp_path / "a.zip", overwrite=True).run()

@@ -348,6 +348,10 @@ def test_what_is_refused(
         "notes.txt is a file: name another OUT": (one, tmp_path / "full" / "notes.txt"),
         "is no folder that takes files": (one, tmp_path / "full" / "notes.txt" / "a.pt2"),
         "OUT must end in .onnx for the format onnx": (one, tmp_path / "a.pt2", "--format", "onnx"),
+        "OUT must end in .onnx, .pt2, .pkl, or be a folder for Hugging Face, whose name has no": (
+            one,
+            tmp_path / "a.pt",
+        ),
         "OUT must be a folder for the format huggingface": (one, tmp_path / "a.pt2", "--format", "huggingface"),
         "samples are for the format huggingface": (one, tmp_path / "a.pt2", "--samples", 3),
         "samples must be at least 0, got -1": (one, tmp_path / "a", "--samples", -1),

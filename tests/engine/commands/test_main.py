@@ -404,16 +404,18 @@ def test_json_of_samples(models: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ),
         (
             ["sample", "--network=MODELS/teacher", "--outdir=x", "--S_churn=40", "--disc=vp", "--class=3"],
-            "the model comes first, without an option; it is --churn; a teacher is sampled by EDM's own schedule and "
-            "scaling; perhaps you meant --out or --classes",
+            "; --network: the model comes first, without an option; --S_churn: it is --churn; --disc: the levels are "
+            "EDM's own, by --rho, --sigma-min and --sigma-max, or those of --sigmas; perhaps you meant --out or "
+            "--classes",
         ),
         (
             ["dataset", "--source=in", "--dest=x.zip", "--transform=center-crop-wide"],
-            "the source comes first, without an option; the zip comes second, without an option; squares are made by "
-            "--crop center, wide or adm",
+            "; --source: the source comes first, without an option; --dest: the zip comes second, without an option; "
+            "--transform: squares are made by --crop center, wide or adm",
         ),
         (["evaluate", "MODELS/teacher", "--ref=x.npz", "--num=9"], "perhaps you meant --reference or --images"),
         (["evaluate", "MODELS/teacher", "--fid"], "unknown option --fid; it is one of --metrics, as in --metrics fid"),
+        (["sample", "MODELS/teacher", "--seeds", "1", "4-6", "8"], "argument 4-6; --seeds takes one word: 1,4-6,8"),
         (["plan", "--model", "digits", "--solver", "heun"], "unknown option --solver; sample has it"),
         (["plan", "--model", "digits", "--alpha", "1"], "unknown option --alpha; recipes have it, such as "),
         (["plan", "digits"], "ipfm plan needs --model STR, as in --model digits"),
