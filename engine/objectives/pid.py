@@ -133,7 +133,8 @@ class PidConfig(Distillation):
         """See `Distillation.check_network`."""
         if network.precond != EDMPrecond.PRECOND:
             raise ValueError(
-                f"a trajectory needs a teacher with EDM's preconditioning ({EDMPrecond.PRECOND}), got {network.precond}"
+                f"a trajectory needs a teacher with EDM's preconditioning ({EDMPrecond.PRECOND}), "
+                f"got {network.precond}; IPFM and SiD take any"
             )
         if self.distance == "lpips":
             if network.img_channels not in (1, 3):

@@ -108,7 +108,7 @@ def test_bad_input_is_one_line_and_writes_nothing(net, tmp_path):
         assert sorted(tmp_path.iterdir()) == before
 
     refused(r"a.pt: G_ema is a generator; give its noise levels with --sigmas \(2.5 for SiD's\)", source)
-    refused(r"a.pkl: ema is a generator; give its noise levels", snapshot, generator=True)
+    refused(r"a.pkl: ema is a generator; give its noise levels with --sigmas [^;]*$", snapshot, generator=True)
     refused(r"sigmas are a generator's; give --generator if ema of .*a.pkl is one", snapshot, sigmas=(2.5,))
     refused(r"sigmas must fall strictly, got 1, 2", source, sigmas=(1.0, 2.0))
     refused(r"a.pt has no network 'ema'; possible: 'fake_score', 'G', 'G_ema'", source, network="ema")

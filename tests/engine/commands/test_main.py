@@ -416,6 +416,10 @@ def test_json_of_samples(models: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["evaluate", "MODELS/teacher", "--ref=x.npz", "--num=9"], "perhaps you meant --reference or --images"),
         (["evaluate", "MODELS/teacher", "--fid"], "unknown option --fid; it is one of --metrics, as in --metrics fid"),
         (["sample", "MODELS/teacher", "--seeds", "1", "4-6", "8"], "argument 4-6; --seeds takes one word: 1,4-6,8"),
+        (
+            ["plan", "--model", "digits", "--lsg", "100", "--ls", "1"],
+            "; --lsg: there is none such: Adam does not see a factor of the loss; --ls: there is none such: the loss",
+        ),
         (["plan", "--model", "digits", "--solver", "heun"], "unknown option --solver; sample has it"),
         (["plan", "--model", "digits", "--alpha", "1"], "unknown option --alpha; recipes have it, such as "),
         (["plan", "digits"], "ipfm plan needs --model STR, as in --model digits"),

@@ -404,9 +404,9 @@ def test_bad_command_lines_are_one_line(teacher: Path, state: Path) -> None:
         return str(caught.value)
 
     assert refused("--continue-from", "no.pt").startswith("no.pt does not exist in ")
-    assert "has seen 1 kimg, 4 steps of 250 images, and the run is to end at step 3" in refused(
-        "--continue-from", state, "--max-steps", 3
-    )
+    ends = refused("--continue-from", state, "--max-steps", 3)
+    assert "has seen 1 kimg, 4 steps of 250 images, and the run is to end at step 3" in ends
+    assert ends.endswith("or --continue-at-kimg 0 to count from here")
     assert "--continue-at-kimg was given without continue-from" in refused("--continue-at-kimg", 3)
     assert "--continue-at-kimg must be" in refused("--continue-from", state, "--continue-at-kimg", -3)
     assert "--init was given, but continue-from says" in refused("--continue-from", state, "--init", "random")

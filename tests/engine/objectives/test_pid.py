@@ -227,5 +227,7 @@ def test_refusals(settings: dict, message: str) -> None:
 
 
 def test_other_preconditionings_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^a trajectory needs a teacher with EDM's preconditioning .* got VPPrecond$"):
+    with pytest.raises(
+        ValueError, match=r"^a trajectory needs a teacher with EDM's preconditioning .* got VPPrecond; IPFM and SiD"
+    ):
         BASE.completed(replace(NETWORK, precond="VPPrecond", D=math.inf, sigma_min=None, sigma_max=None))
