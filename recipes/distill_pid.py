@@ -4,12 +4,13 @@
     deepspeed recipes/distill_pid.py --teacher network-snapshot-010000.pkl --lpips vgg.pth
 
 As `distill_ipfm.py`, with the settings of cifar_pid.py (29 to 47 pixels a side) and imagenet64_pid.py (48 and more).
-The distance is the paper's, LPIPS, where --lpips names its weights or --distance lpips is given, and else l2.
+The distance is the paper's, LPIPS, where --lpips names its weights or --distance lpips is given, and else l2 with
+gradients clipped to a norm of 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +19,14 @@ from ipfm.engine.experiments import TRAJECTORY_BY_SIZE, Facts, Origin, OwnDistil
 from ipfm.recipes import cifar_pid, distill_ipfm, imagenet64_pid
 
 
-def adapted(facts: Facts, given: Collection[str]) -> Mapping[str, tuple[Any, Origin]]:
-    """The distance that needs no file, unless one is given."""
-    if {"lpips", "distance", "lpips_side"} & set(given):
+def adapted(facts: Facts, given: Mapping[str, Any]) -> Mapping[str, tuple[Any, Origin]]:
+    """The distance that needs no file, unless one is given; and with it first steps that images of any size bear."""
+    if {"lpips", "lpips_side"} & given.keys() or given.get("distance", "l2") != "l2":
         return {}
-    return {"distance": ("l2", Origin("ours", "the paper has lpips, which --lpips FILE gives"))}
+    # Rectified Adam's first steps are those of gradient descent, and l2 is a sum over all pixels.
+    clip = Origin("ours", "l2 grows with the number of pixels, and the first steps diverged without")
+    distance = Origin("ours", "the paper has lpips, which --lpips FILE gives")
+    return {"distance": ("l2", distance), "clip_grad": (1.0, clip)}
 
 
 RECIPE = replace(

@@ -10,7 +10,7 @@ another D of the teacher's it is IPFM with these settings.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.recipes import afhqv2_sid, cifar_sid, distill_ipfm, ffhq_sid, imagenet64_sid
 
 
-def adapted(facts: Facts, given: Collection[str]) -> Mapping[str, tuple[Any, Origin]]:
+def adapted(facts: Facts, given: Mapping[str, Any]) -> Mapping[str, tuple[Any, Origin]]:
     """The alpha that does not diverge with ncsn++."""
     ours = Origin("ours", "SiD's 1.2 diverged with ncsn++ in arXiv 2509.22454, appendix B")
     return {"alpha": (1.0, ours)} if facts.family == "ncsn++" and not facts.small else {}

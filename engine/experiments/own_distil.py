@@ -34,11 +34,11 @@ from ipfm.models import NetworkConfig, Precond
 from ipfm.models.checkpoints.recognise import user_path
 from ipfm.models.facts import TeacherFacts
 
-# (facts of the teacher, options that were given) -> what is set otherwise, with where that comes from.
-Adaptation = Callable[[Facts, Collection[str]], Mapping[str, tuple[Any, Origin]]]
+# (facts of the teacher, settings that were given) -> what is set otherwise, with where that comes from.
+Adaptation = Callable[[Facts, Mapping[str, Any]], Mapping[str, tuple[Any, Origin]]]
 
 
-def as_in_the_row(facts: Facts, given: Collection[str]) -> Mapping[str, tuple[Any, Origin]]:
+def as_in_the_row(facts: Facts, given: Mapping[str, Any]) -> Mapping[str, tuple[Any, Origin]]:
     """A recipe with nothing to set otherwise."""
     return {}
 
@@ -125,7 +125,7 @@ class OwnDistilRecipe(DistilRecipe):
             given: names of those that are given.
             network: the teacher's.
         """
-        others = self.adapted(facts, given)
+        others = self.adapted(facts, {name: settings.get(name) for name in given})
         now = {**settings, **{name: value for name, (value, _) in others.items()}}
         found = dict(self.table[row.name]) if row.name not in self.rows else self._published(row, now, facts, network.D)
         found = in_small(found, facts.side) if row.name == "small" else found

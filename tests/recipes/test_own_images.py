@@ -244,6 +244,20 @@ def test_pid_takes_lpips_where_its_file_is_given(monkeypatch: pytest.MonkeyPatch
         assert (config.distance, config.lpips_side) == found
 
 
+def test_the_first_steps_of_pid_do_not_diverge(tmp_path: Path) -> None:
+    save_model(official_files.randomize(build_network(tiny(32))), tmp_path / "m")
+
+    def losses(*more: object) -> list[float]:
+        out = f"run{len(more)}"
+        said(distill_pid.main, "--teacher", "m", *SHORT, *SAMPLED, "--max-steps", 6, "--out", out, *more)
+        lines = Path(out, "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["generator_loss"] or math.inf for line in lines]
+
+    assert max(losses()) < 4 * losses("--distance", "l2")[0]
+    free = losses("--clip-grad", "1e9", "--zero", "0")
+    assert max(free) > 100 * free[0]
+
+
 def test_levels_are_those_that_the_teacher_knows() -> None:
     assert levels_of(tiny(8)) == NoiseLevels()
     ve = levels_of(tiny(8, precond="VEPrecond", sigma_min=None, sigma_max=None))
