@@ -25,6 +25,7 @@ from ipfm.engine.experiments.starts import described_start, read_start
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import Given, user_input
 from ipfm.engine.runtime.launcher import is_first_process, launched_processes
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import checkpoints_in, step_of
 from ipfm.engine.training.distiller import Distiller, remark_on_metrics
 from ipfm.engine.training.monitor import COMPARISON_FILE
@@ -157,8 +158,8 @@ def check_own_teacher(folder: Path, teaching: TeacherConfig, *, distilled: bool)
     if longer or (distilled and exported is not None and exported < wanted):
         done = max(saved or 0, exported or 0)
         raise ValueError(
-            f"the teacher in {folder} has {done} steps{' and was distilled' if distilled else ''}, --teacher-steps "
-            f"asks for {wanted}: give --teacher-steps {done}, or choose another --out"
+            f"the teacher in {folder} has {counted(done, 'step')}{' and was distilled' if distilled else ''}, "
+            f"--teacher-steps asks for {wanted}: give --teacher-steps {done}, or choose another --out"
         )
 
 

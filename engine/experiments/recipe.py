@@ -22,6 +22,7 @@ from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.runtime.commandline import Given, parse_given, user_input
 from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.engine.runtime.remarks import Remarks
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.run_folder import is_settled, settings_said
 
 O = TypeVar("O")
@@ -153,8 +154,8 @@ def say_if_settled(path: Path, kind: str, config: RunConfig, *, measured: bool =
         return True
     other = settings_said(path, config)
     print(
-        f"{path} is finished: this is its result after {config.total_steps:,} steps, nothing is trained or measured "
-        f"again{f'; it was made with other settings ({other})' if other else ''}",
+        f"{path} is finished: this is its result after {counted(f'{config.total_steps:,}', 'step')}, nothing is "
+        f"trained or measured again{f'; it was made with other settings ({other})' if other else ''}",
         file=sys.stderr,
     )
     return True

@@ -207,9 +207,9 @@ class _Reader:
         start = replace(start, images_seen=seen, notes=tuple(self.notes))
         if (first := start.first_step(batch)) >= total:
             raise ValueError(
-                f"{start.source} has seen {seen / 1000:g} kimg, {first:,} steps of {batch} images, and the run is to "
-                f"end at step {total:,}: give a larger --kimg or --max-steps, which count from the first training's "
-                "start, or --continue-at-kimg 0 to count from here"
+                f"{start.source} has seen {seen / 1000:g} kimg, {counted(f'{first:,}', 'step')} of {batch} images, "
+                f"and the run is to end at step {total:,}: give a larger --kimg or --max-steps, which count from "
+                "the first training's start, or --continue-at-kimg 0 to count from here"
             )
         return start
 
@@ -238,8 +238,9 @@ class _Reader:
             steps = adam.steps
             seen = steps * self.config.batch
             self.notes.append(
-                f"its name does not say how many images it has seen: {steps:,} steps of its generator's optimiser, of "
-                f"{self.config.batch} images each; --continue-at-kimg says it"
+                f"its name does not say how many images it has seen: "
+                f"{counted(f'{steps:,}', 'step')} of its generator's optimiser, "
+                f"of {self.config.batch} images each; --continue-at-kimg says it"
             )
         for role, stored in ((generator, state.generator), (STUDENT, state.student)):
             self._compare(self.roles[role], stored.adam)

@@ -23,6 +23,7 @@ from ipfm.engine.experiments.starts import read_teacher_state
 from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.launcher import is_first_process, launched_processes
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import find_checkpoint
 from ipfm.engine.training.resolve import complete_training, resolve_D
 from ipfm.engine.training.run_folder import check_run_folder, claimed
@@ -304,7 +305,7 @@ def state_notes(state: TrainingState, source: str, config: TeacherConfig) -> lis
         average += f" ({state.ema_from} is not there)" if state.ema_from else ""
     return [
         f"continues {Path(source).name}: {told}, goes on at step {step:,} of {config.total_steps:,}",
-        f"  teacher: its weights, {average}, its optimiser's moments and {state.adam_steps:,} steps",
+        f"  teacher: its weights, {average}, its optimiser's moments and {counted(f'{state.adam_steps:,}', 'step')}",
     ]
 
 

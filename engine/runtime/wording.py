@@ -19,7 +19,7 @@ def symbol(D: float) -> str:
 
 def counted(count: object, noun: str) -> str:
     """A number and what it counts: "1 step", "4 steps", "2 processes"."""
-    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+    return f"{count} {noun}{'' if str(count) == '1' else 'es' if noun.endswith('s') else 's'}"
 
 
 def rows(facts: list[tuple[str, object]]) -> str:

@@ -22,6 +22,7 @@ from ipfm.engine.objectives.phases import Phase, listening
 from ipfm.engine.runtime.errors import Interrupted, ProcessLost, TrainingFailed, described
 from ipfm.engine.runtime.host_memory import refuses_memory
 from ipfm.engine.runtime.launcher import Launcher, lost_process
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import checkpoints_in, find_checkpoint, forget_after, load_checkpoint
 from ipfm.engine.training.checkpoint_writer import CheckpointFailed, CheckpointWriter
 from ipfm.engine.training.environment import log_start
@@ -364,8 +365,9 @@ class _Run:
             else "the start, it has no checkpoint"
         )
         return (
-            f"{progress.bad_steps} steps up to step {progress.step} had non-finite samples or gradients ({networks}; "
-            f"max-bad-steps is {self.config.max_bad_steps}): {self.folder.path} can be continued from {where}"
+            f"{counted(progress.bad_steps, 'step')} up to step {progress.step} had non-finite samples or gradients "
+            f"({networks}; max-bad-steps is {self.config.max_bad_steps}): {self.folder.path} can be continued "
+            f"from {where}"
         )
 
 

@@ -202,8 +202,8 @@ def _check_steps(path: Path, kind: str, config: RunConfig) -> None:
     exported = None if steps or start is not None else exported_steps(path, kind)
     if exported is not None:
         raise ValueError(
-            f"{path} holds the result of {exported} steps and no checkpoint to continue from: give --from-step 0 to "
-            "replace it, or choose another --out"
+            f"{path} holds the result of {counted(exported, 'step')} and no checkpoint to continue from: give "
+            "--from-step 0 to replace it, or choose another --out"
         )
 
 

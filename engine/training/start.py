@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.objectives.base import Role
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.run_folder import fingerprint
 from ipfm.models import NetworkConfig, Precond, build_network
 from ipfm.models.checkpoints.training_state import AdamState
@@ -91,7 +92,7 @@ class NetworkStart:
         average = [] if self.ema is None else [self.ema_source]
         optimiser = "a fresh optimiser"
         if self.adam is not None:
-            optimiser = f"its optimiser's moments and {self.adam.steps:,} steps"
+            optimiser = f"its optimiser's moments and {counted(f'{self.adam.steps:,}', 'step')}"
         return ", ".join([self.source, *average, optimiser])
 
 

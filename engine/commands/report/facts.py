@@ -270,7 +270,7 @@ def _summary(
         whose = "teacher" if record.kind == "teacher" else "generator"
         drawn = f" over {last.images:,} images" if last.images else ""
         name, value = _leading(last).called(metric), last.shown(_leading(last))
-        yield f"The {name} of the {whose}'s samples after {last.step:,} steps is {value}{drawn}."
+        yield f"The {name} of the {whose}'s samples after {counted(f'{last.step:,}', 'step')} is {value}{drawn}."
         yield from _further(last, record.teacher_row, metric)
     else:
         yield "Its samples have not been measured."

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ipfm.engine.data.comparison import TITLE_KEY
 from ipfm.engine.data.image_grid import GAP_BEFORE, GAP_KEY
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.loop import PICTURE_IMAGES
 from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.run_state import RunRecord
@@ -67,19 +68,22 @@ def samples(record: RunRecord) -> Samples:
     while whole and last is None:
         step, path = whole[-1]
         if (image := opened(path)) is not None:
-            last = step, Picture(f"samples after {step} steps", png(_enlarged(image, LEAST_LARGE)))
+            last = step, Picture(f"samples after {counted(step, 'step')}", png(_enlarged(image, LEAST_LARGE)))
         else:
             whole.pop()
     over_time = []
     for step, path in _evenly(whole, SHOWN) if len(whole) > 1 else ():
         if (image := opened(path)) is not None:
             part = _enlarged(_corner(image), LEAST)
-            over_time.append((step, Picture(f"samples after {step} steps", png(part))))
+            over_time.append((step, Picture(f"samples after {counted(step, 'step')}", png(part))))
     best = None
     for step, path in whole:
         kept = record.best is not None and step == record.best.step and last is not None and step != last[0]
         if kept and (image := opened(path)) is not None:
-            best = step, Picture(f"samples of the best, after {step} steps", png(_enlarged(image, LEAST_LARGE)))
+            best = (
+                step,
+                Picture(f"samples of the best, after {counted(step, 'step')}", png(_enlarged(image, LEAST_LARGE))),
+            )
     comparison = _comparison(record.path / COMPARISON_FILE, problems)
     # A file that is shown twice is named once.
     return Samples(comparison, tuple(over_time), last, best, tuple(dict.fromkeys(problems)))

@@ -416,7 +416,7 @@ def test_bad_command_lines_are_one_line(teacher: Path, state: Path) -> None:
     assert "--resume takes no value: --resume or --no-resume; --continue-from takes a file" in refused(
         "--resume", state
     )
-    assert "recipes that train a teacher have it" in refused("--transfer", state)
+    assert "recipes that train a teacher have --transfer" in refused("--transfer", state)
     assert "model is a generator and no student" not in refused("--student-from", "nowhere")
     assert "with a student" in refused("--continue-from", state, main=digits_pid.main)
     assert "all begin with their teachers" in refused("--continue-from", state, main=ablation_alpha.main)

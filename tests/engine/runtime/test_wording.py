@@ -2,7 +2,7 @@
 
 import pytest
 
-from ipfm.engine.runtime.wording import duration, three_digits
+from ipfm.engine.runtime.wording import counted, duration, three_digits
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,10 @@ def test_a_duration_is_said_in_the_unit_that_fits(seconds: float, words: str) ->
 )
 def test_three_digits_have_no_exponent_where_they_are_large(value: float, said: str) -> None:
     assert three_digits(value) == said
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(1, "1 step"), (f"{1:,}", "1 step"), (0, "0 steps"), (f"{1000:,}", "1,000 steps")]
+)
+def test_one_of_a_thing_is_no_plural(count: object, said: str) -> None:
+    assert counted(count, "step") == said
