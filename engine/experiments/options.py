@@ -27,7 +27,7 @@ class DistillationOptions(Distillation, EvaluationOptions):
     ELSEWHERE: ClassVar[Mapping[str, str]] = {
         "data": "distillation takes no data; recipes for images of any size have it, to compare with, such as "
         "distill_ipfm.py",
-        "transfer": "--continue-from takes a generator's weights; recipes that train a teacher have --transfer",
+        "transfer": "--continue-from takes a generator's weights; recipes that train a teacher have it",
     }
 
     teacher_steps: int | None = None
