@@ -27,7 +27,7 @@ def images(network: NetworkConfig) -> str:
 
 def training(settings: Mapping[str, Any], steps: object = None) -> str:
     """Length, batch, learning rate, arithmetic and seed of a training, as far as `settings` say them."""
-    said = [] if steps is None else [f"{steps} steps"]
+    said = [] if steps is None else [counted(steps, "step")]
     for name, words in (
         ("batch", "batch {}"),
         ("lr", "lr {:g}"),

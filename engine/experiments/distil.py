@@ -98,9 +98,9 @@ class DistilPlan(Plan):
         more = (self.recipe.help_with_teachers(),) if self.teacher is None else ()
         own = self.settled.said  # which say where their settings come from
         origins = () if own else described(self.recipe.origins, self.chosen | self.kept.keys())
-        return describe(
-            self.config, self.network, self.path, (*origins, *self.notes, *more), given=self.options.distillation()
-        )
+        notes, given = (*origins, *self.notes, *more), self.options.distillation()
+        first = 0 if self.start is None else self.start.first_step(self.config.batch)
+        return describe(self.config, self.network, self.path, notes, given=given, first=first)
 
     def show(self) -> bool:
         """See `Plan.show`."""

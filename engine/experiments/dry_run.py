@@ -39,6 +39,7 @@ def describe(
     *,
     given: Distillation | None = None,
     teaching: TeacherConfig | None = None,
+    first: int = 0,
 ) -> str:
     """What a run with this resolved configuration would do.
 
@@ -52,6 +53,7 @@ def describe(
         notes: lines to add.
         given: the settings as the user gave them, whose open ones the GPUs' layouts decide; default: `config`.
         teaching: settings of the teacher's training, where the run has one.
+        first: the step that a continued training begins with.
     """
     ranks = launched_processes()
     config.split(ranks)  # a batch that cannot be shared is bad input; too little memory is not
@@ -78,13 +80,13 @@ def describe(
                 ),
                 *_network(network, plan.parameters),
                 *_memory(plan),
-                _expected_duration(config, trained, plan, cost),
+                _expected_duration(config, trained, plan, cost, first),
                 *([teacher_duration(teaching, network)] if teaching is not None else []),
             ]
             progress.advance()
         given = given or config
         parts += [
-            *_on_gpus(given, trained, _forwards(config, trained, phased=False, checkpointed=False)),
+            *_on_gpus(given, trained, _forwards(config, trained, phased=False, checkpointed=False), first),
             *_room(config, path, [(role.network, 1 + role.moments) for role in config.objective(trained).roles]),
             layout_table(given, trained, zero=given.zero, done=progress.advance),
             *notes,
@@ -92,10 +94,13 @@ def describe(
     return "\n".join(parts)
 
 
-def describe_training(config: TeacherConfig, network: NetworkConfig, path: Path, notes: tuple[str, ...] = ()) -> str:
+def describe_training(
+    config: TeacherConfig, network: NetworkConfig, path: Path, notes: tuple[str, ...] = (), *, first: int = 0
+) -> str:
     """What training a teacher with this resolved configuration would do: settings, network, expected duration.
 
-    Runs some steps to estimate the duration; stderr says how far this is, where it takes long.
+    Runs some steps to estimate the duration; stderr says how far this is, where it takes long. A training that is
+    continued begins with the step `first`.
     """
     with ProgressBar("dry run", 3, unit=" part", pause=PAUSE) as progress:
         plan = choose_training(
@@ -106,9 +111,9 @@ def describe_training(config: TeacherConfig, network: NetworkConfig, path: Path,
         )
         checkpointed = plan.activation_checkpointing
         progress.advance()
-        expected = _expected_duration(config, network, plan, TRAINING_FORWARDS + checkpointed)
+        expected = _expected_duration(config, network, plan, TRAINING_FORWARDS + checkpointed, first)
         progress.advance()
-        on_gpus = _on_gpus(config, network, TRAINING_FORWARDS)
+        on_gpus = _on_gpus(config, network, TRAINING_FORWARDS, first)
         progress.advance()
     parts = [
         *_settings(
@@ -158,8 +163,9 @@ def _network(network: NetworkConfig, parameters: int) -> list[str]:
     ]
 
 
-def _expected_duration(config: C, network: NetworkConfig, plan: MemoryPlan, forwards: float) -> str:
+def _expected_duration(config: C, network: NetworkConfig, plan: MemoryPlan, forwards: float, first: int = 0) -> str:
     """`forwards`: forward passes, or as much arithmetic, of one image in one step."""
+    steps = config.total_steps - first
     device = run_device()
     config = resolve_precision(replace(config, zero=plan.parts.stage), device)
     form = config.laid_out(
@@ -171,8 +177,8 @@ def _expected_duration(config: C, network: NetworkConfig, plan: MemoryPlan, forw
     )
     step = step_time(form, network, forwards, device)
     return (
-        f"expected duration on this {device.type.upper()}: {duration(step.seconds * config.total_steps)} for "
-        f"{config.total_steps:,} steps ({three_digits(step.seconds)} s a step, {step.how()}; evaluations and "
+        f"expected duration on this {device.type.upper()}: {duration(step.seconds * steps)} for "
+        f"{steps:,} steps ({three_digits(step.seconds)} s a step, {step.how()}; evaluations and "
         "checkpoints come on top)"
     )
 
@@ -184,15 +190,16 @@ def teacher_duration(config: TeacherConfig, network: NetworkConfig) -> str:
     return f"training of the teacher, before it: {expected}"
 
 
-def _on_gpus(config: RunConfig, network: NetworkConfig, forwards: float) -> list[str]:
+def _on_gpus(config: RunConfig, network: NetworkConfig, forwards: float, first: int) -> list[str]:
     """What a step computes, and GPU hours by arithmetic alone."""
     flops = forward_flops(network) * forwards * config.batch
     precision = gpu_precision(config)
     peak = precision if precision != "fp32" else "TF32" if config.tf32 else "fp32"
-    hours = gpu_seconds(flops * config.total_steps, precision, config.tf32)
+    steps = config.total_steps - first
+    hours = gpu_seconds(flops * steps, precision, config.tf32)
     shown = ", ".join(f"{name} {three_digits(seconds / 3600)}" for name, seconds in hours.items())
     return [
-        f"arithmetic: {flops_in_words(flops)} a step, {flops_in_words(flops * config.total_steps)} in all; "
+        f"arithmetic: {flops_in_words(flops)} a step, {flops_in_words(flops * steps)} in all; "
         f"GPU hours at {SHARE:.0%} of the {peak} peak (an assumption): {shown}"
     ]
 

@@ -70,7 +70,8 @@ class TrainAndDistilPlan(Plan):
         """See `Plan.describe`."""
         teaching = None if self.teacher is not None else self.teaching
         notes, given = described_start(self.start, self.config), self.options.distillation()
-        return describe(self.config, self.network, self.path, notes, given=given, teaching=teaching)
+        first = 0 if self.start is None else self.start.first_step(self.config.batch)
+        return describe(self.config, self.network, self.path, notes, given=given, teaching=teaching, first=first)
 
     def show(self) -> bool:
         """See `Plan.show`."""

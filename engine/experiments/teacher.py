@@ -136,7 +136,8 @@ class TeacherPlan(Plan):
         notes = self.begins_with
         notes += precond_notes(self.network)
         notes += [self.recipe.data] if self.data is None else [f"data: {self.data.name}, {len(self.data):,} images"]
-        return describe_training(self.config, self.network, self.path, (*self.said, *notes))
+        first = 0 if self.state is None else first_step(self.state, self.config)
+        return describe_training(self.config, self.network, self.path, (*self.said, *notes), first=first)
 
     def show(self) -> bool:
         """See `Plan.show`."""

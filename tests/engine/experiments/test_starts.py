@@ -19,12 +19,13 @@ from ipfm.engine.commands.main import Command
 from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments.options import DistillationOptions, options_for
 from ipfm.engine.experiments.starts import described_start, read_start
+from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.objectives.pid import PidConfig
 from ipfm.engine.runtime.commandline import BadInput, parse, parse_given
 from ipfm.engine.training.resolve import complete
 from ipfm.engine.training.start import DistillationStart
 from ipfm.models import EDMPrecond, NetworkConfig, Precond, load_model, load_teacher, save_model
-from ipfm.recipes import ablation_alpha, digits_ipfm, digits_pid
+from ipfm.recipes import ablation_alpha, digits_ipfm, digits_pid, train_teacher
 
 CPU = torch.device("cpu")
 BASE: dict[str, Any] = {**equivalence.BASE, "batch": 8, "max_steps": 1000, "zero": 0}
@@ -394,6 +395,20 @@ def test_a_run_of_ours_goes_on_with_its_own_frequencies(teacher: Path, tmp_path:
         start_of(DistillConfig(**BASE), net, tmp_path / "first" / "checkpoints" / "step-0000001")
     student = start_of(DistillConfig(**BASE), net, student_from=tmp_path / "first").networks
     assert list(student) == ["student"] and student["student"].adam is None
+
+
+def test_a_dry_run_expects_the_steps_that_are_left(
+    teacher: Path, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_time", lambda *_: StepTime(1.0))
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.layout_table", lambda *_, **__: "layouts")
+    digits_ipfm.main(arguments(teacher, "--continue-from", state, "--max-steps", 9, "--dry-run"))
+    assert "expected duration on this CPU: 5 s for 5 steps (1" in capsys.readouterr().out
+    net = load_teacher(teacher)
+    theirs = of.pfgmpp_state(net, net, step=1000, pfgmpp=True, D=128)
+    own = of.write_torch(tmp_path / "training-state-000002.pt", theirs)
+    train_teacher.main(["--continue-from", str(own), "--batch", "250", "--max-steps", "9", "--dry-run"])
+    assert "expected duration on this CPU: 5 s for 5 steps (1" in capsys.readouterr().out
 
 
 def test_bad_command_lines_are_one_line(teacher: Path, state: Path) -> None:
