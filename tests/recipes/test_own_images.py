@@ -330,6 +330,14 @@ def test_a_teacher_is_compared_with_the_images_that_it_is_trained_on() -> None:
     assert "compared with d: kernel distance, Fréchet distance of means and deviations of blocks of pixels" in told
     assert "best: step 1, kernel distance " in told
     assert load_model(Path("t/model-best")).config.image_shape == (3, 8, 8)
+    repeated(Path("t"), train_teacher, DATA="d")
+    line = reproduce(read_run(Path("t"))).line
+    assert line is not None and "--eval-images 8 --metrics kid fid" in line and "--inception" not in line
+    # Of a folder that the user has named the settings say which recipe fits.
+    distil = ["--teacher", "t", "--data", data, *SHORT, *SAMPLED]
+    said(distill_pid.main, *distil, "--out", "mine")
+    repeated(Path("mine"), distill_pid, REFERENCE="d", TEACHER="t")
+    assert "this is one whose images and settings fit" in " ".join(reproduce(read_run(Path("mine"))).notes)
 
 
 @pytest.mark.parametrize("method", DISTIL)

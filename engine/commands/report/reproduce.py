@@ -14,6 +14,7 @@ from typing import Any
 
 from ipfm.engine.checks import number
 from ipfm.engine.config import FIRST_RULES, TeacherConfig, place_settings
+from ipfm.engine.evaluation.metrics.measures import FID
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.network_options import fitted, network_differences
@@ -146,12 +147,14 @@ def _likeness(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> int |
     """How much a run is like one of the recipe: the less, the more.
 
     0 where the folder has the name that the recipe gives it, 1 where it says that it is of the recipe's data, 2 where
-    its images have their shape and nothing speaks against it; None elsewhere.
+    its images have their shape and nothing speaks against it, 3 where the recipe takes any; None elsewhere.
     """
     if isinstance(recipe, OwnDistilRecipe):
-        # It fits whatever the images are: the folder's name has to say it.
+        # It fits whatever the images are: another recipe comes first, unless the folder's name says this one.
+        # Runs without rules are older than it.
         named = record.path.resolve().name.startswith(f"{recipe.file.removesuffix('.py')}-")
-        return 0 if named and not record.teacher else None
+        other = record.teacher or _network(record) is None or "rules" not in record.config
+        return None if other else 0 if named else 3
     local = isinstance(recipe, TrainAndDistil)
     stem = recipe.file.removesuffix(".py")
     prefix = f"{stem.partition('_')[0]}-" if local else f"{stem.removesuffix('_ipfm')}-D"
@@ -265,7 +268,12 @@ def _training(record: RunRecord) -> Command:
             began, its_notes = _began(record)
             options, notes = [*options, *began], [*notes, *its_notes]
             if record.evaluations:
-                options += ["--reference", "REFERENCE", "--inception", "INCEPTION", *_metrics(record)]
+                # Without Inception it is compared with its data where nothing else is said.
+                own = isinstance(recipe, OwnTeacherRecipe) and record.metric != FID
+                options += [] if own else ["--reference", "REFERENCE", "--inception", "INCEPTION"]
+                images = record.evaluations[-1].images
+                options += ["--eval-images", f"{images}"] if own and images is not None else []
+                options += _metrics(record)
             line = ["deepspeed", f"recipes/{recipe.file}", *options, *_options(record, base)]
             return Command(shlex.join(line), tuple(notes))
     return Command(None, ("None of this project's recipes is known to have trained this network.",))
