@@ -179,7 +179,7 @@ def what_folder(folder: Path) -> str | None:
         return f"it is the folder of a {run}{_models_of(folder)}"
     if folder.name == "checkpoints" and _run_kind(folder.resolve().parent) is not None:
         return f"it holds the checkpoints that a run continues from{_whose_run(folder.resolve().parent)}"
-    config = _json(folder / "config.json")
+    config = read_object(folder / "config.json")
     if foreign := config.get("_class_name") or next(iter(config.get("architectures") or ()), None):
         return f"it is a model of another library ({shown(foreign)})"
     if (folder / "model_index.json").is_file():
@@ -305,7 +305,7 @@ def _part_of_a_model(path: Path | None) -> str | None:
 
 def _run_kind(folder: Path) -> str | None:
     kinds = {"distill": "distillation", "teacher": "teacher's training"}
-    found = _json(folder / "config.json").get("kind")
+    found = read_object(folder / "config.json").get("kind")
     return kinds.get(found) if isinstance(found, str) else None
 
 
@@ -358,7 +358,12 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(shown(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where it cannot be read.
+
+    Args:
+        path: the file.
+    """
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

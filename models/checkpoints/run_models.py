@@ -5,7 +5,6 @@ a run that has ended the result is taken; of one that goes on, was stopped or di
 Nothing is loaded here: names, and config.json of each, are looked at.
 """
 
-import json
 import math
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ipfm.models.atomic_files import previous_of
-from ipfm.models.checkpoints.recognise import is_checkpoint, user_path
+from ipfm.models.checkpoints.recognise import is_checkpoint, read_object, user_path
 
 EXPORTS = {"distill": "generator", "teacher": "model"}
 """The folder of the exported network of each kind of run."""
@@ -211,12 +210,12 @@ def _step_of(folder: Path) -> int:
 def _is_model(folder: Path) -> bool:
     """Whether there is a model folder, or its stand-in while it is replaced."""
     there = folder if folder.exists() else previous_of(folder)
-    return (there / _TENSOR_FILE).is_file() and str(_json(there).get("format", "")).startswith("ipfm-network")
+    return (there / _TENSOR_FILE).is_file() and str(_config(there).get("format", "")).startswith("ipfm-network")
 
 
 def _said(folder: Path) -> tuple[int | None, float]:
     """Steps done and the distance of a model folder, as far as it says them and it is what was gone by."""
-    extra = _json(folder if folder.exists() else previous_of(folder)).get("extra")
+    extra = _config(folder if folder.exists() else previous_of(folder)).get("extra")
     extra = extra if isinstance(extra, dict) else {}
     step, measured = extra.get("optimizer_steps"), extra.get("measured")
     distance = measured.get("distance") if isinstance(measured, dict) else None
@@ -228,14 +227,9 @@ def _said(folder: Path) -> tuple[int | None, float]:
 
 
 def _run_kind(folder: Path) -> str | None:
-    kind = _json(folder).get("kind")
+    kind = _config(folder).get("kind")
     return kind if isinstance(kind, str) and kind in EXPORTS else None
 
 
-def _json(folder: Path) -> dict[str, Any]:
-    """config.json of a folder; empty where it cannot be read."""
-    try:
-        found = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def _config(folder: Path) -> dict[str, Any]:
+    return read_object(folder / "config.json")
