@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
@@ -27,6 +28,8 @@ class Convert:
 
     Example: ipfm convert training-state-097000.pt models/cifar10-D2048
     """
+
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {"out": "the folder to write is the second name, OUT"}
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IN")]
     """Checkpoint file, or a checkpoint or the folder of a run."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -33,6 +34,8 @@ class Export:
 
     Example: ipfm export runs/digits-D128-alpha1-K1/generator generator.onnx
     """
+
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {"out": "the file or folder to write is the second name, OUT"}
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Model folder, run folder or checkpoint of one, or a checkpoint of EDM, PFGM++ or SiD."""

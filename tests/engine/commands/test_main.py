@@ -421,6 +421,8 @@ def test_json_of_samples(models: Path, tmp_path: Path, capsys: pytest.CaptureFix
             "; --lsg: there is none such: Adam does not see a factor of the loss; --ls: there is none such: the loss",
         ),
         (["plan", "--model", "digits", "--solver", "heun"], "unknown option --solver; sample has it"),
+        (["export", "MODELS/teacher", "--out", "x.onnx"], "unknown option --out; the file or folder to write is the "),
+        (["convert", "x.pkl", "--out", "x"], "unknown option --out; the folder to write is the second name, OUT"),
         (["plan", "--model", "digits", "--alpha", "1"], "unknown option --alpha; recipes have it, such as "),
         (["plan", "digits"], "ipfm plan needs --model STR, as in --model digits"),
         (["sample", "MODELS/generator", "--D", "1e400"], "--D is too large a number, got 1e400; inf is infinity"),
