@@ -215,7 +215,7 @@ def _existing(folder: Path) -> Path:
         raise ValueError(f"{folder} is a link that leads back to itself") from None
     readable = f"what can be read: a folder with {CONFIG_FILE} and {TENSOR_FILE}"
     if not folder.exists():
-        raise ValueError(f"{missing(folder)}; {readable}")
+        raise ValueError(f"{missing(folder)}; {readable}, a run folder, or a published checkpoint")
     if not folder.is_dir():
         kind, more = "neither file nor folder", ""
         if folder.is_file():

@@ -116,7 +116,7 @@ def test_what_is_no_stored_network(stored, tmp_path):
     for read in (load_model, read_config):
         with pytest.raises(ValueError, match=rf"teacher.pkl is a file; {readable}"):
             read(other)
-        with pytest.raises(ValueError, match=rf"nowhere does not exist; {readable}"):
+        with pytest.raises(ValueError, match=rf"nowhere does not exist; {readable}, a run folder, or a published checkpoint"):
             read(tmp_path / "nowhere")
         with pytest.raises(ValueError, match=r"is no model: it holds the model folder 'net': give that"):
             read(tmp_path)
