@@ -111,12 +111,13 @@ def test_other_values_than_the_networks_own(net, tmp_path):
 
 def test_what_is_no_stored_network(stored, tmp_path):
     readable = "what can be read: a folder with config.json and model.safetensors"
+    others = "a run folder, or a published checkpoint"
     other = tmp_path / "teacher.pkl"
     other.write_bytes(b"\x80\x04N.")
     for read in (load_model, read_config):
         with pytest.raises(ValueError, match=rf"teacher.pkl is a file; {readable}"):
             read(other)
-        with pytest.raises(ValueError, match=rf"nowhere does not exist; {readable}, a run folder, or a published checkpoint"):
+        with pytest.raises(ValueError, match=rf"nowhere does not exist; {readable}, {others}"):
             read(tmp_path / "nowhere")
         with pytest.raises(ValueError, match=r"is no model: it holds the model folder 'net': give that"):
             read(tmp_path)
