@@ -368,6 +368,13 @@ def test_facts(tmp_path):
     assert "(kind is distill there, teacher here)" in refused(tmp_path, kind="teacher")
 
 
+@pytest.mark.parametrize(("name", "what"), [("teacher", "another network"), ("pictures", "another set of images")])
+def test_another_digest_is_said_in_words_and_shortened(tmp_path, name, what):
+    start(tmp_path, facts={name: "0a" * 32})
+    message = refused(tmp_path, facts={name: "f" * 64})
+    assert f"({name} is {what}, 0a0a0a0a there, ffffffff here)" in message
+
+
 def test_a_fact_that_is_not_known_yet(tmp_path):
     """It may be left out on either side; the folder keeps it, so that another one is still refused afterwards."""
     start(tmp_path, facts={})
