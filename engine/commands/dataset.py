@@ -45,6 +45,8 @@ class Dataset:
     stops."""
     fit: Literal["stretch", "pad", "none"] = "none"
     """Keep all of such images: squeeze them into the square, or put black beside them."""
+    channels: Literal[1, 3] | None = None
+    """1 makes them grey, 3 RGB. Default: RGB if any is in colour, else grey."""
     labels: Literal["auto", "folders", "none"] = "auto"
     """auto: those of dataset.json, CIFAR-10 or MNIST, else the names of the top-level folders if every image lies in
     one and they are not numbered 00000, 00001, ... folders: always these names."""
@@ -104,6 +106,7 @@ class Dataset:
                     Subset(self.max_images, self.seed, first=self.subset == "first"),
                     skip_unreadable=self.skip_unreadable,
                     leniency=Leniency(self.background, self.first_frame, self.to_8_bits),
+                    channels=self.channels,
                 )
             empty = empty_classes(pictures.labels, pictures.width)
             for said in pictures.notes:

@@ -30,7 +30,7 @@ MAX_PIXELS = 80_000_000
 """Largest image that is decoded."""
 
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
-_MODES = {1: "L", 3: "RGB"}
+MODES = {1: "L", 3: "RGB"}
 # Grey of 16 bits.
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 GO_ON = "; --skip-unreadable goes on without it"
@@ -83,14 +83,14 @@ def read_picture(files: ImageFiles, name: str, channels: int, leniency: Leniency
     where = files.where(name)
     with _opened(files, name) as image:
         if _header(image, where, leniency).channels > channels:
-            raise ValueError(f"{where} is in colour, but the data set is grey: ipfm dataset makes all of them RGB")
+            raise ValueError(f"{where} is in colour, but the data set is grey: ipfm dataset makes all of them alike")
         try:
             image.load()
             if image.mode in _DEEP:
                 image = _upper_bits(image)
             if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
                 image = _opaque(image, leniency)
-            return _upright(image).convert(_MODES[channels])
+            return _upright(image).convert(MODES[channels])
         except _Refused as error:
             raise ValueError(f"{where} {error}") from None
         except Exception as error:  # Pillow's decoders raise whatever a damaged file makes of their arithmetic

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from ipfm.engine.data.decoding import STRICT, Header, Leniency, read_header, read_picture, threads, to_array
+from ipfm.engine.data.decoding import MODES, STRICT, Header, Leniency, read_header, read_picture, threads, to_array
 from ipfm.engine.data.image_files import LABEL_FILE, ImageFiles, LeftOut, printable
 from ipfm.engine.data.labels import MAX_CLASSES, label_file, read_labels
 from ipfm.engine.data.open_dataset import Packed, Subset, label_width, open_image_files, read_packed
@@ -87,6 +87,7 @@ def find_pictures(
     *,
     skip_unreadable: bool = False,
     leniency: Leniency = STRICT,
+    channels: Literal[1, 3] | None = None,
 ) -> Pictures:
     """Look through `source`, a folder, a zip, CIFAR-10 or MNIST; no image of a folder or zip is decoded yet.
 
@@ -100,15 +101,29 @@ def find_pictures(
         subset: which images to keep.
         skip_unreadable: leave out, and count, the images that cannot be decoded; each is decoded once to know.
         leniency: what to do with images of which something would be lost.
+        channels: of the images; None makes them RGB if one is in colour, else grey.
 
     Raises:
         ValueError: one line that names the file: the source or an image cannot be read, an image is not square or
             (without a resolution) not of the first one's size, labels do not fit.
     """
     if packed := read_packed(source):
-        return _from_arrays(packed, source, shaping, labelling, subset)
-    files = open_image_files(source)
-    return _from_files(files, shaping, labelling, subset, leniency, skip_unreadable=skip_unreadable)
+        pictures = _from_arrays(packed, source, shaping, labelling, subset)
+    else:
+        files = open_image_files(source)
+        pictures = _from_files(files, shaping, labelling, subset, leniency, skip_unreadable=skip_unreadable)
+    return pictures if channels in (None, pictures.channels) else _with_channels(pictures, source, channels)
+
+
+def _with_channels(pictures: Pictures, source: Path, channels: Literal[1, 3]) -> Pictures:
+    """The same pictures in grey (1) or RGB (3)."""
+    said = [f"{source}: made grey, of which some were in colour"] if channels == 1 else []
+    return replace(
+        pictures,
+        load=lambda index: pictures.load(index).convert(MODES[channels]),
+        channels=channels,
+        notes=[*pictures.notes, *said],
+    )
 
 
 def _from_arrays(packed: Packed, source: Path, shaping: Shaping, labelling: Labelling, subset: Subset) -> Pictures:

@@ -209,11 +209,10 @@ def _open(options: OwnDistillationOptions, network: NetworkConfig) -> tuple[Imag
         data = open_dataset(options.data, labels=network.label_dim > 0, **reading)
     if data.shape != network.image_shape:
         C, _, side = network.image_shape
-        kind = "grey" if C == 1 else "colour"
         raise ValueError(
             f"{options.data} has images {'x'.join(map(str, data.shape))}, the teacher makes "
-            f"{'x'.join(map(str, network.image_shape))}: ipfm dataset {options.data} NEW.zip --resolution {side} makes "
-            f"some of its size{'' if data.shape[0] == C else f', from {kind} pictures'}"
+            f"{'x'.join(map(str, network.image_shape))}: ipfm dataset {options.data} NEW.zip --resolution {side}"
+            f"{f' --channels {C}' if data.shape[0] != C and C in (1, 3) else ''} makes some of its kind"
         )
     remarks = []
     if network.label_dim and data.classes != network.label_dim:

@@ -444,7 +444,10 @@ def test_what_cannot_be_distilled(tmp_path: Path) -> None:
     assert "was trained for D = inf, but D = 128 was asked for" in refused(distill_ipfm, "--teacher", "m", "--D", 128)
     assert "a trajectory needs a teacher with EDM's preconditioning" in refused(distill_pid, "--teacher", "ve")
     message = refused(distill_ipfm, "--teacher", "m", "--data", images(Path("grey"), 24, channels=1))
-    assert "grey has images 1x24x24, the teacher makes 3x24x24" in message and "from colour pictures" in message
+    assert (
+        "grey has images 1x24x24, the teacher makes 3x24x24" in message
+        and "--resolution 24 --channels 3 makes" in message
+    )
     assert "--resolution 24 makes" in refused(distill_ipfm, "--teacher", "m", "--data", images(Path("big"), 32))
     assert "augment 0.1 needs a network with 9 augmentation labels" in refused(
         distill_ipfm, "--teacher", "m", "--augment", 0.1

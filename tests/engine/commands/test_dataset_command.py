@@ -406,6 +406,20 @@ def test_grey_and_colour_together_become_rgb(tmp_path):
     assert open_dataset(tmp_path / "grey.zip").shape == (1, 8, 8)
 
 
+def test_pictures_are_made_grey_or_rgb_when_asked(tmp_path, capsys):
+    images = folder(tmp_path / "in", "a.png", "b.png")
+    Dataset(source=tmp_path / "in", out=tmp_path / "grey.zip", channels=1).run()
+    grey = open_dataset(tmp_path / "grey.zip").images.numpy()
+    # The luma of ITU-R BT.601.
+    luma = np.tensordot(np.array([0.299, 0.587, 0.114]), images, axes=(0, 1))
+    assert grey.shape == (2, 1, 8, 8) and np.abs(grey[:, 0] - luma).max() <= 1
+    assert "made grey, of which some were in colour" in capsys.readouterr().err
+    Dataset(source=tmp_path / "grey.zip", out=tmp_path / "rgb.zip", channels=3).run()
+    assert np.array_equal(open_dataset(tmp_path / "rgb.zip").images.numpy(), grey.repeat(3, axis=1))
+    Dataset(source=tmp_path / "rgb.zip", out=tmp_path / "as-it-is.zip", channels=3).run()
+    assert "made" not in capsys.readouterr().err
+
+
 def test_more_images_than_are_in_work_at_a_time(tmp_path, monkeypatch):
     images = folder(tmp_path / "in", *(f"{i:02}.png" for i in range(11)))
     monkeypatch.setattr(dataset_making, "_AT_ONCE", 4)
