@@ -19,7 +19,7 @@ from ipfm.engine.config import place_settings
 from ipfm.engine.distributed.zero import BETA2
 from ipfm.engine.experiments.options import DistillationOptions
 from ipfm.engine.noise_levels import NoiseLevels
-from ipfm.engine.objectives import OBJECTIVES
+from ipfm.engine.objectives import DEFAULT, OBJECTIVES
 from ipfm.engine.objectives.base import Distillation, Role
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
 from ipfm.engine.runtime.wording import counted
@@ -230,7 +230,8 @@ class _Reader:
         generator = self.objective.generator
         if STUDENT not in self.roles:
             raise ValueError(
-                f"{path} is a {state.origin}, with a student: {self.config.method} has none and goes on from none"
+                f"{path} is a {state.origin}, with a student, and {self.config.method} has none: a recipe of "
+                f"{OBJECTIVES[DEFAULT].method} continues it"
             )
         seen = state.images_seen
         adam = state.generator.adam
@@ -270,7 +271,9 @@ class _Reader:
             return DistillationStart(short_name(path), {self.objective.generator: self._generator_of(path)})
         there = _settings(run)
         if there.kind != self.config.kind:
-            raise ValueError(f"{run} was distilled by {there.method}: this recipe is one of {self.config.method}")
+            raise ValueError(
+                f"{run} was distilled by {there.method}, whose recipes continue it: this one is of {self.config.method}"
+            )
         if there.D != self.config.D:
             raise ValueError(
                 f"{run} was distilled at D = {there.D:g}, the teacher of this run is of D {self.teacher.D:g}"
