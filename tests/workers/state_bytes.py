@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import sys
+import time
 
 import torch
 
@@ -14,6 +15,16 @@ from ipfm.engine.distributed.world import start_world
 from ipfm.engine.memory.live import tensor_bytes
 from ipfm.engine.runtime.launcher import stop_world
 from ipfm.models import build_network, presets
+
+
+def settled_bytes() -> int:
+    """Live bytes once the threads of the last messages have let go of theirs."""
+    last, found = -1, 0
+    while found != last:
+        time.sleep(0.05)
+        gc.collect()
+        last, found = found, tensor_bytes()
+    return found
 
 
 def main() -> None:
@@ -31,8 +42,7 @@ def main() -> None:
                     continue
                 if precision == "bf16" and offload != "none":
                     continue
-                gc.collect()
-                before = tensor_bytes()
+                before = settled_bytes()
                 config = RunConfig(eps=1e-3, zero=stage, precision=precision, offload=offload)
                 settings = config.laid_out(D=math.inf, stage=stage, micro_batch=1, phased=False, checkpointed=False)
                 trained = zero.TrainedNetwork(
