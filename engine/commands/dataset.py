@@ -63,7 +63,7 @@ class Dataset:
     to_8_bits: bool = False
     """Keep the upper 8 of 16 bits a value. Default: more than 8 stop."""
     skip_unreadable: bool = False
-    """Leave out images that cannot be read, and count them. Default: the first one stops."""
+    """Leave out images that cannot be read, counted. Default: the first one stops."""
     strict: bool = False
     """Stop where anything in SOURCE would be left out, or where a class has no images."""
     overwrite: bool = False
