@@ -87,7 +87,8 @@ def test_what_is_measured_is_the_step_of_the_run(name: str, monkeypatch: pytest.
     ("forward", "micro_batch", "images"),
     [
         (0.0001, 64, 64),  # a micro-batch is soon done
-        (0.0125, 64, 4),  # 10 times as much as a forward pass: 0.125 s for one image, 0.5 s for 4
+        (0.0125, 64, 16),  # 10 times as much as a forward pass: 0.125 s for one image, 2 s for 16, 8 s for 64
+        (0.02, 64, 4),
         (0.08, 64, 1),
         (0.0001, 32, 32),
     ],
@@ -153,7 +154,7 @@ def test_a_step_that_needs_too_much_memory_is_too(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(step_time, "_distillation", too_large)
     monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, *__, **___: 0.02 * count)
-    assert time_of(form_of("ipfm", 8), SMALL, 11, CPU) == StepTime(pytest.approx(0.02 * 11 * 8), forward_of=4)
+    assert time_of(form_of("ipfm", 8), SMALL, 11, CPU) == StepTime(pytest.approx(0.02 * 11 * 8), forward_of=8)
 
 
 def test_what_vgg_computes_counts_too() -> None:
