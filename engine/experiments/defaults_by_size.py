@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ipfm.engine.experiments.network_options import Arch, check_side, fitted
 from ipfm.engine.experiments.origins import Origin, origins
@@ -40,6 +40,16 @@ SMALLEST_SIDE, LARGEST_SIDE = 8, 1024
 INNERMOST, WIDEST_INNERMOST = 7, 32
 # The larger of these sides has attention, where no level has one that the architecture names.
 ATTENTION = {"ddpm++": 16, "ncsn++": 16, "ADM": 32}
+
+
+def check_scale(scale: str) -> None:
+    """Check the option.
+
+    Raises:
+        ValueError: it is none of the possible ones.
+    """
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale must be auto, full or small, got {scale!r}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -26,6 +25,7 @@ from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.experiments.starts import described_start, read_start
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import BadInput, Given
+from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.launcher import is_first_process, launched_processes
 from ipfm.engine.training.distiller import Distiller, remark_on_metrics
 from ipfm.engine.training.resolve import complete
@@ -284,9 +284,8 @@ class DistilRecipe(Recipe[DistillationOptions]):
 
     def _as_begun(self, path: Path, options: DistillationOptions, given: frozenset[str]) -> dict[str, Any]:
         """What the run in `path` has of an earlier version of this recipe, where nothing else is given."""
-        try:
-            begun = dict(json.loads((path / "config.json").read_text(encoding="utf-8"))["config"])
-        except (OSError, ValueError, LookupError, TypeError):
+        begun = (read_json(path / "config.json") or {}).get("config")
+        if not isinstance(begun, dict):
             return {}
         found = {n: begun[n] for n, values in self.formerly.items() if n in begun and begun[n] in values}
         # Another length may be asked for in two ways.

@@ -18,6 +18,7 @@ from ipfm.engine.experiments.defaults_by_size import (
     Row,
     RowName,
     Scale,
+    check_scale,
     in_small,
     row_of,
     said,
@@ -56,8 +57,7 @@ class OwnDistillationOptions(DistillationOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale not in ("auto", "full", "small"):
-            raise ValueError(f"scale must be auto, full or small, got {self.scale!r}")
+        check_scale(self.scale)
 
     @property
     def compared_with(self) -> Path | None:

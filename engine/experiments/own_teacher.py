@@ -18,6 +18,7 @@ from ipfm.engine.experiments.defaults_by_size import (
     RowName,
     Scale,
     by_size,
+    check_scale,
     default_arch,
     in_small,
     possible,
@@ -62,8 +63,7 @@ class OwnTeacherOptions(TeacherOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale not in ("auto", "full", "small"):
-            raise ValueError(f"scale must be auto, full or small, got {self.scale!r}")
+        check_scale(self.scale)
 
     @property
     def compared_with(self) -> Path | None:

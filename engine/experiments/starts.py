@@ -22,6 +22,7 @@ from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives import DEFAULT, OBJECTIVES
 from ipfm.engine.objectives.base import Distillation, Role
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
+from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import BUFFER, find_checkpoint, step_of, verify_checkpoint
 from ipfm.engine.training.run_folder import EXPORTS, fingerprint
@@ -437,11 +438,8 @@ def _newest(path: Path, run: Path) -> Path | None:
 
 def _record(run: Path) -> dict[str, Any]:
     """The config.json of a run folder; empty where there is none."""
-    try:
-        found = json.loads((run / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("config"), dict) and "kind" in found else {}
+    found = read_json(run / "config.json") or {}
+    return found if isinstance(found.get("config"), dict) and "kind" in found else {}
 
 
 def _settings(run: Path) -> Distillation:

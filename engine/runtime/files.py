@@ -14,7 +14,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None where there is none to read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

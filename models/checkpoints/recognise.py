@@ -17,6 +17,8 @@ from typing import Any
 from ipfm.models.checkpoints.pickle_values import shown
 
 _MODEL_FILES = ("config.json", "model.safetensors")
+# What the folder of a run of each kind is of.
+RUN_KINDS = {"distill": "distillation", "teacher": "teacher's training"}
 _PACKED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -175,9 +177,9 @@ def what_folder(folder: Path) -> str | None:
     """
     if is_checkpoint(folder):
         return f"it is a checkpoint that a run continues from{_whose_run(folder.resolve().parent.parent)}"
-    if (run := _run_kind(folder)) is not None:
-        return f"it is the folder of a {run}{_models_of(folder)}"
-    if folder.name == "checkpoints" and _run_kind(folder.resolve().parent) is not None:
+    if (run := run_kind(folder)) is not None:
+        return f"it is the folder of a {RUN_KINDS[run]}{_models_of(folder)}"
+    if folder.name == "checkpoints" and run_kind(folder.resolve().parent) is not None:
         return f"it holds the checkpoints that a run continues from{_whose_run(folder.resolve().parent)}"
     config = read_object(folder / "config.json")
     if foreign := config.get("_class_name") or next(iter(config.get("architectures") or ()), None):
@@ -195,7 +197,7 @@ def what_of_ours(folder: Path) -> str | None:
     """
     if all((folder / name).is_file() for name in _MODEL_FILES):
         return "it is a model folder"
-    if is_checkpoint(folder) or _run_kind(folder) is not None:
+    if is_checkpoint(folder) or run_kind(folder) is not None:
         return what_folder(folder)
     return None
 
@@ -294,7 +296,7 @@ def _part_of_a_model(path: Path | None) -> str | None:
     if is_checkpoint(path.parent):
         whose = _whose_run(path.resolve().parents[2])
         return f"it is a part of a checkpoint that a run continues from: give the folder for its average{whose}"
-    if path.name == "config.json" and _run_kind(path.parent) is not None:
+    if path.name == "config.json" and run_kind(path.parent) is not None:
         return f"it holds the settings of a run{_models_of(path.parent)}"
     if path.name not in _MODEL_FILES:
         return None
@@ -303,10 +305,10 @@ def _part_of_a_model(path: Path | None) -> str | None:
     return f"it is a part of the model folder {_text(path.parent)}: give the folder"
 
 
-def _run_kind(folder: Path) -> str | None:
-    kinds = {"distill": "distillation", "teacher": "teacher's training"}
+def run_kind(folder: Path) -> str | None:
+    """The kind of a run by its folder, of `RUN_KINDS`; None for any other folder."""
     found = read_object(folder / "config.json").get("kind")
-    return kinds.get(found) if isinstance(found, str) else None
+    return found if isinstance(found, str) and found in RUN_KINDS else None
 
 
 def _models_of(folder: Path) -> str:
@@ -318,7 +320,7 @@ def _models_of(folder: Path) -> str:
 
 
 def _whose_run(folder: Path) -> str:
-    return _models_of(folder) if _run_kind(folder) is not None else ""
+    return _models_of(folder) if run_kind(folder) is not None else ""
 
 
 def _what_names(folder: Path) -> str | None:
@@ -337,7 +339,7 @@ def _what_names(folder: Path) -> str | None:
         return "it holds images"
     if below := next((name for name in names if _holds_images(folder / name)), None):
         return f"it holds folders of images, such as {shown(below)}: a data set"
-    if runs := [name for name in names if _run_kind(folder / name) is not None]:
+    if runs := [name for name in names if run_kind(folder / name) is not None]:
         return f"it holds the run{'s' * (len(runs) > 1)} {_some(runs)}: give a model in {_one(runs)}"
     return None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ipfm.models.atomic_files import previous_of
-from ipfm.models.checkpoints.recognise import is_checkpoint, read_object, user_path
+from ipfm.models.checkpoints.recognise import is_checkpoint, read_object, run_kind, user_path
 
 EXPORTS = {"distill": "generator", "teacher": "model"}
 """The folder of the exported network of each kind of run."""
@@ -98,10 +98,10 @@ def locate(path: str | os.PathLike[str], which: str | int | None = None, *, teac
         if chosen is not None:
             raise ValueError(f"which chooses among the networks of a run, and {place} is no run folder: leave it out")
         return Located(place)
-    kind = _run_kind(run)
+    kind = run_kind(run)
     if teacher and kind == "distill":
         own = run / "teacher"
-        if _run_kind(own) is not None:
+        if run_kind(own) is not None:
             found = locate(own, chosen)
             return Located(found.path, found.taken or f"the teacher of {run} is taken, {found.path}", found.other)
         if chosen is None and _is_model(own / "model"):
@@ -160,10 +160,10 @@ def _run_of(place: Path) -> tuple[Path | None, tuple[str, ...]]:
     """The run whose folder, folder of snapshots or of checkpoints `place` is, and which of its folders are meant."""
     if not place.is_dir() or is_checkpoint(place) or _is_model(place):
         return None, ()
-    if _run_kind(place) is not None:
+    if run_kind(place) is not None:
         return place, ("", "snapshots", "checkpoints")
     above = place.resolve().parent
-    if place.resolve().name in ("snapshots", "checkpoints") and _run_kind(above) is not None:
+    if place.resolve().name in ("snapshots", "checkpoints") and run_kind(above) is not None:
         return place.parent if place.parent.resolve() == above else above, (place.resolve().name,)
     return None, ()
 
@@ -224,11 +224,6 @@ def _said(folder: Path) -> tuple[int | None, float]:
         distance = None
     number = float(distance) if isinstance(distance, (int, float)) else math.nan
     return step if isinstance(step, int) else None, number
-
-
-def _run_kind(folder: Path) -> str | None:
-    kind = _config(folder).get("kind")
-    return kind if isinstance(kind, str) and kind in EXPORTS else None
 
 
 def _config(folder: Path) -> dict[str, Any]:
