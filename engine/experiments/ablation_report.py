@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ipfm.engine.evaluation.results import DISTANCE, distance_axis
+from ipfm.engine.experiments.repeats import spread
 from ipfm.engine.runtime.figures import file_figure
 from ipfm.engine.runtime.wording import significant
 from ipfm.models.atomic_files import atomic_write
@@ -64,27 +64,6 @@ class Curve:
     def last(self) -> float:
         """The distance at the end; NaN for a run that failed."""
         return self.points[-1][1] if self.points else math.nan
-
-
-class Spread(NamedTuple):
-    """Mean and ends of the finite ones among some values; NaN where there is none."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if not math.isfinite(self.mean):
-            return "-"
-        return f"{significant(self.mean)} ({significant(self.low)} to {significant(self.high)})"
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """See `Spread`."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return Spread(math.nan, math.nan, math.nan)
-    return Spread(math.fsum(finite) / len(finite), min(finite), max(finite))
 
 
 def by_variant(curves: Sequence[Curve]) -> dict[str, list[Curve]]:

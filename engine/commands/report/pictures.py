@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
+from ipfm.engine.commands.pages.picture import DAMAGED, Picture, enlarged, opened, png
 from ipfm.engine.data.comparison import TITLE_KEY
-from ipfm.engine.data.image_grid import GAP_BEFORE, GAP_KEY
+from ipfm.engine.data.image_grid import GAP_KEY
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.loop import PICTURE_IMAGES
 from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.run_state import RunRecord
 
-# How a picture of ours is known when it is to be replaced.
-SOFTWARE = "ipfm report"
 SHOWN = 6
 # Images a row of a grid, and of the part that is shown over time.
 COLUMNS, FEW = round(PICTURE_IMAGES**0.5), 4
 # Pixels that a picture has at least, by repeating its own.
 LEAST, LEAST_LARGE = 240, 480
-# What PIL raises for a file that is damaged or no picture.
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, OverflowError, Image.DecompressionBombError)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG with words for those who do not see it; `dark`: the same for a dark page, where it is drawn anew."""
-
-    alt: str
-    png: bytes
-    dark: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -56,9 +41,9 @@ def samples(record: RunRecord) -> Samples:
     """A few of the run's grids, in order; files that cannot be read are left out."""
     problems: list[str] = []
 
-    def opened(path: Path) -> Image.Image | None:
+    def readable(path: Path) -> Image.Image | None:
         try:
-            return _opened(path)
+            return opened(path)
         except DAMAGED:
             problems.append(f"samples/{path.name} cannot be read.")
             return None
@@ -67,22 +52,22 @@ def samples(record: RunRecord) -> Samples:
     whole = list(record.pictures)
     while whole and last is None:
         step, path = whole[-1]
-        if (image := opened(path)) is not None:
-            last = step, Picture(f"samples after {counted(step, 'step')}", png(_enlarged(image, LEAST_LARGE)))
+        if (image := readable(path)) is not None:
+            last = step, Picture(f"samples after {counted(step, 'step')}", png(enlarged(image, LEAST_LARGE)))
         else:
             whole.pop()
     over_time = []
     for step, path in _evenly(whole, SHOWN) if len(whole) > 1 else ():
-        if (image := opened(path)) is not None:
-            part = _enlarged(_corner(image), LEAST)
+        if (image := readable(path)) is not None:
+            part = enlarged(_corner(image), LEAST)
             over_time.append((step, Picture(f"samples after {counted(step, 'step')}", png(part))))
     best = None
     for step, path in whole:
         kept = record.best is not None and step == record.best.step and last is not None and step != last[0]
-        if kept and (image := opened(path)) is not None:
+        if kept and (image := readable(path)) is not None:
             best = (
                 step,
-                Picture(f"samples of the best, after {counted(step, 'step')}", png(_enlarged(image, LEAST_LARGE))),
+                Picture(f"samples of the best, after {counted(step, 'step')}", png(enlarged(image, LEAST_LARGE))),
             )
     comparison = _comparison(record.path / COMPARISON_FILE, problems)
     # A file that is shown twice is named once.
@@ -93,7 +78,7 @@ def _comparison(path: Path, problems: list[str]) -> Picture | None:
     if not path.is_file():
         return None
     try:
-        image = _opened(path)
+        image = opened(path)
         return Picture(f"side by side: {image.info.get(TITLE_KEY, 'the networks')}", png(image))
     except DAMAGED:
         problems.append(f"{path.name} cannot be read.")
@@ -105,30 +90,9 @@ def memory_timeline(record: RunRecord) -> Picture | None:
     if record.memory_picture is None:
         return None
     try:
-        return Picture("memory over a step, by phase", png(_opened(record.memory_picture)))
+        return Picture("memory over a step, by phase", png(opened(record.memory_picture)))
     except DAMAGED:
         return None
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a PNG was made by a report."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Software") == SOFTWARE
-    except DAMAGED:
-        return False
-
-
-def _opened(path: Path) -> Image.Image:
-    """The picture in grey or RGB, read whole."""
-    with Image.open(path, formats=["PNG"]) as image:
-        pixels = np.asarray(image.convert("RGB"))
-        about = {GAP_KEY: GAP_BEFORE} | {k: v for k, v in image.info.items() if k in (GAP_KEY, TITLE_KEY)}
-    if (pixels == pixels[..., :1]).all():
-        pixels = pixels[..., 0]
-    found = Image.fromarray(pixels)
-    found.info.update(about)
-    return found
 
 
 def _corner(grid: Image.Image) -> Image.Image:
@@ -141,21 +105,6 @@ def _corner(grid: Image.Image) -> Image.Image:
         return grid
     wide, tall = (grid.width + gap) // COLUMNS, (grid.height + gap) // COLUMNS
     return grid.crop((0, 0, FEW * wide - gap, FEW * tall - gap))
-
-
-def _enlarged(image: Image.Image, least: int) -> Image.Image:
-    factor = -(-least // max(image.size))
-    size = (image.width * factor, image.height * factor)
-    return image if factor <= 1 else image.resize(size, Image.Resampling.NEAREST)
-
-
-def png(image: Image.Image) -> bytes:
-    """The picture as a file by which `is_ours` knows it."""
-    about = PngInfo()
-    about.add_text("Software", SOFTWARE)
-    file = io.BytesIO()
-    image.save(file, format="PNG", optimize=True, pnginfo=about)
-    return file.getvalue()
 
 
 def _evenly(items: Sequence[tuple[int, Path]], count: int) -> list[tuple[int, Path]]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ipfm.engine.checks import number
+from ipfm.engine.commands.pages.picture import Picture
+from ipfm.engine.commands.pages.theme import DPI, Theme, figure_picture
 from ipfm.engine.commands.report.facts import Facts
-from ipfm.engine.commands.report.pictures import Picture, png
 from ipfm.engine.evaluation.metrics.measures import measures_of
 from ipfm.engine.evaluation.results import Curve, draw_convergence
-from ipfm.engine.runtime.figures import file_figure, import_matplotlib
+from ipfm.engine.runtime.figures import file_figure
 from ipfm.engine.runtime.wording import significant
 from ipfm.engine.training.run_state import RunRecord
 
@@ -25,26 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-DPI = 130
-COLOURS = 64
 # The smoothed curve is the mean over this share of the steps.
 WINDOW = 1 / 30
 # Where single values reach further than this many times the range of the 98 % in the middle, the axis leaves them out.
 OUTLYING = 3.0
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a page: of paper, of text, of lines that help, and of the curves in their order."""
-
-    paper: str
-    ink: str
-    faint: str
-    curves: tuple[str, ...]
-
-
-LIGHT = Theme("#ffffff", "#1d242b", "#6b7680", ("#1f5fa8", "#b8571a", "#2e7d4f"))
-DARK = Theme("#14191f", "#d9e0e7", "#8d99a5", ("#6fb1f5", "#f0a061", "#7fcf9d"))
 
 
 class Smoothed(NamedTuple):
@@ -58,7 +40,7 @@ def curves(record: RunRecord, facts: Facts, *, dark: bool) -> dict[str, Picture]
     """By name: "distance", "losses" and "pace", those of which there is anything to draw; `dark`: in both themes."""
 
     def both(alt: str, draw: Callable[[Theme], Figure]) -> Picture:
-        return Picture(alt, _drawn(draw, LIGHT), _drawn(draw, DARK) if dark else None)
+        return figure_picture(alt, draw, dark=dark)
 
     found: dict[str, Picture] = {}
     drawn = [curve for curve in _measured(facts) if curve.is_finite]
@@ -186,24 +168,3 @@ def _plain_axes(axes: Axes, label: str) -> None:
 def _values(record: RunRecord, name: str) -> np.ndarray:
     """(lines,) of metrics.jsonl, NaN where the loss is missing or was not finite."""
     return np.array([number(line.get(name)) for line in record.metrics], dtype=float)
-
-
-def _drawn(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
-    matplotlib = import_matplotlib()
-    colours = {
-        "figure.facecolor": theme.paper,
-        "axes.facecolor": theme.paper,
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.ink,
-        "axes.titlecolor": theme.ink,
-        "xtick.color": theme.ink,
-        "ytick.color": theme.ink,
-        "axes.edgecolor": theme.faint,
-        "grid.color": theme.faint,
-    }
-    file = io.BytesIO()
-    with matplotlib.rc_context(colours):
-        draw(theme).savefig(file, format="png")
-    with Image.open(file) as image:
-        # A curve has few colours: a third of the size, and nobody sees it.
-        return png(image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE))

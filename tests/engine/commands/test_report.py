@@ -27,10 +27,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ipfm.engine.commands.info import Info
 from ipfm.engine.commands.main import _main
+from ipfm.engine.commands.pages.picture import Picture, png
 from ipfm.engine.commands.report import page, plots
 from ipfm.engine.commands.report.facts import facts_of
 from ipfm.engine.commands.report.page import target, write_page
-from ipfm.engine.commands.report.pictures import Picture, png
 from ipfm.engine.commands.report.plots import limits, smooth
 from ipfm.engine.commands.report.reproduce import reproduce
 from ipfm.engine.config import free_settings

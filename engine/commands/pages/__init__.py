@@ -1,0 +1,1 @@
+"""What the pages of `ipfm report` and `ipfm compare` are made of."""
