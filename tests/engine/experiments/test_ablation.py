@@ -19,8 +19,8 @@ from PIL import Image
 
 from ipfm.engine.experiments.ablation import AblationOptions, AblationPlan, arch_of
 from ipfm.engine.experiments.ablation_report import GROWTH, Curve, plot, sentence, table, write_csv
-from ipfm.engine.experiments.repeats import spread
 from ipfm.engine.experiments.ablation_runs import Run
+from ipfm.engine.experiments.repeats import spread
 from ipfm.engine.runtime.commandline import BadInput, parse_given
 from ipfm.engine.runtime.errors import Interrupted
 from ipfm.models import EDMPrecond, NetworkConfig, load_model, presets, save_model
