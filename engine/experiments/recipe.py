@@ -52,6 +52,12 @@ def _options(settings: type[RunConfig]) -> set[str]:
     return {option_name(f.name) for f in dataclasses.fields(settings)}
 
 
+def _inherited(settings: type[RunConfig]) -> set[str]:
+    """Those that an objective has from another one, of which it is a variant."""
+    kinds = [kind for kind in settings.__mro__[1:] if kind in OBJECTIVES.values()]
+    return set[str]().union(*map(_options, kinds))
+
+
 class Plan(ABC):
     """What a command line asks for, checked as far as that goes before the first step."""
 
@@ -125,7 +131,7 @@ class Recipe(ABC, Generic[O]):
             return "recipes that distil have it"
         if name in OF_ABLATIONS:
             return "ablations have it, such as ablation_D.py"
-        kinds = [kind for kind, settings in OBJECTIVES.items() if name in _options(settings)]
+        kinds = [kind for kind, settings in OBJECTIVES.items() if name in _options(settings) - _inherited(settings)]
         if not kinds:
             return None
         of = f" by the objective {kinds[0]}" if len(kinds) == 1 else ""

@@ -48,7 +48,7 @@ class Registry(Mapping[str, "type[Distillation]"]):
         """
         if kind is not None:
             return self.get(kind) if isinstance(kind, str) else None
-        return next((found for found in self.values() if found.recognises(settings)), None)
+        return next((found for found in self.values() if _is_ours(found) and found.recognises(settings)), None)
 
     def of_generator(self, facts: GeneratorFacts) -> tuple[type[Distillation] | None, Mapping[str, Any]]:
         """The class of a stored generator's settings, and these.
@@ -69,6 +69,11 @@ class Registry(Mapping[str, "type[Distillation]"]):
 
 
 OBJECTIVES = Registry()
+
+
+def _is_ours(settings: type[Distillation]) -> bool:
+    """Whether an objective is this project's: folders without a kind are older than all others."""
+    return settings.__module__.startswith(f"{__name__}.")
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,8 @@ class Distillation(RunConfig, ABC):
     plan_example: ClassVar[str] = ""
     """A command line for the help of `ipfm plan`."""
     method: ClassVar[str] = ""
-    """The method's name in the literature, within a sentence; default: its kind."""
+    """The method's name in the literature, within a sentence. Default: that of the class it is made from, else its
+    kind."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Names of settings that all objectives have and this one makes no use of, such as ema_kimg."""
 
@@ -228,7 +229,7 @@ class Distillation(RunConfig, ABC):
                 f"{cls.__module__}.{cls.__qualname__}"
             )
         _registered[cls.kind] = cls
-        if "method" not in cls.__dict__:
+        if not cls.method:
             cls.method = cls.kind
 
     def __post_init__(self) -> None:

@@ -156,6 +156,12 @@ class DistillSteps:
         self._zeros = torch.zeros(micro_batch, *network.image_shape, device=world.device)
         self._levels = [torch.full((micro_batch,), level, device=world.device) for level in config.levels]
         self._offsets = torch.arange(micro_batch, device=world.device)
+        # The method's own weights are the kernels' business: nothing is computed for them beside.
+        own = type(config)
+        weighs_student = own.student_weight is not DistillConfig.student_weight
+        weighs_generator = own.generator_weight is not DistillConfig.generator_weight
+        self._student_weighting = config.student_weight if weighs_student else None
+        self._generator_weighting = config.generator_weight if weighs_generator else None
 
     def iteration(self, step: int) -> StepMetrics:
         """`student_updates` student steps, then the generator step; `step` counts from 0."""
@@ -165,7 +171,7 @@ class DistillSteps:
 
     def student_step(self, step: int) -> StepMetrics:
         """One update of the student on fresh samples of the generator; `step` counts the student's updates from 0."""
-        config, noise = self.config, self.config.noise
+        config = self.config
         tally = LossSum("student", self.world)
         self._set_mode(self.student.module, training=True)
         self._set_mode(self.generator.module, training=config.samples_have_dropout)
@@ -183,12 +189,14 @@ class DistillSteps:
                 sample_index=micro.index,
                 mirrored_stretch=config.mirrored_stretch,
             )
-            sigma = noise.denoising(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step)
+            sigma = config.student_sigma(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step).float()
             noisy = self._add_noise(y, sigma, Stream.STUDENT_NOISE, step, micro)
             self._seed_dropout(Stream.STUDENT_DROPOUT, step, micro)
             mark("student: forward and backward")
             student = bind(self.student, micro.labels, augment_labels)
-            result = denoising_objective(student, y, noisy, sigma_data=noise.sigma_data)
+            result = denoising_objective(
+                student, y, noisy, sigma_data=config.noise.sigma_data, weighting=self._student_weighting
+            )
             self.student.backward(result.surrogate / self.local_batch)
             tally.add(result.loss, result.valid)
         mark("student: optimiser")
@@ -233,7 +241,7 @@ class DistillSteps:
         graph = None if phased else forward(last)
         y = self._evaluate(last, chain.inputs[last], micro, step) if graph is None else graph.detach()
         y = chain.marked(y)
-        sigma = config.noise.generator(micro.index, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)
+        sigma = config.generator_sigma(micro.index, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step).float()
         noisy = self._add_noise(y, sigma, Stream.GENERATOR_NOISE, step, micro)
         with self.student.frozen() as student:
             result = generator_gradient(
@@ -244,6 +252,7 @@ class DistillSteps:
                 alpha=config.alpha,
                 phased=phased,
                 rescale=self.settings.precision == "fp16",
+                weighting=self._generator_weighting,
             )
 
         mark("generator: backward")
@@ -390,6 +399,53 @@ class DistillConfig(Distillation):
         at_least("student-updates", self.student_updates, 1)
         check_start("student-init", self.student_init, "student-width", self.student_width)
 
+    # -- what a weighting of one's own says otherwise ------------------------------------------------------------------
+
+    def generator_weight(self, sigma: Tensor, weight: Tensor) -> Tensor:
+        """The weight of each sample in the generator's loss, through which no gradient flows.
+
+        A subclass with a kind of its own may return others; the tensor that was given, as it is, costs nothing.
+
+        Args:
+            sigma: (B,) float32: noise levels.
+            weight: (B,) lambda = 1 / max(mean |T - y|, 1e-5); 0 where a sample does not count.
+
+        Returns:
+            (B,) the weights to take. A sample whose weight is not finite does not count.
+        """
+        return weight
+
+    def student_weight(self, sigma: Tensor, weight: Tensor) -> Tensor:
+        """The weight of each sample in the student's loss; see `generator_weight`.
+
+        Args:
+            sigma: (B,) float32: noise levels.
+            weight: (B,) 1 / sigma_data^2 + 1 / sigma^2; 0 where a sample does not count.
+        """
+        return weight
+
+    def generator_sigma(self, sample_index: Tensor, *, seed: int, stream: int, step: int) -> Tensor:
+        """sigma (B,) of the generator's step, a function of the arguments alone: see `NoiseLevels.generator`.
+
+        Args:
+            sample_index: (B,) int64, the samples' global indices.
+            seed: of the random numbers, as in `ipfm.kernels.philox.uniform`.
+            stream: of the random numbers, likewise.
+            step: of the random numbers, likewise.
+        """
+        return self.noise.generator(sample_index, seed=seed, stream=stream, step=step)
+
+    def student_sigma(self, sample_index: Tensor, *, seed: int, stream: int, step: int) -> Tensor:
+        """sigma (B,) of the student's step, see `NoiseLevels.denoising`; arguments as in `generator_sigma`."""
+        return self.noise.denoising(sample_index, seed=seed, stream=stream, step=step)
+
+    @classmethod
+    def weighting_words(cls, settings: Mapping[str, Any]) -> str:
+        """What a subclass weighs otherwise, for reports: "1 / sigma^2". Settings as JSON has them."""
+        return ""
+
+    # ------------------------------------------------------------------------------------------------------------------
+
     @property
     def levels(self) -> tuple[float, ...]:
         """The generator's noise levels, resolved."""
@@ -427,7 +483,9 @@ class DistillConfig(Distillation):
 
     @classmethod
     def figures(cls, dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
-        """See `Distillation.figures`."""
+        """See `Distillation.figures`: none for a weighting of one's own."""
+        if cls.kind != DistillConfig.kind:
+            return {}
         steps = settings.get("steps")
         return paper_results(dataset, number(settings.get("alpha")), steps) if isinstance(steps, int) else {}
 
@@ -442,13 +500,13 @@ class DistillConfig(Distillation):
         alpha = number(settings.get("alpha"))
         pure = ", the pure objective" if alpha == 0.5 else ""
         case = ", which at D = ∞ is SiD" if number(settings.get("D")) == math.inf else ""
-        return f"{cls.method}{case} (α = {alpha:g}{pure})"
+        return f"{cls.method}{case} (α = {alpha:g}{pure}){cls._weighting(settings)}"
 
     @classmethod
     def info_words(cls, settings: Mapping[str, Any]) -> str:
         """See `Distillation.info_words`."""
         steps = counted(settings.get("steps", 1), "step")
-        return f"{cls.method}, alpha = {number(settings.get('alpha')):g}, {steps}"
+        return f"{cls.method}, alpha = {number(settings.get('alpha')):g}, {steps}{cls._weighting(settings)}"
 
     @classmethod
     def card_words(cls) -> str:
@@ -458,4 +516,12 @@ class DistillConfig(Distillation):
     @classmethod
     def card_rows(cls, settings: Mapping[str, Any]) -> Mapping[str, object]:
         """See `Distillation.card_rows`."""
-        return {"α (0.5 is the pure objective)": settings.get("alpha")}
+        return {
+            "α (0.5 is the pure objective)": settings.get("alpha"),
+            "weighting": cls.weighting_words(settings) or None,
+        }
+
+    @classmethod
+    def _weighting(cls, settings: Mapping[str, Any]) -> str:
+        words = cls.weighting_words(settings)
+        return f", weighting: {words}" if words else ""

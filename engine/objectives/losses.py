@@ -17,6 +17,9 @@ from ipfm.models import Precond
 
 # A network with its labels bound: (c_in x (B, C, H, W) in its compute dtype, sigma (B,)) -> its raw output F.
 Raw = Callable[[Tensor, Tensor], Tensor]
+# A weighting of one's own: (sigma (B,), the method's weight (B,), 0 where a sample does not count) -> the weight to
+# take instead, (B,), through which no gradient flows. The very tensor that it was given changes nothing.
+Weighting = Callable[[Tensor, Tensor], Tensor]
 
 
 def bind(net: Callable[..., Tensor], labels: Tensor | None, augment_labels: Tensor | None = None) -> Raw:
@@ -82,7 +85,9 @@ class GeneratorGradient(NamedTuple):
     """(B,) bool: the sample counts."""
 
 
-def denoising_objective(net: Raw, y: Tensor, noisy: Noisy, *, sigma_data: float) -> DenoisingResult:
+def denoising_objective(
+    net: Raw, y: Tensor, noisy: Noisy, *, sigma_data: float, weighting: Weighting | None = None
+) -> DenoisingResult:
     """w(sigma) ||D(x, sigma) - y||^2, summed over elements [Karras et al. 2022, table 1]: teacher and student.
 
     w = 1 / sigma_data^2 + 1 / sigma^2: EDM's weight, and at sigma_data = inf that of VP and VE.
@@ -95,6 +100,7 @@ def denoising_objective(net: Raw, y: Tensor, noisy: Noisy, *, sigma_data: float)
         y: (B, C, H, W) clean samples, without a graph.
         noisy: their perturbation, without a graph.
         sigma_data: standard deviation of the data; inf: see above.
+        weighting: what to take instead of w; None takes w. A sample whose weight is not finite does not count.
 
     Raises:
         ValueError: a shape, dtype or number that does not fit.
@@ -104,11 +110,28 @@ def denoising_objective(net: Raw, y: Tensor, noisy: Noisy, *, sigma_data: float)
     result = denoising_loss(
         out.detach(), y, noisy.sigma, sigma_data=sigma_data, x=noisy.x, c_skip=noisy.c_skip, c_out=noisy.c_out
     )
-    return DenoisingResult(along(out, result.grad), result.loss, result.valid)
+    grad, loss, valid = result.grad, result.loss, result.valid
+    if weighting is not None:
+        usual = (1 / sigma_data**2 + 1 / noisy.sigma.to(loss.dtype).square()).masked_fill(~valid, 0.0)
+        own = _reweighted(weighting, noisy.sigma, usual)
+        if own is not None:
+            grad = (grad * per_sample(own.factor, grad)).to(grad.dtype)
+            loss = loss * own.factor
+            valid = valid & torch.isfinite(loss) & finite_samples(grad)
+            grad, loss = grad.masked_fill(per_sample(~valid, grad), 0.0), loss.masked_fill(~valid, 0.0)
+    return DenoisingResult(along(out, grad), loss, valid)
 
 
 def generator_gradient(
-    teacher: Raw, student: Raw, y: Tensor, noisy: Noisy, *, alpha: float, phased: bool, rescale: bool = False
+    teacher: Raw,
+    student: Raw,
+    y: Tensor,
+    noisy: Noisy,
+    *,
+    alpha: float,
+    phased: bool,
+    rescale: bool = False,
+    weighting: Weighting | None = None,
 ) -> GeneratorGradient:
     """dL/dy = partial_y L + J_S^T partial_S L + J_T^T partial_T L for the L of IPFM eq. 28.
 
@@ -127,6 +150,8 @@ def generator_gradient(
         phased: see above.
         rescale: multiply each sample's gradient by a power of two on its way through the networks and divide by it
             afterwards, so that fp16 holds it.
+        weighting: what to take instead of the weight lambda; None takes lambda. A sample whose weight is not finite
+            does not count.
 
     Raises:
         ValueError: a shape, dtype or number that does not fit.
@@ -157,12 +182,43 @@ def generator_gradient(
             (both,) = torch.autograd.grad((s, t), scaled, (result.ds, result.dt))
             gradient = result.dy + c_in * both
             mark("generator: teacher")
+    loss, weight, valid = result.loss, result.weight, result.valid
+    own = None if weighting is None else _reweighted(weighting, sigma, weight)
+    if own is not None:
+        # Samples do not mix on the way through the networks: at its end one product does for all three parts.
+        gradient, loss, weight = gradient * per_sample(own.factor, gradient), loss * own.factor, own.weight
+        valid = valid & torch.isfinite(loss)
     # A network that overflows on a sample, forward or backward, sends NaN to that sample's own pixels: cut off there.
-    valid = result.valid & finite_samples(gradient)
+    valid = valid & finite_samples(gradient)
     gradient = gradient.masked_fill(per_sample(~valid, y), 0.0)
-    return GeneratorGradient(
-        gradient, result.loss.masked_fill(~valid, 0.0), result.weight.masked_fill(~valid, 0.0), valid
-    )
+    return GeneratorGradient(gradient, loss.masked_fill(~valid, 0.0), weight.masked_fill(~valid, 0.0), valid)
+
+
+class _Reweighted(NamedTuple):
+    """What a weighting of one's own makes of the samples of a micro-batch."""
+
+    weight: Tensor
+    """(B,), 0 where the sample does not count."""
+    factor: Tensor
+    """(B,) by the method's weight."""
+
+
+@torch.no_grad()
+def _reweighted(weighting: Weighting, sigma: Tensor, usual: Tensor) -> _Reweighted | None:
+    """The weights by `weighting` instead of `usual`, (B,); None where it leaves them as they are.
+
+    Raises:
+        ValueError: it returns something else than a number a sample.
+    """
+    own = weighting(sigma, usual)
+    if own is usual:
+        return None
+    if not isinstance(own, Tensor) or own.shape != usual.shape:
+        got = f"a tensor of shape {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
+        raise ValueError(f"a weighting must return a number a sample, of shape {tuple(usual.shape)}, got {got}")
+    counted = usual > 0
+    weight = own.to(usual.dtype).masked_fill(~counted, 0.0)
+    return _Reweighted(weight, weight / usual.masked_fill(~counted, 1.0))
 
 
 def isolate(noisy: Noisy) -> Noisy:

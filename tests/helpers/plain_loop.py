@@ -68,7 +68,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
         student_adam.load_state_dict(copy.deepcopy(begun.student_adam))
         generator_adam.load_state_dict(copy.deepcopy(begun.generator_adam))
     index = torch.arange(config.batch)
-    D, levels = teacher.D, config.levels
+    D, levels, own = teacher.D, config.levels, type(config)
 
     def noisy(y: Tensor, sigma: Tensor, stream: Stream, step: int) -> Tensor:
         noise = reference.perturb(
@@ -114,8 +114,10 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
             y, augment_labels = augment(y, config.augment, **position)
             n = philox.normal(index, 1, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=count)[:, 0]
             sigma = torch.exp(-1.2 + 1.2 * n.double()).float()
+            if own.student_sigma is not DistillConfig.student_sigma:
+                sigma = config.student_sigma(index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=count)
             x = noisy(y, sigma, Stream.STUDENT_NOISE, count)
-            weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+            weight = config.student_weight(sigma, (sigma**2 + 0.25) / (sigma * 0.5) ** 2)
             seed_dropout(config.seed, Stream.STUDENT_DROPOUT, count, 0)
             losses = weight * (S.train()(x, sigma, labels, augment_labels) - y).square().sum((1, 2, 3))
             descend(S, student_adam, losses.mean())
@@ -127,10 +129,12 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
         y = samples(Stream.GENERATOR_LATENT, step, labels, Stream.GENERATOR_LAST, trained=True)
         u = philox.uniform(index, 1, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)[:, 0].double()
         sigma = (80 ** (1 / 7) + (1 - 0.8 * u) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+        if own.generator_sigma is not DistillConfig.generator_sigma:
+            sigma = config.generator_sigma(index, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)
         x = noisy(y, sigma.float(), Stream.GENERATOR_NOISE, step)
         t, s = teacher(x, sigma.float(), labels), S(x, sigma.float(), labels)
         with torch.no_grad():
-            weight = 1 / (y - t).abs().mean((1, 2, 3)).clamp(min=1e-5)
+            weight = config.generator_weight(sigma, 1 / (y - t).abs().mean((1, 2, 3)).clamp(min=1e-5))
         # Double precision here: the three squares nearly cancel while S is close to T.
         t, s, y = t.double(), s.double(), y.double()
         terms = (t - y) ** 2 - (s - y) ** 2 - 2 * (config.alpha - 0.5) * (t - s) ** 2
