@@ -33,7 +33,7 @@ class Dataset:
     }
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """Folder or zip of images, CIFAR-10's python or binary archive, or MNIST's training images."""
+    """Folder or zip of images, CIFAR-10's python or binary archive, or a set in MNIST's format."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT.zip")]
     """The zip to write."""
     resolution: Annotated[int | str | None, tyro.conf.arg(metavar="N")] = None
@@ -48,7 +48,7 @@ class Dataset:
     channels: Literal[1, 3] | None = None
     """1 makes them grey, 3 RGB. Default: RGB if any is in colour, else grey."""
     labels: Literal["auto", "folders", "none"] = "auto"
-    """auto: those of dataset.json, CIFAR-10 or MNIST, else the names of the top-level folders if every image lies in
+    """auto: those of dataset.json or of the set itself, else the names of the top-level folders if every image lies in
     one and they are not numbered 00000, 00001, ... folders: always these names."""
     max_images: int | None = None
     """Keep so many images."""
@@ -66,11 +66,13 @@ class Dataset:
     """Leave out images that cannot be read, counted. Default: the first one stops."""
     strict: bool = False
     """Stop where anything in SOURCE would be left out, or where a class has no images."""
+    split: str | None = None
+    """Part of a set that has several: train, test (t10k), validation. Default: train."""
     overwrite: bool = False
     """Replace OUT.zip where it exists."""
 
     json: bool = False
-    """Print JSON: out, images, resolution, channels, labels, what was left out, remarks."""
+    """Print JSON: out, images, resolution, channels, labels, left_out, remarks, …"""
 
     def run(self) -> None:
         """Write the zip and print what is in it."""
@@ -107,6 +109,7 @@ class Dataset:
                     skip_unreadable=self.skip_unreadable,
                     leniency=Leniency(self.background, self.first_frame, self.to_8_bits),
                     channels=self.channels,
+                    split=self.split,
                 )
             empty = empty_classes(pictures.labels, pictures.width)
             for said in pictures.notes:

@@ -3,7 +3,7 @@
     a folder with images           in any sub-folders; labels from its dataset.json
     a zip with images              EDM's format, see `ipfm.engine.data.zip_writer`
     CIFAR-10's archives            Python or binary, .tar.gz or unpacked; the training set
-    MNIST's training images        idx3-ubyte, .gz or unpacked, and those of sets in its format
+    MNIST's images                 idx3-ubyte, .gz or unpacked, and those of sets in its format
 
 Nothing is unpacked to disk and no code from a file is run.
 """
@@ -28,7 +28,7 @@ from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.decoding import DecodedImages, Header, pillow_heard, read_header
 from ipfm.engine.data.image_files import NO_SUFFIX, FolderFiles, ImageFiles, ZipFiles, printable
 from ipfm.engine.data.labels import read_labels
-from ipfm.engine.data.mnist import mnist_file, read_mnist
+from ipfm.engine.data.mnist import mnist_part, read_mnist
 from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.engine.runtime.remarks import Remarks
 from ipfm.models.checkpoints.recognise import (
@@ -61,6 +61,7 @@ def open_dataset(
     skip_unreadable: bool = False,
     strict: bool = False,
     memory_limit: int = IN_MEMORY_LIMIT,
+    split: str | None = None,
 ) -> ImageDataset:
     """The images at `path`, named by it, on the CPU: uint8, square, in the order of their names or of their archive.
 
@@ -76,6 +77,8 @@ def open_dataset(
             and the order of the others stay. Default: such an image is an error.
         strict: refuse a set of which anything is left out, system files aside, or in which a class has no images.
         memory_limit: see IN_MEMORY_LIMIT; the images are the same either way.
+        split: the part of a set that has several, such as "train" or "test". None takes the training images, and says
+            so on stderr.
 
     Raises:
         ValueError: one line that names the file: nothing there, not one of the kinds, damaged, images that are not
@@ -84,9 +87,9 @@ def open_dataset(
     check_strictness(skip_unreadable=skip_unreadable, strict=strict)
     kept = Subset(max_images, seed)
     path = user_path(path)
-    if packed := read_packed(path):
+    if packed := read_packed(path, split):
         chosen = kept.of(len(packed.images))
-        notes = kept.said(path, len(packed.images))
+        notes = [*packed.remarks, *kept.said(path, len(packed.images))]
         for remark in notes if is_first_process() else ():
             Remarks().add(remark)
         taken = packed.labels if labels else None
@@ -98,7 +101,7 @@ def open_dataset(
             xflip=xflip,
             remarks=tuple(notes),
         )
-    files = open_image_files(path)
+    files = open_image_files(path, split)
     remarks = remarks_on(files)
     found = read_labels(files) if labels else None
     if said := None if found is None else remark_on_classes(found, label_width(found)):
@@ -196,20 +199,31 @@ class Packed(NamedTuple):
     classes: int
     """Their number, 0 without labels."""
     title: str
-    """Its name for people."""
+    """What it is, for people."""
+    label_source: str
+    """Where the labels come from, for people."""
+    remarks: tuple[str, ...] = ()
+    """What there is to say of it, a line each."""
 
 
-def read_packed(path: Path) -> Packed | None:
-    """CIFAR-10 or MNIST, training sets, where that is what lies at `path`; None where it is anything else.
+def read_packed(path: Path, split: str | None = None) -> Packed | None:
+    """CIFAR-10 or a set in MNIST's format, where that is what lies at `path`; None where it is anything else.
+
+    Args:
+        path: of the set.
+        split: which part of it, as in `open_dataset`.
 
     Raises:
-        ValueError: it is damaged or incomplete; one line that names the file.
+        ValueError: it is damaged or incomplete, or has no such part; one line that names the file.
     """
-    if file := mnist_file(path):
-        images, labels = read_mnist(file)
-        return Packed(images, labels, 0 if labels is None else label_width(labels), "MNIST")
+    if part := mnist_part(path, split):
+        images, labels, source, remarks = read_mnist(part)
+        width = 0 if labels is None else label_width(labels)
+        return Packed(images, labels, width, "a set in MNIST's format", source, remarks)
     if is_cifar(path):
-        return Packed(*read_cifar(path), CLASSES, "CIFAR-10")
+        if split not in (None, "train"):
+            raise ValueError(f"{path} is CIFAR-10, of which the training set alone is read: split {split} was given")
+        return Packed(*read_cifar(path), CLASSES, "CIFAR-10", "CIFAR-10's")
     return None
 
 
@@ -224,11 +238,15 @@ def is_cifar(path: Path) -> bool:
     return start.startswith(b"\x1f\x8b") or start.endswith(b"ustar")
 
 
-def open_image_files(path: Path) -> ImageFiles:
+def open_image_files(path: Path, split: str | None = None) -> ImageFiles:
     """The images of a folder or zip.
 
+    Args:
+        path: of the set.
+        split: which part of it, as in `open_dataset`.
+
     Raises:
-        ValueError: `path` is neither, is damaged, or holds no images.
+        ValueError: `path` is neither, is damaged, holds no images, or has no such part.
     """
     if not path.exists():
         raise ValueError(f"{missing(path)}; a data set is {KINDS}")
@@ -236,6 +254,11 @@ def open_image_files(path: Path) -> ImageFiles:
         what = _what_else(path)
         about = f"{what}; a data set is" if what else "it must be"
         raise ValueError(f"{path} is no data set that can be read: {about} {KINDS}")
+    if split is not None:
+        way = (
+            f"give {path / split} instead" if (path / split).is_dir() else "leave it out, or give the part's own folder"
+        )
+        raise ValueError(f"{path} holds images, and no parts that have names: split {split} was given; {way}")
     files: ImageFiles = FolderFiles(path) if path.is_dir() else ZipFiles(path)
     if not files.names and (what := _what_instead(path)):
         raise ValueError(f"{path} holds no images: {what}")

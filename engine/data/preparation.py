@@ -88,6 +88,7 @@ def find_pictures(
     skip_unreadable: bool = False,
     leniency: Leniency = STRICT,
     channels: Literal[1, 3] | None = None,
+    split: str | None = None,
 ) -> Pictures:
     """Look through `source`, a folder, a zip, CIFAR-10 or MNIST; no image of a folder or zip is decoded yet.
 
@@ -102,15 +103,16 @@ def find_pictures(
         skip_unreadable: leave out, and count, the images that cannot be decoded; each is decoded once to know.
         leniency: what to do with images of which something would be lost.
         channels: of the images; None makes them RGB if one is in colour, else grey.
+        split: the part of a set that has several, as in `open_dataset`.
 
     Raises:
         ValueError: one line that names the file: the source or an image cannot be read, an image is not square or
             (without a resolution) not of the first one's size, labels do not fit.
     """
-    if packed := read_packed(source):
+    if packed := read_packed(source, split):
         pictures = _from_arrays(packed, source, shaping, labelling, subset)
     else:
-        files = open_image_files(source)
+        files = open_image_files(source, split)
         pictures = _from_files(files, shaping, labelling, subset, leniency, skip_unreadable=skip_unreadable)
     return pictures if channels in (None, pictures.channels) else _with_channels(pictures, source, channels)
 
@@ -147,9 +149,9 @@ def _from_arrays(packed: Packed, source: Path, shaping: Shaping, labelling: Labe
         side,
         channels,
         labels=None if none or classes is None else classes[chosen],
-        label_source="none" if none else f"{packed.title}'s",
+        label_source="none" if none else packed.label_source,
         width=0 if none else packed.classes,
-        notes=subset.said(source, len(images)),
+        notes=[*packed.remarks, *subset.said(source, len(images))],
         whole=len(images),
     )
 

@@ -202,11 +202,11 @@ def _open(options: OwnDistillationOptions, network: NetworkConfig) -> tuple[Imag
     """The data, with the labels that the teacher takes, and what to know of them."""
     if options.data is None:
         return None, []
-    reading = {"skip_unreadable": options.skip_unreadable, "strict": options.strict}
+    skip, strict = options.skip_unreadable, options.strict
     if is_npz(user_path(options.data)):
-        data = open_images(options.data, **reading)
+        data = open_images(options.data, skip_unreadable=skip, strict=strict)
     else:
-        data = open_dataset(options.data, labels=network.label_dim > 0, **reading)
+        data = open_dataset(options.data, labels=network.label_dim > 0, skip_unreadable=skip, strict=strict)
     if data.shape != network.image_shape:
         C, _, side = network.image_shape
         raise ValueError(

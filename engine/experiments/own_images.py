@@ -10,6 +10,7 @@ from typing import Any
 
 from ipfm.engine.config import RunConfig, free_settings
 from ipfm.engine.data.labels import read_labels
+from ipfm.engine.data.mnist import mnist_part
 from ipfm.engine.data.open_dataset import is_cifar, open_image_files
 from ipfm.engine.evaluation.metrics.measures import DISTANCE, FID, measures_of
 from ipfm.engine.evaluation.options import EvaluationOptions
@@ -130,5 +131,7 @@ def has_labels(path: Path) -> bool:
     """Whether a data set has labels; one that cannot be told has none."""
     with contextlib.suppress(ValueError, OSError):
         place = user_path(path)
+        if part := mnist_part(place):
+            return part.has_labels
         return is_cifar(place) or read_labels(open_image_files(place)) is not None
     return False
