@@ -2,10 +2,11 @@
 
 import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +21,10 @@ PADDING_GREY = 96
 MOST_PIXELS = 65_500
 # Files that are written at a time.
 AT_ONCE = 16
-# What a grid's PNG says of itself: the pixels between its images. One that says nothing is of version 0.1.0, with one.
-GAP_KEY, GAP_BEFORE = "Gap", 1
+# What a grid's PNG says of itself: the pixels between its images, how many it has, how many a row, and how often each
+# pixel is repeated; and what holds of one that does not say it, a run's of an earlier version. UNSAID: its pixels tell.
+GAP_KEY, GAP_BEFORE, UNSAID = "Gap", 1, 0
+BEFORE = {GAP_KEY: GAP_BEFORE, "Images": 64, "Columns": 8, "Scale": UNSAID}
 
 
 class Layout(NamedTuple):
@@ -102,10 +105,56 @@ def save_grid(images: Tensor, path: Path | str, columns: int | None = None, scal
 
     picture = Image.fromarray(image_grid(images, columns, scale))
     count, channels, height, width = images.shape
-    about = PngInfo()
-    about.add_text(GAP_KEY, str(layout(count, (channels, height, width), columns, scale).gap))
+    placed, about = layout(count, (channels, height, width), columns, scale), PngInfo()
+    for key, value in zip(BEFORE, (placed.gap, count, placed.columns, placed.scale), strict=True):
+        about.add_text(key, str(value))
     with atomic_write(path) as file:
         picture.save(file, format="PNG", pnginfo=about)
+
+
+def read_grid(path: Path | str) -> Tensor:
+    """The images of a grid that `save_grid` wrote, also of version 0.1.0: (B, 3, H, W) in [-1, 1], float32.
+
+    They are as `image_grid` showed them, so it makes the same of them again.
+
+    Raises:
+        OSError, SyntaxError: it cannot be read as a PNG.
+        ValueError: it is no such grid.
+    """
+    from PIL import Image
+
+    with Image.open(path, formats=["PNG"]) as picture:
+        grid, about = np.asarray(picture.convert("RGB")), picture.info
+        gap, count, columns, scale = (_said(about, key) for key in BEFORE)
+    rows = -(-count // columns) if columns > 0 else 0
+    height, width = ((side + gap) // max(1, n) - gap for side, n in zip(grid.shape, (rows, columns), strict=False))
+    if (
+        min(gap, count - 1, columns - 1, scale, height - 1, width - 1) < 0
+        or Layout(rows, columns, scale, gap, height, width).size != grid.shape[:2]
+        or (scale != UNSAID and height % scale + width % scale)
+    ):
+        raise ValueError(f"{path} is no grid of images")
+    corners = [(i // columns * (height + gap), i % columns * (width + gap)) for i in range(count)]
+    images = np.stack([grid[top : top + height, left : left + width] for top, left in corners])
+    scale = scale if scale != UNSAID else _repeats(images)
+    images = images[:, ::scale, ::scale]
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() + 0.5 - 128) / 127.5
+
+
+def _repeats(images: np.ndarray) -> int:
+    """How often each pixel of images (B, H, W, 3) is repeated; at most so often that eight pixels a side are left."""
+    height, width = images.shape[1:3]
+    for scale in range(min(height, width) // 8, 1, -1):
+        few = images[:, ::scale, ::scale]
+        if height % scale + width % scale == 0 and np.array_equal(few.repeat(scale, 1).repeat(scale, 2), images):
+            return scale
+    return 1
+
+
+def _said(about: Mapping[Any, Any], key: str) -> int:
+    """A number that a grid's PNG says of itself; -1 where it is none."""
+    said = str(about.get(key, BEFORE[key]))
+    return int(said) if re.fullmatch("[0-9]{1,6}", said) else -1
 
 
 def _as_rgb(levels: Tensor) -> Tensor:

@@ -38,13 +38,16 @@ class Report:
                 raise ValueError("json prints the facts and writes no page: leave out and images away")
             from ipfm.engine.commands.report.facts import facts_of
             from ipfm.engine.commands.report.page import target, write_page
+            from ipfm.engine.commands.report.pictures import samples
             from ipfm.engine.training.run_state import read_run
 
             where = target(self.run_folder / "report.html" if self.out is None else self.out, self.images)
             record = read_run(self.run_folder)
         facts = facts_of(record)
         if self.json:
-            print(json.dumps(facts.to_json(), indent=1, allow_nan=False))
+            grids = samples(record)
+            shown = {"pictures": grids.to_json(record), "missing": [*facts.missing, *grids.problems]}
+            print(json.dumps(facts.to_json() | shown, indent=1, allow_nan=False))
             return
         with user_input():
             write_page(record, facts, where)

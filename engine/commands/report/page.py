@@ -11,9 +11,10 @@ from ipfm.engine.commands.pages import templates as pages
 from ipfm.engine.commands.pages.picture import Picture
 from ipfm.engine.commands.pages.target import Target, page_target
 from ipfm.engine.commands.report.facts import Facts
-from ipfm.engine.commands.report.pictures import Samples, memory_timeline, samples
+from ipfm.engine.commands.report.pictures import Samples, Strip, memory_timeline, samples
 from ipfm.engine.commands.report.plots import curves
 from ipfm.engine.evaluation.metrics.measures import FID, Measure, measures_of, notes
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.run_state import RunRecord
 
 # How a page of ours is known when it is to be replaced.
@@ -29,13 +30,15 @@ def target(out: Path, images: Path | None = None) -> Target:
 def write_page(record: RunRecord, facts: Facts, where: Target) -> None:
     """Write the page, and a Markdown page's pictures before it, see `templates.write_page`."""
     drawn, grids, timeline = curves(record, facts, dark=where.images is None), samples(record), memory_timeline(record)
+    # In Markdown a table cannot have one picture below several headings.
+    strip = None if grids.strip is None else grids.strip.labelled(_labels(facts, grids.strip))
     files: dict[str, Picture] = dict(drawn)
     files |= {"comparison": grids.comparison} if grids.comparison else {}
     files |= {"samples": grids.last[1]} if grids.last else {}
     files |= {"samples-best": grids.best[1]} if grids.best else {}
-    files |= {f"samples-{number}": found for number, (_, found) in enumerate(grids.over_time, start=1)}
+    files |= {"samples-over-training": strip} if strip else {}
     files |= {"memory": timeline} if timeline else {}
-    pages.write_page(where, HERE, _content(facts, drawn, grids, timeline), files)
+    pages.write_page(where, HERE, {**_content(facts, drawn, grids, timeline), "strip": strip}, files)
 
 
 def _content(facts: Facts, drawn: Mapping[str, Picture], grids: Samples, timeline: Picture | None) -> dict[str, Any]:
@@ -45,11 +48,10 @@ def _content(facts: Facts, drawn: Mapping[str, Picture], grids: Samples, timelin
         "facts": facts,
         "paper": any(row.paper for row in facts.results),
         "columns": _columns(facts),
-        "chosen_by": measures_of(facts.metrics)[0].called(facts.metric),
         "measured": _capital(", ".join(measure.called(facts.metric) for measure in measures_of(facts.metrics))),
-        "texts": _texts(facts),
+        "texts": _texts(facts, grids),
         "samples": grids,
-        "distances": _captions(facts, grids),
+        "labels": _labels(facts, grids.strip) if grids.strip else [],
         "curves": {name: drawn.get(name) for name in ("distance", "losses", "pace")},
         "timeline": timeline,
         "changed": [setting for setting in facts.settings if setting.changed],
@@ -68,17 +70,29 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _captions(facts: Facts, grids: Samples) -> dict[int, str | None]:
-    """Step -> what was measured then, by the metric that decides, for the pictures over time."""
+def _labels(facts: Facts, strip: Strip) -> list[list[str]]:
+    """Above each column of the strip: steps, images trained on, what was measured then by the metric that decides."""
     first, *_ = measures_of(facts.metrics)
     measured = {e.step: e.shown(first) for e in facts.evaluations if math.isfinite(e.values.get(first.key, math.nan))}
-    return {step: None for step, _ in grids.over_time} | measured
+    lines = [[counted(f"{step:,}", "step") for step in strip.steps]]
+    if facts.batch is not None:
+        lines.append([counted(_short(step * facts.batch), "image") for step in strip.steps])
+    if any(step in measured for step in strip.steps):
+        lines.append([measured.get(step, "-") for step in strip.steps])
+    return [list(column) for column in zip(*lines, strict=True)]
 
 
-def _texts(facts: Facts) -> dict[str, str]:
+def _short(count: int) -> str:
+    """A count for a narrow column: "19,200", "390.6 k", "12.8 M"."""
+    for power, unit in ((9, "G"), (6, "M"), (3, "k")):
+        if count >= max(10**power, 100_000):
+            return f"{count / 10**power:.4g} {unit}"
+    return f"{count:,}"
+
+
+def _texts(facts: Facts, grids: Samples) -> dict[str, str]:
     """Sentences beside tables and pictures."""
     fid = facts.metric == FID
-    first, *_ = measures_of(facts.metrics)
     distance = any("fid" in row.metrics for row in facts.results)
     said = notes(facts.results, facts.metric)
     own = f" {facts.metric}: between {facts.results[0].images:,} drawn images and the reference" if distance else ""
@@ -97,11 +111,12 @@ def _texts(facts: Facts) -> dict[str, str]:
         if facts.results
         else "",
         "settings": "The defaults are those of the settings themselves; a recipe has its own for its data.",
-        "comparison": "At the end of the run. Images in the same place of two networks are of the same latent.",
+        "comparison": "At the end of the run."
+        f"{'' if facts.kind == 'teacher' else ' Images in the same place of two networks are of the same latent.'}"
+        f"{'' if grids.has_data else ' Without data: the run had none at hand.'}",
         "best": "" if facts.kept is None else f"the best ({facts.kept.number}), kept in {facts.kept.path}.",
         "last": "images from fixed latents, the same ones at every step.",
-        "over_time": "The first of these images over time"
-        f"{f', with the {first.called(facts.metric)}' if facts.evaluations else ''}:",
+        "over_time": _over_time(facts, grids.strip) if grids.strip else "",
         "losses": "Pale: each step; strong: the mean over a thirtieth of the run.",
         "pace": "Over all processes, evaluations and checkpoints left out, from the times at which losses were logged.",
         "memory": "Of one process, at the peak of each phase, the permanent state included.",
@@ -109,3 +124,10 @@ def _texts(facts: Facts) -> dict[str, str]:
         if total
         else f"None in {facts.steps_done:,} steps.",
     }
+
+
+def _over_time(facts: Facts, strip: Strip) -> str:
+    first, *_ = measures_of(facts.metrics)
+    above = ["steps", *(["images trained on"] if facts.batch is not None else [])]
+    above += [first.called(facts.metric)] if facts.evaluations else []
+    return f"The same {counted(strip.latents, 'latent')} over the training, a column a moment: {', '.join(above)}."

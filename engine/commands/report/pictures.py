@@ -2,87 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from ipfm.engine.commands.pages.picture import DAMAGED, Picture, enlarged, opened, png
+from ipfm.engine.commands.pages.picture import DAMAGED, Picture, opened, png
+from ipfm.engine.commands.report.strip import LATENTS, MOMENTS, grid_of, labelled, strip_of
 from ipfm.engine.data.comparison import TITLE_KEY
-from ipfm.engine.data.image_grid import GAP_KEY
+from ipfm.engine.data.image_grid import read_grid
 from ipfm.engine.runtime.wording import counted
-from ipfm.engine.training.loop import PICTURE_IMAGES
 from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.run_state import RunRecord
 
-SHOWN = 6
-# Images a row of a grid, and of the part that is shown over time.
-COLUMNS, FEW = round(PICTURE_IMAGES**0.5), 4
-# Pixels that a picture has at least, by repeating its own.
-LEAST, LEAST_LARGE = 240, 480
+T = TypeVar("T")
+# Pixels in width of a picture as the run left it, beyond which squares of them are averaged: twice a page's.
+WIDEST = 1900
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The same few latents at some moments of the training, a column each."""
+
+    steps: tuple[int, ...]
+    """Steps done, of each column."""
+    latents: int
+    pixels: np.ndarray
+    """uint8 (H, W, 3)"""
+    shown: Picture
+    """The same, for a page that has the columns' labels in words."""
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return int(self.pixels.shape[1])
+
+    def labelled(self, labels: Sequence[Sequence[str]]) -> Picture:
+        """With these lines above each column."""
+        return Picture(self.shown.alt, png(labelled(self.pixels, labels)))
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures from fixed latents: the first 16 over time, and all 64 at the end. Steps done are in front."""
+    """Pictures from fixed latents: a few of them over time, and all at the end. Steps done are in front."""
 
     comparison: Picture | None
     """Teacher, generator and data side by side, at the end."""
-    over_time: tuple[tuple[int, Picture], ...]
+    has_data: bool
+    """The data are in it."""
+    strip: Strip | None
+    """None where the run has pictures of one moment, or none."""
     last: tuple[int, Picture] | None
     best: tuple[int, Picture] | None
     """Of the best network that the run keeps, where it is not the last."""
     problems: tuple[str, ...]
     """A sentence for each file that cannot be read."""
 
+    def to_json(self, record: RunRecord) -> dict[str, Any]:
+        """Where the pictures are within the run folder, and which of them a page shows."""
+        places = {step: path.relative_to(record.path).as_posix() for step, path in record.pictures}
+        memory = record.memory_picture
+        return {
+            "comparison": None if self.comparison is None else COMPARISON_FILE,
+            "comparison_has_data": self.has_data,
+            "samples": [{"step": step, "file": place} for step, place in places.items()],
+            "over_time": [] if self.strip is None else list(self.strip.steps),
+            "last": None if self.last is None else self.last[0],
+            "best": None if self.best is None else self.best[0],
+            "memory": None if memory is None else memory.relative_to(record.path).as_posix(),
+        }
+
 
 def samples(record: RunRecord) -> Samples:
     """A few of the run's grids, in order; files that cannot be read are left out."""
     problems: list[str] = []
 
-    def readable(path: Path) -> Image.Image | None:
+    def readable(path: Path, read: Callable[[Path], T]) -> T | None:
         try:
-            return opened(path)
+            return read(path)
         except DAMAGED:
-            problems.append(f"samples/{path.name} cannot be read.")
+            problems.append(f"{path.relative_to(record.path).as_posix()} cannot be read.")
             return None
 
-    last = None
+    grids: dict[int, Tensor] = {}
     whole = list(record.pictures)
-    while whole and last is None:
+    while whole and not grids:
         step, path = whole[-1]
-        if (image := readable(path)) is not None:
-            last = step, Picture(f"samples after {counted(step, 'step')}", png(enlarged(image, LEAST_LARGE)))
+        if (images := readable(path, read_grid)) is not None:
+            grids[step] = images
         else:
             whole.pop()
-    over_time = []
-    for step, path in _evenly(whole, SHOWN) if len(whole) > 1 else ():
-        if (image := readable(path)) is not None:
-            part = enlarged(_corner(image), LEAST)
-            over_time.append((step, Picture(f"samples after {counted(step, 'step')}", png(part))))
+    last = next(((step, _grid(images, f"samples after {_steps(step)}")) for step, images in grids.items()), None)
+    kept = None if record.best is None else record.best.step
+    shown = _evenly(whole, MOMENTS) if len(whole) > 1 else []
+    for step, path in (*shown, *((step, path) for step, path in whole if step == kept)):
+        if step not in grids and (images := readable(path, read_grid)) is not None:
+            grids[step] = images
     best = None
-    for step, path in whole:
-        kept = record.best is not None and step == record.best.step and last is not None and step != last[0]
-        if kept and (image := readable(path)) is not None:
-            best = (
-                step,
-                Picture(f"samples of the best, after {counted(step, 'step')}", png(enlarged(image, LEAST_LARGE))),
-            )
-    comparison = _comparison(record.path / COMPARISON_FILE, problems)
-    # A file that is shown twice is named once.
-    return Samples(comparison, tuple(over_time), last, best, tuple(dict.fromkeys(problems)))
+    if kept in grids and last is not None and kept != last[0]:
+        best = kept, _grid(grids[kept], f"samples of the best, after {_steps(kept)}")
+    over_time = {step: grids[step] for step, _ in shown if step in grids}
+    comparison, titles = None, ""
+    path = record.path / COMPARISON_FILE
+    if path.is_file() and (image := readable(path, opened)) is not None:
+        titles = str(image.info.get(TITLE_KEY, "the networks"))
+        comparison = Picture(f"side by side: {titles}", png(image.reduce(-(-image.width // WIDEST))))
+    return Samples(comparison, "data" in titles.split(", "), _strip(over_time), last, best, tuple(problems))
 
 
-def _comparison(path: Path, problems: list[str]) -> Picture | None:
-    if not path.is_file():
+def _strip(over_time: dict[int, Tensor]) -> Strip | None:
+    """Of the moments whose images are as many and as large as the last one's."""
+    final = next(reversed(over_time.values()), None)
+    alike = {step: images for step, images in over_time.items() if final is not None and images.shape == final.shape}
+    if final is None or len(alike) < 2:
         return None
-    try:
-        image = opened(path)
-        return Picture(f"side by side: {image.info.get(TITLE_KEY, 'the networks')}", png(image))
-    except DAMAGED:
-        problems.append(f"{path.name} cannot be read.")
-        return None
+    pixels, latents = strip_of(list(alike.values())), min(LATENTS, len(final))
+    first, end = ", ".join(map(str, list(alike)[:-1])), list(alike)[-1]
+    alt = f"the same {counted(latents, 'latent')} after {first} and {_steps(end)}"
+    return Strip(tuple(alike), latents, pixels, Picture(alt, png(Image.fromarray(pixels))))
+
+
+def _grid(images: Tensor, alt: str) -> Picture:
+    return Picture(alt, png(Image.fromarray(grid_of(images))))
+
+
+def _steps(count: int) -> str:
+    return counted(count, "step")
 
 
 def memory_timeline(record: RunRecord) -> Picture | None:
@@ -95,20 +144,8 @@ def memory_timeline(record: RunRecord) -> Picture | None:
         return None
 
 
-def _corner(grid: Image.Image) -> Image.Image:
-    """The first images of a grid, those of the same latents whatever the step; all of it if it is no grid of ours."""
-    try:
-        gap = int(grid.info[GAP_KEY])
-    except ValueError:
-        return grid
-    if (grid.width + gap) % COLUMNS or (grid.height + gap) % COLUMNS or gap < 0:
-        return grid
-    wide, tall = (grid.width + gap) // COLUMNS, (grid.height + gap) // COLUMNS
-    return grid.crop((0, 0, FEW * wide - gap, FEW * tall - gap))
-
-
 def _evenly(items: Sequence[tuple[int, Path]], count: int) -> list[tuple[int, Path]]:
     """At most `count` of them, the first and the last among them."""
     if len(items) <= count:
         return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+    return [items[int(i * (len(items) - 1) / (count - 1) + 0.5)] for i in range(count)]

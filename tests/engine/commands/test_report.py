@@ -31,8 +31,10 @@ from ipfm.engine.commands.pages.picture import Picture, png
 from ipfm.engine.commands.report import page, plots
 from ipfm.engine.commands.report.facts import facts_of
 from ipfm.engine.commands.report.page import target, write_page
+from ipfm.engine.commands.report.pictures import samples
 from ipfm.engine.commands.report.plots import limits, smooth
 from ipfm.engine.commands.report.reproduce import reproduce
+from ipfm.engine.commands.report.strip import grid_of, strip_of
 from ipfm.engine.config import free_settings
 from ipfm.engine.data.comparison import Panel, places, save_comparison
 from ipfm.engine.data.image_grid import PADDING_GREY, image_grid, save_grid
@@ -181,9 +183,11 @@ def test_a_real_run_has_everything(finished: Path, drawn: None) -> None:
         assert word in found.text, word
     assert "Not in this report" not in found.text
     assert str(finished.parent) not in (finished / "report.html").read_text()
-    # Three plots, light and dark; teacher, generator and data; 2 grids over time and the last one large; the timeline.
-    assert len(found.pictures) == 2 * 3 + 1 + 2 + 1 + 1 and len(found.alts) == 8 and all(found.alts)
+    # Three plots, light and dark; teacher, generator and data; the last samples, and a few over time; the timeline.
+    assert len(found.pictures) == 2 * 3 + 1 + 1 + 1 + 1 and len(found.alts) == 7 and all(found.alts)
     assert "side by side: teacher, 3 NFE, generator, 1 NFE, data" in found.alts
+    assert "the same 4 latents after 3 and 6 steps" in found.alts and "Without data" not in found.text
+    assert (finished / "report.html").stat().st_size < 2_000_000
     for picture in found.pictures:
         assert np.asarray(picture.convert("L")).std() > 5
     # Teacher's run, too.
@@ -211,6 +215,10 @@ def test_json_has_the_same_facts(finished: Path, capsys: pytest.CaptureFixture[s
     changed = {row["name"]: row["value"] for row in facts["settings"] if row["changed"]}
     assert changed["eps"] == "0.001" and changed["eval-every"] == "3" and "sigmas" not in changed
     assert str(finished.parent) not in json.dumps(facts)
+    pictures = facts["pictures"]
+    assert pictures["samples"] == [{"step": n, "file": f"samples/step-{n:07d}.png"} for n in (3, 6)]
+    assert (pictures["over_time"], pictures["last"], pictures["memory"]) == ([3, 6], 6, "memory/timeline.png")
+    assert (pictures["comparison"], pictures["comparison_has_data"]) == ("comparison.png", True)
 
 
 @pytest.mark.distributed
@@ -433,7 +441,7 @@ def test_markdown_has_its_pictures_beside_it(tmp_path: Path, capsys: pytest.Capt
         ipfm("report", run, "--out", out, *(["--images", images] if images else []))
         text = out.read_text()
         links = [out.parent / unquote(link) for link in re.findall(r"!\[[^\]]*\]\((\S+)\)", text)]
-        assert len(links) == 1 + 1 + 2 and all(Image.open(link).format == "PNG" for link in links)
+        assert len(links) == 1 + 1 + 1 and all(Image.open(link).format == "PNG" for link in links)
         folder = images or tmp_path / "docs" / "my run_files"
         assert sorted(link.resolve() for link in links) == sorted(folder.resolve().iterdir())
         assert "\n\n\n" not in text and "{{" not in text and "None" not in text.replace("None in", "")
@@ -543,22 +551,79 @@ def test_smoothing_and_the_axis() -> None:
     assert ends is not None and -4 < ends[0] < -1.5 and 1.5 < ends[1] < 4
 
 
-def test_grids_over_time(tmp_path: Path) -> None:
-    """The first 16 images of each of at most six grids, the first and the last among them; pixels are repeated."""
+def strip_in(run: Path, out: Path) -> tuple[np.ndarray, list[list[str]]]:
+    """The strip as a page in Markdown has it, with letters above, and their lines, column by column."""
+    record = read_run(run)
+    facts = facts_of(record)
+    write_page(record, facts, target(out))
+    grids = samples(record)
+    assert grids.strip is not None
+    with Image.open(out.parent / f"{out.stem}_files" / f"{out.stem}-samples-over-training.png") as picture:
+        pixels = np.asarray(picture)
+    assert f"![{grids.strip.shown.alt}]({out.stem}_files/{out.stem}-samples-over-training.png)" in out.read_text()
+    # On white, dark letters in every column; below them the strip itself.
+    above, below = np.split(pixels, [len(pixels) - len(grids.strip.pixels)])
+    assert (above == 255).any() and all((part < 100).any() for part in np.array_split(above, len(grids.strip.steps), 1))
+    assert np.array_equal(below, grids.strip.pixels)
+    return below, page._labels(facts, grids.strip)
+
+
+def test_samples_over_the_training_are_one_strip_of_the_same_latents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A column for each of at most seven moments, the first and the last among them: the first four of their images."""
     run = make(tmp_path / "run")
     torch.manual_seed(1)
-    images = torch.rand(64, 3, 8, 8) * 2 - 1
-    for step in range(1, 10):
-        save_grid(images, run / "samples" / f"step-{step:07d}.png", scale=1)
-    record = read_run(run)
-    write_page(record, facts_of(record), target(tmp_path / "a.md"))
-    text = (tmp_path / "a.md").read_text()
-    assert re.findall(r"samples after (\d+) steps?\]\(a_files/a-samples-", text) == ["1", "3", "5", "7", "9", "40"]
-    few = images.view(8, 8, 3, 8, 8)[:4, :4].reshape(16, 3, 8, 8)
-    expected = image_grid(few, scale=1)
-    factor = -(-240 // expected.shape[0])
-    with Image.open(tmp_path / "a_files" / "a-samples-1.png") as picture:
-        assert np.array_equal(np.asarray(picture), expected.repeat(factor, 0).repeat(factor, 1))
+    drawn = {step: torch.rand(64, 3, 8, 8) * 2 - 1 for step in (*range(1, 12), 20, 40)}
+    for step, images in drawn.items():
+        save_grid(images, run / "samples" / f"step-{step:07d}.png")
+    strip, labels = strip_in(run, tmp_path / "a.md")
+    steps = [1, 3, 5, 7, 9, 11, 40]
+    assert labels == [[f"{n} step{'s' * (n > 1)}", f"{16 * n} images", "0.5000" if n == 40 else "-"] for n in steps]
+    few = torch.stack([drawn[step][:4] for step in steps], 1).flatten(0, 1)
+    assert np.array_equal(strip, image_grid(few, columns=7, scale=14))
+    found = page_of(run)
+    assert "the same 4 latents after 1, 3, 5, 7, 9, 11 and 40 steps" in found.alts
+    assert "1 step 16 images - 3 steps 48 images -" in found.text and "40 steps 640 images 0.5000" in found.text
+    assert "The same 4 latents over the training, a column a moment: steps, images trained on, Fréchet" in found.text
+    # One that is damaged, or of other images, is left out.
+    (run / "samples" / "step-0000003.png").write_bytes(b"no picture")
+    save_grid(drawn[5][:5], run / "samples" / "step-0000005.png")
+    assert "the same 4 latents after 1, 7, 9, 11 and 40 steps" in page_of(run).alts
+    capsys.readouterr()
+    ipfm("report", run, "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["pictures"]["over_time"] == [1, 7, 9, 11, 40]
+    assert "samples/step-0000003.png cannot be read." in facts["missing"]
+
+
+@pytest.mark.parametrize(
+    ("side", "shape"),
+    # (pixels a side, of the strip of three columns and four rows)
+    [(8, (4 * 112 + 3 * 14, 3 * 112 + 2 * 14)), (64, (4 * 128 + 6, 3 * 128 + 4)), (256, (4 * 128 + 6, 3 * 128 + 4))],
+)
+def test_a_strip_of_small_and_of_large_images_fits_on_a_page(side: int, shape: tuple[int, int]) -> None:
+    moments = [torch.full((16, 3, side, side), value) for value in (-1.0, 0.0, 1.0)]
+    strip = strip_of(moments)
+    assert strip.shape == (*shape, 3) and [strip[0, x, 0] for x in (0, shape[1] // 2, shape[1] - 1)] == [0, 128, 255]
+    # Larger ones are averaged, over squares.
+    if side == 256:
+        moments[0][:, :, ::2] = 1.0
+        assert (strip_of(moments)[:128, :128] == 128).all()
+    assert grid_of(moments[0]).shape[1] < 952
+    many = strip_of([images[:2] for images in (*moments, *moments, moments[0])])
+    assert many.shape[1] < 952
+
+
+def test_a_run_with_one_picture_has_no_strip_and_one_without_data_says_so(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    (run / "samples" / "step-0000020.png").unlink()
+    images = torch.zeros(16, 1, 8, 8)
+    save_comparison([Panel("teacher, 35 NFE", images), Panel("generator, 1 NFE", images)], places((1, 8, 8), None),
+                    run / "comparison.png")  # fmt: skip
+    found = page_of(run)
+    assert "samples after 40 steps" in found.alts and not [alt for alt in found.alts if "latents" in alt]
+    assert "are of the same latent. Without data: the run had none at hand." in found.text
 
 
 def test_the_picture_of_the_end_is_on_the_page_and_said_where_it_is_damaged(tmp_path: Path) -> None:
@@ -577,18 +642,20 @@ def test_the_picture_of_the_end_is_on_the_page_and_said_where_it_is_damaged(tmp_
 
 
 def test_grids_of_an_older_run_are_taken_apart_where_they_were_put_together(tmp_path: Path) -> None:
-    """Version 0.1.0 left one pixel between images, and did not say so."""
+    """Version 0.1.0 left one pixel between images, and said nothing of how they lie."""
     run = make(tmp_path / "run")
     tile = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    old = np.full((8 * 9 - 1, 8 * 9 - 1), PADDING_GREY, dtype=np.uint8)
-    for i in range(8):
-        for j in range(8):
-            old[9 * i : 9 * i + 8, 9 * j : 9 * j + 8] = tile + 16 * (i // 4 + j // 4)
-    Image.fromarray(old).save(run / "samples" / "step-0000020.png")
-    record = read_run(run)
-    write_page(record, facts_of(record), target(tmp_path / "a.md"))
-    with Image.open(tmp_path / "a_files" / "a-samples-1.png") as picture:
-        assert np.array_equal(np.asarray(picture)[::7, ::7], old[:35, :35])
+    for step, brighter in ((20, 0), (40, 100)):
+        old = np.full((8 * 9 - 1, 8 * 9 - 1), PADDING_GREY, dtype=np.uint8)
+        for i in range(64):
+            old[9 * (i // 8) :, 9 * (i % 8) :][:8, :8] = tile + i + brighter
+        Image.fromarray(old).save(run / "samples" / f"step-{step:07d}.png")
+    strip, _ = strip_in(run, tmp_path / "a.md")
+    pixels = 14 * np.arange(8)
+    for row in range(4):
+        for column, brighter in enumerate((0, 100)):
+            top, left = row * (112 + 14), column * (112 + 14)
+            assert np.array_equal(strip[top + pixels[:, None], left + pixels, 0], tile + row + brighter)
 
 
 def test_memory_as_the_profiler_writes_it(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ipfm.engine.data.comparison import IMAGES_OF_CLASSES, TITLE_KEY, Panel, examples, places, save_comparison
 from ipfm.engine.data.dataset import ImageDataset
-from ipfm.engine.data.image_grid import MOST_PIXELS, PADDING_GREY, image_grid, layout, save_grid
+from ipfm.engine.data.image_grid import MOST_PIXELS, PADDING_GREY, image_grid, layout, pixels, read_grid, save_grid
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -59,6 +60,56 @@ def test_a_grid_says_how_far_its_images_lie_apart(tmp_path: Path) -> None:
     save_grid(noise(4, 1, 8, 8), tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.info["Gap"] == "8"
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "columns"),
+    [((1, 8, 8), 64, None), ((3, 28, 28), 7, 3), ((3, 20, 12), 1, None), ((2, 8, 8), 5, 9)],
+)
+def test_a_grid_is_read_as_the_images_that_it_was_made_of(tmp_path: Path, shape, count, columns) -> None:
+    save_grid(noise(count, *shape), tmp_path / "a.png", columns)
+    images = read_grid(tmp_path / "a.png")
+    assert len(images) == count and images.shape[2] == shape[1] and images.abs().max() <= 1
+    if shape[0] != 2:
+        assert images.shape[3] == shape[2]
+        assert torch.equal(pixels(images), pixels(noise(count, *shape)).expand(-1, 3, -1, -1))
+    with Image.open(tmp_path / "a.png") as picture:
+        assert np.array_equal(image_grid(images, columns, layout(count, shape).scale), np.asarray(picture))
+
+
+def test_a_grid_of_an_earlier_version_is_taken_apart_by_its_pixels(tmp_path: Path) -> None:
+    """It says its gap, or, of version 0.1.0, nothing: 64 images, one pixel between two."""
+    images = noise(64, 1, 8, 8)
+    for scale, gap in ((8, 8), (1, 1), (3, 1)):
+        cells = pixels(images)[:, 0].numpy().repeat(scale, 1).repeat(scale, 2)
+        apart = np.pad(cells, ((0, 0), (0, gap), (0, gap)), constant_values=PADDING_GREY)
+        grid = np.concatenate(np.concatenate(apart.reshape(8, 8, *apart.shape[1:]), 1), 1)[:-gap, :-gap]
+        about = PngInfo()
+        about.add_text("Gap", str(gap))
+        Image.fromarray(grid).save(tmp_path / "a.png", pnginfo=about if gap > 1 else None)
+        assert torch.equal(pixels(read_grid(tmp_path / "a.png")), pixels(images).expand(-1, 3, -1, -1))
+
+
+def test_what_is_no_grid_is_not_taken_for_one(tmp_path: Path) -> None:
+    save_grid(noise(4, 1, 8, 8), tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        for changed in (
+            {"Gap": "-1"},
+            {"Columns": "0"},
+            {"Images": "9" * 5000},
+            {"Scale": "x"},
+            {"Columns": "5"},
+            {"Scale": "9"},
+        ):
+            about = PngInfo()
+            for key, value in {"Gap": "8", "Images": "4", "Columns": "2", "Scale": "8", **changed}.items():
+                about.add_text(key, value)
+            picture.save(tmp_path / "b.png", pnginfo=about)
+            with pytest.raises(ValueError, match="is no grid of images"):
+                read_grid(tmp_path / "b.png")
+    Image.new("RGB", (70, 70)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match="is no grid of images"):
+        read_grid(tmp_path / "b.png")
 
 
 def test_networks_and_data_lie_side_by_side_in_the_same_places(tmp_path: Path) -> None:
