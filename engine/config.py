@@ -136,8 +136,8 @@ class RunConfig:
     """Continue the run folder's last checkpoint; --no-resume refuses a folder that holds a run."""
 
     from_step: int | None = setting(None, identity=False, place=True, memory=False)
-    """Go back to the run folder's checkpoint of this step, 0 for the start, and forget what came after it. Default:
-    the newest one."""
+    """Go back to the run folder's checkpoint of this step, 0 for the start; what came after it is put aside, as a run
+    in set-aside/. Default: the newest one."""
 
     ALTERNATIVES: ClassVar[tuple[tuple[str, str], ...]] = (("max_steps", "kimg"),)
 

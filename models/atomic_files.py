@@ -136,12 +136,18 @@ def previous_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.previous")
 
 
-def forget_unfinished(folder: Path) -> None:
+def forget_unfinished(folder: Path, *, but: str = "") -> None:
     """Remove the temporary files of `atomic_write` that killed processes left in `folder` and below.
 
     No process may be writing there.
+
+    Args:
+        folder: the folder.
+        but: name of a folder in it that is left alone.
     """
     for leftover in folder.rglob(".*.tmp"):
+        if but and leftover.relative_to(folder).parts[0] == but:
+            continue
         with contextlib.suppress(OSError):
             leftover.unlink()
 

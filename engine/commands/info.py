@@ -104,6 +104,7 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
         "network": None if run.exported is None else run.export_path,
         "best": run.best and _kept(run.best),
         "snapshots": [_kept(snapshot) for snapshot in run.snapshots],
+        "set_aside": [{"path": one.path, "step": one.step, "from_step": one.from_step} for one in run.set_aside],
         "last": run.metrics[-1] if run.metrics else {},
         "config": run.settings,
     }
@@ -140,6 +141,7 @@ def _run_rows(
         ("generator" if facts["kind"] == "distill" else "teacher", facts["network"] or "not exported yet"),
         ("best", best and f"{best.path}: step {best.step}, {best.number}"),
         ("snapshots", _snapshots(facts["snapshots"])),
+        *((("set aside" if one is run.set_aside[0] else ""), one.in_words()) for one in run.set_aside),
         ("objective", objective),
         ("began with", _start(facts["continues"])),
         ("D", None if D is None else number(D)),

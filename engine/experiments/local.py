@@ -39,6 +39,7 @@ from ipfm.engine.training.run_folder import (
     open_run_folder,
     teacher_facts,
 )
+from ipfm.engine.training.set_aside import go_back
 from ipfm.engine.training.snapshots import best_said
 from ipfm.engine.training.start import DistillationStart, start_facts
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
@@ -102,6 +103,7 @@ class TrainAndDistilPlan(Plan):
     def begin(self, world: World) -> Callable[[], None]:
         """See `Plan.begin`. The teacher is a part of the training."""
         with claimed(self.path, self.record, self.config, write=world.is_main):
+            go_back(self.path, "distill", self.config, world)
             open_run_folder(self.path, self.record, write=world.is_main)
         return partial(self._train, world)
 

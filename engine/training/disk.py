@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ipfm.engine.config import RunConfig
 from ipfm.engine.runtime.wording import counted, size
+from ipfm.engine.training.run_folder import SET_ASIDE
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def _taken(run: Path) -> int:
     """Bytes of the networks and checkpoints that are in the run folder already."""
     total = 0
     for folder, folders, names in os.walk(run):
-        # The run of a teacher within this one has room of its own.
-        folders[:] = [name for name in folders if name != "teacher"]
+        # The run of a teacher within this one has room of its own, and so have those that were put aside.
+        folders[:] = [name for name in folders if name not in ("teacher", SET_ASIDE)]
         for name in names:
             if name.endswith(".safetensors"):
                 try:

@@ -29,6 +29,7 @@ from ipfm.engine.training.environment import log_start
 from ipfm.engine.training.monitor import COMPARISON_FILE, Monitor, picture_path, pictures_in
 from ipfm.engine.training.run_folder import RunFolder, identity
 from ipfm.engine.training.run_state import FAILED_FILE, write_divergence
+from ipfm.engine.training.set_aside import forgotten
 from ipfm.engine.training.snapshots import Snapshots, best_said
 from ipfm.engine.training.task import NotFinite, Progress, StepFailed, Task
 from ipfm.models.atomic_files import atomic_write
@@ -73,7 +74,7 @@ def train(task: Task, config: RunConfig, folder: RunFolder) -> Progress:
                 raise TrainingFailed(str(error)) from error
             progress.saved_at = progress.step
         reached = progress.step <= config.total_steps
-        # What came after a step that is gone back to is forgotten, its result too, also where this step is the last.
+        # What came after a step that is gone back to is put aside, its result too, also where this step is the last.
         gone_back = config.from_step is not None and progress.step == config.total_steps
         evaluation_due = (
             checkpoint is not None and reached and (gone_back or _look_is_missing(progress.step, config, folder, world))
@@ -109,6 +110,10 @@ class _Run:
             self.monitor, self.history = self._logs()
             self.snapshots = Snapshots(task, config, folder.path, folder.kind, self.monitor.message)
             self.snapshots.resume(progress.step, self.history, go_back=config.from_step is not None)
+            aside = forgotten(folder.path) if self.world.is_main else ()
+            if config.from_step is not None:
+                for one in aside:
+                    self.monitor.message(f"put aside, {one.in_words()}; --out {one.path} goes on from its end")
         except OSError as error:
             reason = described(error)
         if reason := self.world.broadcast_text(reason):
@@ -169,7 +174,7 @@ class _Run:
         if self.checkpoint is not None:
             self.monitor.message(f"continuing at step {progress.step} from {self.checkpoint}")
         if config.from_step is not None:
-            self.monitor.message("what came after this step is forgotten: leave --from-step out to resume afterwards")
+            self.monitor.message("went back to this step: leave --from-step out to resume afterwards")
         if evaluation_due:
             self._stop(self._evaluate())
         self._since = time.perf_counter()

@@ -37,6 +37,7 @@ from ipfm.engine.training.disk import disk_use, missing_room
 from ipfm.engine.training.loop import PICTURE_SEED, Progress, train
 from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.run_folder import RunFolder, check_run_folder, is_settled, open_run_folder
+from ipfm.engine.training.set_aside import go_back
 from ipfm.models import NetworkConfig, Precond, build_network, save_model
 from ipfm.models.atomic_files import why
 from ipfm.models.facts import ModelFacts, TeacherFacts
@@ -204,6 +205,7 @@ class TrainingRun(ABC, Generic[C]):
         kept = is_settled(path, kind, self.config) and in_the_way(path / export)
         # Every process has looked before the first one writes.
         self.world.barrier()
+        go_back(path, kind, self.config, self.world)
         folder = open_run_folder(path, record, write=self.world.is_main)
         self.world.barrier()
         self._about = about

@@ -32,6 +32,8 @@ from ipfm.models.checkpoints.run_models import EXPORTS
 from ipfm.models.store import TENSOR_FILE, in_the_way
 
 FORMAT = 1
+# In a run folder: what came after steps that the run went back to, each a run folder of its own.
+SET_ASIDE = "set-aside"
 # Facts of a run that are digests, of which another one stands for:
 _HASHED = {"teacher": "another network", "pictures": "another set of images"}
 _DIGEST = re.compile(r"[0-9a-f]{16,64}")
@@ -201,7 +203,7 @@ def _check_steps(path: Path, kind: str, config: RunConfig) -> None:
         earlier = max((step for step in steps if step <= total), default=0)
         raise ValueError(
             f"{path} is at step {reached} already, beyond {length}: give at least {reached} steps, --from-step "
-            f"{earlier} to go back and forget what came after, or choose another --out"
+            f"{earlier} to go back and put aside what came after, or choose another --out"
         )
     exported = None if steps or start is not None else exported_steps(path, kind)
     if exported is not None:
@@ -259,7 +261,8 @@ def open_run_folder(path: Path, record: Mapping[str, Any], *, write: bool) -> Ru
     """
     if write:
         lock_folder(path)
-        forget_unfinished(path)
+        # A run that was put aside may go on there.
+        forget_unfinished(path, but=SET_ASIDE)
         if read_json(path / "config.json") != record:
             _write_record(path, record)
     return RunFolder(path, record if write else None, record["kind"])

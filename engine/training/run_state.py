@@ -24,7 +24,8 @@ from ipfm.engine.runtime.files import StepLog, read_json
 from ipfm.engine.training.checkpoint import checkpoints_in, step_of
 from ipfm.engine.training.environment import ENVIRONMENT_FILE, read_starts
 from ipfm.engine.training.pace import Pace, read_pace
-from ipfm.engine.training.run_folder import EXPORTS, folder_user
+from ipfm.engine.training.run_folder import EXPORTS, SET_ASIDE, folder_user
+from ipfm.engine.training.set_aside import SetAside, read_set_aside
 from ipfm.engine.training.snapshots import SNAPSHOTS, KeptModel, best_path, read_best, read_snapshots
 from ipfm.models.atomic_files import atomic_write, why
 from ipfm.models.facts import GeneratorFacts, TeacherFacts, read_facts
@@ -104,6 +105,8 @@ class RunRecord:
     """A process is working in the folder."""
     problems: tuple[str, ...]
     """A line for each part that cannot be read."""
+    set_aside: tuple[SetAside, ...] = ()
+    """What came after steps that the run went back to."""
 
     @property
     def steps_done(self) -> int:
@@ -281,6 +284,7 @@ def read_run(path: Path, *, times: bool = True) -> RunRecord:
         diverged=tolerant(FAILED_FILE, lambda: _diverged(path / FAILED_FILE), None),
         in_use=folder_user(path) is not None,
         problems=tuple(problems),
+        set_aside=tolerant(SET_ASIDE, lambda: read_set_aside(path), ()),
     )
 
 

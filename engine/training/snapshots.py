@@ -199,7 +199,7 @@ class Snapshots:
         Args:
             step: steps done.
             history: the run's evaluations up to there.
-            go_back: what came after this step is forgotten. Otherwise it stays, and comes again.
+            go_back: what came after this step, which is put aside, is removed. Otherwise it stays, and comes again.
 
         Raises:
             OSError: what is to be forgotten cannot be removed.
@@ -208,7 +208,8 @@ class Snapshots:
             return
         _forget_unfinished(self._run, self._kind)
         if go_back:
-            for found in (*read_snapshots(self._run), _read(best_path(self._run, self._kind))):
+            result = _read(self._run / EXPORTS[self._kind])
+            for found in (*read_snapshots(self._run), _read(best_path(self._run, self._kind)), result):
                 if found is not None and found.step > step:
                     _remove(found.path)
         self.best = read_best(self._run, self._kind)

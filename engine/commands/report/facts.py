@@ -260,6 +260,9 @@ def _summary(
         else:
             yield f"It went on from {start.get('source')}{after}."
     yield _length(record, state, images)
+    for one in record.set_aside:
+        back = "" if one.from_step is None else f"It went back to step {one.from_step:,}: "
+        yield f"{back}what came after it, up to step {one.step:,}, is a run of its own in set-aside/{one.path.name}/."
     rows = {row.label: row for row in record.results}
     metric = record.metric
     if generator := rows.get("generator"):

@@ -262,7 +262,7 @@ def test_fewer_steps_than_the_run_has_are_refused_before_anything_is_written(tmp
     advance(tmp_path, 100, 150, exported=exported)
     assert refused(tmp_path, replace(CONFIG, **length)) == (
         f"{tmp_path} is at step 150 already, beyond {said}: give at least 150 steps, --from-step 100 to go back and "
-        "forget what came after, or choose another --out"
+        "put aside what came after, or choose another --out"
     )
     start(tmp_path, replace(CONFIG, **length, from_step=100))
 
