@@ -69,8 +69,10 @@ class Info:
 
 def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
     """The facts of a run folder, and as text. ValueError: it cannot be read."""
+    from ipfm.engine.data.comparison import compared
     from ipfm.engine.evaluation.results import results_table
     from ipfm.engine.objectives import OBJECTIVES
+    from ipfm.engine.training.monitor import COMPARISON_FILE
     from ipfm.engine.training.run_state import read_run
 
     run = read_run(path, times=False)
@@ -105,6 +107,8 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
         "best": run.best and _kept(run.best),
         "snapshots": [_kept(snapshot) for snapshot in run.snapshots],
         "set_aside": [{"path": one.path, "step": one.step, "from_step": one.from_step} for one in run.set_aside],
+        "pictures": [{"step": step, "path": place} for step, place in run.pictures],
+        "comparison": path / COMPARISON_FILE if compared(path / COMPARISON_FILE) else None,
         "last": run.metrics[-1] if run.metrics else {},
         "config": run.settings,
     }
@@ -128,6 +132,7 @@ def _run_rows(
 ) -> list[tuple[str, object]]:
     """The lines of a run's text, from its facts, the settings that it makes use of and its objective in words."""
     from ipfm.engine.commands import describe
+    from ipfm.engine.data.comparison import compared
 
     state, D, best = facts["state"], facts["D"], run.best
     losses = {k: v for k, v in facts["last"].items() if k.endswith("_loss") and isinstance(v, (int, float))}
@@ -140,8 +145,10 @@ def _run_rows(
         ("losses", ", ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in losses.items())),
         ("generator" if facts["kind"] == "distill" else "teacher", facts["network"] or "not exported yet"),
         ("best", best and f"{best.path}: step {best.step}, {best.number}"),
-        ("snapshots", _snapshots(facts["snapshots"])),
+        ("snapshots", _kept_along_the_way(facts["snapshots"])),
         *((("set aside" if one is run.set_aside[0] else ""), one.in_words()) for one in run.set_aside),
+        ("pictures", _kept_along_the_way(facts["pictures"])),
+        ("side by side", facts["comparison"] and f"{', '.join(compared(facts['comparison']))}: {facts['comparison']}"),
         ("objective", objective),
         ("began with", _start(facts["continues"])),
         ("D", None if D is None else number(D)),
@@ -160,8 +167,8 @@ def _start(said: object) -> str | None:
     return f"{said.get('source')}" + (f", {seen:,} images seen" if isinstance(seen, int) and seen else "")
 
 
-def _snapshots(kept: Sequence[Mapping[str, Any]]) -> str | None:
-    """How many snapshots there are, and of which steps."""
+def _kept_along_the_way(kept: Sequence[Mapping[str, Any]]) -> str | None:
+    """How many snapshots or pictures there are, of which steps, and where."""
     if not kept:
         return None
     first, last = kept[0], kept[-1]

@@ -114,6 +114,28 @@ def save_comparison(panels: Sequence[Panel], where: Places, path: Path) -> np.nd
     return np.asarray(picture)
 
 
+def compared(path: Path) -> tuple[str, ...]:
+    """What the picture that `save_comparison` left shows, such as ("teacher", "generator", "data"); () without one."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            titles = str(picture.info.get(TITLE_KEY, ""))
+    except (OSError, SyntaxError, ValueError):
+        return ()
+    # The rest of a title counts: network evaluations, images that are not finite.
+    return tuple(part for part in titles.split(", ") if part and not part[0].isdecimal())
+
+
+def comparison_said(path: Path) -> str | None:
+    """A line on that picture, at the end of a run: what it shows, and where it is; None where there is none."""
+    shown = compared(path)
+    if not shown:
+        return None
+    names = " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
+    return f"{names} side by side{'' if 'data' in shown else ', no data at hand'}: {path}"
+
+
 def side_by_side(panels: Sequence[Panel], where: Places) -> Image:
     """The panels from the left to the right, each with its title above; the rows' titles are on the left.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ipfm.engine.data.comparison import comparison_said
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Comparison
@@ -28,6 +29,7 @@ from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.launcher import is_first_process, launched_processes
 from ipfm.engine.training.distiller import Distiller, remark_on_metrics
+from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.resolve import complete
 from ipfm.engine.training.run_folder import check_run_folder, claimed, teacher_facts
 from ipfm.engine.training.snapshots import best_said
@@ -145,6 +147,8 @@ def _print_result(path: Path, rows: list[EvaluationRow]) -> None:
     print(f"generator: {path / 'generator'}")
     if best := best_said(path, "distill"):
         print(best)
+    if picture := comparison_said(path / COMPARISON_FILE):
+        print(picture)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from ipfm.engine.config import TeacherConfig
+from ipfm.engine.data.comparison import comparison_said
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Evaluation
@@ -97,8 +98,8 @@ class TrainAndDistilPlan(Plan):
         print(f"run folder: {path}   generator: {path / 'generator'}   curve: {path / 'convergence.png'}")
         if best := best_said(path, "distill"):
             print(best)
-        if (path / COMPARISON_FILE).exists():
-            print(f"teacher, generator and data side by side: {path / COMPARISON_FILE}")
+        if picture := comparison_said(path / COMPARISON_FILE):
+            print(picture)
 
     def begin(self, world: World) -> Callable[[], None]:
         """See `Plan.begin`. The teacher is a part of the training."""

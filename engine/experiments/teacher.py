@@ -10,6 +10,7 @@ from typing import Any
 
 from ipfm.engine.checks import option_name
 from ipfm.engine.config import TeacherConfig
+from ipfm.engine.data.comparison import comparison_said
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.open_dataset import open_dataset
 from ipfm.engine.distributed.world import World, run_device
@@ -25,6 +26,7 @@ from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.launcher import is_first_process, launched_processes
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import find_checkpoint
+from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.resolve import complete_training, resolve_D
 from ipfm.engine.training.run_folder import check_run_folder, claimed
 from ipfm.engine.training.snapshots import best_said
@@ -181,6 +183,8 @@ def _print_result(path: Path) -> None:
     print(f"teacher: {path / 'model'}")
     if best := best_said(path, "teacher"):
         print(best)
+    if picture := comparison_said(path / COMPARISON_FILE):
+        print(picture)
 
 
 @dataclass(frozen=True, kw_only=True)

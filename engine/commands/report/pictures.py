@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ipfm.engine.commands.pages.picture import DAMAGED, Picture, opened, png
 from ipfm.engine.commands.report.strip import LATENTS, MOMENTS, grid_of, labelled, strip_of
-from ipfm.engine.data.comparison import TITLE_KEY
+from ipfm.engine.data.comparison import TITLE_KEY, compared
 from ipfm.engine.data.image_grid import read_grid
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.monitor import COMPARISON_FILE
@@ -106,12 +106,12 @@ def samples(record: RunRecord) -> Samples:
     if kept in grids and last is not None and kept != last[0]:
         best = kept, _grid(grids[kept], f"samples of the best, after {_steps(kept)}")
     over_time = {step: grids[step] for step, _ in shown if step in grids}
-    comparison, titles = None, ""
+    comparison = None
     path = record.path / COMPARISON_FILE
     if path.is_file() and (image := readable(path, opened)) is not None:
-        titles = str(image.info.get(TITLE_KEY, "the networks"))
+        titles = image.info.get(TITLE_KEY, "the networks")
         comparison = Picture(f"side by side: {titles}", png(image.reduce(-(-image.width // WIDEST))))
-    return Samples(comparison, "data" in titles.split(", "), _strip(over_time), last, best, tuple(problems))
+    return Samples(comparison, "data" in compared(path), _strip(over_time), last, best, tuple(problems))
 
 
 def _strip(over_time: dict[int, Tensor]) -> Strip | None:

@@ -25,9 +25,11 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from ipfm.engine.commands import pages
 from ipfm.engine.commands.info import Info
 from ipfm.engine.commands.main import _main
 from ipfm.engine.commands.pages.picture import Picture, png
+from ipfm.engine.commands.pages.theme import DARK, LIGHT
 from ipfm.engine.commands.report import page, plots
 from ipfm.engine.commands.report.facts import facts_of
 from ipfm.engine.commands.report.page import target, write_page
@@ -44,6 +46,7 @@ from ipfm.engine.objectives import base
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.runtime.commandline import Given, parse, run_command
 from ipfm.engine.runtime.files import json_line
+from ipfm.engine.runtime.wording import significant
 from ipfm.engine.training import run_folder
 from ipfm.engine.training.pace import Pace
 from ipfm.engine.training.run_folder import _identity, check_run_folder, open_run_folder
@@ -219,6 +222,16 @@ def test_json_has_the_same_facts(finished: Path, capsys: pytest.CaptureFixture[s
     assert pictures["samples"] == [{"step": n, "file": f"samples/step-{n:07d}.png"} for n in (3, 6)]
     assert (pictures["over_time"], pictures["last"], pictures["memory"]) == ([3, 6], 6, "memory/timeline.png")
     assert (pictures["comparison"], pictures["comparison_has_data"]) == ("comparison.png", True)
+    # So does ipfm info.
+    Info(model=finished, json=True).run()
+    known = json.loads(capsys.readouterr().out)
+    assert known["comparison"] == str(finished / "comparison.png")
+    assert [Path(one["path"]).relative_to(finished).as_posix() for one in known["pictures"]] == [
+        one["file"] for one in pictures["samples"]
+    ]
+    Info(model=finished).run()
+    shown = capsys.readouterr().out
+    assert f"2 of steps 3 to 6: {finished / 'samples'}" in shown and "teacher, generator, data: " in shown
 
 
 @pytest.mark.distributed
@@ -710,6 +723,62 @@ def test_the_curve_of_a_run_that_was_lengthened_keeps_the_teachers_line(
     assert facts.results == () and facts.teacher_distance == known and not record.problems
     plots.curves(record, facts, dark=False)
     assert drawn == [known]
+
+
+def test_every_curve_of_what_was_measured_has_the_teachers_line(tmp_path: Path, drawn: None) -> None:
+    """Dashed, at the teacher's number, named with it, on a light and on a dark page."""
+    run = make(tmp_path / "run")
+    teacher = {"frechet": 0.25, "kid": 0.002, "precision": 0.8, "recall": 0.5}
+    others = {"kid": 0.01, "precision": 0.5, "recall": 0.25}
+    about = {"metrics": ["fid", "kid", "pr"], "kid_std": 0.001, "kid_subset_size": 64, "pr_images": 64,
+             "pr_real_images": 64, "images": 64}  # fmt: skip
+    (run / "evaluations.jsonl").write_text(
+        "".join(json_line({"step": n, "frechet": 20 / n, **others, **about}) + "\n" for n in (20, 40))
+    )
+    rows = [
+        {"label": name, "steps": steps, "nfe": 1, "images_per_second": 1.0, **about, **values}
+        for name, steps, values in (("teacher", None, teacher), ("generator", 1, {"frechet": 0.5, **others}))
+    ]
+    (run / "results.json").write_text(json.dumps(rows))
+    record = read_run(run)
+    facts = facts_of(record)
+    assert facts.metrics == ("fid", "kid", "pr") and not record.problems
+    for theme in (LIGHT, DARK):
+        figure = plots._distance(plots._measured(facts), facts, theme)
+        names = [axes.get_ylabel() for axes in figure.axes]
+        assert len(names) == 4 and names[0] == "Fréchet distance"
+        for axes, key in zip(figure.axes, teacher, strict=True):
+            own, line = axes.lines[:2]
+            assert list(own.get_ydata()) == ([1.0, 0.5] if key == "frechet" else [others[key]] * 2)
+            assert line.get_linestyle() == "--" and set(line.get_ydata()) == {teacher[key]}
+            assert line.get_color() == theme.faint and own.get_color() == theme.curves[0]
+            texts = [text.get_text() for text in axes.get_legend().get_texts()]
+            assert texts == ["generator", f"teacher {significant(teacher[key])}"]
+    assert "Fréchet distance, kernel distance, precision, recall" in page_of(run).text
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two colours #rrggbb, 1 to 21, as WCAG 2 defines it."""
+
+    def light(colour: str) -> float:
+        values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((light(one), light(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_letters_and_curves_stand_out_on_a_light_and_on_a_dark_page() -> None:
+    """WCAG's levels: 4.5 for text, 3 for what is drawn; plots are on the paper of their page."""
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    style = (Path(pages.__file__).parent / "style.css.j2").read_text()
+    colours = [dict(re.findall(r"--(\w+): (#\w{6});", line)) for line in style.splitlines() if ":root" in line]
+    for found, theme in zip(colours, (LIGHT, DARK), strict=False):
+        assert found["paper"] == theme.paper and found["ink"] == theme.ink
+        for words in (found["ink"], found["faint"], found["mark"], theme.ink, theme.faint):
+            assert contrast(words, found["paper"]) >= 4.5 and contrast(found["ink"], found["soft"]) >= 4.5
+        assert min(contrast(curve, theme.paper) for curve in theme.curves) >= 3
 
 
 def test_images_that_were_not_finite_are_counted_below_the_table(tmp_path: Path) -> None:

@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ipfm.engine.data.comparison import IMAGES_OF_CLASSES, TITLE_KEY, Panel, examples, places, save_comparison
+from ipfm.engine.data.comparison import (
+    IMAGES_OF_CLASSES,
+    TITLE_KEY,
+    Panel,
+    compared,
+    comparison_said,
+    examples,
+    places,
+    save_comparison,
+)
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.image_grid import MOST_PIXELS, PADDING_GREY, image_grid, layout, pixels, read_grid, save_grid
 
@@ -139,6 +148,24 @@ def test_networks_and_data_lie_side_by_side_in_the_same_places(tmp_path: Path) -
     with Image.open(tmp_path / "a.png") as stored:
         assert stored.info[TITLE_KEY] == "teacher, 35 NFE, generator, 1 NFE, 1 image not finite, data"
         assert np.array_equal(np.asarray(stored), picture)
+
+
+@pytest.mark.parametrize(
+    ("titles", "said"),
+    [
+        (["teacher, 35 NFE", "generator, 1 NFE", "data"], "teacher, generator and data side by side: "),
+        (["teacher, 35 NFE", "generator, 1 NFE"], "teacher and generator side by side, no data at hand: "),
+        (["teacher, 35 NFE", "data"], "teacher and data side by side: "),
+    ],
+)
+def test_a_picture_says_what_it_shows_and_whether_there_were_data(tmp_path: Path, titles, said) -> None:
+    path = tmp_path / "comparison.png"
+    assert comparison_said(path) is None
+    bad = torch.full((4, 1, 8, 8), math.nan)
+    save_comparison([Panel(title, bad) for title in titles], places((1, 200, 200), None), path)
+    assert comparison_said(path) == f"{said}{path}" and len(compared(path)) == len(titles)
+    path.write_bytes(path.read_bytes()[:20])
+    assert compared(path) == () and comparison_said(path) is None
 
 
 def test_each_of_few_classes_has_a_row_and_the_data_are_of_it() -> None:
