@@ -16,7 +16,7 @@ from ipfm.engine.commands.dataset import Dataset
 from ipfm.engine.commands.evaluate import Evaluate
 from ipfm.engine.commands.export.command import Export
 from ipfm.engine.commands.info import Info
-from ipfm.engine.commands.plan import Plan
+from ipfm.engine.commands.plan.command import Plan
 from ipfm.engine.commands.report.command import Report
 from ipfm.engine.commands.sample.command import Sample
 from ipfm.engine.commands.usage import Shell, overview, versions

@@ -11,7 +11,14 @@ from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.distributed.world import run_device
 from ipfm.engine.experiments.step_time import step_time
 from ipfm.engine.memory import MemoryPlan, choose_layout, choose_training, device_budget
-from ipfm.engine.memory.arithmetic import SHARE, flops_in_words, forward_flops, gpu_seconds
+from ipfm.engine.memory.arithmetic import (
+    SHARE,
+    TRAINING_FORWARDS,
+    flops_in_words,
+    forward_flops,
+    gpu_seconds,
+    peak_in_words,
+)
 from ipfm.engine.memory.fits import LAYOUTS, gpu_precision, layout_table
 from ipfm.engine.memory.state import parameter_count
 from ipfm.engine.objectives.base import Distillation
@@ -27,8 +34,6 @@ C = TypeVar("C", bound=RunConfig)
 
 # Seconds before the first line of progress, where stderr is a file.
 PAUSE = 3.0
-# Forward passes, or as much arithmetic, of a teacher's update: a backward pass is twice a forward pass.
-TRAINING_FORWARDS = 3
 
 
 def describe(
@@ -194,7 +199,7 @@ def _on_gpus(config: RunConfig, network: NetworkConfig, forwards: float, first: 
     """What a step computes, and GPU hours by arithmetic alone."""
     flops = forward_flops(network) * forwards * config.batch
     precision = gpu_precision(config)
-    peak = precision if precision != "fp32" else "TF32" if config.tf32 else "fp32"
+    peak = peak_in_words(precision, config.tf32)
     steps = config.total_steps - first
     hours = gpu_seconds(flops * steps, precision, config.tf32)
     shown = ", ".join(f"{name} {three_digits(seconds / 3600)}" for name, seconds in hours.items())

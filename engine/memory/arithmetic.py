@@ -14,6 +14,8 @@ from ipfm.models import NetworkConfig, build_network
 
 # An assumption: the share of a GPU's peak that a step of these networks reaches.
 SHARE = 0.3
+# Forward passes, or as much arithmetic, of a teacher's update: a backward pass is twice a forward pass.
+TRAINING_FORWARDS = 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Gpu:
         return 1e12 * (self.half if precision != "fp32" else self.tf32 if tf32 else self.single)
 
 
+# NVIDIA's data sheets: of A100, H100 and H200 the SXM form; of the RTX 4090 the white paper of its architecture, Ada.
 GPUS = (
     Gpu("RTX 4090", 24, 165.2, 82.6, 82.6),
     Gpu("A100", 80, 312.0, 156.0, 19.5),
@@ -57,9 +60,14 @@ def forward_flops(network: NetworkConfig) -> int:
     return int(counter.get_total_flops())
 
 
-def gpu_seconds(flops: float, precision: Precision, tf32: bool = True) -> dict[str, float]:
-    """Seconds that one GPU of each kind in `GPUS` needs for `flops`, at `SHARE` of its peak."""
-    return {gpu.name: flops / (SHARE * gpu.peak(precision, tf32)) for gpu in GPUS}
+def gpu_seconds(flops: float, precision: Precision, tf32: bool = True, share: float = SHARE) -> dict[str, float]:
+    """Seconds that one GPU of each kind in `GPUS` needs for `flops`, at this share of its peak."""
+    return {gpu.name: flops / (share * gpu.peak(precision, tf32)) for gpu in GPUS}
+
+
+def peak_in_words(precision: Precision, tf32: bool) -> str:
+    """The arithmetic whose peak counts: "bf16", "fp16", "TF32" or "fp32"."""
+    return precision if precision != "fp32" else "TF32" if tf32 else "fp32"
 
 
 def flops_in_words(flops: float) -> str:

@@ -344,7 +344,7 @@ class DistillConfig(Distillation):
         "steps": "K: evaluations of an IPFM generator. Default: 1.",
         "student_updates": "Of IPFM: student updates per generator update. Default: 1.",
     }
-    plan_example: ClassVar[str] = "ipfm plan --model cifar10-ncsnpp --ranks 8 --zero 2 --precision bf16 --gpu-memory 24"
+    plan_example: ClassVar[str] = "ipfm plan --model cifar_ipfm --gpus 1 8 --price A100=1.5 H100=2.5"
     method: ClassVar[str] = "inverse Poisson flow matching"
     readings: ClassVar[Mapping[str, str]] = {
         "generator_loss": "generator_loss is a difference of two denoising losses: it oscillates about zero and says "

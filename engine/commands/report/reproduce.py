@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 
 from ipfm.engine.checks import number
+from ipfm.engine.commands.recipes import project_recipes
 from ipfm.engine.config import FIRST_RULES, TeacherConfig, place_settings
 from ipfm.engine.evaluation.metrics.measures import FID
 from ipfm.engine.experiments.distil import DistilRecipe
@@ -78,7 +77,7 @@ def reproduce(record: RunRecord) -> Command:
     if kind is None or not D > 0:
         return Command(None, ("None of this project's recipes has these settings.",))
     found = []
-    for recipe in _recipes():
+    for recipe in project_recipes():
         if isinstance(recipe, (DistilRecipe, TrainAndDistil)) and isinstance(recipe.base, kind):
             likeness = _likeness(record, recipe)
             if likeness is not None:
@@ -122,15 +121,6 @@ def portable(path: str) -> str:
     # What every run calls its network says nothing without the run.
     kept = 3 if parts[-2:] == ("teacher", "model") else 2 if parts[-1] in ("model", "generator", "teacher") else 1
     return "/".join(part for part in parts[-kept:] if part not in ("/", ".."))
-
-
-def _recipes() -> Iterator[object]:
-    """Those of ipfm.recipes."""
-    package = import_module("ipfm.recipes")
-    for module in iter_modules(package.__path__, "ipfm.recipes."):
-        recipe = getattr(import_module(module.name), "RECIPE", None)
-        if recipe is not None:
-            yield recipe
 
 
 def _base(record: RunRecord, recipe: DistilRecipe | TrainAndDistil, D: float) -> Any:
@@ -243,7 +233,7 @@ def _training(record: RunRecord) -> Command:
         if made.line is not None:
             return Command(made.line, ("This teacher is the first part of the distillation beside it.",))
     network, D = _network(record), number(record.config.get("D"))
-    for recipe in _recipes():
+    for recipe in project_recipes():
         if not isinstance(recipe, TeacherRecipe) or network is None or not D > 0:
             continue
         for arch, preset in recipe.presets.items():

@@ -1,0 +1,1 @@
+"""`ipfm plan`: memory, time, and what to rent."""

@@ -1,0 +1,186 @@
+"""Whose settings a plan is of: those of a recipe, of the recipe that fits a network, or an objective's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ipfm.engine.commands.recipes import project_recipes
+from ipfm.engine.config import RunConfig, TeacherConfig
+from ipfm.engine.experiments.distil import DistilRecipe
+from ipfm.engine.experiments.local import TrainAndDistil
+from ipfm.engine.experiments.origins import SOURCES, Origin
+from ipfm.engine.experiments.own_distil import OwnDistilRecipe
+from ipfm.engine.experiments.own_teacher import FROM_EDM, OwnTeacherRecipe
+from ipfm.engine.experiments.recipe import Recipe
+from ipfm.engine.experiments.teacher import TeacherRecipe
+from ipfm.engine.objectives.base import Distillation
+from ipfm.models import NetworkConfig, presets
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is planned."""
+
+    config: Distillation | TeacherConfig
+    """Settings; the precision may be "auto", and the length not set."""
+    network: NetworkConfig
+    """The teacher's, or of the teacher that is trained."""
+    recipe: Recipe[Any] | None = None
+    """Whose settings these are, but for those that were given."""
+    origin: Origin | None = None
+    """Where the recipe has its length from; None where it is given, or nobody's."""
+    eval_images: int | None = None
+    """Images of an evaluation; None where nothing is known of one."""
+    always_evaluated: bool = False
+    """There is an evaluation whatever is given."""
+    teaching: tuple[TeacherConfig, NetworkConfig] | None = None
+    """Settings and network of the teacher that the recipe trains before."""
+
+    @property
+    def source(self) -> str:
+        """Where the length comes from, in words."""
+        if self.config.kimg is None and self.config.max_steps is None:
+            return ""
+        if self.recipe is None or self.origin is None:
+            return "given" if self.recipe is None else f"of {self.recipe.file}"
+        remark = f": {self.origin.remark}" if self.origin.remark else ""
+        said = SOURCES[self.origin.source].removesuffix(", as are all others")
+        return f"of {self.recipe.file}, {said}{remark}"
+
+
+def of_recipe(
+    recipe: Recipe[Any], given: Mapping[str, Any], *, network: NetworkConfig | None = None, training: bool = False
+) -> Planned:
+    """The settings of a recipe.
+
+    Args:
+        recipe: the recipe.
+        given: settings by name that stand instead of its own.
+        network: of the teacher, or to train; the recipe's own when None.
+        training: the training of its teacher is asked for.
+
+    Raises:
+        ValueError: it has none of these settings, trains no teacher, or cannot do with this network.
+    """
+    if isinstance(recipe, TeacherRecipe):
+        return _of_training(recipe, given, network)
+    if isinstance(recipe, TrainAndDistil):
+        return _of_both(recipe, given, network, training=training)
+    if not isinstance(recipe, DistilRecipe):
+        raise ValueError(f"{recipe.file} is no recipe that distils or trains a teacher")
+    if training:
+        raise ValueError(f"{recipe.file} trains no teacher; {', '.join(_that_train())} do")
+    network = network or presets.get(recipe.preset, D=recipe.D)
+    values = {**vars(recipe.base), **given}
+    if isinstance(recipe, OwnDistilRecipe):
+        options = recipe.full(network, values)
+    else:
+        options = recipe.varied(values, network.D, conditional=bool(network.label_dim))
+        options = options if network.augment_dim else replace(options, augment=0.0)
+    config = _with(options.distillation(), given, recipe.file)
+    return Planned(config, network, recipe, _origin(recipe, config, given, network), options.eval_images)
+
+
+def fitting_recipe(name: str, objective: str) -> Recipe[Any] | None:
+    """The recipe whose settings are those of a distillation, where none is named.
+
+    Args:
+        name: of the preset, which a recipe of a published data set may have; another text for other networks.
+        objective: kind of the objective.
+
+    Returns:
+        The preset's, of several the one that is named after the objective; else the one for teachers of any size. None
+        for an objective without recipes.
+    """
+    preset = presets.FAMILIES.get(name, name)
+    found = [r for r in project_recipes() if isinstance(r, DistilRecipe) and r.base.kind == objective]
+    own = [r for r in found if isinstance(r, OwnDistilRecipe)]
+    named = sorted(
+        (r for r in found if r not in own and r.preset == preset),
+        key=lambda r: not r.file.endswith(f"_{objective}.py"),
+    )
+    # Of the two for any size that share an objective, too.
+    return next(iter([*named, *sorted(own, key=lambda r: not r.file.endswith(f"_{objective}.py"))]), None)
+
+
+def fitting_training(name: str) -> Recipe[Any] | None:
+    """The same of the training of a teacher."""
+    preset = presets.FAMILIES.get(name, name)
+    found = [r for r in project_recipes() if isinstance(r, TeacherRecipe)]
+    own = [r for r in found if isinstance(r, OwnTeacherRecipe)]
+    named = [
+        r for r in found if r not in own and preset in r.presets.values() and presets.get(preset).image_shape == r.shape
+    ]
+    return next(iter([*named, *own]), None)
+
+
+def _of_training(recipe: TeacherRecipe, given: Mapping[str, Any], network: NetworkConfig | None) -> Planned:
+    options = recipe.base
+    if isinstance(recipe, OwnTeacherRecipe):
+        start = network or presets.get(recipe.presets[options.arch])
+        base, options = recipe.full(start, None)
+        network = network or base
+    elif network is None:
+        base = presets.get(recipe.presets[options.arch])
+        augmented = options.augment > 0
+        network = options.network(base, recipe.shape, D=recipe.D, classes=0, augmented=augmented)
+    config = _with(options.training(), given, recipe.file)
+    origin = None if _length_given(given) or config.kimg is None else FROM_EDM["kimg"]
+    # A row of the rule that is this project's own has another length than EDM's.
+    origin = origin if config.kimg in {r.base.kimg for r in _published_trainings()} else None
+    return Planned(config, network, recipe, origin, options.eval_images)
+
+
+def _of_both(
+    recipe: TrainAndDistil[Any], given: Mapping[str, Any], network: NetworkConfig | None, *, training: bool
+) -> Planned:
+    own = network is None
+    network = network or recipe.network(recipe.base, recipe.D)
+    teaching = recipe.teaching(recipe.base)
+    if training:
+        return Planned(_with(teaching, given, recipe.file), network, recipe)
+    config = _with(recipe.base.distillation(), given, recipe.file)
+    return Planned(
+        config,
+        network,
+        recipe,
+        eval_images=recipe.base.eval_images,
+        always_evaluated=True,
+        teaching=(teaching, network) if own else None,
+    )
+
+
+def _with(config: Any, given: Mapping[str, Any], file: str) -> Any:
+    """The settings with those that were given; of two lengths the one that is given counts."""
+    names = {f.name for f in fields(config)}
+    for name in given:
+        if name not in names:
+            raise ValueError(f"{file} has no {name.replace('_', '-')}: leave it out")
+    return replace(config, **({"kimg": None, "max_steps": None} if _length_given(given) else {}), **given)
+
+
+def _length_given(given: Mapping[str, Any]) -> bool:
+    return "kimg" in given or "max_steps" in given
+
+
+def _origin(recipe: DistilRecipe, config: RunConfig, given: Mapping[str, Any], network: NetworkConfig) -> Origin | None:
+    """Where a length comes from."""
+    if _length_given(given):
+        return None
+    if isinstance(recipe, OwnDistilRecipe):
+        # That of the row's recipe, where it is one's.
+        rows = (row for row in recipe.rows.values() if row.base.kimg == config.kimg)
+        return next((row.origins["kimg"] for row in rows if "kimg" in row.origins), None)
+    return recipe.origins.get("kimg")
+
+
+def _that_train() -> Iterator[str]:
+    yield from (recipe.file for recipe in project_recipes() if isinstance(recipe, (TeacherRecipe, TrainAndDistil)))
+
+
+def _published_trainings() -> Iterator[TeacherRecipe]:
+    for recipe in project_recipes():
+        if isinstance(recipe, TeacherRecipe) and not isinstance(recipe, OwnTeacherRecipe):
+            yield recipe
