@@ -17,15 +17,23 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from ipfm.engine.commands.plan.rent import as_trained
+from ipfm.engine.commands.plan.settings import of_recipe
 from ipfm.engine.config import Precision, RunConfig
 from ipfm.engine.experiments import DistilRecipe
 from ipfm.engine.experiments.defaults_by_size import ROWS, Facts, by_size, default_arch
+from ipfm.engine.experiments.gpu_costs import Run
 from ipfm.engine.experiments.origins import SOURCES
+from ipfm.engine.experiments.recipe import Recipe
 from ipfm.engine.memory import Layout, choose_layout, gpu_budget
+from ipfm.engine.memory.arithmetic import GPUS as KINDS_OF_GPUS
+from ipfm.engine.memory.arithmetic import flops_in_words, gpu_seconds
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.objectives.published import PAPER_RESULTS, PaperSetting, paper_result
+from ipfm.engine.runtime.wording import three_digits
 from ipfm.models import presets
 from ipfm.recipes import (
     afhqv2_ipfm,
@@ -50,6 +58,11 @@ from ipfm.recipes import (
 )
 
 FOLDER = Path(__file__).parent
+RENTED = tuple(
+    module.RECIPE
+    for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid, imagenet64_sid,
+                   cifar_pid, imagenet64_pid, cifar_teacher, ffhq_teacher)
+)  # fmt: skip
 GPUS = (24, 48, 80, 141)
 PROCESSES = (1, 8)
 
@@ -105,6 +118,20 @@ def largest(precision: Precision = "bf16", gpu: int = 24, cases: Sequence[Case] 
         found = [case.choice(precision, 1, gpu, **form) for form in FORMS.values()]
         cells = ["–" if one is None else f"{one.plan.micro_batch}, {_gigabytes(one)} GB" for one in found]
         rows.append(_row([f"`{case.preset}`", *cells]))
+    return rows
+
+
+def gpu_hours(recipes: Sequence[Recipe[Any]] = RENTED) -> list[str]:
+    """GPU hours of the published length of each recipe, a row each."""
+    names = [gpu.name for gpu in KINDS_OF_GPUS]
+    rows = [_row(["recipe", "kimg", "operations of a step", *names]), _row(["---"] * (3 + len(names)))]
+    for recipe in recipes:
+        planned = of_recipe(recipe, {"precision": "bf16"})
+        run = Run(planned.config, as_trained(planned.config, planned.network))
+        flops, steps = run.step_flops(), run.config.total_steps
+        hours = [three_digits(s / 3600) for s in gpu_seconds(flops * steps, "bf16").values()]
+        kimg = f"{steps * run.config.batch / 1000:,.0f}"
+        rows.append(_row([f"`{recipe.file}`", kimg, flops_in_words(flops), *hours]))
     return rows
 
 
@@ -257,6 +284,7 @@ PAGES: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
         "layouts in bf16": lambda: layouts("bf16"),
         "layouts in fp32": lambda: layouts("fp32"),
         "largest micro-batch": largest,
+        "GPU hours": gpu_hours,
     },
 }
 

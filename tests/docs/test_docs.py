@@ -183,7 +183,7 @@ def test_commands_take_their_options(page: Path) -> None:
         given -= FOREIGN.get(words[0], set())
         script = next((Path(word).name for word in words[1:] if word.endswith((".py", "/ipfm"))), words[0])
         if script == "ipfm" and words[0] != "pip":  # which installs a folder of this name
-            (at,) = (i for i, word in enumerate(words) if word.endswith("ipfm"))
+            (at,) = (i for i, word in enumerate(words) if Path(word).name == "ipfm")
             command = words[at + 1]
             allowed = {"--help"} if command == "--help" else command_options()[command]
         else:
@@ -333,3 +333,7 @@ def test_some_rows_of_what_fits(make_tables: ModuleType) -> None:
     rows = on_page(make_tables, "memory-and-speed.md", "layouts in bf16")
     (row,) = [row for row in rows if row.startswith("| `cifar10-ncsnpp` | 256 | 8 |")]
     assert row.split(" | ")[3] == found
+    hours = on_page(make_tables, "memory-and-speed.md", "GPU hours")
+    recipe = make_tables.RENTED[0]
+    assert hours[:3] == make_tables.gpu_hours([recipe]) and recipe.file == "cifar_ipfm.py"
+    assert len(hours) == 2 + len(make_tables.RENTED)

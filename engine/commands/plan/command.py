@@ -58,14 +58,14 @@ def _with_objectives(plan: K) -> K:
 @dataclass(frozen=True, kw_only=True)
 @_with_objectives
 class Plan:
-    """Predict the memory of a distillation, by part and phase of a step, and what to rent for a run.
+    """Predict the memory of a run, by part and phase of a step, and what to rent for it.
 
     With --gpu-memory: the largest micro-batch, and the cheapest form of the step that fits; --fits: for several GPUs. A
     recipe, or --gpus: a table of GPU hours, memory, host memory and disk by GPU.
     """
 
     model: str
-    """Network preset (or ncsnpp, ddpmpp, adm), a model folder, a checkpoint of EDM, PFGM++ or SiD; or a recipe."""
+    """Preset, model folder, checkpoint of EDM, PFGM++ or SiD, or recipe."""
     objective: str | None = None
     """What is distilled by. Default: ipfm, which SiD shares."""
     batch: int | None = None
@@ -128,7 +128,7 @@ class Plan:
 
         with user_input():
             prices = parse_prices(self.price)
-            counts = tuple(dict.fromkeys(self.gpus)) or COUNTS
+            counts = sorted(set(self.gpus)) or COUNTS
             table = RentTable(self.model, planned, counts, SHARE if self.share is None else self.share, prices)
         write(table.facts(), table.text())
 
@@ -212,8 +212,8 @@ class Plan:
         other = [name for name in ("gpu_memory", "fits", "ranks") if getattr(self, name) not in (None, ())]
         if table and other:
             raise ValueError(
-                f"{_typed(other[0])} was given, but {_typed(table[0])} is of the table of what to rent, for which --gpus "
-                "says how many: leave one of them out"
+                f"{_typed(other[0])} was given, but {_typed(table[0])} is of the table of what to rent, for which "
+                "--gpus says how many: leave one of them out"
             )
         if self.teacher_training:
             every = (name for said in DECLARED.values() for name in said.offered)

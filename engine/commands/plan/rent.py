@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,8 @@ from ipfm.models import NetworkConfig
 COUNTS = (1, 2, 4, 8)
 # Length of what is shown of a run that has none, in thousands of images.
 WITHOUT_LENGTH = 1000.0
+# Columns of the table, and of the lines around it.
+WIDTH = 120
 # Seconds before the first line of progress, where stderr is a file.
 PAUSE = 3.0
 
@@ -167,10 +170,11 @@ class RentTable:
         else:
             what, passes = "training of a teacher", "a step, forward and backward, is"
         whose = "" if planned.recipe is None else f", settings of {planned.recipe.file}"
-        steps, kimg = f"{config.total_steps:,}", f"{config.total_steps * config.batch / 1000:,.0f}"
-        length = f"length: {steps} steps, {kimg} thousand images, {planned.source}"
+        thousands = config.total_steps * config.batch / 1000
+        kimg = f"{thousands:,.0f} kimg" if thousands >= 100 else f"{three_digits(thousands)} kimg"
+        length = f"length: {counted(f'{config.total_steps:,}', 'step')}, {kimg}, {planned.source}"
         if not self.has_length:
-            length = f"no length is published: hours are those of {kimg} thousand images; give --kimg or --max-steps"
+            length = f"no length is published: hours are those of {kimg}; give --kimg or --max-steps"
         further = f" and {flops_in_words(run.further_flops)} of LPIPS" if run.further_flops else ""
         precision = config.decided_precision
         peak = peak_in_words(precision, config.tf32)
@@ -178,9 +182,13 @@ class RentTable:
             f"{self.model}: {what}{whose}",
             f"{architecture(run.network)}, {images(run.network)}, {parameter_count(run.network):,} parameters",
             f"batch {config.batch}, {precision}",
-            length,
-            f"arithmetic: {flops_in_words(run.forward_flops)} a forward pass of an image; {passes} {run.forwards} "
-            f"of them{further}, for {counted(config.batch, 'image')}:",
+            *textwrap.wrap(length, WIDTH, subsequent_indent="  "),
+            *textwrap.wrap(
+                f"arithmetic: {flops_in_words(run.forward_flops)} a forward pass of an image; {passes} {run.forwards} "
+                f"of them{further}, for {counted(config.batch, 'image')}:",
+                WIDTH,
+                subsequent_indent="  ",
+            ),
             f"  {flops_in_words(run.step_flops())} a step, {flops_in_words(run.step_flops() * config.total_steps)} "
             f"in all; hours at {self.share:.3g} of the {peak} peak (an assumption: --share):",
             f"  {', '.join(f'{gpu.name} {self._peak(gpu) / 1e12:g}' for gpu in GPUS)} TFLOP/s",
@@ -202,32 +210,29 @@ class RentTable:
         if found["generator_nfe"] is not None:
             nfe = f"the teacher, {nfe}, and{times} the generator, {found['generator_nfe']}"
         else:
-            nfe = f"{nfe},{times or ' once'}"
+            nfe = f"the teacher, {nfe},{times or ' once'}"
         given = "evaluation" if self.planned.always_evaluated else "evaluation, with --reference"
         yield f"{given}: {found['images']:,} images of {nfe};"
         yield f"  not in the hours below, features left out; GPU hours: {_shown(found['gpu_seconds'])}"
 
     def _head(self) -> str:
         price = f"{'price':>8} " if self.prices else ""
-        return (
-            f"{'GPUs':<12} {'micro x acc.':>12} {'form':<9} {'ZeRO':>4} {'hours':>8} {'GPU hours':>9} {price}"
-            f"{'teach.':>6} {'weights':>7} {'grads':>5} {'Adam':>5} {'EMA':>5} {'activ.':>6} {'peak':>5} {'host':>5} "
-            f"{'disk':>5}"
+        return f"{'GPUs':<12} {'micro x acc':>11} {'form':<9} {'ZeRO':>4} {'hours':>8} {'GPU h':>8} {price}" + " ".join(
+            f"{name:>5}" for name in ("teach", "train", "grads", "Adam", "EMA", "act.", "peak", "host", "disk")
         )
 
     def _row(self, row: GpuCost) -> str:
         start = f"{row.fit.ranks} x {row.gpu.name}"
         if (layout := row.fit.layout) is None:
-            return f"{start:<12} does not fit: {row.fit.reason}"
+            return f"{start:<12} not possible: {row.fit.reason}"
         plan, parts = layout.plan, row.parts
         form = f"{plan.backward or '-'}{'+ck' * plan.activation_checkpointing}"
         price = f"{'-' if row.price is None else three_digits(row.price):>8} " if self.prices else ""
         numbers = (parts.teacher, parts.weights, parts.gradients, parts.moments, parts.ema, parts.activations)
-        widths = (6, 7, 5, 5, 5, 6)
-        shown = " ".join(f"{_gigabytes(value):>{width}}" for value, width in zip(numbers, widths, strict=True))
+        shown = " ".join(f"{_gigabytes(value):>5}" for value in numbers)
         return (
-            f"{start:<12} {f'{plan.micro_batch} x {layout.accumulation}':>12} {form:<9} {plan.parts.stage:>4} "
-            f"{three_digits(row.wall_seconds / 3600):>8} {three_digits(row.gpu_seconds / 3600):>9} {price}{shown} "
+            f"{start:<12} {f'{plan.micro_batch} x {layout.accumulation}':>11} {form:<9} {plan.parts.stage:>4} "
+            f"{three_digits(row.wall_seconds / 3600):>8} {three_digits(row.gpu_seconds / 3600):>8} {price}{shown} "
             f"{_gigabytes(parts.peak):>5} {_gigabytes(row.host.total):>5} {_gigabytes(self.run.disk.total):>5}"
         )
 
@@ -235,17 +240,17 @@ class RentTable:
         sent = max((row.sent for row in self.rows), default=0)
         price = "; price: of the GPU hours" if self.prices else ""
         of = f" (at least {size(sent)} a step from each of {max(self.counts)} GPUs)" if sent else ""
-        of = f" (at least {size(sent)} a step from each of {max(self.counts)} GPUs)" if sent else ""
         lines = [
-            "micro x acc.: images that a GPU handles at a time, and how often in a step; form: of the backward pass,",
+            "micro x acc: images that a GPU handles at a time, and how often in a step; form: of the backward pass,",
             "  +ck with activations computed again, '-' where there is one form only; ZeRO: DeepSpeed's stage",
-            f"hours: from start to end; GPU hours: of all GPUs together{price}",
+            f"hours: from start to end; GPU h: hours of all GPUs together{price}",
             f"  left out: communication{of}, checkpoints, compilation, reading of data",
-            "GB of each GPU: teach. the frozen teacher, weights in training with their fp32 copies, grads gradients with",
-            "  buffers, Adam its moments, EMA the average, activ. activations and temporaries, peak the sum; at most 85 %",
-            "  of the GPU, for workspaces of convolutions are not in it",
-            f"GB of a node of up to {OF_A_NODE} GPUs: host memory beside what Python and its libraries take in each",
-            "  process (weights at the start, a checkpoint in the making, what --offload keeps there, pinned); disk",
+            "GB of each GPU: teach: weights of the frozen teacher; train: weights in training, with their fp32 copies;",
+            "  grads: gradients with buffers; Adam: its moments; EMA: the average; act.: activations and temporaries;",
+            "  peak: the sum, at most 85 % of the GPU, for workspaces of convolutions are not in it",
+            f"GB of a node of up to {OF_A_NODE} GPUs: host: memory beside what Python and its libraries take in each",
+            "  process: weights at the start, a checkpoint in the making, what --offload keeps there, pinned; disk:",
+            "  checkpoints, snapshots, networks",
             "at least 16 images at a time are preferred (an assumption: fewer leave a GPU idle)",
         ]
         if not isinstance(self.run.config, Distillation):

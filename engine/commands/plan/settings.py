@@ -30,7 +30,9 @@ class Planned:
     recipe: Recipe[Any] | None = None
     """Whose settings these are, but for those that were given."""
     origin: Origin | None = None
-    """Where the recipe has its length from; None where it is given, or nobody's."""
+    """Where the recipe has its length from; None where that is not known, or it is given."""
+    length_given: bool = False
+    """The length is none of the recipe's."""
     eval_images: int | None = None
     """Images of an evaluation; None where nothing is known of one."""
     always_evaluated: bool = False
@@ -41,10 +43,10 @@ class Planned:
     @property
     def source(self) -> str:
         """Where the length comes from, in words."""
-        if self.config.kimg is None and self.config.max_steps is None:
-            return ""
-        if self.recipe is None or self.origin is None:
-            return "given" if self.recipe is None else f"of {self.recipe.file}"
+        if self.recipe is None or self.length_given:
+            return "given"
+        if self.origin is None:
+            return f"of {self.recipe.file}"
         remark = f": {self.origin.remark}" if self.origin.remark else ""
         said = SOURCES[self.origin.source].removesuffix(", as are all others")
         return f"of {self.recipe.file}, {said}{remark}"
@@ -80,7 +82,8 @@ def of_recipe(
         options = recipe.varied(values, network.D, conditional=bool(network.label_dim))
         options = options if network.augment_dim else replace(options, augment=0.0)
     config = _with(options.distillation(), given, recipe.file)
-    return Planned(config, network, recipe, _origin(recipe, config, given, network), options.eval_images)
+    origin, given_length = _origin(recipe, config, given), _length_given(given)
+    return Planned(config, network, recipe, origin, given_length, options.eval_images)
 
 
 def fitting_recipe(name: str, objective: str) -> Recipe[Any] | None:
@@ -130,7 +133,7 @@ def _of_training(recipe: TeacherRecipe, given: Mapping[str, Any], network: Netwo
     origin = None if _length_given(given) or config.kimg is None else FROM_EDM["kimg"]
     # A row of the rule that is this project's own has another length than EDM's.
     origin = origin if config.kimg in {r.base.kimg for r in _published_trainings()} else None
-    return Planned(config, network, recipe, origin, options.eval_images)
+    return Planned(config, network, recipe, origin, _length_given(given), options.eval_images)
 
 
 def _of_both(
@@ -140,12 +143,13 @@ def _of_both(
     network = network or recipe.network(recipe.base, recipe.D)
     teaching = recipe.teaching(recipe.base)
     if training:
-        return Planned(_with(teaching, given, recipe.file), network, recipe)
+        return Planned(_with(teaching, given, recipe.file), network, recipe, length_given=_length_given(given))
     config = _with(recipe.base.distillation(), given, recipe.file)
     return Planned(
         config,
         network,
         recipe,
+        length_given=_length_given(given),
         eval_images=recipe.base.eval_images,
         always_evaluated=True,
         teaching=(teaching, network) if own else None,
@@ -153,19 +157,21 @@ def _of_both(
 
 
 def _with(config: Any, given: Mapping[str, Any], file: str) -> Any:
-    """The settings with those that were given; of two lengths the one that is given counts."""
+    """The settings with those that were given."""
     names = {f.name for f in fields(config)}
     for name in given:
         if name not in names:
             raise ValueError(f"{file} has no {name.replace('_', '-')}: leave it out")
-    return replace(config, **({"kimg": None, "max_steps": None} if _length_given(given) else {}), **given)
+    # Of the two lengths the one that is given counts.
+    without = {"kimg": None, "max_steps": None} if _length_given(given) else {}
+    return replace(config, **{**without, **given})
 
 
 def _length_given(given: Mapping[str, Any]) -> bool:
     return "kimg" in given or "max_steps" in given
 
 
-def _origin(recipe: DistilRecipe, config: RunConfig, given: Mapping[str, Any], network: NetworkConfig) -> Origin | None:
+def _origin(recipe: DistilRecipe, config: RunConfig, given: Mapping[str, Any]) -> Origin | None:
     """Where a length comes from."""
     if _length_given(given):
         return None

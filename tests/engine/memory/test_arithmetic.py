@@ -6,11 +6,15 @@ import math
 
 import pytest
 import torch
+from counted import counted_flops
 from torch import nn
 
+from ipfm.engine import DistillConfig, Distiller, PidConfig, TeacherConfig, TeacherTraining
 from ipfm.engine.config import Precision
-from ipfm.engine.memory.arithmetic import GPUS, SHARE, flops_in_words, forward_flops, gpu_seconds
-from ipfm.models import NetworkConfig, build_network
+from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.distributed.world import World
+from ipfm.engine.memory.arithmetic import GPUS, SHARE, TRAINING_FORWARDS, flops_in_words, forward_flops, gpu_seconds
+from ipfm.models import NetworkConfig, build_network, presets
 from ipfm.models.layers import Conv2d, Linear
 
 SMALL = NetworkConfig(
@@ -38,6 +42,37 @@ def test_operations_are_those_of_convolutions_and_matrix_products() -> None:
     assert sum(found) <= counted <= 1.2 * sum(found)
 
 
+_ONE = {"D": 128.0, "batch": 2, "max_steps": 1, "precision": "fp32", "zero": 0, "activation_checkpointing": "off"}
+
+
+@pytest.mark.parametrize(
+    ("config", "passes"),
+    [
+        (DistillConfig(**_ONE, backward="joint"), 11),
+        (DistillConfig(**_ONE, backward="phased"), 13),
+        (DistillConfig(**_ONE, backward="joint", steps=2), 16),
+        (PidConfig(**_ONE, backward="joint", distance="l2"), 7),
+    ],
+    ids=["joint", "phased", "two steps", "pid"],
+)
+def test_a_step_has_the_arithmetic_of_so_many_forward_passes(config: DistillConfig | PidConfig, passes: int) -> None:
+    """Counted in a real step: a backward pass is two forward passes, and one through a frozen network is one."""
+    network = presets.get("digits", D=128.0)
+    run = Distiller(config, build_network(network).eval(), world=World(0, 1, torch.device("cpu")))
+    counted = counted_flops(lambda: run.iteration(0)) / config.batch
+    assert run.objective.forwards(phased=config.backward == "phased", checkpointed=False) == passes
+    # The first layers need no gradient of their images.
+    assert counted == pytest.approx(passes * forward_flops(network), rel=0.02)
+
+
+def test_an_update_of_a_teacher_has_the_arithmetic_of_three() -> None:
+    network = presets.get("digits", D=128.0)
+    data = ImageDataset(torch.zeros(4, *network.image_shape, dtype=torch.uint8))
+    run = TeacherTraining(TeacherConfig(**_ONE), network, data, world=World(0, 1, torch.device("cpu")))
+    counted = counted_flops(lambda: run.iteration(0)) / 2
+    assert counted == pytest.approx(TRAINING_FORWARDS * forward_flops(network), rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("precision", "tf32", "name", "peak"),
     [("bf16", True, "A100", 312e12), ("fp16", True, "H100", 989.4e12), ("fp32", True, "A100", 156e12),
@@ -47,6 +82,7 @@ def test_seconds_are_operations_over_a_share_of_the_peak(
     precision: Precision, tf32: bool, name: str, peak: float
 ) -> None:
     assert gpu_seconds(3e15, precision, tf32)[name] == pytest.approx(3e15 / (SHARE * peak))
+    assert gpu_seconds(3e15, precision, tf32, share=0.5)[name] == pytest.approx(3e15 / (0.5 * peak))
     assert list(gpu_seconds(1.0, precision)) == [gpu.name for gpu in GPUS]
 
 
