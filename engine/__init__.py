@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ipfm.engine.config import TeacherConfig
+    from ipfm.engine.data.image_grid import save_grid
     from ipfm.engine.evaluation.evaluation import Evaluation
     from ipfm.engine.memory import plan_memory
     from ipfm.engine.noise_levels import NoiseLevels
     from ipfm.engine.objectives.ipfm import DistillConfig
     from ipfm.engine.objectives.pid import PidConfig
+    from ipfm.engine.sampling.image_sampler import load_generator, load_sampler
     from ipfm.engine.sampling.samplers import generate, heun_sample, trajectory_sample
     from ipfm.engine.training.distiller import Distiller
     from ipfm.engine.training.teacher import TeacherTraining
@@ -31,7 +33,10 @@ __all__ = [
     "TeacherTraining",
     "generate",
     "heun_sample",
+    "load_generator",
+    "load_sampler",
     "plan_memory",
+    "save_grid",
     "trajectory_sample",
 ]
 
@@ -39,11 +44,13 @@ __all__ = [
 # spelled out for type checkers: here alone an objective's settings are named outside its file and recipes.
 _HOMES = {
     "config": ("TeacherConfig",),
+    "data.image_grid": ("save_grid",),
     "evaluation.evaluation": ("Evaluation",),
     "memory": ("plan_memory",),
     "noise_levels": ("NoiseLevels",),
     "objectives.ipfm": ("DistillConfig",),
     "objectives.pid": ("PidConfig",),
+    "sampling.image_sampler": ("load_generator", "load_sampler"),
     "sampling.samplers": ("generate", "heun_sample", "trajectory_sample"),
     "training.teacher": ("TeacherTraining",),
     "training.distiller": ("Distiller",),

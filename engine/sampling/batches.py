@@ -19,7 +19,15 @@ from ipfm.models import Precond
 class Sampler(Protocol):
     """A sampler with its network and levels bound."""
 
-    def __call__(self, n: int, *, seed: Seeds, class_labels: Tensor | None, first_index: int) -> Tensor: ...
+    def __call__(
+        self,
+        n: int,
+        *,
+        seed: Seeds,
+        class_labels: Tensor | None,
+        first_index: int,
+        latents: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 def sample_generator(net: Precond, first: int, count: int, *, D: float, sigmas: tuple[float, ...], seed: int) -> Tensor:
@@ -46,7 +54,15 @@ def sample_trajectory(net: Precond, first: int, count: int, *, D: float, noise: 
 
 
 def draw_images(
-    sampler: Sampler, net: Precond, first: int, count: int, *, seed: Seeds, classes: Sequence[int] | None = None
+    sampler: Sampler,
+    net: Precond,
+    first: int,
+    count: int,
+    *,
+    seed: Seeds,
+    classes: Sequence[int] | None = None,
+    labels: Tensor | None = None,
+    latents: Tensor | None = None,
 ) -> Tensor:
     """Images first..first + count - 1 of one seed, or of a list of seeds, on the network's device.
 
@@ -57,6 +73,8 @@ def draw_images(
         count: number of images.
         seed: one seed, or a list with one for each image.
         classes: the images' classes, which are repeated where there are fewer than images; drawn when None.
+        labels: (count, label_dim) rows of these images, in place of classes.
+        latents: (count, C, H, W), where the sampler starts for them; drawn when None.
 
     Returns:
         (count, C, H, W) float32, about [-1, 1].
@@ -65,12 +83,12 @@ def draw_images(
     start = first
     if isinstance(seed, Sequence):
         seed, start = seed[first : first + count], 0
-    if classes is None:
+    if labels is None and classes is None:
         labels = SampleNoise.of(count, seed, start, device).labels(net.label_dim)
-    else:
+    elif classes is not None:
         wanted = torch.tensor([classes[i % len(classes)] for i in range(first, first + count)], device=device)
         labels = (wanted[:, None] == torch.arange(net.label_dim, device=device)).float()
-    return sampler(count, seed=seed, class_labels=labels, first_index=start)
+    return sampler(count, seed=seed, class_labels=labels, first_index=start, latents=latents)
 
 
 def sample_teacher(net: Precond, first: int, count: int, *, D: float, steps: int, seed: int) -> Tensor:

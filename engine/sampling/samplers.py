@@ -146,7 +146,7 @@ def heun_sample(
     check_denoiser(net, override=override)
     D = own_D(net, D, override=override)
     grid = _grid(net, steps, sigmas, NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
-    levels = _supported(net, grid)
+    levels = supported(net, grid)
     count, churn = len(levels), churn or Churn()
     device = _device(net, latents)
     draws = SampleNoise.of(n, seed, first_index, device)
@@ -156,7 +156,7 @@ def heun_sample(
         for i, (current, following) in enumerate(zip(levels, [*levels[1:], 0.0], strict=True)):
             raised = churn.raised(current, count)
             if raised > current:
-                (raised,) = _supported(net, [raised])
+                (raised,) = supported(net, [raised])
                 level = churn.noise * math.sqrt(raised**2 - current**2)
                 x = _perturbed(draws, x, level, D, stream=Stream.SAMPLER_CHURN, step=i)
             slope = (x - _denoise(net, x, raised, class_labels)) / raised
@@ -316,8 +316,12 @@ def _grid(net: Denoiser, steps: int | None, sigmas: tuple[float, ...] | None, no
     return list(check_sigmas(sigmas))
 
 
-def _supported(net: Denoiser, sigmas: list[float]) -> list[float]:
-    """The noise levels nearest to `sigmas` that the network supports."""
+def supported(net: Denoiser, sigmas: list[float]) -> list[float]:
+    """The noise levels nearest to `sigmas` that the network supports.
+
+    Raises:
+        ValueError: it rounds one to 0.
+    """
     if not isinstance(net, RoundsSigma):
         return sigmas
     levels = [float(net.round_sigma(torch.tensor(sigma, dtype=torch.float64))) for sigma in sigmas]

@@ -6,19 +6,21 @@ import numbers
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ipfm.engine.random_streams import Stream, draw_labels
+from ipfm.engine.sampling.interpolation import Between, between
 from ipfm.kernels import perturb
 
 SEED_LIMIT = 1 << 64
 # Numbers that a list on the command line may hold: a range costs nothing to type.
 MOST_NUMBERS = 10_000_000
 
-Seeds = int | Sequence[int]
-"""One seed, whose images are counted by their index, or a seed for each image."""
+Seeds = int | Sequence[int | Between]
+"""One seed, whose images are counted by their index, or for each image a seed, or a place between two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +31,7 @@ class SampleNoise:
     calls of the kernels, and no more evaluations.
     """
 
-    parts: tuple[tuple[int, Tensor], ...]
+    parts: tuple[tuple[int | Between, Tensor], ...]
     """(seed, the images' indices (B_i,) int64) one after the other; the batch is B = sum of B_i images."""
 
     @classmethod
@@ -41,9 +43,8 @@ class SampleNoise:
         Raises:
             ValueError: a number out of its range, or not n seeds.
         """
-        for name, value in (("the number of images", n), ("the index of the first image", first_index)):
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
-                raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+        check_whole("the number of images", n, least=0)
+        check_whole("the index of the first image", first_index, least=0)
         n, first_index = int(n), int(first_index)
         seed = seed.tolist() if hasattr(seed, "tolist") else seed
         if isinstance(seed, (str, bytes)):
@@ -56,20 +57,29 @@ class SampleNoise:
         return cls(tuple((each, index) for each in seed) or ((0, index[:0]),))
 
     def perturb(self, y: Tensor, sigma: Tensor, D: float, *, stream: Stream, step: int) -> Tensor:
-        """x ~ p_r(. | y) at r = sigma sqrt(D) [Xu et al. 2023, eq. 4]: y (B, C, H, W), sigma (B,), as `perturb`."""
+        """x ~ p_r(. | y) at r = sigma sqrt(D) [Xu et al. 2023, eq. 4]: y (B, C, H, W), sigma (B,), as `perturb`.
+
+        Between two seeds the noise is between theirs, and of the same law: see `ipfm.engine.sampling.interpolation`.
+        """
         sizes = [len(index) for _, index in self.parts]
-        return _joined(
-            [
-                perturb(rows, levels, D, seed=seed, stream=stream, step=step, sample_index=index)
-                for (seed, index), rows, levels in zip(self.parts, y.split(sizes), sigma.split(sizes), strict=True)
-            ]
-        )
+        found = []
+        for (seed, index), rows, levels in zip(self.parts, y.split(sizes), sigma.split(sizes), strict=True):
+            given: dict[str, Any] = {"stream": stream, "step": step, "sample_index": index}
+            if isinstance(seed, Between):
+                nothing = torch.zeros_like(rows)
+                first, last = (perturb(nothing, levels, D, seed=end, **given) for end in (seed.first, seed.last))
+                found.append((rows + between(first, last, seed.share, levels, D)).to(rows.dtype))
+            else:
+                found.append(perturb(rows, levels, D, seed=seed, **given))
+        return _joined(found)
 
     def labels(self, label_dim: int) -> Tensor | None:
-        """One-hot class labels (B, label_dim) float32, uniform over the classes; None for label_dim = 0."""
-        drawn = [
-            draw_labels(label_dim, index, seed=seed, stream=Stream.SAMPLER_LABEL, step=0) for seed, index in self.parts
-        ]
+        """One-hot class labels (B, label_dim) float32, uniform over the classes; None for label_dim = 0.
+
+        Raises:
+            ValueError: an image between two seeds that draw different classes.
+        """
+        drawn = [_labels(seed, index, label_dim) for seed, index in self.parts]
         found = [labels for labels in drawn if labels is not None]
         return _joined(found) if found else None
 
@@ -98,6 +108,16 @@ def read_numbers(name: str, text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def check_whole(name: str, value: object, *, least: int) -> None:
+    """Check that a value is a whole number, at least `least`.
+
+    Raises:
+        ValueError: it is not; `name` begins the message.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
 def check_seeds(name: str, seeds: Sequence[int]) -> None:
     """Check that all are in [0, 2^64).
 
@@ -107,6 +127,19 @@ def check_seeds(name: str, seeds: Sequence[int]) -> None:
     for seed in seeds:
         if not 0 <= seed < SEED_LIMIT:
             raise ValueError(f"{name} must lie in [0, 2^64), got {seed}")
+
+
+def _labels(seed: int | Between, index: Tensor, label_dim: int) -> Tensor | None:
+    seeds = (seed.first, seed.last) if isinstance(seed, Between) else (seed,)
+    drawn = [draw_labels(label_dim, index, seed=one, stream=Stream.SAMPLER_LABEL, step=0) for one in seeds]
+    first, last = drawn[0], drawn[-1]
+    if first is not None and last is not None and not torch.equal(first, last):
+        classes = (int(labels[0].argmax()) for labels in (first, last))
+        raise ValueError(
+            "the seeds {} and {} draw the classes {} and {}, and the network knows nothing between: give one class for "
+            "all images, by --classes or class_labels".format(*seeds, *classes)
+        )
+    return first
 
 
 def _joined(rows: list[Tensor]) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
 from ipfm.engine.sampling.batches import Sampler, draw_images
+from ipfm.engine.sampling.class_labels import check_classes
+from ipfm.engine.sampling.interpolation import Between
 from ipfm.engine.sampling.samplers import (
     SIGMA_MAX,
     SIGMA_MIN,
@@ -26,7 +28,7 @@ from ipfm.engine.sampling.samplers import (
     trajectory_sample,
     usual_range,
 )
-from ipfm.engine.sampling.seeds import Seeds
+from ipfm.engine.sampling.seeds import SampleNoise, Seeds
 from ipfm.engine.sampling.trajectory import trajectory_network
 from ipfm.models import NetworkConfig, Precond, read_config
 from ipfm.models.checkpoints.reader import check_D, open_checkpoint
@@ -172,7 +174,7 @@ def sample_model(
         path: a model folder, a checkpoint of a run, or a teacher's checkpoint of EDM, PFGM++ or SiD.
         device: where images are drawn.
         heun_steps: of a teacher's sampler.
-        seed: of the images; of several seeds, image i is the first one of seed[i].
+        seed: of the images; of several seeds, image i is the first one of seed[i], or between the first ones of two.
         D: auxiliary dimensions, for a checkpoint that does not say them.
         claim: what a checkpoint is, likewise.
         sigmas: noise levels of a teacher's sampler, in place of heun_steps; see `heun_sample`.
@@ -257,15 +259,24 @@ def sample_network(
         classes: of the images.
 
     Raises:
-        ValueError: its stored noise levels are unusable, or sigmas or classes are not what the network knows.
+        ValueError: its stored noise levels are unusable, sigmas or classes are not what the network knows, or an image
+            lies between two seeds of different classes.
     """
     if classes is not None:
-        _check_classes(classes, net.label_dim)
-    sampler: Sampler
-    if isinstance(facts, GeneratorFacts):
-        sampler, nfe, levels = _generator_sampler(net, facts, facts_file(path))
-    else:
-        sampler, nfe, levels = _teacher_sampler(net, heun_steps, sigmas, schedule, solver, churn)
+        check_classes(classes, net.label_dim)
+    elif net.label_dim and not isinstance(seed, int) and any(isinstance(one, Between) for one in seed):
+        # Whether there is one class between two seeds, before any work.
+        SampleNoise.of(len(seed), seed, 0, torch.device("cpu")).labels(net.label_dim)
+    sampler, nfe, levels = own_sampler(
+        net,
+        facts,
+        path,
+        heun_steps=heun_steps,
+        sigmas=sigmas,
+        schedule=schedule,
+        solver=solver,
+        churn=churn,
+    )
     return SampledModel(
         lambda first, count: draw_images(sampler, net, first, count, seed=seed, classes=classes),
         net.config,
@@ -274,6 +285,48 @@ def sample_network(
         path,
         levels,
     )
+
+
+class BoundSampler(NamedTuple):
+    """How a network is sampled."""
+
+    sampler: Sampler
+    """With its network, D and noise levels."""
+    nfe: int
+    """Network evaluations an image."""
+    sigmas: tuple[float, ...]
+    """As `SampledModel.sigmas`."""
+
+
+def own_sampler(
+    net: Precond,
+    facts: ModelFacts,
+    path: Path,
+    *,
+    heun_steps: int,
+    sigmas: tuple[float, ...] | None = None,
+    schedule: Schedule = USUAL,
+    solver: Solver = "heun",
+    churn: Churn | None = None,
+) -> BoundSampler:
+    """The sampler of a network that has been loaded: a generator's own, or a teacher's.
+
+    Args:
+        net: from `load_denoiser`.
+        facts: from `load_denoiser`.
+        path: where it was loaded from.
+        heun_steps: of a teacher's sampler.
+        sigmas: noise levels of a teacher's sampler.
+        schedule: ends and rho of its grid, where sigmas are not given.
+        solver: of a teacher's sampler.
+        churn: of a teacher's sampler.
+
+    Raises:
+        ValueError: its stored noise levels are unusable, or sigmas are not what the network knows.
+    """
+    if isinstance(facts, GeneratorFacts):
+        return _generator_sampler(net, facts, facts_file(path))
+    return _teacher_sampler(net, heun_steps, sigmas, schedule, solver, churn)
 
 
 def load_denoiser(
@@ -337,29 +390,29 @@ def _teacher_sampler(
     schedule: Schedule,
     solver: Solver,
     churn: Churn | None,
-) -> tuple[Sampler, int, tuple[float, ...]]:
-    """The sampler, its network evaluations and its noise levels."""
+) -> BoundSampler:
     bound = partial(heun_sample, net, D=net.D, solver=solver, churn=churn)
     if sigmas is None:
         noise = schedule.of(net)
         ends = {"sigma_min": noise.sigma_min, "sigma_max": noise.sigma_max, "rho": noise.rho}
-        return partial(bound, steps=steps, **ends), nfe(steps, solver), tuple(noise.karras(steps)[:-1].tolist())
+        grid = tuple(noise.karras(steps)[:-1].tolist())
+        return BoundSampler(partial(bound, steps=steps, **ends), nfe(steps, solver), grid)
     levels = check_sigmas(sigmas)
     if not (net.sigma_min <= levels[-1] and levels[0] <= net.sigma_max):
         raise ValueError(
             f"sigmas must lie in what the network knows, [{net.sigma_min:g}, {net.sigma_max:g}], "
             f"got {', '.join(f'{sigma:g}' for sigma in levels)}"
         )
-    return partial(bound, sigmas=levels), nfe(len(levels), solver), levels
+    return BoundSampler(partial(bound, sigmas=levels), nfe(len(levels), solver), levels)
 
 
-def _generator_sampler(net: Precond, facts: GeneratorFacts, where: Path) -> tuple[Sampler, int, tuple[float, ...]]:
-    """The sampler that the config.json at `where` says, its network evaluations and its noise levels."""
+def _generator_sampler(net: Precond, facts: GeneratorFacts, where: Path) -> BoundSampler:
+    """The sampler that the config.json at `where` says."""
     levels = generator_levels(net, facts, where)
     if isinstance(levels, NoiseLevels):
         sampler = partial(trajectory_sample, net, D=net.D, sigma_max=levels.sigma_max, sigma_min=levels.sigma_min)
-        return sampler, 1, (levels.sigma_max, levels.sigma_min)
-    return partial(generate, net, D=net.D, sigmas=levels), len(levels), levels
+        return BoundSampler(sampler, 1, (levels.sigma_max, levels.sigma_min))
+    return BoundSampler(partial(generate, net, D=net.D, sigmas=levels), len(levels), levels)
 
 
 def generator_levels(net: Precond, facts: GeneratorFacts, where: Path) -> tuple[float, ...] | NoiseLevels:
@@ -394,13 +447,3 @@ def generator_levels(net: Precond, facts: GeneratorFacts, where: Path) -> tuple[
 def _stored(facts: GeneratorFacts, key: str, value: T | None) -> T:
     """`value`, or for the check that refuses it whatever the file has instead. KeyError: it has nothing there."""
     return facts.others[key] if value is None else value
-
-
-def _check_classes(classes: Sequence[int], label_dim: int) -> None:
-    if not label_dim:
-        raise ValueError("classes were given, but the network is unconditional: leave them out")
-    for number in classes:
-        if not 0 <= number < label_dim:
-            raise ValueError(f"classes must be from 0 to {label_dim - 1} for this network, got {number}")
-    if not classes:
-        raise ValueError("classes must be at least one, got none")

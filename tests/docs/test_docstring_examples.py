@@ -13,7 +13,17 @@ import pytest
 from ipfm.engine.runtime.launcher import stop_world
 
 ROOMS = ("engine", "kernels", "models", "recipes")
-SHOWN = {"AdamEMA", "Distiller", "denoising_loss", "generate", "group_norm_silu", "heun_sample", "ipfm_loss", "perturb"}
+SHOWN = {
+    "AdamEMA",
+    "Distiller",
+    "denoising_loss",
+    "generate",
+    "group_norm_silu",
+    "heun_sample",
+    "ipfm_loss",
+    "load_generator",
+    "perturb",
+}
 
 
 def examples(file: Path) -> Iterator[doctest.DocTest]:

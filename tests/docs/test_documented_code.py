@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import launch
 import pytest
 import soak
 import torch
 
-from ipfm.models import load_model
+from ipfm.models import load_model, save_model
 
 KERNELS = launch.ROOT / "docs" / "kernels.md"
 
@@ -67,6 +68,18 @@ def test_the_library_example_of_the_readme(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert load_model(tmp_path / run / "generator").D == 128.0
     assert all(tmp_path / run in (path, *path.parents) for path in set(tmp_path.rglob("*")) - before)
+
+
+def test_a_generator_in_three_lines_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [code for code in printed(launch.ROOT / "README.md").values() if "load_generator(" in code]
+    assert len([line for line in block.splitlines() if line]) == 3
+    (named,) = re.findall(r'load_generator\("(.*?)"\)', block)
+    net = load_model(soak.make_teacher(tmp_path / "net"))
+    save_model(net, tmp_path / named, extra={"task": "generator", "sigmas": [2.5]})
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["images"].shape == (64, 1, 8, 8) and "D = 128" in repr(names["G"])
 
 
 def test_every_kernel_has_a_documented_import() -> None:

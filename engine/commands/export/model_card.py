@@ -177,9 +177,23 @@ images = generate(network, facts, 16, seed=0)  # (16, {network.net.img_channels}
 
 network = torch.export.load("{program}").module()
 denoised = network(x, sigma{given})  # x (N, C, H, W), sigma (N,), float32"""
+    if network.is_generator:
+        own = """from ipfm.engine import load_generator
+
+G = load_generator(".")
+images = G.sample(16, seed=0)"""
+    else:
+        own = """from ipfm.engine import load_sampler
+
+T = load_sampler(".", steps=18)
+images = T.sample(16, seed=0)"""
     return f"""With ipfm, in this folder:
 
     ipfm sample . --n 64 --out images.png
+
+```python
+{own}  # (16, {network.net.img_channels}, …) in [-1, 1]
+```
 
 With PyTorch and numpy alone (reading a `.pt2` file unpickles: load files that you trust):
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ipfm.engine.commands.sample.destination import Destination
     from ipfm.engine.distributed.world import World
     from ipfm.engine.runtime.progress import ProgressBar
+    from ipfm.engine.sampling.interpolation import Between
     from ipfm.engine.sampling.samplers import Churn
     from ipfm.engine.sampling.stored_model import Claim, SampledModel, Schedule
     from ipfm.models import NetworkConfig
@@ -67,6 +68,8 @@ class Sample:
     """Image i of a seed is the same whatever the number and the batch. Default: 0."""
     seeds: Annotated[str | None, tyro.conf.arg(metavar="0,3,7-12")] = None
     """The first image of each of these seeds, in place of --n and --seed."""
+    interpolate: Annotated[tuple[int, ...], tyro.conf.arg(metavar="0 1 ...")] = ()
+    """--n images (8) from one seed's to the next one's, by latents of the prior's law."""
     classes: Annotated[str | None, tyro.conf.arg(metavar="0,1,2")] = None
     """Classes of the images, in turn; one for all of one class. Default: drawn at random."""
     batch: int = 256
@@ -110,7 +113,6 @@ class Sample:
         from ipfm.engine.runtime.progress import ProgressBar
         from ipfm.engine.runtime.remarks import Remarks
         from ipfm.engine.runtime.wording import counted
-        from ipfm.engine.sampling.seeds import read_numbers
         from ipfm.engine.sampling.stored_model import sample_model
         from ipfm.models.checkpoints.run_models import locate
 
@@ -122,25 +124,27 @@ class Sample:
             if alone and launched_rank():
                 return
             seeds = None if self.seeds is None else self._seeds(self.seeds)
+            points = self._points()
+            classes = self._classes()
             churn = self._churn()
             taken = locate(self.model, self.which)
             model = sample_model(
                 taken.path,
                 run_device(),
                 heun_steps=HEUN_STEPS if self.heun_steps is None else self.heun_steps,
-                seed=(self.seed or 0) if seeds is None else seeds,
+                seed=points or seeds or self.seed or 0,
                 D=self.D,
                 claim=self._claim(),
                 sigmas=self.sigmas or None,
                 schedule=self._schedule(),
                 solver=self.solver or "heun",
                 churn=churn,
-                classes=None if self.classes is None else read_numbers("classes", self.classes),
+                classes=classes,
             )
             self._check_model(model)
-            names = range(IMAGES if self.n is None else self.n) if seeds is None else seeds
+            names = seeds or range(len(points) or self.n or IMAGES)
             self._check_memory(model.network, len(names))
-            destination = self._destination(model, names, seeds is None)
+            destination = self._destination(model, names)
         remarks = Remarks()
         if alone:
             forget_launch()
@@ -165,7 +169,7 @@ class Sample:
                     "where that is so"
                 )
             more = {"non_finite": bad, "remarks": list(remarks)}
-            facts = self._facts(model, seeds, destination, names, seconds) if self.json else {}
+            facts = self._facts(model, seeds, points, destination, names, seconds) if self.json else {}
             write(facts | more, self._text(model, len(names), seconds))
 
     def _check(self) -> None:
@@ -180,7 +184,11 @@ class Sample:
                 limit = "at least 1" if value < 1 else f"at most {MOST[name]:,}"
                 raise ValueError(f"{_typed(name)} must be {limit}, got {value}")
         check_seeds("seed", [self.seed or 0])
-        for name, others in (("seeds", ("n", "seed")), ("sigmas", ("heun_steps", *SCHEDULE))):
+        for name, others in (
+            ("seeds", ("n", "seed")),
+            ("interpolate", ("seed", "seeds", "churn")),
+            ("sigmas", ("heun_steps", *SCHEDULE)),
+        ):
             both = [other for other in others if name in self._given() and other in self._given()]
             if both:
                 raise ValueError(f"{name} and {_typed(both[0])} exclude each other: give one of them")
@@ -199,7 +207,11 @@ class Sample:
 
     def _given(self) -> set[str]:
         """The options that may be left out and were not."""
-        return {name for name in ("n", "seed", "seeds", *OF_A_TEACHER) if getattr(self, name) not in (None, ())}
+        return {
+            name
+            for name in ("n", "seed", "seeds", "interpolate", *OF_A_TEACHER)
+            if getattr(self, name) not in (None, ())
+        }
 
     def _seeds(self, text: str) -> tuple[int, ...]:
         from ipfm.engine.sampling.seeds import check_seeds, read_numbers
@@ -210,6 +222,26 @@ class Sample:
             twice = Counter(seeds).most_common(1)[0][0]
             raise ValueError(f"seeds must differ where each names a file in a folder, got {twice} twice")
         return seeds
+
+    def _points(self) -> tuple[int | Between, ...]:
+        """The path of --interpolate, a point for each image; () without it."""
+        from ipfm.engine.sampling.interpolation import path, usual_count
+        from ipfm.engine.sampling.seeds import check_seeds
+
+        if not self.interpolate:
+            return ()
+        check_seeds("interpolate", self.interpolate)
+        return path(self.interpolate, usual_count(self.interpolate) if self.n is None else self.n)
+
+    def _classes(self) -> tuple[int, ...] | None:
+        from ipfm.engine.sampling.seeds import read_numbers
+
+        classes = None if self.classes is None else read_numbers("classes", self.classes)
+        if classes is not None and self.interpolate and len(set(classes)) > 1:
+            raise ValueError(
+                f"interpolate is within one class, as the network knows nothing between classes: got {self.classes}"
+            )
+        return classes
 
     def _schedule(self) -> Schedule:
         from ipfm.engine.sampling.stored_model import Schedule
@@ -264,26 +296,31 @@ class Sample:
         each = 4 * channels + (4 * (channels + 2 * network.model_channels) if run_device().type == "cpu" else 0)
         check_memory(size * height * width * each, f"a batch of {size:,} images", "give a smaller --batch")
 
-    def _destination(self, model: SampledModel, names: Sequence[int], of_one_seed: bool) -> Destination:
+    def _destination(self, model: SampledModel, names: Sequence[int]) -> Destination:
         """Where the images go. ValueError: they would be mixed with others, or do not fit there."""
         from ipfm.engine.commands.sample.destination import Array, Folder, Picture
 
         if self._is_folder():
-            return Folder(self.out, names, self._made_by(model, of_one_seed), add=self.add, subdirs=self.subdirs)
-        return (Picture if self._suffix() == ".png" else Array)(self.out, len(names), model.network.image_shape)
+            return Folder(self.out, names, self._made_by(model, len(names)), add=self.add, subdirs=self.subdirs)
+        if self._suffix() == ".png":
+            return Picture(self.out, len(names), model.network.image_shape, in_a_row=bool(self.interpolate))
+        return Array(self.out, len(names), model.network.image_shape)
 
-    def _made_by(self, model: SampledModel, of_one_seed: bool) -> dict[str, object]:
+    def _made_by(self, model: SampledModel, count: int) -> dict[str, object]:
         """All that changes an image but its number."""
         from ipfm.engine.runtime.json_output import plain
         from ipfm.engine.sampling.stored_model import fingerprint
 
+        seed: object = (self.seed or 0) if self.seeds is None else "each its own"
+        if self.interpolate:
+            seed = f"{count} images through {', '.join(map(str, self.interpolate))}"
         own = {name: getattr(self, name) for name in ("solver", "churn", "churn_min", "churn_max", "churn_noise")}
         made = {
             "model": fingerprint(model.path),
             "D": model.network.D,
             "sigmas": model.sigmas,
             "classes": self.classes,
-            "seed": (self.seed or 0) if of_one_seed else "each its own",
+            "seed": seed,
             **{name: value for name, value in own.items() if value is not None},
             **self._schedule().named(),
         }
@@ -330,11 +367,13 @@ class Sample:
         self,
         model: SampledModel,
         seeds: tuple[int, ...] | None,
+        points: tuple[int | Between, ...],
         destination: Destination,
         names: Sequence[int],
         seconds: float,
     ) -> dict[str, object]:
         from ipfm.engine.commands.sample.destination import Folder
+        from ipfm.engine.sampling.interpolation import shares
         from ipfm.models.facts import GeneratorFacts
 
         count, place = len(names), destination
@@ -345,8 +384,9 @@ class Sample:
             "kind": "generator" if isinstance(model.facts, GeneratorFacts) else "teacher",
             "files": files,
             "images": count,
-            "seed": (self.seed or 0) if seeds is None else None,
+            "seed": None if seeds or points else self.seed or 0,
             "seeds": seeds,
+            "interpolated": [shares(point) for point in points] or None,
             "classes": self.classes,
             "nfe": model.nfe,
             "D": model.network.D,

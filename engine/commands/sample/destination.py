@@ -51,21 +51,22 @@ class Picture(Destination):
         path: of the PNG.
         count: number of images.
         shape: (C, H, W) of each.
+        in_a_row: one beside the other, and not in a square.
 
     Raises:
         ValueError: no picture can hold so many.
     """
 
-    def __init__(self, path: Path, count: int, shape: tuple[int, int, int]) -> None:
+    def __init__(self, path: Path, count: int, shape: tuple[int, int, int], *, in_a_row: bool = False) -> None:
         self._path, self._kept = path, list[Tensor]()
+        self._columns = count if in_a_row else None
         side = max(shape[1:])
-        tall, wide = layout(count, shape).size
+        tall, wide = layout(count, shape, self._columns).size
         if max(tall, wide) > MOST_PIXELS:
             # Two pixels lie between images that are not enlarged.
-            fit = ((MOST_PIXELS + 2) // (side + 2)) ** 2
-            raise ValueError(
-                f"out must be a folder or end in .npz for {count:,} images {side}x{side}: a picture takes {fit:,}"
-            )
+            row = (MOST_PIXELS + 2) // (side + 2)
+            takes = f"a row takes {row:,}" if in_a_row else f"a picture takes {row**2:,}"
+            raise ValueError(f"out must be a folder or end in .npz for {count:,} images {side}x{side}: {takes}")
         channels, height, width = shape
         needed = count * height * width * (4 * channels + 3) + 3 * tall * wide
         check_memory(needed, f"a picture of {count:,} images", _FOLDER)
@@ -78,7 +79,7 @@ class Picture(Destination):
     def opened(self) -> Iterator[None]:
         """See `Destination.opened`."""
         yield
-        save_grid(cat(self._kept), self._path)
+        save_grid(cat(self._kept), self._path, self._columns)
 
 
 class Array(Destination):
