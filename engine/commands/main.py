@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import subcommand
 
 from ipfm.engine.commands.bench.command import Bench
+from ipfm.engine.commands.compare.command import Compare
 from ipfm.engine.commands.convert import Convert
 from ipfm.engine.commands.dataset import Dataset
 from ipfm.engine.commands.evaluate import Evaluate
@@ -52,6 +53,7 @@ Command = (
     Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Report, subcommand("report")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Export, subcommand("export")]

@@ -295,7 +295,7 @@ def _config(path: Path, problems: list[str]) -> dict[str, Any]:
     if (path / "ablation.json").is_file():
         raise ValueError(
             f"{path} is the folder of an ablation, whose report is its ablation.md and ablation.png: "
-            "give the folder of one of its runs, VARIANT/seedN"
+            "give the folder of one of its runs, VARIANT/seedN, or `ipfm compare` all of them"
         )
     found = read_json(path / "config.json")
     if found is not None and _says_kind(found):

@@ -172,6 +172,14 @@ def _digits_run(path: Path) -> None:
     ])  # fmt: skip
 
 
+def _repeat(path: Path) -> None:
+    """The same run once more."""
+    first = path.with_name("digits-D128-alpha1-K1")
+    if not first.exists():
+        _digits_run(first)
+    shutil.copytree(first, path)
+
+
 def _cifar_run(path: Path) -> None:
     from ipfm.recipes import cifar_ipfm
 
@@ -189,6 +197,7 @@ def _cifar_run(path: Path) -> None:
 # Names in the pages -> what puts a stand-in there. Folders of runs and models are whole once they are named.
 MAKERS: Mapping[str, Callable[[Path], object]] = {
     r"runs/digits-D128-alpha1-K1(?=[/\s\"']|$)": _digits_run,
+    r"runs/seed\d(?=[/\s\"']|$)": _repeat,
     r"runs/cifar-D2048-alpha1-K1(?=[/\s\"']|$)": _cifar_run,
     rf"models/(?:cifar10|ffhq|afhqv2|imagenet64){NAME}": _model,
     rf"(?:{NAME}/)*{NAME}_D_\d+\.pkl": _converted,

@@ -67,6 +67,8 @@ def _markdown(folder: Path, content: Mapping[str, Any], links: Mapping[int, str]
     environment.finalize = lambda value: value if isinstance(value, _Verbatim) else _escaped(str(value))
     environment.filters |= {
         "file": lambda found: _Verbatim(links[id(found)]),
+        # What a macro made is escaped already.
+        "verbatim": _Verbatim,
         "code": lambda text: _Verbatim(f"<code>{html.escape(text)}</code>"),
         "block": lambda text: _Verbatim("\n".join(f"    {line}" for line in text.splitlines())),
     }

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from ipfm.engine.commands.compare.command import Compare
 from ipfm.engine.runtime.commandline import user_input
 
 
@@ -19,13 +20,18 @@ class Report:
     The HTML page is one file that needs nothing else; a Markdown page has its pictures in a folder beside it. Of a run
     that is going on, was stopped, or has damaged files, it says what there is and what is missing.
 
+    Several runs are compared, as by ipfm compare.
+
     Example: ipfm report runs/digits-D128-alpha1-K1
     """
 
     run_folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder of a distillation or of a teacher's training."""
+    further: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN ...")] = ()
+    """Other runs, to compare it with."""
     out: Path | None = None
-    """The page, .html or .md; an older report there is replaced. Default: report.html in RUN."""
+    """The page, .html or .md; an older report there is replaced. Default: report.html in RUN; of several runs
+    compare.html."""
     images: Path | None = None
     """Folder of a Markdown page's pictures. Default: NAME_files beside the page."""
     json: bool = False
@@ -33,6 +39,9 @@ class Report:
 
     def run(self) -> None:
         """Write the page, or print the facts."""
+        if self.further:
+            Compare(runs=(self.run_folder, *self.further), out=self.out, images=self.images, json=self.json).run()
+            return
         with user_input():
             if self.json and not self.out is self.images is None:
                 raise ValueError("json prints the facts and writes no page: leave out and images away")

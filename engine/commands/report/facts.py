@@ -34,8 +34,6 @@ from ipfm.engine.training.snapshots import KeptModel
 
 State = Literal["finished", "going on", "stopped", "diverged"]
 
-# How to read the losses of a teacher's training; an objective says it of its own.
-
 
 @dataclass(frozen=True)
 class SettingRow:
@@ -200,6 +198,17 @@ def _network(record: RunRecord, kept: Kept | None) -> str | None:
     return None if kept is None else kept.path
 
 
+def nfe_of(record: RunRecord) -> int | None:
+    """Network evaluations of an image of the run's network; a teacher's by the sampler that it is measured with."""
+    kind, steps = distillation_class(record), record.config.get("heun_steps")
+    if record.kind == "teacher":
+        return 2 * steps - 1 if isinstance(steps, int) else None
+    if (row := next((row for row in record.results if row.label == "generator"), None)) is not None:
+        return row.nfe
+    own = record.about.get("nfe", record.config.get("steps")) if kind is None else kind.nfe_of(record.config)
+    return own if isinstance(own, int) else None
+
+
 def _state(record: RunRecord) -> State:
     """The run's state, by the report's word for it."""
     return "going on" if record.state == "running" else record.state
@@ -244,11 +253,7 @@ def _summary(
     if record.kind == "teacher":
         yield f"This run trains a denoiser{at} on {_data(record.identity)}, to be a teacher."
     else:
-        nfe = next((row.nfe for row in record.results if row.label == "generator"), None)
-        kind = distillation_class(record)
-        if nfe is None:
-            own = record.about.get("nfe", record.config.get("steps"))
-            nfe = own if kind is None else kind.nfe_of(record.config)
+        nfe = nfe_of(record)
         evaluations = f" that makes an image in {counted(nfe, 'network evaluation')}" if nfe else ""
         yield f"This run distils {_teacher(record)} into a generator{evaluations}{at}, by {objective}."
     start = record.identity.get("start")
@@ -383,8 +388,8 @@ def _settings(record: RunRecord) -> Iterator[SettingRow]:
         known = name in defaults
         yield SettingRow(
             name.replace("_", "-"),
-            _shown(portable(value) if name in places and isinstance(value, str) else value),
-            _shown(defaults[name]) if known else None,
+            shown_setting(portable(value) if name in places and isinstance(value, str) else value),
+            shown_setting(defaults[name]) if known else None,
             not known or not is_default(record, name, defaults[name]),
         )
 
@@ -400,9 +405,9 @@ def _environment(record: RunRecord) -> Iterator[tuple[str, str]]:
         on_gpu = any(row.reserved_bytes is not None for row in record.memory)
         yield "device of the memory profile", "GPU" if on_gpu else "CPU"
     if config.get("precision"):
-        yield "arithmetic", _shown(config["precision"])
+        yield "arithmetic", shown_setting(config["precision"])
     if config.get("zero") is not None:
-        yield "ZeRO stage", _shown(config["zero"])
+        yield "ZeRO stage", shown_setting(config["zero"])
     checksum = record.identity.get("teacher")
     if isinstance(checksum, str):
         yield "SHA-256 of the teacher's weights", checksum
@@ -444,13 +449,14 @@ def _place(path: Path) -> str:
     return portable(str(path)) if not path.is_absolute() and ".." not in path.parts else path.resolve().name
 
 
-def _shown(value: object) -> str:
+def shown_setting(value: object) -> str:
+    """A setting's value for people."""
     if value is None:
         return "not given"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):
-        return ", ".join(map(_shown, value)) or "not given"
+        return ", ".join(map(shown_setting, value)) or "not given"
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 

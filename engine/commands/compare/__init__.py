@@ -1,0 +1,1 @@
+"""`ipfm compare`: several runs beside each other, from what their folders hold."""

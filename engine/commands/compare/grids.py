@@ -1,0 +1,63 @@
+"""Grids of samples side by side: what each run drew last from the latents that all runs share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ipfm.engine.commands.compare.runs import ComparedRun
+from ipfm.engine.commands.pages.picture import DAMAGED, Picture, enlarged, opened, png
+from ipfm.engine.data.comparison import TITLE_KEY
+from ipfm.engine.runtime.wording import counted
+from ipfm.engine.training.monitor import COMPARISON_FILE
+
+# Pixels that a grid has at least, by repeating its own; runs whose pictures are shown.
+LEAST, MOST = 300, 24
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Pictures of the runs, each with its run and the step."""
+
+    last: tuple[tuple[ComparedRun, int, Picture], ...]
+    comparisons: tuple[tuple[ComparedRun, Picture], ...]
+    """Teacher, generator and data side by side, at the end."""
+    problems: tuple[str, ...]
+    """A sentence on each file that cannot be read, and on runs that are not shown."""
+
+
+def grids(runs: Sequence[ComparedRun]) -> Grids:
+    """The runs' own pictures, in order; files that cannot be read are left out."""
+    problems: list[str] = []
+    last, comparisons = [], []
+    for run in runs[:MOST]:
+        if (found := _last(run, problems)) is not None:
+            last.append((run, *found))
+        if (beside := _comparison(run, problems)) is not None:
+            comparisons.append((run, beside))
+    if len(runs) > MOST:
+        problems.append(f"Pictures are shown of the first {MOST} runs.")
+    return Grids(tuple(last), tuple(comparisons), tuple(problems))
+
+
+def _last(run: ComparedRun, problems: list[str]) -> tuple[int, Picture] | None:
+    for step, path in reversed(run.record.pictures):
+        try:
+            image = enlarged(opened(path), LEAST)
+        except DAMAGED:
+            problems.append(f"samples/{path.name} of {run.name} cannot be read.")
+            continue
+        return step, Picture(f"samples of {run.name} after {counted(step, 'step')}", png(image))
+    return None
+
+
+def _comparison(run: ComparedRun, problems: list[str]) -> Picture | None:
+    path = run.record.path / COMPARISON_FILE
+    if not path.is_file():
+        return None
+    try:
+        image = opened(path)
+    except DAMAGED:
+        problems.append(f"{path.name} of {run.name} cannot be read.")
+        return None
+    return Picture(f"{run.name}, side by side: {image.info.get(TITLE_KEY, 'the networks')}", png(image))
