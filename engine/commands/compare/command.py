@@ -47,6 +47,7 @@ class Compare:
             from ipfm.engine.commands.compare import tables
             from ipfm.engine.commands.compare.facts import comparison
             from ipfm.engine.commands.compare.page import check_picture, target, write_page, write_picture
+            from ipfm.engine.commands.compare.plots import curves
             from ipfm.engine.commands.compare.runs import read_runs
 
             page = Path("compare.html") if self.out is None and not self.json else self.out
@@ -58,19 +59,19 @@ class Compare:
             if self.csv is not None:
                 tables.check_csv(self.csv)
             found = comparison(read_runs(paths))
-        if self.json:
-            print(json.dumps(found.to_json(), indent=1, allow_nan=False))
-        else:
-            print(tables.text(found))
         written: list[tuple[str, Path]] = []
+        is_drawn = self.picture is not None or where is not None
+        drawn = curves(found, dark=where is not None and where.images is None) if is_drawn else {}
+        if where is not None:
+            with user_input():
+                write_page(found, where, drawn)
+            written.append(("page", where.page))
+        if self.picture is not None and write_picture(drawn, self.picture):
+            written.append(("curves", self.picture))
         if self.csv is not None:
             tables.write_csv(found, self.csv)
             written += [("runs", self.csv), ("evaluations", tables.evaluations_path(self.csv))]
-        if self.picture is not None and write_picture(found, self.picture):
-            written.append(("curves", self.picture))
-        if where is not None:
-            with user_input():
-                write_page(found, where)
-            written.append(("page", where.page))
-        if not self.json:
-            print("", *(f"{what}: {path}" for what, path in written), sep="\n")
+        if self.json:
+            print(json.dumps(found.to_json(), indent=1, allow_nan=False))
+        else:
+            print(tables.text(found), "", *(f"{what}: {path}" for what, path in written), sep="\n")

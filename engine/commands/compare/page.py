@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ipfm.engine.commands.compare import tables
 from ipfm.engine.commands.compare.facts import ComparableSet, Comparison
 from ipfm.engine.commands.compare.grids import Grids, grids
-from ipfm.engine.commands.compare.plots import curves
 from ipfm.engine.commands.compare.runs import ComparedRun
 from ipfm.engine.commands.pages import templates as pages
 from ipfm.engine.commands.pages.picture import Picture, is_ours
-from ipfm.engine.commands.pages.target import Target, check_writable, page_target
+from ipfm.engine.commands.pages.target import Target, check_place, page_target
 from ipfm.engine.evaluation.metrics.measures import measures_of, notes
 from ipfm.engine.runtime.wording import counted
 from ipfm.models.atomic_files import atomic_write
@@ -35,34 +35,34 @@ def check_picture(path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise ValueError(f"picture must end in .png, got {path}")
-    check_writable(path, "picture")
+    check_place(path, "picture", "picture")
     if path.exists() and not is_ours(path):
         raise ValueError(f"{path} is there and is no picture of this command: choose another --picture")
 
 
-def write_picture(found: Comparison, path: Path) -> bool:
-    """Write the picture of the curves; whether there is anything to draw.
+def write_picture(drawn: Mapping[str, Picture], path: Path) -> bool:
+    """Write the curves of `drawn`, see `curves`; whether there are any.
 
     Raises:
         OSError: the disk refuses.
     """
-    drawn = curves(found, dark=False).get("curves")
-    if drawn is not None:
-        with atomic_write(path) as file:
-            file.write(drawn.png)
-    return drawn is not None
+    if (picture := drawn.get("curves")) is None:
+        return False
+    with atomic_write(path) as file:
+        file.write(picture.png)
+    return True
 
 
-def write_page(found: Comparison, where: Target) -> None:
-    """Write the page, and a Markdown page's pictures before it, see `templates.write_page`."""
-    drawn, shown = curves(found, dark=where.images is None), grids(found.runs)
+def write_page(found: Comparison, where: Target, drawn: Mapping[str, Picture]) -> None:
+    """Write the page with the curves of `drawn`, and a Markdown page's pictures before it."""
+    shown = grids(found.runs)
     files: dict[str, Picture] = dict(drawn)
     files |= {f"samples-{number}": picture for number, (_, _, picture) in enumerate(shown.last, start=1)}
     files |= {f"comparison-{number}": picture for number, (_, picture) in enumerate(shown.comparisons, start=1)}
     pages.write_page(where, HERE, _content(found, drawn, shown), files)
 
 
-def _content(found: Comparison, drawn: dict[str, Picture], shown: Grids) -> dict[str, Any]:
+def _content(found: Comparison, drawn: Mapping[str, Picture], shown: Grids) -> dict[str, Any]:
     """What the templates speak of."""
     return {
         "mark": MARK,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ipfm.engine.commands.compare.facts import ComparableSet, Comparison
 from ipfm.engine.commands.compare.runs import ComparedRun, length_of, place_of, surroundings
+from ipfm.engine.commands.pages.target import check_place
 from ipfm.engine.evaluation.metrics.measures import Measure, Measured
 from ipfm.engine.runtime.wording import duration, significant
 from ipfm.models.atomic_files import atomic_write
@@ -143,6 +144,7 @@ def check_csv(path: Path) -> None:
     Raises:
         ValueError: they cannot.
     """
+    check_place(path, "table", "csv")
     for place, begin in ((path, RUNS_BEGIN), (evaluations_path(path), EVALUATIONS_BEGIN)):
         if place.is_dir() or (place.exists() and not _begins(place, begin)):
             raise ValueError(f"{place} is there and is no table of this command: choose another --csv")

@@ -49,17 +49,20 @@ def page_target(out: Path, images: Path | None, *, mark: str, what: str) -> Targ
         raise ValueError(f"images is for a Markdown page, the HTML page {out} has them in itself")
     if suffix == ".md":
         images = out.with_name(f"{out.stem}_files") if images is None else images
-    for place in (out.parent, *out.parent.parents, *((images, *images.parents) if images else ())):
+    for place in (images, *images.parents) if images else ():
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} is a file, the {what} {out} cannot be there")
-    check_writable(out)
+    check_place(out, what)
     if out.exists() and not has_mark(out, mark):
         raise ValueError(f"{out} is there and is no {what} of this command: choose another --out")
     return Target(out, images)
 
 
-def check_writable(out: Path, option: str = "out") -> None:
-    """ValueError where no file can be written at `out`, which `option` named."""
+def check_place(out: Path, what: str, option: str = "out") -> None:
+    """ValueError where no file can be written at `out`, which `option` named for `what` is to be there."""
+    for place in out.parents:
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place} is a file, the {what} {out} cannot be there")
     if unwritable_ancestor(out.parent) is not None:
         raise ValueError(f"{out} cannot be written: choose another --{option}")
 
