@@ -14,7 +14,7 @@ from ipfm.engine.runtime.commandline import user_input
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Compare runs: what differs in the settings, results, curves, samples, the spread over seeds.
+    """Compare runs: settings, results, curves, samples, spread over seeds.
 
     Runs that are the same but for the seed are a group: its mean and spread are given, and differences between groups
     by the seeds that both have. Runs whose numbers do not compare, such as of other data, are kept apart. An ablation's
