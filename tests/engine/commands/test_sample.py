@@ -17,7 +17,7 @@ from PIL import Image
 from ipfm.engine.commands.export.destination import choose_format
 from ipfm.engine.commands.main import _main
 from ipfm.engine.commands.sample.destination import Folder, Picture
-from ipfm.engine.data.image_grid import pixels
+from ipfm.engine.data.image_grid import pixels, read_grid
 from ipfm.engine.data.open_dataset import open_dataset
 from ipfm.engine.evaluation.subject import SAMPLES_FILE
 from ipfm.engine.noise_levels import NoiseLevels
@@ -118,6 +118,16 @@ def test_images_that_are_not_finite_are_counted(models, tmp_path, capsys):
     assert sample(models / "one", "--n", 3, "--out", tmp_path / "a.png", "--json") == 0
     found = capsys.readouterr()
     assert (json.loads(found.out)["non_finite"], json.loads(found.out)["remarks"], found.err) == (0, [], "")
+
+
+def test_a_picture_shows_each_image_apart_and_enlarged(models, tmp_path):
+    """The pixels of the same seeds in an array, eight times as large, eight pixels between two."""
+    for name in ("a.png", "a.npz"):
+        assert sample(models / "one", "--n", 5, "--out", tmp_path / name) == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (3 * 64 + 2 * 8, 2 * 64 + 8)
+    images, shown = np.load(tmp_path / "a.npz")["images"], pixels(read_grid(tmp_path / "a.png"))
+    assert np.array_equal(shown[:, :1].permute(0, 2, 3, 1), images)
 
 
 def test_an_array_is_written_as_it_comes_and_equals_that_of_one_batch(models, tmp_path):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ipfm.engine.data import comparison
@@ -150,7 +153,12 @@ def test_tensorboard_has_the_settings_the_teachers_distance_and_the_end(tmp_path
     for tag, row in zip(("teacher_frechet", "frechet"), rows, strict=True):
         assert [(e.step, e.value) for e in board.Scalars(tag)] == [(1, pytest.approx(row["frechet"]))]
     assert board.Scalars("generator_lr")[0].value == pytest.approx(1e-5)
-    assert [e.step for e in board.Images("comparison")] == [1]
+    # The pictures are those of the folder.
+    for tag, name in (("comparison", "comparison.png"), ("samples", "samples/step-0000001.png")):
+        (event,) = board.Images(tag)
+        shown = Image.open(io.BytesIO(event.encoded_image_string))
+        with Image.open(tmp_path / "runs" / "digits-K1" / name) as stored:
+            assert event.step == 1 and np.array_equal(np.asarray(shown), np.asarray(stored))
     said = {t: HParamsPluginData.FromString(c) for t, c in board.PluginTagToContent("hparams").items()}
     start = said["_hparams_/session_start_info"].session_start_info.hparams
     assert (start["alpha"].number_value, start["lr"].number_value) == (1.0, 1e-5)
