@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.distributed.world import run_device
+from ipfm.engine.experiments.gpu_costs import Run
 from ipfm.engine.experiments.step_time import step_time
 from ipfm.engine.memory import MemoryPlan, choose_layout, choose_training, device_budget
 from ipfm.engine.memory.arithmetic import (
@@ -20,13 +21,12 @@ from ipfm.engine.memory.arithmetic import (
     peak_in_words,
 )
 from ipfm.engine.memory.fits import LAYOUTS, gpu_precision, layout_table
-from ipfm.engine.memory.state import parameter_count
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.runtime.progress import ProgressBar
 from ipfm.engine.runtime.wording import counted, duration, size, three_digits
-from ipfm.engine.training.disk import disk_use, missing_room
+from ipfm.engine.training.disk import missing_room
 from ipfm.engine.training.resolve import resolve_precision
 from ipfm.models import NetworkConfig
 
@@ -91,8 +91,8 @@ def describe(
             progress.advance()
         given = given or config
         parts += [
-            *_on_gpus(given, trained, _forwards(config, trained, phased=False, checkpointed=False), first),
-            *_room(config, path, [(role.network, 1 + role.moments) for role in config.objective(trained).roles]),
+            *_on_gpus(Run(given, trained), first),
+            *_room(Run(config, trained), path),
             layout_table(given, trained, zero=given.zero, done=progress.advance),
             *notes,
         ]
@@ -118,7 +118,7 @@ def describe_training(
         progress.advance()
         expected = _expected_duration(config, network, plan, TRAINING_FORWARDS + checkpointed, first)
         progress.advance()
-        on_gpus = _on_gpus(config, network, TRAINING_FORWARDS, first)
+        on_gpus = _on_gpus(Run(config, network), first)
         progress.advance()
     parts = [
         *_settings(
@@ -131,7 +131,7 @@ def describe_training(
         *_memory(plan),
         expected,
         *on_gpus,
-        *_room(config, path, [(network, 3 + (config.beta1 > 0))]),
+        *_room(Run(config, network), path),
         *notes,
     ]
     return "\n".join(parts)
@@ -195,28 +195,24 @@ def teacher_duration(config: TeacherConfig, network: NetworkConfig) -> str:
     return f"training of the teacher, before it: {expected}"
 
 
-def _on_gpus(config: RunConfig, network: NetworkConfig, forwards: float, first: int) -> list[str]:
+def _on_gpus(run: Run, first: int) -> list[str]:
     """What a step computes, and GPU hours by arithmetic alone."""
-    flops = forward_flops(network) * forwards * config.batch
+    config, flops = run.config, run.step_flops()
     precision = gpu_precision(config)
-    peak = peak_in_words(precision, config.tf32)
     steps = config.total_steps - first
     hours = gpu_seconds(flops * steps, precision, config.tf32)
     shown = ", ".join(f"{name} {three_digits(seconds / 3600)}" for name, seconds in hours.items())
     return [
         f"arithmetic: {flops_in_words(flops)} a step, {flops_in_words(flops * steps)} in all; "
-        f"GPU hours at {SHARE:.0%} of the {peak} peak (an assumption): {shown}"
+        f"GPU hours at {SHARE:.0%} of the {peak_in_words(precision, config.tf32)} peak (an assumption): {shown}"
     ]
 
 
-def _room(config: RunConfig, path: Path, trained: list[tuple[NetworkConfig, int]]) -> list[str]:
-    """What the run takes of the disk at `path`; `trained`: networks, and how many numbers a parameter has stored."""
-    numbers = [parameter_count(network) for network, _ in trained]
-    checkpoint = 4 * sum(count * kept for count, (_, kept) in zip(numbers, trained, strict=True))
-    use = disk_use(config, checkpoint=checkpoint, model=4 * max(numbers))
-    host = f", and of host memory {size(checkpoint)} while one is written" if config.async_checkpoints else ""
-    lacking = missing_room(use, path)
-    return [f"disk: {use.in_words()}{host}", *([] if lacking is None else [f"warning: {lacking}"])]
+def _room(run: Run, path: Path) -> list[str]:
+    """What the run takes of the disk at `path`."""
+    host = f", and of host memory {size(run.checkpoint)} while one is written" if run.config.async_checkpoints else ""
+    lacking = missing_room(run.disk, path)
+    return [f"disk: {run.disk.in_words()}{host}", *([] if lacking is None else [f"warning: {lacking}"])]
 
 
 def _shown(value: object) -> str:

@@ -357,4 +357,9 @@ def read_network(model: str) -> NetworkConfig:
     if path.is_file():
         return open_checkpoint(path).read().config
     # A name with a slash is no preset's.
-    return read_config(locate(path).path).network if path.is_dir() or "/" in model else presets.get(model)
+    if path.is_dir() or "/" in model:
+        return read_config(locate(path).path).network
+    try:
+        return presets.get(model)
+    except ValueError as error:
+        raise ValueError(f"{error}; or a recipe, such as cifar_ipfm") from None

@@ -14,9 +14,12 @@ from counted import counted_flops
 
 from ipfm.engine.commands.main import _main
 from ipfm.engine.commands.plan import rent, settings
+from ipfm.engine.experiments import dry_run
+from ipfm.engine.experiments.gpu_costs import Run
 from ipfm.engine.memory import gpu_budget
 from ipfm.engine.memory.arithmetic import GPUS
 from ipfm.engine.memory.state import parameter_count
+from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.models import build_network, presets, save_model
 from ipfm.recipes import cifar_ipfm, cifar_teacher, digits_ipfm
@@ -146,6 +149,18 @@ def test_precision_and_peak_go_together(planned: Any) -> None:
     assert (sid["peak_flops"]["A100"], sid["peak_of"]) == (flops.single * 1e12, "fp32")
 
 
+def test_a_dry_run_has_the_hours_and_the_disk_of_the_plan(planned: Any) -> None:
+    found = planned("digits_ipfm", "--gpus", 1)
+    base = digits_ipfm.RECIPE.base.distillation()
+    run = Run(base, trained_config(presets.get("digits"), base.dropout))
+    (line,) = dry_run._on_gpus(run, 0)
+    hours = dict(re.findall(r"(RTX 4090|A100|H100|H200) ([\d.e-]+)", line.partition("(an assumption)")[2]))
+    assert {name: float(value) for name, value in hours.items()} == {
+        row["gpu"]: float(f"{row['gpu_seconds'] / 3600:.3g}") for row in found["rows"]
+    }
+    assert "at 30% of the bf16 peak" in line and run.disk.total == found["disk"]["total"]
+
+
 @pytest.mark.parametrize("name", ["digits_ipfm", "digits_ipfm.py", "recipes/digits_ipfm.py", digits_ipfm.__file__])
 def test_a_recipe_is_known_by_its_name_and_its_file(name: str, planned: Any) -> None:
     found = planned(name, "--gpus", 1)
@@ -252,6 +267,8 @@ def test_long_plans_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        ("cifar-ipfm", "network preset 'cifar-ipfm' is unknown; possible: cifar10-ddpmpp"),
+        ("cifar_ipf", "; or a recipe, such as cifar_ipfm"),
         ("digits_ipm.py", "there is no recipe digits_ipm.py; possible: afhqv2_ipfm, "),
         ("digits --recipe ddpmpp", "there is no recipe ddpmpp; possible: "),
         ("ablation_alpha", "ablation_alpha is an ablation, several runs: give the recipe of one, such as "),
