@@ -33,6 +33,7 @@ from ipfm.engine.memory.arithmetic import flops_in_words, gpu_seconds
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.objectives.published import PAPER_RESULTS, PaperSetting, paper_result
+from ipfm.engine.random_streams import OWN_STREAMS, ObjectiveStream, Stream
 from ipfm.engine.runtime.wording import three_digits
 from ipfm.models import presets
 from ipfm.recipes import (
@@ -267,6 +268,20 @@ def pid_published() -> list[str]:
     return rows
 
 
+def random_streams() -> list[str]:
+    """The numbers in use, by whom, and those that are free."""
+    owners = [kind for kind in ObjectiveStream.__subclasses__() if kind.__module__.startswith("ipfm.")]
+    rows = [_row(["numbers", "whose"]), _row(["---"] * 2)]
+    for kind in (Stream, *sorted(owners, key=min)):
+        first, last = min(kind), max(kind)
+        assert [*map(int, kind)] == [*range(first, last + 1)]
+        rows.append(_row([f"{first} to {last}", f"in use: `{kind.__module__}.{kind.__qualname__}`"]))
+    free = 1 + max(int(one) for kind in (Stream, *owners) for one in kind)
+    rows.append(_row([f"{free} to {OWN_STREAMS - 1}", "free, for this project"]))
+    rows.append(_row([f"{OWN_STREAMS} to {2**16 - 1}", "**yours**; `ipfm new` takes ten of them by the name"]))
+    return rows
+
+
 # Page -> the tables on it.
 PAGES: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
     "recipes.md": {
@@ -280,6 +295,7 @@ PAGES: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
         "published of SiD": sid_published,
         "published of physics informed distillation": pid_published,
     },
+    "own-objective.md": {"random streams": random_streams},
     "memory-and-speed.md": {
         "layouts in bf16": lambda: layouts("bf16"),
         "layouts in fp32": lambda: layouts("fp32"),

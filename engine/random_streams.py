@@ -3,7 +3,8 @@
 Every random number is a function of (seed, stream, step, sample index, element) [Salmon et al. 2011]; the stream keeps
 uses apart that share the other four. The numbers are part of what a seed means: append, never renumber. `Stream` has
 those that several files share, and an objective the rest of its own in a subclass of `ObjectiveStream`. Numbers from 26
-on were never used: the next use takes the first that is free.
+on were never used: the next use takes the first that is free. Those from `OWN_STREAMS` to 65535 are left to objectives
+outside of this project.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from ipfm.kernels import philox
+
+# The first number that is no use of this project.
+OWN_STREAMS = 1000
 
 
 class Stream(IntEnum):

@@ -86,6 +86,8 @@ class GeneratorFacts(ModelFacts):
     sigma_min: float | None = None
     alpha: float | None = None
     """Of inverse Poisson flow matching."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What an objective from outside this project said of itself, as text for readers that do not know it."""
 
     @property
     def is_trajectory(self) -> bool:
@@ -105,6 +107,7 @@ class GeneratorFacts(ModelFacts):
                 "sigma_max": self.sigma_max,
                 "sigma_min": self.sigma_min,
                 "alpha": self.alpha,
+                "about": self.about,
                 "optimizer_steps": self.optimizer_steps,
                 "config": self.settings,
                 "measured": self.measured,
@@ -149,6 +152,7 @@ def read_facts(stored: Mapping[str, Any]) -> TeacherFacts | GeneratorFacts:
         sigma_max=values.number("sigma_max"),
         sigma_min=values.number("sigma_min"),
         alpha=values.number("alpha"),
+        about=values.take("about", dict) or {},
         optimizer_steps=steps,
         settings=settings,
         measured=measured,

@@ -41,6 +41,7 @@ def test_wheel_holds_the_mapped_packages_and_nothing_beside(wheel: Path) -> None
     for name in (
         "engine/training/distiller.py", "engine/commands/report/page.html.j2", "kernels/philox.py",
         "kernels/bench/micro.py", "models/song_unet.py", "recipes/digits_ipfm.py",
+        "recipes/templates/objective.py", "recipes/templates/weighting.py",
     ):  # fmt: skip
         assert f"ipfm/{name}" in names
     assert "ipfm/__init__.py" not in names, "ipfm is a namespace package"

@@ -217,7 +217,7 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
     if isinstance(about, GeneratorFacts):
         sigmas, nfe = _sampling(about)
         objective = OBJECTIVES.of(about.objective, about.settings)
-        distilled = objective.info_words(about.settings) if objective else about.objective
+        distilled = objective.info_words(about.settings) if objective else about.about.get("info", about.objective)
     facts = _network(stored.network, parameters) | {
         "kind": "generator" if generator else "teacher",
         "taken": path,

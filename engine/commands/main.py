@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -17,11 +19,13 @@ from ipfm.engine.commands.dataset import Dataset
 from ipfm.engine.commands.evaluate import Evaluate
 from ipfm.engine.commands.export.command import Export
 from ipfm.engine.commands.info import Info
-from ipfm.engine.commands.plan.command import Plan
+from ipfm.engine.commands.new import New
+from ipfm.engine.commands.plan.command import TROUBLE, Plan
 from ipfm.engine.commands.report.command import Report
 from ipfm.engine.commands.sample.command import Sample
 from ipfm.engine.commands.usage import Shell, overview, versions
-from ipfm.engine.runtime.commandline import BadInput, parse, run_command, without_local_rank
+from ipfm.engine.objectives.own_files import VARIABLE
+from ipfm.engine.runtime.commandline import BadInput, parse, run_command, user_input, without_local_rank
 from ipfm.engine.runtime.launcher import forget_launch
 
 
@@ -59,6 +63,7 @@ Command = (
     | Annotated[Export, subcommand("export")]
     | Annotated[Dataset, subcommand("dataset")]
     | Annotated[Plan, subcommand("plan")]
+    | Annotated[New, subcommand("new")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Completion, subcommand("completion")]
 )
@@ -96,6 +101,25 @@ def _of_recipes(name: str) -> str | None:
     return "recipes have it, such as recipes/digits_ipfm.py" if name in known else None
 
 
+def _check_own_objectives(given: Sequence[str]) -> None:
+    """BadInput where a file of one's own that the environment names cannot be used, or is named in another way."""
+    if TROUBLE:
+        raise BadInput(TROUBLE[0])
+    file = next((word for word in given if word.removeprefix("--objective=").endswith(".py")), None)
+    if given[0] == "plan" and file is not None:
+        file = file.removeprefix("--objective=")
+        kind = Path(file).stem
+        raise BadInput(
+            f"a file with an objective of your own is named in {VARIABLE}, and --objective takes its kind: "
+            f"{VARIABLE}={file} ipfm plan --objective {kind}"
+        )
+    if os.environ.get(VARIABLE):
+        from ipfm.engine.objectives import OBJECTIVES
+
+        with user_input():
+            len(OBJECTIVES)
+
+
 def _main(argv: Sequence[str]) -> None:
     given = without_local_rank(argv) or ["--help"]
     if given[0] not in SHARED:
@@ -106,6 +130,7 @@ def _main(argv: Sequence[str]) -> None:
     if given[0] in OTHERWISE:
         kind = "option" if given[0].startswith("-") else "command"
         raise BadInput(f"unknown {kind} {given[0]}; {OTHERWISE[given[0]]}")
+    _check_own_objectives(given)
     parse(Command, given, prog="ipfm", description="", elsewhere=_of_recipes).run()  # type: ignore[arg-type]
 
 

@@ -5,24 +5,29 @@ Recipes are above the commands, and imported when they are asked for.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from types import ModuleType
 from typing import Any
 
 from ipfm.engine.experiments.recipe import Recipe
+from ipfm.engine.objectives.own_files import load, own_files
 
 _PACKAGE = "ipfm.recipes"
 
 
 def project_recipes() -> Iterator[Recipe[Any]]:
-    """Those of ipfm.recipes, by the names of their files; ablations, which are many runs, are none."""
-    for module in iter_modules(import_module(_PACKAGE).__path__, f"{_PACKAGE}."):
-        recipe = getattr(import_module(module.name), "RECIPE", None)
+    """Those of ipfm.recipes, and of files of one's own that the user has named.
+
+    Ablations, which are many runs, are none.
+
+    Raises:
+        ValueError: a file of one's own cannot be read, see `own_files`.
+    """
+    ours = (module.name for module in iter_modules(import_module(_PACKAGE).__path__, f"{_PACKAGE}."))
+    for module in (*map(import_module, ours), *map(load, own_files())):
+        recipe = getattr(module, "RECIPE", None)
         if isinstance(recipe, Recipe):
             yield recipe
 
@@ -45,7 +50,7 @@ def find_recipe(name: str) -> Recipe[Any]:
     if not own and not path.is_file():
         known = ", ".join(recipe.file.removesuffix(".py") for recipe in project_recipes())
         raise ValueError(f"there is no recipe {name}; possible: {known}, or the file of another one")
-    module = import_module(f"{_PACKAGE}.{stem}") if own else _module(path)
+    module = import_module(f"{_PACKAGE}.{stem}") if own else load(path)
     recipe = getattr(module, "RECIPE", None)
     if isinstance(recipe, Recipe):
         return recipe
@@ -55,24 +60,3 @@ def find_recipe(name: str) -> Recipe[Any]:
 
 def _names() -> set[str]:
     return {module.name for module in iter_modules(import_module(_PACKAGE).__path__)}
-
-
-def _module(path: Path) -> ModuleType:
-    """The file of a recipe, imported as it is where it is started: modules beside it are found.
-
-    Raises:
-        ValueError: it cannot be.
-    """
-    spec = importlib.util.spec_from_file_location(f"_recipe_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))
-    sys.modules[spec.name] = module  # dataclasses look for it
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    return module

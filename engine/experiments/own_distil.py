@@ -25,7 +25,7 @@ from ipfm.engine.experiments.defaults_by_size import (
     settings_in,
 )
 from ipfm.engine.experiments.distil import DistilRecipe, SettledDistillation
-from ipfm.engine.experiments.options import DistillationOptions, run_name
+from ipfm.engine.experiments.options import DistillationOptions, options_for, run_name
 from ipfm.engine.experiments.origins import Origin, origins
 from ipfm.engine.experiments.own_images import as_begun, begun_with, compared, slug, values_of, where_from
 from ipfm.engine.noise_levels import NoiseLevels
@@ -75,6 +75,40 @@ class OwnDistilRecipe(DistilRecipe):
     """The settings of the other rows."""
     adapted: Adaptation = as_in_the_row
     """What is set otherwise for some teachers, where it is not given."""
+    left: frozenset[str] = frozenset()
+    """Settings that the rule leaves as they are by default."""
+
+    def by(self, settings: type[Distillation], file: str, about: str | None) -> OwnDistilRecipe:
+        """The recipe of an objective, or of a weighting, in a file of one's own: of any teacher, by the rule of sizes.
+
+        The rule says what the objective has in common with this recipe's, such as batch, length and learning rate; not
+        a setting that the class in the file declares, anew or with another default.
+
+        Args:
+            settings: the class of its settings.
+            file: ``__file__`` of the recipe.
+            about: what --help says first; ``__doc__`` of the file.
+
+        Raises:
+            ValueError: a setting is called like an option of recipes.
+        """
+        outside = [kind for kind in settings.__mro__ if not kind.__module__.startswith(("ipfm.", "builtins"))]
+        declared = {name for kind in outside for name in vars(kind).get("__annotations__", {})}
+        # One length, in steps or in images.
+        declared |= {"max_steps", "kimg"} if declared & {"max_steps", "kimg"} else set()
+        options = {f.name for f in fields(OwnDistillationOptions)} - {f.name for f in fields(Distillation)}
+        if taken := sorted(declared & options):
+            raise ValueError(f"{settings.__name__}: recipes have an option {taken[0]}: call the setting otherwise")
+        plain = settings()
+        values = {f.name: getattr(plain, f.name) for f in fields(plain)}
+        ours = {f.name for kind in (self.base, *(row.base for row in self.rows.values())) for f in fields(kind)}
+        return replace(
+            self,
+            file=Path(file).name,
+            about=about or settings.__doc__ or "",
+            base=options_for(settings, OwnDistillationOptions)(**values, features="auto"),
+            left=frozenset(declared | (ours - {f.name for f in fields(settings)})),
+        )
 
     def settle(
         self, given: Given[DistillationOptions], network: NetworkConfig, teacher: Precond | None
@@ -129,6 +163,7 @@ class OwnDistilRecipe(DistilRecipe):
         now = {**settings, **{name: value for name, (value, _) in others.items()}}
         found = dict(self.table[row.name]) if row.name not in self.rows else self._published(row, now, facts, network.D)
         found = in_small(found, facts.side) if row.name == "small" else found
+        found = {name: value for name, value in found.items() if name not in self.left}
         found |= {name: value for name, (value, _) in others.items()}
         sources = {name: origin for name, (_, origin) in others.items()}
         if found.get("augment", 0) and (not network.augment_dim or facts.side < SMALLEST_SIZE):
@@ -159,7 +194,7 @@ class OwnDistilRecipe(DistilRecipe):
 
     def _origins(self, row: Row) -> Mapping[str, Origin]:
         recipe = self.rows.get(row.name)
-        return {} if recipe is None else recipe.origins
+        return {} if recipe is None else {n: origin for n, origin in recipe.origins.items() if n not in self.left}
 
     def notes(self, network: NetworkConfig, config: Distillation) -> tuple[str, ...]:
         """See `DistilRecipe.notes`: no figures are published for one's own images."""

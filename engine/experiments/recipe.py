@@ -180,6 +180,7 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
         TrainingFailed, Interrupted: from the run.
     """
     with user_input():
+        len(OBJECTIVES)  # what is wrong with a file of one's own is said first
         given = parse_given(
             argv, default=recipe.defaults, prog=recipe.file, description=recipe.help_text(), elsewhere=recipe.elsewhere
         )

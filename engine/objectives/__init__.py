@@ -1,8 +1,10 @@
 """Methods of distillation, a file each, and what they share: losses, LPIPS, first weights, published figures.
 
 A file of this folder with a class of settings (`Distillation`) that has a `kind` is an objective of this project; no
-list names it. `OBJECTIVES` imports these files, with PyTorch, when it is first asked; `declared` reads in their source
-what the command line has to know without that.
+list names it. Files of one's own outside are named by the user, see `own_files`. `OBJECTIVES` imports all of them, with
+PyTorch, when it is first asked; `declared` reads in their source what the command line has to know without that.
+
+The names in ``__all__`` are what a file of one's own is made of (docs/own-objective.md); they are kept.
 """
 
 from __future__ import annotations
@@ -16,9 +18,84 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Literal
 
+from ipfm.engine.objectives.own_files import load, own_files
+
 if TYPE_CHECKING:
-    from ipfm.engine.objectives.base import Distillation
+    from ipfm.engine.config import setting
+    from ipfm.engine.objectives.base import Distillation, Objective, Role, StepContext, Steps
+    from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
+    from ipfm.engine.objectives.losses import (
+        Noisy,
+        add_noise,
+        along,
+        bind,
+        denoising_objective,
+        finite_samples,
+        generator_gradient,
+        held,
+        per_sample,
+    )
+    from ipfm.engine.objectives.phases import mark
+    from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
+    from ipfm.engine.random_streams import ObjectiveStream, draw_labels, draw_number, seed_dropout
+    from ipfm.engine.sampling.batches import sample_generator, sample_trajectory
     from ipfm.models.facts import GeneratorFacts
+
+__all__ = [
+    "DEFAULT",
+    "OBJECTIVES",
+    "Distillation",
+    "LossSum",
+    "Noisy",
+    "Objective",
+    "ObjectiveStream",
+    "Role",
+    "StepContext",
+    "StepMetrics",
+    "Steps",
+    "add_noise",
+    "along",
+    "bind",
+    "declared",
+    "denoising_objective",
+    "draw_labels",
+    "draw_number",
+    "finite_samples",
+    "generator_gradient",
+    "generator_network",
+    "held",
+    "initial_weights",
+    "mark",
+    "per_sample",
+    "sample_generator",
+    "sample_trajectory",
+    "seed_dropout",
+    "setting",
+]
+
+# Loaded when they are asked for: this package itself loads without PyTorch.
+_HOMES = {
+    "config": ("setting",),
+    "objectives.base": ("Distillation", "Objective", "Role", "StepContext", "Steps"),
+    "objectives.initial_networks": ("generator_network", "initial_weights"),
+    "objectives.losses": (
+        *("Noisy", "add_noise", "along", "bind", "denoising_objective", "finite_samples", "generator_gradient"),
+        *("held", "per_sample"),
+    ),
+    "objectives.phases": ("mark",),
+    "objectives.step_metrics": ("LossSum", "StepMetrics"),
+    "random_streams": ("ObjectiveStream", "draw_labels", "draw_number", "seed_dropout"),
+    "sampling.batches": ("sample_generator", "sample_trajectory"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"ipfm.engine.{home}"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 # The objective where none is named.
 DEFAULT = "ipfm"
@@ -63,6 +140,8 @@ class Registry(Mapping[str, "type[Distillation]"]):
     def _classes(self) -> Mapping[str, type[Distillation]]:
         for module in iter_modules(__path__, f"{__name__}."):
             import_module(module.name)
+        for path in own_files():
+            load(path)
         from ipfm.engine.objectives.base import registered
 
         return registered()
@@ -92,42 +171,87 @@ class Declared:
     example: str
 
 
-def declared() -> Mapping[str, Declared]:
+def declared(*, own: bool = True) -> Mapping[str, Declared]:
     """What the objectives declare by their kinds, read in their source: nothing is imported for it.
 
+    Args:
+        own: with the files of one's own, see `own_files`.
+
     Raises:
-        ValueError: two of them have one kind.
+        ValueError: two of them have one kind, or a file of one's own cannot be read; one line.
     """
     found: dict[str, Declared] = {}
-    for module in iter_modules(__path__):
-        source = Path(module.module_finder.path, f"{module.name}.py").read_text(encoding="utf-8")  # type: ignore[union-attr]
-        if not re.search(r'^    kind: ClassVar\[str\] = "\w', source, re.M):
+    # What each class offers, for classes that are made from it.
+    classes: dict[str, Mapping[str, Offered]] = {}
+    files = [Path(module.module_finder.path, f"{module.name}.py") for module in iter_modules(__path__)]  # type: ignore[union-attr]
+    ours = len(files)
+    for number, path in enumerate([*files, *(own_files() if own else ())]):
+        source = path.read_text(encoding="utf-8")
+        if number < ours and not re.search(r'^    kind: ClassVar\[str\] = "\w', source, re.M):
             continue
-        for settings in ast.parse(source).body:
-            if isinstance(settings, ast.ClassDef):
-                for kind, said in _declared(settings):
-                    if kind in found:
-                        raise ValueError(f"two objectives have the kind {kind!r}, the second one in {module.name}.py")
-                    found[kind] = said
+        said = dict(_kinds(source, classes, path.name if number < ours else str(path)))
+        if number >= ours and not said:
+            raise ValueError(f'{path} has no objective: no class in it has a line such as kind: ClassVar[str] = "mine"')
+        for kind in said.keys() & found.keys():
+            raise ValueError(f"two objectives have the kind {kind!r}, the second one in {path.name}")
+        found |= said
     return found
 
 
-def _declared(settings: ast.ClassDef) -> Iterator[tuple[str, Declared]]:
-    fields = {
-        line.target.id: line
-        for line in settings.body
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-    }
+def _kinds(source: str, classes: dict[str, Mapping[str, Offered]], file: str) -> Iterator[tuple[str, Declared]]:
+    """The kinds of a file with what they declare; what its classes offer is added to `classes`."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        raise ValueError(f"{file}, line {error.lineno}: {error.msg}") from None
+    for settings in body:
+        if not isinstance(settings, ast.ClassDef):
+            continue
+        inherited: dict[str, Offered] = {}
+        for base in settings.bases:
+            inherited |= classes.get(ast.unparse(base).rpartition(".")[2], {})
+        try:
+            kind, offered, example = _declared(settings)
+        except (ValueError, NameError, TypeError, SyntaxError) as error:
+            raise ValueError(f"{file}, line {settings.lineno}: {settings.name}: {error}") from None
+        classes[settings.name] = inherited | offered
+        if kind:
+            yield kind, Declared(classes[settings.name], example)
+
+
+def _declared(settings: ast.ClassDef) -> tuple[str, dict[str, Offered], str]:
+    """Kind, what `ipfm plan` offers of it, and the example, of a class; "" where it has none."""
+    fields: dict[str, ast.expr | None] = {}
+    annotations: dict[str, ast.expr] = {}
+    for line in settings.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            fields[line.target.id], annotations[line.target.id] = line.value, line.annotation
+        elif isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+            fields[line.targets[0].id] = line.value
 
     def constant(name: str, otherwise: Any) -> Any:
-        value = fields[name].value if name in fields else None
-        return otherwise if value is None else ast.literal_eval(value)
+        value = fields.get(name)
+        try:
+            return otherwise if value is None else ast.literal_eval(value)
+        except ValueError:
+            raise ValueError(
+                f"{name} must be written as a constant, as ipfm plan reads it without running it"
+            ) from None
 
-    if kind := constant("kind", ""):
-        offered = {
-            name: Offered(_evaluated(fields[name].annotation), text) for name, text in constant("planned", {}).items()
-        }
-        yield kind, Declared(offered, constant("plan_example", ""))
+    offered = {}
+    kind = constant("kind", "")
+    for name, text in (constant("planned", {}) if kind else {}).items():
+        if name not in annotations:
+            raise ValueError(f"planned names {name}, which is no setting of this class")
+        try:
+            offered[name] = Offered(_evaluated(annotations[name]), text)
+        except (NameError, TypeError):
+            written = ast.unparse(annotations[name])
+            raise ValueError(
+                f"planned names {name}, whose annotation must be made of int, float, str, bool, None and Literal, "
+                f"got {written}"
+            ) from None
+    return kind, offered, constant("plan_example", "") if kind else ""
 
 
 def _evaluated(annotation: ast.expr) -> Any:

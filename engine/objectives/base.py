@@ -7,6 +7,7 @@ itself.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -311,13 +312,17 @@ class Distillation(RunConfig, ABC):
         kind, settings = type(self), self.to_json()
         if kind.__module__.startswith("ipfm."):
             return {}
+        file = getattr(sys.modules.get(kind.__module__), "__file__", None)
         return {
+            "file": Path(file).name if file else None,
             "title": kind.report_title(settings, ""),
             "words": kind.report_words(settings),
             "info": kind.info_words(settings),
             "readings": dict(kind.readings),
             "nfe": kind.nfe_of(settings),
             "unused": list(kind.unused),
+            "card": kind.card_words(),
+            "card_rows": {name: str(value) for name, value in kind.card_rows(settings).items() if value is not None},
         }
 
     def check_network(self, network: NetworkConfig) -> None:

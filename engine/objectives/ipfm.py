@@ -57,7 +57,8 @@ class InversePoissonFlowMatching:
     def __init__(self, config: DistillConfig, network: NetworkConfig) -> None:
         self.config, self.network = config, network
         self.D = network.D if config.D is None else config.D
-        self.title = f"distil D={self.D:g} alpha={config.alpha:g} K={config.steps}"
+        weighting = type(config).weighting_words(config.to_json())
+        self.title = f"distil D={self.D:g} alpha={config.alpha:g} K={config.steps}" + f" {weighting}" * bool(weighting)
         self.summary = f"at alpha = {config.alpha:g} and {counted(config.steps, 'step')}"
         self.roles: tuple[Role, ...] = (
             Role(

@@ -180,7 +180,8 @@ class Distiller(TrainingRun[Distillation]):
             TrainingFailed, Interrupted: from the loop.
         """
         own = {"task": "generator", "dataset": self.dataset, **self.config.recorded(), "D": self.config.to_json()["D"]}
-        about = read_facts({**own, **self.objective.facts})
+        outside = self.config.about()
+        about = read_facts({**own, **self.objective.facts, **({"about": dict(outside)} if outside else {})})
         folder, progress = self._run(Path(path), kind="distill", facts=self._facts, export="generator", about=about)
         if self.evaluation is not None:
             with catching_signals(Launcher(self.world.launched)):

@@ -21,6 +21,7 @@ import launch
 import pytest
 from PIL import Image
 
+from ipfm.engine import objectives
 from ipfm.engine.commands import main as cli
 
 ROOT = launch.ROOT
@@ -42,6 +43,7 @@ FOREIGN = {
     "Slurm": {"--signal", "--requeue"},
     "make_tables.py": {"--check"},
     "tensorboard": {"--logdir"},
+    "mine.py": {"--teacher"},
     "generate.py of PFGM++": {"--use_pickle", "--aug_dim"},
 }
 PROGRAMS = ("deepspeed", "torchrun", "python", "ipfm", "make", "pip", ".venv/bin/pytest")
@@ -317,6 +319,21 @@ def on_page(make_tables: ModuleType, page: str, name: str) -> list[str]:
 def test_tables_of_the_recipes(make_tables: ModuleType) -> None:
     for name, make in make_tables.PAGES["recipes.md"].items():
         assert on_page(make_tables, "recipes.md", name) == make(), f"{name}: run docs/make_tables.py"
+
+
+def test_the_table_of_random_streams(make_tables: ModuleType) -> None:
+    """The numbers are those of the registry: a new stream of this project is on the page, or this fails."""
+    rows = make_tables.PAGES["own-objective.md"]["random streams"]()
+    assert on_page(make_tables, "own-objective.md", "random streams") == rows, "run docs/make_tables.py random streams"
+
+
+def test_names_that_a_file_of_ones_own_is_made_of() -> None:
+    """The page has every name that is kept, and nothing else of the package."""
+    text = (DOCS / "own-objective.md").read_text(encoding="utf-8")
+    surface = text.partition("## What it is made of")[2].partition("Beside it")[0]
+    known = {*objectives.__all__} - {"DEFAULT", "OBJECTIVES", "declared"}
+    assert set(re.findall(r"`(\w+)`", surface)) == known
+    assert all(getattr(objectives, name).__doc__ for name in known)
 
 
 def test_some_rows_of_what_fits(make_tables: ModuleType) -> None:

@@ -40,6 +40,10 @@ COVERED: Mapping[str, str] = MappingProxyType(
         "make fuzz": "models/checkpoints/test_fuzz.py::test_flipped_and_missing_bytes",
         "ipfm bench --step": "engine/commands/test_bench_step.py::test_the_table_of_the_command",
         "ipfm bench --memory": "engine/commands/test_bench_memory.py::test_a_run",
+        # Of a file of one's own, in a process that it is named to.
+        "deepspeed mine.py": "engine/commands/test_new.py::test_settings_of_the_file_stand_over_those_of_the_rule",
+        "deepspeed late.py": "engine/commands/test_new.py::test_settings_of_the_file_stand_over_those_of_the_rule",
+        "ipfm plan --objective mine": "engine/commands/test_new.py::test_with_the_file_the_commands_know_more",
         # It compiles, which a process with Triton's interpreter cannot.
         "ipfm bench --offline": "kernels/test_compile_report.py::test_every_kernel_is_compiled_for_every_architecture",
     }

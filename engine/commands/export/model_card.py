@@ -142,7 +142,7 @@ def _summary(network: ExportedNetwork) -> str:
 def _facts(network: ExportedNetwork, origin: Origin) -> dict[str, object]:
     """Rows of the table; None is left out."""
     net, about = network.net, network.about
-    objective, distilled = network.objective
+    distilled_by, own_rows = network.distilled
     levels = ", ".join(f"{sigma:g}" for sigma in _sigmas(network))
     return {
         "auxiliary dimensions D": symbol(net.D),
@@ -153,11 +153,11 @@ def _facts(network: ExportedNetwork, origin: Origin) -> dict[str, object]:
         "network": f"{net.config.model_type}, {net.config.model_channels} channels × {tuple(net.config.channel_mult)}",
         "parameters": f"{sum(p.numel() for p in net.parameters()):,}",
         "data": _dataset(network) or None,
-        "distilled by": objective.card_words() if objective else None,
+        "distilled by": distilled_by,
         "teacher": origin.teacher,
         "SHA-256 of the teacher's weights": origin.fingerprint,
         "converted from": about.source.get("file"),
-        **(objective.card_rows(distilled) if objective else {}),
+        **own_rows,
         "optimizer steps": about.optimizer_steps,
         "measured of it in its run": describe.measured(about.measured),
         "batch": about.settings.get("batch"),

@@ -15,7 +15,6 @@ from torch import Tensor
 from ipfm.engine.commands.export.functions import Denoising, OneStep, TrajectoryEnd
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives import OBJECTIVES
-from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.json_output import plain
 from ipfm.engine.sampling.samplers import draw_prior, usual_range
 from ipfm.engine.sampling.seeds import SampleNoise
@@ -57,9 +56,15 @@ class ExportedNetwork:
         return 1 if isinstance(self.levels, NoiseLevels) else len(self.levels)
 
     @property
-    def objective(self) -> tuple[type[Distillation] | None, Mapping[str, Any]]:
-        """The class of the settings by which a generator was distilled, and these; None for a teacher."""
-        return OBJECTIVES.of_generator(self.about) if isinstance(self.about, GeneratorFacts) else (None, {})
+    def distilled(self) -> tuple[str | None, Mapping[str, object]]:
+        """By what a generator was distilled, and further rows of a card; of an objective not known here, as it says."""
+        if not isinstance(self.about, GeneratorFacts):
+            return None, {}
+        objective, settings = OBJECTIVES.of_generator(self.about)
+        if objective is not None:
+            return objective.card_words(), objective.card_rows(settings)
+        words, rows = (self.about.about.get(name) for name in ("card", "card_rows"))
+        return words if isinstance(words, str) else self.about.objective, rows if isinstance(rows, dict) else {}
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from ipfm.engine.objectives import DEFAULT, OBJECTIVES, Offered, declared
+from ipfm.engine.objectives import DEFAULT, OBJECTIVES, Declared, Offered, declared
 from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.json_output import Write, output, plain
 
@@ -26,7 +26,9 @@ K = TypeVar("K", bound=type)
 
 # What each objective offers, and the options that a distillation alone has; others would not change the plan of a
 # teacher's training.
-DECLARED = declared()
+DECLARED: dict[str, Declared] = {}
+# What is wrong with a file of one's own, which `ipfm` says before anything else.
+TROUBLE: list[str] = []
 OF_EVERY_DISTILLATION = ("objective", "teacher_storage", "backward")
 # Options of the table of what to rent.
 OF_THE_TABLE = ("gpus", "recipe", "kimg", "max_steps", "share", "price")
@@ -35,13 +37,12 @@ OF_THE_TABLE = ("gpus", "recipe", "kimg", "max_steps", "share", "price")
 def _with_objectives(plan: K) -> K:
     """The class with the options and examples of the objectives, after the settings that all of them have."""
     own = dict(plan.__annotations__)
-    offered: dict[str, Offered] = {}
-    for kind, said in DECLARED.items():
-        for name, option in said.offered.items():
-            before = offered.get(name, Offered(option.type, ""))
-            if name in own or before.type != option.type:
-                raise ValueError(f"the objective {kind} offers {name} to `ipfm plan`, which has another such option")
-            offered[name] = Offered(option.type, f"{before.help} {option.help}".strip())
+    try:
+        offered = _offered(declared(), own)
+    except ValueError as error:
+        # This class is made when the command is loaded.
+        TROUBLE.append(str(error))
+        offered = _offered(declared(own=False), own)
     options = {name: Annotated[o.type | None, tyro.conf.arg(help=o.help)] for name, o in offered.items()}
     for name in options:
         setattr(plan, name, None)
@@ -53,6 +54,25 @@ def _with_objectives(plan: K) -> K:
     examples = [said.example for said in DECLARED.values() if said.example]
     plan.__doc__ = "\n\n    ".join([(plan.__doc__ or "").strip(), *(f"Example: {example}" for example in examples)])
     return plan
+
+
+def _offered(said: Mapping[str, Declared], own: Collection[str]) -> dict[str, Offered]:
+    """The options of the objectives that `said` tells of, which `DECLARED` has from then on.
+
+    Raises:
+        ValueError: two of them mean different things by one option, or an option is the plan's own.
+    """
+    offered: dict[str, Offered] = {}
+    for kind, its in said.items():
+        for name, option in its.offered.items():
+            before = offered.get(name, Offered(option.type, ""))
+            if name in own or before.type != option.type:
+                raise ValueError(f"the objective {kind} offers {name} to ipfm plan, which has another such option")
+            # A variant of an objective has its options and their help.
+            more = "" if option.help in before.help else option.help
+            offered[name] = Offered(option.type, f"{before.help} {more}".strip())
+    DECLARED.update(said)
+    return offered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +172,9 @@ class Plan:
             + ", ".join(f"{name} {value:.3g}" for name, value in seconds.items()),
         ]
         arithmetic = {"flops": flops, "share_of_peak": SHARE, "gpu_seconds": seconds}
+        outside = config.about()
+        if outside:
+            lines.insert(0, f"objective {getattr(config, 'kind', None)}: {outside['info']}")
         write(self._kind(config) | _facts(layout) | arithmetic, "\n".join(lines))
 
     def _arithmetic(
@@ -184,6 +207,7 @@ class Plan:
         return {
             "model": self.model,
             "objective": getattr(config, "kind", None),
+            **({"about": dict(about)} if (about := config.about()) else {}),
             "batch": config.batch,
             "ranks": self._ranks,
             "precision": config.decided_precision,

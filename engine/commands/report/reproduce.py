@@ -74,11 +74,14 @@ def reproduce(record: RunRecord) -> Command:
     if record.kind == "teacher":
         return _training(record)
     kind, D = settings_class(record), number(record.config.get("D"))
-    if kind is None or not D > 0:
+    if kind is None and isinstance(file := record.about.get("file"), str):
+        line = f"It was made by {file}, a file outside of this project: `deepspeed {file}` with the settings below."
+        return Command(None, (line,))
+    if kind is None or not issubclass(kind, Distillation) or not D > 0:
         return Command(None, ("None of this project's recipes has these settings.",))
     found = []
     for recipe in project_recipes():
-        if isinstance(recipe, (DistilRecipe, TrainAndDistil)) and isinstance(recipe.base, kind):
+        if isinstance(recipe, (DistilRecipe, TrainAndDistil)) and recipe.base.kind == kind.kind:
             likeness = _likeness(record, recipe)
             if likeness is not None:
                 options = _options(record, _base(record, recipe, D))
@@ -92,7 +95,8 @@ def reproduce(record: RunRecord) -> Command:
     given, notes = _given(record, recipe)
     if likeness > 1:
         notes = ("The folder does not name its recipe: this is one whose images and settings fit.", *notes)
-    return Command(shlex.join(["deepspeed", f"recipes/{recipe.file}", *given, *options]), notes)
+    folder = "recipes/" if kind.__module__.startswith("ipfm.") else ""
+    return Command(shlex.join(["deepspeed", f"{folder}{recipe.file}", *given, *options]), notes)
 
 
 def use(record: RunRecord, network: str) -> tuple[tuple[str, str], ...]:
@@ -144,7 +148,9 @@ def _likeness(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> int |
         # Runs without rules are older than it.
         named = record.path.resolve().name.startswith(f"{recipe.file.removesuffix('.py')}-")
         other = record.teacher or _network(record) is None or "rules" not in record.config
-        return None if other else 0 if named else 3
+        # A file of one's own has the one recipe of its objective.
+        own = not recipe.base.settings_class().__module__.startswith("ipfm.")
+        return None if other else 0 if named or own else 3
     local = isinstance(recipe, TrainAndDistil)
     stem = recipe.file.removesuffix(".py")
     prefix = f"{stem.partition('_')[0]}-" if local else f"{stem.removesuffix('_ipfm')}-D"
