@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -105,13 +106,14 @@ def _check_own_objectives(given: Sequence[str]) -> None:
     """BadInput where a file of one's own that the environment names cannot be used, or is named in another way."""
     if TROUBLE:
         raise BadInput(TROUBLE[0])
-    file = next((word for word in given if word.removeprefix("--objective=").endswith(".py")), None)
-    if given[0] == "plan" and file is not None:
-        file = file.removeprefix("--objective=")
+    named = [after for word, after in itertools.pairwise(given) if word == "--objective"]
+    named += [word.partition("=")[2] for word in given if word.startswith("--objective=")]
+    if given[0] == "plan" and named and named[0].endswith(".py"):
+        file = named[0]
         kind = Path(file).stem
         raise BadInput(
             f"a file with an objective of your own is named in {VARIABLE}, and --objective takes its kind: "
-            f"{VARIABLE}={file} ipfm plan --objective {kind}"
+            f"{VARIABLE}={file} ipfm plan --objective {kind}; --recipe {file} plans it by its recipe"
         )
     if os.environ.get(VARIABLE):
         from ipfm.engine.objectives import OBJECTIVES

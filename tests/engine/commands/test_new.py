@@ -167,6 +167,7 @@ def commands(place: Path, export: str) -> dict[str, list[str]]:
         "sample": ["sample", "run/generator", "--n", "4", "--out", f"{export}.npz"],
         "plan": ["plan", "--model", "teacher", "--objective", "mine", "--points", "3", "--batch", "8"],
         "plan of late": ["plan", "--model", "teacher", "--objective", "late", "--steps", "2", "--batch", "8", "--json"],
+        "plan by recipe": ["plan", "--model", "teacher", "--recipe", "mine.py", "--gpus", "1", "--json"],
         "plan --help": ["plan", "--help"],
         "new": ["new", "objective", "mine", "--out", f"{export}.py"],
         "by path": ["plan", "--model", "teacher", "--objective", "mine.py"],
@@ -227,10 +228,12 @@ def test_with_the_file_the_commands_know_more(without: Mapping[str, str], named:
     text = " ".join(re.sub("[│|]", " ", named["plan --help"]).split())
     assert "{ipfm,pid,mine,late}" in text and "--points INT Of mine: steps of the teacher's ODE. Default: 8." in text
     assert text.count("evaluations of an IPFM generator") == 1
+    # A file that the user names in the command is one that is named.
+    assert json.loads(without["plan by recipe"]) == json.loads(named["plan by recipe"])
     assert named["new"] == "error: there is an objective mine: choose another name\n"
     assert without["by path"] == (
         "error: a file with an objective of your own is named in IPFM_OBJECTIVES, and --objective takes its kind: "
-        "IPFM_OBJECTIVES=mine.py ipfm plan --objective mine\n"
+        "IPFM_OBJECTIVES=mine.py ipfm plan --objective mine; --recipe mine.py plans it by its recipe\n"
     )
 
 

@@ -303,7 +303,7 @@ def test_what_cannot_be_planned_is_one_line(arguments: str, line: str, capsys: p
 def test_a_recipe_file_that_fails_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.py").write_text("import not_there\n")
     (tmp_path / "none.py").write_text("A = 1\n")
-    for name, line in (("bad.py", "cannot be imported: ModuleNotFoundError: No module named 'not_there'"),
+    for name, line in (("bad.py", "bad.py, line 1: ModuleNotFoundError: No module named 'not_there'"),
                        ("none.py", "has no RECIPE")):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             plan("--model", tmp_path / name)
