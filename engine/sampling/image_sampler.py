@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,12 +177,15 @@ class ImageSampler:
 
     def interpolate(
         self,
-        *seeds: int,
+        first: int,
+        last: int,
         n: int | None = None,
         class_labels: ClassLabels | None = None,
+        *,
+        through: Sequence[int] = (),
         batch: int = BATCH,
     ) -> Tensor:
-        """Images along the path from the latent of a seed to that of another, and on, as `ipfm sample --interpolate`.
+        """Images along the path from the latent of a seed to that of another, as `ipfm sample --interpolate` draws it.
 
         Each latent on the path is distributed as the prior is, at every D: its direction is on the great circle between
         the seeds', at equal angles, and its norm between theirs in normal scores (`ipfm.engine.sampling.interpolation`
@@ -189,10 +193,13 @@ class ImageSampler:
         themselves are those that `sample` makes of them.
 
         Args:
-            *seeds: two or more, which differ from one to the next. The path is closed where the last one is the first.
+            first: the seed of the first image.
+            last: the seed of the last one.
             n: number of images, the seeds' included, as even as may be; None makes 8 from each seed to the next.
             class_labels: one class, or a row (n, classes) for each image, such as ones between two classes, which
                 networks were not trained with. None takes that of the seeds, if it is the same.
+            through: seeds that the path meets in between, which differ from one to the next: it is closed where `last`
+                is `first`.
             batch: images at a time. It changes rounding alone.
 
         Returns:
@@ -201,9 +208,7 @@ class ImageSampler:
         Raises:
             ValueError: a number out of its range, or seeds of different classes.
         """
-        for seed in seeds:
-            check_whole("seed", seed, least=0)
-        check_seeds("seed", seeds)
+        seeds = _whole_seeds([first, *through, last])
         if n is not None:
             check_whole("n", n, least=2)
         points = path(seeds, usual_count(seeds) if n is None else n)
@@ -290,7 +295,17 @@ class ImageSampler:
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
         # Half precision has too few digits for a state.
-        return latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
+        found = latents.to(self.device, torch.promote_types(latents.dtype, torch.float32))
+        if n and self.sigmas[0] >= 2 and self.D >= 16:
+            # Where the prior's is next to never so small, at these D.
+            spread = float(found.detach().square().flatten(1).mean(1).sqrt().median())
+            if 0.8 < spread < 1.25:
+                warnings.warn(
+                    f"latents have a spread of {spread:.2g}, and this {self.kind} starts from x at sigma "
+                    f"{self.sigmas[0]:g}: multiply noise of unit spread by that, or take draw_latents",
+                    stacklevel=4,
+                )
+        return found
 
 
 def _counted(
@@ -304,10 +319,7 @@ def _counted(
     check_whole("first_index", first_index, least=0)
     given: object = seed.tolist() if hasattr(seed, "tolist") else seed
     several = isinstance(given, Sequence) and not isinstance(given, str)
-    seeds: list[int] = list(given) if isinstance(given, Sequence) and several else [given]  # type: ignore[list-item]
-    for one in seeds:
-        check_whole("seed", one, least=0)
-    check_seeds("seed", seeds)
+    seeds = _whole_seeds(given if isinstance(given, Sequence) and several else [given])
     if several and first_index:
         raise ValueError("first_index is for one seed: of a list, each makes its first image")
     if n is None:
@@ -318,6 +330,15 @@ def _counted(
     if several and len(seeds) != n:
         raise ValueError(f"seed must be one number or one for each of {n} images, got {len(seeds)}")
     return int(n), seeds if several else seeds[0]
+
+
+def _whole_seeds(given: Sequence[Any]) -> list[int]:
+    """Seeds as they are, or as numbers of NumPy and torch. ValueError: one is none."""
+    seeds: list[int] = [seed.tolist() if hasattr(seed, "tolist") else seed for seed in given]
+    for seed in seeds:
+        check_whole("seed", seed, least=0)
+    check_seeds("seed", seeds)
+    return seeds
 
 
 def load_generator(

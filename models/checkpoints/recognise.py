@@ -143,6 +143,8 @@ def what_zip(names: Sequence[str]) -> str:
     """What a zip is that torch.save has not written; `names` are those of its members."""
     if any(name.endswith("/constants.pkl") for name in names):
         return "it is a TorchScript program"
+    if any(name.endswith("/archive_format") for name in names):
+        return "it is a program of torch.export, a .pt2: give the model folder that it was made of"
     if names and all(name.endswith(".npy") for name in names):
         arrays = ", ".join(shown(name.removesuffix(".npy"), 20).strip("'\"") for name in names[:4])
         return f"it is an .npz with the arrays {arrays}: the statistics of a reference, or images"

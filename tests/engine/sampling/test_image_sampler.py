@@ -161,6 +161,22 @@ def test_drawn_latents_are_those_that_sample_draws(place, kind):
     torch.testing.assert_close(halves, G.sample(4, seed=5), rtol=1e-4, atol=1e-5)
 
 
+def test_latents_of_unit_spread_are_remarked_on(place):
+    """As other programs' generators take them."""
+    wide = torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for name in ("one", "teacher"):
+        G = load_sampler(place / name)
+        with pytest.warns(
+            UserWarning, match=rf"latents have a spread of .* starts from x at sigma {G.sigmas[0]:g}: "
+        ) as said:
+            G.sample(latents=wide)
+        assert said[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            G.sample(latents=wide * G.sigmas[0])
+            G.sample(latents=G.draw_latents(200))
+
+
 def test_labels_are_numbers_or_rows(place):
     G = load_generator(place / "classed")
     ones = G.sample(4, class_labels=1)
@@ -246,6 +262,12 @@ def test_what_cannot_be_loaded_is_said_in_a_line(place, name, given, said):
     with pytest.raises(ValueError, match=said) as error:
         load_generator(place / name, **given)
     assert "\n" not in str(error.value) and "--" not in str(error.value)
+
+
+def test_a_program_beside_the_model_is_told_from_it(place, elsewhere):
+    ipfm(["export", str(place / "one"), "g.pt2"])
+    with pytest.raises(ValueError, match=r"it is a program of torch.export, a .pt2: give the model folder that it"):
+        load_generator("g.pt2")
 
 
 def test_a_loaded_network_or_nothing_is_no_path(place):

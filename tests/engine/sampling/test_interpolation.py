@@ -278,15 +278,25 @@ def test_what_cannot_be_interpolated_is_said_in_a_line(place, tmp_path, capsys, 
 def test_in_python_the_same_is_said(place):
     G = load_generator(place / "one")
     for seeds, given, said in (
-        ((0,), {}, "needs two seeds or more, got only 0"),
-        ((0, 0), {}, "seeds that differ"),
+        ((0, 0), {}, "seeds that differ from one to the next, got 0, 0"),
         ((0, -1), {}, "seed must be an integer >= 0, got -1"),
-        ((0, 1), {"n": 1}, "n must be an integer >= 2, got 1"),
-        ((0, 1), {"class_labels": 0}, "the network is unconditional"),
-        (([0, 1],), {}, r"seed must be an integer >= 0, got \[0, 1\]"),
+        ((0, 1 << 64), {}, r"seed must lie in \[0, 2\^64\), got 18446744073709551616"),
+        ((0, 1, 1), {}, "n must be an integer >= 2, got 1"),
+        ((0, 1, 3), {"through": [2, 3]}, "n must be at least 4, as the seeds 0, 2, 3, 1 are among the images, got 3"),
+        ((0, 1, 4, 0), {}, "the network is unconditional"),
+        (([0, 1], 2), {}, r"seed must be an integer >= 0, got \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=said):
             G.interpolate(*seeds, **given)
+
+
+def test_a_path_through_several_seeds_is_that_of_its_legs(place):
+    """Closed, of 8 images from each seed to the next; numbers of NumPy and torch are seeds too."""
+    G = load_generator(place / "one")
+    closed = G.interpolate(0, np.int64(0), through=[torch.tensor(1), 2])
+    assert closed.shape == (22, 1, 4, 4)
+    legs = [G.interpolate(a, b)[:-1] for a, b in ((0, 1), (1, 2), (2, 0))]
+    torch.testing.assert_close(closed, torch.cat([*legs, G.sample(1, seed=0)]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_samplers_take_places_between_seeds_too(place):
