@@ -100,6 +100,7 @@ def _texts(facts: Facts, grids: Samples) -> dict[str, str]:
     own += f"{'.' if distance else ''}{''.join(f' {_capital(note)}.' for note in said)}"
     total = sum(facts.bad.values())
     by_network = ", ".join(f"{count:,} of the {name}" for name, count in facts.bad.items() if count)
+    squares = f"; a pixel is the mean of {grids.averaged} x {grids.averaged} of theirs" if grids.averaged > 1 else ""
     return {
         "table": f"NFE: network evaluations an image.{own}"
         f"{' Published figures are of 50,000 images.' if any(row.paper for row in facts.results) else ''}"
@@ -115,7 +116,7 @@ def _texts(facts: Facts, grids: Samples) -> dict[str, str]:
         f"{'' if facts.kind == 'teacher' else ' Images in the same place of two networks are of the same latent.'}"
         f"{'' if grids.has_data else ' Without data: the run had none at hand.'}",
         "best": "" if facts.kept is None else f"the best ({facts.kept.number}), kept in {facts.kept.path}.",
-        "last": "images from fixed latents, the same ones at every step.",
+        "last": f"images from fixed latents, the same ones at every step{squares}.",
         "over_time": _over_time(facts, grids.strip) if grids.strip else "",
         "losses": "Pale: each step; strong: the mean over a thirtieth of the run.",
         "pace": "Over all processes, evaluations and checkpoints left out, from the times at which losses were logged.",

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ipfm.engine.commands.pages.picture import DAMAGED, Picture, opened, png
-from ipfm.engine.commands.report.strip import LATENTS, MOMENTS, grid_of, labelled, strip_of
+from ipfm.engine.commands.report.strip import LATENTS, MOMENTS, averaged, grid_of, labelled, strip_of
 from ipfm.engine.data.comparison import TITLE_KEY, compared
 from ipfm.engine.data.image_grid import read_grid
 from ipfm.engine.runtime.wording import counted
@@ -59,6 +59,8 @@ class Samples:
     last: tuple[int, Picture] | None
     best: tuple[int, Picture] | None
     """Of the best network that the run keeps, where it is not the last."""
+    averaged: int
+    """Side in pixels of the squares of which each is one in `last` and `best`, for them to fit on a page."""
     problems: tuple[str, ...]
     """A sentence for each file that cannot be read."""
 
@@ -111,7 +113,8 @@ def samples(record: RunRecord) -> Samples:
     if path.is_file() and (image := readable(path, opened)) is not None:
         titles = image.info.get(TITLE_KEY, "the networks")
         comparison = Picture(f"side by side: {titles}", png(image.reduce(-(-image.width // WIDEST))))
-    return Samples(comparison, "data" in compared(path), _strip(over_time), last, best, tuple(problems))
+    squares = averaged(next(iter(grids.values()))) if grids else 1
+    return Samples(comparison, "data" in compared(path), _strip(over_time), last, best, squares, tuple(problems))
 
 
 def _strip(over_time: dict[int, Tensor]) -> Strip | None:

@@ -18,10 +18,21 @@ from ipfm.engine.data.image_grid import image_grid, layout
 
 # Latents, and moments at most: what lies side by side on a page.
 LATENTS, MOMENTS = 4, 7
-# Pixels of a page's width, and of an image, at most; and those to which a strip enlarges an image at least.
+# Pixels of a page's width, and of an image in a strip, at most; and those to which a strip enlarges one at least.
 WIDTH, SIDE, LEAST_SIDE = 950, 128, 105
 # Height of the letters, as long as a line has room in its column, and at least.
 LETTERS, LEAST_LETTERS = 15, 9
+
+
+def averaged(images: Tensor) -> int:
+    """The side in pixels of the squares that `grid_of` makes one of, for the images (B, C, H, W) to fit on a page."""
+    count, channels, *sides = images.shape
+    columns = math.ceil(math.sqrt(count))
+    for times in range(1, max(sides)):
+        height, width = (-(-side // times) for side in sides)
+        if layout(count, (channels, height, width), columns).size[1] <= WIDTH:
+            return times
+    return max(sides)
 
 
 def grid_of(images: Tensor) -> np.ndarray:
@@ -29,29 +40,24 @@ def grid_of(images: Tensor) -> np.ndarray:
 
     Small ones are enlarged by a whole number; large ones are made smaller by one, each pixel the mean of a square.
     """
-    images = _no_larger(images)
-    columns = math.ceil(math.sqrt(len(images)))
-    while columns > 1 and layout(len(images), _shape(images), columns).size[1] > WIDTH:
-        columns -= 1
-    return image_grid(images, columns)
+    return image_grid(_smaller(images, averaged(images)))
 
 
 def strip_of(moments: Sequence[Tensor]) -> np.ndarray:
-    """The first images of each moment, one below the other, uint8 (H, W, 3); sized as by `grid_of`.
+    """The first images of each moment, one below the other, uint8 (H, W, 3); enlarged and made smaller likewise.
 
     Args:
         moments: each (B, 3, H, W) in [-1, 1], of one shape.
     """
-    images = _no_larger(torch.stack([images[:LATENTS] for images in moments], 1).flatten(0, 1))
+    images = torch.stack([images[:LATENTS] for images in moments], 1).flatten(0, 1)
+    images = _smaller(images, -(-max(images.shape[2:]) // SIDE))
     scale = -(-LEAST_SIDE // max(images.shape[2:]))
     while scale > 1 and layout(len(images), _shape(images), len(moments), scale).size[1] > WIDTH:
         scale -= 1
     return image_grid(images, len(moments), scale)
 
 
-def _no_larger(images: Tensor) -> Tensor:
-    """Images of at most `SIDE` pixels a side."""
-    times = -(-max(images.shape[2:]) // SIDE)
+def _smaller(images: Tensor, times: int) -> Tensor:
     return torch.nn.functional.avg_pool2d(images, times, ceil_mode=True) if times > 1 else images
 
 

@@ -36,7 +36,7 @@ from ipfm.engine.commands.report.page import target, write_page
 from ipfm.engine.commands.report.pictures import samples
 from ipfm.engine.commands.report.plots import limits, smooth
 from ipfm.engine.commands.report.reproduce import reproduce
-from ipfm.engine.commands.report.strip import grid_of, strip_of
+from ipfm.engine.commands.report.strip import averaged, grid_of, strip_of
 from ipfm.engine.config import free_settings
 from ipfm.engine.data.comparison import Panel, places, save_comparison
 from ipfm.engine.data.image_grid import PADDING_GREY, image_grid, save_grid
@@ -623,7 +623,13 @@ def test_a_strip_of_small_and_of_large_images_fits_on_a_page(side: int, shape: t
     if side == 256:
         moments[0][:, :, ::2] = 1.0
         assert (strip_of(moments)[:128, :128] == 128).all()
-    assert grid_of(moments[0]).shape[1] < 952
+    images = torch.rand(64, 3, side, side) * 2 - 1
+    times, grid = {8: 1, 64: 1, 256: 3}[side], grid_of(images)
+    assert averaged(images) == times and grid.shape == (
+        8 * 72 - 8 if side == 8 else 8 * (-(-side // times) + 2) - 2,
+    ) * 2 + (3,)
+    if side == 256:
+        assert abs(int(grid[0, 0, 0]) - float(images[0, 0, :3, :3].mean() * 127.5 + 128)) <= 1
     many = strip_of([images[:2] for images in (*moments, *moments, moments[0])])
     assert many.shape[1] < 952
 
