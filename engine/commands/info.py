@@ -151,10 +151,26 @@ def _run_rows(
         ("side by side", facts["comparison"] and f"{', '.join(compared(facts['comparison']))}: {facts['comparison']}"),
         ("objective", objective),
         ("began with", _start(facts["continues"])),
+        ("branch of", _branch(run, facts["continues"])),
         ("D", None if D is None else number(D)),
         ("sigmas", _levels(facts["sigmas"])),
         ("settings", describe.training(used)),
     ]
+
+
+def _branch(run: RunRecord, said: object) -> str | None:
+    """The run whose settings were the defaults, in words, and which of them are others; None without one."""
+    from ipfm.engine.config import TeacherConfig
+    from ipfm.engine.objectives import OBJECTIVES
+    from ipfm.engine.objectives.base import Distillation
+    from ipfm.engine.training.start import Branch
+
+    branch = Branch.read(said.get("branch")) if isinstance(said, dict) else None
+    if branch is None or run.settings is None:
+        return None
+    kind = OBJECTIVES.of(run.identity.get("objective"), run.settings) if run.kind == "distill" else TeacherConfig
+    changed = branch.changes(run.settings, kind or Distillation)
+    return f"{branch.run} at step {branch.step}" + (f"; {'; '.join(changed)}" if changed else ", with its settings")
 
 
 def _start(said: object) -> str | None:

@@ -200,8 +200,8 @@ class Ablation(Recipe[AblationOptions]):
     def plan(self, given: Given[AblationOptions]) -> AblationPlan:
         """See `Recipe.plan`. What is finished in the folder is only read; a run that diverges is a result."""
         options = self.options(given)
-        if options.continue_from is not None or options.student_from is not None:
-            name = "student-from" if options.continue_from is None else "continue-from"
+        begun = [name for name in ("continue_from", "student_from", "branch") if getattr(options, name) is not None]
+        for name in map(option_name, begun):
             raise ValueError(f"{name} was given, but the runs of an ablation all begin with their teachers")
         path = options.out or Path("runs") / f"ablation-{self.name}{'' if options.data == 'digits' else '-cifar'}"
         chosen, named = self._chosen(options), self._given(options)

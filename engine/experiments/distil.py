@@ -13,6 +13,7 @@ from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Comparison
 from ipfm.engine.evaluation.results import EvaluationRow, read_results, results_table
+from ipfm.engine.experiments.branch import branched, check_agreed, described_branch
 from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.options import (
     DistillationOptions,
@@ -33,7 +34,7 @@ from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.resolve import complete
 from ipfm.engine.training.run_folder import check_run_folder, claimed, teacher_facts
 from ipfm.engine.training.snapshots import best_said
-from ipfm.engine.training.start import DistillationStart, start_facts
+from ipfm.engine.training.start import Branch, DistillationStart, start_facts
 from ipfm.models import NetworkConfig, Precond, presets
 
 # (settings by name, D, whether the teacher is class-conditional) -> what the recipe sets otherwise then.
@@ -81,6 +82,8 @@ class DistilPlan(Plan):
     settled: SettledDistillation
     start: DistillationStart | None = None
     """What it goes on from, unless it begins with the teacher."""
+    branch: Branch | None = None
+    """The run whose settings are the defaults."""
 
     @property
     def kept(self) -> Mapping[str, Any]:
@@ -93,7 +96,8 @@ class DistilPlan(Plan):
         kept = ", ".join(f"{name} {value}" for name, value in self.kept.items())
         lines = (f"as the run in {self.path} was begun: {kept}; the recipe itself is another now",) if kept else ()
         said = (*self.settled.said, *self.recipe.notes(self.network, self.config))
-        return (*said, *lines, *described_start(self.start, self.config))
+        begins_with = (*described_branch(self.branch, self.config), *described_start(self.start, self.config))
+        return (*said, *lines, *begins_with)
 
     def describe(self) -> str:
         """See `Plan.describe`."""
@@ -124,6 +128,7 @@ class DistilPlan(Plan):
         if evaluation is not None and self.settled.data is not None:
             evaluation = replace(evaluation, data=self.settled.data)
         config, dataset = replace(self.config, resume=True), self.settled.dataset
+        check_agreed(self.branch, world)
         with claimed(path, self.record, self.config, write=world.is_main):
             distiller = Distiller(
                 config, self.teacher, evaluation=evaluation, dataset=dataset, start=self.start, world=world
@@ -185,6 +190,7 @@ class DistilRecipe(Recipe[DistillationOptions]):
 
     def plan(self, given: Given[DistillationOptions]) -> DistilPlan:
         """See `Recipe.plan`."""
+        given, branch = branched(given, self.base)
         options = given.options
         if options.teacher_steps is not None:
             raise ValueError("teacher-steps was given, but this recipe trains no teacher")
@@ -196,12 +202,14 @@ class DistilRecipe(Recipe[DistillationOptions]):
         options, path = settled.options, settled.path
         config = complete(options.distillation(), network, run_device())
         config.split(launched_processes())
-        start = read_start(options, config, teacher, path)
+        start = read_start(options, config, teacher, path, branch)
         record = check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
         compared = settled.data if options.reference is None else None
         comparison = options.comparison(network.image_shape, run_device(), images=compared)
         chosen = given.names & self.origins.keys()
-        return DistilPlan(self, options, config, network, teacher, path, record, comparison, chosen, settled, start)
+        return DistilPlan(
+            self, options, config, network, teacher, path, record, comparison, chosen, settled, start, branch
+        )
 
     def settle(
         self, given: Given[DistillationOptions], network: NetworkConfig, teacher: Precond | None

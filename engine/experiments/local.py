@@ -19,6 +19,7 @@ from ipfm.engine.evaluation.metrics import Features, Metric, dataset_reference
 from ipfm.engine.evaluation.metrics.features import Classifier
 from ipfm.engine.evaluation.metrics.measures import measures_of
 from ipfm.engine.evaluation.results import EvaluationRow, read_results, results_table
+from ipfm.engine.experiments.branch import branched, check_agreed, described_branch
 from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.options import DistillationOptions, any_size, check_images, read_teacher, run_name
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
@@ -42,7 +43,7 @@ from ipfm.engine.training.run_folder import (
 )
 from ipfm.engine.training.set_aside import go_back
 from ipfm.engine.training.snapshots import best_said
-from ipfm.engine.training.start import DistillationStart, start_facts
+from ipfm.engine.training.start import Branch, DistillationStart, start_facts
 from ipfm.engine.training.teacher import TeacherTraining, training_facts
 from ipfm.models import NetworkConfig, Precond, load_model
 from ipfm.models.store import TENSOR_FILE
@@ -67,11 +68,18 @@ class TrainAndDistilPlan(Plan):
     record: Mapping[str, Any]
     start: DistillationStart | None = None
     """What the distillation goes on from, unless it begins with the teacher."""
+    branch: Branch | None = None
+    """The run whose settings are the defaults."""
+
+    @property
+    def begins_with(self) -> tuple[str, ...]:
+        """Lines on what it goes on from."""
+        return (*described_branch(self.branch, self.config), *described_start(self.start, self.config))
 
     def describe(self) -> str:
         """See `Plan.describe`."""
         teaching = None if self.teacher is not None else self.teaching
-        notes, given = described_start(self.start, self.config), self.options.distillation()
+        notes, given = self.begins_with, self.options.distillation()
         first = 0 if self.start is None else self.start.first_step(self.config.batch)
         return describe(self.config, self.network, self.path, notes, given=given, teaching=teaching, first=first)
 
@@ -85,7 +93,7 @@ class TrainAndDistilPlan(Plan):
                 print(f"the teacher that it was distilled from is not in {self.path}", file=sys.stderr)
             if remark := remark_on_metrics(self.path, self.options.metrics, rows):
                 print(remark, file=sys.stderr)
-            print(*(f"{line}\n" for line in described_start(self.start, self.config)), sep="", end="")
+            print(*(f"{line}\n" for line in self.begins_with), sep="", end="")
             self._print(rows)
         return True
 
@@ -103,6 +111,7 @@ class TrainAndDistilPlan(Plan):
 
     def begin(self, world: World) -> Callable[[], None]:
         """See `Plan.begin`. The teacher is a part of the training."""
+        check_agreed(self.branch, world)
         with claimed(self.path, self.record, self.config, write=world.is_main):
             go_back(self.path, "distill", self.config, world)
             open_run_folder(self.path, self.record, write=world.is_main)
@@ -122,8 +131,7 @@ class TrainAndDistilPlan(Plan):
             distiller = Distiller(config, teacher, evaluation=evaluation, start=start, world=world)
         if world.is_main:
             say_if_settled(path, "distill", config)
-            for line in described_start(start, config):
-                print(line)
+            print(*(f"{line}\n" for line in self.begins_with), sep="", end="")
         distiller.run(path)
         if world.is_main:
             self._print(distiller.rows)
@@ -304,6 +312,7 @@ class TrainAndDistil(Recipe[O], Generic[O]):
 
     def plan(self, given: Given[O]) -> TrainAndDistilPlan:
         """See `Recipe.plan`."""
+        given, branch = branched(given, self.base)
         options = given.options
         config = options.distillation()
         config.split(launched_processes())
@@ -319,11 +328,11 @@ class TrainAndDistil(Recipe[O], Generic[O]):
         self.check_metrics(options.metrics)
         teaching = resolve_precision(self.teaching(options), run_device())
         teaching.split(launched_processes())
-        start = read_start(options, config, teacher, path)
+        start = read_start(options, config, teacher, path, branch)
         record = check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
         if teacher is None and (path / "teacher").exists():
             self._check_own(path, config, teaching, network, distilled="teacher" in record)
-        return TrainAndDistilPlan(self, options, config, network, teacher, teaching, path, record, start)
+        return TrainAndDistilPlan(self, options, config, network, teacher, teaching, path, record, start, branch)
 
     def _check_own(
         self, path: Path, config: Distillation, teaching: TeacherConfig, network: NetworkConfig, *, distilled: bool

@@ -35,6 +35,9 @@ class DistillationOptions(Distillation, EvaluationOptions):
     continue_from: Path | None = None
     """Go on from there, in a run folder of its own: a training-state-*.pt of SiD or pfgmpp-idmd, a run folder or
     checkpoint (weights, averages, optimisers, images seen), or a generator alone."""
+    branch: Path | None = None
+    """Go on from a run's checkpoint, RUN or RUN:STEP, in --out: its settings are the defaults, its networks, averages
+    and optimisers are taken. STEP: a number, best or last (the default)."""
     student_from: Path | None = None
     """First weights of the student: a model folder, a file with a fake_score, or a run folder. Beside a generator in
     --continue-from, or alone."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ipfm.engine.config import place_settings
+from ipfm.engine.config import RunConfig, place_settings
 from ipfm.engine.distributed.zero import BETA2
 from ipfm.engine.experiments.options import DistillationOptions
 from ipfm.engine.noise_levels import NoiseLevels
@@ -24,9 +24,9 @@ from ipfm.engine.objectives.base import Distillation, Role
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.wording import counted
-from ipfm.engine.training.checkpoint import BUFFER, find_checkpoint, step_of, verify_checkpoint
+from ipfm.engine.training.checkpoint import BUFFER, checkpoints_in, find_checkpoint, step_of, verify_checkpoint
 from ipfm.engine.training.run_folder import EXPORTS, fingerprint
-from ipfm.engine.training.start import DistillationStart, NetworkStart, short_name
+from ipfm.engine.training.start import Branch, DistillationStart, NetworkStart, short_name
 from ipfm.models import NetworkConfig, Precond, read_config
 from ipfm.models.checkpoints.distillation_state import (
     DistillationState,
@@ -55,7 +55,11 @@ CAN_BE = (
 
 
 def read_start(
-    options: DistillationOptions, config: Distillation, teacher: Precond | None, folder: Path | None = None
+    options: DistillationOptions,
+    config: Distillation,
+    teacher: Precond | None,
+    folder: Path | None = None,
+    branch: Branch | None = None,
 ) -> DistillationStart | None:
     """What the run begins with, as --continue-from and --student-from say; None without them. Nothing is written.
 
@@ -64,6 +68,7 @@ def read_start(
         config: the settings with nothing left open but what memory decides.
         teacher: None where it is still to be trained.
         folder: the run folder. A run that has begun there, and has a checkpoint, needs no file that is gone.
+        branch: of which --continue-from is the checkpoint, where that follows from --branch.
 
     Raises:
         ValueError: a file or folder that is neither, or does not fit; one line that names it.
@@ -76,7 +81,9 @@ def read_start(
     gone = [p for p in (options.continue_from, options.student_from) if p is not None and not p.exists()]
     if gone and folder is not None and options.from_step != 0 and (begun := _begun(folder, gone[0])) is not None:
         return begun
-    return _Reader(options, config, teacher).read()
+    check_length(branch, config)
+    start = _Reader(options, config, teacher, branch).read()
+    return start if branch is None else replace(start, branch=branch)
 
 
 def described_start(start: DistillationStart | None, config: Distillation) -> tuple[str, ...]:
@@ -105,12 +112,12 @@ def read_teacher_state(path: Path, *, D: float | None = None) -> TrainingState:
     """
     if not path.is_dir():
         return read_training_state(path, D=D)
-    run = _run_of(path)
+    run = run_of(path)
     if run is None:
         _check_no_states(path)
         stored = read_config(path)
         raise ValueError(f"{stored.folder} is a network without its optimiser: --transfer begins with its weights")
-    record = _record(run)
+    record = record_of(run)
     if record["kind"] != "teacher":
         raise ValueError(f"{run} is a distillation, and no training of a teacher: recipes that distil continue it")
     checkpoint = _newest(path, run)
@@ -144,6 +151,22 @@ def read_teacher_state(path: Path, *, D: float | None = None) -> TrainingState:
     )
 
 
+def branch_in(folder: Path) -> TrainingState | None:
+    """The training of a teacher that has branched in `folder`, and has a checkpoint of its own: it needs nothing else.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    record = record_of(folder)
+    said, continues = record.get("start"), record.get("continues")
+    if not isinstance(said, dict) or not continues or find_checkpoint(folder / "checkpoints") is None:
+        return None
+    state = read_teacher_state(folder)
+    images = said.get("images_seen")
+    seen = images if isinstance(images, int) else state.images_seen
+    return replace(state, images_seen=seen, source=str(said.get("source")), said=said, continues=str(continues))
+
+
 def _saved_state(checkpoint: Path, network: str) -> tuple[dict[str, dict[str, Tensor]], int]:
     """What a checkpoint has of a network: its tensors by kind and name, and the steps of its optimiser."""
     path = checkpoint / f"{network}.safetensors"
@@ -157,9 +180,35 @@ def _saved_state(checkpoint: Path, network: str) -> tuple[dict[str, dict[str, Te
         raise ValueError(f"{path} cannot be read as the state of the {network}: {error}") from None
 
 
+def _loss_scale(checkpoint: Path, network: str) -> dict[str, float]:
+    """Where the scale of a network's fp16 losses stands in a checkpoint; empty in other arithmetic."""
+    found = (read_json(checkpoint / "progress.json") or {}).get("loss_scale", {})
+    return dict(found.get(network, {})) if isinstance(found, dict) else {}
+
+
+def check_length(branch: Branch | None, config: RunConfig) -> None:
+    """Check that a branch does not end before it begins.
+
+    Raises:
+        ValueError: it does.
+    """
+    if branch is None or (first := branch.images_seen // config.batch) < config.total_steps:
+        return
+    at, there = f"step {branch.step:,}", branch.images_seen // branch.step
+    if there != config.batch:
+        at += f", {branch.images_seen:,} images, which are {first:,} steps of {config.batch}"
+    steps = [step_of(path) for path in checkpoints_in(branch.checkpoint.parent)]
+    earlier = [step for step in steps if step * there // config.batch < config.total_steps]
+    less = f", or an earlier step, as --branch {branch.run}:{max(earlier)}" if earlier else ""
+    raise ValueError(
+        f"{branch.run} is at {at}, and the branch is to end at step {config.total_steps:,}: give a larger --max-steps "
+        f"or --kimg, which count from the first run's start{less}"
+    )
+
+
 def _begun(folder: Path, gone: Path) -> DistillationStart | None:
     """The start of the run in `folder` where it goes on from a checkpoint of its own, and the file `gone` is gone."""
-    record = _record(folder)
+    record = record_of(folder)
     said = record.get("start")
     if not isinstance(said, dict) or "continues" not in record or find_checkpoint(folder / "checkpoints") is None:
         return None
@@ -176,10 +225,13 @@ class _Reader:
         options: of the recipe, which name something.
         config: the settings with nothing left open but what memory decides.
         teacher: what is distilled.
+        branch: see `read_start`.
     """
 
-    def __init__(self, options: DistillationOptions, config: Distillation, teacher: Precond) -> None:
-        self.options, self.config, self.teacher = options, config, teacher
+    def __init__(
+        self, options: DistillationOptions, config: Distillation, teacher: Precond, branch: Branch | None = None
+    ) -> None:
+        self.options, self.config, self.teacher, self.branch = options, config, teacher, branch
         self.objective = config.objective(trained_config(teacher.config, config.dropout))
         self.roles = {role.name: role for role in self.objective.roles}
         self.notes: list[str] = []
@@ -266,7 +318,7 @@ class _Reader:
             self.notes.append(f"{role.name}: its optimiser goes on with this run's settings ({'; '.join(told)})")
 
     def _folder(self, path: Path) -> DistillationStart:
-        run = _run_of(path)
+        run = run_of(path)
         if run is None:
             _check_no_states(path)
             return DistillationStart(short_name(path), {self.objective.generator: self._generator_of(path)})
@@ -279,7 +331,13 @@ class _Reader:
             raise ValueError(
                 f"{run} was distilled at D = {there.D:g}, the teacher of this run is of D {self.teacher.D:g}"
             )
-        if _record(run).get("teacher") != fingerprint(self.teacher.state_dict()):
+        other = record_of(run).get("teacher") != fingerprint(self.teacher.state_dict())
+        if other and self.branch is not None:
+            raise ValueError(
+                f"{run} was distilled from another teacher than {self.options.teacher}: a branch has the run's; "
+                f"--continue-from {path} takes its networks to another one"
+            )
+        if other:
             self.notes.append(f"{run.name} was distilled from another teacher than this run's")
         checkpoint = _newest(path, run)
         if checkpoint is None:
@@ -334,7 +392,7 @@ class _Reader:
         if not path.exists():
             raise ValueError(f"{missing(path)}; a student is a model folder, a file with a fake_score, or a run folder")
         if path.is_dir():
-            if (run := _run_of(path)) is not None:
+            if (run := run_of(path)) is not None:
                 there, saved = _settings(run), _newest(path, run)
                 role = next((role for role in self._roles(there) if role.name == STUDENT), None)
                 if saved is None or role is None:
@@ -368,6 +426,7 @@ class _Reader:
             self._network_in(checkpoint) if role.name == self.objective.generator else None,
             ema=kinds.get("ema"),
             adam=AdamState(kinds.get("exp_avg", {}), second, steps, (role.beta1, BETA2), role.lr, there.eps),
+            loss_scale=_loss_scale(checkpoint, role.name),
         )
 
     def _network_in(self, checkpoint: Path) -> NetworkConfig | None:
@@ -384,7 +443,7 @@ class _Reader:
             ValueError: it cannot be known.
         """
         own = fingerprint(self.teacher.state_dict())
-        known = role.start == "random" or _record(run).get("teacher") == own
+        known = role.start == "random" or record_of(run).get("teacher") == own
         # Under other embeddings all buffers are constants.
         if role.network.embedding_type == "fourier" and not known:
             raise ValueError(
@@ -409,14 +468,14 @@ def _alone(source: str, weights: Mapping[str, Tensor], config: NetworkConfig) ->
     return NetworkStart(source, weights, config, weights, ema_source="which is its average too")
 
 
-def _run_of(path: Path) -> Path | None:
+def run_of(path: Path) -> Path | None:
     """The run whose folder, folder of checkpoints or checkpoint `path` is; None for anything else."""
     run = path
     if is_checkpoint(path):
         run = path.resolve().parent.parent
     elif path.name == "checkpoints":
         run = path.resolve().parent
-    return run if _record(run) else None
+    return run if record_of(run) else None
 
 
 def _check_no_states(folder: Path) -> None:
@@ -436,7 +495,7 @@ def _newest(path: Path, run: Path) -> Path | None:
     return path
 
 
-def _record(run: Path) -> dict[str, Any]:
+def record_of(run: Path) -> dict[str, Any]:
     """The config.json of a run folder; empty where there is none."""
     found = read_json(run / "config.json") or {}
     return found if isinstance(found.get("config"), dict) and "kind" in found else {}
@@ -448,19 +507,19 @@ def _settings(run: Path) -> Distillation:
     Raises:
         ValueError: it is another run, or they cannot be read.
     """
-    record = _record(run)
+    record = record_of(run)
     kind = OBJECTIVES.of(record.get("objective"), record["config"]) if record["kind"] == "distill" else None
     if kind is None:
         what = "the training of a teacher" if record["kind"] == "teacher" else "no distillation that is known here"
         raise ValueError(f"{run} is {what}; {CAN_BE}")
     names = {f.name for f in dataclasses.fields(kind)} - place_settings(kind)
     try:
-        return kind(**{name: _typed(name, value) for name, value in record["config"].items() if name in names})
+        return kind(**{name: typed(name, value) for name, value in record["config"].items() if name in names})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{run / 'config.json'} cannot be read as a run's settings: {error}") from None
 
 
-def _typed(name: str, value: Any) -> Any:
+def typed(name: str, value: Any) -> Any:
     """A setting as it was before JSON."""
     if name == "noise" and isinstance(value, dict):
         return NoiseLevels(**value)

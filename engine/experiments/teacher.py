@@ -16,11 +16,13 @@ from ipfm.engine.data.open_dataset import open_dataset
 from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Comparison
 from ipfm.engine.evaluation.options import EvaluationOptions
+from ipfm.engine.experiments.branch import branched, check_agreed, described_branch
 from ipfm.engine.experiments.dry_run import describe_training
 from ipfm.engine.experiments.network_options import NetworkOptions
 from ipfm.engine.experiments.options import check_images
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
-from ipfm.engine.experiments.starts import read_teacher_state
+from ipfm.engine.experiments.starts import branch_in, read_teacher_state
+from ipfm.engine.experiments.starts import check_length as check_branch_length
 from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.launcher import is_first_process, launched_processes
@@ -30,7 +32,7 @@ from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.resolve import complete_training, resolve_D
 from ipfm.engine.training.run_folder import check_run_folder, claimed
 from ipfm.engine.training.snapshots import best_said
-from ipfm.engine.training.start import short_name
+from ipfm.engine.training.start import Branch, short_name
 from ipfm.engine.training.teacher import TeacherTraining, first_step, training_facts
 from ipfm.engine.training.transfer import Transfer, transfer_from
 from ipfm.models import NetworkConfig, presets
@@ -51,6 +53,9 @@ class TeacherOptions(TeacherConfig, EvaluationOptions, NetworkOptions):
     continue_from: Path | None = None
     """A training-state-*.pt of EDM or PFGM++, or the folder of another run: continue that training with its weights,
     EMA and optimiser state."""
+    branch: Path | None = None
+    """Go on from the checkpoint of another training, RUN or RUN:STEP, in --out, with its settings as the defaults.
+    STEP: a number, best or last (the default)."""
     transfer: Path | None = None
     """A model folder or checkpoint whose weights the new network begins with, those that fit by name and shape: of
     another size, D or number of classes."""
@@ -123,11 +128,16 @@ class TeacherPlan(Plan):
     comparison: Comparison | None
     transfer: Transfer | None = None
     """What a new network takes over."""
+    branch: Branch | None = None
+    """The run whose settings are the defaults."""
 
     @property
     def begins_with(self) -> list[str]:
         """Lines on what is continued, or taken over."""
-        lines = [] if self.state is None else state_notes(self.state, f"{self.options.continue_from}", self.config)
+        lines = list(described_branch(self.branch, self.config))
+        if self.state is not None:
+            source = f"{self.options.continue_from}" if self.branch is None else self.state.source
+            lines += state_notes(self.state, source, self.config)
         return lines + ([] if self.transfer is None else list(self.transfer.words))
 
     said: tuple[str, ...] = ()
@@ -155,6 +165,7 @@ class TeacherPlan(Plan):
         path, said = self.path, self.said
         evaluation = self.options.evaluation(self.comparison, world)
         config = replace(self.config, resume=True)
+        check_agreed(self.branch, world)
         with claimed(path, self.record, self.config, write=world.is_main):
             training = TeacherTraining(
                 config,
@@ -213,9 +224,10 @@ class TeacherRecipe(Recipe[TeacherOptions]):
 
     def plan(self, given: Given[TeacherOptions]) -> TeacherPlan:
         """See `Recipe.plan`."""
+        given, branch = branched(given, self.base)
         options = given.options
         check_one_network(given)
-        state = None if options.continue_from is None else self._state(options, options.continue_from)
+        state = None if options.continue_from is None else self._state(options, options.continue_from, branch)
         if options.data is None and not options.dry_run:
             raise BadInput("give --data; --dry-run works without it", self.data)
         data = None
@@ -239,13 +251,14 @@ class TeacherRecipe(Recipe[TeacherOptions]):
                 "train_teacher.py takes images of any size"
             )
         path = settled.place(network.D)
+        check_branch_length(branch, config)
         if state is not None:
             check_length(state, str(options.continue_from), config)
         transfer = None if options.transfer is None else _transfer(options.transfer, network, path)
         record = check_run_folder(path, "teacher", config, training_facts(config, network, data, state, transfer))
         comparison = options.comparison(settled.shape, run_device())
         return TeacherPlan(
-            self, options, config, network, data, state, path, record, comparison, transfer, settled.said
+            self, options, config, network, data, state, path, record, comparison, transfer, branch, settled.said
         )
 
     def settle(self, given: Given[TeacherOptions], data: ImageDataset | None, state: TrainingState | None) -> Settled:
@@ -263,8 +276,13 @@ class TeacherRecipe(Recipe[TeacherOptions]):
         base = presets.get(options.preset or self.presets[options.arch])
         return Settled(options, self.shape, base, self.D, self.name)
 
-    def _state(self, options: TeacherOptions, path: Path) -> TrainingState:
-        state = read_teacher_state(path, D=options.D)
+    def _state(self, options: TeacherOptions, path: Path, branch: Branch | None) -> TrainingState:
+        begun = branch is not None and not path.exists() and options.from_step != 0
+        state = branch_in(options.out) if begun and options.out is not None else None
+        if state is None:
+            state = read_teacher_state(path, D=options.D)
+            said = {} if branch is None else {"branch": branch.to_json()}
+            state = replace(state, said=said)
         self.check_state(state)
         return state
 

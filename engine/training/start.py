@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ipfm.engine.checks import option_name
+from ipfm.engine.config import RunConfig, place_settings
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.objectives.base import Role
 from ipfm.engine.runtime.wording import counted
@@ -34,6 +36,7 @@ class NetworkStart:
         ema: its average by the parameters' names; None begins with the weights.
         ema_source: what the average is, for messages.
         adam: what its optimiser knows; None is a fresh one.
+        loss_scale: where its fp16 losses' scale stands; empty begins anew.
     """
 
     source: str
@@ -42,6 +45,7 @@ class NetworkStart:
     ema: Mapping[str, Tensor] | None = None
     adam: AdamState | None = None
     ema_source: str = "its average"
+    loss_scale: Mapping[str, float] = field(default_factory=dict)
 
     def check(self, role: Role) -> None:
         """Check that this can be the network of a role.
@@ -82,6 +86,8 @@ class NetworkStart:
             if "exp_avg" in trained.state_kinds and self.adam.exp_avg:
                 states["exp_avg"] = self.adam.exp_avg
             trained.steps_applied = self.adam.steps
+        if self.loss_scale:
+            trained.loss_scale_state = dict(self.loss_scale)
         for kind, tensors in states.items():
             whole = all(name in tensors for name, _ in trained.module.named_parameters())
             trained.load(kind, tensors if whole else {**dict(trained.full(kind)), **tensors})
@@ -97,6 +103,63 @@ class NetworkStart:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """The run, and its checkpoint, that another run goes on from with its settings, but for those that were given.
+
+    Attributes:
+        run: its folder, as it was given; its name alone where it was read from config.json.
+        step: its step that is gone on from.
+        images_seen: by then.
+        identity: tells the run apart from others, wherever it lies.
+        settings: its settings when the branch began, as JSON has them.
+        options: what else it was made with, by the names of options.
+        checkpoint: the folder of the checkpoint, which may be gone once the branch has one of its own.
+    """
+
+    run: str
+    step: int
+    images_seen: int
+    identity: str
+    settings: Mapping[str, Any]
+    options: Mapping[str, Any]
+    checkpoint: Path = Path()
+
+    def to_json(self) -> dict[str, Any]:
+        """As config.json has it, without places."""
+        said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "checkpoint"}
+        return {**said, "run": short_name(Path(self.run).resolve())}
+
+    @classmethod
+    def read(cls, said: object) -> Branch | None:
+        """What config.json says; None where it says nothing, or what cannot be read."""
+        names = [f.name for f in dataclasses.fields(cls) if f.name != "checkpoint"]
+        if not isinstance(said, dict) or not said.keys() >= set(names):
+            return None
+        found = cls(**{name: said[name] for name in names})
+        plain = isinstance(found.step, int) and isinstance(found.images_seen, int) and isinstance(found.run, str)
+        return found if plain and isinstance(found.settings, dict) and isinstance(found.options, dict) else None
+
+    def changes(self, ours: Mapping[str, Any], kind: type[RunConfig]) -> list[str]:
+        """The settings in which a run differs from the one that it branched from: "lr is 1e-05 there, 5e-06 here".
+
+        Args:
+            ours: settings of the branch, as JSON has them.
+            kind: their class; those that it calls places are left out.
+        """
+        unsaid = place_settings(kind) | {"init", "rules"}
+        found = []
+        for name, value in self.settings.items():
+            if name not in ours or name in unsaid or name.endswith("_init") or ours[name] == value:
+                continue
+            pairs = {name: (value, ours[name])}
+            if isinstance(value, dict) and isinstance(ours[name], dict):
+                pairs = {f"{name}.{key}": (there, ours[name].get(key)) for key, there in value.items()}
+            shown = {key: (_shown(there), _shown(here)) for key, (there, here) in pairs.items() if there != here}
+            found += [f"{option_name(key)} is {there} there, {here} here" for key, (there, here) in shown.items()]
+        return found
+
+
+@dataclass(frozen=True)
 class DistillationStart:
     """What a distillation goes on from.
 
@@ -107,6 +170,7 @@ class DistillationStart:
         notes: what else to know of it, a line each.
         recorded: its facts as the run folder has them, where the run has a checkpoint of its own by now and needs
             nothing else of it.
+        branch: the run whose settings are its defaults too.
     """
 
     source: str
@@ -114,6 +178,7 @@ class DistillationStart:
     images_seen: int = 0
     notes: tuple[str, ...] = ()
     recorded: Mapping[str, Any] | None = None
+    branch: Branch | None = None
 
     def first_step(self, batch: int) -> int:
         """Steps of this batch that the images seen are."""
@@ -136,7 +201,8 @@ class DistillationStart:
         tensors = {f"{role}.{name}": t for role, start in self.networks.items() for name, t in start.weights.items()}
         if self.recorded is not None:
             return dict(self.recorded)
-        said = {"source": self.source, "images_seen": self.images_seen, "networks": sorted(self.networks)}
+        said: dict[str, Any] = {"source": self.source, "images_seen": self.images_seen}
+        said |= {"networks": sorted(self.networks)} | ({} if self.branch is None else {"branch": self.branch.to_json()})
         return {"continues": fingerprint(tensors), "start": said}
 
 
@@ -149,6 +215,10 @@ def short_name(path: Path) -> str:
 def start_facts(start: DistillationStart | None) -> dict[str, Any]:
     """See `DistillationStart.facts`; of a run that goes on from nothing else, nothing."""
     return {} if start is None else start.facts()
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
 def _option(role: Role) -> str:

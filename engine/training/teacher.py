@@ -233,9 +233,9 @@ def training_facts(
         facts |= {"dataset": _place_free(dataset.name), "images": len(dataset), "xflip": dataset.xflip}
         facts |= _pictures(dataset)
     # Said of a fresh training too: a folder of one must not go on where --continue-from is given, and ignore it.
-    facts["continues"] = None if start is None else fingerprint(start.weights)
+    facts["continues"] = None if start is None else start.continues or fingerprint(start.weights)
     if start is not None and start.source:
-        facts["start"] = {"source": start.source, "images_seen": start.images_seen}
+        facts["start"] = {"source": start.source, "images_seen": start.images_seen, **start.said}
     return facts if transfer is None else {**facts, **transfer.facts()}
 
 

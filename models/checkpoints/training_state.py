@@ -9,8 +9,9 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,8 @@ class TrainingState:
         lr: of Adam.
         eps: of Adam.
         source: name of the file, for people; "" where it is from none.
+        said: what else a run that goes on from it says of it.
+        continues: what identifies it there; None is a digest of its weights.
     """
 
     config: NetworkConfig
@@ -83,6 +86,8 @@ class TrainingState:
     lr: float
     eps: float
     source: str = ""
+    said: Mapping[str, Any] = field(default_factory=dict)
+    continues: str | None = None
 
 
 def read_training_state(path: str | os.PathLike[str], *, D: float | None = None) -> TrainingState:

@@ -226,6 +226,8 @@ def shorter(module: ModuleType, arguments: Sequence[str]) -> list[str]:
         ours["kimg"] = stand_ins.kimg_of(state) + 0.008
     elif "--kimg" in given:
         ours["kimg"] = 0.008
+    elif "--branch" in given:  # of a run of two steps, with its batch
+        ours = {name: value for name, value in ours.items() if "batch" not in name} | {"max-steps": 3}
     else:
         ours["max-steps"] = 2
     if trains_a_teacher(module, given):

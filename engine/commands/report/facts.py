@@ -25,12 +25,14 @@ from ipfm.engine.config import TeacherConfig
 from ipfm.engine.evaluation.metrics.measures import MEASURES, Measure, Measured, Metric, measures_of
 from ipfm.engine.evaluation.results import EvaluationRow
 from ipfm.engine.memory.profile import PhaseMemory
+from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.json_output import plain
 from ipfm.engine.runtime.versions import installed
 from ipfm.engine.runtime.wording import counted, duration, significant, symbol
 from ipfm.engine.training.environment import in_words
 from ipfm.engine.training.run_state import EvaluationPoint, RunRecord
 from ipfm.engine.training.snapshots import KeptModel
+from ipfm.engine.training.start import Branch
 
 State = Literal["finished", "going on", "stopped", "diverged"]
 
@@ -264,6 +266,7 @@ def _summary(
             yield f"It began with {start['tensors']} of {start.get('of')} tensors of {start.get('source')}."
         else:
             yield f"It went on from {start.get('source')}{after}."
+            yield from _branch(record, start)
     yield _length(record, state, images)
     for one in record.set_aside:
         back = "" if one.from_step is None else f"It went back to step {one.from_step:,}: "
@@ -286,6 +289,15 @@ def _summary(
         yield f"{_superlative(best, record.measured[0], metric)}, after {best.step:,} steps."
     if record.best is not None and (state != "finished" or record.best.step != record.steps_done):
         yield f"The best network, of step {record.best.step:,} ({record.best.number}), is in {record.best.path.name}/."
+
+
+def _branch(record: RunRecord, start: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence on the run whose settings were the defaults, if there was one."""
+    branch = Branch.read(start.get("branch"))
+    if branch is None or record.settings is None:
+        return
+    changed = "; ".join(branch.changes(record.settings, settings_class(record) or Distillation))
+    yield f"It is a branch of {branch.run} with its settings{f', but for these: {changed}' if changed else ''}."
 
 
 def _leading(found: Measured) -> Measure:

@@ -23,6 +23,7 @@ from ipfm.engine.experiments.teacher import TeacherRecipe
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.training.run_state import RunRecord, read_run
+from ipfm.engine.training.start import Branch
 from ipfm.models import NetworkConfig, presets
 
 
@@ -188,6 +189,9 @@ def _given(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> tuple[li
         network = _network(record)
         if isinstance(recipe, TrainAndDistil) and network != recipe.network(base, number(record.config.get("D"))):
             notes.append("The teacher's network is not the recipe's default: give the options that name it too.")
+    elif branch_of(record) is not None:
+        began, its_notes = _began(record)
+        options, notes = [*options, *began], [*notes, *its_notes]
     else:
         began, its_notes = _began(record)
         options, notes = [*options, *began], [*notes, *its_notes]
@@ -199,7 +203,7 @@ def _given(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> tuple[li
         without = [] if own else ["--features", "pixels"]
         options += ["--reference", "REFERENCE", *(["--inception", "INCEPTION"] if fid else without)]
         notes.append("The folder does not record what the samples were compared with: give --reference.")
-    if isinstance(recipe, OwnDistilRecipe):
+    if isinstance(recipe, OwnDistilRecipe) and branch_of(record) is None:
         options += ["--scale", "full"]
         notes.append("The options after --scale are what differs from the settings by the rule of sizes for a GPU.")
     if images is not None and images != base.eval_images:
@@ -215,11 +219,22 @@ def _began(record: RunRecord) -> tuple[list[str], list[str]]:
     if record.identity.get("transfers"):
         note = "It began with weights of another network: give that where it lies on your machine."
         return ["--transfer", str(start.get("source", "MODEL"))], [note]
+    if (branch := branch_of(record)) is not None:
+        note = (
+            "It is a branch of another run, whose settings are the defaults: give that where it lies on your machine."
+        )
+        return ["--branch", f"{branch.run}:{branch.step}", "--out", record.path.resolve().name], [note]
     if record.identity.get("continues"):
         note = "It went on from another training: give that where it lies on your machine."
         option = "--student-from" if start.get("networks") == ["student"] else "--continue-from"
         return [option, str(start.get("source", "TRAINING"))], [note]
     return [], []
+
+
+def branch_of(record: RunRecord) -> Branch | None:
+    """The run that this one went on from with its settings; None without one."""
+    said = record.identity.get("start")
+    return Branch.read(said.get("branch")) if isinstance(said, dict) else None
 
 
 def _metrics(record: RunRecord) -> list[str]:
@@ -244,7 +259,7 @@ def _training(record: RunRecord) -> Command:
             continue
         for arch, preset in recipe.presets.items():
             plain, base = replace(fitted(presets.get(preset), recipe.shape), D=D), recipe.base
-            scale = ["--scale", "full"] * isinstance(recipe, OwnTeacherRecipe)
+            scale = ["--scale", "full"] * (isinstance(recipe, OwnTeacherRecipe) and branch_of(record) is None)
             if isinstance(recipe, OwnTeacherRecipe):
                 # A training that is older than the recipe was not its.
                 if FAMILIES.get(network.family) != arch or "pictures" not in record.identity:
@@ -279,7 +294,8 @@ def _options(record: RunRecord, base: Any) -> list[str]:
     """The settings of the run that differ from those of a recipe, as they are typed."""
     kind = settings_class(record)
     assert kind is not None
-    defaults = base.to_json()
+    branch = branch_of(record)
+    defaults = {**base.to_json(), **({} if branch is None else branch.settings)}
     defaults = {name: value for name, value in defaults.items() if name in {f.name for f in dataclasses.fields(kind)}}
     defaults |= {f"noise.{name}": value for name, value in defaults.pop("noise", {}).items()}
     # Those that change nothing of the result, but for the evaluations' steps.
