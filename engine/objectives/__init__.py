@@ -23,6 +23,7 @@ from ipfm.engine.objectives.own_files import load, own_files
 if TYPE_CHECKING:
     from ipfm.engine.config import setting
     from ipfm.engine.objectives.base import Distillation, Objective, Role, StepContext, Steps
+    from ipfm.engine.objectives.checking import check_objective
     from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
     from ipfm.engine.objectives.losses import (
         Noisy,
@@ -56,6 +57,7 @@ __all__ = [
     "add_noise",
     "along",
     "bind",
+    "check_objective",
     "declared",
     "denoising_objective",
     "draw_labels",
@@ -77,6 +79,7 @@ __all__ = [
 _HOMES = {
     "config": ("setting",),
     "objectives.base": ("Distillation", "Objective", "Role", "StepContext", "Steps"),
+    "objectives.checking": ("check_objective",),
     "objectives.initial_networks": ("generator_network", "initial_weights"),
     "objectives.losses": (
         *("Noisy", "add_noise", "along", "bind", "denoising_objective", "finite_samples", "generator_gradient"),

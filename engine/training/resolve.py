@@ -87,6 +87,7 @@ def complete(config: K, network: NetworkConfig, device: torch.device) -> K:
             something else does not go with it or the device.
     """
     check_augment(config.augment, network)
+    config.check_network(network)
     config = replace(config, D=resolve_D(config.D, network)).completed(network)
     config = resolve_precision(config, device)
     return replace(config, teacher_storage=config.decided_storage)

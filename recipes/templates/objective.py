@@ -58,7 +58,7 @@ class ExampleConfig(Distillation):
         return ExampleObjective(self, network)
 
     def name(self) -> str:
-        return f"example-{self.points}"
+        return f"points{self.points}"  # ends the name of the run's folder
 
     @classmethod
     def report_words(cls, settings: Mapping[str, Any]) -> str:
