@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -90,40 +91,44 @@ def samples(record: RunRecord) -> Samples:
             problems.append(f"{path.relative_to(record.path).as_posix()} cannot be read.")
             return None
 
-    grids: dict[int, Tensor] = {}
-    whole = list(record.pictures)
-    while whole and not grids:
-        step, path = whole[-1]
-        if (images := readable(path, read_grid)) is not None:
-            grids[step] = images
+    def looked_at(step: int) -> Tensor | None:
+        """The step's images; a few of them are kept, since all of all steps may fill the memory."""
+        images = readable(places[step], read_grid)
+        if images is not None:
+            few[step] = images.shape, images[:LATENTS].clone()
+        return images
+
+    places, few = dict(record.pictures), dict[int, tuple[torch.Size, Tensor]]()
+    steps, last, best, squares = list(places), None, None, 1
+    while steps and last is None:
+        if (images := looked_at(steps[-1])) is None:
+            steps.pop()
         else:
-            whole.pop()
-    last = next(((step, _grid(images, f"samples after {_steps(step)}")) for step, images in grids.items()), None)
+            last, squares = (steps[-1], _grid(images, f"samples after {_steps(steps[-1])}")), averaged(images)
     kept = None if record.best is None else record.best.step
-    shown = _evenly(whole, MOMENTS) if len(whole) > 1 else []
-    for step, path in (*shown, *((step, path) for step, path in whole if step == kept)):
-        if step not in grids and (images := readable(path, read_grid)) is not None:
-            grids[step] = images
-    best = None
-    if kept in grids and last is not None and kept != last[0]:
-        best = kept, _grid(grids[kept], f"samples of the best, after {_steps(kept)}")
-    over_time = {step: grids[step] for step, _ in shown if step in grids}
+    if kept in steps[:-1] and (images := looked_at(kept)) is not None:
+        best = kept, _grid(images, f"samples of the best, after {_steps(kept)}")
+    shown = _evenly(steps, MOMENTS)
+    for step in shown:
+        if step not in few:
+            looked_at(step)
+    strip = _strip({step: few[step] for step in shown if step in few})
     comparison = None
     path = record.path / COMPARISON_FILE
     if path.is_file() and (image := readable(path, opened)) is not None:
         titles = image.info.get(TITLE_KEY, "the networks")
         comparison = Picture(f"side by side: {titles}", png(image.reduce(-(-image.width // WIDEST))))
-    squares = averaged(next(iter(grids.values()))) if grids else 1
-    return Samples(comparison, "data" in compared(path), _strip(over_time), last, best, squares, tuple(problems))
+    # A file that is looked at twice is named once.
+    return Samples(comparison, "data" in compared(path), strip, last, best, squares, tuple(dict.fromkeys(problems)))
 
 
-def _strip(over_time: dict[int, Tensor]) -> Strip | None:
-    """Of the moments whose images are as many and as large as the last one's."""
-    final = next(reversed(over_time.values()), None)
-    alike = {step: images for step, images in over_time.items() if final is not None and images.shape == final.shape}
-    if final is None or len(alike) < 2:
+def _strip(over_time: dict[int, tuple[torch.Size, Tensor]]) -> Strip | None:
+    """Of the moments whose images are as many and as large as the last one's: step -> size of all images, a few."""
+    sizes = [size for size, _ in over_time.values()]
+    alike = {step: images for step, (size, images) in over_time.items() if size == sizes[-1]}
+    if len(alike) < 2:
         return None
-    pixels, latents = strip_of(list(alike.values())), min(LATENTS, len(final))
+    pixels, latents = strip_of(list(alike.values())), len(next(iter(alike.values())))
     first, end = ", ".join(map(str, list(alike)[:-1])), list(alike)[-1]
     alt = f"the same {counted(latents, 'latent')} after {first} and {_steps(end)}"
     return Strip(tuple(alike), latents, pixels, Picture(alt, png(Image.fromarray(pixels))))
@@ -147,7 +152,7 @@ def memory_timeline(record: RunRecord) -> Picture | None:
         return None
 
 
-def _evenly(items: Sequence[tuple[int, Path]], count: int) -> list[tuple[int, Path]]:
+def _evenly(items: Sequence[int], count: int) -> list[int]:
     """At most `count` of them, the first and the last among them."""
     if len(items) <= count:
         return list(items)
