@@ -11,10 +11,13 @@ PROCESSES := 'import os, torch; print(1 if torch.cuda.is_available() else min(2,
 # A process that starts a hundred others should find what Python has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo help test quick lint types quick-tests durations bench soak equivalence fuzz clean
+.PHONY: demo fashion help test quick lint types quick-tests durations bench soak equivalence fuzz clean
 
 demo: $(READY)  ## train a teacher on the digits, distil it to one step, print the table
 	$(BIN)/deepspeed --num_accelerators $$($(BIN)/python -c $(PROCESSES)) recipes/digits_ipfm.py
+
+fashion: $(READY)  ## the same on Fashion-MNIST, 28x28 (apt-get install dataset-fashion-mnist), in some two hours on two cores
+	$(BIN)/deepspeed --num_accelerators $$($(BIN)/python -c $(PROCESSES)) recipes/fashion_ipfm.py
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do \

@@ -48,6 +48,7 @@ from ipfm.recipes import (
     distill_ipfm,
     distill_pid,
     distill_sid,
+    fashion_ipfm,
     ffhq_ipfm,
     ffhq_sid,
     ffhq_teacher,
@@ -141,7 +142,7 @@ def settings() -> list[str]:
     names = ("recipe", "batch", "lr", "α", "β₁ of S, G", "ε", "dropout", "augment", "EMA half-life, kimg", "length")
     rows = [_row(names), _row(["---"] * len(names))]
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid,
-                   imagenet64_sid, digits_ipfm, shapes_ipfm):  # fmt: skip
+                   imagenet64_sid, digits_ipfm, shapes_ipfm, fashion_ipfm):  # fmt: skip
         base = module.RECIPE.base
         betas = f"{base.student_beta1:g}, {base.generator_beta1:g}"
         numbers = (base.batch, base.lr, base.alpha, betas, base.eps, base.dropout, base.augment, base.ema_kimg)

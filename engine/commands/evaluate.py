@@ -54,8 +54,10 @@ class Evaluate:
     """Real images, or their statistics (.npz, mu and sigma). Only "is" needs none."""
     inception: Path | None = None
     """The Inception network: inception-2015-12-05.pt of NVIDIA's StyleGAN2-ADA."""
-    features: Literal["inception", "pixels", "blocks"] = "inception"
+    features: Literal["inception", "pixels", "blocks", "classifier"] = "inception"
     """What images are compared by; only inception gives an FID."""
+    classifier: Path | None = None
+    """The classifier.safetensors that recipes/fashion_ipfm.py leaves."""
     metrics: tuple[Literal["fid", "kid", "is", "pr"], ...] = ("fid",)
     """What is measured; kid and pr need real images. KID: 100 subsets of 1000, or of half the images; pr: k = 3."""
     images: int | None = None
@@ -133,6 +135,7 @@ class Evaluate:
                 run_device(),
                 features=self.features,
                 inception=self.inception,
+                classifier=self.classifier,
                 metrics=self.metrics,
                 skip_unreadable=self.skip_unreadable,
                 strict=self.strict,
@@ -179,7 +182,7 @@ class Evaluate:
             )
         if self.save_reference and world.is_main:
             with user_input():
-                save_statistics(self.save_reference, evaluation.statistics)
+                save_statistics(self.save_reference, evaluation.statistics, evaluation.features.name)
         results = []
         # A bad file of a large data set shows when it is read.
         with user_input(), self._bar(evaluation, world) as bar:
@@ -196,7 +199,10 @@ class Evaluate:
         for note in notes(results, results[0].name) if world.is_main else ():
             remarks.add(note)
         if world.is_main:
-            write(self._facts(subject, results) | {"remarks": list(remarks)}, self._text(subject, evaluation, results))
+            # Of a classifier there are many: which one it was is a part of the number.
+            named = {"features_name": evaluation.features.name} if self.features == "classifier" else {}
+            facts = self._facts(subject, results) | named | {"remarks": list(remarks)}
+            write(facts, self._text(subject, evaluation, results))
 
     def _check(self) -> None:
         from ipfm.engine.data.open_dataset import check_strictness
@@ -271,11 +277,12 @@ class Evaluate:
             about += f", {counted(subject.nfe, 'network evaluation')} an image"
         sets = f"{len(results)} x " if len(results) > 1 else ""
         drawn = f"seed {self.seed}, " if subject.nfe else ""
+        name = evaluation.features.name if self.features == "classifier" else self.features
         lines = [
             about,
             f"{sets}{count} images, {drawn}{significant(seconds)} s, "
             f"{significant(len(results) * count / max(seconds, 1e-9))} images/s",
-            f"features: {self.features} ({evaluation.features.dim}), reference: {self.reference or 'none'}",
+            f"features: {name} ({evaluation.features.dim}), reference: {self.reference or 'none'}",
             "",
         ]
         rows: list[tuple[str, list[str]]] = []

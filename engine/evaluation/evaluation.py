@@ -26,6 +26,7 @@ from ipfm.engine.evaluation.metrics import (
     evaluate_images,
 )
 from ipfm.engine.evaluation.metrics.blocks import block_side
+from ipfm.engine.evaluation.metrics.classifier import ClassifierFeatures, load_classifier
 from ipfm.engine.evaluation.metrics.collection import MOST_IMAGES
 from ipfm.engine.evaluation.metrics.evaluate import PR_IMAGES, check_metrics
 from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION, Classifier
@@ -35,9 +36,10 @@ from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.models import Precond
 from ipfm.models.checkpoints.recognise import missing
 
-FeatureName = Literal["inception", "pixels", "blocks"]
-# Those that need no network, and images of one size.
+FeatureName = Literal["inception", "pixels", "blocks", "classifier"]
+# Those that need no network; and those that take images of one size.
 OF_PIXELS = ("pixels", "blocks")
+SAME_SIZE = (*OF_PIXELS, "classifier")
 
 
 @dataclass(frozen=True)
@@ -131,16 +133,33 @@ class Evaluation:
 
 
 def open_features(
-    name: FeatureName, inception: Path | None, shape: tuple[int, int, int], device: torch.device
+    name: FeatureName,
+    inception: Path | None,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    classifier: Path | None = None,
 ) -> Features:
     """The extractor: the Inception network in the file `inception`, or the pixels of images (C, H, W) = `shape`.
 
-    "blocks" compares the means and deviations of blocks of them, see `BlockFeatures`.
+    "blocks" compares the means and deviations of blocks of them, see `BlockFeatures`; "classifier" the features of the
+    network in the file `classifier`, see `ClassifierFeatures`.
 
     Raises:
-        ValueError: Inception features without a file, others with one, or a file that is no such network; one line,
-            which says where the file is found.
+        ValueError: Inception features or those of a classifier without a file, others with one, or a file that is no
+            such network, or one of images of another shape; one line, which says where the file is found.
     """
+    if classifier is not None and name != "classifier":
+        raise ValueError(f"classifier was given, but features is {name}: give --features classifier")
+    if name == "classifier":
+        if inception is not None or classifier is None:
+            raise ValueError("features classifier needs --classifier FILE, the classifier.safetensors of a run folder")
+        found = load_classifier(classifier, device)
+        if found.facts.shape != shape:
+            sizes = ["x".join(map(str, one)) for one in (found.facts.shape, shape)]
+            raise ValueError(
+                f"{classifier} is a classifier of images {sizes[0]}, those that are measured are {sizes[1]}"
+            )
+        return found
     if name in OF_PIXELS:
         if inception is not None:
             raise ValueError(f"inception was given, but features is {name}: leave one of them out")
@@ -269,6 +288,7 @@ def open_comparison(
     skip_unreadable: bool = False,
     strict: bool = False,
     images: ImageDataset | None = None,
+    classifier: Path | None = None,
 ) -> Comparison:
     """Open and check what samples (C, H, W) = `shape` are to be compared with.
 
@@ -282,13 +302,15 @@ def open_comparison(
         skip_unreadable: of reference images, as in `open_dataset`.
         strict: likewise.
         images: those of `reference`, where they are open already.
+        classifier: its file, see `open_features`.
 
     Raises:
-        ValueError: a file that cannot be used, or a metric that features or reference do not allow.
+        ValueError: a file that cannot be used, statistics of other features, or a metric that features or reference do
+            not allow.
     """
     if reference is not None and not reference.exists():
         raise ValueError(f"{missing(reference)}: a reference is an .npz with mu and sigma, or a data set")
-    extractor = open_features(features, inception, shape, device)
+    extractor = open_features(features, inception, shape, device, classifier)
     if reference is None:
         check_metrics(metrics, extractor, None)
         return Comparison(extractor, None, metrics)
@@ -300,11 +322,21 @@ def open_comparison(
         file = open_reference(reference, skip_unreadable=skip_unreadable, strict=strict)
     if file.statistics is None and file.images is not None and len(file.images) < 2:
         raise ValueError(f"{file.path} holds one image; a reference has at least two")
-    if features in OF_PIXELS and file.images is not None and (words := _other_size(file, shape)):
+    if features in SAME_SIZE and file.images is not None and (words := _other_size(file, shape)):
         raise ValueError(f"{words}; {features} can be compared of one size alone")
+    if file.statistics is not None:
+        _check_whose(file, extractor)
     if file.images is None and file.statistics is not None:
         check_metrics(metrics, extractor, Reference(file.statistics))
     return Comparison(extractor, file, metrics)
+
+
+def _check_whose(file: ReferenceFile, extractor: Features) -> None:
+    """ValueError where stored statistics are of other features: as many of another network would pass for them."""
+    if file.features is not None and file.features != extractor.name:
+        raise ValueError(f"{file.path} holds statistics of the features {file.features}, not of {extractor.name}")
+    if file.features is None and isinstance(extractor, ClassifierFeatures):
+        raise ValueError(f"{file.path} does not say that its statistics are of {extractor.name}: give images instead")
 
 
 def evaluate_teacher(net: Precond, evaluation: Evaluation, world: World, *, D: float, steps: int) -> FrechetResult:

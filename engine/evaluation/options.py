@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -21,6 +21,8 @@ class EvaluationOptions:
     Raises:
         ValueError: options that do not go together.
     """
+
+    FEATURES: ClassVar[tuple[str, ...]] = ("auto", "inception", "pixels", "blocks")
 
     reference: Path | None = None
     """What samples are compared with: statistics (.npz with mu and sigma) or images (folder, zip, CIFAR-10 archive)."""
@@ -57,8 +59,9 @@ class EvaluationOptions:
             raise ValueError(f"eval-images must be at most {MOST_IMAGES:,}, got {self.eval_images:,}")
         check_known(self.metrics)
         check_sizes(self.metrics, self.eval_images)
-        if self.features not in ("auto", "inception", "pixels", "blocks"):
-            raise ValueError(f"features must be auto, inception, pixels or blocks, got {self.features!r}")
+        if self.features not in self.FEATURES:
+            possible = f"{', '.join(self.FEATURES[:-1])} or {self.FEATURES[-1]}"
+            raise ValueError(f"features must be {possible}, got {self.features!r}")
         if self.compared_with is None and self.inception is not None and not self._needs_no_reference:
             raise ValueError("inception was given without reference: there is nothing to compare with")
         if self.compared_with is None and self.features in OF_PIXELS:

@@ -23,6 +23,8 @@ from ipfm.models.checkpoints.recognise import missing, user_path, what_place
 
 # Names of an array of images in an .npz: ADM's sample and reference batches, and those of `ipfm sample`.
 IMAGE_ARRAYS = ("arr_0", "images")
+# The name of the features beside statistics of others than Inception's: a text.
+FEATURES_ARRAY = "features"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,8 @@ class ReferenceFile:
     path: Path
     statistics: Statistics | None
     images: ImageDataset | None
+    features: str | None = None
+    """What features the statistics are of, where the file says so."""
 
 
 def open_reference(path: Path | str, *, skip_unreadable: bool = False, strict: bool = False) -> ReferenceFile:
@@ -51,12 +55,12 @@ def open_reference(path: Path | str, *, skip_unreadable: bool = False, strict: b
     _refuse_what_is_known(path)
     if not is_npz(path):
         return ReferenceFile(path, None, open_images(path, skip_unreadable=skip_unreadable, strict=strict))
-    arrays = _read_npz(path, ("mu", "sigma", *IMAGE_ARRAYS))
+    arrays = _read_npz(path, ("mu", "sigma", FEATURES_ARRAY, *IMAGE_ARRAYS))
     statistics = _statistics(path, arrays) if "mu" in arrays or "sigma" in arrays else None
     images = _images(path, arrays)
     if statistics is None and images is None:
         raise ValueError(f"{path} holds neither statistics (mu, sigma) nor images (arr_0){_arrays_of(path)}")
-    return ReferenceFile(path, statistics, images)
+    return ReferenceFile(path, statistics, images, _features(arrays))
 
 
 def open_images(
@@ -173,10 +177,22 @@ def make_reference(
     return Reference(statistics, None if found.features is None else found.features.cpu())
 
 
-def save_statistics(path: Path | str, statistics: Statistics) -> None:
-    """Write an .npz with `mu` and `sigma`, float64, as EDM publishes them; replaced whole or not at all."""
+def save_statistics(path: Path | str, statistics: Statistics, features: str = "inception") -> None:
+    """Write an .npz with `mu` and `sigma`, float64, as EDM publishes them; replaced whole or not at all.
+
+    Args:
+        path: the file.
+        statistics: what it is to hold.
+        features: their name, which is stored with them; Inception's go without, as EDM's.
+    """
+    named = {} if features == "inception" else {FEATURES_ARRAY: np.array(features)}
     with atomic_write(path) as file:
-        np.savez(file, mu=statistics.mean.cpu().numpy(), sigma=statistics.covariance.cpu().numpy())
+        np.savez(file, mu=statistics.mean.cpu().numpy(), sigma=statistics.covariance.cpu().numpy(), **named)  # type: ignore[arg-type]
+
+
+def _features(arrays: dict[str, np.ndarray]) -> str | None:
+    found = arrays.get(FEATURES_ARRAY)
+    return None if found is None or found.ndim or found.dtype.kind != "U" else str(found)[:100]
 
 
 def _read_npz(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:

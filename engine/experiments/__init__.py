@@ -3,7 +3,7 @@
 from ipfm.engine.experiments.ablation import Ablation, AblationOptions, Arch, Variant, as_ablation
 from ipfm.engine.experiments.defaults_by_size import STUDENT_BY_SIZE, TRAJECTORY_BY_SIZE, Facts
 from ipfm.engine.experiments.distil import DistilRecipe
-from ipfm.engine.experiments.local import TrainAndDistil
+from ipfm.engine.experiments.local import ByOptions, TrainAndDistil
 from ipfm.engine.experiments.options import DistillationOptions, ema_kimg, options_for, recipe_options
 from ipfm.engine.experiments.origins import Origin, origins
 from ipfm.engine.experiments.own_distil import OwnDistillationOptions, OwnDistilRecipe
@@ -17,6 +17,7 @@ __all__ = [
     "Ablation",
     "AblationOptions",
     "Arch",
+    "ByOptions",
     "DistilRecipe",
     "DistillationOptions",
     "Facts",

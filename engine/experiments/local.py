@@ -120,11 +120,13 @@ class TrainAndDistilPlan(Plan):
     def _train(self, world: World) -> None:
         recipe, path, teacher, start = self.recipe, self.path, self.teacher, self.start
         config = replace(self.config, resume=True)  # the folder is this run's from here on
+        with user_input():
+            features = self._features(world)
         if teacher is None:
             if world.is_main and "teacher" in self.record and not (path / "teacher").exists():
                 print(f"{path} was distilled from a teacher that is not in it: it is trained again", file=sys.stderr)
             teacher = recipe.teacher(self.teaching, self.network, path / "teacher", world)
-        evaluation = recipe.evaluation(self.options.eval_images, self.options.metrics)
+        evaluation = recipe.evaluation(self.options.eval_images, self.options.metrics, features=features, world=world)
         with user_input():
             # A folder whose generator came from a teacher that has been trained further since is refused here.
             check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
@@ -135,6 +137,16 @@ class TrainAndDistilPlan(Plan):
         distiller.run(path)
         if world.is_main:
             self._print(distiller.rows)
+
+    def _features(self, world: World) -> Features | None:
+        """What images are compared by, where it has to be made first: a part of what the run is."""
+        if self.recipe.by_options is None:
+            return None
+        features = self.recipe.by_options.features(self.options, self.recipe.dataset, self.path, world)
+        facts = {"features": features.name}
+        record = check_run_folder(self.path, "distill", replace(self.config, resume=True), facts)
+        open_run_folder(self.path, {**self.record, **record}, write=world.is_main)
+        return features
 
 
 def _has_weights(folder: Path) -> bool:
@@ -176,6 +188,19 @@ def check_own_teacher(folder: Path, teaching: TeacherConfig, *, distilled: bool)
 
 
 @dataclass(frozen=True, kw_only=True)
+class ByOptions(Generic[O]):
+    """What the options of a recipe decide, where they name data, or what images are compared by."""
+
+    data: Callable[[O], ImageDataset]
+    """Options -> the data."""
+    features: Callable[[O, ImageDataset, Path, World], Features]
+    """(options, data, run folder, world) -> what images are compared by; it may be trained here. Every process calls
+    it, once the run folder is the run's."""
+    compared: Callable[[O], str]
+    """Options -> `TrainAndDistil.compared`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainAndDistil(Recipe[O], Generic[O]):
     """A teacher trained on data at hand, or given, and its distillation.
 
@@ -195,6 +220,8 @@ class TrainAndDistil(Recipe[O], Generic[O]):
     """The images' name for people, in the plural."""
     data: Callable[[], ImageDataset]
     """Makes the data."""
+    by_options: ByOptions[O] | None = None
+    """Data and features, where options name them; what stands here of them is then for a script."""
     network: Callable[[O, float], NetworkConfig]
     """(options, D) -> the network of the teacher that is trained."""
     features: Callable[[tuple[int, int, int]], Features]
@@ -283,12 +310,28 @@ class TrainAndDistil(Recipe[O], Generic[O]):
         distiller.run(path)
         return distiller.rows
 
-    def evaluation(self, images: int | None = None, metrics: Sequence[Metric] | None = None) -> Evaluation:
-        """These metrics of `images` samples, the base settings' when None, against all the data."""
+    def evaluation(
+        self,
+        images: int | None = None,
+        metrics: Sequence[Metric] | None = None,
+        *,
+        features: Features | None = None,
+        world: World | None = None,
+    ) -> Evaluation:
+        """These metrics of `images` samples, the base settings' when None, against all the data.
+
+        Args:
+            images: drawn for each distance.
+            metrics: what is measured; the base settings' when None.
+            features: what images are compared by; the recipe's `features` when None.
+            world: processes that share the data's features out; each computes all of them when None.
+        """
         count = self.base.eval_images if images is None else images
         chosen = self.base.metrics if metrics is None else tuple(metrics)
-        features = self.features(self.dataset.shape)
-        reference = dataset_reference(self.dataset, features, keep_features=bool({"kid", "pr"} & set(chosen)))
+        features = self.features(self.dataset.shape) if features is None else features
+        rank, size = (0, 1) if world is None else (world.rank, world.size)
+        single = bool({"kid", "pr"} & set(chosen))
+        reference = dataset_reference(self.dataset, features, keep_features=single, rank=rank, world_size=size)
         return Evaluation(features, reference, images=count, metrics=chosen, data=self.dataset)
 
     def check_metrics(self, metrics: Sequence[Metric]) -> None:
@@ -312,6 +355,14 @@ class TrainAndDistil(Recipe[O], Generic[O]):
 
     def plan(self, given: Given[O]) -> TrainAndDistilPlan:
         """See `Recipe.plan`."""
+        by = self.by_options
+        if by is None:
+            return self._plan(given)
+        data = by.data(given.options)
+        title = self.title if data.name == self.title else "images"
+        return replace(self, data=lambda: data, title=title, compared=by.compared(given.options))._plan(given)
+
+    def _plan(self, given: Given[O]) -> TrainAndDistilPlan:
         given, branch = branched(given, self.base)
         options = given.options
         config = options.distillation()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import documented
 import documented_run
+import idx_files
 import launch
 import pytest
 import stand_ins
@@ -64,12 +65,19 @@ def seen() -> dict[tuple[str, ...], str]:
     return {}
 
 
+@pytest.fixture(scope="module")
+def stand_in_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stands for Debian's Fashion-MNIST."""
+    return idx_files.write_idx(tmp_path_factory.mktemp("fashion"))
+
+
 @pytest.fixture(scope="module", autouse=True)
-def small() -> Iterator[None]:
+def small(stand_in_set: Path) -> Iterator[None]:
     """Thin networks under the presets' names, few images, and no process beside this one."""
     teaching = TrainAndDistil.teaching
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(presets, "TABLE", stand_ins.THIN_PRESETS)
+        patch.setattr("ipfm.engine.experiments.fashion.DEBIAN", stand_in_set)
         patch.setattr("ipfm.recipes.shapes_ipfm.shapes", lambda count, side: shapes(64, side=side))
         patch.setattr(TrainAndDistil, "teaching", lambda *_: replace(teaching(*_), batch=4))
         patch.setattr("ipfm.engine.training.loop.PICTURE_IMAGES", 4)

@@ -30,6 +30,7 @@ How = Literal["executed", "marked", "covered"]
 COVERED: Mapping[str, str] = MappingProxyType(
     {
         "make demo": "recipes/test_digits_recipe.py::test_the_default_start_is_deepspeed",
+        "make fashion": "recipes/test_fashion_recipe.py::test_from_end_to_end_and_on_from_there",
         "make test": "docs/test_documented_commands.py::test_what_make_starts_is_there",
         "make quick": "docs/test_documented_commands.py::test_what_make_starts_is_there",
         "make lint": "docs/test_documented_commands.py::test_what_make_starts_is_there",

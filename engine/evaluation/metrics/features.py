@@ -140,7 +140,7 @@ class InceptionFeatures:
             raise ValueError(f"images must have shape (B, 1 or 3, H, W), got {tuple(images.shape)}")
         images = images.detach().to(self.device, torch.float32)
         pixels = (images.nan_to_num(nan=-1.0) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-        with _full_float32():
+        with full_float32():
             found = self._net(pixels.expand(-1, 3, -1, -1), **options)
         finite = torch.isfinite(images).flatten(start_dim=1).all(dim=1)
         return torch.where(finite[:, None], found, torch.nan)
@@ -198,7 +198,7 @@ def _load_script(path: Path, device: torch.device) -> Any:
 
 
 @contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """Without TF32, so that features do not depend on what a run allows its own networks."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
