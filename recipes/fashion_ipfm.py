@@ -15,13 +15,11 @@ from dataclasses import replace
 
 from ipfm.engine import DistillConfig, TeacherConfig
 from ipfm.engine.evaluation.metrics import PixelFeatures
-from ipfm.engine.experiments import ByOptions, TrainAndDistil, options_for, run_command
-from ipfm.engine.experiments.fashion import TITLE, FashionOptions, compared_by, how_compared, training_images
-from ipfm.engine.experiments.own_images import slug
+from ipfm.engine.experiments import ByOptions, TrainAndDistil, fashion, options_for, run_command
 from ipfm.models import NetworkConfig, presets
 
 CHANNELS = 16
-BASE = options_for(DistillConfig, FashionOptions)(
+BASE = options_for(DistillConfig, fashion.FashionOptions)(
     batch=64,
     max_steps=2000,
     lr=5e-4,
@@ -35,7 +33,7 @@ BASE = options_for(DistillConfig, FashionOptions)(
 )
 
 
-def network(options: FashionOptions, D: float) -> NetworkConfig:
+def network(options: fashion.FashionOptions, D: float) -> NetworkConfig:
     """The teacher's network: CIFAR-10's, made small, at the sides 28, 14 and 7."""
     return replace(
         presets.get(options.arch, D=D),
@@ -51,14 +49,14 @@ def network(options: FashionOptions, D: float) -> NetworkConfig:
     )
 
 
-def training_classes(options: FashionOptions) -> int:
+def training_classes(options: fashion.FashionOptions) -> int:
     """How many classes the teacher is told."""
-    return (training_images(options).classes or 0) if options.conditional else 0
+    return (fashion.training_images(options).classes or 0) if options.conditional else 0
 
 
-def name(options: FashionOptions) -> str:
+def name(options: fashion.FashionOptions) -> str:
     """How the run folder's name begins: what is distilled, as far as the options say it."""
-    data = slug(options.data, "fashion")
+    data = fashion.data_name(options.data)
     if options.teacher is not None:
         return data
     return f"{data}-{options.arch}{options.channels or CHANNELS}{'-cond' * options.conditional}"
@@ -68,9 +66,9 @@ RECIPE = TrainAndDistil(
     file="fashion_ipfm.py",
     about=__doc__ or "",
     name=name,
-    title=TITLE,
-    data=lambda: training_images(BASE),
-    by_options=ByOptions(data=training_images, features=compared_by, compared=how_compared),
+    title=fashion.TITLE,
+    data=lambda: fashion.training_images(BASE),
+    by_options=ByOptions(data=fashion.training_images, features=fashion.compared_by, compared=fashion.how_compared),
     network=network,
     features=PixelFeatures,
     compared="in pixel space",

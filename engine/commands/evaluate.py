@@ -50,13 +50,13 @@ class Evaluate:
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Model or run folder, checkpoint, or images (folder, archive, .npz)."""
-    reference: Path | None = None
+    reference: Annotated[Path | None, tyro.conf.arg(metavar="F")] = None
     """Real images, or their statistics (.npz, mu and sigma). Only "is" needs none."""
-    inception: Path | None = None
+    inception: Annotated[Path | None, tyro.conf.arg(metavar="F")] = None
     """The Inception network: inception-2015-12-05.pt of NVIDIA's StyleGAN2-ADA."""
     features: Literal["inception", "pixels", "blocks", "classifier"] = "inception"
     """What images are compared by; only inception gives an FID."""
-    classifier: Path | None = None
+    classifier: Annotated[Path | None, tyro.conf.arg(metavar="F")] = None
     """The classifier.safetensors that recipes/fashion_ipfm.py leaves."""
     metrics: tuple[Literal["fid", "kid", "is", "pr"], ...] = ("fid",)
     """What is measured; kid and pr need real images. KID: 100 subsets of 1000, or of half the images; pr: k = 3."""

@@ -17,6 +17,7 @@ from ipfm.engine.evaluation.classifier_training import check_classes, kept_class
 from ipfm.engine.evaluation.evaluation import open_features
 from ipfm.engine.evaluation.metrics import Features
 from ipfm.engine.experiments.options import DistillationOptions
+from ipfm.engine.experiments.own_images import slug
 from ipfm.models.checkpoints.recognise import user_path
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -106,6 +107,11 @@ def training_images(options: FashionOptions) -> ImageDataset:
     if options.conditional and found.labels is None:
         raise ValueError(f"conditional was given, but {options.place} has no labels")
     return found
+
+
+def data_name(path: Path | None) -> str:
+    """How the names of run folders begin: "fashion", or a name made of that of other data."""
+    return slug(path, "fashion")
 
 
 def how_compared(options: FashionOptions) -> str:
