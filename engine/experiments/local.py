@@ -143,7 +143,7 @@ class TrainAndDistilPlan(Plan):
         if self.recipe.by_options is None:
             return None
         features = self.recipe.by_options.features(self.options, self.recipe.dataset, self.path, world)
-        facts = {"features": features.name}
+        facts = {**start_facts(self.start), "features": features.name}
         record = check_run_folder(self.path, "distill", replace(self.config, resume=True), facts)
         open_run_folder(self.path, {**self.record, **record}, write=world.is_main)
         return features

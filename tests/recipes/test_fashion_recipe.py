@@ -64,7 +64,8 @@ def test_from_end_to_end_and_on_from_there(
     assert line is not None and line.startswith("deepspeed recipes/fashion_ipfm.py --teacher-steps 2 ")
     fashion_ipfm.main([*SHORT, "--conditional"])
     assert "is finished" in capsys.readouterr().err
-    fashion_ipfm.main([*SHORT, "--conditional", "--out", "runs/again", "--max-steps", "1"])
+    # A branch, which says what it goes on from, takes the classifier that lies beside it too.
+    fashion_ipfm.main(["--branch", str(run), "--out", "runs/again", "--max-steps", "3", "--eval-every", "0"])
     assert config["features"] in capsys.readouterr().err
 
 
