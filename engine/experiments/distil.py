@@ -106,7 +106,8 @@ class DistilPlan(Plan):
         origins = () if own else described(self.recipe.origins, self.chosen | self.kept.keys())
         notes, given = (*origins, *self.notes, *more), self.options.distillation()
         first = 0 if self.start is None else self.start.first_step(self.config.batch)
-        return describe(self.config, self.network, self.path, notes, given=given, first=first)
+        images = None if self.comparison is None else self.options.eval_images
+        return describe(self.config, self.network, self.path, notes, given=given, first=first, images=images)
 
     def show(self) -> bool:
         """See `Plan.show`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.distributed.world import run_device
@@ -30,8 +29,6 @@ from ipfm.engine.training.disk import missing_room
 from ipfm.engine.training.resolve import resolve_precision
 from ipfm.models import NetworkConfig
 
-C = TypeVar("C", bound=RunConfig)
-
 # Seconds before the first line of progress, where stderr is a file.
 PAUSE = 3.0
 
@@ -45,6 +42,7 @@ def describe(
     given: Distillation | None = None,
     teaching: TeacherConfig | None = None,
     first: int = 0,
+    images: int | None = None,
 ) -> str:
     """What a run with this resolved configuration would do.
 
@@ -59,6 +57,7 @@ def describe(
         given: the settings as the user gave them, whose open ones the GPUs' layouts decide; default: `config`.
         teaching: settings of the teacher's training, where the run has one.
         first: the step that a continued training begins with.
+        images: drawn for each evaluation; None where there is none.
     """
     ranks = launched_processes()
     config.split(ranks)  # a batch that cannot be shared is bad input; too little memory is not
@@ -85,7 +84,7 @@ def describe(
                 ),
                 *_network(network, plan.parameters),
                 *_memory(plan),
-                _expected_duration(config, trained, plan, cost, first),
+                *_expected_duration(config, trained, plan, cost, first, images),
                 *([teacher_duration(teaching, network)] if teaching is not None else []),
             ]
             progress.advance()
@@ -100,12 +99,18 @@ def describe(
 
 
 def describe_training(
-    config: TeacherConfig, network: NetworkConfig, path: Path, notes: tuple[str, ...] = (), *, first: int = 0
+    config: TeacherConfig,
+    network: NetworkConfig,
+    path: Path,
+    notes: tuple[str, ...] = (),
+    *,
+    first: int = 0,
+    images: int | None = None,
 ) -> str:
     """What training a teacher with this resolved configuration would do: settings, network, expected duration.
 
     Runs some steps to estimate the duration; stderr says how far this is, where it takes long. A training that is
-    continued begins with the step `first`.
+    continued begins with the step `first`; `images` are drawn for each evaluation, None where there is none.
     """
     with ProgressBar("dry run", 3, unit=" part", pause=PAUSE) as progress:
         plan = choose_training(
@@ -116,7 +121,7 @@ def describe_training(
         )
         checkpointed = plan.activation_checkpointing
         progress.advance()
-        expected = _expected_duration(config, network, plan, TRAINING_FORWARDS + checkpointed, first)
+        expected = _expected_duration(config, network, plan, TRAINING_FORWARDS + checkpointed, first, images)
         progress.advance()
         on_gpus = _on_gpus(Run(config, network), first)
         progress.advance()
@@ -129,7 +134,7 @@ def describe_training(
         ),
         *_network(network, plan.parameters),
         *_memory(plan),
-        expected,
+        *expected,
         *on_gpus,
         *_room(Run(config, network), path),
         *notes,
@@ -168,8 +173,24 @@ def _network(network: NetworkConfig, parameters: int) -> list[str]:
     ]
 
 
-def _expected_duration(config: C, network: NetworkConfig, plan: MemoryPlan, forwards: float, first: int = 0) -> str:
-    """`forwards`: forward passes, or as much arithmetic, of one image in one step."""
+def _expected_duration(
+    config: Distillation | TeacherConfig,
+    network: NetworkConfig,
+    plan: MemoryPlan,
+    forwards: float,
+    first: int = 0,
+    images: int | None = None,
+) -> list[str]:
+    """Lines on the steps that are left from `first` on, and on the evaluations.
+
+    Args:
+        config: settings.
+        network: architecture as it is trained.
+        plan: how the run is laid out.
+        forwards: forward passes, or as much arithmetic, of one image in one step.
+        first: the step that the run begins with.
+        images: drawn for each evaluation; None where there is none.
+    """
     steps = config.total_steps - first
     device = run_device()
     config = resolve_precision(replace(config, zero=plan.parts.stage), device)
@@ -181,17 +202,24 @@ def _expected_duration(config: C, network: NetworkConfig, plan: MemoryPlan, forw
         checkpointed=plan.activation_checkpointing,
     )
     step = step_time(form, network, forwards, device)
-    return (
+    lines = [
         f"expected duration on this {device.type.upper()}: {duration(step.seconds * steps)} for "
         f"{steps:,} steps ({three_digits(step.seconds)} s a step, {step.how()}; evaluations and "
         "checkpoints come on top)"
-    )
+    ]
+    if images is not None and step.pass_seconds:
+        run = Run(config, network)
+        seconds = run.evaluation_passes(images) * step.pass_seconds / launched_processes()
+        lines.append(
+            f"evaluations on top of it: {duration(seconds)} for {run.evaluation_words(images)}; features left out"
+        )
+    return lines
 
 
 def teacher_duration(config: TeacherConfig, network: NetworkConfig) -> str:
     """A line for a run that trains its teacher: what that takes on this machine."""
     plan = choose_training(config, network, ranks=launched_processes(), budget=device_budget(run_device()))
-    expected = _expected_duration(config, network, plan, TRAINING_FORWARDS + plan.activation_checkpointing)
+    (expected,) = _expected_duration(config, network, plan, TRAINING_FORWARDS + plan.activation_checkpointing)
     return f"training of the teacher, before it: {expected}"
 
 

@@ -85,11 +85,23 @@ class Run:
         along = (config.total_steps - 1) // config.eval_every if config.eval_every else 0
         return along + 1
 
-    def evaluation_flops(self, images: int) -> int:
-        """Operations of drawing `images` for each evaluation, and of the teacher's once."""
+    def evaluation_passes(self, images: int) -> int:
+        """Forward passes that draw `images` for each evaluation, and of the teacher once."""
         if self.generator_nfe is None:
-            return self.forward_flops * images * self.teacher_nfe * self.evaluations
-        return self.forward_flops * images * (self.teacher_nfe + self.generator_nfe * self.evaluations)
+            return images * self.teacher_nfe * self.evaluations
+        return images * (self.teacher_nfe + self.generator_nfe * self.evaluations)
+
+    def evaluation_flops(self, images: int) -> int:
+        """Operations of these, where the generator is as wide as the teacher."""
+        return self.forward_flops * self.evaluation_passes(images)
+
+    def evaluation_words(self, images: int) -> str:
+        """As in "2,000 images of the teacher, 35 passes an image, and 6 times the generator, 1"."""
+        times = f"{self.evaluations} times " if self.evaluations > 1 else ""
+        of = f"{images:,} images of the teacher, {self.teacher_nfe} passes an image"
+        if self.generator_nfe is None:
+            return f"{of}, {times or 'once '}".rstrip()
+        return f"{of}, and {times}the generator, {self.generator_nfe}"
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,10 @@ class TrainAndDistilPlan(Plan):
         teaching = None if self.teacher is not None else self.teaching
         notes, given = self.begins_with, self.options.distillation()
         first = 0 if self.start is None else self.start.first_step(self.config.batch)
-        return describe(self.config, self.network, self.path, notes, given=given, teaching=teaching, first=first)
+        images = self.options.eval_images
+        return describe(
+            self.config, self.network, self.path, notes, given=given, teaching=teaching, first=first, images=images
+        )
 
     def show(self) -> bool:
         """See `Plan.show`."""

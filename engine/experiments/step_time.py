@@ -45,6 +45,8 @@ class StepTime(NamedTuple):
     forward_of: int = 0
     """Number of images whose forward pass is all that was measured, the step being reckoned from it; 0 where whole
     steps were."""
+    pass_seconds: float = 0.0
+    """Of a forward pass of an image among others, which was measured too."""
 
     def how(self) -> str:
         """Where it comes from, for people."""
@@ -76,8 +78,8 @@ def step_time(form: Resolved[Any], network: NetworkConfig, forwards: float, devi
             del net
             with contextlib.suppress(torch.OutOfMemoryError, MemoryError):
                 images, optimisers = _measured(form, network, count, device)
-                return StepTime(images * local / count + optimisers)
-    return StepTime(forwards * passes * local / count, forward_of=count)
+                return StepTime(images * local / count + optimisers, pass_seconds=passes / count)
+    return StepTime(forwards * passes * local / count, count, passes / count)
 
 
 def _measurable(net: Precond, micro_batch: int, forwards: float, device: torch.device) -> tuple[int, float]:

@@ -149,7 +149,8 @@ class TeacherPlan(Plan):
         notes += precond_notes(self.network)
         notes += [self.recipe.data] if self.data is None else [f"data: {self.data.name}, {len(self.data):,} images"]
         first = 0 if self.state is None else first_step(self.state, self.config)
-        return describe_training(self.config, self.network, self.path, (*self.said, *notes), first=first)
+        images = None if self.comparison is None else self.options.eval_images
+        return describe_training(self.config, self.network, self.path, (*self.said, *notes), first=first, images=images)
 
     def show(self) -> bool:
         """See `Plan.show`."""

@@ -205,12 +205,17 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
 def test_a_dry_run_shows_how_far_it_is_and_says_what_a_gpu_needs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step takes 0.25 s, of which 300 are 75 s; what trains the teacher is said too."""
-    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_time", lambda *_: StepTime(0.25))
+    """A step takes 0.25 s, of which 300 are 75 s; what trains the teacher is said too.
+
+    So are evaluations: every 50 steps 2000 images, a pass each, and the same of the teacher of 35.
+    """
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_time", lambda *_: StepTime(0.25, pass_seconds=0.001))
     monkeypatch.setattr("ipfm.engine.experiments.dry_run.PAUSE", 0.0)
     run_command("digits_ipfm.py", digits_ipfm.main, ["--dry-run"])
     printed = capsys.readouterr()
     assert "expected duration on this CPU: 75 s for 300 steps (0.25 s a step, measured; evaluations" in printed.out
+    evaluations = "evaluations on top of it: 82 s for 2,000 images of the teacher, 35 passes an image, and 6 times the "
+    assert f"{evaluations}generator, 1; features left out" in printed.out
     assert "training of the teacher, before it: expected duration on this CPU: 4 min for 900 steps" in printed.out
     assert "GPU hours at 30% of the bf16 peak (an assumption): RTX 4090 " in printed.out
     assert "layouts on GPUs, bf16, global batch 64" in printed.out
@@ -228,6 +233,7 @@ def test_a_teachers_dry_run_shows_how_far_it_is_and_what_was_measured(
     run_command("cifar_teacher.py", cifar_teacher.main, ["--dry-run", "--model-channels", "8", "--num-blocks", "0"])
     printed = capsys.readouterr()
     assert "(2 s a step, reckoned from a forward pass of 4 images, which was measured; evaluations and" in printed.out
+    assert "evaluations on top" not in printed.out  # without --reference
     lines = printed.err.splitlines()
     assert len(lines) == 3 and all(line.startswith("dry run: ") for line in lines) and "3/3" in lines[-1]
 

@@ -205,14 +205,8 @@ class RentTable:
             )
         if (found := self._evaluation()) is None:
             return
-        nfe = f"{found['teacher_nfe']} passes an image"
-        times = "" if found["times"] == 1 else f" {found['times']} times"
-        if found["generator_nfe"] is not None:
-            nfe = f"the teacher, {nfe}, and{times} the generator, {found['generator_nfe']}"
-        else:
-            nfe = f"the teacher, {nfe},{times or ' once'}"
         given = "evaluation" if self.planned.always_evaluated else "evaluation, with --reference"
-        yield f"{given}: {found['images']:,} images of {nfe};"
+        yield f"{given}: {self.run.evaluation_words(found['images'])};"
         yield f"  not in the hours below, features left out; GPU hours: {_shown(found['gpu_seconds'])}"
 
     def _head(self) -> str:

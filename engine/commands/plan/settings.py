@@ -10,6 +10,7 @@ from ipfm.engine.commands.recipes import project_recipes
 from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.local import TrainAndDistil
+from ipfm.engine.experiments.options import any_size, check_images
 from ipfm.engine.experiments.origins import SOURCES, Origin
 from ipfm.engine.experiments.own_distil import OwnDistilRecipe
 from ipfm.engine.experiments.own_teacher import FROM_EDM, OwnTeacherRecipe
@@ -74,6 +75,8 @@ def of_recipe(
         raise ValueError(f"{recipe.file} is no recipe that distils or trains a teacher")
     if training:
         raise ValueError(f"{recipe.file} trains no teacher; {', '.join(_that_train())} do")
+    if network is not None and not isinstance(recipe, OwnDistilRecipe):
+        check_images(network, recipe.shape, f"{recipe.title} is", any_size(recipe.file))
     network = network or presets.get(recipe.preset, D=recipe.D)
     values = {**vars(recipe.base), **given}
     if isinstance(recipe, OwnDistilRecipe):
@@ -121,6 +124,8 @@ def fitting_training(name: str) -> Recipe[Any] | None:
 
 def _of_training(recipe: TeacherRecipe, given: Mapping[str, Any], network: NetworkConfig | None) -> Planned:
     options = recipe.base
+    if network is not None and not isinstance(recipe, OwnTeacherRecipe):
+        check_images(network, recipe.shape, f"{recipe.title} is", "train_teacher.py takes images of any size")
     if isinstance(recipe, OwnTeacherRecipe):
         start = network or presets.get(recipe.presets[options.arch])
         base, options = recipe.full(start, None)
@@ -139,8 +144,9 @@ def _of_training(recipe: TeacherRecipe, given: Mapping[str, Any], network: Netwo
 def _of_both(
     recipe: TrainAndDistil[Any], given: Mapping[str, Any], network: NetworkConfig | None, *, training: bool
 ) -> Planned:
-    own = network is None
-    network = network or recipe.network(recipe.base, recipe.D)
+    own, made = network is None, recipe.network(recipe.base, recipe.D)
+    network = network or made
+    check_images(network, made.image_shape, f"the {recipe.title} are", any_size(recipe.file))
     teaching = recipe.teaching(recipe.base)
     if training:
         return Planned(_with(teaching, given, recipe.file), network, recipe, length_given=_length_given(given))

@@ -145,7 +145,7 @@ def test_precision_and_peak_go_together(planned: Any) -> None:
         found = planned("digits_ipfm", "--gpus", 1, *given)
         assert (found["peak_flops"]["A100"], found["peak_of"]) == (peak * 1e12, of)
     # SiD computes without TF32.
-    sid = planned("digits", "--recipe", "cifar_sid", "--gpus", 1, "--precision", "fp32")
+    sid = planned("ddpmpp", "--recipe", "cifar_sid", "--gpus", 1, "--micro-batch", 1, "--precision", "fp32")
     assert (sid["peak_flops"]["A100"], sid["peak_of"]) == (flops.single * 1e12, "fp32")
 
 
@@ -192,9 +192,9 @@ def test_a_teacher_is_planned_with_the_recipe_for_its_size(teacher: Path, planne
     found = planned(teacher, "--gpus", 1)
     assert found["recipe"] == "distill_ipfm.py" and found["model"] == str(teacher) and found["steps"]
     assert planned(teacher, "--gpus", 1, "--objective", "pid")["recipe"] == "distill_pid.py"
-    other = planned(teacher, "--recipe", "cifar_ipfm", "--gpus", 1)
-    assert (other["recipe"], other["batch"], other["steps"]) == ("cifar_ipfm.py", 256, 117_188)
-    assert other["forward_flops"] == found["forward_flops"]
+    other = planned(teacher, "--recipe", "digits_pid", "--gpus", 1)
+    assert (other["recipe"], other["objective"], other["steps"]) == ("digits_pid.py", "pid", 600)
+    assert other["forward_flops"] == found["forward_flops"] and other["teacher_training"] is None
     assert planned(teacher, "--teacher-training", "--gpus", 1)["recipe"] == "train_teacher.py"
 
 
@@ -273,6 +273,12 @@ def test_long_plans_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, capsys
         ("digits --recipe ddpmpp", "there is no recipe ddpmpp; possible: "),
         ("ablation_alpha", "ablation_alpha is an ablation, several runs: give the recipe of one, such as "),
         ("ablation_data", "ablation_data has no RECIPE"),
+        ("digits --recipe cifar_ipfm", "the teacher makes images 1x8x8, CIFAR-10 is 3x32x32; distill_ipfm.py takes"),
+        (
+            "ncsnpp --recipe digits_ipfm",
+            "the teacher makes images 3x32x32, the digits are 1x8x8; distill_ipfm.py takes",
+        ),
+        ("digits --recipe cifar_teacher", "CIFAR-10 is 3x32x32; train_teacher.py takes images of any size"),
         ("digits_ipfm --recipe cifar_ipfm", "model is a recipe, digits_ipfm, and recipe was given too"),
         ("digits_ipfm --objective pid", "objective pid was given, but digits_ipfm.py distils by ipfm: leave it out"),
         ("cifar_teacher --objective ipfm", "objective ipfm was given, but cifar_teacher.py trains a teacher"),

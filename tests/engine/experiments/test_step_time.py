@@ -145,7 +145,8 @@ def test_images_that_cost_nothing_more_are_measured_together(monkeypatch: pytest
     monkeypatch.setattr(step_time, "_timed", lambda *_: (3.0, 0.1))
     form = form_of("ipfm", 8)
     form = replace(form, config=replace(form.config, batch=64), micro_batch=64)
-    assert time_of(form, SMALL, 11, CPU) == StepTime(pytest.approx(3.1)) and sizes == [64]
+    found = time_of(form, SMALL, 11, CPU)
+    assert found == StepTime(pytest.approx(3.1), pass_seconds=pytest.approx(0.2064 / 64)) and sizes == [64]
 
 
 def test_a_step_that_needs_too_much_memory_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +155,9 @@ def test_a_step_that_needs_too_much_memory_is_too(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(step_time, "_distillation", too_large)
     monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, *__, **___: 0.02 * count)
-    assert time_of(form_of("ipfm", 8), SMALL, 11, CPU) == StepTime(pytest.approx(0.02 * 11 * 8), forward_of=8)
+    assert time_of(form_of("ipfm", 8), SMALL, 11, CPU) == StepTime(
+        pytest.approx(0.02 * 11 * 8), forward_of=8, pass_seconds=pytest.approx(0.02)
+    )
 
 
 def test_what_vgg_computes_counts_too() -> None:
