@@ -25,6 +25,9 @@ from ipfm.engine.training.task import NotFinite
 from ipfm.models import Precond
 from ipfm.models.atomic_files import atomic_write
 
+# In the folder of a teacher: its distance, measured once for all runs.
+DISTANCE_FILE = "distance.json"
+
 
 class MeasuredDistiller(Distiller):
     """A distillation that measures its generator alone: the teacher is measured once for all runs."""
@@ -135,7 +138,7 @@ def teacher_distance(
     It is measured once, then read from `folder`. Every rank calls it.
     """
     about = {**teacher_facts(net), "images": evaluation.images, "heun_steps": steps}
-    known = read_json(folder / "distance.json") or {}
+    known = read_json(folder / DISTANCE_FILE) or {}
     same = {name: known.get(name) for name in about} == about
     if not world.broadcast_text("known" if same else ""):
         distance_alone = replace(evaluation, metrics=("fid",))
@@ -144,7 +147,7 @@ def teacher_distance(
         known = {**about, "frechet": finite, "name": result.name}
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / "distance.json", known)
+            _write_json(folder / DISTANCE_FILE, known)
     # The other processes need none of it.
     return (math.nan if known.get("frechet") is None else float(known["frechet"])), str(known.get("name", ""))
 

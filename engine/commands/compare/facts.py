@@ -110,6 +110,14 @@ class Comparison:
     """Why images in the same place are not of the same latent; None where they are."""
     made: str
 
+    @property
+    def sentences(self) -> list[str]:
+        """Those of all sets: what holds for several of them once, what is of one set alone with its letter."""
+        every = [(one.name, sentence) for one in self.sets for sentence in one.sentences]
+        shared = {text for _, text in every if sum(text == other for _, other in every) > 1}
+        own = [f"Set {name}: {text}" if name else text for name, text in every if text not in shared]
+        return [*own, *dict.fromkeys(text for _, text in every if text in shared)]
+
     def group_of(self, run: ComparedRun) -> str:
         """The name of a run's group."""
         return next(group.label for group in self.groups if run in group.runs)
@@ -152,7 +160,7 @@ class Comparison:
             "last": None if run.last is None else run.last.to_json(),
             "best": None if best is None else best.to_json(),
             "at_equal_images": None if at is None else at.to_json(),
-            "teacher_values": facts.teacher_values,
+            "teacher_values": run.teacher_values,
             "evaluations": [
                 {
                     **point.to_json(),
@@ -316,6 +324,9 @@ def _ranking(one: ComparableSet, by: Metric) -> Iterator[str]:
     where = f"After {one.common.images:,} images" if at == "equal images" else "By its best evaluation"
     name = measure.called(one.metric)
     mean = "mean " if means[first].n > 1 else ""
+    if significant(means[first].mean) == significant(means[second].mean):
+        yield f"{where} {first} and {second} have the same {mean}{name}, {_shown(means[first])}."
+        return
     yield (
         f"{where} {first} has the {measure.best} {mean}{name}, {_shown(means[first])}, before {second}, "
         f"{_shown(means[second])}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -32,6 +33,10 @@ ON_DARK = ("#6fb1f5", "#f0a061", "#7fcf9d", "#cf9fe6", "#e0c75a", "#f28ba2", "#6
 LINES = ("-", ":", "-.")
 WIDTH, ROW, LEGEND = 12.0, 2.9, 0.55
 LOSSES_A_ROW = 3
+# Lines of several groups, where they cross and are pale, have more colours than one curve.
+COLOURS = 200
+# Above this share of an axis there is no room for a line of text.
+NEAR_THE_TOP = 0.85
 # The axis is logarithmic where numbers span more than this factor; its margin; the share of it that curves have.
 SPAN, MARGIN, QUARTER = 8.0, 0.08, 0.25
 UNITS = ((7200.0, 3600.0, "hours"), (300.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
@@ -51,11 +56,13 @@ def curves(found: Comparison, *, dark: bool) -> dict[str, Picture]:
     if rows:
         names = ", ".join(dict.fromkeys(measure.called(one.metric) for one, measure in rows))
         alt = f"{names} of {len(found.runs)} runs over images, steps and time"
-        drawn["curves"] = figure_picture(alt, lambda theme: _curves(found, rows, theme), dark=dark)
+        drawn["curves"] = figure_picture(alt, partial(_curves, found, rows), dark=dark, colours=COLOURS)
     losses = list(dict.fromkeys(name for run in found.runs for name in _losses(run)))
     if losses:
         alt = f"{' and '.join(losses)} of {len(found.runs)} runs over steps"
-        drawn["losses"] = figure_picture(alt, lambda theme: _loss_curves(found, losses, theme), dark=dark)
+        drawn["losses"] = figure_picture(
+            alt, lambda theme: _loss_curves(found, losses, theme), dark=dark, colours=COLOURS
+        )
     return drawn
 
 
@@ -90,6 +97,7 @@ def _curves(found: Comparison, rows: Sequence[tuple[ComparableSet, Measure]], th
         for axes, over in zip(line, ("images", "steps", "time"), strict=True):
             _panel(axes, one, measure, over, styles, theme)
         _vertical(line, one, measure)
+        _name_teachers(line[0], one, measure, theme)
         if one.name:
             line[0].set_title(f"set {one.name}", fontsize=10, loc="left")
     _legend(figure, panels.flat, len(found.groups))
@@ -112,14 +120,8 @@ def _panel(
         mean = [] if alone else _mean([_points(run, measure, over) for run in group.runs])
         if not alone and over != "time" and mean:
             _line(axes, mean, scale, style, f"{group.label}, mean of {len(group.runs)}", strong=True)
-    teachers, values = (
-        _teachers(one, measure),
-        [value for run in one.runs for _, value in _points(run, measure, "steps")],
-    )
-    for value, names in teachers.items():
-        whose = "" if len(teachers) == 1 else f" of {', '.join(names)}"
-        label_of = f"teacher{whose} {significant(value)}{'' if _is_near(value, values) else ', outside'}"
-        axes.axhline(value, color=theme.faint, linestyle="--", linewidth=1.2, label=label_of)
+    for value in _teachers(one, measure):
+        axes.axhline(value, color=theme.faint, linestyle="--", linewidth=1.2, label="teacher")
     if not every:
         axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=theme.faint)
     axes.set_xlabel(label)
@@ -157,7 +159,7 @@ def _teachers(one: ComparableSet, measure: Measure) -> dict[float, list[str]]:
     found: dict[float, list[str]] = {}
     for group in one.groups:
         for run in group.runs:
-            value = run.facts.teacher_values.get(measure.key, math.nan)
+            value = run.teacher_values.get(measure.key, math.nan)
             if math.isfinite(value):
                 same = next((known for known in found if significant(known) == significant(value)), value)
                 names = found.setdefault(same, [])
@@ -180,6 +182,33 @@ def _vertical(line: Sequence[Axes], one: ComparableSet, measure: Measure) -> Non
         axes.grid(alpha=0.3)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
+
+
+def _name_teachers(axes: Axes, one: ComparableSet, measure: Measure, theme: Theme) -> None:
+    """Each teacher's number beside its line, or in the corner towards which it lies outside."""
+    teachers, (low, high) = _teachers(one, measure), axes.get_ylim()
+    # Where no curve is: they fall where smaller is better, and rise elsewhere.
+    upper, lower = (0.02, 0.98) if measure.higher else (0.98, 0.02)
+    for value, names in teachers.items():
+        whose = "" if len(teachers) == 1 else f" of {', '.join(names)}"
+        text, system, place = f"teacher{whose} {significant(value)}", axes.transAxes, (upper, 0.97)
+        _, at = axes.transAxes.inverted().transform(axes.transData.transform((0, value)))
+        if low <= value <= high:
+            system, place = axes.get_yaxis_transform(), (upper, value)
+        elif value < low:
+            text, place = f"{text}, below", (lower, 0.03)
+        else:
+            text += ", above"
+        upwards = "bottom" if at < NEAR_THE_TOP else "top"
+        axes.text(
+            *place,
+            text,
+            transform=system,
+            ha="right" if place[0] > 0.5 else "left",
+            va=upwards,
+            fontsize=8,
+            color=theme.faint,
+        )
 
 
 def _is_near(teacher: float, values: Sequence[float]) -> bool:

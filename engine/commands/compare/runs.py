@@ -16,7 +16,10 @@ from ipfm.engine.commands.compare.selection import names_of
 from ipfm.engine.commands.report.facts import Facts, facts_of, nfe_of
 from ipfm.engine.evaluation.metrics.measures import Measured, Metric, best_of
 from ipfm.engine.evaluation.results import EvaluationRow
+from ipfm.engine.experiments.ablation_runs import DISTANCE_FILE
+from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.wording import counted
+from ipfm.engine.training.environment import in_words
 from ipfm.engine.training.pace import Pace
 from ipfm.engine.training.run_state import EvaluationPoint, RunRecord, read_run
 
@@ -39,6 +42,8 @@ class ComparedRun:
     shape: tuple[int, int] | None
     """Channels and side of its images."""
     classes: int | None
+    teacher: EvaluationRow | None
+    """What was measured of its teacher: in the run's own table, or by the ablation that it is of."""
     seconds: Mapping[int, float]
     """Step of an evaluation -> seconds of training until then, since the first logged step."""
 
@@ -47,6 +52,11 @@ class ComparedRun:
         """What was measured of the network at the end, or last: as the run's own table or its last evaluation says."""
         row = generator_row(self.record)
         return row if row is not None else self.points[-1] if self.points else None
+
+    @property
+    def teacher_values(self) -> Mapping[str, float]:
+        """The teacher's numbers by the keys of `MEASURES`; empty where it was not measured."""
+        return {} if self.teacher is None else self.teacher.values
 
     @property
     def scale(self) -> tuple[str, int | None]:
@@ -122,7 +132,7 @@ def _reasons(one: ComparedRun, other: ComparedRun) -> Iterator[str]:
         here, there = (_ablation(run.record.path).get(what) for run in (one, other))
         if here is not None and there is not None and here != there:
             yield f"{what}: {here} and {there}"
-    mine, its = (math.nan if (d := run.facts.teacher_distance) is None else d for run in (one, other))
+    mine, its = (math.nan if run.teacher is None else run.teacher.frechet for run in (one, other))
     if _same_teacher(one, other) and abs(mine - its) > TOLERANCE * max(abs(mine), abs(its)):
         yield f"the same teacher's distance is {mine:.4g} in one and {its:.4g} in the other"
 
@@ -168,6 +178,7 @@ def _compared(name: str, record: RunRecord, known: Mapping[object, tuple[Any, An
         data=_data(record, known),
         shape=shape if all(isinstance(n, int) for n in shape) else None,  # type: ignore[arg-type]
         classes=classes if isinstance(classes, int) else None,
+        teacher=record.teacher_row or _teacher_of_ablation(record),
         seconds=training_seconds(record.pace, [point.step for point in points]),
     )
 
@@ -213,6 +224,20 @@ def _data_by_teacher(records: Sequence[RunRecord]) -> dict[object, tuple[Any, An
     }
 
 
+def _teacher_of_ablation(record: RunRecord) -> EvaluationRow | None:
+    """The teacher's line of an ablation, which measures it once for all of its runs."""
+    for path in sorted((record.path.resolve().parent.parent / "teachers").glob(f"*/{DISTANCE_FILE}")):
+        found = read_json(path) or {}
+        images, steps = found.get("images"), found.get("heun_steps")
+        own = found.get("teacher") is not None and found.get("teacher") == record.identity.get("teacher")
+        if own and isinstance(images, int) and isinstance(steps, int):
+            name = str(found.get("name") or record.metric)
+            return EvaluationRow(
+                "teacher", None, 2 * steps - 1, number(found.get("frechet")), images, math.nan, metric=name
+            )
+    return None
+
+
 def _same_teacher(one: ComparedRun, other: ComparedRun) -> bool:
     a, b = (
         (run.record.identity.get("teacher"), number(run.record.config.get("heun_steps")), run.scale)
@@ -223,8 +248,6 @@ def _same_teacher(one: ComparedRun, other: ComparedRun) -> bool:
 
 def _ablation(run: Path) -> Mapping[str, Any]:
     """What the ablation says that the run is one of; empty where it is of none."""
-    from ipfm.engine.runtime.files import read_json
-
     return read_json(run.resolve().parent.parent / "ablation.json") or {}
 
 
@@ -234,8 +257,6 @@ def _shape(shape: tuple[int, int]) -> str:
 
 def surroundings(run: ComparedRun) -> dict[str, str]:
     """Processes, device and versions of all parts of the run, in words."""
-    from ipfm.engine.training.environment import in_words
-
     return dict(in_words(run.record.starts))
 
 

@@ -26,45 +26,55 @@ def is_numeric(heading: str) -> bool:
 
 
 def results(found: Comparison, one: ComparableSet) -> list[list[str]]:
-    """The heading and a row for each run of a set, and for each teacher; numbers as the runs' own reports show them."""
+    """The heading and a row for each run of a set, and for each teacher; numbers as the runs' own reports show them.
+
+    Of several measures the best evaluation, and that at equal images, have the one that decides; CSV and JSON have all.
+    """
     measures = one.measures
     names = [measure.called(one.metric) for measure in measures]
+    decide = [measure for measure in measures if measure.metric == one.by] or list(measures[:1])
     images = one.common.images
     # Where there is one measure its name need not be said three times.
-    whose = [f" {name}" for name in names] if len(names) > 1 else [""]
+    whose = [f" {measure.called(one.metric)}" for measure in decide] if len(names) > 1 else [""]
     equal = [f"after {images:,} images{name}" for name in whose] if images is not None else []
     begin = ["run", "group", "state", "steps", "images", "NFE"]
     rows = [[*begin, *names, *(f"best{name}" for name in whose), "at step", *equal, "images/s", "time"]]
     for run in one.runs:
-        best, at = one.best(run), one.common.points.get(run.name)
+        best, at, facts = one.best(run), one.common.points.get(run.name), run.facts
         rows.append(
             [
                 run.name,
                 found.group_of(run),
-                run.facts.state,
+                facts.state,
                 length_of(run),
-                _count(run.facts.images),
+                _count(facts.images),
                 MISSING if run.nfe is None else str(run.nfe),
                 *(_shown(run.last, measure) for measure in measures),
-                *(_shown(best, measure) for measure in measures),
+                *(_shown(best, measure) for measure in decide),
                 MISSING if best is None else f"{best.step:,}",
-                *((_shown(at, measure) for measure in measures) if equal else ()),
-                MISSING if run.facts.images_per_second is None else significant(run.facts.images_per_second),
-                MISSING if run.facts.logged_seconds is None else duration(run.facts.logged_seconds),
+                *((_shown(at, measure) for measure in decide) if equal else ()),
+                MISSING if facts.images_per_second is None else significant(facts.images_per_second),
+                MISSING if facts.logged_seconds is None else duration(facts.logged_seconds),
             ]
         )
     return rows + [[*row, *[""] * (len(rows[0]) - len(row))] for row in _teachers(one, measures)]
 
 
 def _teachers(one: ComparableSet, measures: Sequence[Measure]) -> Iterator[list[str]]:
-    """A row for each different teacher's line."""
-    known: dict[tuple[str, ...], list[str]] = {}
+    """A row for each different teacher's line; runs that measured more and less of one share it."""
+    known: list[tuple[list[str], list[str]]] = []
     for run in one.runs:
-        row = run.record.teacher_row
-        if row is not None:
-            cells = (str(row.nfe), *(row.shown(measure) for measure in measures))
-            known.setdefault(cells, []).append(run.name)
-    for cells, names in known.items():
+        if run.teacher is None:
+            continue
+        cells = [str(run.teacher.nfe), *(run.teacher.shown(measure) for measure in measures)]
+        for others, names in known:
+            if all(a == b or MISSING in (a, b) for a, b in zip(cells, others, strict=True)):
+                others[:] = [a if b == MISSING else b for a, b in zip(cells, others, strict=True)]
+                names.append(run.name)
+                break
+        else:
+            known.append((cells, [run.name]))
+    for cells, names in known:
         whose = "teacher" if len(known) == 1 else f"teacher of {', '.join(names)}"
         yield [whose, "", "", "", "", *cells]
 
@@ -112,7 +122,7 @@ def text(found: Comparison) -> str:
     for one in found.sets:
         parts.append((f"set {one.name}\n" if one.name else "") + aligned(results(found, one)))
         parts += [aligned(table) for table in (spreads(one), pairs(one)) if table]
-        parts += one.sentences
+    parts += found.sentences
     what = differences(found)
     parts += [f"differs, {kind}:\n{aligned(table)}" for kind, table in list(what.items())[:2]]
     return "\n\n".join([*parts, *found.remarks])
@@ -186,7 +196,7 @@ def _run_rows(found: Comparison) -> Iterator[list[object]]:
         cells = [
             value
             for m in measures
-            for value in (_csv(run.last, m), _csv(best, m), _csv(at, m), _number(facts.teacher_values.get(m.key)))
+            for value in (_csv(run.last, m), _csv(best, m), _csv(at, m), _number(run.teacher_values.get(m.key)))
         ]
         column = labels.index(found.group_of(run))
         yield [

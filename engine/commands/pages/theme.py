@@ -33,15 +33,15 @@ LIGHT = Theme("#ffffff", "#1d242b", "#6b7680", ("#1f5fa8", "#b8571a", "#2e7d4f")
 DARK = Theme("#14191f", "#d9e0e7", "#8d99a5", ("#6fb1f5", "#f0a061", "#7fcf9d"))
 
 
-def figure_picture(alt: str, draw: Callable[[Theme], Figure], *, dark: bool) -> Picture:
-    """A figure as a picture; `dark`: in both themes."""
-    return Picture(alt, drawn(draw, LIGHT), drawn(draw, DARK) if dark else None)
+def figure_picture(alt: str, draw: Callable[[Theme], Figure], *, dark: bool, colours: int = COLOURS) -> Picture:
+    """A figure as a picture; `dark`: in both themes; `colours`: that its PNG has at most."""
+    return Picture(alt, drawn(draw, LIGHT, colours), drawn(draw, DARK, colours) if dark else None)
 
 
-def drawn(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
+def drawn(draw: Callable[[Theme], Figure], theme: Theme, colours: int = COLOURS) -> bytes:
     """The figure that `draw` makes, as a PNG in the colours of `theme`."""
     matplotlib = import_matplotlib()
-    colours = {
+    settings = {
         "figure.facecolor": theme.paper,
         "axes.facecolor": theme.paper,
         "text.color": theme.ink,
@@ -53,8 +53,8 @@ def drawn(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
         "grid.color": theme.faint,
     }
     file = io.BytesIO()
-    with matplotlib.rc_context(colours):
+    with matplotlib.rc_context(settings):
         draw(theme).savefig(file, format="png")
     with Image.open(file) as image:
         # A curve has few colours: a third of the size, and nobody sees it.
-        return png(image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE))
+        return png(image.convert("RGB").quantize(colours, dither=Image.Dither.NONE))

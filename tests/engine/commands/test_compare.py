@@ -22,6 +22,7 @@ from ipfm.engine.commands.compare import plots
 from ipfm.engine.commands.compare.facts import Comparison, comparison
 from ipfm.engine.commands.compare.runs import read_runs, training_seconds
 from ipfm.engine.commands.compare.selection import names_of, selected
+from ipfm.engine.commands.compare.tables import results
 from ipfm.engine.commands.main import _main
 from ipfm.engine.commands.pages.picture import Picture, png
 from ipfm.engine.data.image_grid import save_grid
@@ -478,3 +479,53 @@ def test_points_without_an_evaluation_at_the_end_have_the_tables_line(tmp_path: 
     (run / "evaluations.jsonl").write_text("")
     found = compared(run, run_folder(tmp_path / "b"))
     assert found.runs[0].points == (EvaluationPoint(40, 5.5, 64, None),) and found.sets[0].common.images == 320
+
+
+def test_runs_of_an_ablation_have_the_line_of_the_teacher_that_it_measured(tmp_path: Path) -> None:
+    for variant, alpha in (("a", 1.0), ("b", 0.5)):
+        run = run_folder(tmp_path / "ablation" / variant / "seed0", alpha=alpha)
+        (run / "results.json").unlink()
+    (tmp_path / "ablation" / "ablation.json").write_text('{"ablation": "alpha", "features": "pixels"}')
+    measured = {"teacher": TEACHER, "images": 64, "heun_steps": 3, "frechet": 2.5, "name": "Fréchet distance"}
+    (tmp_path / "ablation" / "teachers" / "ddpmpp").mkdir(parents=True)
+    (tmp_path / "ablation" / "teachers" / "ddpmpp" / "distance.json").write_text(json.dumps(measured))
+    found = compared(tmp_path / "ablation")
+    assert [run.teacher_values for run in found.runs] == [{"frechet": 2.5}] * 2
+    rows = results(found, found.sets[0])
+    assert [row[0] for row in rows] == ["run", "a/seed0", "b/seed0", "teacher"] and rows[-1][5:7] == ["5", "2.500"]
+
+
+def test_runs_that_measured_more_and_less_of_a_teacher_share_its_line(tmp_path: Path) -> None:
+    less, more = run_folder(tmp_path / "less"), run_folder(tmp_path / "more", alpha=0.5)
+    lines = [json.loads(line) for line in (more / "evaluations.jsonl").read_text().splitlines()]
+    lines = [{**line, "metrics": ["fid", "kid"], "kid": 0.5, "kid_std": 0.1} for line in lines]
+    (more / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    both: dict[str, Any] = {"metrics": ("fid", "kid"), "kid_std": 0.1}
+    write_results(
+        more,
+        [
+            EvaluationRow("teacher", None, 35, 3.0, 64, 10.0, kid=0.25, **both),
+            EvaluationRow("generator", 1, 1, 5.5, 64, 100.0, kid=0.5, **both),
+        ],
+    )
+    found = compared(less, more)
+    heading, first, _, teacher = results(found, found.sets[0])
+    assert dict(zip(heading, first, strict=True))["kernel distance"] == "-"
+    assert teacher[0] == "teacher" and teacher[6:8] == ["3.000", "0.2500 ± 0.1000"]
+    assert found.sets[0].chosen_by() == "Fréchet distance" and "best kernel distance" not in heading
+
+
+def test_equal_numbers_are_said_to_be_equal(tmp_path: Path) -> None:
+    found = compared(run_folder(tmp_path / "a"), run_folder(tmp_path / "b", alpha=0.5))
+    assert found.sentences[0] == "After 320 images alpha 1 and alpha 0.5 have the same Fréchet distance, 5.500."
+
+
+def test_what_holds_for_several_sets_is_said_once(tmp_path: Path) -> None:
+    for name, images in (("a", 64), ("b", 64), ("c", 128), ("d", 128)):
+        value = 5.0 if name in "ad" else 5.5
+        run_folder(tmp_path / name, {40: value}, images=images, alpha=1.0 if name in "ac" else 0.5)
+    found = compared(tmp_path)
+    assert [one.name for one in found.sets] == ["A", "B"] and sum(
+        "One run each" in text for text in found.sentences
+    ) == 1
+    assert found.sentences[0].startswith("Set A: After 320 images") and found.sentences[1].startswith("Set B: ")
