@@ -24,7 +24,6 @@ commands:
 options:
   -h, --help  this text; after a command: its options
   --version   versions of ipfm, Python, torch, triton and deepspeed
-
 example: ipfm sample runs/digits-D128-alpha1-K1/generator --n 64 --out digits.png
 exit codes: 0 done; 1 failed; 2 bad input, nothing was written; 128 + n stopped by signal n"""
 
