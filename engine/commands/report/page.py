@@ -72,14 +72,19 @@ def _capital(text: str) -> str:
 
 def _labels(facts: Facts, strip: Strip) -> list[list[str]]:
     """Above each column of the strip: steps, images trained on, what was measured then by the metric that decides."""
-    first, *_ = measures_of(facts.metrics)
-    measured = {e.step: e.shown(first) for e in facts.evaluations if math.isfinite(e.values.get(first.key, math.nan))}
     lines = [[counted(f"{step:,}", "step") for step in strip.steps]]
     if facts.batch is not None:
         lines.append([counted(_short(step * facts.batch), "image") for step in strip.steps])
-    if any(step in measured for step in strip.steps):
+    if measured := _measured_at(facts, strip):
         lines.append([measured.get(step, "-") for step in strip.steps])
     return [list(column) for column in zip(*lines, strict=True)]
+
+
+def _measured_at(facts: Facts, strip: Strip) -> dict[int, str]:
+    """What was measured at the strip's steps by the metric that decides, where it was finite."""
+    first, *_ = measures_of(facts.metrics)
+    finite = [e for e in facts.evaluations if math.isfinite(e.values.get(first.key, math.nan))]
+    return {e.step: e.shown(first) for e in finite if e.step in strip.steps}
 
 
 def _short(count: int) -> str:
@@ -130,5 +135,5 @@ def _texts(facts: Facts, grids: Samples) -> dict[str, str]:
 def _over_time(facts: Facts, strip: Strip) -> str:
     first, *_ = measures_of(facts.metrics)
     above = ["steps", *(["images trained on"] if facts.batch is not None else [])]
-    above += [first.called(facts.metric)] if facts.evaluations else []
+    above += [first.called(facts.metric)] if _measured_at(facts, strip) else []
     return f"The same {counted(strip.latents, 'latent')} over the training, a column a moment: {', '.join(above)}."

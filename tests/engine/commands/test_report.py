@@ -617,6 +617,7 @@ def test_samples_over_the_training_are_one_strip_of_the_same_latents(
 )
 def test_a_strip_of_small_and_of_large_images_fits_on_a_page(side: int, shape: tuple[int, int]) -> None:
     moments = [torch.full((16, 3, side, side), value) for value in (-1.0, 0.0, 1.0)]
+    moments[0][4:] = 1.0  # are not shown
     strip = strip_of(moments)
     assert strip.shape == (*shape, 3) and [strip[0, x, 0] for x in (0, shape[1] // 2, shape[1] - 1)] == [0, 128, 255]
     # Larger ones are averaged, over squares.
