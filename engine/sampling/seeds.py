@@ -130,16 +130,20 @@ def check_seeds(name: str, seeds: Sequence[int]) -> None:
 
 
 def _labels(seed: int | Between, index: Tensor, label_dim: int) -> Tensor | None:
-    seeds = (seed.first, seed.last) if isinstance(seed, Between) else (seed,)
-    drawn = [draw_labels(label_dim, index, seed=one, stream=Stream.SAMPLER_LABEL, step=0) for one in seeds]
-    first, last = drawn[0], drawn[-1]
-    if first is not None and last is not None and not torch.equal(first, last):
-        classes = (int(labels[0].argmax()) for labels in (first, last))
-        raise ValueError(
-            "the seeds {} and {} draw the classes {} and {}, and the network knows nothing between: give one class for "
-            "all images, by --classes or class_labels".format(*seeds, *classes)
-        )
-    return first
+    if isinstance(seed, Between):
+        return _common(seed, *(_labels(end, index, label_dim) for end in (seed.first, seed.last)))
+    return draw_labels(label_dim, index, seed=seed, stream=Stream.SAMPLER_LABEL, step=0)
+
+
+def _common(seed: Between, first: Tensor | None, last: Tensor | None) -> Tensor | None:
+    """The labels of both ends. ValueError: they differ."""
+    if first is None or last is None or torch.equal(first, last):
+        return first
+    a, b = (int(labels[0].argmax()) for labels in (first, last))
+    raise ValueError(
+        f"the seeds {seed.first} and {seed.last} draw the classes {a} and {b}, and the network knows nothing between: "
+        "give one class for all images, by --classes or class_labels"
+    )
 
 
 def _joined(rows: list[Tensor]) -> Tensor:
