@@ -366,6 +366,11 @@ def place_settings(kind: type[RunConfig]) -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(kind) if f.metadata.get("place", False))
 
 
+def first_weights_settings(kind: type[RunConfig]) -> frozenset[str]:
+    """Names of the settings that say what a network begins with."""
+    return frozenset(f.name for f in dataclasses.fields(kind) if f.type in (InitialWeights, "InitialWeights"))
+
+
 def planned_settings(kind: type[RunConfig]) -> dict[str, Any]:
     """The settings that change no tensor's size, by name, with the values that stand for all others in a plan."""
     return {

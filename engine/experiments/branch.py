@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ipfm.engine.checks import option_name
-from ipfm.engine.config import FIRST_RULES, RunConfig, TeacherConfig, free_settings
+from ipfm.engine.config import FIRST_RULES, RunConfig, TeacherConfig, first_weights_settings, free_settings
 from ipfm.engine.distributed.agreement import together
 from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments.options import DistillationOptions
@@ -70,11 +70,11 @@ def branched(given: Given[O], base: O) -> tuple[Given[O], Branch | None]:
             raise ValueError(
                 f"{option_name(name)} was given, but branch says what the run begins with: leave one of them out"
             )
-    if inits := sorted(filter(_is_first_weights, given.names)):
+    kind = _settings_class(options)
+    if inits := sorted(given.names & first_weights_settings(kind)):
         raise ValueError(f"{option_name(inits[0])} was given, but branch says what the first weights are")
     if options.out is None:
         raise BadInput("--branch makes a run of its own: give its folder as --out")
-    kind = _settings_class(options)
     branch = _begun(options, kind) or _new(options, kind)
     own = options.out / "checkpoints"
     if options.from_step is not None and not checkpoints_in(own):
@@ -268,14 +268,14 @@ def _options(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 def _inherited(branch: Branch, kind: type[RunConfig]) -> dict[str, Any]:
     """The settings of the other run that are the branch's defaults, by name, typed."""
     known = {f.name: f for f in fields(kind)}
-    settings = {name: value for name, value in branch.settings.items() if name in known.keys() - NOT_TAKEN}
-    settings = {name: value for name, value in settings.items() if not _is_first_weights(name)}
+    taken = known.keys() - NOT_TAKEN - first_weights_settings(kind)
+    settings = {name: value for name, value in branch.settings.items() if name in taken}
     if settings.get("offload", "none") != "none":
         settings["zero"] = branch.settings.get("zero")
     # What followed from other settings follows from them again.
     implied = kind.implied(settings) if issubclass(kind, Distillation) else {}
-    settings = {name: value for name, value in settings.items() if name not in implied or implied[name] != value}
-    values = {name: typed(name, value) for name, value in settings.items()}
+    follows = {name for name, value in settings.items() if name in implied and implied[name] == value}
+    values = {n: known[n].default if n in follows else typed(n, value) for n, value in settings.items()}
     paths = {name for name, value in values.items() if "Path" in str(known[name].type) and value is not None}
     return {**values, **{name: Path(values[name]) for name in paths}}
 
@@ -286,10 +286,6 @@ def _others(branch: Branch, options: Any) -> dict[str, Any]:
     names = ["eval_images", "metrics"] if trains_a_teacher_too or options.compared_with is not None else []
     names += ["xflip"] if hasattr(options, "xflip") else []
     return {name: typed(name, branch.options[name]) for name in names if name in branch.options}
-
-
-def _is_first_weights(name: str) -> bool:
-    return name == "init" or name.endswith("_init")
 
 
 def _names(values: Mapping[str, Any], kind: type[RunConfig]) -> frozenset[str]:

@@ -139,7 +139,7 @@ def read_teacher_state(path: Path, *, D: float | None = None) -> TrainingState:
         D_source="file",
         weights={**average.state_dict(), **kinds["weight"]},
         ema=average.state_dict(),
-        ema_from=f"{run.name}/{checkpoint.name}",
+        ema_from=f"{short_name(run)}/{checkpoint.name}",
         exp_avg=kinds.get("exp_avg", zeros),
         exp_avg_sq=kinds["exp_avg_sq"],
         adam_steps=steps,
@@ -147,7 +147,7 @@ def read_teacher_state(path: Path, *, D: float | None = None) -> TrainingState:
         betas=(beta1, BETA2),
         lr=lr,
         eps=eps,
-        source=f"{run.name}/{checkpoint.name}",
+        source=f"{short_name(run)}/{checkpoint.name}",
     )
 
 
@@ -345,7 +345,7 @@ class _Reader:
         networks = {role.name: self._saved(role, checkpoint, run, there) for role in self._roles(there)}
         for name in networks.keys() & self.roles.keys():
             self._compare(self.roles[name], networks[name].adam)
-        return DistillationStart(f"{run.name}/{checkpoint.name}", networks, step_of(checkpoint) * there.batch)
+        return DistillationStart(f"{short_name(run)}/{checkpoint.name}", networks, step_of(checkpoint) * there.batch)
 
     # -- single networks --------------------------------------------------------------------------------------------
 
@@ -421,7 +421,7 @@ class _Reader:
         weights, second = kinds["weight"], kinds["exp_avg_sq"]
         buffers = kinds.get(BUFFER) or self._buffers(role, run, there)
         return NetworkStart(
-            f"{role.name} of {run.name}/{checkpoint.name}",
+            f"{role.name} of {short_name(run)}/{checkpoint.name}",
             {**buffers, **weights},
             self._network_in(checkpoint) if role.name == self.objective.generator else None,
             ema=kinds.get("ema"),

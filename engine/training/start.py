@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ipfm.engine.checks import option_name
-from ipfm.engine.config import RunConfig, place_settings
+from ipfm.engine.config import RunConfig, first_weights_settings, place_settings
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.objectives.base import Role
 from ipfm.engine.runtime.wording import counted
-from ipfm.engine.training.run_folder import fingerprint
+from ipfm.engine.training.run_folder import SET_ASIDE, fingerprint
 from ipfm.models import NetworkConfig, Precond, build_network
 from ipfm.models.checkpoints.training_state import AdamState
 
@@ -146,10 +146,10 @@ class Branch:
             ours: settings of the branch, as JSON has them.
             kind: their class; those that it calls places are left out.
         """
-        unsaid = place_settings(kind) | {"init", "rules"}
+        unsaid = place_settings(kind) | first_weights_settings(kind) | {"rules"}
         found = []
         for name, value in self.settings.items():
-            if name not in ours or name in unsaid or name.endswith("_init") or ours[name] == value:
+            if name not in ours or name in unsaid or ours[name] == value:
                 continue
             pairs = {name: (value, ours[name])}
             if isinstance(value, dict) and isinstance(ours[name], dict):
@@ -208,6 +208,8 @@ class DistillationStart:
 
 def short_name(path: Path) -> str:
     """A file or folder without the folders that it lies in; a run's network with the run: "cifar/generator"."""
+    if path.parent.name == SET_ASIDE:
+        return f"{path.parent.parent.name}/{SET_ASIDE}/{path.name}"
     own = path.name in ("model", "teacher") or path.name.startswith(("generator", "step-"))
     return f"{path.parent.name}/{path.name}" if own and path.parent.name else path.name
 

@@ -28,11 +28,12 @@ from ipfm.recipes import ablation_alpha, digits_ipfm, digits_pid, distill_ipfm, 
 SMALL = ["--max-steps", "4", "--batch", "4", "--heun-steps", "1", "--eval-images", "16", "--log-every", "1"]
 SMALL += ["--checkpoint-every", "2", "--keep-checkpoints", "9", "--zero", "0", "--eps", "1e-3", "--seed", "7"]
 SMALL += ["--backward", "joint", "--activation-checkpointing", "off", "--metrics", "fid", "pr"]
+LEVEL = ["--sigma-init", "4"]
 
 
 def first(*more: str) -> None:
     """The run that others branch from."""
-    digits_ipfm.main([*SMALL, "--teacher", "model", "--lr", "1e-4", "--alpha", "1.1", "--out", "run", *more])
+    digits_ipfm.main([*SMALL, "--teacher", "model", "--lr", "1e-4", "--alpha", "1.1", *LEVEL, "--out", "run", *more])
     release_folder(Path("run"))
 
 
@@ -84,10 +85,7 @@ def test_a_branch_with_nothing_changed_goes_on_as_the_run_itself_would(here: Pat
     assert "branch of run at step 2, with its settings but: max-steps is 4 there, 6 here\n" in said
     assert "continues run/step-0000002: 8 images seen, goes on at step 2 of 6\n" in said
     assert "  generator: generator of run/step-0000002, its average, its optimiser's moments and 2 steps\n" in said
-    digits_ipfm.main(
-        [*SMALL, "--teacher", "model", "--lr", "1e-4", "--alpha", "1.1", "--out", "run", "--max-steps", "6"]
-    )
-    release_folder(Path("run"))
+    first("--max-steps", "6")
     assert equal(Path("new"), Path("run"))
     theirs, mine = settings("run"), settings("new")
     assert {name for name in mine if mine[name] != theirs[name]} == {"out"}
@@ -135,7 +133,7 @@ def test_the_same_command_goes_on_whatever_has_become_of_the_run(here: Path, cap
     with pytest.raises(BadInput, match=r"step-0000004 does not exist"):
         branch(*words, "--max-steps", 8, "--from-step", 0)
     # Another run of the same name is another run.
-    soak.make_teacher(here / "other")
+    save_model(untrained(128.0), here / "other")
     digits_ipfm.main([*SMALL, "--teacher", "other", "--max-steps", "2", "--out", "run"])
     release_folder(Path("run"))
     with pytest.raises(BadInput, match=r"new belongs to another configuration \("):
@@ -152,6 +150,11 @@ def test_another_batch_counts_steps_by_the_images_seen(here: Path, capsys) -> No
     message = refused("--branch", "run", "--batch", 2, "--max-steps", 8)
     assert "run is at step 4, 16 images, which are 8 steps of 2, and the branch is to end at step 8" in message
     assert message.endswith("or an earlier step, as --branch run:2")
+    # Noise levels that followed from other settings follow from them again; the first level is the run's.
+    made = plan("--branch", "run:2", "--steps", 2, "--out", "new")
+    assert (made.config.sigmas, made.config.sigma_init) == ((4.0, 2.0), 4.0)  # type: ignore[attr-defined]
+    made = plan("--branch", "run:2", "--sigma-init", 3, "--out", "new")
+    assert made.config.sigmas == (3.0,)  # type: ignore[attr-defined]
     # A length in images takes the place of one in steps.
     made = plan("--branch", "run", "--kimg", 0.04, "--out", "new")
     assert (made.config.max_steps, made.config.total_steps) == (None, 10)  # type: ignore[attr-defined]
