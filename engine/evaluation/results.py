@@ -240,6 +240,7 @@ def plot_convergence(
     panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
     for axes, curve in zip(panels, drawn, strict=True):
         draw_convergence(axes, curve.points, curve.teacher, curve.name)
+        axes.label_outer()
     panels[0].set_title(title)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

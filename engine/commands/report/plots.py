@@ -106,6 +106,7 @@ def _distance(drawn: Sequence[Curve], facts: Facts, theme: Theme) -> Figure:
             axes, curve.points, curve.teacher, curve.name, label=whose, colour=theme.curves[0], ink=theme.faint
         )
         axes.set_xlim(left=0)
+        axes.label_outer()  # the steps are below the last one
     return figure
 
 

@@ -754,6 +754,7 @@ def test_every_curve_of_what_was_measured_has_the_teachers_line(tmp_path: Path, 
         figure = plots._distance(plots._measured(facts), facts, theme)
         names = [axes.get_ylabel() for axes in figure.axes]
         assert len(names) == 4 and names[0] == "Fréchet distance"
+        assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "", "generator steps"]
         for axes, key in zip(figure.axes, teacher, strict=True):
             own, line = axes.lines[:2]
             assert list(own.get_ydata()) == ([1.0, 0.5] if key == "frechet" else [others[key]] * 2)
