@@ -23,8 +23,8 @@ MOST_PIXELS = 65_500
 AT_ONCE = 16
 # What a grid's PNG says of itself: the pixels between its images, how many it has, how many a row, and how often each
 # pixel is repeated; and what holds of one that does not say it, a run's of an earlier version. UNSAID: its pixels tell.
-GAP_KEY, GAP_BEFORE, UNSAID = "Gap", 1, 0
-BEFORE = {GAP_KEY: GAP_BEFORE, "Images": 64, "Columns": 8, "Scale": UNSAID}
+UNSAID = 0
+BEFORE = {"Gap": 1, "Images": 64, "Columns": 8, "Scale": UNSAID}
 
 
 class Layout(NamedTuple):

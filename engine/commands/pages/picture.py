@@ -11,7 +11,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ipfm.engine.data.comparison import TITLE_KEY
-from ipfm.engine.data.image_grid import GAP_BEFORE, GAP_KEY
 
 # How a picture of ours is known when it is to be replaced.
 SOFTWARE = "ipfm report"
@@ -41,7 +40,7 @@ def opened(path: Path) -> Image.Image:
     """The picture in grey or RGB, read whole; one of `DAMAGED` where it cannot be."""
     with Image.open(path, formats=["PNG"]) as image:
         pixels = np.asarray(image.convert("RGB"))
-        about = {GAP_KEY: GAP_BEFORE} | {k: v for k, v in image.info.items() if k in (GAP_KEY, TITLE_KEY)}
+        about = {k: v for k, v in image.info.items() if k == TITLE_KEY}
     if (pixels == pixels[..., :1]).all():
         pixels = pixels[..., 0]
     found = Image.fromarray(pixels)
