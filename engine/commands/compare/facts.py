@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -32,9 +33,9 @@ class Common:
     """Where the runs of a set are compared: the largest number of images after which all of them were measured.
 
     Attributes:
-        images: that the networks were trained on; None where a run was never measured, or its batch is not known.
-        exact: all were measured after that very number; else each at its last evaluation before.
-        points: the evaluation of each run by its name.
+        images: that the networks were trained on; None where no two runs have one.
+        exact: they were measured after that very number; else each at its last evaluation before.
+        points: the evaluation of each run by its name; where all have none together, of as many as possible.
     """
 
     images: int | None
@@ -247,8 +248,17 @@ def _common(runs: Sequence[ComparedRun]) -> Common:
     reached = min(max(points) for points in at.values())
     before = {name: max((n for n in points if n <= reached), default=None) for name, points in at.items()}
     if None in before.values():
-        return Common(None, False, {})
+        return _shared_by_most(at)
     return Common(reached, False, {name: at[name][n] for name, n in before.items() if n is not None})
+
+
+def _shared_by_most(at: Mapping[str, Mapping[int, EvaluationPoint]]) -> Common:
+    """After which images most of the runs were measured, the largest such number; a branch begins where others end."""
+    counts = Counter(images for points in at.values() for images in points)
+    images, count = max(counts.items(), key=lambda found: (found[1], found[0]))
+    if count < 2:
+        return Common(None, False, {})
+    return Common(images, True, {name: points[images] for name, points in at.items() if images in points})
 
 
 def _values(one: ComparableSet, run: ComparedRun, measure: Measure, at: At) -> float:
@@ -297,11 +307,7 @@ def _by_seed(one: ComparableSet, group: Group, measure: Measure, at: At) -> dict
 def _sentences(one: ComparableSet) -> Iterator[str]:
     if len(one.groups) > 1 and one.by is not None:
         yield from _ranking(one, one.by)
-    if one.common.points and not one.common.exact:
-        yield (
-            f"There is no number of images after which all were measured: each is taken at its last evaluation before "
-            f"{one.common.images:,}."
-        )
+    yield from _of_equal_images(one)
     if len(one.runs) > 1 and any(run.facts.evaluations for run in one.runs):
         yield (
             f"Best evaluations are chosen by {one.chosen_by()}, from the numbers that they are then given with: a new "
@@ -309,6 +315,23 @@ def _sentences(one: ComparableSet) -> Iterator[str]:
         )
     if len(one.runs) > 1 and all(len(set(group.seeds)) == 1 for group in one.groups):
         yield ALONE
+
+
+def _of_equal_images(one: ComparableSet) -> Iterator[str]:
+    """What the comparison at equal images is not."""
+    images, points = one.common.images, one.common.points
+    measured = [run for run in one.runs if run.points and run.facts.state != "diverged"]
+    if images is None:
+        if len(measured) > 1:
+            yield "There is no number of images after which two of them were measured: only their best are compared."
+        return
+    if not one.common.exact:
+        yield (
+            f"There is no number of images after which all were measured: each is taken at its last evaluation before "
+            f"{images:,}."
+        )
+    if left := [run.name for run in measured if run.name not in points]:
+        yield f"After {images:,} images {', '.join(left)} {'was' if len(left) == 1 else 'were'} not measured."
 
 
 def _ranking(one: ComparableSet, by: Metric) -> Iterator[str]:
@@ -426,7 +449,10 @@ def _of_run(run: ComparedRun) -> Iterator[str]:
         )
     start = run.record.identity.get("start")
     if isinstance(start, dict) and run.record.identity.get("continues"):
-        yield f"{run.name} went on from another training: images, steps and time are counted from there."
+        seen = start.get("images_seen")
+        after = f" after {seen:,} images" if isinstance(seen, int) else ""
+        source = f"{start.get('source')}{after}"
+        yield f"{run.name} went on from {source}, which its images and steps count, its time does not."
     yield from (f"{run.name}: {problem}." for problem in run.record.problems)
 
 

@@ -115,6 +115,10 @@ def _value(run: ComparedRun, kind: str, name: str) -> str:
         return "a teacher's training" if record.kind == "teacher" else "a distillation"
     if name == "objective":
         return NO_SUCH if record.kind == "teacher" else str(record.identity.get("objective", _objective(run)))
+    start = record.identity.get("start")
+    if name in ("continues", "transfers") and isinstance(start, dict) and record.identity.get(name):
+        # Its digest tells apart what has one name.
+        return f"{start.get('source')} ({str(record.identity[name])[:8]})"
     if name in FACTS and (name != "teacher" or kind == IDENTITY):
         return _fact(record.identity.get(name))
     if name in _unused(run):

@@ -203,6 +203,29 @@ def test_where_no_number_of_images_is_common_each_is_taken_at_its_last_before(tm
     assert any("no number of images" in sentence for sentence in one.sentences)
 
 
+def test_a_branch_is_compared_with_those_that_came_as_far(tmp_path: Path) -> None:
+    start = {"source": "whole/step-0000040", "images_seen": 320, "networks": ["generator", "student"]}
+    facts = {"continues": "cd" * 32, "start": start}
+    run_folder(tmp_path / "whole")
+    for name, lr, value in (("b1", 1e-4, 5.0), ("b2", 2e-4, 4.5)):
+        run_folder(tmp_path / name, {50: 5.2, 60: value}, lr=lr, max_steps=60, facts=facts)
+    found = compared(tmp_path)
+    (one,) = found.sets
+    assert one.common.images == 480 and set(one.common.points) == {"b1", "b2"}
+    assert one.sentences[0] == "After 480 images b2 has the smallest Fréchet distance, 4.500, before b1, 5.000."
+    assert one.sentences[1] == "After 480 images whole was not measured."
+    assert any(r.startswith("b1 went on from whole/step-0000040 after 320 images, which its") for r in found.remarks)
+    values = {row.name: row.values for row in found.differences}
+    assert values["goes on from"] == (*["whole/step-0000040 (cdcdcdcd)"] * 2, "-")
+
+
+def test_runs_that_were_never_measured_after_as_many_images_are_compared_by_their_best(tmp_path: Path) -> None:
+    found = compared(run_folder(tmp_path / "a"), run_folder(tmp_path / "b", {60: 4.5}, max_steps=60))
+    (one,) = found.sets
+    assert one.common.images is None and one.sentences[0].startswith("By its best evaluation max-steps 60")
+    assert one.sentences[1].startswith("There is no number of images after which two of them")
+
+
 def test_repeats_of_one_seed_count_by_their_mean_and_copies_are_named(tmp_path: Path) -> None:
     first = run_folder(tmp_path / "a0", {40: 5.0})
     shutil.copytree(first, tmp_path / "copy")
