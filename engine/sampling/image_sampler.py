@@ -21,7 +21,7 @@ from ipfm.engine.sampling.batches import draw_images
 from ipfm.engine.sampling.class_labels import ClassLabels, read_labels
 from ipfm.engine.sampling.interpolation import path, usual_count
 from ipfm.engine.sampling.samplers import Solver, supported
-from ipfm.engine.sampling.seeds import SampleNoise, Seeds, check_seeds, check_whole
+from ipfm.engine.sampling.seeds import SampleNoise, Seeds, check_between, check_seeds, check_whole
 from ipfm.engine.sampling.stored_model import (
     BoundSampler,
     Claim,
@@ -212,6 +212,8 @@ class ImageSampler:
         if n is not None:
             check_whole("n", n, least=2)
         points = path(seeds, usual_count(seeds) if n is None else n)
+        if class_labels is None:
+            check_between(points, self.classes)
         return self._draw(len(points), points, class_labels, batch=batch)
 
     def draw_latents(self, n: int | None = None, seed: int | Sequence[int] = 0, *, first_index: int = 0) -> Tensor:

@@ -108,6 +108,21 @@ def read_numbers(name: str, text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def check_between(seed: Seeds, label_dim: int) -> None:
+    """Check, before any work, that images between two seeds have a class: that which both draw.
+
+    Args:
+        seed: one seed, or what each image is of.
+        label_dim: number of classes; 0: there are none.
+
+    Raises:
+        ValueError: two draw different ones.
+    """
+    if label_dim and isinstance(seed, Sequence):
+        between_two = [one for one in seed if isinstance(one, Between)]
+        SampleNoise.of(len(between_two), between_two, 0, torch.device("cpu")).labels(label_dim)
+
+
 def check_whole(name: str, value: object, *, least: int) -> None:
     """Check that a value is a whole number, at least `least`.
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
 from ipfm.engine.sampling.batches import Sampler, draw_images
 from ipfm.engine.sampling.class_labels import check_classes
-from ipfm.engine.sampling.interpolation import Between
 from ipfm.engine.sampling.samplers import (
     SIGMA_MAX,
     SIGMA_MIN,
@@ -28,7 +27,7 @@ from ipfm.engine.sampling.samplers import (
     trajectory_sample,
     usual_range,
 )
-from ipfm.engine.sampling.seeds import SampleNoise, Seeds
+from ipfm.engine.sampling.seeds import Seeds, check_between
 from ipfm.engine.sampling.trajectory import trajectory_network
 from ipfm.models import NetworkConfig, Precond, read_config
 from ipfm.models.checkpoints.reader import check_D, open_checkpoint
@@ -264,9 +263,8 @@ def sample_network(
     """
     if classes is not None:
         check_classes(classes, net.label_dim)
-    elif net.label_dim and not isinstance(seed, int) and any(isinstance(one, Between) for one in seed):
-        # Whether there is one class between two seeds, before any work.
-        SampleNoise.of(len(seed), seed, 0, torch.device("cpu")).labels(net.label_dim)
+    else:
+        check_between(seed, net.label_dim)
     sampler, nfe, levels = own_sampler(
         net,
         facts,
