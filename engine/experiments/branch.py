@@ -6,8 +6,6 @@ same command goes on with them, whatever has become of the other run. Networks a
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -142,7 +140,7 @@ def _begun(options: Any, kind: type[RunConfig]) -> Branch | None:
         return None
     step_is_its = asked.word in (None, *WORDS) or int(asked.word or 0) == said.step
     record = record_of(asked.run)
-    is_it = _identity(record, kind) == said.identity if record else asked.run.name == Path(said.run).name
+    is_it = _is_it(record, said, kind) if record else asked.run.resolve().name == Path(said.run).name
     if not (step_is_its and is_it):
         return None
     return replace(said, run=str(asked.run), checkpoint=_checkpoint_path(asked.run, said.step))
@@ -177,7 +175,7 @@ def _new(options: Any, kind: type[RunConfig]) -> Branch:
         run=str(run),
         step=step,
         images_seen=images,
-        identity=_identity(record, kind),
+        facts=_facts(record),
         settings=settings,
         options=_options(run, record),
         checkpoint=_checkpoint_path(run, step),
@@ -243,12 +241,17 @@ def _checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:07d}"
 
 
-def _identity(record: Mapping[str, Any], kind: type[RunConfig]) -> str:
-    """What tells the run apart from others, wherever its folder lies."""
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells the run apart from others beside its settings, wherever its folder lies."""
+    return {name: record[name] for name in ("teacher", "network", "continues", "dataset", "pictures") if name in record}
+
+
+def _is_it(record: Mapping[str, Any], said: Branch, kind: type[RunConfig]) -> bool:
+    """Whether a run is the one that was branched: what both know of what identifies it is equal."""
     free = free_settings(kind)
-    said = {name: value for name, value in record["config"].items() if name not in free}
-    said |= {name: record.get(name) for name in ("teacher", "network", "continues", "dataset", "pictures")}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+    pairs = [(record["config"].get(name, value), value) for name, value in said.settings.items() if name not in free]
+    pairs += [(record.get(name, value), value) for name, value in said.facts.items()]
+    return all(there == then for there, then in pairs)
 
 
 def _options(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,7 +278,7 @@ def _inherited(branch: Branch, kind: type[RunConfig]) -> dict[str, Any]:
     # What followed from other settings follows from them again.
     implied = kind.implied(settings) if issubclass(kind, Distillation) else {}
     follows = {name for name, value in settings.items() if name in implied and implied[name] == value}
-    values = {n: known[n].default if n in follows else typed(n, value) for n, value in settings.items()}
+    values: dict[str, Any] = {n: known[n].default if n in follows else typed(n, value) for n, value in settings.items()}
     paths = {name for name, value in values.items() if "Path" in str(known[name].type) and value is not None}
     return {**values, **{name: Path(values[name]) for name in paths}}
 

@@ -110,7 +110,7 @@ class Branch:
         run: its folder, as it was given; its name alone where it was read from config.json.
         step: its step that is gone on from.
         images_seen: by then.
-        identity: tells the run apart from others, wherever it lies.
+        facts: what tells the run apart from others beside its settings, wherever it lies.
         settings: its settings when the branch began, as JSON has them.
         options: what else it was made with, by the names of options.
         checkpoint: the folder of the checkpoint, which may be gone once the branch has one of its own.
@@ -119,7 +119,7 @@ class Branch:
     run: str
     step: int
     images_seen: int
-    identity: str
+    facts: Mapping[str, Any]
     settings: Mapping[str, Any]
     options: Mapping[str, Any]
     checkpoint: Path = Path()
@@ -137,7 +137,8 @@ class Branch:
             return None
         found = cls(**{name: said[name] for name in names})
         plain = isinstance(found.step, int) and isinstance(found.images_seen, int) and isinstance(found.run, str)
-        return found if plain and isinstance(found.settings, dict) and isinstance(found.options, dict) else None
+        held = all(isinstance(one, dict) for one in (found.facts, found.settings, found.options))
+        return found if plain and held and found.step > 0 else None
 
     def changes(self, ours: Mapping[str, Any], kind: type[RunConfig]) -> list[str]:
         """The settings in which a run differs from the one that it branched from: "lr is 1e-05 there, 5e-06 here".
