@@ -85,6 +85,7 @@ OTHERWISE = {
     "generate": "images are drawn by ipfm sample",
     "fid": "it is measured by ipfm evaluate",
     "memory": "it is predicted by ipfm plan",
+    **dict.fromkeys(("rent", "cost", "costs", "price"), "what to rent is said by ipfm plan --model RECIPE"),
 }
 
 

@@ -29,7 +29,7 @@ O = TypeVar("O")
 
 # Options that are looked for in recipes, and the command of `ipfm` that has them.
 OF_COMMANDS = {
-    **dict.fromkeys(("gpu-memory", "fits", "ranks"), "plan"),
+    **dict.fromkeys(("gpu-memory", "fits", "ranks", "gpus", "share", "price"), "plan"),
     **dict.fromkeys(("n", "classes", "solver", "churn"), "sample"),
     **dict.fromkeys(("metrics", "repeats", "save-reference"), "evaluate"),
     **dict.fromkeys(("format", "samples"), "export"),

@@ -53,6 +53,7 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: str, *arguments: str) ->
         (["--learning-rate", "1"], "unknown option --learning-rate"),
         (["--alpa", "1"], "perhaps you meant --alpha"),
         (["--dry-run", "--gpu-memory", "24"], "unknown option --gpu-memory; ipfm plan has it"),
+        (["--dry-run", "--gpus", "8"], "unknown option --gpus; ipfm plan has it"),
         (["--n", "64"], "unknown option --n; ipfm sample has it"),
         (["--num_gpus", "2"], "unknown option --num_gpus; it is the launcher's, and stands before the recipe"),
         (["--batch-size", "2"], "unknown option --batch-size; perhaps you meant --batch"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ipfm.engine.memory.state import parameter_count
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.models import build_network, presets, save_model
-from ipfm.recipes import cifar_ipfm, cifar_teacher, digits_ipfm
+from ipfm.recipes import cifar_ipfm, cifar_sid, cifar_teacher, digits_ipfm
 
 KINDS = [gpu.name for gpu in GPUS]
 
@@ -117,20 +118,27 @@ def test_prices_share_and_length_are_those_that_were_given(planned: Any) -> None
     assert usual[1]["price"] is None
 
 
-def test_what_cannot_be_says_why(planned: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_says_why(
+    planned: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = planned("digits_ipfm", "--gpus", 1, 3)
     three = rows_of(found, "A100")[3]
     assert not three["fits"] and "batch must be divisible by the number of processes, got 64 and 3" in three["reason"]
     plan("--model", "digits_ipfm", "--gpus", 3)
     assert "3 x A100     not possible: batch must be divisible" in capsys.readouterr().out
-    form = ("--micro-batch", 256, "--backward", "joint", "--activation-checkpointing", "off", "--precision", "fp32")
-    large = planned("cifar_ipfm", "--gpus", 1, *form)["rows"]
-    assert [row["fits"] for row in large] == [False, True, True, True]
-    assert "a process may use 19.00 GiB, but needs at least" in large[0]["reason"]
+    small = replace(GPUS[0], memory=0.001)
+    monkeypatch.setattr(rent, "GPUS", (small, *GPUS[1:]))
+    form = ("--micro-batch", 64, "--backward", "joint", "--activation-checkpointing", "off")
+    tight = planned("digits_ipfm", "--gpus", 1, *form)["rows"]
+    assert [row["fits"] for row in tight] == [False, True, True, True]
+    assert "a process may use 0.8 MiB, but needs at least" in tight[0]["reason"]
 
 
 def test_offload_moves_the_optimiser_to_the_host(planned: Any) -> None:
-    there = rows_of(planned("digits_ipfm", "--gpus", 2), "A100")[2]
+    rows = rows_of(planned("digits_ipfm", "--gpus", 2, 8, 16), "A100")
+    there = rows[2]
+    # A node has up to eight.
+    assert rows[16]["host"]["start"] == rows[8]["host"]["start"] == 4 * there["host"]["start"]
     here = rows_of(planned("digits_ipfm", "--gpus", 2, "--offload", "optimizer", "--zero", 2), "A100")[2]
     n = parameter_count(presets.get("digits"))
     assert here["parts"]["moments"] == here["parts"]["ema"] == 0 and there["host"]["offloaded"] == 0
@@ -145,8 +153,9 @@ def test_precision_and_peak_go_together(planned: Any) -> None:
         found = planned("digits_ipfm", "--gpus", 1, *given)
         assert (found["peak_flops"]["A100"], found["peak_of"]) == (peak * 1e12, of)
     # SiD computes without TF32.
-    sid = planned("ddpmpp", "--recipe", "cifar_sid", "--gpus", 1, "--micro-batch", 1, "--precision", "fp32")
-    assert (sid["peak_flops"]["A100"], sid["peak_of"]) == (flops.single * 1e12, "fp32")
+    sid = settings.of_recipe(cifar_sid.RECIPE, {"precision": "fp32", "batch": 8})
+    facts = rent.RentTable("sid", replace(sid, network=presets.get("digits")), (1,), 0.3, {}).facts()
+    assert (facts["peak_flops"]["A100"], facts["peak_of"]) == (flops.single * 1e12, "fp32")
 
 
 def test_a_dry_run_has_the_hours_and_the_disk_of_the_plan(planned: Any) -> None:
@@ -161,7 +170,11 @@ def test_a_dry_run_has_the_hours_and_the_disk_of_the_plan(planned: Any) -> None:
     assert "at 30% of the bf16 peak" in line and run.disk.total == found["disk"]["total"]
 
 
-@pytest.mark.parametrize("name", ["digits_ipfm", "digits_ipfm.py", "recipes/digits_ipfm.py", digits_ipfm.__file__])
+@pytest.mark.parametrize(
+    "name",
+    ["digits_ipfm", "digits_ipfm.py", "recipes/digits_ipfm.py", digits_ipfm.__file__],
+    ids=["name", "file", "path", "whole path"],
+)
 def test_a_recipe_is_known_by_its_name_and_its_file(name: str, planned: Any) -> None:
     found = planned(name, "--gpus", 1)
     base = digits_ipfm.RECIPE.base
