@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+DATASETS = ["pyarrow>=15"]
 ONNX = ["onnx>=1.18", "onnxscript>=0.6", "onnxruntime>=1.22"]
 FOLDERS = ("engine", "kernels", "models", "recipes")
 
@@ -56,8 +57,11 @@ setup(
     extras_require={
         # `ipfm export --format onnx`: torch's exporter is written with onnxscript; onnxruntime checks what it made.
         "onnx": ONNX,
+        # Images in parquet and arrow files, as Hugging Face's `datasets` writes them.
+        "datasets": DATASETS,
         "test": [
             *ONNX,
+            *DATASETS,
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.7",

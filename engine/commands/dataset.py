@@ -33,7 +33,7 @@ class Dataset:
     }
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """Folder or zip of images, CIFAR-10's python or binary archive, or a set in MNIST's format."""
+    """Folder or zip of images, or CIFAR-10, MNIST, tars (WebDataset), parquet or arrow files."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT.zip")]
     """The zip to write."""
     resolution: Annotated[int | str | None, tyro.conf.arg(metavar="N")] = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ipfm.engine.data.formats import why_not_read
 from ipfm.engine.data.image_files import LABEL_FILE, MAX_FILE_BYTES, ImageFiles, printable, same_name
+from ipfm.engine.data.shards import HoldsLabels
 from ipfm.models.checkpoints.recognise import what_pointer
 
 WITHOUT = "; ipfm dataset --labels none goes on without labels"
@@ -22,6 +23,8 @@ MAX_CLASSES = 1_000_000
 def read_labels(files: ImageFiles) -> Tensor | None:
     """The labels of `files.names` in their order; None where there is no dataset.json, or it says null.
 
+    Files that hold labels of their own have these.
+
     Whole numbers, the classes, are (N,) int64; lists of numbers are (N, K) float32.
 
     Raises:
@@ -29,9 +32,13 @@ def read_labels(files: ImageFiles) -> Tensor | None:
             image without a label, a label without its image or two labels for one.
     """
     file = label_file(files)
-    if file is None:
+    if file is None and not isinstance(files, HoldsLabels):
         return None
     try:
+        if isinstance(files, HoldsLabels):
+            stored = files.stored_labels()
+            return None if stored is None else as_labels(stored, files.names, str(files.path))
+        assert file is not None
         return _labels_in(files, file)
     except ValueError as error:
         raise ValueError(f"{error}{WITHOUT}") from None

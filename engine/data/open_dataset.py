@@ -4,6 +4,8 @@
     a zip with images              EDM's format, see `ipfm.engine.data.zip_writer`
     CIFAR-10's archives            Python or binary, .tar.gz or unpacked; the training set
     MNIST's images                 idx3-ubyte, .gz or unpacked, and those of sets in its format
+    tar archives                   WebDataset's shards, not packed, see `ipfm.engine.data.tar_files`
+    parquet or arrow files         Hugging Face's, see `ipfm.engine.data.table_files`
 
 Nothing is unpacked to disk and no code from a file is run.
 """
@@ -26,9 +28,12 @@ from torch import Tensor
 from ipfm.engine.data.cifar import CIFAR_100, CLASSES, cifar_place, is_cifar100, is_cifar_folder, read_cifar
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.decoding import DecodedImages, Header, pillow_heard, read_header
+from ipfm.engine.data.formats import EXTENSIONS
 from ipfm.engine.data.image_files import NO_SUFFIX, FolderFiles, ImageFiles, ZipFiles, printable
 from ipfm.engine.data.labels import read_labels
 from ipfm.engine.data.mnist import mnist_part, read_mnist
+from ipfm.engine.data.table_files import SUFFIXES, TableFiles
+from ipfm.engine.data.tar_files import TarFiles, holds_images
 from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.engine.runtime.remarks import Remarks
 from ipfm.models.checkpoints.recognise import (
@@ -46,7 +51,7 @@ IN_MEMORY_LIMIT = 4 * 10**9
 
 KINDS = (
     "a folder or zip of images, or CIFAR-10's python or binary archive (.tar.gz or unpacked), or MNIST's training "
-    "images (train-images-idx3-ubyte, .gz or unpacked)"
+    "images (train-images-idx3-ubyte, .gz or unpacked), or tars (WebDataset), parquet or arrow files with images"
 )
 """What can be opened, for messages."""
 
@@ -220,7 +225,7 @@ def read_packed(path: Path, split: str | None = None) -> Packed | None:
         images, labels, source, remarks = read_mnist(part)
         width = 0 if labels is None else label_width(labels)
         return Packed(images, labels, width, "a set in MNIST's format", source, remarks)
-    if is_cifar(path):
+    if is_cifar(path) and not (path.is_file() and holds_images(path)):
         if split not in (None, "train"):
             raise ValueError(f"{path} is CIFAR-10, of which the training set alone is read: split {split} was given")
         return Packed(*read_cifar(path), CLASSES, "CIFAR-10", "CIFAR-10's")
@@ -250,10 +255,16 @@ def open_image_files(path: Path, split: str | None = None) -> ImageFiles:
     """
     if not path.exists():
         raise ValueError(f"{missing(path)}; a data set is {KINDS}")
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
+        return _not_empty(TableFiles(path, split=split))
+    if path.is_file() and not zipfile.is_zipfile(path) and holds_images(path):
+        return _not_empty(TarFiles(path, split=split))
     if not path.is_dir() and not zipfile.is_zipfile(path):
         what = _what_else(path)
         about = f"{what}; a data set is" if what else "it must be"
         raise ValueError(f"{path} is no data set that can be read: {about} {KINDS}")
+    if path.is_dir() and (shards := _shards(path, split)):
+        return shards
     if split is not None:
         way = (
             f"give {path / split} instead" if (path / split).is_dir() else "leave it out, or give the part's own folder"
@@ -268,6 +279,33 @@ def open_image_files(path: Path, split: str | None = None) -> ImageFiles:
             raise ValueError(f"{path} is {CIFAR_100}")
         besides = f"; it holds {files.left_out.said()}" if files.left_out else ""
         raise ValueError(f"{path} holds no images (.png, .jpg, .webp and the like){besides}; a data set is {KINDS}")
+    return files
+
+
+def _shards(folder: Path, split: str | None) -> ImageFiles | None:
+    """The tars or tables of a folder that has no image files; None where there are none of either.
+
+    A program that makes tars leaves tables about them beside them: the tars have the images.
+    """
+    found: dict[str, list[str]] = {}
+    for above, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in EXTENSIONS:
+                return None
+            if suffix in (".tar", *SUFFIXES) and not name.startswith("."):
+                found.setdefault(suffix, []).append(os.path.relpath(os.path.join(above, name), folder))
+    if ".tar" in found:
+        return _not_empty(TarFiles(folder, found[".tar"], split))
+    tables = found.get(".parquet") or found.get(".arrow")
+    return _not_empty(TableFiles(folder, tables, split)) if tables else None
+
+
+def _not_empty(files: ImageFiles) -> ImageFiles:
+    if not files.names:
+        besides = f"; it holds {files.left_out.said()}" if files.left_out else ""
+        raise ValueError(f"{files.path} holds no images{besides}")
     return files
 
 
@@ -325,11 +363,10 @@ def _what_instead(path: Path) -> str | None:
 # Files that hold a data set of another program, and how its images are got out.
 _CONTAINERS = {
     "data.mdb": "it is a database of LMDB, as LSUN's: export its images to files (LSUN's data.py does)",
-    ".parquet": "it is a data set of Hugging Face (parquet): save each image of it as a file, and give that folder",
-    ".arrow": "it is a data set of Hugging Face (arrow): save each image of it as a file, and give that folder",
     ".tfrecords": "it holds records of TensorFlow: export its images to files",
     ".tfrecord": "it holds records of TensorFlow: export its images to files",
-    ".tar": "it holds tar archives: unpack them, each class into a folder",
+    ".tar.gz": "it holds packed tars: unpack them (gunzip), for images are read from tars where they lie",
+    ".tgz": "it holds packed tars: unpack them (gunzip), for images are read from tars where they lie",
 }
 
 

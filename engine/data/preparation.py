@@ -16,6 +16,8 @@ from ipfm.engine.data.image_files import LABEL_FILE, ImageFiles, LeftOut, printa
 from ipfm.engine.data.labels import MAX_CLASSES, label_file, read_labels
 from ipfm.engine.data.open_dataset import Packed, Subset, label_width, open_image_files, read_packed
 from ipfm.engine.data.shaping import Shaping
+from ipfm.engine.data.shards import HoldsLabels
+from ipfm.engine.data.tar_files import TarFiles
 from ipfm.engine.data.zip_writer import encode_png
 from ipfm.engine.runtime.progress import ProgressBar
 
@@ -233,6 +235,13 @@ def _labels(files: ImageFiles, labelling: Labelling) -> tuple[Tensor | None, str
     """Labels of all images, where they come from, and what there is to say of that."""
     if labelling == "none":
         return None, "none", []
+    if labelling == "auto" and isinstance(files, HoldsLabels):
+        labels = read_labels(files)
+        if labels is not None:
+            return labels, files.label_source, []
+        # A tar alone may hold a folder for each class; the names of shards say nothing.
+        if files.path.is_dir() or not isinstance(files, TarFiles):
+            return None, "none", []
     if labelling == "auto" and label_file(files) is not None:
         labels = read_labels(files)
         return labels, "none" if labels is None else f"those of {LABEL_FILE}", []

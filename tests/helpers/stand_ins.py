@@ -194,6 +194,20 @@ def _cifar_run(path: Path) -> None:
     ])  # fmt: skip
 
 
+def _tables(path: Path) -> None:
+    """Parquet files of two parts, as Hugging Face has ImageNet."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path.mkdir(parents=True)
+    out = io.BytesIO()
+    Image.new("RGB", (80, 70), "olive").save(out, "JPEG")
+    rows = [{"bytes": out.getvalue(), "path": "a.jpg"}] * 4
+    for part in ("train", "validation"):
+        table = pyarrow.table({"image": rows, "label": list(range(4))})
+        pyarrow.parquet.write_table(table, path / f"{part}-00000-of-00001.parquet")
+
+
 # Names in the pages -> what puts a stand-in there. Folders of runs and models are whole once they are named.
 MAKERS: Mapping[str, Callable[[Path], object]] = {
     r"runs/digits-D128-alpha1-K1(?=[/\s\"']|$)": _digits_run,
@@ -210,6 +224,7 @@ MAKERS: Mapping[str, Callable[[Path], object]] = {
     rf"(?:{NAME}/)*inception-2015-12-05\.pt": tiny_inception.write,
     rf"(?:{NAME}/)*(?:lpips-)?vgg\.pth": _lpips,
     r"\bmy-photos\b": _photos,
+    r"\bimagenet-1k/data\b": _tables,
     r"\b(?:ffhq/images1024x1024|imagenet/train|my-images)\b": _folder,
 }
 

@@ -403,9 +403,8 @@ def test_what_is_no_data_set_is_named(tmp_path):
     ("name", "said"),
     [
         ("data.mdb", "it is a database of LMDB, as LSUN's: export its images to files"),
-        ("train-00000-of-00001.parquet", "it is a data set of Hugging Face .parquet.: save each image of it as a file"),
         ("ffhq-r06.tfrecords", "it holds records of TensorFlow: export its images to files"),
-        ("n01440764.tar", "it holds tar archives: unpack them, each class into a folder"),
+        ("n01440764.tar.gz", r"it holds packed tars: unpack them \(gunzip\), for images are read from tars"),
     ],
 )
 def test_a_folder_of_another_programs_data_is_named_with_the_way_out(tmp_path, name, said):
