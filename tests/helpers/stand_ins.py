@@ -194,18 +194,17 @@ def _cifar_run(path: Path) -> None:
     ])  # fmt: skip
 
 
-def _tables(path: Path) -> None:
-    """Parquet files of two parts, as Hugging Face has ImageNet."""
-    import pyarrow
-    import pyarrow.parquet
-
+def _shards(path: Path) -> None:
+    """Tars of two parts, as WebDataset has ImageNet."""
     path.mkdir(parents=True)
     out = io.BytesIO()
     Image.new("RGB", (80, 70), "olive").save(out, "JPEG")
-    rows = [{"bytes": out.getvalue(), "path": "a.jpg"}] * 4
     for part in ("train", "validation"):
-        table = pyarrow.table({"image": rows, "label": list(range(4))})
-        pyarrow.parquet.write_table(table, path / f"{part}-00000-of-00001.parquet")
+        with tarfile.open(path / f"{part}-000000.tar", "w") as archive:
+            for name, data in (("0.jpg", out.getvalue()), ("0.cls", b"0"), ("1.jpg", out.getvalue()), ("1.cls", b"1")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
 
 
 # Names in the pages -> what puts a stand-in there. Folders of runs and models are whole once they are named.
@@ -224,7 +223,7 @@ MAKERS: Mapping[str, Callable[[Path], object]] = {
     rf"(?:{NAME}/)*inception-2015-12-05\.pt": tiny_inception.write,
     rf"(?:{NAME}/)*(?:lpips-)?vgg\.pth": _lpips,
     r"\bmy-photos\b": _photos,
-    r"\bimagenet-1k/data\b": _tables,
+    r"\bimagenet-1k/data\b": _shards,
     r"\b(?:ffhq/images1024x1024|imagenet/train|my-images)\b": _folder,
 }
 
