@@ -119,7 +119,7 @@ def _texts(facts: Facts, grids: Samples) -> dict[str, str]:
         "settings": "The defaults are those of the settings themselves; a recipe has its own for its data.",
         "comparison": "At the end of the run."
         f"{'' if facts.kind == 'teacher' else ' Images in the same place of two networks are of the same latent.'}"
-        f"{'' if grids.has_data else ' Without data: the run had none at hand.'}",
+        f"{' Without data: the run had none at hand.' if grids.has_data is False else ''}",
         "best": "" if facts.kept is None else f"the best ({facts.kept.number}), kept in {facts.kept.path}.",
         "last": f"images from fixed latents, the same ones at every step{squares}.",
         "over_time": _over_time(facts, grids.strip) if grids.strip else "",

@@ -53,8 +53,8 @@ class Samples:
 
     comparison: Picture | None
     """Teacher, generator and data side by side, at the end."""
-    has_data: bool
-    """The data are in it."""
+    has_data: bool | None
+    """The data are in it; None where it does not say what it shows."""
     strip: Strip | None
     """None where the run has pictures of one moment, or none."""
     last: tuple[int, Picture] | None
@@ -119,7 +119,9 @@ def samples(record: RunRecord) -> Samples:
         titles = image.info.get(TITLE_KEY, "the networks")
         comparison = Picture(f"side by side: {titles}", png(image.reduce(-(-image.width // WIDEST))))
     # A file that is looked at twice is named once.
-    return Samples(comparison, "data" in compared(path), strip, last, best, squares, tuple(dict.fromkeys(problems)))
+    shows = compared(path)
+    has_data = "data" in shows if shows else None
+    return Samples(comparison, has_data, strip, last, best, squares, tuple(dict.fromkeys(problems)))
 
 
 def _strip(over_time: dict[int, tuple[torch.Size, Tensor]]) -> Strip | None:

@@ -644,6 +644,13 @@ def test_a_run_with_one_picture_has_no_strip_and_one_without_data_says_so(tmp_pa
     found = page_of(run)
     assert "samples after 40 steps" in found.alts and not [alt for alt in found.alts if "latents" in alt]
     assert "are of the same latent. Without data: the run had none at hand." in found.text
+    # Of a picture that another program has written anew that is not known.
+    with Image.open(run / "comparison.png") as picture:
+        picture.load()
+    picture.info.clear()
+    picture.save(run / "comparison.png")
+    found = page_of(run)
+    assert "side by side: the networks" in found.alts and "Without data" not in found.text
 
 
 def test_the_picture_of_the_end_is_on_the_page_and_said_where_it_is_damaged(tmp_path: Path) -> None:
