@@ -19,6 +19,7 @@ from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.distributed.launch_environment import check_environment, environment_remarks
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.objectives import OBJECTIVES
+from ipfm.engine.objectives.own_files import is_being_read
 from ipfm.engine.runtime.commandline import Given, parse_given, user_input
 from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.engine.runtime.remarks import Remarks
@@ -179,6 +180,8 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
         SystemExit: --help was asked for, and printed.
         TrainingFailed, Interrupted: from the run.
     """
+    if is_being_read():
+        sys.exit("a file that is read for what it defines starts no run")  # see `ipfm.engine.objectives.own_files`
     with user_input():
         len(OBJECTIVES)  # what is wrong with a file of one's own is said first
         given = parse_given(

@@ -22,6 +22,7 @@ from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives import DEFAULT, OBJECTIVES
 from ipfm.engine.objectives.base import Distillation, Role
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
+from ipfm.engine.objectives.own_files import VARIABLE
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import BUFFER, checkpoints_in, find_checkpoint, step_of, verify_checkpoint
@@ -501,6 +502,14 @@ def record_of(run: Path) -> dict[str, Any]:
     return found if isinstance(found.get("config"), dict) and "kind" in found else {}
 
 
+def _unknown(run: Path, record: Mapping[str, Any]) -> str:
+    """Says of a run by an objective that is not known here what makes it known."""
+    about = record.get("about")
+    file = about.get("file") if isinstance(about, dict) else None
+    named = f"{VARIABLE}={file}" if isinstance(file, str) else f"{VARIABLE} with its file"
+    return f"{run} is a run of the objective {record['objective']}, which is not known here: set {named} to continue it"
+
+
 def _settings(run: Path) -> Distillation:
     """The settings that the folder of a distillation holds, but for those that are places.
 
@@ -510,6 +519,8 @@ def _settings(run: Path) -> Distillation:
     record = record_of(run)
     kind = OBJECTIVES.of(record.get("objective"), record["config"]) if record["kind"] == "distill" else None
     if kind is None:
+        if record["kind"] != "teacher" and isinstance(record.get("objective"), str):
+            raise ValueError(_unknown(run, record))
         what = "the training of a teacher" if record["kind"] == "teacher" else "no distillation that is known here"
         raise ValueError(f"{run} is {what}; {CAN_BE}")
     names = {f.name for f in dataclasses.fields(kind)} - place_settings(kind)

@@ -442,8 +442,12 @@ class DistillConfig(Distillation):
 
     @classmethod
     def weighting_words(cls, settings: Mapping[str, Any]) -> str:
-        """What a subclass weighs otherwise, for reports: "1 / sigma^2". Settings as JSON has them."""
-        return ""
+        """What a subclass weighs otherwise, for reports: "1 / sigma^2"; its kind where it does not say.
+
+        Args:
+            settings: as JSON has them.
+        """
+        return "" if cls.kind == DistillConfig.kind else cls.kind
 
     # ------------------------------------------------------------------------------------------------------------------
 

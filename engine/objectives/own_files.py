@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 
 VARIABLE = "IPFM_OBJECTIVES"
+# Files that are being run, the innermost last.
+_being_read: list[Path] = []
 
 
 def own_files() -> tuple[Path, ...]:
@@ -39,6 +41,11 @@ def own_files() -> tuple[Path, ...]:
     return tuple(files)
 
 
+def is_being_read() -> bool:
+    """Whether a file of one's own is being run for what it defines, and not as the program."""
+    return bool(_being_read)
+
+
 def load(path: Path) -> ModuleType:
     """The module of a file that the user has named, which is run once; its folder is where it imports from too.
 
@@ -57,11 +64,14 @@ def load(path: Path) -> ModuleType:
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)
+    _being_read.append(path)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ValueError(_said(path, error)) from error
+    finally:
+        _being_read.pop()
     return module
 
 
@@ -87,7 +97,7 @@ def _said(path: Path, error: BaseException) -> str:
     ]
     where = f"{path}, line {lines[-1]}" if lines else str(path)
     if isinstance(error, SystemExit):
-        return f'{where}: the file ends the program: what a recipe does belongs under if __name__ == "__main__"'
+        return f'{where}: the file runs, or ends, the program: that belongs under if __name__ == "__main__"'
     text = " ".join(str(error).split())
     # What this project says of it needs no name; other errors are known by theirs.
     return f"{where}: {text}" if isinstance(error, ValueError) else f"{where}: {type(error).__name__}: {text}"

@@ -251,7 +251,11 @@ BROKEN = {
     ),
     "exits.py": (
         'class A:\n    kind = "a"\n\n\nraise SystemExit(3)\n',
-        r"exits\.py, line 5: the file ends the program: what a recipe does belongs under if __name__ == \"__main__\"",
+        r"exits\.py, line 5: the file runs, or ends, the program: that belongs under if __name__ == \"__main__\"",
+    ),
+    "runs.py": (
+        'from ipfm.recipes import distill_ipfm\n\n\nclass A:\n    kind = "a"\n\n\ndistill_ipfm.main(["--dry-run"])\n',
+        r"runs\.py, line 8: the file runs, or ends, the program: that belongs under if __name__ == \"__main__\"",
     ),
     "computed.py": (
         'class A:\n    kind = "a" + "b"\n',
@@ -291,6 +295,16 @@ def test_a_file_that_cannot_be_used_is_named_with_its_line(name: str, tmp_path: 
     answers = ask(tmp_path, asked, name)
     assert re.fullmatch(f"error: {said}\n", answers["info"])
     assert answers["--help"].startswith("usage: ipfm COMMAND")
+
+
+def test_a_run_goes_on_from_one_of_ones_own_where_its_file_is_named(place: Path) -> None:
+    words = (launch.ROOT / "recipes" / "distill_ipfm.py", *SMALL, "--continue-from", "run", "--max-steps", 41)
+    done = prepared.run(*words, env=launch.environment())
+    assert done.returncode == 2 and done.stderr.endswith(
+        "run is a run of the objective mine, which is not known here: set IPFM_OBJECTIVES=mine.py to continue it\n"
+    )
+    recipe("mine.py", *SMALL, "--continue-from", "run", "--max-steps", 41, "--out", "further")
+    assert json.loads((place / "further" / "config.json").read_text())["objective"] == "mine"
 
 
 def test_nothing_that_a_folder_names_is_run(place: Path, tmp_path: Path) -> None:

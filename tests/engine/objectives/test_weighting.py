@@ -191,5 +191,7 @@ def test_a_weighting_is_an_objective_of_its_own() -> None:
     assert "weighting" in Tilted.card_rows(config.to_json())
     # Figures are published for the method as it is.
     assert DistillConfig().published("cifar10") and not config.published("cifar10")
+    # One that does not say what it weighs is told from the method by its kind.
+    assert super(Tilted, Tilted).weighting_words({}) == "tilted" and DistillConfig.weighting_words({}) == ""
     # A folder that is older than the key is this project's, whatever else is known.
     assert OBJECTIVES.of(None, config.to_json()) is DistillConfig
