@@ -33,7 +33,7 @@ from ipfm.engine.memory.arithmetic import flops_in_words, gpu_seconds
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.objectives.published import PAPER_RESULTS, PaperSetting, paper_result
-from ipfm.engine.random_streams import OWN_STREAMS, ObjectiveStream, Stream
+from ipfm.engine.random_streams import OWN_STREAMS, STREAM_LIMIT, ObjectiveStream, Stream
 from ipfm.engine.runtime.wording import three_digits
 from ipfm.models import presets
 from ipfm.recipes import (
@@ -279,7 +279,7 @@ def random_streams() -> list[str]:
         rows.append(_row([f"{first} to {last}", f"in use: `{kind.__module__}.{kind.__qualname__}`"]))
     free = 1 + max(int(one) for kind in (Stream, *owners) for one in kind)
     rows.append(_row([f"{free} to {OWN_STREAMS - 1}", "free, for this project"]))
-    rows.append(_row([f"{OWN_STREAMS} to {2**16 - 1}", "**yours**; `ipfm new` takes ten of them by the name"]))
+    rows.append(_row([f"{OWN_STREAMS} to {STREAM_LIMIT - 1}", "**yours**; `ipfm new` takes ten of them by the name"]))
     return rows
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ipfm.kernels import philox
 
-# The first number that is no use of this project.
-OWN_STREAMS = 1000
+# The first number that is no use of this project, and the one after the last: 16 bits of the generator's counter.
+OWN_STREAMS, STREAM_LIMIT = 1000, 2**16
 
 
 class Stream(IntEnum):
@@ -51,21 +51,36 @@ class Stream(IntEnum):
 class ObjectiveStream(IntEnum):
     """Streams of one objective, declared in its file.
 
+    Two files outside of this project may have the same numbers, such as one and its copy: no run has both.
+
     Raises:
-        ValueError: when a class is made with a number that `Stream` or another objective has.
+        ValueError: when a class is made with a number that `Stream` or another objective has, twice, or out of range.
     """
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
+        whose = f"{cls.__module__}.{cls.__qualname__}"
+        if beyond := [int(stream) for stream in cls if not 0 <= stream < STREAM_LIMIT]:
+            raise ValueError(f"the random streams {beyond} of {whose} must lie in [0, {STREAM_LIMIT - 1}]")
+        if aliases := [name for name, stream in cls.__members__.items() if name != stream.name]:
+            raise ValueError(
+                f"the random stream {aliases[0]} of {whose} has the number of {cls[aliases[0]].name}: each use takes "
+                "one of its own"
+            )
         others: tuple[type[IntEnum], ...] = (Stream, *ObjectiveStream.__subclasses__())
         for other in others:
-            if (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__):
+            if (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__) or _apart(cls, other):
                 continue
             if shared := {int(stream) for stream in cls} & {int(stream) for stream in other}:
                 raise ValueError(
-                    f"the random streams {sorted(shared)} of {cls.__module__}.{cls.__qualname__} belong to "
+                    f"the random streams {sorted(shared)} of {whose} belong to "
                     f"{other.__module__}.{other.__qualname__}: take numbers that nobody has"
                 )
+
+
+def _apart(one: type[IntEnum], other: type[IntEnum]) -> bool:
+    """Whether they are of two files outside of this project."""
+    return one.__module__ != other.__module__ and not any(kind.__module__.startswith("ipfm.") for kind in (one, other))
 
 
 def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: int, step: int) -> Tensor | None:

@@ -73,6 +73,11 @@ def test_installed_wheel_is_importable_and_runs(site: Path, tmp_path: Path) -> N
     )  # fmt: skip
     for command in ("sample", "info", "plan", "bench"):
         assert command in helped.stdout
+    subprocess.run(
+        [str(site / "bin" / "ipfm"), "new", "objective", "mine"], cwd=tmp_path,
+        env=launch.environment(PYTHONPATH=str(site)), capture_output=True, check=True,
+    )  # fmt: skip
+    assert "class MineConfig(Distillation):" in (tmp_path / "mine.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.distributed

@@ -29,7 +29,7 @@ from ipfm.recipes import distill_ipfm
 
 
 class ExampleStream(ObjectiveStream):
-    """A number for each use of random numbers: any from 1000 to 65535 that no other objective has."""
+    """A number for each use of random numbers, any from 1000 to 65535."""
 
     LATENT = 1000
     LABEL = 1001

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -79,6 +80,39 @@ def test_random_streams_of_objectives_are_their_own() -> None:
             ValueError, match=rf"the random streams \[{number}\] of .*Second belong to .*\.{owner}: take"
         ):
             ObjectiveStream("Second", {"LATENT": number})
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Classes that a test has made are gone afterwards."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({"LATENT": 70_000}, r"the random streams \[70000\] of .*Third must lie in \[0, 65535\]"),
+        ({"LATENT": -1}, r"the random streams \[-1\] of .*Third must lie in \[0, 65535\]"),
+        (
+            {"LATENT": 2000, "LABEL": 2000},
+            "the random stream LABEL of .*Third has the number of LATENT: each use takes",
+        ),
+    ],
+)
+def test_a_random_stream_is_one_number_of_16_bits(numbers: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ObjectiveStream("Third", numbers)
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_a_file_and_its_copy_outside_may_have_the_same_streams() -> None:
+    one = ObjectiveStream("Fourth", {"LATENT": 3000}, module="mine")
+    two = ObjectiveStream("Fourth", {"LATENT": 3000}, module="mine_too")
+    assert one(3000) == two(3000)
+    with pytest.raises(ValueError, match=r"\[3000\] of mine\.Fifth belong to mine\.Fourth: take"):
+        ObjectiveStream("Fifth", {"LATENT": 3000}, module="mine")
 
 
 # -- what a folder says ------------------------------------------------------------------------------------------------
