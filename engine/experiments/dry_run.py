@@ -233,6 +233,7 @@ def _on_gpus(run: Run, first: int) -> list[str]:
     return [
         f"arithmetic: {flops_in_words(flops)} a step, {flops_in_words(flops * steps)} in all; "
         f"GPU hours at {SHARE:.0%} of the {peak_in_words(precision, config.tf32)} peak (an assumption): {shown}"
+        + (f"; {run.remark}" if run.remark else "")
     ]
 
 

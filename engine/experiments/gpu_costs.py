@@ -46,6 +46,15 @@ class Run:
         """Operations of one image in a step that are no pass of the networks: those of LPIPS."""
         return self.config.further_flops(self.network) if isinstance(self.config, Distillation) else 0
 
+    @property
+    def remark(self) -> str:
+        """What is not right of the operations, in words; mostly nothing."""
+        if not isinstance(self.config, Distillation):
+            return ""
+        roles = self.config.objective(self.network).roles
+        narrower = any(role.network.model_channels != self.network.model_channels for role in roles)
+        return "a network of another width is counted as wide as the teacher" if narrower else ""
+
     def step_flops(self, relative_cost: float = 1.0) -> float:
         """Operations of a step of all GPUs together; `relative_cost`: of its form, as in `Layout`."""
         return (self.forward_flops * self.forwards * relative_cost + self.further_flops) * self.config.batch

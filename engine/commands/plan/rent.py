@@ -192,6 +192,7 @@ class RentTable:
             f"  {flops_in_words(run.step_flops())} a step, {flops_in_words(run.step_flops() * config.total_steps)} "
             f"in all; hours at {self.share:.3g} of the {peak} peak (an assumption: --share):",
             f"  {', '.join(f'{gpu.name} {self._peak(gpu) / 1e12:g}' for gpu in GPUS)} TFLOP/s",
+            *([f"  {run.remark}"] if run.remark else []),
             *self._beside(),
             f"disk: {run.disk.in_words()}",
         ]

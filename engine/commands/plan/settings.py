@@ -182,8 +182,9 @@ def _origin(recipe: DistilRecipe, config: RunConfig, given: Mapping[str, Any]) -
     if _length_given(given):
         return None
     if isinstance(recipe, OwnDistilRecipe):
-        # That of the row's recipe, where it is one's.
-        rows = (row for row in recipe.rows.values() if row.base.kimg == config.kimg)
+        # That of the row's recipe, where it is one's, and by the same method.
+        same = [row for row in recipe.rows.values() if row.base.kind == recipe.base.kind]
+        rows = (row for row in same if row.base.kimg == config.kimg)
         return next((row.origins["kimg"] for row in rows if "kimg" in row.origins), None)
     return recipe.origins.get("kimg")
 

@@ -23,7 +23,7 @@ from ipfm.engine.memory.state import parameter_count
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.models import build_network, presets, save_model
-from ipfm.recipes import cifar_ipfm, cifar_sid, cifar_teacher, digits_ipfm
+from ipfm.recipes import cifar_ipfm, cifar_sid, cifar_teacher, digits_ipfm, distill_ipfm
 
 KINDS = [gpu.name for gpu in GPUS]
 
@@ -222,6 +222,14 @@ def test_a_preset_has_the_settings_of_the_recipe_of_its_data(preset: str, object
     assert found is not None and found.file == recipe
 
 
+def test_a_length_is_of_no_paper_where_the_method_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe of one's own may have the lengths of those of this project."""
+    recipe = distill_ipfm.RECIPE
+    assert "a budget of 30k generator samples" in settings.of_recipe(recipe, {}).source
+    monkeypatch.setattr(type(recipe.base), "kind", "mine")
+    assert settings.of_recipe(recipe, {}).source == "of distill_ipfm.py"
+
+
 def test_a_preset_of_a_teacher_too() -> None:
     names = {"ncsnpp": "cifar_teacher.py", "ffhq64-ncsnpp": "ffhq_teacher.py", "digits": "train_teacher.py"}
     found = {preset: settings.fitting_training(preset) for preset in names}
@@ -268,6 +276,16 @@ def test_an_objective_without_recipes_has_no_published_length(
         "no length is published: hours are those of 1,000 kimg; give --kimg or --max-steps" in capsys.readouterr().out
     )
     assert planned("digits", "--gpus", 1, "--kimg", 2)["length"] == "given"
+
+
+def test_a_narrower_generator_is_said_to_be_counted_as_wide_as_its_teacher() -> None:
+    base = replace(digits_ipfm.RECIPE.base.distillation(), width=0.5)
+    run = Run(base, presets.get("digits"))
+    (line,) = dry_run._on_gpus(run, 0)
+    assert line.endswith("; a network of another width is counted as wide as the teacher")
+    planned = settings.Planned(base, presets.get("digits"))
+    assert run.remark in rent.RentTable("x", planned, (1,), 0.3, {}).text()
+    assert Run(replace(base, width=1.0), presets.get("digits")).remark == ""
 
 
 def test_long_plans_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
