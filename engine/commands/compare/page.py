@@ -10,6 +10,7 @@ from ipfm.engine.commands.compare import tables
 from ipfm.engine.commands.compare.facts import ComparableSet, Comparison
 from ipfm.engine.commands.compare.grids import Grids, grids
 from ipfm.engine.commands.compare.runs import ComparedRun
+from ipfm.engine.commands.compare.selection import MARK
 from ipfm.engine.commands.pages import templates as pages
 from ipfm.engine.commands.pages.picture import Picture, is_ours
 from ipfm.engine.commands.pages.target import Target, check_place, page_target
@@ -17,8 +18,6 @@ from ipfm.engine.evaluation.metrics.measures import measures_of, notes
 from ipfm.engine.runtime.wording import counted
 from ipfm.models.atomic_files import atomic_write
 
-# How a page of ours is known when it is to be replaced.
-MARK = "a comparison of runs, by ipfm compare"
 HERE = Path(__file__).parent
 
 

@@ -6,10 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ipfm.engine.commands.pages.target import has_mark
 from ipfm.engine.training.run_state import is_damaged_run, is_run, read_run
 from ipfm.models.store import CONFIG_FILE
 
 ABLATION = "ablation.json"
+# How a page of ours is known, when it is to be replaced or stands among runs.
+MARK = "a comparison of runs, by ipfm compare"
 
 
 def selected(given: Sequence[Path]) -> list[Path]:
@@ -21,7 +24,8 @@ def selected(given: Sequence[Path]) -> list[Path]:
     Raises:
         ValueError: one is no such folder, a run is there twice, or fewer than two are there; the message is one line.
     """
-    found = [run for path in given for run in _runs_at(path)]
+    # What an earlier call has written is among them where a shell wrote out `runs/*`.
+    found = [run for path in given if not has_mark(path, MARK) for run in _runs_at(path)]
     known: dict[Path, Path] = {}
     for run in found:
         other = known.setdefault(run.resolve(), run)

@@ -486,6 +486,29 @@ def test_a_run_without_a_number_still_has_a_page(
     assert (tmp_path / "compare.html").is_file() and not (tmp_path / "x.png").exists()
 
 
+def test_a_page_of_an_earlier_comparison_among_the_runs_is_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_folder(tmp_path / "a")
+    run_folder(tmp_path / "b", alpha=0.5)
+    for _ in range(2):
+        ipfm("compare", *sorted(path.name for path in tmp_path.iterdir()))
+    assert capsys.readouterr().out.count("page: compare.html") == 2
+
+
+def test_different_numbers_of_processes_within_a_group_are_said(tmp_path: Path) -> None:
+    for seed, processes in enumerate((1, 2)):
+        run = run_folder(tmp_path / f"s{seed}", seed=seed)
+        start = {"step": 0, "processes": processes, "device": "CPU (x86_64)", "torch": "2.13.0"}
+        (run / "environment.jsonl").write_text(json.dumps(start) + "\n")
+    found = compared(tmp_path)
+    assert len(found.groups) == 1 and [row.name for row in found.differences] == ["seed", "processes"]
+    assert found.remarks == (
+        "Runs of group A were made by different numbers of processes (1, 2), which moves results too.",
+    )
+
+
 def test_time_counts_the_parts_of_a_run_and_not_what_lies_between() -> None:
     pace = Pace((((10, 100.0), (20, 110.0), (30, 120.0)), ((30, 1000.0), (40, 1010.0))))
     assert training_seconds(pace, [5, 10, 15, 30, 40, 45, 90]) == {10: 0.0, 15: 5.0, 30: 20.0, 40: 30.0, 45: 30.0}
