@@ -26,8 +26,10 @@ from ipfm.engine.evaluation.metrics import PixelFeatures, dataset_statistics
 from ipfm.engine.evaluation.results import EvaluationHistory
 from ipfm.engine.runtime.files import StepLog
 from ipfm.engine.sampling.stored_model import sample_model
+from ipfm.engine.training.set_aside import read_set_aside
 from ipfm.engine.training.snapshots import read_best
 from ipfm.models import NetworkConfig, build_network, load_model, load_teacher
+from ipfm.recipes import digits_ipfm, digits_pid
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "version-0.1.0"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text(encoding="utf-8"))
@@ -130,6 +132,21 @@ def test_a_distillation_is_resumed_to_the_same_end(
     best = read_best(folder / run, "distill")
     assert best is not None and best.step == min(at_hand, key=lambda step: at_hand[step])
     assert best.distance == pytest.approx(at_hand[best.step], rel=1e-4)
+
+
+@pytest.mark.parametrize(("run", "recipe"), [("ipfm", digits_ipfm), ("pid", digits_pid)])
+def test_a_distillation_is_branched_and_goes_back(folder: Path, run: str, recipe: Any) -> None:
+    """The branch makes the same steps; the run goes back to its start, and what it was is put aside with all it had."""
+    had = {path.relative_to(folder / run) for path in (folder / run).rglob("*") if path.is_file()}
+    words = ["--heun-steps", "1", "--eval-images", "64"]
+    recipe.main(["--branch", run, "--teacher", "teacher/model", "--max-steps", "8", "--out", "new", *words])
+    lines, before = StepLog(folder / "new" / "metrics.jsonl", None).read(), EXPECTED["metrics"][run][4:]
+    for line, expected in zip(lines, before, strict=True):
+        assert all(line[name] == pytest.approx(expected[name], rel=1e-4) for name in line if name.endswith("_loss"))
+    config = replace(CONFIGS[run], max_steps=1, from_step=0)
+    Distiller(config, load_teacher(folder / "teacher" / "model"), world=ALONE).run(folder / run)
+    (one,) = read_set_aside(folder / run)
+    assert (one.step, had - {path.relative_to(one.path) for path in one.path.rglob("*")}) == (4, set())
 
 
 def weights(run: Distiller | TeacherTraining) -> dict[str, torch.Tensor]:
