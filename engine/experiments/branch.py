@@ -138,11 +138,13 @@ def _begun(options: Any, kind: type[RunConfig]) -> Branch | None:
     asked = _found(options.branch)
     if said is None:
         return None
-    step_is_its = asked.word in (None, *WORDS) or int(asked.word or 0) == said.step
     record = record_of(asked.run)
     is_it = _is_it(record, said, kind) if record else asked.run.resolve().name == Path(said.run).name
-    if not (step_is_its and is_it):
-        return None
+    if not is_it or not (asked.word in (None, *WORDS) or int(asked.word or 0) == said.step):
+        raise ValueError(
+            f"{options.out} is a branch of {'' if is_it else 'another run, '}{said.run} at step {said.step}, "
+            f"and {options.branch} was asked for: choose another --out"
+        )
     return replace(said, run=str(asked.run), checkpoint=_checkpoint_path(asked.run, said.step))
 
 

@@ -175,20 +175,20 @@ def _write(run: Path, kind: str, target: Path, about: dict[str, int]) -> None:
     try:
         draft.mkdir()
         files = list(_files_of(run, kind))
-        linked = _can_link(files, draft)
-        copied = [path for path, name in files if not (linked and _is_final(name))]
+        linked = _linked(files, draft)
+        copied = [path for path, name in files if name not in linked]
         needed = sum(path.stat().st_size for path in copied)
         if needed > (free := shutil.disk_usage(draft).free):
             raise OSError(errno.ENOSPC, f"{size(needed)} are to be copied, {size(free)} are free", str(target))
-        if not linked:
+        if any(_is_final(name) and name not in linked for _, name in files):
             with suppress(OSError):
-                print(f"this disk links no files: {size(needed)} are copied to {target}", file=sys.stderr)
+                print(f"not all of {run} can be linked: {size(needed)} are copied to {target}", file=sys.stderr)
         folders = {draft}
         for path, name in files:
             place = draft / name
             place.parent.mkdir(parents=True, exist_ok=True)
             folders |= {folder for folder in place.parents if folder.is_relative_to(draft)}
-            if not (linked and _is_final(name) and _link(path, place)):
+            if not (name in linked and _link(path, place)):
                 _copy(path, place)
         write_durably(draft / _ABOUT, (json.dumps(about) + "\n").encode())
         write_durably(draft / _UNDONE, f"{about['from_step']}\n".encode())
@@ -232,14 +232,14 @@ def _is_final(name: Path) -> bool:
     return name.suffix == ".safetensors" or picture or name.match(BOARD_FILES)
 
 
-def _can_link(files: list[tuple[Path, Path]], draft: Path) -> bool:
-    """Whether the disk links the run's files into `draft`; each of its folders may lie on another disk."""
-    tried = draft / ".link"
-    for path in {name.parts[0]: path for path, name in files if _is_final(name)}.values():
-        if not _link(path, tried):
-            return False
-        tried.unlink()
-    return True
+def _linked(files: list[tuple[Path, Path]], draft: Path) -> set[Path]:
+    """Names of the files that can be linked into `draft`: a folder of the run may lie on another disk."""
+    tried, final = draft / ".link", [(path, name) for path, name in files if _is_final(name)]
+    can = {}
+    for folder, path in {name.parts[0]: path for path, name in final}.items():
+        can[folder] = _link(path, tried)
+        tried.unlink(missing_ok=True)
+    return {name for _, name in final if can[name.parts[0]]}
 
 
 def _link(path: Path, place: Path) -> bool:

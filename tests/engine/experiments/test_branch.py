@@ -123,7 +123,7 @@ def test_the_same_command_goes_on_whatever_has_become_of_the_run(here: Path, cap
     branch(*words, "--max-steps", 7)
     assert settings("new")["heun_steps"] == 1 and read_run(Path("new")).steps_done == 7
     assert "is gone: the run goes on from its checkpoint, and needs it no more" in capsys.readouterr().out
-    with pytest.raises(BadInput, match=r"new belongs to another configuration \(continues is "):
+    with pytest.raises(BadInput, match="new is a branch of run at step 4, and run:8 was asked for: choose another"):
         branch("--branch", "run:8", "--lr", 5e-5, "--max-steps", 9)
     # It goes back within itself, but not to its own start, which the run has no more.
     branch(*words, "--max-steps", 7, "--from-step", 6)
@@ -136,7 +136,7 @@ def test_the_same_command_goes_on_whatever_has_become_of_the_run(here: Path, cap
     save_model(untrained(128.0), here / "other")
     digits_ipfm.main([*SMALL, "--teacher", "other", "--max-steps", "2", "--out", "run"])
     release_folder(Path("run"))
-    with pytest.raises(BadInput, match=r"new belongs to another configuration \("):
+    with pytest.raises(BadInput, match="new is a branch of another run, run at step 4, and run was asked for: choose"):
         branch(*words, "--max-steps", 8)
 
 

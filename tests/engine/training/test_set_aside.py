@@ -275,10 +275,33 @@ def test_where_the_disk_links_nothing_it_is_copied_if_there_is_room(
     monkeypatch.setattr(set_aside.shutil, "disk_usage", usual)
     go_back(folder, "distill", config, ALONE)
     release_folder(folder)
-    assert re.search(r"this disk links no files: \S+ MiB are copied to ", capsys.readouterr().err)
+    assert re.search(r"not all of \S+ can be linked: \S+ MiB are copied to ", capsys.readouterr().err)
     (one,) = read_set_aside(folder)
     assert {name: contents(one.path)[name] for name in before} == before
     assert {path.stat().st_nlink for path in one.path.rglob("*") if path.is_file()} == {1}
+    assert all(map(is_whole, checkpoints_in(one.path / "checkpoints")))
+
+
+def test_checkpoints_on_another_disk_are_copied_and_the_rest_is_linked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.move(folder / "checkpoints", folder.parent / "elsewhere")
+    (folder / "checkpoints").symlink_to(folder.parent / "elsewhere")
+    usual = os.link
+
+    def link(path: Path, place: Path) -> None:
+        if "elsewhere" in path.parts:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        usual(path, place)
+
+    monkeypatch.setattr(set_aside.os, "link", link)
+    go_back(folder, "distill", settings(from_step=4), ALONE)
+    release_folder(folder)
+    (one,) = read_set_aside(folder)
+    links = {path.relative_to(one.path): path.stat().st_nlink for path in one.path.rglob("*.safetensors")}
+    assert {name.parts[0]: count for name, count in links.items()} == {
+        "checkpoints": 1, "generator": 2, "generator-best": 2, "snapshots": 2
+    }  # fmt: skip
     assert all(map(is_whole, checkpoints_in(one.path / "checkpoints")))
 
 
