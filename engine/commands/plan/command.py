@@ -344,7 +344,7 @@ class Plan:
         if self._is_table(None):
             usual = "auto"
         names = ("micro_batch", "zero", "offload", "activation_checkpointing", "kimg", "max_steps")
-        own = {"batch": self.batch or 256, "precision": self.precision or usual}
+        own = {"batch": 256 if self.batch is None else self.batch, "precision": self.precision or usual}
         return {name: getattr(self, name) for name in names} | own
 
     def _own(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from counted import counted_flops
 
 from ipfm.engine.commands.main import _main
 from ipfm.engine.commands.plan import rent, settings
+from ipfm.engine.commands.recipes import project_recipes
 from ipfm.engine.experiments import dry_run
 from ipfm.engine.experiments.gpu_costs import Run
 from ipfm.engine.memory import gpu_budget
@@ -230,6 +231,15 @@ def test_a_length_is_of_no_paper_where_the_method_is_another(monkeypatch: pytest
     assert settings.of_recipe(recipe, {}).source == "of distill_ipfm.py"
 
 
+def test_every_recipe_can_be_planned_and_says_where_its_length_is_from() -> None:
+    recipes = list(project_recipes())
+    assert len(recipes) > 15
+    for recipe in recipes:
+        found = settings.of_recipe(recipe, {})
+        assert found.config.total_steps >= 1 and found.source.startswith(f"of {recipe.file}"), recipe.file
+        assert rent.as_trained(found.config, found.network).img_resolution >= 8
+
+
 def test_a_preset_of_a_teacher_too() -> None:
     names = {"ncsnpp": "cifar_teacher.py", "ffhq64-ncsnpp": "ffhq_teacher.py", "digits": "train_teacher.py"}
     found = {preset: settings.fitting_training(preset) for preset in names}
@@ -317,6 +327,8 @@ def test_long_plans_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, capsys
         ("digits_ipfm --lpips-side 32", "only the objective pid has lpips-side: leave it out"),
         ("cifar_teacher --backward joint", "cifar_teacher.py has no backward: leave it out"),
         ("cifar_ipfm --teacher-training", "cifar_ipfm.py trains no teacher; cifar_teacher.py, "),
+        ("digits --batch 0", "batch must be an integer >= 1, got 0"),
+        ("digits_ipfm --batch 0", "batch must be an integer >= 1, got 0"),
         ("digits --gpus 0", "gpus must be at least 1, got 0"),
         ("digits --gpus 1 --share 0", "share must be in (0, 1], a share of a GPU's peak, got 0"),
         ("digits --share 35", "share must be in (0, 1], a share of a GPU's peak, got 35"),
