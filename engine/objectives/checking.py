@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.base import Distillation, StepContext
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
-from ipfm.models import Precond
+from ipfm.models import Precond, build_network
 
 # Name of a role -> parameter -> gradient of the mean loss, of the updates of an iteration one after the other.
 Gradients = Mapping[str, list[dict[str, Tensor]]]
@@ -55,7 +55,8 @@ def check_objective(config: Distillation, teacher: Precond) -> Gradients:
     """Check an objective on one process of the CPU, by iterations of which none changes a weight.
 
     That an iteration is a function of its number alone, and micro-batches change nothing; that every network is
-    updated, by a gradient that is finite and not 0; that what is stored with the result can be, and samples are images.
+    updated, by a gradient that is finite and not 0; that what is stored with the result can be, and samples are images;
+    that no tensor is read, which would make a GPU wait and a memory plan fail.
 
     Args:
         config: settings, with an even batch; dropout leaves micro-batches unchecked, as its masks depend on them.
@@ -102,6 +103,7 @@ def check_objective(config: Distillation, teacher: Precond) -> Gradients:
             "config.batch // world.size, draw by the index in the global batch, and take it as the mean over samples"
         )
     _check_result(again)
+    _check_without_values(config, teacher)
     return {name: net.updates for name, net in again.networks.items()}
 
 
@@ -163,6 +165,25 @@ def _check_updates(trial: _Trial) -> None:
                 raise ValueError(f"the gradient of the network {name} is {'not finite' if values else 'missing'}")
             if not any(bool(g.any()) for g in values):
                 raise ValueError(f"the gradient of the network {name} is 0 everywhere: is its output detached?")
+
+
+def _check_without_values(config: Distillation, teacher: Precond) -> None:
+    """An iteration where nothing has a value, as plans make it: what reads one, or is made elsewhere, fails."""
+    meta = torch.device("meta")
+    trained = trained_config(teacher.config, config.dropout)
+    objective = config.objective(trained)
+    with meta:
+        networks = {role.name: PlainNetwork(build_network(role.network)) for role in objective.roles}
+        frozen = build_network(trained).eval().requires_grad_(False)
+    settings = config.laid_out(D=teacher.D, stage=0, micro_batch=config.batch, phased=True, checkpointed=False)
+    try:
+        objective.steps(StepContext(networks, frozen, settings, World(0, 1, meta))).iteration(0)
+    except (RuntimeError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"iteration 0 fails on the meta device, where plans are made: {why}: read no tensor (item, float, if), and "
+            "make tensors on world.device"
+        ) from error
 
 
 def _check_result(trial: _Trial) -> None:

@@ -86,6 +86,8 @@ def wrong(**defects: Any) -> type[regression.RegressionConfig]:
             {"roles": lambda made: (*made.roles, Role("other", made.network, "teacher", 1e-3, 0.0))},
             "the network other is updated by no call of step",
         ),
+        ({"change": lambda x, call: x.new_tensor(float(x.isfinite().all()))}, "iteration 0 fails on the meta device"),
+        ({"change": lambda x, call: torch.zeros(len(x), 1, 1, 1)}, "iteration 0 fails on the meta device, .*meta"),
         ({"generator": "other"}, "generator is 'other', which is none of its roles: pupil"),
         ({"roles": lambda made: (replace(made.roles[0], averaged=False),)}, "and must have averaged=True"),
         ({"facts": {"sigmas": [torch.ones(())]}}, "facts must be plain JSON values: "),

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import plain_loop
 import pytest
 import torch
+from no_reading import NoReading
 from torch import Tensor
 
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.config import setting
 from ipfm.engine.distributed.world import World
-from ipfm.engine.objectives import OBJECTIVES
+from ipfm.engine.objectives import OBJECTIVES, check_objective
 from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective, generator_gradient
 from ipfm.kernels import philox
 from ipfm.models import EDMPrecond, NetworkConfig
@@ -180,6 +181,19 @@ def test_the_methods_own_weights_are_left_to_the_kernels(monkeypatch: pytest.Mon
     for config in (DistillConfig(**decided), Tilted(**decided)):
         Distiller(config, network(0), world=world).iteration(0)
     assert seen[:2] == [None, None] and all(map(callable, seen[2:])) and len(seen) == 4
+
+
+def test_weights_of_ones_own_make_the_host_wait_for_nothing() -> None:
+    check_objective(Tilted(batch=4, D=16.0), network(0))
+    with NoReading(count=True) as mode:
+        nets, usual = network(0), torch.ones(BATCH)
+        y, noisy = samples(nets)
+        y, noisy = y.float(), noisy._replace(**{name: getattr(noisy, name).float() for name in noisy._fields})
+        before = dict(mode.found)
+        raw = bind(nets, None)
+        generator_gradient(raw, raw, y, noisy, alpha=1.0, phased=True, weighting=lambda sigma, weight: sigma + usual)
+        denoising_objective(raw, y, noisy, sigma_data=0.5, weighting=lambda sigma, weight: sigma + usual)
+    assert mode.found == before
 
 
 def test_a_weighting_is_an_objective_of_its_own() -> None:
