@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from PIL import Image
+
 from ipfm.engine.commands.compare.runs import ComparedRun
-from ipfm.engine.commands.pages.picture import DAMAGED, Picture, enlarged, opened, png
+from ipfm.engine.commands.pages.picture import DAMAGED, Picture, opened, png
 from ipfm.engine.data.comparison import TITLE_KEY
+from ipfm.engine.data.image_grid import image_grid, read_grid
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.monitor import COMPARISON_FILE
 
-# Pixels that a grid has at least, by repeating its own; runs whose pictures are shown.
-LEAST, MOST = 300, 24
+# Images of a run that are shown, a row, and pixels in width of all of them; runs whose pictures are shown.
+IMAGES, COLUMNS, WIDTH, MOST = 16, 4, 256, 24
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,12 @@ def grids(runs: Sequence[ComparedRun]) -> Grids:
 def _last(run: ComparedRun, problems: list[str]) -> tuple[int, Picture] | None:
     for step, path in reversed(run.record.pictures):
         try:
-            image = enlarged(opened(path), LEAST)
+            images = read_grid(path)[:IMAGES]
         except DAMAGED:
             problems.append(f"samples/{path.name} of {run.name} cannot be read.")
             continue
-        return step, Picture(f"samples of {run.name} after {counted(step, 'step')}", png(image))
+        grid = image_grid(images, COLUMNS, max(1, WIDTH // (COLUMNS * images.shape[-1])))
+        return step, Picture(f"samples of {run.name} after {counted(step, 'step')}", png(Image.fromarray(grid)))
     return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ipfm.engine.commands.compare import tables
 from ipfm.engine.commands.compare.facts import ComparableSet, Comparison
-from ipfm.engine.commands.compare.grids import Grids, grids
+from ipfm.engine.commands.compare.grids import IMAGES, Grids, grids
 from ipfm.engine.commands.compare.runs import ComparedRun
 from ipfm.engine.commands.compare.selection import MARK
 from ipfm.engine.commands.pages import templates as pages
@@ -106,7 +106,7 @@ def _texts(found: Comparison, shown: Grids) -> dict[str, str]:
         "curves": "Thin: single runs; strong: the mean of a group, or its only run; dashed: the teacher. Time counts "
         "from the first logged step, evaluations and checkpoints included.",
         "losses": "The mean over a thirtieth of the run.",
-        "latents": f"{latents}{more}",
+        "latents": f"The first {IMAGES} images of each. {latents}{more}",
         "settings": 'A column for each group; only what differs. "not recorded": the run is of a version without this '
         'setting, or its record is damaged; "-": there is none in such a run.',
     }

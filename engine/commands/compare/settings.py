@@ -185,8 +185,10 @@ def _labels(groups: Sequence[Group]) -> list[str]:
     rows = [row for row in differences(groups) if row.kind == IDENTITY and row.name not in (SEED, "network")]
     rows += [row for row in differences(groups) if row.name in ("max-steps", "kimg")]
     rows = [row for row in rows if len(set(row.values)) > 1]
-    texts = [", ".join(_named(row.name, row.values[at]) for row in rows) for at in range(len(groups))]
-    if 0 < len(rows) <= MOST_NAMED and len(set(texts)) == len(groups) and max(map(len, texts)) <= LONGEST:
+    columns = [[(row.name, row.values[at]) for row in rows if row.values[at] != NO_SUCH] for at in range(len(groups))]
+    texts = [", ".join(_named(name, value) for name, value in column) for column in columns]
+    tells = 0 < len(rows) <= MOST_NAMED and all(texts) and len(set(texts)) == len(groups)
+    if tells and max(map(len, texts)) <= LONGEST:
         return texts
     shared = [_beginning([run.name for run in group.runs]) for group in groups]
     texts = [f"{name}*" if len(group.runs) > 1 else name for name, group in zip(shared, groups, strict=True)]

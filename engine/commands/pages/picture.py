@@ -1,4 +1,4 @@
-"""Pictures of pages: PNGs that are known as ours, read from files, enlarged by whole numbers."""
+"""Pictures of pages: PNGs that are known as ours, and read from files."""
 
 from __future__ import annotations
 
@@ -46,13 +46,6 @@ def opened(path: Path) -> Image.Image:
     found = Image.fromarray(pixels)
     found.info.update(about)
     return found
-
-
-def enlarged(image: Image.Image, least: int) -> Image.Image:
-    """The picture with its pixels repeated until its longer side has at least so many."""
-    factor = -(-least // max(image.size))
-    size = (image.width * factor, image.height * factor)
-    return image if factor <= 1 else image.resize(size, Image.Resampling.NEAREST)
 
 
 def png(image: Image.Image) -> bytes:
