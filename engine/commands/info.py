@@ -102,6 +102,7 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
         "objective": kind or (objective and objective.kind),
         "D": run.settings.get("D"),
         "sigmas": run.settings.get("sigmas"),
+        "features": run.identity.get("features"),
         "continues": run.identity.get("start"),
         "network": None if run.exported is None else run.export_path,
         "best": run.best and _kept(run.best),
@@ -155,6 +156,7 @@ def _run_rows(
         ("D", None if D is None else number(D)),
         ("sigmas", _levels(facts["sigmas"])),
         ("settings", describe.training(used)),
+        ("compared by", facts["features"]),
     ]
 
 

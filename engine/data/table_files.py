@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 
 from ipfm.engine.data.image_files import LeftOut, printable
 from ipfm.engine.data.shards import choose
+from ipfm.models.checkpoints.recognise import what_place
 
 SUFFIXES = (".parquet", ".arrow")
 _IMAGES = ("image", "img", "images", "jpg", "jpeg", "png", "picture", "pixel_values")
@@ -85,7 +86,8 @@ class TableFiles:
             except pyarrow.ArrowInvalid:
                 return pyarrow.ipc.open_file(source).read_all()
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{place} is damaged, or no {place.suffix} file: {_line(error)}; fetch it again") from None
+            why = what_place(place) or _line(error)
+            raise ValueError(f"{place} is damaged, or no {place.suffix} file: {why}; fetch it again") from None
 
     def _schema(self, name: str) -> Any:
         table = self._tables[name]

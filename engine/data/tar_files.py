@@ -23,6 +23,7 @@ from ipfm.engine.data.image_files import MAX_FILE_BYTES, LeftOut, printable
 from ipfm.engine.data.shards import choose
 from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.engine.runtime.progress import ProgressBar
+from ipfm.models.checkpoints.recognise import what_place
 
 _LOOKED_AT = 64  # members that tell what a tar holds
 _MAX_LABEL = 1 << 20
@@ -109,7 +110,7 @@ class TarFiles:
         except FileNotFoundError:
             raise ValueError(f"{place} does not exist") from None
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-            why = f"{printable(str(error))}; fetch it again, and unpack what is packed"
+            why = f"{what_place(place) or printable(str(error))}; fetch it again, and unpack what is packed"
             raise ValueError(f"{place} is no tar that can be read, or damaged: {why}") from None
 
     def open(self, name: str) -> IO[bytes]:

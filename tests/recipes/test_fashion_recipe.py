@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import idx_files
 import pytest
 import torch
 
-from ipfm.engine.commands.report.reproduce import reproduce
+from ipfm.engine.commands.compare.command import Compare
+from ipfm.engine.commands.info import Info
+from ipfm.engine.commands.report.reproduce import reproduce, use
 from ipfm.engine.data.open_dataset import open_dataset
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.classifier_training import FILE, train_classifier
@@ -62,6 +65,9 @@ def test_from_end_to_end_and_on_from_there(
     assert read_config(run / "teacher" / "model").extra["dataset"] == "clothes"
     line = reproduce(read_run(run)).line
     assert line is not None and line.startswith("deepspeed recipes/fashion_ipfm.py --teacher-steps 2 ")
+    assert use(read_run(run), "r/generator")[2][1] == (
+        "ipfm evaluate r/generator --reference REFERENCE --features classifier --classifier r/classifier.safetensors"
+    )
     fashion_ipfm.main([*SHORT, "--conditional"])
     assert "is finished" in capsys.readouterr().err
     # A branch, which says what it goes on from, takes the classifier that lies beside it too.
@@ -69,7 +75,7 @@ def test_from_end_to_end_and_on_from_there(
     assert config["features"] in capsys.readouterr().err
 
 
-def test_a_run_does_not_go_on_with_another_classifier(tmp_path: Path) -> None:
+def test_a_run_does_not_go_on_with_another_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ["--out", "runs/a", *SHORT]
     fashion_ipfm.main(run)
     data = open_dataset(idx_files.write_idx(tmp_path / "other", seed=1), split="train")
@@ -79,6 +85,15 @@ def test_a_run_does_not_go_on_with_another_classifier(tmp_path: Path) -> None:
         fashion_ipfm.main([*run, *longer, "--classifier", str(other)])
     with pytest.raises(BadInput, match=r"features is classifier \w+ there, pixels here"):
         fashion_ipfm.main([*run, *longer, "--features", "pixels"])
+    capsys.readouterr()
+    Info(model=Path("runs/a"), json=True).run()
+    found = json.loads(capsys.readouterr().out)["features"]
+    # Where its folder is changed by hand, the two are still not ranked beside each other.
+    shutil.copytree("runs/a", "runs/b")
+    config = Path("runs/b/config.json")
+    config.write_text(config.read_text().replace(found, "classifier 0123456789ab"))
+    Compare(runs=(Path("runs/a"), Path("runs/b")), json=True).run()
+    assert f"features: {found} and classifier 0123456789ab" in capsys.readouterr().out
     fashion_ipfm.main([*run, *longer])
     assert read_run(tmp_path / "runs" / "a").identity["features"].startswith("classifier ")
 

@@ -129,7 +129,7 @@ def _reasons(one: ComparedRun, other: ComparedRun) -> Iterator[str]:
     if images and other_images and images != other_images:
         yield f"evaluations of {images:,} and of {other_images:,} images"
     for what in ("features", "reference"):
-        here, there = (_ablation(run.record.path).get(what) for run in (one, other))
+        here, there = (run.record.identity.get(what, _ablation(run.record.path).get(what)) for run in (one, other))
         if here is not None and there is not None and here != there:
             yield f"{what}: {here} and {there}"
     mine, its = (math.nan if run.teacher is None else run.teacher.frechet for run in (one, other))

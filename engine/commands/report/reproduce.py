@@ -111,6 +111,16 @@ def use(record: RunRecord, network: str) -> tuple[tuple[str, str], ...]:
     if all(row.metric == "FID" for row in record.results):
         line = ["ipfm evaluate", place, "--reference REFERENCE --inception INCEPTION", *_metrics(record)]
         lines.append(("Measure it", " ".join(line)))
+    elif str(record.identity.get("features")).startswith("classifier "):
+        by = shlex.quote(f"{network.rpartition('/')[0] or '.'}/classifier.safetensors")
+        line = [
+            "ipfm evaluate",
+            place,
+            "--reference REFERENCE --features classifier --classifier",
+            by,
+            *_metrics(record),
+        ]
+        lines.append(("Measure it", " ".join(line)))
     if record.kind == "teacher":
         # Reports on runs that are older than the recipe for any size say what they said.
         recipe = "distill_ipfm.py" if "pictures" in record.identity else "RECIPE.py"

@@ -112,7 +112,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     refused(path, r"is damaged, or no \.parquet file: .*; fetch it again")
     cut = write(tmp_path / "c.arrow", table(0, 4))
     cut.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    refused(cut, r"is damaged, or no \.arrow file: ")
+    refused(cut, r"is damaged, or no \.arrow file: it is a pointer of Git LFS")
     paths = pyarrow.table({"image": [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": "b.png"}]})
     schema = pyarrow.schema([("image", pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]))])
     refused(write(tmp_path / "d.parquet", paths.cast(schema)), "row 0 holds the path a.png in the place of an image")
