@@ -82,6 +82,7 @@ def read_start(
     gone = [p for p in (options.continue_from, options.student_from) if p is not None and not p.exists()]
     if gone and folder is not None and options.from_step != 0 and (begun := _begun(folder, gone[0])) is not None:
         return begun
+    check_there(branch)
     check_length(branch, config)
     start = _Reader(options, config, teacher, branch).read()
     return start if branch is None else replace(start, branch=branch)
@@ -185,6 +186,22 @@ def _loss_scale(checkpoint: Path, network: str) -> dict[str, float]:
     """Where the scale of a network's fp16 losses stands in a checkpoint; empty in other arithmetic."""
     found = (read_json(checkpoint / "progress.json") or {}).get("loss_scale", {})
     return dict(found.get(network, {})) if isinstance(found, dict) else {}
+
+
+def check_there(branch: Branch | None) -> None:
+    """Check that the checkpoint of a branch is still there, which has none of its own to go on from.
+
+    Raises:
+        ValueError: it is not: the other run may go on, and keeps the newest ones alone.
+    """
+    if branch is None or branch.checkpoint.exists():
+        return
+    steps = ", ".join(f"{step_of(path)}" for path in reversed(checkpoints_in(branch.checkpoint.parent)))
+    has = f"those of steps {steps}" if steps else "none"
+    raise ValueError(
+        f"{branch.run} has no checkpoint of step {branch.step} any more: it has {has}; more --keep-checkpoints there "
+        "keeps them longer"
+    )
 
 
 def check_length(branch: Branch | None, config: RunConfig) -> None:

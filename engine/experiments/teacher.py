@@ -21,7 +21,7 @@ from ipfm.engine.experiments.dry_run import describe_training
 from ipfm.engine.experiments.network_options import NetworkOptions
 from ipfm.engine.experiments.options import check_images
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
-from ipfm.engine.experiments.starts import branch_in, read_teacher_state
+from ipfm.engine.experiments.starts import branch_in, check_there, read_teacher_state
 from ipfm.engine.experiments.starts import check_length as check_branch_length
 from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.files import read_json
@@ -281,6 +281,7 @@ class TeacherRecipe(Recipe[TeacherOptions]):
         begun = branch is not None and not path.exists() and options.from_step != 0
         state = branch_in(options.out) if begun and options.out is not None else None
         if state is None:
+            check_there(branch)
             state = read_teacher_state(path, D=options.D)
             said = {} if branch is None else {"branch": branch.to_json()}
             state = replace(state, said=said)

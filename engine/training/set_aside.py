@@ -148,8 +148,8 @@ def _put_aside(run: Path, kind: str, step: int) -> None:
     except OSError as error:
         _remove_empty(run / SET_ASIDE)
         raise Failed(
-            f"what came after step {step} cannot be put aside ({described(error)}): nothing is forgotten, and {run} "
-            "is as it was"
+            f"what came after step {step} cannot be put aside in {target} ({described(error)}): nothing is "
+            f"forgotten, and {run} is as it was"
         ) from error
 
 

@@ -130,7 +130,7 @@ def test_the_same_command_goes_on_whatever_has_become_of_the_run(here: Path, cap
     shutil.rmtree("run")
     branch(*words, "--max-steps", 8)
     assert read_run(Path("new")).state == "finished" and read_run(Path("new")).steps_done == 8
-    with pytest.raises(BadInput, match=r"step-0000004 does not exist"):
+    with pytest.raises(BadInput, match="run has no checkpoint of step 4 any more: it has none; more --keep"):
         branch(*words, "--max-steps", 8, "--from-step", 0)
     # Another run of the same name is another run.
     save_model(untrained(128.0), here / "other")

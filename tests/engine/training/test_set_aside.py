@@ -255,7 +255,7 @@ def test_a_full_disk_ends_it_and_nothing_is_forgotten(
     before = contents(folder)
     monkeypatch.setattr(set_aside.os, "link", refuse(errno.ENOSPC))
     with pytest.raises(
-        Failed, match=r"what came after step 4 cannot be put aside \(.*: No space left on device\): not"
+        Failed, match=r"what came after step 4 cannot be put aside in .* \(.*: No space left on device\): not"
     ):
         run(teacher, folder, from_step=4, max_steps=4)
     assert contents(folder) == before and not (folder / "set-aside").exists()
