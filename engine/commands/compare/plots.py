@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 ON_LIGHT = ("#1f5fa8", "#b8571a", "#2e7d4f", "#8a3fa0", "#8a6d00", "#b3304f", "#1d7f8c", "#5d6872")
 ON_DARK = ("#6fb1f5", "#f0a061", "#7fcf9d", "#cf9fe6", "#e0c75a", "#f28ba2", "#6fd0dc", "#b4bfca")
 LINES = ("-", ":", "-.")
-WIDTH, ROW, LEGEND = 12.0, 2.9, 0.55
+# Inches, and letters of a legend in the whole width.
+WIDTH, ROW, LEGEND, LEGEND_ROW, LETTERS = 12.0, 2.9, 0.55, 0.2, 165
 LOSSES_A_ROW = 3
 # Lines of several groups, where they cross and are pale, have more colours than one curve.
 COLOURS = 200
@@ -91,7 +92,7 @@ def _points(run: ComparedRun, measure: Measure, over: str) -> list[tuple[float, 
 
 def _curves(found: Comparison, rows: Sequence[tuple[ComparableSet, Measure]], theme: Theme) -> Figure:
     styles = _styles(found.groups, theme)
-    figure = file_figure(figsize=(WIDTH, LEGEND + ROW * len(rows)), dpi=DPI, layout="constrained")
+    figure = file_figure(figsize=(WIDTH, _legend_height(found.groups) + ROW * len(rows)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(rows), 3, squeeze=False, sharey="row")
     for line, (one, measure) in zip(panels, rows, strict=True):
         for axes, over in zip(line, ("images", "steps", "time"), strict=True):
@@ -100,7 +101,7 @@ def _curves(found: Comparison, rows: Sequence[tuple[ComparableSet, Measure]], th
         _name_teachers(line[0], one, measure, theme)
         if one.name:
             line[0].set_title(f"set {one.name}", fontsize=10, loc="left")
-    _legend(figure, panels.flat, len(found.groups))
+    _legend(figure, panels.flat)
     return figure
 
 
@@ -117,6 +118,9 @@ def _panel(
             points = _points(run, measure, over)
             if points:
                 _line(axes, points, scale, style, group.label if alone else None, strong=alone or over == "time")
+            if points and run.facts.state == "diverged":
+                end = points[-1]
+                axes.plot([end[0] / scale], [end[1]], color=style.colour, marker="x", markersize=9, markeredgewidth=2)
         mean = [] if alone else _mean([_points(run, measure, over) for run in group.runs])
         if not alone and over != "time" and mean:
             _line(axes, mean, scale, style, f"{group.label}, mean of {len(group.runs)}", strong=True)
@@ -238,17 +242,28 @@ def _horizontal(axes: Axes) -> None:
     axes.set_xlim(left=0)
 
 
-def _legend(figure: Figure, panels: Iterator[Axes] | Sequence[Axes], groups: int) -> None:
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
     """One for all panels, below them; what several of them have is named once."""
     named: dict[str, Artist] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
     if named:
-        columns = max(1, min(len(named), 120 // max(map(len, named))))
+        columns = _legend_columns(list(named))
         figure.legend(
             list(named.values()), list(named), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
         )
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """How many fit beside each other; a line and the space around it are as wide as ten letters."""
+    return max(1, min(len(labels), LETTERS // (max(map(len, labels)) + 10)))
+
+
+def _legend_height(groups: Sequence[Group]) -> float:
+    """Inches, of what names the groups."""
+    labels = [f"{group.label}, mean of {len(group.runs)}" if len(group.runs) > 1 else group.label for group in groups]
+    return LEGEND + LEGEND_ROW * (len(labels) // _legend_columns(labels))
 
 
 def _losses(run: ComparedRun) -> list[str]:
@@ -265,7 +280,7 @@ def _values(run: ComparedRun, name: str) -> tuple[np.ndarray, np.ndarray]:
 def _loss_curves(found: Comparison, names: Sequence[str], theme: Theme) -> Figure:
     styles, rows = _styles(found.groups, theme), -(-len(names) // LOSSES_A_ROW)
     columns = min(len(names), LOSSES_A_ROW)
-    figure = file_figure(figsize=(WIDTH, LEGEND + ROW * rows), dpi=DPI, layout="constrained")
+    figure = file_figure(figsize=(WIDTH, _legend_height(found.groups) + ROW * rows), dpi=DPI, layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, name in zip(panels, names, strict=False):
         all_raw, all_smooth = [], []
@@ -293,5 +308,5 @@ def _loss_curves(found: Comparison, names: Sequence[str], theme: Theme) -> Figur
         _horizontal(axes)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
-    _legend(figure, panels, len(found.groups))
+    _legend(figure, panels)
     return figure

@@ -520,6 +520,11 @@ def test_a_far_teacher_does_not_squeeze_the_curves() -> None:
     assert not plots._is_near(244.0, [5.1, 6.8]) and plots._is_near(5.0, [5.0])
 
 
+def test_a_legend_of_many_groups_has_as_many_rows_as_it_needs() -> None:
+    assert plots._legend_columns(["alpha 0.5"] * 12) == 8 and plots._legend_columns(["a", "b"]) == 2
+    assert plots._legend_columns(["x" * 200, "y"]) == 1
+
+
 def test_points_without_an_evaluation_at_the_end_have_the_tables_line(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "a")
     (run / "evaluations.jsonl").write_text("")
