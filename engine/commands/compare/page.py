@@ -103,8 +103,8 @@ def _texts(found: Comparison, shown: Grids) -> dict[str, str]:
         "and checkpoints included. images/s: of the training, over all processes.",
         "pairs": "Student's t over the pairs; with few pairs its intervals are wide and go by the bell curve."
         + (" Of many comparisons some show a difference by chance." if _many(found) else ""),
-        "curves": "Thin: single runs; strong: the mean of a group, or its only run; dashed: the teacher; a cross: then it "
-        "diverged. Time counts from the first logged step, evaluations and checkpoints included.",
+        "curves": "Thin: single runs; strong: the mean of a group, or its only run; dashed: the teacher; a cross: then "
+        "it diverged. Time counts from the first logged step, evaluations and checkpoints included.",
         "losses": "The mean over a thirtieth of the run.",
         "latents": f"The first {IMAGES} images of each. {latents}{more}",
         "settings": 'A column for each group; only what differs. "not recorded": the run is of a version without this '
