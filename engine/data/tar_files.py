@@ -73,6 +73,11 @@ class TarFiles:
             for shard in found.names:
                 self._read_headers(shard)
                 bar.advance()
+        # 000001.seg.png beside 000001.png is a field of that sample, and no image of the set.
+        samples = {os.path.splitext(name)[0] for name in self._images}
+        for name in [one for one in self._images if _key(one) in samples and _key(one) != os.path.splitext(one)[0]]:
+            del self._images[name]
+            self._fields.append(name)
         self.names = sorted(self._images)
         self.left_out.add("further fields of samples", self._fields)
         self.label_files: list[str] = []
@@ -156,11 +161,10 @@ class TarFiles:
             return None
         labels = []
         for name in self.names:
-            # The key of a sample ends at its first dot: 000001.jpg, and 000001.seg.png beside it.
-            stem = os.path.splitext(name)[0]
-            if stem not in found:
+            own = [found[stem] for stem in (os.path.splitext(name)[0], _key(name)) if stem in found]
+            if not own:
                 raise ValueError(f"{self.where(name)} has no label, others have")
-            labels.append(found[stem])
+            labels.append(own[0])
         return labels
 
     def _label(self, name: str, member: _Member, suffix: str) -> object | None:
@@ -176,3 +180,9 @@ class TarFiles:
         if not isinstance(said, dict):
             return said
         return next((said[key] for key in _KEYS if said.get(key) is not None), None)
+
+
+def _key(name: str) -> str:
+    """What the members of a sample have in common: their name up to the first dot."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]

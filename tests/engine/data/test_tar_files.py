@@ -110,11 +110,13 @@ def test_a_class_for_each_tar_or_for_each_folder_within_one(tmp_path: Path, caps
 
 def test_what_lies_beside_an_image_is_left_out_and_said(tmp_path: Path) -> None:
     members = {"a.png": png(0), "a.cls": b"0", "a.txt": b"a caption", "._a.png": b"x", "b.psd": b"x", "b.cls": b"1"}
+    members |= {"a.mask.png": png(1), "c.left.png": png(2), "c.cls": b"1"}  # a field of a; and the one image of c
     tar(tmp_path / "s.tar", members)
     (tmp_path / "s.parquet").write_bytes(b"what a program says of the tar")
     data = open_dataset(tmp_path)
-    assert len(data) == 1
-    assert "further fields of samples: 1 (s.tar/a.txt); " in data.remarks[0] + "; " and ".psd" in data.remarks[0]
+    assert data.labels.tolist() == [0, 1]
+    said = "further fields of samples: 2 (s.tar/a.txt, s.tar/a.mask.png)"
+    assert said in data.remarks[0] and ".psd" in data.remarks[0]
 
 
 def test_labels_that_are_missing_doubled_or_no_numbers_are_named(tmp_path: Path) -> None:
