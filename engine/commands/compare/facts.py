@@ -281,9 +281,10 @@ def _places(one: ComparableSet) -> tuple[At, ...]:
 
 def _differences(one: ComparableSet) -> Iterator[GroupDifference]:
     repeated = [group for group in one.groups if len(set(group.seeds)) > 1]
-    pairs = list(combinations(repeated, 2))
-    if len(repeated) > MOST_PAIRED:
-        pairs = [(repeated[0], other) for other in repeated[1:]]
+    # Of two runs that are alone the table says it.
+    pairs = [pair for pair in combinations(one.groups, 2) if pair[0] in repeated or pair[1] in repeated]
+    if len(one.groups) > MOST_PAIRED:
+        pairs = [pair for pair in pairs if pair[0] == one.groups[0]]
     for measure in one.measures:
         for at in _places(one):
             for first, second in pairs:
@@ -357,6 +358,10 @@ def _ranking(one: ComparableSet, by: Metric) -> Iterator[str]:
     for found in one.differences:
         if found.measure == measure and found.at == at and {found.one, found.other} == {first, second}:
             yield _said(found, name)
+    seeds = [sorted({str(seed) for seed in group.seeds}) for group in one.groups if group.label in (first, second)]
+    if seeds[0] != seeds[1]:
+        texts = " and ".join(", ".join(found) for found in seeds)
+        yield f"They have other seeds ({texts}), which are a part of the difference between them."
 
 
 def _shown(found: Spread) -> str:

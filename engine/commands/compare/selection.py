@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ipfm.engine.commands.pages.target import has_mark
+from ipfm.engine.training.run_folder import SET_ASIDE
 from ipfm.engine.training.run_state import is_damaged_run, is_run, read_run
 from ipfm.models.store import CONFIG_FILE
 
@@ -42,10 +43,13 @@ def selected(given: Sequence[Path]) -> list[Path]:
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
-    """What each is called: the fewest last parts of the folders' paths that tell all of them apart."""
+    """What each is called: the fewest last parts of the folders' paths that tell all of them apart.
+
+    What a run has put aside is called by the run too.
+    """
     parts = [run.resolve().parts for run in runs]
     for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(one[-depth:]) for one in parts]
+        names = ["/".join(one[-depth - 2 * (one[-2:-1] == (SET_ASIDE,)) :]) for one in parts]
         if len(set(names)) == len(names):
             break
     return names

@@ -175,6 +175,18 @@ def test_seeds_that_contradict_each_other_do_not_tell_groups_apart(tmp_path: Pat
     assert "holds 0: these runs do not tell the two apart" in one.sentences[1]
 
 
+def test_groups_of_other_seeds_are_paired_by_those_that_both_have(tmp_path: Path) -> None:
+    """Two seeds beside one of them: the mean of the two is another seed's merit too."""
+    for seed, value in ((0, 5.0), (1, 4.0)):
+        run_folder(tmp_path / f"a{seed}", {40: value}, seed=seed)
+    run_folder(tmp_path / "b0", {40: 4.75}, alpha=0.5)
+    (one,) = compared(tmp_path).sets
+    ranking, paired, seeds, _ = one.sentences
+    assert "alpha 1 has the smallest mean" in ranking and "4.500 over 2 runs" in ranking
+    assert paired == "They share one seed: there alpha 1 minus alpha 0.5 is 0.2500, which says little."
+    assert seeds.startswith("They have other seeds (0, 1 and 0)")
+
+
 def test_one_run_each_says_little(tmp_path: Path) -> None:
     found = compared(run_folder(tmp_path / "a"), run_folder(tmp_path / "b", {40: 5.4}, alpha=0.5))
     (one,) = found.sets
@@ -348,6 +360,8 @@ def test_a_folder_of_runs_and_an_ablation_stand_for_their_runs(tmp_path: Path) -
     assert [run.name for run in runs] == ["seed2", "seed10"]
     assert selected([tmp_path]) == [*runs, other] and names_of([*runs, other])[-1].endswith("other")
     assert names_of([tmp_path / "x" / "seed0", tmp_path / "y" / "seed0"]) == ["x/seed0", "y/seed0"]
+    aside = tmp_path / "x" / "set-aside" / "step-0000060"
+    assert names_of([tmp_path / "x", aside]) == ["x", "x/set-aside/step-0000060"]
 
 
 @pytest.mark.parametrize(
