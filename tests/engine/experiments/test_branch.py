@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -284,3 +285,31 @@ def test_a_teachers_training_branches(here: Path, capsys) -> None:
     shutil.rmtree("first")
     branch(*words, "--max-steps", 7, main=train_teacher.main)
     assert read_run(Path("new")).steps_done == 7
+
+
+def test_the_scale_of_fp16_losses_goes_on_too(here: Path) -> None:
+    checkpoint = Path("run/checkpoints/step-0000004")
+    scale = {"generator": {"scale": 1024.0}}
+    progress = json.loads((checkpoint / "progress.json").read_text()) | {"loss_scale": scale}
+    (checkpoint / "progress.json").write_text(json.dumps(progress))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["progress.json"] = hashlib.sha256((checkpoint / "progress.json").read_bytes()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    networks = plan("--branch", "run", "--max-steps", 9, "--out", "new").start.networks  # type: ignore[attr-defined]
+    assert (networks["generator"].loss_scale, networks["student"].loss_scale) == (scale["generator"], {})
+
+
+@pytest.mark.distributed
+def test_two_processes_branch_a_run_of_one(here: Path) -> None:
+    words = ["--branch", str(here / "run:2"), "--teacher", str(here / "model"), "--out", str(here / "new")]
+    group = soak.Group([*words, "--lr", "5e-5"], "forked", here / "log", IPFM_TIMEOUT="20")
+    try:
+        assert group.wait(120) == [0, 0], group.output()
+    finally:
+        group.kill()
+    record = read_run(here / "new")
+    assert [line["step"] for line in record.metrics] == [2, 3] and record.starts[0]["processes"] == 2
+    assert group.output().count("with its settings but: lr is 0.0001 there, 5e-05 here") == 1
+    branch("--branch", "run:2", "--lr", "5e-5", out="alone")
+    for line, other in zip(record.metrics, read_run(Path("alone")).metrics, strict=True):
+        assert line["student_loss"] == pytest.approx(other["student_loss"], rel=1e-4)
