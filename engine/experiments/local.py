@@ -18,6 +18,7 @@ from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.evaluation.metrics import Features, Metric, dataset_reference
 from ipfm.engine.evaluation.metrics.features import Classifier
 from ipfm.engine.evaluation.metrics.measures import measures_of
+from ipfm.engine.evaluation.reference_data import ReferenceFile, make_reference
 from ipfm.engine.evaluation.results import EvaluationRow, read_results, results_table
 from ipfm.engine.experiments.branch import branched, check_agreed, described_branch
 from ipfm.engine.experiments.dry_run import describe
@@ -129,7 +130,9 @@ class TrainAndDistilPlan(Plan):
             if world.is_main and "teacher" in self.record and not (path / "teacher").exists():
                 print(f"{path} was distilled from a teacher that is not in it: it is trained again", file=sys.stderr)
             teacher = recipe.teacher(self.teaching, self.network, path / "teacher", world)
-        evaluation = recipe.evaluation(self.options.eval_images, self.options.metrics, features=features, world=world)
+        # Features that were made for it are those of a network, and of many images.
+        sharing = None if features is None else world
+        evaluation = recipe.evaluation(self.options.eval_images, self.options.metrics, features=features, world=sharing)
         with user_input():
             # A folder whose generator came from a teacher that has been trained further since is refused here.
             check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
@@ -327,14 +330,18 @@ class TrainAndDistil(Recipe[O], Generic[O]):
             images: drawn for each distance.
             metrics: what is measured; the base settings' when None.
             features: what images are compared by; the recipe's `features` when None.
-            world: processes that share the data's features out; each computes all of them when None.
+            world: processes that share the data's features out, on their devices; each computes all of them, where
+                the data lie, when None.
         """
         count = self.base.eval_images if images is None else images
         chosen = self.base.metrics if metrics is None else tuple(metrics)
         features = self.features(self.dataset.shape) if features is None else features
-        rank, size = (0, 1) if world is None else (world.rank, world.size)
         single = bool({"kid", "pr"} & set(chosen))
-        reference = dataset_reference(self.dataset, features, keep_features=single, rank=rank, world_size=size)
+        if world is None:
+            reference = dataset_reference(self.dataset, features, keep_features=single)
+        else:
+            file = ReferenceFile(Path(self.dataset.name), None, self.dataset)
+            reference = make_reference(file, features, world, keep_features=single)
         return Evaluation(features, reference, images=count, metrics=chosen, data=self.dataset)
 
     def check_metrics(self, metrics: Sequence[Metric]) -> None:

@@ -237,21 +237,14 @@ def dataset_reference(
     device: torch.device | str | None = None,
     *,
     keep_features: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> Reference:
-    """As `dataset_statistics`, with the features themselves where `keep_features`: 4·N·dim bytes.
-
-    With a `rank` of several the work is shared out, and every rank calls it.
-    """
+    """As `dataset_statistics`, with the features themselves where `keep_features`: 4·N·dim bytes."""
     where = dataset.device if device is None else device
     found = collect(
         lambda i, count: dataset.take(i, count).to(where),
         len(dataset),
         features,
         batch=batch,
-        rank=rank,
-        world_size=world_size,
         keep_features=keep_features,
     )
     return Reference(found.moments.statistics, found.features)
