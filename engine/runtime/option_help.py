@@ -106,8 +106,11 @@ def local_path(text: str) -> Path:
 
 
 def _of_paths(read: Callable[[list[str]], Any], kind: Any) -> Callable[[list[str]], Any]:
-    """`read`, or for a path `local_path`."""
-    return (lambda words: local_path(words[0])) if kind is Path else read
+    """`read`, or for a path, or several, `local_path`."""
+    if kind is Path:
+        return lambda words: local_path(words[0])
+    # What tyro makes of several says nothing of the one that cannot be read.
+    return (lambda words: tuple(map(local_path, words))) if kind == tuple[Path, ...] else read
 
 
 def _read(read: Callable[[list[str]], Any], kind: Any, words: list[str]) -> Any:

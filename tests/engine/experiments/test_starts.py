@@ -37,9 +37,9 @@ SMALL = NetworkConfig(
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    net = of.randomize(EDMPrecond(SMALL), seed=5)
-    save_model(net, tmp_path_factory.mktemp("teacher") / "model", extra={"task": "teacher"})
-    return tmp_path_factory.getbasetemp() / next(tmp_path_factory.getbasetemp().glob("teacher*")).name / "model"
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    save_model(of.randomize(EDMPrecond(SMALL), seed=5), folder, extra={"task": "teacher"})
+    return folder
 
 
 def adam(net: torch.nn.Module, *, steps: int, seed: int, lr: float, eps: float, betas: tuple[float, float]) -> dict:
