@@ -337,12 +337,13 @@ def _what_names(folder: Path) -> str | None:
         return f"it holds the model folder{'s' * (len(models) > 1)} {_some(models)}: give {_one(models)}"
     if files := [name for name in names if name.lower().endswith(_CHECKPOINTS) and (folder / name).is_file()]:
         return f"it holds the checkpoint{'s' * (len(files) > 1)} {_some(files)}: give {_one(files)}"
+    if runs := [name for name in names if run_kind(folder / name) is not None]:
+        return f"it holds the run{'s' * (len(runs) > 1)} {_some(runs)}: give a model in {_one(runs)}"
+    # A run has pictures too, and they may lie beside runs.
     if any(name.lower().endswith(_IMAGES) for name in names):
         return "it holds images"
     if below := next((name for name in names if _holds_images(folder / name)), None):
         return f"it holds folders of images, such as {shown(below)}: a data set"
-    if runs := [name for name in names if run_kind(folder / name) is not None]:
-        return f"it holds the run{'s' * (len(runs) > 1)} {_some(runs)}: give a model in {_one(runs)}"
     return None
 
 

@@ -191,6 +191,9 @@ def test_what_other_folders_hold(tmp_path, model):
     (tmp_path / "a" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     assert refusal(tmp_path / "a").endswith("it is a model of another library ('UNet2DModel')")
     run_folder(tmp_path / "runs" / "first", "distill")
+    # With the pictures that a run leaves, and beside a page's.
+    (tmp_path / "runs" / "first" / "comparison.png").write_bytes(b"x")
+    (tmp_path / "runs" / "curves.png").write_bytes(b"x")
     assert refusal(tmp_path / "runs").endswith("it holds the run 'first': give a model in that")
 
 
