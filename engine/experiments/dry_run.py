@@ -27,6 +27,8 @@ from ipfm.engine.runtime.progress import ProgressBar
 from ipfm.engine.runtime.wording import counted, duration, size, three_digits
 from ipfm.engine.training.disk import missing_room
 from ipfm.engine.training.resolve import resolve_precision
+from ipfm.engine.training.run_folder import SET_ASIDE
+from ipfm.engine.training.set_aside import newest_step
 from ipfm.models import NetworkConfig
 
 # Seconds before the first line of progress, where stderr is a file.
@@ -91,6 +93,7 @@ def describe(
         given = given or config
         parts += [
             *_on_gpus(Run(given, trained), first),
+            *_going_back(config, path),
             *_room(Run(config, trained), path),
             layout_table(given, trained, zero=given.zero, done=progress.advance),
             *notes,
@@ -136,6 +139,7 @@ def describe_training(
         *_memory(plan),
         *expected,
         *on_gpus,
+        *_going_back(config, path),
         *_room(Run(config, network), path),
         *notes,
     ]
@@ -235,6 +239,14 @@ def _on_gpus(run: Run, first: int) -> list[str]:
         f"GPU hours at {SHARE:.0%} of the {peak_in_words(precision, config.tf32)} peak (an assumption): {shown}"
         + (f"; {run.remark}" if run.remark else "")
     ]
+
+
+def _going_back(config: RunConfig, path: Path) -> list[str]:
+    """What --from-step puts aside of the run at `path`."""
+    newest = newest_step(path, "teacher" if isinstance(config, TeacherConfig) else "distill")
+    if config.from_step is None or newest <= config.from_step:
+        return []
+    return [f"steps {config.from_step} to {newest} are put aside first, as a run of their own in {path / SET_ASIDE}"]
 
 
 def _room(run: Run, path: Path) -> list[str]:

@@ -19,6 +19,7 @@ from ipfm.engine.commands.info import Info
 from ipfm.engine.commands.report.facts import facts_of
 from ipfm.engine.commands.report.reproduce import reproduce
 from ipfm.engine.experiments.recipe import Plan
+from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.runtime.commandline import BadInput, parse_given
 from ipfm.engine.training.checkpoint import checkpoints_in
 from ipfm.engine.training.run_folder import release_folder
@@ -297,6 +298,18 @@ def test_the_scale_of_fp16_losses_goes_on_too(here: Path) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     networks = plan("--branch", "run", "--max-steps", 9, "--out", "new").start.networks  # type: ignore[attr-defined]
     assert (networks["generator"].loss_scale, networks["student"].loss_scale) == (scale["generator"], {})
+
+
+def test_a_dry_run_says_what_going_back_puts_aside(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.step_time", lambda *_: StepTime(1.0))
+    monkeypatch.setattr("ipfm.engine.experiments.dry_run.layout_table", lambda *_, **__: "layouts")
+    first("--from-step", "2", "--dry-run")
+    said = "steps 2 to 4 are put aside first, as a run of their own in run/set-aside\n"
+    assert said in capsys.readouterr().out and not Path("run", "set-aside").exists()
+    first("--dry-run")
+    assert "put aside" not in capsys.readouterr().out
 
 
 @pytest.mark.distributed
