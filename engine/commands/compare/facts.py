@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from ipfm.engine.commands.compare.runs import ComparedRun, comparable_sets, incomparable, same_latents, surroundings
-from ipfm.engine.commands.compare.settings import DifferenceRow, Group, differences, grouped, letter
+from ipfm.engine.commands.compare.settings import SEED, DifferenceRow, Group, differences, grouped, letter
 from ipfm.engine.evaluation.metrics.measures import Measure, Metric, measures_of
 from ipfm.engine.experiments.repeats import PairedDifference, Spread, paired_difference, spread
 from ipfm.engine.runtime.json_output import plain
@@ -153,6 +153,7 @@ class Comparison:
         names = ("kind", "state", "steps_done", "total_steps", "batch", "images", "metric", "metrics")
         return {
             "run": run.name,
+            "path": str(run.record.path),
             "group": self.group_of(run),
             "set": ours.name,
             "seed": run.record.config.get("seed"),
@@ -271,7 +272,7 @@ def _numbers(one: ComparableSet) -> Iterator[GroupNumbers]:
     for measure in one.measures:
         for at in _places(one):
             for group in one.groups:
-                found = spread([_values(one, run, measure, at) for run in group.runs])
+                found = spread([_values(one, run, measure, at) for run in group.repeats])
                 yield GroupNumbers(group.label, measure, at, found)
 
 
@@ -296,8 +297,8 @@ def _differences(one: ComparableSet) -> Iterator[GroupDifference]:
 def _by_seed(one: ComparableSet, group: Group, measure: Measure, at: At) -> dict[int, float]:
     """Seed -> value; of several runs of one seed their mean."""
     found: dict[int, list[float]] = {}
-    for run, seed in zip(group.runs, group.seeds, strict=True):
-        if isinstance(seed, int):
+    for run in group.repeats:
+        if isinstance(seed := run.record.config.get(SEED), int):
             found.setdefault(seed, []).append(_values(one, run, measure, at))
     return {seed: spread(values).mean for seed, values in found.items()}
 
@@ -397,17 +398,25 @@ def _remarks(runs: Sequence[ComparedRun], groups: Sequence[Group], sets: Sequenc
     for run in runs:
         yield from _of_run(run)
     for one, other in combinations(runs, 2):
-        if one.points and one.points == other.points and _seed(one) == _seed(other):
+        if one.is_copy_of(other):
             yield (
                 f"{one.name} and {other.name} have the same seed and the very same numbers: they may be copies of one "
-                "run."
+                "run, and count once in a group."
             )
     for group in groups:
         yield from _of_group(group)
-    lengths = {run.facts.total_steps for run in runs if run.facts.total_steps is not None}
+    for together in sets:
+        yield from _lengths(together)
+
+
+def _lengths(one: ComparableSet) -> Iterator[str]:
+    """That some runs of a set are longer than others, where their numbers after as many images are known."""
+    lengths = sorted({run.facts.total_steps for run in one.runs if run.facts.total_steps is not None})
     if len(lengths) > 1:
-        steps = ", ".join(f"{n:,}" for n in sorted(lengths))
-        yield f"The runs have different lengths ({steps} steps): see the numbers at equal images."
+        whose = f"The runs of set {one.name}" if one.name else "The runs"
+        steps = ", ".join(f"{n:,}" for n in lengths)
+        there = ": see the numbers at equal images" if one.common.points else ""
+        yield f"{whose} have different lengths ({steps} steps){there}."
 
 
 def _why(sets: Sequence[ComparableSet]) -> Iterator[str]:
@@ -469,7 +478,3 @@ def _of_group(group: Group) -> Iterator[str]:
     if len(places) > 1:
         counts = ", ".join(sorted(filter(None, places)))
         yield f"Runs of {group.label} were made by different numbers of processes ({counts}), which moves results too."
-
-
-def _seed(run: ComparedRun) -> object:
-    return run.record.config.get("seed")

@@ -101,8 +101,8 @@ def _texts(found: Comparison, shown: Grids) -> dict[str, str]:
     return {
         "results": "steps: of the optimiser. NFE: network evaluations an image. time: of the training, evaluations "
         "and checkpoints included. images/s: of the training, over all processes.",
-        "pairs": "Student's t over the pairs; with few pairs its intervals are wide and go by the bell curve."
-        + (" Of many comparisons some show a difference by chance." if _many(found) else ""),
+        "pairs": "Student's t over the pairs; its intervals take the differences for normally distributed, and of few "
+        "pairs they are wide." + (" Of many comparisons some show a difference by chance." if _many(found) else ""),
         "curves": "Thin: single runs; strong: the mean of a group, or its only run; dashed: the teacher; a cross: then "
         "it diverged. Time counts from the first logged step, evaluations and checkpoints included.",
         "losses": "The mean over a thirtieth of the run.",

@@ -113,7 +113,7 @@ def _panel(
     scale, label = _unit(max(every, default=0.0), over)
     for group in one.groups:
         style = styles[group.label]
-        alone = len(group.runs) == 1
+        alone = len(group.repeats) == 1
         for run in group.runs:
             points = _points(run, measure, over)
             if points:
@@ -121,9 +121,9 @@ def _panel(
             if points and run.facts.state == "diverged":
                 end = points[-1]
                 axes.plot([end[0] / scale], [end[1]], color=style.colour, marker="x", markersize=9, markeredgewidth=2)
-        mean = [] if alone else _mean([_points(run, measure, over) for run in group.runs])
+        mean = [] if alone else _mean([_points(run, measure, over) for run in group.repeats])
         if not alone and over != "time" and mean:
-            _line(axes, mean, scale, style, f"{group.label}, mean of {len(group.runs)}", strong=True)
+            _line(axes, mean, scale, style, f"{group.label}, mean of {len(group.repeats)}", strong=True)
     for value in _teachers(one, measure):
         axes.axhline(value, color=theme.faint, linestyle="--", linewidth=1.2, label="teacher")
     if not every:
@@ -262,7 +262,8 @@ def _legend_columns(labels: Sequence[str]) -> int:
 
 def _legend_height(groups: Sequence[Group]) -> float:
     """Inches, of what names the groups."""
-    labels = [f"{group.label}, mean of {len(group.runs)}" if len(group.runs) > 1 else group.label for group in groups]
+    counts = [len(group.repeats) for group in groups]
+    labels = [f"{group.label}, mean of {n}" if n > 1 else group.label for group, n in zip(groups, counts, strict=True)]
     return LEGEND + LEGEND_ROW * (len(labels) // _legend_columns(labels))
 
 
@@ -283,22 +284,22 @@ def _loss_curves(found: Comparison, names: Sequence[str], theme: Theme) -> Figur
     figure = file_figure(figsize=(WIDTH, _legend_height(found.groups) + ROW * rows), dpi=DPI, layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, name in zip(panels, names, strict=False):
-        all_raw, all_smooth = [], []
+        drawn = []
         for group in found.groups:
             for at, run in enumerate(group.runs):
                 if name not in _losses(run):
                     continue
                 steps, raw = _values(run, name)
                 curve = smooth(steps, raw)
-                all_raw.append(raw)
-                all_smooth.append(curve.values)
+                drawn.append(curve.values)
                 style = styles[group.label]
                 label = group.label if at == 0 else None
                 axes.plot(
                     curve.steps, curve.values, color=style.colour, linestyle=style.line, linewidth=1.2, alpha=0.8,
                     label=label,
                 )  # fmt: skip
-        if ends := limits(np.concatenate(all_smooth), np.concatenate(all_smooth)):
+        every = np.concatenate(drawn)
+        if ends := limits(every, every):
             axes.set_ylim(*ends)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("steps")

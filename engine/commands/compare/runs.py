@@ -67,6 +67,11 @@ class ComparedRun:
         """The best evaluation by this metric; None where none has a number of it."""
         return best_of(self.facts.evaluations or self.points, metric)
 
+    def is_copy_of(self, other: ComparedRun) -> bool:
+        """Whether both have the same seed and the very same numbers, as a run and what it has put aside."""
+        seeds = (run.record.config.get("seed") for run in (self, other))
+        return bool(self.points) and self.points == other.points and len(set(seeds)) == 1
+
     def images(self, step: int) -> int | None:
         """Images that the network was trained on after `step` steps."""
         return None if self.facts.batch is None else step * self.facts.batch

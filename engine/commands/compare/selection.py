@@ -9,6 +9,7 @@ from pathlib import Path
 from ipfm.engine.commands.pages.target import has_mark
 from ipfm.engine.training.run_folder import SET_ASIDE
 from ipfm.engine.training.run_state import is_damaged_run, is_run, read_run
+from ipfm.engine.training.set_aside import read_set_aside
 from ipfm.models.store import CONFIG_FILE
 
 ABLATION = "ablation.json"
@@ -36,8 +37,10 @@ def selected(given: Sequence[Path]) -> list[Path]:
     if not found:
         raise ValueError("give two or more run folders, or a folder of runs")
     if len(found) == 1:
+        aside = read_set_aside(found[0])
+        more = f", such as {aside[-1].path}, which it put aside" if aside else ""
         raise ValueError(
-            f"{found[0]} is one run: give two or more to compare, or use `ipfm report` for a page about it"
+            f"{found[0]} is one run: give two or more to compare{more}, or use `ipfm report` for a page about it"
         )
     return found
 

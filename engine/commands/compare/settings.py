@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 from ipfm.engine.commands.compare.runs import ComparedRun, surroundings
@@ -47,6 +47,15 @@ class Group:
         """The seeds in the order of the runs; "?" where one is not recorded."""
         return tuple(run.record.config.get(SEED, "?") for run in self.runs)
 
+    @property
+    def repeats(self) -> list[ComparedRun]:
+        """The runs without copies of earlier ones, which would count one number twice."""
+        found: list[ComparedRun] = []
+        for run in self.runs:
+            if not any(run.is_copy_of(other) for other in found):
+                found.append(run)
+        return found
+
 
 @dataclass(frozen=True)
 class DifferenceRow:
@@ -55,12 +64,17 @@ class DifferenceRow:
     Attributes:
         kind: one of `KINDS`.
         name: as the option is typed.
-        values: a text for each group, in order.
+        of_runs: for each group, in order, a text for each of its runs.
     """
 
     kind: str
     name: str
-    values: tuple[str, ...]
+    of_runs: tuple[tuple[str, ...], ...]
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """A text for each group, in order: what its runs have, each once."""
+        return tuple(", ".join(dict.fromkeys(texts)) for texts in self.of_runs)
 
 
 def grouped(runs: Sequence[ComparedRun]) -> list[Group]:
@@ -76,16 +90,29 @@ def differences(groups: Sequence[Group]) -> list[DifferenceRow]:
     """What differs, between the groups or within one: first what the run is, last the surroundings."""
     rows = []
     for kind, name in _names(groups):
-        values = [dict.fromkeys(_value(run, kind, name) for run in group.runs) for group in groups]
-        if len({tuple(found) for found in values}) > 1 or any(len(found) > 1 for found in values):
+        of_runs = tuple(tuple(_value(run, kind, name) for run in group.runs) for group in groups)
+        if len(set(chain.from_iterable(of_runs))) > 1 and not _is_left_alone(groups, name, of_runs):
             shown = name if kind == SURROUNDINGS else FACTS.get(name, name.replace("_", "-"))
-            rows.append(DifferenceRow(kind, shown, tuple(", ".join(found) for found in values)))
+            rows.append(DifferenceRow(kind, shown, of_runs))
     return rows
+
+
+def _is_left_alone(groups: Sequence[Group], name: str, of_runs: Sequence[Sequence[str]]) -> bool:
+    """Whether some kinds of these runs have no such setting, and the others have it at its default: no difference."""
+    texts = list(chain.from_iterable(of_runs))
+    if NO_SUCH not in texts:
+        return False
+    having = ((run, text) for run, text in zip(_runs(groups), texts, strict=True) if text != NO_SUCH)
+    return all(name in (own := _defaults(run)) and text == shown_setting(own[name]) for run, text in having)
+
+
+def _runs(groups: Sequence[Group]) -> list[ComparedRun]:
+    return [run for group in groups for run in group.runs]
 
 
 def _names(groups: Sequence[Group]) -> Iterator[tuple[str, str]]:
     """(kind, name) of all that can differ, by kind; each once."""
-    runs = [run for group in groups for run in group.runs]
+    runs = _runs(groups)
     found: dict[tuple[str, str], None] = {(IDENTITY, "kind"): None, (IDENTITY, "objective"): None}
     found |= {(IDENTITY, name): None for run in runs for name in FACTS if name in run.record.identity}
     for run in runs:

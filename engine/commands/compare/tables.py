@@ -189,7 +189,7 @@ def _run_rows(found: Comparison) -> Iterator[list[object]]:
         "evaluated_images", "best_step", "equal_images", *names, "images_per_second", "seconds", "processes", "device",
         "precision", *(f"setting {row.name}" for row in settings),
     ]  # fmt: skip
-    labels = [group.label for group in found.groups]
+    places = {run.name: (i, j) for i, group in enumerate(found.groups) for j, run in enumerate(group.runs)}
     for run in found.runs:
         one = found.set_of(run)
         best, at, facts, made = one.best(run), one.common.points.get(run.name), run.facts, surroundings(run)
@@ -198,14 +198,14 @@ def _run_rows(found: Comparison) -> Iterator[list[object]]:
             for m in measures
             for value in (_csv(run.last, m), _csv(best, m), _csv(at, m), _number(run.teacher_values.get(m.key)))
         ]
-        column = labels.index(found.group_of(run))
+        group, member = places[run.name]
         yield [
             *_begin(found, run), facts.state, facts.kind, facts.steps_done, _empty(facts.total_steps),
             _empty(facts.batch), _empty(facts.images), _empty(run.nfe), facts.metric,
             _empty(run.points[-1].images if run.points else None), _empty(best and best.step),
             _empty(at and run.images(at.step)), *cells, _number(facts.images_per_second),
             _number(facts.logged_seconds), made.get("processes", ""), made.get("device of a process", ""),
-            _empty(run.record.config.get("precision")), *(row.values[column] for row in settings),
+            _empty(run.record.config.get("precision")), *(row.of_runs[group][member] for row in settings),
         ]  # fmt: skip
 
 

@@ -245,7 +245,10 @@ def test_repeats_of_one_seed_count_by_their_mean_and_copies_are_named(tmp_path: 
     run_folder(tmp_path / "b0", {40: 4.0}, alpha=0.5)
     run_folder(tmp_path / "b1", {40: 5.5}, alpha=0.5, seed=1)
     found = compared(tmp_path)
-    assert "a0 and copy have the same seed and the very same numbers: they may be copies of one run." in found.remarks
+    said = "a0 and copy have the same seed and the very same numbers: they may be copies of one run, and count once in"
+    assert f"{said} a group." in found.remarks
+    (spread,) = [n.spread for n in found.sets[0].numbers if n.at == "best" and n.group == "alpha 1"]
+    assert (spread.n, spread.mean) == (2, 5.5)
     assert any("share a seed" in remark for remark in found.remarks)
     paired = found.sets[0].differences[0].found
     assert paired.pairs == 2 and paired.mean == pytest.approx((1.0 + 0.5) / 2)
@@ -521,6 +524,44 @@ def test_different_numbers_of_processes_within_a_group_are_said(tmp_path: Path) 
     assert found.remarks == (
         "Runs of group A were made by different numbers of processes (1, 2), which moves results too.",
     )
+
+
+def test_a_line_of_the_table_has_the_settings_of_its_own_run(tmp_path: Path) -> None:
+    for seed in range(2):
+        run_folder(tmp_path / f"s{seed}", seed=seed, micro_batch=4 * (seed + 1))
+    ipfm("compare", tmp_path, "--csv", tmp_path / "runs.csv", "--out", tmp_path / "page.md")
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert [(row["run"], row["group"], row["setting micro-batch"]) for row in rows] == [
+        ("s0", "group A", "4"),
+        ("s1", "group A", "8"),
+    ]
+
+
+def test_settings_that_another_kind_of_run_lacks_differ_where_they_are_no_default(tmp_path: Path) -> None:
+    pid = FIXTURE / "pid"
+    rows = {row.name for row in compared(FIXTURE / "ipfm", pid).differences}
+    assert {"objective", "sigmas", "points"} <= rows and not rows & {"alpha", "student-lr", "student-init", "beta1"}
+    rows = {row.name for row in compared(run_folder(tmp_path / "half", alpha=0.5), pid).differences}
+    assert "alpha" in rows
+
+
+def test_lengths_differ_among_runs_whose_numbers_compare(tmp_path: Path) -> None:
+    runs = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b", alpha=0.5)]
+    other = run_folder(tmp_path / "c", {10: 7.0}, images=128, max_steps=10)
+    assert not any("different lengths" in remark for remark in compared(*runs, other).remarks)
+    longer = run_folder(tmp_path / "d", {**VALUES, 50: 4.0}, max_steps=50, alpha=0.5)
+    assert (
+        "The runs of set A have different lengths (40, 50 steps): see the numbers at equal images."
+        in compared(*runs, other, longer).remarks
+    )
+
+
+def test_of_one_run_what_it_has_put_aside_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_folder(tmp_path / "a")
+    run_folder(run / "set-aside" / "step-0000040")
+    said = refused(capsys, "compare", run)
+    assert f"such as {run}/set-aside/step-0000040, which it put aside, or use `ipfm report`" in said
+    assert len(compared(run, run / "set-aside" / "step-0000040").runs) == 2
 
 
 def test_time_counts_the_parts_of_a_run_and_not_what_lies_between() -> None:
