@@ -90,8 +90,13 @@ class OwnDistilRecipe(DistilRecipe):
             about: what --help says first; ``__doc__`` of the file.
 
         Raises:
-            ValueError: a setting is called like an option of recipes.
+            ValueError: the class is no dataclass with a kind of its own, or a setting is called like an option of
+                recipes.
         """
+        if "__dataclass_fields__" not in vars(settings):
+            raise ValueError(f"{settings.__name__} needs @dataclass(frozen=True, kw_only=True) above it")
+        if "kind" not in vars(settings):
+            raise ValueError(f'{settings.__name__} has no kind of its own: a line kind: ClassVar[str] = "mine"')
         outside = [kind for kind in settings.__mro__ if not kind.__module__.startswith(("ipfm.", "builtins"))]
         declared = {name for kind in outside for name in vars(kind).get("__annotations__", {})}
         # One length, in steps or in images.

@@ -7,6 +7,7 @@ itself.
 
 from __future__ import annotations
 
+import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -164,6 +165,33 @@ class Objective(Protocol):
     def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
         """Images first..first + count - 1 of `seed` from the result, (count, C, H, W) in [-1, 1]."""
         ...
+
+
+def check_objective_says(objective: Objective) -> None:
+    """Check that what an objective says of its result can be kept and drawn from, before anything is trained for it.
+
+    Args:
+        objective: the objective.
+
+    Raises:
+        ValueError: something is missing, or cannot be; one line.
+    """
+    whose = type(objective).__name__
+    parts = ("title", "summary", "roles", "generator", "nfe", "facts", "steps", "forwards", "sample")
+    if missing := [part for part in parts if not hasattr(objective, part)]:
+        raise ValueError(f"{whose} has no {', '.join(missing)}")
+    averaged = {role.name: role.averaged for role in objective.roles}
+    if objective.generator not in averaged:
+        raise ValueError(f"generator is {objective.generator!r}, which is none of its roles: {', '.join(averaged)}")
+    if not averaged[objective.generator]:
+        raise ValueError(f"the role {objective.generator} is the result, and must have averaged=True")
+    facts = objective.facts
+    try:
+        json.dumps(facts)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"facts must be plain JSON values: {error}") from None
+    if not facts.get("sigmas") and facts.get("parametrisation") != "trajectory":
+        raise ValueError('facts must say how the result is drawn from: {"sigmas": [...]}, or the ends of a trajectory')
 
 
 _registered: dict[str, type[Distillation]] = {}

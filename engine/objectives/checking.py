@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ipfm.engine.distributed.world import World
-from ipfm.engine.objectives.base import Distillation, StepContext
+from ipfm.engine.objectives.base import Distillation, StepContext, check_objective_says
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
 from ipfm.models import Precond, build_network
 
@@ -187,19 +186,9 @@ def _check_without_values(config: Distillation, teacher: Precond) -> None:
 
 
 def _check_result(trial: _Trial) -> None:
-    objective, result = trial.objective, trial.objective.generator
-    if result not in trial.networks:
-        raise ValueError(f"generator is {result!r}, which is none of its roles: {', '.join(trial.networks)}")
-    if not next(role for role in objective.roles if role.name == result).averaged:
-        raise ValueError(f"the role {result} is the result, and must have averaged=True")
-    facts = objective.facts
-    try:
-        json.dumps(facts)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"facts must be plain JSON values: {error}") from None
-    if not facts.get("sigmas") and facts.get("parametrisation") != "trajectory":
-        raise ValueError('facts must say how the result is drawn from: {"sigmas": [...]}, or the ends of a trajectory')
-    module = trial.networks[result].module.eval()
+    objective = trial.objective
+    check_objective_says(objective)
+    module = trial.networks[objective.generator].module.eval()
     with torch.no_grad():
         images = objective.sample(module, 0, 2, seed=0)
     wanted = (2, *module.config.image_shape)

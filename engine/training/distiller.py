@@ -29,7 +29,7 @@ from ipfm.engine.evaluation.results import (
     write_results,
 )
 from ipfm.engine.memory import MemoryPlan, device_budget, plan_layout
-from ipfm.engine.objectives.base import Distillation, Role, StepContext
+from ipfm.engine.objectives.base import Distillation, Role, StepContext, check_objective_says
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
 from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.engine.runtime.errors import Interrupted, described
@@ -99,6 +99,7 @@ class Distiller(TrainingRun[Distillation]):
         self.network, self.dataset = teacher.config, dataset
         self._as_trained = trained_config(self.network, config.dropout)
         self.objective = settings.config.objective(self._as_trained)
+        check_objective_says(self.objective)
         self.rows: list[EvaluationRow] = []
         super().__init__(settings, world, title=self.objective.title, evaluation=evaluation)
         # The caller's teacher, where it lies on this device, is the caller's to release.

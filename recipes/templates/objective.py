@@ -124,9 +124,8 @@ class ExampleSteps:
         error = (y - target).detach()
         loss = error.square().sum((1, 2, 3))
         valid = finite & torch.isfinite(loss)
-        gradient = (2 * error).masked_fill(
-            per_sample(~valid, error), 0.0
-        )  # of the loss by y, 0 where it does not count
+        # Of the loss by y, and 0 where it does not count.
+        gradient = (2 * error).masked_fill(per_sample(~valid, error), 0.0)
         self.generator.backward(along(y, gradient / self.local_batch))
         return loss.masked_fill(~valid, 0.0), valid
 

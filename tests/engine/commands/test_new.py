@@ -239,6 +239,12 @@ def test_with_the_file_the_commands_know_more(without: Mapping[str, str], named:
 
 # -- files that cannot be used -----------------------------------------------------------------------------------------
 
+WEIGHTING = (
+    "from dataclasses import dataclass\nfrom ipfm.engine import DistillConfig\n"
+    "from ipfm.recipes import distill_ipfm\n\n\n"
+    "@dataclass(frozen=True, kw_only=True)\nclass A(DistillConfig):\n    power: float = 1.0\n\n\n"
+    "RECIPE = distill_ipfm.RECIPE.by(A, __file__, __doc__)\n"
+)
 BROKEN = {
     "missing.py": (None, r"IPFM_OBJECTIVES names missing\.py, which does not exist \(looked for in .*\)"),
     "folder": ("", r"IPFM_OBJECTIVES names folder, which is a folder: name the file in it"),
@@ -280,6 +286,14 @@ BROKEN = {
         "from ipfm.engine.objectives import ObjectiveStream\n\n\n"
         'class A:\n    kind = "a"\n\n\nclass S(ObjectiveStream):\n    LATENT = 22\n',
         r"streams\.py, line 8: the random streams \[22\] of streams\.S belong to .*\.PidStream: take numbers .*",
+    ),
+    "undecorated.py": (
+        WEIGHTING.replace("@dataclass(frozen=True, kw_only=True)\n", "").replace("power", 'kind = "a"\n    power'),
+        r"undecorated\.py, line 11: A needs @dataclass\(frozen=True, kw_only=True\) above it",
+    ),
+    "kindless.py": (
+        WEIGHTING + '\n\nclass B:\n    kind = "b"\n',
+        r'kindless\.py, line 11: A has no kind of its own: a line kind: ClassVar\[str\] = "mine"',
     ),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import regression
 import torch
 from torch import Tensor
 
-from ipfm.engine import DistillConfig, PidConfig
+from ipfm.engine import DistillConfig, Distiller, PidConfig
 from ipfm.engine.objectives import Distillation, Role, StepContext, check_objective
+from ipfm.engine.objectives.base import check_objective_says
 from ipfm.models import EDMPrecond, NetworkConfig, Precond
 
 
@@ -99,6 +101,28 @@ def test_what_does_not_hold_is_said(defects: dict[str, Any], said: str, teacher:
     defects = {"change": lambda x, call: torch.zeros(()), **defects}
     with pytest.raises(ValueError, match=said):
         check_objective(wrong(**defects)(batch=4, D=16.0), teacher)
+
+
+@pytest.mark.parametrize(
+    ("defects", "said"),
+    [
+        ({"facts": {}}, "facts must say how the result is drawn from: "),
+        ({"generator": "other"}, "generator is 'other', which is none of its roles: pupil"),
+        ({"roles": lambda made: (replace(made.roles[0], averaged=False),)}, "and must have averaged=True"),
+    ],
+)  # fmt: skip
+def test_nothing_is_trained_whose_result_could_not_be_drawn_from(
+    defects: dict[str, Any], said: str, teacher: Precond
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        Distiller(wrong(**defects)(batch=4, max_steps=1, D=16.0), teacher)
+
+
+def test_what_an_objective_lacks_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^SimpleNamespace has no facts, sample$"):
+        check_objective_says(
+            SimpleNamespace(title="", summary="", roles=(), generator="", nfe=1, steps=None, forwards=None)  # type: ignore[arg-type]
+        )
 
 
 def test_the_batch_is_even(teacher: Precond) -> None:
