@@ -108,7 +108,8 @@ def _texts(found: Comparison, shown: Grids) -> dict[str, str]:
         "losses": "The mean over a thirtieth of the run.",
         "latents": f"The first {IMAGES} images of each. {latents}{more}",
         "settings": 'A column for each group; only what differs. "not recorded": the run is of a version without this '
-        'setting, or its record is damaged; "-": there is none in such a run.',
+        'setting, or its record is damaged; "-": there is none in such a run; left out where all '
+        "others have its default.",
     }
 
 

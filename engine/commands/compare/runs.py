@@ -69,8 +69,11 @@ class ComparedRun:
 
     def is_copy_of(self, other: ComparedRun) -> bool:
         """Whether both have the same seed and the very same numbers, as a run and what it has put aside."""
-        seeds = (run.record.config.get("seed") for run in (self, other))
-        return bool(self.points) and self.points == other.points and len(set(seeds)) == 1
+        mine, theirs = (
+            (run.record.config.get("seed"), [(point.step, point.images, point.values) for point in run.points])
+            for run in (self, other)
+        )
+        return bool(self.points) and mine == theirs
 
     def images(self, step: int) -> int | None:
         """Images that the network was trained on after `step` steps."""

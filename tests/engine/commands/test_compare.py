@@ -240,7 +240,9 @@ def test_runs_that_were_never_measured_after_as_many_images_are_compared_by_thei
 
 def test_repeats_of_one_seed_count_by_their_mean_and_copies_are_named(tmp_path: Path) -> None:
     first = run_folder(tmp_path / "a0", {40: 5.0})
-    shutil.copytree(first, tmp_path / "copy")
+    # Made again, which takes another time.
+    again = shutil.copytree(first, tmp_path / "copy") / "evaluations.jsonl"
+    again.write_text(again.read_text().replace('"seconds": 0.1', '"seconds": 0.2'))
     run_folder(tmp_path / "a1", {40: 6.0}, seed=1)
     run_folder(tmp_path / "b0", {40: 4.0}, alpha=0.5)
     run_folder(tmp_path / "b1", {40: 5.5}, alpha=0.5, seed=1)
