@@ -191,8 +191,10 @@ def _check_kind(run: Path, record: Mapping[str, Any], kind: type[RunConfig]) -> 
         ValueError: it is not.
     """
     if (record["kind"] == "teacher") != (kind is TeacherConfig):
-        what = "the training of a teacher" if record["kind"] == "teacher" else "a distillation"
-        raise ValueError(f"{run} is {what}, which this recipe does not make: one that does branches it")
+        what, whose = "a distillation", "one of its objective, such as digits_ipfm.py or distill_pid.py,"
+        if record["kind"] == "teacher":
+            what, whose = "the training of a teacher", "one that trains teachers alone, such as train_teacher.py,"
+        raise ValueError(f"{run} is {what}, which this recipe does not make: {whose} branches it")
     if not issubclass(kind, Distillation):
         return
     there = OBJECTIVES.of(record.get("objective"), record["config"])

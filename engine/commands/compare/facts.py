@@ -315,7 +315,7 @@ def _sentences(one: ComparableSet) -> Iterator[str]:
             f"Best evaluations are chosen by {one.chosen_by()}, from the numbers that they are then given with: a new "
             "measurement of the same network is rather worse."
         )
-    if len(one.runs) > 1 and all(len(set(group.seeds)) == 1 for group in one.groups):
+    if sum(bool(run.points) for run in one.runs) > 1 and all(len(set(group.seeds)) == 1 for group in one.groups):
         yield ALONE
 
 

@@ -547,6 +547,13 @@ def test_settings_that_another_kind_of_run_lacks_differ_where_they_are_no_defaul
     assert "alpha" in rows
 
 
+def test_of_runs_without_a_number_nothing_is_said_about_chance(tmp_path: Path) -> None:
+    found = compared(
+        run_folder(tmp_path / "a", {}, finished=False), run_folder(tmp_path / "b", {}, finished=False, lr=1)
+    )
+    assert found.sentences == [] and "a was never measured." in found.remarks
+
+
 def test_lengths_differ_among_runs_whose_numbers_compare(tmp_path: Path) -> None:
     runs = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b", alpha=0.5)]
     other = run_folder(tmp_path / "c", {10: 7.0}, images=128, max_steps=10)
