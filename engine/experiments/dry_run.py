@@ -24,7 +24,7 @@ from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.runtime.progress import ProgressBar
-from ipfm.engine.runtime.wording import counted, duration, size, three_digits
+from ipfm.engine.runtime.wording import at_least_thousandths, counted, duration, size, three_digits
 from ipfm.engine.training.disk import missing_room
 from ipfm.engine.training.resolve import resolve_precision
 from ipfm.engine.training.run_folder import SET_ASIDE
@@ -233,7 +233,7 @@ def _on_gpus(run: Run, first: int) -> list[str]:
     precision = gpu_precision(config)
     steps = config.total_steps - first
     hours = gpu_seconds(flops * steps, precision, config.tf32)
-    shown = ", ".join(f"{name} {three_digits(seconds / 3600)}" for name, seconds in hours.items())
+    shown = ", ".join(f"{name} {at_least_thousandths(seconds / 3600)}" for name, seconds in hours.items())
     return [
         f"arithmetic: {flops_in_words(flops)} a step, {flops_in_words(flops * steps)} in all; "
         f"GPU hours at {SHARE:.0%} of the {peak_in_words(precision, config.tf32)} peak (an assumption): {shown}"

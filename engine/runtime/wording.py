@@ -51,6 +51,11 @@ def three_digits(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
 
 
+def at_least_thousandths(value: float) -> str:
+    """As `three_digits`, of a time or a price: "13.2", and "<0.001" for what is less."""
+    return "<0.001" if 0 < value < 0.001 else three_digits(value)
+
+
 def significant(value: float) -> str:
     """Four significant digits, without an exponent for the sizes that occur: 0.01235, 3.314, 1234, 25310."""
     if not math.isfinite(value) or value == 0:

@@ -19,7 +19,7 @@ from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.json_output import plain
 from ipfm.engine.runtime.progress import ProgressBar
-from ipfm.engine.runtime.wording import counted, size, three_digits
+from ipfm.engine.runtime.wording import at_least_thousandths, counted, size, three_digits
 from ipfm.models import NetworkConfig
 
 COUNTS = (1, 2, 4, 8)
@@ -96,13 +96,30 @@ class RentTable:
             "disk": plain(run.disk) | {"total": run.disk.total},
             "evaluation": self._evaluation(),
             "teacher_training": self._teaching(),
+            "cheapest": None if (row := self._cheapest) is None else {"gpu": row.gpu.name, "gpus": row.fit.ranks},
             "rows": [self._row_facts(row) for row in self.rows],
         }
 
     def text(self) -> str:
         """For people: what is planned, the table, and its legend."""
         table = [self._head(), *map(self._row, self.rows)]
-        return "\n".join([*self._title(), "", *table, "", *self._legend()])
+        return "\n".join([*self._title(), "", *table, *self._cheapest_in_words(), "", *self._legend()])
+
+    @property
+    def _cheapest(self) -> GpuCost | None:
+        """The row of the lowest price, of several that of the fewest GPUs; None where no price is known."""
+        priced = [row for row in self.rows if row.price is not None]
+        return min(priced, key=lambda row: (float(f"{row.price:.3g}"), row.fit.ranks), default=None)
+
+    def _cheapest_in_words(self) -> list[str]:
+        if (row := self._cheapest) is None:
+            return []
+        hours = at_least_thousandths(row.wall_seconds / 3600)
+        return [
+            "",
+            f"cheapest at these prices: {row.fit.ranks} x {row.gpu.name}, {at_least_thousandths(row.price or 0)} for "
+            f"{hours} hours; more GPUs add communication, which is left out",
+        ]
 
     def _peak(self, gpu: Gpu) -> float:
         return gpu.peak(self.run.config.decided_precision, self.run.config.tf32)
@@ -222,12 +239,13 @@ class RentTable:
             return f"{start:<12} not possible: {row.fit.reason}"
         plan, parts = layout.plan, row.parts
         form = f"{plan.backward or '-'}{'+ck' * plan.activation_checkpointing}"
-        price = f"{'-' if row.price is None else three_digits(row.price):>8} " if self.prices else ""
+        price = f"{'-' if row.price is None else at_least_thousandths(row.price):>8} " if self.prices else ""
         numbers = (parts.teacher, parts.weights, parts.gradients, parts.moments, parts.ema, parts.activations)
         shown = " ".join(f"{_gigabytes(value):>5}" for value in numbers)
+        hours, gpu_hours = (at_least_thousandths(seconds / 3600) for seconds in (row.wall_seconds, row.gpu_seconds))
         return (
             f"{start:<12} {f'{plan.micro_batch} x {layout.accumulation}':>11} {form:<9} {plan.parts.stage:>4} "
-            f"{three_digits(row.wall_seconds / 3600):>8} {three_digits(row.gpu_seconds / 3600):>8} {price}{shown} "
+            f"{hours:>8} {gpu_hours:>8} {price}{shown} "
             f"{_gigabytes(parts.peak):>5} {_gigabytes(row.host.total):>5} {_gigabytes(self.run.disk.total):>5}"
         )
 
@@ -285,7 +303,7 @@ def _plain(name: str) -> str:
 
 
 def _shown(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{name} {three_digits(value / 3600)}" for name, value in seconds.items())
+    return ", ".join(f"{name} {at_least_thousandths(value / 3600)}" for name, value in seconds.items())
 
 
 def _gigabytes(count: int) -> str:

@@ -102,6 +102,11 @@ def test_the_table_fits_a_terminal_and_has_a_row_for_each(capsys: pytest.Capture
     assert "its teacher is trained before, 900 steps of 128 images" in text
     assert "evaluation: 2,000 images of the teacher, 35 passes an image, and 6 times the generator, 1" in text
     assert "300 steps, 19.2 kimg, of digits_ipfm.py" in text and "30% of" not in text
+    assert "e-0" not in text and rows[0].split()[9:12] == ["<0.001", "<0.001", "-"]
+    # The H100 has 3.17 times the speed for 1.33 times the price.
+    assert any(
+        line.startswith("cheapest at these prices: 1 x H100, <0.001 for <0.001 hours; more GPUs") for line in lines
+    )
 
 
 def test_prices_share_and_length_are_those_that_were_given(planned: Any) -> None:
@@ -117,6 +122,8 @@ def test_prices_share_and_length_are_those_that_were_given(planned: Any) -> None
         cost = rows_of(found, name)[1]
         assert cost["price"] == pytest.approx(price * cost["gpu_seconds"] / 3600)
     assert usual[1]["price"] is None
+    assert found["cheapest"] == {"gpu": "RTX 4090", "gpus": 1}
+    assert planned("digits_ipfm", "--gpus", 1)["cheapest"] is None
 
 
 def test_what_cannot_be_says_why(
@@ -160,8 +167,9 @@ def test_precision_and_peak_go_together(planned: Any) -> None:
 
 
 def test_a_dry_run_has_the_hours_and_the_disk_of_the_plan(planned: Any) -> None:
-    found = planned("digits_ipfm", "--gpus", 1)
-    base = digits_ipfm.RECIPE.base.distillation()
+    steps = 3_000_000  # less takes less than the thousandth of an hour that is shown
+    found = planned("digits_ipfm", "--gpus", 1, "--max-steps", steps)
+    base = replace(digits_ipfm.RECIPE.base.distillation(), max_steps=steps)
     run = Run(base, trained_config(presets.get("digits"), base.dropout))
     (line,) = dry_run._on_gpus(run, 0)
     hours = dict(re.findall(r"(RTX 4090|A100|H100|H200) ([\d.e-]+)", line.partition("(an assumption)")[2]))

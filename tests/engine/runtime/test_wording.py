@@ -2,7 +2,7 @@
 
 import pytest
 
-from ipfm.engine.runtime.wording import counted, duration, three_digits
+from ipfm.engine.runtime.wording import at_least_thousandths, counted, duration, three_digits
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,10 @@ def test_three_digits_have_no_exponent_where_they_are_large(value: float, said: 
 )
 def test_one_of_a_thing_is_no_plural(count: object, said: str) -> None:
     assert counted(count, "step") == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.0, "0"), (8.6e-6, "<0.001"), (0.001, "0.001"), (13.2, "13.2"), (2150.0, "2,150")]
+)
+def test_little_time_has_no_exponent(value: float, said: str) -> None:
+    assert at_least_thousandths(value) == said
