@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from ipfm.engine.data.image_files import LeftOut
+
 _WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
@@ -35,6 +37,11 @@ class Chosen(NamedTuple):
     names: list[str]
     others: dict[str, list[str]]
     """Those of the other parts that were not asked for, by their name."""
+
+    def leave_out_others(self, left_out: LeftOut, kind: str) -> None:
+        """Count those of the other parts as left out; `kind`: what they are, in the plural."""
+        for part, names in self.others.items():
+            left_out.add(f"{kind} of the part {part}", names)
 
 
 def part_of(name: str) -> str | None:

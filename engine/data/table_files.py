@@ -56,8 +56,7 @@ class TableFiles:
         caches = [name for name in names if name.rpartition("/")[2].startswith(("cache-", "tmp", "indices-"))]
         self.left_out.add("caches of datasets", caches)
         found = choose(str(path), [name for name in names if name not in caches], split)
-        for part, others in found.others.items():
-            self.left_out.add(f"files of the part {part}", others)
+        found.leave_out_others(self.left_out, "files")
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._tables: dict[str, Any] = {name: self._open(name) for name in found.names}

@@ -64,8 +64,7 @@ class TarFiles:
         self.path, self.left_out = path, LeftOut()
         self._folder = path if path.is_dir() else path.parent
         found = choose(str(path), list(names) if path.is_dir() else [path.name], split)
-        for part, others in found.others.items():
-            self.left_out.add(f"tars of the part {part}", others)
+        found.leave_out_others(self.left_out, "tars")
         self._images: dict[str, _Member] = {}
         self._labels: dict[str, _Member] = {}
         self._fields: list[str] = []

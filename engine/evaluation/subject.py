@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ipfm.engine.checks import option_name
 from ipfm.engine.evaluation.reference_data import is_npz, open_images
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.published import paper_result
@@ -131,7 +132,7 @@ def open_subject(
 
 def _listed(schedule: Schedule) -> str:
     """What was given of a schedule: "rho was", "sigma-min, rho were"; nothing where nothing was."""
-    given = [name.replace("_", "-") for name, value in vars(schedule).items() if value is not None]
+    given = [option_name(name) for name, value in vars(schedule).items() if value is not None]
     return f"{', '.join(given)} {'was' if len(given) == 1 else 'were'}" if given else ""
 
 

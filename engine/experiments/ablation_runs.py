@@ -19,7 +19,7 @@ from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.training.distiller import Distiller
-from ipfm.engine.training.run_folder import check_run_folder, open_run_folder, teacher_facts
+from ipfm.engine.training.run_folder import ABLATION_FILE, check_run_folder, open_run_folder, teacher_facts
 from ipfm.engine.training.run_state import FAILED_FILE, read_run
 from ipfm.engine.training.task import NotFinite
 from ipfm.models import Precond
@@ -156,7 +156,7 @@ def open_ablation_folder(path: Path, record: dict[str, Any], *, write: bool) -> 
     """Take `path` for the ablation that `record` describes; `check_ablation_folder` approved it."""
     if write:
         path.mkdir(parents=True, exist_ok=True)
-        _write_json(path / "ablation.json", record)
+        _write_json(path / ABLATION_FILE, record)
 
 
 def check_ablation_folder(path: Path, record: dict[str, Any]) -> None:
@@ -169,7 +169,7 @@ def check_ablation_folder(path: Path, record: dict[str, Any]) -> None:
         return
     if not path.is_dir():
         raise ValueError(f"{path} is a file: choose another --out")
-    found = read_json(path / "ablation.json")
+    found = read_json(path / ABLATION_FILE)
     if found is None and any(path.iterdir()):
         raise ValueError(f"{path} is not empty and holds no ablation: choose another --out")
     differences = [

@@ -34,6 +34,8 @@ from ipfm.models.store import TENSOR_FILE, in_the_way
 FORMAT = 1
 # In a run folder: what came after steps that the run went back to, each a run folder of its own.
 SET_ASIDE = "set-aside"
+# In the folder of an ablation, which holds its runs as VARIANT/seedN.
+ABLATION_FILE = "ablation.json"
 # Facts of a run that are digests, of which another one stands for:
 _HASHED = {"teacher": "another network", "pictures": "another set of images"}
 _DIGEST = re.compile(r"[0-9a-f]{16,64}")

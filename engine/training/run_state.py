@@ -24,7 +24,7 @@ from ipfm.engine.runtime.files import StepLog, read_json
 from ipfm.engine.training.checkpoint import checkpoints_in, step_of
 from ipfm.engine.training.environment import ENVIRONMENT_FILE, read_starts
 from ipfm.engine.training.pace import Pace, read_pace
-from ipfm.engine.training.run_folder import EXPORTS, SET_ASIDE, folder_user
+from ipfm.engine.training.run_folder import ABLATION_FILE, EXPORTS, SET_ASIDE, folder_user
 from ipfm.engine.training.set_aside import SetAside, read_set_aside
 from ipfm.engine.training.snapshots import SNAPSHOTS, KeptModel, best_path, read_best, read_snapshots
 from ipfm.models.atomic_files import atomic_write, why
@@ -292,7 +292,7 @@ def _config(path: Path, problems: list[str]) -> dict[str, Any]:
     """config.json; empty where it is damaged, but what lies beside it is a run's."""
     if not path.is_dir():
         raise ValueError(f"{path} is {'a file' if path.exists() else 'not there'}: give the folder of a run")
-    if (path / "ablation.json").is_file():
+    if (path / ABLATION_FILE).is_file():
         raise ValueError(
             f"{path} is the folder of an ablation, whose report is its ablation.md and ablation.png: "
             "give the folder of one of its runs, VARIANT/seedN, or `ipfm compare` all of them"

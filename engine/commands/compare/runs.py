@@ -21,6 +21,7 @@ from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.environment import in_words
 from ipfm.engine.training.pace import Pace
+from ipfm.engine.training.run_folder import ABLATION_FILE
 from ipfm.engine.training.run_state import EvaluationPoint, RunRecord, read_run
 
 # Two measurements of one teacher that differ by more than this share are not of the same features and reference.
@@ -256,7 +257,7 @@ def _same_teacher(one: ComparedRun, other: ComparedRun) -> bool:
 
 def _ablation(run: Path) -> Mapping[str, Any]:
     """What the ablation says that the run is one of; empty where it is of none."""
-    return read_json(run.resolve().parent.parent / "ablation.json") or {}
+    return read_json(run.resolve().parent.parent / ABLATION_FILE) or {}
 
 
 def _shape(shape: tuple[int, int]) -> str:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ipfm.engine.commands.pages.target import has_mark
-from ipfm.engine.training.run_folder import SET_ASIDE
+from ipfm.engine.training.run_folder import ABLATION_FILE, SET_ASIDE
 from ipfm.engine.training.run_state import is_damaged_run, is_run, read_run
 from ipfm.engine.training.set_aside import read_set_aside
 from ipfm.models.store import CONFIG_FILE
 
-ABLATION = "ablation.json"
 # How a page of ours is known, when it is to be replaced or stands among runs.
 MARK = "a comparison of runs, by ipfm compare"
 
@@ -60,7 +59,7 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 
 def _runs_at(path: Path) -> list[Path]:
     """The runs that a folder stands for."""
-    if (path / ABLATION).is_file():
+    if (path / ABLATION_FILE).is_file():
         if not (runs := _of_ablation(path)):
             raise ValueError(f"{path} is the folder of an ablation that has no runs yet")
         return runs
@@ -75,7 +74,7 @@ def _runs_at(path: Path) -> list[Path]:
 
 
 def _here(folder: Path) -> list[Path]:
-    if (folder / ABLATION).is_file():
+    if (folder / ABLATION_FILE).is_file():
         return _of_ablation(folder)
     return [folder] if is_run(folder) or is_damaged_run(folder) else []
 

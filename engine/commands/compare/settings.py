@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from itertools import chain, takewhile
 from typing import Any
 
+from ipfm.engine.checks import option_name
 from ipfm.engine.commands.compare.runs import ComparedRun, surroundings
 from ipfm.engine.commands.report.facts import shown_setting
 from ipfm.engine.commands.report.reproduce import paths, portable, settings_class
@@ -92,7 +93,7 @@ def differences(groups: Sequence[Group]) -> list[DifferenceRow]:
     for kind, name in _names(groups):
         of_runs = tuple(tuple(_value(run, kind, name) for run in group.runs) for group in groups)
         if len(set(chain.from_iterable(of_runs))) > 1 and not _is_left_alone(groups, name, of_runs):
-            shown = name if kind == SURROUNDINGS else FACTS.get(name, name.replace("_", "-"))
+            shown = name if kind == SURROUNDINGS else FACTS.get(name, option_name(name))
             rows.append(DifferenceRow(kind, shown, of_runs))
     return rows
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from ipfm.engine.checks import option_name
 from ipfm.engine.objectives import DEFAULT, OBJECTIVES, Declared, Offered, declared
 from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.json_output import Write, output, plain
@@ -236,8 +237,8 @@ class Plan:
         other = [name for name in ("gpu_memory", "fits", "ranks") if getattr(self, name) not in (None, ())]
         if table and other:
             raise ValueError(
-                f"{_typed(other[0])} was given, but {_typed(table[0])} is of the table of what to rent, for which "
-                "--gpus says how many: leave one of them out"
+                f"{option_name(other[0])} was given, but {option_name(table[0])} is of the table of what to rent, for "
+                "which --gpus says how many: leave one of them out"
             )
         if self.teacher_training:
             every = (name for said in DECLARED.values() for name in said.offered)
@@ -257,7 +258,7 @@ class Plan:
                 self._refuse(named, [name for name in said.offered if name not in own])
 
     def _refuse(self, named: str, names: Iterable[str]) -> None:
-        given = [_typed(name) for name in names if getattr(self, name) is not None]
+        given = [option_name(name) for name in names if getattr(self, name) is not None]
         if given:
             raise ValueError(f"{named} {' and '.join(given)}: leave it out")
 
@@ -355,10 +356,6 @@ class Plan:
         more = {"offload": "none", "activation_checkpointing": "auto"}
         changed = {name: getattr(self, name) for name, usual in more.items() if getattr(self, name) != usual}
         return self._given((*plain, *sorted(every))) | changed
-
-
-def _typed(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _facts(layout: Layout) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ipfm.engine.checks import option_name
 from ipfm.engine.commands.recipes import project_recipes
 from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.experiments.distil import DistilRecipe
@@ -167,7 +168,7 @@ def _with(config: Any, given: Mapping[str, Any], file: str) -> Any:
     names = {f.name for f in fields(config)}
     for name in given:
         if name not in names:
-            raise ValueError(f"{file} has no {name.replace('_', '-')}: leave it out")
+            raise ValueError(f"{file} has no {option_name(name)}: leave it out")
     # Of the two lengths the one that is given counts.
     without = {"kimg": None, "max_steps": None} if _length_given(given) else {}
     return replace(config, **{**without, **given})

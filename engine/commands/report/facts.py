@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from ipfm.engine.checks import number
+from ipfm.engine.checks import number, option_name
 from ipfm.engine.commands.report.reproduce import (
     Command,
     distillation_class,
@@ -399,7 +399,7 @@ def _settings(record: RunRecord) -> Iterator[SettingRow]:
             continue  # the folder itself, and what had no effect
         known = name in defaults
         yield SettingRow(
-            name.replace("_", "-"),
+            option_name(name),
             shown_setting(portable(value) if name in places and isinstance(value, str) else value),
             shown_setting(defaults[name]) if known else None,
             not known or not is_default(record, name, defaults[name]),

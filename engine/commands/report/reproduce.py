@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ipfm.engine.checks import number
+from ipfm.engine.checks import number, option_name
 from ipfm.engine.commands.recipes import project_recipes
 from ipfm.engine.config import FIRST_RULES, TeacherConfig, place_settings
 from ipfm.engine.evaluation.metrics.measures import FID
@@ -22,6 +22,7 @@ from ipfm.engine.experiments.own_teacher import FAMILIES, OwnTeacherRecipe
 from ipfm.engine.experiments.teacher import TeacherRecipe
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.training.run_folder import ABLATION_FILE
 from ipfm.engine.training.run_state import RunRecord, read_run
 from ipfm.engine.training.start import Branch
 from ipfm.models import NetworkConfig, presets
@@ -70,7 +71,7 @@ def reproduce(record: RunRecord) -> Command:
     """The command whose run has this run's settings; relative to the folder that holds recipes/."""
     if not record.config:
         return Command(None, ("The settings cannot be read.",))
-    if (record.path.resolve().parent.parent / "ablation.json").is_file():
+    if (record.path.resolve().parent.parent / ABLATION_FILE).is_file():
         return Command(None, ("This is one run of an ablation, whose ablation.md compares all of them.",))
     if record.kind == "teacher":
         return _training(record)
@@ -322,7 +323,7 @@ def _options(record: RunRecord, base: Any) -> list[str]:
 
 
 def _typed(name: str, value: object) -> list[str]:
-    option = name.replace("_", "-")
+    option = option_name(name)
     if isinstance(value, bool):
         prefix, dot, last = option.rpartition(".")
         return [f"--{option}" if value else f"--{prefix}{dot}no-{last}"]

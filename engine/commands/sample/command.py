@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
+from ipfm.engine.checks import option_name
 from ipfm.engine.commands.processes import joined
 from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.json_output import output
@@ -182,7 +183,7 @@ class Sample:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MOST[name]:
                 limit = "at least 1" if value < 1 else f"at most {MOST[name]:,}"
-                raise ValueError(f"{_typed(name)} must be {limit}, got {value}")
+                raise ValueError(f"{option_name(name)} must be {limit}, got {value}")
         check_seeds("seed", [self.seed or 0])
         for name, others in (
             ("seeds", ("n", "seed")),
@@ -191,7 +192,7 @@ class Sample:
         ):
             both = [other for other in others if name in self._given() and other in self._given()]
             if both:
-                raise ValueError(f"{name} and {_typed(both[0])} exclude each other: give one of them")
+                raise ValueError(f"{name} and {option_name(both[0])} exclude each other: give one of them")
         if self.sigmas:
             check_sigmas(self.sigmas)
         if not self._is_folder() and self._suffix() not in (".png", ".npz"):
@@ -270,7 +271,7 @@ class Sample:
         from ipfm.models.facts import GeneratorFacts
 
         own = {"sigmas"} if self.generator else set()
-        given = [_typed(name) for name in OF_A_TEACHER if name in self._given() - own]
+        given = [option_name(name) for name in OF_A_TEACHER if name in self._given() - own]
         if given and isinstance(model.facts, GeneratorFacts):
             raise ValueError(
                 f"{', '.join(given)} cannot be given: {self.model} is a generator, which has noise levels of its own"
@@ -401,7 +402,3 @@ class Sample:
         each = f"{counted(model.nfe, 'network evaluation')} each"
         speed = f"{significant(count / max(seconds, 1e-9))} images/s"
         return f"{count} images, {each}, {speed}: {self.out}"
-
-
-def _typed(name: str) -> str:
-    return name.replace("_", "-")

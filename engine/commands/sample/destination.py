@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, cat
 
+from ipfm.engine.checks import option_name
 from ipfm.engine.data.image_files import EXTENSIONS
 from ipfm.engine.data.image_grid import MOST_PIXELS, layout, pixels, save_grid, save_pngs
 from ipfm.engine.evaluation.subject import SAMPLES_FILE
@@ -194,7 +195,7 @@ def _difference(known: Mapping[str, Any] | None, record: Mapping[str, Any]) -> s
         return "of which it does not say what made them, and would mix them with these"
     if known["model"] != record["model"]:
         return "of another model, and would mix them with these"
-    differ = [name.replace("_", "-") for name in {**record, **known} if known.get(name) != record.get(name)]
+    differ = [option_name(name) for name in {**record, **known} if known.get(name) != record.get(name)]
     return f"of this model with other {', '.join(differ)}, and would mix them with these"
 
 
