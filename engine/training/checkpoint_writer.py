@@ -144,11 +144,21 @@ class CheckpointWriter:
     ) -> None:
         """In the thread: no communication with other processes here."""
         after()
+        try:
+            self._write_draft(step, gathered, average)
+        except OSError:
+            if self.folder.exists():
+                raise
+            # The run folder was removed in the middle of it; what was gathered is here still.
+            self._write_draft(step, gathered, average)
+        gathered.clear()
+
+    def _write_draft(self, step: int, gathered: Mapping[str, _State], average: Mapping[str, Any] | None) -> None:
         draft: Draft | None = None
         try:
             draft = Draft(self.folder, step)
-            for name in list(gathered):
-                draft.add(name, *gathered.pop(name))
+            for name, state in gathered.items():
+                draft.add(name, *state)
             self._finish(draft, average)
         except BaseException:
             if draft is not None:

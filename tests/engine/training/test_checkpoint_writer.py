@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import textwrap
 import threading
 import weakref
@@ -205,6 +206,26 @@ def test_a_failure_in_the_background_is_known_before_anybody_waits(
         one.save(2, networks())
     assert not one.failed
     one.settle()
+
+
+def test_a_folder_that_is_removed_while_a_checkpoint_is_written_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, add = tmp_path / "run" / "checkpoints", Draft.add
+    left = [folder.parent]
+
+    def removing(self: Draft, *state) -> None:
+        if left:
+            shutil.rmtree(left.pop())
+        add(self, *state)
+
+    monkeypatch.setattr(Draft, "add", removing)
+    one, whole = writer(folder, background=True), writer(tmp_path / "whole", background=False)
+    one.save(1, networks())
+    one.wait()
+    one.settle()
+    whole.save(1, networks())
+    assert not left and contents(folder) == contents(tmp_path / "whole")
 
 
 # -- kills -----------------------------------------------------------------------------------------------------------
