@@ -428,6 +428,8 @@ def _engine_config(stage: ZeroStage, precision: Precision, offload: Offload) -> 
         # DeepSpeed's default clips to norm 1; AdamEMA clips, the same way at every stage.
         "gradient_clipping": 0.0,
         "steps_per_print": 2**31,
+        # It would wait for the device at each forward pass and step, to count samples that the trainer counts itself.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }
     if precision == "bf16":

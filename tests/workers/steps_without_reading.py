@@ -1,14 +1,18 @@
 """Worker: iterations of a distillation and of a teacher's training in which no tensor's value may reach Python.
 
-Argument (JSON): {"out": file}. Leaves {setting: {place: readings}}. On a GPU every wait of the host is an error.
+Argument (JSON): {"out": file}. Leaves {"read": {setting: {place: readings}}, "waits": {setting: {place: calls of
+DeepSpeed's device-wide synchronisation}}}. On a GPU every wait of the host is an error.
 """
 
 import gc
 import json
 import sys
+import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
@@ -31,6 +35,26 @@ BASE = {"batch": 4, "micro_batch": 1, "max_steps": 9, "augment": 0.5, "clip_grad
 SETTINGS = (
     ("fp32", 0, "joint", 1), ("fp32", 2, "phased", 2), ("bf16", 1, "joint", 1),
 )  # fmt: skip
+# What DeepSpeed's stage 3 gathers it looks up in host memory, which counts as reading; it may not wait either.
+WAITING = (("fp32", 3, "joint", 1, 2), ("bf16", 1, "phased", 1, 2))
+
+
+@contextmanager
+def synchronizations() -> Iterator[Counter[str]]:
+    """Where DeepSpeed calls for a device-wide synchronisation: counted on a CPU too, where it does nothing."""
+    from deepspeed.accelerator import get_accelerator
+
+    found: Counter[str] = Counter()
+    accelerator: Any = get_accelerator()
+
+    def synchronize(device_index: int | None = None) -> None:
+        found.update(f"{Path(f.filename).name} {f.name}" for f in traceback.extract_stack(limit=2)[:1])
+
+    accelerator.synchronize = synchronize
+    try:
+        yield found
+    finally:
+        del accelerator.synchronize
 
 
 @contextmanager
@@ -46,14 +70,20 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     world = start_world()
     gc.freeze()
-    found = {}
+    found: dict[str, dict[str, dict[str, int]]] = {"read": {}, "waits": {}}
 
-    def run(name: str, task: Distiller | TeacherTraining) -> None:
+    def run(name: str, task: Distiller | TeacherTraining, *, read: bool = True) -> None:
         task.iteration(0)
         task.iteration(1)
-        with NoReading(count=True) as mode, no_waiting():
-            task.iteration(2)
-        found[name] = dict(mode.found)
+        task.iteration(2)
+        with synchronizations() as waits:
+            if read:
+                with NoReading(count=True) as mode, no_waiting():
+                    task.iteration(3)
+                found["read"][name] = dict(mode.found)
+            else:
+                task.iteration(3)
+        found["waits"][name] = dict(waits)
 
     for precision, zero, backward, steps in SETTINGS:
         config = DistillConfig(
@@ -62,6 +92,12 @@ def main() -> None:
         )  # fmt: skip
         name = f"distillation, {precision}, ZeRO {zero}, {backward}, {steps} steps"
         run(name, Distiller(config, build_network(NETWORK), world=world))
+    for precision, zero, backward, steps, updates in WAITING:
+        config = DistillConfig(
+            **BASE, zero=zero, precision=precision, backward=backward, steps=steps, student_updates=updates
+        )
+        name = f"distillation, {precision}, ZeRO {zero}, {backward}, {updates} student updates"
+        run(name, Distiller(config, build_network(NETWORK), world=world), read=False)
     images = torch.randint(256, (8, 2, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = ImageDataset(images, torch.arange(8) % 3, classes=3)
     teaching = TeacherConfig(**BASE, zero=2, precision="bf16")
