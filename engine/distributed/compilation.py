@@ -13,6 +13,7 @@ import torch
 from ipfm.engine.config import MemoryFormat
 from ipfm.engine.runtime.errors import described
 from ipfm.engine.runtime.files import unwritable_ancestor
+from ipfm.engine.sampling.memory_format import set_memory_format
 from ipfm.models import Precond
 
 # Networks of one class share a code object, whose compiled forms are counted together: trained, frozen, without
@@ -29,7 +30,7 @@ def set_execution(net: Precond, *, memory_format: MemoryFormat, compiled: bool, 
         compiled: by torch.compile, at its first use with each kind of input.
         device: where it runs.
     """
-    net.channels_last = memory_format == "channels_last" or (memory_format == "auto" and device.type == "cuda")
+    set_memory_format(net, memory_format, device)
     if compiled:
         from torch._inductor import config as inductor
 

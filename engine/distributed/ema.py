@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class EmaNetwork:
         buffers: by name, as they were before the training: its engine may have rounded them.
         precision: arithmetic of the averaged network; its weights are float32.
         device: where it lives.
+        execute: sets how the network computes, such as its memory format; it is called for each one that is made.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class EmaNetwork:
         buffers: Mapping[str, Tensor],
         precision: Precision,
         device: torch.device,
+        execute: Callable[[Precond], object] = lambda net: None,
     ) -> None:
         self.trained, self.network, self._buffers = trained, network, buffers
-        self._precision, self._device = precision, device
+        self._precision, self._device, self._execute = precision, device, execute
         self._net: Precond | None = None
 
     @property
@@ -56,6 +58,7 @@ class EmaNetwork:
             for name, buffer in net.named_buffers():
                 buffer.copy_(self._buffers[name])
             self._net = net.eval().requires_grad_(False)
+            self._execute(self._net)
         self.trained.copy_ema_to(self._net)
 
     def release(self) -> None:

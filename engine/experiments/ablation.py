@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from ipfm.engine.checks import option_name
 from ipfm.engine.config import FIRST_RULES, Rules, TeacherConfig
+from ipfm.engine.distributed.compilation import set_execution
 from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Comparison, Evaluation
 from ipfm.engine.experiments import ablation_report as report
@@ -152,7 +153,8 @@ class AblationPlan(Plan):
                 assert teacher.training is not None
                 say(f"teacher {place.name}")
                 net = self.ablation.digits.teacher(teacher.training, teacher.network, place, world)
-            net = net.to(world.device)
+            net, config = net.to(world.device), self.runs[0][0].config
+            set_execution(net, memory_format=config.memory_format, compiled=config.compile, device=world.device)
             distance, metric = teacher_distance(net, place, evaluation, world, steps=self.options.heun_steps)
             for run, its in self.runs:
                 if its != place:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ipfm.engine.config import Precision, Resolved, RunConfig, TeacherConfig
+from ipfm.engine.config import Resolved, RunConfig, TeacherConfig
+from ipfm.engine.distributed.compilation import set_execution
 from ipfm.engine.distributed.precision import apply_precision
 from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
@@ -59,8 +60,9 @@ def step_time(form: Resolved[Any], network: NetworkConfig, forwards: float, devi
     """How long a step of one process takes, evaluations, checkpoints and communication left out.
 
     Whole steps are measured, optimisers included, on a micro-batch or as many of its images as are done in a second or
-    two; the others are in proportion. Sharding and compilation are left out of what is measured. Where a step of one
-    image takes longer, or more memory than there is, it is reckoned from forward passes.
+    two; the others are in proportion. The networks compute as the run's: in its memory format, and compiled where it
+    compiles, which takes as long as it takes there; sharding is left out of what is measured. Where a step of one image
+    takes longer, or more memory than there is, it is reckoned from forward passes.
 
     Args:
         form: the settings of a distillation or of a teacher's training, as they are laid out.
@@ -70,12 +72,16 @@ def step_time(form: Resolved[Any], network: NetworkConfig, forwards: float, devi
     """
     local = form.config.batch // launched_processes()
     with _threads_of_a_run():
-        net = _network(network, form.precision, device).eval()
+        net = _network(network, form, device, compiled=False).eval()
         count, passes = _measurable(net, form.micro_batch, forwards, device)
         if forwards * passes > (LONGEST if count == 1 else LONGEST_OF_MORE):
             count, passes = _several(net, count, passes, form.micro_batch, device)
+            if form.config.compile:
+                passes = _compiled_seconds(form, network, count, device)
         else:
             del net
+            if form.config.compile:
+                passes = _compiled_seconds(form, network, count, device)
             with contextlib.suppress(torch.OutOfMemoryError, MemoryError):
                 images, optimisers = _measured(form, network, count, device)
                 return StepTime(images * local / count + optimisers, pass_seconds=passes / count)
@@ -157,7 +163,7 @@ def _distillation(
     """Number of images -> an iteration on so many, of the objective's own steps."""
     world = World(0, 1, device)
     networks = {role.name: _under_optimiser(form, role, world) for role in form.config.objective(network).roles}
-    teacher = _network(network, form.precision, device).eval().requires_grad_(False)
+    teacher = _network(network, form, device).eval().requires_grad_(False)
 
     def at(count: int) -> Iteration:
         config = replace(form.config, batch=count, micro_batch=None)
@@ -200,7 +206,7 @@ def _under_optimiser(form: Resolved[RunConfig], role: Role, world: World) -> Tra
     """A network that computes as the run's, with fp32 weights and by itself: nothing is shared."""
     config = replace(form.config, zero=0, precision="fp32", offload="none", **_stored_whole(form.config))
     alone = replace(form, config=config, precision="fp32", stage=0, teacher_storage="fp32")
-    net = _network(role.network, form.precision, world.device)
+    net = _network(role.network, form, world.device)
     return TrainedNetwork(
         net, alone, world=world, lr=role.lr, beta1=role.beta1, ema=role.averaged, rectified=role.rectified
     )
@@ -210,8 +216,23 @@ def _stored_whole(config: RunConfig) -> dict[str, Any]:
     return {"teacher_storage": "fp32"} if isinstance(config, Distillation) else {}
 
 
-def _network(network: NetworkConfig, precision: Precision, device: torch.device) -> Precond:
-    return apply_precision(build_network(network).to(device), precision)
+def _network(
+    network: NetworkConfig, form: Resolved[Any], device: torch.device, *, compiled: bool | None = None
+) -> Precond:
+    """A network that computes as the run's; `compiled`: None as the settings say."""
+    net = apply_precision(build_network(network).to(device), form.precision)
+    net.activation_checkpointing = form.checkpointed
+    config = form.config
+    compiled = config.compile if compiled is None else compiled
+    set_execution(net, memory_format=config.memory_format, compiled=compiled, device=device)
+    return net
+
+
+def _compiled_seconds(form: Resolved[Any], network: NetworkConfig, count: int, device: torch.device) -> float:
+    """Seconds of a compiled forward pass of so many images, once it is compiled."""
+    net = _network(network, form, device).eval()
+    _forward_seconds(net, count, device, times=1)
+    return _forward_seconds(net, count, device)
 
 
 def _forward_seconds(net: Precond, count: int, device: torch.device, times: int = 2) -> float:

@@ -20,6 +20,7 @@ from ipfm.engine.runtime.wording import counted, symbol
 from ipfm.engine.sampling.batches import draw_images
 from ipfm.engine.sampling.class_labels import ClassLabels, read_labels
 from ipfm.engine.sampling.interpolation import path, usual_count
+from ipfm.engine.sampling.memory_format import set_memory_format
 from ipfm.engine.sampling.samplers import Solver, supported
 from ipfm.engine.sampling.seeds import SampleNoise, Seeds, check_between, check_seeds, check_whole
 from ipfm.engine.sampling.stored_model import (
@@ -138,7 +139,9 @@ class ImageSampler:
         Raises:
             ValueError: there is no such device.
         """
-        self._net.to(_device(device))
+        place = _device(device)
+        set_memory_format(self._net, "auto", place)
+        self._net.to(place)
         return self
 
     def sample(
@@ -470,6 +473,7 @@ def _load(
     elif levels and steps is not None:
         raise ValueError("sigmas and steps exclude each other: give one of them")
     net.compute_dtype = dtype
+    set_memory_format(net, "auto", place)
     bound = own_sampler(
         net.to(place),
         facts,

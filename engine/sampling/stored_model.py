@@ -16,6 +16,7 @@ from torch import Tensor
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
 from ipfm.engine.sampling.batches import Sampler, draw_images
 from ipfm.engine.sampling.class_labels import check_classes
+from ipfm.engine.sampling.memory_format import set_memory_format
 from ipfm.engine.sampling.samplers import (
     SIGMA_MAX,
     SIGMA_MIN,
@@ -188,6 +189,7 @@ def sample_model(
             network knows.
     """
     net, facts = load_denoiser(path, D=D, claim=claim)
+    set_memory_format(net, "auto", device)
     model = sample_network(
         net.to(device),
         facts,

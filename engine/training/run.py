@@ -124,7 +124,8 @@ class TrainingRun(ABC, Generic[C]):
 
     def _average_of(self, trained: TrainedNetwork, network: NetworkConfig) -> EmaNetwork:
         """The average that `trained` keeps, as a network of the architecture `network`."""
-        return EmaNetwork(trained, network, trained.exact_buffers, self.settings.precision, self.world.device)
+        precision, device = self.settings.precision, self.world.device
+        return EmaNetwork(trained, network, trained.exact_buffers, precision, device, self._execute_as_set)
 
     # -- training, and looking at the average -----------------------------------------------------------------------
 

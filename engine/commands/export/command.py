@@ -150,8 +150,11 @@ class Export:
     def _draw(self, network: ExportedNetwork, count: int, model: Path) -> Tensor:
         """`count` images of seed 0, (count, C, H, W) in [-1, 1], on the run's device."""
         from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.sampling.memory_format import set_memory_format
         from ipfm.engine.sampling.stored_model import sample_network
 
         # A copy: what is exported stays on the CPU.
-        net = copy.deepcopy(network.net).to(run_device())
+        net, device = copy.deepcopy(network.net), run_device()
+        set_memory_format(net, "auto", device)
+        net = net.to(device)
         return sample_network(net, network.about, model, heun_steps=HEUN_STEPS, seed=0).draw(0, count)

@@ -7,7 +7,9 @@ import weakref
 import pytest
 import torch
 
+from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.distributed.ema import EmaNetwork
+from ipfm.engine.distributed.world import World
 from ipfm.models import NetworkConfig, build_network
 
 CONFIG = NetworkConfig(
@@ -55,3 +57,40 @@ def test_it_exists_from_a_refresh_to_the_release() -> None:
     assert gone() is None
     with pytest.raises(RuntimeError, match="call refresh"):
         _ = averaged.net
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Graphs that torch.compile made of networks; they run as they are."""
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: original(self, backend=backend, **more))
+    return graphs
+
+
+def test_the_average_is_sampled_as_the_networks_are_trained(traced: list[object]) -> None:
+    """In the run's memory format, and compiled, once for all the networks that are made of it."""
+    teacher = build_network(CONFIG).eval().requires_grad_(False)
+    form = {"batch": 2, "max_steps": 1, "precision": "fp32", "backward": "joint", "micro_batch": 2, "zero": 0}
+    run = Distiller(
+        DistillConfig(**form, activation_checkpointing="off", memory_format="channels_last", compile=True),
+        teacher,
+        world=World(0, 1, torch.device("cpu")),
+    )
+    plain = Distiller(
+        DistillConfig(**form, activation_checkpointing="off"), teacher, world=World(0, 1, torch.device("cpu"))
+    )
+    seen = []
+    for _ in range(2):
+        run.refresh()
+        plain.refresh()
+        assert run.average.channels_last and not plain.average.channels_last
+        torch.testing.assert_close(run.sample(0, 2, seed=0), plain.sample(0, 2, seed=0), rtol=1e-4, atol=1e-5)
+        seen.append(len(traced))
+        run.averaged.release()
+    assert seen == [1, 1]

@@ -18,7 +18,7 @@ from ipfm.engine.experiments import step_time
 from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.experiments.step_time import step_time as time_of
 from ipfm.engine.objectives.initial_networks import trained_config
-from ipfm.models import NetworkConfig, build_network
+from ipfm.models import NetworkConfig, Precond, build_network
 
 CPU = torch.device("cpu")
 SMALL = NetworkConfig(
@@ -81,6 +81,26 @@ def test_what_is_measured_is_the_step_of_the_run(name: str, monkeypatch: pytest.
     run = Distiller(replace(form.config, zero=0), teacher, world=World(0, 1, CPU))
     run.iteration(0)
     assert counts[1] == operations(lambda: run.iteration(1)) and counts[1].total() > 100
+
+
+def test_networks_are_measured_as_the_run_executes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its memory format, with its checkpointing, and compiled; the number of images is found without compiling."""
+    made: list[tuple[bool, bool, bool]] = []
+    compiled: list[int] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(1))
+    monkeypatch.setattr(step_time, "_timed", lambda *_: (1.0, 0.0))
+
+    def forward(net: Precond, count: int, device: torch.device, times: int = 2) -> float:
+        made.append((net.channels_last, net.activation_checkpointing, bool(compiled)))
+        return 0.5 if compiled else 0.001 * count
+
+    monkeypatch.setattr(step_time, "_forward_seconds", forward)
+    form = replace(form_of("ipfm", 8), checkpointed=True)
+    form = replace(form, config=replace(form.config, memory_format="channels_last", compile=True))
+    found = time_of(form, SMALL, 11, CPU)
+    assert found == StepTime(1.0, pass_seconds=0.5 / 8)
+    assert made == [(True, True, False)] * 3 + [(True, True, True)] * 2
+    assert len(compiled) == 4  # the pass that evaluations take, teacher, student and generator
 
 
 @pytest.mark.parametrize(

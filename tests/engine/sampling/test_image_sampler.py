@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot
 from ipfm.engine import load_generator, load_sampler, save_grid
 from ipfm.engine.commands.main import _main as ipfm
 from ipfm.engine.data.image_grid import pixels
-from ipfm.engine.sampling import image_sampler
+from ipfm.engine.sampling import image_sampler, memory_format, stored_model
 from ipfm.models import EDMPrecond, NetworkConfig, build_network, save_model
 
 SMALL = NetworkConfig(
@@ -313,6 +313,26 @@ def test_it_moves_and_computes_in_another_dtype(place, monkeypatch):
     assert G.to("cpu") is G and G.device == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert image_sampler._device(None) == torch.device("cuda")
+
+
+def test_models_are_drawn_from_in_the_memory_format_of_their_device(place, elsewhere, monkeypatch):
+    """As on a GPU, channels_last: the same images, by `ipfm sample` and from Python."""
+    expected = sampled(place / "four", "--n", 5, "--seed", 2)
+    assert not load_generator(place / "four", device="cpu")._net.channels_last
+    on_gpu = []
+
+    def as_on_a_gpu(net, memory_format, device):
+        on_gpu.append((memory_format, device))
+        memory_format_of(net, memory_format, torch.device("cuda"))
+        assert net.channels_last
+
+    memory_format_of = memory_format.set_memory_format
+    for module in (stored_model, image_sampler):
+        monkeypatch.setattr(module, "set_memory_format", as_on_a_gpu)
+    found, G = sampled(place / "four", "--n", 5, "--seed", 2), load_generator(place / "four", device="cpu")
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert np.abs(levels(G.to("cpu").sample(5, seed=2)).astype(int) - expected).max() <= 1
+    assert on_gpu == [("auto", torch.device("cpu"))] * 3
 
 
 @pytest.mark.gpu
