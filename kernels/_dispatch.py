@@ -16,6 +16,9 @@ BACKENDS = ("auto", "triton", "reference")
 # Triton reads TRITON_INTERPRET when it decorates a kernel, so the state at import is what counts.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
+# Kinds of devices on which "auto" is Triton. A rehearsal without a GPU adds others (bench/fake_driver.py).
+TRITON_DEVICES = {"cuda"}
+
 
 def use_triton(op: str, backend: str, device: torch.device) -> bool:
     """Resolve `backend` for tensors on `device`.
@@ -34,7 +37,7 @@ def use_triton(op: str, backend: str, device: torch.device) -> bool:
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "auto":
-        return device.type == "cuda"
+        return device.type in TRITON_DEVICES
     if backend == "triton" and device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"{op}: backend 'triton' needs CUDA tensors, got {device.type}; on a CPU it runs only in Triton's "

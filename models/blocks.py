@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ipfm.models.attention import AttentionBackend, attention, head_count
 from ipfm.models.frozen_ops import frozen_linear, is_frozen
 from ipfm.models.initialisation import DEFAULT_INIT, ZERO_INIT, Init
-from ipfm.models.layers import Conv2d, GroupNorm, Linear
+from ipfm.models.layers import Conv2d, GroupNorm, Linear, cast, is_bare, triton_serves
 
 
 class QKVProjection(Conv2d):
@@ -52,7 +52,8 @@ class UNetBlock(nn.Module):
     x = (x + proj(attention(qkv(norm2(x)))))·skip_scale.
 
     It is called with x (B, in_channels, H, W) in the compute dtype and emb (B or 1, emb_channels) in its own, and
-    returns (B, out_channels, H', W') in the dtype of x. `attention_backend` may be changed at any time.
+    returns (B, out_channels, H', W') in the dtype of x. `projected` is what `project_together` made of emb for this
+    block, if it did. `attention_backend` may be changed at any time.
 
     Args:
         in_channels: channels of x.
@@ -125,9 +126,9 @@ class UNetBlock(nn.Module):
             self.qkv = QKVProjection(out_channels, num_heads=self.num_heads, init=init_attn or init)
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, projected: Tensor | None = None) -> Tensor:
         h = self.conv0(self.norm0(x, silu=True))
-        p = self.affine(emb).to(h.dtype)[:, :, None, None]
+        p = (self.affine(emb).to(h.dtype) if projected is None else projected)[:, :, None, None]
         if self.adaptive_scale:
             scale, shift = p.chunk(2, dim=1)
             h = self.norm1(h, silu=True, scale=scale, shift=shift)
@@ -148,3 +149,26 @@ class UNetBlock(nn.Module):
     def _rescale(self, fresh: Tensor) -> Tensor:
         # In place: the sum was made here and no gradient needs its value.
         return fresh if self.skip_scale == 1 else fresh.mul_(self.skip_scale)
+
+
+def project_together(blocks: Sequence[UNetBlock], emb: Tensor, x: Tensor) -> Sequence[Tensor] | None:
+    """What the layers `affine` of all blocks make of the embedding, as one matrix product.
+
+    Each would else be a product of its own, with casts of its weight, its bias and its result.
+
+    Args:
+        blocks: the blocks.
+        emb: (B or 1, emb_channels).
+        x: an activation, whose dtype is that of the result.
+
+    Returns:
+        For each block (B or 1, out_features of its affine), strided. None where the layers must be called one by one:
+        on a CPU, where that is as fast, in a graph to be exported, and where something else than they looks at them.
+    """
+    affines = [block.affine for block in blocks]
+    if not triton_serves(x) or torch.compiler.is_exporting() or not all(map(is_bare, affines)):
+        return None
+    weight = torch.cat([affine.weight for affine in affines])
+    bias = torch.cat([affine.bias for affine in affines if affine.bias is not None])
+    rows = F.linear(emb, cast(weight, emb), cast(bias, emb))
+    return rows.to(x.dtype).split([affine.out_features for affine in affines], dim=1)

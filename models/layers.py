@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ipfm.kernels._dispatch import TRITON_DEVICES
 from ipfm.kernels.group_norm import unchecked_group_norm_silu
 from ipfm.models.frozen_ops import (
     doubled_conv2d,
@@ -30,6 +31,11 @@ def cast(parameter: Tensor, like: Tensor) -> Tensor:
 
 def _cast(parameter: Tensor | None, like: Tensor) -> Tensor | None:
     return None if parameter is None else cast(parameter, like)
+
+
+def triton_serves(x: Tensor) -> bool:
+    """Whether the Triton kernels take such a tensor, and with it what is made for a GPU."""
+    return x.device.type in TRITON_DEVICES
 
 
 class Linear(nn.Module):
@@ -189,6 +195,16 @@ class Conv2d(nn.Module):
         return text
 
 
+def is_bare(layer: nn.Module) -> bool:
+    """Whether `layer` may be bypassed and its parameters used elsewhere.
+
+    It is of a class of this file, not of one in its place, and nothing hooks on to its calls, as ZeRO 3 does to gather
+    its parameters.
+    """
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) in (Linear, Conv2d) and not any(hooks)
+
+
 def check_resample_filter(taps: Sequence[float]) -> tuple[float, ...]:
     """`taps` as floats.
 
@@ -264,7 +280,7 @@ class GroupNorm(nn.Module):
             shift=shift,
             eps=self.eps,
             activation=silu,
-            triton_runs=x.is_cuda,
+            triton_runs=triton_serves(x),
         )
 
     def extra_repr(self) -> str:

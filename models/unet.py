@@ -4,14 +4,14 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ipfm.models.attention import AttentionBackend, check_attention_backend
-from ipfm.models.blocks import UNetBlock
+from ipfm.models.blocks import UNetBlock, project_together
 from ipfm.models.embeddings import FourierEmbedding, PositionalEmbedding
 from ipfm.models.layers import Linear
 from ipfm.models.unet_layout import Entry, Layout
@@ -21,6 +21,15 @@ class BlockFactory(Protocol):
     """Makes the residual block of an entry."""
 
     def __call__(self, in_channels: int, out_channels: int, *, up: bool, down: bool, attention: bool) -> UNetBlock: ...
+
+
+class Entering(NamedTuple):
+    """What enters the blocks beside their activations."""
+
+    emb: Tensor
+    """(B or 1, emb_channels)."""
+    projections: Iterator[Tensor | None]
+    """What `project_together` made of it for each block, in order of evaluation; None: the block does it."""
 
 
 class UNet(nn.Module, ABC):
@@ -89,8 +98,10 @@ class UNet(nn.Module, ABC):
         if self.channels_last:
             x = x.to(memory_format=torch.channels_last)
         emb = self._embed(noise_labels, class_labels, augment_labels)
-        x, skips = self._encode(x, emb)
-        return self._finish(*self._decode(x, emb, skips))
+        together = project_together(list(self.blocks), emb, x)
+        entering = Entering(emb, itertools.repeat(None) if together is None else iter(together))
+        x, skips = self._encode(x, entering)
+        return self._finish(*self._decode(x, entering, skips))
 
     @abstractmethod
     def _embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
@@ -125,7 +136,7 @@ class UNet(nn.Module, ABC):
         kept = torch.rand(class_labels.shape[0], 1, device=class_labels.device) >= self.label_dropout
         return class_labels * kept.to(class_labels.dtype)
 
-    def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _encode(self, x: Tensor, entering: Entering) -> tuple[Tensor, list[Tensor]]:
         """The innermost activation and those that the decoder takes up again, the newest last."""
         skips: list[Tensor] = []
         aux = x
@@ -137,11 +148,11 @@ class UNet(nn.Module, ABC):
             elif entry.kind == "aux_residual":
                 x = skips[-1] = aux = (x + module(aux)) / math.sqrt(2)
             else:
-                x = self._run(module, emb, x) if entry.kind == "block" else module(x)
+                x = self._run(module, entering, x) if entry.kind == "block" else module(x)
                 skips.append(x)
         return x, skips
 
-    def _decode(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _decode(self, x: Tensor, entering: Entering, skips: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """The last activation, and the sum of the images that auxiliary entries made (None where there are none)."""
         image: Tensor | None = None
         normed = x
@@ -154,22 +165,25 @@ class UNet(nn.Module, ABC):
                 part = module(normed)
                 image = part if image is None else image + part
             else:
-                x = self._run(module, emb, x, skips.pop()) if entry.skip_channels else self._run(module, emb, x)
+                parts = (x, skips.pop()) if entry.skip_channels else (x,)
+                x = self._run(module, entering, *parts)
         return x, image
 
-    def _run(self, block: nn.Module, emb: Tensor, *parts: Tensor) -> Tensor:
-        """A residual block of the concatenated `parts`."""
+    def _run(self, block: nn.Module, entering: Entering, *parts: Tensor) -> Tensor:
+        """A residual block of the concatenated `parts`; it takes the next projection."""
 
-        def run(emb: Tensor, *parts: Tensor) -> Tensor:
+        def run(emb: Tensor, projected: Tensor | None, *parts: Tensor) -> Tensor:
             x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            out: Tensor = block(x, emb)
+            out: Tensor = block(x, emb, projected)
             return out
 
         assert isinstance(block, UNetBlock)
-        sources = itertools.chain((emb, *parts), block.parameters())
+        emb, projected = entering.emb, next(entering.projections)
+        given = (emb, *parts) if projected is None else (emb, projected, *parts)
+        sources = itertools.chain(given, block.parameters())
         if not (self.activation_checkpointing and torch.is_grad_enabled() and any(s.requires_grad for s in sources)):
-            return run(emb, *parts)
+            return run(emb, projected, *parts)
         # The concatenation is made again too: its parts are the outputs of other blocks, which are kept anyway.
         random = block.training and block.dropout > 0
-        again: Tensor = checkpoint(run, emb, *parts, use_reentrant=False, preserve_rng_state=random)
+        again: Tensor = checkpoint(run, emb, projected, *parts, use_reentrant=False, preserve_rng_state=random)
         return again

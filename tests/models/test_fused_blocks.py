@@ -1,0 +1,197 @@
+"""U-Nets as they compute on a GPU, by the kernels in Triton's interpreter: the same functions in fewer operations."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import naive_unet
+import pytest
+import torch
+from kept import ARCHITECTURES, build
+from random_values import rand, randomise
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ipfm.models import DhariwalUNet, EDMPrecond, SongUNet
+from ipfm.models.layers import Linear
+
+SHAPE = {"img_resolution": 8, "in_channels": 2, "out_channels": 3, "model_channels": 8, "channel_mult": (1, 2)}
+LABELS = {"label_dim": 3, "augment_dim": 4, "num_blocks": 0, "attn_resolutions": (4,)}
+NCSNPP = {"embedding_type": "fourier", "encoder_type": "residual", "resample_filter": (1, 3, 3, 1)}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ipfm.models.layers.TRITON_DEVICES", {"cuda", "cpu"})
+
+
+@pytest.fixture
+def without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU but for the kernels, in place of which the references compute."""
+    for module in ("blocks", "unet"):
+        monkeypatch.setattr(f"ipfm.models.{module}.triton_serves", lambda x: True, raising=False)
+
+
+class Operators(TorchDispatchMode):
+    """Counts what reaches the dispatcher, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(function: Callable[[], Tensor], of: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The value, and the gradient of each of the named tensors."""
+    y = function()
+    found = torch.autograd.grad(y, list(of.values()), rand(*y.shape, seed=9).to(y.dtype))
+    return {"value": y.detach(), **dict(zip(of, found, strict=True))}
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], limit: float) -> None:
+    assert list(got) == list(expected)
+    for name, value in expected.items():
+        error = float((got[name] - value).abs().max()) / max(float(value.abs().max()), 1e-3)
+        assert error <= limit, (name, error)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("kind", ["ncsn++", "adm"])
+def test_value_and_every_gradient_are_those_of_the_network_written_out(kind: str) -> None:
+    """In float64, against loops and sums that know nothing of the layers."""
+    torch.manual_seed(0)
+    if kind == "adm":
+        net: nn.Module = DhariwalUNet(**SHAPE, **LABELS).double().eval()
+    else:
+        net = SongUNet(**SHAPE, **LABELS, **NCSNPP).double().eval()
+    randomise(net)
+    inputs = [rand(2, 2, 8, 8, seed=1), rand(2, seed=2), rand(2, 3, seed=3), rand(2, 4, seed=4)]
+    of = {"x": inputs[0].requires_grad_(), **dict(net.named_parameters())}
+    state = {name: of.get(name, tensor) for name, tensor in net.state_dict().items()}
+
+    def written_out() -> Tensor:
+        if kind == "adm":
+            return naive_unet.dhariwal_unet(state, *inputs)
+        return naive_unet.song_unet(state, naive_unet.Song(8, (1, 3, 3, 1), fourier=True), *inputs)
+
+    assert_close(gradients(lambda: net(*inputs), of), gradients(written_out, of), 1e-11)
+
+
+def denoised(net: EDMPrecond) -> Tensor:
+    return net(rand(2, 2, 8, 8, seed=1), torch.tensor([0.5, 3.0]), torch.eye(3)[:2])
+
+
+@pytest.mark.usefixtures("without_interpreter")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_embedding_goes_through_one_product(architecture: str) -> None:
+    """One for all blocks, beside those of the mapping network; in 16 bits one cast of each kind."""
+    net = build(**ARCHITECTURES[architecture])
+    net.compute_dtype = torch.bfloat16
+    net.to(torch.bfloat16)
+    affines = sum(name.endswith("affine.weight") for name, _ in net.named_parameters())
+    with Operators() as seen:
+        denoised(net).sum().backward()
+    assert affines >= 6
+    # map_layer0, map_layer1, map_label, perhaps map_augment, the affine layers, attention's q, k, v.
+    attentions = sum(bool(block.num_heads) for block in net.model.blocks)
+    assert seen.counts["addmm"] + seen.counts["mm"] - 3 * attentions <= 3 * 5
+    assert all(p.grad is not None for name, p in net.named_parameters() if "map_augment" not in name)
+
+
+@pytest.mark.parametrize("architecture", ["ncsnpp", "adm"])
+def test_on_a_cpu_every_block_projects_for_itself(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Linear] = []
+    forward = Linear.forward
+    monkeypatch.setattr(Linear, "forward", lambda self, x: (calls.append(self), forward(self, x))[1])
+    net = build(**ARCHITECTURES[architecture])
+    denoised(net)
+    assert all(block.affine in calls for block in net.model.blocks)
+
+
+@pytest.mark.usefixtures("without_interpreter")
+def test_what_looks_at_a_layer_sees_it_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook on one of the layers, or another layer in its place, and each block calls its own."""
+    net = build()
+    expected = denoised(net)
+    block = next(net.model.blocks)
+    seen: list[torch.Size] = []
+    handle = block.affine.register_forward_hook(lambda layer, given, out: seen.append(out.shape))
+    torch.testing.assert_close(denoised(net), expected, rtol=0, atol=1e-5)
+    assert seen == [(2, 8)]
+    handle.remove()
+    denoised(net)
+    assert len(seen) == 1
+
+    class Adapted(nn.Module):
+        """What programs for fine-tuning put in a layer's place."""
+
+        def __init__(self, base: Linear) -> None:
+            super().__init__()
+            self.base, self.weight, self.bias = base, base.weight, base.bias
+            self.down = nn.Parameter(torch.ones(2, base.in_features))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + F.linear(x, self.down).sum(1, keepdim=True)
+
+    block.affine = Adapted(block.affine)
+    denoised(net).sum().backward()
+    assert block.affine.down.grad is not None and float(block.affine.down.grad.abs().max()) > 0
+
+
+@pytest.mark.usefixtures("without_interpreter")
+@pytest.mark.parametrize("frozen", ["all", "some", "none"])
+def test_frozen_and_trained_layers(frozen: str) -> None:
+    """Gradients reach what is trained and nothing else, accumulate, and no two of them share memory."""
+    net = build(encoder_type="residual")
+    names = [name for name, _ in net.named_parameters()]
+    for i, (name, p) in enumerate(net.named_parameters()):
+        p.requires_grad_(frozen == "none" or (frozen == "some" and (i % 3 == 0) and "map_augment" not in name))
+    plain = copy.deepcopy(net)
+    x = rand(2, 2, 8, 8, seed=1).float().requires_grad_()
+    for each, served in ((net, True), (plain, False)):
+        with pytest.MonkeyPatch.context() as patch:
+            if not served:
+                patch.setattr("ipfm.models.blocks.triton_serves", lambda x: False)
+            for sigma in (0.5, 3.0):
+                each(x, sigma, torch.eye(3)[:2]).square().sum().backward()
+    assert [name for name, _ in net.named_parameters()] == names
+    for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None and q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4 * float(q.grad.abs().max()), msg=name)
+    spans = sorted(
+        (p.grad.data_ptr(), p.grad.data_ptr() + p.grad.numel() * 4) for p in net.parameters() if p.grad is not None
+    )
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+@pytest.mark.usefixtures("without_interpreter")
+@pytest.mark.parametrize("architecture", ["ncsnpp", "adm"])
+def test_blocks_that_are_computed_again(architecture: str) -> None:
+    net = build(**ARCHITECTURES[architecture], dropout=0.2).train()
+    found = []
+    for again in (False, True):
+        net.activation_checkpointing = again
+        torch.manual_seed(3)
+        of = {name: p for name, p in net.named_parameters() if "map_augment" not in name}
+        found.append(gradients(lambda: denoised(net), of))
+    assert_close(found[1], found[0], 1e-6)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("model_type", ["SongUNet", "DhariwalUNet"])
+def test_compiled_it_is_one_graph(model_type: str) -> None:
+    net = build(model_type=model_type, img_resolution=4, channel_mult=(1,), num_blocks=0, augment_dim=0)
+    of = dict(net.named_parameters())
+    inputs = rand(1, 2, 4, 4, seed=1), torch.tensor([0.5]), torch.eye(3)[:1]
+    expected = gradients(lambda: net(*inputs), of)
+    net.model.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    assert_close(gradients(lambda: net(*inputs), of), expected, 1e-5)
