@@ -11,7 +11,7 @@ PROCESSES := 'import os, torch; print(1 if torch.cuda.is_available() else min(2,
 # A process that starts a hundred others should find what Python has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo fashion help test quick lint types quick-tests durations bench soak equivalence fuzz clean
+.PHONY: demo fashion help test test-gpu quick lint types quick-tests durations bench soak equivalence fuzz clean
 
 demo: $(READY)  ## train a teacher on the digits, distil it to one step, print the table
 	$(BIN)/deepspeed --num_accelerators $$($(BIN)/python -c $(PROCESSES)) recipes/digits_ipfm.py
@@ -23,8 +23,11 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
 	  printf '%-18s %s\n' "$$target" "$$text"; done
 
-test: $(READY)  ## the whole suite; tests that need a GPU are skipped with a reason where there is none
+test: $(READY)  ## the whole suite, on a CPU: a GPU is hidden from it, and tests that need one are skipped with a reason
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS)
+
+test-gpu: $(READY)  ## the tests of the kernels, and all others that are marked gpu, on this machine's GPU
+	$(BIN)/pytest -m gpu
 
 quick: $(READY)  ## style, types and some fast tests of each room, within 90 seconds
 	+$(MAKE) --no-print-directory --jobs 3 --output-sync=target lint types quick-tests

@@ -1,4 +1,7 @@
-"""Shared by all tests: Triton's interpreter where there is no GPU, NaN-filled allocations, comparison with float64."""
+"""Shared by all tests: GPUs hidden unless `-m gpu` asks for them, and Triton's interpreter where there is none to use.
+
+Also NaN-filled allocations, and comparison with float64.
+"""
 
 import gc
 import json
@@ -8,26 +11,30 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import gpus
 import prepared
 import pytest
 import torch
-
-HAS_CUDA = torch.cuda.is_available()
-if not HAS_CUDA:
-    # Triton looks at this when it decorates a kernel, so it has to be set before anything imports ipfm.kernels.
-    os.environ["TRITON_INTERPRET"] = "1"
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        # Programs remark on one that names no GPU.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
 
 TESTS = Path(__file__).parent
 # Seconds that each file took when somebody last ran `make durations`, by its path below tests/.
 DURATIONS = TESTS / "durations.json"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Called as soon as this file is imported, before any other file of tests is."""
     parser.addoption("--record-durations", action="store_true", help=f"write how long each file took to {DURATIONS}")
+    config: pytest.Config = pluginmanager.get_plugin("pytestconfig")
+    choose_device(config.known_args_namespace.markexpr)
+
+
+def choose_device(marks: str) -> None:
+    """Hide GPUs unless what is given to `-m` asks for them; where there is none, have kernels interpreted."""
+    if not gpus.asked(marks):
+        gpus.hide()
+    if not torch.cuda.is_available():
+        # Triton looks at this when it decorates a kernel, so it has to be set before anything imports ipfm.kernels.
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--record-durations") and not is_worker:
         config.pluginmanager.register(Recorder())
     if not is_worker and getattr(config.option, "dist", "no") != "no":
-        if not HAS_CUDA:
+        if not torch.cuda.is_available():
             prepared.share()
         return
     # There is little garbage among what is imported and collected, and looking for it takes a second.
@@ -57,15 +64,33 @@ class Recorder:
         DURATIONS.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
-    for item in items:
-        if not HAS_CUDA and item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = gpus.asked(config.option.markexpr)
+    mark_by_device(items, "needs a CUDA device, and torch sees none" if asked else gpus.ASKING)
     # The longest files first, so that two workers end together (with --no-loadscope-reorder).
     recorded = json.loads(DURATIONS.read_text(encoding="utf-8")) if DURATIONS.exists() else {}
     expected = {path: expected_seconds(path, recorded) for path in {item.path for item in items}}
     items.sort(key=lambda item: -expected[item.path])
+
+
+def mark_by_device(items: list[pytest.Item], missing: str) -> None:
+    """Leave out tests that the device of this process is not for.
+
+    Args:
+        items: the tests.
+        missing: why there is no GPU, if there is none.
+    """
+    cuda = torch.cuda.is_available()
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if cuda and "device" in getattr(item, "fixturenames", ()) and "device" not in (given.params if given else ()):
+            # Of the kernels, wherever they run: `-m gpu` chooses these as well.
+            item.add_marker(pytest.mark.gpu)
+        if not cuda and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=missing))
+        if cuda and not item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="is for the CPU: run it without `-m gpu`"))
 
 
 def expected_seconds(file: Path, recorded: Mapping[str, float]) -> float:
@@ -83,7 +108,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def device() -> torch.device:
     """Where the Triton kernels run: compiled on CUDA, else in the interpreter on the CPU."""
-    return torch.device("cuda" if HAS_CUDA else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _spoil(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import gpus
 import prepared
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,18 +19,24 @@ WORKERS = ROOT / "tests" / "workers"
 BIN = Path(sys.executable).parent
 
 
-def environment(**values: str) -> dict[str, str]:
-    """The environment of a process that is not part of a run yet: one thread, no interpreter mode, no GPU assumed."""
+def environment(*, gpu: bool = False, **values: str) -> dict[str, str]:
+    """The environment of a process that is not part of a run yet: one thread, no interpreter mode, no GPU.
+
+    Args:
+        gpu: it may see the GPUs that this process sees; for tests marked `gpu`.
+        values: further variables.
+    """
     keep = {
         k: v
         for k, v in os.environ.items()
         if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET")
     }
-    return {**keep, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{keep.get('PATH', '')}", **values}
+    hidden = {} if gpu else gpus.HIDDEN
+    return {**keep, **hidden, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{keep.get('PATH', '')}", **values}
 
 
-def run_workers(script: str, processes: int, argument: Any, timeout: float = 300) -> None:
-    """Run tests/workers/`script` as one group of `processes`, each given `argument` as JSON.
+def run_workers(script: str, processes: int, argument: Any, timeout: float = 300, *, gpu: bool = False) -> None:
+    """Run tests/workers/`script` as one group of `processes`, each given `argument` as JSON; with `gpu`, on the GPUs.
 
     Fails with the output of the workers when one of them does.
     """
@@ -41,7 +48,8 @@ def run_workers(script: str, processes: int, argument: Any, timeout: float = 300
         started = []
         for rank, output in enumerate(outputs):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_SIZE": processes}
-            env = environment(**{k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            named = {k: str(v) for k, v in place.items()}
+            env = environment(gpu=gpu, **named, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             worker = prepared.start(WORKERS / script, json.dumps(argument), env=env, stdout=output, stderr=output)
             stack.callback(worker.kill)
             started.append(worker)

@@ -4,8 +4,8 @@ A program of this project imports for three seconds before it does anything. Tes
 Python starts it, fork theirs from a server that has imported everything and started no thread; each pytest process has
 its own, but for workers, which share their controller's. A forked program sees what a started one would: arguments,
 environment, folder, standard streams, session, limits, signals; its exit code comes back. Only its objects are not
-freed one by one at its end: that would copy all the memory that it shares with the server. On a machine with a GPU,
-which no forked process could use, it is started.
+freed one by one at its end: that would copy all the memory that it shares with the server. One that may use a GPU,
+which no forked process could, is started.
 
     python tests/helpers/prepared.py SOCKET      (the server; it ends when its stdin is closed)
 """
@@ -99,7 +99,7 @@ def start(
         file_size: bytes beyond which the program cannot write to a file.
     """
     words = [str(script), *map(str, arguments)]
-    if not _can_fork():
+    if not _can_fork(env):
         limited = f'ulimit -f {(file_size or 0) // 1024} && PYTHONDONTWRITEBYTECODE=1 exec "$0" "$@"'
         limit = ["bash", "-c", limited] if file_size else []
         return subprocess.Popen(
@@ -137,11 +137,11 @@ def run(
     return subprocess.CompletedProcess([str(script), *map(str, arguments)], code, *texts)
 
 
-@functools.cache
-def _can_fork() -> bool:
+def _can_fork(env: Mapping[str, str]) -> bool:
+    """Whether a program with this environment sees no GPU."""
     import torch
 
-    return not torch.cuda.is_available()
+    return env.get("CUDA_VISIBLE_DEVICES") == "" or not torch.cuda.is_available()
 
 
 @functools.cache

@@ -33,7 +33,7 @@ def test_a_step_reads_no_tensor(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_a_step_waits_for_nothing_on_a_gpu(tmp_path: Path) -> None:
-    launch.run_workers("steps_without_reading.py", 1, {"out": str(tmp_path / "found.json")})
+    launch.run_workers("steps_without_reading.py", 1, {"out": str(tmp_path / "found.json")}, gpu=True)
     for found, settings in zip(json.loads((tmp_path / "found.json").read_text()).values(), (4, 6), strict=True):
         assert found == {name: {} for name in found} and len(found) == settings
 
