@@ -179,7 +179,7 @@ def test_commands_take_their_options(page: Path) -> None:
     for words in commands(page):
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
         if words[0] == "make":
-            targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+            targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
             assert {*words[1:]} <= targets, words
             continue
         given -= FOREIGN.get(words[0], set())
