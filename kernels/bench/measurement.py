@@ -81,7 +81,7 @@ class Watch(TorchDispatchMode):
                 if t.untyped_storage()._cdata not in known:
                     self._add(t.untyped_storage())
             if func.namespace == "aten" and "empty" not in func.name():
-                self.moved += _traffic(func, args, kwargs or {}, given, tensors(result))
+                self.moved += traffic(func, args, kwargs or {}, given, tensors(result))
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -91,7 +91,7 @@ class Watch(TorchDispatchMode):
             weakref.finalize(storage, self._alive.pop, storage._cdata)
 
 
-def _traffic(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: list[Tensor], made: list[Tensor]) -> int:
+def traffic(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: list[Tensor], made: list[Tensor]) -> int:
     """Bytes that an operation reads and writes, by what its schema says of arguments that it changes."""
     changed: list[Tensor] = []
     for position, argument in enumerate(func._schema.arguments):
