@@ -34,7 +34,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=packages(),
-    package_data={f"ipfm.engine.commands.{room}": ["*.j2"] for room in ("compare", "pages", "report")},
+    package_data={f"ipfm.engine.commands.{room}": ["*.j2"] for room in ("compare", "doctor", "pages", "report")},
     package_dir={f"ipfm.{folder}": folder for folder in FOLDERS},
     install_requires=[
         "torch>=2.10,<2.14",

@@ -17,6 +17,7 @@ from ipfm.engine.commands.bench.command import Bench
 from ipfm.engine.commands.compare.command import Compare
 from ipfm.engine.commands.convert import Convert
 from ipfm.engine.commands.dataset import Dataset
+from ipfm.engine.commands.doctor.command import Doctor
 from ipfm.engine.commands.evaluate import Evaluate
 from ipfm.engine.commands.export.command import Export
 from ipfm.engine.commands.info import Info
@@ -66,6 +67,7 @@ Command = (
     | Annotated[Plan, subcommand("plan")]
     | Annotated[New, subcommand("new")]
     | Annotated[Bench, subcommand("bench")]
+    | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Completion, subcommand("completion")]
 )
 
@@ -85,6 +87,7 @@ OTHERWISE = {
     "generate": "images are drawn by ipfm sample",
     "fid": "it is measured by ipfm evaluate",
     "memory": "it is predicted by ipfm plan",
+    **dict.fromkeys(("check", "env", "verify", "verify-gpu", "selftest"), "this machine is looked at by ipfm doctor"),
     **dict.fromkeys(("rent", "cost", "costs", "price"), "what to rent is said by ipfm plan --model RECIPE"),
 }
 

@@ -21,9 +21,7 @@ Training is done by the recipes: deepspeed recipes/digits_ipfm.py --help
 commands:
 {commands}
 
-options:
-  -h, --help  this text; after a command: its options
-  --version   versions of ipfm, Python, torch, triton and deepspeed
+options: -h, --help (after a command: its own); --version, of ipfm, Python, torch, triton, deepspeed
 example: ipfm sample runs/digits-D128-alpha1-K1/generator --n 64 --out digits.png
 exit codes: 0 done; 1 failed; 2 bad input, nothing was written; 128 + n stopped by signal n"""
 

@@ -41,6 +41,8 @@ COVERED: Mapping[str, str] = MappingProxyType(
         "make equivalence": "engine/objectives/test_equivalence.py::test_equals_the_plain_loop",
         "make fuzz": "models/checkpoints/test_fuzz.py::test_flipped_and_missing_bytes",
         "ipfm bench --step": "engine/commands/test_bench_step.py::test_the_table_of_the_command",
+        # It starts a process for each group of libraries.
+        "ipfm doctor": "engine/commands/test_doctor.py::test_this_machine_in_text_and_json",
         "ipfm bench --memory": "engine/commands/test_bench_memory.py::test_a_run",
         # Of a file of one's own, in a process that it is named to.
         "deepspeed mine.py": "engine/commands/test_new.py::test_settings_of_the_file_stand_over_those_of_the_rule",

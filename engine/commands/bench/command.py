@@ -53,6 +53,8 @@ class Bench:
     """With --step: arithmetic of the networks, one or several."""
     compile: bool = False
     """With --step: measure with torch.compile too, the plain networks as well."""
+    rivals: tuple[Literal["channels_last", "fused", "tuned"], ...] = ()
+    """With --step: further forms of plain PyTorch; tuned is with both. Default: on GPUs tuned."""
     D: float = 128.0
     """With --step: auxiliary dimensions, in (0, inf]."""
     activation_checkpointing: bool = False
@@ -122,6 +124,7 @@ class Bench:
                 batch=self.batch,
                 precisions=self.precision,
                 compiled=self.compile,
+                rivals=self.rivals,
                 quick=self.quick,
                 title=self.model,
             )

@@ -71,20 +71,33 @@ class PlainDistillation:
             the arithmetic of the convolutions; weights are fp32.
         teacher: the denoiser; copied.
         device: where it runs.
+        channels_last: weights and activations lie with the channels of a pixel side by side.
+        fused_adam: torch's Adam as one kernel, where the device has it.
     """
 
-    def __init__(self, settings: Resolved[DistillConfig], teacher: Precond, *, device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: Resolved[DistillConfig],
+        teacher: Precond,
+        *,
+        device: torch.device,
+        channels_last: bool = False,
+        fused_adam: bool = False,
+    ) -> None:
         config = self.config = settings.config
         self.D, self.device = settings.D, device
 
         def prepared(net: Precond) -> Precond:
-            return plain_layers(apply_precision(net.to(device), settings.precision))
+            net = plain_layers(apply_precision(net.to(device), settings.precision))
+            net.channels_last = channels_last
+            # Its own layers take the weights as they lie: this is `model.to(memory_format=torch.channels_last)`.
+            return net.to(memory_format=torch.channels_last) if channels_last else net  # type: ignore[call-overload]
 
         self.teacher = prepared(copy.deepcopy(teacher)).eval().requires_grad_(False)
         self.student, self.generator = (prepared(trainable_copy(teacher, config.dropout)) for _ in range(2))
         self.average = [p.detach().clone() for p in self.generator.parameters()]
         self.student_adam, self.generator_adam = (
-            torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, 0.999), eps=config.eps)
+            torch.optim.Adam(net.parameters(), lr=lr, betas=(beta1, 0.999), eps=config.eps, fused=fused_adam or None)
             for net, lr, beta1 in (
                 (self.student, config.student_lr or config.lr, config.student_beta1),
                 (self.generator, config.lr, config.generator_beta1),

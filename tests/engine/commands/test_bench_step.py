@@ -82,6 +82,45 @@ def test_plain_pytorch_does_the_same_mathematics() -> None:
     assert max((moved[n] - p).norm() / p.norm() for n, p in teacher.named_parameters()) > 1e-3
 
 
+def test_the_tuned_rival_computes_the_same_in_channels_last() -> None:
+    torch.manual_seed(0)
+    teacher = build_network(NETWORK)
+    settings = resolve(DistillConfig(batch=4, D=16.0, lr=1e-3, eps=1e-2), NETWORK, World(0, 1, torch.device("cpu")))
+    plain, tuned = (
+        SameNoise(settings, teacher, device=torch.device("cpu"), channels_last=fast, fused_adam=fast)
+        for fast in (False, True)
+    )
+    weights = [p for net in (tuned.teacher, tuned.student) for p in net.parameters() if p.dim() == 4]
+    assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    seen = []
+    tuned.student.model.register_forward_hook(lambda _, given, out: seen.append(given[0]))
+    for task in (plain, tuned):
+        for step in range(2):
+            task.step = step
+            task.iteration(step)
+    assert seen and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert all(group["fused"] for adam in (tuned.student_adam, tuned.generator_adam) for group in adam.param_groups)
+    for ours, theirs in zip(tuned.generator.parameters(), plain.generator.parameters(), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_rivals_are_timed_beside_the_plainest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "ROUNDS_QUICK", 1)
+    monkeypatch.setattr(bench, "stop_world", lambda: None)
+    path = bench.run_step(tmp_path, NETWORK, batch=2, rivals=("tuned", "channels_last"), quick=True)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["step"] for r in rows] == ["plain", "plain tuned", "plain channels_last", "joint", "phased"]
+    best = min(float(r["ms_50"]) for r in rows[:3])
+    for row in rows:
+        assert float(row["speed_over_best"]) == pytest.approx(best / float(row["ms_50"]))
+        assert float(row["speed"]) == pytest.approx(float(rows[0]["ms_50"]) / float(row["ms_50"]))
+    assert "| speed over the best plain |" in path.with_suffix(".md").read_text()
+    assert bench.default_rivals(torch.device("cuda")) == ("plain", "tuned")
+    assert bench.default_rivals(torch.device("cpu")) == ("plain",)
+    assert bench.Variant("joint", "bf16", settings={"zero": 1}).name == "joint, zero 1"
+
+
 def test_its_layers_are_pytorchs_own() -> None:
     settings = resolve(DistillConfig(batch=2, D=16.0), NETWORK, World(0, 1, torch.device("cpu")))
     plain = PlainDistillation(settings, build_network(NETWORK), device=torch.device("cpu"))
