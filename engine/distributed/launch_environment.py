@@ -11,22 +11,24 @@ from pathlib import Path
 import torch
 import triton
 
-from ipfm.engine.runtime import launcher
+from ipfm.engine.runtime import launcher, peers
 from ipfm.engine.runtime.cores import usable_cores
 from ipfm.engine.runtime.wording import counted
 
 # Seconds after which a process gives up on one that does not answer; IPFM_TIMEOUT changes it.
 TIMEOUT = 600.0
+# Seconds by which NCCL's own watchdog, which aborts the process, is later than that.
+LATER = 60.0
 
 
 def check_environment() -> None:
     """Check what the environment says of this process's run, before anything is begun.
 
     Raises:
-        ValueError: a launcher's variables, IPFM_TIMEOUT, DS_ACCELERATOR or TRITON_INTERPRET cannot be; one line.
+        ValueError: a launcher's variables, a time of IPFM_…, DS_ACCELERATOR or TRITON_INTERPRET cannot be; one line.
     """
     launcher.check_launch()
-    answer_timeout()
+    watch_times(patient=True)
     cuda = torch.cuda.is_available()
     accelerator, expected = os.environ.get("DS_ACCELERATOR"), "cuda" if cuda else "cpu"
     if accelerator not in (None, expected):
@@ -75,14 +77,35 @@ def answer_timeout() -> timedelta:
     Raises:
         ValueError: IPFM_TIMEOUT is no number of seconds.
     """
-    given = os.environ.get("IPFM_TIMEOUT", str(TIMEOUT))
+    return timedelta(seconds=_seconds("IPFM_TIMEOUT", TIMEOUT))
+
+
+def watch_times(*, patient: bool) -> peers.Times:
+    """How long the processes of a run bear with each other, see `peers`.
+
+    Args:
+        patient: the main thread hears by itself of a process that has ended, as under gloo.
+
+    Raises:
+        ValueError: IPFM_TIMEOUT, IPFM_SILENCE or IPFM_GRACE is no number of seconds.
+    """
+    return peers.Times(
+        answer=_seconds("IPFM_TIMEOUT", TIMEOUT),
+        silence=_seconds("IPFM_SILENCE", peers.SILENCE),
+        grace=_seconds("IPFM_GRACE", peers.GRACE),
+        patience=peers.PATIENCE if patient else peers.HASTE,
+    )
+
+
+def _seconds(name: str, otherwise: float) -> float:
+    given = os.environ.get(name, str(otherwise))
     try:
         seconds = float(given)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e9:
-        raise ValueError(f"IPFM_TIMEOUT must be a number of seconds > 0, got {given!r}")
-    return timedelta(seconds=seconds)
+        raise ValueError(f"{name} must be a number of seconds > 0, got {given!r}")
+    return seconds
 
 
 def no_network(error: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ipfm.engine.distributed.world import World
+from ipfm.engine.runtime import peers
 from ipfm.engine.runtime.launcher import Launcher
 
 # SIGUSR1 is what people have Slurm send some time before the end (--signal=USR1@120); SIGHUP comes when the
@@ -74,7 +75,8 @@ def catching_signals(launcher: Launcher) -> Iterator[SignalFlag]:
             previous[one] = signal.signal(one, note)
     _listening = noted
     try:
-        yield noted
+        with peers.hearing_signals(launcher):
+            yield noted
     finally:
         _listening = None
         for number, handler in previous.items():
@@ -87,8 +89,10 @@ def check_stop(world: World) -> None:
     Raises:
         StopRequested: on every process, when one has received a signal; never outside of `catching_signals`.
     """
+    peers.passed()
     if _listening is None:
         return
     signum = int(world.all_reduce_max_(torch.tensor(_listening.signum, device=world.device)))
     if signum:
+        peers.taken_up()
         raise StopRequested(signum)

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from ipfm.engine.distributed.launch_environment import answer_timeout, no_network, share_cores
-from ipfm.engine.runtime import launcher
+from ipfm.engine.distributed.launch_environment import LATER, answer_timeout, no_network, share_cores, watch_times
+from ipfm.engine.runtime import launcher, peers
 from ipfm.engine.runtime.errors import Failed
 
 
@@ -98,8 +99,10 @@ def start_world() -> World:
     deepspeed = import_deepspeed()
     if not dist.is_initialized():
         # DeepSpeed makes further groups, of which it gives none a time of its own: they take torch's default.
-        timeout = distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = answer_timeout()
         backend = "nccl" if cuda else "gloo"
+        # NCCL aborts the process after it: whoever watches says before then what there is to say.
+        timeout = answer_timeout() + timedelta(seconds=LATER if cuda else 0.0)
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
         try:
             if launched:
                 deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
@@ -110,7 +113,25 @@ def start_world() -> World:
             if reason := no_network(str(error)):
                 raise Failed(reason) from error
             raise
+    _watch_peers(rank, size)
     return World(rank=rank, size=size, device=device, launched=launched)
+
+
+_watched = 0
+
+
+def _watch_peers(rank: int, size: int) -> None:
+    """Have the processes watch each other from now on; they find each other as the process group did."""
+    global _watched
+    _watched += 1
+    store, key = distributed_c10d._get_default_store(), f"ipfm/peers/{_watched}"
+    peers.start(
+        rank,
+        size,
+        publish=lambda said: store.set(key, said),
+        read=lambda: store.get(key).decode(),
+        times=watch_times(patient=dist.get_backend() == "gloo"),
+    )
 
 
 def import_deepspeed() -> Any:

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -20,7 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from ipfm.engine.runtime.errors import Failed, FolderInUse, Interrupted, ProcessLost
+from ipfm.engine.runtime import peers
+from ipfm.engine.runtime.errors import Failed, FolderInUse, Interrupted, ProcessLost, TrainingFailed
 from ipfm.engine.runtime.host_memory import not_enough
 from ipfm.engine.runtime.launcher import is_first_process, lost_process
 from ipfm.engine.runtime.stdio import usable_streams
@@ -212,6 +214,7 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
             traceback is wanted.
     """
     name = Path(prog).name
+    peers.call(name)
     before, warnings.formatwarning = warnings.formatwarning, partial(_warning_of, name, warnings.formatwarning)
     try:
         os.getcwd()
@@ -222,6 +225,9 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
     try:
         try:
             main(sys.argv[1:] if argv is None else argv)
+        except BaseException as error:
+            peers.claim(error, _exit_code(error), known=_is_known(error), lost=_lost(error))
+            raise
         finally:
             # What is printed has come out, or this is where it fails.
             sys.stdout.flush()
@@ -234,7 +240,7 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
         sys.exit(BAD_INPUT)
     except ProcessLost as error:
         # The one that speaks for all may be the one that is gone.
-        _complain(f"{name}: failed: {error}", everyone=True)
+        _complain(f"{name}: failed: {error}", everyone=peers.speaks())
         sys.exit(FAILED)
     except Failed as error:
         _complain(f"{name}: failed: {error}", everyone=error.alone)
@@ -252,7 +258,7 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
             _complain(f"{name}: failed: cannot write{where}: {error.strerror}", everyone=True)
         elif reason := lost_process(error):
             message = f"another process of this run has ended or does not answer ({reason})"
-            _complain(f"{name}: failed: {message}", everyone=True)
+            _complain(f"{name}: failed: {message}", everyone=peers.speaks())
         elif isinstance(error, OSError) and error.filename and error.strerror:
             _complain(f"{name}: failed: {error.filename}: {error.strerror}", everyone=True)
         else:
@@ -273,6 +279,28 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
         warnings.formatwarning = before
 
 
+def _exit_code(error: BaseException) -> int:
+    """What `run_command` makes of it."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else FAILED if error.code else 0
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        return 128 + getattr(error, "signum", signal.SIGINT)
+    return BAD_INPUT if isinstance(error, (BadInput, FolderInUse)) else FAILED
+
+
+def _is_known(error: BaseException) -> bool:
+    """Whether every process of the run ends by this error, of which they have told each other."""
+    if isinstance(error, TrainingFailed):
+        return not (error.alone or isinstance(error, ProcessLost))
+    return isinstance(error, Interrupted) or (isinstance(error, SystemExit) and not error.code)
+
+
+def _lost(error: BaseException) -> str:
+    """What is wrong with another process, if the error tells of one."""
+    cause = error.__cause__ if isinstance(error, ProcessLost) else error
+    return "" if cause is None else lost_process(cause)
+
+
 def _warning_of(
     prog: str, usual: Callable[..., str], message: Warning | str, kind: type[Warning], file: str, *where: Any
 ) -> str:
@@ -289,6 +317,7 @@ def _complain(line: str, details: str = "", *, everyone: bool = False) -> None:
         # The exit code says it too, where stderr takes nothing.
         with contextlib.suppress(OSError):
             print(" ".join(part.strip() for part in line.splitlines()), file=sys.stderr, flush=True)
+            peers.told()
             if details:
                 print(details, file=sys.stderr, flush=True)
 

@@ -77,7 +77,7 @@ def check_launch() -> None:
         return
     import socket
 
-    address = os.environ["MASTER_ADDR"]
+    address = launched_address()
     try:
         socket.getaddrinfo(address, None)
     except (OSError, UnicodeError) as error:
@@ -113,6 +113,11 @@ def local_rank() -> int:
 def local_processes(otherwise: int = 1) -> int:
     """Number of processes that the launcher has started on this machine; `otherwise` where it does not say."""
     return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", otherwise)))
+
+
+def launched_address() -> str:
+    """The machine on which the processes meet, as the launcher has given it; "" without one."""
+    return os.environ.get("MASTER_ADDR", "")
 
 
 def launched_port() -> str:
@@ -176,9 +181,12 @@ SETTLE = 0.25
 
 
 def stop_world() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, and those who watch it."""
     import torch.distributed as dist
 
+    from ipfm.engine.runtime import peers
+
+    peers.part()
     if dist.is_initialized():
         threads = dist.get_backend() == "gloo" and dist.get_world_size() > 1
         dist.destroy_process_group()
@@ -186,3 +194,4 @@ def stop_world() -> None:
             # Gloo's threads let go of the last exchange's tensors, for which they need the interpreter: one that comes
             # too late, when the interpreter ends, aborts the whole process.
             time.sleep(SETTLE)
+    peers.stop()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
+from ipfm.engine.runtime import peers
 from ipfm.engine.runtime.errors import Failed
 from ipfm.engine.training.checkpoint import BUFFER, Draft, checkpoints_in, is_whole
 from ipfm.models.atomic_files import why
@@ -86,7 +87,7 @@ class CheckpointWriter:
         if self.background:
             gathered = {name: _State.of(net, self.world) for name, net in networks.items()}
             if self._thread is not None:
-                self._pending = self._thread.submit(self._write, step, gathered, average, after)
+                self._pending = self._thread.submit(self._write_unbroken, step, gathered, average, after)
             self._expected = target
             return
         after()
@@ -96,8 +97,9 @@ class CheckpointWriter:
             state = _State.of(network, self.world)
             if self.world.is_main:
                 try:
-                    draft = draft or Draft(self.folder, step)
-                    draft.add(name, *state)
+                    with peers.at_work():
+                        draft = draft or Draft(self.folder, step)
+                        draft.add(name, *state)
                 except OSError as error:
                     reason = why(error)
             # Without it the next network's would come on top.
@@ -106,7 +108,8 @@ class CheckpointWriter:
             self._agree(target, reason, draft)
         if draft is not None:
             try:
-                self._finish(draft, average)
+                with peers.at_work():
+                    self._finish(draft, average)
             except OSError as error:
                 reason = why(error)
         self._agree(target, reason, draft)
@@ -138,6 +141,10 @@ class CheckpointWriter:
         self._pending = self._expected = None
         if self._thread is not None:
             self._thread.shutdown()
+
+    def _write_unbroken(self, *what: Any) -> None:
+        with peers.at_work():
+            self._write(*what)
 
     def _write(
         self, step: int, gathered: dict[str, _State], average: Mapping[str, Any] | None, after: Callable[[], None]

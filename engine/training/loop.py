@@ -19,6 +19,7 @@ from ipfm.engine.evaluation.metrics.measures import notes
 from ipfm.engine.evaluation.results import EvaluationHistory, forget_results
 from ipfm.engine.memory.watch import MemoryWatch
 from ipfm.engine.objectives.phases import Phase, listening
+from ipfm.engine.runtime import peers
 from ipfm.engine.runtime.errors import Interrupted, ProcessLost, TrainingFailed, described
 from ipfm.engine.runtime.host_memory import refuses_memory
 from ipfm.engine.runtime.launcher import Launcher, lost_process
@@ -62,6 +63,7 @@ def train(task: Task, config: RunConfig, folder: RunFolder) -> Progress:
         Interrupted: a signal stopped the run; a checkpoint was written.
     """
     world = task.world
+    peers.describe_way_on(lambda: f"{_way_on(folder)}{_best_of(folder)}")
     with catching_signals(Launcher(world.launched)) as noted, _failures(folder):
         found = find_checkpoint(folder.checkpoints, config.from_step) if world.is_main else None
         name = world.broadcast_text("" if found is None else found.name)
@@ -181,6 +183,7 @@ class _Run:
         while progress.step < total:
             progress.pending.append((progress.step, self.watch.iteration(progress.step)))
             progress.step += 1
+            peers.passed()
             self._updating = False
             finished = progress.step == total
             due = _due(progress.step, config.checkpoint_every) or finished
@@ -274,6 +277,8 @@ class _Run:
         stop, failed, seconds = self.world.all_reduce_max_(
             torch.tensor(own, dtype=torch.float64, device=self.world.device)
         ).tolist()
+        if stop:
+            peers.taken_up()
         self._exchange_at = progress.step + max(1, min(config.log_every, int(SECONDS_TO_NOTICE / max(seconds, 1e-9))))
         values: dict[str, float] = {}
         for (step, _), row in zip(progress.pending, table, strict=True):

@@ -26,6 +26,7 @@ from ipfm.engine.config import RunConfig
 from ipfm.engine.evaluation.metrics import FrechetResult
 from ipfm.engine.evaluation.metrics.measures import DISTANCE, MEASURES, METRICS, Measured, Metric, measures_of, merit
 from ipfm.engine.evaluation.results import EvaluationHistory, is_better
+from ipfm.engine.runtime import peers
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.wording import significant
 from ipfm.engine.training.checkpoint import checkpoints_in, step_of
@@ -315,9 +316,10 @@ class Snapshots:
         store = at.store
 
         def write() -> None:
-            store(path)
-            with suppress(OSError):
-                then()
+            with peers.at_work():
+                store(path)
+                with suppress(OSError):
+                    then()
 
         future: Future[None]
         if self._thread is not None:
