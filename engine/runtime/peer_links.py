@@ -135,7 +135,9 @@ class Links:
         except BlockingIOError:
             return
         except OSError as error:
-            self._gone(peer, error.strerror or str(error))
+            # What had not been read of what was said to it makes a reset of its end.
+            ended = isinstance(error, ConnectionResetError | BrokenPipeError)
+            self._gone(peer, "" if ended else error.strerror or str(error))
             return
         if not said:
             self._gone(peer, "")

@@ -163,10 +163,10 @@ class Watch(threading.Thread):
             # It ends of itself, and so may this one, of the same error.
             self._conclude(FAILED, f"process {rank} of {self.size} has failed", PATIENCE)
         elif word == "over":
-            code, _, reason = rest.partition(" ")
+            code, patience, reason = rest.split(" ", 2)
             # What the first process says of it, it says to people too.
             self._silent |= rank == 0
-            self._conclude(int(code) if code.isdecimal() else FAILED, reason, self.times.patience)
+            self._conclude(int(code), reason, float(patience))
 
     def _lose(self, rank: int, what: str) -> None:
         lost = f"process {rank} of {self.size} has ended" + (f": {what}" if what else "")
@@ -182,7 +182,7 @@ class Watch(threading.Thread):
         """This process ends, and the others too."""
         if self._verdict is None and not self._parted:
             self._verdict = _Verdict(code, reason, self.links.clock + patience)
-            self.links.say(f"over {code} {reason}"[:LONGEST])
+            self.links.say(f"over {code} {patience} {reason}"[:LONGEST])
 
     def _judge(self) -> None:
         clock = self.links.clock
@@ -216,8 +216,7 @@ class Watch(threading.Thread):
                 waited = f"process {self.rank} of {self.size} was in one call for {limit:g} s"
                 self._conclude(128 + number, waited, 0.0)
         if still >= self.times.answer + MARGIN:
-            waited = f"process {self.rank} of {self.size} waited for {self.times.answer:g} s"
-            self._conclude(FAILED, waited, 0.0)
+            self._conclude(FAILED, f"one call has taken {self.times.answer:g} s", 0.0)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -239,7 +238,7 @@ class Watch(threading.Thread):
     def speaks(self) -> bool:
         """Whether this process says why the run ends: the first one does, as long as it can."""
         silence = self.links.silence(0)
-        return self.rank == 0 or not self._silent and (silence is None or silence > PATIENCE)
+        return self.rank == 0 or (not self._silent and (silence is None or silence > PATIENCE))
 
     # -- for the main thread ------------------------------------------------------------------------------------------
 
@@ -252,7 +251,7 @@ class Watch(threading.Thread):
         if gone:
             _wait_for_the_end()
         if lost:
-            self.links.say(f"over {code} {lost}"[:LONGEST])
+            self.links.say(f"over {code} {self.times.patience} {lost}"[:LONGEST])
             # That the first process has gone shows in a moment.
             deadline = time.monotonic() + BEAT
             while self.rank and not self.speaks() and time.monotonic() < deadline:

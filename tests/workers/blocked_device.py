@@ -1,14 +1,17 @@
-"""Worker: a run of which a process can get stuck, as in a call of a device, at a step that its name says.
+"""Worker: a run of two processes that get stuck, in its step 3, as in a call of a device.
 
-Two gloo groups: the run's own, and one for the data, which waits for an hour, as NCCL's would for ten minutes; gloo
-itself tells of nothing there but that the other end has closed, which is left out here as NCCL leaves it out.
+There are two gloo groups: the run's own, and one for the data, of which nothing is heard in Python when it is blocked.
 
-    blocked_device.py OUT WHERE [SECONDS]
+    blocked_device.py OUT WHERE SECONDS
 
-WHERE: "collective": process 0 waits for the others in the data group from step 3 on, and they do not come;
-"sleep": process 1 sleeps in step 3; "end": process 1 is done, process 0 only SECONDS later; "writing": as
-"collective", while the writing of a checkpoint takes SECONDS; "alone": process 1 fails while process 0 waits;
-"script": as "end", without `run_command`.
+WHERE:
+    collective  process 0 waits for the other one, which sleeps
+    forks       the same; process 1 has a child that outlives it
+    writing     the same, while the writing of a checkpoint takes SECONDS
+    alone       process 1 fails
+    slow        nobody is stuck: a step takes a while, and the writing of a checkpoint SECONDS
+    end         process 1 is done, process 0 SECONDS later
+    script      the same without a command around it
 """
 
 import os
@@ -25,7 +28,7 @@ from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import start_world
 from ipfm.engine.experiments import run_command
 from ipfm.engine.objectives.step_metrics import StepMetrics
-from ipfm.engine.training import checkpoint_writer
+from ipfm.engine.training.checkpoint import Draft
 from ipfm.engine.training.teacher import TeacherTraining
 from ipfm.models import NetworkConfig
 
@@ -36,56 +39,56 @@ HOUR = timedelta(hours=1)
 
 
 def main(argv: list[str]) -> None:
-    out, where, seconds = Path(argv[0]), argv[1], float(argv[2]) if len(argv) > 2 else 0.0
+    out, where, seconds = Path(argv[0]), argv[1], float(argv[2])
     world = start_world()
-    device = dist.new_group(backend="gloo", timeout=HOUR)
+    data = dist.new_group(backend="gloo", timeout=HOUR)
     if where in ("end", "script"):
         world.barrier()
         time.sleep(0.0 if world.rank else seconds)
-        print(f"{world.rank} done", flush=True)
         return
     config = TeacherConfig(
-        D=64.0, batch=4, max_steps=1000, zero=0, eval_every=0, log_every=1, checkpoint_every=2, micro_batch=2,
-        precision="fp32",
+        D=64.0, batch=4, max_steps=1000, zero=0, eval_every=0, log_every=1, micro_batch=2, precision="fp32",
+        checkpoint_every=1000 if where == "slow" else 2,
     )  # fmt: skip
-    training = TeacherTraining(
-        config, NETWORK, ImageDataset(torch.zeros(16, 1, 4, 4, dtype=torch.uint8)), world=world
-    )
+    images = ImageDataset(torch.zeros(16, 1, 4, 4, dtype=torch.uint8))
+    training = TeacherTraining(config, NETWORK, images, world=world)
     usual = training._step
 
     def step(number: int) -> StepMetrics:
         if number == 3:
             (out / f"stuck-{world.rank}").touch()
-            stick(world.rank, where, device)
+        if number >= 3:
+            stick(world.rank, where, data)
         return usual(number)
 
-    if where == "writing":
-        finish = checkpoint_writer.Draft.finish
+    if where in ("writing", "slow"):
+        finish = Draft.finish
 
-        def slowly(draft: checkpoint_writer.Draft) -> Path:
+        def slowly(draft: Draft) -> Path:
             time.sleep(seconds)
             return finish(draft)
 
-        checkpoint_writer.Draft.finish = slowly
-    training._step = step
+        Draft.finish = slowly  # type: ignore[method-assign]
+    training._step = step  # type: ignore[method-assign]
     training.run(out / "run")
 
 
-def stick(rank: int, where: str, device: dist.ProcessGroup) -> None:
+def stick(rank: int, where: str, data: dist.ProcessGroup) -> None:
+    if where == "slow":
+        time.sleep(0.2)
+        return
     if rank == 1 and where == "alone":
         raise TypeError("a defect of one")
+    if rank == 1 and where == "forks" and not os.fork():
+        time.sleep(20)
+        os._exit(0)
     if rank == 1:
         time.sleep(3600)
-    while True:
-        # A device would not say that the other end has gone.
-        try:
-            dist.all_reduce(torch.zeros(1), group=device)
-        except RuntimeError:
-            wait_as_a_device_does()
-
-
-def wait_as_a_device_does() -> None:
-    torch._C._distributed_c10d.HashStore().wait(["nothing"], HOUR)
+    try:
+        dist.all_reduce(torch.zeros(1), group=data)
+    except RuntimeError:
+        # gloo tells that the other end has gone; a device would wait on.
+        dist.HashStore().wait(["nothing"], HOUR)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,14 @@ from ipfm.engine.runtime.errors import Failed
 
 @pytest.fixture(autouse=True)
 def without_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = ("DS_ACCELERATOR", "IPFM_TIMEOUT", "CUDA_VISIBLE_DEVICES", *launcher._UNJOINED)
+    others = (
+        "DS_ACCELERATOR",
+        "IPFM_TIMEOUT",
+        "IPFM_SILENCE",
+        "IPFM_GRACE",
+        "CUDA_VISIBLE_DEVICES",
+        *launcher._UNJOINED,
+    )
     for name in (*launcher.VARIABLES, *others):
         # Set first, so that what the call sets is undone at the end.
         monkeypatch.setenv(name, "")
@@ -38,6 +45,8 @@ def without_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ("IPFM_TIMEOUT", "10min", "IPFM_TIMEOUT must be a number of seconds > 0, got '10min'"),
         ("IPFM_TIMEOUT", "", "IPFM_TIMEOUT must be a number of seconds > 0, got ''"),
         ("IPFM_TIMEOUT", "nan", "IPFM_TIMEOUT must be a number of seconds > 0, got 'nan'"),
+        ("IPFM_SILENCE", "0", "IPFM_SILENCE must be a number of seconds > 0, got '0'"),
+        ("IPFM_GRACE", "30s", "IPFM_GRACE must be a number of seconds > 0, got '30s'"),
         ("DS_ACCELERATOR", "cuda", "DS_ACCELERATOR must be cpu on this machine, got 'cuda': unset it"),
         ("RANK", "", "RANK must be a whole number >= 0, got '': unset it, or start by a launcher"),
     ],

@@ -6,7 +6,7 @@ The one that the data goes through is blocked, as NCCL's is when a process has d
 from __future__ import annotations
 
 import signal
-import time
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,36 +17,62 @@ import soak
 from soak import Group, newest, wait_until
 
 WORKER = launch.ROOT / "tests" / "workers" / "blocked_device.py"
-NAME = "blocked_device.py: "
-LOST = f"{NAME}failed: another process of this run has ended or does not answer "
+NAME = "blocked_device.py"
+LOST = f"{NAME}: failed: another process of this run has ended or does not answer"
+ENDED = "process 1 of 2 has ended"
 
 pytestmark = pytest.mark.distributed
 
 
 @dataclass
 class Case:
-    """A start of the worker: where its processes get stuck, the signal that one is sent there, further variables."""
+    """A start of the worker, and what becomes of it.
+
+    Attributes:
+        where: see the worker.
+        signum: that a process is sent when both have come to the step; 0 for none.
+        victim: which.
+        seconds: see the worker.
+        times: IPFM_SILENCE, IPFM_GRACE, IPFM_TIMEOUT.
+        codes: exit codes; None for one that goes on.
+        says: the last line, up to where it says how to go on.
+        saved: the newest checkpoint.
+    """
 
     where: str
-    victim: int = 1
     signum: int = 0
+    victim: int = 1
     seconds: float = 0.0
-    silence: float = 60.0
-    grace: float = 60.0
-    timeout: float = 60.0
+    times: tuple[float, float, float] = (60.0, 60.0, 60.0)
+    codes: tuple[int | None, int | None] = (1, -signal.SIGKILL)
+    says: str = f"{LOST} ({ENDED})"
+    saved: int = 2
 
 
+STOPPED = f"{NAME}: stopped by SIGTERM before the state could be saved (process 1 of 2 was in one call for 1 s)"
 CASES = {
-    "killed": Case("collective", signum=signal.SIGKILL),
-    "the first killed": Case("collective", victim=0, signum=signal.SIGKILL),
-    "stopped": Case("collective", signum=signal.SIGSTOP, silence=2.0),
-    "told to stop": Case("collective", signum=signal.SIGTERM, grace=2.0),
-    "hung": Case("collective", timeout=2.0),
-    "while it writes": Case("writing", signum=signal.SIGKILL, seconds=8.0),
-    "alone": Case("alone"),
-    "ends later": Case("end", seconds=3.0, silence=1.0, grace=1.0),
-    "script": Case("script", seconds=3.0, silence=1.0),
-}
+    "killed while it writes": Case("writing", signal.SIGKILL, seconds=8.0),
+    "killed": Case("collective", signal.SIGKILL),
+    "the first killed": Case(
+        "collective", signal.SIGKILL, 0, codes=(-signal.SIGKILL, 1), says=f"{LOST} (process 0 of 2 has ended)"
+    ),
+    "killed, but for a child": Case("forks", signal.SIGKILL),
+    "suspended": Case(
+        "collective", signal.SIGSTOP, times=(2.0, 60.0, 60.0), codes=(1, None),
+        says=f"{LOST} (nothing was heard of process 1 of 2 for 2 s)",
+    ),
+    "told to stop": Case("collective", signal.SIGTERM, times=(60.0, 1.0, 60.0), codes=(143, 143), says=STOPPED),
+    "hung": Case(
+        "collective", times=(60.0, 60.0, 2.0), codes=(1, 1), says=f"{LOST} (one call has taken 2 s)"
+    ),
+    "failed alone": Case("alone", codes=(1, 1), says=f"{LOST} (process 1 of 2 has failed)"),
+    "slow to save": Case(
+        "slow", signal.SIGTERM, seconds=3.0, times=(2.0, 1.0, 60.0), codes=(143, 143),
+        says=f"{NAME}: stopped by SIGTERM, state saved in",
+    ),
+    "slow to end": Case("end", seconds=3.0, times=(1.0, 1.0, 60.0), codes=(0, 0), says=""),
+    "script": Case("script", seconds=3.0, times=(1.0, 1.0, 60.0), codes=(0, 0), says=""),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +81,41 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple
     started = {}
     for name, case in CASES.items():
         out = tmp_path_factory.mktemp("case")
-        times = {"IPFM_SILENCE": case.silence, "IPFM_GRACE": case.grace, "IPFM_TIMEOUT": case.timeout}
-        started[name] = out, Group(
-            [str(out), case.where, str(case.seconds)], "forked", out / "log", script=WORKER,
-            **{variable: str(value) for variable, value in times.items()},
-        )  # fmt: skip
-    for name, case in CASES.items():
-        out, group = started[name]
-        if case.signum:
-            wait_until(lambda: len(list(out.glob("stuck-*"))) == 2, group)
-            group.ranks()[case.victim].send_signal(case.signum)
-    yield started
-    for _, group in started.values():
-        group.kill()
+        variables = zip(("IPFM_SILENCE", "IPFM_GRACE", "IPFM_TIMEOUT"), map(str, case.times), strict=True)
+        arguments = [str(out), case.where, str(case.seconds)]
+        started[name] = out, Group(arguments, "forked", out / "log", script=WORKER, **dict(variables))
+    try:
+        for name, case in CASES.items():
+            if case.signum:
+                out, group = started[name]
+                wait_until(lambda out=out: len(list(out.glob("stuck-*"))) == soak.RANKS, group)
+                group.ranks()[case.victim].send_signal(case.signum)
+        yield started
+    finally:
+        for _, group in started.values():
+            group.kill()
 
 
-def test_x(groups):
-    t=time.monotonic()
-    for name,(out,group) in groups.items():
-        try:
-            codes = group.wait(20) 
-        except Exception as e: codes=[p.poll() for p in group.started]
-        print(name, codes, time.monotonic()-t, newest(out/"run")); print(group.output())
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_cannot_go_on_ends_itself_and_one_that_can_is_left_alone(groups, name: str) -> None:
+    (out, group), case = groups[name], CASES[name]
+    lines = []
+    for process, code in zip(group.started, case.codes, strict=True):
+        if code is None:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0)
+        else:
+            assert process.wait(40) == code, group.output()
+    lines = [line for line in group.output().splitlines() if line.startswith(f"{NAME}: ")]
+    run = out / "run"
+    if case.where == "alone":
+        # The one that failed says why.
+        assert lines.pop(0).startswith(f"{NAME}: failed: process 1 of 2: TypeError: a defect of one (")
+    if not case.says:
+        assert lines == []
+    elif case.where == "slow":
+        assert lines == [f"{case.says} {run}; the same command continues"] and newest(run) > 3
+    else:
+        assert lines == [f"{case.says}: the same command continues {run} from its checkpoint step-0000002"]
+        assert newest(run) == 2 and not list(run.glob("checkpoints/.partial-*"))
+    assert "Traceback" not in group.output() and "core dumped" not in group.output()
