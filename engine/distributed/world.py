@@ -128,6 +128,8 @@ def _watch_peers(rank: int, size: int) -> None:
     peers.start(
         rank,
         size,
+        meeting=launcher.launched_address(),
+        here=launcher.all_here(),
         publish=lambda said: store.set(key, said),
         read=lambda: store.get(key).decode(),
         times=watch_times(patient=dist.get_backend() == "gloo"),

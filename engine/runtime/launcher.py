@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from ipfm.engine.runtime import peers
+
 
 class Launcher:
     """The launcher that started this process: its parent, and for DeepSpeed the runner above that.
@@ -120,6 +122,12 @@ def launched_address() -> str:
     return os.environ.get("MASTER_ADDR", "")
 
 
+def all_here() -> bool:
+    """Whether the launcher has started every process on this machine, as far as it says."""
+    met_inside = launched_address() in ("localhost", "127.0.0.1", "::1")
+    return met_inside or local_processes(0) == launched_processes()
+
+
 def launched_port() -> str:
     """Where the processes meet, as the launcher has given it."""
     return os.environ.get("MASTER_PORT", "")
@@ -183,8 +191,6 @@ SETTLE = 0.25
 def stop_world() -> None:
     """Leave the process group, if there is one, and those who watch it."""
     import torch.distributed as dist
-
-    from ipfm.engine.runtime import peers
 
     peers.part()
     if dist.is_initialized():

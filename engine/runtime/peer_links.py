@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ipfm.engine.runtime.launcher import launched_address
-
 # Seconds that one process tries to reach another at one address.
 REACH = 5.0
 # Bytes of a line, at most; whoever says more is none of the run's processes.
@@ -183,12 +181,12 @@ def listen(*, here: bool) -> socket.socket:
     return socket.create_server(("", 0))
 
 
-def addresses(*, here: bool) -> list[str]:
-    """Where others may reach this process, the likeliest first."""
+def addresses(meeting: str, *, here: bool) -> list[str]:
+    """Where others may reach this process, the likeliest first; they have met at the address `meeting`."""
     if here:
         return ["127.0.0.1"]
-    # As the processes met: by what the launcher says, or over an interface that a user has named for them.
-    found = [launched_address()]
+    # As the processes met, or over an interface that a user has named for them.
+    found = [meeting]
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         found.append(_address_of(os.environ.get(name, "")))
     with contextlib.suppress(OSError, UnicodeError):

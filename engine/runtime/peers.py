@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ipfm.engine.runtime.errors import Interrupted
-from ipfm.engine.runtime.launcher import Launcher, launched_address, local_processes
 from ipfm.engine.runtime.peer_links import LONGEST, Links, addresses, listen, reach
 
 # Seconds without a word from a process after which it counts as lost; IPFM_SILENCE changes it.
@@ -116,7 +115,7 @@ class Watch(threading.Thread):
         self._moved = 0.0
         self._signals: dict[int, float] = {}
         self._interrupts = 0
-        self.launcher: Launcher | None = None
+        self.launcher_gone: Callable[[], bool] | None = None
         self._woken, self.wake = socket.socketpair()
         for end in (self._woken, self.wake):
             end.setblocking(False)
@@ -202,7 +201,7 @@ class Watch(threading.Thread):
 
     def _judge_itself(self, clock: float) -> None:
         """Whether this process's main thread stays in one call, though it should not."""
-        if self.launcher is not None and self.launcher.gone():
+        if self.launcher_gone is not None and self.launcher_gone():
             self._signals.setdefault(signal.SIGTERM, clock)
         if clock - self._busy_elsewhere < 3 * BEAT or _at_work:
             # Whoever waits for the writing of a checkpoint is not stuck.
@@ -285,12 +284,23 @@ _told = False
 _counting = threading.Lock()
 
 
-def start(rank: int, size: int, *, publish: Callable[[str], None], read: Callable[[], str], times: Times) -> None:
+def start(
+    rank: int,
+    size: int,
+    *,
+    meeting: str,
+    here: bool,
+    publish: Callable[[str], None],
+    read: Callable[[], str],
+    times: Times,
+) -> None:
     """Begin to watch the processes of a run; every process calls this. One that cannot says so, and is not watched.
 
     Args:
         rank: of this process.
         size: number of processes; one alone has nobody to watch.
+        meeting: the address at which they have met, where there is one.
+        here: all are on this machine.
         publish: makes known to the others what the first process gives it.
         read: what that is, elsewhere.
         times: see `Times`.
@@ -298,7 +308,6 @@ def start(rank: int, size: int, *, publish: Callable[[str], None], read: Callabl
     global _watch
     if size == 1 or _watch is not None:
         return
-    here = local_processes(0) == size or launched_address() in ("localhost", "127.0.0.1", "::1")
     server = first = None
     try:
         if rank == 0:
@@ -307,7 +316,7 @@ def start(rank: int, size: int, *, publish: Callable[[str], None], read: Callabl
                 server = listen(here=here)
             finally:
                 port = 0 if server is None else server.getsockname()[1]
-                publish(json.dumps({"port": port, "token": token, "hosts": addresses(here=here)}))
+                publish(json.dumps({"port": port, "token": token, "hosts": addresses(meeting, here=here)}))
         else:
             said = json.loads(read())
             token = said["token"]
@@ -357,18 +366,18 @@ def _count(change: int) -> None:
 
 
 @contextlib.contextmanager
-def hearing_signals(launcher: Launcher) -> Iterator[None]:
+def hearing_signals(launcher_gone: Callable[[], bool]) -> Iterator[None]:
     """Watch meanwhile that signals which have a handler, and the end of the launcher, are taken up."""
     watch = _watch
     if watch is None or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.set_wakeup_fd(watch.wake.fileno(), warn_on_full_buffer=False)
-    watch.launcher = launcher
+    watch.launcher_gone = launcher_gone
     try:
         yield
     finally:
-        watch.launcher = None
+        watch.launcher_gone = None
         signal.set_wakeup_fd(before)
 
 
