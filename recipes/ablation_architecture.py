@@ -13,7 +13,7 @@ docs/results.md.
 from __future__ import annotations
 
 from ipfm.engine.experiments import Ablation, Variant, run_command
-from ipfm.recipes.ablation_data import CIFAR, DIGITS
+from ipfm.recipes.ablation_data import CIFAR, DIGITS, FASHION
 
 ABLATION = Ablation(
     file="ablation_architecture.py",
@@ -26,6 +26,7 @@ ABLATION = Ablation(
         Variant(label="adm", arch="adm"),
     ),
     digits=DIGITS,
+    fashion=FASHION,
     cifar=CIFAR,
 )
 

@@ -13,7 +13,7 @@ ablation.md in runs/ablation-init. The same command goes on where it was stopped
 from __future__ import annotations
 
 from ipfm.engine.experiments import Ablation, Variant, run_command
-from ipfm.recipes.ablation_data import CIFAR, DIGITS
+from ipfm.recipes.ablation_data import CIFAR, DIGITS, FASHION
 
 ABLATION = Ablation(
     file="ablation_init.py",
@@ -27,6 +27,7 @@ ABLATION = Ablation(
         Variant(label="random-student", settings={"init": "teacher", "student_init": "random"}),
     ),
     digits=DIGITS,
+    fashion=FASHION,
     cifar=CIFAR,
 )
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from ipfm.engine.experiments import Ablation, Variant, as_ablation, run_command
 from ipfm.recipes import cifar_pid, digits_pid
-from ipfm.recipes.ablation_data import digits_ablation
+from ipfm.recipes.ablation_data import digits_ablation, fashion_ablation
 
 
 def variants(*levels: int) -> tuple[Variant, ...]:
@@ -40,6 +40,7 @@ ABLATION = Ablation(
     variants=variants(35, 120, 250),
     further=variants(80, 200, 500, 1000),
     digits=digits_ablation(digits_pid.RECIPE, teacher_steps=600, seeds=(0, 1)),
+    fashion=fashion_ablation(digits_pid.RECIPE.base, max_steps=1000, eval_every=100, teacher_steps=9000, seeds=(0, 1)),
     cifar=replace(
         cifar_pid.RECIPE,
         base=as_ablation(

@@ -15,17 +15,34 @@ from ipfm.engine.distributed.compilation import set_execution
 from ipfm.engine.distributed.world import World, run_device
 from ipfm.engine.evaluation.evaluation import Comparison, Evaluation
 from ipfm.engine.experiments import ablation_report as report
-from ipfm.engine.experiments.ablation_runs import Run, check_ablation_folder, open_ablation_folder, teacher_distance
+from ipfm.engine.experiments.ablation_runs import (
+    Run,
+    check_ablation_folder,
+    generator_sets,
+    open_ablation_folder,
+    shared_training,
+    teacher_distance,
+    teacher_sets,
+)
+from ipfm.engine.experiments.claims import (
+    Claim,
+    Found,
+    criterion_said,
+    decided_by,
+    judged,
+    verdicts_table,
+    write_verdicts,
+)
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.options import DistillationOptions, check_images, options_for
 from ipfm.engine.experiments.recipe import Plan, Recipe
-from ipfm.engine.runtime.commandline import BadInput, Given
+from ipfm.engine.runtime.commandline import BadInput, Given, user_input
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.resolve import complete, resolve_D, resolve_precision
-from ipfm.engine.training.run_folder import check_run_folder, teacher_facts
+from ipfm.engine.training.run_folder import check_run_folder, exported_steps, teacher_facts
 from ipfm.models import NetworkConfig, Precond, load_teacher, presets
 
 Arch = Literal["ddpmpp", "ncsnpp", "adm"]
@@ -49,9 +66,15 @@ QUICK: Mapping[str, Any] = {
 class AblationOptions(DistillationOptions):
     """Options of every ablation, beside those of the recipes."""
 
-    data: Literal["digits", "cifar"] = "digits"
-    """digits: teachers are trained here where none is given, and images are compared in pixel space; cifar: give
-    teachers, --reference and --inception."""
+    data: Literal["digits", "cifar", "fashion"] = "digits"
+    """digits: teachers are trained here where none is given, and images are compared in pixel space; fashion:
+    likewise, on Fashion-MNIST and by the features of a small classifier; cifar: give teachers, --reference and
+    --inception."""
+    images: Path | None = None
+    """Of --data fashion, the images, as --data of fashion_ipfm.py. Default: Debian's Fashion-MNIST."""
+    classifier: Path | None = None
+    """Of --data fashion, the classifier.safetensors to compare by. Default: the one that lies beside the ablation's
+    folder, which the first run trains."""
     variants: tuple[str, ...] = ()
     """Which variants are run. Default: all but those that the recipe names as further ones."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -60,6 +83,9 @@ class AblationOptions(DistillationOptions):
     """Seed of the teachers' training."""
     teachers: tuple[str, ...] = ()
     """A teacher for single variants, each as VARIANT=PATH; --teacher is that of all."""
+    teachers_from: Path | None = None
+    """Folder of the teachers that are trained here, for several ablations: each architecture and D is trained once, by
+    the command that needs it first, for which others wait. Default: one in the ablation's own."""
     arch: Arch = "ddpmpp"
     """Architecture of teachers that are trained here."""
     quick: bool = False
@@ -71,6 +97,11 @@ class AblationOptions(DistillationOptions):
             raise ValueError(f"seeds must be different integers >= 0, at least one, got {_listed(self.seeds)}")
         if self.arch not in get_args(Arch):
             raise ValueError(f"arch must be one of {', '.join(get_args(Arch))}, got {self.arch!r}")
+        for name in ("images", "classifier"):
+            if getattr(self, name) is not None and self.data != "fashion":
+                raise ValueError(f"{name} was given, but it is for --data fashion, not {self.data}")
+        if self.teachers_from is not None and self.data == "cifar":
+            raise ValueError("teachers-from was given, but --data cifar trains no teacher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +122,15 @@ class Teacher:
 
     network: NetworkConfig
     folder: Path
+    """In the ablation's, where its distance is kept; it is trained there too, unless `shared` names another place."""
     net: Precond | None
     training: TeacherConfig | None
+    shared: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """Where it is trained."""
+        return self.folder if self.shared is None else self.shared
 
 
 @dataclass(frozen=True)
@@ -107,6 +145,23 @@ class AblationPlan(Plan):
     record: Mapping[str, Any]
     comparison: Comparison | None
     """None where the data's own recipe says how images are compared, and in a dry run without --reference."""
+    local: TrainAndDistil[AblationOptions] | None = None
+    """Trains teachers and says how images are compared; None where teachers are given."""
+
+    @property
+    def labels(self) -> list[str]:
+        """The variants that are run."""
+        return list(dict.fromkeys(run.variant for run, _ in self.runs))
+
+    @property
+    def claims(self) -> list[Claim]:
+        """Those that these runs decide."""
+        return decided_by(self.ablation.claims, self.labels)
+
+    @property
+    def criteria(self) -> list[str]:
+        """A line for each claim: what decides it."""
+        return [f"claim: {criterion_said(c.text, c.source, c.criterion.stated)}" for c in self.claims]
 
     def describe(self) -> str:
         """See `Plan.describe`. Settings of the first run, then teachers and runs with their states."""
@@ -116,12 +171,14 @@ class AblationPlan(Plan):
         for folder, teacher in self.teachers.items():
             how = "given"
             if teacher.training is not None:
-                how = f"trained here, {teacher.training.total_steps:,} steps of {teacher.training.batch} images"
+                where = "here" if teacher.shared is None else f"in {teacher.shared}"
+                how = f"trained {where}, {teacher.training.total_steps:,} steps of {teacher.training.batch} images"
             elif teacher.net is None:
                 how = "still to be given"
             lines.append(f"  {folder.name:<20} {arch_of(teacher.network)}, D={teacher.network.D:g}: {how}")
         lines.append(f"runs, {run.config.total_steps:,} steps of {run.config.batch} images each")
         lines += [f"  {r.variant:<14} seed {r.seed:<4} {r.state:<24} {r.path}" for r, _ in self.runs]
+        lines += self.criteria
         if self.options.data == "cifar" and any(t.net is None for t in self.teachers.values()):
             lines += [self.ablation.cifar.help_with_teachers()]
         return "\n".join(lines)
@@ -129,46 +186,75 @@ class AblationPlan(Plan):
     def begin(self, world: World) -> Callable[[], None]:
         """See `Plan.begin`. Each run takes its own folder, and its teacher's training too."""
         open_ablation_folder(self.path, dict(self.record), write=world.is_main)
-        if self.options.data == "digits":
-            evaluation: Evaluation | None = self.ablation.digits.evaluation(
-                self.options.eval_images, self.options.metrics
-            )
-        else:
+        evaluation: Evaluation | None = None
+        if self.local is None:
             evaluation = self.options.evaluation(self.comparison, world)
-        assert evaluation is not None
+        elif self.local.by_options is None:
+            evaluation = self.local.evaluation(self.options.eval_images, self.options.metrics)
         return partial(self._train, evaluation, world)
 
-    def _train(self, evaluation: Evaluation, world: World) -> None:
-        distances, metric = self._run(evaluation, world)
+    def _train(self, evaluation: Evaluation | None, world: World) -> None:
         if world.is_main:
-            self.conclude(distances, metric)
+            print(*(f"{line}\n" for line in self.criteria), sep="", end="")
+        found, metric = self._run(self._by_features(world) if evaluation is None else evaluation, world)
+        if world.is_main:
+            self.conclude(found, metric)
 
-    def _run(self, evaluation: Evaluation, world: World) -> tuple[dict[str, float], str]:
-        """All the runs; each variant's teacher's distance, and what the distance is called."""
-        distances: dict[str, float] = {}
+    def _by_features(self, world: World) -> Evaluation:
+        """The evaluation where what images are compared by may have to be trained first: it is a part of the record."""
+        local = self.local
+        assert local is not None and local.by_options is not None
+        with user_input():
+            features = local.by_options.features(self.options, local.dataset, self.path, world)
+            record = {**self.record, "features": features.name}
+            check_ablation_folder(self.path, record)
+        world.barrier()
+        open_ablation_folder(self.path, record, write=world.is_main)
+        return local.evaluation(self.options.eval_images, self.options.metrics, features=features, world=world)
+
+    def _run(self, evaluation: Evaluation, world: World) -> tuple[dict[str, Found], str]:
+        """All the runs; what was measured of each variant, and what the distance is called."""
+        found: dict[str, Found] = {}
         metric, done, say = report.DISTANCE, 0, _printer(world)
+        in_sets = {label for claim in self.claims if claim.criterion.sets for label in claim.criterion.variants}
         for place, teacher in self.teachers.items():
             net = teacher.net
             if net is None:
-                assert teacher.training is not None
                 say(f"teacher {place.name}")
-                net = self.ablation.digits.teacher(teacher.training, teacher.network, place, world)
-            net, config = net.to(world.device), self.runs[0][0].config
+                net = self._trained(teacher, world)
+            its = [run for run, where in self.runs if where == place]
+            net, config, steps = net.to(world.device), its[0].config, self.options.heun_steps
             set_execution(net, memory_format=config.memory_format, compiled=config.compile, device=world.device)
-            distance, metric = teacher_distance(net, place, evaluation, world, steps=self.options.heun_steps)
-            for run, its in self.runs:
-                if its != place:
-                    continue
+            distance, metric = teacher_distance(net, place, evaluation, world, steps=steps, shared=teacher.shared)
+            for run in its:
                 done += 1
                 say(f"{run.variant}, seed {run.seed} ({done} of {len(self.runs)}): {run.state}")
                 run.go(net, evaluation, world)
-                distances[run.variant] = distance
-        return distances, metric
+            for label in dict.fromkeys(run.variant for run in its):
+                of_label = [run for run in its if run.variant == label]
+                found[label] = Found([run.curve for run in of_label], distance)
+                if label in in_sets:
+                    sets = {run.seed: generator_sets(run, net, evaluation, world) for run in of_label}
+                    theirs = teacher_sets(net, place, evaluation, world, steps=steps, shared=teacher.shared)
+                    found[label] = replace(found[label], sets=sets, teacher_sets=theirs)
+        return {label: found[label] for label in self.labels}, metric
 
-    def conclude(self, distances: Mapping[str, float], metric: str) -> None:
-        """Write ablation.csv, ablation.md and ablation.png, and print the table."""
-        curves = [run.curve for run, _ in self.runs]
+    def _trained(self, teacher: Teacher, world: World) -> Precond:
+        """The teacher that is trained here, now or before."""
+        assert teacher.training is not None and self.local is not None
+        with shared_training(teacher.place, world):
+            return self.local.teacher(teacher.training, teacher.network, teacher.place, world)
+
+    def conclude(self, found: Mapping[str, Found], metric: str) -> None:
+        """Write ablation.csv, ablation.md, ablation.png and, where claims are judged, claims.csv; print the tables."""
+        curves = [curve for its in found.values() for curve in its.curves]
+        distances = {label: its.teacher for label, its in found.items()}
         text = f"{report.table(curves, distances, metric)}\n{report.sentence(curves)}\n"
+        if verdicts := judged(self.claims, found):
+            text += f"\n{verdicts_table(verdicts)}"
+            write_verdicts(verdicts, self.path / "claims.csv")
+        if self.options.quick:
+            text += "\nMade with --quick: the numbers mean nothing.\n"
         report.write_csv(curves, self.path / "ablation.csv")
         with report.atomic_write(self.path / "ablation.md") as file:
             file.write(text.encode())
@@ -189,8 +275,12 @@ class Ablation(Recipe[AblationOptions]):
     """Those that are run unless --variants names others."""
     further: tuple[Variant, ...] = ()
     """Those that are run only when --variants names them."""
+    claims: tuple[Claim, ...] = ()
+    """What is judged by the runs, each where all of its variants are run."""
     digits: TrainAndDistil[AblationOptions]
     """Data, teacher's training and settings of --data digits."""
+    fashion: TrainAndDistil[AblationOptions] | None = None
+    """Likewise of --data fashion, which there is not without."""
     cifar: DistilRecipe
     """Teachers that fit, and settings, of --data cifar."""
 
@@ -205,28 +295,31 @@ class Ablation(Recipe[AblationOptions]):
         begun = [name for name in ("continue_from", "student_from", "branch") if getattr(options, name) is not None]
         for name in map(option_name, begun):
             raise ValueError(f"{name} was given, but the runs of an ablation all begin with their teachers")
-        path = options.out or Path("runs") / f"ablation-{self.name}{'' if options.data == 'digits' else '-cifar'}"
+        suffix = "" if options.data == "digits" else f"-{options.data}"
+        path = options.out or Path("runs") / f"ablation-{self.name}{suffix}"
         chosen, named = self._chosen(options), self._given(options)
         if "fid" not in options.metrics:
             raise ValueError(f"metrics must have fid, which variants are compared by, got {_listed(options.metrics)}")
-        if options.data == "digits":
-            self.digits.check_metrics(options.metrics)
+        local = self._local(options)
+        if local is not None:
+            local.check_metrics(options.metrics)
         base = options.distillation()
         base.split(launched_processes())
         record = {
             "ablation": self.name,
             "data": options.data,
             "eval_images": options.eval_images,
-            "features": "pixels" if options.data == "digits" else options.compared_by,
             "reference": None if options.reference is None else options.reference.name,
         }
+        if local is None or local.by_options is None:
+            record["features"] = options.compared_by if local is None else "pixels"
         check_ablation_folder(path, record)
         teachers: dict[Path, Teacher] = {}
         runs: list[tuple[Run, Path]] = []
         rules: set[Rules] = set()
         distilled: set[Path] = set()
         for variant in chosen:
-            place, teacher = self._teacher(variant, options, named, path / "teachers", teachers)
+            place, teacher = self._teacher(variant, options, local, named, path / "teachers", teachers)
             teachers[place] = teacher
             facts = teacher_facts(teacher.net)
             for seed in options.seeds:
@@ -242,15 +335,19 @@ class Ablation(Recipe[AblationOptions]):
                     distilled.add(place)
                 runs.append((Run(variant.label, seed, config, objective.nfe, run_path), place))
         for place, teacher in teachers.items():
-            if teacher.training is not None:
-                self.digits.check_teaching(place, teacher.training, teacher.network, distilled=place in distilled)
-        comparison = None if options.data == "digits" else options.comparison(self.cifar.shape, run_device())
-        if comparison is None and options.data != "digits" and not options.dry_run:
+            if teacher.training is not None and local is not None:
+                # Others may have distilled a teacher that is shared.
+                used = place in distilled or (
+                    teacher.shared is not None and exported_steps(teacher.shared, "teacher") is not None
+                )
+                local.check_teaching(teacher.place, teacher.training, teacher.network, distilled=used)
+        comparison = None if local is not None else options.comparison(self.cifar.shape, run_device())
+        if comparison is None and local is None and not options.dry_run:
             raise ValueError("give --reference, and --inception or --features pixels: there is nothing to measure")
         if FIRST_RULES in rules:
             # What is compared was made alike: by those rules by which version 0.1 began it.
             runs = [(run if run.path.exists() else run.by_rules(FIRST_RULES), place) for run, place in runs]
-        return AblationPlan(self, options, path, teachers, runs, record, comparison)
+        return AblationPlan(self, options, path, teachers, runs, record, comparison, local)
 
     # -- the parts --------------------------------------------------------------------------------------------------
 
@@ -263,7 +360,7 @@ class Ablation(Recipe[AblationOptions]):
         base = self._base(given.options.data)
         if given.options.quick:
             # Teachers of CIFAR-10 are given.
-            steps = {"teacher_steps": QUICK["teacher_steps"] if given.options.data == "digits" else None}
+            steps = {"teacher_steps": None if given.options.data == "cifar" else QUICK["teacher_steps"]}
             base = replace(base, **{**QUICK, **steps})
         options = given.over(base)
         possible = (*self.variants, *self.further)
@@ -278,9 +375,22 @@ class Ablation(Recipe[AblationOptions]):
         return options
 
     def _base(self, data: str) -> AblationOptions:
-        base = self.digits.base if data == "digits" else self.cifar.base
+        if data == "fashion" and self.fashion is None:
+            raise ValueError(f"data must be digits or cifar for {self.file}, got fashion")
+        local = {"digits": self.digits, "fashion": self.fashion}.get(data)
+        base = self.cifar.base if local is None else local.base
         assert isinstance(base, AblationOptions)
         return base
+
+    def _local(self, options: AblationOptions) -> TrainAndDistil[AblationOptions] | None:
+        """What trains teachers on the data that the options name; None where teachers are given.
+
+        Raises:
+            ValueError: the data cannot be used, or are not there.
+        """
+        if options.data == "cifar":
+            return None
+        return self.digits if self.fashion is None or options.data == "digits" else self.fashion.on_data_of(options)
 
     def _chosen(self, options: AblationOptions) -> list[Variant]:
         known = {variant.label: variant for variant in (*self.variants, *self.further)}
@@ -317,43 +427,43 @@ class Ablation(Recipe[AblationOptions]):
                     self.cifar.help_with_teachers(),
                 )
         elif options.reference is not None:
-            raise ValueError("reference was given, but --data digits compares with the digits themselves")
+            themselves = "the digits" if options.data == "digits" else "its images"
+            raise ValueError(f"reference was given, but --data {options.data} compares with {themselves} themselves")
         return given
 
     def _teacher(
         self,
         variant: Variant,
         options: AblationOptions,
+        local: TrainAndDistil[AblationOptions] | None,
         given: Mapping[str, Path],
         folder: Path,
         known: Mapping[Path, Teacher],
     ) -> tuple[Path, Teacher]:
         """The teacher of a variant and its place; one that another variant has too is there already."""
         D, source = options.D if variant.D is None else variant.D, given.get(variant.label)
-        title, shape = self.cifar.title, self.cifar.shape
-        if options.data == "digits":
-            title, shape = f"the {self.digits.title}", self.digits.dataset.shape
+        whose, shape = f"{self.cifar.title} is", self.cifar.shape
+        if local is not None:
+            whose, shape = f"the {local.title} are", local.dataset.shape
         if source is not None:
             place = folder / (variant.label if len(set(given.values())) > 1 else "given")
             if place in known:
                 return place, known[place]
             net = load_teacher(source, D=D, anyway=options.teacher_anyway)
             resolve_D(D, net.config)
-            check_images(net.config, shape, f"{title} are" if options.data == "digits" else f"{title} is")
+            check_images(net.config, shape, whose)
             if variant.arch not in (None, arch_of(net.config)):
                 raise ValueError(f"{source} is a network {arch_of(net.config)}, {variant.label} needs {variant.arch}")
             return place, Teacher(net.config, place, net, None)
-        arch, D = variant.arch or options.arch, D or self._base_D(options)
+        arch, D = variant.arch or options.arch, D or (self.cifar.D if local is None else local.D)
         place = folder / f"{arch}-D{D:g}"
-        if options.data == "cifar":
+        if local is None:
             return place, Teacher(presets.get(self.cifar.preset, D=D), place, None, None)
-        network = self.digits.network(replace(options, arch=arch), D)
-        training = resolve_precision(self.digits.teaching(replace(options, D=D, resume=True)), run_device())
+        network = local.network(replace(options, arch=arch), D)
+        training = resolve_precision(local.teaching(replace(options, D=D, resume=True)), run_device())
         training.split(launched_processes())
-        return place, Teacher(network, place, None, training)
-
-    def _base_D(self, options: AblationOptions) -> float:
-        return self.digits.D if options.data == "digits" else self.cifar.D
+        shared = None if options.teachers_from is None else options.teachers_from.expanduser() / place.name
+        return place, Teacher(network, place, None, training, shared)
 
 
 def arch_of(network: NetworkConfig) -> Arch:

@@ -5,28 +5,46 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ipfm.engine.config import Rules
+from ipfm.engine.distributed.agreement import together
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Evaluation, evaluate_teacher
 from ipfm.engine.evaluation.metrics import FrechetResult, Metric
 from ipfm.engine.evaluation.results import EvaluationHistory
 from ipfm.engine.experiments.ablation_report import Curve
+from ipfm.engine.experiments.claims import SETS
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import user_input
+from ipfm.engine.runtime.errors import FolderInUse
 from ipfm.engine.runtime.files import read_json
+from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.engine.training.distiller import Distiller
-from ipfm.engine.training.run_folder import ABLATION_FILE, check_run_folder, open_run_folder, teacher_facts
+from ipfm.engine.training.run_folder import (
+    ABLATION_FILE,
+    EXPORTS,
+    check_run_folder,
+    exported_steps,
+    lock_folder,
+    open_run_folder,
+    release_folder,
+    teacher_facts,
+)
 from ipfm.engine.training.run_state import FAILED_FILE, read_run
 from ipfm.engine.training.task import NotFinite
-from ipfm.models import Precond
+from ipfm.models import Precond, load_model
 from ipfm.models.atomic_files import atomic_write
 
 # In the folder of a teacher: its distance, measured once for all runs.
 DISTANCE_FILE = "distance.json"
+# In that folder and in the run folders: the distances of several sets of samples.
+SETS_FILE = "sets.json"
 
 
 class MeasuredDistiller(Distiller):
@@ -131,32 +149,145 @@ class Run:
 
 
 def teacher_distance(
-    net: Precond, folder: Path, evaluation: Evaluation, world: World, *, steps: int
+    net: Precond, folder: Path, evaluation: Evaluation, world: World, *, steps: int, shared: Path | None = None
 ) -> tuple[float, str]:
     """The distance of a teacher's samples by Heun's method with `steps` steps, and what it is called.
 
     It is measured once, then read from `folder`. Every rank calls it.
+
+    Args:
+        net: the teacher.
+        folder: of the teacher in the ablation.
+        evaluation: what its samples are compared with.
+        world: the run's ranks.
+        steps: of Heun's method.
+        shared: a folder of the teacher that other ablations read and write too.
     """
     about = {**teacher_facts(net), "images": evaluation.images, "heun_steps": steps}
-    known = read_json(folder / DISTANCE_FILE) or {}
-    same = {name: known.get(name) for name in about} == about
-    if not world.broadcast_text("known" if same else ""):
-        distance_alone = replace(evaluation, metrics=("fid",))
-        result = evaluate_teacher(net, distance_alone, world, D=net.config.D, steps=steps)
-        finite = result.distance if math.isfinite(result.distance) else None
-        known = {**about, "frechet": finite, "name": result.name}
-        if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / DISTANCE_FILE, known)
+
+    def measure() -> dict[str, Any]:
+        alone = replace(evaluation, metrics=("fid",))
+        result = evaluate_teacher(net, alone, world, D=net.config.D, steps=steps)
+        return {"frechet": result.distance if math.isfinite(result.distance) else None, "name": result.name}
+
+    known = _measured_once(DISTANCE_FILE, (folder, shared), about, evaluation, world, measure)
     # The other processes need none of it.
     return (math.nan if known.get("frechet") is None else float(known["frechet"])), str(known.get("name", ""))
+
+
+def teacher_sets(
+    net: Precond, folder: Path, evaluation: Evaluation, world: World, *, steps: int, shared: Path | None = None
+) -> list[float]:
+    """The distances of `SETS` sets of a teacher's samples, measured once; arguments as in `teacher_distance`."""
+    about = {**teacher_facts(net), "images": evaluation.images, "heun_steps": steps}
+
+    def sample(first: int, count: int) -> Tensor:
+        return sample_teacher(net, first, count, D=net.config.D, steps=steps, seed=evaluation.seed)
+
+    return _sets((folder, shared), about, sample, evaluation, world)
+
+
+def generator_sets(run: Run, teacher: Precond, evaluation: Evaluation, world: World) -> list[float]:
+    """The distances of `SETS` sets of samples of a run's last generator; NaN where it diverged. Measured once.
+
+    Args:
+        run: which is done.
+        teacher: that it distilled.
+        evaluation: what samples are compared with.
+        world: the run's ranks.
+    """
+    if world.broadcast_text(run.state) != "finished":
+        return [math.nan] * SETS
+    net = load_model(run.path / EXPORTS["distill"]).to(world.device).eval()
+    objective = run.config.objective(teacher.config)
+    about = {**teacher_facts(teacher), "images": evaluation.images, "step": exported_steps(run.path, "distill")}
+
+    def sample(first: int, count: int) -> Tensor:
+        return objective.sample(net, first, count, seed=evaluation.seed)
+
+    return _sets((run.path, None), about, sample, evaluation, world)
+
+
+def _sets(
+    places: tuple[Path, Path | None],
+    about: dict[str, Any],
+    sample: Callable[[int, int], Tensor],
+    evaluation: Evaluation,
+    world: World,
+) -> list[float]:
+    alone = replace(evaluation, metrics=("fid",))
+
+    def measure() -> dict[str, Any]:
+        firsts = [number * evaluation.images for number in range(SETS)]
+        found = [alone.measure(sample, world, first_index=first, leave_out=True).distance for first in firsts]
+        return {"frechet": [value if math.isfinite(value) else None for value in found]}
+
+    known = _measured_once(SETS_FILE, places, about, evaluation, world, measure)
+    return [math.nan if value is None else float(value) for value in known.get("frechet", ())]
+
+
+def _measured_once(
+    name: str,
+    places: tuple[Path, Path | None],
+    about: dict[str, Any],
+    evaluation: Evaluation,
+    world: World,
+    measure: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """What a file of this name says in one of the places, else what is measured now; left in all of them.
+
+    Every rank calls it; what is read is known to the first one alone.
+    """
+    folders = [place for place in places if place is not None]
+    # Files from before it was noted are those of an ablation of its own, which has compared by one thing throughout.
+    features = evaluation.features.name
+    found = [(read_json(folder / name) or {}) for folder in folders]
+    same = [
+        known
+        for known in found
+        if {key: known.get(key) for key in about} == about and known.get("features", features) == features
+    ]
+    if not world.broadcast_text("known" if same else ""):
+        same = [{**about, "features": features, **measure()}]
+    known = same[0] if same else {}
+    if world.is_main:
+        for folder, there in zip(folders, found, strict=True):
+            if there != known:
+                folder.mkdir(parents=True, exist_ok=True)
+                _write_json(folder / name, known)
+    return known
+
+
+@contextlib.contextmanager
+def shared_training(folder: Path, world: World) -> Iterator[None]:
+    """Alone in the run folder of a teacher that several ablations train and take: waits while another is in it.
+
+    The folder is free again afterwards, while this process goes on. Every process calls it.
+    """
+
+    def enter() -> None:
+        while world.is_main:
+            try:
+                return lock_folder(folder)
+            except FolderInUse:
+                continue  # another command is training it, which may take hours
+
+    together(enter, world.size)
+    try:
+        yield
+    finally:
+        if world.is_main:
+            release_folder(folder)
 
 
 def open_ablation_folder(path: Path, record: dict[str, Any], *, write: bool) -> None:
     """Take `path` for the ablation that `record` describes; `check_ablation_folder` approved it."""
     if write:
         path.mkdir(parents=True, exist_ok=True)
-        _write_json(path / ABLATION_FILE, record)
+        found = read_json(path / ABLATION_FILE) or {}
+        # What is not known yet of an ablation that goes on stands there already.
+        if found != {**found, **record}:
+            _write_json(path / ABLATION_FILE, {**found, **record})
 
 
 def check_ablation_folder(path: Path, record: dict[str, Any]) -> None:
@@ -175,7 +306,8 @@ def check_ablation_folder(path: Path, record: dict[str, Any]) -> None:
     differences = [
         f"{name} is {found.get(name)} there, {value} here"
         for name, value in record.items()
-        if found is not None and found.get(name) != value
+        # What is not known there yet is no difference.
+        if found is not None and found.get(name, value) != value
     ]
     if differences:
         raise ValueError(f"{path} belongs to another ablation ({'; '.join(differences)}): choose another --out")

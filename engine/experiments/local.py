@@ -365,12 +365,20 @@ class TrainAndDistil(Recipe[O], Generic[O]):
 
     def plan(self, given: Given[O]) -> TrainAndDistilPlan:
         """See `Recipe.plan`."""
+        return self.on_data_of(given.options)._plan(given)
+
+    def on_data_of(self, options: O) -> TrainAndDistil[O]:
+        """The same on the data that the options name, where they do.
+
+        Raises:
+            ValueError: data that cannot be used, or are not there.
+        """
         by = self.by_options
         if by is None:
-            return self._plan(given)
-        data = by.data(given.options)
+            return self
+        data = by.data(options)
         title = self.title if data.name == self.title else "images"
-        return replace(self, data=lambda: data, title=title, compared=by.compared(given.options))._plan(given)
+        return replace(self, data=lambda: data, title=title, compared=by.compared(options))
 
     def _plan(self, given: Given[O]) -> TrainAndDistilPlan:
         given, branch = branched(given, self.base)

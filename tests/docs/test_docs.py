@@ -101,7 +101,8 @@ def recipe_options() -> dict[str, set[str]]:
     found = {}
     for name in RECIPES:
         module = importlib.import_module(f"ipfm.recipes.{name.removesuffix('.py')}")
-        recipe = module.RECIPE if hasattr(module, "RECIPE") else module.ABLATION.digits
+        recipe = module.RECIPE if hasattr(module, "RECIPE") else module.ABLATION
+        recipe = getattr(recipe, "digits", recipe)
         found[name] = options_of(type(recipe.base))
     return found
 

@@ -44,6 +44,14 @@ COVERED: Mapping[str, str] = MappingProxyType(
         # It starts a process for each group of libraries.
         "ipfm doctor": "engine/commands/test_doctor.py::test_this_machine_in_text_and_json",
         "ipfm bench --memory": "engine/commands/test_bench_memory.py::test_a_run",
+        "python recipes/ablation_D_alpha.py --data fashion": "engine/experiments/test_ablation.py::"
+        "test_ablations_of_clothes_share_teachers_and_classifier",
+        "python recipes/ablation_steps.py --data fashion": "engine/experiments/test_ablation.py::"
+        "test_ablations_of_clothes_share_teachers_and_classifier",
+        "python recipes/ablation_divergence.py --data fashion": "engine/experiments/test_ablation.py::"
+        "test_clothes_are_another_ablation_with_its_own_sizes",
+        "python recipes/ablation_out_of_law.py": "engine/experiments/test_out_of_law.py::"
+        "test_from_teachers_to_verdicts",
         # Of a file of one's own, in a process that it is named to.
         "deepspeed mine.py": "engine/commands/test_new.py::test_settings_of_the_file_stand_over_those_of_the_rule",
         "deepspeed late.py": "engine/commands/test_new.py::test_settings_of_the_file_stand_over_those_of_the_rule",
@@ -209,7 +217,8 @@ def recipe(file: str, command: Command) -> ModuleType:
 
 def options_of(module: ModuleType) -> set[str]:
     """Names of a recipe's options."""
-    thing = module.ABLATION.digits if hasattr(module, "ABLATION") else module.RECIPE
+    thing = module.ABLATION if hasattr(module, "ABLATION") else module.RECIPE
+    thing = getattr(thing, "digits", thing)
     return {field.name for field in dataclasses.fields(thing.base)}
 
 

@@ -9,25 +9,30 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import idx_files
 import numpy as np
 import pytest
 import tiny_inception
 import torch
 from PIL import Image
 
+from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments.ablation import AblationOptions, AblationPlan, arch_of
 from ipfm.engine.experiments.ablation_report import GROWTH, Curve, plot, sentence, table, write_csv
-from ipfm.engine.experiments.ablation_runs import Run
+from ipfm.engine.experiments.ablation_runs import Run, shared_training, teacher_distance
 from ipfm.engine.experiments.repeats import spread
 from ipfm.engine.runtime.commandline import BadInput, parse_given
-from ipfm.engine.runtime.errors import Interrupted
+from ipfm.engine.runtime.errors import FolderInUse, Interrupted
+from ipfm.engine.training.run_folder import folder_user
 from ipfm.models import EDMPrecond, NetworkConfig, load_model, presets, save_model
 from ipfm.recipes import (
     ablation_alpha,
     ablation_architecture,
     ablation_D,
+    ablation_D_alpha,
+    ablation_data,
     ablation_divergence,
     ablation_init,
     ablation_pid,
@@ -36,6 +41,7 @@ from ipfm.recipes import (
 
 ALL = {
     "D": ablation_D,
+    "D-alpha": ablation_D_alpha,
     "alpha": ablation_alpha,
     "init": ablation_init,
     "architecture": ablation_architecture,
@@ -169,6 +175,120 @@ def thin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {f"D{D:g}": root / f"D{D:g}" for D in (128.0, math.inf)}
 
 
+# -- clothes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clothes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A small set where Debian's would be, and small networks."""
+    place = idx_files.write_idx(tmp_path / "debian")
+    monkeypatch.setattr("ipfm.engine.experiments.fashion.DEBIAN", place)
+    monkeypatch.setattr("ipfm.engine.training.loop.PICTURE_IMAGES", 2)
+    small = replace(presets.get("ddpmpp"), img_resolution=28, img_channels=1, augment_dim=0, model_channels=4)
+    small = replace(small, channel_mult=(1,), num_blocks=1, attn_resolutions=(), dropout=0.0)
+    monkeypatch.setattr(ablation_data, "fashion_network", lambda arch, D: replace(small, D=D))
+    return place
+
+
+FEW = ("--data", "fashion", "--quick", "--batch", "4", "--eval-images", "8", "--heun-steps", "1", "--max-steps", "2",
+       "--teacher-steps", "1", "--zero", "0", "--backward", "joint", "--activation-checkpointing", "off")  # fmt: skip
+
+
+@pytest.mark.distributed
+def test_ablations_of_clothes_share_teachers_and_classifier(clothes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two ablations of one folder of teachers: each is trained and measured once; the verdicts stand in the results."""
+    shared = ("--teachers-from", "teachers")
+    both = ("--variants", "D128-alpha0.5", "D128-alpha1", "--out", "runs/both")
+    ablation_D_alpha.main([*FEW, *shared, "--seeds", "0", "1", "2", *both])
+    out, err = capsys.readouterr()
+    # What decides is said before anything is measured.
+    assert out.index("claim: alpha = 1 ends lower than alpha = 1/2, at D = 128") < out.index("teacher ddpmpp-D128")
+    assert "compared by classifier" in err and "Made with --quick: the numbers mean nothing." in out
+    text = Path("runs/both/ablation.md").read_text()
+    assert "| alpha = 1 ends lower than alpha = 1/2, at D = 128 | " in text and "at D = inf" not in text
+    assert len(Path("runs/both/claims.csv").read_text().splitlines()) == 2
+    about = json.loads(Path("runs/both/ablation.json").read_text())
+    assert about["data"] == "fashion" and about["features"].startswith("classifier ")
+    before = {p: p.stat().st_mtime_ns for p in Path("teachers").rglob("*") if p.name != "run.lock"}
+    assert {p.parent.name for p in before if p.name == "distance.json"} == {"ddpmpp-D128"}
+    ablation_steps.main([*FEW, *shared, "--seeds", "0", "--variants", "K2", "--out", "runs/steps"])
+    out, err = capsys.readouterr()
+    after = {p: p.stat().st_mtime_ns for p in Path("teachers").rglob("*") if p.name != "run.lock"}
+    # The sets of samples come to what is known of the teacher, whose training and distance stay as they are.
+    new = {p.relative_to("teachers/ddpmpp-D128").as_posix() for p in after if after[p] != before.get(p) and p.is_file()}
+    assert about["features"] in err and len(list(Path("runs").glob("classifier-*.safetensors"))) == 1
+    assert new == {"sets.json"}
+    assert "1 seed, 3 are needed; generators " in Path("runs/steps/ablation.md").read_text()
+    places = ("teachers", "runs/steps/teachers", "runs/both/teachers")
+    known = [json.loads((Path(place) / "ddpmpp-D128/distance.json").read_text()) for place in places]
+    assert known[0] == known[1] == known[2] and known[0]["features"] == about["features"]
+    sets = json.loads(Path("runs/steps/K2/seed0/sets.json").read_text())
+    # The first set is that of the last evaluation.
+    assert sets["frechet"][0] == pytest.approx(float(rows(Path("runs/steps"))[-1]["distance"]), rel=1e-4)
+    assert len(set(sets["frechet"])) == 3
+    # Nobody keeps the shared teacher: another command may come in while this one goes on.
+    assert folder_user(Path("teachers/ddpmpp-D128")) is None
+    with pytest.raises(BadInput, match=r"has 1 step and was distilled, --teacher-steps asks for 2"):
+        ablation_steps.main([*FEW, *shared, "--teacher-steps", "2", "--out", "runs/other"])
+
+
+def test_a_command_waits_for_the_teacher_that_another_one_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def lock(folder: Path) -> None:
+        tried.append(folder)
+        if len(tried) < 3:
+            raise FolderInUse("in use by process 7")
+
+    monkeypatch.setattr("ipfm.engine.experiments.ablation_runs.lock_folder", lock)
+    with shared_training(tmp_path / "teacher", World(0, 1, torch.device("cpu"))):
+        assert tried == [tmp_path / "teacher"] * 3
+
+
+def test_a_distance_by_other_features_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared teacher keeps the one that was measured last; a file that does not say its features is trusted."""
+    measured = []
+
+    def evaluate(net, evaluation, world, *, D, steps):
+        measured.append(evaluation.features.name)
+        return SimpleNamespace(distance=float(len(measured)), name="Fréchet distance")
+
+    monkeypatch.setattr("ipfm.engine.experiments.ablation_runs.evaluate_teacher", evaluate)
+    monkeypatch.setattr("ipfm.engine.experiments.ablation_runs.replace", lambda evaluation, **_: evaluation)
+    net, world = EDMPrecond(presets.get("digits", D=128.0)), World(0, 1, torch.device("cpu"))
+    one, two = (SimpleNamespace(features=SimpleNamespace(name=name), images=8) for name in ("one", "two"))
+
+    def distance(evaluation, own: str) -> float:
+        return teacher_distance(net, tmp_path / own, evaluation, world, steps=1, shared=tmp_path / "shared")[0]
+
+    assert [distance(one, "a"), distance(one, "b"), distance(two, "c"), distance(one, "a")] == [1.0, 1.0, 2.0, 1.0]
+    assert measured == ["one", "two"]
+    old = json.loads((tmp_path / "a" / "distance.json").read_text())
+    del old["features"]
+    (tmp_path / "a" / "distance.json").write_text(json.dumps(old))
+    assert distance(two, "a") == 1.0 and measured == ["one", "two"]
+
+
+def test_clothes_are_another_ablation_with_its_own_sizes(clothes: Path) -> None:
+    options = [plan_of(module, "--data", "fashion").options for module in (ablation_D, ablation_steps)]
+    found = [(o.max_steps, o.eval_every, o.teacher_steps, o.eval_images) for o in options]
+    assert found == [(1000, 100, 9000, 2000), (800, 100, 9000, 2000)]
+    plan = plan_of(ablation_divergence, "--data", "fashion")
+    assert plan.path == Path("runs/ablation-divergence-fashion")
+    assert {(r.config.alpha, r.config.total_steps, r.config.batch) for r, _ in plan.runs} == {(1.2, 2000, 64)}
+    assert len(plan.runs) == 6 and [claim.source for claim in plan.claims] == ["arXiv 2509.22454, appendix B"]
+    shared = plan_of(ablation_divergence, "--data", "fashion", "--teachers-from", "~/teachers").teachers
+    assert {t.place.parent for t in shared.values()} == {Path("~/teachers").expanduser()}
+
+
+def test_networks_of_clothes_are_those_of_their_recipe() -> None:
+    for arch in ("ddpmpp", "ncsnpp", "adm"):
+        network = ablation_data.fashion_network(arch, 128.0)
+        assert (arch_of(network), network.image_shape, network.D) == (arch, (1, 28, 28), 128.0)
+
+
 # -- what is held, and what is refused ---------------------------------------------------------------------------------
 
 
@@ -183,6 +303,7 @@ def thin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("steps", {"steps", "sigmas", "gradient"}),
         ("pid", {"D", "difference", "points"}),
         ("divergence", {"D"}),
+        ("D-alpha", {"D", "alpha"}),
     ],
 )
 def test_nothing_else_varies(name: str, free: set[str]) -> None:
@@ -202,6 +323,7 @@ def test_nothing_else_varies(name: str, free: set[str]) -> None:
         "architecture": [(128.0, "ncsnpp"), (128.0, "ddpmpp"), (128.0, "adm")],
         "steps": [(128.0, "ddpmpp")],
         "pid": [(math.inf, "ddpmpp"), (128.0, "ddpmpp")],
+        "D-alpha": [(128.0, "ddpmpp"), (math.inf, "ddpmpp")],
         "divergence": [(D, arch) for arch in ("ncsnpp", "ddpmpp") for D in (128.0, 2048.0, math.inf)],
     }
     assert networks == expected[name]
@@ -243,7 +365,12 @@ def test_what_the_papers_vary_can_be_named(name: str, label: str, settings: dict
         ("init", ["--out", "taken"], "taken is not empty and holds no ablation"),
         ("alpha", ["--data", "cifar"], "give a teacher for alpha0.5 alpha0.75 alpha1 alpha1.2 alpha1.5"),
         ("alpha", ["--data", "cifar", "--teacher-steps", "5"], "--data cifar trains no teacher"),
-        ("alpha", ["--data", "mnist"], "--data must be one of cifar, digits, got"),
+        ("alpha", ["--data", "mnist"], "--data must be one of cifar, digits, fashion, got"),
+        ("alpha", ["--data", "fashion", "--images", "nowhere"], "nowhere does not exist"),
+        ("D", ["--data", "fashion", "--reference", "x.npz", "--inception", "y"], "compares with its images themselves"),
+        ("alpha", ["--images", "x"], "images was given, but it is for --data fashion, not digits"),
+        ("alpha", ["--classifier", "x"], "classifier was given, but it is for --data fashion, not digits"),
+        ("alpha", ["--data", "cifar", "--teachers-from", "x"], "teachers-from was given, but --data cifar trains no"),
         ("alpha", ["--batch", "0"], "batch must be an integer >= 1, got 0"),
     ],
 )
