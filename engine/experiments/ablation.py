@@ -42,7 +42,7 @@ from ipfm.engine.runtime.commandline import BadInput, Given, user_input
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.resolve import complete, resolve_D, resolve_precision
-from ipfm.engine.training.run_folder import check_run_folder, exported_steps, teacher_facts
+from ipfm.engine.training.run_folder import EXPORTS, check_run_folder, exported_steps, teacher_facts
 from ipfm.models import NetworkConfig, Precond, load_teacher, presets
 
 Arch = Literal["ddpmpp", "ncsnpp", "adm"]
@@ -243,6 +243,9 @@ class AblationPlan(Plan):
         """The teacher that is trained here, now or before."""
         assert teacher.training is not None and self.local is not None
         with shared_training(teacher.place, world):
+            done = exported_steps(teacher.place, "teacher") == teacher.training.total_steps
+            if teacher.shared is not None and done:  # others may be reading it: nothing is written
+                return load_teacher(teacher.place / EXPORTS["teacher"], D=teacher.network.D)
             return self.local.teacher(teacher.training, teacher.network, teacher.place, world)
 
     def conclude(self, found: Mapping[str, Found], metric: str) -> None:

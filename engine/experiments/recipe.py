@@ -45,7 +45,7 @@ OF_TEACHERS = (
     *("conditional", "xflip", "cond", "cbase", "cres", "transfer"),
 )
 OF_DISTILLATIONS = ("continue-at-kimg", "student-from")
-OF_ABLATIONS = ("variants", "seeds", "teachers", "quick")
+OF_ABLATIONS = ("variants", "seeds", "teachers", "teachers-from", "quick")
 
 
 def _options(settings: type[RunConfig]) -> set[str]:
