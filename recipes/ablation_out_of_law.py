@@ -17,7 +17,7 @@ the generator's step:
 Each claim is confirmed where the 95 % t interval of the difference between the smallest and the largest D of the means
 over the noise levels, by seed, lies on its side of 0, refuted where it lies on the other. The seeds are those of images
 and noise: another teacher of the same D is another matter. What G_0 draws is smooth, and smooth images may be denoised
-with a smaller error than the data: ln(e_out / e_data) is below 0 there, at every D. Takes a core some minutes, and
+with a smaller error than the data, so that ln(e_out / e_data) is below 0, at any D. Takes a core some minutes, and
 nothing is trained. Leaves out-of-law.md, out-of-law.csv and claims.csv in runs/ablation-out-of-law.
 """
 
