@@ -90,7 +90,7 @@ class RunConfig:
     """The half-life is at most this share of the images seen before."""
     zero: ZeroStage | None = setting(None, identity=False, place=True)
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimiser's state, 2 the gradients as well, 3 the weights too.
-    Default: the lowest that memory allows; at least 1 in bf16 and fp16."""
+    Default: the lowest that memory allows; at least 1 in bf16 and fp16 on several processes."""
     offload: Offload = setting("none", identity=False, place=True)
     """What lives in the host's memory: the optimiser's state (needs --zero 1 to 3), or the weights too (--zero 3)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -241,9 +241,10 @@ class RunConfig:
         """(images a process, images a micro-batch) for this number of processes.
 
         Raises:
-            ValueError: the batch does not divide evenly.
+            ValueError: the batch does not divide evenly, or so many processes cannot share it at this ZeRO stage.
         """
         at_least("the number of processes", ranks, 1)
+        check_sharding(self.zero, self.precision, self.offload, ranks)
         if self.batch % ranks:
             raise ValueError(f"batch must be divisible by the number of processes, got {self.batch} and {ranks}")
         local = self.batch // ranks
@@ -387,8 +388,14 @@ def decide_storage(option: TeacherStorageOption, precision: Precision) -> Teache
     return "fp32" if precision == "fp32" else "half"
 
 
-def check_sharding(zero: int | None, precision: str, offload: str) -> None:
+def check_sharding(zero: int | None, precision: str, offload: str, ranks: int = 1) -> None:
     """Check that ZeRO stage (None: still open), precision and offload are possible, alone and together.
+
+    Args:
+        zero: the stage.
+        precision: of the networks.
+        offload: what lives in the host's memory.
+        ranks: number of processes; 1 also while it is not known.
 
     Raises:
         ValueError: they are not.
@@ -399,9 +406,10 @@ def check_sharding(zero: int | None, precision: str, offload: str) -> None:
         raise ValueError(f"precision must be auto, fp32, bf16 or fp16, got {precision!r}")
     if offload not in ("none", "optimizer", "all"):
         raise ValueError(f"offload must be none, optimizer or all, got {offload!r}")
-    if precision in ("bf16", "fp16") and zero == 0:
+    if precision in ("bf16", "fp16") and zero == 0 and ranks > 1:
         raise ValueError(
-            f"precision {precision} needs zero 1, 2 or 3: the fp32 master weights live in ZeRO's optimiser, got 0"
+            f"precision {precision} on {ranks} processes needs zero 1, 2 or 3, which share out the fp32 master "
+            "weights, got 0"
         )
     if offload == "optimizer" and zero in (None, 0):
         raise ValueError(f"offload optimizer needs zero 1, 2 or 3, got {'none' if zero is None else zero}")

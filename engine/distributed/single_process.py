@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ipfm.kernels import AdamEMA
+
+# fp16's loss scale: the first one (the losses are sums over an image's elements, so that 2^16 would waste steps on
+# overflows), how many steps without an overflow double it, and the least one.
+FIRST_SCALE, SCALE_WINDOW, LEAST_SCALE = 2**8, 500, 1
+# Elements of gradients that are widened at a time: the narrow ones are freed in between.
+WIDENED = 2**22
+# Elements between the beginnings of two gradients: 16 bytes, which the kernels read at once.
+ALIGNED = 4
 
 
 class UnshardedEngine:
@@ -16,7 +27,7 @@ class UnshardedEngine:
         optimizer: takes every gradient as it is.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: AdamEMA) -> None:
         self.module, self.optimizer = model, optimizer
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
@@ -37,3 +48,125 @@ class UnshardedEngine:
 
     def destroy(self) -> None:
         """Nothing was set up."""
+
+
+class MasterEngine(UnshardedEngine):
+    """The same for a network in 16 bits: the optimiser's parameters are fp32 masters, of which it has the roundings.
+
+    It computes what ZeRO 1 does on one process: gradients arise and add up in 16 bits, the update is made in fp32, and
+    its result is rounded. In fp16 losses are multiplied by a scale.
+
+    Args:
+        model: the network, of whose parameters `rounded` made masters.
+        optimizer: of the masters.
+        masters: of each of its parameters.
+        scale: of its losses; None scales nothing.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: AdamEMA, masters: Mapping[nn.Parameter, Tensor], scale: LossScale | None
+    ) -> None:
+        super().__init__(model, optimizer)
+        self.masters, self.scale = masters, scale
+
+    def backward(self, loss: Tensor) -> None:
+        (loss if self.scale is None else loss * self.scale.value).backward()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        optimizer, masters = self.optimizer, self.masters
+        for p, gradient in wide_gradients(masters):
+            masters[p].grad = gradient
+        if self.scale is not None:
+            given = optimizer.grad_scale
+            # A power of two: nothing is rounded.
+            optimizer.grad_scale = 1.0 / self.scale.value if given is None else given / self.scale.value
+        optimizer.step()
+        torch._foreach_copy_(list(masters), list(masters.values()))
+        for master in masters.values():
+            master.grad = None
+        if self.scale is not None and optimizer.applied is not None:
+            self.scale.update(optimizer.applied)
+
+
+class LossScale:
+    """What fp16's losses are multiplied by; it adapts on the device, by DeepSpeed's rule, and nobody waits for it.
+
+    It halves at a step with a gradient that is not finite, and doubles after `SCALE_WINDOW` ones without.
+
+    Args:
+        device: where the network is trained.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.value = torch.full((), float(FIRST_SCALE), device=device)
+        """0-d float32, changed in place."""
+        self._steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._last = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def update(self, applied: Tensor) -> None:
+        """Adapt to a step; `applied`: 0-d bool, whether it could be taken."""
+        self._last.copy_(torch.where(applied, self._last, self._steps))
+        stable = self._steps - self._last - 1
+        doubles = applied & (stable > 0) & (stable % SCALE_WINDOW == 0)
+        lower = (self.value / 2).clamp(min=LEAST_SCALE)
+        self.value.copy_(torch.where(applied, torch.where(doubles, self.value * 2, self.value), lower))
+        self._steps += 1
+
+    @property
+    def state(self) -> dict[str, float]:
+        """What it remembers, as `TrainedNetwork.loss_scale_state` has it. Waits for the device."""
+        return {"scale": float(self.value), "steps": int(self._steps), "last_overflow": int(self._last)}
+
+    @state.setter
+    def state(self, state: Mapping[str, float]) -> None:
+        self.value.fill_(state["scale"])
+        self._steps.fill_(int(state["steps"]))
+        self._last.fill_(int(state["last_overflow"]))
+
+
+def rounded(module: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, Tensor]:
+    """Round a network's parameters and buffers to 16 bits, in place.
+
+    Args:
+        module: the network; float32 parameters.
+        dtype: bfloat16 or float16.
+
+    Returns:
+        The masters: of each parameter the float32 tensor that it was.
+    """
+    masters = {p: p.detach() for p in module.parameters()}
+    module.to(dtype)
+    return masters
+
+
+def wide_gradients(masters: Mapping[nn.Parameter, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The parameters that have a gradient, with it in float32 and in its master's order; theirs are freed.
+
+    Args:
+        masters: float32 tensors of the parameters' shapes.
+    """
+    for some in _in_pieces(p for p in masters if p.grad is not None):
+        starts = [0]
+        for p in some:
+            starts.append(starts[-1] + -(-p.numel() // ALIGNED) * ALIGNED)
+        flat = torch.empty(starts[-1], device=some[0].device)
+        wide = [flat.as_strided(p.shape, masters[p].stride(), start) for p, start in zip(some, starts, strict=False)]
+        torch._foreach_copy_(wide, [p.grad for p in some if p.grad is not None])
+        for p in some:
+            p.grad = None
+        yield from zip(some, wide, strict=True)
+
+
+def _in_pieces(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Some parameters at a time, of about `WIDENED` elements."""
+    piece: list[nn.Parameter] = []
+    elements = 0
+    for p in parameters:
+        if piece and elements + p.numel() > WIDENED:
+            yield piece
+            piece, elements = [], 0
+        piece.append(p)
+        elements += p.numel()
+    if piece:
+        yield piece

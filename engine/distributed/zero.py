@@ -16,8 +16,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
-from ipfm.engine.config import Offload, Precision, Resolved, RunConfig, ZeroStage
-from ipfm.engine.distributed.single_process import UnshardedEngine
+from ipfm.engine.config import Offload, Precision, Resolved, RunConfig, ZeroStage, check_sharding
+from ipfm.engine.distributed.precision import DTYPES
+from ipfm.engine.distributed.single_process import (
+    FIRST_SCALE,
+    LEAST_SCALE,
+    SCALE_WINDOW,
+    LossScale,
+    MasterEngine,
+    UnshardedEngine,
+    rounded,
+)
 from ipfm.engine.distributed.world import World, import_deepspeed
 from ipfm.kernels import AdamEMA
 from ipfm.models import Precond
@@ -41,12 +50,16 @@ class TrainedNetwork:
         module: the network; float32 parameters on the run's device.
         settings: those of the run. Its stage: 0 replicates, 1 shards the optimiser's state, 2 gradients too, 3 weights
             too. Its precision: in bf16 and fp16 parameters and gradients have 16 bits, masters, EMA and state 32, and
-            fp16 has a loss scale that adapts itself. Offload, Adam's epsilon and the gradient's largest norm.
+            fp16 has a loss scale that adapts itself; at stage 0 on one process alone. Offload, Adam's epsilon and the
+            gradient's largest norm.
         world: the run's processes.
         lr: learning rate before the first step.
         beta1: Adam's first decay; 0 needs no first moment.
         ema: keep an average of the weights, sharded like the rest of the optimiser's state.
         rectified: Rectified Adam in place of Adam.
+
+    Raises:
+        ValueError: 16 bits at stage 0 on several processes.
     """
 
     def __init__(
@@ -61,6 +74,7 @@ class TrainedNetwork:
         rectified: bool = False,
     ) -> None:
         config, stage, precision = settings.config, settings.stage, settings.precision
+        check_sharding(stage, precision, config.offload, world.size)
         self.world = world
         self.stage = stage
         self.precision = precision
@@ -69,10 +83,18 @@ class TrainedNetwork:
         """Learning rate ("lr") and, with an average, its decay ("ema_decay"), of the last step; empty before it."""
         # As they are before the engine rounds them.
         self.exact_buffers = {n: buffer.detach().clone() for n, buffer in module.named_buffers()}
-        parameters = self._parameters = [p for p in module.parameters() if p.requires_grad]
-        exact = {n: p.detach().cpu().clone() for n, p in module.named_parameters()} if precision != "fp32" else {}
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        alone = stage == 0 and world.size == 1
+        exact: dict[str, Tensor] = {}
+        self._masters: dict[nn.Parameter, Tensor] = {}
+        self._scale = LossScale(world.device) if alone and precision == "fp16" else None
+        if precision != "fp32":
+            if alone:
+                self._masters = rounded(module, DTYPES[precision])
+            else:
+                exact = {n: p.detach().cpu().clone() for n, p in module.named_parameters()}
         self.optimizer = AdamEMA(
-            parameters,
+            [self._masters.get(p, p) for p in self._parameters],
             lr=lr,
             betas=(beta1, BETA2),
             eps=config.eps,
@@ -83,13 +105,15 @@ class TrainedNetwork:
         if stage > 0 and world.size > 1:
             self.optimizer.sum_over_shards = self._sum_over_shards
         self.engine: Any
-        if stage == 0 and world.size == 1:
+        if self._masters:
+            self.engine = MasterEngine(module, self.optimizer, self._masters, self._scale)
+        elif alone:
             self.engine = UnshardedEngine(module, self.optimizer)
         else:
             self.engine = _initialize(stage, precision, config.offload, module, self.optimizer)
         self.module: Precond = self.engine.module
         self._create_state()
-        if precision == "fp16":
+        if precision == "fp16" and self._scale is None:
             # NaN that no scale explains is counted and reported like any other, not raised in the middle of a step.
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         if exact:
@@ -109,8 +133,10 @@ class TrainedNetwork:
         self.engine.backward(loss)
 
     @property
-    def loss_scale(self) -> float:
-        """What `backward` multiplies its loss by: 1 but in fp16. Known on the host."""
+    def loss_scale(self) -> float | Tensor:
+        """What `backward` multiplies its loss by: 1 but in fp16. A 0-d tensor on one process at stage 0 in fp16."""
+        if self._scale is not None:
+            return self._scale.value
         return float(self.engine.optimizer.loss_scale) if self.precision == "fp16" else 1.0
 
     def step(self, *, lr: float, ema_decay: float = 0.0, grad_scale: Tensor | None = None) -> Tensor:
@@ -130,10 +156,16 @@ class TrainedNetwork:
         self.optimizer.ema_decay = ema_decay
         self.rates = {"lr": lr, "ema_decay": ema_decay} if self._averaged else {"lr": lr}
         self.optimizer.grad_scale = grad_scale
-        scale = self.loss_scale
+        if self._scale is not None:
+            to_blame = self._scale.value > 1
+            self.engine.step()
+            applied = self.optimizer.applied
+            assert applied is not None
+            return applied | to_blame
+        # Known on the host here.
+        expected = self.precision == "fp16" and float(self.loss_scale) > 1.0
         self.engine.step()
         if not self.engine.was_step_applied() or self.optimizer.applied is None:
-            expected = self.precision == "fp16" and scale > 1.0
             return torch.full((), expected, dtype=torch.bool, device=self.world.device)
         return self.optimizer.applied.to(self.world.device)
 
@@ -168,7 +200,8 @@ class TrainedNetwork:
         """
         if self.stage == 0:
             for name, p in self.module.named_parameters():
-                yield name, p.detach() if kind == "weight" else self.optimizer.state[p][kind]
+                master = self._masters.get(p, p)
+                yield name, master.detach() if kind == "weight" else self.optimizer.state[master][kind]
             return
         gather = self._gather_partitions if self.stage == 3 else self._gather_fragments
         names: list[str] = []
@@ -231,6 +264,8 @@ class TrainedNetwork:
     @property
     def loss_scale_state(self) -> dict[str, float]:
         """What the loss scale of fp16 remembers; empty otherwise."""
+        if self._scale is not None:
+            return self._scale.state
         if self.precision != "fp16":
             return {}
         scaler = self.engine.optimizer.loss_scaler
@@ -238,7 +273,9 @@ class TrainedNetwork:
 
     @loss_scale_state.setter
     def loss_scale_state(self, state: Mapping[str, float]) -> None:
-        if self.precision == "fp16" and state:
+        if self._scale is not None and state:
+            self._scale.state = state
+        elif self.precision == "fp16" and state:
             scaler = self.engine.optimizer.loss_scaler
             scaler.cur_scale = state["scale"]
             scaler.cur_iter, scaler.last_overflow_iter = int(state["steps"]), int(state["last_overflow"])
@@ -311,8 +348,8 @@ class TrainedNetwork:
         if kind == "weight":
             p.data.copy_(value)
         if self.stage == 0:
-            if kind != "weight":
-                self.optimizer.state[p][kind].copy_(value)
+            master = self._masters.get(p, p)  # type: ignore[call-overload]
+            (master if kind == "weight" else self.optimizer.state[master][kind]).data.copy_(value)
             return
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -435,13 +472,12 @@ def _engine_config(stage: ZeroStage, precision: Precision, offload: Offload) -> 
     if precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}
     if precision == "fp16":
-        # The losses are sums over an image's elements: DeepSpeed's first scale, 2^16, would waste steps on overflows.
         config["fp16"] = {
             "enabled": True,
             "loss_scale": 0,
-            "initial_scale_power": 8,
-            "loss_scale_window": 500,
+            "initial_scale_power": FIRST_SCALE.bit_length() - 1,
+            "loss_scale_window": SCALE_WINDOW,
             "hysteresis": 1,
-            "min_loss_scale": 1,
+            "min_loss_scale": LEAST_SCALE,
         }
     return config

@@ -197,7 +197,7 @@ def _expected_duration(
     """
     steps = config.total_steps - first
     device = run_device()
-    config = resolve_precision(replace(config, zero=plan.parts.stage), device)
+    config = replace(resolve_precision(config, device), zero=plan.parts.stage)
     form = config.laid_out(
         D=network.D,
         stage=plan.parts.stage,

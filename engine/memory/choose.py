@@ -103,7 +103,7 @@ def _cheapest(
     """
     best: MemoryPlan | None = None
     tried: list[MemoryPlan] = []
-    for stages in _stages(config):
+    for stages in _stages(config, ranks):
         for phased, checkpointed in backward_forms(backward, config.activation_checkpointing):
             for stage in stages:
                 for plan in plans(stage, phased, checkpointed):
@@ -126,11 +126,11 @@ def _sizes(config: RunConfig, ranks: int) -> list[int]:
     return [fixed] if config.micro_batch is not None else [m for m in range(local, 0, -1) if local % m == 0]
 
 
-def _stages(config: RunConfig) -> list[list[ZeroStage]]:
+def _stages(config: RunConfig, ranks: int) -> list[list[ZeroStage]]:
     """The ZeRO stages that are possible, in the groups in which they are tried."""
     if config.zero is not None:
         return [[config.zero]]
-    return [[0, 1, 2] if config.precision == "fp32" else [1, 2], [3]]
+    return [[0, 1, 2] if config.precision == "fp32" or ranks == 1 else [1, 2], [3]]
 
 
 def _too_small(config: RunConfig, smallest: MemoryPlan, ranks: int) -> ValueError:
@@ -219,10 +219,5 @@ def _interpolated(settings: StepSettings, parts: StateBytes) -> dict[Phase, int]
     for phase, value in a.items():
         phases[phase] = value + (b[phase] - value) * (settings.micro_batch - low) // (high - low)
         if "optimiser" in phase:
-            phases[phase] = _optimiser(settings.sharding, parts.trained)
+            phases[phase] = settings.sharding.update(parts.trained)
     return phases
-
-
-def _optimiser(sharding: Sharding, parameters: int) -> int:
-    """The shard's gradient in fp32; AdamEMA itself needs nothing."""
-    return 0 if sharding.offload != "none" or sharding.stage == 0 else 4 * sharding.share(parameters, 1)

@@ -125,7 +125,7 @@ def fit_table(config: Distillation | TeacherConfig, found: Iterable[LayoutOnGpu]
         *lines,
         "ranks: processes, a GPU each; micro x accum.: images at a time, and how often in a step;",
         "checkpointed: activations are computed again on the way back; GB of a GPU, weights: of the teacher and in",
-        "training; masters: ZeRO's in fp32; Adam+EMA: moments and averages; grads: gradients, buckets: communication;",
+        "training; masters: in fp32; Adam+EMA: moments and averages; grads: gradients, buckets: communication;",
         "step: activations and temporaries at the peak;",
         f"cost: arithmetic relative to {plainest};",
         "at least 16 images at a time are preferred (an assumption: fewer leave a GPU idle)",

@@ -111,7 +111,7 @@ def plan_memory(
         micro_batch: images a process handles at a time.
         ranks: number of processes.
         stage: ZeRO stage 0 to 3.
-        precision: "fp32", or "bf16" or "fp16" (stage 1 to 3).
+        precision: "fp32", or "bf16" or "fp16" (stage 1 to 3; 0 on one process).
         offload: "none", "optimizer" or "all", see `RunConfig`.
         teacher_storage: "fp32", "half", "sharded"; "auto" as in `Distillation`.
         backward: "joint", "phased"; "auto" chooses joint where the budget allows it.
@@ -225,7 +225,7 @@ def check_plan(
     for name, value in (("micro-batch", micro_batch), ("ranks", ranks)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value}")
-    check_sharding(stage, precision, offload)
+    check_sharding(stage, precision, offload, ranks)
     if precision not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
     if teacher_storage not in ("auto", "fp32", "half", "sharded"):

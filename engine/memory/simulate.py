@@ -194,10 +194,8 @@ class _Trained:
         loss.backward()
 
     def step(self, *, lr: float, ema_decay: float = 0.0, grad_scale: Tensor | None = None) -> Tensor:
-        if self._sharding.offload == "none" and self._sharding.stage > 0:
-            # The shard's gradient in fp32; AdamEMA itself needs nothing.
-            flat = torch.empty(self._sharding.share(self._numbers, 1), device=META)
-            del flat
+        needed = torch.empty(self._sharding.update(self._numbers), dtype=torch.uint8, device=META)
+        del needed
         for p in self.module.parameters():
             p.grad = None
         return torch.ones((), dtype=torch.bool, device=META)

@@ -1,9 +1,10 @@
 """Memory that a distillation holds for as long as it runs: counted, part by part.
 
-What DeepSpeed 0.19.8 keeps was measured, in bytes a parameter of e bytes on N processes, for each network in training:
+What DeepSpeed 0.19.8 keeps was measured, in bytes a parameter of e bytes on N processes, for each network in training;
+at stage 0 there are 16 bits on one process alone, without DeepSpeed:
 
     stage      weights   masters   moments, EMA   gradients
-    0          e         -         4 each         e        while the network is trained
+    0          e         4 at e=2  4 each         e        while the network is trained
     1          e         4/N       4/N each       e        while the network is trained
     2          e         4/N       4/N each       e/N      while the network is trained
     3          e/N       4/N       4/N each       e/N      all the time
@@ -19,6 +20,7 @@ import torch
 
 from ipfm.engine.config import Offload, Precision, Resolved, RunConfig, TeacherStorage, ZeroStage
 from ipfm.engine.distributed.precision import DTYPES, sixteen_bit_parameters
+from ipfm.engine.distributed.single_process import WIDENED
 from ipfm.engine.distributed.zero import BUCKET_ELEMENTS
 from ipfm.models import NetworkConfig, build_network
 
@@ -48,6 +50,23 @@ class Sharding:
         """How many of `numbers` a process holds, if they are sharded from stage `since` on; shards are padded."""
         return -(-numbers // self.ranks) if self.stage >= since else numbers
 
+    @property
+    def masters(self) -> bool:
+        """Whether fp32 weights are kept beside those in training."""
+        return self.stage > 0 or self.element < 4
+
+    def update(self, numbers: int) -> int:
+        """Bytes that the update of so many parameters needs beside their gradients.
+
+        Those are the shard's gradient in fp32; on a process by itself the narrow ones are freed on the way, some at a
+        time. AdamEMA itself needs nothing.
+        """
+        if self.offload != "none" or not self.masters:
+            return 0
+        if self.stage > 0:
+            return 4 * self.share(numbers, 1)
+        return (4 - self.element) * numbers + self.element * min(numbers, WIDENED)
+
 
 @dataclass(frozen=True)
 class StateBytes:
@@ -61,7 +80,7 @@ class StateBytes:
     weights: int
     """Of the networks in training."""
     masters: int
-    """ZeRO's fp32 weights."""
+    """fp32 weights beside those in training."""
     optimizer: int
     """Adam's moments and the EMA."""
     gradients: int
@@ -107,7 +126,7 @@ def state_bytes(
     stored = {"fp32": 4 * n, "half": 4 * n - 2 * halved, "sharded": 4 * -(-n // sharding.ranks)}
     kept = stored[sharding.teacher_storage] if teacher else 0
     weights = element * sum(sharding.share(count, 3) for count in numbers)
-    masters = 4 * sum(shards) if sharding.stage > 0 else 0
+    masters = 4 * sum(shards) if sharding.masters else 0
     optimizer = 4 * sum(shard * moments for shard, (_, moments) in zip(shards, trained, strict=True))
     shares = [element * sharding.share(count, 2) for count in numbers]
     gradients = sum(shares) if sharding.stage == 3 else max(shares)

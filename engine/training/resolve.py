@@ -120,7 +120,7 @@ def resolve_D(D: float | None, network: NetworkConfig) -> float:
 def resolve_precision(config: C, device: torch.device) -> C:
     """The configuration with "auto" precision decided for `device`.
 
-    bf16 where a GPU has it and the stage allows it (fp32 masters live in ZeRO's optimiser), fp32 elsewhere.
+    bf16 where a GPU has it, fp32 elsewhere, and where stage 0 was asked for.
 
     Raises:
         ValueError: the device cannot do it.

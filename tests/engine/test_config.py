@@ -111,10 +111,6 @@ def test_teacher_settings_of_the_same_name(name, value):
         ({"max_steps": 10**9}, "max-steps must be at most 100,000,000 optimiser steps, got 1000000000"),
         ({"kimg": 1e308, "batch": 1}, "kimg must be at most 100,000,000 optimiser steps, got 1e+308"),
         ({"seed": 2**64}, f"seed must be below 2^64, got {2**64}"),
-        (
-            {"precision": "bf16", "zero": 0},
-            "precision bf16 needs zero 1, 2 or 3: the fp32 master weights live in ZeRO's optimiser, got 0",
-        ),
         ({"offload": "optimizer"}, "offload optimizer needs zero 1, 2 or 3, got none"),
         ({"offload": "optimizer", "zero": 0}, "offload optimizer needs zero 1, 2 or 3, got 0"),
         ({"offload": "all", "zero": 2}, "offload all needs zero 3, which shards the weights, got 2"),

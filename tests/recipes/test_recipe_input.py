@@ -73,7 +73,7 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: str, *arguments: str) ->
         (["--lr", "-1"], "lr must be a finite number > 0, got -1.0"),
         (["--sigmas", "1.0", "2.0"], "sigmas must fall strictly, got 1, 2"),
         (["--kimg", "3", "--max-steps", "5"], "max-steps and kimg exclude each other, got 5 and 3.0"),
-        (["--precision", "bf16", "--zero", "0"], "precision bf16 needs zero 1, 2 or 3"),
+        (["--offload", "optimizer", "--zero", "0"], "offload optimizer needs zero 1, 2 or 3"),
         (["--zero", "5"], "5"),
         (["--eval-images", "1"], "eval-images must be at least 2, got 1"),
         (["--eval-images", "10000000000"], "eval-images must be at most 1,000,000,000, got 10,000,000,000"),

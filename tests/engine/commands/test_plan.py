@@ -346,7 +346,7 @@ def test_long_plans_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, capsys
         ("digits --gpus 2 --ranks 2", "ranks was given, but gpus is of the table of what to rent"),
         ("digits --kimg 5 --gpu-memory 24", "gpu-memory was given, but kimg is of the table of what to rent"),
         ("digits --kimg 5 --max-steps 3", "max-steps and kimg exclude each other"),
-        ("digits --gpus 1 --precision bf16 --zero 0", "bf16 needs"),
+        ("digits --ranks 8 --batch 8 --precision bf16 --zero 0", "bf16 on 8 processes needs zero 1, 2 or 3"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(arguments: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:

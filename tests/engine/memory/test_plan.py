@@ -14,12 +14,13 @@ import torch
 from ipfm.engine import DistillConfig, plan_memory
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.distributed.precision import DTYPES, apply_precision, halve_storage
+from ipfm.engine.distributed.single_process import WIDENED
 from ipfm.engine.distributed.world import World
 from ipfm.engine.memory import choose_layout, choose_training, device_budget, gpu_budget, plan_teacher_training
 from ipfm.engine.memory.choose import POINTS
 from ipfm.engine.memory.live import LiveBytes
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation, simulate_teacher
-from ipfm.engine.memory.state import Sharding, state_bytes
+from ipfm.engine.memory.state import Sharding, parameter_count, state_bytes
 from ipfm.engine.objectives.base import StepContext
 from ipfm.engine.objectives.ipfm import DistillSteps
 from ipfm.engine.objectives.phases import listening
@@ -264,6 +265,23 @@ def test_the_lowest_stage_that_fits():
     assert choose_layout(bf16, network, ranks=4, budget=None).plan.parts.stage == 1
 
 
+@pytest.mark.quick
+def test_16_bits_on_one_process_need_no_sharding():
+    """Stage 0, which takes no more than stage 1: the same state, no buckets, and gradients that are widened in part."""
+    for precision in ("bf16", "fp16"):
+        config = _config(batch=32, micro_batch=None, precision=precision, backward="joint")
+        plan = choose_layout(config, NETWORKS["attention"], ranks=1, budget=None).plan
+        assert plan.parts.stage == 0
+        sharded = choose_layout(replace(config, zero=1), NETWORKS["attention"], ranks=1, budget=None).plan
+        assert plan.state == sharded.state and plan.peak <= sharded.peak
+        assert plan.parts.per_parameter == sharded.parts.per_parameter
+        teaching = TeacherConfig(batch=8, max_steps=1, precision=precision)
+        assert choose_training(teaching, SMALL, ranks=1, budget=None).parts.stage == 0
+    n = parameter_count(presets.get("cifar10-ncsnpp"))
+    assert Sharding(1, 0, "bf16").update(n) == 2 * n + 2 * WIDENED < Sharding(1, 1, "bf16").update(n) == 4 * n
+    assert Sharding().update(n) == 0
+
+
 def test_a_run_takes_the_stage_that_was_chosen(monkeypatch):
     network = replace(SMALL, model_channels=256)
     config = complete(_config(batch=8, micro_batch=2, D=math.inf), network, CPU)
@@ -334,7 +352,7 @@ def test_teacher_training():
         ({"ranks": 0}, r"ranks must be an integer >= 1, got 0"),
         ({"stage": 4}, r"zero must be one of the stages 0, 1, 2, 3, got 4"),
         ({"precision": "fp8"}, r"precision must be auto, fp32, bf16 or fp16, got 'fp8'"),
-        ({"precision": "bf16"}, r"precision bf16 needs zero 1, 2 or 3: .*, got 0"),
+        ({"precision": "bf16", "ranks": 2}, r"precision bf16 on 2 processes needs zero 1, 2 or 3, .*, got 0"),
         ({"offload": "optimizer"}, r"offload optimizer needs zero 1, 2 or 3, got 0"),
         ({"offload": "all", "stage": 2}, r"offload all needs zero 3, which shards the weights, got 2"),
         ({"teacher_storage": "half"}, r"teacher-storage half needs precision bf16 or fp16, got fp32"),

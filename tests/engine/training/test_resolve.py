@@ -86,9 +86,17 @@ def test_a_training_with_nothing_open(given):
 
 
 def test_what_is_resolved_goes_together():
-    config = DistillConfig(**OPEN, precision="bf16")
-    with pytest.raises(ValueError, match=r"^precision bf16 needs zero 1, 2 or 3: .*, got 0$"):
+    config = DistillConfig(**OPEN, offload="all", zero=3, precision="bf16")
+    with pytest.raises(ValueError, match=r"^offload all needs zero 3, .*, got 0$"):
         config.laid_out(D=16.0, stage=0, micro_batch=8, phased=False, checkpointed=False)
+    # 16 bits at stage 0 are a single process's.
+    for precision in ("bf16", "fp16"):
+        config = DistillConfig(**OPEN, precision=precision, zero=0)
+        assert config.split(1) == (8, 8)
+        with pytest.raises(
+            ValueError, match=rf"^precision {precision} on 2 processes needs zero 1, 2 or 3, .*, got 0$"
+        ):
+            config.split(2)
     with pytest.raises(ValueError, match=r"^precision is still auto: it must be decided for a device first$"):
         DistillConfig(**OPEN).laid_out(D=16.0, stage=0, micro_batch=8, phased=False, checkpointed=False)
 
