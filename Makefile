@@ -11,7 +11,7 @@ PROCESSES := 'import os, torch; print(1 if torch.cuda.is_available() else min(2,
 # A process that starts a hundred others should find what Python has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo fashion help test test-gpu quick lint types quick-tests durations bench soak equivalence fuzz clean
+.PHONY: demo fashion help test test-gpu quick lint types quick-tests durations bench soak nodes equivalence fuzz clean
 
 demo: $(READY)  ## train a teacher on the digits, distil it to one step, print the table
 	$(BIN)/deepspeed --num_accelerators $$($(BIN)/python -c $(PROCESSES)) recipes/digits_ipfm.py
@@ -54,6 +54,9 @@ bench: $(READY)  ## kernel microbenchmarks; the offline compile report and the i
 
 soak: $(READY)  ## kill a distillation fifty times and compare its end with an undisturbed one
 	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/soak.py
+
+nodes: $(READY)  ## two machines, as network namespaces (root): launchers, folders that are not shared, cables that are cut
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'nodes or not nodes' tests/engine/distributed/test_two_nodes.py
 
 equivalence: $(READY)  ## the engine against a plain PyTorch loop, 20 steps, every ZeRO stage: a table
 	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/equivalence.py

@@ -28,7 +28,7 @@ from ipfm.engine.commands.sample.command import Sample
 from ipfm.engine.commands.usage import Shell, overview, versions
 from ipfm.engine.objectives.own_files import VARIABLE
 from ipfm.engine.runtime.commandline import BadInput, parse, run_command, user_input, without_local_rank
-from ipfm.engine.runtime.launcher import forget_launch
+from ipfm.engine.runtime.launcher import forget_launch, join_slurm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +130,8 @@ def _main(argv: Sequence[str]) -> None:
     given = without_local_rank(argv) or ["--help"]
     if given[0] not in SHARED:
         forget_launch()
+    with user_input():
+        join_slurm()
     if given[0] in ("-h", "--help", "--version"):
         print(versions() if given[0] == "--version" else overview(Command))
         sys.exit()

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +23,8 @@ from ipfm.engine.runtime.wording import counted
 TIMEOUT = 600.0
 # Seconds by which NCCL's own watchdog, which aborts the process, is later than that.
 LATER = 60.0
+# Seconds after which a process says that it waits for others to come, and that it gets beyond the time to end itself.
+UNTIL_SAID, GRACE = 10.0, 10.0
 
 
 def check_environment() -> None:
@@ -113,6 +119,21 @@ def no_network(error: str) -> str:
     if "failed to listen" in error:
         another = "give another one (`deepspeed --master_port N`, `torchrun --master_port N`)"
         return f"port {launcher.launched_port()} is in use: {another}"
+    place, seconds = launcher.meeting_place(), f"{answer_timeout().total_seconds():g} s (IPFM_TIMEOUT)"
+    if came := re.search(r"Timed out after \d+ seconds waiting for clients\. (\d+)/(\d+) clients joined", error):
+        few = f"{came[1]} of {counted(int(came[2]), 'process')} came to {place} within {seconds}"
+        return f"{few}: start the same command on every machine"
+    if re.search(r"timed out.* while trying to connect to|failed to connect to|Timed out .*connect", error):
+        if not launcher.on_first_machine() and _is_loopback(_own_address(launcher.launched_address())):
+            return f"nobody answers at {place} within {seconds}: that is this machine itself, and not the first one"
+        return f"nobody answers at {place} within {seconds}: is the first machine's command running, and its port open?"
+    if "connectFullMesh failed" in error:
+        interface = os.environ.get("GLOO_SOCKET_IFNAME")
+        by = f"by the network interface {interface}" if interface else "by the address of this machine's name"
+        return (
+            f"the processes of this run met at {place} and do not reach each other {by}: name the interface between "
+            "the machines by GLOO_SOCKET_IFNAME (ip address lists them), and open its ports"
+        )
     if re.search(r"[Uu]nable to find (?:interface|address) for", error):
         named = os.environ.get("GLOO_SOCKET_IFNAME")
         if named:
@@ -123,6 +144,87 @@ def no_network(error: str) -> str:
             "or name one that is by GLOO_SOCKET_IFNAME"
         )
     return ""
+
+
+def choose_interface() -> None:
+    """Have gloo talk by the network interface that leads to MASTER_ADDR, where there are several machines.
+
+    By itself it takes the address of this machine's own name, which many systems have as 127.0.1.1. What
+    GLOO_SOCKET_IFNAME says stays.
+    """
+    if os.environ.get("GLOO_SOCKET_IFNAME") or not launcher.several_machines():
+        return
+    if name := _interface_to(launcher.launched_address()):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+# An address of the documents (RFC 5737), to which nothing is sent: the way to it is the way out.
+_ANYWHERE = "192.0.2.1"
+
+
+def _interface_to(host: str) -> str:
+    """The network interface by which this machine reaches `host`; if that is itself, the one that leads out.
+
+    Returns:
+        Its name; "" where there is none, or it cannot be told.
+    """
+    import psutil
+
+    interfaces = {
+        address.address.partition("%")[0]: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    }
+    for towards in (host, _ANYWHERE):
+        own = _own_address(towards)
+        if own in interfaces and not _is_loopback(own):
+            return interfaces[own]
+    # Neither a name that leads anywhere nor a way out: the only one, if there is only one.
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    others = {name for address, name in interfaces.items() if name in up and not _is_loopback(address)}
+    return others.pop() if len(others) == 1 else ""
+
+
+def _own_address(host: str) -> str:
+    """The address from which this machine would talk to `host`; "" where it cannot. Nothing is sent."""
+    try:
+        family, kind, *_, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)
+            return str(probe.getsockname()[0]).partition("%")[0]
+    except (OSError, UnicodeError):
+        return ""
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+@contextmanager
+def waiting_for_others() -> Iterator[None]:
+    """While the processes of a run meet: say that they are waited for, and end this one when it takes too long.
+
+    The libraries end it themselves in most cases, and wait for ever in some, such as for one that has ended meanwhile.
+    """
+    timeout, met = answer_timeout().total_seconds(), threading.Event()
+    place, rank, size = launcher.meeting_place(), launcher.launched_rank(), launcher.launched_processes()
+
+    def watch() -> None:
+        until_said = min(UNTIL_SAID, timeout)
+        if not met.wait(until_said) and launcher.is_first_here():
+            said = f"process {rank} of {size} waits for the others at {place}, for at most {timeout:g} s (IPFM_TIMEOUT)"
+            print(said, file=sys.stderr, flush=True)
+        if not met.wait(timeout - until_said + GRACE):
+            line = f"the processes of this run did not all meet at {place} within {timeout:g} s (IPFM_TIMEOUT)"
+            print(f"{Path(sys.argv[0]).name}: failed: {line}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    threading.Thread(target=watch, name="waiting for others", daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
 
 
 def share_cores(local_size: int, *, speaks: bool) -> None:

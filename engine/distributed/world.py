@@ -15,7 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from ipfm.engine.distributed.launch_environment import LATER, answer_timeout, no_network, share_cores, watch_times
+from ipfm.engine.distributed.launch_environment import (
+    LATER,
+    answer_timeout,
+    choose_interface,
+    no_network,
+    share_cores,
+    waiting_for_others,
+    watch_times,
+)
 from ipfm.engine.runtime import launcher, peers
 from ipfm.engine.runtime.errors import Failed
 
@@ -74,15 +82,16 @@ class World:
 
 
 def start_world() -> World:
-    """Join the caller's process group or the processes that a launcher (`deepspeed`, torchrun) started; or be alone.
+    """Join the caller's process group or a launcher's processes (`deepspeed`, torchrun, srun), or be alone.
 
     Nothing is compiled: DeepSpeed's CPU communication extension serves inference only and is switched off. DeepSpeed
     reads LOCAL_RANK, and DS_ACCELERATOR without a GPU: they are set in the environment where they are missing.
 
     Raises:
-        ValueError: the environment's IPFM_TIMEOUT is no number of seconds.
-        Failed: there is no network interface, or the launcher's port is in use.
+        ValueError: the environment's IPFM_TIMEOUT is no number of seconds, or what Slurm says is not whole.
+        Failed: there is no network interface, the launcher's port is in use, or the processes do not all come there.
     """
+    launcher.join_slurm()
     launched = launcher.is_launched()
     rank, size = (launcher.launched_rank(), launcher.launched_processes()) if launched else (0, 1)
     if dist.is_initialized():
@@ -105,7 +114,9 @@ def start_world() -> World:
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
         try:
             if launched:
-                deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
+                choose_interface()
+                with waiting_for_others():
+                    deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
             else:
                 # Without a port, and without variables that programs started from here would take for a launcher's.
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

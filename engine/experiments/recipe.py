@@ -21,7 +21,7 @@ from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.own_files import is_being_read
 from ipfm.engine.runtime.commandline import Given, parse_given, user_input
-from ipfm.engine.runtime.launcher import is_first_process
+from ipfm.engine.runtime.launcher import is_first_process, join_slurm
 from ipfm.engine.runtime.remarks import Remarks
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.run_folder import is_settled, settings_said
@@ -183,6 +183,7 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
     if is_being_read():
         sys.exit("a file that is read for what it defines starts no run")  # see `ipfm.engine.objectives.own_files`
     with user_input():
+        join_slurm()
         len(OBJECTIVES)  # what is wrong with a file of one's own is said first
         given = parse_given(
             argv, default=recipe.defaults, prog=recipe.file, description=recipe.help_text(), elsewhere=recipe.elsewhere

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from ipfm.engine.runtime import peers
+from ipfm.engine.runtime import peers, slurm
 
 
 class Launcher:
@@ -88,7 +88,7 @@ def check_launch() -> None:
 
 def forget_launch() -> None:
     """Take a launcher's variables out of this process's environment: it is a command of its own, which speaks."""
-    for name in VARIABLES:
+    for name in (*VARIABLES, "SLURM_PROCID"):
         os.environ.pop(name, None)
 
 
@@ -128,19 +128,48 @@ def all_here() -> bool:
     return met_inside or local_processes(0) == launched_processes()
 
 
+def several_machines() -> bool:
+    """Whether the run's processes are on several machines, or the launcher does not say that they are on one."""
+    return is_launched() and launched_processes() > 1 and not all_here()
+
+
+def on_first_machine() -> bool:
+    """Whether the run's first process is on this machine too."""
+    number = next((os.environ[name] for name in _MACHINE_NUMBERS if os.environ.get(name, "").isdigit()), None)
+    return launched_rank() < local_processes() if number is None else int(number) == 0
+
+
+# What torchrun, `deepspeed` and srun number the machines by.
+_MACHINE_NUMBERS = ("GROUP_RANK", "CROSS_RANK", "SLURM_NODEID")
+
+
 def launched_port() -> str:
     """Where the processes meet, as the launcher has given it."""
     return os.environ.get("MASTER_PORT", "")
 
 
+def meeting_place() -> str:
+    """Host and port at which the processes meet, as the launcher has given them."""
+    return f"{launched_address()}:{launched_port()}"
+
+
 # What says how many processes a launcher has started that does not tell them how to meet.
-_UNJOINED = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun"}
+_UNJOINED = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 
 
 def launch_remarks() -> list[str]:
-    """What to say where another launcher has started several processes, which do not join: each is a run of its own."""
+    """What to say where another launcher has started several processes, which do not join: each is a run of its own.
+
+    Or where srun has, which join, and tell them so; or where a script of a job of several tasks starts only this one.
+    """
     if is_launched():
-        return []
+        joined = os.environ.get(_JOINED) == os.environ["RANK"] and slurm.tasks() == launched_processes()
+        return [f"{launched_processes()} tasks of srun are one run, which meets at {meeting_place()}"] if joined else []
+    if (planned := slurm.tasks_of_script()) is not None:
+        return [
+            f"the job has {planned} tasks, of which this command is none (SLURM_NTASKS): one process; start it by srun "
+            "for one run of all of them"
+        ]
     for name, launcher in _UNJOINED.items():
         given = os.environ.get(name, "")
         if re.fullmatch(r"[0-9]{1,9}", given) and int(given) > 1:
@@ -149,6 +178,37 @@ def launch_remarks() -> list[str]:
                 "start by deepspeed or torchrun for one run"
             ]
     return []
+
+
+# Beside a launcher's variables: that a task of srun has got them here.
+_JOINED = "IPFM_JOINED_TASK"
+
+
+def join_slurm() -> None:
+    """Give a task of srun the variables that another launcher would have given it; nothing where one has.
+
+    Its tasks meet at MASTER_ADDR, or at the first machine of the step, and at MASTER_PORT, or a port of the job's own.
+
+    Raises:
+        ValueError: what Slurm says is not whole; one line.
+    """
+    if is_launched() or (task := slurm.own_task()) is None:
+        return
+    address = launched_address() or task.host
+    if not address:
+        raise ValueError(
+            f"srun has started {task.size} tasks and does not say on which machines (SLURM_JOB_NODELIST): give the "
+            "first one's name as MASTER_ADDR"
+        )
+    rank = {"RANK": f"{task.rank}", "LOCAL_RANK": f"{task.local_rank}", "WORLD_SIZE": f"{task.size}"}
+    here = {} if task.local_size is None else {"LOCAL_WORLD_SIZE": f"{task.local_size}"}
+    place = {"MASTER_ADDR": address, "MASTER_PORT": launched_port() or f"{task.port}"}
+    os.environ |= {**rank, **here, **place, _JOINED: rank["RANK"]}
+
+
+def is_first_here() -> bool:
+    """Whether this process is the first of its run on this machine, which speaks for what concerns the machine."""
+    return is_first_process() or local_rank() == 0
 
 
 def is_first_process() -> bool:

@@ -113,7 +113,7 @@ def test_falling_back_to_the_cpu_is_said(
 
 @pytest.mark.parametrize(
     ("name", "program"),
-    [("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpiexec"), ("SLURM_STEP_NUM_TASKS", "srun")],
+    [("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpiexec")],
 )
 def test_processes_of_other_launchers_do_not_join(monkeypatch: pytest.MonkeyPatch, name: str, program: str) -> None:
     """Nor would they be refused: many runs may be started so, each with its own settings."""
