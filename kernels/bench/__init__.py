@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ipfm.kernels.bench.compile_report import run_offline
+from ipfm.kernels.bench.fake_driver import Launch
 from ipfm.kernels.bench.instruction_count import run_floor
 from ipfm.kernels.bench.micro import run_microbenchmarks
+from ipfm.kernels.bench.rehearsal import report_rows
 
 __all__ = ["main", "run_compiled", "run_floor", "run_microbenchmarks", "run_offline"]
 
 
-def run_compiled(out: str | Path, *, quick: bool = False) -> list[Path]:
+def run_compiled(out: str | Path, *, quick: bool = False, launches: Iterable[Launch] = ()) -> list[Path]:
     """What needs no GPU: the compile report and the instruction count.
 
     Args:
         out: folder to write into.
         quick: fewer variants, and the instruction count for sm_90 alone.
+        launches: as they were recorded, whose variants are compiled too.
 
     Returns:
         The paths of floor.csv and offline.csv.
@@ -26,7 +29,8 @@ def run_compiled(out: str | Path, *, quick: bool = False) -> list[Path]:
     Raises:
         RuntimeError: under TRITON_INTERPRET=1, where nothing is compiled.
     """
-    report = run_offline(out, quick=quick)
+    launched = list(launches)
+    report = run_offline(out, quick=quick, further=lambda arch: report_rows(launched, arch))
     return [run_floor(out, ("sm_90",)) if quick else run_floor(out), report]
 
 

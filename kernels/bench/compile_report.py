@@ -13,7 +13,7 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -180,13 +180,20 @@ def report_rows(cases: Sequence[Case], arch: str) -> Iterator[Row]:
         )
 
 
-def run_offline(out: str | Path, architectures: Sequence[str] = tuple(ARCHITECTURES), *, quick: bool = False) -> Path:
+def run_offline(
+    out: str | Path,
+    architectures: Sequence[str] = tuple(ARCHITECTURES),
+    *,
+    quick: bool = False,
+    further: Callable[[str], list[Row]] | None = None,
+) -> Path:
     """Write offline.csv and offline.md.
 
     Args:
         out: folder to write into; it is made where it is missing.
         architectures: keys of `ARCHITECTURES`.
         quick: leave out variants that differ little from one that stays.
+        further: architecture -> lines of other variants, as many for each; their widths are those of most accesses.
 
     Returns:
         The path of the CSV file.
@@ -199,7 +206,9 @@ def run_offline(out: str | Path, architectures: Sequence[str] = tuple(ARCHITECTU
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     cases = [case for make in CASES for case in make() if case.quick or not quick]
-    by_architecture = [list(report_rows(cases, arch)) for arch in architectures]
+    by_architecture = [
+        [*report_rows(cases, arch), *(further(arch) if further is not None else ())] for arch in architectures
+    ]
     rows = [row for variant in zip(*by_architecture, strict=True) for row in variant]
     names = [f.name for f in fields(Row)]
     path = folder / "offline.csv"

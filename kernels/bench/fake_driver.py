@@ -61,11 +61,13 @@ class Launch:
     grid: tuple[int, int, int]
     bytes: Mapping[str, int]
     """Of the tensors, by the arguments' names."""
+    numbers: Mapping[str, int]
+    """Integers among the arguments, those that are constants for Triton because they are 1 too."""
 
 
 @dataclass
 class Launches:
-    """What was launched, in order; the same objects for launches that are alike in everything but their addresses."""
+    """What was launched, in order."""
 
     calls: list[Launch] = field(default_factory=list)
     on_launch: Callable[[Launch], None] | None = None
@@ -124,10 +126,13 @@ class FakeKernel:
             raise RuntimeError(f"{self.name} was launched under a fake driver that is gone")
         arguments = more[3:]
         bytes_: dict[str, int] = {}
+        numbers: dict[str, int] = {}
         grid = (gx, gy, gz)
         if not all(0 < size <= largest for size, largest in zip(grid, LARGEST_GRID, strict=True)):
             raise ValueError(f"{self.name}: the grid {grid} is empty or beyond {LARGEST_GRID}")
         for (name, kind), value in zip(self._taken, arguments, strict=True):
+            if isinstance(value, int) and not isinstance(value, bool):
+                numbers[name] = value
             if kind == "constexpr":
                 continue
             if kind.startswith("*"):
@@ -136,7 +141,7 @@ class FakeKernel:
                 bytes_[name] = 0 if value is None else value.numel() * value.element_size()
             elif kind[0] in "iu":
                 _check_integer(self.name, name, kind, value)
-        _active.add(Launch(self.variant, grid, bytes_))
+        _active.add(Launch(self.variant, grid, bytes_, numbers))
 
 
 def _check_integer(kernel: str, name: str, kind: str, value: Any) -> None:

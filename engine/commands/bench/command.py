@@ -35,8 +35,8 @@ class Bench:
     out: Path = Path("bench")
     """Folder for the tables."""
     offline: bool = False
-    """Compile every kernel for sm_80, sm_90 and sm_100; report registers, spills, access widths and the instructions of
-    perturb beside their floor; needs no GPU."""
+    """Compile every kernel and what each preset's step launches for sm_80, sm_90 and sm_100; report registers, spills,
+    access widths and the instructions of perturb beside their floor; needs no GPU."""
     metrics: bool = False
     """Measure FID, KID, Inception score, precision and recall on 50 000 random features of 2048 dimensions."""
     memory: bool = False
@@ -101,7 +101,9 @@ class Bench:
         with user_input():
             self.out.mkdir(parents=True, exist_ok=True)
         if self.offline:
-            return bench.run_compiled(self.out, quick=self.quick)
+            from ipfm.engine.commands.bench.meta_step import preset_launches
+
+            return bench.run_compiled(self.out, quick=self.quick, launches=preset_launches(quick=self.quick))
         return [(run_metrics if self.metrics else bench.run_microbenchmarks)(self.out, quick=self.quick)]
 
     def _run_step(self) -> Path:

@@ -34,6 +34,7 @@ from ipfm.engine.memory.budget import gpu_budget
 from ipfm.engine.memory.choose import choose_layout, choose_training
 from ipfm.engine.objectives import initial_networks
 from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.objectives.phases import Phase, listening
 from ipfm.engine.training import distiller as distiller_module
 from ipfm.engine.training import teacher as teacher_module
@@ -42,7 +43,8 @@ from ipfm.engine.training.resolve import complete, complete_training
 from ipfm.engine.training.teacher import TeacherTraining
 from ipfm.kernels.bench.fake_driver import Launch, Launches, fake_cuda
 from ipfm.kernels.bench.measurement import tensors, traffic
-from ipfm.models import NetworkConfig, Precond, build_network
+from ipfm.kernels.bench.rehearsal import heaviest
+from ipfm.models import NetworkConfig, Precond, build_network, presets
 from ipfm.models.blocks import UNetBlock
 from ipfm.models.layers import GroupNorm
 
@@ -395,6 +397,23 @@ def record(settings: Resolved[Any], network: NetworkConfig) -> Recording:
     for hook in hooks:
         hook.remove()
     return recording
+
+
+def preset_launches(*, quick: bool = False) -> list[Launch]:
+    """One launch of each kind in a distillation of every preset, in bf16 and channels_last, 32 images a GPU.
+
+    Args:
+        quick: of the digits alone, in colour, and of each kernel the one with the most to do.
+    """
+    chosen = [replace(presets.get("digits"), img_channels=3)] if quick else [*presets.TABLE.values()]
+    config = DistillConfig(max_steps=1, precision="bf16", zero=1, memory_format="channels_last")
+    launches: dict[Any, Launch] = {}
+    # D and class labels launch the same; what dropout adds is torch's.
+    for network in dict.fromkeys(replace(network, D=128.0, dropout=0.0, label_dim=0) for network in chosen):
+        for launch in record(one_micro_batch(config, network, 32, stage=1), network).launches:
+            launches.setdefault(launch.variant, launch)
+    kept = heaviest(launches.values()) if quick else launches
+    return [launches[variant] for variant in kept]
 
 
 def _norm_hook(recording: Recording) -> Callable[[GroupNorm, tuple[Any, ...], dict[str, Any]], None]:
