@@ -94,7 +94,8 @@ class RunConfig:
     offload: Offload = setting("none", identity=False, place=True)
     """What lives in the host's memory: the optimiser's state (needs --zero 1 to 3), or the weights too (--zero 3)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the networks; auto is bf16 on GPUs that have it, fp32 elsewhere. fp16 scales its losses."""
+    """Arithmetic of the networks; auto is bf16 on GPUs that have it (NVIDIA's from Ampere on), fp32 elsewhere. fp16
+    scales its losses."""
     activation_checkpointing: Literal["auto", "on", "off"] = setting("auto", identity=False, place=True)
     """Keep the inputs of a network's blocks alone and compute the rest again on the way back; auto: by memory."""
     clip_grad: float | None = setting(None, memory=False)

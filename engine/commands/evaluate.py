@@ -103,8 +103,8 @@ class Evaluate:
             self._run(write)
 
     def _run(self, write: Write) -> None:
+        from ipfm.engine.distributed.device import run_device
         from ipfm.engine.distributed.launch_environment import check_environment, environment_remarks
-        from ipfm.engine.distributed.world import run_device
         from ipfm.engine.evaluation.evaluation import open_comparison
         from ipfm.engine.evaluation.subject import open_subject
         from ipfm.engine.runtime.host_memory import check_memory, enough_memory
@@ -151,7 +151,8 @@ class Evaluate:
             if run_device().type == "cpu":
                 kept = comparison.kept_bytes(images, self.batch)
                 check_memory(kept, f"a comparison of {images:,} images", "give a smaller --images")
-        world = joined()
+        with user_input():
+            world = joined()
         remarks = Remarks()
         remarks.extend((*subject.said, *comparison.said))
         for remark in (*environment_remarks(), *subject.remarks, *comparison.remarks(subject.shape, images)):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 def joined() -> World:
     """The processes of a launcher, which wait for each other; or this one alone, which then needs no process group."""
-    from ipfm.engine.distributed.world import World, run_device, start_world
+    from ipfm.engine.distributed.device import run_device
+    from ipfm.engine.distributed.world import World, start_world
 
     return start_world() if is_launched() else World(rank=0, size=1, device=run_device())

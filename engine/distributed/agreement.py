@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from ipfm.engine.distributed.device import run_device
 from ipfm.engine.distributed.signals import StopRequested
-from ipfm.engine.distributed.world import run_device
 from ipfm.engine.runtime.errors import Failed, described
 from ipfm.engine.runtime.launcher import lost_process
 

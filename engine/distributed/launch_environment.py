@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import triton
 
+from ipfm.engine.distributed.device import run_device, uses_gpu
 from ipfm.engine.runtime import launcher, peers
 from ipfm.engine.runtime.cores import usable_cores
 from ipfm.engine.runtime.wording import counted
@@ -31,22 +32,18 @@ def check_environment() -> None:
     """Check what the environment says of this process's run, before anything is begun.
 
     Raises:
-        ValueError: a launcher's variables, a time of IPFM_…, DS_ACCELERATOR or TRITON_INTERPRET cannot be; one line.
+        ValueError: a launcher's variables, a time of IPFM_…, DS_ACCELERATOR or TRITON_INTERPRET cannot be, or there are
+            more processes than GPUs; one line.
     """
     launcher.check_launch()
     watch_times(patient=True)
-    cuda = torch.cuda.is_available()
-    accelerator, expected = os.environ.get("DS_ACCELERATOR"), "cuda" if cuda else "cpu"
-    if accelerator not in (None, expected):
-        raise ValueError(f"DS_ACCELERATOR must be {expected} on this machine, got {accelerator!r}: unset it")
-    if cuda and triton.knobs.runtime.interpret:
+    accelerator, possible = os.environ.get("DS_ACCELERATOR"), ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    if accelerator not in (None, *possible):
+        either = " or ".join(possible)
+        raise ValueError(f"DS_ACCELERATOR must be {either} on this machine, got {accelerator!r}: unset it")
+    if uses_gpu() and triton.knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET=1 computes every kernel in Python, for tests on a CPU: unset it on a GPU")
-    if cuda and launcher.local_rank() >= torch.cuda.device_count():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        raise ValueError(
-            f"LOCAL_RANK must be less than the number of GPUs, got {launcher.local_rank()} and "
-            f"{torch.cuda.device_count()}{'' if visible is None else f' (CUDA_VISIBLE_DEVICES={visible})'}"
-        )
+    run_device()
 
 
 def environment_remarks() -> list[str]:
@@ -61,7 +58,8 @@ _GPUS = Path("/proc/driver/nvidia/gpus")
 def _no_gpu() -> list[str]:
     """What keeps this process from a GPU that is there or was named; nothing where GPUs are hidden on purpose."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if torch.cuda.is_available() or (visible is not None and (not visible or visible.startswith("-"))):
+    hidden = os.environ.get("DS_ACCELERATOR") == "cpu" or (visible is not None and (visible or "-").startswith("-"))
+    if hidden or torch.cuda.is_available():
         return []
     # `deepspeed` sets the variable where there is no GPU too.
     there = _GPUS.is_dir() and any(_GPUS.iterdir())

@@ -40,6 +40,16 @@ def fp16_supported(device: torch.device) -> bool:
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+def bf16_supported(device: torch.device) -> bool:
+    """Whether this is a GPU with bf16 arithmetic of its own: compute capability 8.0 and later, and AMD's.
+
+    Others emulate it, which torch counts as support and which makes convolutions crawl.
+    """
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def allow_tf32(allowed: bool) -> None:
     """TF32 in fp32 convolutions and matrix products on GPUs that have it."""
     torch.backends.cuda.matmul.allow_tf32 = allowed

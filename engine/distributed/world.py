@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from ipfm.engine.distributed.device import check_own_gpus, run_device, uses_gpu
 from ipfm.engine.distributed.launch_environment import (
     LATER,
     answer_timeout,
@@ -85,10 +86,11 @@ def start_world() -> World:
     """Join the caller's process group or a launcher's processes (`deepspeed`, torchrun, srun), or be alone.
 
     Nothing is compiled: DeepSpeed's CPU communication extension serves inference only and is switched off. DeepSpeed
-    reads LOCAL_RANK, and DS_ACCELERATOR without a GPU: they are set in the environment where they are missing.
+    reads LOCAL_RANK, as the index of its GPU, and DS_ACCELERATOR without one: they are set in the environment.
 
     Raises:
-        ValueError: the environment's IPFM_TIMEOUT is no number of seconds, or what Slurm says is not whole.
+        ValueError: the environment's IPFM_TIMEOUT is no number of seconds, what Slurm says is not whole, or there are
+            more processes than GPUs.
         Failed: there is no network interface, the launcher's port is in use, or the processes do not all come there.
     """
     launcher.join_slurm()
@@ -96,14 +98,17 @@ def start_world() -> World:
     rank, size = (launcher.launched_rank(), launcher.launched_processes()) if launched else (0, 1)
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
-    cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(rank % torch.cuda.device_count() if cuda else rank))
+    if not launched and size > 1 and uses_gpu():
+        # Nobody but the caller's group tells the processes apart.
+        launcher.tell_place(rank % torch.cuda.device_count())
     device = run_device()
+    cuda = device.type == "cuda"
     if cuda:
+        launcher.tell_gpu(device.index)
         torch.cuda.set_device(device)
     else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        launcher.tell_place(rank)
         share_cores(launcher.local_processes(size), speaks=rank == 0)
     deepspeed = import_deepspeed()
     if not dist.is_initialized():
@@ -124,6 +129,8 @@ def start_world() -> World:
             if reason := no_network(str(error)):
                 raise Failed(reason) from error
             raise
+    if size > 1 and dist.get_backend() == "nccl":
+        check_own_gpus(device, distributed_c10d._get_default_store(), rank, size)
     _watch_peers(rank, size)
     return World(rank=rank, size=size, device=device, launched=launched)
 
@@ -155,15 +162,8 @@ def import_deepspeed() -> Any:
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Marks around its functions that a profiler of a GPU shows; elsewhere they only cost.
-    sys.modules["deepspeed.utils.nvtx"].enable_nvtx = torch.cuda.is_available()  # type: ignore[attr-defined]
+    sys.modules["deepspeed.utils.nvtx"].enable_nvtx = uses_gpu()  # type: ignore[attr-defined]
     # It warns of every optimiser that is not its own, and torch of the names that it calls.
     deepspeed.utils.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
-
-
-def run_device() -> torch.device:
-    """The device of this process: its own GPU where there are any, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", launcher.local_rank())
-    return torch.device("cpu")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from ipfm.engine.config import Offload, Precision, Resolved, RunConfig, ZeroStage, check_sharding
+from ipfm.engine.distributed.device import uses_gpu
 from ipfm.engine.distributed.precision import DTYPES
 from ipfm.engine.distributed.single_process import (
     FIRST_SCALE,
@@ -450,7 +451,7 @@ def _engine_config(stage: ZeroStage, precision: Precision, offload: Offload) -> 
     elif stage > 0 and precision != "fp16" and offload == "none":
         # AdamEMA judges the gradients on the device; DeepSpeed's own look at their norm would have the host wait.
         zero["compute_grad_norm"] = False
-    pinned = torch.cuda.is_available()
+    pinned = uses_gpu()
     if offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     if offload == "all":

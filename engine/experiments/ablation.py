@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 from ipfm.engine.checks import option_name
 from ipfm.engine.config import FIRST_RULES, Rules, TeacherConfig
 from ipfm.engine.distributed.compilation import set_execution
-from ipfm.engine.distributed.world import World, run_device
+from ipfm.engine.distributed.device import run_device
+from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Comparison, Evaluation
 from ipfm.engine.experiments import ablation_report as report
 from ipfm.engine.experiments.ablation_runs import (

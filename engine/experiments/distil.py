@@ -10,7 +10,8 @@ from typing import Any
 
 from ipfm.engine.data.comparison import comparison_said
 from ipfm.engine.data.dataset import ImageDataset
-from ipfm.engine.distributed.world import World, run_device
+from ipfm.engine.distributed.device import run_device
+from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Comparison
 from ipfm.engine.evaluation.results import EvaluationRow, read_results, results_table
 from ipfm.engine.experiments.branch import branched, check_agreed, described_branch

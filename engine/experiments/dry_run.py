@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ipfm.engine.config import RunConfig, TeacherConfig
-from ipfm.engine.distributed.world import run_device
+from ipfm.engine.distributed.device import run_device
 from ipfm.engine.experiments.gpu_costs import Run
 from ipfm.engine.experiments.step_time import step_time
 from ipfm.engine.memory import MemoryPlan, choose_layout, choose_training, device_budget

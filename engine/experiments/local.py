@@ -13,7 +13,8 @@ from typing import Any, Generic, TypeVar, cast
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.comparison import comparison_said
 from ipfm.engine.data.dataset import ImageDataset
-from ipfm.engine.distributed.world import World, run_device
+from ipfm.engine.distributed.device import run_device
+from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.evaluation.metrics import Features, Metric, dataset_reference
 from ipfm.engine.evaluation.metrics.features import Classifier

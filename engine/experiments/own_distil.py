@@ -10,7 +10,7 @@ from typing import Any
 from ipfm.engine.data.augmentation import SMALLEST_SIZE
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.open_dataset import open_dataset
-from ipfm.engine.distributed.world import run_device
+from ipfm.engine.distributed.device import run_device
 from ipfm.engine.evaluation.reference_data import is_npz, open_images
 from ipfm.engine.experiments.defaults_by_size import (
     ROWS,

@@ -9,7 +9,7 @@ from typing import Any
 
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.dataset import ImageDataset
-from ipfm.engine.distributed.world import run_device
+from ipfm.engine.distributed.device import run_device
 from ipfm.engine.experiments.defaults_by_size import (
     ROWS,
     TEACHER_BY_SIZE,

@@ -200,7 +200,8 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
         return
     if plan.show():
         return
-    world = start_world()
+    with user_input():
+        world = start_world()
     # Nobody changes the folder before all have looked at it.
     world.barrier()
     with user_input():

@@ -13,7 +13,8 @@ from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.comparison import comparison_said
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.open_dataset import open_dataset
-from ipfm.engine.distributed.world import World, run_device
+from ipfm.engine.distributed.device import run_device
+from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Comparison
 from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.experiments.branch import branched, check_agreed, described_branch

@@ -107,9 +107,41 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def local_rank() -> int:
-    """Rank of this process among those on this machine; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+# What says the place among the processes of a machine. srun and mpirun do, also to those that are told the rest in the
+# words of other launchers.
+_PLACES = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+# LOCAL_RANK as this process has set it for DeepSpeed -> what the launcher had said.
+_replaced: dict[str, int] = {}
+
+
+def local_rank() -> int | None:
+    """Rank of this process among those on this machine; 0 without a launcher, None where the launcher does not say."""
+    if (told := os.environ.get("LOCAL_RANK", "")) in _replaced:
+        return _replaced[told]
+    name = local_rank_name()
+    return int(os.environ[name]) if name else None if is_launched() else 0
+
+
+def local_rank_name() -> str:
+    """The variable that says it; "" where none does. Without a launcher only LOCAL_RANK can."""
+    names = _PLACES if is_launched() else ("LOCAL_RANK",)
+    return next((name for name in names if re.fullmatch(r"[0-9]{1,9}", os.environ.get(name, ""))), "")
+
+
+def tell_gpu(index: int) -> None:
+    """Tell DeepSpeed, which takes LOCAL_RANK for that, the index of this process's GPU; `local_rank` stays."""
+    place = local_rank()
+    if is_launched() and place is not None and place != index:
+        _replaced[str(index)] = place
+    os.environ["LOCAL_RANK"] = str(index)
+    # It wants both to be the same.
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
+
+
+def tell_place(rank: int) -> None:
+    """Tell DeepSpeed, which wants to know LOCAL_RANK on a CPU too, what nobody has told it."""
+    os.environ.setdefault("LOCAL_RANK", str(rank))
 
 
 def local_processes(otherwise: int = 1) -> int:

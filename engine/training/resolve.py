@@ -10,7 +10,7 @@ import torch
 from ipfm.engine.config import Resolved, RunConfig, TeacherConfig
 from ipfm.engine.data.augmentation import AUGMENT_DIM, SMALLEST_SIZE
 from ipfm.engine.distributed.compilation import check_compiler
-from ipfm.engine.distributed.precision import fp16_supported
+from ipfm.engine.distributed.precision import bf16_supported, fp16_supported
 from ipfm.engine.distributed.world import World
 from ipfm.engine.memory import MemoryPlan, choose_layout, choose_training, device_budget
 from ipfm.engine.noise_levels import check_trainable
@@ -120,15 +120,14 @@ def resolve_D(D: float | None, network: NetworkConfig) -> float:
 def resolve_precision(config: C, device: torch.device) -> C:
     """The configuration with "auto" precision decided for `device`.
 
-    bf16 where a GPU has it, fp32 elsewhere, and where stage 0 was asked for.
+    bf16 where a GPU has it without emulation, fp32 elsewhere, and where stage 0 was asked for.
 
     Raises:
         ValueError: the device cannot do it.
     """
     precision = config.precision
     if precision == "auto":
-        capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bf16" if capable and config.zero != 0 else "fp32"
+        precision = "bf16" if config.zero != 0 and bf16_supported(device) else "fp32"
     if precision == "fp16" and not fp16_supported(device):
         raise ValueError(f"precision fp16 does not run on this {device.type}: give fp32 or bf16")
     if config.compile:

@@ -40,7 +40,7 @@ FOREIGN = {
     "pip": {"--no-deps"},
     "ipfm": {"--version"},
     "torchrun": {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"},
-    "Slurm": {"--signal", "--requeue"},
+    "Slurm": {"--signal", "--requeue", "--gpus-per-task"},
     "make_tables.py": {"--check"},
     "tensorboard": {"--logdir"},
     "mine.py": {"--teacher"},

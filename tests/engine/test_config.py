@@ -12,7 +12,6 @@ import torch
 from ipfm.engine.checks import check_D
 from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.distributed.precision import apply_precision
-from ipfm.engine.distributed.world import run_device
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.training.resolve import complete, resolve_D, resolve_precision
@@ -278,8 +277,12 @@ def test_precision_on_a_cpu(precision, zero, expected):
 @pytest.mark.parametrize(("zero", "expected"), [(None, ("bf16", None)), (0, ("fp32", 0)), (2, ("bf16", 2))])
 @pytest.mark.parametrize("capable", [True, False])
 def test_precision_on_a_gpu(zero, expected, capable, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: capable)
-    config = resolve_precision(DistillConfig(zero=zero), torch.device("cuda", 0))
+    """Turing emulates bf16, which torch counts as support and which nobody wants unasked."""
+    device = torch.device("cuda", 1)
+    capabilities = {device: (8, 0) if capable else (7, 5)}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    config = resolve_precision(DistillConfig(zero=zero), device)
     assert (config.precision, config.zero) == (expected if capable else ("fp32", zero))
 
 
@@ -311,11 +314,3 @@ def test_apply_precision():
     assert apply_precision(net, "bf16").compute_dtype == torch.bfloat16
     assert net.model.map_layer0.weight.dtype == torch.float32
     assert apply_precision(net, "fp32").compute_dtype == torch.float32
-
-
-def test_device_of_this_process(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run_device() == CPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert run_device() == torch.device("cuda", 3)

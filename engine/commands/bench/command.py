@@ -109,7 +109,7 @@ class Bench:
     def _run_step(self) -> Path:
         from ipfm.engine.checks import check_D
         from ipfm.engine.commands.bench.step import run_step
-        from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.distributed.device import run_device
         from ipfm.engine.objectives.ipfm import DistillConfig
         from ipfm.engine.training.resolve import resolve_precision
 
@@ -145,7 +145,7 @@ class Bench:
 
     def _check_memory(self, network: NetworkConfig) -> None:
         """ValueError: not even the first level's activations of a batch fit into the host's memory."""
-        from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.distributed.device import run_device
 
         if run_device().type == "cpu":
             channels, height, width = network.image_shape

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ipfm.engine.distributed.device import run_device
 from ipfm.engine.evaluation.metrics.frechet import frechet_distance
 from ipfm.engine.evaluation.metrics.inception_score import inception_score
 from ipfm.engine.evaluation.metrics.kernel_distance import kernel_distance
@@ -44,7 +45,7 @@ def run_metrics(out: str | Path, quick: bool = False) -> Path:
     Returns:
         The path of the table.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = run_device()
     images, dim = (IMAGES // 50, DIM // 8) if quick else (IMAGES, DIM)
     pr_images = min(images, PR_IMAGES)
     generator = torch.Generator(device).manual_seed(0)

@@ -214,8 +214,8 @@ def _throttled(pynvml: Any, handle: Any, name: str) -> Iterator[Finding]:
 
 
 def _device() -> Iterator[Finding]:
+    from ipfm.engine.distributed.device import run_device
     from ipfm.engine.distributed.launch_environment import check_environment, environment_remarks
-    from ipfm.engine.distributed.world import run_device
 
     try:
         check_environment()
@@ -227,8 +227,8 @@ def _device() -> Iterator[Finding]:
 
 
 def _precision() -> Iterator[Finding]:
+    from ipfm.engine.distributed.device import run_device
     from ipfm.engine.distributed.precision import fp16_supported
-    from ipfm.engine.distributed.world import run_device
     from ipfm.engine.objectives.ipfm import DistillConfig
     from ipfm.engine.training.resolve import resolve_precision
 
@@ -242,7 +242,7 @@ def _attention() -> Iterator[Finding]:
     """The backend that each kind of network takes on this device, and why not the other."""
     import torch
 
-    from ipfm.engine.distributed.world import run_device
+    from ipfm.engine.distributed.device import run_device
     from ipfm.models import attention
 
     device = run_device()

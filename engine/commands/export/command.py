@@ -149,7 +149,7 @@ class Export:
 
     def _draw(self, network: ExportedNetwork, count: int, model: Path) -> Tensor:
         """`count` images of seed 0, (count, C, H, W) in [-1, 1], on the run's device."""
-        from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.distributed.device import run_device
         from ipfm.engine.sampling.memory_format import set_memory_format
         from ipfm.engine.sampling.stored_model import sample_network
 

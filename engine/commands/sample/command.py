@@ -108,8 +108,8 @@ class Sample:
 
     def run(self) -> None:
         """Write the images to `out`."""
+        from ipfm.engine.distributed.device import run_device
         from ipfm.engine.distributed.launch_environment import check_environment, environment_remarks
-        from ipfm.engine.distributed.world import run_device
         from ipfm.engine.runtime.host_memory import enough_memory
         from ipfm.engine.runtime.progress import ProgressBar
         from ipfm.engine.runtime.remarks import Remarks
@@ -150,7 +150,8 @@ class Sample:
         if alone:
             forget_launch()
         # Waits for all processes, so that each has seen the folder as it was.
-        world = joined()
+        with user_input():
+            world = joined()
         said = (taken.said(),) if taken.taken else ()
         remarked = (*alone, *said, *environment_remarks(), *model.remarks, *destination.remarks)
         for remark in remarked if world.is_main else ():
@@ -288,7 +289,7 @@ class Sample:
 
     def _check_memory(self, network: NetworkConfig, count: int) -> None:
         """ValueError: not even a layer of the network fits into the host's memory for a batch."""
-        from ipfm.engine.distributed.world import run_device
+        from ipfm.engine.distributed.device import run_device
         from ipfm.engine.runtime.host_memory import check_memory
 
         channels, height, width = network.image_shape

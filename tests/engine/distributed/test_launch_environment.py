@@ -12,6 +12,7 @@ import torch.distributed as dist
 import triton
 
 from ipfm.engine.distributed import launch_environment
+from ipfm.engine.distributed.device import run_device
 from ipfm.engine.distributed.launch_environment import (
     answer_timeout,
     check_environment,
@@ -69,12 +70,34 @@ def test_variables_that_cannot_be_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
             check_environment()
         triton.knobs.runtime.interpret = False
         check_environment()
-        monkeypatch.setenv("LOCAL_RANK", "1")
-        with pytest.raises(ValueError, match=r"^LOCAL_RANK must be less than the number of GPUs, got 1 and 1$"):
+        # What one process sees alone may be another GPU for each; of several each has the one of its place.
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        check_environment()
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        with pytest.raises(ValueError, match=r"^LOCAL_RANK must be less than the number of GPUs, got 2 and 2: start"):
             check_environment()
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-        with pytest.raises(ValueError, match=r"got 1 and 1 \(CUDA_VISIBLE_DEVICES=1\)$"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        with pytest.raises(ValueError, match=r"got 2 and 2 \(CUDA_VISIBLE_DEVICES=0,1\): start at most one process"):
             check_environment()
+
+
+def test_a_gpu_is_left_alone_where_the_cpu_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By DS_ACCELERATOR, which `deepspeed` hands on, other than CUDA_VISIBLE_DEVICES; without a word."""
+    (tmp_path / "0000:01:00.0").mkdir()
+    monkeypatch.setattr(launch_environment, "_GPUS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        check_environment()
+    assert run_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert environment_remarks() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
+    with pytest.raises(ValueError, match=r"^DS_ACCELERATOR must be cuda or cpu on this machine, got 'xpu': unset it$"):
+        check_environment()
 
 
 @pytest.mark.parametrize(
