@@ -22,7 +22,7 @@ import math
 from dataclasses import replace
 
 from ipfm.engine.experiments import Ablation, Arch, Claim, Diverge, Variant, as_ablation, run_command
-from ipfm.recipes.ablation_data import CIFAR, DIGITS, FASHION
+from ipfm.recipes.ablation_data import CIFAR, CLOTHES, DIGITS, fashion_ablation
 
 ARCHITECTURES: tuple[Arch, ...] = ("ncsnpp", "ddpmpp")
 
@@ -44,8 +44,8 @@ ABLATION = Ablation(
         ),
     ),
     digits=replace(DIGITS, base=as_ablation(DIGITS.base, alpha=1.2)),
-    # A long run, of which one seed takes two cores two hours.
-    fashion=replace(FASHION, base=as_ablation(FASHION.base, alpha=1.2, max_steps=2000, eval_every=200, seeds=(0,))),
+    # Long runs, and six teachers: networks of half the recipe's width.
+    fashion=fashion_ablation(CLOTHES, channels=8, alpha=1.2, max_steps=2000, eval_every=200, teacher_steps=5000),
     cifar=replace(CIFAR, base=as_ablation(CIFAR.base, alpha=1.2)),
 )
 

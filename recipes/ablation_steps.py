@@ -48,7 +48,7 @@ ABLATION = Ablation(
     # At the learning rate of the digits recipe, 3e-4, four evaluations are unstable.
     digits=digits_ablation(digits_ipfm.RECIPE, lr=1.5e-4, max_steps=600, eval_every=100),
     # Half the recipe's learning rate, as on the digits.
-    fashion=fashion_ablation(CLOTHES, lr=2.5e-4, max_steps=800),
+    fashion=fashion_ablation(CLOTHES, lr=2.5e-4),
     cifar=CIFAR,
 )
 

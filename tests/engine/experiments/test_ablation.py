@@ -186,7 +186,11 @@ def clothes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr("ipfm.engine.training.loop.PICTURE_IMAGES", 2)
     small = replace(presets.get("ddpmpp"), img_resolution=28, img_channels=1, augment_dim=0, model_channels=4)
     small = replace(small, channel_mult=(1,), num_blocks=1, attn_resolutions=(), dropout=0.0)
-    monkeypatch.setattr(ablation_data, "fashion_network", lambda arch, D: replace(small, D=D))
+
+    def network(arch: str, D: float, channels: int) -> NetworkConfig:
+        return replace(small, D=D, model_channels=channels // 2)
+
+    monkeypatch.setattr(ablation_data, "fashion_network", network)
     return place
 
 
@@ -274,11 +278,12 @@ def test_a_distance_by_other_features_is_measured_again(tmp_path: Path, monkeypa
 def test_clothes_are_another_ablation_with_its_own_sizes(clothes: Path) -> None:
     options = [plan_of(module, "--data", "fashion").options for module in (ablation_D, ablation_steps)]
     found = [(o.max_steps, o.eval_every, o.teacher_steps, o.eval_images) for o in options]
-    assert found == [(1000, 100, 9000, 2000), (800, 100, 9000, 2000)]
+    assert found == [(600, 60, 20_000, 2000), (600, 60, 20_000, 2000)]
     plan = plan_of(ablation_divergence, "--data", "fashion")
     assert plan.path == Path("runs/ablation-divergence-fashion")
     assert {(r.config.alpha, r.config.total_steps, r.config.batch) for r, _ in plan.runs} == {(1.2, 2000, 64)}
-    assert len(plan.runs) == 6 and [claim.source for claim in plan.claims] == ["arXiv 2509.22454, appendix B"]
+    assert len(plan.runs) == 18 and {t.network.model_channels for t in plan.teachers.values()} == {8 // 2}
+    assert [claim.source for claim in plan.claims] == ["arXiv 2509.22454, appendix B"]
     shared = plan_of(ablation_divergence, "--data", "fashion", "--teachers-from", "~/teachers").teachers
     assert {t.place.parent for t in shared.values()} == {Path("~/teachers").expanduser()}
 
@@ -286,6 +291,7 @@ def test_clothes_are_another_ablation_with_its_own_sizes(clothes: Path) -> None:
 def test_networks_of_clothes_are_those_of_their_recipe() -> None:
     for arch in ("ddpmpp", "ncsnpp", "adm"):
         network = ablation_data.fashion_network(arch, 128.0)
+        assert (network.model_channels, ablation_data.fashion_network(arch, 128.0, 8).model_channels) == (16, 8)
         assert (arch_of(network), network.image_shape, network.D) == (arch, (1, 28, 28), 128.0)
 
 
