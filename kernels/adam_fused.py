@@ -7,6 +7,7 @@ waiting, when it did.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -250,7 +251,8 @@ def _launch_numbers(
     decays = [0.0] * MOST_AVERAGES
     if not isinstance(ema_decay, Tensor):
         decays[: group.averages] = ema_decay[: group.averages]
-    beta1, beta2 = (math.log(max(beta, 5e-324)) for beta in group.betas)
+    # Not of zero, nor of a denormal, which is zero where those are flushed.
+    beta1, beta2 = (math.log(max(beta, sys.float_info.min)) for beta in group.betas)
     numbers_kernel[(1,)](
         found, steps, applied, numbers, lr if isinstance(lr, Tensor) else steps, ema_decay if given else steps,
         0 if isinstance(lr, Tensor) else float64_bits(lr), *map(float64_bits, decays),

@@ -160,7 +160,10 @@ def import_deepspeed() -> Any:
     import deepspeed
     import deepspeed.ops as ops
 
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not uses_gpu():
+        # Of which extensions can be built it makes a table when that is first asked for, by trying all of them, and
+        # prints what it does not find. Only this entry is ever read, and on a GPU none.
+        vars(ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     # Marks around its functions that a profiler of a GPU shows; elsewhere they only cost.
     sys.modules["deepspeed.utils.nvtx"].enable_nvtx = uses_gpu()  # type: ignore[attr-defined]
     # It warns of every optimiser that is not its own, and torch of the names that it calls.

@@ -88,6 +88,24 @@ def test_equals_torch_and_the_average_of_its_definition(device, kind, beta1, ste
     assert optimizers[0].steps_applied == steps
 
 
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.5, 0.0)])
+def test_where_denormals_are_flushed(device, betas):
+    """As `torch.set_flush_denormal` has it, and some libraries that are loaded: the same step, of Python's zero too."""
+    ends = []
+    for flushed in (False, True):
+        params = weights(device=device)
+        optimizer = AdamEMA(params, lr=1e-2, betas=betas, ema=True, backend="triton")
+        set_gradients(params, 0)
+        if not torch.set_flush_denormal(flushed):
+            pytest.skip("this processor does not flush denormals")
+        try:
+            optimizer.step()
+        finally:
+            torch.set_flush_denormal(False)
+        ends.append(everything(optimizer, params))
+    assert equal(*ends)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "settings",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ipfm.engine.distributed import world
 from ipfm.engine.distributed.zero import _sent_at_once
 
 
@@ -28,3 +30,29 @@ def test_deepspeeds_broadcast_is_its_own_again_whatever_happens(monkeypatch: pyt
         assert comm.broadcast(torch.ones(1, dtype=torch.int64), src=0, group=None) == "handle"
         raise KeyboardInterrupt
     assert comm.broadcast is broadcast and sent == [torch.int64]
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_no_extension_of_deepspeeds_is_tried(
+    gpu: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It would print a line on stdout for each that lacks a compiler of CUDA, in every process."""
+    import deepspeed.ops
+    from deepspeed.ops.op_builder import builder
+
+    communication = importlib.import_module("deepspeed.comm.torch")
+
+    def probe(*_: Any, **__: Any) -> bool:
+        raise AssertionError("an extension was tried")
+
+    monkeypatch.setattr(builder, "probe_is_compatible", probe)
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    # Both kinds of machine have their own way to leave it out.
+    own = None if gpu else SimpleNamespace(NAME="deepspeed_shm_comm")
+    monkeypatch.setattr(communication, "get_accelerator", lambda: SimpleNamespace(create_op_builder=lambda _: own))
+    monkeypatch.setattr(world, "uses_gpu", lambda: gpu)
+    world.import_deepspeed()
+    assert communication.build_shm_op() is None
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.undo()
+    world.import_deepspeed()
