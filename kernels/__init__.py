@@ -6,6 +6,7 @@ from ipfm.kernels.denoising_loss import DenoisingLoss, denoising_loss
 from ipfm.kernels.generator_loss import IpfmLoss, ipfm_loss
 from ipfm.kernels.group_norm import group_norm_silu
 from ipfm.kernels.perturbation import perturb
+from ipfm.kernels.residual import residual_sum
 
 __all__ = [
     "AdamEMA",
@@ -17,4 +18,5 @@ __all__ = [
     "perturb",
     "philox",
     "reference",
+    "residual_sum",
 ]

@@ -111,6 +111,20 @@ def group_config(
     return together, padded, block, min(8, max(1, together * padded * block // 256))
 
 
+def residual_config(channels: int, pixels: int, channels_last: bool) -> tuple[int, int, int, int]:
+    """(channels a program, pixels a block, blocks a program, warps) of the kernels of a residual sum.
+
+    Channels in the largest power of two that divides them, so that no lane is idle; blocks of 2048 elements, and up to
+    eight of them a program, which leave few partial sums. Nothing depends on the batch, for which a compiler would ask.
+    """
+    most = 64 if channels_last else 16
+    together = min(channels & -channels, most)
+    if together < 8:
+        together = min(triton.next_power_of_2(channels), most)
+    block = min(triton.next_power_of_2(pixels), 2048 // together)
+    return together, block, min(8, -(-pixels // block)), 4 if together * block >= 512 else 1
+
+
 def adam_config() -> tuple[int, int, int]:
     """(elements a program, elements at a time, warps) of AdamEMA's kernels.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ipfm.kernels import _checks, group_norm_reference
 from ipfm.kernels._dispatch import Backend, group_config, on_device, use_triton
-from ipfm.kernels._operators import operator
+from ipfm.kernels._operators import launches_directly, operator
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
@@ -58,6 +59,29 @@ def _parameters(
 
 
 @triton.jit
+def _addend(
+    p_addend, i_b, i_g, s_ab,
+    ADDED: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, CP: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """What is added to this program's channels, (GROUPS, CP, 1); 0 where there is nothing."""
+    o_c, m_c = _channels(i_g, CHANNELS, GROUPS, CP)
+    if ADDED:
+        o_a = i_b * s_ab + o_c
+        return tl.load(p_addend + o_a, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
+    else:
+        return tl.zeros((GROUPS, CP, 1), COMPUTE)
+
+
+@triton.jit
+def _input(p_x, o, m, b_a, ADDED: tl.constexpr, COMPUTE: tl.constexpr):
+    """What is normalised: x, and the channel's addend if there is one; 0 where masked."""
+    b_x = tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE)
+    if ADDED:
+        b_x = tl.where(m, b_x + b_a, 0.0)
+    return b_x
+
+
+@triton.jit
 def _activated(b_u, SILU: tl.constexpr):
     if SILU:
         return b_u * tl.sigmoid(b_u)
@@ -67,15 +91,16 @@ def _activated(b_u, SILU: tl.constexpr):
 
 @triton.jit
 def group_norm_silu_kernel(
-    p_x, p_weight, p_bias, p_scale, p_shift, p_y, p_mean, p_rstd,
-    HW, s_b, s_c, s_hw, s_pb, s_pc,
-    EPS: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr,
-    GROUPS: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, COMPUTE: tl.constexpr,
+    p_x, p_weight, p_bias, p_scale, p_shift, p_addend, p_y, p_statistics,
+    HW, s_b, s_c, s_hw, s_pb, s_pc, s_ab,
+    EPS: tl.constexpr, SCALED: tl.constexpr, ADDED: tl.constexpr, SILU: tl.constexpr, GROUPS_ALL: tl.constexpr,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Program (sample, GROUPS groups): y = silu((w (x - mean)·rstd + b)(1 + scale) + shift), rstd = 1/√(var + eps).
 
-    Without SILU, y is what goes into it. The variance is the mean of (x - mean)²: the group waits in registers
-    (RESIDENT), or is read again, from cache.
+    With an addend x is what has it added; nothing writes that sum. Without SILU, y is what goes into it. The variance
+    is the mean of (x - mean)²: the group waits in registers (RESIDENT), or is read again, from cache.
     """
     # The program's groups of a sample.
     parts: tl.constexpr = GROUPS_ALL // GROUPS
@@ -85,10 +110,12 @@ def group_norm_silu_kernel(
     p_y += i_b * s_b + i_g.to(tl.int64) * CHANNELS * s_c
     count = HW * CHANNELS
 
+    b_a = _addend(p_addend, i_b, i_g, s_ab, ADDED, CHANNELS, GROUPS, CP, COMPUTE)
+
     # Load and reduce: each group's mean, and then its variance about that.
     if RESIDENT:
         o, m = _tile(0, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
-        b_x = tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE)
+        b_x = _input(p_x, o, m, b_a, ADDED, COMPUTE)
         mean = _mean(b_x, count, COMPUTE)
         b_d = tl.where(m, b_x - mean, 0.0)
         variance = _mean(b_d * b_d, count, COMPUTE)
@@ -96,18 +123,18 @@ def group_norm_silu_kernel(
         b_sum = tl.zeros((GROUPS, CP, BLOCK), COMPUTE)
         for i_hw in range(0, HW, BLOCK):
             o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
-            b_sum += tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE)
+            b_sum += _input(p_x, o, m, b_a, ADDED, COMPUTE)
         mean = _mean(b_sum, count, COMPUTE)
         b_sum = tl.zeros((GROUPS, CP, BLOCK), COMPUTE)
         for i_hw in range(0, HW, BLOCK):
             o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
-            b_d = tl.where(m, tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE) - mean, 0.0)
+            b_d = tl.where(m, _input(p_x, o, m, b_a, ADDED, COMPUTE) - mean, 0.0)
             b_sum += b_d * b_d
         variance = _mean(b_sum, count, COMPUTE)
     rstd = 1.0 / tl.sqrt(variance + tl.full((), EPS, COMPUTE))
     o_g = i_b * GROUPS_ALL + i_g + tl.arange(0, GROUPS)[:, None, None]
-    tl.store(p_mean + o_g, mean)
-    tl.store(p_rstd + o_g, rstd)
+    tl.store(p_statistics + 2 * o_g, mean)
+    tl.store(p_statistics + 2 * o_g + 1, rstd)
 
     # Load: the channels' parameters.
     b_w, b_b, b_scale, b_shift = _parameters(
@@ -122,15 +149,17 @@ def group_norm_silu_kernel(
     else:
         for i_hw in range(0, HW, BLOCK):
             o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
-            b_n = (tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE) - mean) * rstd
+            b_n = (_input(p_x, o, m, b_a, ADDED, COMPUTE) - mean) * rstd
             b_u = (b_n * b_w + b_b) * b_scale + b_shift
             tl.store(p_y + o, _activated(b_u, SILU).to(dtype), mask=m)
 
 
 @triton.jit
-def _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, SILU: tl.constexpr, COMPUTE: tl.constexpr):
+def _through_silu(
+    p_x, p_dy, o, m, b_a, mean, rstd, b_v, b_c, ADDED: tl.constexpr, SILU: tl.constexpr, COMPUTE: tl.constexpr
+):
     """(n, ∂L/∂u) with n = (x - mean)·rstd and u = v n + c; both 0 where masked."""
-    b_n = tl.where(m, (tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE) - mean) * rstd, 0.0)
+    b_n = tl.where(m, (_input(p_x, o, m, b_a, ADDED, COMPUTE) - mean) * rstd, 0.0)
     b_du = tl.load(p_dy + o, mask=m, other=0.0).to(COMPUTE)
     if SILU:
         b_u = b_n * b_v + b_c
@@ -141,16 +170,17 @@ def _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, SILU: tl.constexpr, COM
 
 @triton.jit
 def group_norm_silu_backward_kernel(
-    p_x, p_dy, p_weight, p_bias, p_scale, p_shift, p_mean, p_rstd, p_dx, p_du, p_dun,
-    HW, s_b, s_c, s_hw, s_pb, s_pc,
-    SCALED: tl.constexpr, SILU: tl.constexpr, GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
-    CP: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, COMPUTE: tl.constexpr,
+    p_x, p_dy, p_weight, p_bias, p_scale, p_shift, p_addend, p_statistics, p_dx, p_sums,
+    HW, s_b, s_c, s_hw, s_pb, s_pc, s_ab,
+    SCALED: tl.constexpr, ADDED: tl.constexpr, SILU: tl.constexpr, GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Program (sample, GROUPS groups): the gradient by x, for u = v n + … with v = w (1 + scale).
 
         ∂L/∂x = rstd (v ∂L/∂u - mean(v ∂L/∂u) - n mean(v n ∂L/∂u)),   means over the group
 
-    and for each channel Σ ∂L/∂u and Σ n ∂L/∂u, from which the gradients of the parameters follow.
+    and for each channel Σ ∂L/∂u and Σ n ∂L/∂u, from which the gradients of the parameters follow, and with an addend
+    Σ ∂L/∂x, which is its own.
     """
     # The program's groups of a sample, and what the forward pass and the parameters say of them.
     parts: tl.constexpr = GROUPS_ALL // GROUPS
@@ -161,18 +191,19 @@ def group_norm_silu_backward_kernel(
     p_dy += start
     p_dx += start
     o_g = i_b * GROUPS_ALL + i_g + tl.arange(0, GROUPS)[:, None, None]
-    mean = tl.load(p_mean + o_g, eviction_policy="evict_last")
-    rstd = tl.load(p_rstd + o_g, eviction_policy="evict_last")
+    mean = tl.load(p_statistics + 2 * o_g, eviction_policy="evict_last")
+    rstd = tl.load(p_statistics + 2 * o_g + 1, eviction_policy="evict_last")
     b_w, b_b, b_scale, b_shift = _parameters(
         p_weight, p_bias, p_scale, p_shift, i_b, i_g, s_pb, s_pc, SCALED, CHANNELS, GROUPS, CP, COMPUTE
     )
+    b_a = _addend(p_addend, i_b, i_g, s_ab, ADDED, CHANNELS, GROUPS, CP, COMPUTE)
     b_v = b_w * b_scale
     b_c = b_b * b_scale + b_shift
 
     # Load and compute: n, and the gradient of what goes into SiLU.
     if RESIDENT:
         o, m = _tile(0, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
-        b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, SILU, COMPUTE)
+        b_n, b_du = _through_silu(p_x, p_dy, o, m, b_a, mean, rstd, b_v, b_c, ADDED, SILU, COMPUTE)
         b_sum = b_du
         b_sum_n = b_du * b_n
     else:
@@ -180,7 +211,7 @@ def group_norm_silu_backward_kernel(
         b_sum_n = tl.zeros((GROUPS, CP, BLOCK), COMPUTE)
         for i_hw in range(0, HW, BLOCK):
             o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
-            b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, SILU, COMPUTE)
+            b_n, b_du = _through_silu(p_x, p_dy, o, m, b_a, mean, rstd, b_v, b_c, ADDED, SILU, COMPUTE)
             b_sum += b_du
             b_sum_n += b_du * b_n
 
@@ -189,21 +220,30 @@ def group_norm_silu_backward_kernel(
     b_sum_n = tl.sum(b_sum_n, axis=2)[:, :, None]
     o_c, m_c = _channels(i_g, CHANNELS, GROUPS, CP)
     o_c += i_b * (GROUPS_ALL * CHANNELS)
-    tl.store(p_du + o_c, b_sum, mask=m_c)
-    tl.store(p_dun + o_c, b_sum_n, mask=m_c)
+    all_channels = (tl.num_programs(0) // parts).to(tl.int64) * (GROUPS_ALL * CHANNELS)
+    tl.store(p_sums + o_c, b_sum, mask=m_c)
+    tl.store(p_sums + all_channels + o_c, b_sum_n, mask=m_c)
     count = tl.cast(HW * CHANNELS, COMPUTE)
     mean_v = tl.sum(b_sum * b_v, axis=1)[:, :, None] / count
     mean_vn = tl.sum(b_sum_n * b_v, axis=1)[:, :, None] / count
 
-    # Store: ∂L/∂x, of what waits in registers or is computed again.
+    # Store: ∂L/∂x, of what waits in registers or is computed again, and the sums of it.
     dtype = p_dx.dtype.element_ty
     if RESIDENT:
-        tl.store(p_dx + o, (rstd * (b_du * b_v - mean_v - b_n * mean_vn)).to(dtype), mask=m)
+        b_dx = rstd * (b_du * b_v - mean_v - b_n * mean_vn)
+        tl.store(p_dx + o, b_dx.to(dtype), mask=m)
+        b_dx = tl.where(m, b_dx, 0.0)
     else:
+        b_dx = tl.zeros((GROUPS, CP, BLOCK), COMPUTE)
         for i_hw in range(0, HW, BLOCK):
             o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
-            b_n, b_du = _through_silu(p_x, p_dy, o, m, mean, rstd, b_v, b_c, SILU, COMPUTE)
-            tl.store(p_dx + o, (rstd * (b_du * b_v - mean_v - b_n * mean_vn)).to(dtype), mask=m)
+            b_n, b_du = _through_silu(p_x, p_dy, o, m, b_a, mean, rstd, b_v, b_c, ADDED, SILU, COMPUTE)
+            b_d = rstd * (b_du * b_v - mean_v - b_n * mean_vn)
+            tl.store(p_dx + o, b_d.to(dtype), mask=m)
+            if ADDED:
+                b_dx += tl.where(m, b_d, 0.0)
+    if ADDED:
+        tl.store(p_sums + 2 * all_channels + o_c, tl.sum(b_dx, axis=2)[:, :, None], mask=m_c)
 
 
 # -------------------------------------------------------------------------------------------------------- launchers
@@ -250,14 +290,12 @@ def _per_channel(scale: Tensor | None, shift: Tensor | None, weight: Tensor) -> 
     return scale, shift, scale.stride(0) if len(scale) > 1 else 0, scale.stride(1)
 
 
-def _statistics(x: Tensor, *sizes: int, count: int) -> list[Tensor]:
-    """`count` empty tensors of these sizes, in the dtype that is computed in."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return [x.new_empty(sizes, dtype=dtype) for _ in range(count)]
+def _numbers(x: Tensor, *sizes: int) -> Tensor:
+    """An empty tensor of these sizes, in the dtype that is computed in."""
+    return x.new_empty(sizes, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@operator("group_norm_silu")
-def _forward(
+def _launch_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -266,21 +304,61 @@ def _forward(
     groups: int,
     eps: float,
     activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, 1/√(var + eps)), the latter (B, groups); x is dense."""
+    addend: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, mean and 1/√(var + eps) of each group (B, groups, 2)); x is dense, and a row of the addend."""
     y = torch.empty_like(x)
-    mean, rstd = _statistics(x, len(x), groups, count=2)
+    statistics = _numbers(x, len(x), groups, 2)
     strides, sizes, warps = _layout(x, groups)
     p_scale, p_shift, s_pb, s_pc = _per_channel(scale, shift, weight)
     if x.numel():
         grid = (len(x) * (groups // sizes["GROUPS"]),)
         with on_device(x.device):
             group_norm_silu_kernel[grid](
-                x, weight, bias, p_scale, p_shift, y, mean, rstd, x.shape[2] * x.shape[3],
-                **strides, s_pb=s_pb, s_pc=s_pc, EPS=eps, SCALED=scale is not None, SILU=activation, **sizes,
+                x, weight, bias, p_scale, p_shift, weight if addend is None else addend, y, statistics,
+                x.shape[2] * x.shape[3], **strides, s_pb=s_pb, s_pc=s_pc, s_ab=_batch_stride(addend),
+                EPS=eps, SCALED=scale is not None, ADDED=addend is not None, SILU=activation, **sizes,
                 num_warps=warps,
             )  # fmt: skip
-    return y, mean, rstd
+    return y, statistics
+
+
+def _launch_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    statistics: Tensor,
+    activation: bool,
+    addend: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(∂L/∂x, [Σ ∂L/∂u, Σ n ∂L/∂u, with an addend Σ ∂L/∂x]), the sums (2 or 3, B, C) over the pixels."""
+    groups = statistics.shape[1]
+    strides, sizes, warps = _layout(x, groups)
+    if dy.stride() != x.stride():
+        dy = torch.empty_like(x).copy_(dy)
+    dx = torch.empty_like(x)
+    sums = _numbers(x, 2 if addend is None else 3, *x.shape[:2])
+    p_scale, p_shift, s_pb, s_pc = _per_channel(scale, shift, weight)
+    if x.numel():
+        grid = (len(x) * (groups // sizes["GROUPS"]),)
+        with on_device(x.device):
+            group_norm_silu_backward_kernel[grid](
+                x, dy, weight, bias, p_scale, p_shift, weight if addend is None else addend, statistics, dx, sums,
+                x.shape[2] * x.shape[3], **strides, s_pb=s_pb, s_pc=s_pc, s_ab=_batch_stride(addend),
+                SCALED=scale is not None, ADDED=addend is not None, SILU=activation, **sizes, num_warps=warps,
+            )  # fmt: skip
+    return dx, sums
+
+
+def _batch_stride(addend: Tensor | None) -> int:
+    return addend.stride(0) if addend is not None and len(addend) > 1 else 0
+
+
+_forward = operator("group_norm_silu")(_launch_forward)
+_backward = operator("group_norm_silu_backward")(_launch_backward)
 
 
 @_forward.register_fake
@@ -293,39 +371,9 @@ def _(
     groups: int,
     eps: float,
     activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = _statistics(x, x.shape[0], groups, count=2)
-    return torch.empty_like(x), mean, rstd
-
-
-@operator("group_norm_silu_backward")
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(∂L/∂x, Σ ∂L/∂u, Σ n ∂L/∂u), the sums (B, C) over the pixels."""
-    groups = mean.shape[1]
-    strides, sizes, warps = _layout(x, groups)
-    if dy.stride() != x.stride():
-        dy = torch.empty_like(x).copy_(dy)
-    dx = torch.empty_like(x)
-    du, dun = _statistics(x, *x.shape[:2], count=2)
-    p_scale, p_shift, s_pb, s_pc = _per_channel(scale, shift, weight)
-    if x.numel():
-        grid = (len(x) * (groups // sizes["GROUPS"]),)
-        with on_device(x.device):
-            group_norm_silu_backward_kernel[grid](
-                x, dy, weight, bias, p_scale, p_shift, mean, rstd, dx, du, dun, x.shape[2] * x.shape[3],
-                **strides, s_pb=s_pb, s_pc=s_pc, SCALED=scale is not None, SILU=activation, **sizes, num_warps=warps,
-            )  # fmt: skip
-    return dx, du, dun
+    addend: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _numbers(x, x.shape[0], groups, 2)
 
 
 @_backward.register_fake
@@ -336,43 +384,70 @@ def _(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    du, dun = _statistics(x, *x.shape[:2], count=2)
-    return torch.empty_like(x), du, dun
+    addend: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _numbers(x, 2 if addend is None else 3, *x.shape[:2])
 
 
 # -------------------------------------------------------------------------------------------------------- autograd
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, mean, rstd = output
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    statistics = output[1]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(*inputs[:5], mean, rstd)
-    ctx.activation = inputs[7]
+    ctx.mark_non_differentiable(statistics)
+    x, weight, bias, scale, shift, _, _, activation, *rest = inputs
+    ctx.save_for_backward(x, weight, bias, scale, shift, *(rest or [None]), statistics)
+    ctx.activation = activation
 
 
-def _differentiate(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-    dx, du, dun = _backward(dy, x, weight, bias, scale, shift, mean, rstd, ctx.activation)
+def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
+    x, weight, bias, scale, shift, addend, statistics = ctx.saved_tensors
+    run: Callable[..., Any] = _launch_backward if launches_directly(x) else _backward
+    dx, sums = run(dy, x, weight, bias, scale, shift, statistics, ctx.activation, addend)
     needed = ctx.needs_input_grad
-    to_weight = to_bias = to_scale = to_shift = None
+    to_weight = to_bias = to_scale = to_shift = to_addend = None
     if needed[1] or needed[2]:
-        factor = 1.0 if scale is None else scale.flatten(1).to(du.dtype) + 1
-        to_weight = (dun * factor).sum(0).to(weight.dtype) if needed[1] else None
-        to_bias = (du * factor).sum(0).to(bias.dtype) if needed[2] else None
+        both = sums[:2] if scale is None else sums[:2] * (scale.flatten(1).to(sums.dtype) + 1)
+        to_bias, to_weight = both.sum(1).to(weight.dtype)
     if scale is not None and needed[3]:
-        to_scale = (dun * weight.to(du.dtype) + du * bias.to(du.dtype))[:, :, None, None]
+        to_scale = (sums[1] * weight.to(sums.dtype) + sums[0] * bias.to(sums.dtype))[:, :, None, None]
         to_scale = to_scale.sum_to_size(scale.shape).to(scale.dtype)
     if shift is not None and needed[4]:
-        to_shift = du[:, :, None, None].sum_to_size(shift.shape).to(shift.dtype)
-    return dx if needed[0] else None, to_weight, to_bias, to_scale, to_shift, None, None, None
+        to_shift = sums[0][:, :, None, None].sum_to_size(shift.shape).to(shift.dtype)
+    if addend is not None and needed[8]:
+        to_addend = sums[2].sum_to_size(addend.shape).to(addend.dtype)
+    return (
+        dx if needed[0] else None,
+        to_weight if needed[1] else None,
+        to_bias if needed[2] else None,
+        to_scale,
+        to_shift,
+        None,
+        None,
+        None,
+        to_addend,
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    """The launches without an operator around them, which costs the host more than the launch."""
+
+    forward = staticmethod(_launch_forward)
+    setup_context = staticmethod(_save)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("group_norm_silu has no second derivative: create_graph=True cannot pass through it")
+        return _differentiate(ctx, *gradients)
 
 
 # -------------------------------------------------------------------------------------------------- public function
@@ -386,11 +461,12 @@ def group_norm_silu(
     *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    addend: Tensor | None = None,
     eps: float = 1e-5,
     activation: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
-    """silu(n), or silu(n (scale + 1) + shift), with n the group normalisation [Wu & He 2018] of x.
+    """silu(n), or silu(n (scale + 1) + shift), with n the group normalisation [Wu & He 2018] of x, or of x + addend.
 
     Differentiable once, with respect to every tensor; of the input autograd keeps x alone, beside two numbers a group
     (the reference up to `group_norm_reference.SMALL` elements what PyTorch's operations keep).
@@ -403,6 +479,8 @@ def group_norm_silu(
         bias: (C,), of the dtype of x.
         scale: (B, C, 1, 1) or (1, C, 1, 1), of the dtype of x; given with shift or not at all.
         shift: (B, C, 1, 1) or (1, C, 1, 1), of the dtype of x.
+        addend: (B, C), (1, C) or (C,), of the dtype of x: what each channel has added before it is normalised, such as
+            a convolution's bias and the projection of an embedding. Triton adds it in registers.
         eps: added to the variance, > 0.
         activation: False leaves out SiLU.
         backend: "auto", "triton" or "reference".
@@ -414,6 +492,7 @@ def group_norm_silu(
 
     Raises:
         ValueError: a shape, dtype, device or number that does not fit, or a scale without a shift.
+        RuntimeError: in the backward pass, where a second derivative is asked for.
 
     Bytes moved: forward 2, backward 3 times those of x where a group has at most 4096 elements; larger groups are read
     again, mostly from cache. One launch each.
@@ -442,6 +521,8 @@ def group_norm_silu(
     for what, factor in (("scale", scale), ("shift", shift)):
         if factor is not None:
             _parameter(op, what, factor, x, ((len(x), channels, 1, 1), (1, channels, 1, 1)))
+    if addend is not None:
+        _parameter(op, "addend", addend, x, ((len(x), channels), (1, channels), (channels,)))
     eps = _checks.positive(op, "eps", eps)
     return unchecked_group_norm_silu(
         x,
@@ -450,6 +531,7 @@ def group_norm_silu(
         bias,
         scale=scale,
         shift=shift,
+        addend=addend,
         eps=eps,
         activation=activation,
         triton_runs=use_triton(op, backend, x.device),
@@ -464,20 +546,31 @@ def unchecked_group_norm_silu(
     *,
     scale: Tensor | None,
     shift: Tensor | None,
+    addend: Tensor | None = None,
     eps: float,
     activation: bool,
     triton_runs: bool,
 ) -> Tensor:
     """`group_norm_silu` for a layer that knows its arguments to be valid: small tensors would wait for the checks."""
-    if triton_runs:
-        if scale is not None and shift is not None and scale.shape != shift.shape:
-            scale, shift = torch.broadcast_tensors(scale, shift)
-        parameters = weight.contiguous(), bias.contiguous()
-        y: Tensor = _forward(_dense(x), *parameters, scale, shift, groups, eps, activation)[0]
-        return y
-    return group_norm_reference.group_norm_silu(
-        x, groups, weight, bias, scale=scale, shift=shift, eps=eps, activation=activation
-    )
+    if not triton_runs:
+        if addend is not None:
+            x = x + addend[..., None, None]
+        return group_norm_reference.group_norm_silu(
+            x, groups, weight, bias, scale=scale, shift=shift, eps=eps, activation=activation
+        )
+    if scale is not None and shift is not None and scale.shape != shift.shape:
+        scale, shift = torch.broadcast_tensors(scale, shift)
+    if addend is not None:
+        addend = _rows(addend)
+    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    run: Callable[..., tuple[Tensor, Tensor]] = _GroupNormSilu.apply if launches_directly(x) else _forward
+    return run(x, weight, bias, scale, shift, groups, eps, activation, addend)[0]
+
+
+def _rows(addend: Tensor) -> Tensor:
+    """The addend as (B or 1, C), each row dense."""
+    addend = addend if addend.ndim == 2 else addend[None]
+    return addend if addend.stride(1) == 1 else addend.contiguous()
 
 
 def _parameter(op: str, what: str, value: object, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:

@@ -286,11 +286,17 @@ def group_norm_silu(
     *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    addend: Tensor | None = None,
     eps: float = 1e-5,
     activation: bool = True,
 ) -> Tensor:
-    """silu(n), or silu(n (scale + 1) + shift), n = (x - mean)/√(var + eps)·weight + bias over each group's channels."""
+    """silu(n), or silu(n (scale + 1) + shift), n = (x - mean)/√(var + eps)·weight + bias over each group's channels.
+
+    With an addend of the channels x is what has it added.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if addend is not None:
+        x = x.to(dtype) + addend.to(dtype)[..., None, None]
     grouped = x.to(dtype).unflatten(1, (groups, -1)).flatten(2)
     centred = grouped - grouped.mean(2, keepdim=True)
     n = (centred / (centred.square().mean(2, keepdim=True) + eps).sqrt()).view_as(x)
@@ -298,6 +304,13 @@ def group_norm_silu(
     if scale is not None and shift is not None:
         n = n * (scale.to(dtype) + 1) + shift.to(dtype)
     return n * torch.sigmoid(n) if activation else n
+
+
+def residual_sum(a: Tensor, b: Tensor, bias: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+    """(a + b + bias)·scale."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    total = a.to(dtype) + b.to(dtype)
+    return (total if bias is None else total + bias.to(dtype)[:, None, None]) * scale
 
 
 @torch.no_grad()

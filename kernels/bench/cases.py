@@ -20,6 +20,7 @@ from ipfm.kernels.denoising_loss import DenoisingLoss, denoising_loss
 from ipfm.kernels.generator_loss import IpfmLoss, ipfm_loss
 from ipfm.kernels.group_norm import block_sizes, group_norm_silu
 from ipfm.kernels.perturbation import perturb
+from ipfm.kernels.residual import residual_sum, unchecked_residual_sum
 
 LARGE = 1 << 25
 GROUPS = 32
@@ -77,6 +78,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
                 yield group_norm_case(device, shape, dtype, last=last, scaled=True)
             if (channels, height) == (256, 32):
                 yield group_norm_case(device, shape, dtype, last=False, scaled=False)
+                yield residual_case(device, shape, dtype, last=cuda)
     # About as many parameters as ncsn++ has: 56 million.
     width, convolutions, vectors = (256, 95, 405) if cuda else (32, 32, 32)
     shapes: list[tuple[int, ...]] = [(width, width, 3, 3)] * convolutions
@@ -216,6 +218,28 @@ def group_norm_case(
     variant = " ".join(part for part, given in (("scaled", scaled), ("channels_last", last)) if given)
     modes = {"forward": forward, "backward": backward, "both": both}
     return Case("group_norm_silu", variant, _name(shape), dtype, x.numel(), modes, work)
+
+
+def residual_case(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, *, last: bool) -> Case:
+    """Both branches and a bias, as a block of ncsn++ adds and scales them, and all gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+    layout = torch.channels_last if last else torch.contiguous_format
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).to(dtype)
+
+    a, b = (draw(*shape).contiguous(memory_format=layout).requires_grad_() for _ in range(2))
+    inputs = (a, b, draw(shape[1]).requires_grad_())
+    scale = {"scale": 0.5**0.5}
+    work = FunctionWorkload(
+        {EAGER: partial(unchecked_residual_sum, triton_runs=False)},
+        residual_sum,
+        inputs,
+        scale,
+        oracle=reference.residual_sum,
+    )
+    modes = {mode: Bytes(n * a.nbytes, n * a.nbytes) for mode, n in (("forward", 3), ("backward", 2), ("both", 5))}
+    return Case("residual_sum", "channels_last" if last else "", _name(shape), dtype, a.numel(), modes, work)
 
 
 def adam_case(device: torch.device, shapes: Sequence[tuple[int, ...]], name: str) -> Case:

@@ -17,6 +17,8 @@ from ipfm.kernels.generator_loss import ipfm_loss_kernel
 from ipfm.kernels.group_norm import block_sizes, group_norm_silu_backward_kernel, group_norm_silu_kernel
 from ipfm.kernels.perturbation import perturb_kernel
 from ipfm.kernels.philox import NORMAL, UNIFORM, gamma_kernel, philox_kernel
+from ipfm.kernels.residual import block_sizes as residual_sizes
+from ipfm.kernels.residual import residual_sum_backward_kernel, residual_sum_kernel
 
 FLOAT_MAX = {"fp32": 3.4028234663852886e38, "fp16": 65504.0, "bf16": 3.3895313892515355e38}
 
@@ -204,18 +206,20 @@ def group_norm_variants() -> Iterator[Case]:
             for scaled in (True, False):
                 quick = scaled and ("32x32" in label or "unaligned" in label) and (dtype == "bf16" or not last)
                 sizes, warps = block_sizes(channels, 32, pixels, torch_dtype, last)
-                constants = {**sizes, "SCALED": scaled, "SILU": True, "s_c" if last else "s_hw": 1, "s_pc": 1}
-                data: tuple[str, ...] = ("p_x", "p_weight", "p_bias", "p_scale", "p_shift")
-                numbers = ("HW", "s_b", "s_hw" if last else "s_c", "s_pb")
-                aligned = numbers if pixels % 16 == 0 else ("s_pb",)
-                variant = f"{dtype} {label}{' scaled' if scaled else ''}"
+                # In a U-Net what an embedding does not scale has it added, with a bias.
+                constants = {**sizes, "SCALED": scaled, "ADDED": not scaled, "SILU": True}
+                constants |= {"s_c" if last else "s_hw": 1, "s_pc": 1}
+                data: tuple[str, ...] = ("p_x", "p_weight", "p_bias", "p_scale", "p_shift", "p_addend")
+                numbers = ("HW", "s_b", "s_hw" if last else "s_c", "s_pb", "s_ab")
+                aligned = numbers if pixels % 16 == 0 else ("s_pb", "s_ab")
+                variant = f"{dtype} {label}{' scaled' if scaled else ' addend'}"
                 for kernel, fn, more, statistics in (
-                    ("group_norm_silu", group_norm_silu_kernel, ("p_y",), ("p_mean", "p_rstd")),
+                    ("group_norm_silu", group_norm_silu_kernel, ("p_y",), ("p_statistics",)),
                     (
                         "group_norm_silu backward",
                         group_norm_silu_backward_kernel,
                         ("p_dy", "p_dx"),
-                        ("p_mean", "p_rstd", "p_du", "p_dun"),
+                        ("p_statistics", "p_sums"),
                     ),
                 ):
                     types = dict.fromkeys((*data, *more), f"*{dtype}") | dict.fromkeys(statistics, "*fp32")
@@ -230,7 +234,43 @@ def group_norm_variants() -> Iterator[Case]:
                         here,
                         (*data, *more, *statistics, *aligned),
                         warps,
-                        scalar_stores=2,
+                        scalar_stores=2 + (not scaled and kernel.endswith("backward")),
+                        quick=quick,
+                    )
+
+
+def residual_variants() -> Iterator[Case]:
+    """Forward and backward, with a bias and without."""
+    shapes = [
+        ("256ch 32x32", 256, 1024, False),
+        ("192ch 64x64 channels_last", 192, 4096, True),
+        ("256ch 32x32 channels_last", 256, 1024, True),
+        ("128ch 7x5 unaligned", 128, 35, False),
+    ]
+    for label, channels, pixels, last in shapes:
+        for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            sizes, _, steps, warps = residual_sizes(channels, pixels, torch_dtype, last)
+            numbers = ("HW", "s_b", "s_hw" if last else "s_c")
+            aligned = ("s_b", numbers[2]) if last else numbers if pixels % 16 == 0 else ()
+            for biased in (True, False):
+                quick = biased and dtype == "bf16" and "64x64" not in label
+                constants = {**sizes, "SCALE": 0.5**0.5, "BIASED": biased, "s_c" if last else "s_hw": 1}
+                # Triton makes a constant of an argument that is 1.
+                types = dict.fromkeys(numbers if steps == 1 else (*numbers, "STEPS"), "i32")
+                constants |= {"STEPS": 1} if steps == 1 else {}
+                for kernel, fn, data, sums in (
+                    ("residual_sum", residual_sum_kernel, ("p_a", "p_b", "p_bias", "p_y"), ()),
+                    ("residual_sum backward", residual_sum_backward_kernel, ("p_dy", "p_d"), ("p_sums",)),
+                ):
+                    yield Case(
+                        kernel,
+                        f"{dtype} {label}{' bias' if biased else ''}",
+                        fn,
+                        dict.fromkeys(data, f"*{dtype}") | dict.fromkeys(sums, "*fp32") | types,
+                        constants,
+                        (*data, *sums, *aligned),
+                        warps,
+                        scalar_stores=int(biased and bool(sums)),
                         quick=quick,
                     )
 
@@ -380,6 +420,7 @@ CASES: list[Callable[[], Iterator[Case]]] = [
     perturb_variants,
     loss_variants,
     group_norm_variants,
+    residual_variants,
     philox_variants,
     adam_variants,
 ]

@@ -23,6 +23,7 @@ SHOWN = {
     "ipfm_loss",
     "load_generator",
     "perturb",
+    "residual_sum",
 }
 
 

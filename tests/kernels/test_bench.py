@@ -16,7 +16,7 @@ from ipfm.kernels.bench import cases, machine, main, measurement, micro, optimis
 CPU = torch.device("cpu")
 IMAGES = (3, 3, 4, 4)
 ONE = torch.ones(1)
-OPS = {"perturb", "ipfm_loss", "denoising_loss", "group_norm_silu", "AdamEMA"}
+OPS = {"perturb", "ipfm_loss", "denoising_loss", "group_norm_silu", "residual_sum", "AdamEMA"}
 MACHINE = machine.Machine("Toaster 3000", "", "2.99", "3.99", 2)
 
 
@@ -27,6 +27,7 @@ def small_cases(device: torch.device = CPU) -> list[cases.Case]:
         *cases.loss_cases(device, IMAGES, torch.float32, raw=True),
         cases.group_norm_case(device, (2, 32, 2, 3), torch.float32, last=True, scaled=True),
         cases.group_norm_case(device, (1, 32, 2, 3), torch.bfloat16, last=False, scaled=False),
+        cases.residual_case(device, (2, 8, 2, 3), torch.float32, last=True),
         cases.adam_case(device, [(3, 5), (7,)], "2 tensors"),
     ]
 
@@ -298,15 +299,20 @@ def test_a_gpu_gets_the_shapes_that_the_targets_speak_of(monkeypatch: pytest.Mon
     monkeypatch.setattr(cases, "perturb_cases", lambda device, shape, dtype, **_: note("perturb", [shape]))
     monkeypatch.setattr(cases, "loss_cases", lambda device, shape, dtype, **_: note("losses", [shape]))
     monkeypatch.setattr(cases, "group_norm_case", lambda device, shape, dtype, **_: note("group norm", [shape]))
+    monkeypatch.setattr(cases, "residual_case", lambda device, shape, dtype, **_: note("residual", [shape]))
     monkeypatch.setattr(cases, "adam_case", lambda device, shapes, name: note(f"adam {name}", list(shapes)))
     for device, quick, large in (("cuda", False, True), ("cpu", False, False), ("cpu", True, False)):
         made.clear()
         count = len(list(cases.cases(torch.device(device), quick)))
         assert count == len(made)
         assert {op for op, size in made if size >= report.LARGE} == (
-            {"perturb", "losses", "group norm", "adam one flat tensor", "adam 500 tensors"} if large else set()
+            {"perturb", "losses", "group norm", "residual", "adam one flat tensor", "adam 500 tensors"}
+            if large
+            else set()
         )
-        assert {op.split()[0] for op, _ in made} == {"perturb", "losses", "group", "adam"}
+        assert {op.split()[0] for op, _ in made} == {"perturb", "losses", "group", "adam"} | (
+            set() if quick else {"residual"}
+        )
         assert count == 4 or not quick
 
 

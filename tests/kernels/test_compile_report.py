@@ -17,7 +17,10 @@ COLUMNS = [
     "kernel", "variant", "arch", "registers", "spills", "shared_bytes", "global_load_bits", "global_store_bits",
     "instructions",
 ]  # fmt: skip
-FUSED = {"perturb", "ipfm_loss", "denoising_loss", "group_norm_silu", "group_norm_silu backward", "adam update"}
+FUSED = {
+    "perturb", "ipfm_loss", "denoising_loss", "group_norm_silu", "group_norm_silu backward", "residual_sum",
+    "residual_sum backward", "adam update",
+}  # fmt: skip
 # Kernels that write a few numbers alone, and those that read no more than that either.
 READERS, SCALAR = {"adam measure", "adam reduce"}, {"gamma", "adam numbers"}
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100"}

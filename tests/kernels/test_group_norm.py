@@ -143,6 +143,121 @@ def test_memory_layouts(layout, backend, device):
     assert got[0].is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+# ------------------------------------------------------------------------------------------------------- the addend
+
+ADDENDS = {"of each image": (3,), "of all images": (1,), "a bias": ()}
+
+
+def with_addend(function, tensors, gradient, groups, **options):
+    """[y, ∂x, ∂weight, ∂bias, ∂scale, ∂shift, ∂addend], as far as there are such."""
+    tensors = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    x, weight, bias, scale, shift, addend = tensors
+    y = function(x, groups, weight, bias, scale=scale, shift=shift, addend=addend, **options)
+    wanted = [t for t in tensors if t is not None]
+    return [y.detach(), *torch.autograd.grad(y, wanted, gradient.to(y.dtype))]
+
+
+def addend_inputs(shape, rows, dtype=torch.float64, form="scaled", device="cpu", **options):
+    tensors, gradient = inputs(shape, dtype, form, device, **options)
+    generator = torch.Generator().manual_seed(5)
+    addend = 2 * torch.randn(*rows, shape[1], generator=generator, dtype=torch.float64)
+    return [*tensors, addend.to(device, dtype)], gradient
+
+
+@pytest.mark.parametrize("rows", ADDENDS.values(), ids=ADDENDS)
+def test_an_addend_is_added_before_it_is_normalised(rows):
+    tensors, gradient = addend_inputs((3, 6, 4, 5), rows)
+
+    def written_out(x, groups, weight, bias, *, scale, shift, addend):
+        n = F.group_norm(x + addend[..., None, None], groups, weight, bias, 1e-5)
+        return F.silu(n * (scale + 1) + shift)
+
+    wanted = with_addend(written_out, tensors, gradient, 3)
+    for function, options in ((reference.group_norm_silu, {}), (group_norm_silu, {"backend": "reference"})):
+        for a, b in zip(with_addend(function, tensors, gradient, 3, **options), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("rows", [(2,), ()], ids=["of each image", "a bias"])
+def test_gradcheck_of_an_addend(rows, backend):
+    tensors, _ = addend_inputs((2, 4, 1, 3), rows)
+    given = [t.detach().requires_grad_() for t in tensors]
+
+    def call(x, weight, bias, scale, shift, addend):
+        return group_norm_silu(x, 2, weight, bias, scale=scale, shift=shift, addend=addend, backend=backend)
+
+    assert torch.autograd.gradcheck(call, given, fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize(
+    ("shape", "groups", "rows", "form"),
+    [((3, 6, 5, 7), 3, (3,), "plain"), ((3, 12, 2, 5), 2, (1,), "scaled"), ((1, 4, 47, 53), 2, (), "one for all")],
+    ids=ids,
+)
+def test_triton_with_an_addend_is_no_worse_than_pytorch(shape, groups, rows, form, dtype, layout, device, no_worse):
+    """Odd sizes, in registers and not, with and without scale and shift."""
+    tensors, gradient = addend_inputs(shape, rows, dtype, form, device, layout=layout)
+    doubled = [None if t is None else t.double() for t in tensors]
+    truth = with_addend(reference.group_norm_silu, doubled, gradient.double(), groups)
+    plain, got = (
+        with_addend(group_norm_silu, tensors, gradient, groups, backend=backend) for backend in ("reference", "triton")
+    )
+    assert {g.dtype for g in got} == {dtype} and got[0].stride() == tensors[0].stride()
+    for g, p, r in zip(got[:2], plain, truth, strict=False):
+        no_worse(g, p, r, hair=2)
+    # The gradient of the addend is a sum in which all but the rounding of its terms may cancel.
+    size = truth[1].abs().sum((2, 3)).sum_to_size(truth[-1].shape if truth[-1].ndim == 2 else (1, shape[1]))
+    lost = torch.finfo(dtype).eps * size.reshape(truth[-1].shape) + 1e-9
+    assert ((got[-1].double() - truth[-1]).abs() <= 2 * lost).all()
+    no_worse(together(got[:-1], truth[:-1]), *(together(r[:-1], truth[:-1]) for r in (plain, truth)), hair=2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_an_addend_that_is_a_part_of_a_larger_tensor(backend, device):
+    """A column of all projections of an embedding, in which neither rows nor channels need be dense."""
+    tensors, gradient = addend_inputs((3, 4, 3, 3), (3,), torch.float32, device=device)
+    wanted = with_addend(group_norm_silu, tensors, gradient, 2, backend=backend)
+    for parts in (torch.cat([tensors[5]] * 3, dim=1)[:, 4:8], tensors[5].repeat_interleave(2, dim=1)[:, ::2]):
+        assert not parts.is_contiguous()
+        (x, weight, bias, scale, shift), leaf = tensors[:5], parts.detach().requires_grad_()
+        y = group_norm_silu(x, 2, weight, bias, scale=scale, shift=shift, addend=leaf, backend=backend)
+        (got,) = torch.autograd.grad(y, leaf, gradient)
+        assert torch.equal(y, wanted[0]) and torch.equal(got, wanted[-1])
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_an_addend_that_is_not_finite_spoils_its_group_alone(backend, device):
+    (x, weight, bias, *_), _ = inputs((2, 4, 3, 3), torch.float32, device=device)
+    for value in (torch.inf, torch.nan):
+        addend = torch.zeros(2, 4, device=device)
+        addend[0, 1] = value
+        y = group_norm_silu(x, 2, weight, bias, addend=addend, backend=backend)
+        assert y[0, :2].isnan().all()
+        assert y[0, 2:].isfinite().all() and y[1].isfinite().all()
+
+
+def test_without_autograd_the_values_are_the_same(device):
+    tensors, _ = addend_inputs((2, 8, 3, 3), (2,), torch.float32, device=device)
+    x, weight, bias, scale, shift, addend = tensors
+
+    def run():
+        return group_norm_silu(x, 4, weight, bias, scale=scale, shift=shift, addend=addend, backend="triton")
+
+    plain = run()
+    x.requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(run(), plain) and not run().requires_grad
+    with torch.inference_mode():
+        assert torch.equal(run(), plain)
+    assert torch.equal(run(), plain) and run().requires_grad
+
+
+# ------------------------------------------------------------------------------------------------------- situations
+
+
 def test_a_variance_that_one_pass_would_lose(device):
     """Mean 1000, deviation 1: the squares' difference in float32 has no digit left of it."""
     generator = torch.Generator().manual_seed(0)
@@ -229,6 +344,9 @@ C, P = torch.ones(4), torch.zeros(2, 4, 1, 1)
             {"scale": P[..., 0], "shift": P},
             r"scale must be \(2, 4, 1, 1\) or \(1, 4, 1, 1\); got \(2, 4, 1\)",
         ),
+        ((X, 2, C, C), {"addend": P}, r"addend must be \(2, 4\) or \(1, 4\) or \(4,\); got \(2, 4, 1, 1\)"),
+        ((X, 2, C, C), {"addend": C.half()}, r"addend must have x's dtype torch.float32; got torch.float16"),
+        ((X, 2, C, C), {"addend": 1.0}, r"addend must be a tensor; got float"),
         ((X, 2, C, C), {"eps": 0.0}, r"eps must be in \(0, inf\); got 0.0"),
         ((X, 2, C, C), {"backend": "cuda"}, r"backend must be one of auto, triton, reference; got 'cuda'"),
     ],

@@ -14,7 +14,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import cpp_extension
 from torch.utils._pytree import tree_leaves
 
-from ipfm.kernels import denoising_loss, generator_loss, group_norm, group_norm_silu, ipfm_loss, perturb, philox
+from ipfm.kernels import (
+    denoising_loss,
+    generator_loss,
+    group_norm,
+    group_norm_silu,
+    ipfm_loss,
+    perturb,
+    philox,
+    residual,
+    residual_sum,
+)
 from ipfm.kernels import perturbation as radial
 
 pytestmark = [
@@ -52,6 +62,7 @@ def tensors(batch: int = 2, device: torch.device | str = "cpu", seed: int = 0) -
         "bias": draw(SHAPE[1], device=device, seed=6),
         "scale": draw(batch, SHAPE[1], 1, 1, device=device, seed=seed + 7),
         "shift": draw(batch, SHAPE[1], 1, 1, device=device, seed=seed + 8),
+        "addend": draw(batch, SHAPE[1], device=device, seed=seed + 9),
     }
 
 
@@ -97,8 +108,13 @@ def run_denoising_loss(v, step, seed, backend):
 
 
 def run_group_norm_silu(v, step, seed, backend):
-    plain = group_norm_silu(v["y"], 2, v["weight"], v["bias"], backend=backend)
+    plain = group_norm_silu(v["y"], 2, v["weight"], v["bias"], addend=v["addend"], backend=backend)
     return group_norm_silu(plain, 2, v["weight"], v["bias"], scale=v["scale"], shift=v["shift"], backend=backend)
+
+
+def run_residual_sum(v, step, seed, backend):
+    total = residual_sum(v["y"], v["s"], v["bias"], scale=0.5, backend=backend)
+    return residual_sum(total, v["y"], backend=backend)
 
 
 RUNS = [
@@ -110,9 +126,14 @@ RUNS = [
     run_ipfm_loss_inplace,
     run_denoising_loss,
     run_group_norm_silu,
+    run_residual_sum,
 ]
 DRAWS = [run_uniform, run_normal, run_gamma, run_perturb]
-DIFFERENTIABLE = {run_perturb: ["y"], run_group_norm_silu: ["y", "weight", "bias", "scale", "shift"]}
+DIFFERENTIABLE = {
+    run_perturb: ["y"],
+    run_group_norm_silu: ["y", "weight", "bias", "scale", "shift", "addend"],
+    run_residual_sum: ["y", "s", "bias"],
+}
 each_run = pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__.removeprefix("run_"))
 # Tracing the references' rounds of Philox takes seconds, and that of perturb has those of the others.
 COMPILED = [(run, "triton") for run in RUNS] + [(run, "reference") for run in RUNS if run not in DRAWS[:3]]
@@ -244,7 +265,8 @@ def operator_cases():
     last, sliced = y.to(memory_format=LAST), torch.stack([y, y], -1).flatten(-2)[..., ::2]
     inside = y.movedim(0, -1).contiguous().movedim(-1, 0)
     half, none = y.to(torch.bfloat16), (None, None, None)
-    statistics = torch.zeros(2, 2), torch.ones(2, 2)
+    statistics = torch.stack([torch.zeros(2, 2), torch.ones(2, 2)], dim=2)
+    addend = v["addend"].requires_grad_()
     return {
         "philox words": (philox.launch_philox, (index, 6, philox.WORDS, 2**31, *position)),
         "philox normal": (philox.launch_philox, (index, 6, philox.NORMAL, 0, *position)),
@@ -266,10 +288,22 @@ def operator_cases():
         "denoising_loss batch inside": (LOSS._denoising_loss, (inside, y + 1, sigma.double(), 0.5, *none)),
         "group_norm_silu": (group_norm._forward, (leaf, weight, bias, scale, shift, 2, 1e-5, True)),
         "group_norm_silu channels_last": (group_norm._forward, (last, weight, bias, None, None, 2, 1e-5, False)),
+        "group_norm_silu addend": (
+            group_norm._forward,
+            (leaf, weight, bias, scale, shift, 2, 1e-5, True, addend),
+        ),
         "group_norm_silu_backward": (
             group_norm._backward,
-            (y, last, *(p.detach() for p in (weight, bias, scale, shift)), *statistics, True),
+            (y, last, *(p.detach() for p in (weight, bias, scale, shift)), statistics, True),
         ),
+        "group_norm_silu_backward addend": (
+            group_norm._backward,
+            (y, last, weight.detach(), bias.detach(), None, None, statistics, True, addend.detach()[:1]),
+        ),
+        "residual_sum": (residual._forward, (leaf, y + 1, bias, 0.5)),
+        "residual_sum channels_last": (residual._forward, (last, last + 1, None, 0.5)),
+        "residual_sum_backward": (residual._backward, (last, 0.5, True)),
+        "residual_sum_backward without bias": (residual._backward, (y, 0.5, False)),
     }
 
 
@@ -293,6 +327,8 @@ def test_every_operator_is_checked():
         "perturb",
         "perturb_scaled",
         "philox",
+        "residual_sum",
+        "residual_sum_backward",
     )
     assert checked == {f"ipfm::{name}" for name in names}
 
@@ -369,8 +405,8 @@ def test_a_captured_graph_replays_other_inputs_and_steps():
 
     def run():
         results = [tree_leaves(one(v, clock, 5, "triton")) for one in RUNS]
-        (normed,) = results[-1]
-        gradients = torch.autograd.grad(normed.square().sum() + results[3][1].sum(), v["y"])
+        (normed,), (total,) = results[-2:]
+        gradients = torch.autograd.grad(normed.square().sum() + total.sum() + results[3][1].sum(), v["y"])
         return [r.detach() for rs in results for r in rs] + list(gradients)
 
     side = torch.cuda.Stream()

@@ -1,0 +1,246 @@
+"""residual_sum: the sum of two branches of a residual block and of a convolution's bias, scaled, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ipfm.kernels import _checks
+from ipfm.kernels._dispatch import Backend, on_device, residual_config, use_triton
+from ipfm.kernels._operators import launches_directly, operator
+
+# --------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _part(HW, STEPS, C: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """(sample, channels (CHANNELS, 1), first and last pixel) of this program: some channels, some blocks of pixels."""
+    chunks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    i_b = (tl.program_id(0) // chunks).to(tl.int64)
+    o_c = (tl.program_id(0) % chunks) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    first = tl.program_id(1) * STEPS * BLOCK
+    return i_b, o_c, first, tl.minimum(first + STEPS * BLOCK, HW)
+
+
+@triton.jit
+def residual_sum_kernel(
+    p_a, p_b, p_bias, p_y, HW, STEPS, s_b, s_c, s_hw,
+    SCALE: tl.constexpr, BIASED: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Program (sample and channels, blocks of pixels): y = (a + b + bias) SCALE."""
+    i_b, o_c, first, last = _part(HW, STEPS, C, CHANNELS, BLOCK)
+    if BIASED:
+        b_bias = tl.load(p_bias + o_c, mask=o_c < C, other=0.0, eviction_policy="evict_last").to(COMPUTE)
+    for i_hw in range(first, last, BLOCK):
+        o_hw = i_hw + tl.arange(0, BLOCK)[None, :]
+        o, m = i_b * s_b + o_c * s_c + o_hw * s_hw, (o_c < C) & (o_hw < HW)
+        b_sum = tl.load(p_a + o, mask=m, other=0.0).to(COMPUTE) + tl.load(p_b + o, mask=m, other=0.0).to(COMPUTE)
+        if BIASED:
+            b_sum += b_bias
+        tl.store(p_y + o, (b_sum * tl.full((), SCALE, COMPUTE)).to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def residual_sum_backward_kernel(
+    p_dy, p_d, p_sums, HW, STEPS, s_b, s_c, s_hw,
+    SCALE: tl.constexpr, BIASED: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Program (sample and channels, blocks of pixels): d = dy SCALE, and with a bias each channel's sum of it."""
+    i_b, o_c, first, last = _part(HW, STEPS, C, CHANNELS, BLOCK)
+    b_sum = tl.zeros((CHANNELS, BLOCK), COMPUTE)
+    for i_hw in range(first, last, BLOCK):
+        o_hw = i_hw + tl.arange(0, BLOCK)[None, :]
+        o, m = i_b * s_b + o_c * s_c + o_hw * s_hw, (o_c < C) & (o_hw < HW)
+        b_d = tl.load(p_dy + o, mask=m, other=0.0).to(COMPUTE) * tl.full((), SCALE, COMPUTE)
+        tl.store(p_d + o, b_d.to(p_d.dtype.element_ty), mask=m)
+        if BIASED:
+            b_sum += b_d
+    if BIASED:
+        o_s = (i_b * tl.num_programs(1) + tl.program_id(1)) * C + o_c
+        tl.store(p_sums + o_s, tl.sum(b_sum, axis=1)[:, None], mask=o_c < C)
+
+
+# -------------------------------------------------------------------------------------------------------- launchers
+
+
+def _dense(a: Tensor) -> Tensor:
+    """a as it is if it is contiguous or channels_last, else a contiguous copy."""
+    return a if a.is_contiguous(memory_format=torch.channels_last) else a.contiguous()
+
+
+def _like(b: Tensor, a: Tensor) -> Tensor:
+    """b, or a copy of it, in the layout of a."""
+    return b if b.stride() == a.stride() else torch.empty_like(a).copy_(b)
+
+
+def block_sizes(
+    channels: int, pixels: int, dtype: torch.dtype, channels_last: bool
+) -> tuple[dict[str, Any], tuple[int, int], int, int]:
+    """(what is constant in the kernels for this shape, programs of a sample, blocks of pixels a program, warps)."""
+    together, block, steps, warps = residual_config(channels, pixels, channels_last)
+    sizes = {
+        "C": channels,
+        "CHANNELS": together,
+        "BLOCK": block,
+        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
+    }
+    return sizes, (triton.cdiv(channels, together), triton.cdiv(pixels, block * steps)), steps, warps
+
+
+def _layout(a: Tensor) -> tuple[dict[str, int], dict[str, Any], tuple[int, int], int]:
+    """(pixels, steps and strides, block sizes, programs of a sample, warps) for a dense a (B, C, H, W)."""
+    _, channels, height, width = a.shape
+    pixels = height * width
+    # The strides of sides of one pixel say nothing.
+    last = not a.is_contiguous()
+    sizes, programs, steps, warps = block_sizes(channels, pixels, a.dtype, last)
+    strides = {"s_b": channels * pixels, "s_c": 1 if last else pixels, "s_hw": channels if last else 1}
+    return {"HW": pixels, "STEPS": steps, **strides}, sizes, programs, warps
+
+
+def _launch_forward(a: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """(a + b + bias) scale; a is dense, and b has its layout."""
+    y = torch.empty_like(a)
+    if a.numel():
+        numbers, sizes, (chunks, splits), warps = _layout(a)
+        with on_device(a.device):
+            residual_sum_kernel[len(a) * chunks, splits](
+                a, b, a if bias is None else bias, y, **numbers, SCALE=scale, BIASED=bias is not None, **sizes,
+                num_warps=warps,
+            )  # fmt: skip
+    return y
+
+
+def _launch_backward(dy: Tensor, scale: float, biased: bool) -> tuple[Tensor, Tensor]:
+    """(dy scale, the sums of it over parts of each sample (parts, C), no parts without a bias); dy is dense."""
+    d, sums = torch.empty_like(dy), _sums(dy, biased)
+    if dy.numel():
+        numbers, sizes, (chunks, splits), warps = _layout(dy)
+        with on_device(dy.device):
+            residual_sum_backward_kernel[len(dy) * chunks, splits](
+                dy, d, sums, **numbers, SCALE=scale, BIASED=biased, **sizes, num_warps=warps
+            )
+    return d, sums
+
+
+def _sums(dy: Tensor, biased: bool) -> Tensor:
+    # len() would make a compiler's batch a number.
+    parts = dy.shape[0] * _layout(dy)[2][1] if biased else 0
+    return dy.new_empty((parts, dy.shape[1]), dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
+_forward = operator("residual_sum")(_launch_forward)
+_backward = operator("residual_sum_backward")(_launch_backward)
+
+
+@_forward.register_fake
+def _(a: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    return torch.empty_like(a)
+
+
+@_backward.register_fake
+def _(dy: Tensor, scale: float, biased: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dy), _sums(dy, biased)
+
+
+# -------------------------------------------------------------------------------------------------------- autograd
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, bias, ctx.scale = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    biased = ctx.needs_input_grad[2]
+    if torch.is_grad_enabled() or (ctx.scale == 1 and not biased):
+        # A second derivative goes through PyTorch's operations.
+        d = dy if ctx.scale == 1 else dy * ctx.scale
+        to_bias = d.sum((0, 2, 3)).to(ctx.bias_dtype) if biased else None
+    else:
+        dy = _dense(dy)
+        run: Callable[..., Any] = _launch_backward if launches_directly(dy) else _backward
+        d, sums = run(dy, ctx.scale, biased)
+        to_bias = sums.sum(0).to(ctx.bias_dtype) if biased else None
+    needed = ctx.needs_input_grad
+    return d if needed[0] else None, d if needed[1] else None, to_bias, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+class _ResidualSum(torch.autograd.Function):
+    """The launches without an operator around them."""
+
+    forward = staticmethod(_launch_forward)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_differentiate)
+
+
+# -------------------------------------------------------------------------------------------------- public function
+
+
+def residual_sum(
+    a: Tensor, b: Tensor, bias: Tensor | None = None, *, scale: float = 1.0, backend: Backend = "auto"
+) -> Tensor:
+    """(a + b + bias)·scale: both branches of a residual block, and the bias of the convolution that closes one.
+
+    Differentiable any number of times, with respect to every tensor; autograd keeps nothing.
+
+    Args:
+        a: (B, C, H, W) float32, bfloat16, float16 or float64; contiguous and channels_last as they are, anything else
+            is copied. B = 0 is fine.
+        b: of the shape and dtype of a; another memory format is copied.
+        bias: (C,), of the dtype of a.
+        scale: the sum's factor, finite.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        (B, C, H, W) in a's dtype and memory format. Triton computes in float32 (float64 for float64) and rounds once;
+        sums are taken in an order that depends on the shape alone. The reference rounds after each of PyTorch's
+        operations.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit.
+
+    Bytes moved: forward 3 times those of a, backward 2; without scale and bias the gradients are that of the result.
+
+    Example:
+        >>> import torch
+        >>> from ipfm.kernels import residual_sum
+        >>> a, b, bias = torch.ones(2, 3, 4, 4), torch.full((2, 3, 4, 4), 2.0), torch.tensor([0.0, 1.0, 2.0])
+        >>> residual_sum(a, b, bias, scale=0.5)[0, :, 0, 0].tolist()
+        [1.5, 2.0, 2.5]
+    """
+    op = "residual_sum"
+    _checks.samples(op, "a", a)
+    if a.ndim != 4:
+        raise ValueError(f"{op}: a must be (B, C, H, W); got {tuple(a.shape)}")
+    _checks.same(op, "b", b, "a", a)
+    if bias is not None:
+        given = _checks.tensor(op, "bias", bias)
+        if given.shape != a.shape[1:2]:
+            raise ValueError(f"{op}: bias must be ({a.shape[1]},); got {tuple(given.shape)}")
+        _checks.same(op, "bias", given, "a", a, ("dtype", "device"))
+    scale = _checks.finite(op, "scale", scale)
+    return unchecked_residual_sum(a, b, bias, scale=scale, triton_runs=use_triton(op, backend, a.device))
+
+
+def unchecked_residual_sum(a: Tensor, b: Tensor, bias: Tensor | None, *, scale: float, triton_runs: bool) -> Tensor:
+    """`residual_sum` for a layer that knows its arguments to be valid."""
+    if not triton_runs:
+        total = a + b
+        if bias is not None:
+            total = total.add_(bias[:, None, None])
+        # In place: the sum was made here and no gradient needs its value.
+        return total if scale == 1 else total.mul_(scale)
+    a = _dense(a)
+    run: Callable[..., Tensor] = _ResidualSum.apply if launches_directly(a) else _forward
+    return run(a, _like(b, a), None if bias is None else bias.contiguous(), scale)
