@@ -160,7 +160,7 @@ def with_addend(function, tensors, gradient, groups, **options):
 def addend_inputs(shape, rows, dtype=torch.float64, form="scaled", device="cpu", **options):
     tensors, gradient = inputs(shape, dtype, form, device, **options)
     generator = torch.Generator().manual_seed(5)
-    addend = 2 * torch.randn(*rows, shape[1], generator=generator, dtype=torch.float64)
+    addend = 0.5 * torch.randn(*rows, shape[1], generator=generator, dtype=torch.float64)
     return [*tensors, addend.to(device, dtype)], gradient
 
 
@@ -181,7 +181,7 @@ def test_an_addend_is_added_before_it_is_normalised(rows):
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("rows", [(2,), ()], ids=["of each image", "a bias"])
 def test_gradcheck_of_an_addend(rows, backend):
-    tensors, _ = addend_inputs((2, 4, 1, 3), rows)
+    tensors, _ = addend_inputs((2, 4, 1, 2), rows)
     given = [t.detach().requires_grad_() for t in tensors]
 
     def call(x, weight, bias, scale, shift, addend):
@@ -209,9 +209,9 @@ def test_triton_with_an_addend_is_no_worse_than_pytorch(shape, groups, rows, for
     for g, p, r in zip(got[:2], plain, truth, strict=False):
         no_worse(g, p, r, hair=2)
     # The gradient of the addend is a sum in which all but the rounding of its terms may cancel.
-    size = truth[1].abs().sum((2, 3)).sum_to_size(truth[-1].shape if truth[-1].ndim == 2 else (1, shape[1]))
-    lost = torch.finfo(dtype).eps * size.reshape(truth[-1].shape) + 1e-9
-    assert ((got[-1].double() - truth[-1]).abs() <= 2 * lost).all()
+    worst, theirs = ((r[-1].double() - truth[-1]).abs().max() for r in (got, plain))
+    terms = truth[1].abs().sum((2, 3)).sum_to_size((*rows, shape[1]) if len(rows) else (1, shape[1]))
+    assert worst <= theirs + 2 * torch.finfo(dtype).eps * terms.max()
     no_worse(together(got[:-1], truth[:-1]), *(together(r[:-1], truth[:-1]) for r in (plain, truth)), hair=2)
 
 
