@@ -96,7 +96,8 @@ def block_sizes(
 
 def _layout(a: Tensor) -> tuple[dict[str, int], dict[str, Any], tuple[int, int], int]:
     """(pixels, steps and strides, block sizes, programs of a sample, warps) for a dense a (B, C, H, W)."""
-    _, channels, height, width = a.shape
+    # What a compiler takes for any number is one here: but for the batch, sizes choose the blocks.
+    channels, height, width = map(int, a.shape[1:])
     pixels = height * width
     # The strides of sides of one pixel say nothing.
     last = not a.is_contiguous()
