@@ -71,6 +71,9 @@ class Launches:
 
     calls: list[Launch] = field(default_factory=list)
     on_launch: Callable[[Launch], None] | None = None
+    count: int = 0
+    recorded: bool = True
+    """False: launches are counted alone, and cost the host next to nothing."""
 
     @property
     def variants(self) -> dict[Variant, int]:
@@ -124,6 +127,9 @@ class FakeKernel:
         """
         if _active is None:
             raise RuntimeError(f"{self.name} was launched under a fake driver that is gone")
+        _active.count += 1
+        if not _active.recorded:
+            return
         arguments = more[3:]
         bytes_: dict[str, int] = {}
         numbers: dict[str, int] = {}
@@ -179,11 +185,15 @@ class _Driver:
 
 
 @contextmanager
-def fake_cuda(devices: Collection[str] = ("meta",)) -> Iterator[Launches]:
+def fake_cuda(devices: Collection[str] = ("meta",), *, recorded: bool = True) -> Iterator[Launches]:
     """Take tensors on these kinds of devices for those of a GPU, as far as Triton's kernels are concerned.
 
     On the meta device a whole training step is its operators and launches and nothing else; on the CPU it is what the
     host does, with launches that leave their results unwritten.
+
+    Args:
+        devices: kinds of devices, as torch names them.
+        recorded: False counts the launches alone, where the host's time is looked at.
 
     Yields:
         What is launched meanwhile.
@@ -197,7 +207,7 @@ def fake_cuda(devices: Collection[str] = ("meta",)) -> Iterator[Launches]:
     before = driver._active
     added = set(devices) - TRITON_DEVICES
     compile_, interpret = JITFunction._do_compile, InterpretedFunction.run
-    _active = Launches()
+    _active = Launches(recorded=recorded)
     driver.set_active(_Driver())
     JITFunction._do_compile = _fake_kernel
     InterpretedFunction.run = _run_as_compiled

@@ -105,6 +105,18 @@ class Recording:
     """Bytes that are read for the gradients of such biases."""
 
     @property
+    def elementwise_bytes(self) -> int:
+        """Read and written outside of convolutions, matrix products and attention, each tensor of an operator once."""
+        seen = sum(bytes_ for name, bytes_ in self.bytes.items() if name.partition(".")[2] not in MATRIX)
+        attended = self.bytes["attention"] + self.bytes["attention_backward"]
+        return seen - attended + self.added_biases + self.reduced_biases
+
+    @property
+    def norm_rereads(self) -> int:
+        """Bytes that normalisations read again, from cache or memory, where a group does not stay in the registers."""
+        return sum(map(_read_again, self.launches))
+
+    @property
     def operator_count(self) -> int:
         """Operators dispatched in an iteration."""
         return sum(map(Counter.total, self.operators.values()))
@@ -123,7 +135,14 @@ _NOTHING = {
     "aten.sym_size", "aten.sym_stride", "aten.set_", "aten.promote_types", "prim.device",
 }  # fmt: skip
 # What is computed on the tensor cores, and its reads and writes with it.
-MATRIX = ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm", "linear")
+MATRIX = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"}
+
+
+def _read_again(launch: Launch) -> int:
+    if not launch.variant.name.startswith("group_norm") or launch.variant.constant("RESIDENT", True):
+        return 0
+    # Forward the mean, the variance and the result read x; backward the sums and the result read x and dy.
+    return launch.bytes["p_x"] + launch.bytes["p_dy"] if "p_dy" in launch.bytes else 2 * launch.bytes["p_x"]
 
 
 def _is_counted(func: Any) -> bool:
@@ -433,6 +452,33 @@ def _norm_hook(recording: Recording) -> Callable[[GroupNorm, tuple[Any, ...], di
         ] += 1
 
     return hook
+
+
+def block_passes(network: NetworkConfig, images: int) -> float:
+    """Passes over the data in a residual block's forward, outside of its convolutions, in training in bf16.
+
+    Reads and writes of tensors as large as the block's activations, of the first block that neither resamples, attends
+    nor changes the number of channels.
+    """
+    recording = Recording()
+    with fake_cuda(), META:
+        net = build_network(network).to(torch.bfloat16)
+    net.compute_dtype, net.channels_last = torch.bfloat16, True
+    block = plain_block(net)
+    found: list[float] = []
+
+    def before(module: UNetBlock, args: tuple[Any, ...]) -> None:
+        found.append(recording.elementwise_bytes)
+
+    def after(module: UNetBlock, args: tuple[Any, ...], result: Tensor) -> None:
+        found[-1] = (recording.elementwise_bytes - found[-1]) / result.nbytes
+
+    handles = [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+    with counting(recording):
+        net(torch.empty(images, *network.image_shape, device=META), torch.empty(images, device=META))
+    for handle in handles:
+        handle.remove()
+    return found[0]
 
 
 def plain_block(net: Precond) -> UNetBlock:

@@ -1,0 +1,69 @@
+"""What a step costs that can be counted without a GPU: asserted are counts, never times."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ipfm.engine.commands.bench import counts
+
+# Of the CIFAR-10 recipe's network, in bf16 and channels_last: each may fall, and none may grow.
+OPERATORS, ONCE_GB, AGAIN_GB, PASSES = 4600, 325, 80, 15.1
+
+LISTING = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E.EL.U16 R2, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/              @!P0 LDG.E.128 R8, desc[UR4][R6.64] ;
+        /*0040*/                   MUFU.EX2 R9, R8 ;
+        /*0050*/              @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0060*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
+        /*0070*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
+        /*0080*/                   FADD R4, R4, R5 ;
+        /*0090*/                   STG.E.64 desc[UR4][R6.64], R4 ;
+        /*00a0*/              @P1 BRA `(.L_x_2) ;
+        /*00b0*/                   EXIT ;
+        /*00c0*/                   NOP ;
+"""
+
+
+def test_a_step_of_cifar_dispatches_and_moves_no_more_than_it_did() -> None:
+    operators, traffic = counts.operators(), counts.traffic()
+    assert 1000 < operators["value"] <= OPERATORS
+    assert operators["launches"] > 100
+    assert traffic["each tensor of an operator once"] <= ONCE_GB
+    assert traffic["read again by normalisations"] <= AGAIN_GB
+
+
+def test_a_residual_block_passes_over_its_data_no_more_often_than_it_did() -> None:
+    assert 4 < counts.passes()["value"] <= PASSES
+
+
+def test_instructions_of_loops_are_counted_for_an_element() -> None:
+    opcodes, bodies = counts.loops(LISTING)
+    assert len(opcodes) == 12
+    assert [len(body) for body in bodies] == [4, 5]
+    # Two arrays of 16 bits: 256 bits are 8 elements, and 128 bits are 4.
+    assert counts.per_element(LISTING, 32) == (4 / 8 + 5 / 4, 1 / 8)
+    straight = LISTING.replace("BRA `(", "BRA.U `(.L_y_")
+    assert counts.per_element(straight, 32) == (12 / 12, 1 / 12)
+
+
+def test_the_launch_whose_instructions_are_counted_is_one_of_the_recipe() -> None:
+    launch = counts._norm_backward()
+    assert launch.variant.constant("s_c") == 1  # channels_last
+    assert dict(launch.variant.types)["p_dy"] == "*bf16"
+
+
+def test_a_row_by_its_name(tmp_path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(counts.ROWS, "passes", ("passes", "7", lambda: {"value": 7, "of it reads": 4}))
+    counts.main(["passes"])
+    assert capsys.readouterr().out == "passes: 7 (at most 7)\n    of it reads: 4\n"
+    counts.main(["passes", "--json", str(tmp_path / "row.json")])
+    assert json.loads((tmp_path / "row.json").read_text()) == {"passes": {"value": 7, "of it reads": 4}}
+    with pytest.raises(SystemExit, match="2"):
+        counts.main(["passses"])
+    assert "there is no row passses; possible: synchronisations, operators," in capsys.readouterr().err
