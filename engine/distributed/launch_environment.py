@@ -36,7 +36,7 @@ def check_environment() -> None:
             more processes than GPUs; one line.
     """
     launcher.check_launch()
-    watch_times(patient=True)
+    watch_times()
     accelerator, possible = os.environ.get("DS_ACCELERATOR"), ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     if accelerator not in (None, *possible):
         either = " or ".join(possible)
@@ -84,11 +84,11 @@ def answer_timeout() -> timedelta:
     return timedelta(seconds=_seconds("IPFM_TIMEOUT", TIMEOUT))
 
 
-def watch_times(*, patient: bool) -> peers.Times:
+def watch_times(*, raises: bool = True) -> peers.Times:
     """How long the processes of a run bear with each other, see `peers`.
 
     Args:
-        patient: the main thread hears by itself of a process that has ended, as under gloo.
+        raises: see `peers.Times`.
 
     Raises:
         ValueError: IPFM_TIMEOUT, IPFM_SILENCE or IPFM_GRACE is no number of seconds.
@@ -97,7 +97,7 @@ def watch_times(*, patient: bool) -> peers.Times:
         answer=_seconds("IPFM_TIMEOUT", TIMEOUT),
         silence=_seconds("IPFM_SILENCE", peers.SILENCE),
         grace=_seconds("IPFM_GRACE", peers.GRACE),
-        patience=peers.PATIENCE if patient else peers.HASTE,
+        raises=raises,
     )
 
 

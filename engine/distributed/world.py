@@ -150,7 +150,7 @@ def _watch_peers(rank: int, size: int) -> None:
         here=launcher.all_here(),
         publish=lambda said: store.set(key, said),
         read=lambda: store.get(key).decode(),
-        times=watch_times(patient=dist.get_backend() == "gloo"),
+        times=watch_times(raises=dist.get_backend() == "gloo"),
     )
 
 

@@ -75,7 +75,7 @@ class Links:
         """Hear what is said within `seconds`, or sooner."""
         ready = self._selector.select(seconds)
         now = time.monotonic()
-        self.clock += min(now - self._looked, 2.0 * max(seconds, 1.0))
+        self.clock += min(now - self._looked, 2.0 * seconds)
         self._looked = now
         for key, _ in ready:
             key.data()

@@ -38,12 +38,12 @@ PATIENCE = 5.0
 HASTE = 0.3
 # Seconds between two words to the peers.
 BEAT = 1.0
-# Seconds after IPFM_TIMEOUT for which a process whose collective operations say themselves that they waited may do so.
-MARGIN = 5.0
 # Seconds within which a process has to have ended that is on its way out, because of an error or of other processes.
 LEAVING = 10.0
 # Seconds for which what the last line says is looked up, on a file system that may hang too.
 LOOK_UP = 5.0
+# Seconds in which that line is taken, or is not.
+PRINT = 2.0
 # The signals after which launchers and schedulers do not wait for long.
 URGENT = (signal.SIGTERM, signal.SIGINT)
 FAILED = 1
@@ -54,16 +54,22 @@ class Times:
     """Seconds.
 
     Attributes:
-        answer: after which a process whose main thread stays in one call counts as hung (IPFM_TIMEOUT).
+        answer: after which a process counts as hung (IPFM_TIMEOUT).
         silence: see `SILENCE`.
         grace: see `GRACE`.
-        patience: `PATIENCE` or `HASTE`.
+        raises: what waits for another process raises where that has ended, or has not answered in time, as with gloo;
+            otherwise a main thread that stays in one call is looked after here.
     """
 
     answer: float
     silence: float = SILENCE
     grace: float = GRACE
-    patience: float = PATIENCE
+    raises: bool = True
+
+    @property
+    def patience(self) -> float:
+        """How long the main thread may take to end the run of itself."""
+        return PATIENCE if self.raises else HASTE
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class Watch(threading.Thread):
         self.links = Links(server, token, self._hear, self._lose)
         if first is not None:
             self.links.add(first, 0)
-        self._main = threading.main_thread().ident
+        self._worker = threading.get_ident()
         self._lock = threading.Lock()
         self._claimed: tuple[float, int, BaseException] | None = None
         self._parted = self._over_with = False
@@ -144,7 +150,7 @@ class Watch(threading.Thread):
 
     def _look_at_main(self) -> None:
         """Note when the main thread was last seen to get on."""
-        frame = sys._current_frames().get(self._main or 0)
+        frame = sys._current_frames().get(self._worker)
         place: list[int] = [_passed]
         while frame is not None:
             place += (id(frame), frame.f_lasti)
@@ -177,9 +183,16 @@ class Watch(threading.Thread):
             self._signals.setdefault(number, self.links.clock)
             self._interrupts += number == signal.SIGINT
 
+    def forget_signals(self) -> None:
+        """Nobody listens to signals any more: they act as they usually do."""
+        self.launcher_gone = None
+        self._signals, self._interrupts = {}, 0
+
     def _conclude(self, code: int, reason: str, patience: float) -> None:
         """This process ends, and the others too."""
-        if self._verdict is None and not self._parted:
+        before = self._verdict
+        # A signal is what people know of, and counts where it was there before the time was up.
+        if not self._parted and (before is None or (before.code == FAILED != code)):
             self._verdict = _Verdict(code, reason, self.links.clock + patience)
             self.links.say(f"over {code} {patience} {reason}"[:LONGEST])
 
@@ -214,7 +227,7 @@ class Watch(threading.Thread):
             if not self.taken and min(clock - since, still) >= limit:
                 waited = f"process {self.rank} of {self.size} was in one call for {limit:g} s"
                 self._conclude(128 + number, waited, 0.0)
-        if still >= self.times.answer + MARGIN:
+        if still >= self.times.answer and not self.times.raises:
             self._conclude(FAILED, f"one call has taken {self.times.answer:g} s", 0.0)
 
     # -- the end ------------------------------------------------------------------------------------------------------
@@ -270,7 +283,8 @@ class Watch(threading.Thread):
     def stop(self) -> None:
         """End the thread, after `part`."""
         self._over_with = True
-        self.wake.send(b"\0")
+        with contextlib.suppress(OSError):
+            self.wake.send(b"\0")
         self.join(2 * BEAT)
 
 
@@ -320,6 +334,8 @@ def start(
         else:
             said = json.loads(read())
             token = said["token"]
+            if not said["port"]:
+                return
             first = reach(said["hosts"], said["port"], token, rank)
     except OSError as error:
         _say(
@@ -377,7 +393,7 @@ def hearing_signals(launcher_gone: Callable[[], bool]) -> Iterator[None]:
     try:
         yield
     finally:
-        watch.launcher_gone = None
+        watch.forget_signals()
         signal.set_wakeup_fd(before)
 
 
@@ -434,9 +450,8 @@ def _last_line(code: int, reason: str) -> str:
     """What a run ends with."""
     found: list[str] = []
     if _way_on is not None:
-        looking = threading.Thread(target=lambda: found.append(_way_on()), daemon=True)
-        looking.start()
-        looking.join(LOOK_UP)
+        way_on = _way_on
+        _try(lambda: found.append(way_on()), LOOK_UP)
     if code == FAILED:
         what = f"failed: another process of this run has ended or does not answer ({reason})"
     else:
@@ -445,9 +460,21 @@ def _last_line(code: int, reason: str) -> str:
 
 
 def _say(text: str) -> None:
-    """Print on stderr, whatever the main thread holds."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"{chr(10) if os.isatty(2) else ''}{text}\n".encode())
+    """Print on stderr, whatever the main thread holds; or do without, where nobody reads it."""
+    line = f"{chr(10) if os.isatty(2) else ''}{text}\n".encode()
+
+    def write() -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, line)
+
+    _try(write, PRINT)
+
+
+def _try(work: Callable[[], object], seconds: float) -> None:
+    """Do something that may take forever, for so long."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _wait_for_the_end() -> NoReturn:
