@@ -46,6 +46,8 @@ LOOK_UP = 5.0
 PRINT = 2.0
 # The signals after which launchers and schedulers do not wait for long.
 URGENT = (signal.SIGTERM, signal.SIGINT)
+# What a process on its way out does not listen to.
+IGNORED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 FAILED = 1
 
 
@@ -262,6 +264,10 @@ class Watch(threading.Thread):
                 self._claimed = self.links.clock, code, error
         if gone:
             _wait_for_the_end()
+        if threading.current_thread() is threading.main_thread():
+            # Launchers end the others as soon as one has: the line is still to be said, and the end is near anyway.
+            for number in IGNORED:
+                signal.signal(number, signal.SIG_IGN)
         if lost:
             self.links.say(f"over {code} {self.times.patience} {lost}"[:LONGEST])
             # That the first process has gone shows in a moment.
