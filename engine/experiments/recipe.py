@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,10 +18,11 @@ from ipfm.engine.checks import option_name
 from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.distributed.launch_environment import check_environment, environment_remarks
 from ipfm.engine.distributed.world import World, start_world
+from ipfm.engine.experiments.machines import plan_on_machines, say_where_saved
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.own_files import is_being_read
 from ipfm.engine.runtime.commandline import Given, parse_given, user_input
-from ipfm.engine.runtime.launcher import is_first_process, join_slurm
+from ipfm.engine.runtime.launcher import is_first_process, join_slurm, several_machines
 from ipfm.engine.runtime.remarks import Remarks
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.run_folder import is_settled, settings_said
@@ -64,6 +65,10 @@ class Plan(ABC):
 
     options: Any
     """Options of the recipe, with a field `dry_run`."""
+    path: Path
+    """The run folder."""
+    record: Mapping[str, Any]
+    """The content that its config.json is to have."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -193,19 +198,26 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
             remarks = Remarks(recipe.file)
             for remark in environment_remarks():
                 remarks.add(remark)
-        plan = recipe.plan(given)
+        apart = several_machines() and not given.options.dry_run
+        plan = None if apart else recipe.plan(given)
+    if plan is None:
+        # Each has files and a folder of its own: they meet first, to see whether they are the same.
+        plan, world = plan_on_machines(lambda: recipe.plan(given), given.options)
     if plan.options.dry_run:
         if is_first_process():
             print(plan.describe())
         return
     if plan.show():
         return
-    with user_input():
-        world = start_world()
+    if not apart:
+        with user_input():
+            world = start_world()
     # Nobody changes the folder before all have looked at it.
     world.barrier()
     with user_input():
         train = plan.begin(world)
+    if apart:
+        say_where_saved(plan.path, world)
     # A teacher that was read is memory of its own.
     del plan
     train()

@@ -24,7 +24,7 @@ from typing import Any, Generic, TypeVar
 from ipfm.engine.runtime import peers
 from ipfm.engine.runtime.errors import Failed, FolderInUse, Interrupted, ProcessLost, TrainingFailed
 from ipfm.engine.runtime.host_memory import not_enough
-from ipfm.engine.runtime.launcher import is_first_process, lost_process
+from ipfm.engine.runtime.launcher import is_first_here, is_first_process, lost_process
 from ipfm.engine.runtime.stdio import usable_streams
 
 T = TypeVar("T")
@@ -312,8 +312,8 @@ def _warning_of(
 
 
 def _complain(line: str, details: str = "", *, everyone: bool = False) -> None:
-    """One process speaks for all, unless it is said that `everyone` does."""
-    if everyone or is_first_process():
+    """One process of a machine speaks for all, unless it is said that `everyone` does."""
+    if everyone or is_first_here():
         # The exit code says it too, where stderr takes nothing.
         with contextlib.suppress(OSError):
             print(" ".join(part.strip() for part in line.splitlines()), file=sys.stderr, flush=True)

@@ -239,8 +239,8 @@ def join_slurm() -> None:
 
 
 def is_first_here() -> bool:
-    """Whether this process is the first of its run on this machine, which speaks for what concerns the machine."""
-    return is_first_process() or local_rank() == 0
+    """Whether this process is the first of its run on this machine, which says on it why the run ends."""
+    return is_first_process() or (several_machines() and local_rank() == 0)
 
 
 def is_first_process() -> bool:

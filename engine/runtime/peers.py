@@ -252,7 +252,7 @@ class Watch(threading.Thread):
     def speaks(self) -> bool:
         """Whether this process says why the run ends: the first one does, as long as it can."""
         silence = self.links.silence(0)
-        return self.rank == 0 or (not self._silent and (silence is None or silence > PATIENCE))
+        return self.rank == 0 or (not self._silent and (silence is None or silence > min(PATIENCE, self.times.silence)))
 
     # -- for the main thread ------------------------------------------------------------------------------------------
 

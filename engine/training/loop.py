@@ -27,6 +27,7 @@ from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import checkpoints_in, find_checkpoint, forget_after, load_checkpoint
 from ipfm.engine.training.checkpoint_writer import CheckpointFailed, CheckpointWriter
 from ipfm.engine.training.environment import log_start
+from ipfm.engine.training.machine_folders import seen_elsewhere
 from ipfm.engine.training.monitor import COMPARISON_FILE, Monitor, picture_path, pictures_in
 from ipfm.engine.training.run_folder import RunFolder, identity
 from ipfm.engine.training.run_state import FAILED_FILE, write_divergence
@@ -411,6 +412,8 @@ def _best_of(folder: RunFolder) -> str:
 
 
 def _way_on(folder: RunFolder) -> str:
+    if host := seen_elsewhere(folder.path):
+        return f"the same command continues {folder.path} of {host} from its last checkpoint"
     # By name, as resuming does: a process that was lost may not have come to replace `latest`.
     found = checkpoints_in(folder.checkpoints)
     where = f"its checkpoint {found[0].name}" if found else "the start, it has no checkpoint"

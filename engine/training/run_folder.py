@@ -308,6 +308,16 @@ def _differences(found: Mapping[str, Any], ours: Mapping[str, Any], free: frozen
     ]
 
 
+def differing_facts(found: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What two records have beside settings and differs: "teacher is another network, 12ab… there, 34cd… here"."""
+    return [
+        f"{name} is {_other(name, found)}{there} there, {here} here"
+        for name in sorted(found.keys() & ours.keys() - {"format", "config", "about", "start"})
+        if found[name] != ours[name]
+        for there, here in [_told_apart(found[name], ours[name])]
+    ]
+
+
 def _other(name: str, theirs: Mapping[str, Any]) -> str:
     """What another digest says."""
     hashed = name in _HASHED and _DIGEST.fullmatch(str(theirs.get(name)))
