@@ -6,48 +6,22 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import launch
-import plain_loop
-import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from ipfm.engine import DistillConfig
-from ipfm.models import EDMPrecond, NetworkConfig, load_teacher, save_model
+from ipfm.engine.commands.bench import plain_loop
+from ipfm.engine.commands.bench.equivalence import BASE, LIMIT, compared_teacher, difference
+from ipfm.models import load_teacher, save_model
 
 STAGES, RANKS, BACKWARD, ACCUMULATION = (0, 1, 2, 3), (1, 2), ("joint", "phased"), (1, 2)
-LIMIT = 1e-5
-# A large epsilon: with a small one Adam turns the rounding noise of near-zero gradients into whole steps.
-BASE: dict[str, Any] = {
-    "batch": 8, "max_steps": 20, "lr": 1e-3, "eps": 1e-2, "ema_kimg": 0.05, "alpha": 1.0, "seed": 3,
-    "activation_checkpointing": "off",
-}  # fmt: skip
-
-
-class Difference(NamedTuple):
-    """Largest ||difference|| / ||parameter|| over the parameters of a network."""
-
-    student: float
-    generator: float
-    ema: float
 
 
 def make_teacher(folder: Path) -> Path:
-    """A small conditional NCSN++ with attention, a Fourier buffer and weights that matter everywhere; D = 16."""
-    torch.manual_seed(0)
-    net = EDMPrecond(
-        NetworkConfig(
-            img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1,
-            attn_resolutions=(4,), embedding_type="fourier", encoder_type="residual", channel_mult_noise=2,
-            resample_filter=(1, 3, 3, 1), dropout=0.0, label_dim=3, augment_dim=9, D=16.0,
-        )
-    )  # fmt: skip
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    save_model(net, folder / "model")
+    """The teacher of the comparison as a model folder."""
+    save_model(compared_teacher(), folder / "model")
     return folder / "model"
 
 
@@ -83,22 +57,6 @@ def run(
     launch.run_workers("distill_steps.py", ranks, {"teacher": str(teacher), "out": str(out), "cases": jobs}, 900)
     names = [*cases, *(f"{name}-start" for name in cases if start)]
     return {name: load_file(out / f"{name}-{ranks}.safetensors") for name in names}
-
-
-def difference(plain: plain_loop.Plain, found: Mapping[str, Tensor]) -> Difference:
-    """How far the engine's weights and average are from the plain loop's."""
-
-    def largest(expected: Mapping[str, Tensor], prefix: str) -> float:
-        return max(
-            float((found[prefix + name] - tensor.detach()).norm() / tensor.detach().norm())
-            for name, tensor in expected.items()
-        )
-
-    return Difference(
-        largest(dict(plain.student.named_parameters()), "student/weight/"),
-        largest(dict(plain.generator.named_parameters()), "generator/weight/"),
-        largest(plain.ema, "generator/ema/"),
-    )
 
 
 def main() -> int:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from no_reading import NoReading
 from torch import Tensor, nn
 
+from ipfm.engine.commands.bench.no_reading import NoReading
 from ipfm.kernels.adam import AdamEMA
 
 SHAPES = [(7, 3), (5,), ()]

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from ipfm.engine import Distiller
+from ipfm.engine.commands.bench.equivalence import trained_tensors
 from ipfm.engine.distributed import zero
 from ipfm.engine.distributed.world import import_deepspeed, start_world
 from ipfm.engine.experiments.options import options_for
@@ -29,16 +30,6 @@ from ipfm.engine.training.checkpoint_writer import save_checkpoint
 from ipfm.engine.training.resolve import complete
 from ipfm.models import load_teacher
 from ipfm.models.facts import GeneratorFacts
-
-
-def state(distiller: Distiller) -> dict[str, torch.Tensor]:
-    """Everything that is trained, whole, by "network/kind/name"."""
-    return {
-        f"{which}/{kind}/{name}": tensor.detach().float().clone()
-        for which, network in distiller.networks.items()
-        for kind in network.state_kinds
-        for name, tensor in network.full(kind)
-    }
 
 
 def main() -> None:
@@ -70,7 +61,7 @@ def main() -> None:
             assert checkpoint is not None
             first = load_checkpoint(checkpoint, distiller.networks)
         if case.get("start"):
-            tensors = state(distiller)
+            tensors = trained_tensors(distiller)
             if world.is_main:
                 save_file(tensors, Path(job["out"]) / f"{case['name']}-start-{world.size}.safetensors")
         losses: dict[str, list[torch.Tensor]] = {}
@@ -84,7 +75,7 @@ def main() -> None:
             distiller.export(Path(case["export"]), about=GeneratorFacts(), steps=case["steps"])
         if "save" in case or "export" in case:
             continue
-        tensors = state(distiller)
+        tensors = trained_tensors(distiller)
         tensors |= {f"loss/{name}": torch.stack([s / c for s, c in values]) for name, values in losses.items()}
         if world.is_main:
             save_file(tensors, Path(job["out"]) / f"{case['name']}-{world.size}.safetensors")

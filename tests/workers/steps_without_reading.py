@@ -7,19 +7,14 @@ DeepSpeed's device-wide synchronisation}}}. On a GPU every wait of the host is a
 import gc
 import json
 import sys
-import traceback
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
-from no_reading import NoReading
 
 from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine.commands.bench.no_reading import NoReading, synchronizations
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import start_world
@@ -37,24 +32,6 @@ SETTINGS = (
 )  # fmt: skip
 # What DeepSpeed's stage 3 gathers it looks up in host memory, which counts as reading; it may not wait either.
 WAITING = (("fp32", 3, "joint", 1, 2), ("bf16", 1, "phased", 1, 2))
-
-
-@contextmanager
-def synchronizations() -> Iterator[Counter[str]]:
-    """Where DeepSpeed calls for a device-wide synchronisation: counted on a CPU too, where it does nothing."""
-    from deepspeed.accelerator import get_accelerator
-
-    found: Counter[str] = Counter()
-    accelerator: Any = get_accelerator()
-
-    def synchronize(device_index: int | None = None) -> None:
-        found.update(f"{Path(f.filename).name} {f.name}" for f in traceback.extract_stack(limit=2)[:1])
-
-    accelerator.synchronize = synchronize
-    try:
-        yield found
-    finally:
-        del accelerator.synchronize
 
 
 @contextmanager

@@ -7,13 +7,13 @@ import dataclasses
 from pathlib import Path
 
 import launch
-import plain_loop
 import prepared
 import pytest
 import torch
 from torch import Tensor
 
 from ipfm.engine import DistillConfig
+from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.commands.bench import step as bench
 from ipfm.engine.commands.bench.memory import bench_network
 from ipfm.engine.commands.bench.plain_step import PlainConv2d, PlainDistillation, PlainGroupNorm

@@ -10,11 +10,11 @@ from typing import Any
 
 import equivalence
 import official_files as of
-import plain_loop
 import pytest
 import torch
 
 from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.commands.main import Command
 from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments.options import DistillationOptions, options_for

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import equivalence
-import plain_loop
 import pytest
 import torch
 
 from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.pid import PidConfig
 from ipfm.models import load_teacher

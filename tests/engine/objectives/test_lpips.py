@@ -16,10 +16,10 @@ import hostile
 import pytest
 import safetensors.torch
 import torch
-from no_reading import NoReading
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ipfm.engine.commands.bench.no_reading import NoReading
 from ipfm.engine.objectives.lpips import Lpips, load_lpips, lpips_gradient
 from ipfm.engine.objectives.lpips_weights import shapes
 from ipfm.models.checkpoints.state_dicts import open_state_dict

@@ -8,7 +8,8 @@ from pathlib import Path
 import launch
 import pytest
 import torch
-from no_reading import NoReading, Reading
+
+from ipfm.engine.commands.bench.no_reading import NoReading, Reading
 
 # What reads on a CPU and not on a GPU: indices there are not checked, and kernels draw the noise.
 ON_A_CPU_ALONE = ("data/dataset.py batch: low, high = ", "kernels/_numpy_philox.py ")

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import plain_loop
 import pytest
 import torch
-from no_reading import NoReading
 from torch import Tensor
 
 from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine.commands.bench import plain_loop
+from ipfm.engine.commands.bench.no_reading import NoReading
 from ipfm.engine.config import setting
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives import OBJECTIVES, check_objective

@@ -1,4 +1,4 @@
-"""Distillation as a plain PyTorch loop: one process, no DeepSpeed, no explicit gradients, no kernels but the noise.
+"""Distillation as a plain PyTorch loop: one process, no DeepSpeed, no explicit gradients, the kernels for numbers alone.
 
 Written apart from the engine, from the formulas alone; what the engine computes is compared with it.
 """
@@ -67,7 +67,8 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
         run.ema = {name: p.detach().clone() for name, p in begun.ema.named_parameters()}
         student_adam.load_state_dict(copy.deepcopy(begun.student_adam))
         generator_adam.load_state_dict(copy.deepcopy(begun.generator_adam))
-    index = torch.arange(config.batch)
+    device = next(teacher.parameters()).device
+    index = torch.arange(config.batch, device=device)
     D, levels, own = teacher.D, config.levels, type(config)
 
     def noisy(y: Tensor, sigma: Tensor, stream: Stream, step: int) -> Tensor:
@@ -80,14 +81,14 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
         return draw_labels(teacher.label_dim, index, seed=config.seed, stream=stream, step=step)
 
     def samples(stream: Stream, step: int, labels: Tensor | None, last: Stream, *, trained: bool) -> Tensor:
-        y = torch.zeros(config.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
+        y = torch.zeros(config.batch, *teacher.config.image_shape, device=device)
         ends = len(levels)
         if config.gradient == "last":
             ends = 1 + draw_number(len(levels), seed=config.seed, stream=last, step=step)
         for k, level in enumerate(levels[:ends]):
             if config.gradient == "last":
                 y = y.detach()
-            sigma = torch.full((config.batch,), level)
+            sigma = torch.full((config.batch,), level, device=device)
             x = noisy(y, sigma, stream, step * len(levels) + k)
             # Dropout acts in what is trained: nothing in the student's step, and the last evaluation alone where the
             # gradient passes through no other.
