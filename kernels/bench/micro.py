@@ -7,7 +7,7 @@ with a float64 truth is listed with its times and without a speed-up.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,12 +30,14 @@ from ipfm.kernels.bench.providers import COMPILE, EAGER, TRITON, Run, graph_brea
 from ipfm.kernels.bench.report import Row
 
 
-def measure(case: Case, device: torch.device, quick: bool) -> list[Row]:
-    """The lines of a case, by mode, the eager reference first."""
+def measure(case: Case, device: torch.device, quick: bool, providers: Sequence[str] = ()) -> list[Row]:
+    """The lines of a case, by mode, the eager reference first; `providers`: these alone."""
     truth = cache(case.workload.truth)
     copies = {mode: copy_quantiles(moved.needed, device, quick) for mode, moved in case.bytes.items()}
     rows: list[Row] = []
     for provider in case.workload.providers():
+        if providers and provider not in providers:
+            continue
         blanks = [
             Row(
                 op=case.op,

@@ -24,6 +24,8 @@ OPERATIONS = {
 }  # fmt: skip
 # What reads memory without an operation. On a GPU each is a copy to the host.
 METHODS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+# Places that read on a CPU, where nothing waits, and take another way on a GPU.
+ON_A_CPU_ALONE = ("data/dataset.py batch: low, high = ", "kernels/_numpy_philox.py ")
 
 
 class Reading(AssertionError):

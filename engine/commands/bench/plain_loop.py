@@ -1,4 +1,4 @@
-"""Distillation as a plain PyTorch loop: one process, no DeepSpeed, no explicit gradients, the kernels for numbers alone.
+"""Distillation as a plain PyTorch loop: one process, no DeepSpeed, no explicit gradients, kernels for random numbers.
 
 Written apart from the engine, from the formulas alone; what the engine computes is compared with it.
 """
@@ -53,7 +53,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
     )
     for module in (*S.modules(), *G.modules()):
         if hasattr(module, "dropout"):
-            module.dropout = config.dropout
+            module.dropout = config.dropout  # type: ignore[assignment]
     run = Plain(S, G, {name: p.detach().clone() for name, p in G.named_parameters()})
     student_adam = torch.optim.Adam(
         S.parameters(), lr=config.student_lr or config.lr, betas=(config.student_beta1, 0.999), eps=config.eps
@@ -72,7 +72,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
     D, levels, own = teacher.D, config.levels, type(config)
 
     def noisy(y: Tensor, sigma: Tensor, stream: Stream, step: int) -> Tensor:
-        noise = reference.perturb(
+        noise: Tensor = reference.perturb(  # type: ignore[assignment]
             torch.zeros_like(y), sigma, D, seed=config.seed, stream=stream, step=step, sample_index=index
         )
         return y + noise
@@ -111,8 +111,9 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
             labels = classes(Stream.STUDENT_LABEL, count)
             with torch.no_grad():
                 y = samples(Stream.STUDENT_LATENT, count, labels, Stream.STUDENT_LAST, trained=False)
-            position = {"seed": config.seed, "stream": Stream.STUDENT_AUGMENT, "step": count, "sample_index": index}
-            y, augment_labels = augment(y, config.augment, **position)
+            y, augment_labels = augment(
+                y, config.augment, seed=config.seed, stream=Stream.STUDENT_AUGMENT, step=count, sample_index=index
+            )
             n = philox.normal(index, 1, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=count)[:, 0]
             sigma = torch.exp(-1.2 + 1.2 * n.double()).float()
             if own.student_sigma is not DistillConfig.student_sigma:

@@ -99,7 +99,7 @@ def run_step(
     quick: bool = False,
     title: str = "",
 ) -> Path:
-    """Time one-step distillation of random weights on this process's device: whole batch at once, ZeRO 0 (1 in bf16).
+    """Time one-step distillation of random weights on this process's device: whole batch at once, ZeRO 0.
 
     Every round runs one iteration of each variant, so that what disturbs the machine meets all alike.
 
@@ -243,7 +243,7 @@ def measure_steps(
 def _prepare(
     variant: Variant, network: NetworkConfig, teacher: Precond, batch: int, world: World
 ) -> Callable[[int], object]:
-    form: dict[str, Any] = {"zero": 0 if variant.precision == "fp32" else 1, **variant.settings}
+    form: dict[str, Any] = {"zero": 0, **variant.settings}
     config = DistillConfig(
         batch=batch,
         micro_batch=batch,

@@ -11,9 +11,9 @@ from typing import Any
 import equivalence
 import pytest
 import torch
-from no_reading import NoReading
 
 from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine.commands.bench.no_reading import NoReading
 from ipfm.engine.config import RunConfig
 from ipfm.engine.distributed import single_process
 from ipfm.engine.distributed.single_process import LossScale, MasterEngine, rounded, wide_gradients

@@ -9,10 +9,7 @@ import launch
 import pytest
 import torch
 
-from ipfm.engine.commands.bench.no_reading import NoReading, Reading
-
-# What reads on a CPU and not on a GPU: indices there are not checked, and kernels draw the noise.
-ON_A_CPU_ALONE = ("data/dataset.py batch: low, high = ", "kernels/_numpy_philox.py ")
+from ipfm.engine.commands.bench.no_reading import ON_A_CPU_ALONE, NoReading, Reading
 
 
 @pytest.mark.distributed

@@ -1,0 +1,243 @@
+"""The kernels: against float64, and beside a copy of the same bytes. Without a GPU they are compiled for one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+
+from ipfm.engine.commands.bench.plain_step import PlainGroupNorm
+from ipfm.engine.commands.doctor.place import OK, Place, Row, failed, judged, tried, within
+from ipfm.kernels._dispatch import INTERPRETED
+from ipfm.kernels.bench.cases import Case, cases
+from ipfm.kernels.bench.measurement import ALLOWED_UNITS, copy_quantiles, error_units, quantiles
+from ipfm.kernels.bench.micro import measure
+from ipfm.kernels.bench.providers import EAGER, TRITON
+from ipfm.models import NetworkConfig, build_network, presets
+from ipfm.models.layers import GroupNorm
+
+# Network, images: of a GPU's share.
+NETWORKS = (("ncsnpp", 256), ("ddpmpp", 256), ("adm", 32), ("ffhq64-ddpmpp", 64), ("ncsnpp", 32))
+
+
+def rows(place: Place) -> Iterator[Row]:
+    """What was compiled, where there is no GPU; then the operations, then the normalisations of the networks."""
+    device = torch.device(place.device)
+    if not place.cuda:
+        yield from _compiled(place)
+    # Each kind of operation has its share of the time.
+    with torch._functorch.config.patch(donated_buffer=False):
+        for case in _until(cases(device, quick=not place.cuda or place.quick), place, 0.45):
+            yield from _operation(case, device)
+    for norm in within(place, _norms(place), "normalisations", 0.95):
+        for dtype in (torch.bfloat16, torch.float32) if place.cuda else (torch.float32,):
+            for last in (True, False):
+                yield tried(norm.row(dtype, last), lambda n=norm, d=dtype, la=last: _norm(n, d, la, device))  # type: ignore[misc]
+    if place.cuda:
+        yield from launched()
+
+
+def _until(every: Iterator[Case], place: Place, share: float) -> Iterator[Case]:
+    for number, case in enumerate(every):
+        if number and place.over(share):
+            return
+        yield case
+
+
+# -- what is compiled without a GPU ------------------------------------------------------------------------------------
+
+
+def _compiled(place: Place) -> Iterator[Row]:
+    if INTERPRETED:
+        yield {"operation": "all", "what": "compiled", "verdict": "left out: TRITON_INTERPRET=1 compiles nothing"}
+        return
+    from ipfm.kernels.bench.compile_report import report_rows
+    from ipfm.kernels.bench.variants import CASES
+
+    every = [case for make in CASES for case in make() if case.quick]
+    for case in within(place, every[: 1 if place.quick else None], "variants", 0.8):
+        row: Row = {"operation": case.kernel, "what": case.variant, "mode": "compiled for sm_90"}
+        try:
+            (found,) = report_rows([case], "sm_90")
+        except Exception as error:
+            yield row | {"verdict": failed(f"{type(error).__name__}: {error}")}
+            continue
+        yield row | {
+            "registers": found.registers,
+            "spills": found.spills,
+            "verdict": judged(not found.spills, f"{found.spills} instructions spill registers"),
+        }
+
+
+# -- what runs ---------------------------------------------------------------------------------------------------------
+
+
+def _operation(case: Case, device: torch.device) -> Iterator[Row]:
+    """Eager PyTorch and the kernel; what torch.compile makes of it is `ipfm bench`'s."""
+    about: Row = {"operation": case.op, "what": case.variant, "shape": case.shape}
+    try:
+        found = measure(case, device, quick=True, providers=(EAGER, TRITON))
+    except Exception as error:  # the other operations are measured too
+        yield about | {"verdict": failed(f"{type(error).__name__}: {error}")}
+        return
+    for row in found:
+        yield about | {
+            "dtype": row.dtype,
+            "mode": row.mode,
+            "by": row.provider,
+            "µs": None if row.us_50 is None else round(row.us_50, 1),
+            "of copy": "" if row.share_of_copy is None else f"{row.share_of_copy:.0%}",
+            "times eager": "" if row.speedup is None else round(row.speedup, 2),
+            "error over allowed": "" if row.error_over_allowed is None else f"{row.error_over_allowed:.3f}",
+            "verdict": judged(row.correct, row.note or "wrong"),
+        }
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of a network, on the meta device, and what it is given."""
+
+    network: str
+    module: GroupNorm
+    shape: tuple[int, ...]
+    silu: bool
+    scaled: bool
+    count: int
+
+    def row(self, dtype: torch.dtype, last: bool) -> Row:
+        """What it is, in words."""
+        more = " ".join(w for w, given in (("silu", self.silu), ("scaled", self.scaled)) if given)
+        return {
+            "operation": "group_norm_silu",
+            "what": f"{self.network} ({self.count}) {more} {'channels_last' if last else 'contiguous'}",
+            "shape": "x".join(map(str, self.shape)),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+
+def _norms(place: Place) -> list[Norm]:
+    given = NETWORKS if place.cuda else (("digits", 4),)
+    found = [norm for name, images in given for norm in distinct_norms(name, presets.get(name), images)]
+    return found[:1] if place.quick else found
+
+
+def distinct_norms(name: str, network: NetworkConfig, images: int) -> list[Norm]:
+    """The normalisations of a network that differ, the largest first."""
+    seen: dict[tuple[object, ...], list[tuple[GroupNorm, tuple[int, ...], bool, bool]]] = {}
+
+    def hook(module: nn.Module, given: tuple[Tensor, ...], keywords: dict[str, object]) -> None:
+        assert isinstance(module, GroupNorm)
+        shape = tuple(given[0].shape)
+        silu, scaled = bool(keywords.get("silu")), keywords.get("scale") is not None
+        found = (module, shape, silu, scaled)
+        seen.setdefault((module.extra_repr(), shape, silu, scaled), []).append(found)
+
+    with torch.device("meta"):
+        net = build_network(network).eval()
+        for module in net.modules():
+            if isinstance(module, GroupNorm):
+                module.register_forward_pre_hook(hook, with_kwargs=True)
+        labels = torch.empty(images, network.label_dim) if network.label_dim else None
+        with torch.no_grad():
+            net(torch.empty(images, *network.image_shape), torch.empty(images), labels)
+    norms = [Norm(name, *alike[0], len(alike)) for alike in seen.values()]
+    return sorted(norms, key=lambda norm: -norm.count * torch.Size(norm.shape).numel())
+
+
+def _norm(norm: Norm, dtype: torch.dtype, last: bool, device: torch.device) -> Row:
+    """Ours beside a float64 truth, forward and backward, and beside PyTorch's operations in time.
+
+    Right is what errs by no more than is allowed of every kernel, or than PyTorch's operations do in this dtype.
+    """
+    torch.manual_seed(0)
+    ours = copy.deepcopy(norm.module).to_empty(device=device)
+    ours._forward_pre_hooks.clear()
+    ours._forward_pre_hooks_with_kwargs.clear()
+    nn.init.normal_(ours.weight, 1.0, 0.1)
+    nn.init.normal_(ours.bias, 0.0, 0.1)
+    # Both get the same numbers: weights are rounded to the dtype at each use.
+    for p in ours.parameters():
+        p.data = p.data.to(dtype).float()
+    plain = copy.deepcopy(ours)
+    plain.__class__ = PlainGroupNorm
+    order = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(norm.shape, device=device).to(dtype).contiguous(memory_format=order).requires_grad_()
+    rows_ = (norm.shape[0], norm.shape[1], 1, 1)
+    scale, shift = ((0.1 * torch.randn(rows_, device=device)).to(dtype).requires_grad_() for _ in range(2))
+    inputs = (x, scale, shift)
+    # A part of the images, of which the truth in float64 fits: they are normalised one by one.
+    part = slice(0, max(1, min(norm.shape[0], 2**24 // torch.Size(norm.shape[1:]).numel())))
+    some = [t[part].detach().requires_grad_() for t in inputs]
+    truth = _run(copy.deepcopy(plain).double(), norm, *(t.detach().double().requires_grad_() for t in some))
+    # All of them for what each image has of its own, and the part alone for the sums over them.
+    shared = len(truth) - 2
+    found = [t[part] for t in _run(ours, norm, *inputs)[:shared]] + _run(ours, norm, *some)[shared:]
+    worst = error_units(found, truth)[dtype] / max(
+        ALLOWED_UNITS[dtype], error_units(_run(plain, norm, *some), truth)[dtype]
+    )
+    with torch.no_grad():
+        _, forward, _ = quantiles(lambda: _call(ours, norm, x, scale, shift), device, quick=True)
+    _, whole, _ = quantiles(lambda: _run(ours, norm, x, scale, shift), device, quick=True)
+    _, theirs_whole, _ = quantiles(lambda: _run(plain, norm, x, scale, shift), device, quick=True)
+    _, copied, _ = copy_quantiles(2 * x.nbytes, device, True)
+    return {
+        "mode": "both",
+        "by": TRITON if device.type == "cuda" else "recomputed",
+        "µs": round(whole, 1),
+        "forward µs": round(forward, 1),
+        "of copy": f"{copied / forward:.0%}",
+        "times eager": round(theirs_whole / whole, 2),
+        "error over allowed": f"{worst:.3f}",
+        "verdict": judged(worst <= 1, f"error {worst:.3g} times what is allowed"),
+    }
+
+
+def _call(module: GroupNorm, norm: Norm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    more = {"scale": scale, "shift": shift} if norm.scaled else {}
+    out: Tensor = module(x, silu=norm.silu, **more)
+    return out
+
+
+def _run(module: GroupNorm, norm: Norm, x: Tensor, scale: Tensor, shift: Tensor) -> list[Tensor]:
+    """The result and the gradients of all inputs, those of the weights last."""
+    out = _call(module, norm, x, scale, shift)
+    wanted = [x, *((scale, shift) if norm.scaled else ()), module.weight, module.bias]
+    # Alike for every dtype and part.
+    grad = torch.linspace(-1, 1, out[0].numel(), device=out.device, dtype=torch.float32).view(out.shape[1:]).cos()
+    given = torch.autograd.grad(out, wanted, grad.to(x.dtype).expand_as(out))
+    # The weights' arithmetic is that of x.
+    return [out.detach(), *(g.to(x.dtype) for g in given)]
+
+
+# -- what was launched -------------------------------------------------------------------------------------------------
+
+
+def launched() -> Iterator[Row]:
+    """Registers and spills of every kernel that this process has launched, as the driver counts them."""
+    from triton.runtime.jit import JITFunction
+
+    from ipfm.kernels import adam_kernels, denoising_loss, generator_loss, group_norm, perturbation, philox
+
+    for module in (perturbation, generator_loss, denoising_loss, group_norm, adam_kernels, philox):
+        for name, fn in vars(module).items():
+            if isinstance(fn, JITFunction) and fn.fn.__module__ == module.__name__:
+                yield from of_kernel(name, fn.device_caches)
+
+
+def of_kernel(name: str, caches: dict) -> Iterator[Row]:
+    """A row a compiled form, from what Triton keeps of each device."""
+    for cache in caches.values():
+        for kernel in cache[0].values():
+            kernel._init_handles()
+            spills = int(kernel.n_spills)
+            yield {
+                "operation": name,
+                "mode": "launched",
+                "registers": int(kernel.n_regs),
+                "spills": spills,
+                "verdict": OK if not spills else failed(f"{spills} bytes a thread spill"),
+            }

@@ -1,0 +1,94 @@
+"""Memory: the plan beside the allocator's, the process's and the driver's account, at the peak of each phase."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ipfm.engine.commands.doctor.place import OK, Place, Row, failed, judged, within
+from ipfm.engine.distributed.world import World, start_world
+from ipfm.engine.memory.live import bytes_in_use
+from ipfm.engine.memory.process import resident_bytes
+from ipfm.engine.memory.profile import STATE, TOLERANCE, MemoryProfiler
+from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.runtime.wording import size
+from ipfm.engine.training.distiller import Distiller
+from ipfm.models import NetworkConfig, build_network, presets
+
+
+def rows(place: Place) -> Iterator[Row]:
+    """A row a phase of a step, for each form of it."""
+    world = start_world()
+    network, batch = _network(place)
+    # What is compiled, imported and set up at the first use belongs to no step.
+    _distiller(presets.get("digits"), 2, {"backward": "joint", "precision": "fp32", "zero": 0}, world).iteration(0)
+    for name, settings in within(place, _cases(place), "forms"):
+        gc.collect()
+        if place.cuda:
+            torch.cuda.empty_cache()
+        try:
+            yield from _measured(name, network, batch, settings, world)
+        except Exception as error:  # the other forms are measured too
+            yield {"form": name, "verdict": failed(f"{type(error).__name__}: {error}")}
+
+
+def _network(place: Place) -> tuple[NetworkConfig, int]:
+    if place.cuda:
+        return replace(presets.get("ncsnpp", D=2048.0), dropout=0.0), 64
+    if place.quick:
+        return presets.get("digits", D=128.0), 16
+    return replace(presets.get("ncsnpp", D=2048.0), dropout=0.0, model_channels=32), 16
+
+
+def _cases(place: Place) -> list[tuple[str, dict[str, Any]]]:
+    forms: list[tuple[str, dict[str, Any]]] = [
+        ("joint, fp32, ZeRO 0", {"backward": "joint", "precision": "fp32", "zero": 0}),
+        ("phased, fp32, ZeRO 0", {"backward": "phased", "precision": "fp32", "zero": 0}),
+        ("phased, checkpointed, fp32, ZeRO 0",
+         {"backward": "phased", "precision": "fp32", "zero": 0, "activation_checkpointing": "on"}),
+    ]  # fmt: skip
+    half: list[tuple[str, dict[str, Any]]] = [
+        ("joint, bf16, ZeRO 0", {"backward": "joint", "precision": "bf16", "zero": 0}),
+        ("joint, bf16, ZeRO 1", {"backward": "joint", "precision": "bf16", "zero": 1}),
+        ("phased, bf16, ZeRO 2", {"backward": "phased", "precision": "bf16", "zero": 2}),
+    ]
+    return forms[1:2] if place.quick else [*forms, *half] if place.cuda else forms
+
+
+def _distiller(network: NetworkConfig, batch: int, settings: dict[str, Any], world: World) -> Distiller:
+    form = {"activation_checkpointing": "off", **settings}
+    torch.manual_seed(0)
+    config = DistillConfig(batch=batch, micro_batch=batch, max_steps=9, **form)
+    return Distiller(config, build_network(network), world=world)
+
+
+def _measured(name: str, network: NetworkConfig, batch: int, settings: dict[str, Any], world: World) -> Iterator[Row]:
+    before, other = resident_bytes(), bytes_in_use(world.device)
+    distiller = _distiller(network, batch, settings, world)
+    plan = distiller.memory_plan()
+    gc.collect()
+    profiler = MemoryProfiler(world.device, plan.phases, plan.state, other=other)
+    for step in range(2):
+        with profiler.step():
+            distiller.iteration(step)
+    for phase in profiler.rows:
+        off = phase.difference_percent
+        # The state alone holds what a step's first use makes; the peaks are what a GPU must hold.
+        right = off is None or abs(off) <= 100 * TOLERANCE or phase.phase == STATE
+        yield {
+            "form": name,
+            "phase": phase.phase,
+            "planned": "" if phase.predicted_bytes is None else size(phase.predicted_bytes),
+            "measured": size(phase.measured_bytes),
+            "off": "" if off is None else f"{off:+.1f} %",
+            "reserved": "" if phase.reserved_bytes is None else size(phase.reserved_bytes),
+            "driver": "" if phase.nvml_bytes is None else size(phase.nvml_bytes),
+            "resident": size(max(0, phase.rss_bytes - before)),
+            "verdict": judged(right, f"{off} % off, promised are {100 * TOLERANCE:.0f}"),
+        }
+    worst = max((abs(row.difference_percent or 0.0) for row in profiler.rows if row.phase != STATE), default=0.0)
+    yield {"form": name, "phase": "peak", "measured": size(profiler.peak_bytes), "off": f"{worst:.1f} %", "verdict": OK}

@@ -1,0 +1,119 @@
+"""A run that is killed and resumed beside one that is not: the same bits? And images beside those of the CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ipfm.engine.commands.bench.equivalence import NETWORK
+from ipfm.engine.commands.bench.short_run import ShortRun, start, wait
+from ipfm.engine.commands.doctor.place import Place, Row, failed, judged, tried, within
+from ipfm.engine.evaluation.metrics.features import Features, InceptionFeatures, PixelFeatures
+from ipfm.engine.evaluation.metrics.frechet import frechet_distance
+from ipfm.engine.evaluation.metrics.moments import FeatureMoments
+from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.sampling.samplers import generate
+from ipfm.models import build_network, presets
+
+STEPS, KILLED_AT, EVERY = 6, 4, 3
+# Of the weights, where a GPU's sums have no fixed order.
+CLOSE = 1e-2
+# Of the features' variance: the same images from another device.
+FAR = 1e-3
+
+
+def rows(place: Place) -> Iterator[Row]:
+    """A row a setting; then the distance of images of a generator, as an evaluation measures it."""
+    for name, config, exact in within(place, _cases(place), "settings"):
+        row: Row = {"setting": name, "bits must be equal": "yes" if exact else "no"}
+        yield tried(row, lambda n=name, c=config, e=exact: _resumed(place, n, c, e))  # type: ignore[misc]
+    yield tried({"setting": "images measured"}, lambda: _evaluated(place))
+
+
+def _cases(place: Place) -> list[tuple[str, dict[str, Any], bool]]:
+    """Name, settings, whether bits must be equal: on one CPU always, on a GPU with deterministic algorithms alone."""
+    base: dict[str, Any] = {"checkpoint_every": EVERY, "zero": 0, "precision": "fp32"}
+    half: dict[str, Any] = {"checkpoint_every": EVERY, "zero": 1, "precision": "bf16"}
+    if place.quick:
+        return [("fp32, ZeRO 0", base, not place.cuda)]
+    found: list[tuple[str, dict[str, Any], bool]] = [
+        ("fp32, ZeRO 0", base, not place.cuda),
+        ("bf16, ZeRO 1", half, not place.cuda),
+    ]
+    if "deterministic" in {f.name for f in fields(DistillConfig)}:
+        found += [(f"{name}, deterministic", {**config, "deterministic": True}, True) for name, config, _ in found]
+    return found
+
+
+def _resumed(place: Place, name: str, config: dict[str, Any], exact: bool) -> Row:
+    """The undisturbed run and the one that is killed go side by side; then the latter goes on."""
+    folder = place.folder / name.replace(", ", "-").replace(" ", "")
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = ShortRun(config, STEPS)
+    log = folder / "log.txt"
+    first = start(folder / "whole", whole, log, device=place.device)
+    dying = start(folder / "resumed", replace(whole, dies=0, at=KILLED_AT), log, device=place.device)
+    (undisturbed,), (killed,) = wait(first, place.seconds), wait(dying, place.seconds)
+    if undisturbed != 0 or killed != -9:
+        return {"verdict": failed(f"the runs ended with {undisturbed} and {killed}: {last_line(log)}")}
+    (resumed,) = wait(start(folder / "resumed", whole, log, device=place.device), place.seconds)
+    if resumed != 0:
+        return {"verdict": failed(f"the resumed run ended with {resumed}: {last_line(log)}")}
+    ours, theirs = (weights(folder / which / "generator") for which in ("resumed", "whole"))
+    same = all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    off = max(float((ours[key] - theirs[key]).norm() / (theirs[key].norm() + 1e-12)) for key in theirs)
+    return {
+        "same bits": "yes" if same else "no",
+        "largest difference": f"{off:.1e}",
+        "verdict": judged(same or (not exact and off < CLOSE), f"the weights differ by {off:.1e} of their norm"),
+    }
+
+
+def weights(model: Path) -> dict[str, Tensor]:
+    """The tensors of a model folder in double precision."""
+    (file,) = model.glob("*.safetensors")
+    return {name: tensor.double() for name, tensor in load_file(file).items()}
+
+
+def last_line(log: Path) -> str:
+    """What a run said last."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    return lines[-1][:200] if lines else "it said nothing"
+
+
+def _evaluated(place: Place) -> Row:
+    """Fréchet distance of a generator's images drawn here to the same drawn on the CPU: 512 on a GPU.
+
+    By Inception where one was given, else by pixels.
+    """
+    network = presets.get("ncsnpp", D=128.0) if place.inception else NETWORK
+    torch.manual_seed(0)
+    net = build_network(replace(network, model_channels=16, label_dim=0, dropout=0.0)).eval()
+    count = 512 if place.cuda else 32
+    if place.inception is None:
+        features: Features = PixelFeatures(network.image_shape)
+    else:
+        features = InceptionFeatures(place.inception, place.device)
+    began = time.perf_counter()
+    moments = []
+    for device in ("cpu", place.device):
+        images = generate(net.to(device), count, seed=0, sigmas=(80.0,))
+        found = FeatureMoments(features.dim, device)
+        found.add(features(images))
+        moments.append(found.statistics)
+    distance = frechet_distance(*moments)
+    spread = float(moments[0].covariance.trace())
+    return {
+        "images": count,
+        "features": features.name,
+        "largest difference": f"{distance:.2e}",
+        "seconds": round(time.perf_counter() - began, 1),
+        "verdict": judged(distance <= FAR * spread, f"Fréchet distance {distance:.2e} to the same images from the CPU"),
+    }

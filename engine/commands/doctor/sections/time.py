@@ -1,0 +1,109 @@
+"""The time of a step: the engine's forms beside plain PyTorch as one writes it and at its best, in alternation."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from ipfm.engine.commands.bench.step import StepTime, Variant, measure_steps
+from ipfm.engine.commands.doctor.expected import step_expectation
+from ipfm.engine.commands.doctor.place import LEFT_OUT, OK, Place, Row, failed, within
+from ipfm.engine.config import Precision
+from ipfm.engine.distributed.compilation import check_compiler
+from ipfm.engine.distributed.world import World, start_world
+from ipfm.engine.experiments.gpu_costs import Run
+from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.models import NetworkConfig, presets
+
+ROUNDS, ROUNDS_QUICK = 8, 1
+BATCHES = (32, 256)
+
+
+def rows(place: Place) -> Iterator[Row]:
+    """A row a form of the step and batch; those that compile come last."""
+    # Before anything is on a GPU, for which the meta device passes there.
+    expected = {batch: step_expectation(_network(), batch).ms for batch in BATCHES} if place.cuda else {}
+    world = start_world()
+    rounds = ROUNDS_QUICK if place.quick else ROUNDS
+    for name, network, batch, variants in within(place, _cases(place, world), "comparisons"):
+        yield from _timed({"network": name, "batch": batch}, network, variants, rounds, world, expected.get(batch))
+        gc.collect()
+        if place.cuda:
+            torch.cuda.empty_cache()
+
+
+def _cases(place: Place, world: World) -> list[tuple[str, NetworkConfig, int, list[Variant]]]:
+    """Name, network, batch and forms; CIFAR-10's network where there is a GPU."""
+    if not place.cuda:
+        digits = presets.get("digits", D=128.0)
+        return [("digits", digits, 4 if place.quick else 64, _eager("fp32", world, quick=place.quick))]
+    network = _network()
+    eager = [("ncsnpp", network, batch, _eager("bf16", world)) for batch in BATCHES]
+    return [*eager, ("ncsnpp", network, BATCHES[0], _compiled("bf16", world))]
+
+
+def _network() -> NetworkConfig:
+    return replace(presets.get("ncsnpp", D=2048.0), dropout=0.0)
+
+
+def _eager(precision: Precision, world: World, *, quick: bool = False) -> list[Variant]:
+    """Plain PyTorch in two forms, the engine's two, further stages, and CUDA graphs where this version has them."""
+    plain = [Variant("plain", precision), Variant("plain", precision, rival="tuned")]
+    if quick:
+        return [*plain, Variant("joint", precision)]
+    more: list[dict[str, Any]] = [{"zero": 1}]
+    if "cuda_graphs" in {f.name for f in fields(DistillConfig)} and world.device.type == "cuda":
+        more.append({"cuda_graphs": "on"})
+    return [
+        *plain,
+        Variant("joint", precision),
+        Variant("phased", precision),
+        *(Variant("joint", precision, settings=settings) for settings in more),
+    ]
+
+
+def _compiled(precision: Precision, world: World) -> list[Variant]:
+    check_compiler(world.device)
+    return [
+        Variant("plain", precision),
+        Variant("plain", precision, True, "tuned"),
+        Variant("joint", precision, True),
+    ]
+
+
+def _timed(
+    about: Row, network: NetworkConfig, variants: Sequence[Variant], rounds: int, world: World, expected: float | None
+) -> Iterator[Row]:
+    """All forms of a comparison together."""
+    batch = int(about["batch"])
+    flops = Run(DistillConfig(batch=batch, max_steps=1), network).step_flops()
+    try:
+        for timed in measure_steps(variants, network, batch, rounds, str(about["network"]), world):
+            yield about | _row(timed, flops, expected)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        yield about | {"verdict": f"{LEFT_OUT}: not enough memory ({' '.join(str(error).split())[:120]})"}
+    except Exception as error:  # the other comparisons are made too
+        yield about | {"verdict": failed(f"{type(error).__name__}: {error}")}
+
+
+def _row(timed: StepTime, flops: float, expected: float | None) -> Row:
+    known = expected is not None and timed.precision == "bf16"
+    return {
+        "form": timed.step,
+        "precision": timed.precision,
+        "compiled": "yes" if timed.compiled else "no",
+        "ms 20 %": round(timed.ms_20, 2),
+        "ms": round(timed.ms_50, 2),
+        "ms 80 %": round(timed.ms_80, 2),
+        "images/s": round(timed.images_per_s, 1),
+        "speed over plain": round(timed.speed, 3),
+        "over the best plain": round(timed.speed_over_best, 3),
+        "TFLOP/s": f"{1e-9 * flops / timed.ms_50:.3g}",
+        "expected of an H100, ms": f"{expected:.3g}" if known else "",
+        "peak MiB": round(timed.peak_mb),
+        "verdict": OK,
+    }
