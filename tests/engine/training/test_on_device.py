@@ -1,0 +1,147 @@
+"""Whole trainings on this process's device: the plain loop, the compiler, the memory plan, resuming, evaluation.
+
+On a GPU at sizes that mean something there; on the CPU, where other tests look closer, the same tests with next to
+nothing to compute, so that they are known to work when a GPU comes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import equivalence
+import launch
+import plain_loop
+import pytest
+import tiny_inception
+import torch
+from safetensors.torch import load_file
+
+from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine.commands.bench import memory_step
+from ipfm.engine.commands.bench.memory_step import StepCase
+from ipfm.engine.distributed.world import World
+from ipfm.engine.evaluation.metrics import InceptionFeatures
+from ipfm.models import NetworkConfig, Precond, build_network, load_teacher, presets
+
+ON = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
+NETWORK = NetworkConfig(
+    img_resolution=8, img_channels=3, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
+    dropout=0.0, augment_dim=9, D=16.0,
+)  # fmt: skip
+CONFIG = DistillConfig(
+    batch=8, micro_batch=8, lr=1e-3, eps=1e-2, ema_kimg=0.05, zero=0, precision="fp32", tf32=False, backward="joint",
+    activation_checkpointing="off", max_steps=2,
+)  # fmt: skip
+
+
+def teacher(network: NetworkConfig = NETWORK) -> Precond:
+    """With weights that matter everywhere."""
+    torch.manual_seed(0)
+    net = build_network(network)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net.eval().requires_grad_(False)
+
+
+def here(on: str) -> World:
+    """One process on a kind of device."""
+    return World(0, 1, torch.device(on, 0) if on == "cuda" else torch.device(on))
+
+
+def weights(distiller: Distiller) -> dict[str, torch.Tensor]:
+    """Of both networks, on the host."""
+    return {
+        f"{which}/{name}": p.detach().float().cpu().clone()
+        for which, network in distiller.networks.items()
+        for name, p in network.module.named_parameters()
+    }
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of a parameter."""
+    assert one.keys() == other.keys()
+    return max(float((p - other[name]).norm() / p.norm().clamp(min=1e-12)) for name, p in one.items())
+
+
+# The CPU has all stages and two processes in tests/engine/objectives/test_equivalence.py.
+@pytest.mark.distributed
+@pytest.mark.parametrize("on", ON)
+def test_the_engine_equals_the_plain_loop_at_each_stage(tmp_path: Path, on: str) -> None:
+    steps, stages = (2, (0, 1, 2, 3)) if on == "cuda" else (1, (1,))
+    folder = equivalence.make_teacher(tmp_path)
+    base = {**equivalence.BASE, "max_steps": steps, "tf32": False, "precision": "fp32"}
+    forms = [(stage, form) for stage in stages for form in (("joint", "phased") if on == "cuda" else ("joint",))]
+    cases = [
+        {
+            "name": f"z{stage}-{form}",
+            "config": {**base, "zero": stage, "backward": form, "micro_batch": base["batch"]},
+            "steps": steps,
+        }
+        for stage, form in forms
+    ]
+    job = {"teacher": str(folder), "out": str(tmp_path), "cases": cases}
+    launch.run_workers("distill_steps.py", 1, job, gpu=on == "cuda")
+    plain = plain_loop.distill(load_teacher(folder), DistillConfig(**base), steps)
+    # A GPU's sums have another order, of which Adam's denominators make more.
+    limit = equivalence.LIMIT if on == "cpu" else 20 * equivalence.LIMIT
+    for case in cases:
+        found = {name: t.cpu() for name, t in load_file(tmp_path / f"{case['name']}-1.safetensors").items()}
+        assert max(equivalence.difference(plain, found)) <= limit, case["name"]
+
+
+@pytest.mark.parametrize(
+    ("on", "memory_format"),
+    [
+        pytest.param("cpu", "channels_last", id="cpu"),
+        pytest.param("cuda", "channels_last", id="cuda-channels_last", marks=pytest.mark.gpu),
+        pytest.param("cuda", "contiguous", id="cuda-contiguous", marks=pytest.mark.gpu),
+    ],
+)
+def test_compiled_networks_train_as_others_do(on: str, memory_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU by Inductor, with the Triton kernels as operators; on the CPU by a compiler that only looks."""
+    if on == "cpu":
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        monkeypatch.setattr("ipfm.engine.training.resolve.check_compiler", lambda device: None)
+    network = replace(NETWORK, channel_mult=(1,), attn_resolutions=()) if on == "cpu" else NETWORK
+    found, losses = [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        config = replace(CONFIG, compile=compiled, memory_format=memory_format)
+        distiller = Distiller(config, teacher(network), world=here(on))
+        losses.append(
+            [float(v) for step in range(1 if on == "cpu" else 2) for v in distiller.iteration(step).sums.values()]
+        )
+        found.append(weights(distiller))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert apart(*found) < 1e-4
+    moved = {
+        f"{which}/{name}": p for which in ("student", "generator") for name, p in teacher(network).named_parameters()
+    }
+    assert apart(moved, found[0]) > 10 * apart(*found)
+
+
+@pytest.mark.parametrize("on", ON)
+def test_a_step_takes_the_memory_that_the_plan_says(tmp_path: Path, on: str) -> None:
+    """On a GPU the allocator's peak, with what convolutions take within themselves."""
+    if on == "cuda":
+        network, batch = replace(presets.get("cifar10-ncsnpp"), dropout=0.0), 32
+    else:
+        network, batch = replace(presets.get("digits"), model_channels=8), 32
+    for kind in ("joint", "phased") if on == "cuda" else ("joint",):
+        case = StepCase(kind, kind, network.to_json(), batch, False, 1, str(tmp_path / "timeline.png"))
+        row = memory_step.measure(case, here(on))
+        assert row.live_bytes == pytest.approx(row.predicted_bytes, rel=0.1), asdict(row)
+
+
+@pytest.mark.parametrize("on", ON)
+def test_a_torchscript_inception_computes_there_what_it_computes_on_the_host(tmp_path: Path, on: str) -> None:
+    path = tiny_inception.write(tmp_path / "inception.pt")
+    host, device = InceptionFeatures(path), InceptionFeatures(path, here(on).device)
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for computed in (lambda f, x: f(x), lambda f, x: f.probabilities(x)):
+        expected, got = computed(host, images), computed(device, images.to(here(on).device))
+        assert got.device.type == on
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
