@@ -12,14 +12,13 @@ from pathlib import Path
 
 import equivalence
 import launch
-import plain_loop
 import pytest
 import tiny_inception
 import torch
 from safetensors.torch import load_file
 
 from ipfm.engine import DistillConfig, Distiller
-from ipfm.engine.commands.bench import memory_step
+from ipfm.engine.commands.bench import memory_step, plain_loop
 from ipfm.engine.commands.bench.memory_step import StepCase
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.metrics import InceptionFeatures
