@@ -102,6 +102,8 @@ class RunConfig:
     """Largest norm of a network's gradient; default: no limit."""
     tf32: bool = setting(True, identity=False, memory=False)
     """Allow TF32 in fp32 convolutions and matrix products on GPUs."""
+    deterministic: bool = setting(False, identity=False, memory=False)
+    """Take algorithms that repeat their results bit for bit on a GPU too: slower there, the same on a CPU."""
     memory_format: MemoryFormat = setting("auto", identity=False, place=True, memory=False)
     """Order of the activations in memory: channels_last has the channels of a pixel side by side, as convolutions on
     GPUs want them; auto is that on GPUs, contiguous elsewhere."""
@@ -167,7 +169,7 @@ class RunConfig:
         share("dropout", self.dropout)
         if not (is_number(self.augment) and 0 <= self.augment <= 1):
             raise ValueError(f"augment must lie in [0, 1], got {self.augment}")
-        for name in ("tf32", "resume", "async_checkpoints", "compile"):
+        for name in ("tf32", "deterministic", "resume", "async_checkpoints", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{option_name(name)} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.noise, NoiseLevels):

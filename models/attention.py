@@ -56,10 +56,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend = "auto
     check_attention_backend(backend)
     if backend == "auto":
         # Under torch.compile torch's own operation is the one that the compiler knows.
-        usable = q.is_cuda and not torch.compiler.is_compiling() and _xformers_obstacle(*_probe_key(q)) is None
-        backend = "xformers" if usable else "sdpa"
+        repeating = torch.are_deterministic_algorithms_enabled()
+        usable = q.is_cuda and not repeating and not torch.compiler.is_compiling()
+        backend = "xformers" if usable and _xformers_obstacle(*_probe_key(q)) is None else "sdpa"
     elif backend == "xformers":
-        obstacle = _xformers_obstacle(*_probe_key(q))
+        repeating = torch.are_deterministic_algorithms_enabled()
+        obstacle = _UNREPEATED if repeating else _xformers_obstacle(*_probe_key(q))
         if obstacle is not None:
             raise ValueError(f"attention backend 'xformers' cannot run: {obstacle}; possible: auto, sdpa, math")
     if backend == "xformers":
@@ -69,6 +71,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend = "auto
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     return _written_out(q, k, v)
+
+
+_UNREPEATED = "its gradients do not repeat, and they have to here"
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

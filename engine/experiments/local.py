@@ -265,6 +265,7 @@ class TrainAndDistil(Recipe[O], Generic[O]):
             zero=options.zero,
             precision=options.precision,
             tf32=options.tf32,
+            deterministic=options.deterministic,
             memory_format=options.memory_format,
             compile=options.compile,
             noise=options.noise,

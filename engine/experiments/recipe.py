@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from ipfm.engine.checks import option_name
 from ipfm.engine.config import RunConfig, TeacherConfig
+from ipfm.engine.distributed.determinism import prepare_determinism
 from ipfm.engine.distributed.launch_environment import check_environment, environment_remarks
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.experiments.machines import plan_on_machines, say_where_saved
@@ -194,6 +195,7 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
             argv, default=recipe.defaults, prog=recipe.file, description=recipe.help_text(), elsewhere=recipe.elsewhere
         )
         check_environment()
+        _prepare(given.options)
         if is_first_process():
             remarks = Remarks(recipe.file)
             for remark in environment_remarks():
@@ -209,8 +211,9 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
         return
     if plan.show():
         return
-    if not apart:
-        with user_input():
+    with user_input():
+        _prepare(plan.options)  # a branch may have it from its run
+        if not apart:
             world = start_world()
     # Nobody changes the folder before all have looked at it.
     world.barrier()
@@ -221,3 +224,9 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
     # A teacher that was read is memory of its own.
     del plan
     train()
+
+
+def _prepare(options: Any) -> None:
+    """Do what has to be done before a device and the processes' communication start."""
+    if getattr(options, "deterministic", False):
+        prepare_determinism()

@@ -36,6 +36,7 @@ def log_start(folder: Path, step: int, world: World) -> None:
             "processes": world.size,
             "device": torch.cuda.get_device_name(world.device) if cuda else f"CPU ({platform.machine()})",
             "threads": torch.get_num_threads(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
         },
     )
     log.flush()
@@ -57,8 +58,13 @@ def in_words(starts: tuple[Mapping[str, Any], ...]) -> Iterator[tuple[str, str]]
         ("processes", ("processes",)),
         ("device of a process", ("device",)),
         ("threads of a process", ("threads",)),
+        *([("deterministic algorithms", ("deterministic",))] if any(s.get("deterministic") for s in starts) else []),
     ):
         found = [[(name, start[name]) for name in names if start.get(name) is not None] for start in starts]
-        texts = [", ".join(str(v) if len(names) == 1 else f"{name} {v}" for name, v in one) for one in found]
+        texts = [", ".join(_said(v) if len(names) == 1 else f"{name} {v}" for name, v in one) for one in found]
         if any(texts):
             yield what, "; then ".join(dict.fromkeys(text for text in texts if text))
+
+
+def _said(value: object) -> str:
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)

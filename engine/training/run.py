@@ -19,6 +19,7 @@ from ipfm.engine.data.comparison import IMAGES_OF_CLASSES, Panel, examples, plac
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.agreement import attempt
 from ipfm.engine.distributed.compilation import set_execution
+from ipfm.engine.distributed.determinism import compute_deterministically
 from ipfm.engine.distributed.ema import EmaNetwork
 from ipfm.engine.distributed.precision import allow_tf32, apply_precision
 from ipfm.engine.distributed.signals import StopRequested, catching_signals, check_stop
@@ -72,6 +73,8 @@ class TrainingRun(ABC, Generic[C]):
         self.other_bytes = 0
         self._about: ModelFacts = TeacherFacts()
         allow_tf32(self.config.tf32)
+        if self.config.deterministic:
+            compute_deterministically()
 
     @property
     def activation_checkpointing(self) -> bool:

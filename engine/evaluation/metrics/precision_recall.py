@@ -75,8 +75,15 @@ def _radii(x: Tensor, k: int, chunk: int) -> Tensor:
         distances = _squared_distances(x[first : first + chunk], x)
         rows = torch.arange(len(distances), device=x.device)
         distances[rows, rows + first] = torch.inf
-        radii.append(distances.kthvalue(k, dim=1).values)
+        radii.append(_kth_smallest(distances, k))
     return torch.cat(radii)
+
+
+def _kth_smallest(rows: Tensor, k: int) -> Tensor:
+    """The k-th smallest of each row. Where results have to repeat, a GPU refuses the shorter way to it."""
+    if torch.are_deterministic_algorithms_enabled():
+        return rows.topk(k, dim=1, largest=False).values[:, -1]
+    return rows.kthvalue(k, dim=1).values
 
 
 def _covered(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> float:

@@ -24,6 +24,9 @@ def test_a_line_for_each_start(tmp_path: Path) -> None:
     assert said["processes"] == "2; then 1"
     # What is the same is said once, and what is not there not at all.
     assert said["versions"].count("torch ") == 1 and "cuda" not in said["versions"]
+    assert first["deterministic"] is False and "deterministic algorithms" not in said
+    both = dict(in_words((first, second | {"deterministic": True})))
+    assert both["deterministic algorithms"] == "no; then yes"
     assert dict(in_words(({"step": 0, "torch": "1"}, {"step": 9}))) == {"versions": "torch 1"}
 
 
