@@ -1,6 +1,7 @@
 """The residual block that every U-Net here is made of."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,19 @@ from torch.nn import functional as F
 from ipfm.models.attention import AttentionBackend, attention, head_count
 from ipfm.models.frozen_ops import frozen_linear, is_frozen
 from ipfm.models.initialisation import DEFAULT_INIT, ZERO_INIT, Init
-from ipfm.models.layers import Conv2d, GroupNorm, Linear, cast, is_bare, triton_serves
+from ipfm.models.layers import Conv2d, GroupNorm, Linear, cast, free_bias, residual, triton_serves, without_bias
+
+
+class Entering(NamedTuple):
+    """What enters a block from outside beside its activation and the embedding; None: the block makes it."""
+
+    projected: Tensor | None = None
+    """affine(emb), and without `adaptive_scale` the bias of conv0 added: (B or 1, out_features of affine)."""
+    bias: Tensor | None = None
+    """The sum of the biases of conv1 and of skip, (out_channels,)."""
+
+
+_NOTHING = Entering()
 
 
 class QKVProjection(Conv2d):
@@ -52,8 +65,8 @@ class UNetBlock(nn.Module):
     x = (x + proj(attention(qkv(norm2(x)))))·skip_scale.
 
     It is called with x (B, in_channels, H, W) in the compute dtype and emb (B or 1, emb_channels) in its own, and
-    returns (B, out_channels, H', W') in the dtype of x. `projected` is what `project_together` made of emb for this
-    block, if it did. `attention_backend` may be changed at any time.
+    returns (B, out_channels, H', W') in the dtype of x. `entering` is what `enter_together` made for this block.
+    `attention_backend` may be changed at any time.
 
     Args:
         in_channels: channels of x.
@@ -126,49 +139,75 @@ class UNetBlock(nn.Module):
             self.qkv = QKVProjection(out_channels, num_heads=self.num_heads, init=init_attn or init)
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
 
-    def forward(self, x: Tensor, emb: Tensor, projected: Tensor | None = None) -> Tensor:
-        h = self.conv0(self.norm0(x, silu=True))
-        p = (self.affine(emb).to(h.dtype) if projected is None else projected)[:, :, None, None]
+    def forward(self, x: Tensor, emb: Tensor, entering: Entering = _NOTHING) -> Tensor:
+        h, bias = without_bias(self.conv0, self.norm0(x, silu=True))
+        p = self._projection(emb, h, bias) if entering.projected is None else entering.projected
         if self.adaptive_scale:
-            scale, shift = p.chunk(2, dim=1)
-            h = self.norm1(h, silu=True, scale=scale, shift=shift)
+            scale, shift = p[:, :, None, None].chunk(2, dim=1)
+            h = self.norm1(h, silu=True, scale=scale, shift=shift, addend=bias)
         else:
-            h = self.norm1(h + p, silu=True)
+            h = self.norm1(h, silu=True, addend=p)
         if self.training and self.dropout:
             # F.dropout's own on CUDA; elsewhere that one keeps a mask as wide as the activation.
             h, _ = torch.native_dropout(h, self.dropout, True)
-        h = self.conv1(h)
-        x = self._rescale((x if self.skip is None else self.skip(x)) + h)
+        h, bias = without_bias(self.conv1, h)
+        x, skip_bias = (x, None) if self.skip is None else without_bias(self.skip, x)
+        if entering.bias is not None:
+            bias, skip_bias = cast(entering.bias, h), None
+        x = self._joined(x, h, bias, skip_bias)
         if self.num_heads:
             q, k, v = self.qkv(self.norm2(x))
             a = attention(q, k, v, backend=self.attention_backend)
             image = a.reshape(x.shape[0], *x.shape[2:], self.out_channels).permute(0, 3, 1, 2)
-            x = self._rescale(x + self.proj(image))
+            x = self._joined(x, *without_bias(self.proj, image))
         return x
 
-    def _rescale(self, fresh: Tensor) -> Tensor:
-        # In place: the sum was made here and no gradient needs its value.
-        return fresh if self.skip_scale == 1 else fresh.mul_(self.skip_scale)
+    def _joined(self, x: Tensor, h: Tensor, *biases: Tensor | None) -> Tensor:
+        return residual(x, h, *biases, scale=self.skip_scale)
+
+    def _projection(self, emb: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
+        """affine(emb), and where it is added to h the bias that h lacks: (B or 1, n)."""
+        p: Tensor = self.affine(emb)
+        if not triton_serves(h):
+            return p.to(h.dtype)
+        return p if bias is None or self.adaptive_scale else p + bias
 
 
-def project_together(blocks: Sequence[UNetBlock], emb: Tensor, x: Tensor) -> Sequence[Tensor] | None:
-    """What the layers `affine` of all blocks make of the embedding, as one matrix product.
+def enter_together(blocks: Sequence[UNetBlock], emb: Tensor, x: Tensor) -> list[Entering]:
+    """What can be made for all blocks at once, for each block; nothing on a CPU, where that is no faster.
 
-    Each would else be a product of its own, with casts of its weight, its bias and its result.
+    The layers `affine` are one matrix product, which each would else make of its own, with casts of its weight, its
+    bias and its result. Layers whose calls something else follows are left to their blocks.
 
     Args:
-        blocks: the blocks.
+        blocks: the blocks of a network.
         emb: (B or 1, emb_channels).
-        x: an activation, whose dtype is that of the result.
-
-    Returns:
-        For each block (B or 1, out_features of its affine), strided. None where the layers must be called one by one:
-        on a CPU, where that is as fast, in a graph to be exported, and where something else than they looks at them.
+        x: an activation.
     """
+    if not triton_serves(x):
+        return [_NOTHING] * len(blocks)
+    projections = _project(blocks, emb)
+    biases: list[Tensor | None] = [None] * len(blocks)
+    closing = [(i, free_bias(block.conv1), free_bias(block.skip)) for i, block in enumerate(blocks)]
+    both = [(i, own, other) for i, own, other in closing if own is not None and other is not None]
+    if both:
+        places, own, other = zip(*both, strict=True)
+        for i, bias in zip(places, torch._foreach_add(own, other), strict=True):
+            biases[i] = bias
+    return list(map(Entering, projections, biases))
+
+
+def _project(blocks: Sequence[UNetBlock], emb: Tensor) -> Sequence[Tensor | None]:
     affines = [block.affine for block in blocks]
-    if not triton_serves(x) or torch.compiler.is_exporting() or not all(map(is_bare, affines)):
-        return None
+    biases = [free_bias(affine) for affine in affines]
+    added = [None if block.adaptive_scale else free_bias(block.conv0) for block in blocks]
+    own, inner = ([bias for bias in each if bias is not None] for each in (biases, added))
+    plain = not any(block.adaptive_scale for block in blocks)
+    if len(own) < len(blocks) or len(inner) != (len(blocks) if plain else 0):
+        return [None] * len(blocks)
     weight = torch.cat([affine.weight for affine in affines])
-    bias = torch.cat([affine.bias for affine in affines if affine.bias is not None])
-    rows = F.linear(emb, cast(weight, emb), cast(bias, emb))
-    return rows.to(x.dtype).split([affine.out_features for affine in affines], dim=1)
+    rows = F.linear(emb, cast(weight, emb), cast(torch.cat(own), emb))
+    if plain:
+        # Not to the other bias: the gradients of both would be one memory.
+        rows = rows + cast(torch.cat(inner), emb)
+    return rows.split([affine.out_features for affine in affines], dim=1)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ipfm.kernels._dispatch import TRITON_DEVICES
 from ipfm.kernels.group_norm import unchecked_group_norm_silu
+from ipfm.kernels.residual import unchecked_residual_sum
 from ipfm.models.frozen_ops import (
     doubled_conv2d,
     frozen_conv2d,
@@ -34,8 +35,8 @@ def _cast(parameter: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def triton_serves(x: Tensor) -> bool:
-    """Whether the Triton kernels take such a tensor, and with it what is made for a GPU."""
-    return x.device.type in TRITON_DEVICES
+    """Whether the Triton kernels take such a tensor here, and with it what is made for a GPU."""
+    return x.device.type in TRITON_DEVICES and not torch.compiler.is_exporting()
 
 
 class Linear(nn.Module):
@@ -127,30 +128,33 @@ class Conv2d(nn.Module):
         # Two equal taps are a 2×2 mean going down and a copy going up, for which there are faster operations.
         self._box = len(taps) == 2 and taps[0] == taps[1]
         self._taps = taps
+        self._made: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
         self.register_buffer("resample_filter", _filter_2d(taps) if up or down else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:
+        """The result; `add_bias=False` leaves its bias to the caller."""
         if self.weight is None:
             return self._double(x) if self.up else self._halve(x) if self.down else x
+        bias = self.bias if add_bias else None
         if self.up and self.fused_resample and not self._box:
             # (A copy of the pixels needs no padding that could be moved.)
             x = self._double(x, padding=max(self.f_pad - self.w_pad, 0))
-            return self._convolve(x, self.bias, max(self.w_pad - self.f_pad, 0))
+            return self._convolve(x, bias, max(self.w_pad - self.f_pad, 0))
         if self.up and self.kernel == 1:
             # A 1×1 convolution commutes with the filter: on the small image it costs a quarter.
-            return self._add_bias(self._double(self._convolve(x, None, 0)))
+            return _plus(self._double(self._convolve(x, None, 0)), bias)
         if self.down and self.fused_resample:
-            return self._add_bias(self._halve(self._convolve(x, None, self.w_pad + self.f_pad), padding=0))
+            return _plus(self._halve(self._convolve(x, None, self.w_pad + self.f_pad), padding=0), bias)
         if self.up:
-            return self._convolve_doubled(x, self.weight)
+            return self._convolve_doubled(x, self.weight, bias)
         if self.down:
             x = self._halve(x)
-        return self._convolve(x, self.bias, self.w_pad)
+        return self._convolve(x, bias, self.w_pad)
 
-    def _convolve_doubled(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _convolve_doubled(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self._box and self.kernel % 2:
-            return doubled_conv2d(x, weight, self.bias)
-        return self._convolve(self._double(x), self.bias, self.w_pad)
+            return doubled_conv2d(x, weight, bias)
+        return self._convolve(self._double(x), bias, self.w_pad)
 
     def _convolve(self, x: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         assert self.weight is not None
@@ -158,12 +162,18 @@ class Conv2d(nn.Module):
             return frozen_conv2d(x, self.weight, bias, padding=padding)
         return F.conv2d(x, cast(self.weight, x), _cast(bias, x), padding=padding)
 
-    def _add_bias(self, x: Tensor) -> Tensor:
-        return x if self.bias is None else x + cast(self.bias, x).view(1, -1, 1, 1)
-
     def _depthwise(self, x: Tensor, gain: float = 1) -> Tensor:
-        assert self.resample_filter is not None
-        return (gain * self.resample_filter.to(x.dtype)).expand(x.shape[1], -1, -1, -1)
+        source = self.resample_filter
+        assert source is not None
+        if not triton_serves(x) or torch.compiler.is_compiling() or type(source) is not Tensor or source.is_inference():
+            return (gain * source.to(x.dtype)).expand(x.shape[1], -1, -1, -1)
+        # The filter never changes: on a GPU, where its making would be three launches at each use, it is kept.
+        key = (source._version, x.dtype, x.shape[1], gain)
+        if self._made is None or self._made[0] is not source or self._made[1] != key:
+            with torch.inference_mode(False):
+                made = (gain * source.to(x.dtype)).expand(x.shape[1], -1, -1, -1).contiguous()
+            self._made = (source, key, made)
+        return self._made[2]
 
     def _halve(self, x: Tensor, padding: int | None = None) -> Tensor:
         padding = self.f_pad if padding is None else padding
@@ -195,14 +205,38 @@ class Conv2d(nn.Module):
         return text
 
 
-def is_bare(layer: nn.Module) -> bool:
-    """Whether `layer` may be bypassed and its parameters used elsewhere.
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + cast(bias, x).view(1, -1, 1, 1)
 
-    It is of a class of this file, not of one in its place, and nothing hooks on to its calls, as ZeRO 3 does to gather
-    its parameters.
+
+def without_bias(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(what the convolution makes of x, the bias that is still to be added to it, in its dtype).
+
+    On a GPU a bias is a pass over the data of its own, which what comes next can spare. None: it has been added, or
+    there is none.
     """
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) in (Linear, Conv2d) and not any(hooks)
+    bias = free_bias(conv) if triton_serves(x) else None
+    return (conv(x), None) if bias is None else (conv(x, add_bias=False), cast(bias, x))
+
+
+def residual(a: Tensor, b: Tensor, *biases: Tensor | None, scale: float) -> Tensor:
+    """(a + b + biases)·scale; a and b (B, C, H, W) of one dtype, a bias (C,) of theirs."""
+    given = [bias for bias in biases if bias is not None]
+    bias = given[0] + given[1] if len(given) == 2 else given[0] if given else None
+    return unchecked_residual_sum(a, b, bias, scale=scale, triton_runs=triton_serves(a))
+
+
+def free_bias(layer: nn.Module | None) -> Tensor | None:
+    """The bias of a layer that may be bypassed and its parameters used elsewhere; None: there is none, or it may not.
+
+    It may where it is of a class of this file, not of one in its place, and nothing hooks on to its calls, as ZeRO 3
+    does to gather its parameters.
+    """
+    if not isinstance(layer, Linear | Conv2d) or type(layer) not in (Linear, Conv2d):
+        return None
+    if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks:
+        return None
+    return layer.bias
 
 
 def check_resample_filter(taps: Sequence[float]) -> tuple[float, ...]:
@@ -250,7 +284,13 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(
-        self, x: Tensor, *, silu: bool = False, scale: Tensor | None = None, shift: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        silu: bool = False,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        addend: Tensor | None = None,
     ) -> Tensor:
         """The normalised x; with `silu` after it SiLU, before which it may be scaled by scale + 1 and shifted.
 
@@ -259,6 +299,7 @@ class GroupNorm(nn.Module):
             silu: whether SiLU follows.
             scale: (B or 1, C, 1, 1), in the dtype of x; given with shift or not at all.
             shift: (B or 1, C, 1, 1), in the dtype of x.
+            addend: (B or 1, C) or (C,), in the dtype of x: is added to x before.
 
         Returns:
             (B, C, H, W) in the dtype of x.
@@ -278,6 +319,7 @@ class GroupNorm(nn.Module):
             bias,
             scale=scale,
             shift=shift,
+            addend=addend,
             eps=self.eps,
             activation=silu,
             triton_runs=triton_serves(x),

@@ -4,16 +4,16 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ipfm.models.attention import AttentionBackend, check_attention_backend
-from ipfm.models.blocks import UNetBlock, project_together
+from ipfm.models.blocks import Entering, UNetBlock, enter_together
 from ipfm.models.embeddings import FourierEmbedding, PositionalEmbedding
-from ipfm.models.layers import Linear
+from ipfm.models.layers import Linear, residual, without_bias
 from ipfm.models.unet_layout import Entry, Layout
 
 
@@ -21,15 +21,6 @@ class BlockFactory(Protocol):
     """Makes the residual block of an entry."""
 
     def __call__(self, in_channels: int, out_channels: int, *, up: bool, down: bool, attention: bool) -> UNetBlock: ...
-
-
-class Entering(NamedTuple):
-    """What enters the blocks beside their activations."""
-
-    emb: Tensor
-    """(B or 1, emb_channels)."""
-    projections: Iterator[Tensor | None]
-    """What `project_together` made of it for each block, in order of evaluation; None: the block does it."""
 
 
 class UNet(nn.Module, ABC):
@@ -98,10 +89,9 @@ class UNet(nn.Module, ABC):
         if self.channels_last:
             x = x.to(memory_format=torch.channels_last)
         emb = self._embed(noise_labels, class_labels, augment_labels)
-        together = project_together(list(self.blocks), emb, x)
-        entering = Entering(emb, itertools.repeat(None) if together is None else iter(together))
-        x, skips = self._encode(x, entering)
-        return self._finish(*self._decode(x, entering, skips))
+        entering = iter(enter_together(list(self.blocks), emb, x))
+        x, skips = self._encode(x, emb, entering)
+        return self._finish(*self._decode(x, emb, entering, skips))
 
     @abstractmethod
     def _embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
@@ -136,7 +126,7 @@ class UNet(nn.Module, ABC):
         kept = torch.rand(class_labels.shape[0], 1, device=class_labels.device) >= self.label_dropout
         return class_labels * kept.to(class_labels.dtype)
 
-    def _encode(self, x: Tensor, entering: Entering) -> tuple[Tensor, list[Tensor]]:
+    def _encode(self, x: Tensor, emb: Tensor, entering: Iterator[Entering]) -> tuple[Tensor, list[Tensor]]:
         """The innermost activation and those that the decoder takes up again, the newest last."""
         skips: list[Tensor] = []
         aux = x
@@ -144,15 +134,17 @@ class UNet(nn.Module, ABC):
             if entry.kind == "aux_down":
                 aux = module(aux)
             elif entry.kind == "aux_skip":
-                x = skips[-1] = x + module(aux)
+                x = skips[-1] = _joined(x, module, aux)
             elif entry.kind == "aux_residual":
-                x = skips[-1] = aux = (x + module(aux)) / math.sqrt(2)
+                x = skips[-1] = aux = _joined(x, module, aux, divisor=math.sqrt(2))
             else:
-                x = self._run(module, entering, x) if entry.kind == "block" else module(x)
+                x = self._run(module, emb, next(entering), x) if entry.kind == "block" else module(x)
                 skips.append(x)
         return x, skips
 
-    def _decode(self, x: Tensor, entering: Entering, skips: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _decode(
+        self, x: Tensor, emb: Tensor, entering: Iterator[Entering], skips: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
         """The last activation, and the sum of the images that auxiliary entries made (None where there are none)."""
         image: Tensor | None = None
         normed = x
@@ -166,24 +158,31 @@ class UNet(nn.Module, ABC):
                 image = part if image is None else image + part
             else:
                 parts = (x, skips.pop()) if entry.skip_channels else (x,)
-                x = self._run(module, entering, *parts)
+                x = self._run(module, emb, next(entering), *parts)
         return x, image
 
-    def _run(self, block: nn.Module, entering: Entering, *parts: Tensor) -> Tensor:
-        """A residual block of the concatenated `parts`; it takes the next projection."""
+    def _run(self, block: nn.Module, emb: Tensor, entering: Entering, *parts: Tensor) -> Tensor:
+        """A residual block of the concatenated `parts`."""
 
-        def run(emb: Tensor, projected: Tensor | None, *parts: Tensor) -> Tensor:
+        def run(emb: Tensor, entering: Entering, *parts: Tensor) -> Tensor:
             x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            out: Tensor = block(x, emb, projected)
+            out: Tensor = block(x, emb, entering)
             return out
 
         assert isinstance(block, UNetBlock)
-        emb, projected = entering.emb, next(entering.projections)
-        given = (emb, *parts) if projected is None else (emb, projected, *parts)
+        given = (source for source in (emb, *entering, *parts) if source is not None)
         sources = itertools.chain(given, block.parameters())
         if not (self.activation_checkpointing and torch.is_grad_enabled() and any(s.requires_grad for s in sources)):
-            return run(emb, projected, *parts)
+            return run(emb, entering, *parts)
         # The concatenation is made again too: its parts are the outputs of other blocks, which are kept anyway.
         random = block.training and block.dropout > 0
-        again: Tensor = checkpoint(run, emb, projected, *parts, use_reentrant=False, preserve_rng_state=random)
+        again: Tensor = checkpoint(run, emb, entering, *parts, use_reentrant=False, preserve_rng_state=random)
         return again
+
+
+def _joined(x: Tensor, module: nn.Module, aux: Tensor, *, divisor: float = 1.0) -> Tensor:
+    """(x + module(aux)) / divisor."""
+    part, bias = without_bias(module, aux)
+    if bias is not None:
+        return residual(x, part, bias, scale=1 / divisor)
+    return x + part if divisor == 1 else (x + part) / divisor

@@ -18,19 +18,32 @@ from ipfm.engine.distributed.precision import apply_precision
 from ipfm.engine.objectives.initial_networks import trainable_copy
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.models import Precond
-from ipfm.models.layers import Conv2d, GroupNorm
+from ipfm.models.blocks import UNetBlock
+from ipfm.models.layers import Conv2d, GroupNorm, Linear
 
 
 class PlainGroupNorm(GroupNorm):
     """PyTorch's normalisation, then scale and shift, then SiLU."""
 
     def forward(
-        self, x: Tensor, *, silu: bool = False, scale: Tensor | None = None, shift: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        silu: bool = False,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        addend: Tensor | None = None,
     ) -> Tensor:
+        if addend is not None:
+            x = x + addend.to(x.dtype)[..., None, None]
         x = F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         if scale is not None and shift is not None:
-            x = torch.addcmul(shift, x, scale + 1)
+            x = torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype) + 1)
         return F.silu(x) if silu else x
+
+
+class PlainLinear(Linear):
+    """Each block's own product with the embedding."""
 
 
 class PlainConv2d(Conv2d):
@@ -40,8 +53,8 @@ class PlainConv2d(Conv2d):
         assert self.weight is not None
         return F.conv2d(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=padding)
 
-    def _convolve_doubled(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._convolve(self._double(x), self.bias, self.w_pad)
+    def _convolve_doubled(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._convolve(self._double(x), bias, self.w_pad)
 
     def _halve(self, x: Tensor, padding: int | None = None) -> Tensor:
         padding = self.f_pad if padding is None else padding
@@ -52,13 +65,23 @@ class PlainConv2d(Conv2d):
         return F.conv_transpose2d(x, self._depthwise(x, 4), stride=2, padding=padding, groups=x.shape[1])
 
 
+class PlainBlock(UNetBlock):
+    """The sum of a residual, then its factor."""
+
+    def _joined(self, x: Tensor, h: Tensor, *biases: Tensor | None) -> Tensor:
+        # (The plain convolutions have added their biases.)
+        total = x + h
+        return total if self.skip_scale == 1 else total.mul_(self.skip_scale)
+
+
+_PLAIN = {GroupNorm: PlainGroupNorm, Conv2d: PlainConv2d, Linear: PlainLinear, UNetBlock: PlainBlock}
+
+
 def plain_layers(net: Precond) -> Precond:
     """`net` with every layer made of PyTorch's operations alone; its weights stay."""
     for module in net.modules():
-        if type(module) is GroupNorm:
-            module.__class__ = PlainGroupNorm
-        elif type(module) is Conv2d:
-            module.__class__ = PlainConv2d
+        if type(module) in _PLAIN:
+            module.__class__ = _PLAIN[type(module)]
     net.attention_backend = "sdpa"
     return net
 
