@@ -226,6 +226,18 @@ def residual(a: Tensor, b: Tensor, *biases: Tensor | None, scale: float) -> Tens
     return unchecked_residual_sum(a, b, bias, scale=scale, triton_runs=triton_serves(a))
 
 
+def lay_out_weights(net: nn.Module) -> None:
+    """Store the weights of convolutions in the memory format of channels_last activations, where a GPU computes.
+
+    cuDNN copies a weight in another one at each use, forward and backward, and autograd copies its gradient back.
+    Names, shapes and values stay, and so does what is saved. Not for parameters that are parts of a flat buffer.
+    """
+    for module in net.modules():
+        weight = module.weight if isinstance(module, Conv2d) else None
+        if weight is not None and weight.ndim == 4 and weight.shape[2] > 1 and weight.device.type in TRITON_DEVICES:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+
 def free_bias(layer: nn.Module | None) -> Tensor | None:
     """The bias of a layer that may be bypassed and its parameters used elsewhere; None: there is none, or it may not.
 

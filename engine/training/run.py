@@ -33,6 +33,7 @@ from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.engine.random_streams import Stream, draw_labels
 from ipfm.engine.runtime.errors import Interrupted, TrainingFailed, described
 from ipfm.engine.runtime.launcher import Launcher
+from ipfm.engine.sampling.memory_format import is_channels_last
 from ipfm.engine.training.board import conclude
 from ipfm.engine.training.disk import disk_use, missing_room
 from ipfm.engine.training.loop import PICTURE_SEED, Progress, train
@@ -42,6 +43,7 @@ from ipfm.engine.training.set_aside import go_back
 from ipfm.models import NetworkConfig, Precond, build_network, save_model
 from ipfm.models.atomic_files import why
 from ipfm.models.facts import ModelFacts, TeacherFacts
+from ipfm.models.layers import lay_out_weights
 from ipfm.models.store import describe_average, in_the_way
 
 C = TypeVar("C", bound=RunConfig)
@@ -106,6 +108,10 @@ class TrainingRun(ABC, Generic[C]):
         self, net: Precond, *, lr: float, beta1: float, ema: bool, rectified: bool = False
     ) -> TrainedNetwork:
         """`net`, which lies on the run's device, with its optimiser, computing as the settings say."""
+        alone = self.settings.stage == 0 and self.world.size == 1
+        if alone and is_channels_last(self.config.memory_format, self.world.device):
+            # Before the optimiser, whose state follows the weights. (DeepSpeed keeps them in flat buffers.)
+            lay_out_weights(net)
         trained = TrainedNetwork(
             apply_precision(net, self.settings.precision),
             self.settings,

@@ -7,18 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from torch._inductor import config as inductor
 from torch._inductor.codecache import get_lock_dir
 from torch.utils._filelock import FileLock
 
-from ipfm.engine import DistillConfig
+from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.distributed import compilation
 from ipfm.engine.distributed.compilation import check_compiler, set_execution
+from ipfm.engine.distributed.world import World
 from ipfm.engine.runtime.errors import described
+from ipfm.engine.training.checkpoint_writer import save_checkpoint
 from ipfm.engine.training.resolve import complete
-from ipfm.models import NetworkConfig, Precond, build_network
+from ipfm.models import NetworkConfig, Precond, build_network, save_model
 from ipfm.models.blocks import UNetBlock
+from ipfm.models.layers import Conv2d
 
 CPU = torch.device("cpu")
 SMALL = {"img_resolution": 8, "img_channels": 2, "model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1}
@@ -80,6 +85,47 @@ def test_what_auto_is() -> None:
     ):  # fmt: skip
         set_execution(net, memory_format=memory_format, compiled=False, device=device)
         assert net.channels_last is last
+
+
+def laid_out(net: nn.Module) -> list[bool]:
+    """Of the weights of convolutions with a neighbourhood: whether they have the channels of a tap side by side."""
+    weights = [m.weight for m in net.modules() if isinstance(m, Conv2d) and m.weight is not None and m.kernel > 1]
+    return [w.is_contiguous(memory_format=torch.channels_last) for w in weights]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_lie_in_memory_as_the_activations_of_a_gpu_do(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained, frozen and averaged ones, the optimiser's state too: a step, a checkpoint and an export are the same."""
+    config = DistillConfig(
+        batch=2, max_steps=2, zero=0, precision=precision, clip_grad=0.5, memory_format="channels_last", D=128.0
+    )
+    found = []
+    for devices in ({"cuda"}, {"cuda", "cpu"}):
+        teacher = network("ncsn++")
+        with monkeypatch.context() as patch:
+            # A GPU's order of the weights, and none of its kernels.
+            patch.setattr("ipfm.models.layers.TRITON_DEVICES", devices)
+            patch.setattr("ipfm.models.layers.triton_serves", lambda x: False)
+            patch.setattr("ipfm.models.blocks.triton_serves", lambda x: False)
+            distiller = Distiller(config, teacher.eval().requires_grad_(False), world=World(0, 1, CPU))
+            for step in range(2):
+                distiller.iteration(step)
+            distiller.refresh()
+        trained = distiller.networks["generator"]
+        nets = (trained.module, distiller.teacher, distiller.average)
+        assert all(all(laid_out(net)) == ("cpu" in devices) for net in nets)
+        states = [t for state in trained.optimizer.state.values() for t in state.values() if t.ndim == 4]
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in states) == ("cpu" in devices)
+        save_model(distiller.average, tmp_path / "model")
+        checkpoint = save_checkpoint(tmp_path / "checkpoints", 2, distiller.networks, distiller.world)
+        found.append(
+            {**load_file(tmp_path / "model" / "model.safetensors"), **load_file(checkpoint / "generator.safetensors")}
+        )
+    assert list(found[0]) == list(found[1])
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-2, atol=1e-3 if precision == "bf16" else 1e-5)
 
 
 def test_a_compiled_network_is_one_graph_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
