@@ -99,7 +99,7 @@ def test_weights_lie_in_memory_as_the_activations_of_a_gpu_do(
 ) -> None:
     """Trained, frozen and averaged ones, the optimiser's state too: a step, a checkpoint and an export are the same."""
     config = DistillConfig(
-        batch=2, max_steps=2, zero=0, precision=precision, clip_grad=0.5, memory_format="channels_last", D=128.0
+        batch=2, max_steps=2, zero=0, precision=precision, clip_grad=0.5, memory_format="channels_last"
     )
     found = []
     for devices in ({"cuda"}, {"cuda", "cpu"}):
