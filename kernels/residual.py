@@ -48,7 +48,7 @@ def residual_sum_kernel(
 
 @triton.jit
 def residual_sum_backward_kernel(
-    p_dy, p_d, p_sums, HW, STEPS, s_b, s_c, s_hw,
+    p_dy, p_d, p_sums, HW, STEPS, s_b, s_c, s_hw, s_gb, s_ghw,
     SCALE: tl.constexpr, BIASED: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,8 @@ def residual_sum_backward_kernel(
     for i_hw in range(first, last, BLOCK):
         o_hw = i_hw + tl.arange(0, BLOCK)[None, :]
         o, m = i_b * s_b + o_c * s_c + o_hw * s_hw, (o_c < C) & (o_hw < HW)
-        b_d = tl.load(p_dy + o, mask=m, other=0.0).to(COMPUTE) * tl.full((), SCALE, COMPUTE)
+        o_g = i_b * s_gb + o_c * s_c + o_hw * s_ghw
+        b_d = tl.load(p_dy + o_g, mask=m, other=0.0).to(COMPUTE) * tl.full((), SCALE, COMPUTE)
         tl.store(p_d + o, b_d.to(p_d.dtype.element_ty), mask=m)
         if BIASED:
             b_sum += b_d
@@ -120,21 +121,42 @@ def _launch_forward(a: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> 
 
 
 def _launch_backward(dy: Tensor, scale: float, biased: bool) -> tuple[Tensor, Tensor]:
-    """(dy scale, the sums of it over parts of each sample (parts, C), no parts without a bias); dy is dense."""
-    d, sums = torch.empty_like(dy), _sums(dy, biased)
+    """(dy scale, the sums of it over parts of each sample (parts, C), no parts without a bias); dy is `_regular`."""
+    d, sums = _results(dy, biased)
     if dy.numel():
-        numbers, sizes, (chunks, splits), warps = _layout(dy)
+        numbers, sizes, (chunks, splits), warps = _layout(d)
         with on_device(dy.device):
             residual_sum_backward_kernel[len(dy) * chunks, splits](
-                dy, d, sums, **numbers, SCALE=scale, BIASED=biased, **sizes, num_warps=warps
-            )
+                dy, d, sums, **numbers, s_gb=dy.stride(0), s_ghw=_pixel_stride(dy), SCALE=scale, BIASED=biased, **sizes,
+                num_warps=warps,
+            )  # fmt: skip
     return d, sums
 
 
-def _sums(dy: Tensor, biased: bool) -> Tensor:
+def _results(dy: Tensor, biased: bool) -> tuple[Tensor, Tensor]:
+    """Empty tensors for what `_launch_backward` gives: the first dense, in the memory format of dy."""
+    last = not dy[:1].is_contiguous()
+    d = torch.empty_like(dy, memory_format=torch.channels_last if last else torch.contiguous_format)
     # len() would make a compiler's batch a number.
-    parts = dy.shape[0] * _layout(dy)[2][1] if biased else 0
-    return dy.new_empty((parts, dy.shape[1]), dtype=torch.promote_types(dy.dtype, torch.float32))
+    parts = dy.shape[0] * _layout(d)[2][1] if biased else 0
+    return d, dy.new_empty((parts, dy.shape[1]), dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
+def _regular(dy: Tensor) -> Tensor:
+    """dy where each sample is contiguous or has its channels side by side and its pixels evenly; else a dense copy.
+
+    The gradient of a part of concatenated channels has gaps between its pixels, or between its samples.
+    """
+    if dy[:1].is_contiguous():
+        return dy
+    even = 1 in dy.shape[2:] or dy.stride(2) == dy.shape[3] * dy.stride(3)
+    return dy if even and dy.stride(1) == 1 else _dense(dy)
+
+
+def _pixel_stride(dy: Tensor) -> int:
+    if dy[:1].is_contiguous():
+        return 1
+    return dy.stride(3) if dy.shape[3] > 1 else dy.stride(2)
 
 
 _forward = operator("residual_sum")(_launch_forward)
@@ -148,7 +170,7 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 @_backward.register_fake
 def _(dy: Tensor, scale: float, biased: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dy), _sums(dy, biased)
+    return _results(dy, biased)
 
 
 # -------------------------------------------------------------------------------------------------------- autograd
@@ -166,7 +188,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         d = dy if ctx.scale == 1 else dy * ctx.scale
         to_bias = d.sum((0, 2, 3)).to(ctx.bias_dtype) if biased else None
     else:
-        dy = _dense(dy)
+        dy = _regular(dy)
         run: Callable[..., Any] = _launch_backward if launches_directly(dy) else _backward
         d, sums = run(dy, ctx.scale, biased)
         to_bias = sums.sum(0).to(ctx.bias_dtype) if biased else None

@@ -262,13 +262,15 @@ def residual_variants() -> Iterator[Case]:
                     ("residual_sum", residual_sum_kernel, ("p_a", "p_b", "p_bias", "p_y"), ()),
                     ("residual_sum backward", residual_sum_backward_kernel, ("p_dy", "p_d"), ("p_sums",)),
                 ):
+                    # A gradient's own strides.
+                    own = {"s_gb": "i32", **({"s_ghw": "i32"} if last else {})} if sums else {}
                     yield Case(
                         kernel,
                         f"{dtype} {label}{' bias' if biased else ''}",
                         fn,
-                        dict.fromkeys(data, f"*{dtype}") | dict.fromkeys(sums, "*fp32") | types,
-                        constants,
-                        (*data, *sums, *aligned),
+                        dict.fromkeys(data, f"*{dtype}") | dict.fromkeys(sums, "*fp32") | types | own,
+                        constants | ({} if last or not sums else {"s_ghw": 1}),
+                        (*data, *sums, *aligned, *(own if aligned else ())),
                         warps,
                         scalar_stores=int(biased and bool(sums)),
                         quick=quick,

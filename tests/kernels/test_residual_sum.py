@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from ipfm.kernels import reference, residual_sum
+from ipfm.kernels import reference, residual, residual_sum
 from ipfm.kernels._dispatch import residual_config
+from ipfm.kernels.residual import _dense
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled_empty"),
@@ -65,6 +66,36 @@ def test_triton_is_no_worse_than_pytorch(shape, dtype, layout, device, no_worse)
         assert {g.dtype for g in got} == {dtype} and got[0].stride() == tensors[0].stride()
         for g, p, r in zip(got, plain, truth, strict=True):
             no_worse(g, p, r)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 8, 4, 3), (2, 4, 1, 3), (2, 4, 3, 1), (1, 3, 1, 1), (2, 1, 4, 3)], ids=ids)
+def test_the_gradient_of_a_part_of_concatenated_channels_is_read_where_it_lies(shape, layout, device, monkeypatch):
+    """It has gaps; the gradients have none, in the memory format of the whole."""
+    tensors, gradient = inputs(shape, torch.float64, device, layout)
+    batch, channels, *sides = shape
+    whole = torch.randn(batch, channels + 5, *sides, dtype=torch.float64, device=device)
+    whole = whole.contiguous(memory_format=layout)
+    part = whole[:, 2 : 2 + channels].copy_(gradient)
+    copied = []
+    monkeypatch.setattr(residual, "_dense", lambda t: (copied.append(t) if t is part else None, _dense(t))[1])
+    got = differentiated(residual_sum, tensors, part, scale=0.7, backend="triton")
+    wanted = differentiated(reference.residual_sum, tensors, gradient, scale=0.7)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+    assert got[1].is_contiguous(memory_format=layout) and not copied
+
+
+def test_a_gradient_of_any_strides(device):
+    tensors, gradient = inputs((2, 4, 4, 3), torch.float64, device)
+    wanted = differentiated(reference.residual_sum, tensors, gradient, scale=0.7)
+    turned = gradient.transpose(2, 3).contiguous().transpose(2, 3)
+    spread = torch.zeros(2, 8, 4, 6, dtype=torch.float64, device=device)[:, ::2, :, ::2].copy_(gradient)
+    for given in (turned, spread, gradient[:1].expand(2, -1, -1, -1)):
+        if given.stride(0) == 0:
+            wanted = differentiated(reference.residual_sum, tensors, given, scale=0.7)
+        for g, w in zip(differentiated(residual_sum, tensors, given, scale=0.7, backend="triton"), wanted, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
 
 
 def test_pytorchs_own_operations_to_the_bit():
