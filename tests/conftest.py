@@ -123,6 +123,8 @@ def _spoil(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory holds NaN (integers: the smallest one), so that an element a kernel forgets is seen."""
+    # What `with torch.device(…)` knows are the functions that it finds at its first use: not these.
+    torch.utils._device._device_constructors()
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),
