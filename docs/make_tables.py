@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ipfm.engine.commands.doctor.expected import MEMORY_TB, OPERATIONS, step_expectation
 from ipfm.engine.commands.plan.rent import as_trained
 from ipfm.engine.commands.plan.settings import of_recipe
 from ipfm.engine.config import Precision, RunConfig
@@ -283,6 +284,35 @@ def random_streams() -> list[str]:
     return rows
 
 
+def expectation(batches: Sequence[int] = (256, 32)) -> list[str]:
+    """A row a batch: what a step of CIFAR-10's NCSN++ should take on an H100, by arithmetic."""
+    network = replace(presets.get("cifar10-ncsnpp", D=2048.0), dropout=0.0)
+    header = [
+        "images on the GPU", "TFLOP", "GB", "ms of arithmetic", "ms of memory", "**ms on the GPU**", "of the peak",
+        "operators", "ms on the host", "GiB planned",
+    ]  # fmt: skip
+    rows = [_row(header), _row(["---"] * len(header))]
+    for batch in batches:
+        e = step_expectation(network, batch)
+        rows.append(
+            _row(
+                [str(batch), f"{e.tflop:.1f}", f"{e.gigabytes:.0f}", f"{e.matrix_ms:.0f}", f"{e.memory_ms:.0f}",
+                 f"**{e.ms:.0f}**", f"{e.share_of_peak:.0%}", f"{e.operators}", f"{e.host_ms:.0f}",
+                 f"{e.planned / 2**30:.1f}"]
+            )
+        )  # fmt: skip
+    return rows
+
+
+def expected_operations() -> list[str]:
+    """A row an operation: the bytes that must move, and the time of that on an H100."""
+    rows = [_row(["operation", "elements", "bytes an element", "MB", "µs"]), _row(["---"] * 5)]
+    for name, elements, each in OPERATIONS:
+        moved = elements * each
+        rows.append(_row([name, f"{elements:,}", str(each), f"{moved / 1e6:.0f}", f"{1e-6 * moved / MEMORY_TB:.0f}"]))
+    return rows
+
+
 # Page -> the tables on it.
 PAGES: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
     "recipes.md": {
@@ -297,6 +327,7 @@ PAGES: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
         "published of physics informed distillation": pid_published,
     },
     "own-objective.md": {"random streams": random_streams},
+    "gpu.md": {"a step on an H100": expectation, "operations on an H100": expected_operations},
     "memory-and-speed.md": {
         "layouts in bf16": lambda: layouts("bf16"),
         "layouts in fp32": lambda: layouts("fp32"),

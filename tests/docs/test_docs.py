@@ -322,6 +322,19 @@ def test_tables_of_the_recipes(make_tables: ModuleType) -> None:
         assert on_page(make_tables, "recipes.md", name) == make(), f"{name}: run docs/make_tables.py"
 
 
+def test_what_is_expected_of_a_gpu(make_tables: ModuleType) -> None:
+    """The smaller batch is counted here. A version that moves somewhat less is not held to the page at once."""
+    for name in make_tables.PAGES["gpu.md"]:
+        assert len(on_page(make_tables, "gpu.md", name)) > 2
+    operations = on_page(make_tables, "gpu.md", "operations on an H100")
+    assert operations == make_tables.expected_operations(), "run docs/make_tables.py 'operations on an H100'"
+    page, counted = on_page(make_tables, "gpu.md", "a step on an H100"), make_tables.expectation((32,))
+    assert page[:2] == counted[:2]
+    written, found = ([float(number) for number in re.findall(r"[\d.]+", row)] for row in (page[-1], counted[-1]))
+    assert written[:2] == pytest.approx(found[:2], rel=0.01), "run docs/make_tables.py 'a step on an H100'"
+    assert written == pytest.approx(found, rel=0.5), "run docs/make_tables.py 'a step on an H100'"
+
+
 def test_the_table_of_random_streams(make_tables: ModuleType) -> None:
     """The numbers are those of the registry: a new stream of this project is on the page, or this fails."""
     rows = make_tables.PAGES["own-objective.md"]["random streams"]()

@@ -14,6 +14,18 @@ H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
 # Assumptions: what convolutions of these shapes reach of the peak, and what elementwise kernels reach of the memory's
 # 3.35 TB/s.
 MATRIX_TFLOPS, MEMORY_TB = 450.0, 3.0
+# And what the host takes for each operator that it dispatches, launch included, one after the other.
+HOST_US = 15.0
+# The operations at their largest measured sizes: elements, and bytes that must move for each.
+OPERATIONS = (
+    ("`perturb`, fp32", 2**25, 8),
+    ("`perturb`, bf16", 2**25, 4),
+    ("`group_norm_silu`, forward, bf16", 256 * 256 * 32 * 32, 4),
+    ("`group_norm_silu`, backward, bf16", 256 * 256 * 32 * 32, 6),
+    ("`ipfm_loss`, fp32", 2**25, 24),
+    ("`denoising_loss`, fp32", 2**25, 12),
+    ("`AdamEMA`, a network of ncsn++", 55_700_000, 32),
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,11 @@ class Expectation:
     def ms(self) -> float:
         """Of the GPU, one after the other; a host that is slower is not in it."""
         return self.matrix_ms + self.memory_ms
+
+    @property
+    def host_ms(self) -> float:
+        """Of the host, at `HOST_US` an operator; next to nothing where CUDA graphs replay the step."""
+        return 1e-3 * HOST_US * self.operators
 
     @property
     def share_of_peak(self) -> float:
