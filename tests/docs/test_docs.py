@@ -36,11 +36,23 @@ RECIPES = sorted(
 )
 # Options of other programs; each must be in use, so that none stays by mistake.
 FOREIGN = {
-    "deepspeed": {"--num_accelerators", "--hostfile", "--include", "--master_port", "--module"},
+    "deepspeed": {
+        "--num_accelerators",
+        "--hostfile",
+        "--include",
+        "--master_port",
+        "--module",
+        "--no_ssh",
+        "--node_rank",
+        "--master_addr",
+    },
     "pip": {"--no-deps"},
     "ipfm": {"--version"},
-    "torchrun": {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"},
-    "Slurm": {"--signal", "--requeue", "--gpus-per-task"},
+    "torchrun": {
+        *("--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"),
+        *("--node_rank", "--master_addr", "--master_port"),
+    },
+    "Slurm": {"--signal", "--requeue", "--gpus-per-task", "--nodes", "--ntasks-per-node"},
     "make_tables.py": {"--check"},
     "tensorboard": {"--logdir"},
     "mine.py": {"--teacher"},

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,6 @@ import launch
 import prepared
 import soak
 
-PORT = "29500"
 _TOOLS = ("ip", "unshare", "nsenter", "mount")
 
 
@@ -163,6 +163,22 @@ def missing() -> str:
         return f"no namespaces may be made here ({' '.join(said.decode(errors='replace').split())})"
 
 
+# A launcher's name here, its program, and an option that the command has.
+_COMMANDS = {
+    "deepspeed": ("deepspeed", "--no_ssh"),
+    "torchrun": ("torchrun", "--node_rank"),
+    "c10d": ("torchrun", "c10d"),
+}
+
+
+def documented(launcher: str) -> list[str]:
+    """The words before the recipe of a command of docs/multi-node.md."""
+    program, has = _COMMANDS[launcher]
+    lines = (launch.ROOT / "docs" / "multi-node.md").read_text(encoding="utf-8").splitlines()
+    (line,) = [line.strip() for line in lines if line.startswith(f"    {program} ") and has in line]
+    return shlex.split(line.partition(" recipes/")[0])
+
+
 class Start:
     """One start of a recipe on both nodes, by a launcher of their own each.
 
@@ -209,17 +225,16 @@ class Start:
                     else:
                         self.started[index].append(node.start([sys.executable, *words], env=task, log=log))
                 return
-            if self.launcher == "deepspeed":
-                hosts = self.folder / "hosts"
-                hosts.write_text("".join(f"node{number} slots={self.ranks}\n" for number in (1, 2)))
-                place = ["--no_ssh", "--node_rank", str(index), "--master_addr", "node1"]
-                command = ["deepspeed", "--hostfile", str(hosts), *place]
-            else:
-                command = ["torchrun", "--nnodes", "2", "--nproc_per_node", str(self.ranks)]
-                meet = ["--node_rank", str(index), "--master_addr", "node1", "--master_port", PORT]
-                if self.launcher == "c10d":
-                    meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"node1:{PORT}"]
-                command += meet
+            # As the page has it, but for the recipe, the number of processes and the machine's own number.
+            (self.folder / "hosts").write_text("".join(f"node{number} slots={self.ranks}\n" for number in (1, 2)))
+            command = documented(self.launcher)
+            for option, value in (
+                ("--nproc_per_node", f"{self.ranks}"),
+                ("--node_rank", f"{index}"),
+                ("--hostfile", f"{self.folder / 'hosts'}"),
+            ):
+                if option in command:
+                    command[command.index(option) + 1] = value
             program = node.start([str(launch.BIN / command[0]), *command[1:], *words], env=env, log=log)
             self.started[index] = [program]
 
