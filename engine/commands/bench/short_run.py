@@ -45,6 +45,7 @@ def train(folder: Path, run: ShortRun) -> None:
     import torch
 
     from ipfm.engine.commands.bench import equivalence
+    from ipfm.engine.distributed.determinism import prepare_determinism
     from ipfm.engine.objectives.ipfm import DistillConfig
     from ipfm.engine.objectives.step_metrics import StepMetrics
     from ipfm.engine.training.distiller import Distiller
@@ -66,6 +67,8 @@ def train(folder: Path, run: ShortRun) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return super()._step(step)
 
+    if run.config.get("deterministic"):
+        prepare_determinism()
     torch.manual_seed(0)
     network = replace(equivalence.NETWORK, **run.network)
     net = build_network(network)

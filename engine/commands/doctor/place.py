@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,11 @@ class Place:
         """Whether this share of the time is over."""
         return time.monotonic() - self.began > share * self.seconds
 
+    @property
+    def left(self) -> float:
+        """Seconds until the time is over."""
+        return self.began + self.seconds - time.monotonic()
+
 
 def failed(reason: str) -> str:
     """The verdict of a row that shows a fault."""
@@ -53,6 +60,8 @@ def tried(row: Row, ask: Callable[[], Row]) -> Row:
     """A row, filled by a call; one that fails is its verdict."""
     try:
         return row | ask()
+    except TookTooLong as error:
+        return row | {"verdict": f"{LEFT_OUT}: {error}"}
     except Exception as error:  # the others of the table are asked too
         return row | {"verdict": failed(f"{type(error).__name__}: {error}")}
 
@@ -67,6 +76,26 @@ def within(place: Place, cases: list[Any], what: str, share: float = 1.0) -> Ite
         if number and place.over(share):
             raise OutOfTime(f"{len(cases) - number} of {len(cases)} {what}: {place.seconds:.0f} s are over")
         yield case
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """A block that is left by `TookTooLong` after so many seconds, once Python has control. In the main thread."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise TookTooLong(f"not at its end after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, max(0.01, seconds))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+class TookTooLong(Exception):
+    """What was begun had to be left."""
 
 
 class OutOfTime(Exception):

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,18 @@ import torch
 from ipfm.engine.commands.bench import short_run
 from ipfm.engine.commands.bench.step import Variant
 from ipfm.engine.commands.doctor import command, full, outcome, page, page_mark, section, sections
-from ipfm.engine.commands.doctor.place import FAILED, LEFT_OUT, OK, OutOfTime, Place, judged, tried, within
+from ipfm.engine.commands.doctor.place import (
+    FAILED,
+    LEFT_OUT,
+    OK,
+    OutOfTime,
+    Place,
+    TookTooLong,
+    at_most,
+    judged,
+    tried,
+    within,
+)
 from ipfm.engine.commands.doctor.sections import SECTIONS, Section
 from ipfm.engine.commands.main import _main
 from ipfm.engine.runtime.commandline import run_command
@@ -105,6 +117,35 @@ def test_kernels_are_right_and_timed(kind: type[Place], thin, tmp_path: Path, mo
     norms = [row for row in found if row.get("by") == "recomputed"]
     assert len(norms) == (4 if kind is StandIn else 2) and all(float(row["error over allowed"]) <= 1 for row in norms)
     assert {row["what"].split()[-1] for row in norms} == {"channels_last", "contiguous"}
+
+
+@pytest.mark.parametrize("name", ["ncsnpp", "adm"])
+def test_normalisations_are_those_that_a_gpu_gets(name: str, thin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases and embeddings that enter before one are compared too."""
+    from ipfm.engine.commands.doctor.sections import kernels
+
+    monkeypatch.setattr("ipfm.kernels.bench.measurement.SECONDS", {True: 0.0})
+    norms = kernels.distinct_norms(name, presets.get(name), 2)
+    kinds = {(norm.silu, norm.scaled, norm.addend and len(norm.addend)): norm for norm in norms}
+    assert {dims for _, _, dims in kinds} > {None} and {scaled for _, scaled, _ in kinds} >= {name == "adm"}
+    for norm in kinds.values():
+        for dtype in (torch.float32, torch.bfloat16):
+            row = kernels._norm(norm, dtype, True, torch.device("cpu"))
+            assert row["verdict"] == OK, (norm, row)
+
+
+def test_what_takes_too_long_is_left() -> None:
+    began, before = time.monotonic(), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(TookTooLong, match="not at its end after 0 s"), at_most(0.05):
+        time.sleep(20)
+    assert time.monotonic() - began < 10 and signal.getsignal(signal.SIGALRM) is before
+
+    def slow() -> dict[str, Any]:
+        with at_most(0.05):
+            time.sleep(20)
+        return {}
+
+    assert tried({"a": 1}, slow) == {"a": 1, "verdict": "left out: not at its end after 0 s"}
 
 
 def test_a_wrong_normalisation_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,14 +306,14 @@ EAGER = [Variant("plain", "bf16"), Variant("plain", "bf16", rival="tuned"), Vari
 
 
 def test_a_step_is_timed_beside_plain_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ipfm.engine.commands.doctor.sections import time
+    from ipfm.engine.commands.doctor.sections import time as timing
 
-    monkeypatch.setattr(time, "BATCHES", (2,))
-    monkeypatch.setattr(time, "_network", lambda: presets.get("digits", D=128.0))
-    monkeypatch.setattr(time, "ROUNDS_QUICK", 1)
-    compiled = time._compiled
-    monkeypatch.setattr(time, "_compiled", lambda precision, world: [])
-    monkeypatch.setattr(time, "_eager", lambda precision, world, quick=False: EAGER)
+    monkeypatch.setattr(timing, "BATCHES", (2,))
+    monkeypatch.setattr(timing, "_network", lambda: presets.get("digits", D=128.0))
+    monkeypatch.setattr(timing, "ROUNDS_QUICK", 1)
+    compiled = timing._compiled
+    monkeypatch.setattr(timing, "_compiled", lambda precision, world: [])
+    monkeypatch.setattr(timing, "_eager", lambda precision, world, quick=False: EAGER)
     found = rows_of("time", tmp_path, StandIn)
     forms = [row["form"] for row in found]
     assert forms[:2] == ["plain", "plain tuned"] and "joint" in forms
@@ -285,13 +326,13 @@ def test_a_step_is_timed_beside_plain_pytorch(tmp_path: Path, monkeypatch: pytes
 
 
 def test_too_little_memory_for_a_comparison_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ipfm.engine.commands.doctor.sections import time
+    from ipfm.engine.commands.doctor.sections import time as timing
 
     def refuse(*_: object) -> Iterator[None]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         yield
 
-    monkeypatch.setattr(time, "measure_steps", refuse)
+    monkeypatch.setattr(timing, "measure_steps", refuse)
     (row,) = rows_of("time", tmp_path)
     assert row["verdict"] == "left out: not enough memory (CUDA out of memory. Tried to allocate 2.00 GiB.)"
 

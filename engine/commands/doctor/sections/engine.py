@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import fields
@@ -18,7 +19,7 @@ from ipfm.engine.commands.bench.equivalence import (
     difference,
     trained_tensors,
 )
-from ipfm.engine.commands.doctor.place import Place, Row, judged, tried, within
+from ipfm.engine.commands.doctor.place import Place, Row, at_most, judged, tried, within
 from ipfm.engine.distributed.precision import allow_tf32, fp16_supported
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.objectives.ipfm import DistillConfig
@@ -68,8 +69,6 @@ def cases(device: torch.device, *, quick: bool = False) -> list[tuple[str, dict[
     graphs: list[tuple[str, dict[str, Any]]] = []
     if "cuda_graphs" in known and device.type == "cuda":
         graphs.append(("fp32, ZeRO 0, joint, CUDA graphs", {"zero": 0, "backward": "joint", "cuda_graphs": "on"}))
-    if "deterministic" in known:
-        graphs.append(("fp32, ZeRO 0, joint, deterministic", {"zero": 0, "backward": "joint", "deterministic": True}))
     found = [*forms, *half, *graphs, *compiled]
     return [forms[0], forms[-1], half[0], *graphs] if quick else found
 
@@ -79,8 +78,10 @@ def _compared(
 ) -> Row:
     config = DistillConfig(**{**BASE, "precision": "fp32", "tf32": False, **settings})
     distiller = Distiller(config, copy.deepcopy(teacher), world=world)
-    for step in range(plain_steps(plain)):
-        distiller.iteration(step)
+    # Compiling may take minutes, on a CPU above all.
+    with at_most(place.left) if config.compile else contextlib.nullcontext():
+        for step in range(plain_steps(plain)):
+            distiller.iteration(step)
     found = difference(plain, trained_tensors(distiller))
     limit = LIMIT_HALF * moved if config.precision != "fp32" else LIMIT_GPU if place.cuda else LIMIT
     return _row(found, limit, moved)

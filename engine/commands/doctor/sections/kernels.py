@@ -14,6 +14,7 @@ from ipfm.engine.commands.bench.plain_step import PlainGroupNorm
 from ipfm.engine.commands.doctor.place import OK, Place, Row, failed, judged, tried, within
 from ipfm.kernels._dispatch import INTERPRETED
 from ipfm.kernels.bench.cases import Case, cases
+from ipfm.kernels.bench.fake_driver import fake_cuda
 from ipfm.kernels.bench.measurement import ALLOWED_UNITS, copy_quantiles, error_units, quantiles
 from ipfm.kernels.bench.micro import measure
 from ipfm.kernels.bench.providers import EAGER, TRITON
@@ -106,11 +107,14 @@ class Norm:
     shape: tuple[int, ...]
     silu: bool
     scaled: bool
+    addend: tuple[int, ...] | None
+    """Shape of what is added to the channels before; None: nothing is."""
     count: int
 
     def row(self, dtype: torch.dtype, last: bool) -> Row:
         """What it is, in words."""
-        more = " ".join(w for w, given in (("silu", self.silu), ("scaled", self.scaled)) if given)
+        parts = (("silu", self.silu), ("scaled", self.scaled), ("addend", self.addend is not None))
+        more = " ".join(word for word, given in parts if given)
         return {
             "operation": "group_norm_silu",
             "what": f"{self.network} ({self.count}) {more} {'channels_last' if last else 'contiguous'}",
@@ -127,16 +131,22 @@ def _norms(place: Place) -> list[Norm]:
 
 def distinct_norms(name: str, network: NetworkConfig, images: int) -> list[Norm]:
     """The normalisations of a network that differ, the largest first."""
-    seen: dict[tuple[object, ...], list[tuple[GroupNorm, tuple[int, ...], bool, bool]]] = {}
+    seen: dict[tuple[object, ...], list[tuple[GroupNorm, tuple[int, ...], bool, bool, tuple[int, ...] | None]]] = {}
 
     def hook(module: nn.Module, given: tuple[Tensor, ...], keywords: dict[str, object]) -> None:
         assert isinstance(module, GroupNorm)
-        shape = tuple(given[0].shape)
-        silu, scaled = bool(keywords.get("silu")), keywords.get("scale") is not None
-        found = (module, shape, silu, scaled)
-        seen.setdefault((module.extra_repr(), shape, silu, scaled), []).append(found)
+        added = keywords.get("addend")
+        found = (
+            module,
+            tuple(given[0].shape),
+            bool(keywords.get("silu")),
+            keywords.get("scale") is not None,
+            tuple(added.shape) if isinstance(added, Tensor) else None,
+        )
+        seen.setdefault((module.extra_repr(), *found[1:]), []).append(found)
 
-    with torch.device("meta"):
+    # The meta device passes for a GPU, where blocks leave biases to the normalisations.
+    with torch.device("meta"), fake_cuda():
         net = build_network(network).eval()
         for module in net.modules():
             if isinstance(module, GroupNorm):
@@ -168,21 +178,22 @@ def _norm(norm: Norm, dtype: torch.dtype, last: bool, device: torch.device) -> R
     x = torch.randn(norm.shape, device=device).to(dtype).contiguous(memory_format=order).requires_grad_()
     rows_ = (norm.shape[0], norm.shape[1], 1, 1)
     scale, shift = ((0.1 * torch.randn(rows_, device=device)).to(dtype).requires_grad_() for _ in range(2))
-    inputs = (x, scale, shift)
+    added = (0.1 * torch.randn(norm.addend or (1,), device=device)).to(dtype).requires_grad_()
+    inputs = (x, scale, shift, added)
     # A part of the images, of which the truth in float64 fits: they are normalised one by one.
     part = slice(0, max(1, min(norm.shape[0], 2**24 // torch.Size(norm.shape[1:]).numel())))
-    some = [t[part].detach().requires_grad_() for t in inputs]
+    some = [(t[part] if t.dim() > 1 else t).detach().requires_grad_() for t in inputs]
     truth = _run(copy.deepcopy(plain).double(), norm, *(t.detach().double().requires_grad_() for t in some))
     # All of them for what each image has of its own, and the part alone for the sums over them.
-    shared = len(truth) - 2
-    found = [t[part] for t in _run(ours, norm, *inputs)[:shared]] + _run(ours, norm, *some)[shared:]
+    own = len(truth) - 2 - (norm.addend is not None)
+    found = [t[part] for t in _run(ours, norm, *inputs)[:own]] + _run(ours, norm, *some)[own:]
     worst = error_units(found, truth)[dtype] / max(
         ALLOWED_UNITS[dtype], error_units(_run(plain, norm, *some), truth)[dtype]
     )
     with torch.no_grad():
-        _, forward, _ = quantiles(lambda: _call(ours, norm, x, scale, shift), device, quick=True)
-    _, whole, _ = quantiles(lambda: _run(ours, norm, x, scale, shift), device, quick=True)
-    _, theirs_whole, _ = quantiles(lambda: _run(plain, norm, x, scale, shift), device, quick=True)
+        _, forward, _ = quantiles(lambda: _call(ours, norm, *inputs), device, quick=True)
+    _, whole, _ = quantiles(lambda: _run(ours, norm, *inputs), device, quick=True)
+    _, theirs_whole, _ = quantiles(lambda: _run(plain, norm, *inputs), device, quick=True)
     _, copied, _ = copy_quantiles(2 * x.nbytes, device, True)
     return {
         "mode": "both",
@@ -196,16 +207,19 @@ def _norm(norm: Norm, dtype: torch.dtype, last: bool, device: torch.device) -> R
     }
 
 
-def _call(module: GroupNorm, norm: Norm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _call(module: GroupNorm, norm: Norm, x: Tensor, scale: Tensor, shift: Tensor, added: Tensor) -> Tensor:
     more = {"scale": scale, "shift": shift} if norm.scaled else {}
+    more |= {"addend": added} if norm.addend is not None else {}
     out: Tensor = module(x, silu=norm.silu, **more)
     return out
 
 
-def _run(module: GroupNorm, norm: Norm, x: Tensor, scale: Tensor, shift: Tensor) -> list[Tensor]:
-    """The result and the gradients of all inputs, those of the weights last."""
-    out = _call(module, norm, x, scale, shift)
-    wanted = [x, *((scale, shift) if norm.scaled else ()), module.weight, module.bias]
+def _run(module: GroupNorm, norm: Norm, *inputs: Tensor) -> list[Tensor]:
+    """The result and the gradients of all inputs: of each image's own first, then of the addend and the weights."""
+    x, scale, shift, added = inputs
+    out = _call(module, norm, *inputs)
+    wanted = [x, *((scale, shift) if norm.scaled else ()), *((added,) if norm.addend is not None else ())]
+    wanted += [module.weight, module.bias]
     # Alike for every dtype and part.
     grad = torch.linspace(-1, 1, out[0].numel(), device=out.device, dtype=torch.float32).view(out.shape[1:]).cos()
     given = torch.autograd.grad(out, wanted, grad.to(x.dtype).expand_as(out))

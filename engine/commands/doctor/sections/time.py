@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
@@ -11,7 +12,7 @@ import torch
 
 from ipfm.engine.commands.bench.step import StepTime, Variant, measure_steps
 from ipfm.engine.commands.doctor.expected import step_expectation
-from ipfm.engine.commands.doctor.place import LEFT_OUT, OK, Place, Row, failed, within
+from ipfm.engine.commands.doctor.place import LEFT_OUT, OK, Place, Row, TookTooLong, at_most, failed, within
 from ipfm.engine.config import Precision
 from ipfm.engine.distributed.compilation import check_compiler
 from ipfm.engine.distributed.world import World, start_world
@@ -30,7 +31,13 @@ def rows(place: Place) -> Iterator[Row]:
     world = start_world()
     rounds = ROUNDS_QUICK if place.quick else ROUNDS
     for name, network, batch, variants in within(place, _cases(place, world), "comparisons"):
-        yield from _timed({"network": name, "batch": batch}, network, variants, rounds, world, expected.get(batch))
+        about: Row = {"network": name, "batch": batch}
+        try:
+            # Compiling large networks may take longer than there is.
+            with at_most(place.left) if any(v.compiled for v in variants) else contextlib.nullcontext():
+                yield from _timed(about, network, variants, rounds, world, expected.get(batch))
+        except TookTooLong as error:
+            yield about | {"compiled": "yes", "verdict": f"{LEFT_OUT}: {error}"}
         gc.collect()
         if place.cuda:
             torch.cuda.empty_cache()
@@ -84,6 +91,8 @@ def _timed(
     try:
         for timed in measure_steps(variants, network, batch, rounds, str(about["network"]), world):
             yield about | _row(timed, flops, expected)
+    except TookTooLong:
+        raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         yield about | {"verdict": f"{LEFT_OUT}: not enough memory ({' '.join(str(error).split())[:120]})"}
     except Exception as error:  # the other comparisons are made too
