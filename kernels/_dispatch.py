@@ -94,21 +94,36 @@ def row_config(elements: int) -> tuple[int, int]:
 
 
 def group_config(
-    channels: int, groups: int, pixels: int, element_size: int, channels_last: bool
+    channels: int,
+    groups: int,
+    pixels: int,
+    element_size: int,
+    channels_last: bool,
+    *,
+    scaled: bool = False,
+    backward: bool = False,
 ) -> tuple[int, int, int, int]:
     """(groups a program, padded channels a group, pixels a block, warps) of the group normalisation kernels.
 
     Groups of up to 4096 elements stay in registers. In channels_last a program takes as many groups side by side as
-    fill 64 bytes of a pixel, so that no sector is read for a part of it.
+    fill 64 bytes of a pixel, so that no sector is read for a part of it; as many elements as that makes stay in the
+    registers of up to 32 warps: 32 of them a thread, 16 where scale and shift wait there too, or 8 on the way back,
+    which holds more of each. More would spill.
     """
     padded = triton.next_power_of_2(channels)
     together = 1
     while channels_last and groups % (2 * together) == 0 and together * channels * element_size < 64:
         together *= 2
-    block = min(triton.next_power_of_2(pixels), max(1, 4096 // (padded * together)))
+    most = 4096
+    if channels_last and element_size <= 4:
+        most = 8192 if backward else 16384 if scaled else 32768
+    block = min(triton.next_power_of_2(pixels), max(1, most // (padded * together)))
     if block < pixels:
         block = max(1, 2048 // (padded * together))
-    return together, padded, block, min(8, max(1, together * padded * block // 256))
+    elements = together * padded * block
+    if elements <= 4096:
+        return together, padded, block, min(8, max(1, elements // 256))
+    return together, padded, block, min(32, elements // (256 if backward else 512))
 
 
 def residual_config(channels: int, pixels: int, channels_last: bool) -> tuple[int, int, int, int]:

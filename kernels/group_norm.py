@@ -9,10 +9,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from ipfm.kernels import _checks, group_norm_reference
-from ipfm.kernels._dispatch import Backend, group_config, on_device, use_triton
+from ipfm.kernels._dispatch import INTERPRETED, Backend, group_config, on_device, use_triton
 from ipfm.kernels._operators import launches_directly, operator
+
+# The interpreter has no libdevice.
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
@@ -28,8 +32,12 @@ def _tile(i_hw, HW, s_c, s_hw, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, CP:
 
 @triton.jit
 def _mean(b_v, count, COMPUTE: tl.constexpr):
-    """(GROUPS, CP, BLOCK) -> (GROUPS, 1, 1): the sum over a group, divided by `count`."""
-    return (tl.sum(tl.sum(b_v, axis=2), axis=1) / tl.cast(count, COMPUTE))[:, None, None]
+    """(GROUPS, CP, BLOCK) -> (GROUPS, 1, 1): the sum over a group, divided by `count`.
+
+    Over both axes at once: what a thread holds is added before anything passes between threads.
+    """
+    b_sum = tl.sum(tl.reshape(b_v, (b_v.shape[0], b_v.shape[1] * b_v.shape[2])), axis=1)
+    return (b_sum / tl.cast(count, COMPUTE))[:, None, None]
 
 
 @triton.jit
@@ -45,17 +53,20 @@ def _parameters(
     p_weight, p_bias, p_scale, p_shift, i_b, i_g, s_pb, s_pc,
     SCALED: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, CP: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Weight, bias, scale + 1 and shift of this program's channels, each (GROUPS, CP, 1); 0 where there is none."""
+    """v and c (GROUPS, CP, 1) of this program's channels, of which v n + c = (weight n + bias)(1 + scale) + shift.
+
+    One after the other: many warps have few registers for what is held at a time.
+    """
     o_c, m_c = _channels(i_g, CHANNELS, GROUPS, CP)
-    b_w = tl.load(p_weight + o_c, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
-    b_b = tl.load(p_bias + o_c, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
-    b_shift = tl.zeros_like(b_w)
-    b_scale = b_shift + 1.0
+    b_c = tl.load(p_bias + o_c, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
     if SCALED:
         o_p = i_b * s_pb + o_c * s_pc
-        b_scale += tl.load(p_scale + o_p, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
-        b_shift += tl.load(p_shift + o_p, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
-    return b_w, b_b, b_scale, b_shift
+        b_scale = 1.0 + tl.load(p_scale + o_p, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
+        b_c = b_c * b_scale + tl.load(p_shift + o_p, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
+        b_w = tl.load(p_weight + o_c, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE)
+        return b_w * b_scale, b_c
+    else:
+        return tl.load(p_weight + o_c, mask=m_c, other=0.0, eviction_policy="evict_last").to(COMPUTE), b_c
 
 
 @triton.jit
@@ -74,19 +85,46 @@ def _addend(
 
 @triton.jit
 def _input(p_x, o, m, b_a, ADDED: tl.constexpr, COMPUTE: tl.constexpr):
-    """What is normalised: x, and the channel's addend if there is one; 0 where masked."""
+    """What is normalised: x, and the channel's addend if there is one."""
     b_x = tl.load(p_x + o, mask=m, other=0.0).to(COMPUTE)
     if ADDED:
-        b_x = tl.where(m, b_x + b_a, 0.0)
+        b_x += b_a
     return b_x
+
+
+@triton.jit
+def _quotient(b_a, b_b):
+    """a / b for a float32 b of at least 1: one reciprocal and a product, without what would serve other b."""
+    if _INTERPRETED or b_b.dtype == tl.float64:
+        return b_a / b_b
+    else:
+        return libdevice.fast_dividef(b_a, b_b)
+
+
+@triton.jit
+def _exp_minus(b_u):
+    """exp(-u), by the instruction for powers of 2; what is too small for a normal number is 0."""
+    return tl.exp2(b_u * tl.full((), -1.4426950408889634, b_u.dtype))
 
 
 @triton.jit
 def _activated(b_u, SILU: tl.constexpr):
     if SILU:
-        return b_u * tl.sigmoid(b_u)
+        return _quotient(b_u, 1.0 + _exp_minus(b_u))
     else:
         return b_u
+
+
+@triton.jit
+def _slope(b_u):
+    """The derivative of silu, σ + u σ (1 - σ) with σ = σ(u), of e = exp(-|u|), from which nothing overflows.
+
+    σ and 1 - σ are r = 1 / (1 + e) and e r, in one order or the other; nothing cancels in either.
+    """
+    b_e = _exp_minus(tl.abs(b_u))
+    b_r = _quotient(tl.full((), 1.0, b_u.dtype), 1.0 + b_e)
+    b_er = b_e * b_r
+    return tl.where(b_u < 0, b_er, b_r) + b_u * (b_er * b_r)
 
 
 @triton.jit
@@ -116,14 +154,15 @@ def group_norm_silu_kernel(
     if RESIDENT:
         o, m = _tile(0, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
         b_x = _input(p_x, o, m, b_a, ADDED, COMPUTE)
-        mean = _mean(b_x, count, COMPUTE)
+        mean = _mean(tl.where(m, b_x, 0.0) if ADDED else b_x, count, COMPUTE)
         b_d = tl.where(m, b_x - mean, 0.0)
         variance = _mean(b_d * b_d, count, COMPUTE)
     else:
         b_sum = tl.zeros((GROUPS, CP, BLOCK), COMPUTE)
         for i_hw in range(0, HW, BLOCK):
             o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
-            b_sum += _input(p_x, o, m, b_a, ADDED, COMPUTE)
+            b_x = _input(p_x, o, m, b_a, ADDED, COMPUTE)
+            b_sum += tl.where(m, b_x, 0.0) if ADDED else b_x
         mean = _mean(b_sum, count, COMPUTE)
         b_sum = tl.zeros((GROUPS, CP, BLOCK), COMPUTE)
         for i_hw in range(0, HW, BLOCK):
@@ -137,20 +176,21 @@ def group_norm_silu_kernel(
     tl.store(p_statistics + 2 * o_g + 1, rstd)
 
     # Load: the channels' parameters.
-    b_w, b_b, b_scale, b_shift = _parameters(
+    b_v, b_c = _parameters(
         p_weight, p_bias, p_scale, p_shift, i_b, i_g, s_pb, s_pc, SCALED, CHANNELS, GROUPS, CP, COMPUTE
     )
+
+    b_v *= rstd
 
     # Compute and store: the normalised x, scaled, shifted and through SiLU.
     dtype = p_y.dtype.element_ty
     if RESIDENT:
-        b_u = (b_d * rstd * b_w + b_b) * b_scale + b_shift
+        b_u = b_d * b_v + b_c
         tl.store(p_y + o, _activated(b_u, SILU).to(dtype), mask=m)
     else:
         for i_hw in range(0, HW, BLOCK):
             o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
-            b_n = (_input(p_x, o, m, b_a, ADDED, COMPUTE) - mean) * rstd
-            b_u = (b_n * b_w + b_b) * b_scale + b_shift
+            b_u = (_input(p_x, o, m, b_a, ADDED, COMPUTE) - mean) * b_v + b_c
             tl.store(p_y + o, _activated(b_u, SILU).to(dtype), mask=m)
 
 
@@ -158,13 +198,11 @@ def group_norm_silu_kernel(
 def _through_silu(
     p_x, p_dy, o, m, b_a, mean, rstd, b_v, b_c, ADDED: tl.constexpr, SILU: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """(n, ∂L/∂u) with n = (x - mean)·rstd and u = v n + c; both 0 where masked."""
-    b_n = tl.where(m, (_input(p_x, o, m, b_a, ADDED, COMPUTE) - mean) * rstd, 0.0)
+    """(n, ∂L/∂u) with n = (x - mean)·rstd and u = v n + c; where masked the latter is 0, and so are its products."""
+    b_n = (_input(p_x, o, m, b_a, ADDED, COMPUTE) - mean) * rstd
     b_du = tl.load(p_dy + o, mask=m, other=0.0).to(COMPUTE)
     if SILU:
-        b_u = b_n * b_v + b_c
-        # σ(-u) for 1 - σ(u), of which nothing cancels.
-        b_du *= tl.sigmoid(b_u) * (1.0 + b_u * tl.sigmoid(-b_u))
+        b_du *= _slope(b_n * b_v + b_c)
     return b_n, b_du
 
 
@@ -193,12 +231,10 @@ def group_norm_silu_backward_kernel(
     o_g = i_b * GROUPS_ALL + i_g + tl.arange(0, GROUPS)[:, None, None]
     mean = tl.load(p_statistics + 2 * o_g, eviction_policy="evict_last")
     rstd = tl.load(p_statistics + 2 * o_g + 1, eviction_policy="evict_last")
-    b_w, b_b, b_scale, b_shift = _parameters(
+    b_v, b_c = _parameters(
         p_weight, p_bias, p_scale, p_shift, i_b, i_g, s_pb, s_pc, SCALED, CHANNELS, GROUPS, CP, COMPUTE
     )
     b_a = _addend(p_addend, i_b, i_g, s_ab, ADDED, CHANNELS, GROUPS, CP, COMPUTE)
-    b_v = b_w * b_scale
-    b_c = b_b * b_scale + b_shift
 
     # Load and compute: n, and the gradient of what goes into SiLU.
     if RESIDENT:
@@ -255,10 +291,19 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def block_sizes(
-    channels: int, groups: int, pixels: int, dtype: torch.dtype, channels_last: bool
+    channels: int,
+    groups: int,
+    pixels: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    *,
+    scaled: bool = False,
+    backward: bool = False,
 ) -> tuple[dict[str, Any], int]:
     """(what is constant in the kernels for this shape, warps)."""
-    together, padded, block, warps = group_config(channels // groups, groups, pixels, dtype.itemsize, channels_last)
+    together, padded, block, warps = group_config(
+        channels // groups, groups, pixels, dtype.itemsize, channels_last, scaled=scaled, backward=backward
+    )
     sizes = {
         "GROUPS_ALL": groups,
         "CHANNELS": channels // groups,
@@ -271,14 +316,14 @@ def block_sizes(
     return sizes, warps
 
 
-def _layout(x: Tensor, groups: int) -> tuple[dict[str, int], dict[str, Any], int]:
+def _layout(x: Tensor, groups: int, *, scaled: bool, backward: bool) -> tuple[dict[str, int], dict[str, Any], int]:
     """(strides, block sizes, warps) for a dense x (B, C, H, W)."""
     _, channels, height, width = x.shape
     pixels = height * width
     # The strides of sides of one pixel say nothing.
     last = not x.is_contiguous()
     strides = {"s_b": channels * pixels, "s_c": 1 if last else pixels, "s_hw": channels if last else 1}
-    return strides, *block_sizes(channels, groups, pixels, x.dtype, last)
+    return strides, *block_sizes(channels, groups, pixels, x.dtype, last, scaled=scaled, backward=backward)
 
 
 def _per_channel(scale: Tensor | None, shift: Tensor | None, weight: Tensor) -> tuple[Any, Any, int, int]:
@@ -309,7 +354,7 @@ def _launch_forward(
     """(y, mean and 1/√(var + eps) of each group (B, groups, 2)); x is dense, and a row of the addend."""
     y = torch.empty_like(x)
     statistics = _numbers(x, len(x), groups, 2)
-    strides, sizes, warps = _layout(x, groups)
+    strides, sizes, warps = _layout(x, groups, scaled=scale is not None, backward=False)
     p_scale, p_shift, s_pb, s_pc = _per_channel(scale, shift, weight)
     if x.numel():
         grid = (len(x) * (groups // sizes["GROUPS"]),)
@@ -336,7 +381,7 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor]:
     """(∂L/∂x, [Σ ∂L/∂u, Σ n ∂L/∂u, with an addend Σ ∂L/∂x]), the sums (2 or 3, B, C) over the pixels."""
     groups = statistics.shape[1]
-    strides, sizes, warps = _layout(x, groups)
+    strides, sizes, warps = _layout(x, groups, scaled=scale is not None, backward=True)
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
     dx = torch.empty_like(x)
@@ -494,8 +539,8 @@ def group_norm_silu(
         ValueError: a shape, dtype, device or number that does not fit, or a scale without a shift.
         RuntimeError: in the backward pass, where a second derivative is asked for.
 
-    Bytes moved: forward 2, backward 3 times those of x where a group has at most 4096 elements; larger groups are read
-    again, mostly from cache. One launch each.
+    Bytes moved: forward 2, backward 3 times those of x where a program's groups stay in registers (`group_config`);
+    larger groups are read again, partly from cache. One launch each.
 
     Example:
         >>> import torch

@@ -211,9 +211,12 @@ def group_norm_case(
         "recomputed": group_norm_reference.group_norm_silu,
     }
     work = FunctionWorkload(plain, group_norm_silu, inputs, arguments, oracle=reference.group_norm_silu)
-    resident = block_sizes(channels, GROUPS, height * width, dtype, last)[0]["RESIDENT"]
-    forward = Bytes(2 * x.nbytes, (2 if resident else 4) * x.nbytes)
-    backward = Bytes(3 * x.nbytes, (3 if resident else 5) * x.nbytes)
+    once, once_back = (
+        block_sizes(channels, GROUPS, height * width, dtype, last, scaled=scaled, backward=backward)[0]["RESIDENT"]
+        for backward in (False, True)
+    )
+    forward = Bytes(2 * x.nbytes, (2 if once else 4) * x.nbytes)
+    backward = Bytes(3 * x.nbytes, (3 if once_back else 5) * x.nbytes)
     both = Bytes(forward.needed + backward.needed, forward.kernel + backward.kernel)
     variant = " ".join(part for part, given in (("scaled", scaled), ("channels_last", last)) if given)
     modes = {"forward": forward, "backward": backward, "both": both}

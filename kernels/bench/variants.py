@@ -205,9 +205,8 @@ def group_norm_variants() -> Iterator[Case]:
         for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             for scaled in (True, False):
                 quick = scaled and ("32x32" in label or "unaligned" in label) and (dtype == "bf16" or not last)
-                sizes, warps = block_sizes(channels, 32, pixels, torch_dtype, last)
                 # In a U-Net what an embedding does not scale has it added, with a bias.
-                constants = {**sizes, "SCALED": scaled, "ADDED": not scaled, "SILU": True}
+                constants = {"SCALED": scaled, "ADDED": not scaled, "SILU": True}
                 constants |= {"s_c" if last else "s_hw": 1, "s_pc": 1}
                 data: tuple[str, ...] = ("p_x", "p_weight", "p_bias", "p_scale", "p_shift", "p_addend")
                 numbers = ("HW", "s_b", "s_hw" if last else "s_c", "s_pb", "s_ab")
@@ -224,7 +223,9 @@ def group_norm_variants() -> Iterator[Case]:
                 ):
                     types = dict.fromkeys((*data, *more), f"*{dtype}") | dict.fromkeys(statistics, "*fp32")
                     types |= dict.fromkeys(numbers, "i32")
-                    here = constants | ({"EPS": 1e-5} if kernel == "group_norm_silu" else {})
+                    back = fn is group_norm_silu_backward_kernel
+                    sizes, warps = block_sizes(channels, 32, pixels, torch_dtype, last, scaled=scaled, backward=back)
+                    here = constants | sizes | ({"EPS": 1e-5} if kernel == "group_norm_silu" else {})
                     # Two numbers a group, or a channel.
                     yield Case(
                         kernel,

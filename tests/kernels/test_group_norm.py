@@ -323,6 +323,45 @@ def test_blocks_fill_registers_and_sectors():
     assert group_config(8, 1, 256, 2, True)[0] == 1
 
 
+def test_many_warps_hold_what_is_wide_in_channels_last():
+    assert group_config(8, 32, 256, 2, True) == (4, 8, 256, 16)
+    assert group_config(8, 32, 1024, 2, True) == (4, 8, 1024, 32)
+    assert group_config(8, 32, 1024, 4, True) == (2, 8, 1024, 32)
+    assert group_config(8, 32, 256, 2, True, backward=True) == (4, 8, 256, 32)
+    # Read again: with scale and shift, on the way back, in float64, and where a group is larger than all registers.
+    assert group_config(8, 32, 1024, 2, True, scaled=True)[2:] == (64, 8)
+    assert group_config(8, 32, 1024, 2, True, backward=True)[2:] == (64, 8)
+    assert group_config(8, 32, 1024, 8, True)[2] < 1024
+    assert group_config(8, 32, 4096, 2, True)[2:] == (64, 8)
+
+
+@pytest.mark.parametrize(("side", "scaled", "dtype"), [(16, True, torch.float32), (32, False, torch.bfloat16)], ids=ids)
+def test_large_groups_in_registers_are_no_worse_than_pytorch(side, scaled, dtype, device, no_worse):
+    form = "scaled" if scaled else "plain"
+    tensors, gradient = inputs((1, 32, side, side), dtype, form, device, torch.channels_last)
+    assert group_config(8, 4, side * side, dtype.itemsize, True, scaled=scaled)[2] == side * side
+    doubled = [None if t is None else t.double() for t in tensors]
+    truth = differentiated(reference.group_norm_silu, doubled, gradient.double(), 4)
+    plain, got = (differentiated(group_norm_silu, tensors, gradient, 4, backend=b) for b in ("reference", "triton"))
+    for g, p, r in zip(got[:2], plain, truth, strict=False):
+        no_worse(g, p, r, hair=2)
+    no_worse(together(got, truth), together(plain, truth), together(truth, truth), hair=2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_silu_where_its_exponential_ends(backend, device):
+    """Far from 0 on both sides: no NaN, and gradients of 1 and 0."""
+    u = torch.tensor([-1e4, -200.0, -100.0, -88.0, -20.0, 0.0, 20.0, 88.0, 100.0, 1e4], dtype=torch.float32)
+    x = torch.tensor([-1.0, 1.0]).view(1, 1, 1, 2).expand(1, 10, 1, 2).to(device).contiguous()
+    weight, bias = torch.zeros(10, device=device), u.to(device).requires_grad_()
+    y = group_norm_silu(x, 10, weight, bias, backend=backend)
+    (slope,) = torch.autograd.grad(y[..., 0].sum(), bias)
+    wide = u.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(F.silu(wide).sum(), wide)
+    torch.testing.assert_close(y[0, :, 0, 0].double().cpu(), F.silu(wide).detach(), rtol=1e-5, atol=1e-35)
+    torch.testing.assert_close(slope.double().cpu(), wanted, rtol=1e-5, atol=1e-35)
+
+
 X = torch.zeros(2, 4, 3, 3)
 C, P = torch.ones(4), torch.zeros(2, 4, 1, 1)
 
