@@ -15,6 +15,7 @@ import gpus
 import prepared
 import pytest
 import torch
+import torch.utils._device
 
 TESTS = Path(__file__).parent
 # Seconds that each file took when somebody last ran `make durations`, by its path below tests/.

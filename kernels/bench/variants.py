@@ -206,7 +206,7 @@ def group_norm_variants() -> Iterator[Case]:
             for scaled in (True, False):
                 quick = scaled and ("32x32" in label or "unaligned" in label) and (dtype == "bf16" or not last)
                 # In a U-Net what an embedding does not scale has it added, with a bias.
-                constants = {"SCALED": scaled, "ADDED": not scaled, "SILU": True}
+                constants: dict[str, Any] = {"SCALED": scaled, "ADDED": not scaled, "SILU": True}
                 constants |= {"s_c" if last else "s_hw": 1, "s_pc": 1}
                 data: tuple[str, ...] = ("p_x", "p_weight", "p_bias", "p_scale", "p_shift", "p_addend")
                 numbers = ("HW", "s_b", "s_hw" if last else "s_c", "s_pb", "s_ab")
