@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 from typing import Literal
 
 import torch
@@ -46,12 +47,15 @@ def use_triton(op: str, backend: str, device: torch.device) -> bool:
     return backend == "triton"
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Make `device` current for a launch: Triton launches on the current device, not on its arguments'."""
     if device.type != "cuda":
-        return contextlib.nullcontext()
+        return _NOTHING
     usable_cache()
-    return torch.cuda.device(device)
+    return _NOTHING if torch.cuda.current_device() == device.index else torch.cuda.device(device)
 
 
 def signed32(value: int) -> int:
@@ -66,7 +70,8 @@ def signed64(value: int) -> int:
 
 def float64_bits(value: float) -> int:
     """The bits of `value` as an int64: Triton would round a float argument to float32."""
-    return int(torch.tensor(value, dtype=torch.float64, device="cpu").view(torch.int64))
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return bits
 
 
 def noise_config(samples: int, pixels: int, rgb: bool = False) -> tuple[int, int, int]:

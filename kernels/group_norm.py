@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from ipfm.kernels import _checks, group_norm_reference
-from ipfm.kernels._dispatch import INTERPRETED, Backend, group_config, on_device, use_triton
+from ipfm.kernels._dispatch import INTERPRETED, Backend, group_config, use_triton
+from ipfm.kernels._launch import Launch
 from ipfm.kernels._operators import launches_directly, operator
 
 # The interpreter has no libdevice.
@@ -316,14 +318,41 @@ def block_sizes(
     return sizes, warps
 
 
-def _layout(x: Tensor, groups: int, *, scaled: bool, backward: bool) -> tuple[dict[str, int], dict[str, Any], int]:
-    """(strides, block sizes, warps) for a dense x (B, C, H, W)."""
-    _, channels, height, width = x.shape
+@lru_cache(maxsize=4096)
+def _launch(
+    backward: bool,
+    shape: tuple[int, ...],
+    last: bool,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    groups: int,
+    per_channel: tuple[int, int],
+    batch_stride: int,
+    scaled: bool,
+    added: bool,
+    activation: bool,
+    eps: float,
+) -> Launch:
+    """The launch for a dense x of this shape and format; its kernel is another for each device and for other dtypes."""
+    batch, channels, height, width = shape
     pixels = height * width
-    # The strides of sides of one pixel say nothing.
-    last = not x.is_contiguous()
-    strides = {"s_b": channels * pixels, "s_c": 1 if last else pixels, "s_hw": channels if last else 1}
-    return strides, *block_sizes(channels, groups, pixels, x.dtype, last, scaled=scaled, backward=backward)
+    sizes, warps = block_sizes(channels, groups, pixels, dtypes[0], last, scaled=scaled, backward=backward)
+    values = {
+        "HW": pixels,
+        "s_b": channels * pixels,
+        "s_c": 1 if last else pixels,
+        "s_hw": channels if last else 1,
+        "s_pb": per_channel[0],
+        "s_pc": per_channel[1],
+        "s_ab": batch_stride,
+        "EPS": eps,
+        "SCALED": scaled,
+        "ADDED": added,
+        "SILU": activation,
+        **sizes,
+    }
+    kernel = group_norm_silu_backward_kernel if backward else group_norm_silu_kernel
+    return Launch(kernel, (batch * (groups // sizes["GROUPS"]),), warps, values)
 
 
 def _per_channel(scale: Tensor | None, shift: Tensor | None, weight: Tensor) -> tuple[Any, Any, int, int]:
@@ -337,7 +366,7 @@ def _per_channel(scale: Tensor | None, shift: Tensor | None, weight: Tensor) -> 
 
 def _numbers(x: Tensor, *sizes: int) -> Tensor:
     """An empty tensor of these sizes, in the dtype that is computed in."""
-    return x.new_empty(sizes, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(sizes, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _launch_forward(
@@ -354,17 +383,16 @@ def _launch_forward(
     """(y, mean and 1/√(var + eps) of each group (B, groups, 2)); x is dense, and a row of the addend."""
     y = torch.empty_like(x)
     statistics = _numbers(x, len(x), groups, 2)
-    strides, sizes, warps = _layout(x, groups, scaled=scale is not None, backward=False)
-    p_scale, p_shift, s_pb, s_pc = _per_channel(scale, shift, weight)
     if x.numel():
-        grid = (len(x) * (groups // sizes["GROUPS"]),)
-        with on_device(x.device):
-            group_norm_silu_kernel[grid](
-                x, weight, bias, p_scale, p_shift, weight if addend is None else addend, y, statistics,
-                x.shape[2] * x.shape[3], **strides, s_pb=s_pb, s_pc=s_pc, s_ab=_batch_stride(addend),
-                EPS=eps, SCALED=scale is not None, ADDED=addend is not None, SILU=activation, **sizes,
-                num_warps=warps,
-            )  # fmt: skip
+        p_scale, p_shift, *per_channel = _per_channel(scale, shift, weight)
+        p_addend = weight if addend is None else addend
+        dtypes = x.dtype, weight.dtype, bias.dtype, p_scale.dtype, p_shift.dtype, p_addend.dtype
+        # The strides of sides of one pixel say nothing.
+        launch = _launch(
+            False, x.shape, not x.is_contiguous(), x.device, dtypes, groups, tuple(per_channel),
+            _batch_stride(addend), scale is not None, addend is not None, activation, eps,
+        )  # fmt: skip
+        launch(x.device, x, weight, bias, p_scale, p_shift, p_addend, y, statistics)
     return y, statistics
 
 
@@ -380,21 +408,19 @@ def _launch_backward(
     addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(∂L/∂x, [Σ ∂L/∂u, Σ n ∂L/∂u, with an addend Σ ∂L/∂x]), the sums (2 or 3, B, C) over the pixels."""
-    groups = statistics.shape[1]
-    strides, sizes, warps = _layout(x, groups, scaled=scale is not None, backward=True)
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
     dx = torch.empty_like(x)
     sums = _numbers(x, 2 if addend is None else 3, *x.shape[:2])
-    p_scale, p_shift, s_pb, s_pc = _per_channel(scale, shift, weight)
     if x.numel():
-        grid = (len(x) * (groups // sizes["GROUPS"]),)
-        with on_device(x.device):
-            group_norm_silu_backward_kernel[grid](
-                x, dy, weight, bias, p_scale, p_shift, weight if addend is None else addend, statistics, dx, sums,
-                x.shape[2] * x.shape[3], **strides, s_pb=s_pb, s_pc=s_pc, s_ab=_batch_stride(addend),
-                SCALED=scale is not None, ADDED=addend is not None, SILU=activation, **sizes, num_warps=warps,
-            )  # fmt: skip
+        p_scale, p_shift, *per_channel = _per_channel(scale, shift, weight)
+        p_addend = weight if addend is None else addend
+        dtypes = x.dtype, dy.dtype, weight.dtype, bias.dtype, p_scale.dtype, p_shift.dtype, p_addend.dtype
+        launch = _launch(
+            True, x.shape, not x.is_contiguous(), x.device, dtypes, statistics.shape[1], tuple(per_channel),
+            _batch_stride(addend), scale is not None, addend is not None, activation, 0.0,
+        )  # fmt: skip
+        launch(x.device, x, dy, weight, bias, p_scale, p_shift, p_addend, statistics, dx, sums)
     return dx, sums
 
 
@@ -485,8 +511,12 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 class _GroupNormSilu(torch.autograd.Function):
     """The launches without an operator around them, which costs the host more than the launch."""
 
-    forward = staticmethod(_launch_forward)
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        # In one: with a setup_context of its own, PyTorch would bind the arguments anew at every call.
+        output = _launch_forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
@@ -608,7 +638,9 @@ def unchecked_group_norm_silu(
     if addend is not None:
         addend = _rows(addend)
     x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
-    run: Callable[..., tuple[Tensor, Tensor]] = _GroupNormSilu.apply if launches_directly(x) else _forward
+    run: Callable[..., tuple[Tensor, Tensor]] = _forward
+    if launches_directly(x):
+        run = _GroupNormSilu.apply if torch.is_grad_enabled() else _launch_forward
     return run(x, weight, bias, scale, shift, groups, eps, activation, addend)[0]
 
 

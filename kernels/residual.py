@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ipfm.kernels import _checks
-from ipfm.kernels._dispatch import Backend, on_device, residual_config, use_triton
+from ipfm.kernels._dispatch import Backend, residual_config, use_triton
+from ipfm.kernels._launch import Launch
 from ipfm.kernels._operators import launches_directly, operator
 
 # --------------------------------------------------------------------------------------------------------- kernels
@@ -95,28 +97,47 @@ def block_sizes(
     return sizes, (triton.cdiv(channels, together), triton.cdiv(pixels, block * steps)), steps, warps
 
 
-def _layout(a: Tensor) -> tuple[dict[str, int], dict[str, Any], tuple[int, int], int]:
-    """(pixels, steps and strides, block sizes, programs of a sample, warps) for a dense a (B, C, H, W)."""
-    # What a compiler takes for any number is one here: but for the batch, sizes choose the blocks.
-    channels, height, width = map(int, a.shape[1:])
+@lru_cache(maxsize=4096)
+def _launch(
+    backward: bool,
+    shape: tuple[int, ...],
+    last: bool,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    gradient: tuple[int, int],
+    scale: float,
+    biased: bool,
+) -> Launch:
+    """The launch for a dense tensor of this shape and format, and on the way back for strides of the gradient."""
+    batch, channels, height, width = shape
     pixels = height * width
-    # The strides of sides of one pixel say nothing.
-    last = not a.is_contiguous()
-    sizes, programs, steps, warps = block_sizes(channels, pixels, a.dtype, last)
-    strides = {"s_b": channels * pixels, "s_c": 1 if last else pixels, "s_hw": channels if last else 1}
-    return {"HW": pixels, "STEPS": steps, **strides}, sizes, programs, warps
+    sizes, (chunks, splits), steps, warps = block_sizes(channels, pixels, dtypes[0], last)
+    values = {
+        "HW": pixels,
+        "STEPS": steps,
+        "s_b": channels * pixels,
+        "s_c": 1 if last else pixels,
+        "s_hw": channels if last else 1,
+        "s_gb": gradient[0],
+        "s_ghw": gradient[1],
+        "SCALE": scale,
+        "BIASED": biased,
+        **sizes,
+    }
+    kernel = residual_sum_backward_kernel if backward else residual_sum_kernel
+    return Launch(kernel, (batch * chunks, splits), warps, values)
 
 
 def _launch_forward(a: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """(a + b + bias) scale; a is dense, and b has its layout."""
     y = torch.empty_like(a)
     if a.numel():
-        numbers, sizes, (chunks, splits), warps = _layout(a)
-        with on_device(a.device):
-            residual_sum_kernel[len(a) * chunks, splits](
-                a, b, a if bias is None else bias, y, **numbers, SCALE=scale, BIASED=bias is not None, **sizes,
-                num_warps=warps,
-            )  # fmt: skip
+        p_bias = a if bias is None else bias
+        dtypes = a.dtype, b.dtype, p_bias.dtype
+        # The strides of sides of one pixel say nothing.
+        last = not a.is_contiguous()
+        launch = _launch(False, a.shape, last, a.device, dtypes, (0, 0), scale, bias is not None)
+        launch(a.device, a, b, p_bias, y)
     return y
 
 
@@ -124,12 +145,9 @@ def _launch_backward(dy: Tensor, scale: float, biased: bool) -> tuple[Tensor, Te
     """(dy scale, the sums of it over parts of each sample (parts, C), no parts without a bias); dy is `_regular`."""
     d, sums = _results(dy, biased)
     if dy.numel():
-        numbers, sizes, (chunks, splits), warps = _layout(d)
-        with on_device(dy.device):
-            residual_sum_backward_kernel[len(dy) * chunks, splits](
-                dy, d, sums, **numbers, s_gb=dy.stride(0), s_ghw=_pixel_stride(dy), SCALE=scale, BIASED=biased, **sizes,
-                num_warps=warps,
-            )  # fmt: skip
+        strides = dy.stride(0), _pixel_stride(dy)
+        launch = _launch(True, d.shape, not d.is_contiguous(), d.device, (dy.dtype,), strides, scale, biased)
+        launch(d.device, dy, d, sums)
     return d, sums
 
 
@@ -138,7 +156,11 @@ def _results(dy: Tensor, biased: bool) -> tuple[Tensor, Tensor]:
     last = not dy[:1].is_contiguous()
     d = torch.empty_like(dy, memory_format=torch.channels_last if last else torch.contiguous_format)
     # len() would make a compiler's batch a number.
-    parts = dy.shape[0] * _layout(d)[2][1] if biased else 0
+    parts = 0
+    if biased:
+        # What a compiler takes for any number is one here: but for the batch, sizes choose the blocks.
+        channels, height, width = map(int, dy.shape[1:])
+        parts = dy.shape[0] * block_sizes(channels, height * width, dy.dtype, not d.is_contiguous())[1][1]
     return d, dy.new_empty((parts, dy.shape[1]), dtype=torch.promote_types(dy.dtype, torch.float32))
 
 
@@ -202,8 +224,12 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 class _ResidualSum(torch.autograd.Function):
     """The launches without an operator around them."""
 
-    forward = staticmethod(_launch_forward)
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _launch_forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_differentiate)
 
 
@@ -265,5 +291,7 @@ def unchecked_residual_sum(a: Tensor, b: Tensor, bias: Tensor | None, *, scale: 
         # In place: the sum was made here and no gradient needs its value.
         return total if scale == 1 else total.mul_(scale)
     a = _dense(a)
-    run: Callable[..., Tensor] = _ResidualSum.apply if launches_directly(a) else _forward
+    run: Callable[..., Tensor] = _forward
+    if launches_directly(a):
+        run = _ResidualSum.apply if torch.is_grad_enabled() else _launch_forward
     return run(a, _like(b, a), None if bias is None else bias.contiguous(), scale)
