@@ -11,7 +11,7 @@ PROCESSES := 'import os, torch; print(1 if torch.cuda.is_available() else min(2,
 # A process that starts a hundred others should find what Python has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo fashion help test test-gpu quick lint types quick-tests durations bench soak nodes equivalence rehearsal fuzz clean
+.PHONY: demo fashion help test test-gpu quick lint types quick-tests durations bench soak nodes equivalence rehearsal counts fuzz clean
 
 demo: $(READY)  ## train a teacher on the digits, distil it to one step, print the table
 	$(BIN)/deepspeed --num_accelerators $$($(BIN)/python -c $(PROCESSES)) recipes/digits_ipfm.py
@@ -63,6 +63,9 @@ equivalence: $(READY)  ## the engine against a plain PyTorch loop, 20 steps, eve
 
 rehearsal: $(READY)  ## what every recipe launches on a GPU, compiled for seven kinds of GPUs, in some ten minutes without one
 	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/rehearsal.py --out build/rehearsal.json
+
+counts: $(READY)  ## what a step costs that can be counted without a GPU: waits, operators, traffic, the host's time
+	$(BIN)/python -m ipfm.engine.commands.bench.counts
 
 fuzz: $(READY)  ## damage two checkpoints at every byte and every length, and read them
 	$(BIN)/python tests/helpers/fuzz_checkpoints.py tests/fixtures/*.pkl

@@ -62,7 +62,7 @@ class Launch:
     bytes: Mapping[str, int]
     """Of the tensors, by the arguments' names."""
     numbers: Mapping[str, int]
-    """Integers among the arguments, those that are constants for Triton because they are 1 too."""
+    """Integers among the arguments, constants too."""
 
 
 @dataclass

@@ -2,61 +2,76 @@
 
 import pytest
 import torch
+import triton
 import triton.language as tl
 
 from ipfm.kernels import group_norm_silu
 from ipfm.kernels._dispatch import TRITON_DEVICES
 from ipfm.kernels.bench.fake_driver import FakeKernel, fake_cuda
-from ipfm.kernels.group_norm import group_norm_silu_kernel
 
 META = torch.device("meta")
 
 
-def launch(grid=(1,), **other):
-    """The forward kernel itself."""
-    f = torch.zeros(4, 4, 2, 2, device=META)
-    numbers = {"HW": 4, "s_b": 16, "s_c": 4, "s_hw": 1, "s_pb": 0, "s_pc": 0, "num_warps": 1}
-    flags = {"SCALED": False, "SILU": True, "RESIDENT": True, "EPS": 1e-5, "COMPUTE": tl.float32}
-    sizes = {"GROUPS_ALL": 1, "CHANNELS": 4, "GROUPS": 1, "CP": 4, "BLOCK": 4}
-    group_norm_silu_kernel[grid](f, f, f, f, f, f, f, f, **(numbers | flags | sizes | other))
+@triton.jit(do_not_specialize=["seed"])
+def scale_kernel(p_x, p_y, p_mask, count, stride, seed, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_y + o * stride, tl.load(p_x + o * stride, mask=o < count) * FACTOR + seed, mask=o < count)
+
+
+def launch(grid=(1,), *, stride=3, seed=7, warps=1):
+    x = torch.zeros(4, 16, device=META, dtype=torch.bfloat16)
+    scale_kernel[grid](x, x, None, 48, stride, seed, FACTOR=0.5, BLOCK=64, num_warps=warps)
 
 
 def test_a_launch_is_specialised_as_on_a_gpu_and_written_down():
     with fake_cuda() as launches:
         launch()
-        launch(s_b=48, num_warps=2)
-    first, second = (call.variant for call in launches.calls)
-    assert (first.module, first.name, first.warps) == ("ipfm.kernels.group_norm", "group_norm_silu_kernel", 1)
-    assert first.fn is group_norm_silu_kernel
+        launch(stride=1, warps=2)
+        launch(seed=1)
+    first, second, third = (call.variant for call in launches.calls)
+    assert (first.name, first.warps) == ("scale_kernel", 1)
     types = dict(first.types)
-    assert (types["p_x"], types["s_b"], types["s_hw"]) == ("*fp32", "i32", "constexpr")
-    assert first.constant("s_hw") == 1
-    assert first.constant("CHANNELS") == 4
-    assert {"p_x", "s_b", "s_pb"} <= set(first.aligned)
-    assert "s_c" not in first.aligned
-    assert (second.warps, launches.calls[0].grid, launches.calls[0].bytes["p_x"]) == (2, (1, 1, 1), 256)
-    assert launches.variants == {first: 1, second: 1}
+    assert (types["p_x"], types["count"], types["stride"], types["seed"]) == ("*bf16", "i32", "i32", "i32")
+    # What is None is a constant, and so is 1, but where it must not be.
+    assert (types["p_mask"], first.constant("p_mask", 0)) == ("constexpr", None)
+    assert (second.constant("stride"), second.warps) == (1, 2)
+    assert third == first
+    assert (first.constant("FACTOR"), first.constant("BLOCK")) == (0.5, 64)
+    assert {"p_x", "p_y", "count"} <= set(first.aligned)
+    assert not {"stride", "seed"} & set(first.aligned)
+    call = launches.calls[0]
+    assert (call.grid, call.bytes["p_x"]) == ((1, 1, 1), 128)
+    assert call.numbers == {"count": 48, "stride": 3, "seed": 7, "BLOCK": 64}
+    assert launches.variants == {first: 2, second: 1}
+    assert launches.count == 3
+
+
+def test_launches_that_are_not_recorded_are_counted_alone():
+    with fake_cuda(recorded=False) as launches:
+        launch()
+        launch(stride=1)
+    assert (launches.count, launches.calls) == (2, [])
 
 
 @pytest.mark.parametrize(
-    ("grid", "other", "said"),
+    ("grid", "said"),
     [
-        pytest.param((0,), {}, "grid", id="an empty grid"),
-        pytest.param((1, 70_000), {}, "grid", id="a grid with too many rows"),
-        pytest.param((2**31,), {}, "grid", id="a grid beyond 2**31"),
+        pytest.param((0,), "grid", id="an empty grid"),
+        pytest.param((1, 70_000), "grid", id="a grid with too many rows"),
+        pytest.param((2**31,), "grid", id="a grid beyond 2**31"),
     ],
 )
-def test_what_the_true_launcher_would_refuse_is_refused(grid, other, said):
+def test_what_the_true_launcher_would_refuse_is_refused(grid, said):
     with fake_cuda(), pytest.raises(ValueError, match=said):
-        launch(grid, **other)
+        launch(grid)
 
 
 def test_a_number_that_an_argument_cannot_hold_is_refused():
     with fake_cuda() as launches:
         launch()
         variant = launches.calls[0].variant
-        values = [2**31 if name == "s_b" else None if kind[0] == "*" else 1 for name, kind in variant.types]
-        with pytest.raises(ValueError, match="s_b is i32 and gets 2147483648"):
+        values = [2**31 if name == "count" else None if kind[0] == "*" else 1 for name, kind in variant.types]
+        with pytest.raises(ValueError, match="count is i32 and gets 2147483648"):
             FakeKernel(variant)[(1,)](*values)
 
 
