@@ -183,7 +183,7 @@ def _nvml() -> Iterator[Finding]:
         yield Finding(GPU, "driver", f"{driver}, for CUDA up to {cuda // 1000}.{cuda % 1000 // 10}")
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            for ask in (_mig, _others, _throttled):
+            for ask in (_mig, _exclusive, _others, _throttled):
                 with contextlib.suppress(Exception):  # what a GPU does not have, or one may not ask
                     yield from ask(pynvml, handle, f"GPU {index}")
     finally:
@@ -198,6 +198,12 @@ def _mig(pynvml: Any, handle: Any, name: str) -> Iterator[Finding]:
     current, _ = pynvml.nvmlDeviceGetMigMode(handle)
     if current:
         yield Finding(GPU, name, "MIG is on: a process has one part of it, and NCCL does not join parts", "remark")
+
+
+def _exclusive(pynvml: Any, handle: Any, name: str) -> Iterator[Finding]:
+    if pynvml.nvmlDeviceGetComputeMode(handle) != pynvml.NVML_COMPUTEMODE_DEFAULT:
+        remedy = "nvidia-smi -c DEFAULT lets several processes use it, as two of --full's sections need"
+        yield Finding(GPU, name, "its compute mode is exclusive: one process at a time", "remark", remedy)
 
 
 def _others(pynvml: Any, handle: Any, name: str) -> Iterator[Finding]:

@@ -67,7 +67,7 @@ def tried(row: Row, ask: Callable[[], Row]) -> Row:
 
 
 def within(place: Place, cases: list[Any], what: str, share: float = 1.0) -> Iterator[Any]:
-    """The cases, as long as there is time.
+    """The cases, as long as there is time; some may be added meanwhile.
 
     Raises:
         OutOfTime: some were left out; `what` they are.

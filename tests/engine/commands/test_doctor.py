@@ -321,6 +321,11 @@ class Nvml(types.ModuleType):
     def nvmlDeviceGetMigMode(self, handle: int) -> tuple[int, int]:
         return 1, 1
 
+    NVML_COMPUTEMODE_DEFAULT = 0
+
+    def nvmlDeviceGetComputeMode(self, handle: int) -> int:
+        return 3
+
     def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list:
         return [types.SimpleNamespace(pid=1), types.SimpleNamespace(pid=os.getpid())]
 
@@ -331,10 +336,9 @@ class Nvml(types.ModuleType):
 def test_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries, "gpus_there", lambda: 1)
     monkeypatch.setitem(sys.modules, "pynvml", Nvml())
-    driver, mig, others = libraries._nvml()
-    assert (
-        driver.value == "570.86.15, for CUDA up to 12.8" and "MIG is on" in mig.value and others.value.endswith(": 1")
-    )
+    driver, mig, exclusive, others = libraries._nvml()
+    assert driver.value == "570.86.15, for CUDA up to 12.8" and "MIG is on" in mig.value
+    assert others.value.endswith(": 1") and "exclusive" in exclusive.value
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(dead=True))
     (found,) = libraries._nvml()
     assert found.state == "remark" and "NVML Shared Library Not Found" in found.value

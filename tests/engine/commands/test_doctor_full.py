@@ -211,8 +211,9 @@ def test_every_kind_of_convolution_layer_is_tried(name: str, thin, monkeypatch: 
     assert {up for up, _, _ in kinds} == {down for _, down, _ in kinds} == {True, False}
     for layer in kinds.values():
         for frozen in (False, True):
-            row = convolutions._measured(layer, True, frozen, torch.float32, torch.device("cpu"))
-            assert row["verdict"] == OK, (layer.words, row)
+            for dtype in (torch.float32, torch.bfloat16):
+                row = convolutions._measured(layer, True, frozen, dtype, torch.device("cpu"))
+                assert row["verdict"] == OK, (layer.words, row)
     assert sum(layer.count for layer in layers) == sum(
         type(m) is convolutions.Conv2d for m in presets_network(name).modules()
     )
@@ -335,6 +336,8 @@ def test_too_little_memory_for_a_comparison_is_no_failure(tmp_path: Path, monkey
     monkeypatch.setattr(timing, "measure_steps", refuse)
     (row,) = rows_of("time", tmp_path)
     assert row["verdict"] == "left out: not enough memory (CUDA out of memory. Tried to allocate 2.00 GiB.)"
+    # Half of the images then, down to 32.
+    assert [row["batch"] for row in rows_of("time", tmp_path, quick=False)] == [64, 32]
 
 
 def test_memory_is_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +360,7 @@ def test_a_killed_run_ends_with_the_same_bits(forked, tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_of_which_one_is_killed(forked, tmp_path: Path) -> None:
-    same, killed = rows_of("ranks", tmp_path)
+    killed, same = rows_of("ranks", tmp_path)
     assert float(same["largest difference"]) <= 1e-5
     assert killed["exit codes"] == "1, -9" and killed["seconds"] < 30 and killed["then"] == "resumed on one"
 

@@ -29,14 +29,14 @@ class Section:
 
 SECTIONS = (
     Section("environment", "What this machine is", 20),
-    Section("kernels", "The kernels: right, and how fast beside a copy", 140),
-    Section("convolutions", "Convolutions in both memory formats, ours beside PyTorch's", 60),
+    Section("kernels", "The kernels: right, and how fast beside a copy", 135),
+    Section("convolutions", "Convolutions in both memory formats, ours beside PyTorch's", 55),
     Section("attention", "Attention by backend", 25),
     Section("engine", "The engine against a plain PyTorch loop", 80),
     Section("waiting", "What the host waits for within a step", 40),
     Section("time", "The time of a step beside plain PyTorch at its best", 110),
-    Section("memory", "Memory: planned and measured", 40),
-    Section("resume", "Saved, killed and resumed: the same bits?", 40),
+    Section("memory", "Memory: planned and measured", 35),
+    Section("resume", "Saved, killed and resumed: the same bits?", 55),
     Section("ranks", "Two processes, one of them killed", 45),
 )
 NAMES = tuple(section.name for section in SECTIONS)

@@ -150,6 +150,7 @@ def _both(module: nn.Module, x: Tensor) -> Callable[[], list[Tensor]]:
 
     def both() -> list[Tensor]:
         out = module(x)
-        return [out.detach(), *torch.autograd.grad(out, wanted, torch.ones_like(out))]
+        # The arithmetic of all gradients is that of x.
+        return [out.detach(), *(g.to(x.dtype) for g in torch.autograd.grad(out, wanted, torch.ones_like(out)))]
 
     return both

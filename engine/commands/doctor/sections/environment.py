@@ -45,4 +45,4 @@ def _product(device: torch.device, dtype: torch.dtype, place: Place) -> str:
     torch.backends.cuda.matmul.allow_tf32 = True
     a = torch.randn(side, side, device=device).to(dtype)
     _, middle, _ = quantiles(lambda: a @ a, device, quick=True)
-    return f"{2e-6 * side**3 / middle:.1f} TFLOP/s"
+    return f"{2e-6 * side**3 / middle:.3g} TFLOP/s"

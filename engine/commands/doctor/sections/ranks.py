@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from subprocess import Popen
 from typing import Any
 
 import torch
@@ -25,20 +26,23 @@ def rows(place: Place) -> Iterator[Row]:
     several = place.cuda and torch.cuda.device_count() > 1
     device = "cuda" if several else "cpu"
     about: Row = {"processes": 2, "by": "NCCL" if several else "gloo, on the CPU"}
-    yield tried(about | {"case": "as one process"}, lambda: _as_one(place, device))
+    # Side by side, as far as they do not wait for each other.
+    one, two = (_begin(place, name, device, ranks) for name, ranks in (("one", 1), ("two", 2)))
     yield tried(about | {"case": "one is killed"}, lambda: _one_killed(place, device))
+    yield tried(about | {"case": "as one process"}, lambda: _as_one(place, one, two, device))
 
 
 def _run(**more: Any) -> ShortRun:
     return ShortRun({"checkpoint_every": EVERY, "zero": 2, "precision": "fp32", "micro_batch": 4}, STEPS, **more)
 
 
-def _as_one(place: Place, device: str) -> Row:
-    folder = place.folder
-    one, two = folder / "one", folder / "two"
-    log = folder / "log.txt"
-    alone, together = start(one, _run(), log, device=device), start(two, _run(), log, ranks=2, device=device)
-    codes = [*wait(alone, place.seconds), *wait(together, place.seconds)]
+def _begin(place: Place, name: str, device: str, ranks: int) -> list[Popen[bytes]]:
+    return start(place.folder / name, _run(), place.folder / "log.txt", ranks=ranks, device=device)
+
+
+def _as_one(place: Place, alone: list[Popen[bytes]], together: list[Popen[bytes]], device: str) -> Row:
+    one, two, log = (place.folder / name for name in ("one", "two", "log.txt"))
+    codes = [*wait(alone, place.left), *wait(together, place.left)]
     if any(codes):
         return {"verdict": failed(f"the processes ended with {codes}: {last_line(log)}")}
     ours, theirs = weights(two / "generator"), weights(one / "generator")
@@ -57,7 +61,7 @@ def _one_killed(place: Place, device: str) -> Row:
     run = _run(dies=1, at=KILLED_AT, events=str(died))
     folder = place.folder / "killed"
     processes = start(folder, run, log, ranks=2, device=device)
-    (left, dead) = wait(processes, place.seconds)
+    (left, dead) = wait(processes, place.left)
     ended = time.time()
     took = ended - float(died.read_text()) if died.is_file() else float("nan")
     said = next((line for line in log.read_text(errors="replace").splitlines() if SAID in line), "")
@@ -65,5 +69,5 @@ def _one_killed(place: Place, device: str) -> Row:
     row: Row = {"exit codes": f"{left}, {dead}", "seconds": round(took, 1), "said": said[:200]}
     if not right:
         return row | {"verdict": failed(f"exit codes {left} and {dead}, {took:.0f} s; {said or last_line(log)}")}
-    (code,) = wait(start(folder, _run(), log, device=device), place.seconds)
+    (code,) = wait(start(folder, _run(), log, device=device), place.left)
     return row | {"then": "resumed on one", "verdict": judged(code == 0, f"resumed on one it ended with {code}")}

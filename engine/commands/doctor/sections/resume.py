@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from signal import SIGKILL
+from subprocess import Popen
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from ipfm.engine.commands.bench.equivalence import NETWORK
 from ipfm.engine.commands.bench.short_run import ShortRun, start, wait
-from ipfm.engine.commands.doctor.place import Place, Row, failed, judged, tried, within
+from ipfm.engine.commands.doctor.place import Place, Row, failed, judged, tried
 from ipfm.engine.evaluation.metrics.features import Features, InceptionFeatures, PixelFeatures
 from ipfm.engine.evaluation.metrics.frechet import frechet_distance
 from ipfm.engine.evaluation.metrics.moments import FeatureMoments
@@ -31,9 +33,11 @@ FAR = 1e-3
 
 def rows(place: Place) -> Iterator[Row]:
     """A row a setting; then the distance of images of a generator, as an evaluation measures it."""
-    for name, config, exact in within(place, _cases(place), "settings"):
+    # All of them side by side: they wait for imports and compilers most of the time.
+    begun = [(name, exact, Resumption(place, name, config)) for name, config, exact in _cases(place)]
+    for name, exact, resumption in begun:
         row: Row = {"setting": name, "bits must be equal": "yes" if exact else "no"}
-        yield tried(row, lambda n=name, c=config, e=exact: _resumed(place, n, c, e))  # type: ignore[misc]
+        yield tried(row, lambda r=resumption, e=exact: r.compared(e))  # type: ignore[misc]
     yield tried({"setting": "images measured"}, lambda: _evaluated(place))
 
 
@@ -52,28 +56,38 @@ def _cases(place: Place) -> list[tuple[str, dict[str, Any], bool]]:
     return found
 
 
-def _resumed(place: Place, name: str, config: dict[str, Any], exact: bool) -> Row:
-    """The undisturbed run and the one that is killed go side by side; then the latter goes on."""
-    folder = place.folder / name.replace(", ", "-").replace(" ", "")
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = ShortRun(config, STEPS)
-    log = folder / "log.txt"
-    first = start(folder / "whole", whole, log, device=place.device)
-    dying = start(folder / "resumed", replace(whole, dies=0, at=KILLED_AT), log, device=place.device)
-    (undisturbed,), (killed,) = wait(first, place.seconds), wait(dying, place.seconds)
-    if undisturbed != 0 or killed != -9:
-        return {"verdict": failed(f"the runs ended with {undisturbed} and {killed}: {last_line(log)}")}
-    (resumed,) = wait(start(folder / "resumed", whole, log, device=place.device), place.seconds)
-    if resumed != 0:
-        return {"verdict": failed(f"the resumed run ended with {resumed}: {last_line(log)}")}
-    ours, theirs = (weights(folder / which / "generator") for which in ("resumed", "whole"))
-    same = all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    off = max(float((ours[key] - theirs[key]).norm() / (theirs[key].norm() + 1e-12)) for key in theirs)
-    return {
-        "same bits": "yes" if same else "no",
-        "largest difference": f"{off:.1e}",
-        "verdict": judged(same or (not exact and off < CLOSE), f"the weights differ by {off:.1e} of their norm"),
-    }
+class Resumption:
+    """An undisturbed run and one that is killed, begun side by side."""
+
+    def __init__(self, place: Place, name: str, config: dict[str, Any]) -> None:
+        self.place, self.run = place, ShortRun(config, STEPS)
+        self.folder = place.folder / name.replace(", ", "-").replace(" ", "")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = self.folder / "log.txt"
+        self.whole = self._start("whole", self.run)
+        self.dying = self._start("resumed", replace(self.run, dies=0, at=KILLED_AT))
+
+    def _start(self, name: str, run: ShortRun) -> list[Popen[bytes]]:
+        return start(self.folder / name, run, self.log, device=self.place.device)
+
+    def compared(self, exact: bool) -> Row:
+        """The killed run goes on; then the weights of both; `exact`: their bits must be equal."""
+        (killed,) = wait(self.dying, self.place.left)
+        resumed: int | None = None
+        if killed == -SIGKILL:
+            (resumed,) = wait(self._start("resumed", self.run), self.place.left)
+        (undisturbed,) = wait(self.whole, self.place.left)
+        if (killed, resumed, undisturbed) != (-SIGKILL, 0, 0):
+            codes = f"killed {killed}, resumed {resumed}, undisturbed {undisturbed}"
+            return {"verdict": failed(f"the runs ended with: {codes}; {last_line(self.log)}")}
+        ours, theirs = (weights(self.folder / which / "generator") for which in ("resumed", "whole"))
+        same = all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        off = max(float((ours[key] - theirs[key]).norm() / (theirs[key].norm() + 1e-12)) for key in theirs)
+        return {
+            "same bits": "yes" if same else "no",
+            "largest difference": f"{off:.1e}",
+            "verdict": judged(same or (not exact and off < CLOSE), f"the weights differ by {off:.1e} of their norm"),
+        }
 
 
 def weights(model: Path) -> dict[str, Tensor]:

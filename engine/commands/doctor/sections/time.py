@@ -22,6 +22,7 @@ from ipfm.models import NetworkConfig, presets
 
 ROUNDS, ROUNDS_QUICK = 8, 1
 BATCHES = (32, 256)
+SMALLEST = 32
 
 
 def rows(place: Place) -> Iterator[Row]:
@@ -30,17 +31,24 @@ def rows(place: Place) -> Iterator[Row]:
     expected = {batch: step_expectation(_network(), batch).ms for batch in BATCHES} if place.cuda else {}
     world = start_world()
     rounds = ROUNDS_QUICK if place.quick else ROUNDS
-    for name, network, batch, variants in within(place, _cases(place, world), "comparisons"):
+    cases = _cases(place, world)
+    for name, network, batch, variants in within(place, cases, "comparisons"):
         about: Row = {"network": name, "batch": batch}
+        refused = False
         try:
             # Compiling large networks may take longer than there is.
             with at_most(place.left) if any(v.compiled for v in variants) else contextlib.nullcontext():
-                yield from _timed(about, network, variants, rounds, world, expected.get(batch))
+                for row in _timed(about, network, variants, rounds, world, expected.get(batch)):
+                    refused = refused or "memory" in str(row["verdict"])
+                    yield row
         except TookTooLong as error:
             yield about | {"compiled": "yes", "verdict": f"{LEFT_OUT}: {error}"}
         gc.collect()
         if place.cuda:
             torch.cuda.empty_cache()
+        # A GPU with less memory times half of the images.
+        if refused and batch >= 2 * SMALLEST:
+            cases.append((name, network, batch // 2, variants))
 
 
 def _cases(place: Place, world: World) -> list[tuple[str, NetworkConfig, int, list[Variant]]]:
