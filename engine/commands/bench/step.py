@@ -54,7 +54,7 @@ class Variant:
         """As in "plain", "plain tuned", "joint", "joint, zero 1"."""
         if self.form == "plain":
             return "plain" if self.rival == "plain" else f"plain {self.rival}"
-        own = (f"{name.replace('_', '-')} {value}" for name, value in self.settings.items())
+        own = (f"{name.replace('_', '-')} {value}" for name, value in self.settings.items() if value != "off")
         return ", ".join([self.form, *own])
 
 
@@ -186,6 +186,8 @@ def measure_steps(
     """
     device = world.device
     machine = describe(device)
+    # On a GPU steps may be captured first, to be replayed from then on.
+    warm_up = WARM_UP + 2 * (device.type == "cuda")
     torch.manual_seed(0)
     teacher = build_network(network)
     tasks: list[Callable[[int], object]] = []
@@ -194,13 +196,13 @@ def measure_steps(
         gc.collect()
         before = bytes_in_use(device)
         tasks.append(_prepare(variant, network, teacher, batch, world))
-        for step in range(WARM_UP):
+        for step in range(warm_up):
             tasks[-1](step)
         gc.collect()
         states.append(bytes_in_use(device) - before)
     times: list[list[float]] = [[] for _ in tasks]
     with ProgressBar("rounds", rounds, unit=" round") as bar:
-        for step in range(WARM_UP, WARM_UP + rounds):
+        for step in range(warm_up, warm_up + rounds):
             for task, taken in zip(tasks, times, strict=True):
                 _synchronize(device)
                 started = time.perf_counter()
@@ -229,7 +231,7 @@ def measure_steps(
             1e3 * high,
             batch / middle,
             speed,
-            (state + _transient(task, rounds + WARM_UP, device)) / 2**20,
+            (state + _transient(task, rounds + warm_up, device)) / 2**20,
             title or network.model_type,
             network.model_channels,
             batch,
@@ -247,7 +249,7 @@ def _prepare(
     config = DistillConfig(
         batch=batch,
         micro_batch=batch,
-        max_steps=WARM_UP + ROUNDS,
+        max_steps=WARM_UP + ROUNDS + 3,
         precision=variant.precision,
         backward="joint" if variant.form == "plain" else variant.form,
         activation_checkpointing="off",

@@ -22,6 +22,7 @@ import torch
 from ipfm.engine.commands.bench import short_run
 from ipfm.engine.commands.bench.step import Variant
 from ipfm.engine.commands.doctor import command, full, outcome, page, page_mark, section, sections
+from ipfm.engine.commands.doctor.forms import BEFORE_REPLAY
 from ipfm.engine.commands.doctor.place import (
     FAILED,
     LEFT_OUT,
@@ -276,7 +277,7 @@ def test_what_the_host_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def iteration(step: int) -> None:
         import warnings
 
-        if step == 4:
+        if step == BEFORE_REPLAY + 1:
             warnings.warn("called a synchronizing CUDA operation", UserWarning)
 
     task.iteration = iteration

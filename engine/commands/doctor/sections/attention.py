@@ -6,14 +6,15 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator
 from typing import TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ipfm.engine.commands.doctor.place import Place, Row, judged, within
 from ipfm.kernels.bench.measurement import ALLOWED_UNITS, error_units, quantiles
-from ipfm.models import attention as backends
 from ipfm.models.attention import attention
 
 # (batch, tokens, heads, width of a head): CIFAR-10's networks; ImageNet's at its three resolutions.
@@ -47,15 +48,22 @@ def _of_shape(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torc
     out = attention(wide[0], wide[1], wide[2], "math")
     truth = [out, *torch.autograd.grad(out, wide, grad.double())]
     about: Row = {"shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch.")}
-    obstacle = _quietly(lambda: backends._xformers_obstacle(device, dtype, shape[-1]))
+    taken = _taken(q, k, v)
     for name, call in _calls():
-        chosen = name == ("xformers" if obstacle is None else "sdpa")
+        chosen = name == taken
         row = about | {"backend": name, "auto": "auto" if chosen else ""}
         try:
             yield row | _measured(call, (q, k, v), grad, truth, device)
         except Exception as error:  # a backend that this GPU or build does not have
             said = f"does not run: {' '.join(str(error).split())[:160]}"
             yield row | {"note": said, "verdict": judged(not chosen, said)}
+
+
+def _taken(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What a network takes here."""
+    with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as torchs:
+        _quietly(lambda: attention(q, k, v))
+    return "sdpa" if torchs.called else "xformers"
 
 
 def _calls() -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]]:

@@ -100,9 +100,10 @@ def _work(layer: Layer) -> int:
 
 def _measured(layer: Layer, last: bool, frozen: bool, dtype: torch.dtype, device: torch.device) -> Row:
     torch.manual_seed(0)
-    ours = _on_device(layer.module, device, trained=not frozen)
     order = torch.channels_last if last else torch.contiguous_format
-    theirs = copy.deepcopy(ours).to(memory_format=order)  # type: ignore[call-overload]
+    # Weights lie as activations do, as on a GPU.
+    ours = _on_device(layer.module, device, trained=not frozen).to(memory_format=order)  # type: ignore[call-overload]
+    theirs = copy.deepcopy(ours)
     theirs.__class__ = PlainConv2d
     x = torch.randn(layer.shape, device=device).to(dtype).contiguous(memory_format=order).requires_grad_()
     results, times = [], []

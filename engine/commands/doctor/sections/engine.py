@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ipfm.engine.commands.bench.equivalence import (
     difference,
     trained_tensors,
 )
+from ipfm.engine.commands.doctor.forms import EAGER, captured
 from ipfm.engine.commands.doctor.place import Place, Row, at_most, judged, tried, within
 from ipfm.engine.distributed.precision import allow_tf32, fp16_supported
 from ipfm.engine.distributed.world import World, start_world
@@ -26,7 +26,8 @@ from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.training.distiller import Distiller
 from ipfm.models import Precond
 
-STEPS, STEPS_QUICK = 5, 2
+# So many that captured ones are replayed.
+STEPS, STEPS_QUICK = 6, 2
 # On a GPU sums have another order in either of the two, in TF32 nothing is computed.
 LIMIT_GPU = 1e-4
 # In 16 bits: of what the plain loop's weights have moved.
@@ -65,10 +66,11 @@ def cases(device: torch.device, *, quick: bool = False) -> list[tuple[str, dict[
         if precision == "bf16" or fp16_supported(device)
     ]
     compiled: list[tuple[str, dict[str, Any]]] = [("fp32, ZeRO 0, joint, compiled", {"zero": 0, "compile": True})]
-    known = {f.name for f in fields(DistillConfig)}
-    graphs: list[tuple[str, dict[str, Any]]] = []
-    if "cuda_graphs" in known and device.type == "cuda":
-        graphs.append(("fp32, ZeRO 0, joint, CUDA graphs", {"zero": 0, "backward": "joint", "cuda_graphs": "on"}))
+    graphs: list[tuple[str, dict[str, Any]]] = [
+        (f"fp32, ZeRO 0, {backward}, CUDA graphs", {"zero": 0, "backward": backward, **settings})
+        for settings in captured(device.type)
+        for backward in ("joint", "phased")
+    ]
     found = [*forms, *half, *graphs, *compiled]
     return [forms[0], forms[-1], half[0], *graphs] if quick else found
 
@@ -76,7 +78,7 @@ def cases(device: torch.device, *, quick: bool = False) -> list[tuple[str, dict[
 def _compared(
     place: Place, settings: dict[str, Any], teacher: Precond, plain: plain_loop.Plain, moved: float, world: World
 ) -> Row:
-    config = DistillConfig(**{**BASE, "precision": "fp32", "tf32": False, **settings})
+    config = DistillConfig(**{**BASE, "precision": "fp32", "tf32": False, **EAGER, **settings})
     distiller = Distiller(config, copy.deepcopy(teacher), world=world)
     # Compiling may take minutes, on a CPU above all.
     with at_most(place.left) if config.compile else contextlib.nullcontext():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -241,9 +243,8 @@ def launched() -> Iterator[Row]:
     """Registers and spills of every kernel that this process has launched, as the driver counts them."""
     from triton.runtime.jit import JITFunction
 
-    from ipfm.kernels import adam_kernels, denoising_loss, generator_loss, group_norm, perturbation, philox
-
-    for module in (perturbation, generator_loss, denoising_loss, group_norm, adam_kernels, philox):
+    modules = [module for name, module in sys.modules.items() if re.fullmatch(r"ipfm\.kernels\.[a-z_]+", name)]
+    for module in modules:
         for name, fn in vars(module).items():
             if isinstance(fn, JITFunction) and fn.fn.__module__ == module.__name__:
                 yield from of_kernel(name, fn.device_caches)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ipfm.engine.commands.doctor.forms import EAGER
 from ipfm.engine.commands.doctor.place import OK, Place, Row, failed, judged, within
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.memory.live import bytes_in_use
@@ -60,7 +61,7 @@ def _cases(place: Place) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _distiller(network: NetworkConfig, batch: int, settings: dict[str, Any], world: World) -> Distiller:
-    form = {"activation_checkpointing": "off", **settings}
+    form = {"activation_checkpointing": "off", **EAGER, **settings}
     torch.manual_seed(0)
     config = DistillConfig(batch=batch, micro_batch=batch, max_steps=9, **form)
     return Distiller(config, build_network(network), world=world)

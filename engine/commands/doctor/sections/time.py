@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from ipfm.engine.commands.bench.step import StepTime, Variant, measure_steps
 from ipfm.engine.commands.doctor.expected import step_expectation
+from ipfm.engine.commands.doctor.forms import EAGER, captured
 from ipfm.engine.commands.doctor.place import LEFT_OUT, OK, Place, Row, TookTooLong, at_most, failed, within
 from ipfm.engine.config import Precision
 from ipfm.engine.distributed.compilation import check_compiler
@@ -70,14 +70,13 @@ def _eager(precision: Precision, world: World, *, quick: bool = False) -> list[V
     plain = [Variant("plain", precision), Variant("plain", precision, rival="tuned")]
     if quick:
         return [*plain, Variant("joint", precision)]
-    more: list[dict[str, Any]] = [{"zero": 1}]
-    if "cuda_graphs" in {f.name for f in fields(DistillConfig)} and world.device.type == "cuda":
-        more.append({"cuda_graphs": "on"})
+    graphs = captured(world.device.type)
     return [
         *plain,
-        Variant("joint", precision),
-        Variant("phased", precision),
-        *(Variant("joint", precision, settings=settings) for settings in more),
+        Variant("joint", precision, settings=EAGER),
+        Variant("phased", precision, settings=EAGER),
+        Variant("joint", precision, settings={"zero": 1}),
+        *(Variant(form, precision, settings=settings) for form in ("joint", "phased") for settings in graphs),
     ]
 
 
@@ -86,7 +85,7 @@ def _compiled(precision: Precision, world: World) -> list[Variant]:
     return [
         Variant("plain", precision),
         Variant("plain", precision, True, "tuned"),
-        Variant("joint", precision, True),
+        Variant("joint", precision, True, settings=EAGER),
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ipfm.engine.commands.bench.no_reading import ON_A_CPU_ALONE, NoReading, synchronizations
+from ipfm.engine.commands.doctor.forms import BEFORE_REPLAY, EAGER, captured
 from ipfm.engine.commands.doctor.place import Place, Row, judged, tried, within
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.objectives.ipfm import DistillConfig
@@ -45,10 +46,19 @@ def _cases(place: Place) -> list[tuple[str, NetworkConfig, dict[str, Any], bool]
         ("fp32, ZeRO 2, phased", {"precision": "fp32", "zero": 2, "backward": "phased"}, True),
         ("fp32, ZeRO 3, joint", {"precision": "fp32", "zero": 3, "backward": "joint"}, False),
     ]
+    forms = [(name, {**EAGER, **more}, read) for name, more, read in forms]
+    forms += [
+        (f"bf16, ZeRO 0, {backward}, CUDA graphs", {"precision": "bf16", "zero": 0, "backward": backward, **more}, True)
+        for more in captured(place.device.partition(":")[0])
+        for backward in ("joint", "phased")
+    ]
     found = [(f"digits, {name}", digits, {"batch": 8, **more}, read) for name, more, read in forms]
     if place.cuda:
         large = presets.get("ncsnpp", D=2048.0)
-        found += [(f"ncsnpp, batch 32, {name}", large, {"batch": 32, **more}, read) for name, more, read in forms[1:3]]
+        found += [
+            (f"ncsnpp, batch 32, {name}", large, {"batch": 32, **more}, read)
+            for name, more, read in (*forms[1:3], *forms[6:7])
+        ]
     return found[2:3] if place.quick else found
 
 
@@ -58,10 +68,10 @@ def _counted(network: NetworkConfig, settings: dict[str, Any], read: bool, world
     )
     torch.manual_seed(0)
     distiller = Distiller(config, build_network(network), world=world)
-    for step in range(3):
+    for step in range(BEFORE_REPLAY):
         distiller.iteration(step)
     with synchronizations() as waits, NoReading(count=True) as reading:
-        distiller.iteration(3)
+        distiller.iteration(BEFORE_REPLAY)
     readings = dict(reading.found) if read else {}
     if world.device.type != "cuda":
         readings = {where: count for where, count in readings.items() if not where.startswith(ON_A_CPU_ALONE)}
@@ -73,7 +83,7 @@ def _counted(network: NetworkConfig, settings: dict[str, Any], read: bool, world
     if world.device.type == "cuda":
         row |= _seen_by_cuda(distiller, places)
     else:
-        row |= profiled(distiller, 4)
+        row |= profiled(distiller, BEFORE_REPLAY + 1)
     stops = {name: row[name] for name in ("device-wide waits", "readings", "warnings", "waits") if row.get(name)}
     stops = {name: count for name, count in stops.items() if isinstance(count, int)}
     return row | {
@@ -89,13 +99,13 @@ def _seen_by_cuda(distiller: Distiller, places: list[str]) -> Row:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            distiller.iteration(4)
+            distiller.iteration(BEFORE_REPLAY + 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     found = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
     places += [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
     torch.cuda.synchronize()
-    return {"warnings": len(found), **profiled(distiller, 5)}
+    return {"warnings": len(found), **profiled(distiller, BEFORE_REPLAY + 2)}
 
 
 def profiled(distiller: Distiller, step: int) -> Row:
