@@ -10,7 +10,8 @@ WHERE:
     forks       the same; process 1 has a child that outlives it
     writing     the same, while the writing of a checkpoint takes SECONDS
     alone       process 1 fails
-    slow        nobody is stuck: a step takes a while, and the writing of a checkpoint SECONDS
+    slow        nobody is stuck: a step takes a while, and the gathering of a checkpoint SECONDS
+    disk        nobody is stuck: a step takes a while, and the writing of a checkpoint SECONDS and more
     end         process 1 is done, process 0 SECONDS later
     script      the same without a command around it
 """
@@ -20,9 +21,11 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.dataset import ImageDataset
@@ -31,6 +34,7 @@ from ipfm.engine.distributed.launch_environment import watch_times
 from ipfm.engine.distributed.world import start_world
 from ipfm.engine.experiments import run_command
 from ipfm.engine.objectives.step_metrics import StepMetrics
+from ipfm.engine.training import checkpoint_writer
 from ipfm.engine.training.checkpoint import Draft
 from ipfm.engine.training.teacher import TeacherTraining
 from ipfm.models import NetworkConfig
@@ -60,32 +64,44 @@ def main(argv: list[str]) -> None:
     usual = training._step
 
     def step(number: int) -> StepMetrics:
-        if number == 3:
+        if number == 3 and (world.rank, where) != (0, "disk"):
             (out / f"stuck-{world.rank}").touch()
         if number >= 3:
             stick(world.rank, where, data)
         return usual(number)
 
-    if where in ("writing", "slow"):
+    if where in ("writing", "disk"):
         finish = Draft.finish
 
-        def slowly(draft: Draft) -> Path:
+        def write_slowly(draft: Draft) -> Path:
+            if where == "disk":
+                # The other one waits for this by now.
+                time.sleep(1.5)
+                (out / "stuck-0").touch()
             time.sleep(seconds)
             return finish(draft)
 
-        Draft.finish = slowly  # type: ignore[method-assign]
+        Draft.finish = write_slowly  # type: ignore[method-assign]
+    if where == "slow":
+        gather = checkpoint_writer._gather
+
+        def gather_slowly(*what: Any) -> dict[str, Tensor]:
+            time.sleep(seconds)
+            return gather(*what)
+
+        checkpoint_writer._gather = gather_slowly
     training._step = step  # type: ignore[method-assign]
     training.run(out / "run")
 
 
 def stick(rank: int, where: str, data: dist.ProcessGroup) -> None:
-    if where == "slow":
+    if where in ("slow", "disk"):
         time.sleep(0.2)
         return
     if rank == 1 and where == "alone":
         raise TypeError("a defect of one")
     if rank == 1 and where == "forks" and not os.fork():
-        time.sleep(20)
+        time.sleep(60)
         os._exit(0)
     if rank == 1:
         time.sleep(3600)
