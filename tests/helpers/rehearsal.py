@@ -136,9 +136,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="for sm_90, and of each kernel the largest launch alone")
     parser.add_argument("--out", type=Path, help="a JSON file for the counts")
     options = parser.parse_args()
+    if options.processes < 1:
+        parser.error(f"--processes must be at least 1, got {options.processes}")
     chosen = [step for step in steps() if step.name.startswith(tuple(options.recipe) or "")]
     if not chosen:
-        parser.error(f"no step begins with {' or '.join(options.recipe)}")
+        known = ", ".join(dict.fromkeys(step.name.partition(" ")[0].rstrip(",") for step in steps()))
+        parser.error(f"no step begins with {' or '.join(options.recipe)}; possible: {known}")
     counts = rehearse_quickly(chosen) if options.quick else rehearse(chosen, options.processes)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,9 @@ from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.runtime.launcher import stop_world
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.resolve import resolve
+from ipfm.kernels._dispatch import INTERPRETED
 from ipfm.kernels.bench.compile_report import access_bits, tool_output
-from ipfm.kernels.bench.fake_driver import Launch, fake_cuda
+from ipfm.kernels.bench.fake_driver import Variant, fake_cuda
 from ipfm.kernels.bench.rehearsal import compile_variant
 from ipfm.models import build_network, presets
 
@@ -43,6 +44,7 @@ CIFAR = replace(presets.get("cifar10-ncsnpp", D=2048.0), dropout=0.0)
 # The same number of operators, each with next to nothing to compute.
 TINY = replace(CIFAR, img_resolution=8, model_channels=8, attn_resolutions=(4,))
 ROUNDS = 12
+HIDDEN = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 # ------------------------------------------------------------------------------------------------------------- waiting
@@ -155,28 +157,28 @@ def _bits_read(opcodes: Sequence[str]) -> int:
     return sum(map(access_bits, loads))
 
 
-def _norm_backward() -> Launch:
-    """The launch of the backward of a normalisation of 256 channels, 32x32, in channels_last."""
-    return next(
-        launch
-        for launch in _cifar().launches
-        if launch.variant.name == "group_norm_silu_backward_kernel"
-        and launch.numbers.get("HW") == 1024
-        and launch.variant.constant("CHANNELS") == 8
-        and launch.variant.constant("SILU")
-    )
+def _norm_backward() -> list[Variant]:
+    """The backward of normalisations of 256 channels, 32x32, in channels_last: with and without an addend."""
+    return [
+        variant
+        for variant in {launch.variant: None for launch in _cifar().launches if launch.numbers.get("HW") == 1024}
+        if variant.name == "group_norm_silu_backward_kernel"
+        and variant.constant("CHANNELS") == 8
+        and variant.constant("SILU")
+    ]
 
 
 def instructions() -> Mapping[str, Any]:
     """Instructions and MUFU an element: group_norm_silu backward, 256 channels, 32x32, channels_last, bf16, sm_90."""
-    launch = _norm_backward()
-    cubin, _ = compile_variant(launch.variant, 90)
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        listing = tool_output("nvdisasm", "--print-code", str(path))
-    found, special = per_element(listing, 2 * 16)  # x and dy
-    return {"value": f"{found:.0f} and {special:.1f}", "warps": launch.variant.warps}
+        for variant in _norm_backward():
+            path.write_bytes(compile_variant(variant, 90)[0])
+            listing = tool_output("nvdisasm", "--print-code", str(path))
+            found.append((*per_element(listing, 2 * 16), variant.warps))  # x and dy
+    worst = max(found)
+    return {"value": f"{worst[0]:.0f} and {worst[1]:.1f}", "warps": worst[2], "kinds of launches": len(found)}
 
 
 # --------------------------------------------------------------------------------------------------------- host's time
@@ -246,6 +248,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     unknown = [row for row in options.rows if row not in ROWS]
     if unknown:
         parser.error(f"there is no row {', '.join(unknown)}; possible: {', '.join(ROWS)}")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}")
+    if INTERPRETED and options.rows in (["instructions"], ["host-time"]):
+        parser.error(f"{options.rows[0]} is counted on kernels that are compiled: unset TRITON_INTERPRET")
+    os.environ.update(HIDDEN)  # a GPU that is there would compute what is counted here
     found: dict[str, Mapping[str, Any]] = {}
     for row in options.rows or ROWS:
         found[row] = ROWS[row][2]() if len(options.rows) == 1 else _in_a_process(row)
@@ -259,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _in_a_process(row: str) -> Mapping[str, Any]:
     """A row that changes nothing for the others: where kernels are compiled, DeepSpeed on the CPU, one thread."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {**HIDDEN, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         command = [sys.executable, "-m", "ipfm.engine.commands.bench.counts", row, "--json", str(out)]
