@@ -209,10 +209,18 @@ def _through_silu(
 
 
 @triton.jit
+def _with_more(b_dx, p_more, o, m, MORE: tl.constexpr, COMPUTE: tl.constexpr):
+    if MORE:
+        b_dx += tl.load(p_more + o, mask=m, other=0.0).to(COMPUTE)
+    return b_dx
+
+
+@triton.jit
 def group_norm_silu_backward_kernel(
-    p_x, p_dy, p_weight, p_bias, p_scale, p_shift, p_addend, p_statistics, p_dx, p_sums,
+    p_x, p_dy, p_weight, p_bias, p_scale, p_shift, p_addend, p_more, p_statistics, p_dx, p_sums,
     HW, s_b, s_c, s_hw, s_pb, s_pc, s_ab,
-    SCALED: tl.constexpr, ADDED: tl.constexpr, SILU: tl.constexpr, GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr,
+    SCALED: tl.constexpr, ADDED: tl.constexpr, MORE: tl.constexpr, SILU: tl.constexpr,
+    GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Program (sample, GROUPS groups): the gradient by x, for u = v n + … with v = w (1 + scale).
@@ -220,7 +228,7 @@ def group_norm_silu_backward_kernel(
         ∂L/∂x = rstd (v ∂L/∂u - mean(v ∂L/∂u) - n mean(v n ∂L/∂u)),   means over the group
 
     and for each channel Σ ∂L/∂u and Σ n ∂L/∂u, from which the gradients of the parameters follow, and with an addend
-    Σ ∂L/∂x, which is its own.
+    Σ ∂L/∂x, which is its own. What else is made of x gives `more`, which is added to ∂L/∂x as it is stored.
     """
     # The program's groups of a sample, and what the forward pass and the parameters say of them.
     parts: tl.constexpr = GROUPS_ALL // GROUPS
@@ -230,6 +238,7 @@ def group_norm_silu_backward_kernel(
     p_x += start
     p_dy += start
     p_dx += start
+    p_more += start
     o_g = i_b * GROUPS_ALL + i_g + tl.arange(0, GROUPS)[:, None, None]
     mean = tl.load(p_statistics + 2 * o_g, eviction_policy="evict_last")
     rstd = tl.load(p_statistics + 2 * o_g + 1, eviction_policy="evict_last")
@@ -269,7 +278,7 @@ def group_norm_silu_backward_kernel(
     dtype = p_dx.dtype.element_ty
     if RESIDENT:
         b_dx = rstd * (b_du * b_v - mean_v - b_n * mean_vn)
-        tl.store(p_dx + o, b_dx.to(dtype), mask=m)
+        tl.store(p_dx + o, _with_more(b_dx, p_more, o, m, MORE, COMPUTE).to(dtype), mask=m)
         b_dx = tl.where(m, b_dx, 0.0)
     else:
         b_dx = tl.zeros((GROUPS, CP, BLOCK), COMPUTE)
@@ -277,7 +286,7 @@ def group_norm_silu_backward_kernel(
             o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
             b_n, b_du = _through_silu(p_x, p_dy, o, m, b_a, mean, rstd, b_v, b_c, ADDED, SILU, COMPUTE)
             b_d = rstd * (b_du * b_v - mean_v - b_n * mean_vn)
-            tl.store(p_dx + o, b_d.to(dtype), mask=m)
+            tl.store(p_dx + o, _with_more(b_d, p_more, o, m, MORE, COMPUTE).to(dtype), mask=m)
             if ADDED:
                 b_dx += tl.where(m, b_d, 0.0)
     if ADDED:
@@ -332,6 +341,7 @@ def _launch(
     added: bool,
     activation: bool,
     eps: float,
+    more: bool = False,
 ) -> Launch:
     """The launch for a dense x of this shape and format; its kernel is another for each device and for other dtypes."""
     batch, channels, height, width = shape
@@ -348,6 +358,7 @@ def _launch(
         "EPS": eps,
         "SCALED": scaled,
         "ADDED": added,
+        "MORE": more,
         "SILU": activation,
         **sizes,
     }
@@ -406,21 +417,26 @@ def _launch_backward(
     statistics: Tensor,
     activation: bool,
     addend: Tensor | None = None,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(∂L/∂x, [Σ ∂L/∂u, Σ n ∂L/∂u, with an addend Σ ∂L/∂x]), the sums (2 or 3, B, C) over the pixels."""
+    """(∂L/∂x + more, [Σ ∂L/∂u, Σ n ∂L/∂u, with an addend Σ ∂L/∂x]), the sums (2 or 3, B, C) over the pixels."""
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
+    if more is not None and more.stride() != x.stride():
+        more = torch.empty_like(x).copy_(more)
     dx = torch.empty_like(x)
     sums = _numbers(x, 2 if addend is None else 3, *x.shape[:2])
     if x.numel():
         p_scale, p_shift, *per_channel = _per_channel(scale, shift, weight)
-        p_addend = weight if addend is None else addend
-        dtypes = x.dtype, dy.dtype, weight.dtype, bias.dtype, p_scale.dtype, p_shift.dtype, p_addend.dtype
+        p_addend, p_more = weight if addend is None else addend, x if more is None else more
+        dtypes = (
+            x.dtype, dy.dtype, weight.dtype, bias.dtype, p_scale.dtype, p_shift.dtype, p_addend.dtype, p_more.dtype
+        )  # fmt: skip
         launch = _launch(
             True, x.shape, not x.is_contiguous(), x.device, dtypes, statistics.shape[1], tuple(per_channel),
-            _batch_stride(addend), scale is not None, addend is not None, activation, 0.0,
+            _batch_stride(addend), scale is not None, addend is not None, activation, 0.0, more is not None,
         )  # fmt: skip
-        launch(x.device, x, dy, weight, bias, p_scale, p_shift, p_addend, statistics, dx, sums)
+        launch(x.device, x, dy, weight, bias, p_scale, p_shift, p_addend, p_more, statistics, dx, sums)
     return dx, sums
 
 
@@ -458,6 +474,7 @@ def _(
     statistics: Tensor,
     activation: bool,
     addend: Tensor | None = None,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), _numbers(x, 2 if addend is None else 3, *x.shape[:2])
 
@@ -465,7 +482,7 @@ def _(
 # -------------------------------------------------------------------------------------------------------- autograd
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     statistics = output[1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(statistics)
@@ -474,12 +491,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.activation = activation
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, dy: Tensor | None, _: None = None, more: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 9
+        return (more, *(None,) * 8)
     x, weight, bias, scale, shift, addend, statistics = ctx.saved_tensors
     run: Callable[..., Any] = _launch_backward if launches_directly(x) else _backward
-    dx, sums = run(dy, x, weight, bias, scale, shift, statistics, ctx.activation, addend)
+    dx, sums = run(dy, x, weight, bias, scale, shift, statistics, ctx.activation, addend, more)
     needed = ctx.needs_input_grad
     to_weight = to_bias = to_scale = to_shift = to_addend = None
     if needed[1] or needed[2]:
@@ -512,7 +531,7 @@ class _GroupNormSilu(torch.autograd.Function):
     """The launches without an operator around them, which costs the host more than the launch."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         # In one: with a setup_context of its own, PyTorch would bind the arguments anew at every call.
         output = _launch_forward(*inputs)
         _save(ctx, inputs, output)
@@ -523,6 +542,17 @@ class _GroupNormSilu(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("group_norm_silu has no second derivative: create_graph=True cannot pass through it")
         return _differentiate(ctx, *gradients)
+
+
+class _Branching(_GroupNormSilu):
+    """And x for what else is made of it, whose gradient is added where that of the normalisation is stored."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        run: Callable[..., tuple[Tensor, ...]] = _launch_forward if launches_directly(inputs[0]) else _forward
+        output = *run(*inputs), inputs[0].view_as(inputs[0])
+        _save(ctx, inputs, output)
+        return output
 
 
 # -------------------------------------------------------------------------------------------------- public function
@@ -642,6 +672,22 @@ def unchecked_group_norm_silu(
     if launches_directly(x):
         run = _GroupNormSilu.apply if torch.is_grad_enabled() else _launch_forward
     return run(x, weight, bias, scale, shift, groups, eps, activation, addend)[0]
+
+
+def branching_group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, *, eps: float, activation: bool
+) -> tuple[Tensor, Tensor]:
+    """(`group_norm_silu` by the Triton kernels, x itself) for x of which something else is made too.
+
+    The gradient of that arrives by the x that is returned, and is added in registers: a pass over three tensors less.
+    Arguments are valid.
+    """
+    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    given = (x, weight, bias, None, None, groups, eps, activation, None)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _forward(*given)[0], x
+    y, _, same = _Branching.apply(*given)
+    return y, same
 
 
 def _rows(addend: Tensor) -> Tensor:

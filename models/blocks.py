@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ipfm.models.attention import AttentionBackend, attention, head_count
 from ipfm.models.frozen_ops import frozen_linear, is_frozen
 from ipfm.models.initialisation import DEFAULT_INIT, ZERO_INIT, Init
-from ipfm.models.layers import Conv2d, GroupNorm, Linear, cast, free_bias, residual, triton_serves, without_bias
+from ipfm.models.layers import Conv2d, GroupNorm, Linear, branch, cast, free_bias, residual, triton_serves, without_bias
 
 
 class Entering(NamedTuple):
@@ -140,7 +140,8 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
 
     def forward(self, x: Tensor, emb: Tensor, entering: Entering = _NOTHING) -> Tensor:
-        h, bias = without_bias(self.conv0, self.norm0(x, silu=True))
+        h, x = branch(self.norm0, x, silu=True)
+        h, bias = without_bias(self.conv0, h)
         p = self._projection(emb, h, bias) if entering.projected is None else entering.projected
         if self.adaptive_scale:
             scale, shift = p[:, :, None, None].chunk(2, dim=1)
@@ -156,7 +157,8 @@ class UNetBlock(nn.Module):
             bias, skip_bias = cast(entering.bias, h), None
         x = self._joined(x, h, bias, skip_bias)
         if self.num_heads:
-            q, k, v = self.qkv(self.norm2(x))
+            h, x = branch(self.norm2, x)
+            q, k, v = self.qkv(h)
             a = attention(q, k, v, backend=self.attention_backend)
             image = a.reshape(x.shape[0], *x.shape[2:], self.out_channels).permute(0, 3, 1, 2)
             x = self._joined(x, *without_bias(self.proj, image))

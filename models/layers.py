@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipfm.kernels._dispatch import TRITON_DEVICES
-from ipfm.kernels.group_norm import unchecked_group_norm_silu
+from ipfm.kernels.group_norm import branching_group_norm_silu, unchecked_group_norm_silu
 from ipfm.kernels.residual import unchecked_residual_sum
 from ipfm.models.frozen_ops import (
     doubled_conv2d,
@@ -303,7 +303,8 @@ class GroupNorm(nn.Module):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         addend: Tensor | None = None,
-    ) -> Tensor:
+        branching: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The normalised x; with `silu` after it SiLU, before which it may be scaled by scale + 1 and shifted.
 
         Args:
@@ -312,9 +313,10 @@ class GroupNorm(nn.Module):
             scale: (B or 1, C, 1, 1), in the dtype of x; given with shift or not at all.
             shift: (B or 1, C, 1, 1), in the dtype of x.
             addend: (B or 1, C) or (C,), in the dtype of x: is added to x before.
+            branching: as `branch` asks for it, of x alone and where the Triton kernels serve.
 
         Returns:
-            (B, C, H, W) in the dtype of x.
+            (B, C, H, W) in the dtype of x; with `branching` x too.
 
         Raises:
             ValueError: scale or shift alone, or either without `silu`.
@@ -324,6 +326,8 @@ class GroupNorm(nn.Module):
         weight, bias = cast(self.weight, x), cast(self.bias, x)
         if (scale is None) != (shift is None):
             raise ValueError(f"scale and shift go together, got {'scale' if shift is None else 'shift'} alone")
+        if branching:
+            return branching_group_norm_silu(x, self.num_groups, weight, bias, eps=self.eps, activation=silu)
         return unchecked_group_norm_silu(
             x,
             self.num_groups,
@@ -339,6 +343,18 @@ class GroupNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, groups={self.num_groups}, eps={self.eps}"
+
+
+def branch(norm: nn.Module, x: Tensor, *, silu: bool = False) -> tuple[Tensor, Tensor]:
+    """(norm(x), x for what else is made of it).
+
+    On a GPU the gradient of the latter is added in the backward pass of the normalisation, not in a pass of its own.
+    """
+    watched = norm._forward_hooks or norm._backward_pre_hooks or norm._backward_hooks
+    if type(norm) is GroupNorm and not watched and triton_serves(x) and torch.is_grad_enabled():
+        both: tuple[Tensor, Tensor] = norm(x, silu=silu, branching=True)
+        return both
+    return norm(x, silu=silu), x
 
 
 def group_count(num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4) -> int:

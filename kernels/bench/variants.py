@@ -217,7 +217,7 @@ def group_norm_variants() -> Iterator[Case]:
                     (
                         "group_norm_silu backward",
                         group_norm_silu_backward_kernel,
-                        ("p_dy", "p_dx"),
+                        ("p_dy", "p_dx", "p_more"),
                         ("p_statistics", "p_sums"),
                     ),
                 ):
@@ -226,6 +226,7 @@ def group_norm_variants() -> Iterator[Case]:
                     back = fn is group_norm_silu_backward_kernel
                     sizes, warps = block_sizes(channels, 32, pixels, torch_dtype, last, scaled=scaled, backward=back)
                     here = constants | sizes | ({"EPS": 1e-5} if kernel == "group_norm_silu" else {})
+                    here |= {"MORE": not scaled} if back else {}
                     # Two numbers a group, or a channel.
                     yield Case(
                         kernel,

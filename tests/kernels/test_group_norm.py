@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from ipfm.kernels import group_norm_reference, group_norm_silu, reference
 from ipfm.kernels._dispatch import group_config
+from ipfm.kernels.group_norm import branching_group_norm_silu
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled_empty", "nothing_is_small"),
@@ -237,6 +238,46 @@ def test_an_addend_that_is_not_finite_spoils_its_group_alone(backend, device):
         y = group_norm_silu(x, 2, weight, bias, addend=addend, backend=backend)
         assert y[0, :2].isnan().all()
         assert y[0, 2:].isfinite().all() and y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize(("shape", "groups"), [SHAPES[0], SHAPES[4]], ids=["resident", "not-resident"])
+def test_the_gradient_of_what_else_is_made_of_x_is_added(shape, groups, dtype, layout, device, no_worse):
+    """Where that of the normalisation is stored, which both are no worse for than PyTorch's sum of the two."""
+    (x, weight, bias, _, _), gradient = inputs(shape, dtype, "plain", device, layout)
+    other = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(device, dtype)
+
+    def run(x, weight, bias, dtype, branching):
+        x, weight, bias = (t.detach().to(dtype).requires_grad_() for t in (x, weight, bias))
+        if branching:
+            y, same = branching_group_norm_silu(x, groups, weight, bias, eps=1e-5, activation=True)
+            assert torch.equal(same, x)
+        else:
+            y, same = F.silu(F.group_norm(x, groups, weight, bias, 1e-5)), x
+        total = (y * gradient.to(dtype)).sum() + (same * other.to(dtype)).sum()
+        return [y.detach(), *torch.autograd.grad(total, (x, weight, bias))]
+
+    truth = run(x, weight, bias, torch.float64, False)
+    for g, p, r in zip(run(x, weight, bias, dtype, True), run(x, weight, bias, dtype, False), truth, strict=True):
+        no_worse(g, p, r, hair=2)
+
+
+def test_branches_of_which_one_is_not_used(device):
+    (x, weight, bias, _, _), gradient = inputs(SHAPES[0][0], form="plain", device=device)
+    x.requires_grad_()
+    y, same = branching_group_norm_silu(x, 4, weight, bias, eps=1e-5, activation=True)
+    (alone,) = torch.autograd.grad(y, x, gradient, retain_graph=True)
+    torch.testing.assert_close(alone, torch.autograd.grad(group_norm_silu(x, 4, weight, bias), x, gradient)[0])
+    assert torch.equal(torch.autograd.grad(same, x, gradient, retain_graph=True)[0], gradient)
+    # A gradient with gaps, as a part of concatenated channels has it.
+    part = gradient.repeat(1, 2, 1, 1)[:, ::2]
+    both = torch.autograd.grad((y, same), x, (gradient, part), retain_graph=True)[0]
+    torch.testing.assert_close(both, alone + part)
+    with pytest.raises(RuntimeError, match=r"^group_norm_silu has no second derivative"):
+        torch.autograd.grad(y, x, gradient, create_graph=True)
+    with torch.no_grad():
+        assert branching_group_norm_silu(x, 4, weight, bias, eps=1e-5, activation=True)[1] is not None
 
 
 def test_without_autograd_the_values_are_the_same(device):

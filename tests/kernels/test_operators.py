@@ -300,10 +300,15 @@ def operator_cases():
             group_norm._backward,
             (y, last, weight.detach(), bias.detach(), None, None, statistics, True, addend.detach()[:1]),
         ),
+        "group_norm_silu_backward of a branch": (
+            group_norm._backward,
+            (y, last, weight.detach(), bias.detach(), None, None, statistics, True, None, last + 1),
+        ),
         "residual_sum": (residual._forward, (leaf, y + 1, bias, 0.5)),
         "residual_sum channels_last": (residual._forward, (last, last + 1, None, 0.5)),
         "residual_sum_backward": (residual._backward, (last, 0.5, True)),
         "residual_sum_backward without bias": (residual._backward, (y, 0.5, False)),
+        "residual_sum_backward of a part": (residual._backward, (torch.cat([last, last], 1)[:, :4], 0.5, True)),
     }
 
 

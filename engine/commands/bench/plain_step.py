@@ -33,6 +33,7 @@ class PlainGroupNorm(GroupNorm):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         addend: Tensor | None = None,
+        branching: bool = False,  # never: a plain layer is not asked for it
     ) -> Tensor:
         if addend is not None:
             x = x + addend.to(x.dtype)[..., None, None]
