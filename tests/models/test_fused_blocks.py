@@ -48,7 +48,11 @@ def without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     def total(*given: Any, **settings: Any) -> Tensor:
         return unchecked_residual_sum(*given, **{**settings, "triton_runs": False})
 
+    def branching(x: Tensor, *given: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+        return norm(x, *given, addend=None, scale=None, shift=None, **settings), x
+
     monkeypatch.setattr("ipfm.models.layers.unchecked_group_norm_silu", norm)
+    monkeypatch.setattr("ipfm.models.layers.branching_group_norm_silu", branching)
     monkeypatch.setattr("ipfm.models.layers.unchecked_residual_sum", total)
 
 
@@ -267,4 +271,4 @@ def test_operators_of_a_published_network(monkeypatch: pytest.MonkeyPatch) -> No
         y.sum().backward()
     kinds = {"forward": forward.counts, "backward": backward.counts}
     made = {name: sum(n for op, n in counts.items() if op not in VIEWS) for name, counts in kinds.items()}
-    assert made["forward"] <= 353 and made["backward"] <= 595, made
+    assert made["forward"] <= 363 and made["backward"] <= 612, made
