@@ -74,6 +74,8 @@ Command = (
 
 # Commands whose work a launcher's processes share. The others are one process, whatever a launcher has left behind.
 SHARED = ("evaluate", "sample")
+# That speaks of what was left behind.
+LOOKING = ("doctor",)
 
 
 # Words that are no commands, and what is given instead.
@@ -128,7 +130,7 @@ def _check_own_objectives(given: Sequence[str]) -> None:
 
 def _main(argv: Sequence[str]) -> None:
     given = without_local_rank(argv) or ["--help"]
-    if given[0] not in SHARED:
+    if given[0] not in (*SHARED, *LOOKING):
         forget_launch()
     with user_input():
         join_slurm()

@@ -11,6 +11,7 @@ from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.errors import Failed
 from ipfm.engine.runtime.files import check_writable
 from ipfm.engine.runtime.json_output import Write, output
+from ipfm.engine.runtime.launcher import check_launch, forget_launch, is_launched, launched_processes, launched_rank
 
 if TYPE_CHECKING:
     from ipfm.engine.commands.doctor.findings import Finding
@@ -47,10 +48,12 @@ class Doctor:
 
     def run(self) -> None:
         """Print what is found."""
+        found = launch_findings()
+        forget_launch()
         with user_input():
             self._check()
         with output(as_json=self.json) as write:
-            bad = self._full(write) if self.full else self._findings(write)
+            bad = self._full(write) if self.full else self._findings(found, write)
         if bad:
             raise Failed(bad)
 
@@ -75,11 +78,11 @@ class Doctor:
     def _out(self) -> Path:
         return OUT if self.out is None else self.out
 
-    def _findings(self, write: Write) -> str:
+    def _findings(self, of_the_launch: list[Finding], write: Write) -> str:
         """Print what is found; what is missing, in a line."""
         from ipfm.engine.commands.doctor.findings import in_words, missing, verdict
 
-        found = findings()
+        found = sorted_by_topic([*findings(), *of_the_launch])
         facts = {
             "ok": not missing(found),
             "findings": found,
@@ -122,6 +125,21 @@ def device_to_examine() -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     except Exception:  # a broken torch is what the first section speaks of
         return "cpu"
+
+
+def launch_findings() -> list[Finding]:
+    """What is left of a launcher in the environment, where it would end a run or make it a part of another."""
+    from ipfm.engine.commands.doctor.findings import Finding
+
+    topic, name = "what a run takes", "launcher"
+    try:
+        check_launch()
+    except ValueError as error:
+        return [Finding(topic, name, str(error), "missing")]
+    if is_launched():
+        place = f"process {launched_rank()} of {launched_processes()}, as the environment says"
+        return [Finding(topic, name, place, "remark", "this is about one process by itself")]
+    return []
 
 
 def findings() -> list[Finding]:

@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -287,9 +288,13 @@ def _kernels() -> Iterator[Finding]:
         value = f"run; perturb differs from its reference by {off:.1e}"
         yield Finding(LIBRARIES, "Triton kernels", value, "missing" if wrong else "ok")
         return
+    from ipfm.kernels._cache import usable_cache
     from ipfm.kernels.bench.compile_report import compile_case
     from ipfm.kernels.bench.variants import perturb_variants
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a cache that cannot be written, which is said elsewhere
+        usable_cache()
     case = next(perturb_variants())
     length = len(compile_case(case, 90).asm["cubin"])
     yield Finding(LIBRARIES, "Triton kernels", f"need a GPU; perturb compiles for sm_90 ({length} bytes)")

@@ -126,7 +126,7 @@ def _home() -> Iterator[Finding]:
     folder = os.environ.get("TRITON_CACHE_DIR") or os.path.join(
         os.environ.get("TRITON_HOME") or os.path.expanduser("~"), ".triton", "cache"
     )
-    above = unwritable_ancestor(Path(folder))
+    above = unwritable_ancestor(Path(folder)) or _refusing(Path(folder))
     if above is None:
         yield Finding(MACHINE, "Triton's cache", folder)
     else:
@@ -137,6 +137,17 @@ def _home() -> Iterator[Finding]:
             "remark",
             "every process compiles the kernels anew: set TRITON_CACHE_DIR to a folder that can be written",
         )
+
+
+def _refusing(folder: Path) -> Path | None:
+    """The place that takes no files although it seems to: a file system of the kernel's own, or one that is full."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"x")
+    except OSError:
+        return there
+    return None
 
 
 def _variables() -> Iterator[Finding]:

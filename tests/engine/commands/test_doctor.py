@@ -94,6 +94,29 @@ def test_what_is_missing_is_a_line_and_the_exit_code(
     assert "! triton  not installed\n          pip install triton\n" in in_words(found)
 
 
+@pytest.mark.parametrize(
+    ("left", "state", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "missing", "has RANK, WORLD_SIZE of a launcher but no MASTER_ADDR"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "remark",
+         "process 1 of 2, as the environment says"),
+    ],
+)  # fmt: skip
+def test_what_a_launcher_has_left_behind(left, state: str, said: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(command, "findings", lambda: [Finding("libraries", "torch", "2.13.0")])
+    if state == "missing":
+        with pytest.raises(SystemExit) as stop:
+            run_command("ipfm", _main, ["doctor", "--json"])
+        assert stop.value.code == 1
+    else:
+        run_command("ipfm", _main, ["doctor", "--json"])
+    (_, found) = json.loads(capsys.readouterr().out)["findings"]
+    assert (found["name"], found["state"]) == ("launcher", state) and said in found["value"]
+    assert not {"RANK", "WORLD_SIZE"} & set(os.environ)
+
+
 def test_it_needs_nothing_that_could_be_broken() -> None:
     """Neither its help nor what it asks of the machine loads a library; that of the libraries is asked elsewhere."""
     text = "from ipfm.engine.commands.doctor import machine, probe, command; list(map(len, machine.checks()[:0]))\n"
@@ -201,6 +224,10 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.delenv(name, raising=False)
     (found,) = said_of("home")
     assert found.state == "remark" and str(file) in found.value and "TRITON_CACHE_DIR" in found.remedy
+    # Where root may write, and nobody can.
+    monkeypatch.setenv("HOME", "/proc/none")
+    (found,) = said_of("home")
+    assert found.state == "remark" and "(/proc)" in found.value
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     (found,) = said_of("home")
     assert found.state == "ok" and not (tmp_path / "cache").exists()
