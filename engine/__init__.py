@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 # small networks of CPU runs some thirty times slower. It is read when torch is loaded, so it has to be set before that.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
+# Of what torch's C++ says only errors: where processes do not meet it warns in some twenty lines of a stack, beside the
+# line that says what is missing, and of every address without a name. It is read when torch is loaded, too.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 
 __all__ = [
     "DistillConfig",

@@ -210,7 +210,7 @@ def waiting_for_others() -> Iterator[None]:
 
     def watch() -> None:
         until_said = min(UNTIL_SAID, timeout)
-        if not met.wait(until_said) and launcher.is_first_here():
+        if not met.wait(until_said) and launcher.is_first_here() and timeout > until_said:
             said = f"process {rank} of {size} waits for the others at {place}, for at most {timeout:g} s (IPFM_TIMEOUT)"
             print(said, file=sys.stderr, flush=True)
         if not met.wait(timeout - until_said + GRACE):

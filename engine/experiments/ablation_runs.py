@@ -26,6 +26,7 @@ from ipfm.engine.runtime.errors import FolderInUse
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.engine.training.distiller import Distiller
+from ipfm.engine.training.machine_folders import fetch
 from ipfm.engine.training.run_folder import (
     ABLATION_FILE,
     EXPORTS,
@@ -198,6 +199,7 @@ def generator_sets(run: Run, teacher: Precond, evaluation: Evaluation, world: Wo
     """
     if world.broadcast_text(run.state) != "finished":
         return [math.nan] * SETS
+    fetch(run.path / EXPORTS["distill"], world)
     net = load_model(run.path / EXPORTS["distill"]).to(world.device).eval()
     objective = run.config.objective(teacher.config)
     about = {**teacher_facts(teacher), "images": evaluation.images, "step": exported_steps(run.path, "distill")}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch.distributed as dist
 
@@ -22,8 +22,8 @@ from ipfm.engine.checks import option_name
 from ipfm.engine.distributed.agreement import together
 from ipfm.engine.distributed.launch_environment import answer_timeout
 from ipfm.engine.distributed.world import World, start_world
-from ipfm.engine.runtime.commandline import BadInput, user_input
-from ipfm.engine.runtime.launcher import is_first_process
+from ipfm.engine.runtime.commandline import BAD_INPUT, BadInput, user_input
+from ipfm.engine.runtime.launcher import is_first_here, is_first_process
 from ipfm.engine.runtime.versions import PACKAGES, installed
 from ipfm.engine.training.machine_folders import (
     Contents,
@@ -35,8 +35,8 @@ from ipfm.engine.training.machine_folders import (
 )
 from ipfm.engine.training.run_folder import differing_facts
 
-# Seconds for which the first process, which has said what is wrong already, waits for the others to tell them.
-TELLING = 20.0
+# Seconds for which a process that has said what is wrong already waits for the others, to tell them.
+TELLING = 9.0
 
 
 class Planned(Protocol):
@@ -54,6 +54,9 @@ class Planned(Protocol):
     def record(self) -> Mapping[str, Any]:
         """The content of its config.json."""
 
+    def show(self) -> bool:
+        """Print the result of a finished run; whether it is finished."""
+
 
 P = TypeVar("P", bound=Planned)
 
@@ -66,14 +69,19 @@ class _Outcome:
     fault: str = ""
     path: str = ""
     step: int | None = None
+    final: bool = False
+    """It does not depend on the run folder."""
 
 
-def plan_on_machines(make: Callable[[], P], options: Any) -> tuple[P, World]:
+def plan_on_machines(make: Callable[[], P], options: Any) -> tuple[P, World] | None:
     """Plan on every process, meet, and see that the plans are one.
 
     Args:
         make: makes the plan of this process; it is called again where the run folder has become another one.
         options: of the recipe, as they were given.
+
+    Returns:
+        The plan and the processes; None where the run is finished, and its result has been shown.
 
     Raises:
         BadInput: on every process: some machine's command, files or folder cannot be used, or are not those of the
@@ -82,24 +90,22 @@ def plan_on_machines(make: Callable[[], P], options: Any) -> tuple[P, World]:
     """
     plan, fault = _tried(make)
     if fault is not None and is_first_process():
-        _tell(fault)
-        raise fault
+        tell(fault)
     with user_input():
         world = start_world()
     own = _outcome(plan, fault, options)
     outcomes: list[Any] = [None] * world.size
     dist.all_gather_object(outcomes, own)
     first: _Outcome = outcomes[0]
-    if first.fault:
-        # On a machine with the same fault, in its own words.
-        raise fault if fault is not None and str(fault) == first.fault else BadInput(_elsewhere(0, first))
+    _check(outcomes, fault, but_for_folders=True)
+    # A finished run is only read, and nobody needs a copy of it.
+    if world.broadcast_text("shown" if world.is_main and plan is not None and plan.show() else ""):
+        return None
     path, step = Path(own.path or first.path), first.step
     plan, fault = _with_the_folder_of_the_first(make, plan, fault, path, step, world)
     faults: list[Any] = [None] * world.size
     dist.all_gather_object(faults, _outcome(plan, fault, options))
-    for rank, outcome in enumerate(faults):
-        if outcome.fault:
-            raise fault if fault is not None and str(fault) == outcome.fault else BadInput(_elsewhere(rank, outcome))
+    _check(faults, fault)
     assert plan is not None
     _check_alike(plan, world)
     return plan, world
@@ -133,20 +139,30 @@ def _outcome(plan: Planned | None, fault: BadInput | None, options: Any) -> _Out
     )
 
 
-def _elsewhere(rank: int, outcome: _Outcome) -> str:
-    return f"process {rank} on {outcome.host}: {outcome.fault}"
+def _check(outcomes: list[_Outcome], own: BadInput | None, *, but_for_folders: bool = False) -> None:
+    """BadInput, on every process, where one has a fault; on a machine with the same fault, in its own words."""
+    for rank, outcome in enumerate(outcomes):
+        if outcome.fault and (rank == 0 or outcome.final or not but_for_folders):
+            if own is not None and str(own) == outcome.fault:
+                raise own
+            raise BadInput(f"process {rank} on {outcome.host}: {outcome.fault}")
 
 
-def _tell(fault: BadInput) -> None:
-    """Tell the other processes, which wait, what keeps the first one from the run; it has told people already."""
-    print(f"{Path(sys.argv[0]).name}: error: {fault}", file=sys.stderr, flush=True)
-    if fault.details:
-        print(fault.details, file=sys.stderr, flush=True)
-    os.environ["IPFM_TIMEOUT"] = f"{min(TELLING, answer_timeout().total_seconds()):g}"
-    with suppress(RuntimeError):
+def tell(fault: BadInput) -> NoReturn:
+    """Say what is wrong with this process's input, tell the others of it, who wait, and end.
+
+    Raises:
+        SystemExit: as `run_command` does for this error.
+    """
+    if is_first_here():
+        print(f"{Path(sys.argv[0]).name}: error: {fault}", file=sys.stderr, flush=True)
+        if fault.details:
+            print(fault.details, file=sys.stderr, flush=True)
+    with suppress(RuntimeError, ValueError):
+        os.environ["IPFM_TIMEOUT"] = f"{min(TELLING, answer_timeout().total_seconds()):g}"
         world = start_world()
-        dist.all_gather_object([None] * world.size, _Outcome(own_host(), str(fault)))
-    sys.exit(2)
+        dist.all_gather_object([None] * world.size, _Outcome(own_host(), str(fault), final=True))
+    sys.exit(BAD_INPUT)
 
 
 def _with_the_folder_of_the_first(
@@ -170,7 +186,8 @@ def _with_the_folder_of_the_first(
     wanted = _lacks(found, there, fault is None)
     size = copy_from_first(path, step, world, wanted=wanted)
     if world.is_main:
-        what = "what a start reads" if there.newest < 0 else f"its checkpoint of step {there.newest}"
+        which = there.newest if step is None else step
+        what = "what a start reads" if which <= 0 else f"its checkpoint of step {which}"
         print(
             f"{path} of {' and '.join(dict.fromkeys(lacking))} lacks what that of {host} has: got a copy of {what} "
             f"({size / 2**20:.1f} MiB)",
@@ -182,7 +199,7 @@ def _with_the_folder_of_the_first(
 def _lacks(here: Contents, there: Contents, planned: bool) -> bool:
     """Whether a machine's folder has to become as the first one's, and may: it is a copy, the same run's, or new."""
     differs = any(here.files.get(name) != digest for name, digest in there.files.items())
-    return differs and (planned or here.copy or not here.files)
+    return differs and (planned or here.copy or here.free)
 
 
 def _check_alike(plan: Planned, world: World) -> None:
@@ -199,7 +216,7 @@ def _check_alike(plan: Planned, world: World) -> None:
             f"{option_name(option)} is {its_chosen.get(option)} there, {value} on {host}"
             for option, value in chosen.items()
             if its_chosen.get(option) != value
-        ] or differing_facts(its_record, record)
+        ] or differing_facts(its_record, record, f"on {host}")
         if differing:
             raise BadInput(
                 f"process {rank} on {name} was started otherwise ({'; '.join(differing)}): give every machine the same "

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,10 +20,10 @@ from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.distributed.determinism import prepare_determinism
 from ipfm.engine.distributed.launch_environment import check_environment, environment_remarks
 from ipfm.engine.distributed.world import World, start_world
-from ipfm.engine.experiments.machines import plan_on_machines, say_where_saved
+from ipfm.engine.experiments.machines import plan_on_machines, say_where_saved, tell
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.own_files import is_being_read
-from ipfm.engine.runtime.commandline import Given, parse_given, user_input
+from ipfm.engine.runtime.commandline import BadInput, Given, parse_given, user_input
 from ipfm.engine.runtime.launcher import is_first_process, join_slurm, several_machines
 from ipfm.engine.runtime.remarks import Remarks
 from ipfm.engine.runtime.wording import counted
@@ -191,9 +192,7 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
     with user_input():
         join_slurm()
         len(OBJECTIVES)  # what is wrong with a file of one's own is said first
-        given = parse_given(
-            argv, default=recipe.defaults, prog=recipe.file, description=recipe.help_text(), elsewhere=recipe.elsewhere
-        )
+        given = _read(recipe, argv)
         check_environment()
         _prepare(given.options)
         if is_first_process():
@@ -201,20 +200,11 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
             for remark in environment_remarks():
                 remarks.add(remark)
         apart = several_machines() and not given.options.dry_run
-        plan = None if apart else recipe.plan(given)
-    if plan is None:
-        # Each has files and a folder of its own: they meet first, to see whether they are the same.
-        plan, world = plan_on_machines(lambda: recipe.plan(given), given.options)
-    if plan.options.dry_run:
-        if is_first_process():
-            print(plan.describe())
+        alone = None if apart else recipe.plan(given)
+    met = _met_on_machines(recipe, given) if alone is None else _met(alone)
+    if met is None:
         return
-    if plan.show():
-        return
-    with user_input():
-        _prepare(plan.options)  # a branch may have it from its run
-        if not apart:
-            world = start_world()
+    plan, world = met
     # Nobody changes the folder before all have looked at it.
     world.barrier()
     with user_input():
@@ -222,8 +212,46 @@ def run_recipe(recipe: Recipe[Any], argv: Sequence[str]) -> None:
     if apart:
         say_where_saved(plan.path, world)
     # A teacher that was read is memory of its own.
-    del plan
+    del alone, met, plan
     train()
+
+
+def _read(recipe: Recipe[Any], argv: Sequence[str]) -> Given[Any]:
+    """The command line. What is wrong with that of one machine is told to the others."""
+    try:
+        return parse_given(
+            argv, default=recipe.defaults, prog=recipe.file, description=recipe.help_text(), elsewhere=recipe.elsewhere
+        )
+    except BadInput as error:
+        with suppress(ValueError):
+            check_environment()
+            if several_machines():
+                tell(error)
+        raise
+
+
+def _met(plan: Plan) -> tuple[Plan, World] | None:
+    """The plan and its processes; None where it is only shown, or its result."""
+    if plan.options.dry_run:
+        if is_first_process():
+            print(plan.describe())
+        return None
+    if plan.show():
+        return None
+    with user_input():
+        _prepare(plan.options)  # a branch may have it from its run
+        return plan, start_world()
+
+
+def _met_on_machines(recipe: Recipe[Any], given: Given[Any]) -> tuple[Plan, World] | None:
+    """The same on several machines: each has files and a folder of its own, and they meet to see whether they agree."""
+
+    def make() -> Plan:
+        plan = recipe.plan(given)
+        _prepare(plan.options)
+        return plan
+
+    return plan_on_machines(make, given.options)
 
 
 def _prepare(options: Any) -> None:

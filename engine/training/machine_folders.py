@@ -15,6 +15,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import torch.distributed as dist
 
 from ipfm.engine.distributed.agreement import together
 from ipfm.engine.distributed.world import World
-from ipfm.engine.runtime.launcher import local_rank
+from ipfm.engine.runtime.errors import Failed
+from ipfm.engine.runtime.launcher import local_rank, several_machines
 from ipfm.engine.training.checkpoint import checkpoints_in, find_checkpoint, step_of
-from ipfm.engine.training.run_folder import SET_ASIDE
-from ipfm.models.atomic_files import atomic_write
+from ipfm.engine.training.run_folder import ABLATION_FILE, SET_ASIDE
+from ipfm.models.atomic_files import atomic_write, why
 
 # In a folder that is a copy of another machine's: which one's.
 COPY_FILE = "copy.json"
@@ -50,12 +52,14 @@ class Contents:
         newest: steps of the newest checkpoint; -1 where there is none.
         size: bytes.
         copy: the folder is marked as a copy.
+        free: there is nothing in its place, or an empty folder.
     """
 
     files: Mapping[str, str]
     newest: int
     size: int
     copy: bool
+    free: bool
 
 
 def contents(folder: Path, step: int | None = None, *, whole: bool = False) -> Contents:
@@ -73,7 +77,8 @@ def contents(folder: Path, step: int | None = None, *, whole: bool = False) -> C
     newest = max((step_of(checkpoint) for checkpoint in checkpoints_in(folder / "checkpoints")), default=-1)
     size = sum(path.stat().st_size for path in files.values())
     digests = {name: _digest(path) for name, path in files.items()}
-    return Contents(digests, newest, size, (folder / COPY_FILE).exists())
+    free = not any(folder.iterdir()) if folder.is_dir() else not folder.exists()
+    return Contents(digests, newest, size, (folder / COPY_FILE).exists(), free)
 
 
 def _needed(folder: Path, step: int | None, *, whole: bool) -> Iterator[Path]:
@@ -126,21 +131,56 @@ def copy_from_first(path: Path, step: int | None, world: World, *, wanted: bool)
         Bytes of the copy.
 
     Raises:
-        OSError, Failed: on every process: a disk refuses, on some machine.
+        Failed: on every process: a disk refuses, on some machine.
     """
-    listed: list[Any] = [None]
-    sent = together(lambda: contents(path, step, whole=True) if world.is_main else None, world.size)
-    if sent is not None:
-        listed[0] = [(name, (path / name).stat().st_size) for name in sent.files], own_host()
-    dist.broadcast_object_list(listed, src=0, device=world.device)
-    files, host = listed[0]
-    writes = wanted and not world.is_main and local_rank() in (0, None)
-    for name, size in files:
-        together(lambda name=name, size=size: _transfer(path / name, size, world, writes=writes), world.size)  # type: ignore[misc]
-    together(lambda: _mark(path, [name for name, _ in files], host) if writes else None, world.size)
+    found = together(lambda: list(contents(path, step, whole=True).files) if world.is_main else [], world.size)
+    names, size = _send(path, found, world, wanted=wanted)
+    host = world.broadcast_text(own_host())
+    together(lambda: _mark(path, names, host) if _writes(world, wanted) else None, world.size)
     if world.is_main:
         (path / COPY_FILE).unlink(missing_ok=True)
-    return sum(size for _, size in files)
+    return size
+
+
+def fetch(folder: Path, world: World) -> None:
+    """Bring a folder of the first machine's run, such as a result, to those that do not share it.
+
+    Every process calls this before it reads the folder.
+
+    Raises:
+        Failed: on every process: a disk refuses, on some machine.
+    """
+    if not several_machines():
+        return
+    wanted = bool(seen_elsewhere(folder))
+    if not world.all_reduce_max_(torch.tensor(int(wanted), device=world.device)):
+        return
+    found = [path.name for path in sorted(folder.iterdir()) if path.is_file()] if world.is_main else []
+    _send(folder, found, world, wanted=wanted)
+    host = world.broadcast_text(own_host())
+    together(lambda: _mark_new(folder, host) if _writes(world, wanted) else None, world.size)
+
+
+def _mark_new(folder: Path, host: str) -> None:
+    """Mark what `folder` was fetched into as a copy, if it holds no run otherwise."""
+    root = next(known for known in _elsewhere if folder.resolve().is_relative_to(known))
+    if not any((root / name).exists() for name in ("config.json", ABLATION_FILE)):
+        _mark_copy(root, host)
+
+
+def _writes(world: World, wanted: bool) -> bool:
+    return wanted and not world.is_main and local_rank() in (0, None)
+
+
+def _send(folder: Path, names: list[str], world: World, *, wanted: bool) -> tuple[list[str], int]:
+    """Send files of the first process's folder, which it names; their names, and their bytes."""
+    listed: list[Any] = [[(name, (folder / name).stat().st_size) for name in names]]
+    dist.broadcast_object_list(listed, src=0, device=world.device)
+    files: list[tuple[str, int]] = listed[0]
+    for name, size in files:
+        work = partial(_transfer, folder / name, size, world, writes=_writes(world, wanted))
+        together(work, world.size)
+    return [name for name, _ in files], sum(size for _, size in files)
 
 
 def _transfer(path: Path, size: int, world: World, *, writes: bool) -> None:
@@ -151,7 +191,7 @@ def _transfer(path: Path, size: int, world: World, *, writes: bool) -> None:
         try:
             if writes:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                target.unlink(missing_ok=True)
+                target.write_bytes(b"")
         except OSError as error:
             failed = error
         for first in range(0, size, CHUNK):
@@ -168,11 +208,10 @@ def _transfer(path: Path, size: int, world: World, *, writes: bool) -> None:
                 except OSError as error:
                     failed = error
     if failed is not None:
-        target.unlink(missing_ok=True)
-        raise failed
+        with suppress(OSError):
+            target.unlink(missing_ok=True)
+        raise Failed(f"{path} cannot be written on {own_host()} ({why(failed)}), where the run folder is not shared")
     if writes:
-        if not size:
-            target.touch()
         target.replace(path)
 
 
@@ -197,12 +236,16 @@ def _mark(path: Path, names: list[str], host: str) -> None:
         return
     if not path.is_dir():
         return
-    with atomic_write(path / COPY_FILE) as file:
-        file.write((json.dumps({"of": host}) + "\n").encode())
+    _mark_copy(path, host)
     kept = {name.split("/")[1] for name in names if name.startswith("checkpoints/")}
     for checkpoint in checkpoints_in(path / "checkpoints") if kept else ():
         if checkpoint.name not in kept:
             shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _mark_copy(path: Path, host: str) -> None:
+    with atomic_write(path / COPY_FILE) as file:
+        file.write((json.dumps({"of": host}) + "\n").encode())
 
 
 # Run folders that this process sees another one of than the first process, and the machine of that.

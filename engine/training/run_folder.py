@@ -308,13 +308,13 @@ def _differences(found: Mapping[str, Any], ours: Mapping[str, Any], free: frozen
     ]
 
 
-def differing_facts(found: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+def differing_facts(found: Mapping[str, Any], ours: Mapping[str, Any], here: str = "here") -> list[str]:
     """What two records have beside settings and differs: "teacher is another network, 12ab… there, 34cd… here"."""
     return [
-        f"{name} is {_other(name, found)}{there} there, {here} here"
+        f"{name} is {_other(name, found)}{there} there, {own} {here}"
         for name in sorted(found.keys() & ours.keys() - {"format", "config", "about", "start"})
         if found[name] != ours[name]
-        for there, here in [_told_apart(found[name], ours[name])]
+        for there, own in [_told_apart(found[name], ours[name])]
     ]
 
 

@@ -105,16 +105,56 @@ def test_machines_that_share_no_folder(tmp_path: Path, teacher: Path, nodes, one
     assert [c.name for c in (copy / "checkpoints").iterdir()] == ["step-0000002"]
     assert not (tmp_path / "node1" / "run" / "copy.json").exists()
 
-    # A finished run is only read, on both.
+    # A finished run is only read, on both, and copied nowhere.
     start = Start(nodes, launcher, settings(teacher, "run", STEPS), folder=tmp_path)
     assert start.wait() == [[0], [0]], start.said()
     assert start.lines(0, "run is finished: ") and "Traceback" not in start.said()
-    assert [c.name for c in (copy / "checkpoints").iterdir()] == [f"step-000000{STEPS}"]
+    assert [c.name for c in (copy / "checkpoints").iterdir()] == ["step-0000002"]
 
     # On the first machine alone, from the same checkpoint.
     alone = soak.Group(settings(teacher, tmp_path / "alone", STEPS), "forked", tmp_path / "log")
     assert alone.wait(60) == [0, 0], alone.output()
     assert not soak.differences(tmp_path / "alone", one_node)
+
+
+@pytest.mark.nodes
+def test_a_disk_that_is_full_on_the_second_machine(tmp_path: Path, teacher: Path, nodes) -> None:
+    """It has no room for the copy: a line that names the machine, on both, and the first one's folder is as it was."""
+    start = Start(nodes, "forked", settings(teacher, "run", 2), folder=tmp_path)
+    assert start.wait() == [[0], [0]], start.said()
+    (tmp_path / "node2" / "run").mkdir()
+    nodes[1].call("mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path / "node2" / "run"))
+    # A forked one does not see what is mounted in its machine.
+    start = Start(nodes, "slurm", settings(teacher, "run", 4), folder=tmp_path)
+    assert start.wait() == [[1], [1]], start.said()
+    for index in (0, 1):
+        (line,) = start.lines(index, FAILED)
+        assert line.endswith("cannot be written on node2 (No space left on device), where the run folder is not shared")
+    assert soak.newest(tmp_path / "node1" / "run") == 2
+
+
+@pytest.mark.nodes
+def test_an_ablation_of_machines_that_share_no_folder(tmp_path: Path, nodes) -> None:
+    """It draws from the generators of its runs, which lie on the first machine."""
+    recipe = launch.ROOT / "recipes" / "ablation_steps.py"
+    for _ in range(2):
+        quick = ["--quick", "--out", "run", "--seeds", "0", "--variants", "K1", "K2"]
+        start = Start(nodes, "forked", quick, folder=tmp_path, script=recipe)
+        assert start.wait(200) == [[0], [0]], start.said()
+        assert start.lines(0, "curves: run/ablation.png") and "Traceback" not in start.said()
+
+
+@pytest.mark.nodes
+def test_clocks_that_differ(tmp_path: Path, teacher: Path, nodes, one_node: Path) -> None:
+    """The second machine has been up for ten days longer, by the clock that durations are taken by."""
+    start = Start(nodes, "slurm", settings(teacher, tmp_path / "run", STEPS), folder=tmp_path, only=(0,))
+    later = ["unshare", "--time", "--fork", "--monotonic", "864000", "--boottime", "864000"]
+    with open(tmp_path / "log2", "wb") as log:
+        environ = {**launch.environment(**start.environment), **start.task(1, 0)}
+        command = [*later, sys.executable, soak.RECIPE, *start.arguments[1]]
+        start.started[1] = [nodes[1].start(command, env=environ, log=log)]
+    assert start.wait() == [[0], [0]], start.said()
+    assert losses(tmp_path / "run") == losses(one_node)
 
 
 def test_machines_in_another_order_do_not_begin_anew(tmp_path: Path, teacher: Path, nodes) -> None:
@@ -147,7 +187,7 @@ runpy.run_path(RECIPE, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("what", ["options", "teacher", "no teacher", "versions", "first alone"])
+@pytest.mark.parametrize("what", ["options", "teacher", "no teacher", "versions", "first alone", "typo"])
 def test_machines_that_differ_end_with_a_line(tmp_path: Path, teacher: Path, nodes, what: str) -> None:
     """On both of them, with exit code 2 and before anything is written; neither waits for the other."""
     own, common = settings(teacher, "run", 2), settings(teacher, "run", 2)
@@ -172,6 +212,9 @@ def test_machines_that_differ_end_with_a_line(tmp_path: Path, teacher: Path, nod
         script = tmp_path / "digits_ipfm.py"
         script.write_text(f"RECIPE = {soak.RECIPE!r}\n{ANOTHER_VERSION}")
         expected += f"has torch 2.1.0, {torch.__version__} on node1: install the same on every machine"
+    elif what == "typo":
+        own += ["--lrr", "1e-3"]
+        expected = "process 1 on node2: unknown option --lrr; perhaps you meant --lr"
     else:
         own, common = common, settings(tmp_path / "nowhere", "run", 2)
         expected = f"{tmp_path / 'nowhere'} does not exist; "
@@ -185,7 +228,7 @@ def test_machines_that_differ_end_with_a_line(tmp_path: Path, teacher: Path, nod
         shown = line.removeprefix(ERROR)
         if what == "first alone" and index == 1:
             shown = shown.removeprefix("process 0 on node1: ")
-        elif what == "no teacher" and index == 1:
+        elif what in ("no teacher", "typo") and index == 1:
             expected = expected.removeprefix("process 1 on node2: ")
         assert shown.startswith(expected), start.said()
     assert not list(tmp_path.glob("node?/run/*"))
