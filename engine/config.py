@@ -17,6 +17,7 @@ Offload = Literal["none", "optimizer", "all"]
 Precision = Literal["fp32", "bf16", "fp16"]
 TeacherStorage = Literal["fp32", "half", "sharded"]
 TeacherStorageOption = Literal["auto", "fp32", "half", "sharded"]
+Attention = Literal["auto", "sdpa", "xformers"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 InitialWeights = Literal["auto", "teacher", "random"]
 Rules = Literal[1, 2]
@@ -104,6 +105,9 @@ class RunConfig:
     """Allow TF32 in fp32 convolutions and matrix products on GPUs."""
     deterministic: bool = setting(False, identity=False, memory=False)
     """Take algorithms that repeat their results bit for bit on a GPU too: slower there, the same on a CPU."""
+    attention_backend: Attention = setting("auto", identity=False, place=True, memory=False)
+    """What computes attention: sdpa is PyTorch's, which auto takes; xformers needs a GPU for which its build has
+    operators."""
     memory_format: MemoryFormat = setting("auto", identity=False, place=True, memory=False)
     """Order of the activations in memory: channels_last has the channels of a pixel side by side, as convolutions on
     GPUs want them; auto is that on GPUs, contiguous elsewhere."""
@@ -182,6 +186,16 @@ class RunConfig:
             raise ValueError(f"activation-checkpointing must be auto, on or off, got {self.activation_checkpointing!r}")
         if self.memory_format not in ("auto", "contiguous", "channels_last"):
             raise ValueError(f"memory-format must be auto, contiguous or channels_last, got {self.memory_format!r}")
+        if self.attention_backend not in ("auto", "sdpa", "xformers"):
+            raise ValueError(f"attention-backend must be auto, sdpa or xformers, got {self.attention_backend!r}")
+        if self.attention_backend == "xformers" and self.compile:
+            raise ValueError(
+                "attention-backend xformers does not go with compile, which knows PyTorch's own: use auto or sdpa"
+            )
+        if self.attention_backend == "xformers" and self.deterministic:
+            raise ValueError(
+                "attention-backend xformers does not go with deterministic, as its gradients do not repeat: use auto"
+            )
         check_sharding(self.zero, self.precision, self.offload)
         if self.compile and self.zero == 3:
             raise ValueError("compile does not go with zero 3, which gathers weights module by module: use 0, 1 or 2")

@@ -266,6 +266,7 @@ class TrainAndDistil(Recipe[O], Generic[O]):
             precision=options.precision,
             tf32=options.tf32,
             deterministic=options.deterministic,
+            attention_backend=options.attention_backend,
             memory_format=options.memory_format,
             compile=options.compile,
             noise=options.noise,

@@ -11,14 +11,17 @@ from ipfm.engine.runtime.files import StepLog
 from ipfm.engine.runtime.versions import PACKAGES, installed
 
 if TYPE_CHECKING:
+    import torch
+
+    from ipfm.engine.config import Attention
     from ipfm.engine.distributed.world import World
 
 
 ENVIRONMENT_FILE = "environment.jsonl"
 
 
-def log_start(folder: Path, step: int, world: World) -> None:
-    """Add a line: versions, ranks and device of the part of the run that begins after `step` steps.
+def log_start(folder: Path, step: int, world: World, attention: Attention = "auto") -> None:
+    """Add a line: versions, ranks, device and attention of the part of the run that begins after `step` steps.
 
     Raises:
         OSError: the disk refuses.
@@ -36,10 +39,21 @@ def log_start(folder: Path, step: int, world: World) -> None:
             "processes": world.size,
             "device": torch.cuda.get_device_name(world.device) if cuda else f"CPU ({platform.machine()})",
             "threads": torch.get_num_threads(),
+            **dict(zip(("attention", "attention_reason"), attention_taken(attention, world.device), strict=True)),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         },
     )
     log.flush()
+
+
+def attention_taken(asked: Attention, device: torch.device) -> tuple[str, str]:
+    """What computes attention on `device`, and why."""
+    from ipfm.models.attention import xformers_misfit
+
+    if asked != "auto":
+        return asked, "asked for"
+    obstacle = xformers_misfit() if device.type == "cuda" else "it needs a GPU"
+    return "sdpa", f"xformers cannot serve: {obstacle}" if obstacle else "xformers serves where it is asked for"
 
 
 def read_starts(folder: Path) -> tuple[Mapping[str, Any], ...]:
@@ -53,11 +67,16 @@ def read_starts(folder: Path) -> tuple[Mapping[str, Any], ...]:
 
 def in_words(starts: tuple[Mapping[str, Any], ...]) -> Iterator[tuple[str, str]]:
     """(what, value) of the starts of a run; where they differ, each different one once."""
+    starts = tuple(
+        s | {"attention": f"{s.get('attention')}: {reason}"} if (reason := s.get("attention_reason")) else s
+        for s in map(dict, starts)
+    )
     for what, names in (
         ("versions", (*PACKAGES, "python", "cuda")),
         ("processes", ("processes",)),
         ("device of a process", ("device",)),
         ("threads of a process", ("threads",)),
+        ("attention", ("attention",)),
         *([("deterministic algorithms", ("deterministic",))] if any(s.get("deterministic") for s in starts) else []),
     ):
         found = [[(name, start[name]) for name in names if start.get(name) is not None] for start in starts]

@@ -26,7 +26,7 @@ from ipfm.engine.runtime.launcher import Launcher, lost_process
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import checkpoints_in, find_checkpoint, forget_after, load_checkpoint
 from ipfm.engine.training.checkpoint_writer import CheckpointFailed, CheckpointWriter
-from ipfm.engine.training.environment import log_start
+from ipfm.engine.training.environment import attention_taken, log_start
 from ipfm.engine.training.machine_folders import seen_elsewhere
 from ipfm.engine.training.monitor import COMPARISON_FILE, Monitor, picture_path, pictures_in
 from ipfm.engine.training.run_folder import RunFolder, identity
@@ -111,6 +111,10 @@ class _Run:
         reason = ""
         try:
             self.monitor, self.history = self._logs()
+            if self.world.device.type == "cuda":
+                self.monitor.message(
+                    "attention: {}, {}".format(*attention_taken(config.attention_backend, self.world.device))
+                )
             self.snapshots = Snapshots(task, config, folder.path, folder.kind, self.monitor.message)
             self.snapshots.resume(progress.step, self.history, go_back=config.from_step is not None)
             aside = forgotten(folder.path) if self.world.is_main else ()
@@ -140,7 +144,7 @@ class _Run:
             (path / COMPARISON_FILE).unlink(missing_ok=True)
             for left in (path / FAILED_FILE, *path.glob("traceback*.txt")):
                 left.unlink(missing_ok=True)
-            log_start(path, first, self.world)
+            log_start(path, first, self.world, self.config.attention_backend)
         monitor = Monitor(
             path,
             title=self.task.title,

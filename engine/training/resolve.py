@@ -10,13 +10,14 @@ import torch
 from ipfm.engine.config import Resolved, RunConfig, TeacherConfig
 from ipfm.engine.data.augmentation import AUGMENT_DIM, SMALLEST_SIZE
 from ipfm.engine.distributed.compilation import check_compiler
-from ipfm.engine.distributed.precision import bf16_supported, fp16_supported
+from ipfm.engine.distributed.precision import DTYPES, bf16_supported, fp16_supported
 from ipfm.engine.distributed.world import World
 from ipfm.engine.memory import MemoryPlan, choose_layout, choose_training, device_budget
 from ipfm.engine.noise_levels import check_trainable
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
-from ipfm.models import NetworkConfig
+from ipfm.models import NetworkConfig, build_network
+from ipfm.models.attention import xformers_obstacle
 
 C = TypeVar("C", bound=RunConfig)
 K = TypeVar("K", bound=Distillation)
@@ -90,6 +91,7 @@ def complete(config: K, network: NetworkConfig, device: torch.device) -> K:
     config.check_network(network)
     config = replace(config, D=resolve_D(config.D, network)).completed(network)
     config = resolve_precision(config, device)
+    check_attention(config, network, device)
     return replace(config, teacher_storage=config.decided_storage)
 
 
@@ -103,7 +105,9 @@ def complete_training(config: TeacherConfig, network: NetworkConfig, device: tor
     check_trainable(network)
     D = resolve_D(config.D, network)
     check_augment(config.augment, network)
-    return resolve_precision(replace(config, D=D), device)
+    config = resolve_precision(replace(config, D=D), device)
+    check_attention(config, network, device)
+    return config
 
 
 def resolve_D(D: float | None, network: NetworkConfig) -> float:
@@ -133,6 +137,21 @@ def resolve_precision(config: C, device: torch.device) -> C:
     if config.compile:
         check_compiler(device)
     return replace(config, precision=precision)
+
+
+def check_attention(config: RunConfig, network: NetworkConfig, device: torch.device) -> None:
+    """Check that what is asked for attention can serve the network on `device`.
+
+    Raises:
+        ValueError: xformers cannot, with the reason.
+    """
+    if config.attention_backend != "xformers":
+        return
+    with torch.device("meta"):
+        blocks = list(build_network(network).model.blocks)
+    for width in sorted({block.out_channels // block.num_heads for block in blocks if block.num_heads}):
+        if reason := xformers_obstacle(device, DTYPES[config.decided_precision], width):
+            raise ValueError(f"attention-backend xformers cannot run here: {reason}: give auto or sdpa")
 
 
 def check_augment(probability: float, network: NetworkConfig) -> None:

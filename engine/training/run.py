@@ -125,9 +125,10 @@ class TrainingRun(ABC, Generic[C]):
         return trained
 
     def _execute_as_set(self, net: Precond) -> Precond:
-        """`net` with the run's activation checkpointing, memory format and compilation."""
+        """`net` with the run's activation checkpointing, attention, memory format and compilation."""
         net.activation_checkpointing = self.settings.checkpointed
         config = self.config
+        net.attention_backend = config.attention_backend
         set_execution(net, memory_format=config.memory_format, compiled=config.compile, device=self.world.device)
         return net
 

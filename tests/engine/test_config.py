@@ -58,6 +58,7 @@ CHOICES = {
     "backward": ("must be auto, joint or phased", ("both", None)),
     "tf32": ("must be True or False", (1, "no")),
     "deterministic": ("must be True or False", (1, "no")),
+    "attention_backend": ("must be auto, sdpa or xformers", ("math", 1)),
     "rules": ("must be 1 or 2", (0, 3, "2", 1.0, True, None)),
     "compile": ("must be True or False", (1, "no")),
     "memory_format": ("must be auto, contiguous or channels_last", ("nhwc", None)),
@@ -85,7 +86,8 @@ def test_a_refusal_names_setting_and_value(name, says, value):
         owner(name)(**{name: value})
     words = (
         "precision", "backward", "tf32", "resume", "offload", "activation_checkpointing", "teacher_storage",
-        "async_checkpoints", "compile", "deterministic", "memory_format", "gradient", "init", "student_init", "rules",
+        "async_checkpoints", "compile", "deterministic", "attention_backend", "memory_format", "gradient", "init",
+        "student_init", "rules",
     )  # fmt: skip
     shown = repr(value) if name in words else str(value)
     assert str(error.value) == f"{name.replace('_', '-')} {says}, got {shown}"

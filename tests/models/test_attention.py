@@ -1,8 +1,10 @@
 """Attention backends and the residual block, against the formulas written out in float64."""
 
+import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ipfm.models import EDMPrecond
+from ipfm.models import attention as attentions
 from ipfm.models.attention import attention
 from ipfm.models.blocks import QKVProjection, UNetBlock
 from ipfm.models.initialisation import Init
@@ -256,3 +259,77 @@ def test_importing_the_models_imports_no_optional_package():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """An xformers that was built for a version of CUDA as its files write it, and a torch for another; it may run."""
+    package = tmp_path / "xformers"
+    (package / "ops").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "ops" / "__init__.py").write_text(
+        "import logging\nlogging.getLogger('xformers').warning('six lines')\n"
+        "def memory_efficient_attention(q, k, v):\n    raise NotImplementedError('No operator found\\nmore')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "xformers"]:
+        monkeypatch.delitem(sys.modules, name)
+
+    def build(xformers: object, torchs: str | None) -> None:
+        (package / "cpp_lib.json").write_text(json.dumps({"version": {"cuda": xformers, "hip": None}}))
+        monkeypatch.setattr(torch.version, "cuda", torchs)
+        attentions.xformers_misfit.cache_clear()
+        attentions._tried.cache_clear()
+
+    yield build
+    attentions.xformers_misfit.cache_clear()
+    attentions._tried.cache_clear()
+    for name in [n for n in sys.modules if n.partition(".")[0] == "xformers"]:
+        del sys.modules[name]
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("xformers", "torchs", "misfit"),
+    [
+        (1208, "13.0", f"it was built for CUDA 12.8, and torch {torch.__version__} for 13.0"),
+        (None, "13.0", f"it was built without CUDA, and torch {torch.__version__} for 13.0"),
+        (1208, "12.6", ""),
+        (1300, "13.1", ""),
+        (1208, None, ""),
+        ("another way of saying it", "13.0", ""),
+    ],
+)
+def test_what_xformers_was_built_for(built, xformers, torchs, misfit):
+    """Its files say so, and it is not imported: that costs a second and six lines of warning."""
+    built(xformers, torchs)
+    assert attentions.xformers_misfit() == misfit
+    if misfit:
+        assert attentions.xformers_obstacle(GPU, torch.bfloat16, 64) == misfit
+    assert attentions.xformers_obstacle(torch.device("cpu"), torch.float32, 64) == "it needs CUDA tensors, got cpu"
+    assert "no kernel" in attentions.xformers_obstacle(GPU, torch.float64, 64)
+    assert "xformers" not in sys.modules
+
+
+def test_xformers_that_has_no_operator_here(built, monkeypatch, caplog, capfd):
+    """It is tried once for each kind of tensors, and what its own module says of it is not repeated."""
+    built(1300, "13.0")
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **more: zeros(*size, **more))
+    for _ in range(2):
+        reason = attentions.xformers_obstacle(GPU, torch.bfloat16, 64)
+        assert reason == "no operator for torch.bfloat16 and head width 64 (No operator found)"
+    assert not caplog.records and capfd.readouterr() == ("", "")
+
+
+def test_attention_is_torchs_own_unless_asked_otherwise(built, monkeypatch):
+    """Also on a GPU that xformers would fit."""
+    built(1300, "13.0")
+    q, k, v = (torch.randn(1, 4, 1, 8) for _ in range(3))
+    monkeypatch.setattr(attentions, "xformers_obstacle", lambda *_: None)
+    assert torch.equal(attention(q, k, v), attention(q, k, v, backend="sdpa"))
+    assert "xformers" not in sys.modules
+    with pytest.raises(NotImplementedError, match="No operator found"):
+        attention(q, k, v, backend="xformers")

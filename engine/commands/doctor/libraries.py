@@ -253,13 +253,12 @@ def _attention() -> Iterator[Finding]:
     from ipfm.models import attention
 
     device = run_device()
-    reason = ""
+    taken = "torch's scaled_dot_product_attention"
     for dtype in (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            reason = attention._xformers_obstacle(device, dtype, 64) or ""
-        taken = "torch's scaled_dot_product_attention" if reason else "xformers"
-        kind = str(dtype).removeprefix("torch.")
-        yield Finding(RUN, "attention", f"{kind}: {taken}{f'; not xformers: {reason}' if reason else ''}")
+            reason = attention.xformers_obstacle(device, dtype, 64)
+        other = f"not xformers: {reason}" if reason else "xformers where it is asked for"
+        yield Finding(RUN, "attention", f"{str(dtype).removeprefix('torch.')}: {taken}; {other}")
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 
 from ipfm.engine.distributed.world import World
 from ipfm.engine.runtime.versions import installed
-from ipfm.engine.training.environment import ENVIRONMENT_FILE, in_words, log_start, read_starts
+from ipfm.engine.training.environment import ENVIRONMENT_FILE, attention_taken, in_words, log_start, read_starts
 
 
 def test_a_line_for_each_start(tmp_path: Path) -> None:
@@ -24,6 +24,10 @@ def test_a_line_for_each_start(tmp_path: Path) -> None:
     assert said["processes"] == "2; then 1"
     # What is the same is said once, and what is not there not at all.
     assert said["versions"].count("torch ") == 1 and "cuda" not in said["versions"]
+    reason = "xformers cannot serve: it needs a GPU"
+    assert (first["attention"], first["attention_reason"]) == ("sdpa", reason)
+    assert said["attention"] == f"sdpa: {reason}"
+    assert attention_taken("xformers", torch.device("cuda")) == ("xformers", "asked for")
     assert first["deterministic"] is False and "deterministic algorithms" not in said
     both = dict(in_words((first, second | {"deterministic": True})))
     assert both["deterministic algorithms"] == "no; then yes"

@@ -130,9 +130,9 @@ FREE = {
     "out", "micro_batch", "max_steps", "kimg", "zero", "tf32", "log_every", "eval_every", "checkpoint_every",
     "keep_checkpoints", "max_bad_steps", "resume", "backward", "teacher", "heun_steps", "offload",
     "activation_checkpointing", "async_checkpoints", "profile_memory", "teacher_storage", "compile", "memory_format",
-    "lpips", "from_step", "snapshot_every", "keep_snapshots",
+    "lpips", "from_step", "snapshot_every", "keep_snapshots", "deterministic", "attention_backend",
 }  # fmt: skip
-PLACE = FREE - {"max_steps", "kimg", "heun_steps", "tf32"}
+PLACE = FREE - {"max_steps", "kimg", "heun_steps", "tf32", "deterministic"}
 KINDS = (DistillConfig, PidConfig, TeacherConfig)
 
 
@@ -173,3 +173,22 @@ def test_a_new_setting_is_a_part_of_the_identity(tmp_path):
     with pytest.raises(ValueError, match=r"\(strength is 1\.0 there, 2\.0 here\): choose another --out$"):
         check_run_folder(tmp_path, "distill", replace(config, strength=2.0), {})
     assert "strength" not in planned_settings(NewConfig) and "cache" in planned_settings(NewConfig)
+
+
+def test_attention_that_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """Before anything is begun, for a distillation and for a teacher; asked for each width of the network's heads."""
+    served = {(torch.device("cpu"), torch.float32, 128): None}
+    attending = replace(NETWORK, model_channels=128, attn_resolutions=(8,))
+    for config, decide in ((DistillConfig, resolve), (TeacherConfig, resolve_training)):
+        asked = config(**OPEN, attention_backend="xformers")
+        with pytest.raises(ValueError) as error:
+            decide(asked, attending, ALONE)
+        assert str(error.value) == (
+            "attention-backend xformers cannot run here: it needs CUDA tensors, got cpu: give auto or sdpa"
+        )
+        with monkeypatch.context() as patched:
+            patched.setattr("ipfm.engine.training.resolve.xformers_obstacle", lambda *kind: served[kind])
+            decide(asked, attending, ALONE)
+    for other in ("compile", "deterministic"):
+        with pytest.raises(ValueError, match=f"^attention-backend xformers does not go with {other}, "):
+            DistillConfig(attention_backend="xformers", **{other: True})
