@@ -39,7 +39,7 @@ class Expectation:
     operators: int
     """Dispatched by the host."""
     planned: int
-    """Bytes at the peak, by the memory plan, at ZeRO 1."""
+    """Bytes at the peak, by the memory plan, at ZeRO 0, the default on one GPU."""
 
     @property
     def matrix_ms(self) -> float:
@@ -75,9 +75,9 @@ def step_expectation(network: NetworkConfig, batch: int) -> Expectation:
     config = DistillConfig(
         precision="bf16", memory_format="channels_last", D=network.D, batch=batch, max_steps=1, teacher_storage="half"
     )
-    recording = record(one_micro_batch(config, network, batch, stage=1), network)
+    recording = record(one_micro_batch(config, network, batch, stage=0), network)
     moved = sum(count for name, count in recording.bytes.items() if name.removeprefix("aten.") not in MATRIX)
     moved += recording.added_biases + recording.reduced_biases
-    plan = plan_memory(network, micro_batch=batch, stage=1, precision="bf16", backward="joint", config=config)
+    plan = plan_memory(network, micro_batch=batch, stage=0, precision="bf16", backward="joint", config=config)
     flops = recording.flops.total()
     return Expectation(flops / 1e12, moved / 1e9, recording.operator_count, plan.peak)

@@ -34,10 +34,13 @@ class Check:
     ask: Callable[[], Iterable[Finding]]
     needed: bool = True
     """A run needs what is looked at: a failure is "missing", not a "remark"."""
+    remedy: str = ""
+    """What to do then."""
 
     def failed(self, reason: str) -> Finding:
         """What is said where the question could not be answered."""
-        return Finding(self.topic, self.name, f"cannot be looked at: {reason}", "missing" if self.needed else "remark")
+        state: State = "missing" if self.needed else "remark"
+        return Finding(self.topic, self.name, f"cannot be looked at: {reason}", state, self.remedy)
 
 
 def answers(checks: Iterable[Check]) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ipfm.engine.commands.doctor.findings import Check, Finding, one_line
 from ipfm.engine.commands.doctor.machine import GPU, LIBRARIES, gpus_there
+from ipfm.engine.runtime.versions import installed
 from ipfm.engine.runtime.wording import size
 
 RUN = "what a run takes"
@@ -33,20 +34,25 @@ FILES_ALONE = ("lpips",)
 REQUIRED = ("numpy", "scipy", "sklearn", "PIL", "safetensors", "matplotlib", "jinja2", "tqdm", "tyro", "pynvml")
 
 
+def again(package: str) -> str:
+    """The command that puts a package in the place of a broken one."""
+    return f"where it cannot be loaded: pip install --force-reinstall {package}=={installed(package)}"
+
+
 def groups() -> dict[str, list[Check]]:
     """What is asked of the libraries, by process."""
     return {
         "torch": [
-            Check(LIBRARIES, "torch", _torch),
+            Check(LIBRARIES, "torch", _torch, remedy=again("torch")),
             Check(GPU, "GPU", _gpus),
             Check(GPU, "driver's account", _nvml, needed=False),
             Check(RUN, "device", _device),
             Check(RUN, "precision", _precision),
             Check(RUN, "attention", _attention, needed=False),
         ],
-        "triton": [Check(LIBRARIES, "Triton kernels", _kernels)],
+        "triton": [Check(LIBRARIES, "Triton kernels", _kernels, remedy=again("triton"))],
         "deepspeed": [
-            Check(LIBRARIES, "DeepSpeed", _deepspeed),
+            Check(LIBRARIES, "DeepSpeed", _deepspeed, remedy=again("deepspeed")),
             Check(RUN, "launchers", _launchers, needed=False),
             Check(RUN, "processes", _group),
         ],

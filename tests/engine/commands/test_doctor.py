@@ -130,9 +130,12 @@ def test_a_question_that_fails_is_an_answer() -> None:
     def fails() -> list[Finding]:
         raise OSError(13, "Permission denied", "/proc/x")
 
-    found = list(answers([Check("a", "b", fails), Check("a", "c", fails, needed=False), Check("a", "d", list)]))
+    found = list(
+        answers([Check("a", "b", fails, remedy="again"), Check("a", "c", fails, needed=False), Check("a", "d", list)])
+    )
     assert [(f.name, f.state) for f in found] == [("b", "missing"), ("c", "remark")]
     assert found[0].value == "cannot be looked at: PermissionError: [Errno 13] Permission denied: '/proc/x'"
+    assert [f.remedy for f in found] == ["again", ""]
     assert verdict(found) == "a run needs what is missing (!): b" and missing(found) == found[:1]
 
 
@@ -382,6 +385,12 @@ def test_extras_that_are_missing_or_broken(tmp_path: Path, monkeypatch: pytest.M
     assert "there_is_no_such_module" in broken.value and "compiled for another numpy" in old.value
     (needed,) = libraries._required("old_extra")
     assert needed.state == "missing" and list(libraries._required("json")) == []
+
+
+def test_a_broken_package_is_put_in_place_again() -> None:
+    (torch_,) = [check for check in libraries.groups()["torch"] if check.name == "torch"]
+    version = importlib.metadata.version("torch")
+    assert torch_.failed("x").remedy == f"where it cannot be loaded: pip install --force-reinstall torch=={version}"
 
 
 def test_the_kernels_are_tried_as_far_as_this_machine_goes(monkeypatch: pytest.MonkeyPatch) -> None:
