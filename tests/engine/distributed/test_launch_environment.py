@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -191,6 +194,44 @@ def test_no_way_for_processes_to_meet(
     error = "a defect"
     with pytest.raises(RuntimeError, match=r"^a defect$"):
         start_world()
+
+
+@pytest.mark.parametrize(
+    ("machines", "given", "towards", "chosen"),
+    [
+        (2, None, {"node1": "10.0.0.5"}, "eth1"),
+        (2, None, {"node1": "fd00::5"}, "eth1"),
+        # The first machine itself, whose name is that of its loopback: the way out.
+        (2, None, {"node1": "127.0.1.1", "192.0.2.1": "192.168.0.5"}, "eth0"),
+        # Neither: only where a single interface is left.
+        (2, None, {"node1": "127.0.1.1"}, ""),
+        (2, "ib0", {"node1": "10.0.0.5"}, "ib0"),
+        (1, None, {"node1": "10.0.0.5"}, ""),
+    ],
+)
+def test_the_interface_between_machines_is_found(
+    monkeypatch: pytest.MonkeyPatch, machines: int, given: str | None, towards: dict[str, str], chosen: str
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", given or "")
+    if given is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    for name, value in {"RANK": "0", "WORLD_SIZE": f"{machines}", "LOCAL_SIZE": "1", "MASTER_ADDR": "node1"}.items():
+        monkeypatch.setenv(name, value)
+    addresses = {"lo": ["127.0.0.1", "::1"], "eth0": ["192.168.0.5"], "eth1": ["10.0.0.5", "fd00::5%eth1"]}
+    found = {
+        name: [SimpleNamespace(family=socket.AF_INET6 if ":" in one else socket.AF_INET, address=one) for one in each]
+        for name, each in addresses.items()
+    }
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: dict.fromkeys(found, SimpleNamespace(isup=True)))
+    monkeypatch.setattr(launch_environment, "_own_address", lambda host: towards.get(host, ""))
+    launch_environment.choose_interface()
+    assert os.environ.get("GLOO_SOCKET_IFNAME", "") == chosen
+    del found["eth1"]
+    if given is None and machines > 1 and "192.0.2.1" not in towards:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+        launch_environment.choose_interface()
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
 
 
 # -- how long processes wait for each other ---------------------------------------------------------------------------
