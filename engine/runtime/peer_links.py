@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 # Seconds that one process tries to reach another at one address.
 REACH = 5.0
+# Seconds that it waits for an answer there: a busy machine may take a while.
+ANSWER = 30.0
 # Bytes of a line, at most; whoever says more is none of the run's processes.
 LONGEST = 400
 
@@ -211,13 +213,19 @@ def reach(hosts: list[str], port: int, token: str, rank: int) -> socket.socket:
         except (OSError, UnicodeError) as error:
             faults.append(f"{host}: {getattr(error, 'strerror', None) or error}")
             continue
-        with contextlib.suppress(OSError):
+        fault = "somebody else is there"
+        try:
+            connection.settimeout(ANSWER)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.sendall(f"{token} {rank}\n".encode())
             if connection.recv(5) == b"here\n":
                 return connection
+        except TimeoutError:
+            fault = f"no answer within {ANSWER:g} s"
+        except OSError:  # it has hung up
+            pass
         connection.close()
-        faults.append(f"{host}: somebody else is there")
+        faults.append(f"{host}: {fault}")
     raise OSError("; ".join(faults) or "no address")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ipfm.engine.runtime import peers
+from ipfm.engine.runtime import peer_links, peers
 from ipfm.engine.runtime.peer_links import Links, addresses, listen, reach
 
 TOKEN = "secret"
@@ -77,7 +77,10 @@ def test_a_stranger_is_none_of_the_processes_and_the_end_of_it_is_nothing(hub, s
     assert said == [] and links.ranks == []
 
 
-def test_an_address_at_which_nobody_is_is_named(hub) -> None:
+def test_an_address_at_which_nobody_is_is_named(hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_links, "ANSWER", 0.05)
+    with pytest.raises(OSError, match=r"^127\.0\.0\.1: no answer within 0\.05 s$"):
+        reach(["127.0.0.1"], hub[1], TOKEN, 1)
     server = listen(here=True)
     port = server.getsockname()[1]
     server.close()
