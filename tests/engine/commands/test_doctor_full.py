@@ -298,8 +298,9 @@ def test_an_account_of_a_profile() -> None:
     events = [
         event(RANGE, 0, 1000), event("cudaStreamSynchronize", 100, 110), event("cudaLaunchKernel", 120, 130),
         event("kernel", 200, 700, "DeviceType.CUDA"), event("cudaDeviceSynchronize", 1001, 2000),
-        event(RANGE, 200, 700, "DeviceType.CUDA"),
+        event(RANGE, 200, 700, "DeviceType.CUDA"), event("Optimizer.step", 200, 700, "DeviceType.CUDA"),
     ]  # fmt: skip
+    events[-1].is_user_annotation = True
     row = account(events, 1e-3, 2e-3)
     assert (row["waits"], row["kernels"], row["GPU busy"], row["step ms"]) == (1, 1, "25%", "2.0")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -192,17 +192,19 @@ def _norm(norm: Norm, dtype: torch.dtype, last: bool, device: torch.device) -> R
     # A part of the images, of which the truth in float64 fits: they are normalised one by one.
     part = slice(0, max(1, min(norm.shape[0], 2**24 // torch.Size(norm.shape[1:]).numel())))
     some = [(t[part] if t.dim() > 1 else t).detach().requires_grad_() for t in inputs]
-    truth = _run(copy.deepcopy(plain).double(), norm, *(t.detach().double().requires_grad_() for t in some))
+    wide = [t.detach().double().requires_grad_() for t in some]
+    grad, part_of_grad = _gradient(x), _gradient(some[0])
+    truth = _run(copy.deepcopy(plain).double(), norm, wide, part_of_grad.double())
     # All of them for what each image has of its own, and the part alone for the sums over them.
     own = len(truth) - 2 - (norm.addend is not None)
-    found = [t[part] for t in _run(ours, norm, *inputs)[:own]] + _run(ours, norm, *some)[own:]
+    found = [t[part] for t in _run(ours, norm, inputs, grad)[:own]] + _run(ours, norm, some, part_of_grad)[own:]
     worst = error_units(found, truth)[dtype] / max(
-        ALLOWED_UNITS[dtype], error_units(_run(plain, norm, *some), truth)[dtype]
+        ALLOWED_UNITS[dtype], error_units(_run(plain, norm, some, part_of_grad), truth)[dtype]
     )
     with torch.no_grad():
         _, forward, _ = quantiles(lambda: _call(ours, norm, *inputs), device, quick=True)
-    _, whole, _ = quantiles(lambda: _run(ours, norm, *inputs), device, quick=True)
-    _, theirs_whole, _ = quantiles(lambda: _run(plain, norm, *inputs), device, quick=True)
+    _, whole, _ = quantiles(lambda: _run(ours, norm, inputs, grad), device, quick=True)
+    _, theirs_whole, _ = quantiles(lambda: _run(plain, norm, inputs, grad), device, quick=True)
     _, copied, _ = copy_quantiles(2 * x.nbytes, device, True)
     return {
         "mode": "both",
@@ -223,17 +225,20 @@ def _call(module: GroupNorm, norm: Norm, x: Tensor, scale: Tensor, shift: Tensor
     return out
 
 
-def _run(module: GroupNorm, norm: Norm, *inputs: Tensor) -> list[Tensor]:
+def _run(module: GroupNorm, norm: Norm, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
     """The result and the gradients of all inputs: of each image's own first, then of the addend and the weights."""
     x, scale, shift, added = inputs
     out = _call(module, norm, *inputs)
     wanted = [x, *((scale, shift) if norm.scaled else ()), *((added,) if norm.addend is not None else ())]
     wanted += [module.weight, module.bias]
-    # Alike for every dtype and part.
-    grad = torch.linspace(-1, 1, out[0].numel(), device=out.device, dtype=torch.float32).view(out.shape[1:]).cos()
-    given = torch.autograd.grad(out, wanted, grad.to(x.dtype).expand_as(out))
     # The weights' arithmetic is that of x.
-    return [out.detach(), *(g.to(x.dtype) for g in given)]
+    return [out.detach(), *(g.to(x.dtype) for g in torch.autograd.grad(out, wanted, grad))]
+
+
+def _gradient(x: Tensor) -> Tensor:
+    """Of a result like x: alike for every dtype, and for each image."""
+    line = torch.linspace(-1, 1, x[0].numel(), device=x.device, dtype=torch.float32).cos()
+    return torch.empty_like(x, requires_grad=False).copy_(line.view(x.shape[1:]).to(x.dtype))
 
 
 # -- what was launched -------------------------------------------------------------------------------------------------

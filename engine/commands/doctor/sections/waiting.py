@@ -136,7 +136,9 @@ def account(events: Any, host: float, whole: float) -> Row:
     waits = Counter(
         event.name for event in events if event.name in WAITING and step.start <= event.time_range.start < step.end
     )
-    kernels = [event for event in events if str(event.device_type).endswith("CUDA") and event.name != RANGE]
+    on_gpu = [event for event in events if str(event.device_type).endswith("CUDA")]
+    # Ranges that have a name show on the device too.
+    kernels = [e for e in on_gpu if e.name != RANGE and not getattr(e, "is_user_annotation", False)]
     busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
     return {
         "waits": sum(waits.values()),
