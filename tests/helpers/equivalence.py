@@ -46,15 +46,17 @@ def run(
     *,
     start: bool = False,
     whole: int = 0,
+    as_on_a_gpu: bool = False,
 ) -> dict[str, dict]:
     """The engine's tensors after `steps` in each case, from one group of `ranks` processes.
 
     `start`: before the steps too, under the name with -start. `whole`: parameters of up to so many elements are not
-    sharded at stage 3.
+    sharded at stage 3. `as_on_a_gpu`: networks are put together as they are there.
     """
     more = {"steps": steps, "start": start, "persistent": whole}
     jobs = [{"name": name, "config": config, **more} for name, config in cases.items()]
-    launch.run_workers("distill_steps.py", ranks, {"teacher": str(teacher), "out": str(out), "cases": jobs}, 900)
+    job = {"teacher": str(teacher), "out": str(out), "cases": jobs, "as_on_a_gpu": as_on_a_gpu}
+    launch.run_workers("distill_steps.py", ranks, job, 900)
     names = [*cases, *(f"{name}-start" for name in cases if start)]
     return {name: load_file(out / f"{name}-{ranks}.safetensors") for name in names}
 

@@ -6,21 +6,20 @@ import copy
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import naive_unet
 import pytest
 import torch
 from kept import ARCHITECTURES, build
+from on_a_gpu import put_together_as_on_a_gpu
 from random_values import rand, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ipfm.kernels.group_norm import unchecked_group_norm_silu
-from ipfm.kernels.residual import unchecked_residual_sum
 from ipfm.models import DhariwalUNet, EDMPrecond, SongUNet, build_network, presets
 from ipfm.models.blocks import UNetBlock
 from ipfm.models.layers import Linear
@@ -36,24 +35,10 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_interpreter() -> Iterator[None]:
     """As on a GPU but for the kernels, in place of which the references compute."""
-    for module in ("blocks", "layers"):
-        monkeypatch.setattr(f"ipfm.models.{module}.triton_serves", lambda x: True)
-
-    def norm(x: Tensor, *given: Any, addend: Tensor | None, **settings: Any) -> Tensor:
-        added = addend if addend is None else addend.to(x.dtype)
-        return unchecked_group_norm_silu(x, *given, addend=added, **{**settings, "triton_runs": False})
-
-    def total(*given: Any, **settings: Any) -> Tensor:
-        return unchecked_residual_sum(*given, **{**settings, "triton_runs": False})
-
-    def branching(x: Tensor, *given: Any, **settings: Any) -> tuple[Tensor, Tensor]:
-        return norm(x, *given, addend=None, scale=None, shift=None, **settings), x
-
-    monkeypatch.setattr("ipfm.models.layers.unchecked_group_norm_silu", norm)
-    monkeypatch.setattr("ipfm.models.layers.branching_group_norm_silu", branching)
-    monkeypatch.setattr("ipfm.models.layers.unchecked_residual_sum", total)
+    with put_together_as_on_a_gpu():
+        yield
 
 
 VIEWS = {

@@ -1,20 +1,25 @@
 """Worker: distils a stored teacher for some steps in several settings, and leaves the weights of each.
 
-Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?,
-"export"?, "persistent"?, "start"?, "continue_from"?}]}. "config" may name its "objective", else ipfm. "persistent":
-elements below which ZeRO 3 keeps a parameter whole; 0: all are sharded. "start": leave what is there before the first
-step too, under the name with -start. "continue_from": a training that is gone on from, for "steps" more. A case with
-"save" or "export" leaves that alone.
+Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?, "export"?,
+"persistent"?, "start"?, "continue_from"?}], "as_on_a_gpu"?}. "config" may name its "objective", else ipfm.
+"persistent": elements below which ZeRO 3 keeps a parameter whole; 0: all are sharded. "start": leave what is there
+before the first step too, under the name with -start. "continue_from": a training that is gone on from, for "steps"
+more. A case with "save" or "export" leaves that alone.
 """
 
 import copy
 import gc
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
+from on_a_gpu import put_together_as_on_a_gpu
 
 from ipfm.engine import Distiller
 from ipfm.engine.commands.bench.equivalence import trained_tensors
@@ -82,4 +87,5 @@ def main() -> None:
     stop_world()
 
 
-main()
+with put_together_as_on_a_gpu() if json.loads(sys.argv[1]).get("as_on_a_gpu") else nullcontext():
+    main()

@@ -113,6 +113,24 @@ def test_equals_the_plain_loop(results, plain) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [1, 2], ids=["1-process", "2-processes"])
+def test_networks_put_together_as_on_a_gpu_equal_the_plain_loop(
+    ranks: int, teacher: Path, plain: dict[str, plain_loop.Plain], tmp_path: Path
+) -> None:
+    """One product for all projections of the embedding, and biases that leave their layers, at every stage."""
+    cases = {
+        f"k1-z{stage}": {
+            **BASE, "zero": stage, "backward": ("joint", "phased")[stage % 2], "micro_batch": BASE["batch"] // ranks,
+            "activation_checkpointing": "on" if stage == 3 else "off",
+        }
+        for stage in (0, 1, 2, 3)
+    }  # fmt: skip
+    found = equivalence.run(teacher, tmp_path, ranks, cases, STEPS, whole=WHOLE, as_on_a_gpu=True)
+    for name, tensors in found.items():
+        assert max(equivalence.difference(plain["k1"], tensors)) <= equivalence.LIMIT, name
+
+
+@pytest.mark.distributed
 def test_joint_and_phased_agree(results) -> None:
     for stage in (0, 1, 2, 3):
         joint, phased = (
