@@ -131,6 +131,28 @@ def group_config(
     return together, padded, block, min(32, elements // (256 if backward else 512))
 
 
+def lane_config(channels: int, groups: int, pixels: int, element_size: int) -> tuple[int, int, int] | None:
+    """(groups a program, lanes, warps) of the normalisation in channels_last where tiles would leave lanes idle.
+
+    As many groups side by side as make whole sectors of a pixel; as many lanes as leave the fewest idle when whole
+    pixels fill them, step by step through the image; eight elements a thread. None for powers of two, which fill tiles,
+    and where nothing makes accesses of 128 bits possible.
+    """
+    if channels & (channels - 1) == 0:
+        return None
+    together = 1
+    while groups % (2 * together) == 0 and (
+        together * channels * element_size < 64 or together * channels * element_size % 32
+    ):
+        together *= 2
+    width = together * channels
+    possible = [lanes for lanes in (4096, 2048, 1024, 512) if lanes >= width]
+    if width * element_size % 16 or not possible:
+        return None
+    lanes = min(possible, key=lambda lanes: lanes * -(-pixels // (lanes // width)))
+    return together, lanes, lanes // 256
+
+
 def residual_config(channels: int, pixels: int, channels_last: bool) -> tuple[int, int, int, int]:
     """(channels a program, pixels a block, blocks a program, warps) of the kernels of a residual sum.
 

@@ -18,7 +18,7 @@ from ipfm.kernels.bench.optimiser import AdamWorkload
 from ipfm.kernels.bench.providers import EAGER, FunctionWorkload, Workload
 from ipfm.kernels.denoising_loss import DenoisingLoss, denoising_loss
 from ipfm.kernels.generator_loss import IpfmLoss, ipfm_loss
-from ipfm.kernels.group_norm import block_sizes, group_norm_silu
+from ipfm.kernels.group_norm import group_norm_silu, kernel_for
 from ipfm.kernels.perturbation import perturb
 from ipfm.kernels.residual import residual_sum, unchecked_residual_sum
 
@@ -212,7 +212,7 @@ def group_norm_case(
     }
     work = FunctionWorkload(plain, group_norm_silu, inputs, arguments, oracle=reference.group_norm_silu)
     once, once_back = (
-        block_sizes(channels, GROUPS, height * width, dtype, last, scaled=scaled, backward=backward)[0]["RESIDENT"]
+        kernel_for(channels, GROUPS, height * width, dtype, last, scaled=scaled, backward=backward)[1].get("RESIDENT")
         for backward in (False, True)
     )
     forward = Bytes(2 * x.nbytes, (2 if once else 4) * x.nbytes)

@@ -14,7 +14,7 @@ from ipfm.kernels._dispatch import adam_config, noise_config, row_config
 from ipfm.kernels.adam_kernels import measure_kernel, numbers_kernel, reduce_kernel, update_kernel
 from ipfm.kernels.denoising_loss import denoising_loss_kernel
 from ipfm.kernels.generator_loss import ipfm_loss_kernel
-from ipfm.kernels.group_norm import block_sizes, group_norm_silu_backward_kernel, group_norm_silu_kernel
+from ipfm.kernels.group_norm import kernel_for
 from ipfm.kernels.perturbation import perturb_kernel
 from ipfm.kernels.philox import NORMAL, UNIFORM, gamma_kernel, philox_kernel
 from ipfm.kernels.residual import block_sizes as residual_sizes
@@ -200,11 +200,18 @@ def group_norm_variants() -> Iterator[Case]:
         ("256ch 16x16 channels_last", 256, 256, True),
         ("256ch 32x32 channels_last", 256, 1024, True),
         ("128ch 7x5 unaligned", 128, 35, False),
+        # ADM: 6, 12, 18, 30, 36, 42 and 24 channels a group.
+        *(
+            (f"{channels}ch {side}x{side} channels_last", channels, side * side, True)
+            for channels, side in ((192, 64), (384, 32), (576, 64), (960, 32), (1152, 16), (1344, 16), (768, 8))
+        ),
     ]
     for label, channels, pixels, last in shapes:
-        for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        is_adm = last and channels % 192 == 0
+        for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))[: 1 if is_adm else 2]:
             for scaled in (True, False):
                 quick = scaled and ("32x32" in label or "unaligned" in label) and (dtype == "bf16" or not last)
+                quick = quick and channels != 960
                 # In a U-Net what an embedding does not scale has it added, with a bias.
                 constants: dict[str, Any] = {"SCALED": scaled, "ADDED": not scaled, "SILU": True}
                 constants |= {"s_c" if last else "s_hw": 1, "s_pc": 1}
@@ -212,31 +219,25 @@ def group_norm_variants() -> Iterator[Case]:
                 numbers = ("HW", "s_b", "s_hw" if last else "s_c", "s_pb", "s_ab")
                 aligned = numbers if pixels % 16 == 0 else ("s_pb", "s_ab")
                 variant = f"{dtype} {label}{' scaled' if scaled else ' addend'}"
-                for kernel, fn, more, statistics in (
-                    ("group_norm_silu", group_norm_silu_kernel, ("p_y",), ("p_statistics",)),
-                    (
-                        "group_norm_silu backward",
-                        group_norm_silu_backward_kernel,
-                        ("p_dy", "p_dx", "p_more"),
-                        ("p_statistics", "p_sums"),
-                    ),
+                for kernel, more, statistics in (
+                    ("group_norm_silu", ("p_y",), ("p_statistics",)),
+                    ("group_norm_silu backward", ("p_dy", "p_dx", "p_more"), ("p_statistics", "p_sums")),
                 ):
                     types = dict.fromkeys((*data, *more), f"*{dtype}") | dict.fromkeys(statistics, "*fp32")
                     types |= dict.fromkeys(numbers, "i32")
-                    back = fn is group_norm_silu_backward_kernel
-                    sizes, warps = block_sizes(channels, 32, pixels, torch_dtype, last, scaled=scaled, backward=back)
-                    here = constants | sizes | ({"EPS": 1e-5} if kernel == "group_norm_silu" else {})
-                    here |= {"MORE": not scaled} if back else {}
+                    back = kernel.endswith("backward")
+                    fn, sizes, warps = kernel_for(channels, 32, pixels, torch_dtype, last, scaled=scaled, backward=back)
+                    here = constants | sizes | ({"MORE": not scaled} if back else {"EPS": 1e-5})
                     # Two numbers a group, or a channel.
                     yield Case(
                         kernel,
                         variant,
                         fn,
-                        types,
-                        here,
-                        (*data, *more, *statistics, *aligned),
+                        {name: types[name] for name in fn.arg_names if name in types},
+                        {name: here[name] for name in fn.arg_names if name in here},
+                        tuple(n for n in (*data, *more, *statistics, *aligned) if n in fn.arg_names),
                         warps,
-                        scalar_stores=2 + (not scaled and kernel.endswith("backward")),
+                        scalar_stores=2 + (not scaled and back),
                         quick=quick,
                     )
 

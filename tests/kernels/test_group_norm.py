@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from ipfm.kernels import group_norm_reference, group_norm_silu, reference
-from ipfm.kernels._dispatch import group_config
+from ipfm.kernels._dispatch import group_config, lane_config
 from ipfm.kernels.group_norm import branching_group_norm_silu
 
 pytestmark = [
@@ -242,7 +242,9 @@ def test_an_addend_that_is_not_finite_spoils_its_group_alone(backend, device):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=ids)
-@pytest.mark.parametrize(("shape", "groups"), [SHAPES[0], SHAPES[4]], ids=["resident", "not-resident"])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [SHAPES[0], SHAPES[4], ((1, 24, 5, 7), 4)], ids=["resident", "not-resident", "lanes"]
+)
 def test_the_gradient_of_what_else_is_made_of_x_is_added(shape, groups, dtype, layout, device, no_worse):
     """Where that of the normalisation is stored, which both are no worse for than PyTorch's sum of the two."""
     (x, weight, bias, _, _), gradient = inputs(shape, dtype, "plain", device, layout)
@@ -387,6 +389,75 @@ def test_large_groups_in_registers_are_no_worse_than_pytorch(side, scaled, dtype
     for g, p, r in zip(got[:2], plain, truth, strict=False):
         no_worse(g, p, r, hair=2)
     no_worse(together(got, truth), together(plain, truth), together(truth, truth), hair=2)
+
+
+# ------------------------------------------------------------------- channels that are no power of two, channels_last
+
+
+def test_no_lane_is_idle_for_the_channel_counts_of_adm():
+    """Channels a group of every level, and of what is concatenated: at least 85 % of the lanes, in whole sectors."""
+    levels = {6: [64], 12: [64, 32], 18: [64], 24: [32, 16, 8], 30: [32], 36: [16], 42: [16], 48: [8]}
+    for channels, sides in levels.items():
+        for side in sides:
+            together, lanes, warps = lane_config(channels, 32, side * side, 2)
+            width, pixels = together * channels, side * side
+            steps = -(-pixels // (lanes // width))
+            assert pixels * width / (steps * lanes) > 0.85, (channels, side)
+            assert width * 2 % 32 == 0 and lanes == 256 * warps and 32 % together == 0
+    assert lane_config(8, 32, 1024, 2) is None  # a tile has no idle lane either
+    assert lane_config(3, 1, 64, 2) is None  # nothing is aligned
+    assert lane_config(6, 32, 4096, 8)[0] == 2
+    assert lane_config(5000, 2, 16, 4) is None  # a pixel alone is too wide
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize(
+    ("shape", "groups", "rows", "form"),
+    [
+        ((2, 48, 5, 7), 8, (2,), "scaled"),
+        ((1, 24, 9, 9), 2, (1,), "plain"),
+        ((2, 48, 3, 1), 1, (), "one for all"),
+        ((1, 336, 4, 4), 8, (1,), "scaled"),
+        ((1, 48, 23, 19), 4, (), "plain"),
+    ],
+    ids=ids,
+)
+def test_lanes_are_no_worse_than_pytorch(shape, groups, rows, form, dtype, device, no_worse):
+    """Groups of 6, 12, 48 and 42 channels, one step and many, one group and several a program."""
+    if lane_config(shape[1] // groups, groups, shape[2] * shape[3], dtype.itemsize) is None:
+        pytest.fail("this shape would go by tiles")
+    tensors, gradient = addend_inputs(shape, rows, dtype, form, device, layout=torch.channels_last)
+    doubled = [None if t is None else t.double() for t in tensors]
+    truth = with_addend(reference.group_norm_silu, doubled, gradient.double(), groups)
+    plain, got = (with_addend(group_norm_silu, tensors, gradient, groups, backend=b) for b in ("reference", "triton"))
+    assert {g.dtype for g in got} == {dtype}
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
+    for g, p, r in zip(got[:2], plain, truth, strict=False):
+        no_worse(g, p, r, hair=2)
+    worst, theirs = ((r[-1].double() - truth[-1]).abs().max() for r in (got, plain))
+    terms = truth[1].abs().sum((2, 3)).sum_to_size((*rows, shape[1]) if len(rows) else (1, shape[1]))
+    assert worst <= theirs + 2 * torch.finfo(dtype).eps * terms.max()
+    no_worse(together(got[:-1], truth[:-1]), *(together(r[:-1], truth[:-1]) for r in (plain, truth)), hair=2)
+
+
+def test_lanes_without_options(device):
+    """No addend, no SiLU, and one group whose infinity stays in it."""
+    (x, weight, bias, *_), gradient = inputs((2, 24, 3, 5), torch.float32, "plain", device, torch.channels_last)
+    assert lane_config(6, 4, 15, 4) is not None
+    for activation in (True, False):
+        truth, got = (
+            differentiated(f, [t, *more, None, None], gradient.to(t.dtype), 4, activation=activation, **options)
+            for f, t, more, options in (
+                (reference.group_norm_silu, x.double(), (weight.double(), bias.double()), {}),
+                (group_norm_silu, x, (weight, bias), {"backend": "triton"}),
+            )
+        )
+        for g, r in zip(got, truth, strict=True):
+            torch.testing.assert_close(g.double(), r, rtol=1e-4, atol=1e-4)
+    x[0, 7, 1, 2] = torch.inf
+    y = group_norm_silu(x, 4, weight, bias, backend="triton")
+    assert y[0, 6:12].isfinite().logical_not().all()
+    assert y[0, :6].isfinite().all() and y[0, 12:].isfinite().all() and y[1].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
