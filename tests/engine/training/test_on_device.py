@@ -6,9 +6,11 @@ nothing to compute, so that they are known to work when a GPU comes.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import equivalence
 import launch
@@ -133,6 +135,36 @@ def test_a_step_takes_the_memory_that_the_plan_says(tmp_path: Path, on: str) -> 
         case = StepCase(kind, kind, network.to_json(), batch, False, 1, str(tmp_path / "timeline.png"))
         row = memory_step.measure(case, here(on))
         assert row.live_bytes == pytest.approx(row.predicted_bytes, rel=0.1), asdict(row)
+
+
+@pytest.mark.parametrize("on", ON)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_training_that_goes_on_ends_as_one_that_never_stopped(
+    tmp_path: Path, on: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit where algorithms are deterministic, which on a GPU has to be asked for, and nearly so elsewhere."""
+    # Settings of a process are put back: other tests are not to be slower.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    network = NETWORK if on == "cpu" else replace(NETWORK, img_resolution=16, model_channels=64, attn_resolutions=(8,))
+    more: dict[str, Any] = {"deterministic": deterministic, "heun_steps": 1, "checkpoint_every": 2, "log_every": 1}
+
+    def trained(folder: str, steps: int) -> dict[str, torch.Tensor]:
+        config = replace(CONFIG, max_steps=steps, **more)
+        distiller = Distiller(config, teacher(network), world=here(on))
+        distiller.run(tmp_path / folder)
+        return weights(distiller)
+
+    try:
+        whole = trained("whole", 4)
+        trained("parts", 2)
+        parts = trained("parts", 4)
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.deterministic = before[1]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3]
+    assert apart(whole, parts) == 0 if deterministic or on == "cpu" else apart(whole, parts) < 1e-4
 
 
 @pytest.mark.parametrize("on", ON)
