@@ -139,9 +139,10 @@ MATRIX = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"
 
 
 def _read_again(launch: Launch) -> int:
-    if not launch.variant.name.startswith("group_norm") or launch.variant.constant("RESIDENT", True):
+    if not launch.variant.name.startswith("group_norm") or launch.variant.constant("RESIDENT", False):
         return 0
-    # Forward the mean, the variance and the result read x; backward the sums and the result read x and dy.
+    # Kernels that go by lanes never hold a group. Forward the mean, the variance and the result read x; backward the
+    # sums and the result read x and dy.
     return launch.bytes["p_x"] + launch.bytes["p_dy"] if "p_dy" in launch.bytes else 2 * launch.bytes["p_x"]
 
 
