@@ -52,7 +52,7 @@ class NoiseLevels:
         if not (_finite(self.t_max) and 0 < self.t_max <= 1000):
             raise ValueError(f"t_max must lie in (0, 1000], got {self.t_max}")
 
-    def denoising(self, sample_index: Tensor, *, seed: int, stream: int, step: int) -> Tensor:
+    def denoising(self, sample_index: Tensor, *, seed: int, stream: int, step: int | Tensor) -> Tensor:
         """sigma (B,) float32 of the denoising loss: ln sigma ~ N(p_mean, p_std^2) [Karras et al. 2022, table 1].
 
         Args:
@@ -67,7 +67,7 @@ class NoiseLevels:
         normal = philox.normal(sample_index, 1, seed=seed, stream=stream, step=step)[:, 0]
         return (normal.double() * self.p_std + self.p_mean).exp().float()
 
-    def generator(self, sample_index: Tensor, *, seed: int, stream: int, step: int) -> Tensor:
+    def generator(self, sample_index: Tensor, *, seed: int, stream: int, step: int | Tensor) -> Tensor:
         """sigma (B,) float32 of the generator step: the grid at t ~ U(0, t_max / 1000). Arguments as in `denoising`."""
         t = philox.uniform(sample_index, 1, seed=seed, stream=stream, step=step)[:, 0]
         return self.at(t.double() * (self.t_max / 1000)).float()
@@ -98,7 +98,7 @@ class NoiseLevels:
 
 
 def training_sigmas(
-    network: NetworkConfig, noise: NoiseLevels, sample_index: Tensor, *, seed: int, stream: int, step: int
+    network: NetworkConfig, noise: NoiseLevels, sample_index: Tensor, *, seed: int, stream: int, step: int | Tensor
 ) -> Tensor:
     """sigma (B,) float32 of a teacher's training, by its preconditioning [Karras et al. 2022, table 1, training].
 

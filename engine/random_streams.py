@@ -83,7 +83,7 @@ def _apart(one: type[IntEnum], other: type[IntEnum]) -> bool:
     return one.__module__ != other.__module__ and not any(kind.__module__.startswith("ipfm.") for kind in (one, other))
 
 
-def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: int, step: int) -> Tensor | None:
+def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: int, step: int | Tensor) -> Tensor | None:
     """One-hot class labels (B, label_dim) float32, uniform over the classes; None for label_dim = 0.
 
     Args:

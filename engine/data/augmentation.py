@@ -113,7 +113,7 @@ def augment(
     *,
     seed: int,
     stream: int,
-    step: int,
+    step: int | Tensor,
     sample_index: Tensor,
     mirrored_stretch: bool = False,
 ) -> Augmented:

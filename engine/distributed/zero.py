@@ -80,8 +80,7 @@ class TrainedNetwork:
         self.stage = stage
         self.precision = precision
         self._averaged = ema
-        self.rates: dict[str, float] = {}
-        """Learning rate ("lr") and, with an average, its decay ("ema_decay"), of the last step; empty before it."""
+        self._rates: dict[str, float | Tensor] = {}
         # As they are before the engine rounds them.
         self.exact_buffers = {n: buffer.detach().clone() for n, buffer in module.named_buffers()}
         self._parameters = [p for p in module.parameters() if p.requires_grad]
@@ -140,12 +139,17 @@ class TrainedNetwork:
             return self._scale.value
         return float(self.engine.optimizer.loss_scale) if self.precision == "fp16" else 1.0
 
-    def step(self, *, lr: float, ema_decay: float = 0.0, grad_scale: Tensor | None = None) -> Tensor:
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rate ("lr") and, with an average, its decay ("ema_decay"), of the last step; empty before it."""
+        return {name: float(rate) for name, rate in self._rates.items()}
+
+    def step(self, *, lr: float | Tensor, ema_decay: float | Tensor = 0.0, grad_scale: Tensor | None = None) -> Tensor:
         """Update the weights from the gradients since the last step.
 
         Args:
-            lr: learning rate of this step.
-            ema_decay: decay of the EMA in this step.
+            lr: learning rate of this step; as a tensor 0-d float64, which a replayed graph reads anew.
+            ema_decay: decay of the EMA in this step, likewise.
             grad_scale: 0-d tensor that multiplies the averaged gradient.
 
         Returns:
@@ -155,7 +159,7 @@ class TrainedNetwork:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.ema_decay = ema_decay
-        self.rates = {"lr": lr, "ema_decay": ema_decay} if self._averaged else {"lr": lr}
+        self._rates = {"lr": lr, "ema_decay": ema_decay} if self._averaged else {"lr": lr}
         self.optimizer.grad_scale = grad_scale
         if self._scale is not None:
             to_blame = self._scale.value > 1

@@ -13,10 +13,12 @@ import torch
 
 from ipfm.engine.config import Resolved, RunConfig, TeacherConfig
 from ipfm.engine.distributed.compilation import set_execution
+from ipfm.engine.distributed.pieces import CAPTURES, WARM_UPS
 from ipfm.engine.distributed.precision import apply_precision
 from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.objectives.base import Distillation, Role, StepContext
+from ipfm.engine.objectives.captured import pieces_of
 from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
 from ipfm.engine.objectives.phases import Phase, listening, mark
 from ipfm.engine.random_streams import Stream
@@ -133,10 +135,13 @@ def _measured(form: Resolved[Any], network: NetworkConfig, count: int, device: t
     """Seconds of a step of `count` images: without its optimisers, and of these."""
     kind = _distillation if isinstance(form.config, Distillation) else _training
     step = kind(form, network, device)(count)
-    _timed(step, 0, device)  # the first one is slow
-    parts = [_timed(step, 1, device)]
+    # The first one is slow; with CUDA graphs further ones are, and then the one that is captured.
+    slow = 1 if device.type not in CAPTURES else WARM_UPS + 1
+    for number in range(slow):
+        _timed(step, number, device)
+    parts = [_timed(step, slow, device)]
     more = min(9, max(2, int(PATIENCE / max(1e-9, sum(parts[0])))))
-    parts += [_timed(step, 2 + number, device) for number in range(more)]
+    parts += [_timed(step, slow + 1 + number, device) for number in range(more)]
     return statistics.median(p[0] for p in parts), statistics.median(p[1] for p in parts)
 
 
@@ -168,7 +173,8 @@ def _distillation(
     def at(count: int) -> Iteration:
         config = replace(form.config, batch=count, micro_batch=None)
         settings = replace(form, config=config, micro_batch=count)
-        return config.objective(network).steps(StepContext(networks, teacher, settings, world)).iteration
+        pieces = pieces_of(settings, network, networks, world, tell=lambda line: None)
+        return config.objective(network).steps(StepContext(networks, teacher, settings, world, pieces)).iteration
 
     return at
 

@@ -200,12 +200,14 @@ def _plans(forms: Sequence[Resolved[Distillation]], network: NetworkConfig, rank
     exact = forms[0].micro_batch <= POINTS[-1] or len(forms) == 1
     for form in forms:
         micro, local = form.micro_batch, form.config.batch // ranks
-        accumulates, kept = micro < local, exact and form.stage < 2 and micro == local
+        graphs = not form.config.without_graphs(network, ranks=ranks, stage=form.stage)
+        accumulates, kept = micro < local, exact and form.stage < 2 and micro == local and not graphs
         settings = StepSettings.of(form, network, ranks, keeps_gradients=kept)
         parts = distillation_bytes(settings)
         phases = simulate_distillation(settings) if exact else _interpolated(settings, parts)
         backward = "phased" if form.phased else "joint"
-        yield MemoryPlan(micro, backward, form.checkpointed, parts, with_gradients(phases, parts, accumulates, kept))
+        phases = with_gradients(phases, parts, accumulates, kept, graphs=graphs)
+        yield MemoryPlan(micro, backward, form.checkpointed, parts, phases)
         exact = False
 
 

@@ -191,7 +191,9 @@ def backward_forms(backward: str, activation_checkpointing: str) -> list[tuple[b
     ]
 
 
-def with_gradients(phases: Mapping[Phase, int], parts: StateBytes, accumulates: bool, kept: bool) -> dict[Phase, int]:
+def with_gradients(
+    phases: Mapping[Phase, int], parts: StateBytes, accumulates: bool, kept: bool, *, graphs: bool = False
+) -> dict[Phase, int]:
     """The phases with gradients and communication buckets, which at stage 3 are there at all times.
 
     Args:
@@ -199,11 +201,16 @@ def with_gradients(phases: Mapping[Phase, int], parts: StateBytes, accumulates: 
         parts: what the networks hold.
         accumulates: from the second micro-batch on gradients are there all the time.
         kept: `phases` have the gradients, but not the buckets.
+        graphs: CUDA graphs run the step, for which gradients are there all the time, and of 16 bits their wide copies
+            too.
     """
+    accumulates = accumulates or graphs
+    wide = 4 * parts.trained if graphs and parts.masters else 0
     extra = 0 if parts.stage == 3 else parts.buckets + (0 if kept else parts.gradients)
     at_step = 0 if kept or parts.stage == 3 else parts.gradients
     return {
-        phase: value + (at_step if "optimiser" in phase else extra if accumulates or "backward" in phase else 0)
+        phase: value
+        + (at_step if "optimiser" in phase else wide + (extra if accumulates or "backward" in phase else 0))
         for phase, value in phases.items()
     }
 

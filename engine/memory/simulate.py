@@ -100,6 +100,7 @@ def _all_that_matters(
         teacher_storage=sharding.teacher_storage,
         backward="auto",
         activation_checkpointing="auto",
+        cuda_graphs="off",
         dropout=network.dropout,
         # Labels of augmentation take memory, how often there are any does not matter.
         augment=0.5 if config.augment > 0 else 0.0,
@@ -193,7 +194,7 @@ class _Trained:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, *, lr: float, ema_decay: float = 0.0, grad_scale: Tensor | None = None) -> Tensor:
+    def step(self, *, lr: float | Tensor, ema_decay: float | Tensor = 0.0, grad_scale: Tensor | None = None) -> Tensor:
         needed = torch.empty(self._sharding.update(self._numbers), dtype=torch.uint8, device=META)
         del needed
         for p in self.module.parameters():

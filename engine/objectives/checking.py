@@ -36,7 +36,7 @@ class PlainNetwork:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, *, lr: float, ema_decay: float = 0.0, grad_scale: Tensor | None = None) -> Tensor:
+    def step(self, *, lr: float | Tensor, ema_decay: float | Tensor = 0.0, grad_scale: Tensor | None = None) -> Tensor:
         scale = 1.0 if grad_scale is None else grad_scale
         named = [(name, p) for name, p in self.module.named_parameters() if p.grad is not None]
         self.updates.append({name: p.grad * scale for name, p in named if p.grad is not None})

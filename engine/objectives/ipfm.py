@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from ipfm.engine.checks import at_least, check_start, is_number, number, positive, share
 from ipfm.engine.config import InitialWeights, setting
 from ipfm.engine.data.augmentation import augment
+from ipfm.engine.distributed.pieces import Number, whole
 from ipfm.engine.noise_levels import check_sigmas, few_step_sigmas
-from ipfm.engine.objectives.base import Distillation, Role, StepContext
+from ipfm.engine.objectives.base import Distillation, Role, StepContext, Trained
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.losses import (
     Noisy,
@@ -28,7 +30,7 @@ from ipfm.engine.objectives.losses import (
 )
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.published import PaperResult, paper_results
-from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
+from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics, measured_as
 from ipfm.engine.random_streams import Stream, draw_labels, draw_number, seed_dropout
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.sampling.batches import sample_generator
@@ -108,7 +110,7 @@ class InversePoissonFlowMatching:
 class MicroBatch:
     """Samples that one process handles at a time."""
 
-    first: int
+    first: int | Tensor
     """Index of the first sample within the global batch."""
     index: Tensor
     """(B,) int64: indices within the global batch."""
@@ -153,6 +155,8 @@ class DistillSteps:
         self.world = world = context.world
         self.micro_batch = micro_batch = context.micro_batch
         self.local_batch = config.batch // world.size
+        self._pieces = context.pieces
+        self._tallies = {name: LossSum(name, world, self.local_batch) for name in ("student", "generator")}
         # What every micro-batch starts from; nothing writes to it.
         self._zeros = torch.zeros(micro_batch, *network.image_shape, device=world.device)
         self._levels = [torch.full((micro_batch,), level, device=world.device) for level in config.levels]
@@ -173,61 +177,75 @@ class DistillSteps:
     def student_step(self, step: int) -> StepMetrics:
         """One update of the student on fresh samples of the generator; `step` counts the student's updates from 0."""
         config = self.config
-        tally = LossSum("student", self.world)
         self._set_mode(self.student.module, training=True)
         self._set_mode(self.generator.module, training=config.samples_have_dropout)
-        for micro in self._micro_batches(Stream.STUDENT_LABEL, step):
-            mark("student: samples")
-            last = self._last(Stream.STUDENT_LAST, step)
-            chain = self._chain(micro, Stream.STUDENT_LATENT, step, last)
-            y = chain.marked(self._evaluate(last, chain.inputs[-1], micro, step))
-            y, augment_labels = augment(
-                y,
-                config.augment,
-                seed=config.seed,
-                stream=Stream.STUDENT_AUGMENT,
-                step=step,
-                sample_index=micro.index,
-                mirrored_stretch=config.mirrored_stretch,
+        last = self._last(Stream.STUDENT_LAST, step)
+        for first in self.world.micro_batches(config.batch, self.micro_batch):
+            self._pieces.run(
+                ("the student's step", last), partial(self._student_micro_step, last), step=step, first=first
             )
-            sigma = config.student_sigma(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step).float()
-            noisy = self._add_noise(y, sigma, Stream.STUDENT_NOISE, step, micro)
-            self._seed_dropout(Stream.STUDENT_DROPOUT, step, micro)
-            mark("student: forward and backward")
-            student = bind(self.student, micro.labels, augment_labels)
-            result = denoising_objective(
-                student, y, noisy, sigma_data=config.noise.sigma_data, weighting=self._student_weighting
-            )
-            self.student.backward(result.surrogate / self.local_batch)
-            tally.add(result.loss, result.valid)
-        mark("student: optimiser")
-        lr = config.student_lr or config.lr
-        applied = self.student.step(lr=lr, grad_scale=tally.grad_scale(config.batch))
-        return tally.measured(applied)
+        return self._update("student", self.student, lr=config.student_lr or config.lr)
+
+    def _student_micro_step(self, last: int, numbers: Mapping[str, Number]) -> None:
+        """Forward and backward of the micro-batch that begins with the sample "first", in the update "step"."""
+        config = self.config
+        step, micro = whole(numbers["step"]), self._micro(Stream.STUDENT_LABEL, numbers)
+        mark("student: samples")
+        chain = self._chain(micro, Stream.STUDENT_LATENT, step, last)
+        y = chain.marked(self._evaluate(last, chain.inputs[-1], micro, step))
+        y, augment_labels = augment(
+            y,
+            config.augment,
+            seed=config.seed,
+            stream=Stream.STUDENT_AUGMENT,
+            step=step,
+            sample_index=micro.index,
+            mirrored_stretch=config.mirrored_stretch,
+        )
+        sigma = config.student_sigma(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step).float()
+        noisy = self._add_noise(y, sigma, Stream.STUDENT_NOISE, step, micro)
+        self._seed_dropout(Stream.STUDENT_DROPOUT, step, micro)
+        mark("student: forward and backward")
+        student = bind(self.student, micro.labels, augment_labels)
+        result = denoising_objective(
+            student, y, noisy, sigma_data=config.noise.sigma_data, weighting=self._student_weighting
+        )
+        self.student.backward(result.surrogate / self.local_batch)
+        self._tallies["student"].add(result.loss, result.valid)
 
     def generator_step(self, step: int) -> StepMetrics:
         """One update of the generator and its EMA; `step` counts from 0."""
-        tally = LossSum("generator", self.world)
         self._set_mode(self.student.module, training=False)
-        for micro in self._micro_batches(Stream.GENERATOR_LABEL, step):
-            tally.add(*self._generator_micro_step(step, micro))
-        mark("generator: optimiser")
-        applied = self.generator.step(
-            lr=self.config.lr,
-            ema_decay=self.config.ema_decay(step),
-            grad_scale=tally.grad_scale(self.config.batch),
-        )
-        return tally.measured(applied)
+        last = self._last(Stream.GENERATOR_LAST, step)
+        for first in self.world.micro_batches(self.config.batch, self.micro_batch):
+            self._pieces.run(
+                ("the generator's step", last), partial(self._generator_micro_step, last), step=step, first=first
+            )
+        return self._update("generator", self.generator, lr=self.config.lr, ema_decay=self.config.ema_decay(step))
 
-    def _generator_micro_step(self, step: int, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Forward and backward of one micro-batch: loss (B,) and valid (B,).
+    def _update(self, name: str, network: Trained, **rates: float) -> StepMetrics:
+        """The optimiser's step of the network `name`, and what was measured since the last one."""
+        tally = self._tallies[name]
+
+        def update(numbers: Mapping[str, Number]) -> Tensor:
+            applied = network.step(grad_scale=tally.grad_scale(self.config.batch), **numbers)
+            return tally.taken(applied)
+
+        # Of a replayed piece nothing is heard: this is said outside of it.
+        mark(f"{name}: optimiser")
+        found = self._pieces.run((f"the {name}'s update",), update, **rates)
+        assert found is not None
+        return measured_as(name, found)
+
+    def _generator_micro_step(self, last: int, numbers: Mapping[str, Number]) -> None:
+        """Forward and backward of one micro-batch, as of `_student_micro_step`.
 
         Joint keeps the graph of the last evaluation of G while T and S are differentiated; phased runs it once more
         afterwards. Every earlier evaluation that the gradient reaches is run once more in both, so that memory does not
         grow with K.
         """
         config, phased = self.config, self.settings.phased
-        last = self._last(Stream.GENERATOR_LAST, step)
+        step, micro = whole(numbers["step"]), self._micro(Stream.GENERATOR_LABEL, numbers)
         first = 0 if config.gradient == "all" else last
         mark("generator: samples")
         # Evaluations that the gradient does not reach make the input of the others, as sampling does.
@@ -269,7 +287,7 @@ class DistillSteps:
                 arrived = chain.inputs[k].grad
                 assert arrived is not None
                 gradient = arrived / scale
-        return result.loss, result.valid
+        self._tallies["generator"].add(result.loss, result.valid)
 
     # -- the generator's samples ------------------------------------------------------------------------------------
 
@@ -284,7 +302,7 @@ class DistillSteps:
         return draw_number(self.config.steps, seed=self.config.seed, stream=stream, step=step)
 
     @torch.no_grad()
-    def _chain(self, micro: MicroBatch, stream: Stream, step: int, last: int) -> Chain:
+    def _chain(self, micro: MicroBatch, stream: Stream, step: int | Tensor, last: int) -> Chain:
         """x_1 ~ p_{r_1}(. | 0), x_{k+1} ~ p_{r_{k+1}}(. | G(x_k, sigma_k)) [IPFM, algorithm 2], up to k = `last`."""
         y, finite = self._zeros, None
         inputs: list[Tensor] = []
@@ -301,35 +319,36 @@ class DistillSteps:
         return Chain(inputs, finite)
 
     @torch.no_grad()
-    def _evaluate(self, k: int, x: Tensor, micro: MicroBatch, step: int) -> Tensor:
+    def _evaluate(self, k: int, x: Tensor, micro: MicroBatch, step: int | Tensor) -> Tensor:
         """y_k = G(x_k, sigma_k) through the plain module; in training mode with the dropout of the trained pass."""
         self._seed_dropout(Stream.GENERATOR_DROPOUT, step * self.config.steps + k, micro)
         return self.generator.module(x, self._levels[k], micro.labels)
 
-    def _perturb(self, y: Tensor, sigma: Tensor, stream: Stream, step: int, micro: MicroBatch) -> Tensor:
+    def _perturb(self, y: Tensor, sigma: Tensor, stream: Stream, step: int | Tensor, micro: MicroBatch) -> Tensor:
         x = perturb(y, sigma, self.D, seed=self.config.seed, stream=stream, step=step, sample_index=micro.index)
         assert isinstance(x, Tensor)
         return x
 
-    def _add_noise(self, y: Tensor, sigma: Tensor, stream: Stream, step: int, micro: MicroBatch) -> Noisy:
-        position = {"seed": self.config.seed, "stream": stream, "step": step}
-        return add_noise(y, sigma, self.D, self.teacher, **position, sample_index=micro.index)
+    def _add_noise(self, y: Tensor, sigma: Tensor, stream: Stream, step: int | Tensor, micro: MicroBatch) -> Noisy:
+        seed = self.config.seed
+        return add_noise(y, sigma, self.D, self.teacher, seed=seed, stream=stream, step=step, sample_index=micro.index)
 
     def _set_mode(self, module: nn.Module, *, training: bool) -> None:
         # A walk over all modules, and without dropout in vain.
         if module.training != training and (self.config.dropout > 0 or self.network.label_dropout > 0):
             module.train(training)
 
-    def _seed_dropout(self, stream: Stream, step: int, micro: MicroBatch) -> None:
+    def _seed_dropout(self, stream: Stream, step: int | Tensor, micro: MicroBatch) -> None:
         if self.config.dropout > 0:
-            seed_dropout(self.config.seed, stream, step, micro.first)
+            # With dropout nothing is captured, and the numbers are those of the host.
+            seed_dropout(self.config.seed, stream, int(step), int(micro.first))
 
-    def _micro_batches(self, label_stream: Stream, step: int) -> Iterator[MicroBatch]:
-        """This process's samples of the global batch, a micro-batch at a time."""
-        for first in self.world.micro_batches(self.config.batch, self.micro_batch):
-            index = self._offsets + first
-            labels = draw_labels(self.network.label_dim, index, seed=self.config.seed, stream=label_stream, step=step)
-            yield MicroBatch(first, index, labels)
+    def _micro(self, label_stream: Stream, numbers: Mapping[str, Number]) -> MicroBatch:
+        """The micro-batch that begins with the sample "first" of the global batch, in the update "step"."""
+        step, first = whole(numbers["step"]), whole(numbers["first"])
+        index = self._offsets + first
+        labels = draw_labels(self.network.label_dim, index, seed=self.config.seed, stream=label_stream, step=step)
+        return MicroBatch(first, index, labels)
 
 
 # What the loss kernel takes.
@@ -425,7 +444,7 @@ class DistillConfig(Distillation):
         """
         return weight
 
-    def generator_sigma(self, sample_index: Tensor, *, seed: int, stream: int, step: int) -> Tensor:
+    def generator_sigma(self, sample_index: Tensor, *, seed: int, stream: int, step: int | Tensor) -> Tensor:
         """sigma (B,) of the generator's step, a function of the arguments alone: see `NoiseLevels.generator`.
 
         Args:
@@ -436,7 +455,7 @@ class DistillConfig(Distillation):
         """
         return self.noise.generator(sample_index, seed=seed, stream=stream, step=step)
 
-    def student_sigma(self, sample_index: Tensor, *, seed: int, stream: int, step: int) -> Tensor:
+    def student_sigma(self, sample_index: Tensor, *, seed: int, stream: int, step: int | Tensor) -> Tensor:
         """sigma (B,) of the student's step, see `NoiseLevels.denoising`; arguments as in `generator_sigma`."""
         return self.noise.denoising(sample_index, seed=seed, stream=stream, step=step)
 
@@ -450,6 +469,12 @@ class DistillConfig(Distillation):
         return "" if cls.kind == DistillConfig.kind else cls.kind
 
     # ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def capturable(self) -> bool:
+        """See `Distillation.capturable`: but for noise levels or weights of a file of one's own."""
+        own = ("generator_sigma", "student_sigma", "generator_weight", "student_weight")
+        return all(getattr(type(self), name) is getattr(DistillConfig, name) for name in own)
 
     @property
     def levels(self) -> tuple[float, ...]:

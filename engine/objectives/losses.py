@@ -43,7 +43,15 @@ class Noisy(NamedTuple):
 
 
 def add_noise(
-    y: Tensor, sigma: Tensor, D: float, net: Precond, *, seed: int, stream: int, step: int, sample_index: Tensor
+    y: Tensor,
+    sigma: Tensor,
+    D: float,
+    net: Precond,
+    *,
+    seed: int,
+    stream: int,
+    step: int | Tensor,
+    sample_index: Tensor,
 ) -> Noisy:
     """x ~ p_r(x | y), r = sigma sqrt(D), ready for `net` and networks of its kind; arguments as in `perturb`."""
     c_skip, c_out, c_in, _ = net.coefficients(sigma.to(net.wide_dtype))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ipfm.engine.checks import at_least, number, share
 from ipfm.engine.config import setting
+from ipfm.engine.distributed.pieces import Number, whole
 from ipfm.engine.objectives.base import Distillation, Objective, Role, StepContext
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.losses import along, finite_samples, held, per_sample
@@ -25,7 +26,7 @@ from ipfm.engine.objectives.lpips import Lpips, load_lpips, lpips_flops, lpips_g
 from ipfm.engine.objectives.lpips_weights import read_weights
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.published import Conditions, PaperResult, plain_name
-from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
+from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics, measured_as
 from ipfm.engine.random_streams import ObjectiveStream, draw_labels, seed_dropout
 from ipfm.engine.sampling.batches import sample_trajectory
 from ipfm.kernels import perturb, philox
@@ -144,6 +145,11 @@ class PidConfig(Distillation):
                     f"distance lpips needs images of at least 16x16, this network's have side "
                     f"{network.img_resolution}: give --lpips-side 32"
                 )
+
+    @property
+    def capturable(self) -> bool:
+        """See `Distillation.capturable`."""
+        return True
 
     def objective(self, network: NetworkConfig) -> Objective:
         """See `Distillation.objective`."""
@@ -304,6 +310,7 @@ class PidSteps:
         self.generator, self.teacher = context.trained["generator"], context.teacher
         self.phased, self.world = context.settings.phased, context.world
         self.local_batch, self.micro_batch = config.batch // context.world.size, context.micro_batch
+        self._pieces, self._tally = context.pieces, LossSum("generator", context.world, self.local_batch)
         device = context.world.device
         # Once, as it is a walk over all modules: only evaluations without dropout change it for a while.
         self.generator.module.train(config.dropout > 0)
@@ -316,25 +323,27 @@ class PidSteps:
 
     def iteration(self, step: int) -> StepMetrics:
         """One update of the generator and its EMA; `step` counts from 0."""
-        tally = LossSum("generator", self.world)
         for first in self.world.micro_batches(self.config.batch, self.micro_batch):
-            tally.add(*self._micro_step(step, first))
+            self._pieces.run(("the generator's step",), self._micro_step, step=step, first=first)
         mark("generator: optimiser")
-        applied = self.generator.step(
-            lr=self.config.lr,
-            ema_decay=self.config.ema_decay(step),
-            grad_scale=tally.grad_scale(self.config.batch),
-        )
-        return tally.measured(applied)
+        rates = {"lr": self.config.lr, "ema_decay": self.config.ema_decay(step)}
+        found = self._pieces.run(("the generator's update",), self._update, **rates)
+        assert found is not None
+        return measured_as("generator", found)
 
-    def _micro_step(self, step: int, first: int) -> tuple[Tensor, Tensor]:
-        """Forward and backward of one micro-batch: loss (B,) and valid (B,).
+    def _update(self, numbers: Mapping[str, Number]) -> Tensor:
+        scale = self._tally.grad_scale(self.config.batch)
+        return self._tally.taken(self.generator.step(grad_scale=scale, **numbers))
+
+    def _micro_step(self, numbers: Mapping[str, Number]) -> None:
+        """Forward and backward of the micro-batch that begins with the sample "first", in the update "step".
 
         Joint evaluates the network at both levels at once and keeps the graph while the teacher is asked. Phased asks
         first, and runs the network once more at each level, for its graph alone. With dropout, which acts in what is
         trained alone, the point at which the teacher is asked takes two more evaluations.
         """
         config = self.config
+        step, first = whole(numbers["step"]), whole(numbers["first"])
         index = self._offsets + first
         seed = config.seed
         mark("generator: samples")
@@ -392,7 +401,7 @@ class PidSteps:
                 out = alone(self.generator, level)
                 self.generator.backward(along(out, (per_sample(factor, z) * gradient).to(out.dtype)))
                 del out
-        return loss.masked_fill(~valid, 0.0), valid
+        self._tally.add(loss.masked_fill(~valid, 0.0), valid)
 
     @torch.no_grad()
     def _without_dropout(self, forward: Callable[..., Tensor], at: Stencil) -> tuple[Tensor, Tensor]:
@@ -410,9 +419,10 @@ class PidSteps:
         loss = residual.square().sum((1, 2, 3))
         return loss, 2 * residual, torch.isfinite(loss)
 
-    def _seed_dropout(self, step: int, first: int) -> None:
+    def _seed_dropout(self, step: int | Tensor, first: int | Tensor) -> None:
         if self.config.dropout > 0:
-            seed_dropout(self.config.seed, PidStream.DROPOUT, step, first)
+            # With dropout nothing is captured, and the numbers are those of the host.
+            seed_dropout(self.config.seed, PidStream.DROPOUT, int(step), int(first))
 
 
 def _lpips(config: PidConfig, device: torch.device) -> Lpips:

@@ -44,19 +44,21 @@ class LossSum:
     Args:
         name: the network, as it appears in the log.
         world: the run's processes.
+        samples: those that are added in a step, where the sum is used for many steps; None counts them.
     """
 
-    def __init__(self, name: str, world: World) -> None:
+    def __init__(self, name: str, world: World, samples: int | None = None) -> None:
         self.name, self.world = name, world
         self._loss = torch.zeros((), dtype=torch.float64, device=world.device)
         self._valid = torch.zeros((), dtype=torch.float64, device=world.device)
-        self._samples = 0
+        self._samples, self._counts = samples or 0, samples is None
 
     def add(self, loss: Tensor, valid: Tensor) -> None:
         """A micro-batch: loss (B,), 0 where the sample does not count; valid (B,) bool."""
         self._loss += loss.sum(dtype=torch.float64)
         self._valid += valid.sum()
-        self._samples += len(valid)
+        if self._counts:
+            self._samples += len(valid)
 
     def grad_scale(self, batch: int) -> Tensor:
         """0-d float32: `batch` over the number of samples that count, on all processes together; each must call it.
@@ -73,6 +75,21 @@ class LossSum:
             applied: 0-d bool: whether the optimiser took the step; a step it did not take is counted as one bad sample
                 more, by the first process alone.
         """
+        return measured_as(self.name, torch.stack([self._loss, self._valid, self._bad(applied)]))
+
+    def taken(self, applied: Tensor) -> Tensor:
+        """What `measured_as` makes metrics of, (3,) float64; the sum begins anew. Argument as of `measured`."""
+        found = torch.stack([self._loss, self._valid, self._bad(applied)])
+        self._loss.zero_()
+        self._valid.zero_()
+        return found
+
+    def _bad(self, applied: Tensor) -> Tensor:
         skipped = (~applied).double() if self.world.is_main else torch.zeros_like(self._valid)
-        name = f"{self.name}_loss"
-        return StepMetrics({name: self._loss}, {name: self._valid}, {self.name: self._samples - self._valid + skipped})
+        return self._samples - self._valid + skipped
+
+
+def measured_as(name: str, found: Tensor) -> StepMetrics:
+    """The metrics of the network `name`, from what `LossSum.taken` gave."""
+    loss, valid, bad = found.unbind()
+    return StepMetrics({f"{name}_loss": loss}, {f"{name}_loss": valid}, {name: bad})

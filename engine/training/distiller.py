@@ -30,6 +30,7 @@ from ipfm.engine.evaluation.results import (
 )
 from ipfm.engine.memory import MemoryPlan, device_budget, plan_layout
 from ipfm.engine.objectives.base import Distillation, Role, StepContext, check_objective_says
+from ipfm.engine.objectives.captured import pieces_of
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
 from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.engine.runtime.errors import Interrupted, described
@@ -97,6 +98,7 @@ class Distiller(TrainingRun[Distillation]):
         world = world or start_world()
         settings = resolve(config, teacher.config, world)
         self.network, self.dataset = teacher.config, dataset
+        self._begun = 0
         self._as_trained = trained_config(self.network, config.dropout)
         self.objective = settings.config.objective(self._as_trained)
         check_objective_says(self.objective)
@@ -113,7 +115,7 @@ class Distiller(TrainingRun[Distillation]):
         self.generator = self.networks[self.objective.generator]
         self.averaged = self._average_of(self.generator, self._exported())
         self.teacher = self._execute_as_set(self._stored(teacher))
-        self.steps = self.objective.steps(StepContext(self.networks, self.teacher, settings, world))
+        self._make_steps()
 
     @property
     def backward(self) -> str:
@@ -148,12 +150,26 @@ class Distiller(TrainingRun[Distillation]):
         return net
 
     def _step(self, step: int) -> StepMetrics:
+        self._begun += 1
         return self.steps.iteration(step)
 
     def _go_by(self, rules: Rules) -> None:
         super()._go_by(rules)
         self.objective = self.config.objective(self._as_trained)
-        self.steps = self.objective.steps(StepContext(self.networks, self.teacher, self.settings, self.world))
+        self._make_steps()
+
+    def _make_steps(self) -> None:
+        """The objective's steps, and what runs their pieces."""
+        pieces = pieces_of(
+            self.settings,
+            self._as_trained,
+            self.networks,
+            self.world,
+            tell=self._tell,
+            # Of a graph the profiler would hear no phases.
+            ready=lambda: self._begun > self.config.profile_memory,
+        )
+        self.steps = self.objective.steps(StepContext(self.networks, self.teacher, self.settings, self.world, pieces))
 
     def sample(self, first: int, count: int, *, seed: int) -> Tensor:
         """Images first..first + count - 1 of `seed` from the averaged generator as last refreshed."""

@@ -10,11 +10,13 @@ import torch
 from ipfm.engine.config import Resolved, RunConfig, TeacherConfig
 from ipfm.engine.data.augmentation import AUGMENT_DIM, SMALLEST_SIZE
 from ipfm.engine.distributed.compilation import check_compiler
+from ipfm.engine.distributed.pieces import CAPTURES
 from ipfm.engine.distributed.precision import DTYPES, bf16_supported, fp16_supported
 from ipfm.engine.distributed.world import World
 from ipfm.engine.memory import MemoryPlan, choose_layout, choose_training, device_budget
 from ipfm.engine.noise_levels import check_trainable
 from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.captured import check_graphs
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.models import NetworkConfig, build_network
 from ipfm.models.attention import xformers_obstacle
@@ -40,11 +42,13 @@ def resolve(config: K, network: NetworkConfig, world: World) -> Resolved[K]:
     config = complete(config, network, world.device)
     _, micro = config.split(world.size)
     stage, backward, checkpointing = config.zero, config.backward, config.activation_checkpointing
+    check_graphs(config, network, ranks=world.size, stage=stage)
     if config.micro_batch is not None and stage is not None and "auto" not in (backward, checkpointing):
         phased, checkpointed = backward == "phased", checkpointing == "on"
         return config.laid_out(D=network.D, stage=stage, micro_batch=micro, phased=phased, checkpointed=checkpointed)
     trained = trained_config(network, config.dropout)
     layout = choose_layout(config, trained, ranks=world.size, budget=device_budget(world.device))
+    check_graphs(config, network, ranks=world.size, stage=layout.plan.parts.stage)
     return _as_planned(config, layout.plan, network.D)
 
 
@@ -92,7 +96,7 @@ def complete(config: K, network: NetworkConfig, device: torch.device) -> K:
     config = replace(config, D=resolve_D(config.D, network)).completed(network)
     config = resolve_precision(config, device)
     check_attention(config, network, device)
-    return replace(config, teacher_storage=config.decided_storage)
+    return resolve_graphs(replace(config, teacher_storage=config.decided_storage), network, device)
 
 
 def complete_training(config: TeacherConfig, network: NetworkConfig, device: torch.device) -> TeacherConfig:
@@ -152,6 +156,20 @@ def check_attention(config: RunConfig, network: NetworkConfig, device: torch.dev
     for width in sorted({block.out_channels // block.num_heads for block in blocks if block.num_heads}):
         if reason := xformers_obstacle(device, DTYPES[config.decided_precision], width):
             raise ValueError(f"attention-backend xformers cannot run here: {reason}: give auto or sdpa")
+
+
+def resolve_graphs(config: K, network: NetworkConfig, device: torch.device) -> K:
+    """The configuration with CUDA graphs switched off where there is no GPU.
+
+    Raises:
+        ValueError: they were asked for, and cannot be had.
+    """
+    if device.type not in CAPTURES:
+        if config.cuda_graphs == "on":
+            raise ValueError(f"cuda-graphs on needs a GPU, and this is a {device.type}: give auto or off")
+        return replace(config, cuda_graphs="off")
+    check_graphs(config, network, ranks=1, stage=config.zero)
+    return config
 
 
 def check_augment(probability: float, network: NetworkConfig) -> None:

@@ -296,6 +296,11 @@ class TrainingRun(ABC, Generic[C]):
             with suppress(OSError):
                 print(f"warning: {text}", file=sys.stderr)
 
+    def _tell(self, text: str) -> None:
+        if self.world.is_main:
+            with suppress(OSError):
+                print(f"ipfm: {text}", file=sys.stderr)
+
     def _go_by(self, rules: Rules) -> None:
         """Compute by these rules from now on, those that the run in the folder began with."""
         self.config = replace(self.config, rules=rules)

@@ -62,6 +62,7 @@ CHOICES = {
     "rules": ("must be 1 or 2", (0, 3, "2", 1.0, True, None)),
     "compile": ("must be True or False", (1, "no")),
     "memory_format": ("must be auto, contiguous or channels_last", ("nhwc", None)),
+    "cuda_graphs": ("must be auto, on or off", ("yes", None, True)),
     "resume": ("must be True or False", (0, None)),
     "gradient": ("must be all or last", ("first", None)),
     "init": ("must be auto, teacher or random", ("zero", None)),
@@ -87,7 +88,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
     words = (
         "precision", "backward", "tf32", "resume", "offload", "activation_checkpointing", "teacher_storage",
         "async_checkpoints", "compile", "deterministic", "attention_backend", "memory_format", "gradient", "init",
-        "student_init", "rules",
+        "student_init", "rules", "cuda_graphs",
     )  # fmt: skip
     shown = repr(value) if name in words else str(value)
     assert str(error.value) == f"{name.replace('_', '-')} {says}, got {shown}"

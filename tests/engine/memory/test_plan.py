@@ -269,7 +269,7 @@ def test_the_lowest_stage_that_fits():
 def test_16_bits_on_one_process_need_no_sharding():
     """Stage 0, which takes no more than stage 1: the same state, no buckets, and gradients that are widened in part."""
     for precision in ("bf16", "fp16"):
-        config = _config(batch=32, micro_batch=None, precision=precision, backward="joint")
+        config = _config(batch=32, micro_batch=None, precision=precision, backward="joint", cuda_graphs="off")
         plan = choose_layout(config, NETWORKS["attention"], ranks=1, budget=None).plan
         assert plan.parts.stage == 0
         sharded = choose_layout(replace(config, zero=1), NETWORKS["attention"], ranks=1, budget=None).plan
@@ -280,6 +280,29 @@ def test_16_bits_on_one_process_need_no_sharding():
     n = parameter_count(presets.get("cifar10-ncsnpp"))
     assert Sharding(1, 0, "bf16").update(n) == 2 * n + 2 * WIDENED < Sharding(1, 1, "bf16").update(n) == 4 * n
     assert Sharding().update(n) == 0
+
+
+@pytest.mark.quick
+def test_cuda_graphs_keep_the_gradients_at_all_times():
+    """In 16 bits their wide copies too; where there are no graphs nothing changes."""
+    for precision, kept in (("fp32", 4), ("bf16", 2 + 4)):
+        config = _config(batch=32, micro_batch=None, precision=precision, backward="joint", zero=0)
+        with_graphs, without = (
+            choose_layout(replace(config, cuda_graphs=graphs), NETWORKS["attention"], ranks=1, budget=None).plan
+            for graphs in ("auto", "off")
+        )
+        n, phase = with_graphs.parts.trained, "generator: student"
+        assert with_graphs.state == without.state
+        assert with_graphs.phases[phase] == without.phases[phase] + kept * n
+        assert with_graphs.phases["generator: optimiser"] == pytest.approx(
+            without.phases["generator: optimiser"], rel=1e-4
+        )
+    sharded = _config(batch=32, micro_batch=None, precision="bf16", backward="joint")
+    plans = [
+        choose_layout(replace(sharded, cuda_graphs=graphs), NETWORKS["attention"], ranks=2, budget=None).plan
+        for graphs in ("auto", "off")
+    ]
+    assert plans[0] == plans[1]
 
 
 def test_a_run_takes_the_stage_that_was_chosen(monkeypatch):

@@ -131,6 +131,7 @@ FREE = {
     "keep_checkpoints", "max_bad_steps", "resume", "backward", "teacher", "heun_steps", "offload",
     "activation_checkpointing", "async_checkpoints", "profile_memory", "teacher_storage", "compile", "memory_format",
     "lpips", "from_step", "snapshot_every", "keep_snapshots", "deterministic", "attention_backend",
+    "cuda_graphs",
 }  # fmt: skip
 PLACE = FREE - {"max_steps", "kimg", "heun_steps", "tf32", "deterministic"}
 KINDS = (DistillConfig, PidConfig, TeacherConfig)

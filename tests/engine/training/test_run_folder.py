@@ -163,6 +163,9 @@ FREELY = {
     "teacher_storage": "sharded",
     "compile": True,
     "memory_format": "channels_last",
+    "cuda_graphs": "off",
+    "attention_backend": "sdpa",
+    "deterministic": True,
     "from_step": 0,
 }
 
