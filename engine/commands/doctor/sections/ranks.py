@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ipfm.engine.commands.bench.short_run import ShortRun, start, wait
-from ipfm.engine.commands.doctor.place import Place, Row, failed, judged, tried
+from ipfm.engine.commands.doctor.place import LEFT_OUT, Place, Row, failed, judged, tried
 from ipfm.engine.commands.doctor.sections.resume import last_line, weights
 
 STEPS, KILLED_AT, EVERY = 6, 4, 3
@@ -43,7 +43,9 @@ def _begin(place: Place, name: str, device: str, ranks: int) -> list[Popen[bytes
 def _as_one(place: Place, alone: list[Popen[bytes]], together: list[Popen[bytes]], device: str) -> Row:
     one, two, log = (place.folder / name for name in ("one", "two", "log.txt"))
     codes = [*wait(alone, place.left), *wait(together, place.left)]
-    if any(codes):
+    if any(codes) or None in codes:
+        if place.over():
+            return {"verdict": f"{LEFT_OUT}: {place.seconds:.0f} s are over"}
         return {"verdict": failed(f"the processes ended with {codes}: {last_line(log)}")}
     ours, theirs = weights(two / "generator"), weights(one / "generator")
     off = max(float((ours[key] - theirs[key]).norm() / (theirs[key].norm() + 1e-12)) for key in theirs)
@@ -67,6 +69,8 @@ def _one_killed(place: Place, device: str) -> Row:
     said = next((line for line in log.read_text(errors="replace").splitlines() if SAID in line), "")
     right = dead == -9 and left == 1 and bool(said) and took < SOON
     row: Row = {"exit codes": f"{left}, {dead}", "seconds": round(took, 1), "said": said[:200]}
+    if not right and place.over():
+        return row | {"verdict": f"{LEFT_OUT}: {place.seconds:.0f} s are over"}
     if not right:
         return row | {"verdict": failed(f"exit codes {left} and {dead}, {took:.0f} s; {said or last_line(log)}")}
     (code,) = wait(start(folder, _run(), log, device=device), place.left)

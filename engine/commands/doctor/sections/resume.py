@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL
 from subprocess import Popen
@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ipfm.engine.commands.bench.equivalence import NETWORK
 from ipfm.engine.commands.bench.short_run import ShortRun, start, wait
-from ipfm.engine.commands.doctor.place import Place, Row, failed, judged, tried
+from ipfm.engine.commands.doctor.place import LEFT_OUT, Place, Row, failed, judged, tried
 from ipfm.engine.evaluation.metrics.features import Features, InceptionFeatures, PixelFeatures
 from ipfm.engine.evaluation.metrics.frechet import frechet_distance
 from ipfm.engine.evaluation.metrics.moments import FeatureMoments
-from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.sampling.samplers import generate
 from ipfm.models import build_network, presets
 
@@ -51,9 +50,9 @@ def _cases(place: Place) -> list[tuple[str, dict[str, Any], bool]]:
         ("fp32, ZeRO 0", base, not place.cuda),
         ("bf16, ZeRO 1", half, not place.cuda),
     ]
-    if "deterministic" in {f.name for f in fields(DistillConfig)}:
-        found += [(f"{name}, deterministic", {**config, "deterministic": True}, True) for name, config, _ in found]
-    return found
+    if not place.cuda:
+        return found
+    return found + [(f"{name}, deterministic", {**config, "deterministic": True}, True) for name, config, _ in found]
 
 
 class Resumption:
@@ -78,6 +77,8 @@ class Resumption:
             (resumed,) = wait(self._start("resumed", self.run), self.place.left)
         (undisturbed,) = wait(self.whole, self.place.left)
         if (killed, resumed, undisturbed) != (-SIGKILL, 0, 0):
+            if self.place.over():
+                return {"verdict": f"{LEFT_OUT}: {self.place.seconds:.0f} s are over"}
             codes = f"killed {killed}, resumed {resumed}, undisturbed {undisturbed}"
             return {"verdict": failed(f"the runs ended with: {codes}; {last_line(self.log)}")}
         ours, theirs = (weights(self.folder / which / "generator") for which in ("resumed", "whole"))
