@@ -74,4 +74,6 @@ def _one_killed(place: Place, device: str) -> Row:
     if not right:
         return row | {"verdict": failed(f"exit codes {left} and {dead}, {took:.0f} s; {said or last_line(log)}")}
     (code,) = wait(start(folder, _run(), log, device=device), place.left)
+    if code is None and place.over():
+        return row | {"verdict": f"{LEFT_OUT}: {place.seconds:.0f} s are over"}
     return row | {"then": "resumed on one", "verdict": judged(code == 0, f"resumed on one it ended with {code}")}
