@@ -140,6 +140,8 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
 
     def forward(self, x: Tensor, emb: Tensor, entering: Entering = _NOTHING) -> Tensor:
+        if not triton_serves(x):
+            return self._one_by_one(x, emb)
         h, x = branch(self.norm0, x, silu=True)
         h, bias = without_bias(self.conv0, h)
         p = self._projection(emb, h, bias) if entering.projected is None else entering.projected
@@ -148,21 +150,45 @@ class UNetBlock(nn.Module):
             h = self.norm1(h, silu=True, scale=scale, shift=shift, addend=bias)
         else:
             h = self.norm1(h, silu=True, addend=p)
-        if self.training and self.dropout:
-            # F.dropout's own on CUDA; elsewhere that one keeps a mask as wide as the activation.
-            h, _ = torch.native_dropout(h, self.dropout, True)
-        h, bias = without_bias(self.conv1, h)
+        h, bias = without_bias(self.conv1, self._dropped(h))
         x, skip_bias = (x, None) if self.skip is None else without_bias(self.skip, x)
         if entering.bias is not None:
             bias, skip_bias = cast(entering.bias, h), None
         x = self._joined(x, h, bias, skip_bias)
         if self.num_heads:
             h, x = branch(self.norm2, x)
-            q, k, v = self.qkv(h)
-            a = attention(q, k, v, backend=self.attention_backend)
-            image = a.reshape(x.shape[0], *x.shape[2:], self.out_channels).permute(0, 3, 1, 2)
-            x = self._joined(x, *without_bias(self.proj, image))
+            x = self._joined(x, *without_bias(self.proj, self._attended(h)))
         return x
+
+    def _one_by_one(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The same by layers that leave nothing to each other, as a CPU computes it fastest."""
+        h = self.conv0(self.norm0(x, silu=True))
+        p = self.affine(emb).to(h.dtype)[:, :, None, None]
+        if self.adaptive_scale:
+            scale, shift = p.chunk(2, dim=1)
+            h = self.norm1(h, silu=True, scale=scale, shift=shift)
+        else:
+            h = self.norm1(h + p, silu=True)
+        h = self.conv1(self._dropped(h))
+        x = self._rescale((x if self.skip is None else self.skip(x)) + h)
+        if self.num_heads:
+            x = self._rescale(x + self.proj(self._attended(self.norm2(x))))
+        return x
+
+    def _dropped(self, h: Tensor) -> Tensor:
+        if not (self.training and self.dropout):
+            return h
+        # F.dropout's own on CUDA; elsewhere that one keeps a mask as wide as the activation.
+        return torch.native_dropout(h, self.dropout, True)[0]
+
+    def _attended(self, h: Tensor) -> Tensor:
+        q, k, v = self.qkv(h)
+        a = attention(q, k, v, backend=self.attention_backend)
+        return a.reshape(h.shape[0], *h.shape[2:], self.out_channels).permute(0, 3, 1, 2)
+
+    def _rescale(self, fresh: Tensor) -> Tensor:
+        # In place: the sum was made here and no gradient needs its value.
+        return fresh if self.skip_scale == 1 else fresh.mul_(self.skip_scale)
 
     def _joined(self, x: Tensor, h: Tensor, *biases: Tensor | None) -> Tensor:
         return residual(x, h, *biases, scale=self.skip_scale)
@@ -170,8 +196,6 @@ class UNetBlock(nn.Module):
     def _projection(self, emb: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
         """affine(emb), and where it is added to h the bias that h lacks: (B or 1, n)."""
         p: Tensor = self.affine(emb)
-        if not triton_serves(h):
-            return p.to(h.dtype)
         return p if bias is None or self.adaptive_scale else p + bias
 
 
