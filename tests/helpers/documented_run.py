@@ -39,6 +39,7 @@ COVERED: Mapping[str, str] = MappingProxyType(
         "make bench": "kernels/test_bench.py::test_a_run_leaves_tables_and_plots",
         "make soak": "engine/training/test_failures.py::test_a_small_soak",
         "make equivalence": "engine/objectives/test_equivalence.py::test_equals_the_plain_loop",
+        "make nodes": "engine/distributed/test_two_nodes.py::test_two_machines_compute_what_one_does",
         "make rehearsal": "recipes/test_rehearsal.py::test_the_smallest_recipe_passes",
         "make counts": "engine/commands/test_counts.py::test_a_row_by_its_name",
         "make fuzz": "models/checkpoints/test_fuzz.py::test_flipped_and_missing_bytes",

@@ -28,7 +28,7 @@ import torch
 
 from ipfm.engine.commands.bench.meta_step import Recording, block_passes, one_micro_batch, record
 from ipfm.engine.commands.bench.plain_step import PlainDistillation
-from ipfm.engine.distributed.world import World, start_world
+from ipfm.engine.distributed.world import World, import_deepspeed, start_world
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.runtime.launcher import stop_world
 from ipfm.engine.training.distiller import Distiller
@@ -52,15 +52,13 @@ HIDDEN = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 def synchronisations() -> Mapping[str, Any]:
     """Calls of DeepSpeed's device-wide synchronisation in an iteration, by ZeRO stage, once the first is over."""
-    from deepspeed.accelerator import get_accelerator
-
     network = replace(presets.get("digits", D=128.0), model_channels=8)
     world = start_world()
     torch.manual_seed(0)
     teacher = build_network(network)
     found: dict[str, int] = {}
     calls: Counter[int] = Counter()
-    accelerator: Any = get_accelerator()
+    accelerator: Any = import_deepspeed().accelerator.get_accelerator()
     before = accelerator.synchronize
     accelerator.synchronize = lambda device_index=None: calls.update([0])
     try:
