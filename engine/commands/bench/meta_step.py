@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ipfm.engine.config import Precision, Resolved, RunConfig, TeacherConfig, ZeroStage
 from ipfm.engine.data.dataset import Batch, ImageDataset
-from ipfm.engine.distributed import zero
+from ipfm.engine.distributed import pieces, zero
 from ipfm.engine.distributed.precision import DTYPES
 from ipfm.engine.distributed.single_process import UnshardedEngine
 from ipfm.engine.distributed.world import World
@@ -103,6 +103,8 @@ class Recording:
     """Bytes of the sums with a convolution's bias that cuDNN's convolutions leave to a kernel of their own."""
     reduced_biases: int = 0
     """Bytes that are read for the gradients of such biases."""
+    replays: int = 0
+    """Replays of CUDA graphs."""
 
     @property
     def elementwise_bytes(self) -> int:
@@ -395,16 +397,44 @@ def on_meta(settings: Resolved[Any], network: NetworkConfig) -> Distiller | Teac
         return Distiller(settings.config, made(network).eval().requires_grad_(False), world=world)
 
 
-def record(settings: Resolved[Any], network: NetworkConfig) -> Recording:
+class EmptyGraphs:
+    """In place of `pieces.CudaGraphs`: what is captured was run once, and a replay is counted and does nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        EmptyGraphs.replays = 0
+
+    replays = 0
+
+    def warm_up(self, work: Callable[[], Tensor | None]) -> Tensor | None:
+        """See `pieces.Capture.warm_up`."""
+        return work()
+
+    def capture(self, work: Callable[[], Tensor | None]) -> pieces.Captured:
+        """See `pieces.Capture.capture`."""
+        return pieces.Captured(self._replay, work())
+
+    @staticmethod
+    def _replay() -> None:
+        EmptyGraphs.replays += 1
+
+
+def record(settings: Resolved[Any], network: NetworkConfig, *, graphs: bool = False) -> Recording:
     """One iteration of a distillation or of a teacher's training.
 
     Args:
         settings: with nothing left open, as `gpu_settings` or `one_micro_batch` make them.
         network: the teacher's architecture.
+        graphs: one in which what can be captured in CUDA graphs was, and is replayed; see `EmptyGraphs`.
     """
     recording = Recording()
-    with fake_cuda():
+    first = pieces.WARM_UPS + 1 if graphs else 0
+    captures = mock.patch.dict(pieces.CAPTURES, {"meta": EmptyGraphs} if graphs else {})
+    with fake_cuda(), captures:
         training = on_meta(settings, network)
+    with counting(Recording()):
+        for step in range(first):
+            training.iteration(step)
+    EmptyGraphs.replays = 0
     hooks = [
         module.register_forward_pre_hook(_norm_hook(recording), with_kwargs=True)
         for net in (*(trained.module for trained in training.networks.values()), getattr(training, "teacher", None))
@@ -413,9 +443,10 @@ def record(settings: Resolved[Any], network: NetworkConfig) -> Recording:
         if isinstance(module, GroupNorm)
     ]
     with counting(recording) as mode, listening(lambda phase: setattr(mode, "phase", phase)):
-        training.iteration(0)
+        training.iteration(first)
     for hook in hooks:
         hook.remove()
+    recording.replays = EmptyGraphs.replays if graphs else 0
     return recording
 
 

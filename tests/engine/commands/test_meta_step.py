@@ -72,3 +72,14 @@ def test_activations_computed_again_are_launched_again():
     assert sum(again.norms.values()) > sum(once.norms.values())
     assert again.by_operator["attention"] > once.by_operator["attention"]
     assert torch.get_default_device() == torch.device("cpu")
+
+
+def test_what_is_captured_is_replayed_and_not_dispatched():
+    config = replace(CONFIG, zero=0)
+    eager, replayed = (
+        record(one_micro_batch(config, NETWORK, 8, stage=0), NETWORK, graphs=graphs) for graphs in (False, True)
+    )
+    assert eager.replays == 0
+    assert 0 < replayed.replays <= 6
+    assert replayed.operator_count < 30 < eager.operator_count
+    assert replayed.launches == []
