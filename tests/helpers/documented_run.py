@@ -41,7 +41,6 @@ COVERED: Mapping[str, str] = MappingProxyType(
         "make equivalence": "engine/objectives/test_equivalence.py::test_equals_the_plain_loop",
         "make nodes": "engine/distributed/test_two_nodes.py::test_two_machines_compute_what_one_does",
         "make rehearsal": "recipes/test_rehearsal.py::test_the_smallest_recipe_passes",
-        "make nodes": "engine/distributed/test_two_nodes.py::test_two_machines_compute_what_one_does",
         "make counts": "engine/commands/test_counts.py::test_a_row_by_its_name",
         "make fuzz": "models/checkpoints/test_fuzz.py::test_flipped_and_missing_bytes",
         "ipfm bench --step": "engine/commands/test_bench_step.py::test_the_table_of_the_command",
