@@ -75,7 +75,7 @@ def catching_signals(launcher: Launcher) -> Iterator[SignalFlag]:
             previous[one] = signal.signal(one, note)
     _listening = noted
     try:
-        with peers.hearing_signals(launcher.gone):
+        with peers.hearing_signals(SIGNALS, launcher.gone):
             yield noted
     finally:
         _listening = None

@@ -226,7 +226,9 @@ def run_command(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence
         try:
             main(sys.argv[1:] if argv is None else argv)
         except BaseException as error:
-            peers.claim(error, _exit_code(error), known=_is_known(error), lost=_lost(error))
+            peers.claim(
+                error, _exit_code(error), known=_is_known(error), lost=_lost(error), said=_said_by_the_first(error)
+            )
             raise
         finally:
             # What is printed has come out, or this is where it fails.
@@ -299,6 +301,12 @@ def _lost(error: BaseException) -> str:
     """What is wrong with another process, if the error tells of one."""
     cause = error.__cause__ if isinstance(error, ProcessLost) else error
     return "" if cause is None else lost_process(cause)
+
+
+def _said_by_the_first(error: BaseException) -> str:
+    """The line of an error that the first process alone says, and another one may have alone."""
+    of_one = isinstance(error, (BadInput, FolderInUse)) or (isinstance(error, Failed) and not error.alone)
+    return " ".join(str(error).split()) if of_one and not isinstance(error, ProcessLost) else ""
 
 
 def _warning_of(

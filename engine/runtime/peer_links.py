@@ -20,7 +20,7 @@ REACH = 5.0
 # Seconds that it waits for an answer there: a busy machine may take a while.
 ANSWER = 30.0
 # Bytes of a line, at most; whoever says more is none of the run's processes.
-LONGEST = 400
+LONGEST = 4000
 
 
 @dataclass(eq=False)
@@ -88,7 +88,7 @@ class Links:
             if peer.rank >= 0 and to in (None, peer.rank):
                 # One that takes nothing shows by its silence, and one that has gone when it is read from.
                 with contextlib.suppress(OSError):
-                    peer.connection.send(f"{line}\n".encode())
+                    peer.connection.send(line.encode(errors="replace")[: LONGEST - 1] + b"\n")
 
     def silence(self, rank: int) -> float | None:
         """Seconds for which nothing was heard of the process `rank`; None where it is not connected."""

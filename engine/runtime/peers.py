@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ipfm.engine.runtime.errors import Interrupted
-from ipfm.engine.runtime.peer_links import LONGEST, Links, addresses, listen, reach
+from ipfm.engine.runtime.peer_links import Links, addresses, listen, reach
 
 # Seconds without a word from a process after which it counts as lost; IPFM_SILENCE changes it.
 SILENCE = 120.0
@@ -48,7 +48,7 @@ PRINT = 2.0
 URGENT = (signal.SIGTERM, signal.SIGINT)
 # What a process on its way out does not listen to.
 IGNORED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-FAILED = 1
+FAILED, BAD_INPUT = 1, 2
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Watch(threading.Thread):
         first: the connection to the first process; None on itself.
         token: what a process of this run knows.
         times: see `Times`.
+        here: all are on this machine.
     """
 
     def __init__(
@@ -105,9 +106,10 @@ class Watch(threading.Thread):
         first: socket.socket | None,
         token: str,
         times: Times,
+        here: bool,
     ) -> None:
         super().__init__(name="peers", daemon=True)
-        self.rank, self.size, self.times = rank, size, times
+        self.rank, self.size, self.times, self.here = rank, size, times, here
         self.links = Links(server, token, self._hear, self._lose)
         if first is not None:
             self.links.add(first, 0)
@@ -121,6 +123,7 @@ class Watch(threading.Thread):
         self._next_beat = 0.0
         self._place: object = None
         self._moved = 0.0
+        self.stopping: tuple[int, ...] = ()
         self._signals: dict[int, float] = {}
         self._interrupts = 0
         self.launcher_gone: Callable[[], bool] | None = None
@@ -142,6 +145,7 @@ class Watch(threading.Thread):
             if not self._over_with:  # a defect of this: nobody is to wait for a word from here
                 self.links.say("leave")
             self.links.close()
+            self._woken.close()
 
     def _beat(self) -> None:
         if self.links.clock >= self._next_beat:
@@ -168,7 +172,13 @@ class Watch(threading.Thread):
             self.links.drop(rank)
         elif word == "failing":
             # It ends of itself, and so may this one, of the same error.
-            self._conclude(FAILED, f"process {rank} of {self.size} has failed", PATIENCE)
+            code, _, said = rest.partition(" ")
+            self._silent |= rank == 0 and bool(said) and self.here
+            if said and int(code) == BAD_INPUT:
+                self._conclude(BAD_INPUT, said, PATIENCE)
+            else:
+                failed = f"process {rank} of {self.size} has failed{said and ': '}{said}"
+                self._conclude(FAILED, failed, PATIENCE)
         elif word == "over":
             code, patience, reason = rest.split(" ", 2)
             # What the first process says of it, it says to people too.
@@ -181,7 +191,8 @@ class Watch(threading.Thread):
 
     def _note(self) -> None:
         """Signals have arrived, of which the main thread may not know yet."""
-        for number in filter(None, self._woken.recv(4096)):
+        # Those of a user's own handlers stop nothing.
+        for number in filter(self.stopping.__contains__, self._woken.recv(4096)):
             self._signals.setdefault(number, self.links.clock)
             self._interrupts += number == signal.SIGINT
 
@@ -196,7 +207,7 @@ class Watch(threading.Thread):
         # A signal is what people know of, and counts where it was there before the time was up.
         if not self._parted and (before is None or (before.code == FAILED != code)):
             self._verdict = _Verdict(code, reason, self.links.clock + patience)
-            self.links.say(f"over {code} {patience} {reason}"[:LONGEST])
+            self.links.say(f"over {code} {patience} {reason}")
 
     def _judge(self) -> None:
         clock = self.links.clock
@@ -256,7 +267,7 @@ class Watch(threading.Thread):
 
     # -- for the main thread ------------------------------------------------------------------------------------------
 
-    def claim(self, error: BaseException, code: int, *, known: bool, lost: str) -> None:
+    def claim(self, error: BaseException, code: int, *, known: bool, lost: str, said: str) -> None:
         """See `claim` below."""
         with self._lock:
             gone = self._claimed is not None
@@ -269,13 +280,17 @@ class Watch(threading.Thread):
             for number in IGNORED:
                 signal.signal(number, signal.SIG_IGN)
         if lost:
-            self.links.say(f"over {code} {self.times.patience} {lost}"[:LONGEST])
+            self.links.say(f"over {code} {self.times.patience} {lost}")
             # That the first process has gone shows in a moment.
             deadline = time.monotonic() + BEAT
             while self.rank and not self.speaks() and time.monotonic() < deadline:
                 time.sleep(BEAT / 20)
         elif not known:
-            self.links.say("failing")
+            self.links.say(f"failing {code} {said}")
+            # Launchers end the others as soon as this one has ended, and the first one has this line to say.
+            deadline = time.monotonic() + PATIENCE + 2 * BEAT
+            while said and 0 in self.links.ranks and time.monotonic() < deadline:
+                time.sleep(BEAT / 20)
         self.failing = not known
 
     def part(self) -> None:
@@ -292,9 +307,12 @@ class Watch(threading.Thread):
         with contextlib.suppress(OSError):
             self.wake.send(b"\0")
         self.join(2 * BEAT)
+        self.wake.close()
 
 
 _watch: Watch | None = None
+# Whether the processes have looked for each other, which they do together and once: one may have found nobody.
+_looked = False
 # Of the command that this process runs, for the line that it ends with.
 _name = ""
 _way_on: Callable[[], str] | None = None
@@ -316,6 +334,8 @@ def start(
 ) -> None:
     """Begin to watch the processes of a run; every process calls this. One that cannot says so, and is not watched.
 
+    Until `stop` nothing comes of further calls.
+
     Args:
         rank: of this process.
         size: number of processes; one alone has nobody to watch.
@@ -325,9 +345,10 @@ def start(
         read: what that is, elsewhere.
         times: see `Times`.
     """
-    global _watch
-    if size == 1 or _watch is not None:
+    global _watch, _looked
+    if size == 1 or _looked:
         return
+    _looked = True
     server = first = None
     try:
         if rank == 0:
@@ -349,7 +370,7 @@ def start(
             "from IPFM_TIMEOUT alone"
         )
         return
-    _watch = Watch(rank, size, server=server, first=first, token=token, times=times)
+    _watch = Watch(rank, size, server=server, first=first, token=token, times=times, here=here)
     _watch.start()
 
 
@@ -388,14 +409,14 @@ def _count(change: int) -> None:
 
 
 @contextlib.contextmanager
-def hearing_signals(launcher_gone: Callable[[], bool]) -> Iterator[None]:
-    """Watch meanwhile that signals which have a handler, and the end of the launcher, are taken up."""
+def hearing_signals(stopping: tuple[int, ...], launcher_gone: Callable[[], bool]) -> Iterator[None]:
+    """Watch meanwhile that the signals `stopping`, which have a handler, and the launcher's end are taken up."""
     watch = _watch
     if watch is None or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.set_wakeup_fd(watch.wake.fileno(), warn_on_full_buffer=False)
-    watch.launcher_gone = launcher_gone
+    watch.stopping, watch.launcher_gone = stopping, launcher_gone
     try:
         yield
     finally:
@@ -409,7 +430,7 @@ def taken_up() -> None:
         _watch.taken = True
 
 
-def claim(error: BaseException, code: int, *, known: bool, lost: str = "") -> None:
+def claim(error: BaseException, code: int, *, known: bool, lost: str = "", said: str = "") -> None:
     """Let the main thread end this process, which `error` does. It does not return where the watching thread does so.
 
     Args:
@@ -417,9 +438,10 @@ def claim(error: BaseException, code: int, *, known: bool, lost: str = "") -> No
         code: the exit code that follows.
         known: every process has raised the same, and ends of itself.
         lost: what is wrong with another process, if that is what the error says.
+        said: what only the first process says of such an error, on one line, if this one may be alone with it.
     """
     if _watch is not None:
-        _watch.claim(error, code, known=known, lost=lost)
+        _watch.claim(error, code, known=known, lost=lost, said=said)
 
 
 def told() -> None:
@@ -441,8 +463,8 @@ def part() -> None:
 
 def stop() -> None:
     """Watch no longer."""
-    global _watch
-    watch, _watch = _watch, None
+    global _watch, _looked
+    watch, _watch, _looked = _watch, None, False
     if watch is not None:
         watch.part()
         watch.stop()
@@ -460,6 +482,8 @@ def _last_line(code: int, reason: str) -> str:
         _try(lambda: found.append(way_on()), LOOK_UP)
     if code == FAILED:
         what = f"failed: another process of this run has ended or does not answer ({reason})"
+    elif code == BAD_INPUT:
+        return f"{_named()}: error: {reason}"
     else:
         what = f"stopped by {signal.Signals(code - 128).name} before the state could be saved ({reason})"
     return f"{_named()}: {what}{f': {found[0]}' if found else ''}"
@@ -497,8 +521,8 @@ def _leave_at_exit() -> None:
 
 
 def _after_fork() -> None:
-    global _watch
-    watch, _watch = _watch, None
+    global _watch, _looked
+    watch, _watch, _looked = _watch, None, False
     if watch is not None:
         watch.links.abandon()
         # A signal to the child is none to the parent.

@@ -12,6 +12,7 @@ WHERE:
     alone       process 1 fails
     slow        nobody is stuck: a step takes a while, and the gathering of a checkpoint SECONDS
     disk        nobody is stuck: a step takes a while, and the writing of a checkpoint SECONDS and more
+    input       process 1 finds something to complain of, and process 0 does SECONDS later
     end         process 1 is done, process 0 SECONDS later
     script      the same without a command around it
 """
@@ -34,6 +35,7 @@ from ipfm.engine.distributed.launch_environment import watch_times
 from ipfm.engine.distributed.world import start_world
 from ipfm.engine.experiments import run_command
 from ipfm.engine.objectives.step_metrics import StepMetrics
+from ipfm.engine.runtime.commandline import BadInput
 from ipfm.engine.training import checkpoint_writer
 from ipfm.engine.training.checkpoint import Draft
 from ipfm.engine.training.teacher import TeacherTraining
@@ -51,6 +53,10 @@ def main(argv: list[str]) -> None:
         world_module.watch_times = lambda raises: watch_times(raises=False)  # type: ignore[assignment]
     world = start_world()
     data = dist.new_group(backend="gloo", timeout=HOUR)
+    if where == "input":
+        world.barrier()
+        time.sleep(0.0 if world.rank else seconds)
+        raise BadInput("a setting does not fit this machine")
     if where in ("end", "script"):
         world.barrier()
         time.sleep(0.0 if world.rank else seconds)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
 import socket
 import threading
 import time
@@ -13,6 +16,12 @@ from ipfm.engine.runtime import peer_links, peers
 from ipfm.engine.runtime.peer_links import Links, addresses, listen, reach
 
 TOKEN = "secret"
+
+
+@pytest.fixture(autouse=True)
+def left_alone() -> Iterator[None]:
+    yield
+    peers.stop()
 
 
 @pytest.fixture
@@ -128,3 +137,57 @@ def test_what_cannot_be_reached_is_said_and_the_run_goes_on(capfd: pytest.Captur
     line = capfd.readouterr().err
     assert "note: process 1 of 2 is not watched (name.invalid: " in line and line.count("\n") == 1
     assert peers._watch is None
+
+
+def test_one_that_nobody_could_reach_is_not_looked_for_again(capfd: pytest.CaptureFixture[str]) -> None:
+    """A second training of a script: the first process is watching already, and makes nothing known any more."""
+    said = '{"port": 1, "token": "t", "hosts": ["127.0.0.1"]}'
+    calls: list[str] = []
+
+    def read() -> str:
+        calls.append("read")
+        return said
+
+    for _ in range(2):
+        peers.start(1, 2, meeting="", here=True, publish=pytest.fail, read=read, times=peers.Times(600.0))
+    assert len(calls) == 1 and capfd.readouterr().err.count("is not watched") == 1
+    peers.stop()
+    peers.start(1, 2, meeting="", here=True, publish=pytest.fail, read=read, times=peers.Times(600.0))
+    assert len(calls) == 2
+    peers.stop()
+
+
+def test_nothing_is_left_of_the_watching() -> None:
+    def left() -> tuple[int, int]:
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = left()
+        peers.start(0, 2, meeting="", here=True, publish=len, read=str, times=peers.Times(600.0))
+        assert left() > before
+        peers.stop()
+        assert left() == before
+    finally:
+        gc.enable()
+
+
+def test_a_signal_of_a_users_own_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only those that a run stops for count, where they are not taken up in time."""
+    peers.start(0, 2, meeting="", here=True, publish=len, read=str, times=peers.Times(0.05, grace=0.05))
+    watch, came, ended = peers._watch, [], []
+    assert watch is not None
+    monkeypatch.setattr(watch, "_conclude", lambda code, *why: ended.append(code))
+    before = {one: signal.signal(one, lambda *_: came.append(1)) for one in (signal.SIGUSR2, signal.SIGTERM)}
+    try:
+        with peers.hearing_signals((signal.SIGTERM,), lambda: False):
+            for number in before:
+                os.kill(os.getpid(), number)
+            deadline = time.monotonic() + 20
+            while 143 not in ended and time.monotonic() < deadline:
+                time.sleep(0.1)
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert set(ended) == {143} and len(came) == 2

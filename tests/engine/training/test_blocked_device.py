@@ -66,6 +66,9 @@ CASES = {
         "collective", times=(60.0, 60.0, 2.0), codes=(1, 1), says=f"{LOST} (one call has taken 2 s)"
     ),
     "failed alone": Case("alone", codes=(1, 1), says=f"{LOST} (process 1 of 2 has failed)"),
+    "told of bad input": Case(
+        "input", seconds=60.0, codes=(2, 2), says=f"{NAME}: error: a setting does not fit this machine"
+    ),
     "slow to save": Case(
         "slow", signal.SIGTERM, seconds=3.0, times=(2.0, 1.0, 60.0), codes=(143, 143),
         says=f"{NAME}: stopped by SIGTERM, state saved in",
@@ -117,6 +120,8 @@ def test_a_run_that_cannot_go_on_ends_itself_and_one_that_can_is_left_alone(grou
         assert lines.pop(0).startswith(f"{NAME}: failed: process 1 of 2: TypeError: a defect of one (")
     if not case.says:
         assert lines == []
+    elif case.where == "input":
+        assert lines == [case.says]
     elif case.where in ("slow", "disk"):
         assert lines == [f"{case.says} {run}; the same command continues"] and newest(run) > 3
     else:
