@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import secrets
+import socket
 import sys
 import time
 from pathlib import Path
@@ -84,6 +87,30 @@ def check_launch() -> None:
         socket.getaddrinfo(address, None)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"MASTER_ADDR must be a host that can be found, got {address!r} ({error})") from error
+
+
+def launch_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What a launcher tells one of `ranks` processes on this machine, for those that are started by hand."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in places.items()}
+
+
+def free_port() -> int:
+    """A port of this machine at which nobody listens.
+
+    It is none of those that the system gives to whoever asks for any, as connections that go out do: one of these might
+    be taken before the process that it is for listens.
+    """
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = 0
+    ports = range(10_000, first if first > 12_000 else 32_768)
+    while True:
+        port = secrets.choice(ports)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def forget_launch() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import gpus
 import prepared
+
+from ipfm.engine.runtime.launcher import free_port, launch_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = ROOT / "tests" / "workers"
@@ -40,16 +41,12 @@ def run_workers(script: str, processes: int, argument: Any, timeout: float = 300
 
     Fails with the output of the workers when one of them does.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
         started = []
         for rank, output in enumerate(outputs):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_SIZE": processes}
-            named = {k: str(v) for k, v in place.items()}
-            env = environment(gpu=gpu, **named, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            env = environment(gpu=gpu, **launch_variables(rank, processes, port))
             worker = prepared.start(WORKERS / script, json.dumps(argument), env=env, stdout=output, stderr=output)
             stack.callback(worker.kill)
             started.append(worker)

@@ -18,7 +18,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from ipfm.engine.runtime.launcher import free_port, launch_variables
 from ipfm.models import EDMPrecond, NetworkConfig, save_model
 
 RECIPE = str(launch.ROOT / "recipes" / "digits_ipfm.py")
@@ -89,16 +89,11 @@ class Group:
     ) -> None:
         self.log, self.launcher = log, launcher
         self.started: list[prepared.Program | subprocess.Popen[bytes]]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = free_port()
         # Nothing above tells those started by hand of one that ends before they have met: they wait for it.
         patience = {"IPFM_TIMEOUT": str(PATIENCE), **environment}
-        env = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **patience)
-        places = [
-            {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(RANKS), "LOCAL_SIZE": str(RANKS)}
-            for rank in map(str, range(RANKS))
-        ]
+        env = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **patience)
+        places = [launch_variables(rank, RANKS, port) for rank in range(RANKS)]
         with open(log, "ab") as file:
             if launcher == "forked":
                 self.started = [
@@ -111,9 +106,9 @@ class Group:
             ranks = str(RANKS)
             starts = [([sys.executable], {**env, **place}) for place in places]
             if launcher == "deepspeed":
-                starts = [([str(launch.BIN / launcher), "--num_accelerators", ranks, "--master_port", port], env)]
+                starts = [([str(launch.BIN / launcher), "--num_accelerators", ranks, "--master_port", str(port)], env)]
             elif launcher == "torchrun":
-                starts = [([str(launch.BIN / launcher), "--nproc-per-node", ranks, "--master-port", port], env)]
+                starts = [([str(launch.BIN / launcher), "--nproc-per-node", ranks, "--master-port", str(port)], env)]
             self.started = [
                 subprocess.Popen(
                     [*program, RECIPE, *arguments], env=environ, stdout=file, stderr=file, start_new_session=True

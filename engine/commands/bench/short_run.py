@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ipfm.engine.runtime.commandline import run_command
-from ipfm.engine.runtime.launcher import VARIABLES
+from ipfm.engine.runtime.launcher import VARIABLES, free_port, launch_variables
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,9 @@ def start(
     if not device.startswith("cuda"):
         own |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     started = []
-    port = _free_port()
+    port = free_port()
     for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
-        joined = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        joined = launch_variables(rank, ranks, port)
         with open(log, "ab") as said:
             started.append(
                 subprocess.Popen(
@@ -124,12 +122,6 @@ def wait(processes: Sequence[subprocess.Popen[bytes]], patience: float) -> list[
         process.kill()
         process.wait()
     return codes
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main(argv: Sequence[str]) -> None:

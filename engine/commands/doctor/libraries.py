@@ -23,7 +23,7 @@ from ipfm.engine.runtime.wording import size
 RUN = "what a run takes"
 # Packages that some options need, and which.
 EXTRAS = {
-    "lpips": ("PID's LPIPS", "pip install --no-deps lpips==0.1.4"),
+    "lpips": ("perceptual distances in a distillation, LPIPS", "pip install --no-deps lpips==0.1.4"),
     "pyarrow": ("images in parquet and arrow files", 'pip install "ipfm[datasets]"'),
     "onnx": ("ipfm export --format onnx", 'pip install "ipfm[onnx]"'),
     "onnxscript": ("ipfm export --format onnx", 'pip install "ipfm[onnx]"'),

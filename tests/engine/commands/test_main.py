@@ -370,7 +370,10 @@ def test_json_of_samples(models: Path, tmp_path: Path, capsys: pytest.CaptureFix
             ["plan", "--model", "digits", "--ranks", "3"],
             "batch must be divisible by the number of processes, got 256 and 3",
         ),
-        (["plan", "--model", "digits", "--precision", "bf16", "--zero", "0"], "bf16 needs"),
+        (
+            ["plan", "--model", "digits", "--precision", "bf16", "--zero", "0", "--ranks", "4"],
+            "bf16 on 4 processes needs",
+        ),
         (["plan", "--model", "digits", "--gpu-memory", "0.0001"], "but needs at least"),
         (["plan", "--model", "digits", "--gpu-memory", "0"], "gpu-memory must be a finite number > 0, got 0.0"),
         (["plan", "--model", "digits", "--fits", "8", "-1"], "fits must be a finite number > 0, got -1.0"),

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from ipfm.engine.commands.main import _main as ipfm
 from ipfm.engine.commands.new import called
 from ipfm.engine.objectives.own_files import VARIABLE
 from ipfm.engine.runtime.commandline import BadInput
+from ipfm.engine.runtime.launcher import free_port, launch_variables
 from ipfm.models import EDMPrecond, load_model, presets, save_model
 
 WORKER = launch.WORKERS / "own_objective.py"
@@ -133,16 +133,13 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(place: Path) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_under_zero_make_the_same(place: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     words = ("mine.py", *SMALL, "--max-steps", 40, "--zero", 2, "--micro-batch", 2, "--out", "two")
     with contextlib.ExitStack() as stack:
         started = []
-        for rank in "01":
+        for rank in range(2):
             out = stack.enter_context(tempfile.TemporaryFile())
-            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
-            env = launch.environment(**group, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            env = launch.environment(**launch_variables(rank, 2, port))
             started.append(prepared.start(*words, env=env, stdout=out, stderr=out))
             stack.callback(started[-1].kill)
         assert [program.wait(120) for program in started] == [0, 0]

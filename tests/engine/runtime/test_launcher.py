@@ -248,3 +248,12 @@ def test_what_a_launcher_says_is_read_in_one_place(monkeypatch: pytest.MonkeyPat
         if isinstance(node, ast.Constant) and node.value in launcher.VARIABLES
     }
     assert named == {"runtime/launcher.py"}
+
+
+def test_a_free_port_is_none_that_connections_are_given() -> None:
+    """Between asking for it and listening, something else would be given the same one now and then."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = [launcher.free_port() for _ in range(20)]
+    assert len(set(ports)) > 15 and all(10_000 <= port < max(first, 12_001) for port in ports)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", ports[0]))
