@@ -14,8 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from ipfm.engine.commands.doctor.outcome import END, Outcome, read_outcomes, write_table
 from ipfm.engine.commands.doctor.page import write_page
@@ -54,14 +55,40 @@ def examine(
         OSError: the disk refuses.
     """
     outcomes = []
-    for section in sections:
-        try:
-            run_section(section, out, device=device, inception=inception, quick=quick)
-        finally:  # Ctrl-C too
-            outcomes.append(write_table(out, section))
-            write_page(out, read_outcomes(out))
-        done(outcomes[-1])
+    with _ended_in_order():
+        for section in sections:
+            try:
+                run_section(section, out, device=device, inception=inception, quick=quick)
+            finally:  # Ctrl-C and SIGTERM too
+                outcomes.append(write_table(out, section))
+                write_page(out, read_outcomes(out))
+            done(outcomes[-1])
     return outcomes
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP, which end a process at once, leave no section behind that computes on.
+
+    They become an exit with the code of a shell, 128 + the signal's number, after a line on stderr.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for each in before:  # another one changes nothing any more
+            signal.signal(each, signal.SIG_IGN)
+        print(f"ipfm: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)
+
+    # What is ignored stays so: nohup.
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    before = {each: handler for each, handler in before.items() if handler == signal.SIG_DFL}
+    for each in before:
+        signal.signal(each, leave)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def run_section(section: Section, out: Path, *, device: str, inception: Path | None, quick: bool) -> None:

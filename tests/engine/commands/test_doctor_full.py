@@ -428,7 +428,10 @@ def test_what_a_section_has_found_stays(tmp_path: Path, monkeypatch: pytest.Monk
     assert "2 FAILED" not in (out / "doctor.md").read_text()
 
 
-def test_ctrl_c_leaves_the_page_and_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_the_page_and_no_process(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = a_section(
         "engine", tmp_path, "row(a=1, verdict='ok'); print(os.getpid(), flush=True); time.sleep(60)", monkeypatch
     )
@@ -443,14 +446,19 @@ def test_ctrl_c_leaves_the_page_and_no_process(tmp_path: Path, monkeypatch: pyte
                 return real()
             while not (tmp_path / "engine.jsonl").read_text():
                 pass
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
+            raise AssertionError("the signal is taken up at once")
 
         real, started[0].wait = started[0].wait, wait  # type: ignore[method-assign]
         return started[0]
 
     monkeypatch.setattr(full.subprocess, "Popen", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as end:
         full.examine(tmp_path, [made], device="cpu")
+    assert signal.getsignal(number) == before
+    if number != signal.SIGINT:
+        assert end.value.code == 128 + number and capsys.readouterr().err == f"ipfm: stopped by {number.name}\n"
     assert started[0].poll() == -signal.SIGKILL
     (found,) = outcome.read_outcomes(tmp_path)
     assert found.rows == ({"a": 1, "verdict": "ok"},) and found.reason == "it was ended before it was done"
