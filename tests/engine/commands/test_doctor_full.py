@@ -57,6 +57,12 @@ def rows_of(name: str, tmp_path: Path, kind: type[Place] = Place, **more: Any) -
     return found
 
 
+@pytest.fixture(autouse=True)
+def linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's, for the tests that follow: DeepSpeed puts its own in their place where a process shards weights."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
+
+
 @pytest.fixture
 def thin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks of the presets' names, thin."""
