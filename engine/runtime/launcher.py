@@ -314,7 +314,10 @@ def stop_world() -> None:
     peers.part()
     if dist.is_initialized():
         threads = dist.get_backend() == "gloo" and dist.get_world_size() > 1
-        dist.destroy_process_group()
+        theirs = sys.modules.get("deepspeed.comm.comm")
+        # DeepSpeed forgets the groups that it keeps, which the next world would be given, where it is asked itself.
+        knows = theirs is not None and theirs.cdb is not None and theirs.cdb.is_initialized()
+        (theirs if theirs is not None and knows else dist).destroy_process_group()
         if threads:
             # Gloo's threads let go of the last exchange's tensors, for which they need the interpreter: one that comes
             # too late, when the interpreter ends, aborts the whole process.

@@ -10,16 +10,20 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import launch
 import pytest
 
+from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.main import _main
+from ipfm.engine.distributed.world import start_world
 from ipfm.engine.runtime import launcher
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.engine.runtime.launcher import Launcher
 from ipfm.engine.training.run_folder import lock_folder
+from ipfm.models import build_network, presets
 
 HOLDER = """
 import sys, time
@@ -257,3 +261,19 @@ def test_a_free_port_is_none_that_connections_are_given() -> None:
     assert len(set(ports)) > 15 and all(10_000 <= port < max(first, 12_001) for port in ports)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", ports[0]))
+
+
+@pytest.mark.distributed
+def test_a_second_world_of_one_process_shards_its_networks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed keeps the first one's groups unless it is told of its end."""
+    for name in launcher.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    teacher = build_network(replace(presets.get("digits", D=128.0), model_channels=4))
+    form = {"backward": "joint", "activation_checkpointing": "off", "precision": "fp32"}
+    for stage in (2, 1):
+        world = start_world()
+        try:
+            config = DistillConfig(batch=2, micro_batch=2, max_steps=1, zero=stage, **form)
+            Distiller(config, teacher, world=world).iteration(0)
+        finally:
+            launcher.stop_world()
