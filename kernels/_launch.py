@@ -45,3 +45,15 @@ class Launch:
                 compiled = self._kernel[self._grid](*tensors, *self._values, num_warps=self._warps)
                 if compiled is not None:  # the interpreter compiles nothing
                     self._again, self._driver = compiled[(*self._grid, 1, 1)[:3]], driver._active
+
+
+def dense_layout(channels: int, pixels: int, last: bool) -> dict[str, int]:
+    """How a kernel finds its way in a dense tensor of images: pixels, and strides of image, channel and pixel.
+
+    Args:
+        channels: of an image.
+        pixels: of an image.
+        last: whether its memory format is channels_last.
+    """
+    strides = (1, channels) if last else (pixels, 1)
+    return {"HW": pixels, "s_b": channels * pixels, "s_c": strides[0], "s_hw": strides[1]}

@@ -14,7 +14,7 @@ from triton.language.extra import libdevice
 
 from ipfm.kernels import _checks, group_norm_reference
 from ipfm.kernels._dispatch import INTERPRETED, Backend, group_config, lane_config, use_triton
-from ipfm.kernels._launch import Launch
+from ipfm.kernels._launch import Launch, dense_layout
 from ipfm.kernels._operators import launches_directly, operator
 
 # The interpreter has no libdevice.
@@ -525,10 +525,7 @@ def _launch(
     pixels = height * width
     kernel, sizes, warps = kernel_for(channels, groups, pixels, dtypes[0], last, scaled=scaled, backward=backward)
     values = {
-        "HW": pixels,
-        "s_b": channels * pixels,
-        "s_c": 1 if last else pixels,
-        "s_hw": channels if last else 1,
+        **dense_layout(channels, pixels, last),
         "s_pb": per_channel[0],
         "s_pc": per_channel[1],
         "s_ab": batch_stride,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ipfm.kernels import _checks
 from ipfm.kernels._dispatch import Backend, residual_config, use_triton
-from ipfm.kernels._launch import Launch
+from ipfm.kernels._launch import Launch, dense_layout
 from ipfm.kernels._operators import launches_directly, operator
 
 # --------------------------------------------------------------------------------------------------------- kernels
@@ -113,11 +113,8 @@ def _launch(
     pixels = height * width
     sizes, (chunks, splits), steps, warps = block_sizes(channels, pixels, dtypes[0], last)
     values = {
-        "HW": pixels,
+        **dense_layout(channels, pixels, last),
         "STEPS": steps,
-        "s_b": channels * pixels,
-        "s_c": 1 if last else pixels,
-        "s_hw": channels if last else 1,
         "s_gb": gradient[0],
         "s_ghw": gradient[1],
         "SCALE": scale,
