@@ -8,14 +8,17 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import gpus
 import prepared
 import pytest
 import torch
+import torch.distributed as dist
 import torch.utils._device
+
+from ipfm.engine.runtime import launcher
 
 TESTS = Path(__file__).parent
 # Seconds that each file took when somebody last ran `make durations`, by its path below tests/.
@@ -104,6 +107,23 @@ def pytest_collection_finish() -> None:
     """What has been imported and collected stays: nobody need look through it for garbage."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings() -> Iterator[None]:
+    """As they were, for the next file: which files share a process is the schedule's choice.
+
+    The environment's variables, the process group that a network trained here has made, and PyTorch's linear layer,
+    in whose place DeepSpeed puts its own where weights are sharded.
+    """
+    variables, linear, alone = dict(os.environ), torch.nn.functional.linear, not dist.is_initialized()
+    yield
+    if alone and dist.is_initialized():
+        launcher.stop_world()
+    torch.nn.functional.linear = linear
+    os.environ.update(variables)
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
 
 
 @pytest.fixture
