@@ -15,8 +15,8 @@ FOLDERS = ("engine", "kernels", "models", "recipes")
 
 
 def packages() -> list[str]:
-    """``ipfm.<folder>`` and every sub-package below it."""
-    names = []
+    """``ipfm.<folder>`` and every sub-package below it, and what ``python -m ipfm`` runs."""
+    names = ["ipfm"]
     for folder in FOLDERS:
         names.append(f"ipfm.{folder}")
         names += [f"ipfm.{folder}.{sub}" for sub in find_packages(str(HERE / folder))]
@@ -35,7 +35,7 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_data={f"ipfm.engine.commands.{room}": ["*.j2"] for room in ("compare", "doctor", "pages", "report")},
-    package_dir={f"ipfm.{folder}": folder for folder in FOLDERS},
+    package_dir={"ipfm": "engine/commands/module", **{f"ipfm.{folder}": folder for folder in FOLDERS}},
     install_requires=[
         "torch>=2.10,<2.14",
         "triton>=3.6,<3.8",

@@ -103,7 +103,7 @@ class RunConfig:
     """Largest norm of a network's gradient; default: no limit."""
     tf32: bool = setting(True, identity=False, memory=False)
     """Allow TF32 in fp32 convolutions and matrix products on GPUs."""
-    deterministic: bool = setting(False, identity=False, memory=False)
+    deterministic: bool = setting(False, identity=False, place=True, memory=False)
     """Take algorithms that repeat their results bit for bit on a GPU too: slower there, the same on a CPU."""
     attention_backend: Attention = setting("auto", identity=False, place=True, memory=False)
     """What computes attention: sdpa is PyTorch's, which auto takes; xformers needs a GPU for which its build has

@@ -41,7 +41,7 @@ def test_wheel_holds_the_mapped_packages_and_nothing_beside(wheel: Path) -> None
     for name in (
         "engine/training/distiller.py", "engine/commands/report/page.html.j2", "kernels/philox.py",
         "kernels/bench/micro.py", "models/song_unet.py", "recipes/digits_ipfm.py",
-        "recipes/templates/objective.py", "recipes/templates/weighting.py",
+        "recipes/templates/objective.py", "recipes/templates/weighting.py", "__main__.py",
     ):  # fmt: skip
         assert f"ipfm/{name}" in names
     assert "ipfm/__init__.py" not in names, "ipfm is a namespace package"
@@ -67,6 +67,11 @@ def test_installed_wheel_is_importable_and_runs(site: Path, tmp_path: Path) -> N
         capture_output=True, check=True,
     )  # fmt: skip
     assert all(place.startswith(str(site)) for place in done.stdout.split())
+    again = subprocess.run(
+        [sys.executable, "-m", "ipfm", "info"], cwd=tmp_path, env=launch.environment(PYTHONPATH=str(site)), text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert (again.returncode, again.stderr) == (2, "ipfm: error: ipfm info needs PATH\n")
     helped = subprocess.run(
         [str(site / "bin" / "ipfm"), "--help"], cwd=tmp_path, env=launch.environment(PYTHONPATH=str(site)),
         text=True, capture_output=True, check=True,

@@ -40,6 +40,18 @@ def training(settings: Mapping[str, Any], steps: object = None) -> str:
     return ", ".join(said)
 
 
+def computed(settings: Mapping[str, Any]) -> str:
+    """Whether a training was compiled, captured in CUDA graphs and deterministic, as far as `settings` say so."""
+    graphs, said = settings.get("cuda_graphs"), []
+    if graphs is not None:
+        said.append({"on": "with CUDA graphs", "off": "without CUDA graphs"}.get(graphs, f"CUDA graphs {graphs}"))
+    if settings.get("compile"):
+        said.append("compiled")
+    if settings.get("deterministic") is not None:
+        said.append("deterministic algorithms" if settings["deterministic"] else "fastest algorithms")
+    return ", ".join(said)
+
+
 def measured(found: Mapping[str, Any]) -> str | None:
     """What the run that kept a network measured of it: "KID 0.0021, FID 3.21 over 50,000 images"."""
     from ipfm.engine.evaluation.metrics.measures import DISTANCE, measures_of

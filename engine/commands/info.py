@@ -156,6 +156,7 @@ def _run_rows(
         ("D", None if D is None else number(D)),
         ("sigmas", _levels(facts["sigmas"])),
         ("settings", describe.training(used)),
+        ("computed", describe.computed(used)),
         ("compared by", facts["features"]),
     ]
 
@@ -253,6 +254,7 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
             ("dataset", about.dataset),
             ("began with", _start(about.others.get("transfer"))),
             ("training", describe.training(about.settings, about.optimizer_steps)),
+            ("computed", describe.computed(about.settings)),
             ("measured", describe.measured(about.measured)),
             ("converted from", " ".join(str(source[name]) for name in ("file", "network") if name in source)),
         ]
@@ -300,6 +302,7 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
     if about is not None:
         facts["training"] = about.to_json()
         lines.append(("training", describe.training(about.settings, about.optimizer_steps)))
+        lines.append(("computed", describe.computed(about.settings)))
     if is_training_state(checkpoint):
         state = training_state_of(checkpoint, path)
         facts["training"] = {

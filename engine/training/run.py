@@ -49,6 +49,8 @@ from ipfm.models.store import describe_average, in_the_way
 C = TypeVar("C", bound=RunConfig)
 # Of the picture at the end: small, for a signal to be noticed between two batches.
 IMAGES_AT_ONCE = 16
+# Of how a run is made, what a stored network says too: whoever repeats it wants to know.
+COMPUTED = frozenset({"compile", "cuda_graphs", "deterministic"})
 
 
 class TrainingRun(ABC, Generic[C]):
@@ -331,6 +333,6 @@ class TrainingRun(ABC, Generic[C]):
 
     def _said(self, about: ModelFacts, steps: int, measured: Mapping[str, Any]) -> dict[str, Any]:
         """What a stored network says of itself: `about`, the settings that it owes its weights to, the steps done."""
-        places = place_settings(type(self.config)) | set(getattr(self.config, "unused", ()))
+        places = (place_settings(type(self.config)) - COMPUTED) | set(getattr(self.config, "unused", ()))
         settings = {name: value for name, value in self.config.to_json().items() if name not in places}
         return replace(about, optimizer_steps=steps, settings=settings, measured=measured).to_json()

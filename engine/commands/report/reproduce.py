@@ -309,8 +309,8 @@ def _options(record: RunRecord, base: Any) -> list[str]:
     defaults = {**base.to_json(), **({} if branch is None else branch.settings)}
     defaults = {name: value for name, value in defaults.items() if name in {f.name for f in dataclasses.fields(kind)}}
     defaults |= {f"noise.{name}": value for name, value in defaults.pop("noise", {}).items()}
-    # Those that change nothing of the result, but for the evaluations' steps.
-    unsaid = (place_settings(kind) | paths(record)) - {"eval_every"}
+    # Those that change nothing of the result, but for the evaluations' steps and what repeats it bit for bit.
+    unsaid = (place_settings(kind) | paths(record)) - {"eval_every", "deterministic"}
     options: list[str] = []
     for name in sorted(defaults, key=lambda name: name != "D"):
         if name in unsaid or name not in record.config or is_default(record, name, defaults[name]):

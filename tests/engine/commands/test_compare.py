@@ -197,6 +197,13 @@ def test_one_run_each_says_little(tmp_path: Path) -> None:
     assert one.differences == () and [row.name for row in found.differences] == ["alpha"]
 
 
+def test_that_one_is_deterministic_is_where_and_how(tmp_path: Path) -> None:
+    found = compared(run_folder(tmp_path / "a"), run_folder(tmp_path / "b", deterministic=True))
+    assert [(row.kind, row.name, row.values) for row in found.differences] == [
+        ("where and how", "deterministic", ("off, on",))
+    ]
+
+
 def test_of_other_lengths_the_largest_common_number_of_images_decides(tmp_path: Path) -> None:
     short = run_folder(tmp_path / "short", {10: 6.0, 20: 4.9}, max_steps=20)
     found = compared(short, run_folder(tmp_path / "long"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ipfm.engine.commands.describe import architecture, images
+from ipfm.engine.commands.describe import architecture, computed, images
 from ipfm.engine.commands.info import Info
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.evaluation.results import EvaluationHistory, EvaluationRow, write_results
@@ -104,6 +104,18 @@ def test_a_teachers_training(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     facts, text = described(capsys, tmp_path / "b")
     assert (facts["kind"], facts["state"], facts["steps_done"], facts["checkpoint"]) == ("teacher", "stopped", 0, None)
     assert facts["D"] == "inf" and text["D"] == "inf (diffusion)" and text["teacher"] == "not exported yet"
+
+
+def test_how_a_run_and_its_network_were_computed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = DistillConfig(batch=8, max_steps=1, D=32.0, cuda_graphs="on", deterministic=True, compile=True)
+    run_folder(tmp_path / "a", config, kind="distill", steps=1)
+    said = {"task": "generator", "sigmas": [2.5], "config": config.to_json()}
+    save_model(EDMPrecond(**SMALL, D=32.0), tmp_path / "a" / "generator", extra=said)
+    for place in (tmp_path / "a", tmp_path / "a" / "generator"):
+        _, text = described(capsys, place)
+        assert text["computed"] == "with CUDA graphs, compiled, deterministic algorithms"
+    assert computed({"cuda_graphs": "off", "deterministic": False}) == "without CUDA graphs, fastest algorithms"
+    assert computed({"cuda_graphs": "auto"}) == "CUDA graphs auto" and computed({}) == ""
 
 
 def test_a_folder_that_is_neither(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ FREE = {
     "lpips", "from_step", "snapshot_every", "keep_snapshots", "deterministic", "attention_backend",
     "cuda_graphs",
 }  # fmt: skip
-PLACE = FREE - {"max_steps", "kimg", "heun_steps", "tf32", "deterministic"}
+PLACE = FREE - {"max_steps", "kimg", "heun_steps", "tf32"}
 KINDS = (DistillConfig, PidConfig, TeacherConfig)
 
 
