@@ -139,6 +139,11 @@ class UNetBlock(nn.Module):
             self.qkv = QKVProjection(out_channels, num_heads=self.num_heads, init=init_attn or init)
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it neither resamples, attends nor changes the number of channels."""
+        return self.skip is None and not self.num_heads
+
     def forward(self, x: Tensor, emb: Tensor, entering: Entering = _NOTHING) -> Tensor:
         if not triton_serves(x):
             return self._one_by_one(x, emb)

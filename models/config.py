@@ -16,11 +16,12 @@ from ipfm.models.unet_layout import (
     Layout,
     check_choice,
     dhariwal_unet_layout,
+    edm2_unet_layout,
     song_unet_layout,
 )
 
 PrecondType = Literal["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"]
-ModelType = Literal["SongUNet", "DhariwalUNet"]
+ModelType = Literal["SongUNet", "DhariwalUNet", "EDM2UNet"]
 
 # The default of a field that each class has its own of; Any, as every such field holds a value once it is built.
 _OF_CLASS: Any = None
@@ -36,9 +37,9 @@ class NetworkConfig:
     """Everything that determines a preconditioned network, except its weights.
 
     Left out or None, these take the default of the class: sigma_min and sigma_max that of `precond`; model_channels,
-    channel_mult, num_blocks and attn_resolutions that of `model_type`. Fields of other classes must be left at their
-    defaults. `dataclasses.replace` hands on every value there is: where it exchanges a class, or an option that decides
-    the noise levels, give None for what is to follow.
+    channel_mult, channel_mult_emb, num_blocks, attn_resolutions and logvar_channels that of `model_type`. Fields of
+    other classes must be left at their defaults. `dataclasses.replace` hands on every value there is: where it
+    exchanges a class, or an option that decides the noise levels, give None for what is to follow.
 
     Values are normalised (sequences to tuples, whole numbers of any integer type to int, real ones to float).
 
@@ -51,8 +52,8 @@ class NetworkConfig:
             options of VPPrecond and iDDPMPrecond.
         sigma_max: largest noise level, likewise.
         sigma_data: EDMPrecond: standard deviation of the data, in pixel units of [-1, 1].
-        model_type: class of the inner U-Net; the fields from augment_dim to resample_filter are that class's keywords,
-            described in `SongUNet`.
+        model_type: class of the inner U-Net; the fields from augment_dim to resample_filter and from channels_per_head
+            to clip_act are that class's keywords, described in `SongUNet` and `EDM2UNet`.
         D: auxiliary dimensions that the network was trained for (PFGM++), inf for diffusion.
         precond: class of the network (Karras et al. 2022, table 1); the fields after it are its keywords.
         beta_d: VPPrecond.
@@ -61,6 +62,13 @@ class NetworkConfig:
         M: VPPrecond and iDDPMPrecond: time steps.
         C_1: iDDPMPrecond.
         C_2: iDDPMPrecond.
+        channels_per_head: EDM2UNet.
+        label_balance: EDM2UNet.
+        concat_balance: EDM2UNet.
+        res_balance: EDM2UNet.
+        attn_balance: EDM2UNet.
+        clip_act: EDM2UNet; inf clamps nothing.
+        logvar_channels: EDM2UNet: width of the embedding of the log-variance, 0 for a network without one.
 
     Raises:
         ValueError: a value out of its range, in one line that says what was given and what is possible.
@@ -77,7 +85,7 @@ class NetworkConfig:
     augment_dim: int = 0
     model_channels: int = _OF_CLASS
     channel_mult: Sequence[int] = _OF_CLASS
-    channel_mult_emb: int = 4
+    channel_mult_emb: int = _OF_CLASS
     num_blocks: int = _OF_CLASS
     attn_resolutions: Sequence[int] = _OF_CLASS
     dropout: float = 0.10
@@ -95,6 +103,13 @@ class NetworkConfig:
     M: int = 1000
     C_1: float = 0.001
     C_2: float = 0.008
+    channels_per_head: int = 64
+    label_balance: float = 0.5
+    concat_balance: float = 0.5
+    res_balance: float = 0.3
+    attn_balance: float = 0.3
+    clip_act: float = 256.0
+    logvar_channels: int = _OF_CLASS
 
     def __post_init__(self) -> None:
         check_choice("precond", self.precond, get_args(PrecondType))
@@ -103,6 +118,9 @@ class NetworkConfig:
         for name, default in {**_DEFAULTS[self.precond], **_DEFAULTS[self.model_type]}.items():
             if getattr(self, name) is None:
                 self._normalise(name, default)
+        if self.channel_mult_emb is None:
+            # The widest level's.
+            self._normalise("channel_mult_emb", max(_sequence("channel_mult", self.channel_mult), default=1))
         for name, least in _INTEGERS.items():
             self._normalise(name, _integer(name, getattr(self, name), least))
         for name in _REALS:
@@ -117,8 +135,11 @@ class NetworkConfig:
         self._check_ranges()
         self._check_noise_levels()
         self._check_other_classes()
-        endpoint = self.model_type == "SongUNet" and self.embedding_type == "positional"
-        check_embedding_width(self.model_channels * self.channel_mult_noise, endpoint=endpoint)
+        if not self.is_edm2:
+            endpoint = self.model_type == "SongUNet" and self.embedding_type == "positional"
+            check_embedding_width(self.model_channels * self.channel_mult_noise, endpoint=endpoint)
+        elif self.precond != "EDMPrecond":
+            raise ValueError(f"an EDM2UNet has EDM's preconditioning, EDMPrecond, got precond {self.precond}")
         self.layout()
 
     def layout(self) -> Layout:
@@ -130,6 +151,12 @@ class NetworkConfig:
                 out_channels=self.out_channels,
                 encoder_type=self.encoder_type,
                 decoder_type=self.decoder_type,
+                resample_filter=self.resample_filter,
+            )
+        elif self.is_edm2:
+            make = partial(
+                edm2_unet_layout,
+                channels_per_head=self.channels_per_head,
                 resample_filter=self.resample_filter,
             )
         return make(
@@ -147,8 +174,15 @@ class NetworkConfig:
         return self.img_channels, self.img_resolution, self.img_resolution
 
     @property
+    def is_edm2(self) -> bool:
+        """Whether the inner U-Net is EDM2's, under forced weight normalisation and perhaps with a log-variance."""
+        return self.model_type == "EDM2UNet"
+
+    @property
     def family(self) -> str:
-        """The architecture's name in the literature: ddpm++, ncsn++ or ADM; of a mixture its parts."""
+        """The architecture's name in the literature: ddpm++, ncsn++, ADM or EDM2; of a mixture its parts."""
+        if self.is_edm2:
+            return "EDM2"
         if self.model_type == "DhariwalUNet":
             return "ADM"
         parts = self.embedding_type, self.encoder_type, self.decoder_type
@@ -201,6 +235,9 @@ class NetworkConfig:
             _check_range(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a finite number above 0")
         for name in ("epsilon_t", "C_1"):
             _check_range(name, getattr(self, name), 0 < getattr(self, name) < 1, "above 0 and below 1")
+        for name in ("label_balance", "concat_balance", "res_balance", "attn_balance"):
+            _check_range(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "at least 0 and at most 1")
+        _check_range("clip_act", self.clip_act, self.clip_act > 0, "a number above 0, or inf")
         _check_range("C_2", self.C_2, 0 <= self.C_2 < math.inf, "a finite number of at least 0")
         _check_range("M", self.M, self.M <= _MOST_STEPS, f"at most {_MOST_STEPS}")
 
@@ -229,7 +266,7 @@ class NetworkConfig:
         return [name for name, owners in _OWNERS.items() if not owners & {self.precond, self.model_type}]
 
     def _check_other_classes(self) -> None:
-        defaults = {field.name: field.default for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)} | _DEFAULTS[self.model_type]
         for name in self._foreign_fields():
             if getattr(self, name) != defaults[name]:
                 raise ValueError(
@@ -244,12 +281,28 @@ _DEFAULTS: dict[str, dict[str, object]] = {
     "VPPrecond": {},
     "VEPrecond": {"sigma_min": 0.02, "sigma_max": 100.0},
     "iDDPMPrecond": {},
-    "SongUNet": {"model_channels": 128, "channel_mult": (1, 2, 2, 2), "num_blocks": 4, "attn_resolutions": (16,)},
+    "SongUNet": {
+        "model_channels": 128,
+        "channel_mult": (1, 2, 2, 2),
+        "channel_mult_emb": 4,
+        "num_blocks": 4,
+        "attn_resolutions": (16,),
+        "logvar_channels": 0,
+    },
     "DhariwalUNet": {
         "model_channels": 192,
         "channel_mult": (1, 2, 3, 4),
+        "channel_mult_emb": 4,
         "num_blocks": 3,
         "attn_resolutions": (32, 16, 8),
+        "logvar_channels": 0,
+    },
+    "EDM2UNet": {
+        "model_channels": 192,
+        "channel_mult": (1, 2, 3, 4),
+        "num_blocks": 3,
+        "attn_resolutions": (16, 8),
+        "logvar_channels": 128,
     },
 }
 # Classes whose range of noise levels is an option.
@@ -263,11 +316,20 @@ _OWNERS: dict[str, set[str]] = {
     "M": {"VPPrecond", "iDDPMPrecond"},
     "C_1": {"iDDPMPrecond"},
     "C_2": {"iDDPMPrecond"},
+    "augment_dim": {"SongUNet", "DhariwalUNet"},
+    "label_dropout": {"SongUNet", "DhariwalUNet"},
     "embedding_type": {"SongUNet"},
-    "channel_mult_noise": {"SongUNet"},
+    "channel_mult_noise": {"SongUNet", "EDM2UNet"},
     "encoder_type": {"SongUNet"},
     "decoder_type": {"SongUNet"},
-    "resample_filter": {"SongUNet"},
+    "resample_filter": {"SongUNet", "EDM2UNet"},
+    "channels_per_head": {"EDM2UNet"},
+    "label_balance": {"EDM2UNet"},
+    "concat_balance": {"EDM2UNet"},
+    "res_balance": {"EDM2UNet"},
+    "attn_balance": {"EDM2UNet"},
+    "clip_act": {"EDM2UNet"},
+    "logvar_channels": {"EDM2UNet"},
 }
 # Smallest value of each whole number.
 _INTEGERS = {
@@ -280,11 +342,16 @@ _INTEGERS = {
     "num_blocks": 0,
     "channel_mult_noise": 1,
     "M": 2,
+    "channels_per_head": 1,
+    "logvar_channels": 0,
 }
 _MOST_STEPS = 100_000
-_REALS = ("sigma_data", "dropout", "label_dropout", "D", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2")
+_REALS = (
+    *("sigma_data", "dropout", "label_dropout", "D", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2"),
+    *("label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act"),
+)
 # Numbers that may be infinite.
-_UNBOUNDED = ("sigma_max", "D")
+_UNBOUNDED = ("sigma_max", "D", "clip_act")
 
 
 def _integer(name: str, value: object, least: int) -> int:

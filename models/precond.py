@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from ipfm.models.attention import AttentionBackend
 from ipfm.models.config import NetworkConfig, PrecondType
 from ipfm.models.dhariwal_unet import DhariwalUNet
+from ipfm.models.edm2_layers import MPConv, MPFourier
+from ipfm.models.edm2_unet import EDM2UNet
 from ipfm.models.facts import GeneratorFacts, TeacherFacts
 from ipfm.models.layers import Float32Buffers
 from ipfm.models.schedules import iddpm_levels
 from ipfm.models.song_unet import SongUNet
-from ipfm.models.unet import UNet
+from ipfm.models.unet import Backbone
 
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -47,6 +49,8 @@ class Precond(nn.Module, ABC):
 
     PRECOND: ClassVar[PrecondType]
     """The class's name in a NetworkConfig."""
+    INNER: ClassVar[str] = "model"
+    """What state dicts call the inner U-Net."""
 
     def __init__(self, config: NetworkConfig | None = None, **keywords: Any) -> None:
         super().__init__()
@@ -67,7 +71,19 @@ class Precond(nn.Module, ABC):
         self.D = config.D
         self.facts: TeacherFacts | GeneratorFacts | None = None
         self._compute_dtype: torch.dtype | None = None
-        self.model = _build_unet(config)
+        setattr(self, self.INNER, self._build_inner(config))
+
+    def _build_inner(self, config: NetworkConfig) -> Backbone:
+        if config.is_edm2:
+            raise ValueError(f"an EDM2UNet is built into an EDM2Precond, not into {type(self).__name__}")
+        return _build_unet(config)
+
+    @property
+    def model(self) -> Backbone:
+        """The inner U-Net."""
+        inner = self._modules[self.INNER]
+        assert isinstance(inner, Backbone)
+        return inner
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -162,7 +178,7 @@ class Precond(nn.Module, ABC):
     @property
     def wide_dtype(self) -> torch.dtype:
         """dtype of the scalings, of the mapping network and of the result: float64 for a float64 network."""
-        is_double = self.model.map_layer0.weight.dtype == torch.float64
+        is_double = self.model.first_weight.dtype == torch.float64
         return torch.float64 if is_double else torch.float32
 
     @property
@@ -170,7 +186,7 @@ class Precond(nn.Module, ABC):
         """dtype in which the U-Net takes its images: `compute_dtype`, or what the network chooses."""
         if self._compute_dtype is not None:
             return self._compute_dtype
-        if self.config.use_fp16 and self.model.map_layer0.weight.is_cuda and self.wide_dtype != torch.float64:
+        if self.config.use_fp16 and self.model.first_weight.is_cuda and self.wide_dtype != torch.float64:
             return torch.float16
         return self.wide_dtype
 
@@ -241,8 +257,71 @@ class EDMPrecond(Precond):
         return self.sigma_data**2 / variance, sigma * self.sigma_data * c_in, c_in, sigma.log() / 4
 
 
-def _build_unet(config: NetworkConfig) -> UNet:
-    unet: Callable[..., UNet] = DhariwalUNet
+class EDM2Precond(EDMPrecond):
+    """EDM's scalings around EDM2's U-Net, `unet`, with the log-variance of the loss (Karras et al. 2024, eq. 22).
+
+    Without logvar_channels there is no log-variance, as in a generator. Names and order of the state dict are those of
+    EDM2 checkpoints.
+    """
+
+    INNER = "unet"
+
+    def __init__(self, config: NetworkConfig | None = None, **keywords: Any) -> None:
+        super().__init__(config, **({"model_type": "EDM2UNet", **keywords} if config is None else keywords))
+        channels = self.config.logvar_channels
+        self.logvar_fourier = MPFourier(channels) if channels else None
+        self.logvar_linear = MPConv(channels, 1, 0) if channels else None
+
+    def _build_inner(self, config: NetworkConfig) -> Backbone:
+        if not config.is_edm2:
+            raise ValueError(f"an EDM2Precond has an EDM2UNet, the configuration is one of {config.model_type}")
+        return _build_edm2_unet(config)
+
+    @property
+    def has_logvar(self) -> bool:
+        """Whether the network has a log-variance."""
+        return self.logvar_linear is not None
+
+    def logvar(self, sigma: Tensor) -> Tensor:
+        """The log-variance u(σ) of the loss at these noise levels, of the shape of `sigma`, in `wide_dtype`.
+
+        Args:
+            sigma: noise levels > 0, of any dtype and shape.
+
+        Raises:
+            ValueError: the network has none.
+        """
+        if self.logvar_fourier is None or self.logvar_linear is None:
+            raise ValueError("this network has no log-variance: its logvar_channels are 0")
+        c_noise = self.coefficients(sigma.to(self.wide_dtype).flatten())[3]
+        return self.logvar_linear(self.logvar_fourier(c_noise)).reshape(sigma.shape)
+
+
+def _build_edm2_unet(config: NetworkConfig) -> EDM2UNet:
+    return EDM2UNet(
+        img_resolution=config.img_resolution,
+        in_channels=config.img_channels,
+        out_channels=config.out_channels,
+        label_dim=config.label_dim,
+        model_channels=config.model_channels,
+        channel_mult=config.channel_mult,
+        channel_mult_noise=config.channel_mult_noise,
+        channel_mult_emb=config.channel_mult_emb,
+        num_blocks=config.num_blocks,
+        attn_resolutions=config.attn_resolutions,
+        channels_per_head=config.channels_per_head,
+        dropout=config.dropout,
+        label_balance=config.label_balance,
+        concat_balance=config.concat_balance,
+        res_balance=config.res_balance,
+        attn_balance=config.attn_balance,
+        clip_act=config.clip_act,
+        resample_filter=config.resample_filter,
+    )
+
+
+def _build_unet(config: NetworkConfig) -> Backbone:
+    unet: Callable[..., Backbone] = DhariwalUNet
     if config.model_type == "SongUNet":
         unet = partial(
             SongUNet,
@@ -344,4 +423,4 @@ _CLASSES: dict[str, type[Precond]] = {cls.PRECOND: cls for cls in (EDMPrecond, V
 
 def build_network(config: NetworkConfig) -> Precond:
     """The network that `config` describes, with fresh weights from torch's global generator, in training mode."""
-    return _CLASSES[config.precond](config)
+    return EDM2Precond(config) if config.is_edm2 else _CLASSES[config.precond](config)

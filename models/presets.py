@@ -1,8 +1,9 @@
 """The networks of the published image models, and a small one for the bundled digits.
 
 `get` gives a preset by name; change fields of one with `dataclasses.replace`. Sources: Karras et al. (2022), appendix
-F.1 and table 7, for the CIFAR-10, FFHQ, AFHQv2 and ImageNet networks of EDM; Xu et al. (2023) for PFGM++, which uses
-the same ones at finite D; Zhou et al. (2024, SiD) keep the teacher's.
+F.1 and table 7, for the CIFAR-10, FFHQ, AFHQv2 and ImageNet networks of EDM; Karras et al. (2024), for those of EDM2,
+of latents of 512 pixels a side and of pixels; Xu et al. (2023) for PFGM++, which uses the same ones at finite D; Zhou
+et al. (2024, SiD) keep the teacher's.
 """
 
 import math
@@ -42,6 +43,31 @@ _IMAGENET64_ADM = NetworkConfig(
     dropout=0.10,
 )
 
+# Of EDM2: base width, and dropout in training.
+_EDM2_SIZES = {
+    "xs": (128, 0.0),
+    "s": (192, 0.0),
+    "m": (256, 0.10),
+    "l": (320, 0.10),
+    "xl": (384, 0.10),
+    "xxl": (448, 0.10),
+}
+_EDM2_PIXEL_SIZES = ("xs", "s", "m", "l", "xl")
+
+
+def _edm2(size: str, img_channels: int, label_dim: int) -> NetworkConfig:
+    channels, dropout = _EDM2_SIZES[size]
+    return NetworkConfig(
+        img_resolution=64,
+        img_channels=img_channels,
+        label_dim=label_dim,
+        use_fp16=True,
+        model_type="EDM2UNet",
+        model_channels=channels,
+        dropout=dropout,
+    )
+
+
 TABLE: Mapping[str, NetworkConfig] = MappingProxyType(
     {
         "cifar10-ddpmpp": _CIFAR10_DDPMPP,
@@ -54,6 +80,10 @@ TABLE: Mapping[str, NetworkConfig] = MappingProxyType(
         "afhqv2-64-ncsnpp": _ncsnpp(_AFHQV2_64_DDPMPP),
         "imagenet64-adm": _IMAGENET64_ADM,
         "imagenet64-adm-uncond": replace(_IMAGENET64_ADM, label_dim=0),
+        **{f"edm2-img512-{size}": _edm2(size, 4, 1000) for size in _EDM2_SIZES},
+        **{f"edm2-img512-{size}-uncond": _edm2(size, 4, 0) for size in _EDM2_SIZES},
+        **{f"edm2-img64-{size}": _edm2(size, 3, 1000) for size in _EDM2_PIXEL_SIZES},
+        **{f"edm2-img64-{size}-uncond": _edm2(size, 3, 0) for size in _EDM2_PIXEL_SIZES},
         # 8×8 digits: small enough to train and distil on a CPU in minutes. 24 channels at both levels were slower
         # and reached the same loss.
         "digits": NetworkConfig(
@@ -71,7 +101,7 @@ TABLE: Mapping[str, NetworkConfig] = MappingProxyType(
 
 # Short names of the architectures, at the size of their best-known data set.
 FAMILIES: Mapping[str, str] = MappingProxyType(
-    {"ncsnpp": "cifar10-ncsnpp", "ddpmpp": "cifar10-ddpmpp", "adm": "imagenet64-adm"}
+    {"ncsnpp": "cifar10-ncsnpp", "ddpmpp": "cifar10-ddpmpp", "adm": "imagenet64-adm", "edm2": "edm2-img64-s"}
 )
 
 
@@ -83,7 +113,9 @@ def get(name: str, *, D: float = math.inf) -> NetworkConfig:
     """
     full = FAMILIES.get(name, name)
     if full not in TABLE:
-        raise ValueError(f"network preset {name!r} is unknown; possible: {', '.join([*names(), *FAMILIES])}")
+        older = [name for name in names() if not name.startswith("edm2-")]
+        sizes = f"edm2-img512-SIZE ({', '.join(_EDM2_SIZES)}) and edm2-img64-SIZE (to xl), each also SIZE-uncond"
+        raise ValueError(f"network preset {name!r} is unknown; possible: {', '.join([sizes, *older, *FAMILIES])}")
     return replace(TABLE[full], D=D)
 
 

@@ -1,10 +1,10 @@
-"""What both U-Nets share: making the entries of a layout, running them, label dropout, the choice of attention."""
+"""What the U-Nets share: making the entries of a layout, running them, label dropout, the choice of attention."""
 
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,20 @@ class BlockFactory(Protocol):
     def __call__(self, in_channels: int, out_channels: int, *, up: bool, down: bool, attention: bool) -> UNetBlock: ...
 
 
-class UNet(nn.Module, ABC):
-    """A U-Net F(x; noise label, class label, augment label) with an encoder `enc` and a decoder `dec`.
+class Attending(Protocol):
+    """What is asked of the residual blocks of every U-Net."""
 
-    A subclass makes its layers in the order of the state dict, the entries among them by
-    `_make`, and says how labels become an embedding and what follows the decoder.
+    out_channels: int
+    num_heads: int
+    """0: it does not attend."""
+    attention_backend: AttentionBackend
+
+    @property
+    def is_plain(self) -> bool: ...
+
+
+class Backbone(nn.Module, ABC):
+    """A U-Net F(x; noise label, class label, augment label) with an encoder `enc` and a decoder `dec`.
 
     `activation_checkpointing` may be set at any time: while a graph is made, of each residual block only what goes in
     is kept, and the backward pass runs the block once more, with the same dropout. So may `channels_last`: activations
@@ -35,27 +44,26 @@ class UNet(nn.Module, ABC):
 
     Args:
         layout: the entries of the encoder and the decoder.
-        label_dropout: probability of dropping a class label, while training.
     """
 
     activation_checkpointing = False
     channels_last = False
+    enc: nn.ModuleDict
+    dec: nn.ModuleDict
 
-    map_noise: PositionalEmbedding | FourierEmbedding
-    map_label: Linear | None
-    map_augment: Linear | None
-    map_layer0: Linear
-    map_layer1: Linear
-
-    def __init__(self, layout: Layout, label_dropout: float) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
-        self.label_dropout = label_dropout
 
     @property
-    def blocks(self) -> Iterator[UNetBlock]:
+    @abstractmethod
+    def blocks(self) -> Iterator[Attending]:
         """Every residual block, in order of evaluation."""
-        return (module for module in (*self.enc.values(), *self.dec.values()) if isinstance(module, UNetBlock))
+
+    @property
+    @abstractmethod
+    def first_weight(self) -> nn.Parameter:
+        """The weight that the embedding of the noise label meets first; it says where and in what dtype all are."""
 
     @property
     def attention_backend(self) -> AttentionBackend:
@@ -67,6 +75,62 @@ class UNet(nn.Module, ABC):
         check_attention_backend(backend)
         for block in self.blocks:
             block.attention_backend = backend
+
+    def _checkpointed(
+        self,
+        run: Callable[..., Tensor],
+        block: nn.Module,
+        dropout: float,
+        *given: Any,
+        tensors: Sequence[Tensor | None],
+    ) -> Tensor:
+        """`run(*given)`, which calls `block`; its activations are kept, or not, see `activation_checkpointing`.
+
+        Args:
+            run: the function.
+            block: whose parameters may need gradients.
+            dropout: its probability.
+            *given: what `run` takes.
+            tensors: those in `given`.
+        """
+        sources = itertools.chain((tensor for tensor in tensors if tensor is not None), block.parameters())
+        if not (self.activation_checkpointing and torch.is_grad_enabled() and any(s.requires_grad for s in sources)):
+            return run(*given)
+        random = block.training and dropout > 0
+        again: Tensor = checkpoint(run, *given, use_reentrant=False, preserve_rng_state=random)
+        return again
+
+
+class UNet(Backbone):
+    """A U-Net of residual blocks with group normalisation.
+
+    A subclass makes its layers in the order of the state dict, the entries among them by
+    `_make`, and says how labels become an embedding and what follows the decoder.
+
+    Args:
+        layout: the entries of the encoder and the decoder.
+        label_dropout: probability of dropping a class label, while training.
+    """
+
+    map_noise: PositionalEmbedding | FourierEmbedding
+    map_label: Linear | None
+    map_augment: Linear | None
+    map_layer0: Linear
+    map_layer1: Linear
+
+    def __init__(self, layout: Layout, label_dropout: float) -> None:
+        super().__init__(layout)
+        self.label_dropout = label_dropout
+
+    @property
+    def blocks(self) -> Iterator[UNetBlock]:
+        """Every residual block, in order of evaluation."""
+        return (module for module in (*self.enc.values(), *self.dec.values()) if isinstance(module, UNetBlock))
+
+    @property
+    def first_weight(self) -> nn.Parameter:
+        """See `Backbone.first_weight`."""
+        return self.map_layer0.weight
 
     def forward(
         self,
@@ -170,14 +234,9 @@ class UNet(nn.Module, ABC):
             return out
 
         assert isinstance(block, UNetBlock)
-        given = (source for source in (emb, *entering, *parts) if source is not None)
-        sources = itertools.chain(given, block.parameters())
-        if not (self.activation_checkpointing and torch.is_grad_enabled() and any(s.requires_grad for s in sources)):
-            return run(emb, entering, *parts)
         # The concatenation is made again too: its parts are the outputs of other blocks, which are kept anyway.
-        random = block.training and block.dropout > 0
-        again: Tensor = checkpoint(run, emb, entering, *parts, use_reentrant=False, preserve_rng_state=random)
-        return again
+        tensors = (emb, *entering, *parts)
+        return self._checkpointed(run, block, block.dropout, emb, entering, *parts, tensors=tensors)
 
 
 def _joined(x: Tensor, module: nn.Module, aux: Tensor, *, divisor: float = 1.0) -> Tensor:

@@ -107,6 +107,35 @@ def dhariwal_unet_layout(
     return layout
 
 
+def edm2_unet_layout(
+    *,
+    img_resolution: int,
+    in_channels: int,
+    model_channels: int,
+    channel_mult: Sequence[int],
+    num_blocks: int,
+    attn_resolutions: Sequence[int],
+    channels_per_head: int,
+    resample_filter: Sequence[float],
+) -> Layout:
+    """The entries of an EDM2UNet, whose keywords these are; the first one takes a channel of ones too.
+
+    Raises:
+        ValueError: the numbers cannot make one.
+    """
+    check_resample_filter(resample_filter)
+    _check_levels(img_resolution, channel_mult)
+    sides = [img_resolution >> level for level in range(len(channel_mult))]
+    widths = [model_channels * mult for mult in channel_mult]
+    encoder = _encoder(sides, widths, in_channels + 1, widths[0], num_blocks, attn_resolutions, "standard")
+    levels = _decoder_levels(sides, widths, encoder, num_blocks, attn_resolutions, every_block=True)
+    layout = Layout(tuple(encoder), tuple(entry for _, blocks in levels for entry in blocks))
+    for entry in layout.encoder + layout.decoder:
+        if entry.attention:
+            _check_heads(entry, channels_per_head)
+    return layout
+
+
 def _encoder(
     sides: Sequence[int],
     widths: Sequence[int],
@@ -202,7 +231,19 @@ def _check_widths(layout: Layout, *, channels_per_head: int | None) -> None:
         try:
             group_count(entry.in_channels)
             group_count(entry.out_channels)
-            if entry.attention and channels_per_head is not None:
-                head_count(entry.out_channels, channels_per_head=channels_per_head)
         except ValueError as error:
-            raise ValueError(f"{entry.name}: {error} (change model_channels or channel_mult)") from None
+            raise ValueError(_at(entry, error)) from None
+        if entry.attention and channels_per_head is not None:
+            _check_heads(entry, channels_per_head)
+
+
+def _check_heads(entry: Entry, channels_per_head: int) -> None:
+    """ValueError naming the entry whose channels its attention heads do not divide."""
+    try:
+        head_count(entry.out_channels, channels_per_head=channels_per_head)
+    except ValueError as error:
+        raise ValueError(_at(entry, error)) from None
+
+
+def _at(entry: Entry, error: ValueError) -> str:
+    return f"{entry.name}: {error} (change model_channels or channel_mult)"

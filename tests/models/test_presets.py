@@ -249,9 +249,17 @@ def test_training_facts():
         "imagenet64-adm": 0.10,
         "imagenet64-adm-uncond": 0.10,
         "digits": 0.0,
+        **{f"edm2-img512-{size}{kind}": 0.0 for size in ("xs", "s") for kind in ("", "-uncond")},
+        **{f"edm2-img512-{size}{kind}": 0.10 for size in ("m", "l", "xl", "xxl") for kind in ("", "-uncond")},
+        **{f"edm2-img64-{size}{kind}": 0.0 for size in ("xs", "s") for kind in ("", "-uncond")},
+        **{f"edm2-img64-{size}{kind}": 0.10 for size in ("m", "l", "xl") for kind in ("", "-uncond")},
     }
     for name in presets.names():
         network = presets.get(name)
+        if name.startswith("edm2"):
+            assert network.use_fp16 and network.label_dim == (0 if name.endswith("uncond") else 1000)
+            assert network.img_channels == (4 if "img512" in name else 3) and network.img_resolution == 64
+            continue
         assert network.precond == "EDMPrecond" and math.isinf(network.D)
         assert network.augment_dim == (9 if name.startswith(("cifar", "ffhq", "afhq")) else 0)
         assert network.label_dim == {"cifar10-ddpmpp-cond": 10, "cifar10-ncsnpp-cond": 10, "imagenet64-adm": 1000}.get(

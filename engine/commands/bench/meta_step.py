@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -45,7 +45,6 @@ from ipfm.kernels.bench.fake_driver import Launch, Launches, fake_cuda
 from ipfm.kernels.bench.measurement import tensors, traffic
 from ipfm.kernels.bench.rehearsal import heaviest
 from ipfm.models import NetworkConfig, Precond, build_network, presets
-from ipfm.models.blocks import UNetBlock
 from ipfm.models.layers import GroupNorm
 
 META = torch.device("meta")
@@ -295,7 +294,7 @@ class _FlatMaster(UnshardedEngine):
         super().__init__(module, optimizer)
         self.weights = [p for group in optimizer.param_groups for p in group["params"]]
         numbers = sum(p.numel() for p in self.weights)
-        self.flat = torch.nn.Parameter(torch.empty(numbers, device=META))
+        self.flat = nn.Parameter(torch.empty(numbers, device=META))
         optimizer.param_groups[0]["params"] = [self.flat]
         module.to(DTYPES[precision])
         self.loss_scale = 1.0
@@ -499,10 +498,10 @@ def block_passes(network: NetworkConfig, images: int) -> float:
     block = plain_block(net)
     found: list[float] = []
 
-    def before(module: UNetBlock, args: tuple[Any, ...]) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         found.append(recording.elementwise_bytes)
 
-    def after(module: UNetBlock, args: tuple[Any, ...], result: Tensor) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
         found[-1] = (recording.elementwise_bytes - found[-1]) / result.nbytes
 
     handles = [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
@@ -513,6 +512,8 @@ def block_passes(network: NetworkConfig, images: int) -> float:
     return found[0]
 
 
-def plain_block(net: Precond) -> UNetBlock:
+def plain_block(net: Precond) -> nn.Module:
     """The first residual block of a network that neither resamples, attends nor changes the number of channels."""
-    return next(block for block in net.model.blocks if block.skip is None and not block.num_heads)
+    found = next(block for block in net.model.blocks if block.is_plain)
+    assert isinstance(found, nn.Module)
+    return found

@@ -41,7 +41,11 @@ def test_networks():
 @pytest.mark.parametrize(
     ("model", "channels", "message"),
     [
-        ("unet", None, r"network preset 'unet' is unknown; possible: cifar10-ddpmpp, .*digits, ncsnpp, ddpmpp, adm"),
+        (
+            "unet",
+            None,
+            r"network preset 'unet' is unknown; possible: edm2.*, cifar10-ddpmpp, .*digits, ncsnpp, ddpmpp, adm, edm2",
+        ),
         ("ncsnpp", 0, r"ncsnpp cannot have 0 channels: model_channels must be .* at least 1, got 0"),
         ("adm", 3, r"adm cannot have 3 channels: .*3.*"),
         ("digits", -4, r"digits cannot have -4 channels: .*"),

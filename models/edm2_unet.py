@@ -1,0 +1,279 @@
+"""EDM2's U-Net: the magnitude-preserving network of Karras et al. (2024)."""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ipfm.models.attention import AttentionBackend, attention, head_count
+from ipfm.models.edm2_layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalised, resample
+from ipfm.models.layers import cast
+from ipfm.models.unet import Backbone
+from ipfm.models.unet_layout import Entry, edm2_unet_layout
+
+
+class EDM2Block(nn.Module):
+    """Residual block that preserves magnitudes, with an embedding input and optional resampling and self-attention.
+
+    In the encoder x = n(skip(resample(x))), each pixel of size 1 over the channels; in the decoder x = resample(x), and
+    skip(x) in the sum. y = conv_res1(dropout(mp_silu(conv_res0(mp_silu(x)) c))) with c = 1 + emb_gain emb_linear(emb);
+    x = mp_sum(x, y). With attention x = mp_sum(x, attn_proj(attention(n(attn_qkv(x))))), each q, k and v of size 1. At
+    last x is clamped.
+
+    It is called with x (B, in_channels, H, W) in the compute dtype and emb (B or 1, emb_channels) in its own, and
+    returns (B, out_channels, H', W') in the dtype of x. `attention_backend` may be changed at any time.
+
+    Args:
+        in_channels: channels of x.
+        out_channels: channels of the result.
+        emb_channels: width of the embedding.
+        encoder: a block of the encoder.
+        up: double the resolution.
+        down: halve the resolution.
+        attention: attend over the pixels of the result.
+        channels_per_head: width of an attention head; narrower blocks do not attend.
+        dropout: probability, while training.
+        res_balance: share of y in its sum with x.
+        attn_balance: share of the attention in its sum with x.
+        clip_act: largest magnitude of an element of the result.
+        resample_filter: as in `resample`.
+
+    Raises:
+        ValueError: the heads do not divide the channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        encoder: bool,
+        up: bool = False,
+        down: bool = False,
+        attention: bool = False,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float = 256.0,
+        resample_filter: Sequence[float] = (1, 1),
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.emb_channels = emb_channels
+        self.encoder = encoder
+        self.up = up
+        self.down = down
+        self.num_heads = head_count(out_channels, channels_per_head=channels_per_head) if attention else 0
+        self.dropout = dropout
+        self.res_balance = res_balance
+        self.attn_balance = attn_balance
+        self.clip_act = clip_act
+        self.resample_filter = tuple(resample_filter)
+        self.attention_backend: AttentionBackend = "auto"
+
+        # The order of the parameters is the order of the state dict, and so of optimizer states in checkpoints.
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(out_channels if encoder else in_channels, out_channels, 3)
+        self.emb_linear = MPConv(emb_channels, out_channels, 0)
+        self.conv_res1 = MPConv(out_channels, out_channels, 3)
+        self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.attn_qkv = MPConv(out_channels, 3 * out_channels, 1) if self.num_heads else None
+        self.attn_proj = MPConv(out_channels, out_channels, 1) if self.num_heads else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it neither resamples, attends nor changes the number of channels."""
+        return self.conv_skip is None and not (self.num_heads or self.up or self.down)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.up or self.down:
+            x = resample(x, self.resample_filter, up=self.up)
+        if self.encoder:
+            x = normalised(x if self.conv_skip is None else self.conv_skip(x), dim=1)
+        y = self.conv_res0(mp_silu(x))
+        c = (self.emb_linear(emb, self.emb_gain) + 1).to(y.dtype)
+        y = self.conv_res1(self._dropped(mp_silu(y * c[:, :, None, None])))
+        if not self.encoder and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, self.res_balance)
+        if self.attn_qkv is not None and self.attn_proj is not None:
+            x = mp_sum(x, self.attn_proj(self._attended(self.attn_qkv(x))), self.attn_balance)
+        return x.clamp(-self.clip_act, self.clip_act)
+
+    def _dropped(self, y: Tensor) -> Tensor:
+        if not (self.training and self.dropout):
+            return y
+        # F.dropout's own on CUDA; elsewhere that one keeps a mask as wide as the activation.
+        return torch.native_dropout(y, self.dropout, True)[0]
+
+    def _attended(self, qkv: Tensor) -> Tensor:
+        """(B, 3·C, H, W), channels as (head, channel of the head, q|k|v), the last fastest -> (B, C, H, W)."""
+        heads = qkv.flatten(2).unflatten(1, (self.num_heads, -1, 3))
+        q, k, v = normalised(heads, dim=2).permute(3, 0, 4, 1, 2)
+        a = attention(q, k, v, backend=self.attention_backend)
+        return a.reshape(qkv.shape[0], *qkv.shape[2:], self.out_channels).permute(0, 3, 1, 2)
+
+
+class EDM2UNet(Backbone):
+    """U-Net F(x; noise label, class label) that preserves magnitudes. There are no augment labels.
+
+    To the image a channel of ones is appended, which stands in for biases. Names and order of the state dict are those
+    of EDM2 checkpoints.
+
+    Args:
+        img_resolution: side of the images in pixels; divisible by 2^(levels - 1).
+        in_channels: channels of the images given.
+        out_channels: channels of the images returned.
+        label_dim: width of class labels, 0 for none.
+        model_channels: base width.
+        channel_mult: multiplies the base width at each level, highest resolution first.
+        channel_mult_noise: width of the noise embedding, in model_channels.
+        channel_mult_emb: width of the embedding, in model_channels.
+        num_blocks: residual blocks of each level (one more in the decoder).
+        attn_resolutions: sides at which the blocks attend; the innermost block always does.
+        channels_per_head: width of an attention head; narrower blocks do not attend.
+        dropout: probability inside the residual blocks, while training.
+        label_balance: share of the class label in its sum with the noise label.
+        concat_balance: share of the encoder's activation where it joins the decoder's.
+        res_balance: share of a block's residual.
+        attn_balance: share of a block's attention.
+        clip_act: largest magnitude of an element that leaves a block.
+        resample_filter: as in `resample`.
+
+    Raises:
+        ValueError: numbers that make no such network, with what was given and what is possible.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_noise: int = 1,
+        channel_mult_emb: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (16, 8),
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        label_balance: float = 0.5,
+        concat_balance: float = 0.5,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float = 256.0,
+        resample_filter: Sequence[float] = (1, 1),
+    ) -> None:
+        super().__init__(
+            edm2_unet_layout(
+                img_resolution=img_resolution,
+                in_channels=in_channels,
+                model_channels=model_channels,
+                channel_mult=channel_mult,
+                num_blocks=num_blocks,
+                attn_resolutions=attn_resolutions,
+                channels_per_head=channels_per_head,
+                resample_filter=resample_filter,
+            )
+        )
+        self.label_balance = label_balance
+        self.concat_balance = concat_balance
+        noise_channels, emb_channels = model_channels * channel_mult_noise, model_channels * channel_mult_emb
+
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(noise_channels)
+        self.emb_noise = MPConv(noise_channels, emb_channels, 0)
+        self.emb_label = MPConv(label_dim, emb_channels, 0) if label_dim else None
+
+        make = partial(
+            EDM2Block,
+            emb_channels=emb_channels,
+            channels_per_head=channels_per_head,
+            dropout=dropout,
+            res_balance=res_balance,
+            attn_balance=attn_balance,
+            clip_act=clip_act,
+            resample_filter=resample_filter,
+        )
+
+        def entry_module(entry: Entry, *, encoder: bool) -> nn.Module:
+            if entry.kind == "conv":
+                return MPConv(entry.in_channels, entry.out_channels, 3)
+            return make(
+                entry.in_channels,
+                entry.out_channels,
+                encoder=encoder,
+                up=entry.up,
+                down=entry.down,
+                attention=entry.attention,
+            )
+
+        self.enc = nn.ModuleDict({entry.name: entry_module(entry, encoder=True) for entry in self.layout.encoder})
+        self.dec = nn.ModuleDict({entry.name: entry_module(entry, encoder=False) for entry in self.layout.decoder})
+        self.out_conv = MPConv(self.layout.decoder[-1].out_channels, out_channels, 3)
+
+    @property
+    def blocks(self) -> Iterator[EDM2Block]:
+        """Every residual block, in order of evaluation."""
+        return (module for module in (*self.enc.values(), *self.dec.values()) if isinstance(module, EDM2Block))
+
+    @property
+    def first_weight(self) -> nn.Parameter:
+        """See `Backbone.first_weight`."""
+        return self.emb_noise.weight
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """F (B, out_channels, R, R) in the dtype of x.
+
+        The labels have one dtype of at least float32, in which the embedding is computed.
+
+        Args:
+            x: (B, in_channels, R, R), in the compute dtype.
+            noise_labels: (B,) or (1,).
+            class_labels: (B or 1, label_dim); None is zeros.
+            augment_labels: not used.
+        """
+        if self.channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        emb = self._embed(noise_labels, class_labels)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        skips: list[Tensor] = []
+        for module in self.enc.values():
+            x = self._run(module, emb, x) if isinstance(module, EDM2Block) else module(x)
+            skips.append(x)
+        for entry, module in zip(self.layout.decoder, self.dec.values(), strict=True):
+            x = self._run(module, emb, *((x, skips.pop()) if entry.skip_channels else (x,)))
+        return self.out_conv(x, self.out_gain)
+
+    def _embed(self, noise_labels: Tensor, class_labels: Tensor | None) -> Tensor:
+        """The embedding (B or 1, emb_channels) that enters every block."""
+        emb = self.emb_noise(self.emb_fourier(noise_labels))
+        if self.emb_label is not None:
+            width = self.emb_label.in_channels
+            labels = emb.new_zeros(1, width) if class_labels is None else class_labels * math.sqrt(width)
+            emb = mp_sum(emb, self.emb_label(cast(labels, emb)), self.label_balance)
+        return mp_silu(emb)
+
+    def _run(self, block: nn.Module, emb: Tensor, *parts: Tensor) -> Tensor:
+        """A residual block of the joined `parts`."""
+
+        def run(emb: Tensor, *parts: Tensor) -> Tensor:
+            x = parts[0] if len(parts) == 1 else mp_cat(parts[0], parts[1], self.concat_balance)
+            out: Tensor = block(x, emb)
+            return out
+
+        assert isinstance(block, EDM2Block)
+        # The concatenation is made again too: its parts are the outputs of other blocks, which are kept anyway.
+        return self._checkpointed(run, block, block.dropout, emb, *parts, tensors=(emb, *parts))

@@ -1,0 +1,116 @@
+"""The networks of EDM2's fixtures, and EDM2's rule as the reference has it: within the forward pass."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ipfm.models import EDM2Precond, NetworkConfig, build_network
+from ipfm.models.checkpoints.containers import map_file, read_container
+from ipfm.models.checkpoints.pickle_values import DEFAULT_LIMITS, Inert
+from ipfm.models.checkpoints.pickled_objects import GLOBALS, Record, modules, own_tensors
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+CONFIGS = {
+    "edm2_img_cond": NetworkConfig(
+        img_resolution=16,
+        img_channels=3,
+        label_dim=10,
+        use_fp16=True,
+        model_type="EDM2UNet",
+        model_channels=4,
+        channel_mult=(1, 2, 3),
+        num_blocks=1,
+        attn_resolutions=(8, 4),
+        channels_per_head=4,
+        dropout=0.1,
+    ),
+    "edm2_latent_uncond": NetworkConfig(
+        img_resolution=8,
+        img_channels=4,
+        use_fp16=True,
+        model_type="EDM2UNet",
+        model_channels=4,
+        channel_mult=(1, 2),
+        num_blocks=1,
+        attn_resolutions=(4,),
+        channels_per_head=4,
+        dropout=0.0,
+    ),
+}
+
+
+class _Array(Inert):
+    """What the encoder of a latent file holds: not looked at."""
+
+    def set_state(self, state: object) -> None:
+        """Nothing is kept."""
+
+
+def _array(kind: object, shape: object, code: object) -> _Array:
+    return _Array()
+
+
+def recorded(name: str) -> dict[str, Tensor]:
+    """The arrays of a fixture; text stays NumPy's."""
+    with np.load(FIXTURES / f"{name}.npz") as arrays:
+        return {
+            key: value if value.dtype.kind == "U" else torch.from_numpy(np.array(value))
+            for key, value in arrays.items()
+        }
+
+
+def masters_in_file(name: str) -> dict[str, Tensor]:
+    """The state dict of a fixture's network as it is in the file, raised to float64."""
+    table = {("numpy.core.multiarray", "_reconstruct"): _array, ("numpy", "ndarray"): "ndarray", **GLOBALS}
+    path = FIXTURES / f"{name}.pkl"
+    root = read_container(map_file(path), table, where=name, limits=DEFAULT_LIMITS).root
+    assert isinstance(root, dict) and isinstance(root["ema"], Record)
+    found: dict[str, Tensor] = {}
+    for place, record in modules(root["ema"]):
+        for tensors in own_tensors(record):
+            found |= {f"{place}.{key}".strip("."): tensor.load().double() for key, tensor in tensors.items()}
+    return found
+
+
+def network(name: str, dtype: torch.dtype) -> EDM2Precond:
+    """A fixture's network with plain weights, in eval mode."""
+    net = build_network(CONFIGS[name]).to(dtype)
+    net.load_state_dict(masters_in_file(name))
+    assert isinstance(net, EDM2Precond)
+    return net.eval()
+
+
+def normalised(master: Tensor) -> Tensor:
+    """n(M), written out."""
+    norm = master.flatten(1).norm(dim=1).view(-1, *[1] * (master.ndim - 1))
+    return master / (1e-4 + norm / math.sqrt(master[0].numel()))
+
+
+class RuleInForward(nn.Module):
+    """A layer as the reference has it: it holds the master, overwrites it in training, and normalises at each use."""
+
+    def __init__(self, layer: nn.Module, master: Tensor) -> None:
+        super().__init__()
+        self.kernel, self.in_channels = layer.kernel, layer.in_channels
+        self.weight = nn.Parameter(master.clone())
+
+    def forward(self, x: Tensor, gain: Tensor | float | None = None) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(normalised(self.weight))
+        weight = normalised(self.weight) * ((1 if gain is None else gain) / math.sqrt(self.weight[0].numel()))
+        weight = weight.to(x.dtype)
+        return F.conv2d(x, weight, padding=self.kernel // 2) if self.kernel else F.linear(x, weight)
+
+
+def with_rule_in_forward(net: EDM2Precond) -> EDM2Precond:
+    """The network, each of whose layers becomes one of `RuleInForward`; its parameters are the masters, in order."""
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "set_master"):
+                setattr(parent, name, RuleInForward(child, child.master().detach()))
+    return net
