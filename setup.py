@@ -11,6 +11,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 DATASETS = ["pyarrow>=15"]
 ONNX = ["onnx>=1.18", "onnxscript>=0.6", "onnxruntime>=1.22"]
+LATENTS = ["diffusers>=0.32"]
 FOLDERS = ("engine", "kernels", "models", "recipes")
 
 
@@ -59,9 +60,12 @@ setup(
         "onnx": ONNX,
         # Images in parquet and arrow files, as Hugging Face's `datasets` writes them.
         "datasets": DATASETS,
+        # The autoencoder between pictures and the latents of EDM2's networks.
+        "latents": LATENTS,
         "test": [
             *ONNX,
             *DATASETS,
+            *LATENTS,
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.7",

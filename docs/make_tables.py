@@ -275,13 +275,18 @@ def random_streams() -> list[str]:
     owners = [kind for kind in ObjectiveStream.__subclasses__() if kind.__module__.startswith("ipfm.")]
     rows = [_row(["numbers", "whose"]), _row(["---"] * 2)]
     for kind in (Stream, *sorted(owners, key=min)):
-        first, last = min(kind), max(kind)
-        assert [*map(int, kind)] == [*range(first, last + 1)]
-        rows.append(_row([f"{first} to {last}", f"in use: `{kind.__module__}.{kind.__qualname__}`"]))
+        rows.append(_row([_in_words([*map(int, kind)]), f"in use: `{kind.__module__}.{kind.__qualname__}`"]))
     free = 1 + max(int(one) for kind in (Stream, *owners) for one in kind)
     rows.append(_row([f"{free} to {OWN_STREAMS - 1}", "free, for this project"]))
     rows.append(_row([f"{OWN_STREAMS} to {STREAM_LIMIT - 1}", "**yours**; `ipfm new` takes ten of them by the name"]))
     return rows
+
+
+def _in_words(numbers: list[int]) -> str:
+    """Increasing numbers, such as "0 to 21, 26"."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))
 
 
 def expectation(batches: Sequence[int] = (256, 32)) -> list[str]:

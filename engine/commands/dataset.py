@@ -28,6 +28,7 @@ class Dataset:
     ELSEWHERE: ClassVar[Mapping[str, str]] = {
         "transform": "squares are made by --crop center, wide or adm",
         "source": "the source comes first, without an option",
+        "vae": "latents are made by --latents VAE_FOLDER",
         "dest": "the zip comes second, without an option",
         **dict.fromkeys(("width", "height"), "the size is --resolution, a side or with --crop wide WxH"),
     }
@@ -48,9 +49,11 @@ class Dataset:
     channels: Literal[1, 3] | None = None
     """1 makes them grey, 3 RGB. Default: RGB if any is in colour, else grey."""
     labels: Literal["auto", "folders", "none"] = "auto"
-    """auto: those of dataset.json or of the set itself, else the names of the top-level folders if every image lies in
-    one and they are not numbered 00000, 00001, ... folders: always these names."""
-    max_images: int | None = None
+    """auto: those of dataset.json or of the set itself, else the names of the top-level folders, unless numbered 00000
+    ... or an image lies beside them; folders: always these names."""
+    latents: Annotated[Path | None, tyro.conf.arg(metavar="VAE")] = None
+    """Write EDM2's latents, by this AutoencoderKL of diffusers."""
+    max_images: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Keep so many images."""
     subset: Literal["random", "first"] = "random"
     """Which ones: drawn by --seed, or the first by name, which may be of a few classes alone."""
@@ -80,7 +83,9 @@ class Dataset:
         from ipfm.engine.data.open_dataset import Subset, check_strictness, empty_classes, label_width
         from ipfm.engine.data.preparation import find_pictures
         from ipfm.engine.data.shaping import Shaping, read_resolution
-        from ipfm.engine.data.zip_writer import write_dataset_zip
+        from ipfm.engine.data.zip_writer import latent_name, write_dataset_zip
+        from ipfm.engine.distributed.device import run_device
+        from ipfm.models.autoencoder import LATENT_CHANNELS, load_autoencoder
 
         remarks = Remarks()
         with user_input():
@@ -96,10 +101,13 @@ class Dataset:
             if self.out.exists() and not self.overwrite:
                 raise ValueError(f"{self.out} exists already: give --overwrite, or another name")
             check_writable(self.out, self.out.parent)
+            if self.latents is not None and self.channels == 1:
+                raise ValueError("channels 1 was given, but latents are of RGB images: leave one of them out")
             if self.max_images is None and (self.subset != "random" or self.seed):
                 raise ValueError(f"{'seed' if self.seed else 'subset'} needs max-images: --max-images 1000, say")
             if self.subset == "first" and self.seed:
                 raise ValueError("seed was given, but subset first draws nothing")
+            autoencoder = None if self.latents is None else load_autoencoder(self.latents, run_device())
             with pillow_heard() as heard:
                 pictures = find_pictures(
                     self.source,
@@ -108,8 +116,13 @@ class Dataset:
                     Subset(self.max_images, self.seed, first=self.subset == "first"),
                     skip_unreadable=self.skip_unreadable,
                     leniency=Leniency(self.background, self.first_frame, self.to_8_bits),
-                    channels=self.channels,
+                    channels=self.channels if autoencoder is None else 3,
                     split=self.split,
+                )
+            if autoencoder is not None and pictures.side % autoencoder.factor:
+                raise ValueError(
+                    f"the images have {pictures.side} pixels a side, for {self.latents} it must be a multiple of "
+                    f"{autoencoder.factor}: give --resolution"
                 )
             empty = empty_classes(pictures.labels, pictures.width)
             for said in pictures.notes:
@@ -120,11 +133,16 @@ class Dataset:
                 raise ValueError(f"strict was given, and {remarks[-1]}")
             # The work as well: a bad image may show only when it is decoded.
             with pillow_heard() as while_decoding:
-                write_dataset_zip(self.out, pictures.pngs(), pictures.labels)
+                if autoencoder is None:
+                    write_dataset_zip(self.out, pictures.pngs(), pictures.labels)
+                else:
+                    write_dataset_zip(self.out, pictures.encoded(autoencoder), pictures.labels, latent_name)
             for said in (while_decoding or heard)[:1]:
                 remarks.add(f"{self.source}: {said}")
         width = 0 if pictures.labels is None else label_width(pictures.labels)
         classes = pictures.labels is not None and pictures.labels.ndim == 1
+        side = 0 if autoencoder is None else pictures.side // autoencoder.factor
+        shape = None if autoencoder is None else (LATENT_CHANNELS, side, side)
         with output(as_json=self.json) as write:
             write(
                 {
@@ -140,8 +158,9 @@ class Dataset:
                     "left_out": {reason: len(names) for reason, names in pictures.left_out.items()},
                     "empty_classes": empty,
                     "remarks": list(remarks),
+                    **({} if shape is None else {"latents": self.latents, "latent_shape": shape}),
                 },
-                self._text(pictures, width, classes),
+                self._text(pictures, width, classes, shape),
             )
 
     def _subset(self, pictures: Pictures) -> dict[str, object] | None:
@@ -158,10 +177,11 @@ class Dataset:
         classes = remark_on_classes(pictures.labels, pictures.width)
         return said if classes is None else [*said, classes]
 
-    def _text(self, pictures: Pictures, width: int, classes: bool) -> str:
+    def _text(self, pictures: Pictures, width: int, classes: bool, shape: tuple[int, int, int] | None) -> str:
         kind = "grey" if pictures.channels == 1 else "RGB"
+        made = "" if shape is None else f", as latents {'x'.join(map(str, shape))}"
         lines = [
-            f"{pictures.count} images {pictures.side}x{pictures.side}, {kind}: {self.out}",
+            f"{pictures.count} images {pictures.side}x{pictures.side}, {kind}{made}: {self.out}",
             f"labels: {pictures.label_source}",
         ]
         if pictures.labels is not None:

@@ -15,12 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ipfm.engine.random_streams import Stream
+from ipfm.kernels import philox
+from ipfm.models.autoencoder import ENCODED_CHANNELS, LATENT_CHANNELS, latents_of
+
 
 class Batch(NamedTuple):
     """Some of the images, with their labels.
 
     Attributes:
-        images: (B, C, H, W) float32 in [-1, 1].
+        images: (B, C, H, W) float32 in [-1, 1]; latents have no such range.
         labels: (B, classes) float32: one-hot, or the vectors that the dataset holds; None without labels.
     """
 
@@ -43,7 +47,7 @@ class ImageSource(Protocol):
         """The same images, read to `device`."""
 
     def read(self, indices: Tensor) -> Tensor:
-        """Images `indices` (B,) int64 on the CPU: (B, C, H, W) uint8.
+        """Images `indices` (B,) int64 on the CPU: (B, C, H, W) uint8, or float32 of latents.
 
         Raises:
             ValueError: one line naming the bad file.
@@ -63,7 +67,7 @@ class ImageDataset:
     """N images (N, C, H, W) and, optionally, their labels.
 
     Args:
-        images: uint8 or float32, or a source of uint8.
+        images: uint8 or float32, or a source of uint8, or of float32 for latents.
         labels: (N,) integers from 0, the classes; or (N, K) floating-point vectors, which networks are given as they
             are.
         name: of the dataset, for messages.
@@ -72,6 +76,8 @@ class ImageDataset:
         xflip: mirror each image with probability ½, drawn anew in every epoch, a function of (seed, position); EDM's
             datasets hold a mirrored copy of every image instead, so that an epoch is twice as long.
         remarks: what opening it said on stderr, for the JSON of commands.
+        latents: the images are latents of an autoencoder: (N, 8, H, W) float32 are mean and deviation, of which every
+            read draws a sample; (N, 4, H, W) are samples themselves. Either way an image is (4, H, W).
 
     Raises:
         ValueError: wrong shapes or dtypes, no images, values outside of the range, labels outside of the classes or not
@@ -85,6 +91,7 @@ class ImageDataset:
     classes: int | None = None
     xflip: bool = False
     remarks: tuple[str, ...] = ()
+    latents: bool = False
     _epochs: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +102,9 @@ class ImageDataset:
         images, shape = self.images, tuple(self.images.shape)
         if len(shape) != 4 or 0 in shape:
             raise ValueError(f"{self.name}: images must have shape (N, C, H, W) with N > 0, got {shape}")
+        if self.latents:
+            self._check_latents(shape)
+            return
         dtype = images.dtype if isinstance(images, Tensor) else torch.uint8
         if dtype not in (torch.uint8, torch.float32):
             raise ValueError(f"{self.name}: images must be uint8 or float32, got {dtype}")
@@ -115,6 +125,24 @@ class ImageDataset:
             raise ValueError(
                 f"{self.name}: values must lie in [{low:g}, {high:g}], got {smallest:.7g} to {largest:.7g}"
             )
+
+    def _check_latents(self, shape: tuple[int, ...]) -> None:
+        if shape[1] not in (LATENT_CHANNELS, ENCODED_CHANNELS):
+            raise ValueError(
+                f"{self.name}: latents have {LATENT_CHANNELS} channels, or {ENCODED_CHANNELS} of mean and deviation, "
+                f"got {shape[1]}"
+            )
+        if self.value_range is not None:
+            raise ValueError(f"{self.name}: latents have no range of values, got value_range {self.value_range}")
+        if self.xflip:
+            raise ValueError(
+                f"{self.name} holds latents, and a mirrored latent is not that of the mirrored picture: leave xflip "
+                "out, or mirror the pictures before they are encoded"
+            )
+        if isinstance(self.images, Tensor) and (
+            self.images.dtype != torch.float32 or not bool(self.images.isfinite().all())
+        ):
+            raise ValueError(f"{self.name}: latents must be finite float32")
 
     def _check_labels(self) -> None:
         labels, n = self.labels, len(self)
@@ -158,6 +186,7 @@ class ImageDataset:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
         _, channels, height, width = self.images.shape
+        channels = LATENT_CHANNELS if self.latents else channels
         return channels, height, width
 
     @property
@@ -173,15 +202,20 @@ class ImageDataset:
     def take(self, first: int, count: int) -> Tensor:
         """Images first … first+count-1 as stored, (count, C, H, W) float32 in [-1, 1].
 
+        Of latents that are stored as mean and deviation, one sample for each image, always the same one.
+
         Raises:
             ValueError: there are no such images.
         """
         if not (first >= 0 and count > 0 and first + count <= len(self)):
             raise ValueError(f"{self.name} has {len(self)} images, got first={first}, count={count}")
+        return self.at(torch.arange(first, first + count))
+
+    def at(self, numbers: Tensor) -> Tensor:
+        """Images of these `numbers` (B,) int64 on the CPU, each in 0…N-1, as of `take`."""
         images = self.images
-        if isinstance(images, Tensor):
-            return self._normalised(images[first : first + count])
-        return self._normalised(images.read(torch.arange(first, first + count)))
+        stored = images[numbers.to(images.device)] if isinstance(images, Tensor) else images.read(numbers)
+        return self._normalised(stored, numbers, seed=0, step=0)
 
     def batch(self, step: int, sample_index: Tensor, *, batch_size: int, seed: int) -> Batch:
         """The samples with the global indices `sample_index` (B,) int64 of the batch of `step`.
@@ -194,7 +228,7 @@ class ImageDataset:
             sample_index: (B,) int64 in 0…batch_size-1. It may lie on a GPU: nothing is read back to the host (and its
                 range is then not checked), but for images in files, whose numbers the host has to know.
             batch_size: of all ranks together, >= 1.
-            seed: of the order and of the mirroring.
+            seed: of the order, of the mirroring and of the samples of latents.
 
         Raises:
             ValueError: step < 0, batch_size < 1, indices of the wrong shape or dtype or out of their range.
@@ -217,7 +251,8 @@ class ImageDataset:
         position = sample_index.to(self.device) + (start - first_epoch * len(self))
         chosen = torch.cat(orders)[position]
         stored = self.images
-        images = self._normalised(stored[chosen] if isinstance(stored, Tensor) else stored.read(chosen.cpu()))
+        found = stored[chosen] if isinstance(stored, Tensor) else stored.read(chosen.cpu())
+        images = self._normalised(found, sample_index, seed=seed, step=step)
         if self.xflip:
             mirrored = torch.cat(flips)[position]
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
@@ -230,7 +265,17 @@ class ImageDataset:
             labels = (labels[:, None] == torch.arange(self.classes, device=self.device)).to(torch.float32)
         return Batch(images, labels)
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def _normalised(self, images: Tensor, index: Tensor, *, seed: int, step: int) -> Tensor:
+        """Images as networks get them; of latents samples, whose noise is a function of seed, step and `index`."""
+        if self.latents:
+            images = images.to(torch.float32)
+            if images.shape[1] == LATENT_CHANNELS:
+                return images
+            count, (channels, height, width) = len(images), self.shape
+            noise = philox.normal(
+                index.to(images.device), channels * height * width, seed=seed, stream=Stream.DATA_LATENT, step=step
+            )
+            return latents_of(images, noise.reshape(count, channels, height, width))
         assert self.value_range is not None
         low, high = self.value_range
         if (low, high) == (-1, 1):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -141,10 +141,21 @@ class DecodedImages:
     _stand_ins: dict[int, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
+    dtype: ClassVar[type[np.generic]] = np.uint8
+    """Of what is read."""
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(N, C, H, W)."""
         return (len(self.chosen), *self.size)
+
+    def one(self, name: str) -> np.ndarray:
+        """The image `name`, (C, H, W).
+
+        Raises:
+            ValueError: as of `read_pixels`.
+        """
+        return read_pixels(self.files, name, self.size)
 
     def to(self, device: torch.device | str) -> DecodedImages:
         """The same images, read to `device`."""
@@ -156,7 +167,7 @@ class DecodedImages:
         Raises:
             ValueError: as of `read_pixels`.
         """
-        out = np.empty((len(indices), *self.size), dtype=np.uint8)
+        out = np.empty((len(indices), *self.size), dtype=self.dtype)
 
         def decode(row: int, index: int) -> None:
             out[row] = self._pixels(index)
@@ -173,12 +184,12 @@ class DecodedImages:
 
     def _pixels(self, index: int) -> np.ndarray:
         if not self.skip_unreadable:
-            return read_pixels(self.files, self.chosen[index], self.size)
+            return self.one(self.chosen[index])
         count, reason = len(self.chosen), ""
         for step in range(count):
             other = (self._stand_ins.get(index, index) + step) % count
             try:
-                pixels = read_pixels(self.files, self.chosen[other], self.size)
+                pixels = self.one(self.chosen[other])
             except ValueError as error:
                 reason = reason or str(error).removesuffix(GO_ON)
                 continue

@@ -18,6 +18,8 @@ from ipfm.models.checkpoints.recognise import image_kind, missing
 LABEL_FILE = "dataset.json"
 OWN_FILES = frozenset((".ipfm-samples.json",))
 """What `ipfm sample` writes beside its images: never an image, so never left out."""
+ARRAY = ".npy"
+"""What the names of latents end in, which stand in a set of their own in the place of images."""
 MAX_FILE_BYTES = 1 << 28
 """Largest file that is read from a zip, unpacked."""
 
@@ -34,7 +36,7 @@ class ImageFiles(Protocol):
 
     @property
     def names(self) -> list[str]:
-        """Names of the images, sorted; hidden files and other kinds of files are left out."""
+        """Names of the images, or of latents, sorted; hidden files and other kinds of files are left out."""
 
     @property
     def left_out(self) -> LeftOut:
@@ -215,7 +217,7 @@ def _is_image(files: ImageFiles, name: str) -> bool:
 
 def _sorted_out(names: Iterable[str], folders: Iterable[str]) -> tuple[list[str], LeftOut, list[str]]:
     """Images, sorted; what is left out; label files, sorted."""
-    images, labels, left = [], [], LeftOut()
+    images, arrays, labels, left = [], [], [], LeftOut()
     for name in sorted(names):
         suffix = os.path.splitext(name)[1].lower()
         if name in OWN_FILES:
@@ -232,8 +234,14 @@ def _sorted_out(names: Iterable[str], folders: Iterable[str]) -> tuple[list[str]
             images.append(name)
         elif name.rpartition("/")[2].lower() == LABEL_FILE:
             labels.append(name)
+        elif suffix == ARRAY:
+            arrays.append(name)
         else:
             left.add(f"{_SUFFIX}{printable(suffix)}" if suffix else NO_SUFFIX, [name])
+    # Arrays at the top of a zip without labels are an .npz, and a single one in a folder may be anything.
+    if arrays and not images and (labels or any("/" in name for name in arrays)):
+        images, arrays = arrays, []
+    left.add(f"{_SUFFIX}{ARRAY}", arrays)
     full = {"/".join(parts[:i]) for name in images for parts in [name.split("/")] for i in range(1, len(parts))}
     left.add("folders without an image", (name for name in folders if name not in full and not _hidden(name)))
     return images, left, labels

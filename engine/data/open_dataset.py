@@ -2,6 +2,7 @@
 
     a folder with images           in any sub-folders; labels from its dataset.json
     a zip with images              EDM's format, see `ipfm.engine.data.zip_writer`
+    a zip or folder of latents     EDM2's format, see `ipfm.engine.data.latents`
     CIFAR-10's archives            Python or binary, .tar.gz or unpacked; the training set
     MNIST's images                 idx3-ubyte, .gz or unpacked, and those of sets in its format
     tar archives                   WebDataset's shards, not packed, see `ipfm.engine.data.tar_files`
@@ -27,10 +28,11 @@ from torch import Tensor
 
 from ipfm.engine.data.cifar import CIFAR_100, CLASSES, cifar_place, is_cifar100, is_cifar_folder, read_cifar
 from ipfm.engine.data.dataset import ImageDataset
-from ipfm.engine.data.decoding import DecodedImages, Header, pillow_heard, read_header
+from ipfm.engine.data.decoding import DecodedImages, pillow_heard, read_header
 from ipfm.engine.data.formats import EXTENSIONS
 from ipfm.engine.data.image_files import NO_SUFFIX, FolderFiles, ImageFiles, ZipFiles, printable
 from ipfm.engine.data.labels import read_labels
+from ipfm.engine.data.latents import EncodedImages, are_latents, read_shape
 from ipfm.engine.data.mnist import mnist_part, read_mnist
 from ipfm.engine.data.table_files import SUFFIXES, TableFiles
 from ipfm.engine.data.tar_files import TarFiles, holds_images
@@ -116,24 +118,17 @@ def open_dataset(
     if strict and (said or files.left_out.beyond_system_files):
         raise ValueError(f"strict was given, and {remarks[-1]}")
     with pillow_heard() as heard:
-        header = _first_header(files, skip_unreadable=skip_unreadable)
-    if header.width != header.height:
-        raise ValueError(
-            f"{files.where(files.names[0])} is {header.width}x{header.height}, but images must be square: "
-            "`ipfm dataset --crop center` makes squares, and --fit stretch or pad does so without cutting"
-        )
+        size = _first_shape(files, skip_unreadable=skip_unreadable)
     chosen = kept.of(len(files.names))
     for remark in kept.said(path, len(files.names)):
         remarks.append(remark)
         if is_first_process():
             Remarks().add(remark)
-    source = DecodedImages(
-        files,
-        [files.names[i] for i in chosen.tolist()],
-        (header.channels, header.height, header.width),
-        skip_unreadable=skip_unreadable,
-    )
-    held, everything = prod(source.shape) <= memory_limit, torch.arange(len(chosen))
+    latents = are_latents(files)
+    kind = EncodedImages if latents else DecodedImages
+    source = kind(files, [files.names[i] for i in chosen.tolist()], size, skip_unreadable=skip_unreadable)
+    held = prod(source.shape) * np.dtype(source.dtype).itemsize <= memory_limit
+    everything = torch.arange(len(chosen))
     kept_images: Tensor | DecodedImages = source
     if held:
         with pillow_heard() as heard:
@@ -149,6 +144,7 @@ def open_dataset(
         classes=None if found is None else label_width(found),
         xflip=xflip,
         remarks=(*remarks, *source.said),
+        latents=latents,
     )
 
 
@@ -319,11 +315,23 @@ def check_strictness(*, skip_unreadable: bool, strict: bool) -> None:
         raise ValueError("strict forbids to leave anything out, and skip-unreadable asks for it: give one of them")
 
 
-def _first_header(files: ImageFiles, *, skip_unreadable: bool) -> Header:
+def _first_shape(files: ImageFiles, *, skip_unreadable: bool) -> tuple[int, int, int]:
+    """(C, H, W) of the first image, or (8, H, W) of latents, that can be read."""
+    read = read_shape if are_latents(files) else _image_shape
     for name in files.names[:-1] if skip_unreadable else ():
         with contextlib.suppress(ValueError):
-            return read_header(files, name)
-    return read_header(files, files.names[-1 if skip_unreadable else 0])
+            return read(files, name)
+    return read(files, files.names[-1 if skip_unreadable else 0])
+
+
+def _image_shape(files: ImageFiles, name: str) -> tuple[int, int, int]:
+    header = read_header(files, name)
+    if header.width != header.height:
+        raise ValueError(
+            f"{files.where(name)} is {header.width}x{header.height}, but images must be square: "
+            "`ipfm dataset --crop center` makes squares, and --fit stretch or pad does so without cutting"
+        )
+    return header.channels, header.height, header.width
 
 
 def _what_else(path: Path) -> str | None:

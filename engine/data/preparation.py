@@ -8,18 +8,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ipfm.engine.data.decoding import MODES, STRICT, Header, Leniency, read_header, read_picture, threads, to_array
 from ipfm.engine.data.image_files import LABEL_FILE, ImageFiles, LeftOut, printable
 from ipfm.engine.data.labels import MAX_CLASSES, label_file, read_labels
+from ipfm.engine.data.latents import are_latents, encode_latents
 from ipfm.engine.data.open_dataset import Packed, Subset, label_width, open_image_files, read_packed
 from ipfm.engine.data.shaping import Shaping
 from ipfm.engine.data.shards import HoldsLabels
 from ipfm.engine.data.tar_files import TarFiles
 from ipfm.engine.data.zip_writer import encode_png
 from ipfm.engine.runtime.progress import ProgressBar
+from ipfm.models.autoencoder import AT_ONCE, Autoencoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,6 +83,23 @@ class Pictures:
                     yield png
                     bar.advance()
 
+    def encoded(self, autoencoder: Autoencoder) -> Iterator[bytes]:
+        """The files of the images' latents, in their order; shows a bar.
+
+        Raises:
+            ValueError: an image cannot be decoded; one line that names the file.
+        """
+
+        def make(index: int) -> np.ndarray:
+            return to_array(self.load(index))
+
+        with ProgressBar("images", self.count) as bar:
+            for first in range(0, self.count, AT_ONCE):
+                some = np.stack(list(threads().map(make, range(first, min(first + AT_ONCE, self.count)))))
+                for latents in autoencoder.encode(torch.from_numpy(some)).numpy():
+                    yield encode_latents(latents)
+                    bar.advance()
+
 
 def find_pictures(
     source: Path,
@@ -115,6 +135,8 @@ def find_pictures(
         pictures = _from_arrays(packed, source, shaping, labelling, subset)
     else:
         files = open_image_files(source, split)
+        if are_latents(files):
+            raise ValueError(f"{source} holds latents already, which are read as they are: a set is made of pictures")
         pictures = _from_files(files, shaping, labelling, subset, leniency, skip_unreadable=skip_unreadable)
     return pictures if channels in (None, pictures.channels) else _with_channels(pictures, source, channels)
 

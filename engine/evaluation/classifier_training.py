@@ -22,8 +22,8 @@ from ipfm.engine.evaluation.metrics.classifier import (
     load_classifier,
     save_classifier,
 )
-from ipfm.engine.evaluation.metrics.features import full_float32
 from ipfm.engine.runtime.progress import ProgressBar
+from ipfm.models.full_float32 import full_float32
 
 EPOCHS, BATCH, LR = 4, 128, 2e-3
 FILE = "classifier.safetensors"

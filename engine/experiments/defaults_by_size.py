@@ -25,6 +25,7 @@ from ipfm.engine.experiments.network_options import Arch, check_side, fitted
 from ipfm.engine.experiments.origins import Origin, origins
 from ipfm.engine.runtime.wording import counted
 from ipfm.models import NetworkConfig
+from ipfm.models.autoencoder import is_latent
 
 RowName = Literal["small", "to-28", "cifar", "ffhq", "afhqv2", "imagenet", "from-96"]
 Scale = Literal["auto", "full", "small"]
@@ -100,6 +101,11 @@ class Facts:
     def side(self) -> int:
         """In pixels."""
         return self.shape[2]
+
+    @property
+    def latent(self) -> bool:
+        """Images are latents of an autoencoder."""
+        return is_latent(self.shape)
 
     @property
     def small(self) -> bool:
@@ -248,6 +254,9 @@ def teacher_settings(
     if facts.images is not None and row.name != "small" and found["kimg"] * 1000 > MOST_PASSES * facts.images:
         found["kimg"] = float(f"{MOST_PASSES * facts.images / 1000:.3g}")
         sources |= origins("ours", kimg=f"{MOST_PASSES:,.0f} passes over the images, as EDM's of AFHQv2")
+    if facts.latent and found.get("augment", 0) > 0:
+        found["augment"] = 0.0
+        sources |= origins("ours", augment="none, as the images are latents")
     length = found["kimg"] if length is None else length
     if length * RAMP_SHARE < found.get("lr_rampup_kimg", EDM_RAMP):
         found["lr_rampup_kimg"] = float(f"{length * RAMP_SHARE:.3g}")

@@ -34,7 +34,7 @@ from ipfm.engine.training.resolve import complete_training, resolve_D
 from ipfm.engine.training.run_folder import check_run_folder, claimed
 from ipfm.engine.training.snapshots import best_said
 from ipfm.engine.training.start import Branch, short_name
-from ipfm.engine.training.teacher import TeacherTraining, first_step, training_facts
+from ipfm.engine.training.teacher import TeacherTraining, check_augmentation, first_step, training_facts
 from ipfm.engine.training.transfer import Transfer, transfer_from
 from ipfm.models import NetworkConfig, presets
 from ipfm.models.checkpoints.training_state import TrainingState
@@ -247,6 +247,8 @@ class TeacherRecipe(Recipe[TeacherOptions]):
         check_levels(given, network)
         config = complete_training(replace(options.training(), D=network.D), network, run_device())
         config.split(launched_processes())
+        if data is not None:
+            check_augmentation(config, data)
         if data is not None and data.shape != settled.shape:
             raise ValueError(
                 f"{options.data} has images {times(data.shape)}, {self.title} is {times(settled.shape)}; "

@@ -73,6 +73,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         world: World | None = None,
     ) -> None:
         _check_images(network, dataset)
+        check_augmentation(config, dataset)
         world = world or start_world()
         settings = resolve_training(config, network, world)
         super().__init__(settings, world, title=f"teacher D={settings.D:g}", evaluation=evaluation)
@@ -213,6 +214,19 @@ def _check_images(network: NetworkConfig, dataset: ImageDataset) -> None:
         raise ValueError(f"the network takes images {network.image_shape}, {dataset.name} has {dataset.shape}")
     if network.label_dim not in (0, dataset.classes):
         raise ValueError(f"the network takes {network.label_dim} classes, {dataset.name} has {dataset.classes}")
+
+
+def check_augmentation(config: TeacherConfig, dataset: ImageDataset) -> None:
+    """Check that no augmentation is asked for of images that are latents.
+
+    Raises:
+        ValueError: it is.
+    """
+    if config.augment > 0 and dataset.latents:
+        raise ValueError(
+            f"augment was given, but {dataset.name} holds latents, which cannot be turned, stretched or mirrored as "
+            "pictures are: leave it out"
+        )
 
 
 def first_step(start: TrainingState, config: TeacherConfig) -> int:

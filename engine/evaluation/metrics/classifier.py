@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipfm.engine.evaluation.metrics.features import full_float32
 from ipfm.models.atomic_files import atomic_write
 from ipfm.models.checkpoints.recognise import missing
+from ipfm.models.full_float32 import full_float32
 
 FORMAT = "ipfm-classifier-1"
 DIM = 128

@@ -1,9 +1,7 @@
 """What images are compared by: the features of a network given as a file, or the pixels themselves."""
 
-import contextlib
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ipfm.models.checkpoints.recognise import missing, what_pointer, what_zip
+from ipfm.models.full_float32 import full_float32
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 WHERE_TO_GET_INCEPTION = (
@@ -195,18 +194,6 @@ def _load_script(path: Path, device: torch.device) -> Any:
             return torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError, torch.jit.Error) as error:
         raise ValueError(f"{path} is no TorchScript network: {_last_line(error)}; {WHERE_TO_GET_INCEPTION}") from None
-
-
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Without TF32, so that features do not depend on what a run allows its own networks."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def _is_table(found: object) -> bool:
