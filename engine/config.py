@@ -7,10 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, get_args
 
 from ipfm.engine.checks import at_least, check_D, is_number, not_negative, option_name, positive, share
 from ipfm.engine.noise_levels import NoiseLevels
+
+if TYPE_CHECKING:
+    from ipfm.models import NetworkConfig
 
 ZeroStage = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "all"]
@@ -19,6 +22,7 @@ TeacherStorage = Literal["fp32", "half", "sharded"]
 TeacherStorageOption = Literal["auto", "fp32", "half", "sharded"]
 Attention = Literal["auto", "sdpa", "xformers"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
+CudaGraphs = Literal["auto", "on", "off"]
 InitialWeights = Literal["auto", "teacher", "random"]
 Rules = Literal[1, 2]
 # By which a new run computes, and those of every run whose folder names none.
@@ -113,6 +117,9 @@ class RunConfig:
     GPUs want them; auto is that on GPUs, contiguous elsewhere."""
     compile: bool = setting(False, identity=False, place=True, memory=False)
     """Compile the networks with torch.compile: the first steps take minutes, the others less. Not with --zero 3."""
+    cuda_graphs: CudaGraphs = setting("auto", identity=False, place=True)
+    """Capture the steps in CUDA graphs and replay them, so that the host has little to do: on one GPU without ZeRO;
+    auto: where that goes."""
     noise: NoiseLevels = setting(NoiseLevels, memory=False)
     """Noise levels."""
     seed: int = setting(0, memory=False)
@@ -186,6 +193,8 @@ class RunConfig:
             raise ValueError(f"activation-checkpointing must be auto, on or off, got {self.activation_checkpointing!r}")
         if self.memory_format not in ("auto", "contiguous", "channels_last"):
             raise ValueError(f"memory-format must be auto, contiguous or channels_last, got {self.memory_format!r}")
+        if self.cuda_graphs not in ("auto", "on", "off"):
+            raise ValueError(f"cuda-graphs must be auto, on or off, got {self.cuda_graphs!r}")
         if self.attention_backend not in ("auto", "sdpa", "xformers"):
             raise ValueError(f"attention-backend must be auto, sdpa or xformers, got {self.attention_backend!r}")
         if self.attention_backend == "xformers" and self.compile:
@@ -293,6 +302,53 @@ class RunConfig:
         """What is made as data for another network is made with dropout, as by rules 1 alone."""
         return self.dropout > 0 and self.rules == FIRST_RULES
 
+    @property
+    def capturable(self) -> bool:
+        """Whether the steps run in pieces that CUDA graphs can capture, see `ipfm.engine.distributed.pieces`."""
+        return False
+
+    def seeds_once(self, *, phased: bool) -> bool:
+        """Whether all dropout of such a piece follows from one seed at its beginning, which is what a graph can have.
+
+        Args:
+            phased: the form of the step.
+        """
+        return False
+
+    def without_graphs(
+        self,
+        network: NetworkConfig,
+        *,
+        ranks: int,
+        stage: int | None,
+        phased: bool = False,
+        checkpointed: bool = False,
+    ) -> str:
+        """Why CUDA graphs cannot capture the steps on a GPU, in words; "" where they can and may.
+
+        Args:
+            network: the teacher's architecture; in a teacher's training what is trained.
+            ranks: number of processes.
+            stage: of ZeRO; None: 0.
+            phased: one network's activations at a time.
+            checkpointed: activations are computed again on the way back.
+        """
+        if self.cuda_graphs == "off":
+            return "off was given"
+        if ranks > 1:
+            return f"the {ranks} processes talk within a step"
+        if stage:
+            return f"DeepSpeed's ZeRO {stage} decides on the host"
+        if self.drops(network) and not self.seeds_once(phased=phased):
+            return "the host seeds dropout several times within a step"
+        if self.drops(network) and checkpointed:
+            return "what is computed again takes its dropout from the host"
+        return "" if self.capturable else "the objective's own functions may decide on the host"
+
+    def drops(self, network: NetworkConfig) -> bool:
+        """Whether dropout acts in a step, for a network as in `without_graphs`."""
+        return self.dropout > 0
+
     def recorded(self) -> Mapping[str, str]:
         """What config.json of a run folder says of these settings beside their values."""
         return {}
@@ -330,6 +386,19 @@ class TeacherConfig(RunConfig):
         share("beta1", self.beta1)
         at_least("heun-steps", self.heun_steps, 1)
         not_negative("lr-rampup-kimg", self.lr_rampup_kimg)
+
+    @property
+    def capturable(self) -> bool:
+        """See `RunConfig.capturable`."""
+        return True
+
+    def seeds_once(self, *, phased: bool) -> bool:
+        """See `RunConfig.seeds_once`: a piece has one forward pass."""
+        return True
+
+    def drops(self, network: NetworkConfig) -> bool:
+        """See `RunConfig.drops`: of labels too."""
+        return self.dropout > 0 or network.label_dropout > 0
 
     def learning_rate(self, step: int) -> float:
         """Learning rate at 0-based `step`: it grows linearly with the images seen, those of this step included."""

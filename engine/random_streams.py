@@ -115,7 +115,12 @@ def draw_number(count: int, *, seed: int, stream: int, step: int) -> int:
 
 
 def seed_dropout(seed: int, stream: int, step: int, first_index: int) -> None:
-    """Seed PyTorch's generators for the dropout of one forward pass.
+    """Seed PyTorch's generators for the dropout of one forward pass, see `dropout_seed`; arguments as there."""
+    torch.manual_seed(dropout_seed(seed, stream, step, first_index))
+
+
+def dropout_seed(seed: int, stream: int, step: int, first_index: int) -> int:
+    """What PyTorch's generators are seeded by for the dropout of one forward pass.
 
     The state depends on the position alone, so that a resumed run, and the second forward of a phased step, drop the
     same elements. PyTorch draws the mask of a micro-batch as a whole: unlike every other random number, which elements
@@ -135,4 +140,4 @@ def seed_dropout(seed: int, stream: int, step: int, first_index: int) -> None:
         mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         mixed ^= mixed >> 31
-    torch.manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
+    return mixed & 0x7FFFFFFFFFFFFFFF

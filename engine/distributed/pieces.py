@@ -34,12 +34,16 @@ def whole(number: Number) -> int | Tensor:
 class Pieces(Protocol):
     """What runs the pieces of a step."""
 
-    def run(self, key: tuple[Hashable, ...], work: Work, **numbers: float) -> Tensor | None:
+    def run(
+        self, key: tuple[Hashable, ...], work: Work, torch_seed: int | None = None, /, **numbers: float
+    ) -> Tensor | None:
         """`work(numbers)`, or what has the same effect.
 
         Args:
             key: what decides over the work besides its numbers; the first part is its name.
             work: the same function for the same key.
+            torch_seed: what PyTorch's generators are seeded by before it, for all that it draws of them: a replayed
+                graph asks them for their seed, and goes on from their place.
             numbers: what it is given, some of them as tensors.
 
         Returns:
@@ -47,13 +51,25 @@ class Pieces(Protocol):
         """
         ...
 
+    def placed(self, name: str, values: Tensor) -> Tensor:
+        """`values` where pieces may read them: what has the same name lies in the same place at every call."""
+        ...
+
 
 class AsTheyAre:
     """Runs every piece by itself."""
 
-    def run(self, key: tuple[Hashable, ...], work: Work, **numbers: float) -> Tensor | None:
+    def run(
+        self, key: tuple[Hashable, ...], work: Work, torch_seed: int | None = None, /, **numbers: float
+    ) -> Tensor | None:
         """See `Pieces.run`."""
+        if torch_seed is not None:
+            torch.manual_seed(torch_seed)
         return work(numbers)
+
+    def placed(self, name: str, values: Tensor) -> Tensor:
+        """See `Pieces.placed`."""
+        return values
 
 
 AS_THEY_ARE = AsTheyAre()
@@ -140,14 +156,28 @@ class CapturedPieces:
         self._capture, self._device, self._required, self._tell = capture, device, required, tell
         self._warm_ups, self._ready = warm_ups, ready
         self._pieces: dict[tuple[Hashable, ...], _Piece] = {}
+        self._places: dict[str, Tensor] = {}
         self._given_up = False
 
-    def run(self, key: tuple[Hashable, ...], work: Work, **numbers: float) -> Tensor | None:
+    def placed(self, name: str, values: Tensor) -> Tensor:
+        """See `Pieces.placed`: copied there."""
+        if self._given_up:
+            return values
+        place = self._places.get(name)
+        if place is None:
+            place = self._places[name] = torch.empty_like(values, device=self._device)
+        return place.copy_(values)
+
+    def run(
+        self, key: tuple[Hashable, ...], work: Work, torch_seed: int | None = None, /, **numbers: float
+    ) -> Tensor | None:
         """See `Pieces.run`.
 
         Raises:
             RuntimeError: the piece cannot be captured, and has to be. Nothing of it was carried out.
         """
+        if torch_seed is not None:
+            torch.manual_seed(torch_seed)
         if self._given_up:
             return work(numbers)
         piece = self._pieces.get(key)
@@ -164,7 +194,7 @@ class CapturedPieces:
                 piece.captured = self._capture.capture(bound)
             except Exception as error:
                 self._give_up(key, error)
-                return work(numbers)
+                return AS_THEY_ARE.run(key, work, torch_seed, **numbers)
         piece.captured.replay()
         out = piece.captured.out
         return None if out is None else out.clone()
@@ -179,6 +209,7 @@ class CapturedPieces:
             raise RuntimeError(f"{line}: give --cuda-graphs off") from error
         self._given_up = True
         self._pieces.clear()
+        self._places.clear()
         self._tell(f"{line}: the training goes on without graphs")
 
 

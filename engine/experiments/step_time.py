@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 
 from ipfm.engine.config import Resolved, RunConfig, TeacherConfig
 from ipfm.engine.distributed.compilation import set_execution
-from ipfm.engine.distributed.pieces import CAPTURES, WARM_UPS
+from ipfm.engine.distributed.pieces import CAPTURES, WARM_UPS, Number, whole
 from ipfm.engine.distributed.precision import apply_precision
 from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
@@ -185,23 +185,30 @@ def _training(
     """Number of images -> a step of a teacher's training on so many."""
     config = form.config
     role = Role("teacher", network, "random", config.lr, config.beta1, averaged=True)
-    net = _under_optimiser(form, role, World(0, 1, device))
+    world = World(0, 1, device)
+    net = _under_optimiser(form, role, world)
     net.module.train()
 
     def at(count: int) -> Iteration:
         y = torch.randn(count, *network.image_shape, device=device)
         index = torch.arange(count, device=device)
+        settings = replace(form, config=replace(config, batch=count, micro_batch=None), micro_batch=count)
+        pieces = pieces_of(settings, network, {"teacher": net}, world, tell=lambda line: None)
 
-        def iteration(step: int) -> None:
-            mark("teacher: forward and backward")
+        def gradients(numbers: Mapping[str, Number]) -> None:
+            step = whole(numbers["step"])
             sigma = config.noise.denoising(index, seed=0, stream=Stream.TEACHER_SIGMA, step=step)
             noisy = add_noise(
                 y, sigma, form.D, net.module, seed=0, stream=Stream.TEACHER_NOISE, step=step, sample_index=index
             )
             result = denoising_objective(bind(net, None), y, noisy, sigma_data=config.noise.sigma_data)
             net.backward(result.surrogate / count)
+
+        def iteration(step: int) -> None:
+            mark("teacher: forward and backward")
+            pieces.run(("gradients",), gradients, 0, step=step)
             mark("teacher: optimiser")
-            net.step(lr=config.lr, ema_decay=0.9)
+            pieces.run(("update",), lambda numbers: net.step(grad_scale=None, **numbers), lr=config.lr, ema_decay=0.9)
 
         return iteration
 

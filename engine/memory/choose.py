@@ -188,7 +188,16 @@ def plan_training(
         beta1=settings.config.beta1,
         activation_checkpointing=settings.checkpointed,
         accumulates=settings.micro_batch < settings.config.batch // ranks,
+        graphs=_graphs(settings, network, ranks),
         budget=budget,
+    )
+
+
+def _graphs(form: Resolved[RunConfig], network: NetworkConfig, ranks: int) -> bool:
+    """Whether CUDA graphs run the step, on a GPU."""
+    phased, checkpointed = form.phased, form.checkpointed
+    return not form.config.without_graphs(
+        network, ranks=ranks, stage=form.stage, phased=phased, checkpointed=checkpointed
     )
 
 
@@ -200,7 +209,7 @@ def _plans(forms: Sequence[Resolved[Distillation]], network: NetworkConfig, rank
     exact = forms[0].micro_batch <= POINTS[-1] or len(forms) == 1
     for form in forms:
         micro, local = form.micro_batch, form.config.batch // ranks
-        graphs = not form.config.without_graphs(network, ranks=ranks, stage=form.stage)
+        graphs = _graphs(form, network, ranks)
         accumulates, kept = micro < local, exact and form.stage < 2 and micro == local and not graphs
         settings = StepSettings.of(form, network, ranks, keeps_gradients=kept)
         parts = distillation_bytes(settings)

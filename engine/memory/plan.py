@@ -159,16 +159,20 @@ def plan_teacher_training(
     beta1: float = 0.9,
     activation_checkpointing: bool = False,
     accumulates: bool = False,
+    graphs: bool = False,
     budget: int | None = None,
 ) -> MemoryPlan:
-    """The same for the training of a teacher: one network, its optimiser and its EMA. Arguments as in `plan_memory`."""
+    """The same for the training of a teacher: one network, its optimiser and its EMA. Arguments as in `plan_memory`.
+
+    With `graphs`, CUDA graphs run the step, see `with_gradients`.
+    """
     sharding = check_plan(micro_batch, ranks, stage, precision, offload, "fp32", budget)
     parts = state_bytes(network, sharding, [(network, 2 + (beta1 > 0))], teacher=False)
-    kept = stage < 2 and not accumulates
+    kept = stage < 2 and not accumulates and not graphs
     settings = StepSettings(
         network, micro_batch, sharding, activation_checkpointing=activation_checkpointing, keeps_gradients=kept
     )
-    phases = with_gradients(simulate_teacher(settings), parts, accumulates, kept)
+    phases = with_gradients(simulate_teacher(settings), parts, accumulates, kept, graphs=graphs)
     return MemoryPlan(micro_batch, "", activation_checkpointing, parts, phases, budget)
 
 

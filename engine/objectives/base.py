@@ -35,7 +35,6 @@ from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.models import NetworkConfig, Precond
 
 Start = Literal["teacher", "random"]
-CudaGraphs = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -249,9 +248,6 @@ class Distillation(RunConfig, ABC):
     no more (the same results); sharded: among the processes, by ZeRO 3. auto: half in bf16 and fp16, else fp32."""
     backward: Literal["auto", "joint", "phased"] = setting("auto", identity=False, place=True)
     """joint: one backward pass over all networks; phased: one network's activations at a time; auto: by memory."""
-    cuda_graphs: CudaGraphs = setting("auto", identity=False, place=True)
-    """Capture the steps in CUDA graphs and replay them, so that the host has little to do: on one GPU without ZeRO and
-    dropout; auto: where that goes."""
     heun_steps: int = setting(18, identity=False, memory=False)
     """Steps of the teacher's sampler in the final table; 18 are 35 network evaluations."""
 
@@ -286,8 +282,6 @@ class Distillation(RunConfig, ABC):
             raise ValueError("compile does not go with teacher-storage sharded: use fp32 or half")
         if self.backward not in ("auto", "joint", "phased"):
             raise ValueError(f"backward must be auto, joint or phased, got {self.backward!r}")
-        if self.cuda_graphs not in ("auto", "on", "off"):
-            raise ValueError(f"cuda-graphs must be auto, on or off, got {self.cuda_graphs!r}")
 
     @property
     def decided_storage(self) -> TeacherStorage:
@@ -298,30 +292,19 @@ class Distillation(RunConfig, ABC):
         """
         return decide_storage(self.teacher_storage, self.decided_precision)
 
-    @property
-    def capturable(self) -> bool:
-        """Whether the steps run in pieces, see `StepContext.pieces`, that CUDA graphs can capture."""
-        return False
-
-    def without_graphs(self, network: NetworkConfig, *, ranks: int, stage: int | None) -> str:
-        """Why CUDA graphs cannot capture the steps on a GPU, in words; "" where they can and may.
-
-        Args:
-            network: the teacher's architecture.
-            ranks: number of processes.
-            stage: of ZeRO; None: 0.
-        """
-        if self.cuda_graphs == "off":
-            return "off was given"
-        if ranks > 1:
-            return f"the {ranks} processes talk within a step"
-        if stage:
-            return f"DeepSpeed's ZeRO {stage} decides on the host"
-        if self.teacher_storage == "sharded":
+    def without_graphs(
+        self,
+        network: NetworkConfig,
+        *,
+        ranks: int,
+        stage: int | None,
+        phased: bool = False,
+        checkpointed: bool = False,
+    ) -> str:
+        """See `RunConfig.without_graphs`."""
+        if self.teacher_storage == "sharded" and self.cuda_graphs != "off" and ranks == 1 and not stage:
             return "a sharded teacher is gathered by the host"
-        if self.dropout > 0 or network.label_dropout > 0:
-            return "the host seeds dropout anew in each step"
-        return "" if self.capturable else "the objective's own functions may decide on the host"
+        return super().without_graphs(network, ranks=ranks, stage=stage, phased=phased, checkpointed=checkpointed)
 
     def completed(self, network: NetworkConfig) -> Self:
         """These settings with what they leave open decided by the teacher's architecture alone.

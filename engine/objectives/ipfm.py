@@ -31,7 +31,7 @@ from ipfm.engine.objectives.losses import (
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.published import PaperResult, paper_results
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics, measured_as
-from ipfm.engine.random_streams import Stream, draw_labels, draw_number, seed_dropout
+from ipfm.engine.random_streams import Stream, draw_labels, draw_number, dropout_seed, seed_dropout
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.sampling.batches import sample_generator
 from ipfm.kernels import perturb
@@ -182,7 +182,11 @@ class DistillSteps:
         last = self._last(Stream.STUDENT_LAST, step)
         for first in self.world.micro_batches(config.batch, self.micro_batch):
             self._pieces.run(
-                ("the student's step", last), partial(self._student_micro_step, last), step=step, first=first
+                ("the student's step", last),
+                partial(self._student_micro_step, last),
+                self._dropout_seed(Stream.STUDENT_DROPOUT, step, first),
+                step=step,
+                first=first,
             )
         return self._update("student", self.student, lr=config.student_lr or config.lr)
 
@@ -219,7 +223,11 @@ class DistillSteps:
         last = self._last(Stream.GENERATOR_LAST, step)
         for first in self.world.micro_batches(self.config.batch, self.micro_batch):
             self._pieces.run(
-                ("the generator's step", last), partial(self._generator_micro_step, last), step=step, first=first
+                ("the generator's step", last),
+                partial(self._generator_micro_step, last),
+                self._dropout_seed(Stream.GENERATOR_DROPOUT, step * self.config.steps + last, first),
+                step=step,
+                first=first,
             )
         return self._update("generator", self.generator, lr=self.config.lr, ema_decay=self.config.ema_decay(step))
 
@@ -338,10 +346,14 @@ class DistillSteps:
         if module.training != training and (self.config.dropout > 0 or self.network.label_dropout > 0):
             module.train(training)
 
+    def _dropout_seed(self, stream: Stream, step: int, first: int) -> int | None:
+        """What a piece begins with; None without dropout."""
+        return dropout_seed(self.config.seed, stream, step, first) if self.config.dropout > 0 else None
+
     def _seed_dropout(self, stream: Stream, step: int | Tensor, micro: MicroBatch) -> None:
-        if self.config.dropout > 0:
-            # With dropout nothing is captured, and the numbers are those of the host.
-            seed_dropout(self.config.seed, stream, int(step), int(micro.first))
+        # Where the numbers are tensors the piece has begun with its one seed, see `DistillConfig.seeds_once`.
+        if self.config.dropout > 0 and not isinstance(step, Tensor) and not isinstance(micro.first, Tensor):
+            seed_dropout(self.config.seed, stream, step, micro.first)
 
     def _micro(self, label_stream: Stream, numbers: Mapping[str, Number]) -> MicroBatch:
         """The micro-batch that begins with the sample "first" of the global batch, in the update "step"."""
@@ -472,9 +484,13 @@ class DistillConfig(Distillation):
 
     @property
     def capturable(self) -> bool:
-        """See `Distillation.capturable`: but for noise levels or weights of a file of one's own."""
+        """See `RunConfig.capturable`: but for noise levels or weights of a file of one's own."""
         own = ("generator_sigma", "student_sigma", "generator_weight", "student_weight")
         return all(getattr(type(self), name) is getattr(DistillConfig, name) for name in own)
+
+    def seeds_once(self, *, phased: bool) -> bool:
+        """See `RunConfig.seeds_once`: where one evaluation of the generator is trained, and made once."""
+        return not phased and not self.samples_have_dropout and (self.steps == 1 or self.gradient == "last")
 
     @property
     def levels(self) -> tuple[float, ...]:

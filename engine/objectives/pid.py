@@ -148,7 +148,7 @@ class PidConfig(Distillation):
 
     @property
     def capturable(self) -> bool:
-        """See `Distillation.capturable`."""
+        """See `RunConfig.capturable`."""
         return True
 
     def objective(self, network: NetworkConfig) -> Objective:

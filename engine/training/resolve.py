@@ -42,13 +42,13 @@ def resolve(config: K, network: NetworkConfig, world: World) -> Resolved[K]:
     config = complete(config, network, world.device)
     _, micro = config.split(world.size)
     stage, backward, checkpointing = config.zero, config.backward, config.activation_checkpointing
-    check_graphs(config, network, ranks=world.size, stage=stage)
+    check_graphs(config, network, ranks=world.size, stage=stage, **_given_form(config))
     if config.micro_batch is not None and stage is not None and "auto" not in (backward, checkpointing):
         phased, checkpointed = backward == "phased", checkpointing == "on"
         return config.laid_out(D=network.D, stage=stage, micro_batch=micro, phased=phased, checkpointed=checkpointed)
     trained = trained_config(network, config.dropout)
     layout = choose_layout(config, trained, ranks=world.size, budget=device_budget(world.device))
-    check_graphs(config, network, ranks=world.size, stage=layout.plan.parts.stage)
+    _check_planned(config, network, layout.plan, world)
     return _as_planned(config, layout.plan, network.D)
 
 
@@ -61,8 +61,22 @@ def resolve_training(config: TeacherConfig, network: NetworkConfig, world: World
     """
     config = complete_training(config, network, world.device)
     trained = replace(network, dropout=config.dropout)
+    check_graphs(config, trained, ranks=world.size, stage=config.zero, **_given_form(config))
     plan = choose_training(config, trained, ranks=world.size, budget=device_budget(world.device))
+    _check_planned(config, trained, plan, world)
     return _as_planned(config, plan, network.D)
+
+
+def _given_form(config: RunConfig) -> dict[str, bool]:
+    """The form of the step as far as it was asked for."""
+    phased = isinstance(config, Distillation) and config.backward == "phased"
+    return {"phased": phased, "checkpointed": config.activation_checkpointing == "on"}
+
+
+def _check_planned(config: RunConfig, network: NetworkConfig, plan: MemoryPlan, world: World) -> None:
+    """Check that the steps can be captured as they are laid out, where that was asked for."""
+    stage, checkpointed = plan.parts.stage, plan.activation_checkpointing
+    check_graphs(config, network, ranks=world.size, stage=stage, phased=plan.phased, checkpointed=checkpointed)
 
 
 def _as_planned(config: C, plan: MemoryPlan, D: float) -> Resolved[C]:
@@ -100,7 +114,7 @@ def complete(config: K, network: NetworkConfig, device: torch.device) -> K:
 
 
 def complete_training(config: TeacherConfig, network: NetworkConfig, device: torch.device) -> TeacherConfig:
-    """The same for a teacher's training: D and precision.
+    """The same for a teacher's training: D, precision and CUDA graphs.
 
     Raises:
         ValueError: D contradicts the network's, its preconditioning is none that is trained here, it takes no
@@ -111,7 +125,7 @@ def complete_training(config: TeacherConfig, network: NetworkConfig, device: tor
     check_augment(config.augment, network)
     config = resolve_precision(replace(config, D=D), device)
     check_attention(config, network, device)
-    return config
+    return resolve_graphs(config, replace(network, dropout=config.dropout), device)
 
 
 def resolve_D(D: float | None, network: NetworkConfig) -> float:
@@ -158,7 +172,7 @@ def check_attention(config: RunConfig, network: NetworkConfig, device: torch.dev
             raise ValueError(f"attention-backend xformers cannot run here: {reason}: give auto or sdpa")
 
 
-def resolve_graphs(config: K, network: NetworkConfig, device: torch.device) -> K:
+def resolve_graphs(config: C, network: NetworkConfig, device: torch.device) -> C:
     """The configuration with CUDA graphs switched off where there is no GPU.
 
     Raises:
@@ -168,7 +182,7 @@ def resolve_graphs(config: K, network: NetworkConfig, device: torch.device) -> K
         if config.cuda_graphs == "on":
             raise ValueError(f"cuda-graphs on needs a GPU, and this is a {device.type}: give auto or off")
         return replace(config, cuda_graphs="off")
-    check_graphs(config, network, ranks=1, stage=config.zero)
+    check_graphs(config, network, ranks=1, stage=config.zero, **_given_form(config))
     return config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,17 @@ from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.augmentation import augment
 from ipfm.engine.data.dataset import Batch, ImageDataset
 from ipfm.engine.distributed.agreement import attempt
+from ipfm.engine.distributed.pieces import Number, whole
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.memory import MemoryPlan, device_budget, plan_training
 from ipfm.engine.noise_levels import training_sigmas, weight_sigma_data
+from ipfm.engine.objectives.captured import pieces_of
 from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
 from ipfm.engine.objectives.phases import mark
-from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics
-from ipfm.engine.random_streams import Stream, seed_dropout
+from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics, measured_as
+from ipfm.engine.random_streams import Stream, dropout_seed
 from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.engine.sampling.samplers import nfe
 from ipfm.engine.training.loop import PICTURE_SEED
@@ -89,6 +92,18 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         self.averaged = self._average_of(self.net, self.network)
         if start is not None:
             self._continue(start)
+        self._begun = 0
+        self._tally = LossSum("teacher", world, self.local_batch)
+        self._offsets = torch.arange(self.micro_batch, device=world.device)
+        self._pieces = pieces_of(
+            self.settings,
+            self.network,
+            self.networks,
+            world,
+            tell=self._tell,
+            # Of a graph the profiler would hear no phases.
+            ready=lambda: self._begun > self.config.profile_memory,
+        )
 
     def _in_training(self, start: TrainingState | None, transfer: Transfer | None) -> TrainedNetwork:
         """The network, new or as the training elsewhere left it, under its optimiser."""
@@ -115,51 +130,63 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
 
     def _step(self, step: int) -> StepMetrics:
         """One update on the batch of `step`, counted from 0."""
-        config, noise, world = self.config, self.config.noise, self.world
-        tally = LossSum("teacher", world)
+        config = self.config
+        self._begun += 1
         self.net.module.train()
-        for first in world.micro_batches(config.batch, self.micro_batch):
+        for first in self.world.micro_batches(config.batch, self.micro_batch):
             mark("teacher: forward and backward")
-            index = torch.arange(first, first + self.micro_batch, device=world.device)
-            batch = self._batch(step, index)
-            labels = batch.labels if self.network.label_dim else None
-            sigma = training_sigmas(
-                self.network, noise, index, seed=config.seed, stream=Stream.TEACHER_SIGMA, step=step
-            )
-            y, augment_labels = augment(
-                batch.images,
-                config.augment,
-                seed=config.seed,
-                stream=Stream.TEACHER_AUGMENT,
-                step=step,
-                sample_index=index,
-                mirrored_stretch=config.mirrored_stretch,
-            )
-            noisy = add_noise(
-                y,
-                sigma,
-                self.D,
-                self.net.module,
-                seed=config.seed,
-                stream=Stream.TEACHER_NOISE,
-                step=step,
-                sample_index=index,
-            )
-            if config.dropout > 0 or self.network.label_dropout > 0:
-                seed_dropout(config.seed, Stream.TEACHER_DROPOUT, step, first)
-            result = denoising_objective(
-                bind(self.net, labels, augment_labels),
-                y,
-                noisy,
-                sigma_data=weight_sigma_data(self.network, noise),
-            )
-            self.net.backward(result.surrogate / self.local_batch)
-            tally.add(result.loss, result.valid)
+            batch = self._batch(step, torch.arange(first, first + self.micro_batch, device=self.world.device))
+            images = self._pieces.placed("images", batch.images)
+            labels = None
+            if self.network.label_dim and batch.labels is not None:
+                labels = self._pieces.placed("labels", batch.labels)
+            seed = None
+            if config.drops(self.network):
+                seed = dropout_seed(config.seed, Stream.TEACHER_DROPOUT, step, first)
+            work = partial(self._micro_step, images, labels)
+            self._pieces.run(("the teacher's step",), work, seed, step=step, first=first)
         mark("teacher: optimiser")
-        applied = self.net.step(
-            lr=config.learning_rate(step), ema_decay=config.ema_decay(step), grad_scale=tally.grad_scale(config.batch)
+        rates = {"lr": config.learning_rate(step), "ema_decay": config.ema_decay(step)}
+        found = self._pieces.run(("the teacher's update",), self._update, **rates)
+        assert found is not None
+        return measured_as("teacher", found)
+
+    def _micro_step(self, images: Tensor, labels: Tensor | None, numbers: Mapping[str, Number]) -> None:
+        """Forward and backward of the micro-batch that begins with the sample "first", in the update "step"."""
+        config, noise = self.config, self.config.noise
+        step, index = whole(numbers["step"]), self._offsets + whole(numbers["first"])
+        sigma = training_sigmas(self.network, noise, index, seed=config.seed, stream=Stream.TEACHER_SIGMA, step=step)
+        y, augment_labels = augment(
+            images,
+            config.augment,
+            seed=config.seed,
+            stream=Stream.TEACHER_AUGMENT,
+            step=step,
+            sample_index=index,
+            mirrored_stretch=config.mirrored_stretch,
         )
-        return tally.measured(applied)
+        noisy = add_noise(
+            y,
+            sigma,
+            self.D,
+            self.net.module,
+            seed=config.seed,
+            stream=Stream.TEACHER_NOISE,
+            step=step,
+            sample_index=index,
+        )
+        result = denoising_objective(
+            bind(self.net, labels, augment_labels),
+            y,
+            noisy,
+            sigma_data=weight_sigma_data(self.network, noise),
+        )
+        self.net.backward(result.surrogate / self.local_batch)
+        self._tally.add(result.loss, result.valid)
+
+    def _update(self, numbers: Mapping[str, Number]) -> Tensor:
+        """The optimiser's step, and what was measured since the last one."""
+        return self._tally.taken(self.net.step(grad_scale=self._tally.grad_scale(self.config.batch), **numbers))
 
     def _batch(self, step: int, index: Tensor) -> Batch:
         """The images with these indices of the batch of `step`. StepFailed: files of some process cannot be read."""

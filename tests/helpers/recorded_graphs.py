@@ -2,7 +2,8 @@
 
 As a graph it keeps every Python number and every address that it saw, carries nothing out while it captures, and knows
 nothing of Python when it replays. What a graph on a GPU cannot have in it is an error: a value that the host reads, or
-a tensor that the host makes.
+a tensor that the host makes. PyTorch's own random numbers go on, as there, from the seed and place that its generator
+has when it replays: whoever does not seed it just before the piece would draw others, and a seed within is an error.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ aten = torch.ops.aten
 READING = {
     aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select, aten._unique2,
 }  # fmt: skip
-# What the host would have to send, and torch's own random numbers, whose seed stays.
-FROM_THE_HOST = {
-    aten.lift_fresh, aten.native_dropout, aten.bernoulli, aten.bernoulli_, aten.rand, aten.randn, aten.uniform_,
-    aten.normal_,
+# What the host would have to send.
+FROM_THE_HOST = {aten.lift_fresh}
+# Torch's own random numbers.
+RANDOM = {
+    aten.native_dropout, aten.bernoulli, aten.bernoulli_, aten.rand, aten.randn, aten.uniform_, aten.normal_,
 }  # fmt: skip
 
 
@@ -46,11 +48,16 @@ class Recorder:
         return work()
 
     def capture(self, work: Callable[[], Tensor | None]) -> Captured:
-        tape = Tape()
+        generator = torch.default_generator
+        before, seed = generator.get_state(), generator.initial_seed()
+        tape = Tape(seeded=torch.equal(before, torch.Generator().manual_seed(seed).get_state()))
         try:
             with tape:
                 out = work()
+            if generator.initial_seed() != seed:
+                raise NotCapturable("the host seeds random numbers within it")
         finally:
+            generator.set_state(before)
             tape.undo()
         self.captured += 1
         self.operators.append(len(tape.calls))
@@ -63,10 +70,11 @@ class Recorder:
 
 
 class Tape(TorchDispatchMode):
-    """Records what is done, and can do it again."""
+    """Records what is done, and can do it again; `seeded`: the generator of random numbers was, just before."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, seeded: bool = False) -> None:
         super().__init__()
+        self._seeded = seeded
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self._own: dict[int, torch.UntypedStorage] = {}
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
@@ -75,7 +83,7 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.overloadpacket in READING:
             raise NotCapturable(f"the host reads a tensor ({func})")
-        if func.overloadpacket in FROM_THE_HOST:
+        if func.overloadpacket in FROM_THE_HOST or (func.overloadpacket in RANDOM and not self._seeded):
             raise NotCapturable(f"the host makes a tensor ({func})")
         if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
             i is not None and i.dtype == torch.bool for i in args[1]

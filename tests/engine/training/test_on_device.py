@@ -18,14 +18,19 @@ import launch
 import pytest
 import tiny_inception
 import torch
+from recorded_graphs import Recorder
 from safetensors.torch import load_file
 
-from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine import DistillConfig, Distiller, PidConfig, TeacherConfig, TeacherTraining
 from ipfm.engine.commands.bench import memory_step, plain_loop
 from ipfm.engine.commands.bench.memory_step import StepCase
+from ipfm.engine.config import RunConfig
+from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.distributed import pieces
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.metrics import InceptionFeatures
 from ipfm.engine.memory.live import bytes_in_use
+from ipfm.kernels import reference
 from ipfm.models import NetworkConfig, Precond, build_network, load_teacher, presets
 
 ON = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
@@ -33,10 +38,11 @@ NETWORK = NetworkConfig(
     img_resolution=8, img_channels=3, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
     dropout=0.0, augment_dim=9, D=16.0,
 )  # fmt: skip
-CONFIG = DistillConfig(
-    batch=8, micro_batch=8, lr=1e-3, eps=1e-2, ema_kimg=0.05, zero=0, precision="fp32", tf32=False, backward="joint",
-    activation_checkpointing="off", max_steps=2,
-)  # fmt: skip
+BASE: dict[str, Any] = {
+    "batch": 8, "micro_batch": 8, "lr": 1e-3, "eps": 1e-2, "ema_kimg": 0.05, "zero": 0, "precision": "fp32",
+    "tf32": False, "activation_checkpointing": "off",
+}  # fmt: skip
+CONFIG = DistillConfig(**BASE, backward="joint", max_steps=2)
 
 
 def teacher(network: NetworkConfig = NETWORK) -> Precond:
@@ -54,8 +60,8 @@ def here(on: str) -> World:
     return World(0, 1, torch.device(on, 0) if on == "cuda" else torch.device(on))
 
 
-def weights(distiller: Distiller) -> dict[str, torch.Tensor]:
-    """Of both networks, on the host."""
+def weights(distiller: Distiller | TeacherTraining) -> dict[str, torch.Tensor]:
+    """Of its networks, on the host."""
     return {
         f"{which}/{name}": p.detach().float().cpu().clone()
         for which, network in distiller.networks.items()
@@ -124,6 +130,65 @@ def test_compiled_networks_train_as_others_do(on: str, memory_format: str, monke
         f"{which}/{name}": p for which in ("student", "generator") for name, p in teacher(network).named_parameters()
     }
     assert apart(moved, found[0]) > 10 * apart(*found)
+
+
+# Settings of a distillation, of a teacher's training, or of a distillation by another objective.
+GRAPHS: dict[str, tuple[type[RunConfig], dict[str, Any]]] = {
+    "teacher": (TeacherConfig, {"precision": "fp32", "dropout": 0.3, "augment": 0.5, "micro_batch": 4}),
+    "teacher, bf16": (TeacherConfig, {"precision": "bf16", "dropout": 0.3}),
+    "joint": (DistillConfig, {"backward": "joint", "student_updates": 2}),
+    "phased": (DistillConfig, {"backward": "phased", "precision": "bf16", "steps": 2, "micro_batch": 4}),
+    "checkpointed": (DistillConfig, {"activation_checkpointing": "on"}),
+    "dropout": (DistillConfig, {"dropout": 0.3, "precision": "bf16"}),
+    "last": (DistillConfig, {"steps": 3, "gradient": "last", "dropout": 0.1}),
+    "fp16": (DistillConfig, {"precision": "fp16"}),
+    "pid": (PidConfig, {"points": 20}),
+    "compiled": (DistillConfig, {"compile": True}),
+    "compiled, dropout": (TeacherConfig, {"compile": True, "dropout": 0.3}),
+}
+
+
+@pytest.mark.parametrize(
+    ("on", "case"),
+    [
+        pytest.param("cpu", "teacher"),
+        *(pytest.param("cuda", case, marks=pytest.mark.gpu) for case in GRAPHS),
+    ],
+)
+def test_steps_in_cuda_graphs_are_the_steps(on: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU with a stand-in for the graphs, see tests/engine/objectives/test_captured_steps.py."""
+    captured: list[str] = []
+
+    class Counted(pieces.CudaGraphs if on == "cuda" else Recorder):  # type: ignore[misc]
+        def capture(self, work: Any) -> Any:
+            captured.append("")
+            return super().capture(work)
+
+    monkeypatch.setitem(pieces.CAPTURES, on, Counted)
+    if on == "cpu":
+        monkeypatch.setattr(reference, "on_host", lambda tensor: False)
+    kind, settings = GRAPHS[case]
+    network = NETWORK if on == "cuda" else replace(NETWORK, channel_mult=(1,), attn_resolutions=())
+    steps = 16 if case == "last" else 5
+    found, losses, moved = [], [], 0.0
+    for graphs in ("off", "on"):
+        torch._dynamo.reset()
+        config: Any = kind(**{**BASE, **settings, "cuda_graphs": graphs, "max_steps": steps})
+        run: Distiller | TeacherTraining
+        if isinstance(config, TeacherConfig):
+            images = torch.randint(256, (24, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+            torch.manual_seed(0)
+            run = TeacherTraining(config, network, ImageDataset(images, name="few"), world=here(on))
+        else:
+            run = Distiller(config, teacher(network), world=here(on))
+        before = weights(run)
+        losses.append([float(v) for step in range(steps) for v in run.iteration(step).sums.values()])
+        found.append(weights(run))
+        moved = apart(before, found[-1])
+    assert len(captured) >= 2 * len(run.networks)
+    allowed = (1e-4, 1e-2)[config.precision != "fp32"]
+    assert losses[1] == pytest.approx(losses[0], rel=10 * allowed, abs=10 * allowed)
+    assert apart(*found) <= (0 if on == "cpu" else max(1e-4, allowed * moved)) < moved
 
 
 @pytest.mark.parametrize("on", ON)
