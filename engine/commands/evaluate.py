@@ -46,6 +46,7 @@ class Evaluate:
         "data": "images to compare with are --reference",
         "n": "the number of images is --images",
         "steps": "the number of steps is a generator's own; --heun-steps is for a teacher",
+        "gnet": "the network that guides is --guide",
     }
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
@@ -59,7 +60,7 @@ class Evaluate:
     classifier: Annotated[Path | None, tyro.conf.arg(metavar="F")] = None
     """The classifier.safetensors that recipes/fashion_ipfm.py leaves."""
     metrics: tuple[Literal["fid", "kid", "is", "pr"], ...] = ("fid",)
-    """What is measured; kid and pr need real images. KID: 100 subsets of 1000, or of half the images; pr: k = 3."""
+    """kid and pr need real images. KID of 100 subsets; pr: k = 3."""
     images: int | None = None
     """Images that are measured. Default: 50000 of a model, otherwise all."""
     repeats: int = 1
@@ -78,6 +79,10 @@ class Evaluate:
     """The lowest of them. Default: 0.002 or the network's."""
     sigma_max: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
     """The highest. Default: 80 or the network's."""
+    guide: Annotated[Path | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Guide a teacher by this weaker one, see ipfm sample."""
+    guidance: Annotated[float | None, tyro.conf.arg(metavar="W")] = None
+    """How far from --guide, such as 1.4; 1 is without."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
     which: Annotated[str | None, tyro.conf.arg(metavar="WHICH")] = None
@@ -109,7 +114,7 @@ class Evaluate:
         from ipfm.engine.evaluation.subject import open_subject
         from ipfm.engine.runtime.host_memory import check_memory, enough_memory
         from ipfm.engine.runtime.remarks import Remarks
-        from ipfm.engine.sampling.stored_model import Claim, Schedule
+        from ipfm.engine.sampling.stored_model import Claim, Schedule, load_guidance
 
         with user_input():
             self._check()
@@ -120,6 +125,7 @@ class Evaluate:
                 heun_steps=self.heun_steps,
                 seed=self.seed,
                 schedule=Schedule(self.sigma_min, self.sigma_max, self.rho),
+                guidance=load_guidance(self.guide, self.guidance, run_device()),
                 D=self.D,
                 claim=Claim.of(generator=self.generator, teacher=self.teacher, sigmas=self.sigmas),
                 which=self.which,
@@ -249,6 +255,8 @@ class Evaluate:
             "kind": subject.kind,
             "D": subject.D,
             "nfe": subject.nfe,
+            "guide": self.guide,
+            "guidance": self.guidance,
             "features": self.features,
             "metrics": list(dict.fromkeys(self.metrics)),
             "reference": self.reference,

@@ -15,7 +15,7 @@ from ipfm.engine.evaluation.reference_data import is_npz, open_images
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.objectives.published import paper_result
 from ipfm.engine.runtime.files import read_json
-from ipfm.engine.sampling.stored_model import NO_CLAIM, USUAL, Claim, Schedule, sample_model
+from ipfm.engine.sampling.stored_model import NO_CLAIM, USUAL, Claim, Guidance, Schedule, sample_model
 from ipfm.models import NetworkConfig
 from ipfm.models.checkpoints.recognise import image_kind, is_checkpoint, missing
 from ipfm.models.checkpoints.run_models import locate
@@ -63,6 +63,7 @@ def open_subject(
     heun_steps: int,
     seed: int,
     schedule: Schedule = USUAL,
+    guidance: Guidance | None = None,
     D: float | None = None,
     which: str | None = None,
     claim: Claim = NO_CLAIM,
@@ -79,6 +80,7 @@ def open_subject(
         heun_steps: of a teacher's sampler; a generator has its own noise levels.
         seed: of a model's samples, and of the choice among images.
         schedule: of a teacher's sampler: ends and rho of its grid.
+        guidance: of a teacher's sampler, its guide on `device`.
         D: auxiliary dimensions of a checkpoint that does not say them; None takes what the model says.
         which: of a run folder: "best", "last" or a step; see `locate`.
         claim: whether a checkpoint is a generator or a teacher, likewise.
@@ -87,7 +89,7 @@ def open_subject(
         strict: likewise.
 
     Raises:
-        ValueError: there is nothing to measure, or D contradicts it; a schedule for what is no teacher.
+        ValueError: there is nothing to measure, or D contradicts it; a schedule or a guide for what is no teacher.
     """
     if not path.exists():
         raise ValueError(f"{missing(path)}: give a model folder, a checkpoint, a data set or an .npz of images")
@@ -99,7 +101,7 @@ def open_subject(
             raise ValueError(f"D was given, but {path} holds images, not a model")
         if claim.kind is not None:
             raise ValueError(f"{claim.kind} was given, but {path} holds images, not a model")
-        if own := _listed(schedule):
+        if own := _listed(schedule, guidance):
             raise ValueError(f"{own} given, but {path} holds images, not a teacher: leave it out")
         images = open_images(path, limit=limit, seed=seed, skip_unreadable=skip_unreadable, strict=strict)
         if limit is not None and len(images) < limit:
@@ -117,22 +119,25 @@ def open_subject(
         )
     if image := _single_image(path):
         raise ValueError(f"{path} is a single image ({image}); give the folder that it lies in")
-    model = sample_model(path, device, heun_steps=heun_steps, seed=seed, schedule=schedule, D=D, claim=claim)
+    model = sample_model(
+        path, device, heun_steps=heun_steps, seed=seed, schedule=schedule, guidance=guidance, D=D, claim=claim
+    )
     draw, network, facts, nfe = model.draw, model.network, model.facts, model.nfe
     shape = network.image_shape
     if isinstance(facts, GeneratorFacts):
-        if own := _listed(schedule):
+        if own := _listed(schedule, guidance):
             raise ValueError(f"{own} given, but {path} is a generator, which has noise levels of its own: leave it out")
         kind, paper = "generator", _generator_paper(facts, network, nfe)
     else:
-        kind, paper = "teacher", None if schedule.named() else _teacher_paper(facts, network, nfe)
+        kind, paper = "teacher", None if schedule.named() or guidance else _teacher_paper(facts, network, nfe)
     remarks = ((taken.said(),) if taken.taken else ()) + model.remarks
     return Subject(kind, draw, shape, None, network.D, nfe, paper, remarks=remarks, path=path)
 
 
-def _listed(schedule: Schedule) -> str:
-    """What was given of a schedule: "rho was", "sigma-min, rho were"; nothing where nothing was."""
+def _listed(schedule: Schedule, guidance: Guidance | None) -> str:
+    """What was given for a teacher's sampler: "rho was", "sigma-min, guide were"; nothing where nothing was."""
     given = [option_name(name) for name, value in vars(schedule).items() if value is not None]
+    given += ["guide"] if guidance is not None else []
     return f"{', '.join(given)} {'was' if len(given) == 1 else 'were'}" if given else ""
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
 from ipfm.engine.random_streams import Stream
+from ipfm.engine.sampling.denoisers import Denoiser, GuidedDenoiser, RoundsSigma
 from ipfm.engine.sampling.own_settings import check_denoiser, check_given, own_D, own_ends, own_labels, own_levels
 from ipfm.engine.sampling.seeds import SampleNoise, Seeds
 from ipfm.engine.sampling.trajectory import trajectory, trajectory_network
@@ -20,22 +21,6 @@ Solver = Literal["heun", "euler"]
 
 # Ends of the sampler's grid [Karras et al. 2022, table 1], where the network supports them.
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
-
-
-class Denoiser(Protocol):
-    """What the samplers need of a network: `net(x, sigma, class_labels)` and the shape of its images."""
-
-    img_channels: int
-    img_resolution: int
-
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor: ...
-
-
-@runtime_checkable
-class RoundsSigma(Protocol):
-    """A network that knows which noise levels it supports."""
-
-    def round_sigma(self, sigma: Tensor) -> Tensor: ...
 
 
 def draw_prior(net: Denoiser, sample_index: Tensor, sigma: float, D: float, *, seed: int) -> Tensor:
@@ -85,6 +70,8 @@ def heun_sample(
     sigmas: tuple[float, ...] | None = None,
     solver: Solver = "heun",
     churn: Churn | None = None,
+    guide: Denoiser | None = None,
+    guidance: float | None = None,
     override: bool = False,
 ) -> Tensor:
     """Sampling of the teacher by its ODE, deterministic or stochastic [Karras et al. 2022, algorithms 1 and 2].
@@ -98,6 +85,10 @@ def heun_sample(
     level sigma_hat. At finite D eps is drawn from the kernel of that D, as the prior is, and this is an approximation,
     because the sum of two Student t variables is not a Student t variable: above D = 2 it has the right covariance and
     too light tails, below too heavy ones. Karras et al. treat D = inf alone.
+
+    With `guide`, net(x, sigma) is replaced by guide(x, sigma) + guidance (net(x, sigma) - guide(x, sigma)) in every
+    evaluation [Ho & Salimans 2022; Karras et al. 2024, eq. 3], which then are twice as many. That is the denoiser of no
+    distribution, at any D.
 
     Args:
         net: denoiser.
@@ -118,6 +109,10 @@ def heun_sample(
         sigmas: noise levels, strictly falling, one a step, in place of `steps` and the grid; 0 follows the last one.
         solver: "heun", or "euler": first order, one evaluation a step.
         churn: noise to add; None adds none.
+        guide: a weaker denoiser of such images, which the images are driven away from: one without classes
+            (classifier-free guidance), or one that was trained less (autoguidance). It is given the same labels, if it
+            knows as many, and none if it knows none.
+        guidance: how far, >= 0; 1 is `net` alone, and the guide is not evaluated. It is given with a guide.
         override: sample a network that was read from disk at another D than its own, or a generator as a teacher.
 
     Returns:
@@ -125,7 +120,8 @@ def heun_sample(
 
     Raises:
         ValueError: a number out of its range, no or two sets of noise levels, a level that the network rounds to 0,
-            latents of another shape, or what the network was not made with: D, labels, or it is a generator.
+            latents of another shape, what the network was not made with: D, labels, or it is a generator; or a guide
+            of other images, of another D, or without a guidance.
 
     Example:
         >>> import torch
@@ -145,6 +141,7 @@ def heun_sample(
         raise ValueError(f"churn must be a Churn, such as Churn(amount=40), got {churn!r}")
     check_denoiser(net, override=override)
     D = own_D(net, D, override=override)
+    denoise = _guided(net, guide, guidance)
     grid = _grid(net, steps, sigmas, NoiseLevels(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho))
     levels = supported(net, grid)
     count, churn = len(levels), churn or Churn()
@@ -159,10 +156,10 @@ def heun_sample(
                 (raised,) = supported(net, [raised])
                 level = churn.noise * math.sqrt(raised**2 - current**2)
                 x = _perturbed(draws, x, level, D, stream=Stream.SAMPLER_CHURN, step=i)
-            slope = (x - _denoise(net, x, raised, class_labels)) / raised
+            slope = (x - _denoise(denoise, x, raised, class_labels)) / raised
             euler = x + (following - raised) * slope
             if following > 0 and solver == "heun":
-                slope_there = (euler - _denoise(net, euler, following, class_labels)) / following
+                slope_there = (euler - _denoise(denoise, euler, following, class_labels)) / following
                 euler = x + (following - raised) * (slope + slope_there) / 2
             x = euler
     return x.float()
@@ -290,6 +287,18 @@ def trajectory_sample(
             class_labels=class_labels,
         )
     return x.float()
+
+
+def _guided(net: Denoiser, guide: Denoiser | None, guidance: float | None) -> Denoiser:
+    """What is evaluated: the network, or the network with its guide."""
+    if guide is None:
+        if guidance is not None:
+            raise ValueError(f"guidance {guidance!r} was given without a guide: give the network that guides, too")
+        return net
+    check_given(guide, None, None)
+    if guidance is None:
+        raise ValueError("a guide was given without guidance: give its factor, such as 1.4")
+    return GuidedDenoiser(net, guide, guidance)
 
 
 def _check_solver(solver: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from ipfm.engine.noise_levels import NoiseLevels, check_sigmas
 from ipfm.engine.sampling.batches import Sampler, draw_images
 from ipfm.engine.sampling.class_labels import check_classes
+from ipfm.engine.sampling.denoisers import check_guidance, check_guide
 from ipfm.engine.sampling.memory_format import set_memory_format
 from ipfm.engine.sampling.samplers import (
     SIGMA_MAX,
@@ -32,9 +33,10 @@ from ipfm.engine.sampling.seeds import Seeds, check_between
 from ipfm.engine.sampling.trajectory import trajectory_network
 from ipfm.models import NetworkConfig, Precond, read_config
 from ipfm.models.checkpoints.reader import check_D, open_checkpoint
+from ipfm.models.checkpoints.run_models import locate
 from ipfm.models.facts import GeneratorFacts, ModelFacts, TeacherFacts
 from ipfm.models.store import CONFIG_FILE
-from ipfm.models.teacher import Kind, load_from_checkpoint, load_from_folder
+from ipfm.models.teacher import Kind, load_from_checkpoint, load_from_folder, load_teacher
 
 T = TypeVar("T")
 
@@ -151,6 +153,58 @@ class Claim:
 NO_CLAIM = Claim()
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """What guides a teacher while it is sampled, see `GuidedDenoiser`.
+
+    Attributes:
+        guide: the weaker network, frozen, where images are drawn.
+        weight: how far from it; 1 is without.
+        path: where it was loaded from.
+        remarks: which network of a run was taken.
+
+    Raises:
+        ValueError: the weight is no finite number >= 0.
+    """
+
+    guide: Precond
+    weight: float
+    path: Path
+    remarks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_guidance(self.weight)
+
+    @property
+    def networks(self) -> int:
+        """Evaluated at each noise level."""
+        return 1 if self.weight == 1 else 2
+
+
+def load_guidance(path: Path | None, weight: float | None, device: torch.device) -> Guidance | None:
+    """What the options --guide and --guidance ask for; None without them.
+
+    Args:
+        path: of the weaker network: as a teacher's, or a run.
+        weight: how far from it.
+        device: where images are drawn.
+
+    Raises:
+        ValueError: one without the other, a number out of its range, or `path` is no teacher.
+    """
+    if path is None:
+        if weight is not None:
+            raise ValueError(f"guidance {weight:g} was given without a guide: give the network that guides as --guide")
+        return None
+    if weight is None:
+        raise ValueError(f"guide {path} was given without guidance: give its factor too, such as --guidance 1.4")
+    check_guidance(weight)
+    taken = locate(path, teacher=True)
+    guide = load_teacher(taken.path)
+    set_memory_format(guide, "auto", device)
+    return Guidance(guide.to(device), weight, taken.path, (taken.said(),) if taken.taken else ())
+
+
 def sample_model(
     path: Path,
     device: torch.device,
@@ -163,6 +217,7 @@ def sample_model(
     schedule: Schedule = USUAL,
     solver: Solver = "heun",
     churn: Churn | None = None,
+    guidance: Guidance | None = None,
     classes: Sequence[int] | None = None,
 ) -> SampledModel:
     """The model at `path`, to be drawn from.
@@ -181,6 +236,7 @@ def sample_model(
         schedule: ends and rho of the grid of a teacher's sampler, where sigmas are not given.
         solver: of a teacher's sampler, likewise.
         churn: of a teacher's sampler, likewise.
+        guidance: of a teacher's sampler, likewise; the guide is on `device`.
         classes: image i is of class classes[i modulo their number]; None draws the classes at random.
 
     Raises:
@@ -200,9 +256,11 @@ def sample_model(
         schedule=schedule,
         solver=solver,
         churn=churn,
+        guidance=guidance,
         classes=classes,
     )
-    return model._replace(remarks=taken_for_granted(path, facts, model.sigmas, claim))
+    remarks = guidance.remarks if guidance is not None else ()
+    return model._replace(remarks=(*remarks, *taken_for_granted(path, facts, model.sigmas, claim)))
 
 
 def taken_for_granted(path: Path, facts: ModelFacts, sigmas: Sequence[float], claim: Claim) -> tuple[str, ...]:
@@ -243,6 +301,7 @@ def sample_network(
     schedule: Schedule = USUAL,
     solver: Solver = "heun",
     churn: Churn | None = None,
+    guidance: Guidance | None = None,
     classes: Sequence[int] | None = None,
 ) -> SampledModel:
     """A network that has been loaded, to be drawn from where it lies; as `sample_model`.
@@ -257,6 +316,7 @@ def sample_network(
         schedule: ends and rho of its grid, where sigmas are not given.
         solver: of a teacher's sampler.
         churn: of a teacher's sampler.
+        guidance: of a teacher's sampler.
         classes: of the images.
 
     Raises:
@@ -276,6 +336,7 @@ def sample_network(
         schedule=schedule,
         solver=solver,
         churn=churn,
+        guidance=guidance,
     )
     return SampledModel(
         lambda first, count: draw_images(sampler, net, first, count, seed=seed, classes=classes),
@@ -308,6 +369,7 @@ def own_sampler(
     schedule: Schedule = USUAL,
     solver: Solver = "heun",
     churn: Churn | None = None,
+    guidance: Guidance | None = None,
 ) -> BoundSampler:
     """The sampler of a network that has been loaded: a generator's own, or a teacher's.
 
@@ -320,13 +382,15 @@ def own_sampler(
         schedule: ends and rho of its grid, where sigmas are not given.
         solver: of a teacher's sampler.
         churn: of a teacher's sampler.
+        guidance: of a teacher's sampler.
 
     Raises:
-        ValueError: its stored noise levels are unusable, or sigmas are not what the network knows.
+        ValueError: its stored noise levels are unusable, sigmas are not what the network knows, or the guide does not
+            fit it.
     """
     if isinstance(facts, GeneratorFacts):
         return _generator_sampler(net, facts, facts_file(path))
-    return _teacher_sampler(net, heun_steps, sigmas, schedule, solver, churn)
+    return _teacher_sampler(net, heun_steps, sigmas, schedule, solver, churn, guidance)
 
 
 def load_denoiser(
@@ -390,20 +454,27 @@ def _teacher_sampler(
     schedule: Schedule,
     solver: Solver,
     churn: Churn | None,
+    guidance: Guidance | None,
 ) -> BoundSampler:
-    bound = partial(heun_sample, net, D=net.D, solver=solver, churn=churn)
+    guide: dict[str, Any] = {}
+    each = 1
+    if guidance is not None:
+        check_guide(net, guidance.guide)
+        guide = {"guide": guidance.guide, "guidance": guidance.weight}
+        each = guidance.networks
+    bound = partial(heun_sample, net, D=net.D, solver=solver, churn=churn, **guide)
     if sigmas is None:
         noise = schedule.of(net)
         ends = {"sigma_min": noise.sigma_min, "sigma_max": noise.sigma_max, "rho": noise.rho}
         grid = tuple(noise.karras(steps)[:-1].tolist())
-        return BoundSampler(partial(bound, steps=steps, **ends), nfe(steps, solver), grid)
+        return BoundSampler(partial(bound, steps=steps, **ends), each * nfe(steps, solver), grid)
     levels = check_sigmas(sigmas)
     if not (net.sigma_min <= levels[-1] and levels[0] <= net.sigma_max):
         raise ValueError(
             f"sigmas must lie in what the network knows, [{net.sigma_min:g}, {net.sigma_max:g}], "
             f"got {', '.join(f'{sigma:g}' for sigma in levels)}"
         )
-    return BoundSampler(partial(bound, sigmas=levels), nfe(len(levels), solver), levels)
+    return BoundSampler(partial(bound, sigmas=levels), each * nfe(len(levels), solver), levels)
 
 
 def _generator_sampler(net: Precond, facts: GeneratorFacts, where: Path) -> BoundSampler:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ipfm.engine.runtime.progress import ProgressBar
     from ipfm.engine.sampling.interpolation import Between
     from ipfm.engine.sampling.samplers import Churn
-    from ipfm.engine.sampling.stored_model import Claim, SampledModel, Schedule
+    from ipfm.engine.sampling.stored_model import Claim, Guidance, SampledModel, Schedule
     from ipfm.models import NetworkConfig
 
 
@@ -34,7 +34,10 @@ MOST = {"n": 10**12, "batch": 10**12, "heun_steps": 100_000}
 CHURN = {"churn": "", "min": "-min", "max": "-max", "noise": "-noise"}
 SCHEDULE = ("sigma_min", "sigma_max", "rho")
 # Options of a teacher's sampler; a generator's is its own.
-OF_A_TEACHER = ("heun_steps", "solver", "sigmas", *SCHEDULE, "churn", "churn_min", "churn_max", "churn_noise")
+OF_A_TEACHER = (
+    *("heun_steps", "solver", "sigmas", *SCHEDULE, "churn", "churn_min", "churn_max", "churn_noise"),
+    *("guide", "guidance"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,7 @@ class Sample:
     ELSEWHERE: ClassVar[Mapping[str, str]] = {
         "steps": "the number of steps is a generator's own; --heun-steps is for a teacher",
         "network": "the model comes first, without an option",
+        "gnet": "the network that guides is --guide",
         "init-sigma": "it is --sigmas, for a checkpoint that is a --generator",
         **{f"S-{end}": f"it is --churn{own}" for end, own in CHURN.items()},
         "disc": "the levels are EDM's own, by --rho, --sigma-min and --sigma-max, or those of --sigmas",
@@ -60,7 +64,7 @@ class Sample:
     """A .png (one grid), a .npz (images NHWC, uint8), or a folder: one PNG an image, named by its seed or index, which
     several processes share (deepspeed .venv/bin/ipfm sample ...)."""
     add: bool = False
-    """Put the images into a folder with others; those of the same name are replaced."""
+    """Put images into a folder with others; they replace those of their names."""
     subdirs: bool = False
     """Put each 1000 images into a sub-folder: 000000, 001000, ..."""
     n: int | None = None
@@ -70,7 +74,7 @@ class Sample:
     seeds: Annotated[str | None, tyro.conf.arg(metavar="0,3,7-12")] = None
     """The first image of each of these seeds, in place of --n and --seed."""
     interpolate: Annotated[tuple[int, ...], tyro.conf.arg(metavar="0 1 ...")] = ()
-    """--n images (8) from one seed's to the next one's, by latents of the prior's law."""
+    """--n images (8) from seed to seed, by latents of the prior's law."""
     classes: Annotated[str | None, tyro.conf.arg(metavar="0,1,2")] = None
     """Classes of the images, in turn; one for all of one class. Default: drawn at random."""
     batch: int = 256
@@ -95,6 +99,10 @@ class Sample:
     """S_tmax, the highest. Default: inf."""
     churn_noise: float | None = None
     """S_noise, factor of the noise added. Default: 1."""
+    guide: Annotated[Path | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Guide a teacher by this weaker one: without classes, or trained less."""
+    guidance: Annotated[float | None, tyro.conf.arg(metavar="W")] = None
+    """How far from --guide, such as 1.4; 1 is without. Twice the evaluations."""
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
     which: Annotated[str | None, tyro.conf.arg(metavar="WHICH")] = None
@@ -114,7 +122,7 @@ class Sample:
         from ipfm.engine.runtime.progress import ProgressBar
         from ipfm.engine.runtime.remarks import Remarks
         from ipfm.engine.runtime.wording import counted
-        from ipfm.engine.sampling.stored_model import sample_model
+        from ipfm.engine.sampling.stored_model import load_guidance, sample_model
         from ipfm.models.checkpoints.run_models import locate
 
         with user_input():
@@ -128,6 +136,7 @@ class Sample:
             points = self._points()
             classes = self._classes()
             churn = self._churn()
+            guidance = load_guidance(self.guide, self.guidance, run_device())
             taken = locate(self.model, self.which)
             model = sample_model(
                 taken.path,
@@ -140,12 +149,13 @@ class Sample:
                 schedule=self._schedule(),
                 solver=self.solver or "heun",
                 churn=churn,
+                guidance=guidance,
                 classes=classes,
             )
             self._check_model(model)
             names = seeds or range(len(points) or self.n or IMAGES)
             self._check_memory(model.network, len(names))
-            destination = self._destination(model, names)
+            destination = self._destination(model, guidance, names)
         remarks = Remarks()
         if alone:
             forget_launch()
@@ -298,17 +308,19 @@ class Sample:
         each = 4 * channels + (4 * (channels + 2 * network.model_channels) if run_device().type == "cpu" else 0)
         check_memory(size * height * width * each, f"a batch of {size:,} images", "give a smaller --batch")
 
-    def _destination(self, model: SampledModel, names: Sequence[int]) -> Destination:
+    def _destination(self, model: SampledModel, guidance: Guidance | None, names: Sequence[int]) -> Destination:
         """Where the images go. ValueError: they would be mixed with others, or do not fit there."""
         from ipfm.engine.commands.sample.destination import Array, Folder, Picture
 
         if self._is_folder():
-            return Folder(self.out, names, self._made_by(model, len(names)), add=self.add, subdirs=self.subdirs)
+            return Folder(
+                self.out, names, self._made_by(model, guidance, len(names)), add=self.add, subdirs=self.subdirs
+            )
         if self._suffix() == ".png":
             return Picture(self.out, len(names), model.network.image_shape, in_a_row=bool(self.interpolate))
         return Array(self.out, len(names), model.network.image_shape)
 
-    def _made_by(self, model: SampledModel, count: int) -> dict[str, object]:
+    def _made_by(self, model: SampledModel, guided: Guidance | None, count: int) -> dict[str, object]:
         """All that changes an image but its number."""
         from ipfm.engine.runtime.json_output import plain
         from ipfm.engine.sampling.stored_model import fingerprint
@@ -325,6 +337,7 @@ class Sample:
             "seed": seed,
             **{name: value for name, value in own.items() if value is not None},
             **self._schedule().named(),
+            **({"guide": fingerprint(guided.path), "guidance": guided.weight} if guided is not None else {}),
         }
         return {name: plain(value) for name, value in made.items()}
 
@@ -393,6 +406,8 @@ class Sample:
             "nfe": model.nfe,
             "D": model.network.D,
             "sigmas": model.sigmas,
+            "guide": self.guide,
+            "guidance": self.guidance,
             "seconds": seconds,
             "images_per_second": count / max(seconds, 1e-9),
         }
