@@ -7,7 +7,8 @@ Because an EMA lives in the optimiser's state, whatever shards that state (ZeRO)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ipfm.kernels._dispatch import Backend, use_triton
 from ipfm.kernels.adam_fused import MOST_AVERAGES, FusedAdam, Group
 from ipfm.kernels.adam_reference import reference_step
+from ipfm.kernels.weight_rows import WeightRows, write_plain
 
 
 class AdamEMA(torch.optim.Optimizer):
@@ -50,6 +52,13 @@ class AdamEMA(torch.optim.Optimizer):
     Bytes moved by the kernels, for a float32 parameter at beta1 = 0 with one average: 4 to measure g, 28 to update
     (g, w, v, e read, w, v, e written); 8 more for m, 8 for each further average. A tensor whose elements have gaps, or
     another order than its parameter's, goes through a copy.
+
+    Weights under forced weight normalisation [Karras et al. 2024, section 2.3] are named by `normalise_rows`: the
+    optimiser's parameters are their masters M, gradients are those of the plain weights w = n(n(M)) / √K that a forward
+    pass uses, n(M) = M / (1e-4 + ‖M‖ / √K) for each row of K elements. A step is then, in this order: M <- n(M); the
+    gradients turned into those of n(M), as the rule inside the forward pass gives them; all of the above, where norm
+    and finite check are of these gradients; and w written from the new M. Averages are of M as the step leaves it. A
+    step that changes nothing leaves M as it is.
 
     CUDA graphs: a step can be captured after one like it outside the graph. Give lr and ema_decay as tensors, which
     replays read anew: Python numbers stay as they were captured. Parameters, state and grad_scale must stay where they
@@ -119,6 +128,23 @@ class AdamEMA(torch.optim.Optimizer):
         self.applied: Tensor | None = None
         self.steps_applied: Tensor | None = None
         self._fused = FusedAdam()
+        self._rows: dict[Tensor, WeightRows] = {}
+        self._cut_rows = 0
+
+    def normalise_rows(self, rows: Mapping[Tensor, WeightRows], *, cut_rows: int = 0) -> None:
+        """Keep weights under forced weight normalisation from now on; `write_plain` writes the first plain weights.
+
+        Args:
+            rows: of each of the optimiser's tensors that has some; those keep their dtype, device and place.
+            cut_rows: how many rows shards cut, over all of them.
+        """
+        self._rows, self._cut_rows = dict(rows), cut_rows
+
+    @torch.no_grad()
+    def write_plain(self) -> None:
+        """Write the plain weights of the masters as they are now, as a step does; every shard's process calls it."""
+        if self._rows:
+            write_plain(self._rows, self._cut_rows, self.sum_over_shards)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with settings of their own, as in `torch.optim.Optimizer`.
@@ -194,7 +220,8 @@ class AdamEMA(torch.optim.Optimizer):
             self.applied = torch.zeros((), dtype=torch.bool, device=self.steps_applied.device)
             return
         device = grads[0].device
-        step = self._fused.step if use_triton("AdamEMA", self.backend, device) else reference_step
+        fused = use_triton("AdamEMA", self.backend, device) and not self._rows
+        step = self._fused.step if fused else partial(reference_step, rows=self._rows, cut_rows=self._cut_rows)
         self.applied = step(
             [self._columns(group, params) for group, params in groups if params],
             self.steps_applied,

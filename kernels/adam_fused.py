@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ipfm.kernels._dense import is_dense, same_order
 from ipfm.kernels._dispatch import adam_config, float64_bits, on_device
 from ipfm.kernels.adam_kernels import measure_kernel, numbers_kernel, reduce_kernel, update_kernel
 
@@ -279,22 +280,3 @@ def _dense(group: Group, copies: list[tuple[Tensor, Tensor]]) -> Group:
                 copies.append((column[k], copy))
                 column[k] = copy
     return replace(group, gradients=gradients, columns=columns)
-
-
-def is_dense(t: Tensor) -> bool:
-    """Whether the elements lie in memory without gaps, in whatever order of the dimensions."""
-    if t.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def same_order(t: Tensor, like: Tensor) -> bool:
-    """Elements of the same index lie at the same place, and are of one dtype."""
-    if t.dtype != like.dtype or t.shape != like.shape:
-        return False
-    return t.stride() == like.stride() or (t.is_contiguous() and like.is_contiguous())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ipfm.kernels.adam_fused import Group, is_dense, rho_inf, same_order
+from ipfm.kernels._dense import is_dense, same_order
+from ipfm.kernels.adam_fused import Group, rho_inf
+from ipfm.kernels.weight_rows import WeightRows, gradients_of_masters, write_plain
 
 # Elements that the foreach form updates at a time: it bounds its temporaries, three of this size.
 CHUNK = 2**24
@@ -21,6 +23,8 @@ def reference_step(
     clip_norm: float | None,
     ema_decay: Tensor | Sequence[float],
     sum_over_shards: Callable[[Tensor], object] | None,
+    rows: Mapping[Tensor, WeightRows],
+    cut_rows: int,
 ) -> Tensor:
     """As `FusedAdam.step`: update weights, state and `steps`, t, of parameters on one device. Overwrites gradients.
 
@@ -31,16 +35,21 @@ def reference_step(
         clip_norm: as in `AdamEMA`.
         ema_decay: a decay for each average, numbers or a float64 tensor on the parameters' device.
         sum_over_shards: as in `AdamEMA`.
+        rows: of the tensors with weights under the rule.
+        cut_rows: rows that are cut, over all shards.
 
     Returns:
         0-d bool tensor: whether the step was applied.
     """
+    under_the_rule = _under_the_rule(groups, rows, cut_rows, sum_over_shards) if rows else []
     grads = [grad for group in groups for grad in group.gradients]
     scale = torch.ones_like(steps) if grad_scale is None else grad_scale.to(steps)
     finite, scale = _judge(grads, scale, clip_norm, sum_over_shards)
     steps += finite
     # t = 0 only while every step so far was skipped, and then nothing is updated.
     t = steps.clamp(min=1)
+    for masters, s in under_the_rule:
+        masters.div_(torch.where(finite, s, torch.ones_like(s)))
     for group in groups:
         update = _update_by_torch if _torch_can(group) else _update
         update(group, scale, t, finite)
@@ -48,7 +57,28 @@ def reference_step(
         for i, averages in enumerate(group.columns[3:]):
             share = (finite.double() * (1 - ema_decay[i])).to(dtype)
             torch._foreach_lerp_(averages, group.columns[0], [share] * len(averages))
+    if rows:
+        write_plain(rows, cut_rows, sum_over_shards)
     return finite
+
+
+def _under_the_rule(
+    groups: Sequence[Group],
+    rows: Mapping[Tensor, WeightRows],
+    cut_rows: int,
+    sum_over_shards: Callable[[Tensor], object] | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Turn gradients of plain weights into those of their masters; see `gradients_of_masters` for the result."""
+    masters, gradients = [], []
+    for group in groups:
+        for i, w in enumerate(group.columns[0]):
+            if w in rows:
+                if not same_order(group.gradients[i], w):
+                    group.gradients[i] = torch.empty_like(w).copy_(group.gradients[i])
+                masters.append(w.detach())
+                gradients.append(group.gradients[i])
+    own = [rows[w] for group in groups for w in group.columns[0] if w in rows]
+    return gradients_of_masters(masters, gradients, own, cut_rows, sum_over_shards) if own else []
 
 
 def _judge(
