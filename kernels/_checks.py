@@ -54,6 +54,13 @@ def positive(op: str, what: str, value: object, *, infinite: bool = False) -> fl
     return number
 
 
+def share(op: str, what: str, value: object) -> float:
+    number = real(op, what, value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{op}: {what} must be in [0, 1]; got {value!r}")
+    return number
+
+
 def integer(op: str, what: str, value: object, bits: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= int(value) < 1 << bits:
         raise ValueError(f"{op}: {what} must be an integer in [0, 2**{bits}); got {value!r}")
@@ -92,6 +99,27 @@ def samples(op: str, what: str, value: object) -> Tensor:
     if batch.ndim < 2 or 0 in batch.shape[1:]:
         raise ValueError(f"{op}: {what} must be (B, C, H, W) or (B, N) with N > 0; got {tuple(batch.shape)}")
     return batch
+
+
+def images(op: str, what: str, value: object) -> Tensor:
+    """(B, C, H, W) floating point with at least one element an image; B = 0 is fine."""
+    batch = samples(op, what, value)
+    if batch.ndim != 4:
+        raise ValueError(f"{op}: {what} must be (B, C, H, W); got {tuple(batch.shape)}")
+    return batch
+
+
+def seed(op: str, value: object, like: Tensor) -> Tensor:
+    """A 0-d int64 tensor on like's device, made of an integer or given."""
+    if not isinstance(value, Tensor):
+        return torch.full((), integer(op, "seed", value, 63), dtype=torch.int64, device=like.device)
+    if value.shape or value.dtype != torch.int64:
+        raise ValueError(
+            f"{op}: seed must be an integer or a 0-d int64 tensor; got {name(value.dtype)} {tuple(value.shape)}"
+        )
+    if value.device != like.device:
+        raise ValueError(f"{op}: seed must be on {like.device}; got {value.device}")
+    return value
 
 
 def same(

@@ -167,6 +167,28 @@ def residual_config(channels: int, pixels: int, channels_last: bool) -> tuple[in
     return together, block, min(8, -(-pixels // block)), 4 if together * block >= 512 else 1
 
 
+def flat_config() -> tuple[int, int]:
+    """(elements a program, warps) of kernels that go element by element through the memory: 16 elements a thread."""
+    return 2048, 4
+
+
+def pixel_config(channels: int, pixels: int, channels_last: bool) -> tuple[int, int, int]:
+    """(padded channels, pixels a program, warps) of the kernels that normalise each pixel: 16 elements a thread.
+
+    All channels of a pixel wait in registers. Contiguous images take at least 8 pixels, whose channels lie apart.
+    """
+    padded = max(16, triton.next_power_of_2(channels))
+    block = min(triton.next_power_of_2(pixels), max(1 if channels_last else 8, 2048 // padded))
+    return padded, block, min(32, max(1, padded * block // 512))
+
+
+def head_config(width: int) -> tuple[int, int, int]:
+    """(padded channels of a head, vectors a program, warps) of the kernels that normalise q, k and v."""
+    padded = triton.next_power_of_2(width)
+    warps = 4 if padded == width else 8
+    return padded, max(1, 2048 // padded), min(32, max(warps, padded // 512))
+
+
 def adam_config() -> tuple[int, int, int]:
     """(elements a program, elements at a time, warps) of AdamEMA's kernels.
 

@@ -10,15 +10,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from ipfm.kernels import _checks, group_norm_reference
-from ipfm.kernels._dispatch import INTERPRETED, Backend, group_config, lane_config, use_triton
+from ipfm.kernels._dispatch import Backend, group_config, lane_config, use_triton
 from ipfm.kernels._launch import Launch, dense_layout
 from ipfm.kernels._operators import launches_directly, operator
-
-# The interpreter has no libdevice.
-_INTERPRETED = tl.constexpr(INTERPRETED)
+from ipfm.kernels._silu import silu, silu_slope
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
@@ -88,38 +85,11 @@ def _input(p_x, o, m, b_a, ADDED: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _quotient(b_a, b_b):
-    """a / b for a float32 b of at least 1: one reciprocal and a product, without what would serve other b."""
-    if _INTERPRETED or b_b.dtype == tl.float64:
-        return b_a / b_b
-    else:
-        return libdevice.fast_dividef(b_a, b_b)
-
-
-@triton.jit
-def _exp_minus(b_u):
-    """exp(-u), by the instruction for powers of 2; what is too small for a normal number is 0."""
-    return tl.exp2(b_u * tl.full((), -1.4426950408889634, b_u.dtype))
-
-
-@triton.jit
 def _activated(b_u, SILU: tl.constexpr):
     if SILU:
-        return _quotient(b_u, 1.0 + _exp_minus(b_u))
+        return silu(b_u)
     else:
         return b_u
-
-
-@triton.jit
-def _slope(b_u):
-    """The derivative of silu, σ + u σ (1 - σ) with σ = σ(u), of e = exp(-|u|), from which nothing overflows.
-
-    σ and 1 - σ are r = 1 / (1 + e) and e r, in one order or the other; nothing cancels in either.
-    """
-    b_e = _exp_minus(tl.abs(b_u))
-    b_r = _quotient(tl.full((), 1.0, b_u.dtype), 1.0 + b_e)
-    b_er = b_e * b_r
-    return tl.where(b_u < 0, b_er, b_r) + b_u * (b_er * b_r)
 
 
 @triton.jit
@@ -196,7 +166,7 @@ def _through_silu(
     b_n = (_input(p_x, o, m, b_a, ADDED, COMPUTE) - mean) * rstd
     b_du = tl.load(p_dy + o, mask=m, other=0.0).to(COMPUTE)
     if SILU:
-        b_du *= _slope(b_n * b_v + b_c)
+        b_du *= silu_slope(b_n * b_v + b_c)
     return b_n, b_du
 
 

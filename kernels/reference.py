@@ -313,6 +313,68 @@ def residual_sum(a: Tensor, b: Tensor, bias: Tensor | None = None, *, scale: flo
     return (total if bias is None else total + bias.to(dtype)[:, None, None]) * scale
 
 
+def dropout_threshold(dropout: float) -> int:
+    """A word of Philox below it drops its element."""
+    return min(round(dropout * 2.0**32), _WORD)
+
+
+def dropout_mask(shape: torch.Size, dropout: float, seed: Tensor) -> Tensor:
+    """(B, C, H, W) truth values: which elements dropout keeps, in `mp_silu`.
+
+    Four channels of a pixel take the words of a Philox block. Key: the seed; stream and step 0; sample index: the
+    sample's place in the batch.
+    """
+    batch, channels, height, width = shape
+    blocks = -(-channels // 4)
+    index = torch.arange(batch, device=seed.device)
+    words = random_words(index, height * width * blocks, seed=int(seed) % 2**64, stream=0, step=0)
+    words = words.view(batch, height, width, 4 * blocks)[..., :channels]
+    return (words >= dropout_threshold(dropout)).movedim(-1, 1)
+
+
+def mp_silu(x: Tensor, scale: Tensor | None = None, *, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """silu(x scale) / 0.596, and dropout [Karras et al. 2024, eq. 81]."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    u = x.to(dtype) if scale is None else x.to(dtype) * scale.to(dtype)[:, :, None, None]
+    y = u * torch.sigmoid(u) / 0.596
+    if seed is None:
+        return y
+    return torch.where(dropout_mask(x.shape, dropout, seed), y / (1 - dropout), 0)
+
+
+def mp_cat_silu(a: Tensor, b: Tensor, t: float = 0.5) -> tuple[Tensor, Tensor]:
+    """(z, silu(z) / 0.596), z = √((Ca + Cb)/((1 - t)² + t²)) [(1 - t)/√Ca a, t/√Cb b] [Karras et al. 2024, eq. 103]."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    wide, narrow = a.shape[1], b.shape[1]
+    c = math.sqrt((wide + narrow) / ((1 - t) ** 2 + t**2))
+    joined = torch.cat([a.to(dtype) * (c * (1 - t) / wide**0.5), b.to(dtype) * (c * t / narrow**0.5)], dim=1)
+    return joined, mp_silu(joined)
+
+
+def mp_sum(a: Tensor, b: Tensor, t: float, *, clip: float | None = None) -> Tensor:
+    """((1 - t) a + t b) / √((1 - t)² + t²), cut to [-clip, clip] [Karras et al. 2024, eq. 88]."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    total = ((1 - t) * a.to(dtype) + t * b.to(dtype)) / math.hypot(1 - t, t)
+    return total if clip is None else total.clamp(-clip, clip)
+
+
+def pixel_norm_silu(x: Tensor, *, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """(n, silu(n) / 0.596), n = x / (eps + r), r the root mean square of each pixel's channels."""
+    normed = _of_size_one(x, 1, eps)
+    return normed, mp_silu(normed)
+
+
+def qkv_norm(qkv: Tensor, heads: int, *, eps: float = 1e-4, k_scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (B, L, heads, d), each vector divided by eps + its root mean square; k times k_scale."""
+    q, k, v = _of_size_one(qkv.unflatten(2, (3, heads, -1)), -1, eps).unbind(2)
+    return q, k * k_scale, v
+
+
+def _of_size_one(x: Tensor, dim: int, eps: float) -> Tensor:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x / (eps + torch.linalg.vector_norm(x, dim=dim, keepdim=True) / x.shape[dim] ** 0.5)
+
+
 @torch.no_grad()
 def denoising_loss(
     pred: Tensor,

@@ -13,20 +13,13 @@ from torch import Tensor
 
 from ipfm.kernels import _checks
 from ipfm.kernels._dispatch import Backend, residual_config, use_triton
+from ipfm.kernels._images import dense as _dense
+from ipfm.kernels._images import like as _like
+from ipfm.kernels._images import part
 from ipfm.kernels._launch import Launch, dense_layout
 from ipfm.kernels._operators import launches_directly, operator
 
 # --------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def _part(HW, STEPS, C: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """(sample, channels (CHANNELS, 1), first and last pixel) of this program: some channels, some blocks of pixels."""
-    chunks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    i_b = (tl.program_id(0) // chunks).to(tl.int64)
-    o_c = (tl.program_id(0) % chunks) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
-    first = tl.program_id(1) * STEPS * BLOCK
-    return i_b, o_c, first, tl.minimum(first + STEPS * BLOCK, HW)
 
 
 @triton.jit
@@ -36,7 +29,7 @@ def residual_sum_kernel(
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Program (sample and channels, blocks of pixels): y = (a + b + bias) SCALE."""
-    i_b, o_c, first, last = _part(HW, STEPS, C, CHANNELS, BLOCK)
+    i_b, o_c, first, last = part(HW, STEPS, C, CHANNELS, BLOCK)
     if BIASED:
         b_bias = tl.load(p_bias + o_c, mask=o_c < C, other=0.0, eviction_policy="evict_last").to(COMPUTE)
     for i_hw in range(first, last, BLOCK):
@@ -55,7 +48,7 @@ def residual_sum_backward_kernel(
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Program (sample and channels, blocks of pixels): d = dy SCALE, and with a bias each channel's sum of it."""
-    i_b, o_c, first, last = _part(HW, STEPS, C, CHANNELS, BLOCK)
+    i_b, o_c, first, last = part(HW, STEPS, C, CHANNELS, BLOCK)
     b_sum = tl.zeros((CHANNELS, BLOCK), COMPUTE)
     for i_hw in range(first, last, BLOCK):
         o_hw = i_hw + tl.arange(0, BLOCK)[None, :]
@@ -71,16 +64,6 @@ def residual_sum_backward_kernel(
 
 
 # -------------------------------------------------------------------------------------------------------- launchers
-
-
-def _dense(a: Tensor) -> Tensor:
-    """a as it is if it is contiguous or channels_last, else a contiguous copy."""
-    return a if a.is_contiguous(memory_format=torch.channels_last) else a.contiguous()
-
-
-def _like(b: Tensor, a: Tensor) -> Tensor:
-    """b, or a copy of it, in the layout of a."""
-    return b if b.stride() == a.stride() else torch.empty_like(a).copy_(b)
 
 
 def block_sizes(

@@ -19,7 +19,12 @@ from ipfm.kernels.bench.providers import EAGER, FunctionWorkload, Workload
 from ipfm.kernels.denoising_loss import DenoisingLoss, denoising_loss
 from ipfm.kernels.generator_loss import IpfmLoss, ipfm_loss
 from ipfm.kernels.group_norm import group_norm_silu, kernel_for
+from ipfm.kernels.mp_cat_silu import mp_cat_silu, unchecked_mp_cat_silu
+from ipfm.kernels.mp_silu import mp_silu, unchecked_mp_silu
+from ipfm.kernels.mp_sum import mp_sum, unchecked_mp_sum
 from ipfm.kernels.perturbation import perturb
+from ipfm.kernels.pixel_norm_silu import pixel_norm_silu, unchecked_pixel_norm_silu
+from ipfm.kernels.qkv_norm import qkv_norm, unchecked_qkv_norm
 from ipfm.kernels.residual import residual_sum, unchecked_residual_sum
 
 LARGE = 1 << 25
@@ -37,6 +42,8 @@ CPU_IMAGES = [(64, 3, 32, 32), (16, 3, 64, 64), (13, 3, 31, 29)]
 # (channels, height, width, samples on CUDA, samples on the CPU): ncsn++ on CIFAR-10, ADM on ImageNet, an odd one.
 NCSNPP_LEVELS = [(256, 32, 32, 256, 4), (256, 16, 16, 256, 8), (256, 8, 8, 256, 16)]
 ADM_LEVELS = [(192, 64, 64, 64, 2), (384, 32, 32, 32, 2), (576, 16, 16, 32, 4), (768, 8, 8, 32, 8)]
+# EDM2 of size S: the largest images, and where its attention is.
+EDM2_LEVELS = [(192, 64, 64, 64, 1), (576, 16, 16, 64, 2)]
 ODD_LEVEL = (96, 7, 5, 13, 5)
 
 
@@ -79,6 +86,9 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
             if (channels, height) == (256, 32):
                 yield group_norm_case(device, shape, dtype, last=False, scaled=False)
                 yield residual_case(device, shape, dtype, last=cuda)
+    for channels, height, width, on_cuda, on_cpu in [] if quick else EDM2_LEVELS:
+        shape = (on_cuda if cuda else on_cpu, channels, height, width)
+        yield from edm2_cases(device, shape, torch.bfloat16 if cuda else torch.float32)
     # About as many parameters as ncsn++ has: 56 million.
     width, convolutions, vectors = (256, 95, 405) if cuda else (32, 32, 32)
     shapes: list[tuple[int, ...]] = [(width, width, 3, 3)] * convolutions
@@ -243,6 +253,44 @@ def residual_case(device: torch.device, shape: tuple[int, ...], dtype: torch.dty
     )
     modes = {mode: Bytes(n * a.nbytes, n * a.nbytes) for mode, n in (("forward", 3), ("backward", 2), ("both", 5))}
     return Case("residual_sum", "channels_last" if last else "", _name(shape), dtype, a.numel(), modes, work)
+
+
+def edm2_cases(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
+    """The operations of EDM2's blocks at one level, in channels_last, and all gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+    batch, channels, height, width = shape
+    heads = max(1, channels // 64)
+
+    def draw(*size: int) -> Tensor:
+        made = torch.randn(size, generator=generator, device=device).to(dtype)
+        made = made.contiguous(memory_format=torch.channels_last) if made.ndim == 4 else made
+        return made.requires_grad_()
+
+    def make(
+        op: str,
+        variant: str,
+        kernel: Callable[..., Any],
+        plain: Callable[..., Any],
+        inputs: tuple[Any, ...],
+        arguments: Mapping[str, Any],
+        forward: int,
+        backward: int,
+    ) -> Case:
+        eager = {EAGER: partial(plain, triton_runs=False)}
+        work = FunctionWorkload(eager, kernel, inputs, arguments, oracle=getattr(reference, op))
+        bytes_ = {"forward": forward, "backward": backward, "both": forward + backward}
+        modes = {mode: Bytes(moved, moved) for mode, moved in bytes_.items()}
+        return Case(op, variant, _name(shape), dtype, math.prod(shape), modes, work)
+
+    x, scale, joined = draw(*shape), draw(batch, channels), 2 * draw(*shape).nbytes
+    bits, size = x.numel() // 8, x.nbytes
+    both, clip = (x, draw(*shape)), {"clip": 256.0}
+    yield make("mp_sum", "clip", mp_sum, unchecked_mp_sum, (*both, 0.3), clip, 3 * size + bits, 3 * size + bits)
+    yield make("mp_silu", "scaled", mp_silu, unchecked_mp_silu, (x, scale), {}, 2 * size, 3 * size)
+    yield make("mp_cat_silu", "", mp_cat_silu, unchecked_mp_cat_silu, (*both, 0.5), {}, 3 * joined, 4 * joined)
+    yield make("pixel_norm_silu", "", pixel_norm_silu, unchecked_pixel_norm_silu, (x,), {}, 3 * size, 4 * size)
+    qkv, scaled = draw(batch, height * width, 3 * heads * (channels // heads)), {"k_scale": 0.125}
+    yield make("qkv_norm", "", qkv_norm, unchecked_qkv_norm, (qkv, heads), scaled, 2 * qkv.nbytes, 3 * qkv.nbytes)
 
 
 def adam_case(device: torch.device, shapes: Sequence[tuple[int, ...]], name: str) -> Case:

@@ -10,13 +10,22 @@ import torch
 import triton.language as tl
 
 from ipfm.kernels import reference
-from ipfm.kernels._dispatch import adam_config, noise_config, row_config
+from ipfm.kernels._dispatch import adam_config, flat_config, noise_config, row_config
 from ipfm.kernels.adam_kernels import measure_kernel, numbers_kernel, reduce_kernel, update_kernel
 from ipfm.kernels.denoising_loss import denoising_loss_kernel
 from ipfm.kernels.generator_loss import ipfm_loss_kernel
 from ipfm.kernels.group_norm import kernel_for
+from ipfm.kernels.mp_cat_silu import block_sizes as cat_sizes
+from ipfm.kernels.mp_cat_silu import mp_cat_silu_backward_kernel, mp_cat_silu_kernel
+from ipfm.kernels.mp_silu import block_sizes as silu_sizes
+from ipfm.kernels.mp_silu import dropping, mp_silu_backward_kernel, mp_silu_kernel
+from ipfm.kernels.mp_sum import mp_sum_backward_kernel, mp_sum_kernel
 from ipfm.kernels.perturbation import perturb_kernel
 from ipfm.kernels.philox import NORMAL, UNIFORM, gamma_kernel, philox_kernel
+from ipfm.kernels.pixel_norm_silu import block_sizes as pixel_sizes
+from ipfm.kernels.pixel_norm_silu import pixel_norm_silu_backward_kernel, pixel_norm_silu_kernel
+from ipfm.kernels.qkv_norm import block_sizes as head_sizes
+from ipfm.kernels.qkv_norm import qkv_norm_backward_kernel, qkv_norm_kernel
 from ipfm.kernels.residual import block_sizes as residual_sizes
 from ipfm.kernels.residual import residual_sum_backward_kernel, residual_sum_kernel
 
@@ -280,6 +289,152 @@ def residual_variants() -> Iterator[Case]:
                     )
 
 
+# Two dtypes of activations.
+_DTYPES = (("fp16", torch.float16), ("fp32", torch.float32))
+
+
+def mp_sum_variants() -> Iterator[Case]:
+    """Forward and backward of all elements, cut to a range or not, and of one branch alone."""
+    block, warps = flat_config()
+    for dtype, _ in _DTYPES:
+        for label, aligned, clipped, to_b in (
+            ("clip", True, True, True),
+            ("", True, False, True),
+            ("clip one branch", True, True, False),
+            ("clip unaligned", False, True, True),
+        ):
+            common = {"WA": 0.7, "WB": 0.3, "CLIPPED": clipped, "BLOCK": block, "COMPUTE": tl.float32}
+            for kernel, fn, data, more in (
+                ("mp_sum", mp_sum_kernel, ("p_a", "p_b", "p_y"), {"CLIP": 256.0, "KEPT": clipped}),
+                ("mp_sum backward", mp_sum_backward_kernel, ("p_dy", "p_da", "p_db"), {"TO_A": True, "TO_B": to_b}),
+            ):
+                if not to_b and kernel == "mp_sum":
+                    continue
+                types = {**dict.fromkeys(data, f"*{dtype}"), "p_inside": "*u8", "N": "i32"}
+                # The stores of eight elements' bits.
+                bits = 2 * (clipped and kernel == "mp_sum")
+                yield Case(
+                    kernel, f"{dtype} {label}".strip(), fn, types, common | more, (*types,) if aligned else (), warps,
+                    scalar_stores=bits, quick=dtype == "fp16" and clipped and to_b,
+                )  # fmt: skip
+
+
+def _levels(*labels: str) -> Iterator[tuple[str, int, int, bool]]:
+    """(label, channels, pixels, channels_last) of levels of EDM2's size S and of others."""
+    levels = {
+        "192ch 64x64 channels_last": (192, 4096, True),
+        "384ch 32x32 channels_last": (384, 1024, True),
+        "768ch 8x8 channels_last": (768, 64, True),
+        "1792ch 16x16 channels_last": (1792, 256, True),
+        "192ch 64x64": (192, 4096, False),
+        "576ch 16x16": (576, 256, False),
+        "128ch 7x5 unaligned": (128, 35, False),
+    }
+    for label in labels:
+        yield label, *levels[label]
+
+
+def mp_silu_variants() -> Iterator[Case]:
+    """Forward and backward with a scale, without one, and with dropout."""
+    for label, channels, pixels, last in _levels(
+        "192ch 64x64 channels_last", "768ch 8x8 channels_last", "192ch 64x64", "128ch 7x5 unaligned"
+    ):
+        for dtype, torch_dtype in _DTYPES:
+            for scaled, dropout in ((True, 0.0), (False, 0.0), (True, 0.1)):
+                sizes, _, steps, warps = silu_sizes(channels, pixels, torch_dtype, last, drops=dropout > 0)
+                constants = {**sizes, **dropping(dropout), "SCALED": scaled}
+                numbers = {"HW": "i32", "s_scale": "i32"} | ({} if steps == 1 else {"STEPS": "i32"})
+                constants |= {"STEPS": 1} if steps == 1 else {}
+                words = [part for part, given in (("scaled", scaled), ("dropout", dropout)) if given]
+                for kernel, fn, data, sums in (
+                    ("mp_silu", mp_silu_kernel, ("p_x", "p_y"), ()),
+                    ("mp_silu backward", mp_silu_backward_kernel, ("p_dy", "p_x", "p_dx"), ("p_sums",)),
+                ):
+                    pointers = dict.fromkeys(data, f"*{dtype}") | dict.fromkeys((*sums, "p_scale"), "*fp32")
+                    pointers["p_seed"] = "*i64" if dropout else f"*{dtype}"
+                    yield Case(
+                        kernel, " ".join([dtype, label, *words]), fn, pointers | numbers, constants,
+                        (*pointers, "s_scale", *(() if "unaligned" in label else ("HW",))), warps,
+                        scalar_loads=int(dropout > 0), scalar_stores=int(scaled and bool(sums)),
+                        quick=dtype == "fp16" and scaled and (
+                            "unaligned" in label if not dropout else "64x64 channels" in label
+                        ),
+                    )  # fmt: skip
+
+
+def mp_cat_silu_variants() -> Iterator[Case]:
+    """Forward and backward of two activations of unequal widths."""
+    for label, channels, pixels, last in _levels(
+        "192ch 64x64 channels_last", "384ch 32x32 channels_last", "192ch 64x64", "128ch 7x5 unaligned"
+    ):
+        for dtype, torch_dtype in _DTYPES:
+            sizes, _, steps, warps = cat_sizes((2 * channels, channels), pixels, torch_dtype, last)
+            numbers = {"HW": "i32"} | ({} if steps == 1 else {"STEPS": "i32"})
+            for kernel, fn, data, given in (
+                ("mp_cat_silu", mp_cat_silu_kernel, ("p_a", "p_b", "p_joined", "p_activated"), {}),
+                (
+                    "mp_cat_silu backward",
+                    mp_cat_silu_backward_kernel,
+                    ("p_djoined", "p_dactivated", "p_joined", "p_da", "p_db"),
+                    {"JOINED": True, "ACTIVATED": True},
+                ),
+            ):
+                pointers = dict.fromkeys(data, f"*{dtype}")
+                yield Case(
+                    kernel, f"{dtype} {label}", fn, pointers | numbers,
+                    sizes | given | {"WA": 0.9, "WB": 1.2} | ({"STEPS": 1} if steps == 1 else {}),
+                    (*pointers, *(() if "unaligned" in label else ("HW",))), warps,
+                    quick=dtype == "fp16" and ("64x64 channels" in label or "unaligned" in label),
+                )  # fmt: skip
+
+
+def pixel_norm_variants() -> Iterator[Case]:
+    """Forward and backward, of 192 to 1792 channels."""
+    for label, channels, pixels, last in _levels(
+        "192ch 64x64 channels_last", "768ch 8x8 channels_last", "1792ch 16x16 channels_last", "576ch 16x16",
+        "128ch 7x5 unaligned",
+    ):  # fmt: skip
+        for dtype, torch_dtype in _DTYPES:
+            sizes, _, warps = pixel_sizes(channels, pixels, torch_dtype, last)
+            for kernel, fn, data, given in (
+                ("pixel_norm_silu", pixel_norm_silu_kernel, ("p_x", "p_normed", "p_activated"), {}),
+                (
+                    "pixel_norm_silu backward",
+                    pixel_norm_silu_backward_kernel,
+                    ("p_x", "p_dnormed", "p_dactivated", "p_dx"),
+                    {"NORMED": True, "ACTIVATED": True},
+                ),
+            ):
+                pointers = dict.fromkeys(data, f"*{dtype}")
+                yield Case(
+                    kernel, f"{dtype} {label}", fn, pointers | {"HW": "i32"}, sizes | given | {"EPS": 1e-4},
+                    (*pointers, *(() if "unaligned" in label else ("HW",))), warps,
+                    quick=dtype == "fp16" and ("1792" in label or "unaligned" in label),
+                )  # fmt: skip
+
+
+def qkv_norm_variants() -> Iterator[Case]:
+    """Forward and backward, of heads of 64 channels and of an odd number."""
+    for label, heads, width in (("12 heads of 64", 12, 64), ("3 heads of 35 unaligned", 3, 35)):
+        for dtype, torch_dtype in _DTYPES:
+            sizes, warps = head_sizes(heads, width, torch_dtype)
+            for kernel, fn, data, given in (
+                ("qkv_norm", qkv_norm_kernel, ("p_qkv", "p_q", "p_k", "p_v"), {"KEPT": True}),
+                (
+                    "qkv_norm backward",
+                    qkv_norm_backward_kernel,
+                    ("p_q", "p_k", "p_v", "p_dq", "p_dk", "p_dv", "p_dqkv"),
+                    {},
+                ),
+            ):
+                pointers = dict.fromkeys(data, f"*{dtype}") | {"p_sizes": "*fp32"}
+                yield Case(
+                    kernel, f"{dtype} {label}", fn, pointers | {"N": "i32"},
+                    sizes | given | {"EPS": 1e-4, "K_SCALE": 0.125}, (*pointers, "N"), warps,
+                    scalar_stores=int(bool(given)), quick=dtype == "fp16",
+                )  # fmt: skip
+
+
 def philox_variants() -> Iterator[Case]:
     """The kernels that draw uniform, normal and gamma numbers."""
     position = dict.fromkeys(("seed_lo", "seed_hi", "step", "stream"), "i32")
@@ -426,6 +581,11 @@ CASES: list[Callable[[], Iterator[Case]]] = [
     loss_variants,
     group_norm_variants,
     residual_variants,
+    mp_sum_variants,
+    mp_silu_variants,
+    mp_cat_silu_variants,
+    pixel_norm_variants,
+    qkv_norm_variants,
     philox_variants,
     adam_variants,
 ]

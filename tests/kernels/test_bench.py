@@ -16,7 +16,8 @@ from ipfm.kernels.bench import cases, machine, main, measurement, micro, optimis
 CPU = torch.device("cpu")
 IMAGES = (3, 3, 4, 4)
 ONE = torch.ones(1)
-OPS = {"perturb", "ipfm_loss", "denoising_loss", "group_norm_silu", "residual_sum", "AdamEMA"}
+EDM2 = {"mp_sum", "mp_silu", "mp_cat_silu", "pixel_norm_silu", "qkv_norm"}
+OPS = {"perturb", "ipfm_loss", "denoising_loss", "group_norm_silu", "residual_sum", "AdamEMA", *EDM2}
 MACHINE = machine.Machine("Toaster 3000", "", "2.99", "3.99", 2)
 
 
@@ -28,6 +29,7 @@ def small_cases(device: torch.device = CPU) -> list[cases.Case]:
         cases.group_norm_case(device, (2, 32, 2, 3), torch.float32, last=True, scaled=True),
         cases.group_norm_case(device, (1, 32, 2, 3), torch.bfloat16, last=False, scaled=False),
         cases.residual_case(device, (2, 8, 2, 3), torch.float32, last=True),
+        *cases.edm2_cases(device, (1, 8, 2, 4), torch.float32),
         cases.adam_case(device, [(3, 5), (7,)], "2 tensors"),
     ]
 
@@ -300,18 +302,19 @@ def test_a_gpu_gets_the_shapes_that_the_targets_speak_of(monkeypatch: pytest.Mon
     monkeypatch.setattr(cases, "loss_cases", lambda device, shape, dtype, **_: note("losses", [shape]))
     monkeypatch.setattr(cases, "group_norm_case", lambda device, shape, dtype, **_: note("group norm", [shape]))
     monkeypatch.setattr(cases, "residual_case", lambda device, shape, dtype, **_: note("residual", [shape]))
+    monkeypatch.setattr(cases, "edm2_cases", lambda device, shape, dtype: note("EDM2", [shape]))
     monkeypatch.setattr(cases, "adam_case", lambda device, shapes, name: note(f"adam {name}", list(shapes)))
     for device, quick, large in (("cuda", False, True), ("cpu", False, False), ("cpu", True, False)):
         made.clear()
         count = len(list(cases.cases(torch.device(device), quick)))
         assert count == len(made)
         assert {op for op, size in made if size >= report.LARGE} == (
-            {"perturb", "losses", "group norm", "residual", "adam one flat tensor", "adam 500 tensors"}
+            {"perturb", "losses", "group norm", "residual", "EDM2", "adam one flat tensor", "adam 500 tensors"}
             if large
             else set()
         )
         assert {op.split()[0] for op, _ in made} == {"perturb", "losses", "group", "adam"} | (
-            set() if quick else {"residual"}
+            set() if quick else {"residual", "EDM2"}
         )
         assert count == 4 or not quick
 

@@ -20,6 +20,8 @@ COLUMNS = [
 FUSED = {
     "perturb", "ipfm_loss", "denoising_loss", "group_norm_silu", "group_norm_silu backward", "residual_sum",
     "residual_sum backward", "adam update",
+    *(f"{name}{way}" for name in ("mp_sum", "mp_silu", "mp_cat_silu", "pixel_norm_silu", "qkv_norm")
+      for way in ("", " backward")),
 }  # fmt: skip
 # Kernels that write a few numbers alone, and those that read no more than that either.
 READERS, SCALAR = {"adam measure", "adam reduce"}, {"gamma", "adam numbers"}
@@ -96,7 +98,7 @@ def test_the_report_sees_narrow_accesses(rows):
     narrow = [r for r in rows if "unaligned" in r["variant"]]
     assert {r["kernel"] for r in narrow} == FUSED - {"adam update"}
     for r in narrow:
-        bits = "16" if "bf16" in r["variant"] else "32"
+        bits = "16" if "16" in r["variant"].split()[0] else "32"
         assert (r["global_load_bits"], r["global_store_bits"]) == (bits, bits), r
 
 

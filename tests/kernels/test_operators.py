@@ -20,8 +20,13 @@ from ipfm.kernels import (
     group_norm,
     group_norm_silu,
     ipfm_loss,
+    mp_cat_silu,
+    mp_silu,
+    mp_sum,
     perturb,
     philox,
+    pixel_norm_silu,
+    qkv_norm,
     residual,
     residual_sum,
 )
@@ -117,6 +122,15 @@ def run_residual_sum(v, step, seed, backend):
     return residual_sum(total, v["y"], backend=backend)
 
 
+def run_magnitude_preserving(v, step, seed, backend):
+    """The operations of EDM2's blocks one after the other: an encoder's, a decoder's, attention."""
+    x, y = pixel_norm_silu(v["y"], backend=backend)
+    x = mp_sum(x, mp_silu(y, v["scale"][:, :, 0, 0] + 1, backend=backend), 0.3, clip=1.0, backend=backend)
+    joined, activated = mp_cat_silu(x, v["s"], backend=backend)
+    tokens = (joined + activated).flatten(2).transpose(1, 2)
+    return x, *qkv_norm(torch.cat([tokens, tokens, tokens], dim=2), 2, k_scale=0.5, backend=backend)
+
+
 RUNS = [
     run_uniform,
     run_normal,
@@ -127,12 +141,14 @@ RUNS = [
     run_denoising_loss,
     run_group_norm_silu,
     run_residual_sum,
+    run_magnitude_preserving,
 ]
 DRAWS = [run_uniform, run_normal, run_gamma, run_perturb]
 DIFFERENTIABLE = {
     run_perturb: ["y"],
     run_group_norm_silu: ["y", "weight", "bias", "scale", "shift", "addend"],
     run_residual_sum: ["y", "s", "bias"],
+    run_magnitude_preserving: ["y", "s", "scale"],
 }
 each_run = pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__.removeprefix("run_"))
 # Tracing the references' rounds of Philox takes seconds, and that of perturb has those of the others.
@@ -253,7 +269,41 @@ def test_no_second_derivative_of_group_norm_silu(backend, device, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- operators
 
-LOSS = sys.modules["ipfm.kernels.denoising_loss"]  # the package's attribute of this name is the function
+# The package's attributes of these names are the functions.
+LOSS = sys.modules["ipfm.kernels.denoising_loss"]
+MP = {name: sys.modules[f"ipfm.kernels.{name}"]._operation for name in (
+    "mp_sum", "mp_silu", "mp_cat_silu", "pixel_norm_silu", "qkv_norm",
+)}  # fmt: skip
+
+
+def magnitude_preserving_cases():
+    a, b, c = (draw(*SHAPE, seed=i) for i in (1, 2, 3))
+    last, other = (t.to(memory_format=LAST) for t in (a, b))
+    leaf, leaves = a.clone().requires_grad_(), [t.detach().requires_grad_() for t in (last, other)]
+    inside, seed = torch.full((15,), 173, dtype=torch.uint8), torch.tensor(-5)
+    scale, tokens = draw(2, 4).requires_grad_(), draw(2, 5, 18).requires_grad_()
+    q, k, v, dq, dk, dv = (draw(2, 5, 2, 3, seed=i) for i in range(6))
+    joined, half = torch.cat([last, other], 1).contiguous(memory_format=LAST), a.bfloat16()
+    return {
+        "mp_sum": (MP["mp_sum"].forward, (leaf, b, 0.9, 0.4, math.inf, False)),
+        "mp_sum clip": (MP["mp_sum"].forward, (*leaves, 0.9, 0.4, 1.0, True)),
+        "mp_sum_backward": (MP["mp_sum"].backward, (last, inside, 0.9, 0.4, True, True)),
+        "mp_sum_backward one": (MP["mp_sum"].backward, (half, inside[:0], 0.9, 0.4, False, True)),
+        "mp_silu": (MP["mp_silu"].forward, (leaf, None, None, 0.0)),
+        "mp_silu dropout": (MP["mp_silu"].forward, (leaves[0], scale, seed, 0.5)),
+        "mp_silu_backward": (MP["mp_silu"].backward, (a, b, None, None, 0.0)),
+        "mp_silu_backward dropout": (MP["mp_silu"].backward, (last, other, scale.detach()[:1], seed, 0.5)),
+        "mp_cat_silu": (MP["mp_cat_silu"].forward, (leaf, b, 0.9, 0.4)),
+        "mp_cat_silu channels_last": (MP["mp_cat_silu"].forward, (*leaves, 0.9, 0.4)),
+        "mp_cat_silu_backward": (MP["mp_cat_silu"].backward, (joined, joined + 1, None, 0.9, 0.4, 3)),
+        "pixel_norm_silu": (MP["pixel_norm_silu"].forward, (leaf, 1e-4)),
+        "pixel_norm_silu channels_last": (MP["pixel_norm_silu"].forward, (leaves[0], 1e-4)),
+        "pixel_norm_silu_backward": (MP["pixel_norm_silu"].backward, (last, other, last + 1, 1e-4)),
+        "pixel_norm_silu_backward one": (MP["pixel_norm_silu"].backward, (a, None, c, 1e-4)),
+        "qkv_norm": (MP["qkv_norm"].forward, (tokens, 2, 1e-4, 0.5, True)),
+        "qkv_norm alone": (MP["qkv_norm"].forward, (tokens.detach(), 2, 1e-4, 1.0, False)),
+        "qkv_norm_backward": (MP["qkv_norm"].backward, (q, k, v, dq, dk, dv, draw(3, 20).abs(), 1e-4, 0.5)),
+    }
 
 
 def operator_cases():
@@ -308,6 +358,7 @@ def operator_cases():
         "residual_sum channels_last": (residual._forward, (last, last + 1, None, 0.5)),
         "residual_sum_backward": (residual._backward, (last, 0.5, True)),
         "residual_sum_backward without bias": (residual._backward, (y, 0.5, False)),
+        **magnitude_preserving_cases(),
         "residual_sum_backward of a part": (residual._backward, (torch.cat([last, last], 1)[:, :4], 0.5, True)),
     }
 
@@ -329,6 +380,7 @@ def test_every_operator_is_checked():
         "group_norm_silu_backward",
         "ipfm_loss",
         "ipfm_loss_",
+        *(f"{name}{way}" for name in MP for way in ("", "_backward")),
         "perturb",
         "perturb_scaled",
         "philox",
