@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, get_args
 
+from ipfm.engine.averages import MOST, Average, Decay, check_std
 from ipfm.engine.checks import at_least, check_D, is_number, not_negative, option_name, positive, share
 from ipfm.engine.noise_levels import NoiseLevels
 
@@ -24,6 +25,7 @@ Attention = Literal["auto", "sdpa", "xformers"]
 MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 CudaGraphs = Literal["auto", "on", "off"]
 InitialWeights = Literal["auto", "teacher", "random"]
+SnapshotPrecision = Literal["fp32", "fp16"]
 Rules = Literal[1, 2]
 # By which a new run computes, and those of every run whose folder names none.
 CURRENT_RULES: Rules = 2
@@ -89,10 +91,17 @@ class RunConfig:
     augment: float = 0.0
     """Probability of each augmentation of the images that a denoiser is trained on; 0 augments nothing. The network
     must take augmentation labels."""
-    ema_kimg: float = setting(500.0, memory=False)
-    """Half-life of the weights' moving average, in thousands of images."""
+    ema_kimg: float | tuple[float, ...] = setting(500.0, memory=False)
+    """Half-life of the weights' moving average, in thousands of images; of each of several averages, such as 500 2000;
+    0 keeps those of --ema alone."""
     ema_rampup: float = setting(0.05, memory=False)
     """The half-life is at most this share of the images seen before."""
+    ema: tuple[float, ...] | None = setting(None, memory=False)
+    """Relative widths of power-function averages of the weights that are kept too, such as 0.05 0.10, of whose
+    snapshots `ipfm ema` makes others. Default: none."""
+    export_ema: str = setting("best", identity=False, memory=False)
+    """Which of several averages is exported: best is the best of the last evaluation, or the first where nothing is
+    measured; or a name, such as ema500k or ema0.05."""
     zero: ZeroStage | None = setting(None, identity=False, place=True)
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimiser's state, 2 the gradients as well, 3 the weights too.
     Default: the lowest that memory allows; at least 1 in bf16 and fp16 on several processes."""
@@ -140,6 +149,8 @@ class RunConfig:
     best, which every run with an evaluation keeps."""
     keep_snapshots: int = setting(10, identity=False, place=True, memory=False)
     """Number of snapshots that are kept, the newest; 0 keeps all."""
+    snapshot_precision: SnapshotPrecision = setting("fp32", identity=False, place=True, memory=False)
+    """How snapshots are stored; fp16 takes half the disk."""
     async_checkpoints: bool = setting(True, identity=False, place=True, memory=False)
     """Write checkpoints and snapshots while the training goes on; needs host memory for one of them."""
     profile_memory: int = setting(0, identity=False, place=True, memory=False)
@@ -174,8 +185,11 @@ class RunConfig:
         if self.kimg is not None:
             positive("kimg", self.kimg)
             _within_limit("kimg", self.kimg, self.kimg * 1000 / self.batch)
-        for name in ("lr", "ema_kimg", "ema_rampup"):
+        for name in ("lr", "ema_rampup"):
             positive(name, getattr(self, name))
+        self._check_averages()
+        if self.snapshot_precision not in get_args(SnapshotPrecision):
+            raise ValueError(f"snapshot-precision must be fp32 or fp16, got {self.snapshot_precision!r}")
         not_negative("eps", self.eps)
         share("dropout", self.dropout)
         if not (is_number(self.augment) and 0 <= self.augment <= 1):
@@ -210,6 +224,43 @@ class RunConfig:
             raise ValueError("compile does not go with zero 3, which gathers weights module by module: use 0, 1 or 2")
         if self.seed >= 2**64:
             raise ValueError(f"seed must be below 2^64, got {self.seed}")
+
+    def _check_averages(self) -> None:
+        """Check the averages, and write one half-life as the number that it always was."""
+        given, several = self.ema_kimg, isinstance(self.ema_kimg, (tuple, list))
+        half_lives = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+        for option, kept in (("ema-kimg", half_lives), ("ema", self.ema)):
+            if kept is not None and not kept:
+                raise ValueError(f"{option} needs a value")
+        if half_lives != (0,) or not self.ema:
+            for half_life in half_lives:
+                positive("ema_kimg", half_life)
+        if several:
+            object.__setattr__(self, "ema_kimg", half_lives[0] if len(half_lives) == 1 else half_lives)
+        widths = tuple(self.ema or ())
+        object.__setattr__(self, "ema", widths or None)
+        for std in widths:
+            check_std("ema", std)
+        names = self.average_names
+        for name, option, kept in (("ema_kimg", "ema-kimg", half_lives), ("ema", "ema", widths)):
+            if len(set(kept)) < len(kept):
+                raise ValueError(f"{option} must be different averages, got {getattr(self, name)}")
+        if len(names) > MOST:
+            raise ValueError(f"ema and ema-kimg must be at most {MOST} averages together, got {', '.join(names)}")
+        if self.export_ema != "best" and self.export_ema not in names:
+            raise ValueError(f"export-ema must be best or one of {', '.join(names)}, got {self.export_ema!r}")
+
+    @property
+    def averages(self) -> tuple[Average, ...]:
+        """What the result's optimiser keeps: first those by half-life, then those by a power, as they were given."""
+        half_lives = self.ema_kimg if isinstance(self.ema_kimg, tuple) else (self.ema_kimg,)
+        by_half_life = (Average(half_life=float(half_life)) for half_life in half_lives if half_life)
+        return (*by_half_life, *(Average(std=float(std)) for std in self.ema or ()))
+
+    @property
+    def average_names(self) -> tuple[str, ...]:
+        """Names of `averages`."""
+        return tuple(average.name for average in self.averages)
 
     @property
     def decided_precision(self) -> Precision:
@@ -282,15 +333,15 @@ class RunConfig:
             )
         return local, micro
 
-    def ema_decay(self, step: int) -> float:
-        """Decay of the EMA at 0-based `step`: 0.5^(batch / min(half-life, ramp-up * images seen)).
+    def ema_decay(self, step: int) -> Decay:
+        """Decay of the average at 0-based `step`, or of each of several, see `Average.decay`.
 
         Half-life and images are counted in images. Seen are those of the steps before this one, so that the first step
         forgets the first weights; by rules 1 those of this step are counted too.
         """
         seen = (step + (self.rules == FIRST_RULES)) * self.batch
-        half_life = min(self.ema_kimg * 1000, self.ema_rampup * seen)
-        return 0.5 ** (self.batch / half_life) if half_life > 0 else 0.0
+        decays = tuple(one.decay(step, self.batch, rampup=self.ema_rampup, seen=seen) for one in self.averages)
+        return decays[0] if len(decays) == 1 else decays
 
     @property
     def mirrored_stretch(self) -> bool:

@@ -114,18 +114,23 @@ def save_model(
         write_durably(partial / CONFIG_FILE, text.encode())
 
 
-def describe_average(network: NetworkConfig, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+def describe_average(
+    network: NetworkConfig, name: str, extra: Mapping[str, Any], averages: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """What a checkpoint says in `AVERAGED_FILE` of the average in it.
 
     Args:
         network: its architecture.
         name: of the network whose average it is: its file is NAME.safetensors.
         extra: as in `save_model`.
+        averages: where there are several, by name what their tensors' names begin with in that file; the first is
+            the one that is taken.
 
     Raises:
         ValueError: `extra` is no JSON.
     """
-    return {**_description(network, "float32"), "tensors": name, "extra": to_json(dict(extra), "extra")}
+    several = {"averages": dict(averages)} if averages else {}
+    return {**_description(network, "float32"), "tensors": name, **several, "extra": to_json(dict(extra), "extra")}
 
 
 def read_config(folder: str | os.PathLike[str]) -> StoredConfig:

@@ -31,12 +31,17 @@ def training(settings: Mapping[str, Any], steps: object = None) -> str:
     for name, words in (
         ("batch", "batch {}"),
         ("lr", "lr {:g}"),
-        ("ema_kimg", "EMA half-life {:g} kimg"),
+        ("ema_kimg", "EMA half-life {} kimg"),
+        ("ema", "EMA of relative width {}"),
         ("precision", "{}"),
         ("seed", "seed {}"),
     ):
-        if settings.get(name) is not None:
-            said.append(words.format(settings[name]))
+        value = settings.get(name)
+        if name in ("ema_kimg", "ema"):
+            several = value if isinstance(value, (list, tuple)) else [value]
+            value = ", ".join(f"{one:g}" for one in several if isinstance(one, (int, float)) and one) or None
+        if value is not None:
+            said.append(words.format(value))
     return ", ".join(said)
 
 

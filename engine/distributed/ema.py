@@ -14,10 +14,10 @@ from ipfm.models import NetworkConfig, Precond, build_network
 
 
 class EmaNetwork:
-    """Makes a network of the average (EMA) that `trained` keeps among its sharded optimiser state.
+    """Makes a network of an average (EMA) that `trained` keeps among its sharded optimiser state.
 
     Args:
-        trained: the network in training, with an EMA.
+        trained: the network in training, with an average or several.
         network: its architecture.
         buffers: by name, as they were before the training: its engine may have rounded them.
         precision: arithmetic of the averaged network; its weights are float32.
@@ -37,6 +37,8 @@ class EmaNetwork:
         self.trained, self.network, self._buffers = trained, network, buffers
         self._precision, self._device, self._execute = precision, device, execute
         self._net: Precond | None = None
+        self.shown = ""
+        """Name of the average of the last `refresh`."""
 
     @property
     def net(self) -> Precond:
@@ -49,8 +51,12 @@ class EmaNetwork:
             raise RuntimeError("the averaged network does not exist yet: call refresh() on every process first")
         return self._net
 
-    def refresh(self) -> None:
-        """Gather the average as it is now. Every process must call it."""
+    def refresh(self, which: str | None = None) -> None:
+        """Gather an average as it is now. Every process must call it.
+
+        Args:
+            which: its name; None takes the first one.
+        """
         if self._net is None:
             with torch.device("meta"):
                 net = build_network(self.network)
@@ -59,7 +65,8 @@ class EmaNetwork:
                 buffer.copy_(self._buffers[name])
             self._net = net.eval().requires_grad_(False)
             self._execute(self._net)
-        self.trained.copy_ema_to(self._net)
+        self.trained.copy_ema_to(self._net, which)
+        self.shown = self.trained.averages[0] if which is None else which
 
     def release(self) -> None:
         """Free it; whoever holds `net` keeps it."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ipfm.engine.runtime.errors import described
 
-Number = int | float | Tensor
-"""A number, or a 0-d tensor that holds it: int64 of an int, float64 of a float."""
+Number = int | float | tuple[float, ...] | Tensor
+"""A number, or a 0-d tensor that holds it: int64 of an int, float64 of a float; or several floats, a 1-d tensor."""
+Given = float | tuple[float, ...]
 Work = Callable[[Mapping[str, Number]], Tensor | None]
 """A piece: what it returns is the caller's."""
 
@@ -27,7 +28,7 @@ WARM_UPS = 2
 
 def whole(number: Number) -> int | Tensor:
     """The number, which is an integer: as it is, or in an int64 tensor."""
-    assert not isinstance(number, float)
+    assert not isinstance(number, (float, tuple))
     return number
 
 
@@ -35,7 +36,7 @@ class Pieces(Protocol):
     """What runs the pieces of a step."""
 
     def run(
-        self, key: tuple[Hashable, ...], work: Work, torch_seed: int | None = None, /, **numbers: float
+        self, key: tuple[Hashable, ...], work: Work, torch_seed: int | None = None, /, **numbers: Given
     ) -> Tensor | None:
         """`work(numbers)`, or what has the same effect.
 
@@ -60,7 +61,7 @@ class AsTheyAre:
     """Runs every piece by itself."""
 
     def run(
-        self, key: tuple[Hashable, ...], work: Work, torch_seed: int | None = None, /, **numbers: float
+        self, key: tuple[Hashable, ...], work: Work, torch_seed: int | None = None, /, **numbers: Given
     ) -> Tensor | None:
         """See `Pieces.run`."""
         if torch_seed is not None:
@@ -169,7 +170,7 @@ class CapturedPieces:
         return place.copy_(values)
 
     def run(
-        self, key: tuple[Hashable, ...], work: Work, torch_seed: int | None = None, /, **numbers: float
+        self, key: tuple[Hashable, ...], work: Work, torch_seed: int | None = None, /, **numbers: Given
     ) -> Tensor | None:
         """See `Pieces.run`.
 
@@ -184,7 +185,7 @@ class CapturedPieces:
         if piece is None:
             piece = self._pieces[key] = _Piece({name: self._tensor(value) for name, value in numbers.items()})
         for name, value in numbers.items():
-            piece.numbers[name].fill_(value)
+            _set(piece.numbers[name], value)
         bound = partial(work, piece.numbers)
         if piece.captured is None:
             if piece.runs < self._warm_ups or not self._ready():
@@ -199,9 +200,10 @@ class CapturedPieces:
         out = piece.captured.out
         return None if out is None else out.clone()
 
-    def _tensor(self, value: float) -> Tensor:
+    def _tensor(self, value: Given) -> Tensor:
         dtype = torch.int64 if isinstance(value, int) else torch.float64
-        return torch.zeros((), dtype=dtype, device=self._device)
+        shape = (len(value),) if isinstance(value, tuple) else ()
+        return torch.zeros(shape, dtype=dtype, device=self._device)
 
     def _give_up(self, key: tuple[Hashable, ...], error: Exception) -> None:
         line = f"{key[0]} cannot be captured in a CUDA graph ({described(error)})"
@@ -211,6 +213,15 @@ class CapturedPieces:
         self._pieces.clear()
         self._places.clear()
         self._tell(f"{line}: the training goes on without graphs")
+
+
+def _set(tensor: Tensor, value: Given) -> None:
+    """Write the value without waiting for the device."""
+    if isinstance(value, tuple):
+        for place, one in zip(tensor, value, strict=True):
+            place.fill_(one)
+    else:
+        tensor.fill_(value)
 
 
 class _Piece:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
+from ipfm.engine.averages import Decay
 from ipfm.engine.config import Offload, Precision, Resolved, RunConfig, ZeroStage, check_sharding
 from ipfm.engine.distributed.device import uses_gpu
 from ipfm.engine.distributed.precision import DTYPES
@@ -30,6 +31,7 @@ from ipfm.engine.distributed.single_process import (
 )
 from ipfm.engine.distributed.world import World, import_deepspeed
 from ipfm.kernels import AdamEMA
+from ipfm.kernels.adam import ema_entries
 from ipfm.models import Precond
 
 # Elements a reduction bucket holds: DeepSpeed's own default reserves 2 GB an engine.
@@ -56,7 +58,8 @@ class TrainedNetwork:
         world: the run's processes.
         lr: learning rate before the first step.
         beta1: Adam's first decay; 0 needs no first moment.
-        ema: keep an average of the weights, sharded like the rest of the optimiser's state.
+        ema: names of the averages of the weights to keep, sharded like the rest of the optimiser's state; True keeps
+            one without a name.
         rectified: Rectified Adam in place of Adam.
 
     Raises:
@@ -71,7 +74,7 @@ class TrainedNetwork:
         world: World,
         lr: float,
         beta1: float,
-        ema: bool,
+        ema: bool | Sequence[str],
         rectified: bool = False,
     ) -> None:
         config, stage, precision = settings.config, settings.stage, settings.precision
@@ -79,7 +82,8 @@ class TrainedNetwork:
         self.world = world
         self.stage = stage
         self.precision = precision
-        self._averaged = ema
+        self.averages = ("ema",) * ema if isinstance(ema, bool) else tuple(ema)
+        """Names of the averages."""
         self._rates: dict[str, float | Tensor] = {}
         # As they are before the engine rounds them.
         self.exact_buffers = {n: buffer.detach().clone() for n, buffer in module.named_buffers()}
@@ -99,7 +103,7 @@ class TrainedNetwork:
             betas=(beta1, BETA2),
             eps=config.eps,
             rectified=rectified,
-            ema=ema,
+            ema=len(self.averages),
             clip_norm=config.clip_grad,
         )
         if stage > 0 and world.size > 1:
@@ -141,15 +145,19 @@ class TrainedNetwork:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Learning rate ("lr") and, with an average, its decay ("ema_decay"), of the last step; empty before it."""
+        """Learning rate ("lr") and decay of the average ("ema_decay") of the last step; empty before it.
+
+        Of several averages it is "ema_decay_" and the name.
+        """
         return {name: float(rate) for name, rate in self._rates.items()}
 
-    def step(self, *, lr: float | Tensor, ema_decay: float | Tensor = 0.0, grad_scale: Tensor | None = None) -> Tensor:
+    def step(self, *, lr: float | Tensor, ema_decay: Decay | Tensor = 0.0, grad_scale: Tensor | None = None) -> Tensor:
         """Update the weights from the gradients since the last step.
 
         Args:
             lr: learning rate of this step; as a tensor 0-d float64, which a replayed graph reads anew.
-            ema_decay: decay of the EMA in this step, likewise.
+            ema_decay: decay of the average in this step, likewise; of several averages one for all, or one of each,
+                1-d as a tensor.
             grad_scale: 0-d tensor that multiplies the averaged gradient.
 
         Returns:
@@ -159,7 +167,7 @@ class TrainedNetwork:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.ema_decay = ema_decay
-        self._rates = {"lr": lr, "ema_decay": ema_decay} if self._averaged else {"lr": lr}
+        self._rates = {"lr": lr, **self._decays_by_name(ema_decay)}
         self.optimizer.grad_scale = grad_scale
         if self._scale is not None:
             to_blame = self._scale.value > 1
@@ -173,6 +181,12 @@ class TrainedNetwork:
         if not self.engine.was_step_applied() or self.optimizer.applied is None:
             return torch.full((), expected, dtype=torch.bool, device=self.world.device)
         return self.optimizer.applied.to(self.world.device)
+
+    def _decays_by_name(self, given: Decay | Tensor) -> dict[str, float | Tensor]:
+        several = isinstance(given, tuple) or (isinstance(given, Tensor) and given.ndim > 0)
+        decays = given if several else (given,) * len(self.averages)
+        names = [f"ema_decay_{name}" for name in self.averages] if len(self.averages) > 1 else ["ema_decay"]
+        return dict(zip(names, decays, strict=False))  # type: ignore[arg-type]
 
     @contextmanager
     def frozen(self) -> Iterator[Precond]:
@@ -191,7 +205,12 @@ class TrainedNetwork:
     def state_kinds(self) -> tuple[str, ...]:
         """What is kept for each parameter: "weight" and the optimiser's entries."""
         entries = next(iter(self.optimizer.state.values()))
-        return ("weight", *(kind for kind in ("exp_avg", "exp_avg_sq", "ema") if kind in entries))
+        return ("weight", *(kind for kind in ("exp_avg", "exp_avg_sq") if kind in entries), *self.average_kinds)
+
+    @property
+    def average_kinds(self) -> tuple[str, ...]:
+        """The entries among `state_kinds` that are averages, in the order of their names."""
+        return tuple(ema_entries(len(self.averages)))
 
     @property
     def parameter_count(self) -> int:
@@ -199,7 +218,7 @@ class TrainedNetwork:
         return sum(self._shape(p).numel() for p in self.module.parameters())
 
     def full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's fp32 weight ("weight"), "exp_avg", "exp_avg_sq" or "ema", whole and by name.
+        """Each parameter's fp32 weight ("weight"), "exp_avg", "exp_avg_sq" or an average, whole and by name.
 
         Every process must run through it: the shards are gathered on the way.
         """
@@ -286,10 +305,16 @@ class TrainedNetwork:
             scaler.cur_iter, scaler.last_overflow_iter = int(state["steps"]), int(state["last_overflow"])
 
     @torch.no_grad()
-    def copy_ema_to(self, net: nn.Module) -> None:
-        """Write the averaged weights into `net`, a network of the same architecture."""
+    def copy_ema_to(self, net: nn.Module, which: str | None = None) -> None:
+        """Write averaged weights into `net`, a network of the same architecture.
+
+        Args:
+            net: the network.
+            which: name of the average; None takes the first one.
+        """
+        kind = self.average_kinds[0 if which is None else self.averages.index(which)]
         targets = dict(net.named_parameters())
-        for name, tensor in self.full("ema"):
+        for name, tensor in self.full(kind):
             targets[name].copy_(tensor)
 
     # -- what differs between the stages ----------------------------------------------------------------------------

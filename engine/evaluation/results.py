@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ipfm.engine.checks import number
 from ipfm.engine.evaluation.metrics.evaluate import FrechetResult
-from ipfm.engine.evaluation.metrics.measures import DISTANCE, FID, Measured, measures_of, notes
+from ipfm.engine.evaluation.metrics.measures import DISTANCE, FID, Measured, Metric, measures_of, merit, notes
 from ipfm.engine.runtime.figures import file_figure
 from ipfm.engine.runtime.files import StepLog, json_line
 from ipfm.engine.runtime.wording import significant
@@ -58,14 +59,26 @@ class EvaluationHistory:
         self._log.append(step, {**measured, **facts})
         self._log.flush()
 
-    def add_result(self, step: int, result: FrechetResult) -> None:
-        """Append all that an evaluation after `step` steps found, and write it at once."""
-        facts: dict[str, object] = {"images": result.images, "seconds": round(result.seconds, 3)}
-        if result.left_out:
-            facts["left_out"] = result.left_out
-        if result.name == FID:
-            facts["name"] = result.name
-        facts |= {name: value for name, value in result.to_json().items() if name in result.others}
+    def add_result(
+        self,
+        step: int,
+        result: FrechetResult,
+        *,
+        average: str = "",
+        averages: Mapping[str, FrechetResult] | None = None,
+    ) -> None:
+        """Append all that an evaluation after `step` steps found, and write it at once.
+
+        Args:
+            step: steps done.
+            result: what was found; of several averages that of the one that is exported.
+            average: its name.
+            averages: of several, what was found of each, under "averages" in the line.
+        """
+        facts: dict[str, object] = _facts_of(result)
+        if averages:
+            each = {name: _found_of(one) | _facts_of(one) for name, one in averages.items()}
+            facts |= {"average": average, "averages": each}
         self.add(step, result.distance if "fid" in result.metrics else None, **facts)
 
     @property
@@ -73,15 +86,21 @@ class EvaluationHistory:
         """(step, Fréchet distance), see `points_of`."""
         return self.points_of("frechet")
 
-    def points_of(self, key: str) -> list[tuple[int, float]]:
+    def points_of(self, key: str, average: str | None = None) -> list[tuple[int, float]]:
         """(step, number) by increasing step, of the evaluations that measured it; one that was not finite is NaN.
 
         Args:
             key: of one of MEASURES.
+            average: name of one of several averages; None takes the one that was to be exported.
         """
-        last = {line["step"]: line for line in self._log.read()}
+        last = {line["step"]: line if average is None else _of(line, average) for line in self._log.read()}
         found = {step: line[key] for step, line in last.items() if key in line}
         return sorted((step, math.nan if value is None else float(value)) for step, value in found.items())
+
+    @property
+    def averages(self) -> list[str]:
+        """Names of the averages that were measured, where there were several."""
+        return list(dict.fromkeys(name for line in self._log.read() for name in _averages(line)))
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -94,6 +113,45 @@ class EvaluationHistory:
         """At which the images of the fastest evaluation were drawn; NaN where no time was recorded."""
         lines = [line for line in self._log.read() if line.get("seconds") and line.get("images")]
         return max((line["images"] / line["seconds"] for line in lines), default=math.nan)
+
+
+def best_average(line: Mapping[str, Any], names: Sequence[str], metric: Metric) -> str:
+    """Name of the average that an evaluation found the best, the first of equal ones; "" where it says nothing of them.
+
+    Args:
+        line: of `EvaluationHistory.lines`.
+        names: of the averages that are asked about.
+        metric: what decides.
+    """
+    best, most = "", None
+    for name in names:
+        worth = merit(metric, {k: number(v) for k, v in _of(line, name).items() if isinstance(v, (int, float))})
+        if is_better(worth, most, higher=True):
+            best, most = name, worth
+    return best
+
+
+def _averages(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = line.get("averages")
+    return found if isinstance(found, dict) else {}
+
+
+def _of(line: Mapping[str, Any], average: str) -> Mapping[str, Any]:
+    found = _averages(line).get(average)
+    return found if isinstance(found, dict) else {}
+
+
+def _found_of(result: FrechetResult) -> dict[str, object]:
+    return {"frechet": result.distance} if "fid" in result.metrics else {}
+
+
+def _facts_of(result: FrechetResult) -> dict[str, object]:
+    facts: dict[str, object] = {"images": result.images, "seconds": round(result.seconds, 3)}
+    if result.left_out:
+        facts["left_out"] = result.left_out
+    if result.name == FID:
+        facts["name"] = result.name
+    return facts | {name: value for name, value in result.to_json().items() if name in result.others}
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,15 @@ class Run:
         return (self.forward_flops * self.forwards * relative_cost + self.further_flops) * self.config.batch
 
     @functools.cached_property
-    def trained(self) -> tuple[tuple[int, int, bool], ...]:
-        """Of each network in training: parameters, fp32 values that its optimiser keeps of each, whether averaged."""
+    def trained(self) -> tuple[tuple[int, int, int], ...]:
+        """Of each network in training: parameters, fp32 values that its optimiser keeps of each, averages in them."""
+        averages = len(self.config.averages)
         if isinstance(self.config, Distillation):
             roles = self.config.objective(self.network).roles
-            return tuple((parameter_count(role.network), role.moments, role.averaged) for role in roles)
-        return ((parameter_count(self.network), 2 + (self.config.beta1 > 0), True),)
+            return tuple(
+                (parameter_count(role.network), role.moments(averages), averages * role.averaged) for role in roles
+            )
+        return ((parameter_count(self.network), 1 + (self.config.beta1 > 0) + averages, averages),)
 
     @property
     def checkpoint(self) -> int:
@@ -225,7 +228,7 @@ def _cost(run: Run, gpu: Gpu, fit: LayoutOnGpu, share: float, price: float | Non
 
 def _parts(run: Run, plan: MemoryPlan, sharding: Sharding) -> Parts:
     parts = plan.parts
-    averages = sum(4 * sharding.share(count, 1) for count, _, averaged in run.trained if averaged)
+    averages = sum(4 * kept * sharding.share(count, 1) for count, _, kept in run.trained)
     ema = 0 if sharding.offload != "none" else averages
     weights, gradients = parts.weights + parts.masters, parts.gradients + parts.buckets
     known = parts.teacher + weights + parts.optimizer

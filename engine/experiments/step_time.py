@@ -221,7 +221,13 @@ def _under_optimiser(form: Resolved[RunConfig], role: Role, world: World) -> Tra
     alone = replace(form, config=config, precision="fp32", stage=0, teacher_storage="fp32")
     net = _network(role.network, form, world.device)
     return TrainedNetwork(
-        net, alone, world=world, lr=role.lr, beta1=role.beta1, ema=role.averaged, rectified=role.rectified
+        net,
+        alone,
+        world=world,
+        lr=role.lr,
+        beta1=role.beta1,
+        ema=config.average_names if role.averaged else (),
+        rectified=role.rectified,
     )
 
 

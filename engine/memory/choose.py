@@ -186,6 +186,7 @@ def plan_training(
         precision=settings.precision,
         offload=settings.config.offload,
         beta1=settings.config.beta1,
+        averages=len(settings.config.averages),
         activation_checkpointing=settings.checkpointed,
         accumulates=settings.micro_batch < settings.config.batch // ranks,
         graphs=_graphs(settings, network, ranks),

@@ -144,7 +144,8 @@ def plan_memory(
 def distillation_bytes(settings: StepSettings) -> StateBytes:
     """What the networks of a distillation hold."""
     roles = settings.config.objective(settings.network).roles
-    trained = [(role.network, role.moments) for role in roles]
+    averages = len(settings.config.averages)
+    trained = [(role.network, role.moments(averages)) for role in roles]
     return state_bytes(settings.network, settings.sharding, trained, teacher=True)
 
 
@@ -157,17 +158,18 @@ def plan_teacher_training(
     precision: Precision = "fp32",
     offload: Offload = "none",
     beta1: float = 0.9,
+    averages: int = 1,
     activation_checkpointing: bool = False,
     accumulates: bool = False,
     graphs: bool = False,
     budget: int | None = None,
 ) -> MemoryPlan:
-    """The same for the training of a teacher: one network, its optimiser and its EMA. Arguments as in `plan_memory`.
+    """The same for the training of a teacher: one network, its optimiser and so many averages.
 
-    With `graphs`, CUDA graphs run the step, see `with_gradients`.
+    Arguments as in `plan_memory`. With `graphs`, CUDA graphs run the step, see `with_gradients`.
     """
     sharding = check_plan(micro_batch, ranks, stage, precision, offload, "fp32", budget)
-    parts = state_bytes(network, sharding, [(network, 2 + (beta1 > 0))], teacher=False)
+    parts = state_bytes(network, sharding, [(network, 1 + (beta1 > 0) + averages)], teacher=False)
     kept = stage < 2 and not accumulates and not graphs
     settings = StepSettings(
         network, micro_batch, sharding, activation_checkpointing=activation_checkpointing, keeps_gradients=kept

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ipfm.engine.averages import Decay
 from ipfm.engine.config import Resolved, planned_settings
 from ipfm.engine.distributed.precision import DTYPES, apply_precision, halve_storage
 from ipfm.engine.distributed.world import World
@@ -30,6 +31,8 @@ from ipfm.engine.objectives.phases import Phase, listening, mark
 from ipfm.models import NetworkConfig, Precond, build_network
 
 META = torch.device("meta")
+# Widths that stand for those of averages beside the first one.
+STAND_INS = (0.05, 0.1, 0.15)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def _all_that_matters(
     """
     return replace(
         config,
-        **{**planned_settings(type(config)), "max_steps": 1},
+        # Of averages their number matters.
+        **{**planned_settings(type(config)), "max_steps": 1, "ema": STAND_INS[: len(config.averages) - 1] or None},
         batch=micro_batch,
         micro_batch=None,
         zero=1,
@@ -194,7 +198,7 @@ class _Trained:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, *, lr: float | Tensor, ema_decay: float | Tensor = 0.0, grad_scale: Tensor | None = None) -> Tensor:
+    def step(self, *, lr: float | Tensor, ema_decay: Decay | Tensor = 0.0, grad_scale: Tensor | None = None) -> Tensor:
         needed = torch.empty(self._sharding.update(self._numbers), dtype=torch.uint8, device=META)
         del needed
         for p in self.module.parameters():

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
+from ipfm.engine.averages import Decay
 from ipfm.engine.checks import at_least, check_D, check_start
 from ipfm.engine.config import (
     InitialWeights,
@@ -54,16 +55,15 @@ class Role:
     rectified: bool = False
     """Rectified Adam [Liu et al. 2020]."""
     averaged: bool = False
-    """The optimiser keeps a moving average of the weights."""
+    """The optimiser keeps the moving averages of the weights that the settings name."""
 
     def seed(self, run: int) -> int:
         """Seed of random first weights, for a run's seed: each role has its own."""
         return (run + sum(self.name.encode())) % 2**63
 
-    @property
-    def moments(self) -> int:
-        """fp32 values that the optimiser keeps a parameter."""
-        return 1 + (self.beta1 > 0) + self.averaged
+    def moments(self, averages: int = 1) -> int:
+        """fp32 values that the optimiser keeps a parameter; `averages`: how many the settings name."""
+        return 1 + (self.beta1 > 0) + averages * self.averaged
 
 
 class Trained(Protocol):
@@ -80,7 +80,7 @@ class Trained(Protocol):
     def backward(self, loss: Tensor) -> None: ...
 
     def step(
-        self, *, lr: float | Tensor, ema_decay: float | Tensor = 0.0, grad_scale: Tensor | None = None
+        self, *, lr: float | Tensor, ema_decay: Decay | Tensor = 0.0, grad_scale: Tensor | None = None
     ) -> Tensor: ...
 
     def frozen(self) -> AbstractContextManager[nn.Module]: ...

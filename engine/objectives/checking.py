@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ipfm.engine.averages import Decay
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.base import Distillation, StepContext, check_objective_says
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
@@ -36,7 +37,7 @@ class PlainNetwork:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, *, lr: float | Tensor, ema_decay: float | Tensor = 0.0, grad_scale: Tensor | None = None) -> Tensor:
+    def step(self, *, lr: float | Tensor, ema_decay: Decay | Tensor = 0.0, grad_scale: Tensor | None = None) -> Tensor:
         scale = 1.0 if grad_scale is None else grad_scale
         named = [(name, p) for name, p in self.module.named_parameters() if p.grad is not None]
         self.updates.append({name: p.grad * scale for name, p in named if p.grad is not None})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from ipfm.engine.averages import Decay
 from ipfm.engine.checks import at_least, check_start, is_number, number, positive, share
 from ipfm.engine.config import InitialWeights, setting
 from ipfm.engine.data.augmentation import augment
@@ -231,11 +232,11 @@ class DistillSteps:
             )
         return self._update("generator", self.generator, lr=self.config.lr, ema_decay=self.config.ema_decay(step))
 
-    def _update(self, name: str, network: Trained, **rates: float) -> StepMetrics:
+    def _update(self, name: str, network: Trained, **rates: Decay) -> StepMetrics:
         """The optimiser's step of the network `name`, and what was measured since the last one."""
         tally = self._tallies[name]
 
-        def update(numbers: Mapping[str, Number]) -> Tensor:
+        def update(numbers: Mapping[str, Any]) -> Tensor:
             applied = network.step(grad_scale=tally.grad_scale(self.config.batch), **numbers)
             return tally.taken(applied)
 

@@ -331,7 +331,7 @@ class PidSteps:
         assert found is not None
         return measured_as("generator", found)
 
-    def _update(self, numbers: Mapping[str, Number]) -> Tensor:
+    def _update(self, numbers: Mapping[str, Any]) -> Tensor:
         scale = self._tally.grad_scale(self.config.batch)
         return self._tally.taken(self.generator.step(grad_scale=scale, **numbers))
 

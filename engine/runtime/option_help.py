@@ -176,22 +176,38 @@ def _as_number(word: str, kind: type) -> str:
 
 
 def _optional(info: PrimitiveTypeInfo, *, none: bool) -> PrimitiveConstructorSpec[Any] | None:
-    """X | None, shown and read as X; None is the word None."""
+    """X | None, shown and read as X, and X | tuple[X, ...] as tuple[X, ...]; None is the word None."""
     if get_origin(info.type) not in (Union, types.UnionType):
         return None
-    kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
-    if len(kinds) != 1 or len(get_args(info.type)) != 2:
+    given = get_args(info.type)
+    kinds = [kind for kind in given if kind is not type(None)]
+    lists = [kind for kind in kinds if get_origin(kind) is tuple and get_args(kind)[1:] == (...,)]
+    one = next((kind for kind in kinds if lists and kind is get_args(lists[0])[0]), None)
+    kinds = [kind for kind in kinds if kind is not one]
+    optional = type(None) in given
+    if len(kinds) != 1 or (one is None and not optional):
         return None
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
-    if not isinstance(spec, PrimitiveConstructorSpec) or spec.nargs != 1:
+    if not isinstance(spec, PrimitiveConstructorSpec) or (spec.nargs != 1 and not lists):
         return None
     inner = spec
+
+    def is_one(value: Any) -> bool:
+        if value is None or (one is not None and isinstance(value, (int, float))):
+            return value is not None or optional
+        return bool(inner.is_instance(value))
+
+    def words_of(value: Any) -> list[str]:
+        if value is None:
+            return ["None"]
+        return inner.str_from_instance((value,) if one is not None and not isinstance(value, tuple) else value)
+
     return replace(
         inner,
-        instance_from_str=lambda words: None if words == ["None"] else inner.instance_from_str(words),
-        is_instance=lambda value: value is None or inner.is_instance(value),
-        str_from_instance=lambda value: ["None"] if value is None else inner.str_from_instance(value),
-        choices=inner.choices and (*inner.choices, *(["None"] if none else [])),
+        instance_from_str=lambda words: None if optional and words == ["None"] else inner.instance_from_str(words),
+        is_instance=is_one,
+        str_from_instance=words_of,
+        choices=inner.choices and (*inner.choices, *(["None"] if none and optional else [])),
     )
 
 

@@ -20,22 +20,25 @@ class DiskUse:
         checkpoint: of one checkpoint.
         checkpoints: how many are there at a time, with the one that is being written.
         model: of one exported network.
-        snapshots: how many of those are kept along the way.
+        snapshots: how many are kept along the way.
+        snapshot: bytes of one of those.
     """
 
     checkpoint: int
     checkpoints: int
     model: int
     snapshots: int
+    snapshot: int
 
     @property
     def total(self) -> int:
         """Of all together: the result, the best, the snapshots, and one network more while it is written."""
-        return self.checkpoint * self.checkpoints + self.model * (self.snapshots + 3)
+        return self.checkpoint * self.checkpoints + self.snapshot * self.snapshots + self.model * 3
 
     def in_words(self) -> str:
         """As in "11.0 MiB for 3 checkpoints of 3.4 MiB, 10 snapshots, the best and the result of 1.0 MiB each"."""
-        kept = f", {counted(self.snapshots, 'snapshot')}, the best" if self.snapshots else ", the best"
+        other = f" of {size(self.snapshot)}" if self.snapshot != self.model else ""
+        kept = f", {counted(self.snapshots, 'snapshot')}{other}, the best" if self.snapshots else ", the best"
         checkpoints = f"{counted(self.checkpoints, 'checkpoint')} of {size(self.checkpoint)}"
         return f"at most {size(self.total)} for {checkpoints}{kept} and the result of {size(self.model)} each"
 
@@ -50,7 +53,8 @@ def disk_use(config: RunConfig, *, checkpoint: int, model: int) -> DiskUse:
     """
     taken = config.total_steps // config.snapshot_every if config.snapshot_every else 0
     kept = taken if config.keep_snapshots == 0 else min(taken, config.keep_snapshots)
-    return DiskUse(checkpoint, config.keep_checkpoints + 1, model, kept)
+    snapshot = model // 2 if config.snapshot_precision == "fp16" else model
+    return DiskUse(checkpoint, config.keep_checkpoints + 1, model, kept * len(config.averages), snapshot)
 
 
 def missing_room(use: DiskUse, run: Path) -> str | None:

@@ -127,7 +127,8 @@ class Distiller(TrainingRun[Distillation]):
         net = starting_network(role.network, role.start, teacher, role.seed(self.config.seed)).to(self.world.device)
         if start is not None:
             start.put_into(net)
-        trained = self._under_optimiser(net, lr=role.lr, beta1=role.beta1, ema=role.averaged, rectified=role.rectified)
+        averages = self.config.average_names if role.averaged else ()
+        trained = self._under_optimiser(net, lr=role.lr, beta1=role.beta1, ema=averages, rectified=role.rectified)
         if start is not None:
             start.take_on(trained)
         return trained
@@ -203,7 +204,7 @@ class Distiller(TrainingRun[Distillation]):
         if self.evaluation is not None:
             with catching_signals(Launcher(self.world.launched)):
                 try:
-                    self.rows = self._conclude(folder.path, self.evaluation, progress.last)
+                    self.rows = self._conclude(folder.path, self.evaluation, progress.last, progress.averages)
                 except StopRequested as asked:
                     raise Interrupted(asked.signum, folder.path) from None
         self._finish(folder.path, progress.step)
@@ -226,7 +227,13 @@ class Distiller(TrainingRun[Distillation]):
         }
         return networks, None if self.evaluation is None else self.evaluation.data
 
-    def _conclude(self, folder: Path, evaluation: Evaluation, last: FrechetResult | None) -> list[EvaluationRow]:
+    def _conclude(
+        self,
+        folder: Path,
+        evaluation: Evaluation,
+        last: FrechetResult | None,
+        averages: Mapping[str, FrechetResult],
+    ) -> list[EvaluationRow]:
         """Write results.txt, results.json and convergence.png into the run folder; every process calls it.
 
         Args:
@@ -234,9 +241,10 @@ class Distiller(TrainingRun[Distillation]):
             evaluation: what samples are measured against.
             last: what was measured of the generator at the end; None when nothing was trained, then a table that is
                 there stands.
+            averages: what was measured of each of several averages, one of which is the generator.
 
         Returns:
-            The rows of the table: teacher, generator; none, and a warning, where they cannot be measured.
+            The rows of the table: teacher, generator, averages; none, and a warning, where they cannot be measured.
         """
         known = read_results(folder)
         if known and last is None:
@@ -261,6 +269,7 @@ class Distiller(TrainingRun[Distillation]):
         rows = [
             _row("teacher", None, heun, teacher, published and published.teacher(self.network, heun)),
             _row("generator", evaluations, evaluations, generator, published and str(published)),
+            *(_row(name, evaluations, evaluations, found, None) for name, found in averages.items()),
         ]
         if self.world.is_main:
             self._write(folder, rows, teacher)
@@ -280,6 +289,11 @@ class Distiller(TrainingRun[Distillation]):
                 Curve(history.points_of(measure.key), teacher.values[measure.key], measure.called(teacher.name))
                 for measure in measures_of(teacher.metrics)
             )
+            measure = measures_of(teacher.metrics)[0]
+            others += [
+                Curve(history.points_of(measure.key, name), teacher.values[measure.key], f"{first.name}, {name}")
+                for name in history.averages
+            ]
             plot_convergence(first.points, first.teacher, picture, self.title, first.name, others)
         except Exception as error:
             self._warn(f"no {picture}: {described(error)}")

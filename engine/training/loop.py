@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -15,8 +16,9 @@ from ipfm.engine.config import RunConfig
 from ipfm.engine.distributed.agreement import attempt
 from ipfm.engine.distributed.signals import SignalFlag, StopRequested, catching_signals
 from ipfm.engine.distributed.world import World
+from ipfm.engine.evaluation.metrics import FrechetResult
 from ipfm.engine.evaluation.metrics.measures import notes
-from ipfm.engine.evaluation.results import EvaluationHistory, forget_results
+from ipfm.engine.evaluation.results import EvaluationHistory, forget_results, is_better
 from ipfm.engine.memory.watch import MemoryWatch
 from ipfm.engine.objectives.phases import Phase, listening
 from ipfm.engine.runtime import peers
@@ -130,6 +132,7 @@ class _Run:
         self._exchange_at = progress.step + 1
         self._since = 0.0
         self._updating = False
+        self._averages = config.average_names
 
     def _logs(self) -> tuple[Monitor, EvaluationHistory | None]:
         path, first = self.folder.path, self.progress.step
@@ -314,27 +317,67 @@ class _Run:
         """Evaluate and draw a picture; a signal that came meanwhile, or 0. What fails here is a warning."""
         task, progress, monitor = self.task, self.progress, self.monitor
         with monitor.paused():
-            task.refresh()
             try:
-                result = self._tried("evaluation", task.evaluate)
+                average, averages = self._measure()
             except StopRequested as asked:
                 return asked.signum
+            result = averages.get(average)
             images = self._tried("picture", lambda: task.picture(PICTURE_IMAGES, PICTURE_SEED))
             # That of an earlier step is not this one's.
-            progress.last = result
+            progress.last, progress.averages = result, averages if len(self._averages) > 1 else {}
             if result is not None:
                 monitor.scalars(progress.step, result.values)
-                monitor.message(f"step {progress.step}: {result.in_words()}")
+                self._say_measured(average, averages)
                 for note in notes([result], result.name):
                     monitor.message_once(note)
                 if self.history is not None:
                     with monitor.tolerant("evaluations.jsonl"):
-                        self.history.add_result(progress.step, result)
-                self.snapshots.offer(progress.step, result)
+                        self.history.add_result(progress.step, result, average=average, averages=progress.averages)
+                self.snapshots.offer(progress.step, result, average)
             # The picture is the last, so that it stands for the whole: see `_look_is_missing`.
             if images is not None:
                 monitor.image(progress.step, images)
         return 0
+
+    def _measure(self) -> tuple[str, dict[str, FrechetResult]]:
+        """The average that is to be exported, which is the one shown then, and what was measured of each."""
+        task, names, wanted = self.task, self._averages, self.config.export_ema
+        averages: dict[str, FrechetResult] = {}
+        shown = ""
+        for name in names if task.metrics or len(names) == 1 else ():
+            self._show(name)
+            shown = name
+            found = self._tried("evaluation", task.evaluate)
+            averages |= {} if found is None else {name: found}
+        best, most = "", None
+        for name, found in averages.items() if wanted == "best" else ():
+            worth = found.merit(found.metrics[0])
+            if is_better(worth, most, higher=True):
+                best, most = name, worth
+        # Numbers of one process are not another's.
+        chosen = self.task.world.broadcast_text(best) if len(names) > 1 else ""
+        chosen = chosen or (names[0] if wanted == "best" else wanted)
+        if shown != chosen:
+            self._show(chosen)
+        return chosen, averages
+
+    def _show(self, average: str) -> None:
+        """Bring the averaged network up to date; of several the one of this name."""
+        if len(self._averages) > 1:
+            self.task.refresh(average)
+        else:
+            self.task.refresh()
+
+    def _say_measured(self, chosen: str, averages: Mapping[str, FrechetResult]) -> None:
+        step, several = self.progress.step, len(self._averages) > 1
+        for name, found in averages.items():
+            which = f", {name}" if several else ""
+            self.monitor.message(f"step {step}{which}: {found.in_words()}")
+            if several:
+                self.monitor.scalars(step, {f"{key}_{name}": value for key, value in found.values.items()})
+        result = averages[chosen]
+        if several and self.config.export_ema == "best" and math.isfinite(result.merit(result.metrics[0])):
+            self.monitor.message(f"step {step}: {chosen} is the best")
 
     def _tried(self, what: str, work: Callable[[], T]) -> T | None:
         """What `work` returns; None on every process, and a warning, where it fails on one."""
@@ -345,9 +388,10 @@ class _Run:
 
     def _take_snapshot(self, *, refreshed: bool) -> None:
         with self.monitor.paused():
-            if not refreshed:
-                self.task.refresh()
-            self.snapshots.take(self.progress.step)
+            for name in self._averages:
+                if not refreshed or len(self._averages) > 1:
+                    self._show(name)
+                self.snapshots.take(self.progress.step, name)
 
     def _save(self) -> None:
         progress = self.progress

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.evaluation.metrics import FrechetResult, Metric
+from ipfm.engine.evaluation.results import EvaluationHistory, best_average
 from ipfm.engine.memory import MemoryPlan
 from ipfm.engine.memory.live import bytes_in_use
 from ipfm.engine.objectives.step_metrics import StepMetrics
@@ -107,7 +108,7 @@ class TrainingRun(ABC, Generic[C]):
             self.other_bytes = bytes_in_use(self.world.device, without=without)
 
     def _under_optimiser(
-        self, net: Precond, *, lr: float, beta1: float, ema: bool, rectified: bool = False
+        self, net: Precond, *, lr: float, beta1: float, ema: Sequence[str], rectified: bool = False
     ) -> TrainedNetwork:
         """`net`, which lies on the run's device, with its optimiser, computing as the settings say."""
         alone = self.settings.stage == 0 and self.world.size == 1
@@ -146,9 +147,13 @@ class TrainingRun(ABC, Generic[C]):
         self.averaged.release()
         return self._step(step)
 
-    def refresh(self) -> None:
-        """Bring the averaged network up to date. Every process must call it."""
-        self.averaged.refresh()
+    def refresh(self, which: str | None = None) -> None:
+        """Bring the averaged network up to date. Every process must call it.
+
+        Args:
+            which: which of several averages it is of, by its name; None takes the first one.
+        """
+        self.averaged.refresh(which)
 
     @property
     def average(self) -> Precond:
@@ -170,18 +175,23 @@ class TrainingRun(ABC, Generic[C]):
 
     def average_said(self, step: int) -> Mapping[str, Any] | None:
         """See `Task.average_said`."""
-        name = next(name for name, net in self.networks.items() if net is self.averaged.trained)
-        return describe_average(self.averaged.network, name, self._said(self._about, step, {}))
+        name, trained = next((name, net) for name, net in self.networks.items() if net is self.averaged.trained)
+        said = self._said(self._about, step, {}, average=trained.averages[0])
+        kinds = dict(zip(trained.averages, trained.average_kinds, strict=True))
+        return describe_average(self.averaged.network, name, said, kinds if len(kinds) > 1 else {})
 
-    def stored(self, step: int, measured: Mapping[str, Any], *, copy: bool) -> Callable[[Path], None]:
+    def stored(
+        self, step: int, measured: Mapping[str, Any], *, copy: bool, halved: bool = False
+    ) -> Callable[[Path], None]:
         """See `Task.stored`."""
-        extra = self._said(self._about, step, measured)
+        extra = self._said(self._about, step, measured, average=self.averaged.shown)
         net = self.average
-        if not copy:
+        if not (copy or halved):
             return lambda folder: save_model(net, folder, extra=extra)
-        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in net.state_dict().items()}
         with torch.device("meta"):
             form = build_network(net.config)
+            kinds = {name: tensor.dtype for name, tensor in (form.half() if halved else net).state_dict().items()}
+        state = {name: tensor.detach().to("cpu", kinds[name], copy=True) for name, tensor in net.state_dict().items()}
         return lambda folder: save_model(form, folder, extra=extra, state=state)
 
     def picture(self, count: int, seed: int) -> Tensor:
@@ -225,11 +235,23 @@ class TrainingRun(ABC, Generic[C]):
         if self.world.is_main and not kept and not is_settled(path, kind, self.config):
             self._say_disk_use(path)
         progress = train(self, self.config, folder)
+        which = self._exported_average(path)
         if kept:
-            self.refresh()
+            self.refresh(which)
         else:
-            self.export(path / export, about=about, steps=progress.step)
+            self.export(path / export, about=about, steps=progress.step, which=which)
         return folder, progress
+
+    def _exported_average(self, path: Path) -> str:
+        """The average that the settings name, else the best of the run's last evaluation, else the first."""
+        names, wanted = self.config.average_names, self.config.export_ema
+        if wanted != "best" or len(names) == 1:
+            return names[0] if wanted == "best" else wanted
+        best = ""
+        if self.world.is_main:
+            lines = EvaluationHistory(path).lines
+            best = best_average(lines[-1] if lines else {}, names, next(iter(self.metrics), "fid"))
+        return self.world.broadcast_text(best) or names[0]
 
     def _say_disk_use(self, path: Path) -> None:
         counts = [net.parameter_count for net in self.networks.values()]
@@ -308,22 +330,24 @@ class TrainingRun(ABC, Generic[C]):
         self.config = replace(self.config, rules=rules)
         self.settings = replace(self.settings, config=self.config)
 
-    def export(self, folder: Path, *, about: ModelFacts, steps: int) -> None:
+    def export(self, folder: Path, *, about: ModelFacts, steps: int, which: str | None = None) -> None:
         """Store the averaged network, with the settings that it owes its weights to. Every process calls it.
 
         Args:
             folder: where the model is stored; what is there is replaced.
             about: what it says of itself, but for these settings and steps.
             steps: number of optimiser steps done.
+            which: which of several averages it is of; None takes the first one.
 
         Raises:
             TrainingFailed: on every process: the disk refuses.
         """
-        self.refresh()
+        self.refresh(which)
+        said = self._said(about, steps, {}, average=self.averaged.shown)
         reason = ""
         if self.world.is_main:
             try:
-                save_model(self.average, folder, extra=self._said(about, steps, {}))
+                save_model(self.average, folder, extra=said)
             except (OSError, ValueError) as error:
                 reason = why(error)
         if reason := self.world.broadcast_text(reason):
@@ -331,8 +355,12 @@ class TrainingRun(ABC, Generic[C]):
                 f"the network cannot be stored in {folder} ({reason}); the state is saved: the same command stores it"
             )
 
-    def _said(self, about: ModelFacts, steps: int, measured: Mapping[str, Any]) -> dict[str, Any]:
-        """What a stored network says of itself: `about`, the settings that it owes its weights to, the steps done."""
+    def _said(self, about: ModelFacts, steps: int, measured: Mapping[str, Any], *, average: str) -> dict[str, Any]:
+        """What a stored network says of itself: `about`, the settings that it owes its weights to, the steps done.
+
+        Where there are several averages also which one it is.
+        """
         places = (place_settings(type(self.config)) - COMPUTED) | set(getattr(self.config, "unused", ()))
         settings = {name: value for name, value in self.config.to_json().items() if name not in places}
-        return replace(about, optimizer_steps=steps, settings=settings, measured=measured).to_json()
+        which = {"average": average} if len(self.config.averages) > 1 else {}
+        return replace(about, optimizer_steps=steps, settings=settings, measured=measured).to_json() | which

@@ -33,7 +33,7 @@ from ipfm.engine.training.board import FILES as BOARD_FILES
 from ipfm.engine.training.board import FORMER as BOARD_FOLDER
 from ipfm.engine.training.checkpoint import checkpoints_in, step_of
 from ipfm.engine.training.run_folder import SET_ASIDE, exported_steps, lock_folder
-from ipfm.engine.training.snapshots import best_path, read_best, read_snapshots, snapshots_in
+from ipfm.engine.training.snapshots import all_snapshots_in, best_path, read_best, read_snapshots
 from ipfm.models.atomic_files import make_folder, previous_of, sync, write_durably
 from ipfm.models.checkpoints.run_models import EXPORTS
 from ipfm.models.store import CONFIG_FILE, TENSOR_FILE
@@ -209,7 +209,7 @@ def _files_of(run: Path, kind: str) -> Iterator[tuple[Path, Path]]:
     checkpoints = {path.name.removeprefix(".replaced-"): path for path in reversed(checkpoints_in(run / "checkpoints"))}
     for name, path in checkpoints.items():
         yield from _found(path, "*", Path("checkpoints", name))
-    for model in (run / EXPORTS[kind], best_path(run, kind), *snapshots_in(run)):
+    for model in (run / EXPORTS[kind], best_path(run, kind), *all_snapshots_in(run)):
         for pattern in (CONFIG_FILE, TENSOR_FILE):
             yield from _found(model if model.exists() else previous_of(model), pattern, model.relative_to(run))
     for folder, pattern in (("checkpoints", "latest"), ("samples", "step-*.png"), ("memory", "*")):

@@ -3,7 +3,8 @@
 In the run folder, beside the result (`EXPORTS`), and in the same format:
 
     generator-best/           the averaged network of the best evaluation so far; model-best/ of a teacher's training
-    snapshots/step-0000400/   that of step 400
+    snapshots/step-0000400/   that of step 400; of several averages the first one
+    snapshots/ema0.05/step-0000400/   of each of the others
 
 Each is written beside its place and renamed, so that after a kill either the old one or the new one is there, whole.
 Their config.json says the step and, under "measured", what an evaluation found of them.
@@ -104,16 +105,31 @@ def read_snapshots(run: Path) -> tuple[KeptModel, ...]:
     return tuple(found for path in snapshots_in(run) if (found := _read(path)) is not None)
 
 
-def snapshots_in(run: Path) -> list[Path]:
-    """The folders of the run's snapshots, the oldest first."""
-    folder = run / SNAPSHOTS
+def snapshots_in(run: Path, average: str = "") -> list[Path]:
+    """The folders of the run's snapshots, the oldest first.
+
+    Args:
+        run: the run folder.
+        average: of several averages, which one's beside the first.
+    """
+    return _steps_in(run / SNAPSHOTS / average)
+
+
+def _steps_in(folder: Path) -> list[Path]:
     paths = folder.iterdir() if folder.is_dir() else ()
     return sorted((path for path in paths if re.fullmatch(r"step-\d+", path.name)), key=step_of)
 
 
-def snapshot_path(run: Path, step: int) -> Path:
-    """Where the run keeps its network of this step."""
-    return run / SNAPSHOTS / f"step-{step:07d}"
+def all_snapshots_in(run: Path) -> list[Path]:
+    """The folders of the snapshots of all averages."""
+    folder = run / SNAPSHOTS
+    others = sorted(path.name for path in folder.iterdir() if path.name.startswith("ema")) if folder.is_dir() else []
+    return [path for average in ("", *others) for path in snapshots_in(run, average)]
+
+
+def snapshot_path(run: Path, step: int, average: str = "") -> Path:
+    """Where the run keeps its network of this step; `average`: as of `snapshots_in`."""
+    return run / SNAPSHOTS / average / f"step-{step:07d}"
 
 
 def _read(path: Path) -> KeptModel | None:
@@ -159,8 +175,11 @@ class _Average:
     """The averaged network of a step, what was measured of it, and what stores it, once it is asked for."""
 
     step: int
+    which: str
     measured: Mapping[str, Any]
     store: Callable[[Path], None] | None = None
+    halved: Callable[[Path], None] | None = None
+    """The same in fp16."""
 
 
 class _Writing(NamedTuple):
@@ -188,6 +207,7 @@ class Snapshots:
     def __init__(self, task: Task, config: RunConfig, run: Path, kind: str, message: Callable[[str], None]) -> None:
         self._task, self._run, self._kind, self._message = task, run, kind, message
         self.every, self.keep = config.snapshot_every, config.keep_snapshots
+        self._halved, self._averages = config.snapshot_precision == "fp16", config.average_names
         self.best: KeptModel | None = None
         """On the first process: the best so far, on the disk or on its way there."""
         self._thread = ThreadPoolExecutor(1, "snapshots") if config.async_checkpoints and task.world.is_main else None
@@ -210,7 +230,8 @@ class Snapshots:
         _forget_unfinished(self._run, self._kind)
         if go_back:
             result = _read(self._run / EXPORTS[self._kind])
-            for found in (*read_snapshots(self._run), _read(best_path(self._run, self._kind)), result):
+            snapshots = map(_read, all_snapshots_in(self._run))
+            for found in (*snapshots, _read(best_path(self._run, self._kind)), result):
                 if found is not None and found.step > step:
                     _remove(found.path)
         self.best = read_best(self._run, self._kind)
@@ -230,11 +251,17 @@ class Snapshots:
         """Whether a snapshot is to be taken at this step."""
         return self.every > 0 and step % self.every == 0
 
-    def offer(self, step: int, result: FrechetResult) -> None:
-        """Keep the averaged network of `step`, as it was last refreshed, if it is the best so far."""
+    def offer(self, step: int, result: FrechetResult, which: str = "") -> None:
+        """Keep the averaged network of `step`, as it was last refreshed, if it is the best so far.
+
+        Args:
+            step: steps done.
+            result: what was measured of it.
+            which: of several averages, which one it is of.
+        """
         if not self._task.world.is_main:
             return
-        self._average(step, _measured(result))
+        self._average(step, which, _measured(result))
         best, metric = self.best, result.metrics[0]
         drawn = result.images + result.left_out
         same = best is None or (best.drawn in (None, drawn) and best.metric in (None, result.name))
@@ -254,12 +281,19 @@ class Snapshots:
 
         self._write(path, f"the best network, of step {step},", failed=back)
 
-    def take(self, step: int) -> None:
-        """Keep a snapshot of the averaged network, as it was last refreshed at `step`."""
+    def take(self, step: int, which: str = "") -> None:
+        """Keep a snapshot of the averaged network, as it was last refreshed at `step`.
+
+        Args:
+            step: steps done.
+            which: of several averages, which one it is of.
+        """
         if self._task.world.is_main:
-            self._average(step, {})
-            path = snapshot_path(self._run, step)
-            self._write(path, f"the snapshot of step {step}", then=lambda: self._forget_old(path))
+            self._average(step, which, {})
+            average = "" if which in ("", self._averages[0]) else which
+            path = snapshot_path(self._run, step, average)
+            what = f"the snapshot of step {step}" + (f", {which}," if average else "")
+            self._write(path, what, then=lambda: self._forget_old(path), halved=self._halved)
 
     def wait(self) -> None:
         """Return when what was kept is on the disk, or is not."""
@@ -292,12 +326,12 @@ class Snapshots:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _average(self, step: int, measured: Mapping[str, Any]) -> _Average:
-        """The averaged network of `step`, of which a step's snapshot and best share one copy."""
-        if self._at is None or self._at.step != step:
-            # What is written holds a copy of its own: no more than one step's is there at a time.
+    def _average(self, step: int, which: str, measured: Mapping[str, Any]) -> _Average:
+        """An averaged network of `step`, of which a step's snapshot and best share one copy."""
+        if self._at is None or (self._at.step, self._at.which) != (step, which):
+            # What is written holds a copy of its own: no more than one is there at a time.
             self.wait()
-            self._at = _Average(step, measured)
+            self._at = _Average(step, which, measured)
         return self._at
 
     def _write(
@@ -307,13 +341,18 @@ class Snapshots:
         *,
         then: Callable[[], None] = lambda: None,
         failed: Callable[[], None] = lambda: None,
+        halved: bool = False,
     ) -> None:
         """Write the averaged network to `path`, and do what comes then; now, or in the background."""
         assert self._at is not None
         at = self._at
-        if at.store is None:
-            at.store = self._task.stored(at.step, at.measured, copy=self._thread is not None)
-        store = at.store
+        copy = self._thread is not None
+        if halved and at.halved is None:
+            at.halved = self._task.stored(at.step, at.measured, copy=copy, halved=True)
+        elif not halved and at.store is None:
+            at.store = self._task.stored(at.step, at.measured, copy=copy)
+        store = at.halved if halved else at.store
+        assert store is not None
 
         def write() -> None:
             with peers.at_work():
@@ -336,7 +375,7 @@ class Snapshots:
 
     def _forget_old(self, newest: Path) -> None:
         """Remove all snapshots but as many as are kept, the newest first; all stay where that is 0."""
-        others = [path for path in snapshots_in(self._run) if path != newest]
+        others = [path for path in _steps_in(newest.parent) if path != newest]
         if self.keep:
             for path in others[: max(0, len(others) + 1 - self.keep)]:
                 _remove(path)
@@ -403,7 +442,9 @@ def _remove(path: Path) -> None:
 def _forget_unfinished(run: Path, kind: str) -> None:
     """Remove what killed processes left half-written or half-removed, and finish what they replaced."""
     best = best_path(run, kind)
-    for folder, name in ((run, best.name), (run / SNAPSHOTS, "step-*")):
+    snapshots = run / SNAPSHOTS
+    others = (path for path in snapshots.glob("ema*") if path.is_dir())
+    for folder, name in ((run, best.name), *((place, "step-*") for place in (snapshots, *others))):
         for pattern in (f".{name}.partial", f"{REMOVED}{name}"):
             for leftover in folder.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -79,8 +79,8 @@ class NetworkStart:
     def take_on(self, trained: TrainedNetwork) -> None:
         """Give the optimiser and the average of `trained`, which has these weights, what they knew."""
         states: dict[str, Mapping[str, Tensor]] = {}
-        if self.ema is not None and "ema" in trained.state_kinds:
-            states["ema"] = self.ema
+        if self.ema is not None:
+            states |= dict.fromkeys(trained.average_kinds, self.ema)
         if self.adam is not None:
             states["exp_avg_sq"] = self.adam.exp_avg_sq
             if "exp_avg" in trained.state_kinds and self.adam.exp_avg:

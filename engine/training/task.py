@@ -59,8 +59,12 @@ class Task(Protocol):
         """The predicted memory of a step."""
         ...
 
-    def refresh(self) -> None:
-        """Bring the averaged network up to date, on every process."""
+    def refresh(self, which: str | None = None) -> None:
+        """Bring the averaged network up to date, on every process.
+
+        Args:
+            which: which of several averages it is of, by its name; None takes the first one.
+        """
         ...
 
     def evaluate(self) -> FrechetResult | None:
@@ -71,13 +75,16 @@ class Task(Protocol):
         """What a checkpoint of `step` says of the average in it, see `describe_average`; None says nothing."""
         ...
 
-    def stored(self, step: int, measured: Mapping[str, Any], *, copy: bool) -> Callable[[Path], None]:
+    def stored(
+        self, step: int, measured: Mapping[str, Any], *, copy: bool, halved: bool = False
+    ) -> Callable[[Path], None]:
         """What stores the averaged network of the last `refresh` in a model folder, on the first process.
 
         Args:
             step: steps done.
             measured: what an evaluation found of it; empty if there was none.
             copy: take a copy, so that it may be stored later and in any thread.
+            halved: in fp16.
         """
         ...
 
@@ -92,6 +99,9 @@ class Progress:
 
     step: int
     last: FrechetResult | None = None
+    """What was measured of the average that is exported."""
+    averages: Mapping[str, FrechetResult] = field(default_factory=dict)
+    """What was measured of each of several averages."""
     bad_steps: int = 0
     bad_networks: Counter[str] = field(default_factory=Counter)
     saved_at: int = -1

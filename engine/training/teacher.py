@@ -114,7 +114,8 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
             net.load_state_dict(dict(start.weights))
         if transfer is not None:
             transfer.put_into(net)
-        return self._under_optimiser(net, lr=self.config.lr, beta1=self.config.beta1, ema=True)
+        averages = self.config.average_names
+        return self._under_optimiser(net, lr=self.config.lr, beta1=self.config.beta1, ema=averages)
 
     def _continue(self, start: TrainingState) -> None:
         """Take over what the optimiser knew; the schedules go on from the images seen."""
@@ -122,7 +123,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         if self.config.beta1 > 0:
             state["exp_avg"] = start.exp_avg
         if start.ema is not None:
-            state["ema"] = start.ema
+            state |= dict.fromkeys(self.net.average_kinds, start.ema)
         for kind, tensors in state.items():
             self.net.load(kind, tensors)
         self.net.steps_applied = start.adam_steps
@@ -184,7 +185,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         self.net.backward(result.surrogate / self.local_batch)
         self._tally.add(result.loss, result.valid)
 
-    def _update(self, numbers: Mapping[str, Number]) -> Tensor:
+    def _update(self, numbers: Mapping[str, Any]) -> Tensor:
         """The optimiser's step, and what was measured since the last one."""
         return self._tally.taken(self.net.step(grad_scale=self._tally.grad_scale(self.config.batch), **numbers))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ipfm.engine.averages import Average
 from ipfm.engine.checks import check_D
 from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.distributed.precision import apply_precision
@@ -67,6 +68,8 @@ CHOICES = {
     "gradient": ("must be all or last", ("first", None)),
     "init": ("must be auto, teacher or random", ("zero", None)),
     "student_init": ("must be auto, teacher or random", ("zero", True)),
+    "export_ema": ("must be best or one of ema500k", ("ema0.1", None, 1)),
+    "snapshot_precision": ("must be fp32 or fp16", ("bf16", None)),
 }
 CASES = [
     (name, says, value)
@@ -88,7 +91,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
     words = (
         "precision", "backward", "tf32", "resume", "offload", "activation_checkpointing", "teacher_storage",
         "async_checkpoints", "compile", "deterministic", "attention_backend", "memory_format", "gradient", "init",
-        "student_init", "rules", "cuda_graphs",
+        "student_init", "rules", "cuda_graphs", "export_ema", "snapshot_precision",
     )  # fmt: skip
     shown = repr(value) if name in words else str(value)
     assert str(error.value) == f"{name.replace('_', '-')} {says}, got {shown}"
@@ -96,7 +99,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
 
 def test_every_setting_is_checked():
     """What has no impossible value, or is checked in a test of its own, is named here."""
-    free = {"out", "teacher", "noise", "sigmas"}
+    free = {"out", "teacher", "noise", "sigmas", "ema"}
     names = {f.name for kind in (DistillConfig, TeacherConfig) for f in dataclasses.fields(kind)}
     assert names == free | {name for name, *_ in CASES}
 
@@ -318,3 +321,40 @@ def test_apply_precision():
     assert apply_precision(net, "bf16").compute_dtype == torch.bfloat16
     assert net.model.map_layer0.weight.dtype == torch.float32
     assert apply_precision(net, "fp32").compute_dtype == torch.float32
+
+
+def test_several_averages():
+    config = TeacherConfig(batch=100, ema_kimg=(500, 2000.0), ema=(0.05, 0.1), ema_rampup=1.0)
+    assert config.average_names == ("ema500k", "ema2000k", "ema0.05", "ema0.1")
+    assert config.to_json()["ema_kimg"] == [500, 2000.0] and config.to_json()["ema"] == [0.05, 0.1]
+    decays = config.ema_decay(10**6)
+    assert decays[:2] == (0.5 ** (1 / 5000), 0.5 ** (1 / 20000))
+    assert decays[2:] == tuple(Average(std=s).decay(10**6, 100, rampup=1, seen=0) for s in (0.05, 0.1))
+    assert config.ema_decay(0) == (0, 0, 0, 0)
+    # One half-life is the number that it was before there were several.
+    assert TeacherConfig(ema_kimg=(500.0,)).to_json() == TeacherConfig().to_json()
+    alone = TeacherConfig(ema_kimg=0, ema=(0.1,))
+    assert alone.average_names == ("ema0.1",) and isinstance(alone.ema_decay(3), float)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"ema": (0.3,)}, "ema must be relative widths from 0.0001 to 0.2887 (below), got 0.3"),
+        ({"ema": ("a",)}, "ema must be relative widths from 0.0001 to 0.2887 (below), got a"),
+        ({"ema": ()}, "ema needs a value"),
+        ({"ema_kimg": ()}, "ema-kimg needs a value"),
+        ({"ema": (0.1, 0.1)}, "ema must be different averages, got (0.1, 0.1)"),
+        ({"ema_kimg": (5.0, 5)}, "ema-kimg must be different averages, got (5.0, 5)"),
+        ({"ema_kimg": (5.0, 0)}, "ema-kimg must be a finite number > 0, got 0"),
+        (
+            {"ema_kimg": (1, 2, 3), "ema": (0.1, 0.2)},
+            "ema and ema-kimg must be at most 4 averages together, got ema1k, ema2k, ema3k, ema0.1, ema0.2",
+        ),
+        ({"ema": (0.1,), "export_ema": "ema0.2"}, "export-ema must be best or one of ema500k, ema0.1, got 'ema0.2'"),
+    ],
+)
+def test_averages_that_cannot_be_kept(given, said):
+    with pytest.raises(ValueError) as error:
+        TeacherConfig(**given)
+    assert str(error.value) == said

@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ipfm.engine import DistillConfig
+from ipfm.engine.averages import Average
 from ipfm.engine.data.augmentation import augment
 from ipfm.engine.random_streams import Stream, draw_labels, draw_number, seed_dropout
 from ipfm.kernels import philox, reference
@@ -25,6 +27,8 @@ class Plain:
     student: Precond
     generator: Precond
     ema: dict[str, Tensor]
+    others: list[dict[str, Tensor]] = field(default_factory=list)
+    """The averages beside the first one."""
     student_loss: list[float] = field(default_factory=list)
     generator_loss: list[float] = field(default_factory=list)
 
@@ -54,7 +58,8 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
     for module in (*S.modules(), *G.modules()):
         if hasattr(module, "dropout"):
             module.dropout = config.dropout  # type: ignore[assignment]
-    run = Plain(S, G, {name: p.detach().clone() for name, p in G.named_parameters()})
+    start, *others = ({name: p.detach().clone() for name, p in G.named_parameters()} for _ in config.averages)
+    run = Plain(S, G, start, others)
     student_adam = torch.optim.Adam(
         S.parameters(), lr=config.student_lr or config.lr, betas=(config.student_beta1, 0.999), eps=config.eps
     )
@@ -145,9 +150,18 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
         S.requires_grad_(True)
         run.generator_loss.append(losses.mean().item())
 
-        # Seen before this step; none yet in the first, after which the average is the weights.
-        half_life = min(config.ema_kimg * 1000, config.ema_rampup * step * config.batch)
-        decay = 0.5 ** (config.batch / half_life) if half_life else 0.0
-        for name, p in G.named_parameters():
-            run.ema[name].mul_(decay).add_(p.detach(), alpha=1 - decay)
+        for kept, average in zip((run.ema, *run.others), config.averages, strict=True):
+            decay = _decay(average, step, config)
+            for name, p in G.named_parameters():
+                kept[name].mul_(decay).add_(p.detach(), alpha=1 - decay)
     return run
+
+
+def _decay(average: Average, step: int, config: DistillConfig) -> float:
+    if average.std is not None:
+        q = average.std**-2
+        power = max(np.roots([1, 7, 16 - q, 12 - q]).real)
+        return float((1 - config.batch / ((step + 1) * config.batch)) ** (power + 1))
+    # Seen before this step; none yet in the first, after which the average is the weights.
+    half_life = min((average.half_life or 0) * 1000, config.ema_rampup * step * config.batch)
+    return 0.5 ** (config.batch / half_life) if half_life else 0.0

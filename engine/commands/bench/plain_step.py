@@ -153,7 +153,9 @@ class PlainDistillation:
         self._descend(self.generator_adam, (weight * terms.sum((1, 2, 3))).mean())
         self.student.requires_grad_(True)
         weights = [p.detach() for p in self.generator.parameters()]
-        torch._foreach_lerp_(self.average, weights, 1 - config.ema_decay(step))
+        seen = step * config.batch
+        decay = config.averages[0].decay(step, config.batch, rampup=config.ema_rampup, seen=seen)
+        torch._foreach_lerp_(self.average, weights, 1 - decay)
 
     def _denoising_sigma(self) -> Tensor:
         noise = self.config.noise

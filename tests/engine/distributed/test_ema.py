@@ -19,16 +19,18 @@ CONFIG = NetworkConfig(
 
 
 class Trained:
-    """Keeps an average that grows by one with each gathering."""
+    """Keeps an average that grows by one with each gathering, and one that falls."""
+
+    averages = ("ema500k", "ema0.1")
 
     def __init__(self) -> None:
         self.gathered = 0
 
-    def copy_ema_to(self, net: torch.nn.Module) -> None:
+    def copy_ema_to(self, net: torch.nn.Module, which: str | None = None) -> None:
         self.gathered += 1
         with torch.no_grad():
             for p in net.parameters():
-                p.fill_(self.gathered)
+                p.fill_(-self.gathered if which == "ema0.1" else self.gathered)
 
 
 @pytest.mark.quick
@@ -49,7 +51,9 @@ def test_it_exists_from_a_refresh_to_the_release() -> None:
     assert bool(net(torch.randn(2, 1, 8, 8), torch.ones(2)).isfinite().all())
 
     averaged.refresh()
-    assert averaged.net is net and all((p == 2).all() for p in net.parameters())
+    assert averaged.net is net and all((p == 2).all() for p in net.parameters()) and averaged.shown == "ema500k"
+    averaged.refresh("ema0.1")
+    assert averaged.net is net and all((p == -3).all() for p in net.parameters()) and averaged.shown == "ema0.1"
     gone = weakref.ref(net)
     averaged.release()
     assert gone() is net  # whoever holds it keeps it

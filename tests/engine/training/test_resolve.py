@@ -131,9 +131,9 @@ FREE = {
     "keep_checkpoints", "max_bad_steps", "resume", "backward", "teacher", "heun_steps", "offload",
     "activation_checkpointing", "async_checkpoints", "profile_memory", "teacher_storage", "compile", "memory_format",
     "lpips", "from_step", "snapshot_every", "keep_snapshots", "deterministic", "attention_backend",
-    "cuda_graphs",
+    "cuda_graphs", "export_ema", "snapshot_precision",
 }  # fmt: skip
-PLACE = FREE - {"max_steps", "kimg", "heun_steps", "tf32"}
+PLACE = FREE - {"max_steps", "kimg", "heun_steps", "tf32", "export_ema"}
 KINDS = (DistillConfig, PidConfig, TeacherConfig)
 
 
@@ -154,7 +154,10 @@ def test_settings_that_change_no_size():
         clip_grad=1.0, tf32=False, log_every=1, D=8.0, teacher=Path("there"), compile=True, heun_steps=3,
     )  # fmt: skip
     assert StepSettings(NETWORK, 4, Sharding(), config=same).config == base
-    for changes in ({"steps": 2}, {"width": 0.5}, {"student_width": 0.5}, {"generator_beta1": 0.9}, {"augment": 0.1}):
+    for changes in (
+        {"steps": 2}, {"width": 0.5}, {"student_width": 0.5}, {"generator_beta1": 0.9}, {"augment": 0.1},
+        {"ema": (0.05,)},
+    ):  # fmt: skip
         other = StepSettings(NETWORK, 4, Sharding(), config=DistillConfig(**changes)).config
         assert other != base, changes
 

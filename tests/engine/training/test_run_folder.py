@@ -140,6 +140,7 @@ CHANGED = {
     "student_beta1": 0.9,
     "student_updates": 2,
     "clip_grad": 1.0,
+    "ema": (0.1,),
 }
 FREELY = {
     "out": Path("elsewhere"),
@@ -167,6 +168,8 @@ FREELY = {
     "attention_backend": "sdpa",
     "deterministic": True,
     "from_step": 0,
+    "export_ema": "ema500k",
+    "snapshot_precision": "fp16",
 }
 
 
