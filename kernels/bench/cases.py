@@ -96,6 +96,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     yield adam_case(device, [(sum(map(math.prod, shapes)),)], "one flat tensor")
     if not quick:
         yield adam_case(device, shapes, f"{len(shapes)} tensors")
+        yield adam_case(device, shapes, f"{len(shapes)} tensors, 3 averages", averages=3)
 
 
 def perturb_cases(
@@ -293,14 +294,15 @@ def edm2_cases(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype)
     yield make("qkv_norm", "", qkv_norm, unchecked_qkv_norm, (qkv, heads), scaled, 2 * qkv.nbytes, 3 * qkv.nbytes)
 
 
-def adam_case(device: torch.device, shapes: Sequence[tuple[int, ...]], name: str) -> Case:
-    """Weights, second moment and average read and written, gradients read.
+def adam_case(device: torch.device, shapes: Sequence[tuple[int, ...]], name: str, averages: int = 1) -> Case:
+    """Weights, second moment and averages read and written, gradients read.
 
     The kernels read the gradients twice: they first see whether all are finite.
     """
     elements = sum(map(math.prod, shapes))
-    moved = {"step": Bytes(7 * 4 * elements, 8 * 4 * elements)}
-    work = AdamWorkload(shapes, device)
+    needed = 5 + 2 * averages
+    moved = {"step": Bytes(needed * 4 * elements, (needed + 1) * 4 * elements)}
+    work = AdamWorkload(shapes, device, averages)
     return Case("AdamEMA", name, f"{elements / 1e6:.3g}M", torch.float32, elements, moved, work)
 
 

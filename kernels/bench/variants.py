@@ -486,6 +486,7 @@ def adam_variants() -> Iterator[Case]:
         (0.0, 0, 0.01, False),
         (0.0, 2, 0.0, False),
         (0.9, 0, 0.0, False),
+        (0.9, 3, 0.0, False),
     ]
     for dtype, aligned, option in (
         *(("fp32", True, option) for option in options),

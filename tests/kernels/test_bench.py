@@ -196,9 +196,9 @@ def test_a_memory_format_does_not_change_the_upstream_gradient() -> None:
     assert all(measurement.error_over_allowed(run.result(), work.truth(mode)) <= 1 for mode, run in runs.items())
 
 
-@pytest.mark.parametrize("name", ["LR", "BETA2", "EMA_DECAY"])
-def test_a_wrong_optimiser_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = optimiser.AdamWorkload([(40,), (3, 5)], CPU)
+@pytest.mark.parametrize(("name", "averages"), [("LR", 1), ("BETA2", 1), ("EMA_DECAY", 1), ("EMA_DECAY", 3)])
+def test_a_wrong_optimiser_is_seen(name: str, averages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = optimiser.AdamWorkload([(40,), (3, 5)], CPU, averages)
     truth = work.truth("step")
     right = [work.prepare(p)["step"].result() for p in ("eager", "fused", "reference")]
     assert all(measurement.error_over_allowed(result, truth) <= 1 for result in right)
@@ -303,13 +303,22 @@ def test_a_gpu_gets_the_shapes_that_the_targets_speak_of(monkeypatch: pytest.Mon
     monkeypatch.setattr(cases, "group_norm_case", lambda device, shape, dtype, **_: note("group norm", [shape]))
     monkeypatch.setattr(cases, "residual_case", lambda device, shape, dtype, **_: note("residual", [shape]))
     monkeypatch.setattr(cases, "edm2_cases", lambda device, shape, dtype: note("EDM2", [shape]))
-    monkeypatch.setattr(cases, "adam_case", lambda device, shapes, name: note(f"adam {name}", list(shapes)))
+    monkeypatch.setattr(cases, "adam_case", lambda device, shapes, name, **_: note(f"adam {name}", list(shapes)))
     for device, quick, large in (("cuda", False, True), ("cpu", False, False), ("cpu", True, False)):
         made.clear()
         count = len(list(cases.cases(torch.device(device), quick)))
         assert count == len(made)
         assert {op for op, size in made if size >= report.LARGE} == (
-            {"perturb", "losses", "group norm", "residual", "EDM2", "adam one flat tensor", "adam 500 tensors"}
+            {
+                "perturb",
+                "EDM2",
+                "losses",
+                "group norm",
+                "residual",
+                "adam one flat tensor",
+                "adam 500 tensors",
+                "adam 500 tensors, 3 averages",
+            }
             if large
             else set()
         )
