@@ -204,11 +204,14 @@ def _training(
             result = denoising_objective(bind(net, None), y, noisy, sigma_data=config.noise.sigma_data)
             net.backward(result.surrogate / count)
 
+        def update(numbers: Mapping[str, Any]) -> torch.Tensor:
+            return net.step(grad_scale=None, **numbers)
+
         def iteration(step: int) -> None:
             mark("teacher: forward and backward")
             pieces.run(("gradients",), gradients, 0, step=step)
             mark("teacher: optimiser")
-            pieces.run(("update",), lambda numbers: net.step(grad_scale=None, **numbers), lr=config.lr, ema_decay=0.9)
+            pieces.run(("update",), update, lr=config.lr, ema_decay=0.9)
 
         return iteration
 

@@ -8,6 +8,7 @@ they are still read, and a run that began so goes on.
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,6 +119,9 @@ class Board:
         # Without that class the faster of TensorBoard's readers, the usual one, drops the description.
 
     def _description(self, tag: str) -> str:
+        # Of several averages: whose it is comes last.
+        if several := re.fullmatch(r"(.+)_(ema[0-9.]+k?)", tag):
+            return f"{self._description(several[1])} Of the average {several[2]}."
         for ending, words in ENDINGS.items():
             if tag.endswith(ending):
                 return " ".join((words.format(tag.removesuffix(ending)), self._readings.get(tag, ""))).strip()
