@@ -94,11 +94,11 @@ def test_every_room_has_a_quick_test() -> None:
 
 
 @pytest.mark.quick
-def test_five_files_and_ten_rooms() -> None:
+def test_six_files_and_ten_rooms() -> None:
     entries = [path for path in (launch.ROOT / "engine").iterdir() if path.name != "__pycache__"]
     assert {path.name for path in entries if path.is_dir()} == ROOMS
     assert {path.stem for path in entries if path.is_file()} == {
-        "__init__", "checks", "config", "noise_levels", "random_streams",
+        "__init__", "averages", "checks", "config", "noise_levels", "random_streams",
     }  # fmt: skip
 
 
