@@ -277,6 +277,34 @@ class EDM2Precond(EDMPrecond):
             raise ValueError(f"an EDM2Precond has an EDM2UNet, the configuration is one of {config.model_type}")
         return _build_edm2_unet(config)
 
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        *,
+        raw: bool = False,
+        return_logvar: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The denoised x as `Precond.forward`, or with `return_logvar` (it, u(sigma) as `logvar` has it).
+
+        Args:
+            x: as there.
+            sigma: as there; with `return_logvar` a tensor.
+            class_labels: as there.
+            augment_labels: not used.
+            raw: as there.
+            return_logvar: give the log-variance too, in the same call.
+
+        Raises:
+            ValueError: other shapes, or there is no log-variance.
+        """
+        out = super().forward(x, sigma, class_labels, augment_labels, raw=raw)
+        if not return_logvar:
+            return out
+        return out, self.logvar(torch.as_tensor(sigma, device=x.device))
+
     @property
     def has_logvar(self) -> bool:
         """Whether the network has a log-variance."""

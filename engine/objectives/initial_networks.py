@@ -16,12 +16,19 @@ def trained_config(network: NetworkConfig, dropout: float) -> NetworkConfig:
     return replace(network, dropout=dropout, label_dropout=0.0)
 
 
-def generator_network(network: NetworkConfig, width: float) -> NetworkConfig:
+def generator_network(network: NetworkConfig, width: float, *, logvar: bool = False) -> NetworkConfig:
     """The architecture with `width` times the channels.
+
+    Args:
+        network: the teacher's.
+        width: of the network by the teacher's.
+        logvar: with the teacher's log-variance, which a generator has no use for.
 
     Raises:
         ValueError: that is no whole number of channels, or one that the network cannot have.
     """
+    if not logvar and network.logvar_channels:
+        network = replace(network, logvar_channels=0)
     channels = network.model_channels * width
     if channels != int(channels) or channels < 1:
         raise ValueError(f"width {width:g} makes {channels:g} channels of {network.model_channels}: give a divisor")
@@ -46,14 +53,16 @@ def starting_network(
     """A network to train, on the teacher's device: with the teacher's weights, or with random ones of this seed.
 
     Args:
-        network: its architecture; the teacher's, but for dropout, where it starts from the teacher.
+        network: its architecture; the teacher's, but for dropout and a log-variance, where it starts from the teacher.
         start: its first weights.
         teacher: the denoiser that is distilled.
         seed: of random weights; every process draws the same.
     """
     if start == "teacher":
         twin = build_network(network)
-        twin.load_state_dict(teacher.state_dict())
+        names = twin.state_dict().keys()
+        # Without what the teacher alone has: its log-variance.
+        twin.load_state_dict({name: tensor for name, tensor in teacher.state_dict().items() if name in names})
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -24,6 +24,7 @@ from ipfm.engine.objectives.losses import (
     add_noise,
     along,
     bind,
+    bind_with_logvar,
     denoising_objective,
     finite_samples,
     generator_gradient,
@@ -36,7 +37,7 @@ from ipfm.engine.random_streams import Stream, draw_labels, draw_number, dropout
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.sampling.batches import sample_generator
 from ipfm.kernels import perturb
-from ipfm.models import NetworkConfig, Precond
+from ipfm.models import EDM2Precond, NetworkConfig, Precond
 
 if TYPE_CHECKING:
     from ipfm.engine.objectives.base import Objective
@@ -66,7 +67,7 @@ class InversePoissonFlowMatching:
         self.roles: tuple[Role, ...] = (
             Role(
                 "student",
-                generator_network(network, config.student_width),
+                generator_network(network, config.student_width, logvar=config.logvar),
                 initial_weights(config.student_init, config.student_width),
                 config.student_lr or config.lr,
                 config.student_beta1,
@@ -168,6 +169,8 @@ class DistillSteps:
         weighs_generator = own.generator_weight is not DistillConfig.generator_weight
         self._student_weighting = config.student_weight if weighs_student else None
         self._generator_weighting = config.generator_weight if weighs_generator else None
+        if config.logvar:
+            self._generator_weighting = self._by_logvar
 
     def iteration(self, step: int) -> StepMetrics:
         """`student_updates` student steps, then the generator step; `step` counts from 0."""
@@ -211,7 +214,8 @@ class DistillSteps:
         noisy = self._add_noise(y, sigma, Stream.STUDENT_NOISE, step, micro)
         self._seed_dropout(Stream.STUDENT_DROPOUT, step, micro)
         mark("student: forward and backward")
-        student = bind(self.student, micro.labels, augment_labels)
+        with_labels = bind_with_logvar if config.logvar else bind
+        student = with_labels(self.student, micro.labels, augment_labels)
         result = denoising_objective(
             student, y, noisy, sigma_data=config.noise.sigma_data, weighting=self._student_weighting
         )
@@ -342,6 +346,12 @@ class DistillSteps:
         seed = self.config.seed
         return add_noise(y, sigma, self.D, self.teacher, seed=seed, stream=stream, step=step, sample_index=micro.index)
 
+    def _by_logvar(self, sigma: Tensor, weight: Tensor) -> Tensor:
+        """The generator's weight by e^-u, u the student's log-variance, which no gradient reaches: it knows sigma alone."""
+        student = self.student.module
+        assert isinstance(student, EDM2Precond)
+        return self.config.generator_weight(sigma, weight) * student.logvar(sigma).neg().exp().to(weight.dtype)
+
     def _set_mode(self, module: nn.Module, *, training: bool) -> None:
         # A walk over all modules, and without dropout in vain.
         if module.training != training and (self.config.dropout > 0 or self.network.label_dropout > 0):
@@ -409,6 +419,10 @@ class DistillConfig(Distillation):
     """First weights of the student, as in --init."""
     student_width: float = 1.0
     """Channels of the student by those of the teacher."""
+
+    logvar: bool = False
+    """Weigh each noise level by e^-u in the losses of student and generator, u the student's log-variance, which it
+    learns: of teachers that have one, EDM2's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -500,6 +514,9 @@ class DistillConfig(Distillation):
 
     def completed(self, network: NetworkConfig) -> Self:
         """See `Distillation.completed`: with the noise levels."""
+        if self.logvar and not network.logvar_channels:
+            why = "its file has none" if network.is_edm2 else f"which a network of {network.family} has not"
+            raise ValueError(f"logvar needs a teacher with a log-variance, {why}: leave it out")
         return replace(self, sigmas=self.levels)
 
     def objective(self, network: NetworkConfig) -> Objective:

@@ -22,9 +22,20 @@ Raw = Callable[[Tensor, Tensor], Tensor]
 Weighting = Callable[[Tensor, Tensor], Tensor]
 
 
+# The same of a network that gives its log-variance too: -> (F, u (B,)).
+RawWithLogvar = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 def bind(net: Callable[..., Tensor], labels: Tensor | None, augment_labels: Tensor | None = None) -> Raw:
     """The network's raw output as a function of (scaled, sigma), with these class and augmentation labels."""
     return lambda scaled, sigma: net(scaled, sigma, labels, augment_labels, raw=True)
+
+
+def bind_with_logvar(
+    net: Callable[..., Any], labels: Tensor | None, augment_labels: Tensor | None = None
+) -> RawWithLogvar:
+    """As `bind`, with the log-variance: one call, as an engine of a sharded network wants it."""
+    return lambda scaled, sigma: net(scaled, sigma, labels, augment_labels, raw=True, return_logvar=True)
 
 
 class Noisy(NamedTuple):
@@ -94,11 +105,19 @@ class GeneratorGradient(NamedTuple):
 
 
 def denoising_objective(
-    net: Raw, y: Tensor, noisy: Noisy, *, sigma_data: float, weighting: Weighting | None = None
+    net: Raw | RawWithLogvar,
+    y: Tensor,
+    noisy: Noisy,
+    *,
+    sigma_data: float,
+    weighting: Weighting | None = None,
 ) -> DenoisingResult:
     """w(sigma) ||D(x, sigma) - y||^2, summed over elements [Karras et al. 2022, table 1]: teacher and student.
 
     w = 1 / sigma_data^2 + 1 / sigma^2: EDM's weight, and at sigma_data = inf that of VP and VE.
+
+    Of a network that gives its log-variance, see `bind_with_logvar`, the loss of an element is w / e^u (D - y)^2 + u, u(sigma) the network's log-variance [Karras et al.
+    2024, eq. 21]: it is least where u is the logarithm of the loss without it, so that each noise level counts alike.
 
     Samples with a non-finite x are kept out of the network: a NaN activation would reach the weights even under a
     zero gradient. One with a non-finite y does not count either.
@@ -114,7 +133,9 @@ def denoising_objective(
         ValueError: a shape, dtype or number that does not fit.
     """
     noisy = isolate(noisy)
-    out = held(net(noisy.scaled, noisy.sigma))
+    given = net(noisy.scaled, noisy.sigma)
+    raw, u = given if isinstance(given, tuple) else (given, None)
+    out = held(raw)
     result = denoising_loss(
         out.detach(), y, noisy.sigma, sigma_data=sigma_data, x=noisy.x, c_skip=noisy.c_skip, c_out=noisy.c_out
     )
@@ -127,7 +148,29 @@ def denoising_objective(
             loss = loss * own.factor
             valid = valid & torch.isfinite(loss) & finite_samples(grad)
             grad, loss = grad.masked_fill(per_sample(~valid, grad), 0.0), loss.masked_fill(~valid, 0.0)
-    return DenoisingResult(along(out, grad), loss, valid)
+    if u is None:
+        return DenoisingResult(along(out, grad), loss, valid)
+    return _with_logvar(out, u, grad, loss, valid)
+
+
+def _with_logvar(out: Tensor, u: Tensor, grad: Tensor, loss: Tensor, valid: Tensor) -> DenoisingResult:
+    """The objective with a log-variance: what is without one, with gradient and loss a sample, by e^-u, plus n u.
+
+    Args:
+        out: (B, ...) the network's output.
+        u: its log-variances, of B elements.
+        grad: (B, ...) with respect to `out`.
+        loss: (B,).
+        valid: (B,) bool.
+    """
+    elements, known = out[0].numel(), u.detach().reshape(-1).to(loss.dtype)
+    weighted = loss * (-known).exp()
+    grad = (grad * per_sample((-known).exp(), grad)).to(grad.dtype)
+    valid = valid & torch.isfinite(weighted) & finite_samples(grad)
+    grad = grad.masked_fill(per_sample(~valid, grad), 0.0)
+    slope = (elements - weighted).masked_fill(~valid, 0.0).to(u.dtype).view_as(u)
+    total = (weighted + elements * known).masked_fill(~valid, 0.0)
+    return DenoisingResult(along(out, grad) + along(u, slope), total, valid)
 
 
 def generator_gradient(
