@@ -418,15 +418,21 @@ class TeacherConfig(RunConfig):
     """Training of a teacher on data: the denoising loss with PFGM++ noise at any D [Xu et al. 2023; EDM]."""
 
     readings: ClassVar[Mapping[str, str]] = {
-        "teacher_loss": "teacher_loss is a denoising loss: it falls, then levels off above zero."
+        "teacher_loss": "teacher_loss is a denoising loss: it falls, then levels off above zero; of an EDM2 network, "
+        "with its log-variance, it may fall below."
     }
 
     D: float | None = setting(None, memory=False)
     """Auxiliary dimensions, in (0, inf]; inf is a diffusion model. Default: the network's."""
     beta1: float = 0.9
     """Adam's first decay."""
+    beta2: float = setting(0.999, memory=False)
+    """Adam's second decay; EDM2 has 0.99."""
     lr_rampup_kimg: float = setting(10_000.0, memory=False)
     """The learning rate grows linearly over this many thousands of images; 0 starts with the full rate."""
+    lr_decay_batches: float = setting(0.0, memory=False)
+    """EDM2's schedule: after this many batches the learning rate falls as 1 / sqrt(images); it and its growth then
+    count the images before the step. 0: it does not fall."""
     heun_steps: int = setting(18, identity=False, memory=False)
     """Steps of the sampler in the evaluation; 18 are 35 network evaluations."""
 

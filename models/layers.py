@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ipfm.kernels._dispatch import TRITON_DEVICES
 from ipfm.kernels.group_norm import branching_group_norm_silu, unchecked_group_norm_silu
 from ipfm.kernels.residual import unchecked_residual_sum
+from ipfm.models.forced_weight_norm import PlainWeight
 from ipfm.models.frozen_ops import (
     doubled_conv2d,
     frozen_conv2d,
@@ -233,7 +234,7 @@ def lay_out_weights(net: nn.Module) -> None:
     Names, shapes and values stay, and so does what is saved. Not for parameters that are parts of a flat buffer.
     """
     for module in net.modules():
-        weight = module.weight if isinstance(module, Conv2d) else None
+        weight = module.weight if isinstance(module, Conv2d | PlainWeight) else None
         if weight is not None and weight.ndim == 4 and weight.shape[2] > 1 and weight.device.type in TRITON_DEVICES:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 

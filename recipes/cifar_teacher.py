@@ -36,7 +36,12 @@ RECIPE = TeacherRecipe(
     name="cifar",
     title="CIFAR-10",
     shape=(3, 32, 32),
-    presets={"ddpmpp": "cifar10-ddpmpp", "ncsnpp": "cifar10-ncsnpp", "adm": "imagenet64-adm-uncond"},
+    presets={
+        "ddpmpp": "cifar10-ddpmpp",
+        "ncsnpp": "cifar10-ncsnpp",
+        "adm": "imagenet64-adm-uncond",
+        "edm2": "edm2-img64-xs-uncond",
+    },
     D=2048.0,
     base=BASE,
     data=DATA,

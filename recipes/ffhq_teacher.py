@@ -35,7 +35,12 @@ RECIPE = TeacherRecipe(
     name="ffhq",
     title="FFHQ-64",
     shape=(3, 64, 64),
-    presets={"ddpmpp": "ffhq64-ddpmpp", "ncsnpp": "ffhq64-ncsnpp", "adm": "imagenet64-adm-uncond"},
+    presets={
+        "ddpmpp": "ffhq64-ddpmpp",
+        "ncsnpp": "ffhq64-ncsnpp",
+        "adm": "imagenet64-adm-uncond",
+        "edm2": "edm2-img64-s-uncond",
+    },
     D=128.0,
     base=BASE,
     data=DATA,

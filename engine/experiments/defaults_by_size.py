@@ -5,12 +5,13 @@
     29 to 47   cifar         CIFAR-10's, 32x32
     48 to 95   ffhq          FFHQ's, 64x64
                afhqv2        AFHQv2's, 64x64: where there are fewer than 20 000 images
-               imagenet      ImageNet's, 64x64: where the network is ADM and takes classes
+               imagenet      ImageNet's, 64x64: where the network is ADM or EDM2 and takes classes
     96 on      from-96       this project's, after FFHQ's
     any        small         this project's, for a CPU: a run that shows how it goes, not what the papers did
 
-Published settings stand in the recipes of those data sets, which hand them over; the others stand here. What else
-follows (levels of a network, passes over a small set, the growth of the learning rate) is in the functions below.
+Published settings stand in the recipes of those data sets, which hand them over; the others stand here. A teacher of
+EDM2's architecture has EDM2's learning rates, Adam and noise levels in place of the row's, and no augmentation. What
+else follows (levels of a network, passes over a small set, the growth of the learning rate) is in the functions below.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from ipfm.engine.experiments.network_options import Arch, check_side, fitted
+from ipfm.engine.experiments.network_options import Arch, check_side, embedding_width, fitted
 from ipfm.engine.experiments.origins import Origin, origins
 from ipfm.engine.runtime.wording import counted
 from ipfm.models import NetworkConfig
@@ -40,7 +41,11 @@ SMALLEST_SIDE, LARGEST_SIDE = 8, 1024
 # The innermost level: halved down to at least this side where that goes, and to at most that one.
 INNERMOST, WIDEST_INNERMOST = 7, 32
 # The larger of these sides has attention, where no level has one that the architecture names.
-ATTENTION = {"ddpm++": 16, "ncsn++": 16, "ADM": 32}
+ATTENTION = {"ddpm++": 16, "ncsn++": 16, "ADM": 32, "EDM2": 16}
+# EDM2's learning rate falls from this share of a training on: 35 000 of 524 288 batches.
+EDM2_DECAY_SHARE, EDM2_DECAY = 35_000 / 524_288, 35_000.0
+# Its noise levels, of pixels.
+EDM2_NOISE: Mapping[str, float] = {"p_mean": -0.8, "p_std": 1.6}
 
 
 def check_scale(scale: str) -> None:
@@ -75,7 +80,7 @@ ROWS: Mapping[RowName, Row] = MappingProxyType(
             Row("cifar", "29 to 47", "CIFAR-10's", 32),
             Row("ffhq", "48 to 95", "FFHQ's", 64),
             Row("afhqv2", f"48 to 95, fewer than {FEW_IMAGES:,} images", "AFHQv2's, a small set", 64),
-            Row("imagenet", "48 to 95, ADM with classes", "ImageNet's, ADM with classes", 64),
+            Row("imagenet", "48 to 95, ADM or EDM2 with classes", "ImageNet's, with classes", 64),
             Row("from-96", "96 to 1024", "this project's for images from 96x96 on, after FFHQ's"),
         )
     }
@@ -134,7 +139,7 @@ def row_of(facts: Facts) -> Row:
         name = "cifar"
     elif facts.side >= 96:
         name = "from-96"
-    elif facts.family == "ADM" and facts.classes:
+    elif facts.family in ("ADM", "EDM2") and facts.classes:
         name = "imagenet"
     else:
         name = "afhqv2" if facts.few else "ffhq"
@@ -222,6 +227,24 @@ def settings_in(options: Any, kind: type, named: Collection[str]) -> dict[str, A
     }
 
 
+# Of EDM2, arXiv 2312.02696, size S on ImageNet-64.
+EDM2: Mapping[str, Any] = {
+    "lr": 0.01, "beta1": 0.9, "beta2": 0.99, "lr_rampup_kimg": EDM_RAMP, "lr_decay_batches": EDM2_DECAY,
+    "dropout": 0.0, "augment": 0.0,
+}  # fmt: skip
+_EDM2_LENGTH: Mapping[str, Any] = {"batch": 2048, "kimg": 1_073_741.824, "heun_steps": 32}
+
+
+def in_edm2(settings: Mapping[str, Any], row: Row) -> dict[str, Any]:
+    """The settings of a row for a teacher of EDM2's architecture; of the ImageNet row those of EDM2 itself.
+
+    Args:
+        settings: of the row.
+        row: the row.
+    """
+    return {**settings, **EDM2, **(_EDM2_LENGTH if row.name == "imagenet" else {})}
+
+
 def in_small(settings: Mapping[str, Any], side: int) -> dict[str, Any]:
     """The settings of a small run for images of this side: of large ones fewer at a time, in as many steps.
 
@@ -261,6 +284,14 @@ def teacher_settings(
     if length * RAMP_SHARE < found.get("lr_rampup_kimg", EDM_RAMP):
         found["lr_rampup_kimg"] = float(f"{length * RAMP_SHARE:.3g}")
         sources |= origins("ours", lr_rampup_kimg=f"{RAMP_SHARE:.0%} of the length, as EDM's of 200 000 kimg")
+    if "lr_decay_batches" in found:
+        edm2 = [name for name in EDM2 if name not in sources]
+        sources |= origins("EDM2", *edm2)
+        batches = float(f"{length * 1000 / found['batch'] * EDM2_DECAY_SHARE:.3g}")
+        if batches < found["lr_decay_batches"]:
+            found["lr_decay_batches"] = batches
+            share = f"{EDM2_DECAY_SHARE:.1%} of the length, as EDM2's of ImageNet"
+            sources |= origins("ours", lr_decay_batches=share)
     return found, sources
 
 
@@ -322,7 +353,7 @@ def by_size(base: NetworkConfig, facts: Facts, mults: Sequence[int] = ()) -> Net
     side = facts.side
     count = len(mults) if mults else levels(side)
     check_side(side, count, tuple(mults))
-    if not mults and base.family == "ADM":
+    if not mults and base.family in ("ADM", "EDM2"):
         mults = (1, 2, 3, *[4] * count)[:count]
     elif not mults:
         wide = 28 < side < 48 and not facts.small
@@ -352,7 +383,11 @@ def with_levels(base: NetworkConfig, facts: Facts, mults: Sequence[int] = ()) ->
     attention: Sequence[int] = base.attn_resolutions
     if attention and not set(attention) & set(sides):
         attention = [side for side in sides if side <= ATTENTION.get(base.family, 16)][:1]
-    return fitted(
-        dataclasses.replace(base, img_resolution=facts.side, channel_mult=mults, attn_resolutions=attention),
-        facts.shape,
+    sized = dataclasses.replace(
+        base,
+        img_resolution=facts.side,
+        channel_mult=mults,
+        channel_mult_emb=embedding_width(base),
+        attn_resolutions=attention,
     )
+    return fitted(sized, facts.shape)

@@ -13,8 +13,8 @@ from ipfm.engine.noise_levels import check_trainable
 from ipfm.models import NetworkConfig, presets
 from ipfm.models.config import PrecondType
 
-Arch = Literal["ddpmpp", "ncsnpp", "adm"]
-ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
+Arch = Literal["ddpmpp", "ncsnpp", "adm", "edm2"]
+ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm", "edm2")
 PRECONDS: Mapping[str, PrecondType] = {
     "edm": "EDMPrecond",
     "vp": "VPPrecond",
@@ -36,22 +36,22 @@ class NetworkOptions:
     """
 
     arch: Arch = "ncsnpp"
-    """Architecture: DDPM++, NCSN++ or ADM."""
+    """Architecture: DDPM++, NCSN++, ADM or EDM2."""
     preset: str | None = None
     """Network to start from instead of --arch, such as ffhq64-ddpmpp; size, channels and classes are the data's."""
     model_channels: int | None = None
-    """Base width of the network. Default: the architecture's, 128 (adm: 192)."""
+    """Base width of the network. Default: the architecture's, 128 (adm, edm2: 192)."""
     channel_mult: tuple[int, ...] = ()
     """Width of each level by the base width, from the images' size down: 1 2 2 2 has four. Default: the
     architecture's."""
     num_blocks: int | None = None
-    """Residual blocks of each resolution. Default: the architecture's, 4 (adm: 3)."""
+    """Residual blocks of each resolution. Default: the architecture's, 4 (adm, edm2: 3)."""
     precond: str = "edm"
     """Preconditioning, with its own loss and noise levels: edm, vp or ve. vp and ve are diffusion models (D = inf)
     unless --D is given."""
     attention: tuple[int, ...] = ()
     """Sides of the levels that have attention, such as 16 8; 0 for none. Default: the architecture's, 16 (adm: 32 16
-    8)."""
+    8; edm2: 16 8)."""
 
     def check_network(self) -> None:
         """Check the values, as far as that goes without images; called when the options are made.
@@ -109,11 +109,14 @@ class NetworkOptions:
             raise ValueError(
                 f"attention {foreign[0]} is no level of this network: it has the sides {', '.join(map(str, sides))}"
             )
+        if base.is_edm2 and augmented:
+            raise ValueError("an EDM2 network is not told of augmentations, and is trained without: give --augment 0")
         attention = tuple(value for value in self.attention if value) if self.attention else base.attn_resolutions
         return replace(
             fitted(base, shape),
             model_channels=self.model_channels or base.model_channels,
             channel_mult=mults,
+            channel_mult_emb=embedding_width(base),
             num_blocks=base.num_blocks if self.num_blocks is None else self.num_blocks,
             attn_resolutions=attention,
             label_dim=classes,
@@ -122,6 +125,11 @@ class NetworkOptions:
             precond=PRECONDS[self.precond],
             **_OF_CLASS,
         )
+
+
+def embedding_width(base: NetworkConfig) -> int | None:
+    """channel_mult_emb of a preset with other levels: EDM2's follows from them (None)."""
+    return None if base.is_edm2 else base.channel_mult_emb
 
 
 def fitted(base: NetworkConfig, shape: tuple[int, int, int]) -> NetworkConfig:
@@ -152,6 +160,7 @@ def network_differences(network: NetworkConfig, base: NetworkConfig) -> list[str
     # Dropout, classes and augmentation are settings of the training.
     own = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout", "label_dim", "augment_dim")
     try:
+        base = replace(base, channel_mult_emb=embedding_width(base), channel_mult=network.channel_mult)
         same = replace(base, **{name: getattr(network, name) for name in own}) == network
     except ValueError:
         return None

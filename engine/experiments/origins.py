@@ -6,13 +6,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Source = Literal["paper", "script", "SiD", "EDM", "ours"]
+Source = Literal["paper", "script", "SiD", "EDM", "EDM2", "ours"]
 
 SOURCES: Mapping[Source, str] = {
     "paper": "printed in the method's paper",
     "script": "of the script that its authors published beside it",
     "SiD": "of SiD, arXiv 2404.04057, and of its script",
     "EDM": "of EDM, arXiv 2206.00364, and of its script",
+    "EDM2": "of EDM2, arXiv 2312.02696, and of its script",
     "ours": "this project's choice, as are all others",
 }
 

@@ -40,6 +40,10 @@ def slug(path: Path | None, otherwise: str) -> str:
     return name[:80] or otherwise
 
 
+# Settings that follow from a run's length.
+_LENGTHS = ("lr_rampup_kimg", "lr_decay_batches")
+
+
 def begun_with(
     path: Path, chosen: RunConfig, base: RunConfig, given: Collection[str], rows: Collection[Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def begun_with(
         return {}
     length = {"kimg", "max_steps"} & set(given) or begun.get("max_steps") is not None
     found = {}
-    for name in dict.fromkeys(name for row in (*rows, {"lr_rampup_kimg": 0}) for name in row if name in begun):
+    for name in dict.fromkeys(name for row in (*rows, dict.fromkeys(_LENGTHS)) for name in row if name in begun):
         # Another length may be asked for in two ways.
         if name in given or (name == "kimg" and length) or (name != "kimg" and name in free_settings(type(chosen))):
             continue
@@ -83,7 +87,7 @@ def as_begun(path: Path, kept: Mapping[str, Any]) -> list[str]:
 
 def _any_length(name: str, value: object) -> bool:
     """Of lengths the rule may have said any."""
-    return name in ("kimg", "lr_rampup_kimg") and isinstance(value, (int, float)) and value >= 0
+    return name in ("kimg", *_LENGTHS) and isinstance(value, (int, float)) and value >= 0
 
 
 def where_from(

@@ -11,6 +11,7 @@ from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.device import run_device
 from ipfm.engine.experiments.defaults_by_size import (
+    EDM2_NOISE,
     ROWS,
     TEACHER_BY_SIZE,
     Facts,
@@ -20,6 +21,7 @@ from ipfm.engine.experiments.defaults_by_size import (
     by_size,
     check_scale,
     default_arch,
+    in_edm2,
     in_small,
     possible,
     row_of,
@@ -46,7 +48,7 @@ from ipfm.models.checkpoints.training_state import TrainingState
 
 # Side of the images of a dry run that is told of none.
 SIDE = 32
-FAMILIES: Mapping[str, Arch] = {"ddpm++": "ddpmpp", "ncsn++": "ncsnpp", "ADM": "adm"}
+FAMILIES: Mapping[str, Arch] = {"ddpm++": "ddpmpp", "ncsn++": "ncsnpp", "ADM": "adm", "EDM2": "edm2"}
 # Settings of EDM's that its recipes set.
 FROM_EDM = origins(
     "EDM", "batch", "kimg", "lr", "lr_rampup_kimg", "ema_kimg", "ema_rampup", "dropout", "augment", "beta1", "eps"
@@ -86,18 +88,20 @@ class OwnTeacherRecipe(TeacherRecipe):
         options = given.options
         facts, arch, base = self._facts(given, data, state)
         row = row_of(facts)
-        named = self.settings_of(row, facts.side)
+        named = self.settings_of(row, facts.side, facts.family)
         settings, sources = teacher_settings(named, row, facts, length=_length(given, named))
-        chosen = given.over(replace(self.base, arch=arch, **settings))
+        noise = replace(self.base.noise, **(EDM2_NOISE if base.is_edm2 else {}))
+        chosen = given.over(replace(self.base, arch=arch, noise=noise, **settings))
         D = self.published.get(row.name, self.D) if state is None else state.config.D
         settled = Settled(chosen, facts.shape, base, D, _name(options, facts))
         path = settled.place(options.default_D(D) if options.D is None else options.D)
-        rows = [self.settings_of(other, facts.side) for other in ROWS.values()]
+        rows = [self.settings_of(other, facts.side, facts.family) for other in ROWS.values()]
         kept = begun_with(path, chosen, self.base, given.names, rows)
         lines = (
             *said(row, facts),
             values_of({name: getattr(chosen, name) for name in ("max_steps", *settings)} | kept),
             _network_in_words(chosen, base, state),
+            *([f"  noise levels of EDM2: p_mean {chosen.noise.p_mean:g}, p_std {chosen.noise.p_std:g}"] * base.is_edm2),
             *where_from(FROM_EDM if row.side else {}, settings, sources, given.names | kept.keys()),
             *([f"without --data: images are taken to be {times(facts.shape)}"] if data is None else []),
             *compared(chosen, "--eval-every N compares samples with the data along the way, --reference with others"),
@@ -120,16 +124,18 @@ class OwnTeacherRecipe(TeacherRecipe):
         row = row_of(facts)
         start = presets.get(self.presets[FAMILIES[network.family]])
         mults = () if possible(facts.side) else network.channel_mult
-        settings, _ = teacher_settings(self.settings_of(row, facts.side), row, facts)
+        settings, _ = teacher_settings(self.settings_of(row, facts.side, facts.family), row, facts)
         return by_size(start, facts, mults), replace(self.base, D=self.published.get(row.name, self.D), **settings)
 
-    def settings_of(self, row: Row, side: int) -> dict[str, Any]:
-        """The settings of a row for images of this side, by name."""
+    def settings_of(self, row: Row, side: int, family: str = "") -> dict[str, Any]:
+        """The settings of a row for images of this side, by name, and for an architecture that has its own."""
         published = self.rows.get(row.name)
         if published is not None:
-            return settings_in(published, TeacherConfig, FROM_EDM)
-        own = TEACHER_BY_SIZE[row.name]
-        return in_small(own, side) if row.name == "small" else dict(own)
+            found = settings_in(published, TeacherConfig, FROM_EDM)
+        else:
+            own = TEACHER_BY_SIZE[row.name]
+            found = in_small(own, side) if row.name == "small" else dict(own)
+        return in_edm2(found, row) if family == "EDM2" else found
 
     def check_state(self, state: TrainingState) -> None:
         """See `TeacherRecipe.check_state`: any can be continued."""

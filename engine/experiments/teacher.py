@@ -18,6 +18,7 @@ from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Comparison
 from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.experiments.branch import branched, check_agreed, described_branch
+from ipfm.engine.experiments.defaults_by_size import EDM2, EDM2_NOISE
 from ipfm.engine.experiments.dry_run import describe_training
 from ipfm.engine.experiments.network_options import NetworkOptions
 from ipfm.engine.experiments.options import check_images
@@ -276,8 +277,10 @@ class TeacherRecipe(Recipe[TeacherOptions]):
         Raises:
             ValueError: the data cannot be trained on.
         """
+        base = presets.get(given.options.preset or self.presets[given.options.arch])
         options = given.options
-        base = presets.get(options.preset or self.presets[options.arch])
+        if base.is_edm2:
+            options = given.over(replace(self.base, noise=replace(self.base.noise, **EDM2_NOISE), **EDM2))
         return Settled(options, self.shape, base, self.D, self.name)
 
     def _state(self, options: TeacherOptions, path: Path, branch: Branch | None) -> TrainingState:

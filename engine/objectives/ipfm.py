@@ -347,7 +347,7 @@ class DistillSteps:
         return add_noise(y, sigma, self.D, self.teacher, seed=seed, stream=stream, step=step, sample_index=micro.index)
 
     def _by_logvar(self, sigma: Tensor, weight: Tensor) -> Tensor:
-        """The generator's weight by e^-u, u the student's log-variance, which no gradient reaches: it knows sigma alone."""
+        """The generator's weight by e^-u, u the student's log-variance: it knows sigma alone, and no gradient flows."""
         student = self.student.module
         assert isinstance(student, EDM2Precond)
         return self.config.generator_weight(sigma, weight) * student.logvar(sigma).neg().exp().to(weight.dtype)

@@ -116,8 +116,9 @@ def denoising_objective(
 
     w = 1 / sigma_data^2 + 1 / sigma^2: EDM's weight, and at sigma_data = inf that of VP and VE.
 
-    Of a network that gives its log-variance, see `bind_with_logvar`, the loss of an element is w / e^u (D - y)^2 + u, u(sigma) the network's log-variance [Karras et al.
-    2024, eq. 21]: it is least where u is the logarithm of the loss without it, so that each noise level counts alike.
+    Of a network that gives its log-variance, see `bind_with_logvar`, the loss of an element is w / e^u (D - y)^2 + u
+    [Karras et al. 2024, eq. 21]: it is least where u is the logarithm of the loss without it, so that each noise level
+    counts alike.
 
     Samples with a non-finite x are kept out of the network: a NaN activation would reach the weights even under a
     zero gradient. One with a non-finite y does not count either.

@@ -22,7 +22,7 @@ from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.memory import MemoryPlan, device_budget, plan_training
 from ipfm.engine.noise_levels import training_sigmas, weight_sigma_data
 from ipfm.engine.objectives.captured import pieces_of
-from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
+from ipfm.engine.objectives.losses import add_noise, bind, bind_with_logvar, denoising_objective
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics, measured_as
 from ipfm.engine.random_streams import Stream, dropout_seed
@@ -48,7 +48,8 @@ LOOKED_AT = 8
 class TeacherTraining(TrainingRun[TeacherConfig]):
     """Trains a denoiser on `dataset`: minimises E w(sigma) ||net(y + noise, sigma) - y||^2 with the noise of D.
 
-    Noise levels and weight w are those of the network's preconditioning, EDM's, VP's or VE's, see `training_sigmas`.
+    Noise levels and weight w are those of the network's preconditioning, EDM's, VP's or VE's, see `training_sigmas`. A
+    network with a log-variance, EDM2's, learns it with the rest, see `denoising_objective`.
 
     Args:
         config: settings.
@@ -176,8 +177,9 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
             step=step,
             sample_index=index,
         )
+        with_labels = bind_with_logvar if self.network.logvar_channels else bind
         result = denoising_objective(
-            bind(self.net, labels, augment_labels),
+            with_labels(self.net, labels, augment_labels),
             y,
             noisy,
             sigma_data=weight_sigma_data(self.network, noise),
