@@ -441,8 +441,10 @@ class TeacherConfig(RunConfig):
         if self.D is not None:
             check_D(self.D)
         share("beta1", self.beta1)
+        share("beta2", self.beta2)
         at_least("heun-steps", self.heun_steps, 1)
         not_negative("lr-rampup-kimg", self.lr_rampup_kimg)
+        not_negative("lr-decay-batches", self.lr_decay_batches)
 
     @property
     def capturable(self) -> bool:
@@ -458,7 +460,14 @@ class TeacherConfig(RunConfig):
         return self.dropout > 0 or network.label_dropout > 0
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate at 0-based `step`: it grows linearly with the images seen, those of this step included."""
+        """Learning rate at 0-based `step`: it grows linearly with the images seen, those of this step included.
+
+        With `lr_decay_batches` EDM2's: lr / sqrt(max(n / (lr_decay_batches batch), 1)) min(n / rampup, 1), n the images
+        before this step, so that the first step's is 0 where it grows.
+        """
+        if self.lr_decay_batches:
+            grown = min(step * self.batch / (self.lr_rampup_kimg * 1000), 1.0) if self.lr_rampup_kimg else 1.0
+            return self.lr * grown / math.sqrt(max(step / self.lr_decay_batches, 1.0))
         if self.lr_rampup_kimg == 0:
             return self.lr
         return self.lr * min(1.0, (step + 1) * self.batch / (self.lr_rampup_kimg * 1000))

@@ -437,6 +437,8 @@ class DistillConfig(Distillation):
                 raise ValueError(f"steps and sigmas disagree: {self.steps} steps, {len(levels)} noise levels")
             object.__setattr__(self, "steps", len(levels))
         positive("sigma-init", self.sigma_init)
+        if not isinstance(self.logvar, bool):
+            raise ValueError(f"logvar must be True or False, got {self.logvar!r}")
         if self.gradient not in ("all", "last"):
             raise ValueError(f"gradient must be all or last, got {self.gradient!r}")
         if self.student_lr is not None:

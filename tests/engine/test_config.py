@@ -39,9 +39,12 @@ REALS = {
         ("kimg", "lr", "ema_kimg", "ema_rampup", "sigma_init", "student_lr", "width", "student_width"),
         ("must be a finite number > 0", (0, -1.0, INF, NAN, "1", True)),
     ),
-    **dict.fromkeys(("eps", "lr_rampup_kimg"), ("must be a finite number >= 0", (-1e-9, INF, NAN, "1"))),
     **dict.fromkeys(
-        ("dropout", "beta1", "generator_beta1", "student_beta1"), ("must lie in [0, 1)", (-0.1, 1, 1.5, NAN, "0"))
+        ("eps", "lr_rampup_kimg", "lr_decay_batches"), ("must be a finite number >= 0", (-1e-9, INF, NAN, "1"))
+    ),
+    **dict.fromkeys(
+        ("dropout", "beta1", "beta2", "generator_beta1", "student_beta1"),
+        ("must lie in [0, 1)", (-0.1, 1, 1.5, NAN, "0")),
     ),
     "augment": ("must lie in [0, 1]", (-0.1, 1.01, NAN, "0", True)),
     "alpha": ("must be a number in [-1e+06, 1e+06]", (NAN, INF, -INF, 2e6, "1", True)),
@@ -65,6 +68,7 @@ CHOICES = {
     "memory_format": ("must be auto, contiguous or channels_last", ("nhwc", None)),
     "cuda_graphs": ("must be auto, on or off", ("yes", None, True)),
     "resume": ("must be True or False", (0, None)),
+    "logvar": ("must be True or False", (1, "yes")),
     "gradient": ("must be all or last", ("first", None)),
     "init": ("must be auto, teacher or random", ("zero", None)),
     "student_init": ("must be auto, teacher or random", ("zero", True)),
@@ -91,7 +95,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
     words = (
         "precision", "backward", "tf32", "resume", "offload", "activation_checkpointing", "teacher_storage",
         "async_checkpoints", "compile", "deterministic", "attention_backend", "memory_format", "gradient", "init",
-        "student_init", "rules", "cuda_graphs", "export_ema", "snapshot_precision",
+        "student_init", "rules", "cuda_graphs", "export_ema", "snapshot_precision", "logvar",
     )  # fmt: skip
     shown = repr(value) if name in words else str(value)
     assert str(error.value) == f"{name.replace('_', '-')} {says}, got {shown}"

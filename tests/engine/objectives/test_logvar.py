@@ -9,7 +9,7 @@ import torch
 from edm2_fixtures import network, recorded
 
 from ipfm.engine.config import TeacherConfig
-from ipfm.engine.objectives import DistillConfig, PIDConfig
+from ipfm.engine import DistillConfig, PidConfig
 from ipfm.engine.objectives.checking import check_objective
 from ipfm.engine.objectives.initial_networks import starting_network
 from ipfm.engine.objectives.losses import Noisy, bind, bind_with_logvar, denoising_objective
@@ -87,7 +87,7 @@ def test_a_generator_has_no_log_variance_and_a_student_where_it_is_wanted():
     for config, student in ((DistillConfig(), 0), (DistillConfig(logvar=True), 128)):
         channels = {role.name: role.network.logvar_channels for role in config.objective(SMALL).roles}
         assert channels == {"student": student, "generator": 0}
-    assert [role.network.logvar_channels for role in PIDConfig(points=3).objective(SMALL).roles] == [0]
+    assert [role.network.logvar_channels for role in PidConfig(points=3).objective(SMALL).roles] == [0]
     teacher = build_network(SMALL)
     for role in DistillConfig(logvar=True).objective(SMALL).roles:
         net = starting_network(role.network, "teacher", teacher, 0)
