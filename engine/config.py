@@ -42,6 +42,7 @@ def setting(
     place: bool = False,
     memory: bool = True,
     planned_as: Any = MISSING,
+    added: bool = False,
 ) -> Any:
     """A field of a class of settings that says of itself what it is; a plain field is the cautious case of each.
 
@@ -52,8 +53,9 @@ def setting(
         place: it says where and how a run is made, and nothing of its result.
         memory: it may change the size of a tensor in a step.
         planned_as: without `memory`, its value in memory plans; its default where this is missing.
+        added: runs of older versions do not say it, and were made with its default.
     """
-    said = {"identity": identity, "place": place, "memory": memory}
+    said = {"identity": identity, "place": place, "memory": memory, "added": added}
     if planned_as is not MISSING:
         said["planned_as"] = planned_as
     if isinstance(default, type):
@@ -418,19 +420,18 @@ class TeacherConfig(RunConfig):
     """Training of a teacher on data: the denoising loss with PFGM++ noise at any D [Xu et al. 2023; EDM]."""
 
     readings: ClassVar[Mapping[str, str]] = {
-        "teacher_loss": "teacher_loss is a denoising loss: it falls, then levels off above zero; of an EDM2 network, "
-        "with its log-variance, it may fall below."
+        "teacher_loss": "teacher_loss is a denoising loss: it falls, then levels off above zero."
     }
 
     D: float | None = setting(None, memory=False)
     """Auxiliary dimensions, in (0, inf]; inf is a diffusion model. Default: the network's."""
     beta1: float = 0.9
     """Adam's first decay."""
-    beta2: float = setting(0.999, memory=False)
+    beta2: float = setting(0.999, memory=False, added=True)
     """Adam's second decay; EDM2 has 0.99."""
     lr_rampup_kimg: float = setting(10_000.0, memory=False)
     """The learning rate grows linearly over this many thousands of images; 0 starts with the full rate."""
-    lr_decay_batches: float = setting(0.0, memory=False)
+    lr_decay_batches: float = setting(0.0, memory=False, added=True)
     """EDM2's schedule: after this many batches the learning rate falls as 1 / sqrt(images); it and its growth then
     count the images before the step. 0: it does not fall."""
     heun_steps: int = setting(18, identity=False, memory=False)
@@ -522,6 +523,11 @@ def place_settings(kind: type[RunConfig]) -> frozenset[str]:
 def first_weights_settings(kind: type[RunConfig]) -> frozenset[str]:
     """Names of the settings that say what a network begins with."""
     return frozenset(f.name for f in dataclasses.fields(kind) if f.type in (InitialWeights, "InitialWeights"))
+
+
+def added_settings(kind: type[RunConfig]) -> dict[str, Any]:
+    """The settings that runs of older versions do not say, by name, with what they were made with, as JSON has it."""
+    return {f.name: _plain(f.default) for f in dataclasses.fields(kind) if f.metadata.get("added", False)}
 
 
 def planned_settings(kind: type[RunConfig]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ PRECONDS: Mapping[str, PrecondType] = {
     "ve": "VEPrecond",
     "iddpm": "iDDPMPrecond",
 }
+# A value that follows from others.
+_FOLLOWS: Any = None
 # The range of noise levels, which follows from the preconditioning.
 _OF_CLASS: dict[str, Any] = {"sigma_min": None, "sigma_max": None}
 # The least value of each option.
@@ -127,9 +129,9 @@ class NetworkOptions:
         )
 
 
-def embedding_width(base: NetworkConfig) -> int | None:
+def embedding_width(base: NetworkConfig) -> Any:
     """channel_mult_emb of a preset with other levels: EDM2's follows from them (None)."""
-    return None if base.is_edm2 else base.channel_mult_emb
+    return _FOLLOWS if base.is_edm2 else base.channel_mult_emb
 
 
 def fitted(base: NetworkConfig, shape: tuple[int, int, int]) -> NetworkConfig:

@@ -420,7 +420,7 @@ class DistillConfig(Distillation):
     student_width: float = 1.0
     """Channels of the student by those of the teacher."""
 
-    logvar: bool = False
+    logvar: bool = setting(False, added=True)
     """Weigh each noise level by e^-u in the losses of student and generator, u the student's log-variance, which it
     learns: of teachers that have one, EDM2's."""
 

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from ipfm.engine.checks import option_name
-from ipfm.engine.config import CURRENT_RULES, FIRST_RULES, RunConfig, TeacherConfig, free_settings, place_settings
+from ipfm.engine.config import (
+    CURRENT_RULES,
+    FIRST_RULES,
+    RunConfig,
+    TeacherConfig,
+    added_settings,
+    free_settings,
+    place_settings,
+)
 from ipfm.engine.evaluation.results import read_results
 from ipfm.engine.objectives import OBJECTIVES
 from ipfm.engine.runtime.errors import FolderInUse
@@ -120,6 +128,7 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
     free = _free(config)
     try:
         found = _with_rules(json.loads((path / "config.json").read_text(encoding="utf-8")), path)
+        found["config"] = {**added_settings(type(config)), **found["config"]}
         if found["config"]["rules"] == FIRST_RULES:
             record["config"]["rules"] = FIRST_RULES
         differences = _differences(found, record, free)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from edm2_fixtures import network, recorded
 
-from ipfm.engine.config import TeacherConfig
 from ipfm.engine import DistillConfig, PidConfig
+from ipfm.engine.config import TeacherConfig
 from ipfm.engine.objectives.checking import check_objective
 from ipfm.engine.objectives.initial_networks import starting_network
 from ipfm.engine.objectives.losses import Noisy, bind, bind_with_logvar, denoising_objective
