@@ -157,7 +157,7 @@ def sources() -> list[str]:
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid,
                    imagenet64_sid, cifar_pid, imagenet64_pid):  # fmt: skip
         cells = []
-        for source in [source for source in SOURCES if source != "EDM"]:
+        for source in [source for source in SOURCES if source not in ("EDM", "EDM2")]:
             found = {name: o.remark for name, o in module.RECIPE.origins.items() if o.source == source}
             cells.append(", ".join(f"`{name}`" + (f" ({remark})" if remark else "") for name, remark in found.items()))
         rows.append(_row([f"`{module.RECIPE.file}`", *(cell or "–" for cell in cells)]))
