@@ -113,15 +113,18 @@ def group_config(
     Groups of up to 4096 elements stay in registers. In channels_last a program takes as many groups side by side as
     fill 64 bytes of a pixel, so that no sector is read for a part of it; as many elements as that makes stay in the
     registers of up to 32 warps: 32 of them a thread, 16 where scale and shift wait there too, or 8 on the way back,
-    which holds more of each. More would spill.
+    which holds more of each. More would spill. Where that is too little on the way back, 32 bytes of a pixel, one
+    sector, of 16 bits each wait in 16 warps: with twice the registers, 32 elements a thread.
     """
     padded = triton.next_power_of_2(channels)
-    together = 1
-    while channels_last and groups % (2 * together) == 0 and together * channels * element_size < 64:
-        together *= 2
+    together = _side_by_side(channels, groups, element_size, 64) if channels_last else 1
     most = 4096
     if channels_last and element_size <= 4:
         most = 8192 if backward else 16384 if scaled else 32768
+        narrow = _side_by_side(channels, groups, element_size, 32)
+        whole = triton.next_power_of_2(pixels)
+        if element_size == 2 and backward and padded * together * whole > most and padded * narrow * whole == 16384:
+            return narrow, padded, whole, 16
     block = min(triton.next_power_of_2(pixels), max(1, most // (padded * together)))
     if block < pixels:
         block = max(1, 2048 // (padded * together))
@@ -129,6 +132,14 @@ def group_config(
     if elements <= 4096:
         return together, padded, block, min(8, max(1, elements // 256))
     return together, padded, block, min(32, elements // (256 if backward else 512))
+
+
+def _side_by_side(channels: int, groups: int, element_size: int, width: int) -> int:
+    """How many groups fill so many bytes of a pixel in channels_last."""
+    together = 1
+    while groups % (2 * together) == 0 and together * channels * element_size < width:
+        together *= 2
+    return together
 
 
 def lane_config(channels: int, groups: int, pixels: int, element_size: int) -> tuple[int, int, int] | None:

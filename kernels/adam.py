@@ -179,13 +179,14 @@ class AdamEMA(torch.optim.Optimizer):
     def create_state(self) -> None:
         """Allocate every buffer now, so that it can be gathered, loaded or counted before the first step."""
         for group in self.param_groups:
+            averages = ema_entries(group["ema"])
             for p in group["params"]:
                 state = self.state[p]
                 if "exp_avg_sq" not in state:
                     if group["betas"][0] > 0:
                         state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
-                for entry in ema_entries(group["ema"]):
+                for entry in averages:
                     if entry not in state:
                         state[entry] = p.detach().clone()
         if self.steps_applied is None:
