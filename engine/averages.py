@@ -15,9 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from decimal import Decimal
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 # The relative width at γ = 0, where every image weighs the same: powers grow below it.
 WIDEST = 12**-0.5
@@ -123,6 +125,8 @@ def combination(stored: Sequence[Profile], wanted: Profile) -> np.ndarray:
     Raises:
         ValueError: nothing is stored, an average twice, or another one is wanted than can be made.
     """
+    import numpy as np
+
     if not stored:
         raise ValueError("there is no average to combine")
     if len(set(stored)) < len(stored):
@@ -140,8 +144,29 @@ def combination(stored: Sequence[Profile], wanted: Profile) -> np.ndarray:
     return np.asarray(found / found.sum())
 
 
+def missed(stored: Sequence[Profile], wanted: Profile, coefficients: np.ndarray) -> float:
+    """How far the combined profile is from the wanted one: the norm of the difference over the norm of the wanted one.
+
+    Args:
+        stored: as of `combination`.
+        wanted: as of `combination`.
+        coefficients: from there.
+    """
+    import numpy as np
+
+    t, gamma = np.array([one.images for one in stored]), np.array([exponent(one.std) for one in stored])
+    target, power = np.array([wanted.images]), np.array([exponent(wanted.std)])
+    matrix = _product(t[:, None], gamma[:, None], t[None, :], gamma[None, :])
+    whole = float(_product(target, power, target, power)[0])
+    cross = float(coefficients @ _product(t, gamma, target, power))
+    square = whole - 2 * cross + float(coefficients @ matrix @ coefficients)
+    return math.sqrt(max(square, 0.0) / whole)
+
+
 def _product(ta: np.ndarray, a: np.ndarray, tb: np.ndarray | np.float64, b: np.ndarray | np.float64) -> np.ndarray:
     """Inner products of the profiles of the times ta, tb and the powers a, b, in float64."""
+    import numpy as np
+
     power = np.where(ta < tb, b, -a)
     return (a + 1) * (b + 1) * (ta / tb) ** power / ((a + b + 1) * np.maximum(ta, tb))
 
@@ -149,4 +174,4 @@ def _product(ta: np.ndarray, a: np.ndarray, tb: np.ndarray | np.float64, b: np.n
 def _plain(value: float | None) -> str:
     """A number as people write it: 500, 0.05, 50000."""
     assert value is not None
-    return np.format_float_positional(float(value), trim="-")
+    return format(Decimal(repr(float(value))).normalize(), "f")

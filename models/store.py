@@ -16,7 +16,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -57,6 +58,8 @@ class StoredConfig:
         extra: what the writer said of the weights, JSON values with infinite numbers as numbers.
         tensor_file: name of the file with the weights, whose checksum is `sha256`.
         buffers: of the average in an older checkpoint: the file that has its buffers, and that file's SHA-256.
+        averages: of a checkpoint that has several averages, by name what their tensors' names begin with.
+        average: what those of the average that is taken begin with.
     """
 
     class_name: str
@@ -67,6 +70,8 @@ class StoredConfig:
     extra: dict[str, Any] = field(default_factory=dict)
     tensor_file: str = TENSOR_FILE
     buffers: tuple[Path, str] | None = None
+    averages: Mapping[str, str] = field(default_factory=dict)
+    average: str = "ema"
 
     @property
     def facts(self) -> TeacherFacts | GeneratorFacts:
@@ -284,7 +289,7 @@ def _tensors_of(stored: StoredConfig) -> dict[str, Tensor]:
     path = stored.folder / stored.tensor_file
     if stored.tensor_file == TENSOR_FILE:
         return _read_tensors(path, stored.sha256)
-    found = _read_average(path, stored.sha256)
+    found = _read_average(path, stored)
     if stored.buffers is not None:
         path, sha256 = stored.buffers
         with torch.device("meta"):
@@ -309,7 +314,9 @@ def _read_checkpoint(folder: Path) -> StoredConfig:
     name = f"{data['tensors']}.safetensors"
     if name not in manifest or Path(name).name != name:
         raise ValueError(f"{path} names the network {data['tensors']!r}, which the checkpoint does not hold")
-    return replace(stored, folder=folder, tensor_file=name, sha256=str(manifest[name]))
+    averages = data.get("averages")
+    averages = averages if isinstance(averages, dict) and all(isinstance(v, str) for v in averages.values()) else {}
+    return replace(stored, folder=folder, tensor_file=name, sha256=str(manifest[name]), averages=averages)
 
 
 def _read_older_checkpoint(folder: Path, manifest: Mapping[str, Any]) -> StoredConfig:
@@ -402,14 +409,42 @@ def _parsed(path: Path, data: Mapping[str, Any], more: Mapping[str, type]) -> St
         raise ValueError(f"{path}: {error}") from None
 
 
-def _read_average(path: Path, sha256: str) -> dict[str, Tensor]:
+@contextmanager
+def opened(stored: StoredConfig) -> Iterator[tuple[tuple[str, ...], Callable[[str], Tensor]]]:
+    """The names of a stored network's tensors, and what reads one of them, in the dtype of the file.
+
+    Args:
+        stored: from `read_config`.
+
+    Raises:
+        ValueError: one line that names the file: it is missing or damaged.
+    """
+    path = stored.folder / stored.tensor_file
+    in_checkpoint = stored.tensor_file != TENSOR_FILE
+    try:
+        with path.open("rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest() == stored.sha256
+        if not whole:
+            raise _not_these(path, path.read_bytes(), "manifest.json" if in_checkpoint else CONFIG_FILE)
+        with safetensors.safe_open(path, "pt") as tensors:
+            kept = (f"{stored.average}/", "buffer/") if in_checkpoint else ("",)
+            found = [name for name in tensors.keys() if name.startswith(kept)]  # noqa: SIM118
+            places = {name.partition("/")[2] if in_checkpoint else name: name for name in found}
+            yield tuple(places), lambda name: tensors.get_tensor(places[name])
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {_one_line(error)}") from None
+
+
+def _read_average(path: Path, stored: StoredConfig) -> dict[str, Tensor]:
     """The average and the buffers in a checkpoint's file, which holds several times as much."""
+    sha256 = stored.sha256
     try:
         with path.open("rb") as file:
             whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256
         if whole:
             with safetensors.safe_open(path, "pt") as tensors:
-                names = [name for name in tensors.keys() if name.startswith(("ema/", "buffer/"))]  # noqa: SIM118
+                kept = (f"{stored.average}/", "buffer/")
+                names = [name for name in tensors.keys() if name.startswith(kept)]  # noqa: SIM118
                 return {name.partition("/")[2]: tensors.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {_one_line(error)}") from None

@@ -18,6 +18,7 @@ from ipfm.engine.commands.compare.command import Compare
 from ipfm.engine.commands.convert import Convert
 from ipfm.engine.commands.dataset import Dataset
 from ipfm.engine.commands.doctor.command import Doctor
+from ipfm.engine.commands.ema.command import Ema
 from ipfm.engine.commands.evaluate import Evaluate
 from ipfm.engine.commands.export.command import Export
 from ipfm.engine.commands.info import Info
@@ -62,6 +63,7 @@ Command = (
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Ema, subcommand("ema")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Dataset, subcommand("dataset")]
     | Annotated[Plan, subcommand("plan")]

@@ -7,7 +7,7 @@ apart by content, not by name. Nothing in a file is run: see `unpickler`.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,6 +53,23 @@ class ImportedNetwork:
     weights: dict[str, Tensor]
     parameters: tuple[str, ...]
     D_source: DSource
+
+
+@dataclass(frozen=True)
+class StreamedNetwork:
+    """A network of a file, none of whose tensors is in memory.
+
+    Attributes:
+        config: what it takes to build it.
+        names: of its tensors, in order.
+        parameters: names of those that are parameters and no buffers.
+        load: reads the tensor of a name: float32, on the CPU, every value finite.
+    """
+
+    config: NetworkConfig
+    names: tuple[str, ...]
+    parameters: tuple[str, ...]
+    load: Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -149,6 +166,34 @@ class Checkpoint:
             raise ValueError(f"{self.where}: network {shown(key)}: {error}") from None
         source: DSource = "file" if stated is not None else "caller" if D is not None else "assumed"
         return ImportedNetwork(key, record.class_name, config, weights, parameters, source)
+
+    def stream(self, name: str | None = None, *, D: float | None = None) -> StreamedNetwork:
+        """As `read`, but that each tensor is read when it is asked for, and again at the next time.
+
+        Args:
+            name: as of `read`.
+            D: as of `read`.
+
+        Raises:
+            ValueError: as of `read`, here or when a tensor is asked for.
+        """
+        key = self.choose(name)
+        check_D(D)
+        record = self.networks[key]
+        where = f"{self.where}: network {shown(key)}"
+        try:
+            self._check_length()
+            config, tensors, parameters = self._plan(record, trained_for(record) or D or math.inf)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+        def load(tensor: str) -> Tensor:
+            try:
+                return self._loaded(tensor, tensors[tensor])
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+
+        return StreamedNetwork(config, tuple(tensors), parameters, load)
 
     def _loaded(self, name: str, tensor: StoredTensor) -> Tensor:
         self._check_length()

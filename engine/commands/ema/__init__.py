@@ -1,0 +1,1 @@
+"""`ipfm ema`: averages of other widths, made of stored ones."""
