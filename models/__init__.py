@@ -4,7 +4,16 @@ from ipfm.models import presets
 from ipfm.models.config import NetworkConfig
 from ipfm.models.dhariwal_unet import DhariwalUNet
 from ipfm.models.edm2_unet import EDM2UNet
-from ipfm.models.precond import EDM2Precond, EDMPrecond, Precond, VEPrecond, VPPrecond, build_network, iDDPMPrecond
+from ipfm.models.precond import (
+    EDM2Precond,
+    EDMPrecond,
+    Precond,
+    VEPrecond,
+    VPPrecond,
+    build_network,
+    guided,
+    iDDPMPrecond,
+)
 from ipfm.models.song_unet import SongUNet
 from ipfm.models.store import load_model, read_config, save_model
 from ipfm.models.teacher import load_teacher
@@ -20,6 +29,7 @@ __all__ = [
     "VEPrecond",
     "VPPrecond",
     "build_network",
+    "guided",
     "iDDPMPrecond",
     "load_model",
     "load_teacher",

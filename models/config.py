@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -30,6 +30,31 @@ _FAMILIES = {
     ("positional", "standard", "standard", (1.0, 1.0)): "ddpm++",
     ("fourier", "residual", "standard", (1.0, 3.0, 3.0, 1.0)): "ncsn++",
 }
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What a network is guided by, see `ipfm.models.guidance`.
+
+    Args:
+        network: the weaker one.
+        weight: w; 1 would be without.
+
+    Raises:
+        ValueError: the weight is no finite number of at least 0.
+    """
+
+    network: "NetworkConfig"
+    weight: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, NetworkConfig):
+            raise ValueError(f"a guide is described by a NetworkConfig, got {type(self.network).__name__}")
+        if self.network.guide is not None:
+            raise ValueError("a guide cannot be guided itself: give the network without its guide")
+        weight = _real("guidance", self.weight)
+        _check_range("guidance", weight, 0 <= weight < math.inf, "a finite number of at least 0; 1 is without")
+        object.__setattr__(self, "weight", weight)
 
 
 @dataclass(frozen=True)
@@ -69,6 +94,7 @@ class NetworkConfig:
         attn_balance: EDM2UNet.
         clip_act: EDM2UNet; inf clamps nothing.
         logvar_channels: EDM2UNet: width of the embedding of the log-variance, 0 for a network without one.
+        guide: the weaker network that this one is guided by; None for a network that is itself.
 
     Raises:
         ValueError: a value out of its range, in one line that says what was given and what is possible.
@@ -110,6 +136,7 @@ class NetworkConfig:
     attn_balance: float = 0.3
     clip_act: float = 256.0
     logvar_channels: int = _OF_CLASS
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         check_choice("precond", self.precond, get_args(PrecondType))
@@ -141,6 +168,8 @@ class NetworkConfig:
         elif self.precond != "EDMPrecond":
             raise ValueError(f"an EDM2UNet has EDM's preconditioning, EDMPrecond, got precond {self.precond}")
         self.layout()
+        if self.guide is not None:
+            self._check_guide(self.guide)
 
     def layout(self) -> Layout:
         """The entries of the inner U-Net."""
@@ -194,12 +223,31 @@ class NetworkConfig:
         """Channels that the inner U-Net returns: twice the image's under iDDPMPrecond, which uses the first half."""
         return self.img_channels * (2 if self.precond == "iDDPMPrecond" else 1)
 
+    def at(self, D: float) -> "NetworkConfig":
+        """The same for another D, a guide included."""
+        guide = None if self.guide is None else replace(self.guide, network=replace(self.guide.network, D=D))
+        return replace(self, D=D, guide=guide)
+
+    @property
+    def unguided(self) -> "NetworkConfig":
+        """The network itself, without its guide."""
+        return self if self.guide is None else replace(self, guide=None)
+
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values: the fields of the network's own classes.
 
         An infinite number becomes the string "inf", which JSON lacks.
+
+        Raises:
+            ValueError: the network is guided: two networks are stored by themselves.
         """
-        foreign = {*self._foreign_fields(), *(() if self.precond in _FREE_RANGE else ("sigma_min", "sigma_max"))}
+        if self.guide is not None:
+            raise ValueError("a guided network is not stored: store the network and its guide by themselves")
+        foreign = {
+            "guide",
+            *self._foreign_fields(),
+            *(() if self.precond in _FREE_RANGE else ("sigma_min", "sigma_max")),
+        }
         return {field.name: _to_plain(getattr(self, field.name)) for field in fields(self) if field.name not in foreign}
 
     @classmethod
@@ -211,7 +259,7 @@ class NetworkConfig:
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"a network configuration must be a JSON object, got {type(data).__name__}")
-        known = [field.name for field in fields(cls)]
+        known = [field.name for field in fields(cls) if field.name != "guide"]
         for key in data:
             if key not in known:
                 raise ValueError(f"unknown key {key!r} in a network configuration; possible: {', '.join(known)}")
@@ -225,6 +273,19 @@ class NetworkConfig:
 
     def _normalise(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def _check_guide(self, guide: Guide) -> None:
+        other = guide.network
+        for name, what in _IN_COMMON.items():
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"the guide must have the network's {what}, {_to_plain(ours)}, got {_to_plain(theirs)}"
+                )
+        if other.label_dim not in (0, self.label_dim):
+            raise ValueError(
+                f"the guide must know the network's {self.label_dim} classes or none, got {other.label_dim}"
+            )
 
     def _check_ranges(self) -> None:
         _check_range("D", self.D, self.D > 0, "a number above 0, or inf for diffusion")
@@ -330,6 +391,14 @@ _OWNERS: dict[str, set[str]] = {
     "attn_balance": {"EDM2UNet"},
     "clip_act": {"EDM2UNet"},
     "logvar_channels": {"EDM2UNet"},
+}
+# What a network has in common with its guide: images, D, and all that its scalings depend on.
+_IN_COMMON = {
+    "img_resolution": "pixels a side",
+    "img_channels": "channels",
+    "D": "D",
+    "precond": "preconditioning",
+    **{name: name for name in ("sigma_data", "beta_d", "beta_min", "M", "C_1", "C_2")},
 }
 # Smallest value of each whole number.
 _INTEGERS = {

@@ -1,8 +1,10 @@
 """Preconditioned networks: a denoiser D(x; σ) around a U-Net (Karras et al. 2022, eq. 7 and table 1)."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from numbers import Real
 from typing import Any, ClassVar
@@ -11,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ipfm.models.attention import AttentionBackend
-from ipfm.models.config import NetworkConfig, PrecondType
+from ipfm.models.config import Guide, NetworkConfig, PrecondType
 from ipfm.models.dhariwal_unet import DhariwalUNet
 from ipfm.models.edm2_layers import MPConv, MPFourier
 from ipfm.models.edm2_unet import EDM2UNet
 from ipfm.models.facts import GeneratorFacts, TeacherFacts
+from ipfm.models.guidance import GuidedUNet
 from ipfm.models.layers import Float32Buffers
 from ipfm.models.schedules import iddpm_levels
 from ipfm.models.song_unet import SongUNet
@@ -451,4 +454,55 @@ _CLASSES: dict[str, type[Precond]] = {cls.PRECOND: cls for cls in (EDMPrecond, V
 
 def build_network(config: NetworkConfig) -> Precond:
     """The network that `config` describes, with fresh weights from torch's global generator, in training mode."""
+    if config.guide is not None:
+        return guided(build_network(config.unguided), build_network(config.guide.network), config.guide.weight)
     return EDM2Precond(config) if config.is_edm2 else _CLASSES[config.precond](config)
+
+
+def guided(net: Precond, guide: Precond, weight: float) -> Precond:
+    """`net`, guided by a weaker network: guide(x; σ) + weight·(net(x; σ) - guide(x; σ)); see `ipfm.models.guidance`.
+
+    It shares the weights of both, which are called with the same labels; a guide that knows no classes is told none.
+
+    Args:
+        net: a teacher.
+        guide: the weaker one: of the same images, D and preconditioning, and of the same classes or none.
+        weight: how far from the guide, finite and >= 0; 1 returns `net`.
+
+    Raises:
+        ValueError: the two do not go together, or the weight is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from ipfm.models import build_network, guided, presets
+        >>> net, weak = (build_network(presets.get("digits", D=128)).eval() for _ in range(2))
+        >>> x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 2.0])
+        >>> with torch.no_grad():
+        ...     expected = weak(x, sigma) + 1.4 * (net(x, sigma) - weak(x, sigma))
+        ...     torch.allclose(guided(net, weak, 1.4)(x, sigma), expected, atol=1e-5)
+        True
+    """
+    config = replace(net.config, guide=Guide(guide.config, weight))
+    if config.guide is None or config.guide.weight == 1:
+        return net
+    inner = GuidedUNet(
+        net.model,
+        guide.model,
+        config.guide.weight,
+        classes=guide.label_dim > 0,
+        augmentation=guide.config.augment_dim > 0,
+    )
+    return _around(inner.train(net.training), net, config)
+
+
+def unguided(net: Precond) -> Precond:
+    """The network that a guide is added to, which shares its weights; `net` itself where there is no guide."""
+    return _around(net.model.strong, net, net.config.unguided) if isinstance(net.model, GuidedUNet) else net
+
+
+def _around(inner: Backbone, net: Precond, config: NetworkConfig) -> Precond:
+    """The preconditioning of `net` around another U-Net."""
+    other = copy.copy(net)
+    other._modules = {**net._modules, net.INNER: inner}
+    other.config = config
+    return other

@@ -17,6 +17,7 @@ from ipfm.engine.memory.arithmetic import (
     flops_in_words,
     forward_flops,
     gpu_seconds,
+    guide_flops,
     peak_in_words,
 )
 from ipfm.engine.memory.fits import LAYOUTS, gpu_precision, layout_table
@@ -148,7 +149,8 @@ def describe_training(
 
 def _forwards(config: Distillation, trained: NetworkConfig, *, phased: bool, checkpointed: bool) -> float:
     passes = config.objective(trained).forwards(phased=phased, checkpointed=checkpointed)
-    return passes + config.further_flops(trained) / forward_flops(trained)
+    further = config.further_flops(trained) + guide_flops(trained) * (config.teacher_forwards + checkpointed)
+    return passes + further / forward_flops(trained)
 
 
 def _settings(config: RunConfig, path: Path, **resolved: object) -> list[str]:

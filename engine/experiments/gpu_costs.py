@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ipfm.engine.config import TeacherConfig
-from ipfm.engine.memory.arithmetic import TRAINING_FORWARDS, Gpu, forward_flops
+from ipfm.engine.memory.arithmetic import TRAINING_FORWARDS, Gpu, forward_flops, guide_flops
 from ipfm.engine.memory.fits import LayoutOnGpu, fits
 from ipfm.engine.memory.plan import MemoryPlan
 from ipfm.engine.memory.state import Sharding, parameter_count
@@ -43,8 +43,10 @@ class Run:
 
     @functools.cached_property
     def further_flops(self) -> int:
-        """Operations of one image in a step that are no pass of the networks: those of LPIPS."""
-        return self.config.further_flops(self.network) if isinstance(self.config, Distillation) else 0
+        """Operations of one image in a step that are no pass of these networks: those of LPIPS, and of a guide."""
+        if not isinstance(self.config, Distillation):
+            return 0
+        return self.config.further_flops(self.network) + guide_flops(self.network) * self.config.teacher_forwards
 
     @property
     def remark(self) -> str:
@@ -82,7 +84,7 @@ class Run:
 
     @property
     def teacher_nfe(self) -> int:
-        """Network evaluations of an image of the teacher, as evaluations draw it."""
+        """Evaluations of the teacher for an image of it, as it is measured; not those of its guide."""
         return nfe(self.config.heun_steps, "heun")
 
     @property
@@ -105,7 +107,9 @@ class Run:
 
     def evaluation_flops(self, images: int) -> int:
         """Operations of these, where the generator is as wide as the teacher."""
-        return self.forward_flops * self.evaluation_passes(images)
+        return (
+            self.forward_flops * self.evaluation_passes(images) + guide_flops(self.network) * images * self.teacher_nfe
+        )
 
     def evaluation_words(self, images: int) -> str:
         """As in "2,000 images of the teacher, 35 passes an image, and 6 times the generator, 1"."""

@@ -16,7 +16,7 @@ from ipfm.engine.checks import not_negative, option_name
 from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.launcher import is_first_process
-from ipfm.models import NetworkConfig, Precond, load_teacher
+from ipfm.models import NetworkConfig, Precond, guided, load_teacher
 from ipfm.models.checkpoints.run_models import locate
 
 
@@ -119,18 +119,26 @@ def ema_kimg(decay: float, batch: int) -> float:
 
 
 def read_teacher(options: DistillationOptions) -> Precond | None:
-    """The teacher that --teacher names, its D checked against --D; None without --teacher.
+    """The teacher that --teacher names, its D checked against --D, guided by --guide; None without --teacher.
 
     Raises:
-        ValueError: there is no such model, it cannot be read, or D contradicts it.
+        ValueError: there is no such model, it cannot be read, D contradicts it, or the guide does not go with it.
     """
+    if options.guidance is not None and options.guide is None:
+        raise ValueError(f"guidance {options.guidance:g} was given without a guide: give the network that guides, too")
     if options.teacher is None:
+        if options.guide is not None:
+            raise ValueError(f"guide {options.guide} was given without the teacher that it guides: give --teacher too")
         return None
     taken = locate(options.teacher, teacher=True)
     if taken.taken and is_first_process():
         with suppress(OSError):
             print(f"note: {taken.taken}; name another network's folder as --teacher", file=sys.stderr)
-    return load_teacher(taken.path, D=options.D, anyway=options.teacher_anyway)
+    teacher = load_teacher(taken.path, D=options.D, anyway=options.teacher_anyway)
+    if options.guide is None:
+        return teacher
+    assert options.guidance is not None  # checked with the settings
+    return guided(teacher, load_teacher(locate(options.guide, teacher=True).path), options.guidance)
 
 
 def check_images(network: NetworkConfig, shape: tuple[int, int, int], whose: str, way_on: str = "") -> None:

@@ -48,16 +48,21 @@ GPUS = (
 
 @functools.lru_cache(maxsize=64)
 def forward_flops(network: NetworkConfig) -> int:
-    """Floating-point operations of a forward pass of one image.
+    """Floating-point operations of a forward pass of one image, without those of its guide.
 
     Those of convolutions and matrix products are counted, a multiplication and an addition each.
     """
     device = torch.device("meta")
     with device:
-        net = build_network(network).eval()
+        net = build_network(network.unguided).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(torch.empty(1, *network.image_shape, device=device), torch.empty(1, device=device))
     return int(counter.get_total_flops())
+
+
+def guide_flops(network: NetworkConfig) -> int:
+    """The same of the guide's; 0 of a network that is not guided."""
+    return 0 if network.guide is None else forward_flops(network.guide.network)
 
 
 def gpu_seconds(flops: float, precision: Precision, tf32: bool = True, share: float = SHARE) -> dict[str, float]:

@@ -53,7 +53,7 @@ class StepSettings:
 
     def __post_init__(self) -> None:
         # D changes no size: networks that differ in it alone share a simulation.
-        object.__setattr__(self, "network", replace(self.network, D=math.inf))
+        object.__setattr__(self, "network", self.network.at(math.inf))
         object.__setattr__(
             self, "config", _all_that_matters(self.config, self.network, self.micro_batch, self.sharding)
         )

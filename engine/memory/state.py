@@ -119,6 +119,7 @@ def state_bytes(
         trained: each network in training, with the number of fp32 values that its optimiser keeps a parameter.
         teacher: there is a frozen teacher too.
     """
+    # A guided teacher is two networks, of which those in training have the size of one.
     n, halved = _parameters(network)
     numbers = [_parameters(net)[0] for net, _ in trained]
     largest, element = max(numbers), sharding.element
@@ -145,7 +146,18 @@ def state_bytes(
         weights = gradients = 0
         if sharding.teacher_storage == "sharded":
             host, kept = host + kept, 0
-    return StateBytes(n, largest, kept, weights, masters, optimizer, gradients, buckets, host, sharding.stage)
+    return StateBytes(
+        parameter_count(network.unguided),
+        largest,
+        kept,
+        weights,
+        masters,
+        optimizer,
+        gradients,
+        buckets,
+        host,
+        sharding.stage,
+    )
 
 
 def parameter_count(network: NetworkConfig) -> int:

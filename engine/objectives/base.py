@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 from torch import Tensor, nn
 
 from ipfm.engine.averages import Decay
-from ipfm.engine.checks import at_least, check_D, check_start
+from ipfm.engine.checks import at_least, check_D, check_start, not_negative
 from ipfm.engine.config import (
     InitialWeights,
     Resolved,
@@ -56,6 +56,10 @@ class Role:
     """Rectified Adam [Liu et al. 2020]."""
     averaged: bool = False
     """The optimiser keeps the moving averages of the weights that the settings name."""
+
+    def __post_init__(self) -> None:
+        # What is trained is no guided network, also where its architecture is a guided teacher's.
+        object.__setattr__(self, "network", self.network.unguided)
 
     def seed(self, run: int) -> int:
         """Seed of random first weights, for a run's seed: each role has its own."""
@@ -238,6 +242,10 @@ class Distillation(RunConfig, ABC):
     """The teacher: a checkpoint of EDM, PFGM++ or SiD, or a model folder (config.json and model.safetensors)."""
     D: float | None = setting(None, memory=False)
     """Auxiliary dimensions, in (0, inf]; inf is a diffusion model. Default: what the teacher was trained for."""
+    guide: Path | None = setting(None, identity=False, place=True, memory=False)
+    """A weaker network that guides the teacher: without classes, or trained less."""
+    guidance: float | None = setting(None, memory=False)
+    """How far from --guide the teacher is driven, such as 1.4; see docs/objectives.md: no theorem stands behind it."""
     init: InitialWeights = setting("auto", memory=False)
     """First weights of the generator: the teacher's, or random ones; auto is the teacher's, but random at another
     width."""
@@ -270,6 +278,10 @@ class Distillation(RunConfig, ABC):
         super().__post_init__()
         if self.D is not None:
             check_D(self.D)
+        if self.guidance is not None:
+            not_negative("guidance", self.guidance)
+        elif self.guide is not None:
+            raise ValueError(f"guide {self.guide} was given without guidance: give its factor too, such as 1.4")
         check_start("init", self.init, "width", self.width)
         at_least("heun-steps", self.heun_steps, 1)
         if self.teacher_storage not in ("auto", "fp32", "half", "sharded"):
@@ -322,6 +334,10 @@ class Distillation(RunConfig, ABC):
             network: the teacher's architecture, as it is trained.
         """
 
+    teacher_forwards: ClassVar[int] = 2
+    """Forward passes, or as much arithmetic, of the teacher for one image in an iteration: one, and one back to its
+    input. They are among the `forwards`; a guide adds as many of its own."""
+
     def further_flops(self, network: NetworkConfig) -> int:
         """Floating-point operations of one image in an iteration that are no pass of the networks, see `forwards`.
 
@@ -347,7 +363,8 @@ class Distillation(RunConfig, ABC):
             settings: of the distillation, as JSON has them.
             network: the teacher's architecture and D, or the generator's.
         """
-        found = cls.figures(dataset, settings).get(network.D)
+        # None is published for a guided teacher.
+        found = None if settings.get("guidance") is not None else cls.figures(dataset, settings).get(network.D)
         return None if found is None else found.beside(settings, network)
 
     def recorded(self) -> Mapping[str, str]:

@@ -9,6 +9,7 @@ import torch
 
 from ipfm.engine.config import InitialWeights
 from ipfm.models import NetworkConfig, Precond, build_network
+from ipfm.models.precond import unguided
 
 
 def trained_config(network: NetworkConfig, dropout: float) -> NetworkConfig:
@@ -60,9 +61,9 @@ def starting_network(
     """
     if start == "teacher":
         twin = build_network(network)
-        names = twin.state_dict().keys()
+        names, state = twin.state_dict().keys(), unguided(teacher).state_dict()
         # Without what the teacher alone has: its log-variance.
-        twin.load_state_dict({name: tensor for name, tensor in teacher.state_dict().items() if name in names})
+        twin.load_state_dict({name: tensor for name, tensor in state.items() if name in names})
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

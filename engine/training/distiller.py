@@ -222,10 +222,15 @@ class Distiller(TrainingRun[Distillation]):
             return self.sample(first, count, seed=PICTURE_SEED)
 
         networks = {
-            f"teacher, {nfe(steps, 'heun')} NFE": teacher,
+            f"teacher, {self._teacher_nfe} NFE": teacher,
             f"generator, {self.objective.nfe} NFE": generator,
         }
         return networks, None if self.evaluation is None else self.evaluation.data
+
+    @property
+    def _teacher_nfe(self) -> int:
+        """Network evaluations of an image of the teacher, those of its guide included."""
+        return nfe(self.config.heun_steps, "heun") * (1 if self.network.guide is None else 2)
 
     def _conclude(
         self,
@@ -265,7 +270,7 @@ class Distiller(TrainingRun[Distillation]):
         settings = self.config.to_json()
         comparable = teacher.name == FID and "fid" in evaluation.metrics
         published = self.config.figure(self.dataset, settings, self.network) if comparable else None
-        evaluations, heun = self.objective.nfe, nfe(self.config.heun_steps, "heun")
+        evaluations, heun = self.objective.nfe, self._teacher_nfe
         rows = [
             _row("teacher", None, heun, teacher, published and published.teacher(self.network, heun)),
             _row("generator", evaluations, evaluations, generator, published and str(published)),

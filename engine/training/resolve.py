@@ -93,8 +93,8 @@ def _as_planned(config: C, plan: MemoryPlan, D: float) -> Resolved[C]:
 def complete(config: K, network: NetworkConfig, device: torch.device) -> K:
     """A distillation's settings with what needs no process group decided.
 
-    That is D, precision, the teacher's storage, and what its own `completed` decides. What memory decides stays open,
-    see `resolve`.
+    That is D, guidance, precision, the teacher's storage, and what its own `completed` decides. What memory decides
+    stays open, see `resolve`.
 
     Args:
         config: settings as given.
@@ -102,12 +102,13 @@ def complete(config: K, network: NetworkConfig, device: torch.device) -> K:
         device: where it will run.
 
     Raises:
-        ValueError: D contradicts the teacher's, it takes no augmentation labels and images are to be augmented, or
-            something else does not go with it or the device.
+        ValueError: D or guidance contradicts the teacher's, it takes no augmentation labels and images are to be
+            augmented, or something else does not go with it or the device.
     """
     check_augment(config.augment, network)
     config.check_network(network)
-    config = replace(config, D=resolve_D(config.D, network)).completed(network)
+    guidance = resolve_guidance(config.guidance, network)
+    config = replace(config, D=resolve_D(config.D, network), guidance=guidance).completed(network)
     config = resolve_precision(config, device)
     check_attention(config, network, device)
     return resolve_graphs(replace(config, teacher_storage=config.decided_storage), network, device)
@@ -137,6 +138,20 @@ def resolve_D(D: float | None, network: NetworkConfig) -> float:
     if D is not None and D != network.D:
         raise ValueError(f"D {D:g} was given, but the network was trained for D {network.D:g}: leave D out or match it")
     return network.D
+
+
+def resolve_guidance(guidance: float | None, network: NetworkConfig) -> float | None:
+    """How far a distillation's teacher is driven from its guide: as its network has it; None without one.
+
+    Raises:
+        ValueError: another factor was given, or one for a network that is not guided.
+    """
+    own = None if network.guide is None else network.guide.weight
+    # A factor of 1 is the teacher alone.
+    if guidance is not None and guidance != (1.0 if own is None else own):
+        has = "is not guided: guided(teacher, guide, guidance) makes one that is" if own is None else f"has {own:g}"
+        raise ValueError(f"guidance {guidance:g} was given, but the teacher {has}")
+    return own
 
 
 def resolve_precision(config: C, device: torch.device) -> C:

@@ -1,7 +1,8 @@
 """Worker: distils a stored teacher for some steps in several settings, and leaves the weights of each.
 
 Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?, "export"?,
-"persistent"?, "start"?, "continue_from"?}], "as_on_a_gpu"?}. "config" may name its "objective", else ipfm.
+"persistent"?, "start"?, "continue_from"?}], "as_on_a_gpu"?}. "config" may name its "objective", else ipfm, and
+"guide", the folder of the network that guides the teacher.
 "persistent": elements below which ZeRO 3 keeps a parameter whole; 0: all are sharded. "start": leave what is there
 before the first step too, under the name with -start. "continue_from": a training that is gone on from, for "steps"
 more. A case with "save" or "export" leaves that alone.
@@ -33,7 +34,7 @@ from ipfm.engine.training import resolve
 from ipfm.engine.training.checkpoint import find_checkpoint, load_checkpoint
 from ipfm.engine.training.checkpoint_writer import save_checkpoint
 from ipfm.engine.training.resolve import complete
-from ipfm.models import load_teacher
+from ipfm.models import guided, load_teacher
 from ipfm.models.facts import GeneratorFacts
 
 
@@ -55,11 +56,14 @@ def main() -> None:
         zero.PERSISTENT_ELEMENTS = case.get("persistent", 0)
         settings = dict(case["config"])
         kind = OBJECTIVES[settings.pop("objective", "ipfm")]
+        distilled = teacher
+        if (guide := settings.pop("guide", None)) is not None:
+            distilled = guided(teacher, load_teacher(guide), settings["guidance"])
         start = None
         if "continue_from" in case:
             options = options_for(kind)(**settings, continue_from=Path(case["continue_from"]))
             start = read_start(options, complete(options.distillation(), teacher.config, world.device), teacher)
-        distiller = Distiller(kind(**settings), copy.deepcopy(teacher), start=start, world=world)
+        distiller = Distiller(kind(**settings), copy.deepcopy(distilled), start=start, world=world)
         first = distiller.first_step
         if "load" in case:
             checkpoint = find_checkpoint(Path(case["load"]))

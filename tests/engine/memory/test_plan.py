@@ -26,6 +26,7 @@ from ipfm.engine.objectives.ipfm import DistillSteps
 from ipfm.engine.objectives.phases import listening
 from ipfm.engine.training.resolve import complete, resolve
 from ipfm.models import NetworkConfig, build_network, presets
+from ipfm.models.config import Guide
 
 SMALL = NetworkConfig(
     img_resolution=16, img_channels=2, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(),
@@ -39,6 +40,7 @@ NETWORKS = {
         SMALL, embedding_type="fourier", encoder_type="residual", resample_filter=(1, 3, 3, 1), channel_mult_noise=2
     ),
     "conditional": replace(SMALL, label_dim=3, augment_dim=9),
+    "guided": replace(SMALL, guide=Guide(replace(SMALL, channel_mult=(1, 1)), 1.5)),
 }
 CPU = torch.device("cpu")
 
@@ -72,7 +74,8 @@ class Real:
 def measured(settings: StepSettings) -> dict[str, int]:
     """The peaks of a real step on the CPU, without the optimiser's."""
     precision = settings.sharding.precision
-    nets = [apply_precision(build_network(settings.network), precision) for _ in range(3)]
+    networks = settings.network, settings.network.unguided, settings.network.unguided
+    nets = [apply_precision(build_network(network), precision) for network in networks]
     for net in nets:
         net.activation_checkpointing = settings.activation_checkpointing
     nets[0].eval().requires_grad_(False)
