@@ -115,9 +115,8 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
     }
     unused = objective.unused if objective else run.about.get("unused", ())
     used = {name: value for name, value in run.settings.items() if name not in unused}
-    text = rows(
-        _run_rows(run, facts, used, objective.info_words(run.settings) if objective else run.about.get("info", kind))
-    )
+    words = objective.in_words(run.settings) if objective else run.about.get("info", kind)
+    text = rows(_run_rows(run, facts, used, words))
     return facts, f"{text}\n\n{results_table(run.results).rstrip()}" if run.results else text
 
 
@@ -236,7 +235,7 @@ def _folder(path: Path) -> tuple[dict[str, Any], str]:
     if isinstance(about, GeneratorFacts):
         sigmas, nfe = _sampling(about)
         objective = OBJECTIVES.of(about.objective, about.settings)
-        distilled = objective.info_words(about.settings) if objective else about.about.get("info", about.objective)
+        distilled = objective.in_words(about.settings) if objective else about.about.get("info", about.objective)
     facts = _network(stored.network, parameters) | {
         "kind": "generator" if generator else "teacher",
         "taken": path,

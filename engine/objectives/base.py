@@ -437,6 +437,17 @@ class Distillation(RunConfig, ABC):
         return cls.method
 
     @classmethod
+    def in_words(cls, settings: Mapping[str, Any]) -> str:
+        """`info_words`, and what guided the teacher."""
+        return cls.info_words(settings) + cls.guidance_words(settings)
+
+    @staticmethod
+    def guidance_words(settings: Mapping[str, Any]) -> str:
+        """What follows the words of the objective where the teacher was guided: ", teacher guided by 1.4"."""
+        factor = settings.get("guidance")
+        return f", teacher guided by {factor:g}" if isinstance(factor, (int, float)) else ""
+
+    @classmethod
     def card_words(cls) -> str:
         """The objective in a model card, in Markdown."""
         return cls.method

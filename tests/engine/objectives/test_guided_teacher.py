@@ -16,11 +16,12 @@ from torch import Tensor
 from ipfm.engine import DistillConfig, Distiller, plan_memory
 from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.commands.bench.equivalence import NETWORK, trained_tensors
+from ipfm.engine.commands.main import _main
 from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments.gpu_costs import Run
 from ipfm.engine.memory.arithmetic import forward_flops
 from ipfm.engine.objectives.pid import PidConfig
-from ipfm.engine.runtime.commandline import BadInput
+from ipfm.engine.runtime.commandline import BadInput, run_command
 from ipfm.engine.training.resolve import complete
 from ipfm.models import EDMPrecond, Precond, build_network, guided, load_teacher, presets, read_config, save_model
 from ipfm.models.precond import unguided
@@ -204,6 +205,8 @@ def test_a_recipe_guides_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixtu
     table = capsys.readouterr().out
     assert [line.split()[2] for line in table.splitlines() if line.startswith(("teacher ", "generator "))] == ["6", "1"]
     assert read_config(tmp_path / "run" / "generator").facts.settings["guidance"] == 1.5
+    run_command("ipfm", _main, ["info", str(tmp_path / "run" / "generator")])
+    assert "1 step, teacher guided by 1.5" in capsys.readouterr().out
     # The same run goes on with the same guide alone.
     for guide, factor in (("weak", "2"), ("teacher", "1.5")):
         line = refused([*common, "--guide", str(tmp_path / guide), "--guidance", factor])
