@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,27 +56,37 @@ class UnshardedEngine:
 
 
 class MasterEngine(UnshardedEngine):
-    """The same for a network in 16 bits: the optimiser's parameters are fp32 masters, of which it has the roundings.
+    """The same for a network whose optimiser has fp32 masters: one in 16 bits, or with weights that are normalised.
 
-    It computes what ZeRO 1 does on one process: gradients arise and add up in 16 bits, the update is made in fp32, and
-    its result is rounded. In fp16 losses are multiplied by a scale.
+    It computes what ZeRO 1 does on one process: gradients arise and add up in the network's dtype, the update is made
+    in fp32, and its result is rounded. In fp16 losses are multiplied by a scale.
 
     Args:
-        model: the network, of whose parameters `rounded` made masters.
-        optimizer: of the masters.
-        masters: of each of its parameters.
+        model: the network.
+        optimizer: of the masters, and of the parameters that have none.
+        masters: of its parameters; in 16 bits `rounded` made them, of all.
         scale: of its losses; None scales nothing.
+        normalised: the parameters that the optimiser itself writes, from their masters.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: AdamEMA, masters: Mapping[nn.Parameter, Tensor], scale: LossScale | None
+        self,
+        model: nn.Module,
+        optimizer: AdamEMA,
+        masters: Mapping[nn.Parameter, Tensor],
+        scale: LossScale | None,
+        normalised: Container[nn.Parameter] = (),
     ) -> None:
         super().__init__(model, optimizer)
         self.masters, self.scale = masters, scale
+        self._copied = [p for p in masters if p not in normalised]
+        self._narrow = any(p.dtype != master.dtype for p, master in masters.items())
         self._wide: list[Tensor] = []
 
     def keep_wide(self, flat: Tensor) -> None:
-        """Let the masters' gradients lie in `flat` from now on."""
+        """Let the masters' gradients lie in `flat` from now on, where those of the parameters are in 16 bits."""
+        if not self._narrow:
+            return
         starts = _starts(list(self.masters), ALIGNED)
         self._wide = [
             flat.as_strided(master.shape, master.stride(), start)
@@ -91,7 +101,9 @@ class MasterEngine(UnshardedEngine):
     @torch.no_grad()
     def step(self) -> None:
         optimizer, masters = self.optimizer, self.masters
-        if self.kept is None:
+        if not self._narrow:
+            lend_gradients(masters)
+        elif self.kept is None:
             for p, gradient in wide_gradients(masters):
                 masters[p].grad = gradient
         else:
@@ -101,10 +113,13 @@ class MasterEngine(UnshardedEngine):
             # A power of two: nothing is rounded.
             optimizer.grad_scale = 1.0 / self.scale.value if given is None else given / self.scale.value
         optimizer.step()
-        torch._foreach_copy_(list(masters), list(masters.values()))
+        if self._copied:
+            torch._foreach_copy_(self._copied, [masters[p] for p in self._copied])
         if self.kept is not None:
             self.kept.zero_()
         else:
+            for p in self.module.parameters():
+                p.grad = None
             for master in masters.values():
                 master.grad = None
         if self.scale is not None and optimizer.applied is not None:
@@ -189,6 +204,12 @@ def _starts(parameters: Sequence[nn.Parameter], aligned: int) -> list[int]:
     for p in parameters:
         starts.append(starts[-1] + -(-p.numel() // aligned) * aligned)
     return starts
+
+
+def lend_gradients(masters: Mapping[nn.Parameter, Tensor]) -> None:
+    """Let masters of the parameters' own dtype have their gradients."""
+    for p, master in masters.items():
+        master.grad = p.grad
 
 
 def wide_gradients(masters: Mapping[nn.Parameter, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -19,6 +19,7 @@ from torch.distributed import distributed_c10d
 from ipfm.engine.averages import Decay
 from ipfm.engine.config import Offload, Precision, Resolved, RunConfig, ZeroStage, check_sharding
 from ipfm.engine.distributed.device import uses_gpu
+from ipfm.engine.distributed.normalised_weights import NormalisedWeights
 from ipfm.engine.distributed.precision import DTYPES
 from ipfm.engine.distributed.single_process import (
     FIRST_SCALE,
@@ -61,6 +62,12 @@ class TrainedNetwork:
         ema: names of the averages of the weights to keep, sharded like the rest of the optimiser's state; True keeps
             one without a name.
         rectified: Rectified Adam in place of Adam.
+        beta2: Adam's second decay.
+        logvar: the forward passes that are trained give the log-variance too, of a network that has one; what they
+            leave out is not normalised.
+
+    A network with forced weight normalisation (EDM2) has plain weights in its parameters at any time, and masters in
+    the optimiser's state, which `full` and `load` mean by "weight" and of which the EMA is: see `AdamEMA`.
 
     Raises:
         ValueError: 16 bits at stage 0 on several processes.
@@ -76,6 +83,8 @@ class TrainedNetwork:
         beta1: float,
         ema: bool | Sequence[str],
         rectified: bool = False,
+        beta2: float = BETA2,
+        logvar: bool = True,
     ) -> None:
         config, stage, precision = settings.config, settings.stage, settings.precision
         check_sharding(stage, precision, config.offload, world.size)
@@ -88,6 +97,7 @@ class TrainedNetwork:
         # As they are before the engine rounds them.
         self.exact_buffers = {n: buffer.detach().clone() for n, buffer in module.named_buffers()}
         self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._rule = NormalisedWeights(module, logvar=logvar)
         alone = stage == 0 and world.size == 1
         exact: dict[str, Tensor] = {}
         self._masters: dict[nn.Parameter, Tensor] = {}
@@ -97,10 +107,12 @@ class TrainedNetwork:
                 self._masters = rounded(module, DTYPES[precision])
             else:
                 exact = {n: p.detach().cpu().clone() for n, p in module.named_parameters()}
+        elif stage == 0:
+            self._masters = {p: p.detach().clone() for p in self._rule.used}
         self.optimizer = AdamEMA(
             [self._masters.get(p, p) for p in self._parameters],
             lr=lr,
-            betas=(beta1, BETA2),
+            betas=(beta1, beta2),
             eps=config.eps,
             rectified=rectified,
             ema=len(self.averages),
@@ -109,14 +121,16 @@ class TrainedNetwork:
         if stage > 0 and world.size > 1:
             self.optimizer.sum_over_shards = self._sum_over_shards
         self.engine: Any
-        if self._masters:
-            self.engine = MasterEngine(module, self.optimizer, self._masters, self._scale)
+        if alone and self._masters:
+            self.engine = MasterEngine(module, self.optimizer, self._masters, self._scale, self._rule.used)
         elif alone:
             self.engine = UnshardedEngine(module, self.optimizer)
         else:
             self.engine = _initialize(stage, precision, config.offload, module, self.optimizer)
         self.module: Precond = self.engine.module
         self._create_state()
+        if self._rule.used:
+            self._rule.begin(stage, self.engine, self.optimizer, self._masters, world)
         if precision == "fp16" and self._scale is None:
             # NaN that no scale explains is counted and reported like any other, not raised in the middle of a step.
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -177,7 +191,8 @@ class TrainedNetwork:
             return applied | to_blame
         # Known on the host here.
         expected = self.precision == "fp16" and float(self.loss_scale) > 1.0
-        self.engine.step()
+        with self._rule.stepping():
+            self.engine.step()
         if not self.engine.was_step_applied() or self.optimizer.applied is None:
             return torch.full((), expected, dtype=torch.bool, device=self.world.device)
         return self.optimizer.applied.to(self.world.device)
@@ -256,6 +271,8 @@ class TrainedNetwork:
                     f"{kind} of parameter {name} has shape {tuple(tensors[name].shape)}, expected {tuple(shape)}"
                 )
             self._set(p, kind, tensors[name].to(self.world.device))
+        if kind == "weight" and self._rule.used:
+            self._rule.refresh()
 
     @torch.no_grad()
     def load_buffers(self, tensors: Mapping[str, Tensor]) -> None:
@@ -313,9 +330,12 @@ class TrainedNetwork:
             which: name of the average; None takes the first one.
         """
         kind = self.average_kinds[0 if which is None else self.averages.index(which)]
-        targets = dict(net.named_parameters())
+        targets, modules = dict(net.named_parameters()), dict(net.named_modules())
         for name, tensor in self.full(kind):
-            targets[name].copy_(tensor)
+            # Of a layer with plain weights it is the average of the masters.
+            layer = modules[name.rpartition(".")[0]]
+            set_weight = getattr(layer, "set_master", targets[name].copy_)
+            set_weight(tensor)
 
     # -- what differs between the stages ----------------------------------------------------------------------------
 
@@ -429,9 +449,13 @@ def _initialize(
     if optimizer is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         trained = {"optimizer": optimizer, "model_parameters": parameters}
-    with warnings.catch_warnings(), _sent_at_once(module, deepspeed.comm):
+    with warnings.catch_warnings(), _sent_at_once(module, deepspeed.comm), _scalars_taken(module):
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(model=module, config=_engine_config(stage, precision, offload), **trained)
+    for group in getattr(engine.optimizer, "round_robin_bit16_meta", []):
+        # Stages 1 and 2 give the parameters these shapes after each step.
+        shapes = [p.shape for p in engine.optimizer.round_robin_bit16_groups[0]]
+        group[:] = [meta.view(shape) for meta, shape in zip(group, shapes, strict=True)]
     return engine
 
 
@@ -461,6 +485,26 @@ def _sent_at_once(module: nn.Module, comm: Any) -> Iterator[None]:
         comm.broadcast = one_by_one
 
 
+@contextmanager
+def _scalars_taken(module: nn.Module) -> Iterator[None]:
+    """Have DeepSpeed take parameters without a dimension, which it could not send as bytes: they have one meanwhile.
+
+    Args:
+        module: the network that the block gives to DeepSpeed.
+    """
+    scalars: list[Any] = [p for p in module.parameters() if p.ndim == 0]
+    for p in scalars:
+        p.data = p.data.view(1)
+    try:
+        yield
+    finally:
+        for p in scalars:
+            if hasattr(p, "ds_shape"):
+                p.ds_shape = torch.Size()
+            if p.numel():
+                p.data = p.data.view(())
+
+
 def _engine_config(stage: ZeroStage, precision: Precision, offload: Offload) -> dict[str, Any]:
     """DeepSpeed's settings; batch sizes only have to be present, since the trainer scales its losses itself."""
     zero: dict[str, Any] = {
@@ -475,6 +519,8 @@ def _engine_config(stage: ZeroStage, precision: Precision, offload: Offload) -> 
             "stage3_max_reuse_distance": 0,
             "stage3_max_live_parameters": 0,
             "stage3_prefetch_bucket_size": 0,
+            # One flat tensor, however large: AdamEMA takes a step once.
+            "sub_group_size": 2**62,
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
         }
     elif stage > 0 and precision != "fp16" and offload == "none":
