@@ -226,7 +226,10 @@ class EDM2UNet(Backbone):
     @property
     def first_weight(self) -> nn.Parameter:
         """See `Backbone.first_weight`."""
-        return self.emb_noise.weight
+        # Past its name, which ZeRO 3 would take for a use: it would gather the weight for whoever asks.
+        (weight,) = dict.values(self.emb_noise._parameters)
+        assert weight is not None
+        return weight
 
     def forward(
         self,

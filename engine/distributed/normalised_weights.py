@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -137,10 +138,8 @@ class NormalisedWeights:
             columns = piece.shape[1:].numel()
             for row in sorted({at // columns for at in piece.boundaries if at % columns}):
                 cut[i, row] = len(cut)
-            blocks += row_blocks(
-                piece.start, piece.first, piece.count, columns, lambda row, i=i: cut[i, row],
-                used=self.used[piece.parameter],
-            )  # fmt: skip
+            number, used = partial(_number, cut, i), self.used[piece.parameter]
+            blocks += row_blocks(piece.start, piece.first, piece.elements, columns, number, used=used)
         rows = WeightRows(tuple(blocks), self._plain)
         optimizer.normalise_rows({self._masters: rows}, cut_rows=len(cut))
 
@@ -160,6 +159,10 @@ class NormalisedWeights:
         optimizer.register_step_post_hook(take_back)
 
 
+def _number(cut: Mapping[tuple[int, int], int], parameter: int, row: int) -> int:
+    return cut[parameter, row]
+
+
 class _Piece(NamedTuple):
     """What a process has of a parameter."""
 
@@ -170,7 +173,7 @@ class _Piece(NamedTuple):
     """Where it lies in the process's flat tensor."""
     first: int
     """Its first element within the parameter."""
-    count: int
+    elements: int
     boundaries: tuple[int, ...]
     """Where within the parameter another process's elements begin."""
 

@@ -79,7 +79,8 @@ class MasterEngine(UnshardedEngine):
     ) -> None:
         super().__init__(model, optimizer)
         self.masters, self.scale = masters, scale
-        self._copied = [p for p in masters if p not in normalised]
+        copied = [(p, master) for p, master in masters.items() if p not in normalised]
+        self._copied: tuple[list[Tensor], list[Tensor]] = [p for p, _ in copied], [master for _, master in copied]
         self._narrow = any(p.dtype != master.dtype for p, master in masters.items())
         self._wide: list[Tensor] = []
 
@@ -113,8 +114,8 @@ class MasterEngine(UnshardedEngine):
             # A power of two: nothing is rounded.
             optimizer.grad_scale = 1.0 / self.scale.value if given is None else given / self.scale.value
         optimizer.step()
-        if self._copied:
-            torch._foreach_copy_(self._copied, [masters[p] for p in self._copied])
+        if self._copied[0]:
+            torch._foreach_copy_(*self._copied)
         if self.kept is not None:
             self.kept.zero_()
         else:

@@ -97,9 +97,10 @@ class RuleInForward(nn.Module):
         super().__init__()
         self.kernel, self.in_channels = layer.kernel, layer.in_channels
         self.weight = nn.Parameter(master.clone())
+        self.overwrites = True
 
     def forward(self, x: Tensor, gain: Tensor | float | None = None) -> Tensor:
-        if self.training:
+        if self.training and self.overwrites:
             with torch.no_grad():
                 self.weight.copy_(normalised(self.weight))
         weight = normalised(self.weight) * ((1 if gain is None else gain) / math.sqrt(self.weight[0].numel()))

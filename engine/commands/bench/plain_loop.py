@@ -6,6 +6,7 @@ Written apart from the engine, from the formulas alone; what the engine computes
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,14 +46,23 @@ class Begun:
     step: int
 
 
-def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | None = None) -> Plain:
+def distill(
+    teacher: Precond,
+    config: DistillConfig,
+    steps: int,
+    begun: Begun | None = None,
+    *,
+    trained: Callable[[Precond], Precond] = lambda net: net,
+    before_update: Callable[[Precond], object] = lambda net: None,
+) -> Plain:
     """`steps` iterations on the whole batch at once, gradients by autograd through everything.
 
-    `begun`: go on from there.
+    `begun`: go on from there. `trained`: the form in which a network is trained. `before_update`: called with it before
+    the forward passes of each of its updates.
     """
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     S, G = (
-        copy.deepcopy(net).requires_grad_(True)
+        trained(copy.deepcopy(net)).requires_grad_(True)
         for net in ((teacher, teacher) if begun is None else (begun.student, begun.generator))
     )
     for module in (*S.modules(), *G.modules()):
@@ -85,7 +95,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
     def classes(stream: Stream, step: int) -> Tensor | None:
         return draw_labels(teacher.label_dim, index, seed=config.seed, stream=stream, step=step)
 
-    def samples(stream: Stream, step: int, labels: Tensor | None, last: Stream, *, trained: bool) -> Tensor:
+    def samples(stream: Stream, step: int, labels: Tensor | None, last: Stream, *, training: bool) -> Tensor:
         y = torch.zeros(config.batch, *teacher.config.image_shape, device=device)
         ends = len(levels)
         if config.gradient == "last":
@@ -97,7 +107,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
             x = noisy(y, sigma, stream, step * len(levels) + k)
             # Dropout acts in what is trained: nothing in the student's step, and the last evaluation alone where the
             # gradient passes through no other.
-            G.train(trained and (config.gradient == "all" or k == ends - 1))
+            G.train(training and (config.gradient == "all" or k == ends - 1))
             seed_dropout(config.seed, Stream.GENERATOR_DROPOUT, step * len(levels) + k, 0)
             y = G(x, sigma, labels)
         return y
@@ -115,7 +125,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
             count = step * config.student_updates + update
             labels = classes(Stream.STUDENT_LABEL, count)
             with torch.no_grad():
-                y = samples(Stream.STUDENT_LATENT, count, labels, Stream.STUDENT_LAST, trained=False)
+                y = samples(Stream.STUDENT_LATENT, count, labels, Stream.STUDENT_LAST, training=False)
             y, augment_labels = augment(
                 y, config.augment, seed=config.seed, stream=Stream.STUDENT_AUGMENT, step=count, sample_index=index
             )
@@ -126,6 +136,7 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
             x = noisy(y, sigma, Stream.STUDENT_NOISE, count)
             weight = config.student_weight(sigma, (sigma**2 + 0.25) / (sigma * 0.5) ** 2)
             seed_dropout(config.seed, Stream.STUDENT_DROPOUT, count, 0)
+            before_update(S)
             losses = weight * (S.train()(x, sigma, labels, augment_labels) - y).square().sum((1, 2, 3))
             descend(S, student_adam, losses.mean())
             student_losses.append(losses.mean().item())
@@ -133,7 +144,8 @@ def distill(teacher: Precond, config: DistillConfig, steps: int, begun: Begun | 
 
         S.requires_grad_(False).eval()
         labels = classes(Stream.GENERATOR_LABEL, step)
-        y = samples(Stream.GENERATOR_LATENT, step, labels, Stream.GENERATOR_LAST, trained=True)
+        before_update(G)
+        y = samples(Stream.GENERATOR_LATENT, step, labels, Stream.GENERATOR_LAST, training=True)
         u = philox.uniform(index, 1, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)[:, 0].double()
         sigma = (80 ** (1 / 7) + (1 - 0.8 * u) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
         if own.generator_sigma is not DistillConfig.generator_sigma:

@@ -1,4 +1,4 @@
-"""Forced weight normalisation in training: a network's plain weights at every ZeRO stage against the rule's own form."""
+"""Forced weight normalisation in training: plain weights at every ZeRO stage against the rule's own form."""
 
 from __future__ import annotations
 

@@ -1,0 +1,87 @@
+"""Distilling an EDM2 teacher against a plain loop with its rule in the forward pass: stages, processes, K = 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import equivalence
+import pytest
+import torch
+
+from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine.commands.bench import plain_loop
+from ipfm.engine.commands.bench.equivalence import trained_tensors
+from ipfm.engine.distributed.world import World
+from ipfm.models import load_teacher
+
+# `make equivalence` makes 20 of every combination; here one of each stage makes some.
+STEPS = 2
+BASE = {**equivalence.BASE, "max_steps": STEPS}
+CASES = {
+    "k1-z0": {"zero": 0, "backward": "phased"},
+    "k2-z1": {"zero": 1, "backward": "joint", "steps": 2},
+    "k2-z2": {"zero": 2, "backward": "phased", "steps": 2, "parts": 2},
+    "k1-z3": {"zero": 3, "backward": "joint", "parts": 2, "activation_checkpointing": "on"},
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return equivalence.make_edm2_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def plain(teacher: Path) -> dict[str, plain_loop.Plain]:
+    net = load_teacher(teacher)
+    return {
+        name: equivalence.distill_edm2(net, DistillConfig(**{**BASE, "steps": steps}), STEPS)
+        for name, steps in (("k1", 1), ("k2", 2))
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [1, 2], ids=["1-process", "2-processes"])
+def test_equals_the_plain_loop_with_the_rule_in_its_forward_pass(
+    ranks: int, teacher: Path, plain: dict[str, plain_loop.Plain], tmp_path: Path
+) -> None:
+    cases = {}
+    for name, case in CASES.items():
+        settings = {key: value for key, value in case.items() if key != "parts"}
+        cases[name] = {**BASE, **settings, "micro_batch": BASE["batch"] // ranks // case.get("parts", 1)}
+    for name, found in equivalence.run(teacher, tmp_path, ranks, cases, STEPS, whole=500).items():
+        assert max(equivalence.difference(plain[name[:2]], found)) <= equivalence.LIMIT, name
+    apart = equivalence.difference(plain["k1"], found_of(plain["k2"]))
+    assert max(apart) > 50 * equivalence.LIMIT
+
+
+def found_of(run: plain_loop.Plain) -> dict[str, torch.Tensor]:
+    return {
+        **{f"student/weight/{n}": p.detach() for n, p in run.student.named_parameters()},
+        **{f"generator/weight/{n}": p.detach() for n, p in run.generator.named_parameters()},
+        **{f"generator/ema/{n}": p for n, p in run.ema.items()},
+    }
+
+
+def test_twenty_steps_on_one_process_equal_those_of_the_plain_loop(teacher: Path) -> None:
+    config = DistillConfig(**{**equivalence.BASE, "batch": 4, "zero": 0, "micro_batch": 2, "backward": "joint"})
+    run = Distiller(config, load_teacher(teacher), world=World(0, 1, torch.device("cpu")))
+    for step in range(20):
+        run.iteration(step)
+    expected = equivalence.distill_edm2(load_teacher(teacher), config, 20)
+    assert max(equivalence.difference(expected, trained_tensors(run))) <= equivalence.LIMIT
+
+
+def test_the_averaged_network_computes_with_the_averages_of_the_masters(teacher: Path) -> None:
+    """And has them in its state dict, which is what is exported."""
+    run = Distiller(DistillConfig(**{**BASE, "zero": 0}), load_teacher(teacher), world=World(0, 1, torch.device("cpu")))
+    for step in range(2):
+        run.iteration(step)
+    run.refresh()
+    averages = dict(run.generator.full("ema"))
+    stored = run.average.state_dict()
+    for name, tensor in averages.items():
+        torch.testing.assert_close(stored[name], tensor, rtol=1e-6, atol=0)
+    fresh = load_teacher(teacher)
+    fresh.load_state_dict({**fresh.state_dict(), **averages}, strict=False)
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 3.0]), torch.eye(3)[:2]
+    torch.testing.assert_close(run.average(x, sigma, labels), fresh(x, sigma, labels))
