@@ -12,6 +12,7 @@ from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.commands.bench.equivalence import trained_tensors
 from ipfm.engine.distributed.world import World
+from ipfm.kernels.adam import ema_entries
 from ipfm.models import load_teacher
 
 # `make equivalence` makes 20 of every combination; here one of each stage makes some.
@@ -58,7 +59,11 @@ def found_of(run: plain_loop.Plain) -> dict[str, torch.Tensor]:
     return {
         **{f"student/weight/{n}": p.detach() for n, p in run.student.named_parameters()},
         **{f"generator/weight/{n}": p.detach() for n, p in run.generator.named_parameters()},
-        **{f"generator/ema/{n}": p for n, p in run.ema.items()},
+        **{
+            f"generator/{kind}/{n}": p
+            for kind, kept in zip(ema_entries(1 + len(run.others)), (run.ema, *run.others), strict=True)
+            for n, p in kept.items()
+        },
     }
 
 
