@@ -646,7 +646,7 @@ def _differentiate(
     to_weight = to_bias = to_scale = to_shift = to_addend = None
     if needed[1] or needed[2]:
         both = sums[:2] if scale is None else sums[:2] * (scale.flatten(1).to(sums.dtype) + 1)
-        to_bias, to_weight = both.sum(1).to(weight.dtype)
+        to_bias, to_weight = (both if weight.ndim == 2 else both.sum(1)).to(weight.dtype).unbind()
     if scale is not None and needed[3]:
         to_scale = (sums[1] * weight.to(sums.dtype) + sums[0] * bias.to(sums.dtype))[:, :, None, None]
         to_scale = to_scale.sum_to_size(scale.shape).to(scale.dtype)
@@ -799,7 +799,11 @@ def unchecked_group_norm_silu(
     activation: bool,
     triton_runs: bool,
 ) -> Tensor:
-    """`group_norm_silu` for a layer that knows its arguments to be valid: small tensors would wait for the checks."""
+    """`group_norm_silu` for a layer that knows its arguments to be valid: small tensors would wait for the checks.
+
+    The Triton kernels also take weight and bias as (B, C) with rows that are alike (one is read), in float32 for a
+    narrower x. Their gradients then are those of each sample, for the caller to sum.
+    """
     if not triton_runs:
         if addend is not None:
             x = x + addend[..., None, None]
@@ -810,7 +814,7 @@ def unchecked_group_norm_silu(
         scale, shift = torch.broadcast_tensors(scale, shift)
     if addend is not None:
         addend = _rows(addend)
-    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    x, weight, bias = _dense(x), _row(weight), _row(bias)
     run: Callable[..., tuple[Tensor, Tensor]] = _forward
     if launches_directly(x):
         run = _GroupNormSilu.apply if torch.is_grad_enabled() else _launch_forward
@@ -825,12 +829,17 @@ def branching_group_norm_silu(
     The gradient of that arrives by the x that is returned, and is added in registers: a pass over three tensors less.
     Arguments are valid.
     """
-    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    x, weight, bias = _dense(x), _row(weight), _row(bias)
     given = (x, weight, bias, None, None, groups, eps, activation, None)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _forward(*given)[0], x
     y, _, same = _Branching.apply(*given)
     return y, same
+
+
+def _row(parameter: Tensor) -> Tensor:
+    """A parameter whose row, or each of whose rows, is dense."""
+    return parameter if parameter.stride(-1) == 1 else parameter.contiguous()
 
 
 def _rows(addend: Tensor) -> Tensor:

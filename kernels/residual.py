@@ -181,6 +181,7 @@ def _(dy: Tensor, scale: float, biased: bool) -> tuple[Tensor, Tensor]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, _, bias, ctx.scale = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.by_sample = bias is not None and bias.ndim == 2
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -188,14 +189,21 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled() or (ctx.scale == 1 and not biased):
         # A second derivative goes through PyTorch's operations.
         d = dy if ctx.scale == 1 else dy * ctx.scale
-        to_bias = d.sum((0, 2, 3)).to(ctx.bias_dtype) if biased else None
+        to_bias = d.sum((2, 3) if ctx.by_sample else (0, 2, 3)).to(ctx.bias_dtype) if biased else None
     else:
         dy = _regular(dy)
         run: Callable[..., Any] = _launch_backward if launches_directly(dy) else _backward
         d, sums = run(dy, ctx.scale, biased)
-        to_bias = sums.sum(0).to(ctx.bias_dtype) if biased else None
+        to_bias = _bias_gradient(sums, len(dy) if ctx.by_sample else None).to(ctx.bias_dtype) if biased else None
     needed = ctx.needs_input_grad
     return d if needed[0] else None, d if needed[1] else None, to_bias, None
+
+
+def _bias_gradient(sums: Tensor, samples: int | None) -> Tensor:
+    """(C,), or (samples, C) where a number of them is given, of the sums over parts of each sample."""
+    if samples is None:
+        return sums.sum(0)
+    return sums if len(sums) == samples else sums.unflatten(0, (samples, -1)).sum(1)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -263,7 +271,11 @@ def residual_sum(
 
 
 def unchecked_residual_sum(a: Tensor, b: Tensor, bias: Tensor | None, *, scale: float, triton_runs: bool) -> Tensor:
-    """`residual_sum` for a layer that knows its arguments to be valid."""
+    """`residual_sum` for a layer that knows its arguments to be valid.
+
+    The Triton kernels also take a bias (B, C) with rows that are alike (one is read), in float32 for a narrower a. Its
+    gradient then is that of each sample, for the caller to sum.
+    """
     if not triton_runs:
         total = a + b
         if bias is not None:
@@ -274,4 +286,6 @@ def unchecked_residual_sum(a: Tensor, b: Tensor, bias: Tensor | None, *, scale: 
     run: Callable[..., Tensor] = _forward
     if launches_directly(a):
         run = _ResidualSum.apply if torch.is_grad_enabled() else _launch_forward
-    return run(a, _like(b, a), None if bias is None else bias.contiguous(), scale)
+    if bias is not None and bias.stride(-1) != 1:
+        bias = bias.contiguous()
+    return run(a, _like(b, a), bias, scale)

@@ -10,7 +10,20 @@ from torch.nn import functional as F
 from ipfm.models.attention import AttentionBackend, attention, head_count
 from ipfm.models.frozen_ops import frozen_linear, is_frozen
 from ipfm.models.initialisation import DEFAULT_INIT, ZERO_INIT, Init
-from ipfm.models.layers import Conv2d, GroupNorm, Linear, branch, cast, free_bias, residual, triton_serves, without_bias
+from ipfm.models.layers import (
+    Affine,
+    Conv2d,
+    GroupNorm,
+    Linear,
+    branch,
+    cast,
+    free_affine,
+    free_bias,
+    join,
+    residual,
+    triton_serves,
+    without_bias,
+)
 
 
 class Entering(NamedTuple):
@@ -19,7 +32,11 @@ class Entering(NamedTuple):
     projected: Tensor | None = None
     """affine(emb), and without `adaptive_scale` the bias of conv0 added: (B or 1, out_features of affine)."""
     bias: Tensor | None = None
-    """The sum of the biases of conv1 and of skip, (out_channels,)."""
+    """The sum of the biases of conv1 and of skip, (out_channels,), or as `join` makes it."""
+    norms: tuple[Affine | None, Affine | None, Affine | None] = (None, None, None)
+    """Weight and bias of norm0, norm1 and norm2, as `join` makes them."""
+    proj_bias: Tensor | None = None
+    """The bias of proj, as `join` makes it."""
 
 
 _NOTHING = Entering()
@@ -147,22 +164,24 @@ class UNetBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, entering: Entering = _NOTHING) -> Tensor:
         if not triton_serves(x):
             return self._one_by_one(x, emb)
-        h, x = branch(self.norm0, x, silu=True)
+        norm0, norm1, norm2 = entering.norms
+        h, x = branch(self.norm0, x, silu=True, affine=norm0)
         h, bias = without_bias(self.conv0, h)
         p = self._projection(emb, h, bias) if entering.projected is None else entering.projected
         if self.adaptive_scale:
             scale, shift = p[:, :, None, None].chunk(2, dim=1)
-            h = self.norm1(h, silu=True, scale=scale, shift=shift, addend=bias)
+            h = self.norm1(h, silu=True, scale=scale, shift=shift, addend=bias, **_given(norm1))
         else:
-            h = self.norm1(h, silu=True, addend=p)
+            h = self.norm1(h, silu=True, addend=p, **_given(norm1))
         h, bias = without_bias(self.conv1, self._dropped(h))
         x, skip_bias = (x, None) if self.skip is None else without_bias(self.skip, x)
         if entering.bias is not None:
-            bias, skip_bias = cast(entering.bias, h), None
+            bias, skip_bias = entering.bias, None
         x = self._joined(x, h, bias, skip_bias)
         if self.num_heads:
-            h, x = branch(self.norm2, x)
-            x = self._joined(x, *without_bias(self.proj, self._attended(h)))
+            h, x = branch(self.norm2, x, affine=norm2)
+            h, bias = without_bias(self.proj, self._attended(h))
+            x = self._joined(x, h, bias if entering.proj_bias is None else entering.proj_bias)
         return x
 
     def _one_by_one(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -217,15 +236,67 @@ def enter_together(blocks: Sequence[UNetBlock], emb: Tensor, x: Tensor) -> list[
     """
     if not triton_serves(x):
         return [_NOTHING] * len(blocks)
-    projections = _project(blocks, emb)
-    biases: list[Tensor | None] = [None] * len(blocks)
-    closing = [(i, free_bias(block.conv1), free_bias(block.skip)) for i, block in enumerate(blocks)]
-    both = [(i, own, other) for i, own, other in closing if own is not None and other is not None]
+    closing = _closing_biases(blocks)
+    return _join(blocks, list(map(Entering, _project(blocks, emb), closing)), x)
+
+
+def _closing_biases(blocks: Sequence[UNetBlock]) -> list[Tensor | None]:
+    """The sums of the biases of conv1 and skip, where there are two."""
+    found: list[Tensor | None] = [None] * len(blocks)
+    pairs = [(i, free_bias(block.conv1), free_bias(block.skip)) for i, block in enumerate(blocks) if block.skip]
+    both = [(i, own, other) for i, own, other in pairs if own is not None and other is not None]
     if both:
         places, own, other = zip(*both, strict=True)
         for i, bias in zip(places, torch._foreach_add(own, other), strict=True):
-            biases[i] = bias
-    return list(map(Entering, projections, biases))
+            found[i] = bias
+    return found
+
+
+def _join(blocks: Sequence[UNetBlock], entering: list[Entering], x: Tensor) -> list[Entering]:
+    """And with it the small vectors of the blocks, where they are to have gradients.
+
+    A compiler joins for itself what it thinks worth it.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return entering
+    vectors: list[Tensor] = []
+
+    def placed(*given: Tensor | None) -> slice | None:
+        """Where they will be."""
+        if given[0] is None:
+            return None
+        vectors.extend(vector for vector in given if vector is not None)
+        return slice(len(vectors) - len(given), len(vectors))
+
+    places = [
+        (
+            placed(*(free_affine(block.norm0) or (None,))),
+            placed(*(free_affine(block.norm1) or (None,))),
+            placed(*((free_affine(block.norm2) if block.num_heads else None) or (None,))),
+            placed(free_bias(block.conv1) if given.bias is None else given.bias),
+            placed(free_bias(block.proj) if block.num_heads else None),
+        )
+        for block, given in zip(blocks, entering, strict=True)
+    ]
+    if len({vector.dtype for vector in vectors}) != 1 or not any(vector.requires_grad for vector in vectors):
+        return entering
+    rows = join(vectors, x)
+
+    def affine(place: slice | None) -> Affine | None:
+        return None if place is None else (rows[place][0], rows[place][1])
+
+    def row(place: slice | None) -> Tensor | None:
+        return None if place is None else rows[place][0]
+
+    return [
+        Entering(given.projected, row(bias), (affine(norm0), affine(norm1), affine(norm2)), row(proj_bias))
+        for given, (norm0, norm1, norm2, bias, proj_bias) in zip(entering, places, strict=True)
+    ]
+
+
+def _given(affine: Affine | None) -> dict[str, Affine]:
+    """As keywords, of which a layer in place of `GroupNorm` need not know."""
+    return {} if affine is None else {"affine": affine}
 
 
 def _project(blocks: Sequence[UNetBlock], emb: Tensor) -> Sequence[Tensor | None]:

@@ -25,6 +25,9 @@ from ipfm.models.frozen_ops import (
 )
 from ipfm.models.initialisation import DEFAULT_INIT, Init
 
+# A weight and a bias.
+Affine = tuple[Tensor, Tensor]
+
 
 def cast(parameter: Tensor, like: Tensor) -> Tensor:
     """The parameter in the dtype of `like`; small networks make thousands of these calls."""
@@ -221,10 +224,24 @@ def without_bias(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def residual(a: Tensor, b: Tensor, *biases: Tensor | None, scale: float) -> Tensor:
-    """(a + b + biases)·scale; a and b (B, C, H, W) of one dtype, a bias (C,) of theirs."""
+    """(a + b + biases)·scale; a and b (B, C, H, W) of one dtype, a bias (C,) of theirs, or one as `join` makes it."""
     given = [bias for bias in biases if bias is not None]
     bias = given[0] + given[1] if len(given) == 2 else given[0] if given else None
     return unchecked_residual_sum(a, b, bias, scale=scale, triton_runs=triton_serves(a))
+
+
+def join(vectors: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    """Weights and biases (C,) as the Triton kernels take them most cheaply: (B, C), rows alike, of float32 at least.
+
+    Their gradients arrive by sample. What else is a cast and a sum for each is one for all. Values are those in the
+    dtype of x.
+
+    Args:
+        vectors: of one dtype and device.
+        x: (B, C, H, W), an activation.
+    """
+    row = cast(torch.cat(list(vectors)), x).to(torch.promote_types(x.dtype, torch.float32))
+    return row.expand(len(x), -1).split([len(vector) for vector in vectors], dim=1)
 
 
 def lay_out_weights(net: nn.Module) -> None:
@@ -247,9 +264,11 @@ def free_bias(layer: nn.Module | None) -> Tensor | None:
     """
     if not isinstance(layer, Linear | Conv2d) or type(layer) not in (Linear, Conv2d):
         return None
-    if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks:
-        return None
-    return layer.bias
+    return None if _is_watched(layer) else layer.bias
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    return bool(layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
 
 
 def check_resample_filter(taps: Sequence[float]) -> tuple[float, ...]:
@@ -305,6 +324,7 @@ class GroupNorm(nn.Module):
         shift: Tensor | None = None,
         addend: Tensor | None = None,
         branching: bool = False,
+        affine: Affine | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The normalised x; with `silu` after it SiLU, before which it may be scaled by scale + 1 and shifted.
 
@@ -315,6 +335,7 @@ class GroupNorm(nn.Module):
             shift: (B or 1, C, 1, 1), in the dtype of x.
             addend: (B or 1, C) or (C,), in the dtype of x: is added to x before.
             branching: as `branch` asks for it, of x alone and where the Triton kernels serve.
+            affine: weight and bias in place of its own, which they are: (B, C), the rows alike; for the Triton kernels.
 
         Returns:
             (B, C, H, W) in the dtype of x; with `branching` x too.
@@ -324,7 +345,7 @@ class GroupNorm(nn.Module):
         """
         if not silu and not (scale is None and shift is None):
             raise ValueError("scale and shift are for normalisation with SiLU, got silu=False")
-        weight, bias = cast(self.weight, x), cast(self.bias, x)
+        weight, bias = affine or (cast(self.weight, x), cast(self.bias, x))
         if (scale is None) != (shift is None):
             raise ValueError(f"scale and shift go together, got {'scale' if shift is None else 'shift'} alone")
         if branching:
@@ -346,16 +367,23 @@ class GroupNorm(nn.Module):
         return f"{self.weight.numel()}, groups={self.num_groups}, eps={self.eps}"
 
 
-def branch(norm: nn.Module, x: Tensor, *, silu: bool = False) -> tuple[Tensor, Tensor]:
-    """(norm(x), x for what else is made of it).
+def branch(norm: nn.Module, x: Tensor, *, silu: bool = False, affine: Affine | None = None) -> tuple[Tensor, Tensor]:
+    """(norm(x), x for what else is made of it); `affine` as in `GroupNorm`.
 
     On a GPU the gradient of the latter is added in the backward pass of the normalisation, not in a pass of its own.
     """
     watched = norm._forward_hooks or norm._backward_pre_hooks or norm._backward_hooks
     if type(norm) is GroupNorm and not watched and triton_serves(x) and torch.is_grad_enabled():
-        both: tuple[Tensor, Tensor] = norm(x, silu=silu, branching=True)
+        both: tuple[Tensor, Tensor] = norm(x, silu=silu, branching=True, affine=affine)
         return both
     return norm(x, silu=silu), x
+
+
+def free_affine(norm: nn.Module) -> Affine | None:
+    """Weight and bias of a normalisation that may be given to it from outside; None: they may not, see `free_bias`."""
+    if type(norm) is not GroupNorm or _is_watched(norm):
+        return None
+    return norm.weight, norm.bias
 
 
 def group_count(num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4) -> int:

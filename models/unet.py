@@ -235,7 +235,7 @@ class UNet(Backbone):
 
         assert isinstance(block, UNetBlock)
         # The concatenation is made again too: its parts are the outputs of other blocks, which are kept anyway.
-        tensors = (emb, *entering, *parts)
+        tensors = (emb, entering.projected, entering.bias, *parts)
         return self._checkpointed(run, block, block.dropout, emb, entering, *parts, tensors=tensors)
 
 

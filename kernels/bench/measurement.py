@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -108,7 +109,8 @@ _ONLY_WRITE = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::_foreach_copy
 
 def _bytes(tensor: Tensor) -> int:
     # An expanded tensor has more elements than memory.
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return min(math.prod(sizes, start=tensor.element_size()), tensor.untyped_storage().nbytes())
 
 
 def watched(run: Callable[[], Any]) -> Watch:

@@ -13,19 +13,26 @@ from ipfm.kernels.group_norm import unchecked_group_norm_silu
 from ipfm.kernels.residual import unchecked_residual_sum
 
 
-def _norm(x: Tensor, *given: Any, addend: Tensor | None = None, **settings: Any) -> Tensor:
+def _norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, *, addend: Tensor | None = None, **settings: Any
+) -> Tensor:
     added = addend if addend is None else addend.to(x.dtype)
-    return unchecked_group_norm_silu(
-        x, *given, addend=added, **{"scale": None, "shift": None, **settings, "triton_runs": False}
-    )
+    settings = {"scale": None, "shift": None, **settings, "triton_runs": False}
+    return unchecked_group_norm_silu(x, groups, _one(weight, x), _one(bias, x), addend=added, **settings)
+
+
+def _one(parameter: Tensor, x: Tensor) -> Tensor:
+    """Of the rows of one that was joined with others the first: they are alike."""
+    return parameter[0].to(x.dtype) if parameter.ndim == 2 else parameter
 
 
 def _branching(x: Tensor, *given: Any, **settings: Any) -> tuple[Tensor, Tensor]:
     return _norm(x, *given, **settings), x
 
 
-def _total(*given: Any, **settings: Any) -> Tensor:
-    return unchecked_residual_sum(*given, **{**settings, "triton_runs": False})
+def _total(a: Tensor, b: Tensor, bias: Tensor | None, **settings: Any) -> Tensor:
+    bias = None if bias is None else _one(bias, a)
+    return unchecked_residual_sum(a, b, bias, **{**settings, "triton_runs": False})
 
 
 @contextmanager

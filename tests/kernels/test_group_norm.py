@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ipfm.kernels import group_norm_reference, group_norm_silu, reference
 from ipfm.kernels._dispatch import group_config, lane_config
-from ipfm.kernels.group_norm import branching_group_norm_silu
+from ipfm.kernels.group_norm import branching_group_norm_silu, unchecked_group_norm_silu
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled_empty", "nothing_is_small"),
@@ -265,6 +265,33 @@ def test_the_gradient_of_what_else_is_made_of_x_is_added(shape, groups, dtype, l
         no_worse(g, p, r, hair=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize("form", ["plain", "scaled"])
+def test_rows_of_parameters_get_the_gradients_of_each_sample(form, dtype, device):
+    """As a network joins its small vectors: in float32, one row for all samples."""
+    (x, weight, bias, scale, shift), gradient = inputs(SHAPES[0][0], dtype, form, device)
+    given = {"scale": scale, "shift": shift, "eps": 1e-5, "activation": True, "triton_runs": True}
+
+    def run(x, gradient, weight, bias, **given):
+        weight, bias = weight.detach().requires_grad_(), bias.detach().requires_grad_()
+        y = unchecked_group_norm_silu(x, 4, weight, bias, **given)
+        return y.detach(), *torch.autograd.grad(y, (weight, bias), gradient)
+
+    def rows(vector):
+        return vector.float().expand(len(x), -1)
+
+    y, to_weight, to_bias = run(x, gradient, rows(weight), rows(bias), **given)
+    expected, whole_weight, whole_bias = run(x, gradient, weight, bias, **given)
+    assert torch.equal(y, expected)
+    assert to_weight.dtype == to_bias.dtype == torch.float32
+    torch.testing.assert_close(to_weight.sum(0).to(dtype), whole_weight)
+    torch.testing.assert_close(to_bias.sum(0).to(dtype), whole_bias)
+    for i in range(len(x)):
+        one = {name: v[i : i + 1] if name in ("scale", "shift") and v is not None else v for name, v in given.items()}
+        _, alone, alone_bias = run(x[i : i + 1], gradient[i : i + 1], weight.float(), bias.float(), **one)
+        assert torch.equal(to_weight[i], alone) and torch.equal(to_bias[i], alone_bias)
+
+
 def test_branches_of_which_one_is_not_used(device):
     (x, weight, bias, _, _), gradient = inputs(SHAPES[0][0], form="plain", device=device)
     x.requires_grad_()
@@ -371,9 +398,12 @@ def test_many_warps_hold_what_is_wide_in_channels_last():
     assert group_config(8, 32, 1024, 2, True) == (4, 8, 1024, 32)
     assert group_config(8, 32, 1024, 4, True) == (2, 8, 1024, 32)
     assert group_config(8, 32, 256, 2, True, backward=True) == (4, 8, 256, 32)
-    # Read again: with scale and shift, on the way back, in float64, and where a group is larger than all registers.
+    # 32 bytes of a pixel, on the way back in 16 bits: twice the registers for half of the groups.
+    assert group_config(8, 32, 1024, 2, True, backward=True) == (2, 8, 1024, 16)
+    assert group_config(16, 32, 1024, 2, True, backward=True) == (1, 16, 1024, 16)
+    # Read again: with scale and shift, on the way back in 32, in float64, and groups larger than all registers.
     assert group_config(8, 32, 1024, 2, True, scaled=True)[2:] == (64, 8)
-    assert group_config(8, 32, 1024, 2, True, backward=True)[2:] == (64, 8)
+    assert group_config(8, 32, 1024, 4, True, backward=True)[2:] == (128, 8)
     assert group_config(8, 32, 1024, 8, True)[2] < 1024
     assert group_config(8, 32, 4096, 2, True)[2:] == (64, 8)
 

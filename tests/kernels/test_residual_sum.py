@@ -7,7 +7,7 @@ import torch
 
 from ipfm.kernels import reference, residual, residual_sum
 from ipfm.kernels._dispatch import residual_config
-from ipfm.kernels.residual import _dense
+from ipfm.kernels.residual import _dense, unchecked_residual_sum
 
 pytestmark = [
     pytest.mark.usefixtures("nan_filled_empty"),
@@ -84,6 +84,29 @@ def test_the_gradient_of_a_part_of_concatenated_channels_is_read_where_it_lies(s
     for g, w in zip(got, wanted, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
     assert got[1].is_contiguous(memory_format=layout) and not copied
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 4, 3), (2, 64, 17, 17)], ids=["whole-samples", "parts-of-samples"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+def test_rows_of_biases_get_the_gradients_of_each_sample(shape, dtype, device):
+    """As a network joins its small vectors: in float32, one row for all samples."""
+    (a, b, bias), gradient = inputs(shape, dtype, device, torch.channels_last)
+
+    def run(bias, gradient):
+        bias = bias.detach().requires_grad_()
+        y = unchecked_residual_sum(a[: len(gradient)], b[: len(gradient)], bias, scale=0.7, triton_runs=True)
+        return y.detach(), torch.autograd.grad(y, bias, gradient)[0]
+
+    y, by_sample = run(bias.float().expand(len(a), -1), gradient)
+    expected, whole = run(bias, gradient)
+    assert torch.equal(y, expected) and by_sample.dtype == torch.float32
+    torch.testing.assert_close(by_sample.sum(0).to(dtype), whole)
+    torch.testing.assert_close(by_sample[0], run(bias.float(), gradient[:1])[1], rtol=1e-6, atol=1e-6)
+    if dtype == torch.float32:  # by PyTorch's operations
+        bias = bias.expand(len(a), -1).requires_grad_()
+        y = unchecked_residual_sum(a, b, bias, scale=0.7, triton_runs=True)
+        (again,) = torch.autograd.grad(y, bias, gradient, create_graph=True)
+        torch.testing.assert_close(again, by_sample, rtol=1e-5, atol=1e-4)
 
 
 def test_a_gradient_of_any_strides(device):

@@ -19,7 +19,7 @@ from ipfm.engine.objectives.initial_networks import trainable_copy
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.models import Precond
 from ipfm.models.blocks import UNetBlock
-from ipfm.models.layers import Conv2d, GroupNorm, Linear
+from ipfm.models.layers import Affine, Conv2d, GroupNorm, Linear
 
 
 class PlainGroupNorm(GroupNorm):
@@ -34,6 +34,7 @@ class PlainGroupNorm(GroupNorm):
         shift: Tensor | None = None,
         addend: Tensor | None = None,
         branching: bool = False,  # never: a plain layer is not asked for it
+        affine: Affine | None = None,  # nor for this
     ) -> Tensor:
         if addend is not None:
             x = x + addend.to(x.dtype)[..., None, None]
