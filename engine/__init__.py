@@ -1,8 +1,9 @@
 """Training engine: the distillation loop, its objectives, samplers, checkpoints and metrics."""
 
 import os
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from ipfm.engine.runtime.lazy import loaded
 
 if TYPE_CHECKING:
     from ipfm.engine.config import TeacherConfig
@@ -62,11 +63,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return loaded(__name__, _HOMES, name)
 
 
 def __dir__() -> list[str]:

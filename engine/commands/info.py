@@ -42,7 +42,7 @@ class Info:
     def run(self) -> None:
         """Print what is known."""
         from ipfm.engine.runtime.remarks import Remarks
-        from ipfm.engine.training.run_state import is_damaged_run, is_run
+        from ipfm.engine.training.run_state import holds_runs, is_damaged_run, is_run, read_run
         from ipfm.models.checkpoints.run_models import locate
 
         remarks = Remarks()
@@ -60,6 +60,8 @@ class Info:
                         "ipfm report shows what there is"
                     )
                 else:
+                    if not (self.model / "config.json").exists() and holds_runs(self.model):
+                        read_run(self.model)  # which says what it is
                     taken = locate(self.model)
                     if taken.taken:
                         remarks.add(taken.said())

@@ -26,6 +26,7 @@ from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.launcher import launched_processes
 from ipfm.engine.runtime.progress import ProgressBar
 from ipfm.engine.runtime.wording import at_least_thousandths, counted, duration, size, three_digits
+from ipfm.engine.training.checkpoint import checkpoints_in, step_of
 from ipfm.engine.training.disk import missing_room
 from ipfm.engine.training.resolve import resolve_precision
 from ipfm.engine.training.run_folder import SET_ASIDE
@@ -61,8 +62,11 @@ def describe(
         teaching: settings of the teacher's training, where the run has one.
         first: the step that a continued training begins with.
         images: drawn for each evaluation; None where there is none.
+
+    What the run at `path` has done already is left out of the durations.
     """
     ranks = launched_processes()
+    done = steps_done(config, path)
     config.split(ranks)  # a batch that cannot be shared is bad input; too little memory is not
     trained = trained_config(network, config.dropout)
     parts: list[str] = []
@@ -87,13 +91,14 @@ def describe(
                 ),
                 *_network(network, plan.parameters),
                 *_memory(plan),
-                *_expected_duration(config, trained, plan, cost, first, images),
-                *([teacher_duration(teaching, network)] if teaching is not None else []),
+                *_expected_duration(config, trained, plan, cost, max(first, done), images),
+                *([teacher_duration(teaching, network, path / "teacher")] if teaching is not None else []),
             ]
             progress.advance()
         given = given or config
         parts += [
-            *_on_gpus(Run(given, trained), first),
+            *_on_gpus(Run(given, trained), max(first, done)),
+            *_going_on(config, path, done),
             *_going_back(config, path),
             *_room(Run(config, trained), path),
             layout_table(given, trained, zero=given.zero, done=progress.advance),
@@ -116,6 +121,8 @@ def describe_training(
     Runs some steps to estimate the duration; stderr says how far this is, where it takes long. A training that is
     continued begins with the step `first`; `images` are drawn for each evaluation, None where there is none.
     """
+    done = steps_done(config, path)
+    first = max(first, done)
     with ProgressBar("dry run", 3, unit=" part", pause=PAUSE) as progress:
         plan = choose_training(
             resolve_precision(config, run_device()),
@@ -140,6 +147,7 @@ def describe_training(
         *_memory(plan),
         *expected,
         *on_gpus,
+        *_going_on(config, path, done),
         *_going_back(config, path),
         *_room(Run(config, network), path),
         *notes,
@@ -210,7 +218,7 @@ def _expected_duration(
     step = step_time(form, network, forwards, device)
     lines = [
         f"expected duration on this {device.type.upper()}: {duration(step.seconds * steps)} for "
-        f"{steps:,} steps ({three_digits(step.seconds)} s a step, {step.how()}; evaluations and "
+        f"{counted(f'{steps:,}', 'step')} ({three_digits(step.seconds)} s a step, {step.how()}; evaluations and "
         "checkpoints come on top)"
     ]
     if images is not None and step.pass_seconds:
@@ -222,10 +230,11 @@ def _expected_duration(
     return lines
 
 
-def teacher_duration(config: TeacherConfig, network: NetworkConfig) -> str:
-    """A line for a run that trains its teacher: what that takes on this machine."""
+def teacher_duration(config: TeacherConfig, network: NetworkConfig, path: Path) -> str:
+    """A line for a run that trains its teacher, in the folder `path`: what that takes on this machine."""
     plan = choose_training(config, network, ranks=launched_processes(), budget=device_budget(run_device()))
-    (expected,) = _expected_duration(config, network, plan, TRAINING_FORWARDS + plan.activation_checkpointing)
+    forwards = TRAINING_FORWARDS + plan.activation_checkpointing
+    (expected,) = _expected_duration(config, network, plan, forwards, steps_done(config, path))
     return f"training of the teacher, before it: {expected}"
 
 
@@ -241,6 +250,18 @@ def _on_gpus(run: Run, first: int) -> list[str]:
         f"GPU hours at {SHARE:.0%} of the {peak_in_words(precision, config.tf32)} peak (an assumption): {shown}"
         + (f"; {run.remark}" if run.remark else "")
     ]
+
+
+def steps_done(config: RunConfig, path: Path) -> int:
+    """The step at which the run at `path` goes on: that of its newest checkpoint, or the one that was asked for."""
+    newest = max((step_of(checkpoint) for checkpoint in checkpoints_in(path / "checkpoints")), default=0)
+    return min(newest if config.from_step is None else config.from_step, newest, config.total_steps)
+
+
+def _going_on(config: RunConfig, path: Path, done: int) -> list[str]:
+    if not done:
+        return []
+    return [f"{path} goes on at step {done:,} of {config.total_steps:,}: the durations are those of what is left"]
 
 
 def _going_back(config: RunConfig, path: Path) -> list[str]:

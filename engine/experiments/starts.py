@@ -153,8 +153,14 @@ def read_teacher_state(path: Path, *, D: float | None = None) -> TrainingState:
     )
 
 
-def branch_in(folder: Path) -> TrainingState | None:
-    """The training of a teacher that has branched in `folder`, and has a checkpoint of its own: it needs nothing else.
+def begun_in(folder: Path, gone: Path | None = None) -> TrainingState | None:
+    """The training of a teacher that goes on in `folder` from another one, and has a checkpoint of its own.
+
+    It needs nothing else; None where there is none.
+
+    Args:
+        folder: a run folder, or none yet.
+        gone: what it began with; None: any.
 
     Raises:
         ValueError: it cannot be read.
@@ -162,6 +168,9 @@ def branch_in(folder: Path) -> TrainingState | None:
     record = record_of(folder)
     said, continues = record.get("start"), record.get("continues")
     if not isinstance(said, dict) or not continues or find_checkpoint(folder / "checkpoints") is None:
+        return None
+    # The name of a file, or RUN/CHECKPOINT.
+    if gone is not None and str(said.get("source")).partition("/")[0] not in (gone.name, short_name(gone)):
         return None
     state = read_teacher_state(folder)
     images = said.get("images_seen")

@@ -23,7 +23,7 @@ from ipfm.engine.experiments.dry_run import describe_training
 from ipfm.engine.experiments.network_options import NetworkOptions
 from ipfm.engine.experiments.options import check_images
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
-from ipfm.engine.experiments.starts import branch_in, check_there, read_teacher_state
+from ipfm.engine.experiments.starts import begun_in, check_there, read_teacher_state
 from ipfm.engine.experiments.starts import check_length as check_branch_length
 from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.files import read_json
@@ -140,6 +140,9 @@ class TeacherPlan(Plan):
         if self.state is not None:
             source = f"{self.options.continue_from}" if self.branch is None else self.state.source
             lines += state_notes(self.state, source, self.config)
+            gone = self.options.continue_from
+            if self.branch is None and gone is not None and not gone.exists():
+                lines.append(f"  {gone} is gone: the run goes on from its checkpoint, and needs it no more")
         return lines + ([] if self.transfer is None else list(self.transfer.words))
 
     said: tuple[str, ...] = ()
@@ -284,8 +287,10 @@ class TeacherRecipe(Recipe[TeacherOptions]):
         return Settled(options, self.shape, base, self.D, self.name)
 
     def _state(self, options: TeacherOptions, path: Path, branch: Branch | None) -> TrainingState:
-        begun = branch is not None and not path.exists() and options.from_step != 0
-        state = branch_in(options.out) if begun and options.out is not None else None
+        begun = not path.exists() and options.from_step != 0
+        state = None
+        if begun and options.out is not None:
+            state = begun_in(options.out, path if branch is None else None)
         if state is None:
             check_there(branch)
             state = read_teacher_state(path, D=options.D)

@@ -19,6 +19,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Literal
 
 from ipfm.engine.objectives.own_files import load, own_files
+from ipfm.engine.runtime.lazy import loaded
 
 if TYPE_CHECKING:
     from ipfm.engine.config import setting
@@ -93,11 +94,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            value = globals()[name] = getattr(import_module(f"ipfm.engine.{home}"), name)
-            return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return loaded(__name__, _HOMES, name)
 
 
 # The objective where none is named.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ipfm.engine.runtime import peers
-from ipfm.engine.runtime.errors import Failed, FolderInUse, Interrupted, ProcessLost, TrainingFailed
+from ipfm.engine.runtime.errors import Failed, FolderInUse, Interrupted, ProcessLost, TrainingFailed, described
 from ipfm.engine.runtime.host_memory import not_enough
 from ipfm.engine.runtime.launcher import is_first_here, is_first_process, lost_process
 from ipfm.engine.runtime.stdio import usable_streams
@@ -52,7 +52,7 @@ def user_input() -> Iterator[None]:
         # A full disk, and a reader of --help that has gone, are not what the user gave.
         if isinstance(error, BrokenPipeError) or _no_room(error):
             raise
-        raise BadInput(str(error)) from error
+        raise BadInput(described(error) if isinstance(error, OSError) else str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import teacher_facts
 from ipfm.engine.training.start import DistillationStart, NetworkStart, start_facts
 from ipfm.models import NetworkConfig, Precond
-from ipfm.models.facts import read_facts
+from ipfm.models.facts import TeacherFacts, read_facts
 from ipfm.models.teacher import check_teacher
 
 
@@ -59,7 +59,8 @@ class Distiller(TrainingRun[Distillation]):
             chosen for this device: the ZeRO stage, `.micro_batch`, `.backward`, `.activation_checkpointing`.
         teacher: the frozen denoiser; it is copied.
         evaluation: what the generator's samples are measured against; None measures nothing.
-        dataset: name of the teacher's data ("cifar10", …), under which published results are looked up.
+        dataset: name of the teacher's data ("cifar10", …), under which published results are looked up; that which the
+            teacher's own file says where it is empty.
         start: what the networks begin with where they go on from another training; None begins with the teacher, as
             the settings say.
         world: the run's processes; joined or started when None.
@@ -97,7 +98,8 @@ class Distiller(TrainingRun[Distillation]):
         check_teacher(teacher)
         world = world or start_world()
         settings = resolve(config, teacher.config, world)
-        self.network, self.dataset = teacher.config, dataset
+        known = teacher.facts.dataset if isinstance(teacher.facts, TeacherFacts) else None
+        self.network, self.dataset = teacher.config, dataset or known or ""
         self._begun = 0
         self._as_trained = trained_config(self.network, config.dropout)
         self.objective = settings.config.objective(self._as_trained)

@@ -21,6 +21,7 @@ from ipfm.engine.evaluation.metrics.measures import DISTANCE, METRICS, Measure, 
 from ipfm.engine.evaluation.results import TEACHER_RESULTS, EvaluationRow, read_results
 from ipfm.engine.memory.profile import PhaseMemory
 from ipfm.engine.runtime.files import StepLog, read_json
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import checkpoints_in, step_of
 from ipfm.engine.training.environment import ENVIRONMENT_FILE, read_starts
 from ipfm.engine.training.pace import Pace, read_pace
@@ -212,6 +213,13 @@ def is_run(path: Path) -> bool:
     return _says_kind(read_json(path / CONFIG_FILE))
 
 
+def holds_runs(path: Path) -> list[Path]:
+    """The runs in the folder `path`, by name."""
+    if not path.is_dir():
+        return []
+    return [one for one in sorted(path.iterdir()) if one.is_dir() and is_run(one)]
+
+
 def is_damaged_run(path: Path) -> bool:
     """Whether `path` holds what a run writes, but no config.json that can be read."""
     return read_json(path / CONFIG_FILE) is None and any((path / name).exists() for name in TRACES)
@@ -306,6 +314,11 @@ def _config(path: Path, problems: list[str]) -> dict[str, Any]:
         missing = "is missing" if not (path / "config.json").exists() else "cannot be read as a run's settings"
         problems.append(f"config.json {missing}")
         return {}
+    if inside := holds_runs(path):
+        raise ValueError(
+            f"{path} is no run folder, it has {counted(len(inside), 'run')} in it: give one, such as {inside[0]}; "
+            f"ipfm compare {path} takes them all"
+        )
     raise ValueError(f"{path} is no run folder (no config.json of a run): give the folder that a recipe's --out named")
 
 

@@ -102,7 +102,8 @@ def run_section(section: Section, out: Path, *, device: str, inception: Path | N
         "device": device, "folder": str(work), "seconds": SOFT * limit, "quick": quick,
         "inception": None if inception is None else str(inception.resolve()),
     }  # fmt: skip
-    command = [sys.executable, "-m", f"{__package__}.section", section.name, json.dumps(place), str(rows)]
+    module, parent = f"{__package__}.section", str(os.getpid())
+    command = [sys.executable, "-m", module, section.name, json.dumps(place), str(rows), parent]
     own = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     began = time.monotonic()
     with open(out / f"{section.name}.log", "wb") as log:

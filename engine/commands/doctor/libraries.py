@@ -119,10 +119,15 @@ def _gpu(index: int, covered: list[str]) -> Iterator[Finding]:
     else:
         yield Finding(GPU, name, value)
     if covered and not _covers(covered, about.major, about.minor):
-        remedy = f"install a torch that has code for {kind}: pip install torch --index-url …/whl/cuXXX"
+        remedy = f"install a torch that has code for {kind}: pip install torch --index-url {_build_for(about.major)}"
         yield Finding(GPU, name, f"torch has code for {' '.join(covered)}, not {kind}", "remark", remedy)
     if (about.major, about.minor) < (7, 5):
         yield Finding(GPU, name, f"{kind} is older than what the kernels are compiled for (sm_75)", "missing")
+
+
+def _build_for(major: int) -> str:
+    """The index of a torch with code for GPUs of this major capability: GPUs from Blackwell on need CUDA 12.8."""
+    return f"https://download.pytorch.org/whl/{'cu126' if major < 10 else 'cu128'}"
 
 
 def _covers(covered: list[str], major: int, minor: int) -> bool:

@@ -1,6 +1,6 @@
 """Questions to libraries in processes of their own: one that crashes or hangs takes nothing with it.
 
-python -m ipfm.engine.commands.doctor.probe GROUP FIRST
+python -m ipfm.engine.commands.doctor.probe GROUP FIRST PARENT
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from ipfm.engine.commands.doctor.findings import Check, Finding, answers
 from ipfm.engine.commands.doctor.libraries import groups
+from ipfm.engine.runtime.parent import end_with
 
 # Seconds that a group of questions gets: a first `import torch` from a slow disk takes many.
 PATIENCE = 120.0
@@ -56,7 +57,7 @@ def ask(group: str, checks: list[Check], patience: float = PATIENCE) -> Iterator
 
 def _answers_of_process(group: str, first: int, patience: float) -> tuple[list[Mapping[str, Any]], str]:
     """What a process has said, and why it did not come to its end; "" where it did."""
-    command = [sys.executable, "-m", "ipfm.engine.commands.doctor.probe", group, str(first)]
+    command = [sys.executable, "-m", "ipfm.engine.commands.doctor.probe", group, str(first), str(os.getpid())]
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as complaints:
         try:
             # A session of its own: what it starts goes with it.
@@ -100,8 +101,12 @@ def _lines(said: bytes) -> Iterator[Mapping[str, Any]]:
                 yield found
 
 
-def main(group: str, first: str) -> None:
-    """Answer the questions of a group from number `first` on, a line of JSON each; say before each that it is asked."""
+def main(group: str, first: str, parent: str) -> None:
+    """Answer the questions of a group from number `first` on, a line of JSON each; say before each that it is asked.
+
+    It ends with the process `parent` that asks.
+    """
+    end_with(int(parent))
     # Libraries print what they like: the answers have the standard output for themselves.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,6 +1,6 @@
 """A section of `ipfm doctor --full` in a process of its own.
 
-python -m ipfm.engine.commands.doctor.section NAME PLACE ROWS
+python -m ipfm.engine.commands.doctor.section NAME PLACE ROWS PARENT
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import IO, Any
 from ipfm.engine.commands.doctor.place import LEFT_OUT, OutOfTime, Place
 from ipfm.engine.commands.doctor.sections import SECTIONS, Section
 from ipfm.engine.runtime.json_output import plain
+from ipfm.engine.runtime.parent import end_with
 
 
 def fill(section: Section, place: Place, rows: Path) -> None:
@@ -31,8 +32,9 @@ def _add(file: IO[str], line: dict[str, Any]) -> None:
     file.flush()
 
 
-def main(name: str, place: str, rows: str) -> None:
-    """Run the section `name` at a place, a `Place` as JSON."""
+def main(name: str, place: str, rows: str, parent: str) -> None:
+    """Run the section `name` at a place, a `Place` as JSON; it ends with the process `parent` that asks for it."""
+    end_with(int(parent))
     given = json.loads(place)
     # The same kernels are compiled for no other section, but all together are some minutes' work.
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")

@@ -177,6 +177,51 @@ def test_a_library_that_crashes_prints_or_hangs(tmp_path: Path, monkeypatch: pyt
     )
 
 
+HANGING = """
+import os, subprocess, sys, time
+from pathlib import Path
+from ipfm.engine.commands.doctor import probe
+from ipfm.engine.commands.doctor.findings import Check
+
+def hangs():
+    Path(sys.argv[-1]).write_text(str(os.getpid()))
+    time.sleep(60)
+
+checks = [Check("t", "hangs", hangs)]
+probe.groups = lambda: {"g": checks}
+if len(sys.argv) > 2:
+    probe.main(*sys.argv[1:4])
+real = subprocess.Popen
+probe.subprocess.Popen = lambda words, **more: real([sys.executable, __file__, *words[3:], sys.argv[-1]], **more)
+list(probe.ask("g", checks))
+"""
+
+
+def test_a_library_that_hangs_does_not_outlive_the_command(tmp_path: Path) -> None:
+    """Not even where that is killed, and cannot end what it has started."""
+    stub, pid = tmp_path / "stub.py", tmp_path / "pid"
+    stub.write_text(HANGING)
+    asking = subprocess.Popen([sys.executable, str(stub), str(pid)], env=launch.environment())
+    deadline = time.monotonic() + 60
+    while not pid.exists() or not pid.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    asked = Path("/proc", pid.read_text(), "stat")
+    assert asked.exists()
+    asking.kill()
+    asking.wait()
+    deadline = time.monotonic() + 20
+    # Whoever has it as a child now may not have heard of its end.
+    while asked.exists() and asked.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_who_asks_has_ended_before_a_question_is_asked() -> None:
+    done = subprocess.run([sys.executable, "-m", probe.__name__, "triton", "0", "1"], env=launch.environment())
+    assert done.returncode == 1
+
+
 def test_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*_: object, **__: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")

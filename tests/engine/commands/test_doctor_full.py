@@ -540,6 +540,7 @@ def test_the_command_says_what_fails(tmp_path: Path, capsys, monkeypatch: pytest
         (["--full", "--only"], "only"),
         (["--full", "--inception", "none.pt"], "inception none.pt is no file"),
         (["--full", "--out", "file/x"], "file/x cannot be written"),
+        (["--full", "--out", "/proc/x"], "/proc/x: No such file or directory"),
         (["--full", "--out", "."], "doctor.html is there and is no page of this command: choose another --out"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 
 from ipfm.engine.commands.describe import architecture, computed, images
 from ipfm.engine.commands.info import Info
+from ipfm.engine.commands.report.command import Report
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.evaluation.results import EvaluationHistory, EvaluationRow, write_results
 from ipfm.engine.objectives.ipfm import DistillConfig
@@ -116,6 +117,16 @@ def test_how_a_run_and_its_network_were_computed(tmp_path: Path, capsys: pytest.
         assert text["computed"] == "with CUDA graphs, compiled, deterministic algorithms"
     assert computed({"cuda_graphs": "off", "deterministic": False}) == "without CUDA graphs, fastest algorithms"
     assert computed({"cuda_graphs": "auto"}) == "CUDA graphs auto" and computed({}) == ""
+
+
+def test_a_folder_of_runs_is_compared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run_folder(tmp_path / "runs" / name, CONFIG, kind="distill", steps=1)
+    message = f"{tmp_path / 'runs'} is no run folder, it has 2 runs in it: give one, such as {tmp_path / 'runs' / 'a'}"
+    for command in (Info(model=tmp_path / "runs"), Report(run_folder=tmp_path / "runs")):
+        with pytest.raises(BadInput) as refused:
+            command.run()
+        assert str(refused.value) == f"{message}; ipfm compare {tmp_path / 'runs'} takes them all"
 
 
 def test_a_folder_that_is_neither(tmp_path: Path) -> None:

@@ -282,10 +282,23 @@ def test_a_teachers_training_branches(here: Path, capsys) -> None:
     assert equal(Path("first"), Path("new"))
     line = reproduce(read_run(Path("new"))).line or ""
     assert "--branch first:2 --out new" in line and "--lr" not in line and "--model-channels" not in line
+    continued = ("--continue-from", "first", "--data", "images", "--xflip", *small, "--lr", 1e-3)
+    branch(*continued, "--max-steps", 8, out="third", main=train_teacher.main)
     # It goes on when the other one is gone.
     shutil.rmtree("first")
     branch(*words, "--max-steps", 7, main=train_teacher.main)
     assert read_run(Path("new")).steps_done == 7
+    capsys.readouterr()
+    # So does one that continues it; a dry run says how much that is.
+    branch(*continued, "--max-steps", 9, "--dry-run", out="third", main=train_teacher.main)
+    said = capsys.readouterr().out
+    assert "third goes on at step 8 of 9: the durations are those of what is left\n" in said and "for 1 step (" in said
+    branch(*continued, "--max-steps", 9, out="third", main=train_teacher.main)
+    assert read_run(Path("third")).steps_done == 9
+    assert "first is gone: the run goes on from its checkpoint, and needs it no more" in capsys.readouterr().out
+    for other in (("--continue-from", "other"), ("--continue-from", "first", "--from-step", 0)):
+        with pytest.raises(BadInput, match=f"{other[1]} does not exist"):
+            branch(*continued[2:], *other, "--max-steps", 9, out="third", main=train_teacher.main)
 
 
 def test_the_scale_of_fp16_losses_goes_on_too(here: Path) -> None:

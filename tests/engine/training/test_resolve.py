@@ -30,9 +30,11 @@ from ipfm.engine.memory.simulate import StepSettings
 from ipfm.engine.memory.state import Sharding
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.objectives.pid import PidConfig
+from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.resolve import complete, resolve, resolve_training
 from ipfm.engine.training.run_folder import check_run_folder
-from ipfm.models import NetworkConfig
+from ipfm.models import NetworkConfig, build_network
+from ipfm.models.facts import TeacherFacts
 
 NETWORK = NetworkConfig(
     img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), D=16.0
@@ -196,3 +198,12 @@ def test_attention_that_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch)
     for other in ("compile", "deterministic"):
         with pytest.raises(ValueError, match=f"^attention-backend xformers does not go with {other}, "):
             DistillConfig(attention_backend="xformers", **{other: True})
+
+
+def test_the_name_of_the_data_is_the_teachers_where_none_is_given():
+    net = build_network(NETWORK).eval().requires_grad_(False)
+    config = DistillConfig(**OPEN)
+    assert Distiller(config, net, world=ALONE).dataset == ""
+    net.facts = TeacherFacts(dataset="few")
+    assert Distiller(config, net, world=ALONE).dataset == "few"
+    assert Distiller(config, net, dataset="many", world=ALONE).dataset == "many"

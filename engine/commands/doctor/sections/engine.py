@@ -66,6 +66,7 @@ def cases(device: torch.device, *, quick: bool = False) -> list[tuple[str, dict[
         if precision == "bf16" or fp16_supported(device)
     ]
     compiled: list[tuple[str, dict[str, Any]]] = [("fp32, ZeRO 0, joint, compiled", {"zero": 0, "compile": True})]
+    compiled += [(f"{compiled[0][0]}, CUDA graphs", {**compiled[0][1], **more}) for more in captured(device.type)]
     graphs: list[tuple[str, dict[str, Any]]] = [
         (f"fp32, ZeRO 0, {backward}, CUDA graphs", {"zero": 0, "backward": backward, **settings})
         for settings in captured(device.type)

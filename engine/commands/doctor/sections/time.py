@@ -86,6 +86,7 @@ def _compiled(precision: Precision, world: World) -> list[Variant]:
         Variant("plain", precision),
         Variant("plain", precision, True, "tuned"),
         Variant("joint", precision, True, settings=EAGER),
+        *(Variant("joint", precision, True, settings=settings) for settings in captured(world.device.type)),
     ]
 
 
