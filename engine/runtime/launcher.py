@@ -307,11 +307,26 @@ def _launch_fault() -> str | None:
 SETTLE = 0.25
 
 
+def _give_back_linear() -> None:
+    """Put PyTorch's linear layer back, for which DeepSpeed has its own in the whole process once weights are sharded.
+
+    That one is slower, and a network that is not sharded needs it no more than `torch.compile` knows it.
+    """
+    import torch
+
+    sharding = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if sharding is None or torch.nn.functional.linear is not sharding.zero3_linear_wrap:
+        return
+    # It remembers the one that was there, and takes its place again with the next sharded network.
+    torch.nn.functional.linear = sharding.InsertPostInitMethodToModuleSubClasses.linear_bk
+
+
 def stop_world() -> None:
-    """Leave the process group, if there is one, and those who watch it."""
+    """Leave the process group, if there is one, and those who watch it; PyTorch is its own again."""
     import torch.distributed as dist
 
     peers.part()
+    _give_back_linear()
     if dist.is_initialized():
         threads = dist.get_backend() == "gloo" and dist.get_world_size() > 1
         theirs = sys.modules.get("deepspeed.comm.comm")

@@ -452,18 +452,22 @@ def record(settings: Resolved[Any], network: NetworkConfig, *, graphs: bool = Fa
 
 
 def preset_launches(*, quick: bool = False) -> list[Launch]:
-    """One launch of each kind in a distillation of every preset, in bf16 and channels_last, 32 images a GPU.
+    """One launch of each kind in a distillation and in the training of every preset, in bf16 and channels_last.
+
+    A GPU has 32 images.
 
     Args:
         quick: of the digits alone, in colour, and of each kernel the one with the most to do.
     """
     chosen = [replace(presets.get("digits"), img_channels=3)] if quick else [*presets.TABLE.values()]
-    config = DistillConfig(max_steps=1, precision="bf16", zero=1, memory_format="channels_last")
+    same: dict[str, Any] = {"max_steps": 1, "precision": "bf16", "zero": 1, "memory_format": "channels_last"}
+    configs = (DistillConfig(**same), TeacherConfig(**same))
     launches: dict[Any, Launch] = {}
     # D and class labels launch the same; what dropout adds is torch's.
     for network in dict.fromkeys(replace(network, D=128.0, dropout=0.0, label_dim=0) for network in chosen):
-        for launch in record(one_micro_batch(config, network, 32, stage=1), network).launches:
-            launches.setdefault(launch.variant, launch)
+        for config in configs:
+            for launch in record(one_micro_batch(config, network, 32, stage=1), network).launches:
+                launches.setdefault(launch.variant, launch)
     kept = heaviest(launches.values()) if quick else launches
     return [launches[variant] for variant in kept]
 

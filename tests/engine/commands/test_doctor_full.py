@@ -330,7 +330,7 @@ def test_a_step_is_timed_beside_plain_pytorch(tmp_path: Path, monkeypatch: pytes
         "bf16"
     }
     assert [v.name for v in compiled("fp32", types.SimpleNamespace(device=torch.device("cuda")))] == [
-        "plain", "plain tuned", "joint",
+        "plain", "plain tuned", "joint", "joint, cuda-graphs on",
     ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ipfm.engine.commands.bench.meta_step import gpu_settings, one_micro_batch, record
+from ipfm.engine.commands.bench.meta_step import gpu_settings, one_micro_batch, preset_launches, record
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.models import presets
@@ -64,6 +64,15 @@ def test_a_teachers_step_is_recorded_too_as_a_gpu_lays_it_out():
     recording = record(settings, NETWORK)
     assert {"denoising_loss_kernel", "update_kernel"} <= {call.variant.name for call in recording.launches}
     assert {norm.shape[0] for norm in recording.norms} == {32}
+
+
+def test_what_presets_launch_has_their_training_in_it(recording, monkeypatch):
+    monkeypatch.setattr(presets, "TABLE", {"digits": NETWORK})
+
+    def betas(launches):
+        return {dict(call.variant.constants)["BETA1"] for call in launches if call.variant.name == "update_kernel"}
+
+    assert betas(recording.launches) < betas(preset_launches())
 
 
 def test_activations_computed_again_are_launched_again():

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -301,8 +302,9 @@ def test_a_cable_that_is_cut_in_a_step(tmp_path: Path, teacher: Path, nodes, lau
     cut = time.monotonic()
     codes = start.wait(40)
     assert codes == [[1], [1]], start.said()
-    # Launchers take some seconds to notice and to end.
-    assert time.monotonic() - cut < (15 if launcher == "forked" else 35)
+    # Launchers take some seconds to notice and to end. Where more wants the cores than there are, so long for each.
+    crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    assert time.monotonic() - cut < min(38.0, (15 if launcher == "forked" else 35) * crowd)
     for index, other in ((0, 1), (1, 0)):
         (line,) = start.lines(index, FAILED)
         assert line.startswith(f"{LOST}nothing was heard of process {other} of 2 for 4 s): the same command continues ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ipfm.engine.distributed import world
 from ipfm.engine.distributed.zero import _sent_at_once
+from ipfm.engine.runtime import launcher
 
 
 def test_deepspeeds_broadcast_is_its_own_again_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,3 +58,21 @@ def test_no_extension_of_deepspeeds_is_tried(
     assert capfd.readouterr() == ("", "")
     monkeypatch.undo()
     world.import_deepspeed()
+
+
+def test_a_world_with_sharded_weights_gives_pytorchs_linear_layer_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    world.import_deepspeed()
+    sharding = sys.modules["deepspeed.runtime.zero.partition_parameters"]
+    # What it prints it asks its process group about.
+    monkeypatch.setattr(sharding, "print_rank_0", lambda *_, **__: None)
+    own = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", own)
+    for _ in range(2):
+        sharding.InsertPostInitMethodToModuleSubClasses(enabled=False)._enable_mem_efficient_linear()
+        assert torch.nn.functional.linear is sharding.zero3_linear_wrap
+        launcher.stop_world()
+        assert torch.nn.functional.linear is own
+    # What somebody else has put there stays.
+    monkeypatch.setattr(torch.nn.functional, "linear", print)
+    launcher.stop_world()
+    assert torch.nn.functional.linear is print
