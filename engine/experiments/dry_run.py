@@ -13,12 +13,13 @@ from ipfm.engine.experiments.step_time import step_time
 from ipfm.engine.memory import MemoryPlan, choose_layout, choose_training, device_budget
 from ipfm.engine.memory.arithmetic import (
     SHARE,
-    TRAINING_FORWARDS,
     flops_in_words,
     forward_flops,
     gpu_seconds,
     guide_flops,
     peak_in_words,
+    step_forwards,
+    training_forwards,
 )
 from ipfm.engine.memory.fits import LAYOUTS, gpu_precision, layout_table
 from ipfm.engine.objectives.base import Distillation
@@ -132,7 +133,8 @@ def describe_training(
         )
         checkpointed = plan.activation_checkpointing
         progress.advance()
-        expected = _expected_duration(config, network, plan, TRAINING_FORWARDS + checkpointed, first, images)
+        forwards = training_forwards(network, checkpointed=checkpointed)
+        expected = _expected_duration(config, network, plan, forwards, first, images)
         progress.advance()
         on_gpus = _on_gpus(Run(config, network), first)
         progress.advance()
@@ -156,7 +158,7 @@ def describe_training(
 
 
 def _forwards(config: Distillation, trained: NetworkConfig, *, phased: bool, checkpointed: bool) -> float:
-    passes = config.objective(trained).forwards(phased=phased, checkpointed=checkpointed)
+    passes = step_forwards(config.objective(trained), trained, phased=phased, checkpointed=checkpointed)
     further = config.further_flops(trained) + guide_flops(trained) * (config.teacher_forwards + checkpointed)
     return passes + further / forward_flops(trained)
 
@@ -233,7 +235,7 @@ def _expected_duration(
 def teacher_duration(config: TeacherConfig, network: NetworkConfig, path: Path) -> str:
     """A line for a run that trains its teacher, in the folder `path`: what that takes on this machine."""
     plan = choose_training(config, network, ranks=launched_processes(), budget=device_budget(run_device()))
-    forwards = TRAINING_FORWARDS + plan.activation_checkpointing
+    forwards = training_forwards(network, checkpointed=plan.activation_checkpointing)
     (expected,) = _expected_duration(config, network, plan, forwards, steps_done(config, path))
     return f"training of the teacher, before it: {expected}"
 

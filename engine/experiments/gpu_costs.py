@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ipfm.engine.config import TeacherConfig
-from ipfm.engine.memory.arithmetic import TRAINING_FORWARDS, Gpu, forward_flops, guide_flops
+from ipfm.engine.memory.arithmetic import TRAINING_FORWARDS, Gpu, forward_flops, guide_flops, step_forwards
 from ipfm.engine.memory.fits import LayoutOnGpu, fits
 from ipfm.engine.memory.plan import MemoryPlan
 from ipfm.engine.memory.state import Sharding, parameter_count
@@ -35,11 +35,11 @@ class Run:
         return forward_flops(self.network)
 
     @functools.cached_property
-    def forwards(self) -> int:
+    def forwards(self) -> float:
         """Forward passes, or as much arithmetic, of one image in the plainest form of a step."""
         if not isinstance(self.config, Distillation):
             return TRAINING_FORWARDS
-        return self.config.objective(self.network).forwards(phased=False, checkpointed=False)
+        return step_forwards(self.config.objective(self.network), self.network, phased=False, checkpointed=False)
 
     @functools.cached_property
     def further_flops(self) -> int:
@@ -53,8 +53,10 @@ class Run:
         """What is not right of the operations, in words; mostly nothing."""
         if not isinstance(self.config, Distillation):
             return ""
-        roles = self.config.objective(self.network).roles
-        narrower = any(role.network.model_channels != self.network.model_channels for role in roles)
+        objective = self.config.objective(self.network)
+        narrower = any(role.network.model_channels != self.network.model_channels for role in objective.roles)
+        if hasattr(objective, "passes"):
+            return ""
         return "a network of another width is counted as wide as the teacher" if narrower else ""
 
     def step_flops(self, relative_cost: float = 1.0) -> float:
@@ -106,10 +108,16 @@ class Run:
         return images * (self.teacher_nfe + self.generator_nfe * self.evaluations)
 
     def evaluation_flops(self, images: int) -> int:
-        """Operations of these, where the generator is as wide as the teacher."""
-        return (
+        """Operations of these, by the width of the generator."""
+        flops = (
             self.forward_flops * self.evaluation_passes(images) + guide_flops(self.network) * images * self.teacher_nfe
         )
+        if self.generator_nfe is None or not isinstance(self.config, Distillation):
+            return flops
+        objective = self.config.objective(self.network)
+        (generator,) = (role.network for role in objective.roles if role.name == objective.generator)
+        of_it = images * self.generator_nfe * self.evaluations
+        return flops + of_it * (forward_flops(generator) - self.forward_flops)
 
     def evaluation_words(self, images: int) -> str:
         """As in "2,000 images of the teacher, 35 passes an image, and 6 times the generator, 1"."""

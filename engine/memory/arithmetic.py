@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ipfm.engine.config import Precision
+from ipfm.engine.objectives.base import TEACHER, Objective, Passes
 from ipfm.engine.runtime.wording import three_digits
 from ipfm.models import NetworkConfig, build_network
 
@@ -46,18 +50,87 @@ GPUS = (
 )
 
 
-@functools.lru_cache(maxsize=64)
+class _Counted(NamedTuple):
+    """Operations of one image."""
+
+    forward: int
+    again: int
+    """What activation checkpointing adds to a forward and backward pass."""
+
+
 def forward_flops(network: NetworkConfig) -> int:
     """Floating-point operations of a forward pass of one image, without those of its guide.
 
     Those of convolutions and matrix products are counted, a multiplication and an addition each.
     """
+    return _counted(network).forward
+
+
+def recomputed_flops(network: NetworkConfig) -> int:
+    """What activation checkpointing computes again of a forward pass of one image, counted as in `forward_flops`.
+
+    The residual blocks, each up to its last layer: of that the backward pass needs what goes in and not what comes out.
+    """
+    return _counted(network).again
+
+
+@functools.lru_cache(maxsize=64)
+def _counted(network: NetworkConfig) -> _Counted:
     device = torch.device("meta")
     with device:
         net = build_network(network.unguided).eval()
+    begun: dict[nn.Module, int] = {}
+    last = again = 0
+
+    def enter(module: nn.Module, _: object) -> None:
+        begun[module] = counter.get_total_flops()
+
+    def leave_layer(module: nn.Module, _: object, out: object) -> None:
+        nonlocal last
+        last = counter.get_total_flops() - begun[module]
+
+    def leave_block(module: nn.Module, _: object, out: object) -> None:
+        nonlocal again
+        again += counter.get_total_flops() - begun[module] - last
+
+    for block in net.model.blocks:
+        assert isinstance(block, nn.Module)
+        layers = [part for part in block.modules() if getattr(part, "weight", None) is not None]
+        for module, leave in ((block, leave_block), *((layer, leave_layer) for layer in layers)):
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(torch.empty(1, *network.image_shape, device=device), torch.empty(1, device=device))
-    return int(counter.get_total_flops())
+    return _Counted(int(counter.get_total_flops()), again)
+
+
+def training_forwards(network: NetworkConfig, *, checkpointed: bool) -> float:
+    """Forward passes, or as much arithmetic, of one image in a teacher's update."""
+    return TRAINING_FORWARDS + (recomputed_flops(network) / forward_flops(network) if checkpointed else 0)
+
+
+def step_forwards(objective: Objective, network: NetworkConfig, *, phased: bool, checkpointed: bool) -> float:
+    """Forward passes of the teacher, or as much arithmetic, of one image in an iteration of a distillation.
+
+    By the width of each network, and with what checkpointing computes again, where the objective says its `passes`.
+
+    Args:
+        objective: what is distilled.
+        network: the teacher's architecture, as it is trained.
+        phased: one network's activations at a time.
+        checkpointed: activations are computed again on the way back.
+    """
+    passes: Mapping[str, Passes] | None = None
+    if (said := getattr(objective, "passes", None)) is not None:
+        passes = said(phased=phased)
+    if passes is None:
+        return objective.forwards(phased=phased, checkpointed=checkpointed)
+    networks = {TEACHER: network, **{role.name: role.network for role in objective.roles}}
+    total = 0.0
+    for name, of in passes.items():
+        total += of.whole * forward_flops(networks[name])
+        total += of.again * recomputed_flops(networks[name]) if checkpointed else 0
+    return total / forward_flops(network)
 
 
 def guide_flops(network: NetworkConfig) -> int:

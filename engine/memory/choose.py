@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ipfm.engine.config import Resolved, RunConfig, TeacherConfig, ZeroStage
+from ipfm.engine.memory.arithmetic import step_forwards
 from ipfm.engine.memory.plan import (
     MemoryPlan,
     backward_forms,
@@ -149,11 +150,12 @@ def _too_small(config: RunConfig, smallest: MemoryPlan, ranks: int) -> ValueErro
 
 
 def _layout(config: Distillation, network: NetworkConfig, plan: MemoryPlan, ranks: int) -> Layout:
-    objective = config.objective(network)
-    cost = objective.forwards(phased=plan.phased, checkpointed=plan.activation_checkpointing)
-    return Layout(
-        plan, config.batch // ranks // plan.micro_batch, cost / objective.forwards(phased=False, checkpointed=False)
-    )
+    objective, phased, checkpointed = config.objective(network), plan.phased, plan.activation_checkpointing
+    cost = 1.0
+    if phased or checkpointed:
+        cost = step_forwards(objective, network, phased=phased, checkpointed=checkpointed)
+        cost /= step_forwards(objective, network, phased=False, checkpointed=False)
+    return Layout(plan, config.batch // ranks // plan.micro_batch, cost)
 
 
 def plan_layout(

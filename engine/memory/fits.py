@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ipfm.engine.config import Precision, RunConfig, TeacherConfig, ZeroStage
+from ipfm.engine.memory.arithmetic import TRAINING_FORWARDS, training_forwards
 from ipfm.engine.memory.budget import gpu_budget
 from ipfm.engine.memory.choose import Layout, choose_layout, choose_training
 from ipfm.engine.memory.plan import MemoryPlan
@@ -34,8 +35,8 @@ def layout_of(
     if isinstance(config, Distillation):
         return choose_layout(config, network, ranks=ranks, budget=budget)
     plan = choose_training(config, network, ranks=ranks, budget=budget)
-    # A forward and a backward pass are three forward passes' arithmetic; checkpointing computes one again.
-    return Layout(plan, config.batch // ranks // plan.micro_batch, 1 + plan.activation_checkpointing / 3)
+    cost = training_forwards(network, checkpointed=plan.activation_checkpointing) / TRAINING_FORWARDS
+    return Layout(plan, config.batch // ranks // plan.micro_batch, cost)
 
 
 def fits(

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -68,6 +68,18 @@ class Role:
     def moments(self, averages: int = 1) -> int:
         """fp32 values that the optimiser keeps a parameter; `averages`: how many the settings name."""
         return 1 + (self.beta1 > 0) + averages * self.averaged
+
+
+# What `Objective.passes` calls the frozen denoiser.
+TEACHER = "teacher"
+
+
+class Passes(NamedTuple):
+    """Forward passes of one network, or as much arithmetic, of one image in an iteration; a backward pass is two."""
+
+    whole: int
+    again: int
+    """Those that activation checkpointing makes once more on the way back."""
 
 
 class Trained(Protocol):
@@ -168,7 +180,11 @@ class Objective(Protocol):
         ...
 
     def forwards(self, *, phased: bool, checkpointed: bool) -> int:
-        """Forward passes, or as much arithmetic, of one image in an iteration."""
+        """Forward passes, or as much arithmetic, of one image in an iteration.
+
+        An objective may have a method `passes(*, phased) -> Mapping[str, Passes]` besides, by the names of its roles
+        and `TEACHER`: networks of several widths are then counted by their own.
+        """
         ...
 
     def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:

@@ -17,7 +17,7 @@ from ipfm.engine.config import InitialWeights, setting
 from ipfm.engine.data.augmentation import augment
 from ipfm.engine.distributed.pieces import Number, whole
 from ipfm.engine.noise_levels import check_sigmas, few_step_sigmas
-from ipfm.engine.objectives.base import Distillation, Role, StepContext, Trained
+from ipfm.engine.objectives.base import TEACHER, Distillation, Passes, Role, StepContext, Trained
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.losses import (
     Noisy,
@@ -41,11 +41,6 @@ from ipfm.models import EDM2Precond, NetworkConfig, Precond
 
 if TYPE_CHECKING:
     from ipfm.engine.objectives.base import Objective
-
-
-# Forward passes, or as much arithmetic, of an image in a student update, in a generator update, what the phased form
-# adds, and activation checkpointing for each of the networks that are differentiated.
-STUDENT_FORWARDS, GENERATOR_FORWARDS, PHASED_FORWARDS = 4, 7, 2
 
 
 class InversePoissonFlowMatching:
@@ -95,13 +90,20 @@ class InversePoissonFlowMatching:
 
     def forwards(self, *, phased: bool, checkpointed: bool) -> int:
         """See `Objective.forwards`."""
+        return sum(of.whole + checkpointed * of.again for of in self.passes(phased=phased).values())
+
+    def passes(self, *, phased: bool) -> Mapping[str, Passes]:
+        """See `Objective.forwards`: of the student's updates, and of the generator's, in which all three take part."""
         updates, K = self.config.student_updates, self.config.steps
+        through = K if self.config.gradient == "all" else 1
         # Each further evaluation of the generator costs a forward pass; in the generator's update, where the gradient
         # passes through it, one more, and a backward.
-        further = 4 if self.config.gradient == "all" else 1
-        student = STUDENT_FORWARDS + K - 1 + checkpointed
-        generator = GENERATOR_FORWARDS + further * (K - 1) + phased * PHASED_FORWARDS + checkpointed * (2 + K)
-        return updates * student + generator
+        further = K - 1 + 3 * (through - 1)
+        return {
+            "student": Passes(3 * updates + 2, updates + 1),
+            "generator": Passes(K * updates + 3 + further + phased, through),
+            TEACHER: Passes(2 + phased, 1),
+        }
 
     def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
         """See `Objective.sample`."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from ipfm.engine.checks import at_least, number, share
 from ipfm.engine.config import setting
 from ipfm.engine.distributed.pieces import Number, whole
-from ipfm.engine.objectives.base import Distillation, Objective, Role, StepContext
+from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.losses import along, finite_samples, held, per_sample
 from ipfm.engine.objectives.lpips import Lpips, load_lpips, lpips_flops, lpips_gradient, lpips_without_values
@@ -231,12 +231,16 @@ class PhysicsInformedDistillation:
         return PidSteps(self.config, context, self.network)
 
     def forwards(self, *, phased: bool, checkpointed: bool) -> int:
+        """See `Objective.forwards`."""
+        return sum(of.whole + checkpointed * of.again for of in self.passes(phased=phased).values())
+
+    def passes(self, *, phased: bool) -> Mapping[str, Passes]:
         """See `Objective.forwards`: two evaluations with their backward passes, and one of the teacher.
 
         With dropout two more, for the point at which the teacher is asked.
         """
         without = self.config.dropout > 0 and not self.config.samples_have_dropout
-        return 7 + 2 * phased + 2 * checkpointed + 2 * without
+        return {"generator": Passes(6 + 2 * phased + 2 * without, 2), TEACHER: Passes(1, 0)}
 
     def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
         """See `Objective.sample`."""

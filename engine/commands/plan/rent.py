@@ -201,8 +201,8 @@ class RentTable:
             f"batch {config.batch}, {precision}",
             *textwrap.wrap(length, WIDTH, subsequent_indent="  "),
             *textwrap.wrap(
-                f"arithmetic: {flops_in_words(run.forward_flops)} a forward pass of an image; {passes} {run.forwards} "
-                f"of them{further}, for {counted(config.batch, 'image')}:",
+                f"arithmetic: {flops_in_words(run.forward_flops)} a forward pass of an image; {passes} "
+                f"{run.forwards:.3g} of them{further}, for {counted(config.batch, 'image')}:",
                 WIDTH,
                 subsequent_indent="  ",
             ),

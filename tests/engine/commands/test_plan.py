@@ -22,6 +22,7 @@ from ipfm.engine.memory import gpu_budget
 from ipfm.engine.memory.arithmetic import GPUS
 from ipfm.engine.memory.state import parameter_count
 from ipfm.engine.objectives.initial_networks import trained_config
+from ipfm.engine.objectives.ipfm import InversePoissonFlowMatching
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.models import build_network, presets, save_model
 from ipfm.recipes import cifar_ipfm, cifar_sid, cifar_teacher, digits_ipfm, distill_ipfm
@@ -296,7 +297,18 @@ def test_an_objective_without_recipes_has_no_published_length(
     assert planned("digits", "--gpus", 1, "--kimg", 2)["length"] == "given"
 
 
-def test_a_narrower_generator_is_said_to_be_counted_as_wide_as_its_teacher() -> None:
+def test_a_narrower_generator_is_counted_by_its_width() -> None:
+    base = digits_ipfm.RECIPE.base.distillation()
+    narrow, wide = (Run(replace(base, width=width), presets.get("digits")) for width in (0.5, 1.0))
+    assert wide.forwards == 11 and 8 < narrow.forwards < 9.5 and narrow.remark == ""
+    assert narrow.evaluation_flops(100) < wide.evaluation_flops(100)
+
+
+def test_a_narrower_generator_of_an_objective_that_says_passes_of_no_network_is_counted_as_wide_as_its_teacher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(InversePoissonFlowMatching, "passes")
+    monkeypatch.setattr(InversePoissonFlowMatching, "forwards", lambda self, **_: 11)
     base = replace(digits_ipfm.RECIPE.base.distillation(), width=0.5)
     run = Run(base, presets.get("digits"))
     (line,) = dry_run._on_gpus(run, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ from ipfm.engine import DistillConfig, Distiller, PidConfig, TeacherConfig, Teac
 from ipfm.engine.config import Precision
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import World
-from ipfm.engine.memory.arithmetic import GPUS, SHARE, TRAINING_FORWARDS, flops_in_words, forward_flops, gpu_seconds
+from ipfm.engine.memory.arithmetic import (
+    GPUS,
+    SHARE,
+    TRAINING_FORWARDS,
+    flops_in_words,
+    forward_flops,
+    gpu_seconds,
+    step_forwards,
+    training_forwards,
+)
 from ipfm.models import NetworkConfig, build_network, presets
 from ipfm.models.layers import Conv2d, Linear
 
@@ -63,6 +73,39 @@ def test_a_step_has_the_arithmetic_of_so_many_forward_passes(config: DistillConf
     assert run.objective.forwards(phased=config.backward == "phased", checkpointed=False) == passes
     # The first layers need no gradient of their images.
     assert counted == pytest.approx(passes * forward_flops(network), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"activation_checkpointing": "on"},
+        {"activation_checkpointing": "on", "backward": "phased", "steps": 2},
+        {"width": 0.5},
+        {"width": 2.0, "student_width": 0.5, "activation_checkpointing": "on", "steps": 2},
+    ],
+    ids=["checkpointed", "phased", "narrow", "of other widths"],
+)
+def test_networks_count_by_their_width_and_by_what_is_computed_again(more: dict[str, Any]) -> None:
+    """Predicted beside what a real step does."""
+    network = presets.get("digits", D=128.0)
+    config = DistillConfig(**{**_ONE, "backward": "joint", **more})
+    run = Distiller(config, build_network(network).eval(), world=World(0, 1, torch.device("cpu")))
+    counted = counted_flops(lambda: run.iteration(0)) / config.batch
+    form = {"phased": config.backward == "phased", "checkpointed": config.activation_checkpointing == "on"}
+    predicted = step_forwards(run.objective, network, **form) * forward_flops(network)
+    assert predicted == pytest.approx(counted, rel=0.02)
+    whole = run.objective.forwards(**form) * forward_flops(network)
+    assert abs(whole / counted - 1) > 0.02, "as if all were as wide, and computed again as a whole"
+
+
+def test_an_update_of_a_teacher_that_is_checkpointed() -> None:
+    network = presets.get("digits", D=128.0)
+    data = ImageDataset(torch.zeros(4, *network.image_shape, dtype=torch.uint8))
+    config = TeacherConfig(**{**_ONE, "activation_checkpointing": "on"})
+    run = TeacherTraining(config, network, data, world=World(0, 1, torch.device("cpu")))
+    counted = counted_flops(lambda: run.iteration(0)) / 2
+    predicted = training_forwards(network, checkpointed=True) * forward_flops(network)
+    assert predicted == pytest.approx(counted, rel=0.02)
 
 
 def test_an_update_of_a_teacher_has_the_arithmetic_of_three() -> None:

@@ -450,10 +450,11 @@ def test_arguments_of_the_process(monkeypatch):
 
 
 def test_user_input():
-    for error in (ValueError("D is odd"), FileNotFoundError(2, "No such file or directory", "t.pt")):
+    missing = FileNotFoundError(2, "No such file or directory", "t.pt")
+    for error, said in ((ValueError("D is odd"), "D is odd"), (missing, "t.pt: No such file or directory")):
         with pytest.raises(BadInput) as raised, user_input():
             raise error
-        assert str(raised.value) == str(error) and raised.value.__cause__ is error
+        assert str(raised.value) == said and raised.value.__cause__ is error
     with pytest.raises(ZeroDivisionError), user_input():
         raise ZeroDivisionError
     with user_input():
