@@ -6,7 +6,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -190,8 +190,9 @@ class TrainingRun(ABC, Generic[C]):
             return lambda folder: save_model(net, folder, extra=extra)
         with torch.device("meta"):
             form = build_network(net.config)
-            kinds = {name: tensor.dtype for name, tensor in (form.half() if halved else net).state_dict().items()}
-        state = {name: tensor.detach().to("cpu", kinds[name], copy=True) for name, tensor in net.state_dict().items()}
+        own = net.state_dict()
+        like = form.half().state_dict() if halved else own
+        state = {name: tensor.detach().to("cpu", like[name].dtype, copy=True) for name, tensor in own.items()}
         return lambda folder: save_model(form, folder, extra=extra, state=state)
 
     def picture(self, count: int, seed: int) -> Tensor:
@@ -234,6 +235,7 @@ class TrainingRun(ABC, Generic[C]):
         self._about = about
         if self.world.is_main and not kept and not is_settled(path, kind, self.config):
             self._say_disk_use(path)
+            self._say_what_acts_on_nothing()
         progress = train(self, self.config, folder)
         which = self._exported_average(path)
         if kept:
@@ -241,6 +243,15 @@ class TrainingRun(ABC, Generic[C]):
         else:
             self.export(path / export, about=about, steps=progress.step, which=which)
         return folder, progress
+
+    def _say_what_acts_on_nothing(self) -> None:
+        """A line for settings of snapshots that were given where none are kept."""
+        default = {f.name: f.default for f in fields(RunConfig)}
+        names = ("keep_snapshots", "snapshot_precision")
+        given = [name for name in names if getattr(self.config, name) != default[name]]
+        if given and not self.config.snapshot_every:
+            options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            self._tell(f"{options} {'acts' if len(given) == 1 else 'act'} on nothing without --snapshot-every")
 
     def _exported_average(self, path: Path) -> str:
         """The average that the settings name, else the best of the run's last evaluation, else the first."""

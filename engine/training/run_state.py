@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -108,6 +108,17 @@ class RunRecord:
     """A line for each part that cannot be read."""
     set_aside: tuple[SetAside, ...] = ()
     """What came after steps that the run went back to."""
+    averages: Mapping[str, tuple[EvaluationPoint, ...]] = field(default_factory=dict)
+    """The evaluations of each of several averages, by its name."""
+
+    @property
+    def averages_in_words(self) -> str:
+        """What was last measured of each of several averages: "ema500k 3.21, ema0.05 2.98"; "" without several."""
+        leading = measures_of(self.measured)[0]
+        last = {name: points[-1] for name, points in self.averages.items()}
+        return ", ".join(
+            f"{name} {point.shown(leading)}" for name, point in last.items() if leading.key in point.values
+        )
 
     @property
     def steps_done(self) -> int:
@@ -277,6 +288,7 @@ def read_run(path: Path, *, times: bool = True) -> RunRecord:
         # A step that is there twice counts once, with its last line.
         metrics=tuple(sorted({line["step"]: line for line in metrics}.values(), key=lambda line: line["step"])),
         evaluations=tolerant("evaluations.jsonl", lambda: _evaluations(path), ()),
+        averages=tolerant("evaluations.jsonl", lambda: _averages(path), {}),
         results=tolerant("results.json", lambda: tuple(_checked(row) for row in results), ()),
         earlier=tolerant(TEACHER_RESULTS, lambda: tuple(map(_checked, read_results(path, TEACHER_RESULTS))), ()),
         pictures=tolerant("samples", lambda: _pictures(path / "samples"), ()),
@@ -329,9 +341,21 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _evaluations(path: Path) -> tuple[EvaluationPoint, ...]:
+def _averages(path: Path) -> dict[str, tuple[EvaluationPoint, ...]]:
+    lines = StepLog(path / "evaluations.jsonl", None).read()
+    known = [line["averages"] for line in lines if isinstance(line.get("averages"), dict)]
+    return {name: _evaluations(path, name) for name in dict.fromkeys(name for found in known for name in found)}
+
+
+def _evaluations(path: Path, average: str | None = None) -> tuple[EvaluationPoint, ...]:
     found = {}
     for line in StepLog(path / "evaluations.jsonl", None).read():
+        if average is not None:
+            several = line.get("averages")
+            own = several.get(average) if isinstance(several, dict) else None
+            if not isinstance(own, dict):
+                continue
+            line = {"step": line["step"], **own}
         images, seconds = number(line.get("images")), number(line.get("seconds"))
         named, asked = line.get("name"), line.get("metrics")
         found[line["step"]] = EvaluationPoint(
@@ -349,7 +373,7 @@ def _others(found: Mapping[str, Any], asked: Sequence[object]) -> dict[str, Any]
     """What `Measured` has, from a file: numbers, or None where there is none."""
     counts = ("kid_subset_size", "pr_images", "pr_real_images")
     others: dict[str, Any] = {}
-    for name in (field.name for field in fields(Measured) if field.name != "metrics"):
+    for name in (f.name for f in fields(Measured) if f.name != "metrics"):
         value = number(found.get(name))
         others[name] = None if not math.isfinite(value) else int(value) if name in counts else value
     return others | {"metrics": tuple(metric for metric in asked if metric in METRICS)}

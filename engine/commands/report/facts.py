@@ -89,6 +89,8 @@ class Facts:
     """What was measured; the first decides which evaluation is the best."""
     results: tuple[EvaluationRow, ...]
     evaluations: tuple[EvaluationPoint, ...]
+    averages: Mapping[str, tuple[EvaluationPoint, ...]]
+    """The evaluations of each of several averages, by its name."""
     best: EvaluationPoint | None
     """By the first of the metrics."""
     kept: Kept | None
@@ -125,6 +127,7 @@ class Facts:
         """Plain JSON values, see `plain`."""
         best = None if self.best is None else self.best.to_json()
         measured = {"results": _listed(self.results), "evaluations": _listed(self.evaluations), "best": best}
+        measured |= {"averages": {name: _listed(points) for name, points in self.averages.items()}}
         return {"format": 1, **plain(self), **plain(measured)}
 
 
@@ -167,6 +170,7 @@ def facts_of(record: RunRecord) -> Facts:
         metrics=record.measured,
         results=record.results,
         evaluations=record.evaluations,
+        averages=record.averages,
         best=best,
         kept=kept,
         losses=tuple(_loss(record, name) for name in names),
@@ -285,6 +289,8 @@ def _summary(
         yield from _further(last, record.teacher_row, metric)
     else:
         yield "Its samples have not been measured."
+    if record.averages_in_words:
+        yield f"Of its averages at the last evaluation: {record.averages_in_words}."
     if best is not None and record.evaluations and best.step != record.evaluations[-1].step:
         yield f"{_superlative(best, record.measured[0], metric)}, after {best.step:,} steps."
     if record.best is not None and (state != "finished" or record.best.step != record.steps_done):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import pytest
 import torch
 
 from ipfm.engine import DistillConfig, Distiller, TeacherConfig
+from ipfm.engine.commands.main import _main
+from ipfm.engine.commands.report.facts import facts_of
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.evaluation.metrics import FrechetResult, PixelFeatures, Statistics
 from ipfm.engine.evaluation.results import EvaluationHistory, read_results
+from ipfm.engine.runtime.commandline import run_command
 from ipfm.engine.training.run_folder import release_folder
+from ipfm.engine.training.run_state import read_run
 from ipfm.engine.training.snapshots import all_snapshots_in, read_best
 from ipfm.engine.training.teacher import TeacherTraining
 from ipfm.models import NetworkConfig, Precond, build_network, load_model
@@ -90,6 +95,15 @@ def test_each_is_measured_and_the_best_is_exported(made, tmp_path: Path, capsys:
     labels = [(row.label, row.frechet) for row in read_results(run)]
     assert labels[1:] == [("generator", 0.7), ("ema0.001k", 0.8), ("ema1k", 0.7), ("ema0.1", 0.9)]
     told = capsys.readouterr().err
+    # What the commands say of it.
+    record = read_run(run)
+    words = "ema0.001k 0.8000, ema1k 0.7000, ema0.1 0.9000"
+    assert record.averages_in_words == words
+    assert f"Of its averages at the last evaluation: {words}." in facts_of(record).summary
+    assert facts_of(record).to_json()["averages"]["ema0.1"][1]["frechet"] == 0.5
+    for place, said in ((run, words), (run / "generator", "ema1k")):
+        run_command("ipfm", _main, ["info", str(place)])
+        assert re.search(rf"^averages?:? +{re.escape(said)}$", capsys.readouterr().out, re.M)
     assert "step 4, ema0.1: Fréchet distance 0.5000" in told and "step 4: ema0.1 is the best" in told
 
 
@@ -118,6 +132,14 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(made, tmp_path: Path) -
     ).read_bytes()
     with pytest.raises(ValueError, match=r"ema is \[0\.1\] there, \[0\.2\] here"):
         made(ema=(0.2,)).run(run)
+
+
+def test_settings_of_snapshots_where_none_are_kept_are_said_to_act_on_nothing(
+    made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(max_steps=1, eval_every=0, keep_snapshots=3, snapshot_precision="fp16").run(tmp_path / "run")
+    said = "ipfm: --keep-snapshots and --snapshot-precision act on nothing without --snapshot-every"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("background", [False, True])
