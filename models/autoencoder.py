@@ -73,11 +73,12 @@ class Autoencoder:
 
     Attributes:
         path: the folder that it was loaded from.
+        file: its weights there.
         factor: pixels a side of a picture for each of a latent.
     """
 
-    def __init__(self, net: Any, path: Path, device: torch.device) -> None:
-        self._net, self.path, self._device = net.to(device), path, device
+    def __init__(self, net: Any, file: Path, device: torch.device) -> None:
+        self._net, self.path, self.file, self._device = net.to(device), file.parent, file, device
         self.factor = 1 << (len(net.config.block_out_channels) - 1)
 
     def shape_of_pictures(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -151,7 +152,7 @@ def load_autoencoder(folder: Path | str, device: torch.device | str = "cpu") -> 
         raise ValueError(f"{place} lacks the weights, {WEIGHTS[0]} or .bin beside its config.json: fetch them too")
     net = _built(place, config)
     _fill(net, open_state_dict(file))
-    return Autoencoder(net.eval().requires_grad_(False), place, torch.device(device))
+    return Autoencoder(net.eval().requires_grad_(False), file, torch.device(device))
 
 
 def _shape(images: Tensor) -> tuple[int, int, int]:

@@ -36,9 +36,7 @@ class Evaluate:
     """Measure FID, KID, Inception score, precision and recall of a model or of images.
 
     A model is drawn at its own D. Processes share the work: deepspeed .venv/bin/ipfm evaluate ...
-
-    Example: ipfm evaluate runs/cifar-D2048-alpha1-K1/generator --reference cifar10-32x32.npz
-    --inception inception-2015-12-05.pt --repeats 3
+    Example: ipfm evaluate runs/cifar --reference cifar10-32x32.npz --inception inception-2015-12-05.pt
     """
 
     ELSEWHERE: ClassVar[Mapping[str, str]] = {
@@ -52,13 +50,17 @@ class Evaluate:
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Model or run folder, checkpoint, or images (folder, archive, .npz)."""
     reference: Annotated[Path | None, tyro.conf.arg(metavar="F")] = None
-    """Real images, or their statistics (.npz, mu and sigma). Only "is" needs none."""
+    """Real images, or their statistics (.npz, .pkl of EDM2). Only "is" needs none."""
     inception: Annotated[Path | None, tyro.conf.arg(metavar="F")] = None
     """The Inception network: inception-2015-12-05.pt of NVIDIA's StyleGAN2-ADA."""
-    features: Literal["inception", "pixels", "blocks", "classifier"] = "inception"
+    features: Literal["inception", "dinov2", "pixels", "blocks", "classifier"] = "inception"
     """What images are compared by; only inception gives an FID."""
+    dinov2: Annotated[Path | None, tyro.conf.arg(metavar="F")] = None
+    """The DINOv2 of FD-DINOv2: dinov2_vitl14_pretrain.pth, or a TorchScript file."""
     classifier: Annotated[Path | None, tyro.conf.arg(metavar="F")] = None
     """The classifier.safetensors that recipes/fashion_ipfm.py leaves."""
+    vae: Annotated[Path | None, tyro.conf.arg(metavar="VAE")] = None
+    """Measure pictures of latents, by this AutoencoderKL (diffusers)."""
     metrics: tuple[Literal["fid", "kid", "is", "pr"], ...] = ("fid",)
     """kid and pr need real images. KID of 100 subsets; pr: k = 3."""
     images: int | None = None
@@ -89,8 +91,8 @@ class Evaluate:
     """Of a run folder: best, last or a step. Default: the end's, else the best."""
     generator: bool = False
     """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
-    sigmas: tuple[float, ...] = ()
-    """Noise levels of --generator, highest first."""
+    sigmas: Annotated[tuple[float, ...], tyro.conf.arg(metavar="S")] = ()
+    """Noise levels of --generator, one or more, highest first."""
     teacher: bool = False
     """The checkpoint is a teacher, whatever its name and place say."""
     skip_unreadable: bool = False
@@ -99,7 +101,7 @@ class Evaluate:
     """Stop where an image would be left out, or a sample is not finite."""
     json: bool = False
     """Print JSON: the distances of each set, nfe, D, the published figure, remarks."""
-    save_reference: Path | None = None
+    save_reference: Annotated[Path | None, tyro.conf.arg(metavar="F")] = None
     """Keep the statistics of a reference that is images in this .npz."""
 
     def run(self) -> None:
@@ -115,6 +117,7 @@ class Evaluate:
         from ipfm.engine.runtime.host_memory import check_memory, enough_memory
         from ipfm.engine.runtime.remarks import Remarks
         from ipfm.engine.sampling.stored_model import Claim, Schedule, load_guidance
+        from ipfm.models.autoencoder import load_autoencoder
 
         with user_input():
             self._check()
@@ -135,6 +138,7 @@ class Evaluate:
             )
             if subject.available is not None and self.repeats > 1:
                 raise ValueError(f"repeats must be 1 for images, got {self.repeats}: {self.model} is no model")
+            autoencoder = None if self.vae is None else load_autoencoder(self.vae, run_device())
             comparison = open_comparison(
                 self.reference,
                 subject.shape,
@@ -142,9 +146,11 @@ class Evaluate:
                 features=self.features,
                 inception=self.inception,
                 classifier=self.classifier,
+                dinov2=self.dinov2,
                 metrics=self.metrics,
                 skip_unreadable=self.skip_unreadable,
                 strict=self.strict,
+                autoencoder=autoencoder,
             )
             if self.save_reference and (comparison.file is None or comparison.file.statistics is not None):
                 raise ValueError("save-reference needs a --reference of images, whose statistics are not known yet")
@@ -207,7 +213,11 @@ class Evaluate:
             remarks.add(note)
         if world.is_main:
             # Of a classifier there are many: which one it was is a part of the number.
-            named = {"features_name": evaluation.features.name} if self.features == "classifier" else {}
+            named: dict[str, object] = {}
+            if self.features == "classifier":
+                named["features_name"] = evaluation.features.name
+            if self.vae is not None:
+                named["vae"] = self.vae
             facts = self._facts(subject, results) | named | {"remarks": list(remarks)}
             write(facts, self._text(subject, evaluation, results))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.data.latents import decoded
 from ipfm.engine.distributed.signals import check_stop
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.metrics import (
@@ -28,15 +29,17 @@ from ipfm.engine.evaluation.metrics import (
 from ipfm.engine.evaluation.metrics.blocks import block_side
 from ipfm.engine.evaluation.metrics.classifier import ClassifierFeatures, load_classifier
 from ipfm.engine.evaluation.metrics.collection import MOST_IMAGES
+from ipfm.engine.evaluation.metrics.dinov2 import WHERE_TO_GET_DINOV2, DinoFeatures
 from ipfm.engine.evaluation.metrics.evaluate import PR_IMAGES, check_metrics
 from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION, Classifier
 from ipfm.engine.evaluation.reference_data import ReferenceFile, make_reference, open_reference
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.models import Precond
+from ipfm.models.autoencoder import SHOWS, Autoencoder, is_latent
 from ipfm.models.checkpoints.recognise import missing
 
-FeatureName = Literal["inception", "pixels", "blocks", "classifier"]
+FeatureName = Literal["inception", "dinov2", "pixels", "blocks", "classifier"]
 # Those that need no network; and those that take images of one size.
 OF_PIXELS = ("pixels", "blocks")
 SAME_SIZE = (*OF_PIXELS, "classifier")
@@ -58,6 +61,7 @@ class Evaluation:
         metrics: the Fréchet distance alone by default.
         pr_images: images of each set that precision and recall are measured on.
         data: the real images, for pictures that show them beside samples; None where they are not at hand.
+        autoencoder: makes pictures of the samples, which are latents; None measures samples as they are.
 
     Raises:
         ValueError: numbers out of range, or a metric that the features or the reference do not allow.
@@ -71,6 +75,7 @@ class Evaluation:
     metrics: tuple[Metric, ...] = ("fid",)
     pr_images: int = PR_IMAGES
     data: ImageDataset | None = None
+    autoencoder: Autoencoder | None = None
 
     def __post_init__(self) -> None:
         real = None if self._reference is None or self._reference.features is None else len(self._reference.features)
@@ -88,7 +93,8 @@ class Evaluation:
         """The metrics of samples, which are shared out over the ranks; every rank calls it.
 
         Args:
-            sample: sample(first index, count) draws images (count, C, H, W) in [-1, 1].
+            sample: sample(first index, count) draws images (count, C, H, W) in [-1, 1], or latents, which each rank
+                decodes of its share.
             world: the run's ranks.
             first_index: index of the first image; another one measures other images of the same seed.
             leave_out: count samples that are not finite instead of refusing them, see `evaluate_images`.
@@ -101,7 +107,8 @@ class Evaluation:
 
         def drawn(first: int, count: int) -> Tensor:
             check_stop(world)
-            return sample(first_index + first, count)
+            images = sample(first_index + first, count)
+            return images if self.autoencoder is None else self.autoencoder.decode(images)
 
         return evaluate_images(
             drawn,
@@ -138,11 +145,13 @@ def open_features(
     shape: tuple[int, int, int],
     device: torch.device,
     classifier: Path | None = None,
+    dinov2: Path | None = None,
 ) -> Features:
     """The extractor: the Inception network in the file `inception`, or the pixels of images (C, H, W) = `shape`.
 
     "blocks" compares the means and deviations of blocks of them, see `BlockFeatures`; "classifier" the features of the
-    network in the file `classifier`, see `ClassifierFeatures`.
+    network in the file `classifier`, see `ClassifierFeatures`; "dinov2" those of the network in the file `dinov2`, see
+    `DinoFeatures`.
 
     Raises:
         ValueError: Inception features or those of a classifier without a file, others with one, or a file that is no
@@ -150,6 +159,12 @@ def open_features(
     """
     if classifier is not None and name != "classifier":
         raise ValueError(f"classifier was given, but features is {name}: give --features classifier")
+    if dinov2 is not None and name != "dinov2":
+        raise ValueError(f"dinov2 was given, but features is {name}: give --features dinov2")
+    if name == "dinov2":
+        if inception is not None or dinov2 is None:
+            raise ValueError(f"features dinov2 needs --dinov2 FILE alone ({WHERE_TO_GET_DINOV2})")
+        return DinoFeatures(dinov2, device)
     if name == "classifier":
         if inception is not None or classifier is None:
             raise ValueError("features classifier needs --classifier FILE, the classifier.safetensors of a run folder")
@@ -194,6 +209,8 @@ class Comparison:
     features: Features
     file: ReferenceFile | None
     metrics: tuple[Metric, ...]
+    autoencoder: Autoencoder | None = None
+    """Of samples that are latents."""
 
     def evaluation(
         self, world: World, *, images: int, batch: int = 256, seed: int = 10_000, pr_images: int = PR_IMAGES
@@ -219,7 +236,9 @@ class Comparison:
             keep = bool({"kid", "pr"} & set(self.metrics))
             reference = make_reference(self.file, self.features, world, keep_features=keep, batch=batch)
         data = None if self.file is None else self.file.images
-        return Evaluation(self.features, reference, images, batch, seed, self.metrics, pr_images, data)
+        return Evaluation(
+            self.features, reference, images, batch, seed, self.metrics, pr_images, data, self.autoencoder
+        )
 
     def kept_bytes(self, images: int, batch: int) -> int:
         """Bytes, at least, that are kept of `images` samples and of the reference's until they are compared.
@@ -248,6 +267,7 @@ class Comparison:
             images: number of samples.
         """
         said = []
+        shape = shape if self.autoencoder is None else self.autoencoder.shape_of_pictures(shape)
         if "fid" in self.metrics:
             dim = self.features.dim
             sets = {"": images}
@@ -260,7 +280,11 @@ class Comparison:
                 if count <= dim
             ]
         # Pixels of another size are an error.
-        if self.file is not None and self.features.name == "inception" and (words := _other_size(self.file, shape)):
+        if (
+            self.file is not None
+            and self.features.name in ("inception", "dinov2")
+            and (words := _other_size(self.file, shape))
+        ):
             said.append(words)
         return said
 
@@ -289,6 +313,8 @@ def open_comparison(
     strict: bool = False,
     images: ImageDataset | None = None,
     classifier: Path | None = None,
+    autoencoder: Autoencoder | None = None,
+    dinov2: Path | None = None,
 ) -> Comparison:
     """Open and check what samples (C, H, W) = `shape` are to be compared with.
 
@@ -303,23 +329,37 @@ def open_comparison(
         strict: likewise.
         images: those of `reference`, where they are open already.
         classifier: its file, see `open_features`.
+        dinov2: its file, see `open_features`.
+        autoencoder: makes pictures of latents, of the samples and of the reference.
 
     Raises:
-        ValueError: a file that cannot be used, statistics of other features, or a metric that features or reference do
-            not allow.
+        ValueError: a file that cannot be used, latents that nothing makes pictures of, statistics of other features, or
+            a metric that features or reference do not allow.
     """
     if reference is not None and not reference.exists():
-        raise ValueError(f"{missing(reference)}: a reference is an .npz with mu and sigma, or a data set")
-    extractor = open_features(features, inception, shape, device, classifier)
+        raise ValueError(f"{missing(reference)}: a reference is an .npz with mu and sigma, EDM2's .pkl, or a data set")
+    of_samples = autoencoder if is_latent(shape) else None
+    if of_samples is not None:
+        shape = of_samples.shape_of_pictures(shape)
+    elif is_latent(shape) and features not in OF_PIXELS:
+        raise ValueError(f"what is measured are latents, which {features} cannot compare: {SHOWS}")
+    extractor = open_features(features, inception, shape, device, classifier, dinov2)
     if reference is None:
         check_metrics(metrics, extractor, None)
-        return Comparison(extractor, None, metrics)
+        _check_use(autoencoder, shape, used=of_samples is not None)
+        return Comparison(extractor, None, metrics, of_samples)
     if "is" in metrics:
         check_metrics(("is",), extractor, None)
     if images is not None:
         file = ReferenceFile(reference, None, images)
     else:
-        file = open_reference(reference, skip_unreadable=skip_unreadable, strict=strict)
+        file = open_reference(reference, features=features, skip_unreadable=skip_unreadable, strict=strict)
+    latents = file.images is not None and file.images.latents
+    _check_use(autoencoder, shape, used=of_samples is not None or latents)
+    if file.images is not None and latents and not is_latent(shape):
+        if autoencoder is None:
+            raise ValueError(f"{file.path} holds latents, and what is measured are pictures: {SHOWS}")
+        file = replace(file, images=decoded(file.images, autoencoder))
     if file.statistics is None and file.images is not None and len(file.images) < 2:
         raise ValueError(f"{file.path} holds one image; a reference has at least two")
     if features in SAME_SIZE and file.images is not None and (words := _other_size(file, shape)):
@@ -328,14 +368,20 @@ def open_comparison(
         _check_whose(file, extractor)
     if file.images is None and file.statistics is not None:
         check_metrics(metrics, extractor, Reference(file.statistics))
-    return Comparison(extractor, file, metrics)
+    return Comparison(extractor, file, metrics, of_samples)
+
+
+def _check_use(autoencoder: Autoencoder | None, shape: tuple[int, int, int], *, used: bool) -> None:
+    """ValueError where an autoencoder was given that has nothing to decode."""
+    if autoencoder is not None and not used:
+        autoencoder.shape_of_pictures(shape)
 
 
 def _check_whose(file: ReferenceFile, extractor: Features) -> None:
     """ValueError where stored statistics are of other features: as many of another network would pass for them."""
     if file.features is not None and file.features != extractor.name:
         raise ValueError(f"{file.path} holds statistics of the features {file.features}, not of {extractor.name}")
-    if file.features is None and isinstance(extractor, ClassifierFeatures):
+    if file.features is None and isinstance(extractor, (ClassifierFeatures, DinoFeatures)):
         raise ValueError(f"{file.path} does not say that its statistics are of {extractor.name}: give images instead")
 
 

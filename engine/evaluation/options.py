@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ipfm.engine.data.dataset import ImageDataset
     from ipfm.engine.distributed.world import World
     from ipfm.engine.evaluation.evaluation import Comparison, Evaluation, FeatureName
+    from ipfm.models.autoencoder import Autoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +23,21 @@ class EvaluationOptions:
         ValueError: options that do not go together.
     """
 
-    FEATURES: ClassVar[tuple[str, ...]] = ("auto", "inception", "pixels", "blocks")
+    FEATURES: ClassVar[tuple[str, ...]] = ("auto", "inception", "dinov2", "pixels", "blocks")
 
     reference: Path | None = None
-    """What samples are compared with: statistics (.npz with mu and sigma) or images (folder, zip, CIFAR-10 archive)."""
+    """What samples are compared with: statistics (.npz with mu and sigma, .pkl of EDM2) or images (folder, zip,
+    CIFAR-10 archive)."""
     inception: Path | None = None
     """The TorchScript Inception network (inception-2015-12-05.pt), which makes the distance an FID."""
-    features: Literal["auto", "inception", "pixels", "blocks"] = "inception"
+    dinov2: Path | None = None
+    """The DINOv2 of FD-DINOv2: dinov2_vitl14_pretrain.pth or a TorchScript network, with --features dinov2."""
+    features: Literal["auto", "inception", "dinov2", "pixels", "blocks"] = "inception"
     """What images are compared by. pixels: the images themselves; blocks: means and deviations of blocks of pixels,
-    for any size and without a network; auto: inception with --inception, else blocks."""
+    for any size and without a network; auto: inception with --inception, dinov2 with --dinov2, else blocks."""
+    vae: Path | None = None
+    """Of latents: the folder of the AutoencoderKL (diffusers) that makes pictures of samples, for grids and
+    distances."""
     skip_unreadable: bool = False
     """Put the next image in the place of one that cannot be decoded. Default: the first one stops."""
     strict: bool = False
@@ -49,6 +56,7 @@ class EvaluationOptions:
         from ipfm.engine.data.open_dataset import check_strictness
         from ipfm.engine.evaluation.evaluation import OF_PIXELS, check_sizes
         from ipfm.engine.evaluation.metrics.collection import MOST_IMAGES
+        from ipfm.engine.evaluation.metrics.dinov2 import WHERE_TO_GET_DINOV2
         from ipfm.engine.evaluation.metrics.evaluate import check_known
         from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION
 
@@ -64,6 +72,12 @@ class EvaluationOptions:
             raise ValueError(f"features must be {possible}, got {self.features!r}")
         if self.compared_with is None and self.inception is not None and not self._needs_no_reference:
             raise ValueError("inception was given without reference: there is nothing to compare with")
+        if self.compared_with is None and self.dinov2 is not None:
+            raise ValueError("dinov2 was given without reference: there is nothing to compare with")
+        if self.dinov2 is not None and self.compared_by != "dinov2":
+            raise ValueError(f"dinov2 was given, but features is {self.compared_by}: give --features dinov2")
+        if self.compared_by == "dinov2" and self.dinov2 is None:
+            raise ValueError(f"features dinov2 needs --dinov2 FILE ({WHERE_TO_GET_DINOV2})")
         if self.compared_with is None and self.features in OF_PIXELS:
             raise ValueError(f"features {self.features} was given without reference: there is nothing to compare with")
         if self.compared_with is not None and self.compared_by == "inception" and self.inception is None:
@@ -82,15 +96,44 @@ class EvaluationOptions:
         """What images are compared by, decided."""
         if self.features != "auto":
             return self.features
-        return "blocks" if self.inception is None else "inception"
+        if self.inception is not None:
+            return "inception"
+        return "blocks" if self.dinov2 is None else "dinov2"
 
     @property
     def _needs_no_reference(self) -> bool:
         """The Inception score alone is asked for."""
         return set(self.metrics) == {"is"}
 
+    def autoencoder(self, shape: tuple[int, int, int], device: torch.device) -> Autoencoder | None:
+        """What makes pictures of samples that are latents; None without --vae, which is said of latents on stderr.
+
+        Args:
+            shape: (C, H, W) of the samples.
+            device: where it computes.
+
+        Raises:
+            ValueError: --vae names none that can be used, or the samples are no latents.
+        """
+        from ipfm.engine.runtime.launcher import is_first_process
+        from ipfm.engine.runtime.remarks import Remarks
+        from ipfm.models.autoencoder import SHOWS, is_latent, load_autoencoder
+
+        if self.vae is None:
+            if is_latent(shape) and is_first_process():
+                Remarks().add(f"the samples are latents, whose channels grids show in grey, side by side: {SHOWS}")
+            return None
+        found = load_autoencoder(self.vae, device)
+        found.shape_of_pictures(shape)
+        return found
+
     def comparison(
-        self, shape: tuple[int, int, int], device: torch.device, *, images: ImageDataset | None = None
+        self,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        *,
+        images: ImageDataset | None = None,
+        autoencoder: Autoencoder | None = None,
     ) -> Comparison | None:
         """The files that these options name, open and checked; None where nothing is to be measured.
 
@@ -100,6 +143,7 @@ class EvaluationOptions:
             shape: (C, H, W) of the samples.
             device: where features are computed.
             images: those that the samples are compared with, where they are open already.
+            autoencoder: of samples that are latents, see `autoencoder`.
 
         Raises:
             ValueError: a file that cannot be used, does not fit the samples, or does not allow what is to be measured;
@@ -128,6 +172,8 @@ class EvaluationOptions:
             skip_unreadable=self.skip_unreadable,
             strict=self.strict,
             images=images,
+            autoencoder=autoencoder,
+            dinov2=self.dinov2,
         )
         if found.file is not None and found.file.images is not None:
             check_sizes(self.metrics, self.eval_images, real=len(found.file.images))

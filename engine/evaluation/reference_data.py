@@ -15,14 +15,18 @@ from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.metrics import Features, Reference, Statistics, collect
 from ipfm.engine.evaluation.metrics.frechet import check_statistics
+from ipfm.engine.evaluation.statistics_pickle import read_statistics
 from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.engine.runtime.progress import ProgressBar
 from ipfm.engine.runtime.remarks import Remarks
 from ipfm.models.atomic_files import atomic_write
+from ipfm.models.autoencoder import LATENT_CHANNELS
 from ipfm.models.checkpoints.recognise import missing, user_path, what_place
 
 # Names of an array of images in an .npz: ADM's sample and reference batches, and those of `ipfm sample`.
 IMAGE_ARRAYS = ("arr_0", "images")
+# That of latents, which `ipfm sample` writes where nothing makes pictures of them.
+LATENTS_ARRAY = "latents"
 # The name of the features beside statistics of others than Inception's: a text.
 FEATURES_ARRAY = "features"
 
@@ -38,13 +42,17 @@ class ReferenceFile:
     """What features the statistics are of, where the file says so."""
 
 
-def open_reference(path: Path | str, *, skip_unreadable: bool = False, strict: bool = False) -> ReferenceFile:
+def open_reference(
+    path: Path | str, *, features: str = "inception", skip_unreadable: bool = False, strict: bool = False
+) -> ReferenceFile:
     """Read and check a reference; no features are computed.
 
     Args:
         path: an .npz with `mu` (dim,) and `sigma` (dim, dim), the mean and unbiased covariance of Inception features as
             EDM publishes them; an .npz with images `arr_0` (N, H, W, C) uint8 as ADM publishes them; or a data set:
-            an image folder, a zip, CIFAR-10's archive. ADM's reference batches hold statistics and images.
+            an image folder, a zip, CIFAR-10's archive. ADM's reference batches hold statistics and images. Or a .pkl
+            with the statistics of EDM2, of the features of Inception, of DINOv2 or of both.
+        features: which of these are wanted.
         skip_unreadable: of a data set, as in `open_dataset`.
         strict: likewise.
 
@@ -52,10 +60,16 @@ def open_reference(path: Path | str, *, skip_unreadable: bool = False, strict: b
         ValueError: there is no such file, it holds none of these, or statistics that are none; one line.
     """
     path = user_path(path)
+    if _is_pickle(path):
+        stored = read_statistics(path)
+        if features not in stored:
+            names = " and ".join(sorted(stored))
+            raise ValueError(f"{path} holds statistics of the features {names}, not of {features}")
+        return ReferenceFile(path, _statistics(path, stored[features]), None, features)
     _refuse_what_is_known(path)
     if not is_npz(path):
         return ReferenceFile(path, None, open_images(path, skip_unreadable=skip_unreadable, strict=strict))
-    arrays = _read_npz(path, ("mu", "sigma", FEATURES_ARRAY, *IMAGE_ARRAYS))
+    arrays = _read_npz(path, ("mu", "sigma", FEATURES_ARRAY, *IMAGE_ARRAYS, LATENTS_ARRAY))
     statistics = _statistics(path, arrays) if "mu" in arrays or "sigma" in arrays else None
     images = _images(path, arrays)
     if statistics is None and images is None:
@@ -72,6 +86,8 @@ def open_images(
     strict: bool = False,
 ) -> ImageDataset:
     """The images at `path`, without labels: a data set, or an .npz with `arr_0` or `images` (N, H, W, C) uint8.
+
+    An .npz may have `latents` (N, 4, h, w) float32 instead.
 
     Args:
         path: the file or folder.
@@ -92,7 +108,7 @@ def open_images(
         return open_dataset(
             path, labels=False, max_images=limit, seed=seed, skip_unreadable=skip_unreadable, strict=strict
         )
-    images = _images(path, _read_npz(path, IMAGE_ARRAYS))
+    images = _images(path, _read_npz(path, (*IMAGE_ARRAYS, LATENTS_ARRAY)))
     if images is None:
         raise ValueError(f"{path} holds no images (arr_0){_arrays_of(path)}")
     assert isinstance(images.images, torch.Tensor)
@@ -101,6 +117,16 @@ def open_images(
     for remark in said if is_first_process() else ():
         Remarks().add(remark)
     return replace(images, images=images.images[kept.of(len(images))], remarks=tuple(said))
+
+
+def _is_pickle(path: Path) -> bool:
+    if path.suffix.lower() == ".npz":
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(1) == b"\x80"
+    except OSError:
+        return False
 
 
 def _refuse_what_is_known(path: Path) -> None:
@@ -129,7 +155,8 @@ def is_npz(path: Path) -> bool:
             names = archive.namelist()
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         return False
-    return bool(names) and all(name.endswith(".npy") for name in names)
+    # A set of latents lies in numbered folders.
+    return bool(names) and all(name.endswith(".npy") and "/" not in name for name in names)
 
 
 def make_reference(
@@ -231,10 +258,22 @@ def _statistics(path: Path, arrays: dict[str, np.ndarray]) -> Statistics:
 def _images(path: Path, arrays: dict[str, np.ndarray]) -> ImageDataset | None:
     name = next((name for name in IMAGE_ARRAYS if name in arrays), None)
     if name is None:
-        return None
+        return _latents(path, arrays)
     pixels = arrays[name]
     if pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or pixels.dtype != np.uint8 or not len(pixels):
         raise ValueError(
             f"{path}: {name} must be images (N, H, W, 1 or 3) uint8, got {pixels.dtype} {tuple(pixels.shape)}"
         )
     return ImageDataset(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), name=path.name)
+
+
+def _latents(path: Path, arrays: dict[str, np.ndarray]) -> ImageDataset | None:
+    found = arrays.get(LATENTS_ARRAY)
+    if found is None:
+        return None
+    if found.ndim != 4 or found.shape[1] != LATENT_CHANNELS or found.dtype.kind != "f" or not len(found):
+        raise ValueError(
+            f"{path}: {LATENTS_ARRAY} must be (N, {LATENT_CHANNELS}, h, w) float32, got {found.dtype} "
+            f"{tuple(found.shape)}"
+        )
+    return ImageDataset(torch.from_numpy(found.astype(np.float32)), name=path.name, latents=True)

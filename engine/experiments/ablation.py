@@ -345,6 +345,7 @@ class Ablation(Recipe[AblationOptions]):
                     teacher.shared is not None and exported_steps(teacher.shared, "teacher") is not None
                 )
                 local.check_teaching(teacher.place, teacher.training, teacher.network, distilled=used)
+        options.autoencoder(self.cifar.shape, run_device())  # refused: all are pictures
         comparison = None if local is not None else options.comparison(self.cifar.shape, run_device())
         if comparison is None and local is None and not options.dry_run:
             raise ValueError("give --reference, and --inception or --features pixels: there is nothing to measure")

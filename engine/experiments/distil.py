@@ -37,6 +37,7 @@ from ipfm.engine.training.run_folder import check_run_folder, claimed, teacher_f
 from ipfm.engine.training.snapshots import best_said
 from ipfm.engine.training.start import Branch, DistillationStart, start_facts
 from ipfm.models import NetworkConfig, Precond, presets
+from ipfm.models.autoencoder import Autoencoder
 
 # (settings by name, D, whether the teacher is class-conditional) -> what the recipe sets otherwise then.
 Variation = Callable[[Mapping[str, Any], float, bool], Mapping[str, Any]]
@@ -85,6 +86,8 @@ class DistilPlan(Plan):
     """What it goes on from, unless it begins with the teacher."""
     branch: Branch | None = None
     """The run whose settings are the defaults."""
+    autoencoder: Autoencoder | None = None
+    """Of latents."""
 
     @property
     def kept(self) -> Mapping[str, Any]:
@@ -133,7 +136,13 @@ class DistilPlan(Plan):
         check_agreed(self.branch, world)
         with claimed(path, self.record, self.config, write=world.is_main):
             distiller = Distiller(
-                config, self.teacher, evaluation=evaluation, dataset=dataset, start=self.start, world=world
+                config,
+                self.teacher,
+                evaluation=evaluation,
+                autoencoder=self.autoencoder,
+                dataset=dataset,
+                start=self.start,
+                world=world,
             )
 
         def train() -> None:
@@ -207,10 +216,23 @@ class DistilRecipe(Recipe[DistillationOptions]):
         start = read_start(options, config, teacher, path, branch)
         record = check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
         compared = settled.data if options.reference is None else None
-        comparison = options.comparison(network.image_shape, run_device(), images=compared)
+        autoencoder = options.autoencoder(network.image_shape, run_device())
+        comparison = options.comparison(network.image_shape, run_device(), images=compared, autoencoder=autoencoder)
         chosen = given.names & self.origins.keys()
         return DistilPlan(
-            self, options, config, network, teacher, path, record, comparison, chosen, settled, start, branch
+            self,
+            options,
+            config,
+            network,
+            teacher,
+            path,
+            record,
+            comparison,
+            chosen,
+            settled,
+            start,
+            branch,
+            autoencoder,
         )
 
     def settle(

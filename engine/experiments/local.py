@@ -389,6 +389,7 @@ class TrainAndDistil(Recipe[O], Generic[O]):
         config = options.distillation()
         config.split(launched_processes())
         teacher = read_teacher(options)
+        options.autoencoder(self.dataset.shape, run_device())  # refused: these are pictures
         network = (
             self.network(options, self.D if options.D is None else options.D) if teacher is None else teacher.config
         )

@@ -32,6 +32,7 @@ from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import Given
 from ipfm.models import NetworkConfig, Precond
+from ipfm.models.autoencoder import is_latent
 from ipfm.models.checkpoints.recognise import user_path
 from ipfm.models.facts import TeacherFacts
 
@@ -247,7 +248,8 @@ def _open(options: OwnDistillationOptions, network: NetworkConfig) -> tuple[Imag
         data = open_images(options.data, skip_unreadable=skip, strict=strict)
     else:
         data = open_dataset(options.data, labels=network.label_dim > 0, skip_unreadable=skip, strict=strict)
-    if data.shape != network.image_shape:
+    of_pictures = options.vae is not None and is_latent(network.image_shape) and not data.latents
+    if data.shape != network.image_shape and not of_pictures:
         C, _, side = network.image_shape
         raise ValueError(
             f"{options.data} has images {'x'.join(map(str, data.shape))}, the teacher makes "

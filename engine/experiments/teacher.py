@@ -38,6 +38,7 @@ from ipfm.engine.training.start import Branch, short_name
 from ipfm.engine.training.teacher import TeacherTraining, check_augmentation, first_step, training_facts
 from ipfm.engine.training.transfer import Transfer, transfer_from
 from ipfm.models import NetworkConfig, presets
+from ipfm.models.autoencoder import Autoencoder
 from ipfm.models.checkpoints.training_state import TrainingState
 from ipfm.models.teacher import load_network
 
@@ -147,6 +148,8 @@ class TeacherPlan(Plan):
 
     said: tuple[str, ...] = ()
     """What to know of the settings, a line each."""
+    autoencoder: Autoencoder | None = None
+    """Of latents."""
 
     def describe(self) -> str:
         """See `Plan.describe`."""
@@ -178,6 +181,7 @@ class TeacherPlan(Plan):
                 self.network,
                 self.data,
                 evaluation=evaluation,
+                autoencoder=self.autoencoder,
                 start=self.state,
                 transfer=self.transfer,
                 world=world,
@@ -264,9 +268,22 @@ class TeacherRecipe(Recipe[TeacherOptions]):
             check_length(state, str(options.continue_from), config)
         transfer = None if options.transfer is None else _transfer(options.transfer, network, path)
         record = check_run_folder(path, "teacher", config, training_facts(config, network, data, state, transfer))
-        comparison = options.comparison(settled.shape, run_device())
+        autoencoder = options.autoencoder(settled.shape, run_device())
+        comparison = options.comparison(settled.shape, run_device(), autoencoder=autoencoder)
         return TeacherPlan(
-            self, options, config, network, data, state, path, record, comparison, transfer, branch, settled.said
+            self,
+            options,
+            config,
+            network,
+            data,
+            state,
+            path,
+            record,
+            comparison,
+            transfer,
+            branch,
+            settled.said,
+            autoencoder,
         )
 
     def settle(self, given: Given[TeacherOptions], data: ImageDataset | None, state: TrainingState | None) -> Settled:

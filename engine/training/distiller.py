@@ -43,6 +43,7 @@ from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import teacher_facts
 from ipfm.engine.training.start import DistillationStart, NetworkStart, start_facts
 from ipfm.models import NetworkConfig, Precond
+from ipfm.models.autoencoder import Autoencoder
 from ipfm.models.facts import TeacherFacts, read_facts
 from ipfm.models.teacher import check_teacher
 
@@ -59,6 +60,7 @@ class Distiller(TrainingRun[Distillation]):
             chosen for this device: the ZeRO stage, `.micro_batch`, `.backward`, `.activation_checkpointing`.
         teacher: the frozen denoiser; it is copied.
         evaluation: what the generator's samples are measured against; None measures nothing.
+        autoencoder: makes pictures of latents, see `TrainingRun`.
         dataset: name of the teacher's data ("cifar10", …), under which published results are looked up; that which the
             teacher's own file says where it is empty.
         start: what the networks begin with where they go on from another training; None begins with the teacher, as
@@ -91,6 +93,7 @@ class Distiller(TrainingRun[Distillation]):
         teacher: Precond,
         *,
         evaluation: Evaluation | None = None,
+        autoencoder: Autoencoder | None = None,
         dataset: str = "",
         start: DistillationStart | None = None,
         world: World | None = None,
@@ -105,7 +108,7 @@ class Distiller(TrainingRun[Distillation]):
         self.objective = settings.config.objective(self._as_trained)
         check_objective_says(self.objective)
         self.rows: list[EvaluationRow] = []
-        super().__init__(settings, world, title=self.objective.title, evaluation=evaluation)
+        super().__init__(settings, world, title=self.objective.title, evaluation=evaluation, autoencoder=autoencoder)
         # The caller's teacher, where it lies on this device, is the caller's to release.
         self._measure_other_bytes(without=teacher)
         self._facts = {**teacher_facts(teacher), **start_facts(start)}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ipfm.engine.config import Resolved, Rules, RunConfig, place_settings
 from ipfm.engine.data.comparison import IMAGES_OF_CLASSES, Panel, examples, places, save_comparison
 from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.data.latents import decoded
 from ipfm.engine.distributed.agreement import attempt
 from ipfm.engine.distributed.compilation import set_execution
 from ipfm.engine.distributed.determinism import compute_deterministically
@@ -43,6 +44,7 @@ from ipfm.engine.training.run_folder import RunFolder, check_run_folder, is_sett
 from ipfm.engine.training.set_aside import go_back
 from ipfm.models import NetworkConfig, Precond, build_network, save_model
 from ipfm.models.atomic_files import why
+from ipfm.models.autoencoder import Autoencoder
 from ipfm.models.facts import ModelFacts, TeacherFacts
 from ipfm.models.layers import lay_out_weights
 from ipfm.models.store import describe_average, in_the_way
@@ -64,6 +66,7 @@ class TrainingRun(ABC, Generic[C]):
         world: the run's processes.
         title: in lines of the log.
         evaluation: what samples are measured against; None measures nothing.
+        autoencoder: makes pictures of the networks' images, which are latents; None shows them as they are.
     """
 
     networks: Mapping[str, TrainedNetwork]
@@ -71,8 +74,17 @@ class TrainingRun(ABC, Generic[C]):
     averaged: EmaNetwork
     """The average of the network that is the result."""
 
-    def __init__(self, settings: Resolved[C], world: World, *, title: str, evaluation: Evaluation | None) -> None:
+    def __init__(
+        self,
+        settings: Resolved[C],
+        world: World,
+        *,
+        title: str,
+        evaluation: Evaluation | None,
+        autoencoder: Autoencoder | None = None,
+    ) -> None:
         self.settings, self.world, self.title, self.evaluation = settings, world, title, evaluation
+        self.autoencoder = autoencoder
         self.config, self.D, self.micro_batch = settings.config, settings.D, settings.micro_batch
         self.first_step = 0
         self.other_bytes = 0
@@ -196,8 +208,14 @@ class TrainingRun(ABC, Generic[C]):
         return lambda folder: save_model(form, folder, extra=extra, state=state)
 
     def picture(self, count: int, seed: int) -> Tensor:
-        """`count` images from fixed latents, (count, C, H, W) in [-1, 1]."""
-        return self.sample(0, count, seed=seed)
+        """`count` images from fixed latents, (count, C, H, W) in [-1, 1]; of others than the first process as drawn."""
+        return self._shown(self.sample(0, count, seed=seed))
+
+    def _shown(self, images: Tensor) -> Tensor:
+        """Pictures of images that are latents, on the first process, which alone shows them."""
+        if self.autoencoder is None or not self.world.is_main:
+            return images
+        return self.autoencoder.decode(images)
 
     # -- a whole run ------------------------------------------------------------------------------------------------
 
@@ -309,18 +327,24 @@ class TrainingRun(ABC, Generic[C]):
         network = self.averaged.network
         index = torch.arange(IMAGES_OF_CLASSES)
         labels = draw_labels(network.label_dim, index, seed=PICTURE_SEED, stream=Stream.SAMPLER_LABEL, step=0)
-        where = places(network.image_shape, labels)
+        shape = network.image_shape
+        if self.autoencoder is not None:
+            shape = self.autoencoder.shape_of_pictures(shape)
+        where = places(shape, labels)
         panels = []
         for title, draw in networks.items():
             drawn = []
             for first in range(0, where.drawn, IMAGES_AT_ONCE):
                 check_stop(self.world)
-                drawn.append(draw(first, min(IMAGES_AT_ONCE, where.drawn - first)).float().cpu())
+                images = draw(first, min(IMAGES_AT_ONCE, where.drawn - first))
+                drawn.append(self._shown(images).float().cpu())
             panels.append(Panel(title, where.shown(torch.cat(drawn))))
         if not self.world.is_main:
             return None
         if data is not None:
             try:
+                if self.autoencoder is not None and data.latents:
+                    data = decoded(data, self.autoencoder)
                 panels.append(Panel("data", examples(data, where)))
             except Exception as error:
                 self._warn(f"{path} is without data: {described(error)}")

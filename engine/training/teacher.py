@@ -35,6 +35,7 @@ from ipfm.engine.training.run_folder import fingerprint
 from ipfm.engine.training.task import StepFailed
 from ipfm.engine.training.transfer import Transfer
 from ipfm.models import NetworkConfig, Precond, build_network
+from ipfm.models.autoencoder import Autoencoder
 from ipfm.models.facts import TeacherFacts
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         network: architecture; its D must be that of `config`.
         dataset: images in the network's shape.
         evaluation: what the samples are measured against; None measures nothing.
+        autoencoder: makes pictures of latents, see `TrainingRun`.
         start: a training elsewhere that this one continues: weights, EMA and optimiser state, and, as far as it is
             known, the number of images seen.
         transfer: weights of another network that a new one begins with.
@@ -72,6 +74,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         dataset: ImageDataset,
         *,
         evaluation: Evaluation | None = None,
+        autoencoder: Autoencoder | None = None,
         start: TrainingState | None = None,
         transfer: Transfer | None = None,
         world: World | None = None,
@@ -80,7 +83,9 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         check_augmentation(config, dataset)
         world = world or start_world()
         settings = resolve_training(config, network, world)
-        super().__init__(settings, world, title=f"teacher D={settings.D:g}", evaluation=evaluation)
+        super().__init__(
+            settings, world, title=f"teacher D={settings.D:g}", evaluation=evaluation, autoencoder=autoencoder
+        )
         self.network = replace(network, dropout=config.dropout)
         self.local_batch, _ = config.split(world.size)
         self.dataset = dataset.to(world.device)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ipfm.engine.sampling.samplers import Churn
     from ipfm.engine.sampling.stored_model import Claim, Guidance, SampledModel, Schedule
     from ipfm.models import NetworkConfig
+    from ipfm.models.autoencoder import Autoencoder
 
 
 IMAGES, HEUN_STEPS = 64, 18
@@ -70,17 +71,17 @@ class Sample:
     n: int | None = None
     """Number of images. Default: 64."""
     seed: int | None = None
-    """Image i of a seed is the same whatever the number and the batch. Default: 0."""
+    """Image i of a seed is the same whatever number and batch. Default: 0."""
     seeds: Annotated[str | None, tyro.conf.arg(metavar="0,3,7-12")] = None
     """The first image of each of these seeds, in place of --n and --seed."""
     interpolate: Annotated[tuple[int, ...], tyro.conf.arg(metavar="0 1 ...")] = ()
     """--n images (8) from seed to seed, by latents of the prior's law."""
     classes: Annotated[str | None, tyro.conf.arg(metavar="0,1,2")] = None
-    """Classes of the images, in turn; one for all of one class. Default: drawn at random."""
+    """Classes of the images, in turn, or one for all. Default: drawn at random."""
     batch: int = 256
     """Images at a time."""
     heun_steps: int | None = None
-    """Steps of a teacher's sampler; 18, the default, are 35 network evaluations."""
+    """Steps of a teacher's sampler. Default: 18, of 35 network evaluations."""
     solver: Literal["heun", "euler"] | None = None
     """Of a teacher: heun, the default, is of second order; euler of first, with one network evaluation a step."""
     sigmas: tuple[float, ...] = ()
@@ -111,6 +112,8 @@ class Sample:
     """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
     teacher: bool = False
     """The checkpoint is a teacher, whatever its name and place say."""
+    vae: Annotated[Path | None, tyro.conf.arg(metavar="VAE")] = None
+    """Of a model of latents: the AutoencoderKL that makes pictures of them."""
     json: bool = False
     """Print JSON: files, seeds, nfe, D, sigmas, non-finite images, remarks, seconds, images/s."""
 
@@ -123,6 +126,7 @@ class Sample:
         from ipfm.engine.runtime.remarks import Remarks
         from ipfm.engine.runtime.wording import counted
         from ipfm.engine.sampling.stored_model import load_guidance, sample_model
+        from ipfm.models.autoencoder import load_autoencoder
         from ipfm.models.checkpoints.run_models import locate
 
         with user_input():
@@ -153,9 +157,11 @@ class Sample:
                 classes=classes,
             )
             self._check_model(model)
+            autoencoder = None if self.vae is None else load_autoencoder(self.vae, run_device())
+            model, shape = _shown(model, autoencoder)
             names = seeds or range(len(points) or self.n or IMAGES)
             self._check_memory(model.network, len(names))
-            destination = self._destination(model, guidance, names)
+            destination = self._destination(model, guidance, names, shape, autoencoder)
         remarks = Remarks()
         if alone:
             forget_launch()
@@ -279,6 +285,7 @@ class Sample:
 
     def _check_model(self, model: SampledModel) -> None:
         """ValueError: options for a teacher, and it is a generator; a picture that PNG does not know."""
+        from ipfm.models.autoencoder import SHOWS, is_latent
         from ipfm.models.facts import GeneratorFacts
 
         own = {"sigmas"} if self.generator else set()
@@ -288,7 +295,10 @@ class Sample:
                 f"{', '.join(given)} cannot be given: {self.model} is a generator, which has noise levels of its own"
             )
         channels = model.network.img_channels
-        if channels not in (1, 3) and (self._is_folder() or self._suffix() == ".png"):
+        latent = is_latent(model.network.image_shape)
+        if latent and self.vae is None and (self._is_folder() or self._suffix() == ".png"):
+            raise ValueError(f"out must end in .npz for latents, which {self.model} makes, got {self.out}; or {SHOWS}")
+        if not latent and channels not in (1, 3) and (self._is_folder() or self._suffix() == ".png"):
             raise ValueError(f"out must end in .npz for images of {channels} channels, got {self.out}")
 
     def _is_folder(self) -> bool:
@@ -308,19 +318,32 @@ class Sample:
         each = 4 * channels + (4 * (channels + 2 * network.model_channels) if run_device().type == "cpu" else 0)
         check_memory(size * height * width * each, f"a batch of {size:,} images", "give a smaller --batch")
 
-    def _destination(self, model: SampledModel, guidance: Guidance | None, names: Sequence[int]) -> Destination:
+    def _destination(
+        self,
+        model: SampledModel,
+        guidance: Guidance | None,
+        names: Sequence[int],
+        shape: tuple[int, int, int],
+        autoencoder: Autoencoder | None,
+    ) -> Destination:
         """Where the images go. ValueError: they would be mixed with others, or do not fit there."""
         from ipfm.engine.commands.sample.destination import Array, Folder, Picture
 
         if self._is_folder():
             return Folder(
-                self.out, names, self._made_by(model, guidance, len(names)), add=self.add, subdirs=self.subdirs
+                self.out,
+                names,
+                self._made_by(model, guidance, len(names), autoencoder),
+                add=self.add,
+                subdirs=self.subdirs,
             )
         if self._suffix() == ".png":
-            return Picture(self.out, len(names), model.network.image_shape, in_a_row=bool(self.interpolate))
-        return Array(self.out, len(names), model.network.image_shape)
+            return Picture(self.out, len(names), shape, in_a_row=bool(self.interpolate))
+        return Array(self.out, len(names), shape)
 
-    def _made_by(self, model: SampledModel, guided: Guidance | None, count: int) -> dict[str, object]:
+    def _made_by(
+        self, model: SampledModel, guided: Guidance | None, count: int, autoencoder: Autoencoder | None
+    ) -> dict[str, object]:
         """All that changes an image but its number."""
         from ipfm.engine.runtime.json_output import plain
         from ipfm.engine.sampling.stored_model import fingerprint
@@ -336,6 +359,7 @@ class Sample:
             "classes": self.classes,
             "seed": seed,
             **{name: value for name, value in own.items() if value is not None},
+            **({} if autoencoder is None else {"vae": fingerprint(autoencoder.file)}),
             **self._schedule().named(),
             **({"guide": fingerprint(guided.path), "guidance": guided.weight} if guided is not None else {}),
         }
@@ -410,6 +434,7 @@ class Sample:
             "guidance": self.guidance,
             "seconds": seconds,
             "images_per_second": count / max(seconds, 1e-9),
+            **({} if self.vae is None else {"vae": self.vae}),
         }
 
     def _text(self, model: SampledModel, count: int, seconds: float) -> str:
@@ -418,3 +443,16 @@ class Sample:
         each = f"{counted(model.nfe, 'network evaluation')} each"
         speed = f"{significant(count / max(seconds, 1e-9))} images/s"
         return f"{count} images, {each}, {speed}: {self.out}"
+
+
+def _shown(model: SampledModel, autoencoder: Autoencoder | None) -> tuple[SampledModel, tuple[int, int, int]]:
+    """The model, drawing the pictures of its latents where there is an autoencoder; and (C, H, W) of what it draws.
+
+    Raises:
+        ValueError: an autoencoder for a model that makes no latents.
+    """
+    shape = model.network.image_shape
+    if autoencoder is None:
+        return model, shape
+    draw, decode = model.draw, autoencoder.decode
+    return model._replace(draw=lambda first, count: decode(draw(first, count))), autoencoder.shape_of_pictures(shape)

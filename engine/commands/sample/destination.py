@@ -17,11 +17,13 @@ from torch import Tensor, cat
 from ipfm.engine.checks import option_name
 from ipfm.engine.data.image_files import EXTENSIONS
 from ipfm.engine.data.image_grid import MOST_PIXELS, layout, pixels, save_grid, save_pngs
+from ipfm.engine.evaluation.reference_data import LATENTS_ARRAY
 from ipfm.engine.evaluation.subject import SAMPLES_FILE
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.host_memory import check_memory
 from ipfm.engine.runtime.wording import size
 from ipfm.models.atomic_files import atomic_write
+from ipfm.models.autoencoder import is_latent
 from ipfm.models.checkpoints.recognise import what_of_ours
 
 PER_FOLDER = 1000
@@ -86,6 +88,8 @@ class Picture(Destination):
 class Array(Destination):
     """One .npz with the entry "images", uint8 (N, H, W, C), written as the images come.
 
+    Latents are the entry "latents", float32 (N, C, H, W), as they are.
+
     Args:
         path: of the .npz.
         count: number of images.
@@ -94,22 +98,27 @@ class Array(Destination):
 
     def __init__(self, path: Path, count: int, shape: tuple[int, int, int]) -> None:
         channels, height, width = shape
-        self._path, self._shape = path, (count, height, width, channels)
+        self._path, self._latents = path, is_latent(shape)
+        self._shape = (count, *shape) if self._latents else (count, height, width, channels)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """See `Destination.opened`."""
-        header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
+        descr, name = ("<f4", LATENTS_ARRAY) if self._latents else ("|u1", "images")
+        header = {"descr": descr, "fortran_order": False, "shape": self._shape}
         with (
             atomic_write(self._path) as file,
             zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
-            archive.open("images.npy", "w", force_zip64=True) as self._member,
+            archive.open(f"{name}.npy", "w", force_zip64=True) as self._member,
         ):
             np.lib.format.write_array_header_1_0(self._member, header)
             yield
 
     def write(self, first: int, images: Tensor) -> None:
         """See `Destination.write`."""
+        if self._latents:
+            self._member.write(images.float().contiguous().numpy().tobytes())
+            return
         self._member.write(pixels(images).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
 
 

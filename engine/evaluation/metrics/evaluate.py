@@ -13,7 +13,16 @@ from ipfm.engine.evaluation.metrics.features import WHERE_TO_GET_INCEPTION, Clas
 from ipfm.engine.evaluation.metrics.frechet import frechet_distance
 from ipfm.engine.evaluation.metrics.inception_score import inception_score
 from ipfm.engine.evaluation.metrics.kernel_distance import kernel_distance, usual_subset_size
-from ipfm.engine.evaluation.metrics.measures import DISTANCE, FID, METRICS, Measure, Measured, Metric, measures_of
+from ipfm.engine.evaluation.metrics.measures import (
+    DISTANCE,
+    FD_DINOV2,
+    FID,
+    METRICS,
+    Measure,
+    Measured,
+    Metric,
+    measures_of,
+)
 from ipfm.engine.evaluation.metrics.moments import FeatureMoments, Statistics
 from ipfm.engine.evaluation.metrics.precision_recall import precision_recall
 
@@ -44,7 +53,7 @@ class FrechetResult(Measured):
         images: how many it is of, drawn by all ranks.
         seconds: that the slowest rank spent drawing them, without features and matrix roots.
         images_per_second: of all ranks together.
-        name: what the distance is called, "FID" with Inception features alone.
+        name: what the distance is called, "FID" with Inception features alone, "FD-DINOv2" with those of DINOv2.
         left_out: how many more were drawn, and left out because they, or their features, were not finite.
     """
 
@@ -75,7 +84,7 @@ class FrechetResult(Measured):
 
 def distance_name(features: Features) -> str:
     """What the Fréchet distance of these features is called."""
-    return FID if features.name == "inception" else DISTANCE
+    return {"inception": FID, "dinov2": FD_DINOV2}.get(features.name, DISTANCE)
 
 
 def check_known(metrics: Sequence[str]) -> None:

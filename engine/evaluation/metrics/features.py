@@ -94,14 +94,14 @@ class InceptionFeatures:
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu") -> None:
         self.path, self.device = Path(path), torch.device(device)
-        self._net = _load_script(self.path, self.device)
+        self._net = load_script(self.path, self.device)
         grey = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8, device=self.device)
         try:
             with torch.no_grad():
                 found = self._net(grey, return_features=True)
         except (RuntimeError, TypeError, ValueError, torch.jit.Error) as error:
             raise ValueError(
-                f"{self.path} does not take images as net(images, return_features=True): {_last_line(error)}; "
+                f"{self.path} does not take images as net(images, return_features=True): {last_line(error)}; "
                 f"{WHERE_TO_GET_INCEPTION}"
             ) from None
         if not _is_table(found):
@@ -138,9 +138,8 @@ class InceptionFeatures:
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images must have shape (B, 1 or 3, H, W), got {tuple(images.shape)}")
         images = images.detach().to(self.device, torch.float32)
-        pixels = (images.nan_to_num(nan=-1.0) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
         with full_float32():
-            found = self._net(pixels.expand(-1, 3, -1, -1), **options)
+            found = self._net(levels(images).expand(-1, 3, -1, -1), **options)
         finite = torch.isfinite(images).flatten(start_dim=1).all(dim=1)
         return torch.where(finite[:, None], found, torch.nan)
 
@@ -155,6 +154,11 @@ class InceptionFeatures:
             return 0, False
         normalised = bool((found >= 0).all() and ((found.double().sum(dim=1) - 1).abs() < 1e-3).all())
         return found.shape[1], normalised
+
+
+def levels(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as pixels, uint8: clip(127.5·x + 128, 0, 255), truncated; NaN becomes 0."""
+    return (images.nan_to_num(nan=-1.0) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def _no_program(path: Path) -> str | None:
@@ -172,28 +176,46 @@ def _no_program(path: Path) -> str | None:
     return "it is a checkpoint of torch.save" if any(n.endswith("/data.pkl") for n in names) else what_zip(names)
 
 
-def _load_script(path: Path, device: torch.device) -> Any:
+def is_program(path: Path) -> bool:
+    """Whether a file is a zip with a program, as TorchScript's are."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
+
+
+def load_script(path: Path, device: torch.device, where: str = WHERE_TO_GET_INCEPTION) -> Any:
+    """The TorchScript network in a file, in eval mode.
+
+    Args:
+        path: the file.
+        device: where it is to compute.
+        where: what is wanted, and where it is found, for messages.
+
+    Raises:
+        ValueError: it holds none; one line.
+    """
     if not path.is_file():
-        raise ValueError(f"{f'{path} is no file' if path.exists() else missing(path)}: {WHERE_TO_GET_INCEPTION}")
+        raise ValueError(f"{f'{path} is no file' if path.exists() else missing(path)}: {where}")
     with path.open("rb") as file:
         # The first byte of every pickle since protocol 2.
         start = file.read(512)
     if what := what_pointer(start):
-        raise ValueError(f"{path} is no TorchScript network: {what}; {WHERE_TO_GET_INCEPTION}")
+        raise ValueError(f"{path} is no TorchScript network: {what}; {where}")
     if start.startswith(b"\x80"):
         raise ValueError(
-            f"{path} is a pickled network, which runs code of its own when it is opened, and is not read here: "
-            f"{WHERE_TO_GET_INCEPTION}"
+            f"{path} is a pickled network, which runs code of its own when it is opened, and is not read here: {where}"
         )
     if what := _no_program(path):
-        raise ValueError(f"{path} is no TorchScript network: {what}; {WHERE_TO_GET_INCEPTION}")
+        raise ValueError(f"{path} is no TorchScript network: {what}; {where}")
     try:
         with warnings.catch_warnings():
             # TorchScript is on its way out of PyTorch, the published file is not.
             warnings.simplefilter("ignore", DeprecationWarning)
             return torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError, torch.jit.Error) as error:
-        raise ValueError(f"{path} is no TorchScript network: {_last_line(error)}; {WHERE_TO_GET_INCEPTION}") from None
+        raise ValueError(f"{path} is no TorchScript network: {last_line(error)}; {where}") from None
 
 
 def _is_table(found: object) -> bool:
@@ -207,7 +229,7 @@ def _described(found: object) -> str:
     return f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """What an error of TorchScript says without its listing of code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if not line.startswith("The following")), type(error).__name__)[:200]

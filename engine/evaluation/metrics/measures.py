@@ -14,6 +14,8 @@ Metric = Literal["fid", "kid", "is", "pr"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 # What a Fréchet distance is called with the features of Inception, and with all others.
 FID, DISTANCE = "FID", "Fréchet distance"
+# And with those of DINOv2.
+FD_DINOV2 = "FD-DINOv2"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Measure:
 
     def called(self, distance: str) -> str:
         """Its name for people, beside a Fréchet distance that is called `distance`."""
+        if self.key == "frechet":
+            return distance
         return self.name if distance == FID else self.otherwise
 
     @property

@@ -1,0 +1,122 @@
+"""Latents from end to end: pictures, their latents, a teacher of them, a generator, its pictures, a distance."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_vae import tiny_vae
+
+from ipfm.engine.commands.main import _main
+from ipfm.engine.data.image_grid import read_grid
+from ipfm.engine.data.zip_writer import encode_png
+from ipfm.engine.runtime.commandline import run_command
+from ipfm.recipes import distill_ipfm, train_teacher
+
+COUNT, SIDE = 40, 16
+
+
+def ipfm(*argv: object) -> int:
+    try:
+        run_command("ipfm", _main, [*map(str, argv)])
+    except SystemExit as stop:
+        return int(stop.code)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with vae, pictures.zip (of two classes), latents.zip and a run of a teacher and of a distillation."""
+    root = tmp_path_factory.mktemp("latents")
+    tiny_vae(root / "vae")
+    random = np.random.default_rng(1)
+    for index in range(COUNT):
+        file = root / "pictures" / "ab"[index % 2] / f"{index:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode_png(random.integers(0, 256, (3, SIDE, SIDE), dtype=np.uint8)))
+    assert not ipfm("dataset", root / "pictures", root / "pictures.zip")
+    assert not ipfm("dataset", root / "pictures", root / "latents.zip", "--latents", root / "vae")
+    common = ["--max-steps", "2", "--batch", "8", "--vae", str(root / "vae"), "--features", "blocks"]
+    common += ["--eval-images", "20"]
+    network = ["--model-channels", "8", "--channel-mult", "1", "--num-blocks", "1", "--conditional"]
+    data = ["--data", str(root / "latents.zip")]
+    train_teacher.main([*data, *network, *common, "--eval-every", "2", "--out", str(root / "teacher")])
+    teacher = ["--teacher", str(root / "teacher" / "model"), "--data", str(root / "pictures.zip")]
+    distill_ipfm.main([*teacher, *common, "--out", str(root / "run")])
+    return root
+
+
+def test_grids_and_the_picture_of_the_end_show_pictures(place):
+    for run, panels in (("teacher", 2), ("run", 3)):
+        (grid,) = sorted((place / run / "samples").glob("*.png"))
+        assert read_grid(grid).shape == (64, 3, SIDE, SIDE)
+        with Image.open(place / run / "comparison.png") as picture:
+            assert picture.info["Title"].count(",") + 1 >= panels
+    rows = json.loads((place / "run" / "results.json").read_text())
+    assert rows
+
+
+def test_samples_are_pictures_or_latents(place, tmp_path, capsys):
+    model, vae = place / "run" / "generator", place / "vae"
+    assert not ipfm("sample", model, "--n", 6, "--out", tmp_path / "latents.npz")
+    assert not ipfm("sample", model, "--n", 6, "--out", tmp_path / "pictures.npz", "--vae", vae)
+    assert not ipfm("sample", model, "--n", 6, "--out", tmp_path / "grid.png", "--vae", vae)
+    assert not ipfm("sample", model, "--n", 6, "--out", tmp_path / "folder", "--vae", vae, "--batch", 4)
+    from ipfm.engine.data.image_grid import pixels
+    from ipfm.models.autoencoder import load_autoencoder
+
+    with np.load(tmp_path / "latents.npz") as found:
+        latents = torch.from_numpy(found["latents"])
+    assert latents.shape == (6, 4, SIDE // 2, SIDE // 2)
+    expected = pixels(load_autoencoder(vae).decode(latents)).permute(0, 2, 3, 1).numpy()
+    with np.load(tmp_path / "pictures.npz") as found:
+        # The network may round otherwise from one batch to the next.
+        assert np.abs(found["images"].astype(int) - expected).max() <= 1
+    assert len(list((tmp_path / "folder").glob("*.png"))) == 6
+    capsys.readouterr()
+    assert ipfm("sample", model, "--out", tmp_path / "other.png") == 2
+    said = capsys.readouterr().err
+    assert "out must end in .npz for latents, which" in said and "--vae VAE_FOLDER makes pictures of them" in said
+    # The folder has what made its images on record: without the autoencoder, or with another, they are others.
+    tiny_vae(tmp_path / "other", seed=1)
+    assert ipfm("sample", model, "--n", 6, "--out", tmp_path / "folder", "--vae", tmp_path / "other") == 2
+    assert "with other vae" in capsys.readouterr().err
+
+
+def test_evaluations_decode(place, tmp_path, capsys):
+    model, vae = place / "run" / "generator", place / "vae"
+    blocks = ("--features", "blocks", "--images", 30, "--json")
+    found = {}
+    assert not ipfm("sample", model, "--n", 30, "--seed", 0, "--out", tmp_path / "samples.npz")
+    for name, subject, reference in (
+        ("pictures", model, "pictures.zip"),
+        ("latents", model, "latents.zip"),
+        ("of samples", tmp_path / "samples.npz", "pictures.zip"),
+    ):
+        capsys.readouterr()
+        assert not ipfm("evaluate", subject, "--reference", place / reference, "--vae", vae, *blocks)
+        found[name] = json.loads(capsys.readouterr().out)["frechet"]
+    assert found["of samples"] == pytest.approx(found["pictures"], rel=1e-3)
+    assert found["latents"] != pytest.approx(found["pictures"], rel=1e-3)
+    # Latents compare with latents by their own values.
+    assert not ipfm("evaluate", model, "--reference", place / "latents.zip", *blocks)
+    capsys.readouterr()
+    for argv, words in (
+        ((model, "--reference", place / "pictures.zip", *blocks), "are 3x16x16, those that are measured 4x8x8"),
+        (
+            (place / "pictures.zip", "--reference", place / "latents.zip", *blocks),
+            "holds latents, and what",
+        ),
+        ((place / "pictures.zip", "--reference", place / "pictures.zip", "--vae", vae, *blocks), "leave it out"),
+    ):
+        assert ipfm("evaluate", *argv) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_without_a_vae_a_run_says_what_its_grids_show(place, tmp_path, capsys):
+    argv = ["--data", str(place / "latents.zip"), "--model-channels", "8", "--channel-mult", "1", "--num-blocks", "1"]
+    train_teacher.main([*argv, "--max-steps", "1", "--batch", "4", "--out", str(tmp_path / "run"), "--dry-run"])
+    said = capsys.readouterr().err
+    assert "the samples are latents, whose channels grids show in grey, side by side: --vae VAE_FOLDER" in said
