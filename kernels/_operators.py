@@ -26,6 +26,17 @@ def operator(name: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable[..
     return torch.library.custom_op(f"ipfm::{name}", mutates_args=tuple(mutates))
 
 
+def direct(op: CustomOpDef, x: Tensor) -> Callable[..., Any]:
+    """The operator, or the function that it was made of where a launch on x needs no operator and no gradient."""
+    return op._init_fn if launches_directly(x) else op
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` where an argument `launches_directly`: without what PyTorch asks for functorch first."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
+
+
 def launches_directly(x: Tensor) -> bool:
     """Whether a launch on x needs no operator: nobody compiles, traces, simulates, transforms or counts here."""
     return not (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ipfm.kernels import _checks, reference
 from ipfm.kernels._dispatch import Backend, on_device, row_config, use_triton
-from ipfm.kernels._operators import operator
+from ipfm.kernels._operators import direct, operator
 from ipfm.kernels._rows import as_rows, empty_rows
 from ipfm.kernels.reference import DenoisingLoss
 
@@ -220,5 +220,6 @@ def denoising_loss(
     if not (1e-6 <= sigma_data <= 1e6 or math.isinf(sigma_data)):
         raise ValueError(f"{op}: sigma_data must be in [1e-6, 1e6], or inf; got {sigma_data}")
     if use_triton(op, backend, pred.device):
-        return DenoisingLoss(*_denoising_loss(pred, y, sigma, sigma_data, x, c_skip, c_out))
+        run = direct(_denoising_loss, pred)
+        return DenoisingLoss(*run(pred, y, sigma, sigma_data, x, c_skip, c_out))
     return reference.denoising_loss(pred, y, sigma, sigma_data=sigma_data, x=x, c_skip=c_skip, c_out=c_out)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ipfm.kernels import _checks, reference
 from ipfm.kernels._dispatch import Backend, on_device, row_config, use_triton
-from ipfm.kernels._operators import operator
+from ipfm.kernels._operators import direct, operator
 from ipfm.kernels._rows import as_rows, empty_rows
 from ipfm.kernels.reference import IpfmLoss
 
@@ -317,7 +317,11 @@ def ipfm_loss(
         raise ValueError(f"{op}: inplace=True overwrites t and s; got tensors that share memory")
     if use_triton(op, backend, t.device):
         if not inplace:
-            return IpfmLoss(*_ipfm_loss(t, s, y, alpha, x, c_skip, c_out))
-        loss, weight, dy, valid = _ipfm_loss_(t, s, y, alpha, x, c_skip, c_out)
+            return IpfmLoss(*direct(_ipfm_loss, t)(t, s, y, alpha, x, c_skip, c_out))
+        run = direct(_ipfm_loss_, t)
+        loss, weight, dy, valid = run(t, s, y, alpha, x, c_skip, c_out)
+        if run is not _ipfm_loss_ and not t.is_inference():
+            # An operator tells autograd for itself what it overwrote.
+            torch.autograd.graph.increment_version((t, s))
         return IpfmLoss(loss, weight, t, s, dy, valid)
     return reference.ipfm_loss(t, s, y, alpha=alpha, inplace=inplace, x=x, c_skip=c_skip, c_out=c_out)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ipfm.kernels import _checks, group_norm_reference
 from ipfm.kernels._dispatch import Backend, group_config, lane_config, use_triton
 from ipfm.kernels._launch import Launch, dense_layout
-from ipfm.kernels._operators import launches_directly, operator
+from ipfm.kernels._operators import applied, launches_directly, operator
 from ipfm.kernels._silu import silu, silu_slope
 
 # --------------------------------------------------------------------------------------------------------- kernels
@@ -536,7 +536,7 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """(y, mean and 1/√(var + eps) of each group (B, groups, 2)); x is dense, and a row of the addend."""
     y = torch.empty_like(x)
-    statistics = _numbers(x, len(x), groups, 2)
+    statistics = _numbers(x, x.shape[0], groups, 2)
     if x.numel():
         p_scale, p_shift, *per_channel = _per_channel(scale, shift, weight)
         p_addend = weight if addend is None else addend
@@ -698,6 +698,9 @@ class _Branching(_GroupNormSilu):
         return output
 
 
+_apply, _apply_branching = applied(_GroupNormSilu), applied(_Branching)
+
+
 # -------------------------------------------------------------------------------------------------- public function
 
 
@@ -817,7 +820,7 @@ def unchecked_group_norm_silu(
     x, weight, bias = _dense(x), _row(weight), _row(bias)
     run: Callable[..., tuple[Tensor, Tensor]] = _forward
     if launches_directly(x):
-        run = _GroupNormSilu.apply if torch.is_grad_enabled() else _launch_forward
+        run = _apply if torch.is_grad_enabled() else _launch_forward
     return run(x, weight, bias, scale, shift, groups, eps, activation, addend)[0]
 
 
@@ -833,7 +836,7 @@ def branching_group_norm_silu(
     given = (x, weight, bias, None, None, groups, eps, activation, None)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _forward(*given)[0], x
-    y, _, same = _Branching.apply(*given)
+    y, _, same = _apply_branching(*given)
     return y, same
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ipfm.kernels import _checks, reference
 from ipfm.kernels._dispatch import Backend, float64_bits, noise_config, on_device, use_triton
-from ipfm.kernels._operators import operator
+from ipfm.kernels._operators import applied, direct, launches_directly, operator
 from ipfm.kernels.philox import gamma_parts, interleave4, normals, operands, philox_seed, philox_step, scalar_arguments
 
 # ---------------------------------------------------------------------------------------------------------- kernel
@@ -288,6 +288,32 @@ _perturb.register_autograd(_backward)
 _perturb_scaled.register_autograd(_backward_scaled, setup_context=_setup_scaled)
 
 
+class _Perturb(torch.autograd.Function):
+    """The launch without an operator around it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x: Tensor = _perturb._init_fn(*inputs)
+        return x
+
+    backward = staticmethod(_backward)
+
+
+class _PerturbScaled(torch.autograd.Function):
+    """The launch without an operator around it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output: tuple[Tensor, Tensor] = _perturb_scaled._init_fn(*inputs)
+        _setup_scaled(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward_scaled)
+
+
+_apply, _apply_scaled = applied(_Perturb), applied(_PerturbScaled)
+
+
 # -------------------------------------------------------------------------------------------------- public function
 
 
@@ -396,9 +422,12 @@ def perturb(
         out_dtype = y.dtype
     _checks.float_dtype(op, "out_dtype", out_dtype)
     if use_triton(op, backend, y.device):
+        recorded = y.requires_grad and torch.is_grad_enabled() and launches_directly(y)
         if c_in is None:
-            x: Tensor = _perturb(y, sigma, D, *operands(position), index)
+            run = _apply if recorded else direct(_perturb, y)
+            x: Tensor = run(y, sigma, D, *operands(position), index)
             return x
-        both: tuple[Tensor, Tensor] = _perturb_scaled(y, sigma, D, *operands(position), index, c_in, out_dtype)
+        run = _apply_scaled if recorded else direct(_perturb_scaled, y)
+        both: tuple[Tensor, Tensor] = run(y, sigma, D, *operands(position), index, c_in, out_dtype)
         return both
     return reference.perturb(y, sigma, D, **position, sample_index=index, c_in=c_in, out_dtype=out_dtype)

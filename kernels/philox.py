@@ -15,7 +15,7 @@ from ipfm.kernels import _checks, reference
 from ipfm.kernels._checks import Position
 from ipfm.kernels._dispatch import Backend, float64_bits, on_device, signed32, signed64, use_triton
 from ipfm.kernels._numpy_philox import blocks_of, words_of
-from ipfm.kernels._operators import operator
+from ipfm.kernels._operators import direct, operator
 
 WORDS, UNIFORM, NORMAL = 0, 1, 2
 _BLOCK = 256  # Philox blocks a program
@@ -333,7 +333,7 @@ def random_words(
     if first_block + blocks > 1 << 32:
         raise ValueError(f"{op}: first_block + blocks must be at most 2**32; got {first_block + blocks}")
     if use_triton(op, backend, index.device):
-        words: Tensor = launch_philox(index, 4 * blocks, WORDS, first_block, *operands(position))
+        words: Tensor = direct(launch_philox, index)(index, 4 * blocks, WORDS, first_block, *operands(position))
         return words.view(len(index), blocks, 4)
     return reference.random_words(index, blocks, **position, first_block=first_block)
 
@@ -389,7 +389,7 @@ def uniform(
     position = _checks.position(op, seed, stream, step, index)
     count = _checks.integer(op, "count", count, 31)
     if use_triton(op, backend, index.device):
-        numbers: Tensor = launch_philox(index, count, UNIFORM, 0, *operands(position))
+        numbers: Tensor = direct(launch_philox, index)(index, count, UNIFORM, 0, *operands(position))
         return numbers
     return reference.uniform(index, count, **position)
 
@@ -420,7 +420,7 @@ def normal(
     position = _checks.position(op, seed, stream, step, index)
     count = _checks.integer(op, "count", count, 31)
     if use_triton(op, backend, index.device):
-        numbers: Tensor = launch_philox(index, count, NORMAL, 0, *operands(position))
+        numbers: Tensor = direct(launch_philox, index)(index, count, NORMAL, 0, *operands(position))
         return numbers
     return reference.normal(index, count, dtype=torch.float32, **position)
 
@@ -453,6 +453,6 @@ def gamma(
     position = _checks.position(op, seed, stream, step, index)
     shape = _checks.positive(op, "shape", shape)
     if use_triton(op, backend, index.device):
-        numbers: Tensor = launch_gamma(index, shape, *operands(position))
+        numbers: Tensor = direct(launch_gamma, index)(index, shape, *operands(position))
         return numbers
     return reference.gamma(index, shape, **position)

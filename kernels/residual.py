@@ -17,7 +17,7 @@ from ipfm.kernels._images import dense as _dense
 from ipfm.kernels._images import like as _like
 from ipfm.kernels._images import part
 from ipfm.kernels._launch import Launch, dense_layout
-from ipfm.kernels._operators import launches_directly, operator
+from ipfm.kernels._operators import applied, launches_directly, operator
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
@@ -194,7 +194,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy = _regular(dy)
         run: Callable[..., Any] = _launch_backward if launches_directly(dy) else _backward
         d, sums = run(dy, ctx.scale, biased)
-        to_bias = _bias_gradient(sums, len(dy) if ctx.by_sample else None).to(ctx.bias_dtype) if biased else None
+        to_bias = _bias_gradient(sums, dy.shape[0] if ctx.by_sample else None).to(ctx.bias_dtype) if biased else None
     needed = ctx.needs_input_grad
     return d if needed[0] else None, d if needed[1] else None, to_bias, None
 
@@ -219,6 +219,9 @@ class _ResidualSum(torch.autograd.Function):
         return output
 
     backward = staticmethod(_differentiate)
+
+
+_apply = applied(_ResidualSum)
 
 
 # -------------------------------------------------------------------------------------------------- public function
@@ -285,7 +288,7 @@ def unchecked_residual_sum(a: Tensor, b: Tensor, bias: Tensor | None, *, scale: 
     a = _dense(a)
     run: Callable[..., Tensor] = _forward
     if launches_directly(a):
-        run = _ResidualSum.apply if torch.is_grad_enabled() else _launch_forward
+        run = _apply if torch.is_grad_enabled() else _launch_forward
     if bias is not None and bias.stride(-1) != 1:
         bias = bias.contiguous()
     return run(a, _like(b, a), bias, scale)

@@ -262,9 +262,13 @@ def free_bias(layer: nn.Module | None) -> Tensor | None:
     It may where it is of a class of this file, not of one in its place, and nothing hooks on to its calls, as ZeRO 3
     does to gather its parameters.
     """
-    if not isinstance(layer, Linear | Conv2d) or type(layer) not in (Linear, Conv2d):
+    if layer is None or type(layer) not in _BYPASSED or _is_watched(layer):
         return None
-    return None if _is_watched(layer) else layer.bias
+    return layer._parameters["bias"]
+
+
+# (Asked of every layer in every pass.)
+_BYPASSED = frozenset((Linear, Conv2d))
 
 
 def _is_watched(layer: nn.Module) -> bool:
@@ -383,7 +387,8 @@ def free_affine(norm: nn.Module) -> Affine | None:
     """Weight and bias of a normalisation that may be given to it from outside; None: they may not, see `free_bias`."""
     if type(norm) is not GroupNorm or _is_watched(norm):
         return None
-    return norm.weight, norm.bias
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    return None if weight is None or bias is None else (weight, bias)
 
 
 def group_count(num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4) -> int:

@@ -2,13 +2,22 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ipfm.kernels import group_norm, residual
+from ipfm.kernels import denoising_loss, group_norm, ipfm_loss, perturb, philox, residual
 from ipfm.kernels._dispatch import float64_bits
 from ipfm.kernels._operators import launches_directly
 from ipfm.kernels.bench.fake_driver import fake_cuda
 from ipfm.kernels.group_norm import unchecked_group_norm_silu
 from ipfm.kernels.residual import unchecked_residual_sum
+
+
+class Looking(TorchDispatchMode):
+    """Looks at operators, and lets them pass."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
 
 LAST = torch.channels_last
 
@@ -132,3 +141,35 @@ def test_operators_are_called_where_somebody_looks():
 def test_bits_of_a_number():
     for value in (0.0, -0.0, 1.0, -2.5, 1e-320, float("inf")):
         assert float64_bits(value) == int(torch.tensor(value, dtype=torch.float64).view(torch.int64))
+
+
+def test_noise_and_losses_without_an_operator_are_those_with_one(device):
+    """Values and gradients, and what autograd is told of tensors that are overwritten."""
+    sigma, index, c_in = torch.tensor([0.5, 1.0]), torch.arange(2), torch.tensor([0.3, 0.4])
+    sigma, index, c_in = sigma.to(device), index.to(device), c_in.to(device)
+    position = {"seed": 1, "stream": 2, "step": 3, "backend": "triton"}
+
+    def results() -> tuple[list[torch.Tensor], list[str]]:
+        generator = torch.Generator().manual_seed(0)
+        y = torch.randn(2, 3, 4, 4, generator=generator).to(device).requires_grad_()
+        x, scaled = perturb(y, sigma, 128.0, **position, sample_index=index, c_in=c_in)
+        (gradient,) = torch.autograd.grad(x.sum() + (scaled * scaled).sum(), y)
+        flat = perturb(y, sigma, torch.inf, **position, sample_index=index)
+        (flat_gradient,) = torch.autograd.grad((flat * flat).sum(), y)
+        with torch.no_grad():
+            found = [perturb(y, sigma, 5.0, **position, sample_index=index)]
+        t, s, clean = x.detach().clone(), flat.detach().clone(), y.detach()
+        versions = t._version, s._version
+        found += [*ipfm_loss(t, s, clean, alpha=1.0, backend="triton")]
+        assert (t._version, s._version) == versions
+        found += [*ipfm_loss(t, s, clean, alpha=1.0, inplace=True, backend="triton")]
+        assert t._version > versions[0] and s._version > versions[1]
+        found += [*denoising_loss(x.detach(), clean, sigma, backend="triton")]
+        found += [draw(index, 10, **position) for draw in (philox.uniform, philox.normal)]
+        return [x, scaled, gradient, flat, flat_gradient, *found], [x.grad_fn.name(), flat.grad_fn.name()]
+
+    got, names = results()
+    with Looking():
+        expected, through = results()
+    assert all(map(torch.equal, got, expected))
+    assert not any("ipfm" in name for name in names) and all("ipfm" in name for name in through)
