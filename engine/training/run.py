@@ -25,7 +25,7 @@ from ipfm.engine.distributed.ema import EmaNetwork
 from ipfm.engine.distributed.precision import allow_tf32, apply_precision
 from ipfm.engine.distributed.signals import StopRequested, catching_signals, check_stop
 from ipfm.engine.distributed.world import World
-from ipfm.engine.distributed.zero import TrainedNetwork
+from ipfm.engine.distributed.zero import BETA2, TrainedNetwork
 from ipfm.engine.evaluation.evaluation import Evaluation
 from ipfm.engine.evaluation.metrics import FrechetResult, Metric
 from ipfm.engine.evaluation.results import EvaluationHistory, best_average
@@ -120,7 +120,14 @@ class TrainingRun(ABC, Generic[C]):
             self.other_bytes = bytes_in_use(self.world.device, without=without)
 
     def _under_optimiser(
-        self, net: Precond, *, lr: float, beta1: float, ema: Sequence[str], rectified: bool = False
+        self,
+        net: Precond,
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float = BETA2,
+        ema: Sequence[str],
+        rectified: bool = False,
     ) -> TrainedNetwork:
         """`net`, which lies on the run's device, with its optimiser, computing as the settings say."""
         alone = self.settings.stage == 0 and self.world.size == 1
@@ -133,6 +140,7 @@ class TrainingRun(ABC, Generic[C]):
             world=self.world,
             lr=lr,
             beta1=beta1,
+            beta2=beta2,
             ema=ema,
             rectified=rectified,
         )

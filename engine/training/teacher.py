@@ -121,7 +121,8 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         if transfer is not None:
             transfer.put_into(net)
         averages = self.config.average_names
-        return self._under_optimiser(net, lr=self.config.lr, beta1=self.config.beta1, ema=averages)
+        config = self.config
+        return self._under_optimiser(net, lr=config.lr, beta1=config.beta1, beta2=config.beta2, ema=averages)
 
     def _continue(self, start: TrainingState) -> None:
         """Take over what the optimiser knew; the schedules go on from the images seen."""
