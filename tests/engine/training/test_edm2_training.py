@@ -59,14 +59,15 @@ def test_a_teacher_is_trained_stored_and_distilled(tmp_path, D):
     assert stored.config == replace(network, dropout=0.0)
 
     losses = {}
-    for backward in ("joint", "phased"):
+    for backward in ("joint", "phased") if D == 128 else ("phased",):
         config = DistillConfig(
             batch=4, micro_batch=2, max_steps=2, steps=2, logvar=True, lr=1e-3, backward=backward, **PLACE
         )
         distiller = Distiller(config, load_model(tmp_path / "teacher" / "model"), world=ALONE)
         losses[backward] = [distiller.iteration(step).sums["generator_loss"] for step in range(2)]
         assert under_the_rule(distiller.networks["student"].module, logvar=True)[-1] == "logvar_linear.weight"
-    assert torch.allclose(torch.stack(losses["joint"]), torch.stack(losses["phased"]), rtol=1e-3, atol=1e-4)
+    for both in losses.values():
+        assert torch.allclose(torch.stack(both), torch.stack(losses["phased"]), rtol=1e-3, atol=1e-4)
     distiller.run(tmp_path / "distilled")
     generator = load_model(tmp_path / "distilled" / "generator")
     assert generator.config.logvar_channels == 0 and generator.D == D
