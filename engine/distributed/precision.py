@@ -7,6 +7,7 @@ from torch import nn
 
 from ipfm.engine.config import Precision
 from ipfm.models import Precond
+from ipfm.models.edm2_layers import MPConv
 from ipfm.models.layers import Conv2d, GroupNorm
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,8 +32,14 @@ def halve_storage(net: Precond, precision: Precision) -> Precond:
 
 def sixteen_bit_parameters(net: nn.Module) -> list[nn.Parameter]:
     """The parameters that a 16-bit network uses in 16 bits: those of convolutions and normalisations."""
-    kinds = (Conv2d, GroupNorm)
-    return [p for module in net.modules() if isinstance(module, kinds) for p in module.parameters(recurse=False)]
+    kinds = (Conv2d, GroupNorm, MPConv)
+    return [
+        p
+        for module in net.modules()
+        # An MPConv without a kernel is a linear layer, of the embedding.
+        if isinstance(module, kinds) and getattr(module, "kernel", 1)
+        for p in module.parameters(recurse=False)
+    ]
 
 
 def fp16_supported(device: torch.device) -> bool:

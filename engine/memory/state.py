@@ -8,6 +8,9 @@ at stage 0 there are 16 bits on one process alone, without DeepSpeed:
     1          e         4/N       4/N each       e        while the network is trained
     2          e         4/N       4/N each       e/N      while the network is trained
     3          e/N       4/N       4/N each       e/N      all the time
+
+A network with forced weight normalisation (EDM2) has masters of its normalised weights at stage 0 in fp32 too. At the
+other stages, and in 16 bits, its plain weights are where the roundings of masters are.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from ipfm.engine.distributed.precision import DTYPES, sixteen_bit_parameters
 from ipfm.engine.distributed.single_process import WIDENED
 from ipfm.engine.distributed.zero import BUCKET_ELEMENTS
 from ipfm.models import NetworkConfig, build_network
+from ipfm.models.forced_weight_norm import under_the_rule
 
 
 @dataclass(frozen=True)
@@ -120,14 +124,14 @@ def state_bytes(
         teacher: there is a frozen teacher too.
     """
     # A guided teacher is two networks, of which those in training have the size of one.
-    n, halved = _parameters(network)
+    n, halved, _ = _parameters(network)
     numbers = [_parameters(net)[0] for net, _ in trained]
     largest, element = max(numbers), sharding.element
     shards = [sharding.share(count, 1) for count in numbers]
     stored = {"fp32": 4 * n, "half": 4 * n - 2 * halved, "sharded": 4 * -(-n // sharding.ranks)}
     kept = stored[sharding.teacher_storage] if teacher else 0
     weights = element * sum(sharding.share(count, 3) for count in numbers)
-    masters = 4 * sum(shards) if sharding.masters else 0
+    masters = 4 * (sum(shards) if sharding.masters else sum(_parameters(net)[2] for net, _ in trained))
     optimizer = 4 * sum(shard * moments for shard, (_, moments) in zip(shards, trained, strict=True))
     shares = [element * sharding.share(count, 2) for count in numbers]
     gradients = sum(shares) if sharding.stage == 3 else max(shares)
@@ -166,8 +170,13 @@ def parameter_count(network: NetworkConfig) -> int:
 
 
 @lru_cache(maxsize=64)
-def _parameters(network: NetworkConfig) -> tuple[int, int]:
-    """Number of parameters, and of those that sixteen bits may hold."""
+def _parameters(network: NetworkConfig) -> tuple[int, int, int]:
+    """Number of parameters, of those that sixteen bits may hold, and of those that are normalised."""
     with torch.device("meta"):
         net = build_network(network)
-    return sum(p.numel() for p in net.parameters()), sum(p.numel() for p in sixteen_bit_parameters(net))
+    named = dict(net.named_parameters())
+    return (
+        sum(p.numel() for p in named.values()),
+        sum(p.numel() for p in sixteen_bit_parameters(net)),
+        sum(named[name].numel() for name in under_the_rule(net, logvar=True)),
+    )

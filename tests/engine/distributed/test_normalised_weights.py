@@ -9,9 +9,16 @@ from typing import Any
 import launch
 import pytest
 import torch
+from edm2_fixtures import CONFIGS, network, recorded
 from normalised_network import largest_difference, small_network, trained_in_forward, used
 from safetensors.torch import load_file
 from torch import Tensor
+
+from ipfm.engine.config import RunConfig
+from ipfm.engine.distributed.world import World
+from ipfm.engine.distributed.zero import TrainedNetwork
+from ipfm.engine.memory.state import Sharding, state_bytes
+from ipfm.models import EDM2Precond
 
 STEPS = 6
 HALF = (("bf16", 2), ("fp16", 1))
@@ -94,6 +101,52 @@ def test_a_void_step_changes_nothing(found) -> None:
         assert found[name]["steps"] == 0
         for key, tensor in start.items():
             assert torch.equal(found[name][key], tensor) and torch.equal(found[name][f"ema/{key[7:]}"], tensor), name
+
+
+def trained(net: EDM2Precond, precision: str = "fp32", **more: Any) -> TrainedNetwork:
+    """An EDM2 network in training on one process at stage 0."""
+    config = RunConfig(eps=1e-8, zero=0, precision=precision)
+    settings = config.laid_out(D=float("inf"), stage=0, micro_batch=1, phased=False, checkpointed=False)
+    return TrainedNetwork(
+        net, settings, world=World(0, 1, torch.device("cpu")), lr=0.0, beta1=0.9, beta2=0.99, ema=True, **more
+    )
+
+
+def test_four_steps_of_two_batches_are_those_that_the_reference_recorded() -> None:
+    """With its log-variance, learning rates and average. The rule is applied once a step here, there at each batch.
+
+    That moves the weights by 1.1e-5, as the file's rows are far from size 1; nothing else does.
+    """
+    there = recorded("edm2_training_steps")
+    net = trained(network("edm2_latent_uncond", torch.float64).train())
+    for step, lr in enumerate(there["lr"].tolist()):
+        for images, noise, normal in zip(
+            *(there[k][step].double() for k in ("images", "noise", "normal_sigma")), strict=True
+        ):
+            sigma = torch.exp(-0.4 + normal)
+            denoised = net(images + noise * sigma.view(-1, 1, 1, 1), sigma)
+            u = net.module.logvar(sigma).view(-1, 1, 1, 1)
+            weight = ((sigma**2 + 0.25) / (sigma * 0.5) ** 2).view(-1, 1, 1, 1)
+            net.backward((weight / u.exp() * (denoised - images) ** 2 + u).sum() / 8)
+        net.step(lr=lr, ema_decay=(1 - 8 / (8 * (step + 1))) ** (6.937203937601809 + 1))
+    for kind, key in (("weight", "weights_f64"), ("ema", "ema_100_f64")):
+        found = torch.cat([tensor.flatten() for _, tensor in net.full(kind)])
+        assert (found - there[key]).abs().max() <= 1.2e-5
+    start = torch.cat([p.flatten() for p in network("edm2_latent_uncond", torch.float64).state_dict().values()])
+    assert (start[: len(found)] - found).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bytes_of_a_network_in_training_are_those_that_the_plan_counts(precision: str) -> None:
+    """16 bits have masters anyway, of which the plain weights take the roundings' place: no byte more."""
+    config = CONFIGS["edm2_latent_uncond"]
+    net = trained(network("edm2_latent_uncond", torch.float32), precision)
+    counted = state_bytes(config, Sharding(precision=precision), [(config, 3)], teacher=False)
+    tensors = [*net.module.parameters(), *net.optimizer.param_groups[0]["params"]]
+    tensors += [t for state in net.optimizer.state.values() for t in state.values()]
+    held = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
+    assert sum(held.values()) == counted.weights + counted.masters + counted.optimizer
+    assert counted.per_parameter == pytest.approx({"fp32": 24, "bf16": 20}[precision], rel=0.01)
 
 
 def test_the_reference_normalises_what_the_forward_pass_uses() -> None:
