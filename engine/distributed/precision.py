@@ -32,14 +32,12 @@ def halve_storage(net: Precond, precision: Precision) -> Precond:
 
 def sixteen_bit_parameters(net: nn.Module) -> list[nn.Parameter]:
     """The parameters that a 16-bit network uses in 16 bits: those of convolutions and normalisations."""
-    kinds = (Conv2d, GroupNorm, MPConv)
-    return [
-        p
-        for module in net.modules()
+
+    def taken(module: nn.Module) -> bool:
         # An MPConv without a kernel is a linear layer, of the embedding.
-        if isinstance(module, kinds) and getattr(module, "kernel", 1)
-        for p in module.parameters(recurse=False)
-    ]
+        return isinstance(module, Conv2d | GroupNorm) or (isinstance(module, MPConv) and module.kernel > 0)
+
+    return [p for module in net.modules() if taken(module) for p in module.parameters(recurse=False)]
 
 
 def fp16_supported(device: torch.device) -> bool:
