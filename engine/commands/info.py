@@ -118,6 +118,9 @@ def _run(path: Path, remarks: Remarks) -> tuple[dict[str, Any], str]:
     }
     unused = objective.unused if objective else run.about.get("unused", ())
     used = {name: value for name, value in run.settings.items() if name not in unused}
+    if run.starts and isinstance(graphs := run.starts[-1].get("cuda_graphs"), bool):
+        # What "auto" has come to, in the last part of the run.
+        used["cuda_graphs"] = "on" if graphs else "off"
     words = objective.in_words(run.settings) if objective else run.about.get("info", kind)
     text = rows(_run_rows(run, facts, used, words))
     return facts, f"{text}\n\n{results_table(run.results).rstrip()}" if run.results else text

@@ -13,6 +13,7 @@ from torch import Tensor
 from ipfm.engine.config import Rules
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.agreement import attempt
+from ipfm.engine.distributed.pieces import CapturedPieces
 from ipfm.engine.distributed.precision import apply_precision, halve_storage
 from ipfm.engine.distributed.signals import StopRequested, catching_signals
 from ipfm.engine.distributed.world import World, start_world
@@ -175,6 +176,7 @@ class Distiller(TrainingRun[Distillation]):
             # Of a graph the profiler would hear no phases.
             ready=lambda: self._begun > self.config.profile_memory,
         )
+        self.captures = isinstance(pieces, CapturedPieces)
         self.steps = self.objective.steps(StepContext(self.networks, self.teacher, self.settings, self.world, pieces))
 
     def sample(self, first: int, count: int, *, seed: int) -> Tensor:

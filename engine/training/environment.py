@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 ENVIRONMENT_FILE = "environment.jsonl"
 
 
-def log_start(folder: Path, step: int, world: World, attention: Attention = "auto") -> None:
+def log_start(folder: Path, step: int, world: World, attention: Attention = "auto", *, graphs: bool = False) -> None:
     """Add a line: versions, ranks, device and attention of the part of the run that begins after `step` steps.
+
+    Args:
+        folder: the run's.
+        step: steps done.
+        world: the run's processes.
+        attention: what was asked for.
+        graphs: its steps are captured in CUDA graphs.
 
     Raises:
         OSError: the disk refuses.
@@ -41,6 +48,7 @@ def log_start(folder: Path, step: int, world: World, attention: Attention = "aut
             "threads": torch.get_num_threads(),
             **dict(zip(("attention", "attention_reason"), attention_taken(attention, world.device), strict=True)),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "cuda_graphs": graphs,
         },
     )
     log.flush()
@@ -78,6 +86,7 @@ def in_words(starts: tuple[Mapping[str, Any], ...]) -> Iterator[tuple[str, str]]
         ("threads of a process", ("threads",)),
         ("attention", ("attention",)),
         *([("deterministic algorithms", ("deterministic",))] if any(s.get("deterministic") for s in starts) else []),
+        *([("CUDA graphs", ("cuda_graphs",))] if any(s.get("cuda_graphs") for s in starts) else []),
     ):
         found = [[(name, start[name]) for name in names if start.get(name) is not None] for start in starts]
         texts = [", ".join(_said(v) if len(names) == 1 else f"{name} {v}" for name, v in one) for one in found]

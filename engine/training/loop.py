@@ -147,7 +147,8 @@ class _Run:
             (path / COMPARISON_FILE).unlink(missing_ok=True)
             for left in (path / FAILED_FILE, *path.glob("traceback*.txt")):
                 left.unlink(missing_ok=True)
-            log_start(path, first, self.world, self.config.attention_backend)
+            graphs = getattr(self.task, "captures", False)
+            log_start(path, first, self.world, self.config.attention_backend, graphs=graphs)
         monitor = Monitor(
             path,
             title=self.task.title,

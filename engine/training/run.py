@@ -88,6 +88,8 @@ class TrainingRun(ABC, Generic[C]):
         self.config, self.D, self.micro_batch = settings.config, settings.D, settings.micro_batch
         self.first_step = 0
         self.other_bytes = 0
+        self.captures = False
+        """The steps are captured in CUDA graphs."""
         self._about: ModelFacts = TeacherFacts()
         allow_tf32(self.config.tf32)
         if self.config.deterministic:

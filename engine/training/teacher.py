@@ -15,7 +15,7 @@ from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.augmentation import augment
 from ipfm.engine.data.dataset import Batch, ImageDataset
 from ipfm.engine.distributed.agreement import attempt
-from ipfm.engine.distributed.pieces import Number, whole
+from ipfm.engine.distributed.pieces import CapturedPieces, Number, whole
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.evaluation.evaluation import Evaluation
@@ -110,6 +110,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
             # Of a graph the profiler would hear no phases.
             ready=lambda: self._begun > self.config.profile_memory,
         )
+        self.captures = isinstance(self._pieces, CapturedPieces)
 
     def _in_training(self, start: TrainingState | None, transfer: Transfer | None) -> TrainedNetwork:
         """The network, new or as the training elsewhere left it, under its optimiser."""

@@ -14,6 +14,7 @@ from ipfm.engine.commands.describe import architecture, computed, images
 from ipfm.engine.commands.info import Info
 from ipfm.engine.commands.report.command import Report
 from ipfm.engine.config import TeacherConfig
+from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.results import EvaluationHistory, EvaluationRow, write_results
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.objectives.pid import PidConfig
@@ -21,6 +22,7 @@ from ipfm.engine.runtime.commandline import BadInput
 from ipfm.engine.runtime.files import StepLog
 from ipfm.engine.runtime.json_output import output
 from ipfm.engine.training.checkpoint import Draft
+from ipfm.engine.training.environment import log_start
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder
 from ipfm.models import EDMPrecond, presets, save_model
 
@@ -115,6 +117,11 @@ def test_how_a_run_and_its_network_were_computed(tmp_path: Path, capsys: pytest.
     for place in (tmp_path / "a", tmp_path / "a" / "generator"):
         _, text = described(capsys, place)
         assert text["computed"] == "with CUDA graphs, compiled, deterministic algorithms"
+    # What "auto" has come to, where the run says it.
+    run_folder(tmp_path / "b", replace(config, cuda_graphs="auto"), kind="distill", steps=1)
+    assert described(capsys, tmp_path / "b")[1]["computed"].startswith("CUDA graphs auto, ")
+    log_start(tmp_path / "b", 0, World(0, 1, torch.device("cpu")), graphs=True)
+    assert described(capsys, tmp_path / "b")[1]["computed"].startswith("with CUDA graphs, ")
     assert computed({"cuda_graphs": "off", "deterministic": False}) == "without CUDA graphs, fastest algorithms"
     assert computed({"cuda_graphs": "auto"}) == "CUDA graphs auto" and computed({}) == ""
 

@@ -104,7 +104,7 @@ def state(run: Distiller | TeacherTraining) -> dict[str, Tensor]:
 def test_replayed_steps_are_the_steps(case: str, teacher: Precond, tmp_path: Path) -> None:
     """With other noise, labels, learning rate and decay in each, saved and resumed between replays."""
     eager, captured = made(case, teacher, cuda_graphs="off"), made(case, teacher, cuda_graphs="on")
-    assert len(Recorder.made) == 1
+    assert len(Recorder.made) == 1 and (eager.captures, captured.captures) == (False, True)
     measured = [goes_on(run, range(4)) for run in (eager, captured)]
     save_checkpoint(tmp_path, 4, captured.networks, ALONE)
     measured = [a + goes_on(run, range(4, 6)) for a, run in zip(measured, (eager, captured), strict=True)]
@@ -349,6 +349,7 @@ def trained(run: TeacherTraining, steps: range) -> list[Mapping[str, Tensor]]:
 def test_replayed_steps_of_a_teacher_are_its_steps(case: str, tmp_path: Path) -> None:
     """Of other images, labels, augmentations and dropout in each; resumed too."""
     runs = [training(case, cuda_graphs=graphs) for graphs in ("off", "on")]
+    assert [run.captures for run in runs] == [False, True]
     measured = [trained(run, range(4)) for run in runs]
     save_checkpoint(tmp_path, 4, runs[1].networks, ALONE)
     measured = [a + trained(run, range(4, 6)) for a, run in zip(measured, runs, strict=True)]

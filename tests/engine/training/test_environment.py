@@ -31,6 +31,9 @@ def test_a_line_for_each_start(tmp_path: Path) -> None:
     assert first["deterministic"] is False and "deterministic algorithms" not in said
     both = dict(in_words((first, second | {"deterministic": True})))
     assert both["deterministic algorithms"] == "no; then yes"
+    assert first["cuda_graphs"] is False and "CUDA graphs" not in said
+    both = dict(in_words((first, second | {"cuda_graphs": True})))
+    assert both["CUDA graphs"] == "no; then yes"
     assert dict(in_words(({"step": 0, "torch": "1"}, {"step": 9}))) == {"versions": "torch 1"}
 
 
