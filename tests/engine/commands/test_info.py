@@ -147,8 +147,9 @@ def test_a_folder_that_is_neither(tmp_path: Path) -> None:
 
 def test_architectures_have_their_names() -> None:
     known = {name: presets.get(name).family for name in presets.names()}
+    families = {"ddpmpp": "ddpm++", "ncsnpp": "ncsn++", "adm": "ADM", "edm2": "EDM2"}
     assert {name: found for name, found in known.items() if "-" in name} == {
-        name: {"ddpmpp": "ddpm++", "ncsnpp": "ncsn++", "adm": "ADM"}[next(p for p in name.split("-") if p[-1] in "pm")]
+        name: families[next(part for part in name.split("-") if part in families)]
         for name in presets.names()
         if "-" in name
     }

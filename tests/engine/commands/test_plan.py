@@ -328,7 +328,7 @@ def test_long_plans_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("cifar-ipfm", "network preset 'cifar-ipfm' is unknown; possible: cifar10-ddpmpp"),
+        ("cifar-ipfm", "network preset 'cifar-ipfm' is unknown; possible: edm2-img512-SIZE (xs, "),
         ("cifar_ipf", "; or a recipe, such as cifar_ipfm"),
         ("digits_ipm.py", "there is no recipe digits_ipm.py; possible: afhqv2_ipfm, "),
         ("digits --recipe ddpmpp", "there is no recipe ddpmpp; possible: "),
