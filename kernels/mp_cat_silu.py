@@ -18,7 +18,7 @@ from ipfm.kernels._images import channels_last, dense, like, offsets
 from ipfm.kernels._launch import Launch
 from ipfm.kernels._operators import Operation, Ways
 from ipfm.kernels._silu import silu, silu_slope
-from ipfm.kernels.mp_silu import SILU_SIZE
+from ipfm.kernels.mp_silu import SILU_SIZE, silu_gradient
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
@@ -245,7 +245,7 @@ def _plain_backward(
 ) -> tuple[Tensor, Tensor]:
     d = djoined
     if dactivated is not None:
-        d = torch.ops.aten.silu_backward(dactivated * (1 / SILU_SIZE), joined)
+        d = silu_gradient(dactivated, joined)
         d = d if djoined is None else d.add_(djoined)
     assert d is not None
     return d[:, :width] * wa, d[:, width:] * wb

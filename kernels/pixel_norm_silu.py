@@ -18,7 +18,7 @@ from ipfm.kernels._images import channels_last, dense, like, offsets
 from ipfm.kernels._launch import Launch
 from ipfm.kernels._operators import Operation, Ways
 from ipfm.kernels._silu import silu, silu_slope
-from ipfm.kernels.mp_silu import SILU_SIZE
+from ipfm.kernels.mp_silu import SILU_SIZE, silu_gradient
 
 EPS = 1e-4
 """Added to the size by which is divided, in all normalisations of EDM2."""
@@ -159,7 +159,7 @@ def _plain_backward(x: Tensor, dnormed: Tensor | None, dactivated: Tensor | None
     divisor = (eps + size).to(x.dtype)
     normed, d = x / divisor, dnormed
     if dactivated is not None:
-        d = torch.ops.aten.silu_backward(dactivated * (1 / SILU_SIZE), normed)
+        d = silu_gradient(dactivated, normed)
         d = d if dnormed is None else d.add_(dnormed)
     assert d is not None
     mean = (normed * d).mean(1, keepdim=True, dtype=size.dtype)

@@ -11,24 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ipfm.models.forced_weight_norm import EPS, PlainWeight
-from ipfm.models.frozen_ops import frozen_conv2d, frozen_conv_transpose2d, is_frozen, mean_2x2, repeat_2x2
+from ipfm.kernels.mp_silu import SILU_SIZE
+from ipfm.models.forced_weight_norm import PlainWeight
+from ipfm.models.frozen_ops import (
+    frozen_conv2d,
+    frozen_conv_transpose2d,
+    frozen_linear,
+    is_frozen,
+    mean_2x2,
+    repeat_2x2,
+)
 from ipfm.models.layers import Float32Buffers, cast
-
-SILU_SIZE = 0.596
-"""Root mean square of silu(z) for a standard normal z."""
-
-
-def normalised(x: Tensor, dim: int) -> Tensor:
-    """x / (1e-4 + its root mean square over `dim`): of size 1 there; the norm is summed in at least float32.
-
-    Args:
-        x: of any floating dtype.
-        dim: the axis.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide)
-    return x / (EPS + norm * (1 / math.sqrt(x.shape[dim]))).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -39,16 +32,6 @@ def mp_silu(x: Tensor) -> Tensor:
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
     """((1 - t) a + t b) / √((1 - t)² + t²); a batch of 1 goes with any."""
     return torch.lerp(a, b, t) / math.hypot(1 - t, t)
-
-
-def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """a and b (B, C, ...) joined over channels, so that they contribute as 1 - t to t, whatever their widths.
-
-    a is multiplied by c (1 - t) / √Ca and b by c t / √Cb, with c = √((Ca + Cb) / ((1 - t)² + t²)).
-    """
-    wide, narrow = a.shape[1], b.shape[1]
-    c = math.sqrt(wide + narrow) / math.hypot(1 - t, t)
-    return torch.cat([a * (c * (1 - t) / math.sqrt(wide)), b * (c * t / math.sqrt(narrow))], dim=1)
 
 
 class MPFourier(Float32Buffers):
@@ -106,6 +89,40 @@ class MPConv(PlainWeight):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel={self.kernel}"
+
+
+class MPQKVProjection(MPConv):
+    """The 1×1 convolution of an attention layer: x (B, C, H, W) -> (B, H·W, 3·C), channels as (q|k|v, head, channel).
+
+    Checkpoints hold the output channels as (head, channel of the head, q|k|v), the last running fastest; as in
+    `QKVProjection` the rows of the weight are put in order, not the activation.
+
+    Args:
+        channels: C.
+        num_heads: attention heads, a divisor of C.
+    """
+
+    def __init__(self, channels: int, *, num_heads: int) -> None:
+        super().__init__(channels, 3 * channels, 1)
+        self.num_heads = num_heads
+
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        """The tokens' queries, keys and values, in the dtype of x.
+
+        Args:
+            x: (B, C, H, W).
+            gain: a learned factor.
+        """
+        tokens = x.flatten(2).transpose(1, 2)
+        if is_frozen(x, self.weight):
+            out = frozen_linear(tokens, self.weight, arrange=self._arranged)
+        else:
+            out = F.linear(tokens, self._arranged(cast(self.weight, x)))
+        return out if gain is None else out * cast(gain, out)
+
+    def _arranged(self, rows: Tensor) -> Tensor:
+        """(3·C, C, 1, 1) in the order of checkpoints -> (3·C, C) in the order of use."""
+        return rows.view(self.num_heads, -1, 3, self.in_channels).permute(2, 0, 1, 3).reshape(self.out_channels, -1)
 
 
 def resample(x: Tensor, taps: Sequence[float], *, up: bool) -> Tensor:

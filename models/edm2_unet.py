@@ -3,13 +3,19 @@
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ipfm.kernels.mp_cat_silu import unchecked_mp_cat_silu
+from ipfm.kernels.mp_silu import unchecked_mp_silu
+from ipfm.kernels.mp_sum import unchecked_mp_sum
+from ipfm.kernels.pixel_norm_silu import unchecked_pixel_norm_silu
+from ipfm.kernels.qkv_norm import unchecked_qkv_norm
 from ipfm.models.attention import AttentionBackend, attention, head_count
-from ipfm.models.edm2_layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalised, resample
-from ipfm.models.layers import cast
+from ipfm.models.edm2_layers import MPConv, MPFourier, MPQKVProjection, mp_silu, mp_sum, resample
+from ipfm.models.layers import cast, triton_serves
 from ipfm.models.unet import Backbone
 from ipfm.models.unet_layout import Entry, edm2_unet_layout
 
@@ -23,7 +29,8 @@ class EDM2Block(nn.Module):
     last x is clamped.
 
     It is called with x (B, in_channels, H, W) in the compute dtype and emb (B or 1, emb_channels) in its own, and
-    returns (B, out_channels, H', W') in the dtype of x. `attention_backend` may be changed at any time.
+    returns (B, out_channels, H', W') in the dtype of x. Who has mp_silu(x) at hand gives it to a block of the decoder
+    that does not resample as `activated`. `attention_backend` may be changed at any time.
 
     Args:
         in_channels: channels of x.
@@ -82,7 +89,7 @@ class EDM2Block(nn.Module):
         self.emb_linear = MPConv(emb_channels, out_channels, 0)
         self.conv_res1 = MPConv(out_channels, out_channels, 3)
         self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.attn_qkv = MPConv(out_channels, 3 * out_channels, 1) if self.num_heads else None
+        self.attn_qkv = MPQKVProjection(out_channels, num_heads=self.num_heads) if self.num_heads else None
         self.attn_proj = MPConv(out_channels, out_channels, 1) if self.num_heads else None
 
     @property
@@ -90,33 +97,33 @@ class EDM2Block(nn.Module):
         """Whether it neither resamples, attends nor changes the number of channels."""
         return self.conv_skip is None and not (self.num_heads or self.up or self.down)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, activated: Tensor | None = None) -> Tensor:
+        serves = triton_serves(x)
+        if self.up and not self.encoder and len(set(self.resample_filter)) == 1 and len(self.resample_filter) == 2:
+            # Copies of pixels: each is activated once.
+            activated = resample(unchecked_mp_silu(x, triton_runs=serves), self.resample_filter, up=True)
         if self.up or self.down:
             x = resample(x, self.resample_filter, up=self.up)
         if self.encoder:
-            x = normalised(x if self.conv_skip is None else self.conv_skip(x), dim=1)
-        y = self.conv_res0(mp_silu(x))
-        c = (self.emb_linear(emb, self.emb_gain) + 1).to(y.dtype)
-        y = self.conv_res1(self._dropped(mp_silu(y * c[:, :, None, None])))
+            x = x if self.conv_skip is None else self.conv_skip(x)
+            x, activated = unchecked_pixel_norm_silu(x, triton_runs=serves)
+        elif activated is None:
+            activated = unchecked_mp_silu(x, triton_runs=serves)
+        y = self.conv_res0(activated)
+        c = self.emb_linear(emb, self.emb_gain) + 1
+        dropout = self.dropout if self.training else 0.0
+        y = self.conv_res1(unchecked_mp_silu(y, c, dropout=dropout, triton_runs=serves))
         if not self.encoder and self.conv_skip is not None:
             x = self.conv_skip(x)
-        x = mp_sum(x, y, self.res_balance)
+        # Where attention follows, it is its sum that is cut.
+        clip = self.clip_act if self.attn_qkv is None else math.inf
+        x = unchecked_mp_sum(x, y, self.res_balance, clip=clip, triton_runs=serves)
         if self.attn_qkv is not None and self.attn_proj is not None:
-            x = mp_sum(x, self.attn_proj(self._attended(self.attn_qkv(x))), self.attn_balance)
-        return x.clamp(-self.clip_act, self.clip_act)
-
-    def _dropped(self, y: Tensor) -> Tensor:
-        if not (self.training and self.dropout):
-            return y
-        # F.dropout's own on CUDA; elsewhere that one keeps a mask as wide as the activation.
-        return torch.native_dropout(y, self.dropout, True)[0]
-
-    def _attended(self, qkv: Tensor) -> Tensor:
-        """(B, 3·C, H, W), channels as (head, channel of the head, q|k|v), the last fastest -> (B, C, H, W)."""
-        heads = qkv.flatten(2).unflatten(1, (self.num_heads, -1, 3))
-        q, k, v = normalised(heads, dim=2).permute(3, 0, 4, 1, 2)
-        a = attention(q, k, v, backend=self.attention_backend)
-        return a.reshape(qkv.shape[0], *qkv.shape[2:], self.out_channels).permute(0, 3, 1, 2)
+            q, k, v = unchecked_qkv_norm(self.attn_qkv(x), self.num_heads, triton_runs=serves)
+            a = attention(q, k, v, backend=self.attention_backend)
+            a = a.reshape(x.shape[0], *x.shape[2:], self.out_channels).permute(0, 3, 1, 2)
+            x = unchecked_mp_sum(x, self.attn_proj(a), self.attn_balance, clip=self.clip_act, triton_runs=serves)
+        return x
 
 
 class EDM2UNet(Backbone):
@@ -272,10 +279,12 @@ class EDM2UNet(Backbone):
     def _run(self, block: nn.Module, emb: Tensor, *parts: Tensor) -> Tensor:
         """A residual block of the joined `parts`."""
 
-        def run(emb: Tensor, *parts: Tensor) -> Tensor:
-            x = parts[0] if len(parts) == 1 else mp_cat(parts[0], parts[1], self.concat_balance)
-            out: Tensor = block(x, emb)
-            return out
+        def run(emb: Tensor, *parts: Tensor) -> Any:
+            if len(parts) == 2:
+                serves = triton_serves(parts[0])
+                x, activated = unchecked_mp_cat_silu(*parts, self.concat_balance, triton_runs=serves)
+                return block(x, emb, activated)
+            return block(*parts, emb)
 
         assert isinstance(block, EDM2Block)
         # The concatenation is made again too: its parts are the outputs of other blocks, which are kept anyway.

@@ -96,6 +96,7 @@ class RuleInForward(nn.Module):
     def __init__(self, layer: nn.Module, master: Tensor) -> None:
         super().__init__()
         self.kernel, self.in_channels = layer.kernel, layer.in_channels
+        self.num_heads = getattr(layer, "num_heads", 0)
         self.weight = nn.Parameter(master.clone())
         self.overwrites = True
 
@@ -105,7 +106,11 @@ class RuleInForward(nn.Module):
                 self.weight.copy_(normalised(self.weight))
         weight = normalised(self.weight) * ((1 if gain is None else gain) / math.sqrt(self.weight[0].numel()))
         weight = weight.to(x.dtype)
-        return F.conv2d(x, weight, padding=self.kernel // 2) if self.kernel else F.linear(x, weight)
+        out = F.conv2d(x, weight, padding=self.kernel // 2) if self.kernel else F.linear(x, weight)
+        if self.num_heads:
+            # (head, channel, q|k|v) of a pixel, which the network takes as (q|k|v, head, channel) of a token.
+            out = out.flatten(2).unflatten(1, (self.num_heads, -1, 3)).permute(0, 4, 3, 1, 2).flatten(2)
+        return out
 
 
 def with_rule_in_forward(net: EDM2Precond) -> EDM2Precond:

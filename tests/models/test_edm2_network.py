@@ -9,8 +9,18 @@ import pytest
 import torch
 from edm2_fixtures import network
 
-from ipfm.models import EDM2Precond, EDMPrecond, NetworkConfig, build_network, load_model, presets, save_model
-from ipfm.models.edm2_layers import MPConv, mp_cat, mp_silu, mp_sum, normalised, resample
+from ipfm.kernels import mp_cat_silu, pixel_norm_silu
+from ipfm.models import (
+    EDM2Precond,
+    EDMPrecond,
+    NetworkConfig,
+    build_network,
+    edm2_unet,
+    load_model,
+    presets,
+    save_model,
+)
+from ipfm.models.edm2_layers import MPConv, mp_silu, mp_sum, resample
 from ipfm.models.forced_weight_norm import (
     gradient_of_master,
     masters,
@@ -136,13 +146,13 @@ def test_operations_keep_the_size_of_what_they_are_given():
     sizes = {
         "silu": mp_silu(a),
         "sum": mp_sum(a, torch.randn_like(a), 0.3),
-        "cat": mp_cat(a, b, 0.5),
+        "cat": mp_cat_silu(a, b, 0.5)[0],
         "conv": layer(a)[..., 1:-1, 1:-1],
-        "norm": normalised(7 * a, dim=1),
+        "norm": pixel_norm_silu(7 * a)[0],
     }
     for name, out in sizes.items():
         assert out.square().mean().sqrt().item() == pytest.approx(1, rel=0.03), name
-    joined = mp_cat(a, b, 0.5)
+    joined, _ = mp_cat_silu(a, b, 0.5)
     halves = joined[:, :48].square().sum(), joined[:, 48:].square().sum()
     assert (halves[0] / halves[1]).item() == pytest.approx(1, rel=0.03)
 
@@ -153,6 +163,36 @@ def test_other_filters_resample_as_in_the_older_networks(up):
     for taps in ((1, 1), (1, 3, 3, 1)):
         older = Conv2d(3, 3, 0, up=up, down=not up, resample_filter=taps)
         assert torch.allclose(resample(x, taps, up=up), older(x), atol=1e-6)
+
+
+def _differentiated(net, side):
+    """The output and the gradients of the image and of all parameters but the log-variance's."""
+    torch.manual_seed(5)
+    x = torch.randn(1, 1, side, side, dtype=torch.float64, requires_grad=True)
+    y = net(x, torch.tensor([0.3], dtype=torch.float64))
+    weights = [p for name, p in net.named_parameters() if "logvar" not in name]
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *weights])]
+
+
+def test_on_a_gpu_the_kernels_compute_the_same(monkeypatch):
+    """Value and all gradients, in float64, where some activations are clamped."""
+    net = random(replace(SMALL, img_resolution=4, label_dim=0, attn_resolutions=(2,), clip_act=1.5)).double()
+    net.channels_last = True
+    wanted = _differentiated(net, 4)
+    monkeypatch.setattr(edm2_unet, "triton_serves", lambda x: True)
+    for got, want in zip(_differentiated(net, 4), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_what_the_kernels_drop_is_dropped_in_a_checkpointed_block_again(monkeypatch):
+    one_level = replace(SMALL, img_resolution=2, channel_mult=(1,), attn_resolutions=(2,), label_dim=0, dropout=0.5)
+    net = random(one_level).double().train()
+    monkeypatch.setattr(edm2_unet, "triton_serves", lambda x: True)
+    dropped = _differentiated(net, 2)
+    net.activation_checkpointing = True
+    assert all(map(torch.equal, _differentiated(net, 2), dropped))
+    monkeypatch.undo()
+    assert not torch.allclose(_differentiated(net.eval(), 2)[0], dropped[0])
 
 
 def test_the_gradient_of_a_master_is_autograds():
