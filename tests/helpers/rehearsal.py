@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ipfm.engine.commands.bench.meta_step import GPUS, one_micro_batch, record
+from ipfm.engine.commands.bench.meta_step import GPUS, fused_dropout, one_micro_batch, record
 from ipfm.engine.commands.recipes import project_recipes
 from ipfm.engine.config import RunConfig
 from ipfm.engine.experiments.distil import DistilRecipe
@@ -55,7 +55,8 @@ def steps() -> Iterator[Step]:
             yield step
     for preset in presets.names():
         if replace(presets.get(preset), D=1.0, dropout=0.0) not in seen:
-            yield Step(preset, DistillConfig(batch=256, max_steps=1), presets.get(preset, D=128.0))
+            network = presets.get(preset, D=128.0)
+            yield Step(preset, DistillConfig(batch=256, max_steps=1, dropout=fused_dropout(network)), network)
 
 
 def _of_recipe(name: str, recipe: Any) -> Iterator[Step]:

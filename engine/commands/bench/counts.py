@@ -27,7 +27,14 @@ from unittest import mock
 
 import torch
 
-from ipfm.engine.commands.bench.meta_step import EmptyGraphs, Recording, block_passes, one_micro_batch, record
+from ipfm.engine.commands.bench.meta_step import (
+    EmptyGraphs,
+    Recording,
+    block_passes,
+    network_traffic,
+    one_micro_batch,
+    record,
+)
 from ipfm.engine.commands.bench.plain_step import PlainDistillation
 from ipfm.engine.distributed import pieces
 from ipfm.engine.distributed.world import World, import_deepspeed, start_world
@@ -40,7 +47,7 @@ from ipfm.kernels.bench.fake_driver import Variant, fake_cuda
 from ipfm.kernels.bench.rehearsal import compile_variant
 from ipfm.models import build_network, presets
 
-BATCH = 256
+BATCH, EDM2_BATCH = 256, 64
 CIFAR = replace(presets.get("cifar10-ncsnpp", D=2048.0), dropout=0.0)
 # The same number of operators, each with next to nothing to compute.
 TINY = replace(CIFAR, img_resolution=8, model_channels=8, attn_resolutions=(4,))
@@ -121,6 +128,17 @@ def traffic() -> Mapping[str, Any]:
 def passes() -> Mapping[str, Any]:
     """Passes over the data in the forward of a residual block of CIFAR-10's ncsn++, outside of convolutions."""
     return {"value": round(block_passes(CIFAR, BATCH), 2)}
+
+
+def edm2_traffic() -> Mapping[str, Any]:
+    """MB an image that EDM2's size S moves outside of convolutions and attention, fp16, with kernels and without."""
+    network = replace(presets.get("edm2-img512-s"), dropout=0.0)
+    found = {
+        f"{name}, by {by}": round(network_traffic(network, EDM2_BATCH, backward=backward, kernels=kernels) / 1e6)
+        for name, backward in (("forward", False), ("forward and backward", True))
+        for by, kernels in (("the kernels", True), ("PyTorch's operations", False))
+    }
+    return {"value": found["forward, by the kernels"], **found}
 
 
 # ------------------------------------------------------------------------------------------------------- machine code
@@ -247,6 +265,7 @@ ROWS: dict[str, tuple[str, str, Callable[[], Mapping[str, Any]]]] = {
     "host-time": ("host's time of an iteration over the plain loop's", "0.8; 0.2 with CUDA graphs", host_time),
     "traffic": ("GB of elementwise and normalisation traffic, batch 256", "200", traffic),
     "passes": ("passes over the data in a residual block's forward, outside of convolutions", "7", passes),
+    "edm2-traffic": ("MB an image of elementwise traffic, forward, EDM2 size S, fp16, batch 64", "270", edm2_traffic),
     "instructions": ("instructions and MUFU an element, backward of group_norm_silu, sm_90", "62 and 4", instructions),
 }
 

@@ -44,8 +44,8 @@ from ipfm.engine.training.teacher import TeacherTraining
 from ipfm.kernels.bench.fake_driver import Launch, Launches, fake_cuda
 from ipfm.kernels.bench.measurement import tensors, traffic
 from ipfm.kernels.bench.rehearsal import heaviest
-from ipfm.models import NetworkConfig, Precond, build_network, presets
-from ipfm.models.layers import GroupNorm
+from ipfm.models import NetworkConfig, Precond, build_network, edm2_unet, presets
+from ipfm.models.layers import GroupNorm, lay_out_weights, triton_serves
 
 META = torch.device("meta")
 # The GPU that a recipe is laid out for where nothing else is said: eight of 80 GB.
@@ -238,7 +238,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, count: _Counting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        # As the fused kernels do, tokens and heads in the order in which they lie in q.
+        out = torch.empty_like(q)
         ctx.count = count
         ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device))
         batch, heads, length, width = q.shape
@@ -463,13 +464,19 @@ def preset_launches(*, quick: bool = False) -> list[Launch]:
     same: dict[str, Any] = {"max_steps": 1, "precision": "bf16", "zero": 1, "memory_format": "channels_last"}
     configs = (DistillConfig(**same), TeacherConfig(**same))
     launches: dict[Any, Launch] = {}
-    # D and class labels launch the same; what dropout adds is torch's.
-    for network in dict.fromkeys(replace(network, D=128.0, dropout=0.0, label_dim=0) for network in chosen):
+    # D and class labels launch the same.
+    for network in dict.fromkeys(replace(network, D=128.0, label_dim=0) for network in chosen):
         for config in configs:
-            for launch in record(one_micro_batch(config, network, 32, stage=1), network).launches:
+            here = replace(config, dropout=fused_dropout(network))
+            for launch in record(one_micro_batch(here, network, 32, stage=1), network).launches:
                 launches.setdefault(launch.variant, launch)
     kept = heaviest(launches.values()) if quick else launches
     return [launches[variant] for variant in kept]
+
+
+def fused_dropout(network: NetworkConfig) -> float:
+    """A network's dropout where the project's own kernels drop, else 0: what it adds there is torch's."""
+    return network.dropout if network.model_type == "EDM2UNet" else 0.0
 
 
 def _norm(module: GroupNorm, x: Tensor, keywords: Mapping[str, Any]) -> Norm:
@@ -510,6 +517,30 @@ def block_passes(network: NetworkConfig, images: int) -> float:
     for handle in handles:
         handle.remove()
     return found[0]
+
+
+def network_traffic(network: NetworkConfig, images: int, *, backward: bool = False, kernels: bool = True) -> float:
+    """Bytes an image that a network reads and writes outside of convolutions, matrix products and attention, in fp16.
+
+    Args:
+        network: of EDM2's architecture.
+        images: in a batch; what is done to weights counts for all of them together.
+        backward: with the gradients of all weights, else without any.
+        kernels: by the Triton kernels, as on a GPU; else by PyTorch's operations one after the other.
+    """
+    recording = Recording()
+    with fake_cuda(), META:
+        net = build_network(network).to(torch.float16).eval().requires_grad_(backward)
+        lay_out_weights(net)
+    net.compute_dtype, net.channels_last = torch.float16, True
+    x = torch.empty(images, *network.image_shape, device=META)
+    labels = torch.empty(images, network.label_dim, device=META) if network.label_dim else None
+    served = mock.patch.object(edm2_unet, "triton_serves", triton_serves if kernels else lambda x: False)
+    with served, torch.set_grad_enabled(backward), counting(recording):
+        y = net(x, torch.empty(images, device=META), labels)
+        if backward:
+            torch.autograd.backward(y, torch.empty_like(y))
+    return recording.elementwise_bytes / images
 
 
 def plain_block(net: Precond) -> nn.Module:

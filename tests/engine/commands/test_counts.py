@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from ipfm.engine.commands.bench import counts
+from ipfm.engine.commands.bench.meta_step import network_traffic
+from ipfm.models import presets
 
 # Of the CIFAR-10 recipe's network, in bf16 and channels_last: each may fall, and none may grow.
 OPERATORS, ONCE_GB, AGAIN_GB, PASSES = 2960, 197, 4, 7.0
@@ -36,6 +39,12 @@ def test_a_step_of_cifar_dispatches_and_moves_no_more_than_it_did() -> None:
     assert operators["launches"] > 100
     assert traffic["each tensor of an operator once"] <= ONCE_GB
     assert traffic["read again by normalisations"] <= AGAIN_GB
+
+
+def test_edm2_moves_no_more_between_its_convolutions_than_it_did() -> None:
+    """Size S, an image forward in fp16."""
+    network = replace(presets.get("edm2-img512-s"), dropout=0.0)
+    assert 200e6 < network_traffic(network, counts.EDM2_BATCH) <= 270e6
 
 
 def test_a_residual_block_passes_over_its_data_no_more_often_than_it_did() -> None:
