@@ -1,4 +1,4 @@
-"""A network from wherever it is stored: a folder of our own format, or a checkpoint of EDM, PFGM++ or SiD."""
+"""A network from wherever it is stored: a folder of our own format, or a checkpoint of EDM, EDM2, PFGM++ or SiD."""
 
 import os
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from ipfm.models.checkpoints.reader import Checkpoint, ImportedNetwork, check_D, open_checkpoint
 from ipfm.models.checkpoints.recognise import models_in
@@ -57,8 +58,8 @@ def load_network(
     """The network at `path`, a teacher or a generator, frozen and in eval mode, on the CPU; `.config` describes it.
 
     Args:
-        path: a folder with config.json and model.safetensors, or a checkpoint file of EDM, PFGM++ or SiD (network
-            snapshot or training state), from which nothing is run; or a checkpoint of a run, of which the average is
+        path: a folder with config.json and model.safetensors, or a checkpoint file of EDM, EDM2, PFGM++ or SiD
+            (network snapshot or training state), from which nothing is run; or a checkpoint of a run, of which the average is
             taken, or a run folder, of which a warning says what was taken.
         D: the auxiliary dimensions it is expected to be trained for (inf: diffusion). None takes what the file says,
             and inf for a checkpoint that says nothing.
@@ -112,6 +113,7 @@ def load_from_checkpoint(
     imported = checkpoint.read(network, D=D)
     net, known = build(imported).requires_grad_(False), checkpoint.facts
     source: dict[str, str] = {"file": Path(checkpoint.where).name, "D": imported.D_source}
+    source |= checkpoint.source_facts(imported)
     if kind is None and checkpoint.may_be_generator(imported.key):
         source["unsaid"] = "generator or teacher"
     generator = checkpoint.is_generator(imported.key) if kind is None else kind == "generator"
@@ -161,6 +163,9 @@ def load_from_folder(stored: StoredConfig, *, D: float | None = None) -> Precond
 def build(imported: ImportedNetwork) -> Precond:
     """The network of a checkpoint on the CPU, in eval mode, which takes the weights over without copying them.
 
+    Layers under forced weight normalisation make other tensors of theirs. `imported` then loses each as it is taken, so
+    that there is never much more than one of the two networks.
+
     Args:
         imported: from `Checkpoint.read`.
 
@@ -170,7 +175,19 @@ def build(imported: ImportedNetwork) -> Precond:
     with torch.device("meta"):
         net = build_network(imported.config)
     try:
-        net.load_state_dict(imported.weights, assign=True)
+        if imported.config.is_edm2:
+            _take_over(net, imported.weights)
+        else:
+            net.load_state_dict(imported.weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"network {imported.key!r} does not fit: {' '.join(str(error).split())}") from None
     return net.eval()
+
+
+def _take_over(net: Precond, weights: dict[str, Tensor]) -> None:
+    """Load `weights`, which fit, part by part, and empty it."""
+    for path, part in net.named_modules():
+        names = {name: f"{path}.{name}" if path else name for name in (*part._parameters, *part._buffers)}
+        own = {name: weights.pop(whole) for name, whole in names.items() if whole in weights}
+        if own:
+            part.load_state_dict(own, strict=False, assign=True)

@@ -1,4 +1,4 @@
-"""`ipfm convert`: a checkpoint of EDM, PFGM++ or SiD becomes a model folder."""
+"""`ipfm convert`: a checkpoint of EDM, EDM2, PFGM++ or SiD becomes a model folder."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Convert:
     """Write a network of a checkpoint as a model folder, running nothing from the file.
 
-    Reads EDM's and SiD's network snapshots and training states, PFGM++'s training states (.pt, .pkl), and those of the
-    distillation projects built on SiD.
+    Reads the network snapshots and training states of EDM, EDM2, SiD and SiDA, PFGM++'s training states (.pt, .pkl),
+    and those of the distillation projects built on SiD.
 
     Example: ipfm convert training-state-097000.pt models/cifar10-D2048
     """
@@ -145,6 +145,7 @@ class Convert:
             "network": imported.key,
             "sha256": digest,
             "D": imported.D_source,
+            **checkpoint.source_facts(imported),
         }
 
 
@@ -163,4 +164,5 @@ def describe(checkpoint: Checkpoint, imported: ImportedNetwork) -> list[tuple[st
             f"{config.img_resolution}{labels}, {config.model_channels} channels × {tuple(config.channel_mult)}",
         ),
         ("D", f"{config.D:g} ({sources[imported.D_source]})"),
+        ("stored in", imported.dtypes),
     ]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ipfm.engine.training.run_state import RunRecord
     from ipfm.engine.training.snapshots import KeptModel
     from ipfm.models import NetworkConfig
+    from ipfm.models.checkpoints.published import Published
     from ipfm.models.facts import GeneratorFacts
 
 
@@ -33,7 +34,7 @@ class Info:
     """
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
-    """Run folder, model folder, checkpoint of a run, or a checkpoint of EDM, PFGM++ or SiD."""
+    """Run folder, model folder, checkpoint of a run, or a checkpoint of EDM, EDM2, PFGM++ or SiD."""
     which: Annotated[str | None, tyro.conf.arg(metavar="WHICH")] = None
     """Describe a network of a run folder, and not the run: best, last or a step."""
     json: bool = False
@@ -292,17 +293,22 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
             "taken": network.key,
             "D from": network.D_source,
             "generator": why,
+            "dtype": network.dtypes,
         },
     }
+    published = checkpoint.published(network)
+    if published is not None:
+        facts["edm2"] = published.to_json()
     kind = f", {why}; --generator draws from it" if why and sigmas is None else ""
     if checkpoint.may_be_generator(network.key):
         kind = ", or a generator: nothing says which (ipfm sample --generator)"
     lines: list[tuple[str, object]] = [
         ("kind", facts["kind"] + kind),
         *_network_rows(network.config, parameters),
+        *([] if published is None else _published_rows(published, network.config)),
         ("NFE", nfe),
         ("sigmas", _levels(sigmas)),
-        ("format", checkpoint.origin),
+        ("format", f"{checkpoint.origin}, {network.dtypes}"),
         ("networks", f"{facts['file']['networks']}; taken: {network.key}"),
         ("D from", {"file": "the file", "assumed": "nowhere: assumed"}.get(network.D_source, network.D_source)),
     ]
@@ -328,6 +334,21 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
         seen = "images seen: its name does not say" if images is None else f"{images:,} images"
         lines.append(("training", f"{seen}; --continue-from of recipes goes on with it"))
     return facts, rows(lines)
+
+
+def _published_rows(known: Published, network: NetworkConfig) -> list[tuple[str, object]]:
+    """What is said of a network of EDM2's family: its size, what its images are, its average, its published name."""
+    side = 8 * network.img_resolution
+    images = f"latents of {side}x{side} pixels" if known.encoder == "latent" else "pixels"
+    kimg = None if known.kimg is None else f"{known.kimg:,} kimg"
+    std = None if known.std is None else f"EMA of width {known.std:g}"
+    guess = known.name and ("one of " if "*" in known.name else "") + known.name
+    return [
+        ("size", known.size),
+        ("takes", images + ("" if known.encoder_from == "file" else ", by its channels: no encoder is in the file")),
+        ("average" if std else "trained", " at ".join(filter(None, (std, kimg))) or None),
+        ("published", ", ".join(filter(None, (guess, known.contradiction and f"but {known.contradiction}"))) or None),
+    ]
 
 
 def _network(network: NetworkConfig, parameters: int) -> dict[str, Any]:

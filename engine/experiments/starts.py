@@ -38,6 +38,7 @@ from ipfm.models.checkpoints.distillation_state import (
 from ipfm.models.checkpoints.reader import Checkpoint, open_checkpoint
 from ipfm.models.checkpoints.recognise import is_checkpoint, missing
 from ipfm.models.checkpoints.training_state import (
+    STUDENTS,
     AdamState,
     TrainingState,
     is_training_state,
@@ -46,9 +47,8 @@ from ipfm.models.checkpoints.training_state import (
 from ipfm.models.facts import GeneratorFacts, TeacherFacts
 from ipfm.models.store import CONFIG_FILE, load_stored
 
-# The role of a student, and what files with several networks call it.
+# The role of a student.
 STUDENT = "student"
-_STUDENTS = ("fake_score", "student")
 CAN_BE = (
     "what can be continued: a training state of SiD or pfgmpp-idmd, a run folder of a distillation or one of its "
     "checkpoints, or a generator (a model folder, a network-snapshot-*.pkl)"
@@ -430,7 +430,7 @@ class _Reader:
                 raise ValueError(f"{path} is a generator and no student")
             return NetworkStart(str(path), load_stored(stored).float().state_dict(), stored.network)
         checkpoint = open_checkpoint(path)
-        name = next((name for name in _STUDENTS if name in checkpoint.networks), None) or checkpoint.choose()
+        name = next((name for name in STUDENTS if name in checkpoint.networks), None) or checkpoint.choose()
         if checkpoint.is_generator(name):
             raise ValueError(f"{path}: {name} is a generator and no student")
         found = checkpoint.read(name, D=self.teacher.D)

@@ -1,6 +1,6 @@
 """Training states of distillations: generator, its average, student, and what their optimisers know.
 
-Those of SiD and pfgmpp-idmd (`training-state-*.pt`), and the snapshots of the distillation project before it, which are
+Those of SiD, SiDA and pfgmpp-idmd (`training-state-*.pt`), and the snapshots of the distillation project before it, which are
 states too (`network-snapshot-*.pkl`).
 """
 
@@ -18,6 +18,7 @@ from ipfm.models.config import NetworkConfig
 # (generator, student, optimiser of the generator, that of the student), by the projects' names.
 _LAYOUTS = (
     ("G", "fake_score", "g_optimizer_state", "fake_score_optimizer_state"),
+    ("G_state", "fake_score_state", "g_optimizer_state", "fake_score_optimizer_state"),
     ("generator", "student", "generator_optimizer_state", "student_optimizer_state"),
 )
 
@@ -98,7 +99,7 @@ def distillation_state_of(checkpoint: Checkpoint, place: Path, *, D: float | Non
     if layout is None:
         raise ValueError(
             f"{checkpoint.where} is no training state of a distillation ({checkpoint.origin}); what can be continued: "
-            "those of SiD and pfgmpp-idmd, with G and fake_score"
+            "those of SiD, SiDA and pfgmpp-idmd, with G and fake_score"
         )
     generator, student, generator_adam, student_adam = layout
     G, S = checkpoint.read(generator, D=D), checkpoint.read(student, D=D)

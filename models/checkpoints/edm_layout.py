@@ -1,8 +1,9 @@
-"""Networks written as EDM's training program pickles them, for the programs of EDM, PFGM++ and SiD.
+"""Networks written as EDM's training program pickles them, for the programs of EDM, EDM2, PFGM++ and SiD.
 
 A file is a pickle in the layout of a network snapshot. Networks and their parts are records of their attributes, by the
 names of their classes. What those programs run for a record is the source of its class in their own files; here it is
-one line that imports the classes from `training.networks`, where those programs have them.
+one line that imports the classes from `training.networks`, where those programs have them, or of EDM2's networks from
+`training.networks_edm2`. How EDM2's parts are written stands in `edm2_layout`.
 """
 
 import json
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ipfm.models.blocks import UNetBlock
+from ipfm.models.checkpoints import edm2_layout
 from ipfm.models.checkpoints.infer_config import OPTIONS, UNETS
 from ipfm.models.checkpoints.pickle_writer import Call, Global, Made, Parts, write_pickle
 from ipfm.models.checkpoints.stored_tensors import BLOB_START
@@ -45,7 +47,7 @@ _ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
     FourierEmbedding: (),
 }
 # Parts that are None where a network does without; they are no modules then.
-_OPTIONAL = ("map_label", "map_augment", "skip")
+_OPTIONAL = ("map_label", "map_augment", "skip", *edm2_layout.OPTIONAL)
 
 
 def write_network(net: Precond, file: IO[bytes], facts: ModelFacts) -> None:
@@ -63,9 +65,12 @@ def write_network(net: Precond, file: IO[bytes], facts: ModelFacts) -> None:
         OSError: the disk refuses.
     """
     others: dict[str, object] = {"loss_fn": None, "augment_pipe": None, "dataset_kwargs": {}}
+    if net.config.is_edm2:
+        others = {"encoder": edm2_layout.encoder(net), "loss_fn": None, "dataset_kwargs": {}}
+        others = {"encoder": others["encoder"]} if isinstance(facts, GeneratorFacts) else others
     root = {
         "ema": _records(net),
-        **({} if isinstance(facts, GeneratorFacts) else others),
+        **({} if isinstance(facts, GeneratorFacts) and not net.config.is_edm2 else others),
         FACTS_ENTRY: json.dumps(to_json(facts.to_json(), FACTS_ENTRY), allow_nan=False),
     }
     write_pickle(root, file)
@@ -109,19 +114,29 @@ def _start_of_storage(count: int) -> bytes:
 
 def _records(net: Precond) -> Call:
     """The network as a record of records."""
+    edm2 = net.config.is_edm2
     names = sorted({name for module in net.modules() if (name := _class_name(module)) != "ModuleDict"})
-    source = f"from {_MODULE} import {', '.join(names)}"
+    source = f"from {edm2_layout.MODULE if edm2 else _MODULE} import {', '.join(names)}"
+    # Layers compute with weights that are made of what files hold.
+    stored = net.state_dict()
 
-    def record(module: nn.Module) -> object:
+    def record(module: nn.Module, prefix: str = "") -> object:
         state = vars(nn.Module()) | {"training": False}
-        state["_parameters"] = {name: _parameter(p) for name, p in module._parameters.items() if p is not None}
+        kept = {name: stored[prefix + name] for name, p in module._parameters.items() if p is not None}
+        state["_parameters"] = {name: _parameter(values) for name, values in kept.items()}
         state["_buffers"] = {name: None if b is None else _tensor(b) for name, b in module._buffers.items()}
-        state["_modules"] = {name: record(part) for name, part in module._modules.items() if part is not None}
+        parts = {name: part for name, part in module._modules.items() if part is not None}
+        state["_modules"] = {name: record(part, f"{prefix}{name}.") for name, part in parts.items()}
         if isinstance(module, nn.ModuleDict):
             return Made(_MODULE_DICT, state)
         absent = {name: None for name, p in module._parameters.items() if p is None}
         absent |= {name: None for name in _OPTIONAL if getattr(module, name, ...) is None}
-        state |= {**absent, **_attributes(module), "_init_args": (), "_init_kwargs": _keywords(module, net.config)}
+        given: tuple[object, object] = (), {} if edm2 else _keywords(module, net.config)
+        if edm2:
+            given = edm2_layout.arguments(module, net.config)
+        attributes = edm2_layout.attributes(module) if edm2 else _attributes(module)
+        attributes |= _pfgmpp(net.config) if edm2 and module is net and math.isfinite(net.D) else {}
+        state |= {**absent, **attributes, "_init_args": given[0], "_init_kwargs": given[1]}
         # In the order of their own.
         meta = {
             "type": "class",
@@ -150,6 +165,8 @@ def _parameter(values: Tensor) -> Call:
 
 def _class_name(module: nn.Module) -> str:
     """The name of the class there; some parts here are of a class that descends from it."""
+    if (named := edm2_layout.class_name(module)) is not None:
+        return named
     if isinstance(module, Precond):
         return module.PRECOND
     kinds = (kind for kind in _ATTRIBUTES if isinstance(module, kind))

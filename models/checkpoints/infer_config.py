@@ -58,7 +58,6 @@ UNETS: dict[str, dict[str, object]] = {
 }
 # Classes that are met in files of the same form.
 _FOREIGN = {
-    "Precond": "EDM2's network",
     "Generator": "a GAN's generator",
     "Discriminator": "a GAN's discriminator",
     "DistributedDataParallel": "a wrapper around a network, which must be saved without it",
@@ -82,7 +81,9 @@ def network_config(record: Record, shapes: Shapes, *, D: float) -> NetworkConfig
     name = record.class_name
     if name not in OPTIONS:
         foreign = f", {_FOREIGN[name]}," if name in _FOREIGN else ""
-        raise ValueError(f"the class {shown(name)}{foreign} cannot be read; possible: {', '.join(PRECONDITIONERS)}")
+        raise ValueError(
+            f"the class {shown(name)}{foreign} cannot be read; possible: {', '.join(PRECONDITIONERS)} and EDM2's Precond"
+        )
     seen = from_shapes(shapes)
     given = _arguments(record)
     inner = record.mapping("_modules").get("model")

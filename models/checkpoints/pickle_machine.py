@@ -104,6 +104,9 @@ class PickleMachine:
         self._outer.append(self._stack)
         self._stack = []
 
+    def _drop(self, what: object) -> None:
+        """Nothing is done with what was taken off the stack."""
+
     def _memoize(self) -> None:
         memo = self._memo
         if (index := len(memo)) in memo:
@@ -232,6 +235,9 @@ def _instructions() -> list[Callable[[PickleMachine], None]]:
         b"\x80": M._proto,
         b"\x95": M._frame,
         b"(": M._mark,
+        # A dropped object: Python leaves one where an object contains itself.
+        b"0": lambda m: m._drop(m._stack.pop()),
+        b"1": lambda m: m._drop(m._items()),
         b"\x94": M._memoize,
         b"q": lambda m: m._remember(m._next()),
         b"r": lambda m: m._remember(m._number(4)),

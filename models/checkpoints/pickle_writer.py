@@ -33,6 +33,14 @@ class Made:
 
 
 @dataclass(frozen=True, eq=False)
+class Built:
+    """A function's result, and then its state."""
+
+    call: Call
+    state: object
+
+
+@dataclass(frozen=True, eq=False)
 class Parts:
     """Bytes, in parts that are not put together."""
 
@@ -43,7 +51,7 @@ def write_pickle(root: object, file: IO[bytes]) -> None:
     """Write a pickle of protocol 4.
 
     Args:
-        root: None, booleans, numbers, texts, the classes of this module, and tuples, lists, dictionaries and empty
+        root: None, booleans, numbers, texts, bytes, the classes of this module, and tuples, lists, dictionaries and empty
             ordered dictionaries and sets of them.
         file: an open binary file.
 
@@ -91,12 +99,18 @@ class _Writer:
             self._put(pickle.SETITEMS)
         elif kind is set and not value:
             self._put(pickle.EMPTY_SET)
+        elif kind is bytes:
+            self._put(pickle.BINBYTES + struct.pack("<I", len(value)) + value)
         elif kind is OrderedDict and not value:
             self.write(Call(Global("collections", "OrderedDict"), ()))
         elif kind is Call:
             self.write(value.function)
             self.write(value.arguments)
             self._put(pickle.REDUCE)
+        elif kind is Built:
+            self.write(value.call)
+            self.write(value.state)
+            self._put(pickle.BUILD)
         elif kind is Made:
             self.write(value.kind)
             self._put(pickle.EMPTY_TUPLE + pickle.NEWOBJ)

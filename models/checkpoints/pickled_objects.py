@@ -2,8 +2,12 @@
 
 Networks are pickled as whole objects: a call of a function of the training code with a dictionary that also holds the
 source text of their classes. The text is dropped unread; class name and attributes are kept as a `Record`.
+
+Layers of SiDA's generators have a hook, a method of the layer itself, so that a layer contains itself. What stands for
+the hook is empty, and nothing behind it is looked at.
 """
 
+import math
 import struct
 from collections.abc import Iterator
 
@@ -77,7 +81,24 @@ class _NumpyType(Inert):
             raise ValueError("a NumPy type other than a plain number")
 
 
-_NUMPY = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i", "b1": "<?"}
+_NUMPY = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "u1": "<B", "b1": "<?"}
+
+
+class Array(Inert):
+    """An array of NumPy, of which nothing is kept: EDM2's encoders hold two of four numbers."""
+
+    def set_state(self, state: object) -> None:
+        if type(state) is not tuple or len(state) != 5 or state[0] != 1 or type(state[3]) is not bool:
+            raise ValueError("the state of a NumPy array is damaged")
+        _check_array(state[1], state[2], state[4])
+
+
+class Hook(Inert):
+    """A method of a layer that would be called before its forward pass."""
+
+
+# The one method that a file may name.
+_HOOK_NAME = "_apply_forced_weight_normalization"
 
 
 def _reconstruct_persistent_obj(meta: object) -> Record:
@@ -164,6 +185,40 @@ def _scalar(kind: object, content: object) -> int | float | bool:
     return value
 
 
+def _check_array(shape: object, kind: object, content: object) -> None:
+    if (
+        type(shape) is not tuple
+        or len(shape) > 8
+        or not all(type(size) is int and size >= 0 for size in shape)
+        or not isinstance(kind, _NumpyType)
+        or not isinstance(content, memoryview)
+        or math.prod(shape) * struct.calcsize(_NUMPY[kind.code]) != len(content)
+    ):
+        raise ValueError("a NumPy array is damaged, or is none of plain numbers")
+
+
+def _array(kind: object, shape: object, code: object) -> Array:
+    """An array that gets its shape and elements later."""
+    if kind is not Array or shape != (0,) or not isinstance(code, memoryview) or bytes(code) != b"b":
+        raise ValueError("a NumPy array is damaged")
+    return Array()
+
+
+def _array_of(content: object, kind: object, shape: object, order: object) -> Array:
+    """As protocol 5 has it."""
+    if order not in ("C", "F"):
+        raise ValueError("a NumPy array is damaged")
+    _check_array(shape, kind, content)
+    return Array()
+
+
+def _method(owner: object, name: object) -> Hook:
+    """What stands for the method `name` of a layer. Nothing is looked up."""
+    if not isinstance(owner, Record) or name != _HOOK_NAME:
+        raise ValueError(f"the file asks for the attribute {shown(name)} of {shown(owner)}; nothing of it was run")
+    return Hook()
+
+
 GLOBALS: Table = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _reconstruct_persistent_obj,
     ("torch.nn.modules.container", "ModuleDict"): _ModuleDict,
@@ -175,10 +230,17 @@ GLOBALS: Table = {
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy", "dtype"): _dtype,
+    ("numpy", "ndarray"): Array,
+    ("numpy.core.multiarray", "_reconstruct"): _array,
+    ("numpy._core.multiarray", "_reconstruct"): _array,
+    ("numpy.core.numeric", "_frombuffer"): _array_of,
+    ("numpy._core.numeric", "_frombuffer"): _array_of,
     ("dnnlib.util", "EasyDict"): _EasyDict,
     ("__builtin__", "set"): _set,
     ("builtins", "set"): _set,
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "getattr"): _method,
+    ("builtins", "getattr"): _method,
 }
 """The complete list of what a checkpoint may ask for, besides torch's storage classes."""
 

@@ -1,14 +1,17 @@
-"""Checkpoints of EDM, PFGM++, SiD and their descendants: which networks a file holds, and reading one of them.
+"""Checkpoints of EDM, EDM2, PFGM++, SiD and their descendants: which networks a file holds, and reading one of them.
 
-What can be read: EDM's and SiD's network snapshots (.pkl), EDM's, PFGM++'s and SiD's training states (.pt), PFGM++
-teachers pickled again (.pkl), and the snapshots and states of both distillation projects built on SiD. They are told
-apart by content, not by name. Nothing in a file is run: see `unpickler`.
+What can be read: EDM's, EDM2's and SiD's network snapshots (.pkl), training states of EDM, EDM2, PFGM++, SiD and SiDA
+(.pt), PFGM++ teachers pickled again (.pkl), and the snapshots and states of both distillation projects built on SiD.
+They are told apart by content, not by name. Nothing in a file is run: see `unpickler`.
 """
 
+import contextlib
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +19,12 @@ from torch import Tensor
 
 from ipfm.models.checkpoints.containers import ContainerKind, map_file, read_container, shown_path
 from ipfm.models.checkpoints.edm_layout import FACTS_ENTRY, facts_in
+from ipfm.models.checkpoints.edm2_config import GENERATOR, edm2_config, is_edm2, narrow_heads
 from ipfm.models.checkpoints.infer_config import network_config, trained_for
+from ipfm.models.checkpoints.named_networks import NamedNetwork, Weights, contents, networks_in, stated_dtypes
 from ipfm.models.checkpoints.pickle_values import DEFAULT_LIMITS, Limits, shown
-from ipfm.models.checkpoints.pickled_objects import GLOBALS, MAX_TENSORS, Record, modules, own_tensors
+from ipfm.models.checkpoints.pickled_objects import GLOBALS, Array, Record
+from ipfm.models.checkpoints.published import Published, published
 from ipfm.models.checkpoints.recognise import generator_by_place, teacher_by_name
 from ipfm.models.checkpoints.stored_tensors import StoredTensor, finite_float32
 from ipfm.models.checkpoints.validate import blueprint, check_constants, check_parts, check_shapes
@@ -26,12 +32,13 @@ from ipfm.models.config import NetworkConfig
 from ipfm.models.facts import GeneratorFacts, TeacherFacts
 
 DSource = Literal["file", "caller", "assumed"]
-CAN_BE_READ = "a checkpoint of EDM, PFGM++ or SiD (.pkl, .pt)"
+CAN_BE_READ = "a checkpoint of EDM, EDM2, PFGM++ or SiD (.pkl, .pt)"
 _READABLE = f"what can be read: {CAN_BE_READ}"
-_FIRST_CHOICES = ("ema", "G_ema")
-_LAST_CHOICES = ("net", "G", "generator")
+_FIRST_CHOICES = ("ema", "G_ema", "G_ema_state")
+_LAST_CHOICES = ("net", "G", "G_state", "generator")
 _DISTILLATION_EMA = re.compile(r"ema_(\d)_(\d{1,9})")
-_GENERATOR = re.compile(r"G(_ema\d*)?|generator|ema_\d_\d{1,9}")
+_STATE = re.compile(r"training-state-(\d{1,12})\.pt")
+_GENERATOR = re.compile(r"G(_ema\d*)?(_state)?|generator|ema_\d_\d{1,9}")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class ImportedNetwork:
         weights: state dict by name, in order: float32, on the CPU, every value finite.
         parameters: names of those that are parameters and no buffers, in the order of optimiser states.
         D_source: where config.D comes from: the file, the caller, or assumed to be inf as neither said anything.
+        dtypes: what the tensors are stored in, e.g. "float16".
     """
 
     key: str
@@ -53,6 +61,7 @@ class ImportedNetwork:
     weights: dict[str, Tensor]
     parameters: tuple[str, ...]
     D_source: DSource
+    dtypes: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class Checkpoint:
     where: str
     container: ContainerKind
     origin: str
-    networks: Mapping[str, Record]
+    networks: Mapping[str, NamedNetwork]
     entries: Mapping[str, object]
     size: int
     file: Path | None = None
@@ -100,19 +109,27 @@ class Checkpoint:
         """The name of the network to take.
 
         `name` where it is given. Else the EMA of the weights: `ema`, `G_ema`, or of the EMAs of the older distillation
-        project (`ema_0_9990`) the slowest; where there is none `net`, `G` or `generator`.
+        project (`ema_0_9990`) and of EDM2's training states (`ema_0.100`) the slowest; where there is none `net`, `G`
+        or `generator`.
 
         Raises:
             ValueError: there is no such one; the message lists the networks in the file.
         """
         if name is None:
             averages = sorted(filter(_DISTILLATION_EMA.fullmatch, self.networks), key=_decay, reverse=True)
+            averages += [name for name, _ in sorted(self.averages.items(), key=lambda found: -found[1])]
             name = next((n for n in (*_FIRST_CHOICES, *averages, *_LAST_CHOICES) if n in self.networks), None)
             if name is None:
                 raise ValueError(f"{self.where} has several networks; choose one: {self._names()}")
         if name not in self.networks:
             raise ValueError(f"{self.where} has no network {shown(name)}; possible: {self._names()}")
         return name
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """The power-function averages of EDM2's training states by name, and their relative widths."""
+        widths = {name: net.std for name, net in self.networks.items() if isinstance(net, Weights)}
+        return {name: std for name, std in widths.items() if std is not None}
 
     def is_generator(self, name: str) -> bool:
         """Whether the file says that the network is a generator and no denoiser of a teacher; see `why_generator`."""
@@ -121,13 +138,16 @@ class Checkpoint:
     def why_generator(self, name: str) -> str | None:
         """By what the network is a generator and no denoiser of a teacher; None where nothing says so.
 
-        By what this package wrote into the file, or by the network's name in it; where that is `ema` and nothing else
-        is there, as in EDM's and SiD's snapshots, by the file's name or place (`recognise.generator_by_place`).
+        By what this package wrote into the file, or by the network's name in it or its class; where that is `ema` and
+        nothing else is there, as in EDM's and SiD's snapshots, by the file's name or place
+        (`recognise.generator_by_place`).
         """
         if self.facts is not None:
             return "by what stands in the file" if isinstance(self.facts, GeneratorFacts) else None
         if _GENERATOR.fullmatch(name) is not None:
             return "by its name in the file"
+        if self.networks[name].class_name == GENERATOR:
+            return f"by its class {GENERATOR}"
         if list(self.entries) != ["ema"]:
             return None
         return generator_by_place(self.file or Path(self.where))
@@ -136,6 +156,37 @@ class Checkpoint:
         """Whether nothing says what the network is: an average alone, in a file whose name and place are nobody's."""
         place = self.file or Path(self.where)
         return list(self.entries) == ["ema"] and self.why_generator(name) is None and not teacher_by_name(place)
+
+    def published(self, network: "ImportedNetwork") -> Published | None:
+        """What is known of a network of EDM2's family beside its architecture; None of any other.
+
+        Args:
+            network: from `read`.
+        """
+        if not network.config.is_edm2:
+            return None
+        state = self.entries.get("state")
+        images = state.get("cur_nimg") if isinstance(state, dict) else None
+        return published(
+            network.config,
+            self.entries,
+            self.file or Path(self.where),
+            std=self.averages.get(network.key),
+            images=images if type(images) is int and images >= 0 else None,
+            generator=self.is_generator(network.key),
+        )
+
+    def source_facts(self, network: "ImportedNetwork") -> dict[str, str]:
+        """What facts say of the file that a network of EDM2's family is from, beside its name; of others nothing.
+
+        Args:
+            network: from `read`.
+        """
+        known = self.published(network)
+        if known is None:
+            return {}
+        said = {"encoder": known.encoder, "ema_std": known.std, "kimg": known.kimg}
+        return {name: f"{value}" for name, value in said.items() if value is not None}
 
     def read(self, name: str | None = None, *, D: float | None = None) -> ImportedNetwork:
         """The network `name`, or the one that `choose` takes.
@@ -150,22 +201,24 @@ class Checkpoint:
         """
         key = self.choose(name)
         check_D(D)
-        record = self.networks[key]
+        network = self.networks[key]
         try:
             self._check_length()
-            stated = trained_for(record)
-            config, tensors, parameters = self._plan(record, stated or D or math.inf)
+            stated = self._stated(key)
+            plan = self._plan(network, stated or D or math.inf)
         except ValueError as error:
             raise ValueError(f"{self.where}: network {shown(key)}: {error}") from None
         if D is not None and stated is not None and stated != D:
             raise ValueError(f"{self.where} was trained for D = {stated:g}, but D = {D:g} was asked for")
         try:
-            weights = {name: self._loaded(name, tensor) for name, tensor in tensors.items()}
-            check_constants(config, weights)
+            weights = {name: self._loaded(name, tensor) for name, tensor in plan.tensors.items()}
+            check_constants(plan.config, weights)
         except ValueError as error:
             raise ValueError(f"{self.where}: network {shown(key)}: {error}") from None
         source: DSource = "file" if stated is not None else "caller" if D is not None else "assumed"
-        return ImportedNetwork(key, record.class_name, config, weights, parameters, source)
+        return ImportedNetwork(
+            key, network.class_name, plan.config, weights, plan.parameters, source, stated_dtypes(plan.tensors)
+        )
 
     def stream(self, name: str | None = None, *, D: float | None = None) -> StreamedNetwork:
         """As `read`, but that each tensor is read when it is asked for, and again at the next time.
@@ -179,21 +232,25 @@ class Checkpoint:
         """
         key = self.choose(name)
         check_D(D)
-        record = self.networks[key]
         where = f"{self.where}: network {shown(key)}"
         try:
             self._check_length()
-            config, tensors, parameters = self._plan(record, trained_for(record) or D or math.inf)
+            plan = self._plan(self.networks[key], self._stated(key) or D or math.inf)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
         def load(tensor: str) -> Tensor:
             try:
-                return self._loaded(tensor, tensors[tensor])
+                return self._loaded(tensor, plan.tensors[tensor])
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
 
-        return StreamedNetwork(config, tuple(tensors), parameters, load)
+        return StreamedNetwork(plan.config, tuple(plan.tensors), plan.parameters, load)
+
+    def _stated(self, key: str) -> float | None:
+        """The D that the file states for a network; a state dict states none. ValueError: it contradicts itself."""
+        network = self.networks[key]
+        return trained_for(network) if isinstance(network, Record) else None
 
     def _loaded(self, name: str, tensor: StoredTensor) -> Tensor:
         self._check_length()
@@ -204,27 +261,41 @@ class Checkpoint:
         if self.file is not None and self.file.exists() and self.file.stat().st_size < self.size:
             raise ValueError("the file was cut short while it was read")
 
-    def _plan(self, record: Record, D: float) -> tuple[NetworkConfig, dict[str, StoredTensor], tuple[str, ...]]:
-        """Configuration, tensors by name and parameters' names, everything checked but the elements."""
-        parts: dict[str, Record] = {}
-        tensors: dict[str, StoredTensor] = {}
-        parameters: list[str] = []
-        for path, part in modules(record):
-            parts[path] = part
-            prefix = f"{path}." if path else ""
-            own, buffers = own_tensors(part)
-            parameters += [prefix + name for name in own]
-            for name, tensor in (*own.items(), *buffers.items()):
-                if prefix + name in tensors or len(tensors) >= MAX_TENSORS:
-                    raise ValueError(f"{shown(prefix + name)} stands there twice, or there are too many tensors")
-                tensors[prefix + name] = tensor
-        check_bounds(tensors, self.size)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        config = network_config(record, shapes, D=D)
+    def _plan(self, network: NamedNetwork, D: float) -> "_Plan":
+        """What the network is, everything checked but the elements."""
+        found = contents(network)
+        check_bounds(found.tensors, self.size)
+        shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+        if isinstance(network, Record) and not is_edm2(network):
+            config = network_config(network, shapes, D=D)
+        else:
+            like = self._beside if isinstance(network, Weights) else None
+            config = edm2_config(network, shapes, D=D, like=like)
+            if isinstance(network, Weights) and like is None and narrow_heads(config):
+                warnings.warn(
+                    f"{self.where} does not say how wide its attention heads are: {config.channels_per_head} channels "
+                    "are assumed; a network-snapshot-*.pkl of the same training, beside it, would say it",
+                    stacklevel=4,
+                )
         plan = blueprint(config)
         check_shapes(plan, shapes)
-        check_parts(plan, parts)
-        return config, tensors, tuple(parameters)
+        check_parts(plan, found.parts)
+        return _Plan(config, found.tensors, plan.parameters if found.parameters is None else found.parameters)
+
+    @cached_property
+    def _beside(self) -> Record | None:
+        """The network of a snapshot beside this training state of EDM2, which says what state dicts do not."""
+        state = None if self.file is None else _STATE.fullmatch(self.file.name)
+        if self.file is None or state is None:
+            return None
+        found = sorted(self.file.parent.glob("network-snapshot-*.pkl"))
+        # Those of the same number first, then the newest.
+        for place in sorted(found, key=lambda place: f"-{state[1]}-" in place.name)[::-1][:4]:
+            with contextlib.suppress(ValueError):
+                network = open_checkpoint(place).networks.get("ema")
+                if isinstance(network, Record) and is_edm2(network):
+                    return network
+        return None
 
     def _names(self) -> str:
         return ", ".join(shown(name, 30) for name in self.networks)
@@ -248,12 +319,10 @@ def parse_checkpoint(
     root = container.root
     if not isinstance(root, dict) or not all(type(key) is str for key in root):
         raise ValueError(f"{where} holds {_kind(root)} instead of named networks; {_READABLE}")
-    # Names that are no identifiers are none of a training program's, and unfit to be printed.
-    networks = {
-        name: item
-        for name, item in root.items()
-        if isinstance(item, Record) and item.is_module and name.isidentifier() and name.isprintable()
-    }
+    try:
+        networks = networks_in(root)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if not networks:
         found = ", ".join(shown(key, 30) for key in list(root)[:8]) or "nothing"
         raise ValueError(f"{where} holds {_state_dict(root) or f'no network, only {found}'}; {_READABLE}")
@@ -261,7 +330,8 @@ def parse_checkpoint(
         facts = facts_in(root)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return Checkpoint(where, container.kind, _origin(container.kind, root), networks, root, len(view), path, facts)
+    origin = _origin(container.kind, root, networks)
+    return Checkpoint(where, container.kind, origin, networks, root, len(view), path, facts)
 
 
 def check_D(D: float | None) -> None:
@@ -300,10 +370,22 @@ def _decay(name: str) -> float:
     return float(f"{found[1]}.{found[2]}")
 
 
-def _origin(container: ContainerKind, root: Mapping[str, object]) -> str:
+@dataclass(frozen=True)
+class _Plan:
+    """A network to be read: its configuration, its tensors by name in order, and which of them are parameters."""
+
+    config: NetworkConfig
+    tensors: dict[str, StoredTensor]
+    parameters: tuple[str, ...]
+
+
+def _origin(container: ContainerKind, root: Mapping[str, object], networks: Mapping[str, NamedNetwork]) -> str:
     pickled = container == "pickle"
+    edm2 = any(is_edm2(network) for network in networks.values())
     if FACTS_ENTRY in root:
-        return "export of ipfm in EDM's layout"
+        return f"export of ipfm in {'EDM2' if edm2 else 'EDM'}'s layout"
+    if edm2:
+        return _origin_of_edm2(root, networks)
     if "generator" in root and "student" in root:
         return "snapshot of pfgmpp-distillation"
     if "fake_score" in root and "G_ema990" in root:
@@ -321,8 +403,21 @@ def _origin(container: ContainerKind, root: Mapping[str, object]) -> str:
     return "checkpoint of an unknown program"
 
 
+def _origin_of_edm2(root: Mapping[str, object], networks: Mapping[str, NamedNetwork]) -> str:
+    if "fake_score_state" in root:
+        return "training state of SiD or SiDA for EDM2"
+    if "net" in networks and "optimizer" in root:
+        return "EDM2 training state"
+    if root.keys() == {"ema"}:
+        generator = networks["ema"].class_name == GENERATOR
+        return "network snapshot of SiD or SiDA for EDM2" if generator else "network of EDM2 alone"
+    return "EDM2 network snapshot" if "ema" in root else "weights of EDM2's networks"
+
+
 def _state_dict(root: Mapping[str, object]) -> str | None:
     """Says so where a file holds the weights of a network and not the network."""
+    if any(_has_arrays(entry) for entry in root.values()):
+        return "arrays of NumPy, such as a reference's statistics, and no network"
     for name, entry in (("", root), *root.items()):
         if isinstance(entry, dict) and entry and all(isinstance(value, StoredTensor) for value in entry.values()):
             place = f" under {shown(name)}" if name else ""
@@ -330,6 +425,11 @@ def _state_dict(root: Mapping[str, object]) -> str | None:
                 f"weights alone{place} (a state dict: {shown(next(iter(entry)))} …) and not the network that they fit"
             )
     return None
+
+
+def _has_arrays(entry: object) -> bool:
+    inside = entry.values() if isinstance(entry, dict) else (entry,)
+    return any(isinstance(value, Array) for value in inside)
 
 
 def _kind(root: object) -> str:

@@ -54,8 +54,8 @@ _IMAGE_STARTS = {
 }
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _CHECKPOINTS = (".pkl", ".pt", ".pth")
-_OF_SID = re.compile(r"network-snapshot-\d+\.\d{6}-\d{6,}")
-_OF_A_TEACHER = re.compile(r"network-snapshot-\d{6,}\D|training-state-\d|edm-|baseline-")
+_OF_SID = re.compile(r"network-snapshot-\d+\.\d{6}-\d{6,}|edm2_img512_[a-z]{1,3}_sid")
+_OF_A_TEACHER = re.compile(r"network-snapshot-\d{6,}\D|training-state-\d|edm2?-|baseline-")
 _AVERAGE = re.compile(r"G_ema\d*")
 # Names that are looked at in a folder, which may hold millions.
 _LOOKED_AT = 1000
@@ -162,8 +162,6 @@ def what_global(module: str, name: str) -> str:
         return "; nothing of it was run"
     if top == "ipfm" or module.startswith("torch.nn"):
         return "; it holds a whole network that only its code could read: store networks with save_model"
-    if top in ("numpy",) and name == "_reconstruct":
-        return "; it holds arrays of NumPy, such as a reference's statistics"
     if top == "__torch__":
         return "; it is a TorchScript program, as the Inception network of an evaluation (--inception) is"
     if top in ("diffusers", "transformers", "omegaconf", "pytorch_lightning", "lightning"):
@@ -225,7 +223,8 @@ def what_place(path: Path) -> str | None:
 def generator_by_place(path: Path) -> str | None:
     """By what a file that holds an average alone is a generator's: its name or its folder; None where neither says it.
 
-    SiD has alpha in the name, as in network-snapshot-1.200000-403968.pkl, and IPFM's program keeps its averages in
+    SiD has alpha in the name, as in network-snapshot-1.200000-403968.pkl, or its own, as in
+    edm2_img512_xs_sid_alpha1-249360.pkl, and IPFM's program keeps its averages in
     folders G_ema, G_ema990, …; EDM's own network-snapshot-002500.pkl has neither.
 
     Args:
@@ -243,7 +242,7 @@ def generator_by_place(path: Path) -> str | None:
 
 
 def teacher_by_name(path: Path) -> bool:
-    """Whether the file has a name that EDM or PFGM++ gives to a teacher: network-snapshot-002500.pkl, edm-….pkl.
+    """Whether the file has a name that EDM, EDM2 or PFGM++ gives to a teacher: network-snapshot-002500.pkl, edm-….pkl.
 
     Args:
         path: the file.

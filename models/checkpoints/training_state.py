@@ -1,4 +1,4 @@
-"""Training states of EDM and PFGM++: everything that continuing a teacher's training needs.
+"""Training states of EDM, EDM2 and PFGM++: everything that continuing a teacher's training needs.
 
 The optimiser is Adam (Kingma and Ba 2015). Its state is stored by number; number i is the i-th parameter of the network
 in the same file. States of distillations are in `distillation_state`.
@@ -23,9 +23,14 @@ from ipfm.models.checkpoints.stored_tensors import StoredTensor
 from ipfm.models.config import NetworkConfig
 
 _EDM_STATE = re.compile(r"training-state-(\d{1,12})\.pt")
-# What a distillation never reaches where images are not augmented, so that Adam has no moments of it.
-_UNREACHED = "map_augment."
+# What a distillation does not reach: labels of augmentation without it, a log-variance that its losses leave out. Adam
+# has no moments of them.
+_UNREACHED = ("map_augment.", "logvar_linear.")
+# Adam's state, as EDM and PFGM++ call it, and as EDM2 does.
+_OPTIMIZERS = ("optimizer_state", "optimizer")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+STUDENTS = ("fake_score", "fake_score_state", "student")
+"""What files with several networks call the student."""
 # Settings of torch's Adam that change its steps, and the only value of each that is continued here.
 _PLAIN_ADAM = {"weight_decay": 0, "amsgrad": False, "maximize": False, "decoupled_weight_decay": False}
 
@@ -68,6 +73,7 @@ class TrainingState:
         betas: of Adam.
         lr: of Adam.
         eps: of Adam.
+        averages: power-function averages by their relative width, `ema` among them: state dicts.
         source: name of the file, for people; "" where it is from none.
         said: what else a run that goes on from it says of it.
         continues: what identifies it there; None is a digest of its weights.
@@ -85,16 +91,18 @@ class TrainingState:
     betas: tuple[float, float]
     lr: float
     eps: float
+    averages: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
     source: str = ""
     said: Mapping[str, Any] = field(default_factory=dict)
     continues: str | None = None
 
 
 def read_training_state(path: str | os.PathLike[str], *, D: float | None = None) -> TrainingState:
-    """The training state in the file `path` of EDM (`training-state-*.pt`) or PFGM++ (.pt, .pkl).
+    """The training state in the file `path` of EDM or EDM2 (`training-state-*.pt`) or PFGM++ (.pt, .pkl).
 
     EDM keeps the EMA of the weights in `network-snapshot-*.pkl` of the same number, which is looked for beside
-    `path`, and the number of training images (in thousands) only in the name.
+    `path`, and the number of training images (in thousands) only in the name. EDM2 keeps several averages in the file,
+    of which `ema` is the widest.
 
     Args:
         path: the file.
@@ -109,7 +117,11 @@ def read_training_state(path: str | os.PathLike[str], *, D: float | None = None)
 
 def is_training_state(checkpoint: Checkpoint) -> bool:
     """Whether it holds what `training_state_of` needs."""
-    return "net" in checkpoint.networks and "optimizer_state" in checkpoint.entries
+    return "net" in checkpoint.networks and _optimizer(checkpoint) is not None
+
+
+def _optimizer(checkpoint: Checkpoint) -> str | None:
+    return next((name for name in _OPTIMIZERS if name in checkpoint.entries), None)
 
 
 def training_state_of(checkpoint: Checkpoint, place: Path, *, D: float | None = None) -> TrainingState:
@@ -123,19 +135,23 @@ def training_state_of(checkpoint: Checkpoint, place: Path, *, D: float | None = 
     Raises:
         ValueError: another kind of file, damage, or parts that do not fit; one line that names the file.
     """
-    if not is_training_state(checkpoint):
+    optimizer = _optimizer(checkpoint)
+    if "net" not in checkpoint.networks or optimizer is None:
         raise ValueError(
             f"{checkpoint.where} is no training state of a teacher ({checkpoint.origin}); what can be continued: "
-            "training states of EDM and PFGM++, which hold net and optimizer_state"
-            + ("; recipes that distil continue this one" if "fake_score" in checkpoint.networks else "")
+            "training states of EDM, EDM2 and PFGM++, which hold net and optimizer_state or optimizer"
+            + ("; recipes that distil continue this one" if checkpoint.networks.keys() & STUDENTS else "")
         )
     net = checkpoint.read("net", D=D)
     try:
-        adam = adam_of(checkpoint, "optimizer_state", net)
-        step = images_seen(checkpoint.entries.get("step"), place)
+        adam = adam_of(checkpoint, optimizer, net)
+        step = images_seen(_counted(checkpoint), place)
     except ValueError as error:
         raise ValueError(f"{checkpoint.where}: {error}") from None
+    averages = {std: _comparable(checkpoint, name, net, D) for name, std in checkpoint.averages.items()}
     ema, ema_from = _average(checkpoint, place, net, D)
+    if averages:
+        ema, ema_from = averages[max(averages)], f"{place.name}, of width {max(averages):g}"
     return TrainingState(
         config=net.config,
         D_source=net.D_source,
@@ -149,6 +165,7 @@ def training_state_of(checkpoint: Checkpoint, place: Path, *, D: float | None = 
         betas=adam.betas,
         lr=adam.lr,
         eps=adam.eps,
+        averages=averages,
         source=place.name,
     )
 
@@ -160,8 +177,8 @@ def adam_of(checkpoint: Checkpoint, entry: str, net: ImportedNetwork, *, partial
         checkpoint: from `open_checkpoint`.
         entry: name of the optimiser's state at its top.
         net: the network, which was read from it.
-        partial: parameters of the augmentation labels may have no moments: nothing reaches them where images are not
-            augmented. Their moments are then 0.
+        partial: parameters of the augmentation labels and of the log-variance may have no moments: nothing reaches
+            them where images are not augmented, or a loss leaves it out. Their moments are then 0.
 
     Raises:
         ValueError: it is none, or not of this network; one line that does not name the file.
@@ -186,7 +203,8 @@ def adam_of(checkpoint: Checkpoint, entry: str, net: ImportedNetwork, *, partial
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas of its optimiser are {shown(betas)}")
-    absent = (i for i, name in enumerate(net.parameters) if _UNREACHED in name and i not in moments)
+    unreached = (i for i, name in enumerate(net.parameters) if any(part in name for part in _UNREACHED))
+    absent = (i for i in unreached if i not in moments)
     exp_avg, exp_avg_sq, steps = _moments(entry, moments, net, checkpoint.size, set(absent) if partial else set())
     return AdamState(
         exp_avg=exp_avg,
@@ -254,6 +272,12 @@ def _step(stored: object) -> int:
     return int(value)
 
 
+def _counted(checkpoint: Checkpoint) -> object:
+    """How many images the state says that it has seen: PFGM++'s number, or EDM2's among what it says of itself."""
+    state = checkpoint.entries.get("state")
+    return state.get("cur_nimg") if isinstance(state, dict) else checkpoint.entries.get("step")
+
+
 def images_seen(step: object, place: Path) -> int | None:
     """How many training images a state has seen: what it says itself, else what the name of its file says.
 
@@ -278,6 +302,8 @@ def _average(
     """(the average, the name of its file)."""
     if "ema" in checkpoint.networks:
         ema, source = checkpoint.read("ema", D=D), place
+    elif checkpoint.averages:
+        return None, None
     else:
         found = _EDM_STATE.fullmatch(place.name)
         if not found:
@@ -290,6 +316,14 @@ def _average(
     if comparable(ema.config) != comparable(net.config):
         raise ValueError(f"{shown_path(source)}: ema is not the average of net in {checkpoint.where}: they differ")
     return ema.weights, source.name
+
+
+def _comparable(checkpoint: Checkpoint, name: str, net: ImportedNetwork, D: float | None) -> dict[str, Tensor]:
+    """The average `name` of the same file. ValueError: it is not one of `net`."""
+    average = checkpoint.read(name, D=D)
+    if comparable(average.config) != comparable(net.config):
+        raise ValueError(f"{checkpoint.where}: {name} is not the average of net: they differ")
+    return average.weights
 
 
 def comparable(config: NetworkConfig) -> NetworkConfig:

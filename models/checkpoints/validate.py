@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ipfm.models.checkpoints.pickle_values import shown
 from ipfm.models.checkpoints.pickled_objects import Record
 from ipfm.models.config import NetworkConfig
+from ipfm.models.edm2_unet import EDM2Block
 from ipfm.models.precond import build_network
 from ipfm.models.schedules import iddpm_levels
 
@@ -24,7 +26,20 @@ _FACTS = (
     *("label_dropout", "in_channels", "out_channels", "emb_channels", "num_heads", "skip_scale", "adaptive_scale"),
     *("up", "down", "fused_resample", "in_features", "out_features", "num_groups", "eps"),
     *("num_channels", "max_positions", "endpoint"),
+    *("label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act"),
 )
+# What EDM2 and SiD call the classes that are here under other names.
+_CALLED = {
+    "Precond": "EDM2Precond",
+    "EDM_2_Precond_EncoderDecoder": "EDM2Precond",
+    "EDM_2_Precond_Generator": "EDM2Precond",
+    "UNet": "EDM2UNet",
+    "UNet_EncoderDecoder": "EDM2UNet",
+    "Block": "EDM2Block",
+}
+
+
+Fact: TypeAlias = int | float | bool | str | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class Part:
     """One module: the names of its class and of those it descends from, and its attributes."""
 
     classes: frozenset[str]
-    facts: Mapping[str, int | float | bool]
+    facts: Mapping[str, Fact]
 
 
 @dataclass(frozen=True)
@@ -42,10 +57,12 @@ class Blueprint:
     Attributes:
         shapes: of the state dict, by name and in its order.
         parts: every module by its path.
+        parameters: names of those tensors that are parameters, in order.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     parts: Mapping[str, Part]
+    parameters: tuple[str, ...]
 
 
 @lru_cache(maxsize=4)
@@ -54,7 +71,8 @@ def blueprint(config: NetworkConfig) -> Blueprint:
     with torch.device("meta"):
         net = build_network(config)
     parts = {path: _part(module, config if path == "" else module) for path, module in net.named_modules()}
-    return Blueprint({name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}, parts)
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    return Blueprint(shapes, parts, tuple(name for name, _ in net.named_parameters()))
 
 
 def check_shapes(plan: Blueprint, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -83,12 +101,23 @@ def check_parts(plan: Blueprint, parts: Mapping[str, Record]) -> None:
     for path, record in parts.items():
         name = shown(path) if path else "the network"
         own = plan.parts.get(path)
-        if own is None or record.class_name not in own.classes:
+        if own is None or not own.classes & {record.class_name, _CALLED.get(record.class_name, record.class_name)}:
             raise ValueError(f"{name} is a {shown(record.class_name)}, which its architecture has not there")
         for fact, expected in own.facts.items():
             stated = record.state.get(fact, expected)
-            if not isinstance(stated, (int, float)) or not math.isclose(stated, expected, rel_tol=1e-5):
+            if fact == "clip_act" and stated is None:
+                stated = math.inf
+            if not _same(stated, expected):
                 raise ValueError(f"{fact} of {name} is {shown(stated)}, but its architecture has {expected}")
+
+
+def _same(stated: object, expected: Fact) -> bool:
+    if isinstance(expected, tuple):
+        items = tuple(stated) if isinstance(stated, (list, tuple)) else ()
+        return len(items) == len(expected) and all(map(_same, items, expected))
+    if isinstance(expected, str):
+        return stated == expected
+    return isinstance(stated, (int, float)) and math.isclose(stated, expected, rel_tol=1e-5)
 
 
 def check_constants(config: NetworkConfig, weights: Mapping[str, Tensor]) -> None:
@@ -112,5 +141,9 @@ def check_constants(config: NetworkConfig, weights: Mapping[str, Tensor]) -> Non
 
 def _part(module: torch.nn.Module, described: object) -> Part:
     names = _OPTIONS if isinstance(described, NetworkConfig) else _FACTS
-    facts = {name: value for name in names if isinstance(value := getattr(described, name, None), (int, float))}
+    facts: dict[str, Fact] = {name: value for name in names if isinstance(value := getattr(described, name, None), (int, float))}
+    if isinstance(module, EDM2Block):
+        mode = "up" if module.up else "down" if module.down else "keep"
+        own = {"flavor": "enc" if module.encoder else "dec", "resample_mode": mode}
+        facts |= {**own, "resample_filter": tuple(module.resample_filter)}
     return Part(frozenset(kind.__name__ for kind in type(module).__mro__), facts)

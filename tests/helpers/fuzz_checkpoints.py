@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ipfm.models.checkpoints.pickled_objects import modules, own_tensors
+from ipfm.models.checkpoints.named_networks import contents
 from ipfm.models.checkpoints.reader import ImportedNetwork, parse_checkpoint
 
 # Settings of a network that decide how it trains and in which precision, not what it is; a file may state any value.
@@ -99,13 +99,11 @@ class Target:
         """Which bytes of the file are elements of the network's tensors."""
         base = np.frombuffer(self.data, np.uint8).__array_interface__["data"][0]
         mask = np.zeros(len(self.data), dtype=bool)
-        record = parse_checkpoint(self.data, where=WHERE).networks[self.reference.key]
-        for _, part in modules(record):
-            for tensors in own_tensors(part):
-                for tensor in tensors.values():
-                    raw = np.frombuffer(tensor.storage.open().read(), np.uint8)
-                    start = raw.__array_interface__["data"][0] - base
-                    mask[start : start + raw.size] = True
+        network = parse_checkpoint(self.data, where=WHERE).networks[self.reference.key]
+        for tensor in contents(network).tensors.values():
+            raw = np.frombuffer(tensor.storage.open().read(), np.uint8)
+            start = raw.__array_interface__["data"][0] - base
+            mask[start : start + raw.size] = True
         return mask
 
 

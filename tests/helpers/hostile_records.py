@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import official_edm2 as edm2
 import torch
-from official_files import Call, Official, edm_snapshot, official
+from official_files import Call, EasyDict, Official, edm_snapshot, official
 from torch import nn
 
 
@@ -236,3 +237,70 @@ def records(net: nn.Module) -> Iterator[tuple[str, Any]]:
     yield "a network of a name with escapes", {"ema\x1b[2J\n": official(net)}
     yield "only other objects", {"loss_fn": Official("EDMLoss", {"P_mean": -1.2})}
     yield "networks of unknown roles", {"a": official(net), "b": official(net)}
+
+
+def edm2_records() -> Iterator[tuple[str, Any]]:
+    """Checkpoints of EDM2's family with something wrong: hooks, circles, arrays, state dicts."""
+    for name, array in {
+        "objects": np.array([{}, "import os"], dtype=object),
+        "records of fields": np.zeros(2, [("a", "f4")]),
+        "texts": np.array(["os.system"]),
+        "complex numbers": np.zeros(2, np.complex64),
+    }.items():
+        root = edm2.snapshot(edm2.network())
+        root["encoder"].meta["state"]["scale"] = array
+        yield f"EDM2: an array of {name}", root
+    for name, content in {"fewer bytes": b"1234", "more bytes": bytes(64), "text": "1234" * 4}.items():
+        root = edm2.snapshot(edm2.network())
+        root["encoder"].meta["state"]["scale"] = _Array(np.dtype("f4"), (4,), content)
+        yield f"EDM2: an array of {name}", root
+    root = edm2.snapshot(edm2.network())
+    root["encoder"].meta["state"]["scale"] = _Array(np.dtype("f4"), (2**40, 2**40), bytes(16))
+    yield "EDM2: an array of 2^80 numbers", root
+    layer = Official("MPConv", {})
+    for name, call in {
+        "another attribute": Call(getattr, layer, "__class__"),
+        "a method of text": Call(getattr, "os", edm2.HOOK),
+        "a method of a method": Call(getattr, Call(getattr, layer, edm2.HOOK), edm2.HOOK),
+        "a default": Call(getattr, layer, edm2.HOOK, eval),
+    }.items():
+        root = edm2.generator()
+        part(root["ema"], "unet.out_conv")["_forward_pre_hooks"] = {0: call}
+        yield f"EDM2: {name}", root
+    root = edm2.generator(hooks="same")
+    part(root["ema"], "unet")["_modules"]["out_conv"] = Call(getattr, root["ema"], edm2.HOOK)
+    yield "EDM2: a hook in the place of a layer", root
+    root = edm2.generator(hooks="same")
+    part(root["ema"], "unet.enc")["_modules"]["8x8_conv"] = part(root["ema"], "unet")["_modules"]["out_conv"]
+    yield "EDM2: one layer in two places", root
+    root = edm2.generator()
+    part(root["ema"], "unet.enc")["_modules"]["8x8_block0"] = root["ema"]
+    yield "EDM2: a network in itself", root
+    for name, changes in {
+        "gains of a list": {"unet.out_gain": [1.0]},
+        "a weight of text": {"unet.out_gain": "1"},
+        "a level of 99999": {"unet.dec.99999x99999_block0.conv_res1.weight": torch.zeros(8, 8, 3, 3)},
+        "rows of nothing": {"unet.out_conv.weight": torch.zeros(0, 4, 3, 3)},
+        "frequencies of nothing": {"unet.emb_fourier.freqs": torch.zeros(0)},
+        "a flat weight": {"unet.dec.4x4_block0.conv_res1.weight": torch.zeros(8)},
+        "infinity": {"unet.out_gain": torch.tensor(math.inf)},
+    }.items():
+        yield f"EDM2: a state dict with {name}", {"net": edm2.state_dict(edm2.network()) | changes}
+    averages = {"stds": [0.1] * 1000, "emas": [{}] * 1000}
+    yield "EDM2: a thousand averages of nothing", {"ema": averages}
+    yield "EDM2: averages of another network", {"ema": {"stds": [0.1], "emas": [{"a": torch.zeros(1)}]}}
+    yield "EDM2: an EasyDict in itself", _circle()
+
+
+class _Array(Call):
+    """An array with a state that NumPy would not write."""
+
+    def __init__(self, kind: Any, shape: Any, content: Any) -> None:
+        rebuild = np.zeros(1).__reduce__()[0]
+        self.reduced = rebuild, (np.ndarray, (0,), b"b"), (1, shape, kind, False, content)
+
+
+def _circle() -> EasyDict:
+    root = EasyDict()
+    root["ema"] = root
+    return root

@@ -69,6 +69,7 @@ class EasyDict(dict):  # type: ignore[type-arg]
 EasyDict.__module__ = "dnnlib.util"
 _RECONSTRUCT = _foreign("torch_utils.persistence", "_reconstruct_persistent_obj")
 _OLD_SCALAR = _foreign("numpy.core.multiarray", "scalar")
+_OLD_ARRAY = _foreign("numpy.core.multiarray", "_reconstruct")
 
 
 @contextlib.contextmanager
@@ -80,7 +81,7 @@ def _foreign_modules() -> Iterator[None]:
         "dnnlib": {},
         "dnnlib.util": {"EasyDict": EasyDict},
         "numpy.core": {},
-        "numpy.core.multiarray": {"scalar": _OLD_SCALAR},
+        "numpy.core.multiarray": {"scalar": _OLD_SCALAR, "_reconstruct": _OLD_ARRAY},
     }
     before = {name: sys.modules.get(name) for name in contents}
     for name, members in contents.items():
@@ -101,20 +102,22 @@ def _pickler(style: Style) -> type[pickle.Pickler]:
     class Pickler(pickle.Pickler):
         def reducer_override(self, thing: Any) -> Any:
             if isinstance(thing, Official):
-                return _RECONSTRUCT, (thing.meta,)
+                return _RECONSTRUCT, (dict(thing.meta),)  # made anew each time, as theirs is
             if isinstance(thing, Call):
                 return thing.reduced
             if isinstance(thing, np.float64) and not style.new_numpy:
                 return _OLD_SCALAR, (thing.dtype, thing.tobytes())
+            if isinstance(thing, np.ndarray) and not style.new_numpy:
+                return _OLD_ARRAY, (np.ndarray, (0,), b"b"), thing.__reduce__()[2]
             return NotImplemented
 
     return Pickler
 
 
-def write_pickle(path: Path, root: object, style: Style = NEW) -> Path:
+def write_pickle(path: Path, root: object, style: Style = NEW, *, protocol: int = 4) -> Path:
     """A plain pickle."""
     with _foreign_modules(), path.open("wb") as file:
-        _pickler(style)(file, protocol=4).dump(root)
+        _pickler(style)(file, protocol=protocol).dump(root)
     return path
 
 

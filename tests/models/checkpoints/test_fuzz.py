@@ -4,6 +4,7 @@
 """
 
 import collections
+import itertools
 import json
 import os
 import subprocess
@@ -11,19 +12,24 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import official_edm2 as e2
 import official_files as of
 import pytest
 from fuzz_checkpoints import SLOWEST, Target, Wrong, check_message, run_cases
 from hostile import write_corpus
-from hostile_records import records
+from hostile_records import edm2_records, records
 
 from ipfm.models import NetworkConfig, build_network, load_teacher
 
 TESTS = Path(__file__).parents[2]
-FIXTURES = [TESTS / "fixtures" / f"{name}.pkl" for name in ("edm_ddpmpp_uncond", "edm_ncsnpp_uncond")]
+NAMES = ("edm_ddpmpp_uncond", "edm_ncsnpp_uncond", "edm2_latent_uncond")
+FIXTURES = [TESTS / "fixtures" / f"{name}.pkl" for name in NAMES]
 SMALL = NetworkConfig(
     img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,)
 )
+
+
+WIDE = e2.Edm2(model_channels=64, channel_mult=(1,), num_blocks=0, attn_resolutions=(), channels_per_head=64)
 
 
 def report(capsys: pytest.CaptureFixture[str], name: str, count: "collections.Counter[str]") -> None:
@@ -34,16 +40,36 @@ def report(capsys: pytest.CaptureFixture[str], name: str, count: "collections.Co
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_flipped_and_missing_bytes(path, capsys):
-    """Of the bytes around the tensors one in 293, of their elements one in 4999, of the lengths one in 997."""
+    """Of the bytes around the tensors one in 293, of their elements one in 4999 (999), of the lengths one in 997."""
     inside = Target(path).is_element
-    flips = [*np.flatnonzero(~inside)[::293].tolist(), *np.flatnonzero(inside)[::4999].tolist()]
+    edm2 = path.stem.startswith("edm2")
+    flips = [*np.flatnonzero(~inside)[::293].tolist(), *np.flatnonzero(inside)[:: 999 if edm2 else 4999].tolist()]
     count, wrong = run_cases(path, flips, range(0, len(inside), 997))
     report(capsys, path.name, count)
     assert not wrong
     assert count.total() == len(flips) + -(-len(inside) // 997)
     # Damage to the elements shows in the values only, damage elsewhere is mostly noticed.
-    assert count["flip element"] > 30 and count["flip refused"] > 150
+    element, refused = (15, 90) if edm2 else (30, 150)
+    assert count["flip element"] > element and count["flip refused"] > refused
     assert count["flip same"] + count["flip setting"] < count["flip refused"]
+
+
+def test_flipped_and_missing_bytes_of_a_generator_with_hooks(tmp_path, capsys):
+    """Layers that contain themselves, stored in float32."""
+    path = of.write_pickle(tmp_path / "g.pkl", e2.generator(hooks="same"))
+    size = path.stat().st_size
+    count, wrong = run_cases(path, range(0, size, 997), range(0, size, 2503))
+    report(capsys, "generator with hooks", count)
+    assert not wrong and count["flip refused"] > 20
+
+
+def test_flipped_and_missing_bytes_of_edm2s_training_state(tmp_path, capsys):
+    path = of.write_torch(tmp_path / "a.pt", {"net": e2.state_dict(e2.network(WIDE))}, of.OLD)
+    size = path.stat().st_size
+    count, wrong = run_cases(path, range(1, size, size // 100), range(0, size, size // 20))
+    report(capsys, "EDM2 training state", count)
+    # The zip's checksums show damage to the elements.
+    assert not wrong and not count["flip element"]
 
 
 @pytest.mark.parametrize("kind", ["zip", "older"])
@@ -82,7 +108,7 @@ def test_the_fuzzer_notices_what_it_is_for(monkeypatch):
 def test_hostile_files(tmp_path, capsys):
     """Nothing of any file is imported, called or written; each is refused in one line, soon and in little memory."""
     net = of.randomize(build_network(SMALL))
-    files = write_corpus(tmp_path / "corpus", net, records(net))
+    files = write_corpus(tmp_path / "corpus", net, itertools.chain(records(net), edm2_records()))
     (tmp_path / "link.pkl").symlink_to(tmp_path / "nowhere.pkl")
     os.mkfifo(tmp_path / "pipe.pkl")
     files |= {

@@ -143,7 +143,7 @@ def test_step_as_a_whole_number(net, tmp_path):
 
 
 def test_what_is_no_state_of_a_teacher(net, tmp_path):
-    wanted = "what can be continued: training states of EDM and PFGM\\+\\+, which hold net and optimizer_state"
+    wanted = "what can be continued: training states of EDM, EDM2 and PFGM\\+\\+, which hold net and optimizer_state"
     for layout, root in (
         ("EDM network snapshot", of.edm_snapshot(net)),
         ("training state of SiD", of.sid_state(net)),
