@@ -67,7 +67,7 @@ rehearsal: $(READY)  ## what every recipe launches on a GPU, compiled for seven 
 counts: $(READY)  ## what a step costs that can be counted without a GPU: waits, operators, traffic, the host's time
 	$(BIN)/python -m ipfm.engine.commands.bench.counts
 
-fuzz: $(READY)  ## damage two checkpoints at every byte and every length, and read them
+fuzz: $(READY)  ## damage four checkpoints at every byte and every length, and read them
 	$(BIN)/python tests/helpers/fuzz_checkpoints.py tests/fixtures/*.pkl
 
 $(READY): setup.py pyproject.toml Makefile

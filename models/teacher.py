@@ -59,8 +59,8 @@ def load_network(
 
     Args:
         path: a folder with config.json and model.safetensors, or a checkpoint file of EDM, EDM2, PFGM++ or SiD
-            (network snapshot or training state), from which nothing is run; or a checkpoint of a run, of which the average is
-            taken, or a run folder, of which a warning says what was taken.
+            (network snapshot or training state), from which nothing is run; or a checkpoint of a run, of which the
+            average is taken, or a run folder, of which a warning says what was taken.
         D: the auxiliary dimensions it is expected to be trained for (inf: diffusion). None takes what the file says,
             and inf for a checkpoint that says nothing.
         network: which of a checkpoint's networks. None takes the average of the weights where there is one

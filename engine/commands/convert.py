@@ -164,5 +164,5 @@ def describe(checkpoint: Checkpoint, imported: ImportedNetwork) -> list[tuple[st
             f"{config.img_resolution}{labels}, {config.model_channels} channels × {tuple(config.channel_mult)}",
         ),
         ("D", f"{config.D:g} ({sources[imported.D_source]})"),
-        ("stored in", imported.dtypes),
+        *([("stored in", f"{imported.dtypes}, raised to float32")] if imported.dtypes != "float32" else []),
     ]

@@ -20,9 +20,10 @@ from ipfm.engine.training.run_folder import SET_ASIDE, fingerprint
 from ipfm.models import NetworkConfig, Precond, build_network
 from ipfm.models.checkpoints.training_state import AdamState
 
-# What of an architecture says nothing of its tensors, or is no obstacle: a generator needs no augmentation labels.
-_FREE = ("dropout", "label_dropout", "use_fp16", "augment_dim", "sigma_min", "sigma_max")
-_AUGMENT = "map_augment."
+# What of an architecture says nothing of its tensors, or is no obstacle: a generator needs no augmentation labels, and
+# nobody asks it for a log-variance.
+_FREE = ("dropout", "label_dropout", "use_fp16", "augment_dim", "sigma_min", "sigma_max", "logvar_channels")
+_SPARE = ("map_augment.", "logvar_fourier.", "logvar_linear.")
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ class NetworkStart:
             own = build_network(role.network).state_dict()
         for name, tensor in own.items():
             found = self.weights.get(name)
-            if found is None and _AUGMENT not in name:
+            if found is None and not _is_spare(name):
                 raise ValueError(f"{self.source} has no {name}, which the {role.name} of this run has")
             if found is not None and found.shape != tensor.shape:
                 raise ValueError(
                     f"{self.source}: {name} has shape {tuple(found.shape)}, {tuple(tensor.shape)} in the {role.name} "
                     "of this run"
                 )
-        if unknown := [name for name in self.weights if name not in own and _AUGMENT not in name]:
+        if unknown := [name for name in self.weights if name not in own and not _is_spare(name)]:
             raise ValueError(f"{self.source} has {unknown[0]}, which the {role.name} of this run has not")
 
     def put_into(self, net: Precond) -> None:
@@ -213,6 +214,10 @@ def short_name(path: Path) -> str:
         return f"{path.parent.parent.name}/{SET_ASIDE}/{path.name}"
     own = path.name in ("model", "teacher") or path.name.startswith(("generator", "step-"))
     return f"{path.parent.name}/{path.name}" if own and path.parent.name else path.name
+
+
+def _is_spare(name: str) -> bool:
+    return any(part in name for part in _SPARE)
 
 
 def start_facts(start: DistillationStart | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Training states of distillations: generator, its average, student, and what their optimisers know.
 
-Those of SiD, SiDA and pfgmpp-idmd (`training-state-*.pt`), and the snapshots of the distillation project before it, which are
-states too (`network-snapshot-*.pkl`).
+Those of SiD, SiDA and pfgmpp-idmd (`training-state-*.pt`), and the snapshots of the distillation project before it,
+which are states too (`network-snapshot-*.pkl`).
 """
 
 from __future__ import annotations

@@ -230,9 +230,7 @@ def _check(chosen: Mapping[str, object], seen: Mapping[str, object]) -> None:
         ("the widths of its levels", _widths(channels, factors), _widths(seen["model_channels"], seen["channel_mult"])),
     ):
         if stated != found or isinstance(stated, bool):
-            raise ValueError(
-                f"{name} is stated as {shown(str(stated))}, but its tensors say {shown(str(found))}"
-            )
+            raise ValueError(f"{name} is stated as {shown(str(stated))}, but its tensors say {shown(str(found))}")
 
 
 def _widths(channels: object, factors: object) -> object:

@@ -5,6 +5,7 @@ latents are scaled.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -81,8 +82,8 @@ def encoder(net: Precond) -> Call:
     latent = said.get("encoder", "latent" if net.img_channels == 4 else "pixel") == "latent"
     state: dict[str, object] = {"_init_args": (), "_init_kwargs": {}}
     if latent:
-        scale = np.float32(0.5) / np.float32(_LATENT_STD)
-        bias = -np.float32(_LATENT_MEAN) * scale
+        scale = np.float32(0.5) / np.array(_LATENT_STD, np.float32)
+        bias = -np.array(_LATENT_MEAN, np.float32) * scale
         state |= {"vae_name": "stabilityai/sd-vae-ft-mse", "scale": _array(scale), "bias": _array(bias)}
         state |= {"batch_size": 8, "_vae": None}
     name = "StabilityVAEEncoder" if latent else "StandardRGBEncoder"
@@ -112,7 +113,7 @@ def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def _array(values: "np.ndarray[tuple[int], np.dtype[np.float32]]") -> Built:
+def _array(values: "np.ndarray[Any, np.dtype[np.float32]]") -> Built:
     """An array as NumPy pickles it; of versions before 2 too, which have its module under the older name."""
     dtype = Built(Call(Global("numpy", "dtype"), ("f4", False, True)), (3, "<", None, None, None, -1, -1, 0))
     made = Call(Global("numpy.core.multiarray", "_reconstruct"), (Global("numpy", "ndarray"), (0,), b"b"))

@@ -82,7 +82,8 @@ def network_config(record: Record, shapes: Shapes, *, D: float) -> NetworkConfig
     if name not in OPTIONS:
         foreign = f", {_FOREIGN[name]}," if name in _FOREIGN else ""
         raise ValueError(
-            f"the class {shown(name)}{foreign} cannot be read; possible: {', '.join(PRECONDITIONERS)} and EDM2's Precond"
+            f"the class {shown(name)}{foreign} cannot be read; possible: {', '.join(PRECONDITIONERS)} and EDM2's "
+            "Precond"
         )
     seen = from_shapes(shapes)
     given = _arguments(record)

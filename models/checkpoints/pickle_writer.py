@@ -51,8 +51,8 @@ def write_pickle(root: object, file: IO[bytes]) -> None:
     """Write a pickle of protocol 4.
 
     Args:
-        root: None, booleans, numbers, texts, bytes, the classes of this module, and tuples, lists, dictionaries and empty
-            ordered dictionaries and sets of them.
+        root: None, booleans, numbers, texts, bytes, the classes of this module, and tuples, lists, dictionaries and
+            empty ordered dictionaries and sets of them.
         file: an open binary file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a checkpoint of EDM2's family is beside its architecture: its size, its encoder, its average, its published name.
+"""What a checkpoint of EDM2's family is beside its architecture: its size, encoder, average and published name.
 
 Sizes and names of the published files are those of Karras et al. (2024); Zhou et al. (2025) distilled the same sizes.
 Nothing is refused here: a name may say anything, and what contradicts the network is said.
@@ -165,4 +165,3 @@ def _contradiction(named: _Named, config: NetworkConfig, size: str) -> str:
     if channels != config.img_channels:
         return f"its name says {named.dataset}, and its images have {config.img_channels} channels"
     return ""
-

@@ -18,8 +18,8 @@ from typing import Literal
 from torch import Tensor
 
 from ipfm.models.checkpoints.containers import ContainerKind, map_file, read_container, shown_path
-from ipfm.models.checkpoints.edm_layout import FACTS_ENTRY, facts_in
 from ipfm.models.checkpoints.edm2_config import GENERATOR, edm2_config, is_edm2, narrow_heads
+from ipfm.models.checkpoints.edm_layout import FACTS_ENTRY, facts_in
 from ipfm.models.checkpoints.infer_config import network_config, trained_for
 from ipfm.models.checkpoints.named_networks import NamedNetwork, Weights, contents, networks_in, stated_dtypes
 from ipfm.models.checkpoints.pickle_values import DEFAULT_LIMITS, Limits, shown

@@ -141,7 +141,9 @@ def check_constants(config: NetworkConfig, weights: Mapping[str, Tensor]) -> Non
 
 def _part(module: torch.nn.Module, described: object) -> Part:
     names = _OPTIONS if isinstance(described, NetworkConfig) else _FACTS
-    facts: dict[str, Fact] = {name: value for name in names if isinstance(value := getattr(described, name, None), (int, float))}
+    facts: dict[str, Fact] = {
+        name: value for name in names if isinstance(value := getattr(described, name, None), (int, float))
+    }
     if isinstance(module, EDM2Block):
         mode = "up" if module.up else "down" if module.down else "keep"
         own = {"flavor": "enc" if module.encoder else "dec", "resample_mode": mode}

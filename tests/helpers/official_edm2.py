@@ -58,7 +58,9 @@ class Edm2:
 class _Part:
     """A module to be: class, attributes, tensors and children."""
 
-    def __init__(self, kind: str, args: tuple[Any, ...] = (), given: Mapping[str, Any] | None = None, **attributes: Any):
+    def __init__(
+        self, kind: str, args: tuple[Any, ...] = (), given: Mapping[str, Any] | None = None, **attributes: Any
+    ):
         self.kind, self.args, self.given, self.attributes = kind, args, dict(given or {}), attributes
         self.tensors: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
@@ -232,7 +234,7 @@ def tensors(net: Official, dtype: torch.dtype = torch.float32) -> dict[str, Tens
 
 
 def state_dict(net: Official, dtype: torch.dtype = torch.float32) -> Any:
-    """What a module's state_dict() is: an OrderedDict with the versions of its layers."""
+    """The state dict of a module: an OrderedDict with the versions of its layers."""
     found: Any = collections.OrderedDict(tensors(net, dtype))
     found._metadata = collections.OrderedDict({"": {"version": 1}, "unet": {"version": 1}})
     return found

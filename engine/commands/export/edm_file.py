@@ -1,4 +1,4 @@
-"""Export to EDM's layout: one pickle that the programs of EDM, PFGM++ and SiD load as it is."""
+"""Export to EDM's layout: one pickle that the programs of EDM, EDM2, PFGM++ and SiD load as it is."""
 
 from __future__ import annotations
 
@@ -82,6 +82,8 @@ def remarks_of(network: ExportedNetwork, path: Path) -> list[str]:
                 f"D = {D:g} is in the file, but EDM's and SiD's programs draw Gaussian latents, right for D = inf "
                 "alone; pfgmpp-idmd's take D as an option"
             )
+    elif math.isfinite(D) and network.net.config.is_edm2:
+        said.append(f"D = {D:g} is in the file, but EDM2's generate_images.py draws Gaussian latents")
     elif math.isfinite(D):
         said.append(
             f"D = {D:g} is in the file, but EDM's generate.py draws Gaussian latents; PFGM++'s draws those of "

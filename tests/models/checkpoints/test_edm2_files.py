@@ -141,7 +141,7 @@ def test_generators_of_sid_and_sida_with_their_hooks(hooks, tmp_path):
     assert_is(imported, root["ema"])
     assert imported.config.logvar_channels == 0 and imported.config.use_fp16
     assert checkpoint.why_generator("ema") == "by its class EDM_2_Precond_Generator"
-    with pytest.raises(ValueError, match="ema is a generator .network snapshot of SiD or SiDA for EDM2."):
+    with pytest.raises(ValueError, match=r"ema is a generator .network snapshot of SiD or SiDA for EDM2."):
         load_teacher(path)
     net = load_from_checkpoint(checkpoint)
     assert torch.isfinite(net(torch.zeros(1, 3, 16, 16), 2.5)).all()
@@ -157,7 +157,7 @@ def test_a_method_of_anything_else_is_refused(tmp_path):
     ):
         root = e2.generator()
         root["ema"].meta["state"]["_forward_pre_hooks"] = {0: call}
-        with pytest.raises(ValueError, match="a.pkl: ") as refused:
+        with pytest.raises(ValueError, match=r"a\.pkl: ") as refused:
             open_checkpoint(of.write_pickle(tmp_path / "a.pkl", root))
         assert asked in str(refused.value) or "arguments" in str(refused.value)
 
@@ -317,7 +317,7 @@ def contradictions() -> dict[str, tuple[of.Official, str]]:
 
 def test_networks_that_contradict_themselves(tmp_path):
     for name, (net, said) in contradictions().items():
-        with pytest.raises(ValueError, match="a.pkl: network 'ema': ") as refused:
+        with pytest.raises(ValueError, match=r"a\.pkl: network 'ema': ") as refused:
             snapshot(tmp_path / "a.pkl", net).read()
         assert re.search(said, str(refused.value)), (name, str(refused.value))
 
