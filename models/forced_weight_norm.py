@@ -100,6 +100,17 @@ class PlainWeight(nn.Module):
         self.row_scale = row_scale(master).to(self.weight.device)
         self.weight.copy_(plain_weight(master))
 
+    @torch.no_grad()
+    def take_master(self, master: Tensor) -> None:
+        """Make the plain weight of this master in its memory, which becomes the parameter's: nothing else is allocated.
+
+        Args:
+            master: of the weight's shape, float32 or float64, of nobody else.
+        """
+        self.row_scale = row_scale(master)
+        columns = _column(self.row_scale, master)
+        self.weight = nn.Parameter(master.div_(columns).div_(math.sqrt(master[0].numel())))
+
     def master(self) -> Tensor:
         """The master that the plain weight was made of, of its shape and dtype, but for rounding."""
         scale = self.row_scale * math.sqrt(self.weight[0].numel())

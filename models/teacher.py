@@ -12,6 +12,7 @@ from torch import Tensor
 from ipfm.models.checkpoints.reader import Checkpoint, ImportedNetwork, check_D, open_checkpoint
 from ipfm.models.checkpoints.recognise import models_in
 from ipfm.models.facts import GeneratorFacts, TeacherFacts
+from ipfm.models.forced_weight_norm import PlainWeight
 from ipfm.models.precond import Precond, build_network
 from ipfm.models.store import StoredConfig, load_stored, located, read_config
 
@@ -163,8 +164,7 @@ def load_from_folder(stored: StoredConfig, *, D: float | None = None) -> Precond
 def build(imported: ImportedNetwork) -> Precond:
     """The network of a checkpoint on the CPU, in eval mode, which takes the weights over without copying them.
 
-    Layers under forced weight normalisation make other tensors of theirs. `imported` then loses each as it is taken, so
-    that there is never much more than one of the two networks.
+    Layers under forced weight normalisation turn theirs into plain weights, in place: `imported` then has none left.
 
     Args:
         imported: from `Checkpoint.read`.
@@ -189,5 +189,7 @@ def _take_over(net: Precond, weights: dict[str, Tensor]) -> None:
     for path, part in net.named_modules():
         names = {name: f"{path}.{name}" if path else name for name in (*part._parameters, *part._buffers)}
         own = {name: weights.pop(whole) for name, whole in names.items() if whole in weights}
-        if own:
+        if isinstance(part, PlainWeight):
+            part.take_master(own["weight"])
+        elif own:
             part.load_state_dict(own, strict=False, assign=True)

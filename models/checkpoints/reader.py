@@ -361,7 +361,7 @@ def check_bounds(tensors: Mapping[str, StoredTensor], size: int) -> None:
 
 
 def _load(name: str, tensor: StoredTensor) -> Tensor:
-    return finite_float32(name, tensor.load())
+    return finite_float32(name, tensor.load(widened=True))
 
 
 def _decay(name: str) -> float:

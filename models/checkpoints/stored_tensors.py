@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,18 +106,25 @@ class StoredTensor:
             )
         return storage.dtype
 
-    def load(self) -> Tensor:
+    def load(self, *, widened: bool = False) -> Tensor:
         """A contiguous copy on the CPU, in the dtype of the file.
+
+        Args:
+            widened: float16 as float32, without a copy in float16.
 
         Raises:
             ValueError: as of `check`.
         """
         dtype = self.check()
         if self.numel == 0:
-            return torch.empty(self.shape, dtype=dtype)
+            return torch.empty(self.shape, dtype=torch.float32 if widened and dtype == torch.float16 else dtype)
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         width = 1 if dtype == torch.bool else dtype.itemsize
-        raw = bytearray(self.storage.open().read()[width * self.offset : width * (self.offset + last + 1)])
+        content = self.storage.open().read()[width * self.offset : width * (self.offset + last + 1)]
+        if widened and dtype == torch.float16:
+            wide = np.frombuffer(content, "<f2").astype(np.float32)
+            return torch.from_numpy(wide).as_strided(self.shape, self.stride).contiguous()
+        raw = bytearray(content)
         if dtype == torch.bool:
             flat = torch.frombuffer(raw, dtype=torch.uint8).ne(0)
         else:

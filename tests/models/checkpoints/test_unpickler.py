@@ -138,7 +138,7 @@ def test_persistent_ids():
 
 
 def test_only_instructions_that_checkpoints_use():
-    admitted = set("\x80\x95(\x94qrhjN\x88\x89KMJ\x8aG\x8cX\x8dCB\x8e\x96UT)t\x85\x86\x87]}\x8faesu\x90c\x93R\x81bQ.")
+    admitted = set("\x80\x95(01\x94qrhjN\x88\x89KMJ\x8aG\x8cX\x8dCB\x8e\x96UT)t\x85\x86\x87]}\x8faesu\x90c\x93R\x81bQ.")
     for opcode in pickletools.opcodes:
         try:
             read_pickle(b"\x80\x04" + opcode.code.encode("latin1") + bytes(300), {}, where="x")
