@@ -106,7 +106,7 @@ def test_what_a_file_is_that_is_no_checkpoint(tmp_path, content, said):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("Precond", "EDM2's network"),
+        ("Discriminator", "a GAN's discriminator"),
         ("Generator", "a GAN's generator"),
         ("DistributedDataParallel", "a wrapper .* saved without"),
     ],
