@@ -38,7 +38,7 @@ def test_a_teachers_training_goes_on(tmp_path: Path) -> None:
         for name, tensor in training.net.full(kind):
             assert torch.equal(tensor, expected[name]), (kind, name)
     masters = e2.tensors(net)
-    for name, tensor in training.net.module.state_dict().items():
+    for name, tensor in training.net.full("weight"):
         assert torch.allclose(tensor, masters[name], rtol=1e-6, atol=1e-6), name
     sums = training.iteration(256).sums
     assert all(torch.isfinite(value) for value in sums.values())
@@ -48,7 +48,15 @@ def test_a_distillation_of_sida_goes_on(tmp_path: Path) -> None:
     """Its generator has no log-variance, which nobody asks a generator for; the student has one, or begins with one."""
     place = snapshot(tmp_path, e2.network(ARCH))
     teacher = load_teacher(place)
-    base: dict[str, Any] = {"batch": 8, "max_steps": 1000, "zero": 0, "D": teacher.D, "eps": 1e-6, "precision": "fp32"}
+    base: dict[str, Any] = {
+        "batch": 8,
+        "max_steps": 1000,
+        "zero": 0,
+        "D": teacher.D,
+        "eps": 1e-6,
+        "precision": "fp32",
+        "logvar": True,
+    }
     config = DistillConfig(**base)
     for logvar in (True, False):
         path = of.write_torch(tmp_path / "training-state-000004.pt", e2.sida_state(ARCH, logvar=logvar))
@@ -57,7 +65,7 @@ def test_a_distillation_of_sida_goes_on(tmp_path: Path) -> None:
         assert start is not None and start.images_seen == 4000
         distiller = Distiller(config, teacher, start=start, world=World(0, 1, CPU))
         made = e2.tensors(e2.network(ARCH, kind="EDM_2_Precond_Generator", dtype=torch.float16, seed=2))
-        for name, tensor in distiller.generator.module.state_dict().items():
+        for name, tensor in distiller.generator.full("weight"):
             if name in made:
                 assert torch.allclose(tensor, made[name], rtol=1e-6, atol=1e-6), name
         moments = dict(distiller.networks["student"].full("exp_avg_sq"))
