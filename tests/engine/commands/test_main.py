@@ -365,7 +365,7 @@ def test_json_of_samples(models: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["sample", "MODELS/odd"], "holds no usable noise levels of a generator: sigmas must fall strictly"),
         (["sample"], "needs MODEL"),
         (["info", "MODELS"], "it holds the model folders 'classed', 'generator', 'odd' and 3 more: give one of them"),
-        (["plan", "--model", "imagenet"], "network preset 'imagenet' is unknown; possible: cifar10-ddpmpp"),
+        (["plan", "--model", "imagenet"], "network preset 'imagenet' is unknown; possible: edm2-img512-SIZE (xs, "),
         (
             ["plan", "--model", "digits", "--ranks", "3"],
             "batch must be divisible by the number of processes, got 256 and 3",
