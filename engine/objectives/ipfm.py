@@ -56,8 +56,9 @@ class InversePoissonFlowMatching:
     def __init__(self, config: DistillConfig, network: NetworkConfig) -> None:
         self.config, self.network = config, network
         self.D = network.D if config.D is None else config.D
-        weighting = type(config).weighting_words(config.to_json())
+        weighting = type(config).weighting_words(replace(config, logvar=False).to_json())
         self.title = f"distil D={self.D:g} alpha={config.alpha:g} K={config.steps}" + f" {weighting}" * bool(weighting)
+        self.title += " logvar" * config.logvar
         self.summary = f"at alpha = {config.alpha:g} and {counted(config.steps, 'step')}"
         self.roles: tuple[Role, ...] = (
             Role(
@@ -497,6 +498,8 @@ class DistillConfig(Distillation):
         Args:
             settings: as JSON has them.
         """
+        if settings.get("logvar") is True:
+            return "e^-u, u the student's log-variance"
         return "" if cls.kind == DistillConfig.kind else cls.kind
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -529,7 +532,7 @@ class DistillConfig(Distillation):
 
     def name(self) -> str:
         """See `Distillation.name`."""
-        return f"alpha{self.alpha:g}-K{self.steps}"
+        return f"alpha{self.alpha:g}-K{self.steps}" + "-logvar" * self.logvar
 
     @classmethod
     def recognises(cls, settings: Mapping[str, Any]) -> bool:
@@ -551,8 +554,8 @@ class DistillConfig(Distillation):
 
     @classmethod
     def figures(cls, dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
-        """See `Distillation.figures`: none for a weighting of one's own."""
-        if cls.kind != DistillConfig.kind:
+        """See `Distillation.figures`: none for another weighting."""
+        if cls.kind != DistillConfig.kind or settings.get("logvar") is True:
             return {}
         steps = settings.get("steps")
         return paper_results(dataset, number(settings.get("alpha")), steps) if isinstance(steps, int) else {}

@@ -20,7 +20,7 @@ from ipfm.models import NetworkConfig, Precond, build_network
 from ipfm.models.facts import GeneratorFacts
 
 # Of the buffers those alone are learnt, or drawn, with the weights; the others follow from the architecture.
-_FREQUENCIES = "freqs"
+_FREQUENCIES = ("freqs", "phases")
 # Names that a line lists.
 _LISTED = 4
 
@@ -136,9 +136,10 @@ def _unlike(net: Precond, network: NetworkConfig) -> Iterator[str]:
 
 
 def _learnt(net: Precond) -> dict[str, Tensor]:
-    """Parameters and Fourier frequencies by name."""
-    buffers = {name: buffer for name, buffer in net.named_buffers() if name.endswith(_FREQUENCIES)}
-    return {**dict(net.named_parameters()), **buffers}
+    """Parameters and Fourier frequencies by name, as state dicts have them: what a network computes with may differ."""
+    state = net.state_dict()
+    buffers = [name for name, _ in net.named_buffers() if name.endswith(_FREQUENCIES)]
+    return {name: state[name] for name in (*(name for name, _ in net.named_parameters()), *buffers)}
 
 
 def _fitting(learnt: Mapping[str, Tensor], names: Mapping[str, str], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

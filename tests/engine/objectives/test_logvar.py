@@ -127,6 +127,16 @@ def test_the_weight_of_the_generators_samples_is_that_of_the_students_uncertaint
     assert torch.allclose(got, weight / student.logvar(sigma).exp()) and (got != weight).all()
 
 
+def test_reports_and_folders_tell_such_a_distillation_apart():
+    config = DistillConfig(logvar=True, D=2048.0)
+    plain = replace(config, logvar=False)
+    assert config.name() == "alpha1-K1-logvar" and plain.name() == "alpha1-K1"
+    assert config.objective(SMALL).title == "distil D=2048 alpha=1 K=1 logvar"
+    assert "weighting: e^-u, u the student's log-variance" in DistillConfig.info_words(config.to_json())
+    assert "weighting" not in DistillConfig.info_words(plain.to_json())
+    assert DistillConfig.figures("cifar10", plain.to_json()) and not DistillConfig.figures("cifar10", config.to_json())
+
+
 def test_edm2s_learning_rates():
     """Those of the recorded training: ref_lr 0.02, ref_batches 1.5, ramp-up 16 images, batch 8."""
     config = TeacherConfig(batch=8, lr=0.02, lr_decay_batches=1.5, lr_rampup_kimg=0.016)

@@ -13,7 +13,8 @@ from ipfm.engine.distributed.world import World
 from ipfm.engine.runtime.commandline import BadInput, parse_given
 from ipfm.engine.sampling.batches import sample_generator
 from ipfm.engine.training.teacher import TeacherTraining
-from ipfm.models import NetworkConfig, load_model
+from ipfm.engine.training.transfer import transfer_from
+from ipfm.models import NetworkConfig, build_network, load_model
 from ipfm.models.forced_weight_norm import masters, under_the_rule
 from ipfm.recipes import cifar_teacher, train_teacher
 
@@ -73,6 +74,20 @@ def test_a_teacher_is_trained_stored_and_distilled(tmp_path, D):
     assert generator.config.logvar_channels == 0 and generator.D == D
     images = sample_generator(generator, 0, 2, D=D, sigmas=generator.facts.sigmas, seed=0)
     assert images.shape == (2, 1, 8, 8) and images.isfinite().all()
+
+
+def test_a_network_of_other_classes_takes_masters_and_both_buffers_over():
+    source = build_network(SMALL)
+    with torch.no_grad():
+        source.unet.out_gain.fill_(0.7)
+    taken = transfer_from("source", source, replace(SMALL, label_dim=3))
+    net = build_network(replace(SMALL, label_dim=3))
+    taken.put_into(net)
+    assert taken.fresh == ("unet.emb_label.weight",)
+    for name, tensor in source.state_dict().items():
+        if name not in taken.fresh:
+            assert torch.allclose(net.state_dict()[name], tensor, rtol=1e-5), name
+    assert torch.allclose(net.logvar(torch.tensor([0.3])), source.logvar(torch.tensor([0.3])), rtol=1e-4)
 
 
 def planned(recipe: Any, *given: str) -> Any:
