@@ -132,7 +132,7 @@ def test_a_row_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--memory", "--offline"], "offline and memory exclude each other: give one of them"),
         (["--memory", "--batch", "0"], "batch must be an integer >= 1, got 0"),
         (["--memory", "--batch", "10" + "0" * 12], "of the host's memory, of which "),
-        (["--memory", "--model", "vgg"], "network preset 'vgg' is unknown; possible: cifar10-ddpmpp"),
+        (["--memory", "--model", "vgg"], "network preset 'vgg' is unknown; possible: edm2-img512-SIZE (xs, "),
         (["--memory", "--channels", "3"], "ncsnpp cannot have 3 channels"),
     ],
 )
