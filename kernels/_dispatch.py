@@ -123,7 +123,9 @@ def group_config(
         most = 8192 if backward else 16384 if scaled else 32768
         narrow = _side_by_side(channels, groups, element_size, 32)
         whole = triton.next_power_of_2(pixels)
-        if element_size == 2 and backward and padded * together * whole > most and padded * narrow * whole == 16384:
+        # (Accesses of 64 bits, as at four channels, take registers that some GPUs' code does not have left.)
+        fits = element_size == 2 and padded >= 8 and padded * narrow * whole == 16384
+        if backward and fits and padded * together * whole > most:
             return narrow, padded, whole, 16
     block = min(triton.next_power_of_2(pixels), max(1, most // (padded * together)))
     if block < pixels:

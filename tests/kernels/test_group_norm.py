@@ -401,6 +401,7 @@ def test_many_warps_hold_what_is_wide_in_channels_last():
     # 32 bytes of a pixel, on the way back in 16 bits: twice the registers for half of the groups.
     assert group_config(8, 32, 1024, 2, True, backward=True) == (2, 8, 1024, 16)
     assert group_config(16, 32, 1024, 2, True, backward=True) == (1, 16, 1024, 16)
+    assert group_config(4, 32, 1024, 2, True, backward=True)[2:] == (64, 8)
     # Read again: with scale and shift, on the way back in 32, in float64, and groups larger than all registers.
     assert group_config(8, 32, 1024, 2, True, scaled=True)[2:] == (64, 8)
     assert group_config(8, 32, 1024, 4, True, backward=True)[2:] == (128, 8)
