@@ -9,6 +9,7 @@ outside of this project.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -84,8 +85,39 @@ def _apart(one: type[IntEnum], other: type[IntEnum]) -> bool:
     return one.__module__ != other.__module__ and not any(kind.__module__.startswith("ipfm.") for kind in (one, other))
 
 
-def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: int, step: int | Tensor) -> Tensor | None:
-    """One-hot class labels (B, label_dim) float32, uniform over the classes; None for label_dim = 0.
+def class_shares(counts: Sequence[int] | None, label_dim: int, device: torch.device | str = "cpu") -> Tensor | None:
+    """Where classes end in (0, 1] that are drawn as often as `counts` say: (label_dim,) float32; None without counts.
+
+    Args:
+        counts: images of each class; None draws all classes alike.
+        label_dim: number of classes.
+        device: of the result.
+
+    Raises:
+        ValueError: not one count for each class, a negative one, or none above 0.
+    """
+    if not counts:
+        return None
+    if len(counts) != label_dim or min(counts) < 0 or max(counts) < 1:
+        raise ValueError(
+            f"class_counts must be {label_dim} numbers of images, one for each class of the teacher, got {len(counts)}"
+            if len(counts) != label_dim
+            else f"class_counts must be numbers of images, some above 0, got {min(counts)} to {max(counts)}"
+        )
+    ends = torch.tensor(counts, dtype=torch.float64).cumsum(0)
+    return (ends / ends[-1]).to(device, torch.float32)
+
+
+def draw_labels(
+    label_dim: int,
+    sample_index: Tensor,
+    *,
+    seed: int,
+    stream: int,
+    step: int | Tensor,
+    shares: Tensor | None = None,
+) -> Tensor | None:
+    """One-hot class labels (B, label_dim) float32, uniform over the classes or by shares; None for label_dim = 0.
 
     Args:
         label_dim: number of classes, >= 0.
@@ -93,6 +125,7 @@ def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: int,
         seed: of the random numbers, as in `ipfm.kernels.philox.uniform`.
         stream: of the random numbers, likewise.
         step: of the random numbers, likewise.
+        shares: (label_dim,) on the device of `sample_index`, from `class_shares`; None draws all classes alike.
 
     Raises:
         ValueError: a number out of its range.
@@ -102,6 +135,9 @@ def draw_labels(label_dim: int, sample_index: Tensor, *, seed: int, stream: int,
     if label_dim == 0:
         return None
     u = philox.uniform(sample_index, 1, seed=seed, stream=stream, step=step)[:, 0]
+    if shares is not None:
+        classes = (u[:, None] > shares[:-1]).sum(dim=1)
+        return (classes[:, None] == torch.arange(label_dim, device=classes.device)).float()
     # u lies in (0, 1]: 1 belongs to the last class.
     classes = (u * label_dim).long().clamp_(max=label_dim - 1)
     # torch's one_hot would read the largest class back to the host.

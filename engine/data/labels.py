@@ -46,7 +46,7 @@ def read_labels(files: ImageFiles) -> Tensor | None:
 
 def _labels_in(files: ImageFiles, file: str) -> Tensor | None:
     where, below = files.where(file), file[: -len(LABEL_FILE)]
-    found = _entries(files, file)
+    found = entries(files, file)
     if found is None:
         return None
     keys = [same_name(name.removeprefix(below)) for name in files.names]
@@ -136,8 +136,12 @@ def _in_the_case_of(keys: Sequence[str], found: dict[str, object]) -> dict[str, 
     return named
 
 
-def _entries(files: ImageFiles, label_file: str) -> dict[str, object] | None:
-    """Label by name."""
+def entries(files: ImageFiles, label_file: str) -> dict[str, object] | None:
+    """Label by name in a label file; None where it says null.
+
+    Raises:
+        ValueError: it is no JSON of this form; one line that names it.
+    """
     where = files.where(label_file)
     with files.open(label_file) as file:
         data = file.read(MAX_FILE_BYTES + 1)

@@ -299,6 +299,8 @@ class Ablation(Recipe[AblationOptions]):
         begun = [name for name in ("continue_from", "student_from", "branch") if getattr(options, name) is not None]
         for name in map(option_name, begun):
             raise ValueError(f"{name} was given, but the runs of an ablation all begin with their teachers")
+        if options.labels is not None:
+            raise ValueError("labels was given, but the runs of an ablation draw all classes alike: leave it out")
         suffix = "" if options.data == "digits" else f"-{options.data}"
         path = options.out or Path("runs") / f"ablation-{self.name}{suffix}"
         chosen, named = self._chosen(options), self._given(options)

@@ -20,6 +20,7 @@ from ipfm.engine.experiments.options import (
     DistillationOptions,
     any_size,
     check_images,
+    counted_classes,
     read_teacher,
     run_name,
 )
@@ -210,7 +211,7 @@ class DistilRecipe(Recipe[DistillationOptions]):
         teacher = read_teacher(options)
         network = self._network(options, teacher)
         settled = self.settle(given, network, teacher)
-        options, path = settled.options, settled.path
+        options, path = counted_classes(settled.options, network), settled.path
         config = complete(options.distillation(), network, run_device())
         config.split(launched_processes())
         start = read_start(options, config, teacher, path, branch)

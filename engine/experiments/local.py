@@ -23,7 +23,14 @@ from ipfm.engine.evaluation.reference_data import ReferenceFile, make_reference
 from ipfm.engine.evaluation.results import EvaluationRow, read_results, results_table
 from ipfm.engine.experiments.branch import branched, check_agreed, described_branch
 from ipfm.engine.experiments.dry_run import describe
-from ipfm.engine.experiments.options import DistillationOptions, any_size, check_images, read_teacher, run_name
+from ipfm.engine.experiments.options import (
+    DistillationOptions,
+    any_size,
+    check_images,
+    counted_classes,
+    read_teacher,
+    run_name,
+)
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.experiments.starts import described_start, read_start
 from ipfm.engine.objectives.base import Distillation
@@ -393,6 +400,8 @@ class TrainAndDistil(Recipe[O], Generic[O]):
         network = (
             self.network(options, self.D if options.D is None else options.D) if teacher is None else teacher.config
         )
+        options = counted_classes(options, network)
+        config = options.distillation()
         path = options.out or run_name(self.name(options), config, network.D)
         config = complete(config, network, run_device())
         check_images(network, self.dataset.shape, f"the {self.title} are", any_size(self.file))

@@ -10,14 +10,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from ipfm.engine.checks import not_negative, option_name
 from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.random_streams import class_shares
 from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.models import NetworkConfig, Precond, guided, load_teacher
 from ipfm.models.checkpoints.run_models import locate
+
+O = TypeVar("O", bound="DistillationOptions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,9 @@ class DistillationOptions(Distillation, EvaluationOptions):
 
     teacher_steps: int | None = None
     """Training steps of the teacher, in a recipe that trains one when --teacher is not given."""
+    labels: Path | None = None
+    """Draw the classes as often as they are in this dataset.json (.zip, folder, data set with labels), of which no
+    image is read. Default: all alike."""
     continue_from: Path | None = None
     """Go on from there, in a run folder of its own: a training-state-*.pt of SiD or pfgmpp-idmd, a run folder or
     checkpoint (weights, averages, optimisers, images seen), or a generator alone."""
@@ -53,6 +59,8 @@ class DistillationOptions(Distillation, EvaluationOptions):
         self.check_evaluation()
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise ValueError(f"teacher-steps must be at least 1, got {self.teacher_steps}")
+        if self.labels is not None and self.class_counts:
+            raise ValueError("labels and class-counts exclude each other: give one of them")
         if self.teacher_anyway and self.teacher is None:
             raise ValueError("teacher-anyway is for the file of a teacher: give --teacher too")
         if self.continue_at_kimg is not None:
@@ -74,6 +82,28 @@ class DistillationOptions(Distillation, EvaluationOptions):
         """The settings of the distillation alone."""
         kind = self.settings_class()
         return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
+
+
+def counted_classes(options: O, network: NetworkConfig) -> O:
+    """The options with the classes counted of which --labels names the place.
+
+    Args:
+        options: of a recipe.
+        network: the teacher's.
+
+    Raises:
+        ValueError: no labels there that fit, counts of other classes, or a teacher that takes none.
+    """
+    from ipfm.engine.data.class_counts import class_counts
+
+    if options.labels is None and not options.class_counts:
+        return options
+    if not network.label_dim:
+        given = "class-counts" if options.labels is None else "labels"
+        raise ValueError(f"{given} was given, but the teacher takes no classes: leave it out")
+    counts = options.class_counts if options.labels is None else class_counts(options.labels, network.label_dim)
+    class_shares(counts, network.label_dim)
+    return dataclasses.replace(options, labels=None, class_counts=counts)
 
 
 def options_for(settings: type[Distillation], shared: type[Any] = DistillationOptions) -> type[Any]:

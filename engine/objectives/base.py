@@ -262,6 +262,9 @@ class Distillation(RunConfig, ABC):
     """A weaker network that guides the teacher: without classes, or trained less."""
     guidance: float | None = setting(None, memory=False)
     """How far from --guide the teacher is driven, such as 1.4; see docs/objectives.md: no theorem stands behind it."""
+    class_counts: tuple[int, ...] | None = setting(None, memory=False)
+    """Images of each class in the teacher's data, as often as which classes are drawn in training; --labels counts
+    them. Default: all alike."""
     init: InitialWeights = setting("auto", memory=False)
     """First weights of the generator: the teacher's, or random ones; auto is the teacher's, but random at another
     width."""
@@ -298,6 +301,12 @@ class Distillation(RunConfig, ABC):
             not_negative("guidance", self.guidance)
         elif self.guide is not None:
             raise ValueError(f"guide {self.guide} was given without guidance: give its factor too, such as 1.4")
+        if self.class_counts is not None:
+            counts = tuple(self.class_counts)  # JSON has lists
+            if any(type(n) is not int or n < 0 for n in counts) or not any(counts):
+                shown = ", ".join(map(str, counts[:8])) or "none"
+                raise ValueError(f"class-counts must be numbers of images, none negative and not all 0, got {shown}")
+            object.__setattr__(self, "class_counts", counts)
         check_start("init", self.init, "width", self.width)
         at_least("heun-steps", self.heun_steps, 1)
         if self.teacher_storage not in ("auto", "fp32", "half", "sharded"):

@@ -33,7 +33,7 @@ from ipfm.engine.objectives.losses import (
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.published import PaperResult, paper_results
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics, measured_as
-from ipfm.engine.random_streams import Stream, draw_labels, draw_number, dropout_seed, seed_dropout
+from ipfm.engine.random_streams import Stream, class_shares, draw_labels, draw_number, dropout_seed, seed_dropout
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.sampling.batches import sample_generator
 from ipfm.kernels import perturb
@@ -166,6 +166,7 @@ class DistillSteps:
         self._zeros = torch.zeros(micro_batch, *network.image_shape, device=world.device)
         self._levels = [torch.full((micro_batch,), level, device=world.device) for level in config.levels]
         self._offsets = torch.arange(micro_batch, device=world.device)
+        self._shares = class_shares(config.class_counts, network.label_dim, world.device)
         # The method's own weights are the kernels' business: nothing is computed for them beside.
         own = type(config)
         weighs_student = own.student_weight is not DistillConfig.student_weight
@@ -373,7 +374,9 @@ class DistillSteps:
         """The micro-batch that begins with the sample "first" of the global batch, in the update "step"."""
         step, first = whole(numbers["step"]), whole(numbers["first"])
         index = self._offsets + first
-        labels = draw_labels(self.network.label_dim, index, seed=self.config.seed, stream=label_stream, step=step)
+        labels = draw_labels(
+            self.network.label_dim, index, seed=self.config.seed, stream=label_stream, step=step, shares=self._shares
+        )
         return MicroBatch(first, index, labels)
 
 

@@ -27,7 +27,7 @@ from ipfm.engine.objectives.lpips_weights import read_weights
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.published import Conditions, PaperResult, plain_name
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics, measured_as
-from ipfm.engine.random_streams import ObjectiveStream, draw_labels, seed_dropout
+from ipfm.engine.random_streams import ObjectiveStream, class_shares, draw_labels, seed_dropout
 from ipfm.engine.sampling.batches import sample_trajectory
 from ipfm.kernels import perturb, philox
 from ipfm.models import EDMPrecond, NetworkConfig, Precond
@@ -325,6 +325,7 @@ class PidSteps:
         self._zeros = torch.zeros(context.micro_batch, *network.image_shape, device=device)
         self._start = torch.full((context.micro_batch,), config.noise.sigma_max, device=device)
         self._offsets = torch.arange(context.micro_batch, device=device)
+        self._shares = class_shares(config.class_counts, network.label_dim, device)
         self._c_in = (config.noise.sigma_data**2 + config.noise.sigma_max**2) ** -0.5
 
     def iteration(self, step: int) -> StepMetrics:
@@ -353,7 +354,9 @@ class PidSteps:
         index = self._offsets + first
         seed = config.seed
         mark("generator: samples")
-        labels = draw_labels(self.network.label_dim, index, seed=seed, stream=PidStream.LABEL, step=step)
+        labels = draw_labels(
+            self.network.label_dim, index, seed=seed, stream=PidStream.LABEL, step=step, shares=self._shares
+        )
         z = perturb(self._zeros, self._start, self.D, seed=seed, stream=PidStream.LATENT, step=step, sample_index=index)
         u = philox.uniform(index, 1, seed=seed, stream=PidStream.LEVEL, step=step)[:, 0]
         # u lies in (0, 1]: 1 belongs to the last pair of levels.

@@ -103,7 +103,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
 
 def test_every_setting_is_checked():
     """What has no impossible value, or is checked in a test of its own, is named here."""
-    free = {"out", "teacher", "noise", "sigmas", "ema"}
+    free = {"out", "teacher", "noise", "sigmas", "ema", "class_counts"}
     names = {f.name for kind in (DistillConfig, TeacherConfig) for f in dataclasses.fields(kind)}
     assert names == free | {name for name, *_ in CASES}
 
@@ -130,6 +130,14 @@ def test_teacher_settings_of_the_same_name(name, value):
         ),
         ({"noise": {"rho": 7}}, "noise must be NoiseLevels, got {'rho': 7}"),
         ({"sigmas": (1.0, 2.0)}, "sigmas must fall strictly, got 1, 2"),
+        (
+            {"class_counts": (0, 0)},
+            "class-counts must be numbers of images, none negative and not all 0, got 0, 0",
+        ),
+        (
+            {"class_counts": (3, -1, 2.5)},
+            "class-counts must be numbers of images, none negative and not all 0, got 3, -1, 2.5",
+        ),
         ({"sigmas": "2.5"}, "sigmas must be a sequence of numbers, got '2.5'"),
         ({"steps": 3, "sigmas": (2.5, 1.0)}, "steps and sigmas disagree: 3 steps, 2 noise levels"),
     ],

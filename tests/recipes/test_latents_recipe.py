@@ -12,7 +12,7 @@ from tiny_vae import tiny_vae
 from ipfm.engine.commands.main import _main
 from ipfm.engine.data.image_grid import read_grid
 from ipfm.engine.data.zip_writer import encode_png
-from ipfm.engine.runtime.commandline import run_command
+from ipfm.engine.runtime.commandline import BadInput, run_command
 from ipfm.recipes import distill_ipfm, train_teacher
 
 COUNT, SIDE = 40, 16
@@ -44,7 +44,9 @@ def place(tmp_path_factory) -> Path:
     data = ["--data", str(root / "latents.zip")]
     train_teacher.main([*data, *network, *common, "--eval-every", "2", "--out", str(root / "teacher")])
     teacher = ["--teacher", str(root / "teacher" / "model"), "--data", str(root / "pictures.zip")]
-    distill_ipfm.main([*teacher, *common, "--out", str(root / "run")])
+    labels = ["--labels", str(root / "labels.json")]
+    (root / "labels.json").write_text(json.dumps({"labels": [["a.png", 1], ["b.png", 1], ["c.png", 0]]}))
+    distill_ipfm.main([*teacher, *common, *labels, "--out", str(root / "run")])
     return root
 
 
@@ -56,6 +58,14 @@ def test_grids_and_the_picture_of_the_end_show_pictures(place):
             assert picture.info["Title"].count(",") + 1 >= panels
     rows = json.loads((place / "run" / "results.json").read_text())
     assert rows
+
+
+def test_classes_are_drawn_as_often_as_the_labels_say(place, tmp_path, capsys):
+    assert json.loads((place / "run" / "config.json").read_text())["config"]["class_counts"] == [1, 2]
+    with pytest.raises(BadInput, match="has the class 5, the teacher knows 0 to 1"):
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": [["a.png", 5]]}))
+        teacher = ["--teacher", str(place / "teacher" / "model"), "--labels", str(tmp_path)]
+        distill_ipfm.main([*teacher, "--dry-run"])
 
 
 def test_samples_are_pictures_or_latents(place, tmp_path, capsys):

@@ -16,7 +16,7 @@ from torch import Tensor
 from ipfm.engine import DistillConfig
 from ipfm.engine.averages import Average
 from ipfm.engine.data.augmentation import augment
-from ipfm.engine.random_streams import Stream, draw_labels, draw_number, seed_dropout
+from ipfm.engine.random_streams import Stream, class_shares, draw_labels, draw_number, seed_dropout
 from ipfm.kernels import philox, reference
 from ipfm.models import Precond
 
@@ -93,7 +93,8 @@ def distill(
         return y + noise
 
     def classes(stream: Stream, step: int) -> Tensor | None:
-        return draw_labels(teacher.label_dim, index, seed=config.seed, stream=stream, step=step)
+        shares = class_shares(config.class_counts, teacher.label_dim, device)
+        return draw_labels(teacher.label_dim, index, seed=config.seed, stream=stream, step=step, shares=shares)
 
     def samples(stream: Stream, step: int, labels: Tensor | None, last: Stream, *, training: bool) -> Tensor:
         y = torch.zeros(config.batch, *teacher.config.image_shape, device=device)
