@@ -35,7 +35,7 @@ O = TypeVar("O", bound=RunConfig)
 # Settings of the other run that are no defaults: of the one start alone, as it was told; or decided for its processes.
 NOT_TAKEN = frozenset({"out", "resume", "from_step", "profile_memory", "zero", "teacher_storage"})
 # Options that say in another way what a run begins with.
-OTHERS = ("continue_from", "student_from", "continue_at_kimg", "transfer")
+OTHERS = ("continue_from", "student_from", "continue_at_kimg", "continue_average", "transfer")
 WORDS = ("best", "last")
 
 

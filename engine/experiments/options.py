@@ -49,6 +49,9 @@ class DistillationOptions(Distillation, EvaluationOptions):
     --continue-from, or alone."""
     continue_at_kimg: float | None = None
     """Thousands of images that --continue-from has seen, where its name does not say it: the schedules go on there."""
+    continue_average: str | None = None
+    """Which average of the generator in --continue-from's file is gone on with, such as G_ema990. Default: G_ema, or
+    the slowest."""
     teacher_anyway: bool = False
     """Take the network of --teacher also where the name or the folder of its file says that it is a generator."""
     dry_run: bool = False
@@ -63,6 +66,8 @@ class DistillationOptions(Distillation, EvaluationOptions):
             raise ValueError("labels and class-counts exclude each other: give one of them")
         if self.teacher_anyway and self.teacher is None:
             raise ValueError("teacher-anyway is for the file of a teacher: give --teacher too")
+        if self.continue_average is not None and self.continue_from is None:
+            raise ValueError("continue-average was given without continue-from")
         if self.continue_at_kimg is not None:
             not_negative("continue-at-kimg", self.continue_at_kimg)
             if self.continue_from is None:

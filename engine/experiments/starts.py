@@ -28,6 +28,7 @@ from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import BUFFER, checkpoints_in, find_checkpoint, step_of, verify_checkpoint
 from ipfm.engine.training.run_folder import EXPORTS, fingerprint
 from ipfm.engine.training.start import Branch, DistillationStart, NetworkStart, short_name
+from ipfm.kernels.adam import ema_entries
 from ipfm.models import NetworkConfig, Precond, read_config
 from ipfm.models.checkpoints.distillation_state import (
     DistillationState,
@@ -296,13 +297,16 @@ class _Reader:
     # -- what --continue-from may be --------------------------------------------------------------------------------
 
     def _continued(self, path: Path) -> DistillationStart:
+        average = self.options.continue_average
         if path.is_dir():
+            if average is not None:
+                raise ValueError(f"continue-average chooses among the averages in a file, and {path} is a folder")
             return self._folder(path)
         if not path.exists():
             raise ValueError(f"{missing(path)}; {CAN_BE}")
         checkpoint = open_checkpoint(path)
         if is_distillation_state(checkpoint):
-            return self._state(distillation_state_of(checkpoint, path, D=self.teacher.D), path)
+            return self._state(distillation_state_of(checkpoint, path, D=self.teacher.D, average=average), path)
         return DistillationStart(path.name, {self.objective.generator: self._generator_in(checkpoint, path)})
 
     def _state(self, state: DistillationState, path: Path) -> DistillationStart:
@@ -404,7 +408,7 @@ class _Reader:
 
     def _generator_in(self, checkpoint: Checkpoint, path: Path) -> NetworkStart:
         """The generator in a file that holds no whole state."""
-        name = checkpoint.choose()
+        name = checkpoint.choose(self.options.continue_average)
         if not checkpoint.is_generator(name) and (is_training_state(checkpoint) or "loss_fn" in checkpoint.entries):
             raise ValueError(
                 f"{path} is a teacher's ({checkpoint.origin}) and no generator: recipes that train a teacher continue "
@@ -454,6 +458,11 @@ class _Reader:
             ema=kinds.get("ema"),
             adam=AdamState(kinds.get("exp_avg", {}), second, steps, (role.beta1, BETA2), role.lr, there.eps),
             loss_scale=_loss_scale(checkpoint, role.name),
+            averages={
+                name: kinds[kind]
+                for name, kind in zip(there.average_names, ema_entries(len(there.averages)), strict=True)
+                if kind in kinds
+            },
         )
 
     def _network_in(self, checkpoint: Path) -> NetworkConfig | None:

@@ -38,6 +38,7 @@ class NetworkStart:
         ema_source: what the average is, for messages.
         adam: what its optimiser knows; None is a fresh one.
         loss_scale: where its fp16 losses' scale stands; empty begins anew.
+        averages: of several averages each by its name; one that is not among them begins with `ema`.
     """
 
     source: str
@@ -47,6 +48,7 @@ class NetworkStart:
     adam: AdamState | None = None
     ema_source: str = "its average"
     loss_scale: Mapping[str, float] = field(default_factory=dict)
+    averages: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def check(self, role: Role) -> None:
         """Check that this can be the network of a role.
@@ -81,7 +83,8 @@ class NetworkStart:
         """Give the optimiser and the average of `trained`, which has these weights, what they knew."""
         states: dict[str, Mapping[str, Tensor]] = {}
         if self.ema is not None:
-            states |= dict.fromkeys(trained.average_kinds, self.ema)
+            for name, kind in zip(trained.averages, trained.average_kinds, strict=True):
+                states[kind] = self.averages.get(name, self.ema)
         if self.adam is not None:
             states["exp_avg_sq"] = self.adam.exp_avg_sq
             if "exp_avg" in trained.state_kinds and self.adam.exp_avg:

@@ -81,16 +81,19 @@ def read_distillation_state(path: Path, *, D: float | None = None) -> Distillati
     return distillation_state_of(open_checkpoint(path), path, D=D)
 
 
-def distillation_state_of(checkpoint: Checkpoint, place: Path, *, D: float | None = None) -> DistillationState:
+def distillation_state_of(
+    checkpoint: Checkpoint, place: Path, *, D: float | None = None, average: str | None = None
+) -> DistillationState:
     """The state of a distillation in an opened checkpoint.
 
     SiD's files have no counter; the thousands of images seen stand in their names alone. The average is `G_ema`, which
-    pfgmpp-idmd keeps by the half-life schedule, or the slowest of the older project.
+    pfgmpp-idmd keeps by the half-life schedule, or the slowest of the older project, unless another is named.
 
     Args:
         checkpoint: from `open_checkpoint`.
         place: its file.
         D: auxiliary dimensions of the networks, for files that do not say.
+        average: name of the generator's average in the file; None takes that one.
 
     Raises:
         ValueError: as `read_distillation_state`.
@@ -108,15 +111,17 @@ def distillation_state_of(checkpoint: Checkpoint, place: Path, *, D: float | Non
         trained = [_trained(checkpoint, net, adam) for net, adam in ((G, generator_adam), (S, student_adam))]
     except ValueError as error:
         raise ValueError(f"{checkpoint.where}: {error}") from None
-    key = checkpoint.choose()
-    average = None if key == generator else checkpoint.read(key, D=D)
-    if average is not None and comparable(average.config) != comparable(G.config):
+    key = checkpoint.choose(average)
+    if average is not None and key in (generator, student):
+        raise ValueError(f"{checkpoint.where}: {key} is no average of {generator}")
+    found = None if key == generator else checkpoint.read(key, D=D)
+    if found is not None and comparable(found.config) != comparable(G.config):
         raise ValueError(f"{checkpoint.where}: {key} is not the average of {generator}: they differ")
     return DistillationState(
         origin=checkpoint.origin,
         generator=trained[0],
-        average=None if average is None else average.weights,
-        average_key=None if average is None else key,
+        average=None if found is None else found.weights,
+        average_key=None if found is None else key,
         student=trained[1],
         D_source=G.D_source,
         images_seen=seen,

@@ -79,7 +79,10 @@ def distill(
     first = 0
     if begun is not None:
         first = begun.step
-        run.ema = {name: p.detach().clone() for name, p in begun.ema.named_parameters()}
+        # Every average goes on from the one that there is.
+        run.ema, *run.others = (
+            {name: p.detach().clone() for name, p in begun.ema.named_parameters()} for _ in config.averages
+        )
         student_adam.load_state_dict(copy.deepcopy(begun.student_adam))
         generator_adam.load_state_dict(copy.deepcopy(begun.generator_adam))
     device = next(teacher.parameters()).device

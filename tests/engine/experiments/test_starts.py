@@ -117,7 +117,8 @@ def test_the_first_steps_are_those_of_the_plain_loop(tmp_path: Path, D: float, b
         other = Distiller(config, net, start=replace(start, networks=networks), world=World(0, 1, CPU))
         for step in (0, 1) if missing == "step" else (500, 501):
             other.iteration(step)
-        found = {f"generator/{k}/{n}": t.detach() for k in ("weight", "ema") for n, t in other.generator.full(k)}
+        kinds = ("weight", *other.generator.average_kinds)
+        found = {f"generator/{k}/{n}": t.detach() for k in kinds for n, t in other.generator.full(k)}
         found |= {f"student/weight/{n}": t.detach() for n, t in other.networks["student"].full("weight")}
         assert max(equivalence.difference(plain, found)) > 50 * equivalence.LIMIT, missing
 
@@ -171,6 +172,19 @@ def test_layouts_of_the_authors_and_images_seen(
     assert start.images_seen == 24 and "its name does not say how many images it has seen: 3 steps" in start.notes[0]
     start = start_of(config, net, other, continue_at_kimg=1.0)
     assert start.images_seen == 1000 and not any("its name" in note for note in start.notes)
+
+    # Another one of its averages.
+    usual, chosen = (start_of(config, net, other, continue_average=name) for name in (None, "G_ema990"))
+    assert chosen.networks["generator"].words.startswith("G of state.pt, its average G_ema990,")
+    ours, theirs = (one.networks["generator"].ema for one in (usual, chosen))
+    assert ours and theirs and any(not torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    for name, said in (("G", "G is no average of G"), ("G_ema9", "has no network 'G_ema9'; possible: ")):
+        with pytest.raises(ValueError, match=said):
+            start_of(config, net, other, continue_average=name)
+    with pytest.raises(ValueError, match=r"continue-average chooses among the averages in a file, and .* is a folder"):
+        start_of(config, net, tmp_path, continue_average="G_ema990")
+    with pytest.raises(ValueError, match="continue-average was given without continue-from"):
+        start_of(config, net, continue_average="G_ema990")
 
     # What was left out to save room starts fresh, or from the weights.
     for name in ("G_ema", "G_ema990", "G_ema995", "G_ema999", "g_optimizer_state", "fake_score_optimizer_state"):
