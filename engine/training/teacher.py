@@ -130,8 +130,9 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         state: dict[str, Mapping[str, Tensor]] = {"exp_avg_sq": start.exp_avg_sq}
         if self.config.beta1 > 0:
             state["exp_avg"] = start.exp_avg
-        if start.ema is not None:
-            state |= dict.fromkeys(self.net.average_kinds, start.ema)
+        for kind, average in zip(self.net.average_kinds, self.config.averages, strict=True):
+            if (kept := start.average(average.std)) is not None:
+                state[kind] = kept
         for kind, tensors in state.items():
             self.net.load(kind, tensors)
         self.net.steps_applied = start.adam_steps

@@ -96,6 +96,15 @@ class TrainingState:
     said: Mapping[str, Any] = field(default_factory=dict)
     continues: str | None = None
 
+    def average(self, std: float | None) -> Mapping[str, Tensor] | None:
+        """The average that one of a relative width goes on from: that of this width, else `ema`.
+
+        Args:
+            std: the width; None of an average by half-life.
+        """
+        same = (average for width, average in self.averages.items() if std is not None and abs(width - std) < 1e-6)
+        return next(same, self.ema)
+
 
 def read_training_state(path: str | os.PathLike[str], *, D: float | None = None) -> TrainingState:
     """The training state in the file `path` of EDM or EDM2 (`training-state-*.pt`) or PFGM++ (.pt, .pkl).

@@ -31,10 +31,16 @@ def test_a_teachers_training_goes_on(tmp_path: Path) -> None:
     snapshot(tmp_path, net)
     root = e2.training_state(net, images=2048)
     state = read_teacher_state(of.write_torch(tmp_path / "training-state-0000002.pt", root))
-    config = TeacherConfig(batch=8, max_steps=300, lr=1e-3, precision="fp32")
+    config = TeacherConfig(batch=8, max_steps=300, lr=1e-3, precision="fp32", ema=(0.05, 0.10))
     training = TeacherTraining(config, state.config, digits(), start=state, world=World(0, 1, CPU))
     assert (training.first_step, training.net.steps_applied) == (256, 3)
-    for kind, expected in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq), ("ema", state.ema)):
+    # By half-life from the widest; of the others each from that of its width.
+    averages = dict(zip(training.net.averages, training.net.average_kinds, strict=True))
+    moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+    expected_averages = {averages["ema0.05"]: state.averages[0.05], averages["ema0.1"]: state.averages[0.1]}
+    first = {training.net.average_kinds[0]: state.averages[0.1]} if len(averages) == 3 else {}
+    assert state.averages[0.05]["unet.out_gain"] != state.averages[0.1]["unet.out_gain"]
+    for kind, expected in {**moments, **first, **expected_averages}.items():
         for name, tensor in training.net.full(kind):
             assert torch.equal(tensor, expected[name]), (kind, name)
     masters = e2.tensors(net)
