@@ -347,7 +347,7 @@ def _published_rows(known: Published, network: NetworkConfig) -> list[tuple[str,
         ("size", known.size),
         ("takes", images + ("" if known.encoder_from == "file" else ", by its channels: no encoder is in the file")),
         ("average" if std else "trained", " at ".join(filter(None, (std, kimg))) or None),
-        ("published", ", ".join(filter(None, (guess, known.contradiction and f"but {known.contradiction}"))) or None),
+        ("published", ", but ".join(filter(None, (guess, known.contradiction))) or None),
     ]
 
 

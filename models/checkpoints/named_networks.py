@@ -10,6 +10,8 @@ from ipfm.models.checkpoints.stored_tensors import StoredTensor
 
 # By this tensor a state dict is known as one of EDM2's networks.
 _OF_EDM2 = "unet.out_conv.weight"
+# What stands before the names where a network was saved within a wrapper: none, DistributedDataParallel, torch.compile.
+_WRAPPED = ("", "module.", "_orig_mod.")
 _MAX_AVERAGES = 64
 
 
@@ -112,9 +114,11 @@ def stated_dtypes(tensors: Mapping[str, StoredTensor]) -> str:
 
 def _state_dict(entry: Mapping[Any, object]) -> Weights | None:
     """The network whose state dict an entry is; None for anything else."""
-    if _OF_EDM2 not in entry or len(entry) > MAX_TENSORS:
+    prefix = next((prefix for prefix in _WRAPPED if prefix + _OF_EDM2 in entry), None)
+    if prefix is None or len(entry) > MAX_TENSORS:
         return None
-    tensors = {n: t for n, t in entry.items() if type(n) is str and isinstance(t, StoredTensor)}
+    named = ((n.removeprefix(prefix), t) for n, t in entry.items() if type(n) is str and isinstance(t, StoredTensor))
+    tensors = dict(named)
     return Weights(tensors) if len(tensors) == len(entry) else None
 
 

@@ -35,11 +35,6 @@ def check_edm(network: ExportedNetwork) -> None:
             "the format edm holds denoisers, and this generator is none: its image is the end of a trajectory; take "
             "onnx, torch or huggingface"
         )
-    if network.net.config.is_edm2:
-        raise ValueError(
-            "the format edm has no class for EDM2's architecture, whose own programs read other files; take onnx, "
-            "torch or huggingface"
-        )
 
 
 def export_edm(network: ExportedNetwork, path: Path) -> float:

@@ -66,7 +66,7 @@ def test_info_of_a_generator_and_of_a_training_state(tmp_path, capsys):
     made = of.write_pickle(tmp_path / "edm2_img512_s_sida_alpha1-117764.pkl", e2.generator(hooks="same"))
     text = lines(capsys, "info", made)
     assert text["kind"].startswith("generator, by its class EDM_2_Precond_Generator")
-    assert text["published"] == "but its name is a published network's, which it is not by its shape"
+    assert text["published"] == "its name is a published network's, which it is not by its shape"
     assert text["trained"] == "117,764 kimg"
     net = e2.network(dtype=torch.float32)
     of.write_pickle(tmp_path / "network-snapshot-0000002-0.050.pkl", e2.snapshot(net))

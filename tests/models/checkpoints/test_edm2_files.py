@@ -272,6 +272,9 @@ def test_a_state_dict_alone(tmp_path):
     checkpoint = open_checkpoint(of.write_torch(tmp_path / "a.pt", e2.state_dict(net)))
     assert checkpoint.origin == "weights of EDM2's networks" and list(checkpoint.networks) == ["net"]
     assert_is(checkpoint.read(), net)
+    for prefix in ("module.", "_orig_mod."):
+        wrapped = {"model": {prefix + name: tensor for name, tensor in e2.tensors(net).items()}}
+        assert_is(open_checkpoint(of.write_torch(tmp_path / "b.pt", wrapped)).read("model"), net)
 
 
 # -- what contradicts itself ------------------------------------------------------------------------------------------
@@ -324,11 +327,11 @@ def test_networks_that_contradict_themselves(tmp_path):
 
 def test_files_of_another_kind_say_what_they_are(tmp_path):
     other = of.Official("Precond", {**of._bookkeeping(of.NEW, training=False), "_init_args": (), "_init_kwargs": {}})
-    foreign = {"net": {"module.unet.out_conv.weight": torch.zeros(1)}}
+    foreign = {"net": {"other.unet.out_conv.weight": torch.zeros(1)}}
     for root, said in (
         ({"ema": other}, "its tensors are not those of a U-Net of EDM2"),
         (e2.snapshot(other), "its tensors are not those of a U-Net of EDM2"),
-        (foreign, "holds weights alone under 'net' .a state dict: 'module.unet.out_conv.weight'"),
+        (foreign, "holds weights alone under 'net' .a state dict: 'other.unet.out_conv.weight'"),
         ({"encoder": e2.encoder(True)}, "no network, only 'encoder'"),
         ({"fid": {"mu": np.zeros(3), "sigma": np.zeros((3, 3))}}, "arrays of NumPy, such as a reference's"),
     ):
