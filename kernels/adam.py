@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ipfm.kernels._dense import same_order
 from ipfm.kernels._dispatch import Backend, use_triton
 from ipfm.kernels.adam_fused import MOST_AVERAGES, FusedAdam, Group
 from ipfm.kernels.adam_reference import reference_step
+from ipfm.kernels.row_normalise import FusedRows, fits
 from ipfm.kernels.weight_rows import WeightRows, write_plain
 
 
@@ -130,6 +132,7 @@ class AdamEMA(torch.optim.Optimizer):
         self._fused = FusedAdam()
         self._rows: dict[Tensor, WeightRows] = {}
         self._cut_rows = 0
+        self._fused_rows = FusedRows({}, 0)
 
     def normalise_rows(self, rows: Mapping[Tensor, WeightRows], *, cut_rows: int = 0) -> None:
         """Keep weights under forced weight normalisation from now on; `write_plain` writes the first plain weights.
@@ -139,12 +142,32 @@ class AdamEMA(torch.optim.Optimizer):
             cut_rows: how many rows shards cut, over all of them.
         """
         self._rows, self._cut_rows = dict(rows), cut_rows
+        self._fused_rows = FusedRows(self._rows, cut_rows)
 
     @torch.no_grad()
     def write_plain(self) -> None:
         """Write the plain weights of the masters as they are now, as a step does; every shard's process calls it."""
-        if self._rows:
+        if self._rows and self._rows_are_fused(next(iter(self._rows)).device):
+            self._fused_rows.write_plain(self.sum_over_shards)
+        elif self._rows:
             write_plain(self._rows, self._cut_rows, self.sum_over_shards)
+
+    def _rows_are_fused(self, device: torch.device) -> bool:
+        return use_triton("AdamEMA", self.backend, device) and fits(self._rows)
+
+    def _fused_step(self, groups: Sequence[Group], steps: Tensor, **more: Any) -> Tensor:
+        """The step by kernels, with rows under the rule."""
+        gradients: dict[Tensor, Tensor] = {}
+        for group in groups:
+            for i, w in enumerate(group.columns[0]):
+                if w in self._rows:
+                    if not same_order(group.gradients[i], w):
+                        group.gradients[i] = torch.empty_like(w).copy_(group.gradients[i])
+                    gradients[w] = group.gradients[i]
+        self._fused_rows.gradients_of_masters(gradients, self.sum_over_shards)
+        applied = self._fused.step(groups, steps, before_update=self._fused_rows.normalise, **more)
+        self._fused_rows.write_plain(self.sum_over_shards)
+        return applied
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with settings of their own, as in `torch.optim.Optimizer`.
@@ -221,8 +244,15 @@ class AdamEMA(torch.optim.Optimizer):
             self.applied = torch.zeros((), dtype=torch.bool, device=self.steps_applied.device)
             return
         device = grads[0].device
-        fused = use_triton("AdamEMA", self.backend, device) and not self._rows
-        step = self._fused.step if fused else partial(reference_step, rows=self._rows, cut_rows=self._cut_rows)
+        step: Callable[..., Tensor] = partial(reference_step, rows=self._rows, cut_rows=self._cut_rows)
+        if not self._rows and use_triton("AdamEMA", self.backend, device):
+            step = self._fused.step
+        elif (
+            self._rows
+            and self._rows_are_fused(device)
+            and all(w.grad is not None for w, own in self._rows.items() if any(block.used for block in own.blocks))
+        ):
+            step = self._fused_step
         self.applied = step(
             [self._columns(group, params) for group, params in groups if params],
             self.steps_applied,

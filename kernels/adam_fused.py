@@ -100,6 +100,7 @@ class FusedAdam:
         clip_norm: float | None,
         ema_decay: Tensor | Sequence[float],
         sum_over_shards: Callable[[Tensor], object] | None,
+        before_update: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Update weights, state and `steps`, t, of parameters on one device; arguments are valid.
 
@@ -110,6 +111,7 @@ class FusedAdam:
             clip_norm: as in `AdamEMA`.
             ema_decay: a decay for each average, numbers or a float64 tensor on the parameters' device.
             sum_over_shards: as in `AdamEMA`.
+            before_update: called with what is returned, before the weights are read.
 
         Returns:
             0-d bool tensor: whether the step was applied.
@@ -147,6 +149,8 @@ class FusedAdam:
             numbers = torch.empty((len(groups), 4 + MOST_AVERAGES), dtype=torch.float64, device=device)
             for i, group in enumerate(groups):
                 _launch_numbers(group, found, steps, applied, numbers[i], clip_norm, ema_decay, counts=i == 0)
+            if before_update is not None:
+                before_update(applied)
             for batch in plan.batches:
                 group = groups[batch.group]
                 update_kernel[(batch.programs,)](

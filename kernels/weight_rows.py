@@ -202,7 +202,7 @@ def _complete(
     everywhere = like.new_zeros(cuts, width)
     for block, own in zip(blocks, sums, strict=True):
         if block.cut is not None:
-            everywhere[block.cut] = own[0]
+            everywhere[block.cut] += own[0]
     sum_over_shards(everywhere)
     for i, block in enumerate(blocks):
         if block.cut is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from ipfm.kernels import reference
+from ipfm.kernels import reference, row_normalise
 from ipfm.kernels._dispatch import adam_config, flat_config, noise_config, row_config
 from ipfm.kernels.adam_kernels import measure_kernel, numbers_kernel, reduce_kernel, update_kernel
 from ipfm.kernels.denoising_loss import denoising_loss_kernel
@@ -577,6 +577,45 @@ def adam_variants() -> Iterator[Case]:
         )
 
 
+def row_variants() -> Iterator[Case]:
+    """The kernels of AdamEMA's rows under forced weight normalisation: gradients, masters and plain weights."""
+    tables = {"p_programs": "*i32", "p_table": "*i64"}
+    for dtype, out, aligned, whole in (
+        ("fp32", "bf16", True, True),
+        ("fp32", "fp32", True, True),
+        ("fp32", "bf16", False, True),
+        ("fp32", "bf16", False, False),
+        ("fp64", "fp64", True, True),
+    ):
+        common = {
+            "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
+            "ALIGNED": aligned,
+            "BLOCK": row_normalise.BLOCK,
+        }
+        sums = {"SUMS": whole, "APPLY": True, "EPS": 1e-4, **common}
+        sizes = {"p_sums": f"*{dtype}", "p_scales": f"*{dtype}"}
+        variant = f"{dtype}{'' if aligned else ' unaligned'}{'' if whole else ' cut'}"
+        warps, quick = row_normalise.WARPS, dtype == "fp32" and aligned
+        if out != "fp32":
+            gradients = {**tables, "p_grads": "*i64", **sizes}
+            yield Case(
+                "rows gradients", variant, row_normalise.row_gradients_kernel, gradients, sums, tuple(gradients), warps,
+                scalar_stores=1, quick=quick,
+            )  # fmt: skip
+            if whole:
+                masters = {**tables, "p_scales": f"*{dtype}", "p_applied": "*i1"}
+                yield Case(
+                    "rows masters", variant, row_normalise.row_masters_kernel, masters, common, tuple(masters), warps,
+                    quick=quick,
+                )  # fmt: skip
+        written = {"bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}[out]
+        plain = {**tables, "p_sums": f"*{dtype}"}
+        yield Case(
+            "rows plain", f"{variant} to {out}", row_normalise.row_plain_kernel, plain, {**sums, "OUT": written},
+            tuple(plain), warps, quick=quick and out == "fp32",
+        )  # fmt: skip
+
+
 CASES: list[Callable[[], Iterator[Case]]] = [
     perturb_variants,
     loss_variants,
@@ -589,4 +628,5 @@ CASES: list[Callable[[], Iterator[Case]]] = [
     qkv_norm_variants,
     philox_variants,
     adam_variants,
+    row_variants,
 ]

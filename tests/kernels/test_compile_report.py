@@ -19,7 +19,7 @@ COLUMNS = [
 ]  # fmt: skip
 FUSED = {
     "perturb", "ipfm_loss", "denoising_loss", "group_norm_silu", "group_norm_silu backward", "residual_sum",
-    "residual_sum backward", "adam update",
+    "residual_sum backward", "adam update", "rows gradients", "rows masters", "rows plain",
     *(f"{name}{way}" for name in ("mp_sum", "mp_silu", "mp_cat_silu", "pixel_norm_silu", "qkv_norm")
       for way in ("", " backward")),
 }  # fmt: skip

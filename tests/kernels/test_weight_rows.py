@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ipfm.kernels import AdamEMA
+from ipfm.kernels._dispatch import Backend
 from ipfm.kernels.weight_rows import RowBlock, WeightRows, row_blocks
 
+# NumPy's, in the interpreter.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
 SHAPES = [(5, 3, 3, 3), (7, 11), (1, 6)]
 UNUSED = 2
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-3}
@@ -106,12 +109,15 @@ def largest(found: dict[str, list[Tensor]], truth: dict[str, list[Tensor]]) -> f
 
 @pytest.mark.quick
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str)
-def test_twenty_steps_equal_the_rule_inside_the_forward_pass(dtype: torch.dtype, limit: float) -> None:
+@pytest.mark.parametrize(("backend", "steps"), [("reference", 20), ("triton", 2)])
+def test_steps_equal_the_rule_inside_the_forward_pass(
+    backend: str, steps: int, dtype: torch.dtype, limit: float
+) -> None:
     """Masters, averages of them and plain weights; a weight that is left out keeps its master."""
-    kept = Kept(dtype)
-    for step in range(20):
+    kept = Kept(dtype, backend=backend)
+    for step in range(steps):
         kept.step(step)
-    assert largest(kept.found(), in_forward(20)) <= limit
+    assert largest(kept.found(), in_forward(steps)) <= limit
     assert torch.equal(kept.weights[UNUSED], start(dtype)[0][UNUSED])
 
 
@@ -125,9 +131,12 @@ def test_the_norm_that_is_clipped_is_that_of_the_masters_gradients() -> None:
     assert largest(kept.found(), unclipped) > 1e-3
 
 
-@pytest.mark.parametrize("factor", [math.nan, math.inf, 1e200])
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(factor: float) -> None:
-    kept = Kept(torch.float64)
+@pytest.mark.parametrize(
+    ("backend", "factor"),
+    [("reference", math.nan), ("reference", math.inf), ("reference", 1e200), ("triton", math.inf)],
+)
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(backend: str, factor: float) -> None:
+    kept = Kept(torch.float64, backend=backend)
     kept.step(0)
     before = {key: [t.clone() for t in tensors] for key, tensors in kept.found().items()}
     kept.step(1, factor)
@@ -220,6 +229,28 @@ def test_rows_that_shards_cut_are_normalised_as_whole_ones(ranks: int) -> None:
         torch.testing.assert_close(tensor[: len(own)], own, rtol=1e-12, atol=1e-13)
     own = torch.cat([*[t.flatten() for t in expected["plain"]], expected["masters"][-1].view(1)])
     torch.testing.assert_close(out[: len(own)], own, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_parts_of_a_row_are_added_up_before_it_is_normalised(backend: Backend) -> None:
+    """A flat tensor with a gain before a weight, one of whose rows lies in two blocks, as two shards would have it."""
+    w = start(torch.float32)[0][0]
+    k = w[0].numel()
+    flat = torch.cat([torch.tensor([0.5, -2.0, 3.0]), w.flatten()])
+    blocks = (*row_blocks(3, 0, k + 5, k, lambda row: 0), *row_blocks(8 + k, k + 5, 4 * k - 5, k, lambda row: 0))
+    found = []
+    for own, cut_rows in ((blocks, 1), (tuple(row_blocks(3, 0, 5 * k, k, lambda row: 0)), 0)):
+        master, out = flat.clone(), torch.empty(len(flat), dtype=torch.bfloat16)
+        optimizer = AdamEMA([master], ema=True, backend=backend, **OPTIONS)
+        optimizer.sum_over_shards = lambda tensor: None
+        optimizer.normalise_rows({master: WeightRows(own, out)}, cut_rows=cut_rows)
+        master.grad = torch.linspace(-1, 1, len(flat))
+        optimizer.step()
+        found.append((master, out.float()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
+    whole = found[0][0][3:].view(w.shape)
+    torch.testing.assert_close(found[0][1][3:].view(w.shape), plain(normalised(whole)), rtol=1e-2, atol=0)
+    assert torch.equal(found[0][1][:3], found[0][0][:3].bfloat16().float())
 
 
 def test_blocks_are_whole_rows_and_what_is_cut_before_and_after_them() -> None:
