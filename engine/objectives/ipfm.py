@@ -527,6 +527,8 @@ class DistillConfig(Distillation):
         if self.logvar and not network.logvar_channels:
             why = "its file has none" if network.is_edm2 else f"which a network of {network.family} has not"
             raise ValueError(f"logvar needs a teacher with a log-variance, {why}: leave it out")
+        for width in (self.width, self.student_width):
+            generator_network(network, width)
         return replace(self, sigmas=self.levels)
 
     def objective(self, network: NetworkConfig) -> Objective:

@@ -116,6 +116,12 @@ def test_a_teacher_without_log_variance_cannot_weigh_by_it():
         DistillConfig(logvar=True).completed(song)
 
 
+@pytest.mark.parametrize("width", ["width", "student_width"])
+def test_a_width_that_no_network_has_is_told_before_the_run(width):
+    with pytest.raises(ValueError, match=r"width 0\.3 makes 2\.4 channels of 8: give a divisor"):
+        DistillConfig(**{width: 0.3}).completed(SMALL)
+
+
 def test_the_weight_of_the_generators_samples_is_that_of_the_students_uncertainty():
     from ipfm.engine.objectives.ipfm import DistillSteps
 
