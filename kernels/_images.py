@@ -29,6 +29,9 @@ def offsets(o_c, o_hw, HW, C: tl.constexpr, LAST: tl.constexpr):
 
 def dense(x: Tensor) -> Tensor:
     """x as it is if it is contiguous or channels_last, else a contiguous copy."""
+    # torch.vmap knows of no other memory format.
+    if torch._C._are_functorch_transforms_active():
+        return x.contiguous()
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 

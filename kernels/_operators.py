@@ -99,12 +99,17 @@ class Operation:
     def __call__(self, x: Tensor, *rest: Any, triton_runs: bool) -> Any:
         """The outputs; arguments are valid."""
         if not triton_runs:
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed():
                 return self.plain(x, *rest)
             return self._plainly.apply(x, *rest)
         if not launches_directly(x):
             return self.forward(x, *rest)
         return self._directly.apply(x, *rest) if torch.is_grad_enabled() else self.launch(x, *rest)
+
+
+def _transformed() -> bool:
+    """Whether what happens is recorded for an export, or transformed by torch.func: functions of autograd bar both."""
+    return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
 
 
 def _function(

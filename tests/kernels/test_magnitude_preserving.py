@@ -344,6 +344,18 @@ def test_no_second_derivative(operation, backend):
         torch.autograd.grad(total, tensors, create_graph=True)
 
 
+@pytest.mark.parametrize("operation", [o for o in SMALL if not o.options.get("dropout")], ids=ids)
+def test_forward_mode_as_consistency_models_take_it(operation):
+    """torch.func.jvp: the derivative along a direction, of the reference."""
+    tensors = tuple(t.detach() for t in operation.inputs())
+    along = tuple(map(torch.cos, tensors))
+    _, got = torch.func.jvp(lambda *given: tuple(operation(given, "auto")), tensors, along)
+    step = 1e-6
+    ahead, behind = (operation([t + sign * step * d for t, d in zip(tensors, along, strict=True)]) for sign in (1, -1))
+    for g, a, b in zip(got, ahead, behind, strict=True):
+        torch.testing.assert_close(g, (a - b) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
 @each_operation
 @each_backend
 def test_without_autograd_the_same(operation, backend, device):
