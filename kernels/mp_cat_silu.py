@@ -311,8 +311,8 @@ def mp_cat_silu(a: Tensor, b: Tensor, t: float = 0.5, *, backend: Backend = "aut
         >>> import torch
         >>> from ipfm.kernels import mp_cat_silu
         >>> joined, activated = mp_cat_silu(torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 2.0))
-        >>> joined.flatten().tolist(), activated.flatten().round(decimals=3).tolist()
-        ([1.0, 2.0], [1.227, 2.956])
+        >>> [[round(x, 3) for x in t.flatten().tolist()] for t in (joined, activated)]
+        [[1.0, 2.0], [1.227, 2.956]]
     """
     op = "mp_cat_silu"
     _checks.images(op, "a", a)

@@ -295,7 +295,8 @@ def mp_silu(
     Example:
         >>> import torch
         >>> from ipfm.kernels import mp_silu
-        >>> mp_silu(torch.full((1, 2, 1, 1), 2.0), torch.tensor([[1.0, 0.0]])).flatten().round(decimals=3).tolist()
+        >>> y = mp_silu(torch.full((1, 2, 1, 1), 2.0), torch.tensor([[1.0, 0.0]]))
+        >>> [round(x, 3) for x in y.flatten().tolist()]
         [2.956, 0.0]
     """
     op = "mp_silu"

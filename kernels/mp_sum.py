@@ -212,8 +212,9 @@ def mp_sum(a: Tensor, b: Tensor, t: float, *, clip: float | None = None, backend
     Example:
         >>> import torch
         >>> from ipfm.kernels import mp_sum
-        >>> mp_sum(torch.tensor([[3.0, 400.0]]), torch.tensor([[4.0, 0.0]]), 0.5, clip=256.0).round(decimals=3).tolist()
-        [[4.95, 256.0]]
+        >>> y = mp_sum(torch.tensor([[3.0, 400.0]]), torch.tensor([[4.0, 0.0]]), 0.5, clip=256.0)
+        >>> [round(x, 3) for x in y.flatten().tolist()]
+        [4.95, 256.0]
     """
     op = "mp_sum"
     _checks.samples(op, "a", a)

@@ -243,8 +243,8 @@ def qkv_norm(
         >>> import torch
         >>> from ipfm.kernels import qkv_norm
         >>> q, k, v = qkv_norm(torch.tensor([[[3.0, 4.0, 0.0, 5.0, 1.0, 1.0]]]), heads=1, k_scale=0.5)
-        >>> [t.flatten().round(decimals=3).tolist() for t in (q, k, v)]
-        [[0.848, 1.131], [0.0, 0.707], [1.0, 1.0]]
+        >>> [[round(x, 3) for x in t.flatten().tolist()] for t in (q, k, v)]
+        [[0.849, 1.131], [0.0, 0.707], [1.0, 1.0]]
     """
     op = "qkv_norm"
     _checks.samples(op, "qkv", qkv)

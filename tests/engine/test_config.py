@@ -57,6 +57,7 @@ CHOICES = {
     "activation_checkpointing": ("must be auto, on or off", ("yes", True)),
     "teacher_storage": ("must be auto, fp32, half or sharded", ("bf16", None)),
     "clip_grad": ("must be a finite number > 0", (0, -1.0, INF, NAN, True)),
+    "guidance": ("must be a finite number >= 0", (-1e-9, INF, NAN, True)),
     "async_checkpoints": ("must be True or False", (1, None)),
     **dict.fromkeys(("profile_memory", "from_step"), ("must be an integer >= 0", (-1, 1.5, True))),
     "backward": ("must be auto, joint or phased", ("both", None)),
@@ -103,7 +104,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
 
 def test_every_setting_is_checked():
     """What has no impossible value, or is checked in a test of its own, is named here."""
-    free = {"out", "teacher", "noise", "sigmas", "ema", "class_counts"}
+    free = {"out", "teacher", "guide", "noise", "sigmas", "ema", "class_counts"}
     names = {f.name for kind in (DistillConfig, TeacherConfig) for f in dataclasses.fields(kind)}
     assert names == free | {name for name, *_ in CASES}
 

@@ -103,8 +103,14 @@ def test_the_report_sees_narrow_accesses(rows):
         assert (r["global_load_bits"], r["global_store_bits"]) == (bits, bits), r
 
 
+# What a program of 512 threads holds so that nothing is read twice: it may have a multiprocessor's registers alone.
+HELD_ONCE = {("group_norm_silu backward", "bf16 256ch 32x32 channels_last scaled")}
+
+
 def test_registers_leave_room_for_the_programs_that_hide_latency(rows):
-    assert all(int(r["registers"]) <= 96 for r in rows), [r for r in rows if int(r["registers"]) > 96]
+    most = {True: 128, False: 96}
+    assert [r for r in rows if int(r["registers"]) > most[(r["kernel"], r["variant"]) in HELD_ONCE]] == []
+    assert {(r["kernel"], r["variant"]) for r in rows} >= HELD_ONCE
 
 
 def test_refuses_to_report_on_the_interpreter(tmp_path):

@@ -436,7 +436,11 @@ def test_what_a_section_has_found_stays(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_the_page_and_no_process(
-    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     made = a_section(
         "engine", tmp_path, "row(a=1, verdict='ok'); print(os.getpid(), flush=True); time.sleep(60)", monkeypatch
@@ -459,6 +463,9 @@ def test_a_signal_leaves_the_page_and_no_process(
         return started[0]
 
     monkeypatch.setattr(full.subprocess, "Popen", interrupted)
+    # Programs that are started in the background may have it ignored.
+    inherited = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(number, inherited))
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as end:
         full.examine(tmp_path, [made], device="cpu")

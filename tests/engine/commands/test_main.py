@@ -202,7 +202,7 @@ def test_official_files_are_models_too(capsys: pytest.CaptureFixture[str], tmp_p
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"] == 48_899
     about = {"format": "EDM network snapshot", "networks": "ema", "taken": "ema", "D from": "assumed"}
-    assert facts["file"] == {**about, "generator": None}
+    assert facts["file"] == {**about, "generator": None, "dtype": "float32"}
     assert (facts["network"]["D"], facts["network"]["encoder_type"]) == ("inf", "residual")
 
     ipfm("sample", FIXTURE, "--n", 3, "--heun-steps", 2, "--D", 64, "--out", tmp_path / "a.png")

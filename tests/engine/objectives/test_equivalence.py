@@ -13,6 +13,7 @@ from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.pid import PidConfig
+from ipfm.kernels.adam import ema_entries
 from ipfm.models import load_teacher
 
 # `make equivalence` makes 20, and goes through every combination; here accumulation is two processes' alone.
@@ -147,7 +148,8 @@ def test_settings_matter(plain, teacher: Path) -> None:
         if name != "k1":
             weights = {f"generator/weight/{n}": p.detach() for n, p in run.generator.named_parameters()}
             weights |= {f"student/weight/{n}": p.detach() for n, p in run.student.named_parameters()}
-            weights |= {f"generator/ema/{n}": p for n, p in run.ema.items()}
+            for kind, kept in zip(ema_entries(1 + len(run.others)), (run.ema, *run.others), strict=True):
+                weights |= {f"generator/{kind}/{n}": p for n, p in kept.items()}
             assert max(equivalence.difference(plain["k1"], weights)) > 50 * equivalence.LIMIT, name
 
 

@@ -78,7 +78,13 @@ def test_a_recipe_expands_the_home_folder_and_refuses_an_empty_path(monkeypatch,
     def read(path: str):
         # What else the option needs is none of its business.
         more = ["--reference=x", "--features=inception"] if name == "inception" else []
-        more = {"reference": ["--features=pixels"], "lpips": ["--distance=lpips"]}.get(name, more)
+        needed = {
+            "reference": ["--features=pixels"],
+            "lpips": ["--distance=lpips"],
+            "dinov2": ["--reference=x", "--features=dinov2"],
+            "guide": ["--guidance=1.4"],
+        }
+        more = needed.get(name, more)
         return parse_given([f"{option}={path}", *more], default=default, prog="x", description="").options
 
     assert getattr(read("~/a"), name) == Path("/home/somebody/a")

@@ -141,6 +141,9 @@ CHANGED = {
     "student_updates": 2,
     "clip_grad": 1.0,
     "ema": (0.1,),
+    "guidance": 1.4,
+    "logvar": True,
+    "class_counts": (1, 2),
 }
 FREELY = {
     "out": Path("elsewhere"),
@@ -175,10 +178,11 @@ FREELY = {
 
 def test_every_setting_is_of_one_kind():
     """A new setting has to be put on one of the two lists."""
-    elsewhere = {"kimg", "resume", "steps", "noise", "offload"}  # tested on their own below
+    # Tested on their own below; a guide goes with a guidance, see test_guided_teacher.py.
+    elsewhere = {"kimg", "resume", "steps", "noise", "offload", "guide"}
     assert set(CHANGED) | set(FREELY) | elsewhere == set(CONFIG.to_json())
     free = free_settings(DistillConfig) | free_settings(PidConfig)
-    assert set(FREELY) | {"kimg", "resume", "offload", "lpips"} == free
+    assert set(FREELY) | {"kimg", "resume", "offload", "lpips", "guide"} == free
 
 
 @pytest.mark.parametrize("name", CHANGED)
