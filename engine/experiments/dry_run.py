@@ -16,7 +16,6 @@ from ipfm.engine.memory.arithmetic import (
     flops_in_words,
     forward_flops,
     gpu_seconds,
-    guide_flops,
     peak_in_words,
     step_forwards,
     training_forwards,
@@ -159,8 +158,7 @@ def describe_training(
 
 def _forwards(config: Distillation, trained: NetworkConfig, *, phased: bool, checkpointed: bool) -> float:
     passes = step_forwards(config.objective(trained), trained, phased=phased, checkpointed=checkpointed)
-    further = config.further_flops(trained) + guide_flops(trained) * (config.teacher_forwards + checkpointed)
-    return passes + further / forward_flops(trained)
+    return passes + config.further_flops(trained) / forward_flops(trained)
 
 
 def _settings(config: RunConfig, path: Path, **resolved: object) -> list[str]:

@@ -43,10 +43,8 @@ class Run:
 
     @functools.cached_property
     def further_flops(self) -> int:
-        """Operations of one image in a step that are no pass of these networks: those of LPIPS, and of a guide."""
-        if not isinstance(self.config, Distillation):
-            return 0
-        return self.config.further_flops(self.network) + guide_flops(self.network) * self.config.teacher_forwards
+        """Operations of one image in a step that are no pass of the networks: those of LPIPS."""
+        return self.config.further_flops(self.network) if isinstance(self.config, Distillation) else 0
 
     @property
     def remark(self) -> str:

@@ -112,7 +112,8 @@ def training_forwards(network: NetworkConfig, *, checkpointed: bool) -> float:
 def step_forwards(objective: Objective, network: NetworkConfig, *, phased: bool, checkpointed: bool) -> float:
     """Forward passes of the teacher, or as much arithmetic, of one image in an iteration of a distillation.
 
-    By the width of each network, and with what checkpointing computes again, where the objective says its `passes`.
+    By the width of each network, with what checkpointing computes again, and with the teacher's guide, where the
+    objective says its `passes`; elsewhere the guide is taken to be passed there and back once.
 
     Args:
         objective: what is distilled.
@@ -124,12 +125,15 @@ def step_forwards(objective: Objective, network: NetworkConfig, *, phased: bool,
     if (said := getattr(objective, "passes", None)) is not None:
         passes = said(phased=phased)
     if passes is None:
-        return objective.forwards(phased=phased, checkpointed=checkpointed)
-    networks = {TEACHER: network, **{role.name: role.network for role in objective.roles}}
+        guide = 2 * guide_flops(network) / forward_flops(network)
+        return objective.forwards(phased=phased, checkpointed=checkpointed) + guide
+    networks = [(role.name, role.network) for role in objective.roles] + [(TEACHER, network.unguided)]
+    networks += [] if network.guide is None else [(TEACHER, network.guide.network)]
     total = 0.0
-    for name, of in passes.items():
-        total += of.whole * forward_flops(networks[name])
-        total += of.again * recomputed_flops(networks[name]) if checkpointed else 0
+    for name, one in networks:
+        of = passes.get(name, Passes(0, 0))
+        total += of.whole * forward_flops(one)
+        total += of.again * recomputed_flops(one) if checkpointed else 0
     return total / forward_flops(network)
 
 

@@ -359,10 +359,6 @@ class Distillation(RunConfig, ABC):
             network: the teacher's architecture, as it is trained.
         """
 
-    teacher_forwards: ClassVar[int] = 2
-    """Forward passes, or as much arithmetic, of the teacher for one image in an iteration: one, and one back to its
-    input. They are among the `forwards`; a guide adds as many of its own."""
-
     def further_flops(self, network: NetworkConfig) -> int:
         """Floating-point operations of one image in an iteration that are no pass of the networks, see `forwards`.
 

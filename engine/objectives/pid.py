@@ -155,8 +155,6 @@ class PidConfig(Distillation):
         """See `Distillation.objective`."""
         return PhysicsInformedDistillation(self, network)
 
-    teacher_forwards: ClassVar[int] = 1
-
     def further_flops(self, network: NetworkConfig) -> int:
         """See `Distillation.further_flops`: VGG's, of both images, and back to one of them."""
         return 0 if self.distance == "l2" else lpips_flops(network.image_shape, self.lpips_side)

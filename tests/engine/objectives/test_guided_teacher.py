@@ -19,7 +19,7 @@ from ipfm.engine.commands.bench.equivalence import NETWORK, trained_tensors
 from ipfm.engine.commands.main import _main
 from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments.gpu_costs import Run
-from ipfm.engine.memory.arithmetic import forward_flops
+from ipfm.engine.memory.arithmetic import forward_flops, step_forwards
 from ipfm.engine.objectives.pid import PidConfig
 from ipfm.engine.runtime.commandline import BadInput, run_command
 from ipfm.engine.training.resolve import complete
@@ -184,6 +184,13 @@ def test_plans_count_the_guide() -> None:
     ):
         more = Run(config, one).step_flops() - Run(config, NETWORK).step_flops()
         assert more == pytest.approx(4 * passes * forward_flops(WEAK))
+    config = DistillConfig(batch=4, max_steps=1)
+    for phased in (False, True):
+        with_guide, without = (
+            step_forwards(config.objective(net), net, phased=phased, checkpointed=False) for net in (one, NETWORK)
+        )
+        more = (with_guide - without) * forward_flops(NETWORK)
+        assert more == pytest.approx((2 + phased) * forward_flops(WEAK))
     assert forward_flops(one) == forward_flops(NETWORK)
 
 
