@@ -7,6 +7,7 @@ in `test_documented_commands.py`, with a message that points here.
 from __future__ import annotations
 
 import io
+import json
 import math
 import pickle
 import re
@@ -19,13 +20,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+import official_edm2
 import official_files
 import tiny_inception
 import torch
 from PIL import Image
+from tiny_vae import tiny_vae
 
 from ipfm.engine.objectives.lpips_weights import shapes
-from ipfm.models import EDMPrecond, NetworkConfig, Precond, presets, save_model
+from ipfm.models import EDMPrecond, NetworkConfig, Precond, build_network, presets, save_model
 
 NAME = r"[\w.+-]+"
 KIMG = 512
@@ -97,6 +100,11 @@ def _statistics(path: Path) -> None:
     np.savez(path, mu=np.zeros(tiny_inception.DIM), sigma=np.eye(tiny_inception.DIM))
 
 
+def _statistics_of_edm2(path: Path) -> None:
+    both = {"mu": np.zeros(tiny_inception.DIM), "sigma": np.eye(tiny_inception.DIM)}
+    path.write_bytes(pickle.dumps({"num_images": 50_000, "fid": both}))
+
+
 def smooth_images(count: int, side: int) -> np.ndarray:
     """(N, H, W, 3) uint8: plain colours that fall off, so that there is something to tell apart from noise."""
     colours = np.random.default_rng(0).integers(0, 256, (count, 1, 1, 3)) * np.linspace(0.5, 1, side)[:, None, None]
@@ -114,6 +122,53 @@ def _zip(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for i, pixels in enumerate(smooth_images(24, int(side[1]) if side else 8)):
             archive.writestr(f"00000/img{i:08d}.png", _png(pixels))
+
+
+def _labelled_zip(path: Path) -> None:
+    """The same with ten classes."""
+    _zip(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        names = archive.namelist()
+        labels = [[name, i % 10] for i, name in enumerate(names)]
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+
+
+# Eighths of pictures of 64 pixels a side.
+LATENT = {"img_resolution": 8, "label_dim": 2}
+
+
+def _latents(path: Path) -> None:
+    """Latents of two classes, as EDM2 stores them."""
+    random = np.random.default_rng(0)
+    labels = []
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(24):
+            name, file = f"00000/img-mean-std-{i:08d}.npy", io.BytesIO()
+            mean, std = random.normal(size=(4, 8, 8)), random.uniform(0.1, 1, (4, 8, 8))
+            np.save(file, np.concatenate([mean, std]).astype(np.float32))
+            archive.writestr(name, file.getvalue())
+            labels.append([name, i % 2])
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+
+
+def _autoencoder(path: Path) -> None:
+    """A latent has an eighth of the picture's side, as Stable Diffusion's."""
+    tiny_vae(
+        path,
+        block_out_channels=(4,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+
+
+def _teacher_of_latents(path: Path) -> None:
+    net = build_network(replace(THIN_PRESETS["edm2-img512-xs"], **LATENT))
+    save_model(official_files.randomize(net), path, extra={"task": "teacher"})
+
+
+def _generator_of_latents(path: Path) -> None:
+    net = build_network(replace(THIN_PRESETS["edm2-img512-xs"], **LATENT, logvar_channels=0))
+    save_model(official_files.randomize(net), path, extra={"task": "generator", "sigmas": [2.5]})
 
 
 def _photos(path: Path) -> None:
@@ -172,6 +227,39 @@ def _digits_run(path: Path) -> None:
     ])  # fmt: skip
 
 
+def _teacher_run(path: Path) -> None:
+    """A training on the digits that kept two averages and snapshots of them."""
+    from ipfm.recipes import train_teacher
+
+    data = path.parent / "stand-in-8x8.zip"
+    data.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(data, "w") as archive:
+        for i, pixels in enumerate(smooth_images(8, 8)):
+            archive.writestr(f"00000/img{i:08d}.png", _png(pixels[..., 0]))
+    train_teacher.main([
+        "--data", str(data), "--D", "128", "--model-channels", "4", "--channel-mult", "1", "--num-blocks", "1",
+        "--batch", "2", "--max-steps", "24", "--log-every", "24", "--eval-every", "0", "--checkpoint-every", "24",
+        "--snapshot-every", "3", "--keep-snapshots", "0", "--ema", "0.05", "0.1", "--zero", "0",
+        "--heun-steps", "2", "--eval-images", "16", "--out", str(path),
+    ])  # fmt: skip
+
+
+def _weak_model(path: Path) -> None:
+    """A smaller network of the digits at the same D."""
+    net = build_network(replace(THIN_PRESETS["digits"], model_channels=4, D=128.0))
+    save_model(official_files.randomize(net), path, extra={"task": "teacher"})
+
+
+def _raw_snapshots(path: Path) -> None:
+    """Two widths at eight times, as EDM2 names and stores them."""
+    path.mkdir(parents=True)
+    net = official_edm2.network()
+    for i in range(1, 9):
+        for std in (0.05, 0.1):
+            snapshot = official_edm2.snapshot(net)
+            official_files.write_pickle(path / f"network-snapshot-{i * 2147483 // 8:07d}-{std:.3f}.pkl", snapshot)
+
+
 def _repeat(path: Path) -> None:
     """The same run once more."""
     first = path.with_name("digits-D128-alpha1-K1")
@@ -212,13 +300,22 @@ MAKERS: Mapping[str, Callable[[Path], object]] = {
     r"runs/digits-D128-alpha1-K1(?=[/\s\"']|$)": _digits_run,
     r"runs/seed\d(?=[/\s\"']|$)": _repeat,
     r"runs/cifar-D2048-alpha1-K1(?=[/\s\"']|$)": _cifar_run,
+    r"runs/teacher(?=[/\s\"']|$)": _teacher_run,
+    r"runs/weak/model\b": _weak_model,
+    r"\braw-snapshots\b": _raw_snapshots,
     rf"models/(?:cifar10|ffhq|afhqv2|imagenet64){NAME}": _model,
     rf"(?:{NAME}/)*{NAME}_D_\d+\.pkl": _converted,
     rf"(?:{NAME}/)*sid-{NAME}/training-state-{NAME}\.pt": _distillation_state,
     rf"(?:{NAME}/)*training-state-{NAME}\.(?:pt|pkl)": _training_state,
     rf"(?:{NAME}/)*(?:network-snapshot-|edm-){NAME}\.pkl": _snapshot,
     rf"(?:{NAME}/)*cifar-10-(?:python|binary)\.tar\.gz": cifar_archive,
+    r"\bdigits\.zip": _labelled_zip,
+    r"\bimagenet-latents\.zip": _latents,
     rf"(?:{NAME}/)*{NAME}\.zip": _zip,
+    r"\bimg\d+\.pkl": _statistics_of_edm2,
+    r"\bsd-vae-ft-mse\b": _autoencoder,
+    r"\bTEACHER\b": _teacher_of_latents,
+    r"\bRUN/generator\b": _generator_of_latents,
     rf"(?:{NAME}/)*{NAME}x{NAME}\.npz": _statistics,
     rf"(?:{NAME}/)*inception-2015-12-05\.pt": tiny_inception.write,
     rf"(?:{NAME}/)*(?:lpips-)?vgg\.pth": _lpips,
