@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import reduce
 
+from ipfm.models.checkpoints.infer_config import entries_of, sides_of
 from ipfm.models.checkpoints.named_networks import NamedNetwork, Weights
 from ipfm.models.checkpoints.pickle_values import shown
 from ipfm.models.checkpoints.pickled_objects import Record
@@ -115,16 +116,8 @@ def from_shapes(shapes: Shapes) -> dict[str, object]:
     Raises:
         ValueError: the tensors are not those of a network of EDM2.
     """
-    entries: dict[tuple[str, int], dict[str, dict[str, tuple[int, ...]]]] = {}
-    for name, shape in shapes.items():
-        if found := _ENTRY.fullmatch(name):
-            part, side, across, entry, rest = found.groups()
-            if side != across:
-                raise ValueError(f"it has a tensor {shown(name)} of images that are not square")
-            entries.setdefault((part, int(side)), {}).setdefault(entry, {})[rest] = shape
-    sides = sorted({side for _, side in entries}, reverse=True)
-    if not sides or sides[-1] < 1 or sides != [sides[0] >> level for level in range(len(sides))]:
-        raise ValueError(f"its tensors are not those of a U-Net of EDM2: the resolutions are {shown(str(sides))}")
+    entries = entries_of(shapes, _ENTRY)
+    sides = sides_of(entries, "a U-Net of EDM2")
     levels = [_level(entries.get(("dec", side), {}), side) for side in sides]
     blocks, widths, attends = zip(*levels, strict=True)
     if len(set(blocks)) > 1:

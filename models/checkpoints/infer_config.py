@@ -62,6 +62,8 @@ _FOREIGN = {
     "Discriminator": "a GAN's discriminator",
     "DistributedDataParallel": "a wrapper around a network, which must be saved without it",
 }
+# (part, side) -> entry -> the rest of a tensor's name -> its shape.
+Entries = dict[tuple[str, int], dict[str, dict[str, tuple[int, ...]]]]
 _ENTRY = re.compile(r"model\.(enc|dec)\.(\d{1,5})x(\d{1,5})_([a-z0-9_]{1,20})\.(.+)")
 _TAPS = {2: (1, 1), 4: (1, 3, 3, 1)}
 _MAX_VALUES = 64
@@ -138,22 +140,50 @@ def trained_for(record: Record) -> float | None:
     return found.pop() if found else None
 
 
+def entries_of(shapes: Shapes, pattern: re.Pattern[str]) -> Entries:
+    """The entries of a U-Net's encoder and decoder, by (part, side).
+
+    Args:
+        shapes: of the tensors, by name.
+        pattern: of their names: part, side, side, entry, and what follows.
+
+    Raises:
+        ValueError: a side is not the other one.
+    """
+    entries: Entries = {}
+    for name, shape in shapes.items():
+        if found := pattern.fullmatch(name):
+            part, side, across, entry, rest = found.groups()
+            if side != across:
+                raise ValueError(f"it has a tensor {shown(name)} of images that are not square")
+            entries.setdefault((part, int(side)), {}).setdefault(entry, {})[rest] = shape
+    return entries
+
+
+def sides_of(entries: Entries, whose: str) -> list[int]:
+    """The sides of the levels, the largest first, each half the one before.
+
+    Args:
+        entries: from `entries_of`.
+        whose: such as "a U-Net", for the message.
+
+    Raises:
+        ValueError: they are not.
+    """
+    sides = sorted({side for _, side in entries}, reverse=True)
+    if not sides or sides[-1] < 1 or sides != [sides[0] >> level for level in range(len(sides))]:
+        raise ValueError(f"its tensors are not those of {whose}: the resolutions are {shown(str(sides))}")
+    return sides
+
+
 def from_shapes(shapes: Shapes) -> dict[str, object]:
     """The arguments of a U-Net that its tensors determine, by name, with `out_channels` and `model_type`.
 
     Raises:
         ValueError: the tensors are not those of a U-Net of the EDM family.
     """
-    entries: dict[tuple[str, int], dict[str, dict[str, tuple[int, ...]]]] = {}
-    for name, shape in shapes.items():
-        if found := _ENTRY.fullmatch(name):
-            part, side, across, entry, rest = found.groups()
-            if side != across:
-                raise ValueError(f"it has a tensor {shown(name)} of images that are not square")
-            entries.setdefault((part, int(side)), {}).setdefault(entry, {})[rest] = shape
-    sides = sorted({side for _, side in entries}, reverse=True)
-    if not sides or sides[-1] < 1 or sides != [sides[0] >> level for level in range(len(sides))]:
-        raise ValueError(f"its tensors are not those of a U-Net: the resolutions are {shown(str(sides))}")
+    entries = entries_of(shapes, _ENTRY)
+    sides = sides_of(entries, "a U-Net")
     first = entries.get(("enc", sides[0]), {}).get("conv", {}).get("weight", ())
     song = ("dec", sides[0]) in entries and "aux_conv" in entries["dec", sides[0]]
     dhariwal = "model.out_conv.weight" in shapes

@@ -14,6 +14,18 @@ from ipfm.models.checkpoints.pickle_values import DEFAULT_LIMITS, Inert
 from ipfm.models.checkpoints.pickled_objects import GLOBALS, Record, modules, own_tensors
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+# A network that is no fixture's, for everything else.
+SMALL = NetworkConfig(
+    img_resolution=8,
+    img_channels=1,
+    label_dim=3,
+    model_type="EDM2UNet",
+    model_channels=8,
+    channel_mult=(1, 2),
+    num_blocks=1,
+    attn_resolutions=(4,),
+    channels_per_head=8,
+)
 CONFIGS = {
     "edm2_img_cond": NetworkConfig(
         img_resolution=16,

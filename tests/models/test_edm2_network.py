@@ -7,7 +7,7 @@ from dataclasses import replace
 import edm2_fixtures
 import pytest
 import torch
-from edm2_fixtures import network
+from edm2_fixtures import SMALL, network
 
 from ipfm.kernels import mp_cat_silu, pixel_norm_silu
 from ipfm.models import (
@@ -31,17 +31,6 @@ from ipfm.models.forced_weight_norm import (
 )
 from ipfm.models.layers import Conv2d
 
-SMALL = NetworkConfig(
-    img_resolution=8,
-    img_channels=1,
-    label_dim=3,
-    model_type="EDM2UNet",
-    model_channels=8,
-    channel_mult=(1, 2),
-    num_blocks=1,
-    attn_resolutions=(4,),
-    channels_per_head=8,
-)
 COUNTS = {
     "edm2-img512-xs": 124_713_253,
     "edm2-img512-s": 280_212_837,

@@ -15,18 +15,7 @@ from ipfm.engine.objectives.initial_networks import starting_network
 from ipfm.engine.objectives.losses import Noisy, bind, bind_with_logvar, denoising_objective
 from ipfm.models import EDM2Precond, NetworkConfig, build_network
 
-SMALL = NetworkConfig(
-    img_resolution=8,
-    img_channels=1,
-    label_dim=3,
-    model_type="EDM2UNet",
-    model_channels=8,
-    channel_mult=(1, 2),
-    num_blocks=1,
-    attn_resolutions=(4,),
-    channels_per_head=8,
-    dropout=0.0,
-)
+SMALL = replace(edm2_fixtures.SMALL, dropout=0.0)
 
 
 def noisy_of(net: EDM2Precond, data) -> tuple[torch.Tensor, Noisy]:

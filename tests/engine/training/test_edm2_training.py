@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import edm2_fixtures
 import pytest
 import torch
 
@@ -14,21 +15,11 @@ from ipfm.engine.runtime.commandline import BadInput, parse_given
 from ipfm.engine.sampling.batches import sample_generator
 from ipfm.engine.training.teacher import TeacherTraining
 from ipfm.engine.training.transfer import transfer_from
-from ipfm.models import NetworkConfig, build_network, load_model
+from ipfm.models import build_network, load_model
 from ipfm.models.forced_weight_norm import masters, under_the_rule
 from ipfm.recipes import cifar_teacher, train_teacher
 
-SMALL = NetworkConfig(
-    img_resolution=8,
-    img_channels=1,
-    label_dim=10,
-    model_type="EDM2UNet",
-    model_channels=8,
-    channel_mult=(1, 2),
-    num_blocks=1,
-    attn_resolutions=(4,),
-    channels_per_head=8,
-)
+SMALL = replace(edm2_fixtures.SMALL, label_dim=10)
 ALONE = World(0, 1, torch.device("cpu"))
 PLACE: dict[str, Any] = {"zero": 0, "precision": "fp32", "heun_steps": 2}
 
