@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-EPS = 1e-4
-"""Added to every root mean square."""
+from ipfm.kernels.weight_rows import EPS
 
 
 def row_scale(master: Tensor) -> Tensor:
@@ -46,25 +45,6 @@ def plain_weight(master: Tensor) -> Tensor:
         master: (rows, ...), K elements in each row.
     """
     return normalised_rows(master) / math.sqrt(master[0].numel())
-
-
-def gradient_of_master(master: Tensor, gradient: Tensor) -> Tensor:
-    """dL/dM of dL/dW, W = `plain_weight(M)`; of the dtype of `normalised_rows`.
-
-    With r the root mean square of a row of K elements and s = 1e-4 + r: (G/s - M ⟨M, G⟩ / (K r s²)) / √K.
-
-    Args:
-        master: M, at which W was made.
-        gradient: dL/dW, of its shape.
-    """
-    wide, given = _wide(master), _wide(gradient)
-    elements = master[0].numel()
-    scale = row_scale(master)
-    inner = (wide * given).flatten(1).sum(1)
-    size = wide.flatten(1).norm(dim=1) / math.sqrt(elements)
-    # A row of zeros has no direction that could be suppressed.
-    radial = torch.where(size > 0, inner / (elements * size * scale.square()), 0.0)
-    return (given / _column(scale, master) - wide * _column(radial, master)) / math.sqrt(elements)
 
 
 class PlainWeight(nn.Module):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ipfm.engine.checks import option_name
 from ipfm.engine.config import Resolved, Rules, RunConfig, place_settings
 from ipfm.engine.data.comparison import IMAGES_OF_CLASSES, Panel, examples, places, save_comparison
 from ipfm.engine.data.dataset import ImageDataset
@@ -278,7 +279,7 @@ class TrainingRun(ABC, Generic[C]):
         names = ("keep_snapshots", "snapshot_precision")
         given = [name for name in names if getattr(self.config, name) != default[name]]
         if given and not self.config.snapshot_every:
-            options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            options = " and ".join(f"--{option_name(name)}" for name in given)
             self._tell(f"{options} {'acts' if len(given) == 1 else 'act'} on nothing without --snapshot-every")
 
     def _exported_average(self, path: Path) -> str:

@@ -12,6 +12,7 @@ from ipfm.models import EDM2Precond, NetworkConfig, build_network
 from ipfm.models.checkpoints.containers import map_file, read_container
 from ipfm.models.checkpoints.pickle_values import DEFAULT_LIMITS, Inert
 from ipfm.models.checkpoints.pickled_objects import GLOBALS, Record, modules, own_tensors
+from ipfm.models.forced_weight_norm import row_scale
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 # A network that is no fixture's, for everything else.
@@ -100,6 +101,20 @@ def normalised(master: Tensor) -> Tensor:
     """n(M), written out."""
     norm = master.flatten(1).norm(dim=1).view(-1, *[1] * (master.ndim - 1))
     return master / (1e-4 + norm / math.sqrt(master[0].numel()))
+
+
+def gradient_of_master(master: Tensor, gradient: Tensor) -> Tensor:
+    """dL/dM of dL/dW, W = `plain_weight(M)`, as the specification has it for M that is normalised once.
+
+    With r the root mean square of a row of K elements and s = 1e-4 + r: (G/s - M ⟨M, G⟩ / (K r s²)) / √K.
+    """
+    rows, given = master.flatten(1), gradient.flatten(1)
+    elements = rows.shape[1]
+    scale, size = row_scale(master)[:, None], rows.norm(dim=1, keepdim=True) / math.sqrt(elements)
+    inner = (rows * given).sum(1, keepdim=True)
+    # A row of zeros has no direction that could be suppressed.
+    radial = torch.where(size > 0, inner / (elements * size * scale.square()), 0.0)
+    return ((given / scale - rows * radial) / math.sqrt(elements)).view_as(master)
 
 
 class RuleInForward(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import edm2_fixtures
 import pytest
 import torch
-from edm2_fixtures import SMALL, network
+from edm2_fixtures import SMALL, gradient_of_master, network
 
 from ipfm.kernels import mp_cat_silu, pixel_norm_silu
 from ipfm.models import (
@@ -22,7 +22,6 @@ from ipfm.models import (
 )
 from ipfm.models.edm2_layers import MPConv, mp_silu, mp_sum, resample
 from ipfm.models.forced_weight_norm import (
-    gradient_of_master,
     masters,
     normalised_rows,
     plain_weight,

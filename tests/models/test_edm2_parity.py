@@ -3,10 +3,10 @@
 import edm2_fixtures
 import pytest
 import torch
-from edm2_fixtures import network, recorded
+from edm2_fixtures import gradient_of_master, network, recorded
 from torch import Tensor
 
-from ipfm.models.forced_weight_norm import gradient_of_master, normalised_rows, under_the_rule
+from ipfm.models.forced_weight_norm import normalised_rows, under_the_rule
 
 NAMES = tuple(edm2_fixtures.CONFIGS)
 
