@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -113,14 +114,17 @@ def pytest_collection_finish() -> None:
 def surroundings() -> Iterator[None]:
     """As they were, for the next file: which files share a process is the schedule's choice.
 
-    The environment's variables, the process group that a network trained here has made, and PyTorch's linear layer,
-    in whose place DeepSpeed puts its own where weights are sharded.
+    The environment's variables, the process group that a network trained here has made, PyTorch's linear layer, in
+    whose place DeepSpeed puts its own where weights are sharded, and what torch.compile has made of code or has given
+    up: under a dispatch mode, as graphs are recorded with, it leaves a function alone from then on.
     """
     variables, linear, alone = dict(os.environ), torch.nn.functional.linear, not dist.is_initialized()
     yield
     if alone and dist.is_initialized():
         launcher.stop_world()
     torch.nn.functional.linear = linear
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     os.environ.update(variables)
     for name in os.environ.keys() - variables.keys():
         del os.environ[name]
