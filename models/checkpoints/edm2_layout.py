@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ipfm.models.checkpoints.class_source import class_source
 from ipfm.models.checkpoints.pickle_writer import Built, Call, Global
 from ipfm.models.config import NetworkConfig
 from ipfm.models.edm2_layers import MPConv, MPFourier
 from ipfm.models.edm2_unet import EDM2Block, EDM2UNet
 from ipfm.models.precond import EDM2Precond, Precond
 
-MODULE = "training.networks_edm2"
-"""Where EDM2's programs have these classes."""
 OPTIONAL = ("conv_skip", "attn_qkv", "attn_proj", "emb_label", "logvar_fourier", "logvar_linear")
 """Parts that are None where a network does without; they are no modules then."""
 _CLASSES: dict[type[nn.Module], str] = {
@@ -42,7 +41,6 @@ _UNET = (
 # Of the latents that the published encoder returns, by channel.
 _LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)
 _LATENT_STD = (4.17, 4.62, 3.71, 3.28)
-_ENCODERS = "training.encoders"
 
 
 def class_name(module: nn.Module) -> str | None:
@@ -87,8 +85,7 @@ def encoder(net: Precond) -> Call:
         state |= {"vae_name": "stabilityai/sd-vae-ft-mse", "scale": _array(scale), "bias": _array(bias)}
         state |= {"batch_size": 8, "_vae": None}
     name = "StabilityVAEEncoder" if latent else "StandardRGBEncoder"
-    source = f"from {_ENCODERS} import {name}"
-    meta = {"type": "class", "version": 6, "module_src": source, "class_name": name, "state": state}
+    meta = {"type": "class", "version": 6, "module_src": class_source((name,)), "class_name": name, "state": state}
     return Call(Global("torch_utils.persistence", "_reconstruct_persistent_obj"), (meta,))
 
 

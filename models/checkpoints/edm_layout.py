@@ -2,8 +2,8 @@
 
 A file is a pickle in the layout of a network snapshot. Networks and their parts are records of their attributes, by the
 names of their classes. What those programs run for a record is the source of its class in their own files; here it is
-one line that imports the classes from `training.networks`, where those programs have them, or of EDM2's networks from
-`training.networks_edm2`. How EDM2's parts are written stands in `edm2_layout`.
+a text that finds the classes among the files of the program, see `class_source`. How EDM2's parts are written stands in
+`edm2_layout`.
 """
 
 import json
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ipfm.models.blocks import UNetBlock
 from ipfm.models.checkpoints import edm2_layout
+from ipfm.models.checkpoints.class_source import class_source
 from ipfm.models.checkpoints.infer_config import OPTIONS, UNETS
 from ipfm.models.checkpoints.pickle_writer import Call, Global, Made, Parts, write_pickle
 from ipfm.models.checkpoints.stored_tensors import BLOB_START
@@ -35,7 +36,6 @@ FACTS_ENTRY = "ipfm"
 """What stands beside the network, for this package alone: what is said of it, as JSON."""
 # What PFGM++ stores where a network is not its own, D = inf.
 _D_OF_DIFFUSION = 128
-_MODULE = "training.networks"
 # Attributes of the parts, where they are called the same.
 _ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
     UNet: ("label_dropout",),
@@ -115,8 +115,7 @@ def _start_of_storage(count: int) -> bytes:
 def _records(net: Precond) -> Call:
     """The network as a record of records."""
     edm2 = net.config.is_edm2
-    names = sorted({name for module in net.modules() if (name := _class_name(module)) != "ModuleDict"})
-    source = f"from {edm2_layout.MODULE if edm2 else _MODULE} import {', '.join(names)}"
+    source = class_source({name for module in net.modules() if (name := _class_name(module)) != "ModuleDict"})
     # Layers compute with weights that are made of what files hold.
     stored = net.state_dict()
 

@@ -1,7 +1,7 @@
 """What the programs of EDM, PFGM++ and SiD do with a pickle: stand-ins of our own for their modules and their samplers.
 
-Their modules, in the place where a program of theirs runs, are `torch_utils.persistence`, `training.networks` and
-`dnnlib.util`. Loading makes objects from records without calling a constructor, so that whatever the classes compute
+Their modules, in the place where a program of theirs runs, are `torch_utils.persistence`, `dnnlib.util` and one of
+networks. Loading makes objects from records without calling a constructor, so that whatever the classes compute
 comes from the attributes in the file: a missing one is an error. Nothing is imported from this project.
 """
 
@@ -40,7 +40,7 @@ class Persistent(nn.Module):
     """Pickled, and so copied, as a record."""
 
     def __reduce__(self) -> Any:
-        source, name = "from training.networks import *", type(self).__name__
+        source, name = "from their_networks import *", type(self).__name__
         assert self._init_args == () and all(isinstance(key, str) for key in self._init_kwargs)
         values = ("class", 6, source, name, dict(vars(self)))
         return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (
@@ -227,8 +227,7 @@ def their_modules() -> Iterator[None]:
     contents: dict[str, dict[str, Any]] = {
         "torch_utils": {},
         "torch_utils.persistence": {"_reconstruct_persistent_obj": reconstruct},
-        "training": {},
-        "training.networks": {kind.__name__: kind for kind in CLASSES},
+        "their_networks": {kind.__name__: kind for kind in CLASSES},
         "dnnlib": {},
         "dnnlib.util": {"EasyDict": dict},
     }

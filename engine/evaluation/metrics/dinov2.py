@@ -30,7 +30,8 @@ SIDE = 224
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HEAD_WIDTH = 64
 _EPS = 1e-6
-# What DINOv2's own program adds to the number of patches before it scales the position embedding to it.
+# Added to the number of patches before the position embedding is scaled to it, as in Hugging Face's transformers 4.41,
+# whose figures of the published weights these are to be.
 _OFFSET = 0.1
 
 

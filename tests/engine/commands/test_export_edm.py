@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import pickletools
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ipfm.engine import generate, heun_sample
 from ipfm.engine.commands.main import _main
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.models import NetworkConfig, Precond, build_network, load_model, load_teacher, save_model
+from ipfm.models.checkpoints.class_source import class_source
 from ipfm.models.checkpoints.pickled_objects import modules
 from ipfm.models.checkpoints.reader import open_checkpoint
 from ipfm.models.teacher import load_network
@@ -167,7 +169,7 @@ def test_a_generator_of_several_steps_says_what_their_programs_lack(tmp_path, ca
 
 
 def test_the_file_holds_names_and_tensors_alone(tmp_path, capsys):
-    """No source but a line that imports; the same model gives the same bytes; every part has what their code uses."""
+    """No source but ours; the same model gives the same bytes; every part has what their code uses."""
     folder, out = stored(tmp_path / "teacher", NCSNPP), tmp_path / "net.pkl"
     exported(capsys, folder, out)
     first = out.read_bytes()
@@ -175,9 +177,9 @@ def test_the_file_holds_names_and_tensors_alone(tmp_path, capsys):
     assert out.read_bytes() == first and first[:2] == b"\x80\x04"
     texts = {argument for _, argument, _ in pickletools.genops(first) if isinstance(argument, str)}
     (source,) = (text for text in texts if "import" in text)
-    names = "Conv2d, EDMPrecond, FourierEmbedding, GroupNorm, Linear, SongUNet, UNetBlock"
-    assert source == f"from training.networks import {names}"
-    assert not [text for text in texts if "\n" in text]
+    names = ("Conv2d", "EDMPrecond", "FourierEmbedding", "GroupNorm", "Linear", "SongUNet", "UNetBlock")
+    assert source == class_source(names)
+    assert [text for text in texts if "\n" in text] == [source]
     with their_programs.their_modules():
         root = pickle.loads(first)
         net = root.pop("ema")
@@ -188,6 +190,29 @@ def test_the_file_holds_names_and_tensors_alone(tmp_path, capsys):
         expected = official_files.official(load_model(folder), pfgmpp=False)
         _compare(net, expected)
         assert net._init_kwargs["augment_dim"] == 9 and "D" not in net._init_kwargs
+
+
+def test_classes_are_found_where_the_program_has_them(tmp_path, monkeypatch):
+    """In one file for all of them, beside `torch_utils`; where there is none, that is said."""
+    files = {
+        "torch_utils/__init__.py": "", "torch_utils/persistence.py": "",
+        "other_parts/first.py": "class Trunk(object): pass\n",
+        "parts_of_theirs/nets.py": "class Trunk(object):\n    own = 1\nclass Twig(object): pass\n",
+        "parts_of_theirs/broken.py": "raise SystemExit\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        found: dict[str, object] = {}
+        exec(class_source(("Trunk", "Twig")), found)
+        assert found["Trunk"].own == 1 and found["Twig"].__module__ == "parts_of_theirs.nets"
+        with pytest.raises(ImportError, match=f"no file in {tmp_path} has the classes Absent, Trunk"):
+            exec(class_source(("Trunk", "Absent")), {})
+    finally:
+        for name in ("torch_utils", "torch_utils.persistence", "parts_of_theirs", "parts_of_theirs.nets"):
+            sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("name", ["edm_ddpmpp_uncond", "edm_ncsnpp_uncond"])
