@@ -9,6 +9,7 @@ between its flat buffers: a network in 16 bits steps here with one flat master a
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -289,23 +290,51 @@ class _StayingOnMeta(TorchDispatchMode):
 
 
 class _FlatMaster(UnshardedEngine):
-    """DeepSpeed's engine for a network in 16 bits: its optimiser steps with one flat fp32 tensor."""
+    """DeepSpeed's engine at ZeRO 1 for a network in 16 bits: its optimiser steps with one flat fp32 tensor."""
 
     def __init__(self, module: Precond, optimizer: Any, precision: Precision) -> None:
-        super().__init__(module, optimizer)
-        self.weights = [p for group in optimizer.param_groups for p in group["params"]]
-        numbers = sum(p.numel() for p in self.weights)
-        self.flat = nn.Parameter(torch.empty(numbers, device=META))
-        optimizer.param_groups[0]["params"] = [self.flat]
+        flat: Any = _FlatOptimizer(optimizer, DTYPES[precision])
+        super().__init__(module, flat)
         module.to(DTYPES[precision])
         self.loss_scale = 1.0
 
+
+class _FlatOptimizer:
+    """DeepSpeed's optimiser of stage 1 on one process, as far as `TrainedNetwork` and `NormalisedWeights` know it.
+
+    Args:
+        optimizer: of the network's parameters, which are masters yet; afterwards of one flat tensor.
+        dtype: of the network.
+    """
+
+    cpu_offload = False
+
+    def __init__(self, optimizer: Any, dtype: torch.dtype) -> None:
+        self.inner = optimizer
+        self.weights = [p for group in optimizer.param_groups for p in group["params"]]
+        *starts, numbers = itertools.accumulate((p.numel() for p in self.weights), initial=0)
+        self.flat = nn.Parameter(torch.empty(numbers, device=META))
+        optimizer.param_groups[0]["params"] = [self.flat]
+        self.single_partition_of_fp32_groups = [self.flat]
+        self.parallel_partitioned_bit16_groups = [[torch.empty(numbers, device=META, dtype=dtype)]]
+        self.round_robin_bit16_groups, self.round_robin_bit16_offsets = [self.weights], [starts]
+        self.partition_size = [numbers]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of what the engine takes the gradients away: nothing that `step` leaves."""
+        return []
+
     def step(self) -> None:
+        """A step with the flat gradient, which DeepSpeed's copies have filled."""
         self.flat.grad = torch.empty_like(self.flat)
-        self.optimizer.step()
+        self.inner.step()
         self.flat.grad = None
         for p in self.weights:
             p.grad = None
+
+    def update_lp_params(self) -> None:
+        """DeepSpeed's copy of the flat tensor into the network's weights is not seen here."""
 
 
 class _Teacher(TeacherTraining):
@@ -315,6 +344,14 @@ class _Teacher(TeacherTraining):
         images = torch.empty(len(index), *self.network.image_shape, device=META)
         labels = torch.empty(len(index), self.network.label_dim, device=META) if self.network.label_dim else None
         return Batch(images, labels)
+
+
+class _Unmoved(ImageDataset):
+    """Data that stay where they are: values that are moved to the meta device are none any more."""
+
+    def to(self, device: object) -> ImageDataset:
+        """Itself."""
+        return self
 
 
 def gpu_settings(
@@ -392,7 +429,7 @@ def on_meta(settings: Resolved[Any], network: NetworkConfig) -> Distiller | Teac
         if isinstance(settings.config, TeacherConfig):
             one = torch.zeros(1, *network.image_shape, dtype=torch.uint8)
             labels = torch.zeros(1, dtype=torch.int64) if network.label_dim else None
-            data = ImageDataset(one, labels, classes=network.label_dim or None)
+            data = _Unmoved(one, labels, classes=network.label_dim or None)
             return _Teacher(settings.config, network, data, world=world)
         return Distiller(settings.config, made(network).eval().requires_grad_(False), world=world)
 

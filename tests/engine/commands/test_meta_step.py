@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
+import edm2_fixtures
 import pytest
 import torch
 
@@ -92,3 +93,14 @@ def test_what_is_captured_is_replayed_and_not_dispatched():
     assert 0 < replayed.replays <= 6
     assert replayed.operator_count < 30 < eager.operator_count
     assert replayed.launches == []
+
+
+def test_networks_whose_weights_are_normalised_are_recorded_with_zeros_flat_memory():
+    """EDM2's, with classes: a distillation and a teacher's training, whose labels have no values there."""
+    for config, trained in ((CONFIG, 2), (TeacherConfig(batch=4, max_steps=1, precision="bf16", zero=1), 1)):
+        recording = record(one_micro_batch(config, edm2_fixtures.SMALL, 4, stage=1), edm2_fixtures.SMALL)
+        launched = Counter(call.variant.name for call in recording.launches)
+        updates = launched["update_kernel"]
+        assert updates >= trained
+        # Of each network in each step: the gradients of its masters, the masters, the weights.
+        assert [launched[f"row_{what}_kernel"] for what in ("gradients", "masters", "plain")] == [updates] * 3
