@@ -14,7 +14,9 @@ either the old network or the new one, whole, whatever interrupts the writer.
 
 import hashlib
 import json
+import mmap
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ipfm.models.atomic_files import atomic_folder, previous_of, write_durably
+from ipfm.models.atomic_files import atomic_folder, previous_of, sync, write_durably
 from ipfm.models.checkpoints.recognise import cut_short, is_checkpoint, missing, user_path, what_folder, what_pointer
 from ipfm.models.checkpoints.run_models import locate
 from ipfm.models.config import NetworkConfig, PrecondType
@@ -106,17 +108,40 @@ def save_model(
     if reason := in_the_way(target):
         raise ValueError(f"{reason}: name another folder")
     tensors = _tensors_to_store(net, state)
-    payload = safetensors.torch.save(tensors)
-    config = {
-        **_description(net.config, _dtype_name(_parameter_dtype(net, tensors))),
-        "sha256": hashlib.sha256(payload).hexdigest(),
-        "extra": to_json(dict(extra or {}), "extra"),
-    }
-    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    about = _description(net.config, _dtype_name(_parameter_dtype(net, tensors)))
+    facts = to_json(dict(extra or {}), "extra")
+    json.dumps(facts, allow_nan=False)
 
     with atomic_folder(target) as partial:
-        write_durably(partial / TENSOR_FILE, payload)
+        sha256 = write_tensors(partial / TENSOR_FILE, tensors)
+        text = json.dumps({**about, "sha256": sha256, "extra": facts}, indent=2, allow_nan=False) + "\n"
         write_durably(partial / CONFIG_FILE, text.encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file and sync it; for a folder that is renamed as a whole afterwards. Nothing is copied.
+
+    Args:
+        path: the file.
+        tensors: on the CPU, contiguous, none of them in the memory of another.
+
+    Returns:
+        Its SHA-256.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    try:
+        safetensors.torch.save_file(dict(tensors), path)
+    except SafetensorError as error:
+        # How safetensors tells that the disk refuses.
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+    sync(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_average(
@@ -255,10 +280,17 @@ def _tensors_to_store(net: Precond, state: Mapping[str, Tensor] | None) -> dict[
     given = own if state is None else state
     if state is not None:
         _check_names_and_shapes(given, own, "the state to store")
-    # Cloned: tensors that share memory, as views of one flat buffer do, cannot be stored as they are.
-    return {
-        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in given.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in given.items():
+        tensor = tensor.detach().to("cpu")
+        memory = tensor.untyped_storage()
+        # Those that share memory, as views of one flat buffer do, cannot be stored as they are.
+        if not tensor.is_contiguous() or memory.nbytes() != tensor.nbytes or memory.data_ptr() in taken:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        taken.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    return tensors
 
 
 def _parameter_dtype(net: Precond, tensors: Mapping[str, Tensor]) -> torch.dtype:
@@ -425,7 +457,7 @@ def opened(stored: StoredConfig) -> Iterator[tuple[tuple[str, ...], Callable[[st
         with path.open("rb") as file:
             whole = hashlib.file_digest(file, "sha256").hexdigest() == stored.sha256
         if not whole:
-            raise _not_these(path, path.read_bytes(), "manifest.json" if in_checkpoint else CONFIG_FILE)
+            raise _not_these(path, "manifest.json" if in_checkpoint else CONFIG_FILE)
         with safetensors.safe_open(path, "pt") as tensors:
             kept = (f"{stored.average}/", "buffer/") if in_checkpoint else ("",)
             found = [name for name in tensors.keys() if name.startswith(kept)]  # noqa: SIM118
@@ -437,36 +469,42 @@ def opened(stored: StoredConfig) -> Iterator[tuple[tuple[str, ...], Callable[[st
 
 def _read_average(path: Path, stored: StoredConfig) -> dict[str, Tensor]:
     """The average and the buffers in a checkpoint's file, which holds several times as much."""
-    sha256 = stored.sha256
+    found = _read_tensors(path, stored.sha256, (f"{stored.average}/", "buffer/"), listed="manifest.json")
+    return {name.partition("/")[2]: tensor for name, tensor in found.items()}
+
+
+def _read_tensors(
+    path: Path, sha256: str, kept: tuple[str, ...] = ("",), *, listed: str = CONFIG_FILE
+) -> dict[str, Tensor]:
+    """The tensors whose names begin with one of `kept`: of the file itself, read as they are used.
+
+    Raises:
+        ValueError: it cannot be read, or is not the file whose checksum `listed` has.
+    """
     try:
         with path.open("rb") as file:
             whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256
-        if whole:
-            with safetensors.safe_open(path, "pt") as tensors:
-                kept = (f"{stored.average}/", "buffer/")
-                names = [name for name in tensors.keys() if name.startswith(kept)]  # noqa: SIM118
-                return {name.partition("/")[2]: tensors.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {_one_line(error)}") from None
-    raise _not_these(path, path.read_bytes(), "manifest.json")
-
-
-def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    try:
-        payload = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {_one_line(error)}") from None
-    if hashlib.sha256(payload).hexdigest() != sha256:
-        raise _not_these(path, payload, CONFIG_FILE)
+    if not whole:
+        raise _not_these(path, listed)
     try:
-        return safetensors.torch.load(payload)
-    except (SafetensorError, ValueError, KeyError) as error:
+        with safetensors.safe_open(path, "pt") as tensors:
+            names = [name for name in tensors.keys() if name.startswith(kept)]  # noqa: SIM118
+            return {name: tensors.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is no safetensors file: {_one_line(error)}") from None
 
 
-def _not_these(path: Path, payload: bytes, listed: str) -> ValueError:
+def _not_these(path: Path, listed: str) -> ValueError:
     """What the file is whose checksum is not the one that the file `listed` has."""
     sum_differs = f"its SHA-256 is not that of {listed}"
+    with path.open("rb") as file:
+        payload = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+        return _not_the_bytes(path, memoryview(payload), sum_differs)
+
+
+def _not_the_bytes(path: Path, payload: memoryview, sum_differs: str) -> ValueError:
     if what := what_pointer(payload):
         return ValueError(f"{path} holds no weights: {what} ({sum_differs})")
     if cut_short(payload):

@@ -50,12 +50,13 @@ class Convert:
 
     def run(self) -> None:
         """Print what the file holds and write the folder."""
+        import torch
+
         from ipfm.engine.noise_levels import check_sigmas
-        from ipfm.models import save_model
+        from ipfm.models import build_network, save_model
         from ipfm.models.checkpoints.reader import open_checkpoint
         from ipfm.models.checkpoints.recognise import is_checkpoint, missing
         from ipfm.models.checkpoints.run_models import locate
-        from ipfm.models.teacher import build
 
         with user_input():
             if self.sigmas:
@@ -72,8 +73,10 @@ class Convert:
             imported = checkpoint.read(name, D=self.D)
             about = self._about(checkpoint.facts, generator, imported, self._source(checkpoint, imported))
             facts = about.to_json()
-            net = build(imported)
-            save_model(net, self.out, extra=facts)
+            # The file's weights go into the folder as they are: no network is made of them.
+            with torch.device("meta"):
+                net = build_network(imported.config)
+            save_model(net, self.out, extra=facts, state=imported.weights)
         size = sum(p.numel() for p in net.parameters())
         told = {"out": self.out, "networks": list(checkpoint.networks), "parameters": size, **facts}
         lines = (*describe(checkpoint, imported), ("parameters", f"{size:,}"), ("written", str(self.out)))

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ipfm.engine.memory.live import LiveBytes
 from ipfm.models import EDMPrecond, NetworkConfig, load_model, read_config, save_model
 
 SMALL = NetworkConfig(
@@ -221,6 +223,26 @@ def test_a_first_save_that_fails_leaves_nothing(net, tmp_path, monkeypatch):
         failing_at(patch, 0, disk_error)
         save_model(net, tmp_path / "net")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_storing_copies_nothing_and_reading_makes_the_network_alone(tmp_path, monkeypatch):
+    """Of a network of gigabytes neither the weights nor the file are in memory a second time."""
+
+    def whole(*_):
+        raise AssertionError("the file is in memory as a whole")
+
+    monkeypatch.setattr(safetensors.torch, "save", whole)
+    monkeypatch.setattr(safetensors.torch, "load", whole)
+    large = EDMPrecond(replace(SMALL, model_channels=32))
+    size = sum(p.nbytes for p in large.parameters())
+    with LiveBytes() as live:
+        save_model(large, tmp_path / "net")
+        written = live.peak
+        read_bytes = Path.read_bytes
+        monkeypatch.setattr(Path, "read_bytes", lambda p: (whole if p.suffix == ".safetensors" else read_bytes)(p))
+        back = load_model(tmp_path / "net")
+    assert written < 0.01 * size and live.peak < 1.1 * size
+    assert_same(large.state_dict(), back.state_dict())
 
 
 def one_line(folder: Path, file: str) -> str:

@@ -6,12 +6,15 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import official_edm2 as oe
 import official_files as of
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from ipfm.engine.commands.convert import Convert
+from ipfm.engine.memory.live import LiveBytes
 from ipfm.engine.runtime.commandline import BadInput, parse
 from ipfm.engine.sampling.batches import sample_generator
 from ipfm.engine.sampling.stored_model import sample_model
@@ -132,3 +135,17 @@ def test_the_command_line(tmp_path):
     )  # fmt: skip
     with pytest.raises(BadInput, match="OUT"):
         parse(Convert, ["a.pkl"], prog="ipfm", description="")
+
+
+def test_a_large_file_is_in_memory_once_and_its_weights_are_stored_as_they_are(tmp_path):
+    """EDM2's weights of 16 bits, raised: no network is made of them, whose masters would be another copy."""
+    official = oe.network(oe.Edm2(model_channels=32, channels_per_head=32))
+    source = of.write_pickle(tmp_path / "edm2-img512-xs-2147483-0.135.pkl", oe.snapshot(official))
+    expected = oe.tensors(official)
+    with LiveBytes() as live:
+        Convert(source=source, out=tmp_path / "teacher").run()
+    raised = sum(tensor.nbytes for tensor in expected.values())
+    # Once more is counted: of the network on the meta device, where nothing is allocated.
+    assert raised > 1e6 and live.peak < 2.1 * raised
+    written = load_file(tmp_path / "teacher" / "model.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in expected.items())
