@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import gpus
+import interpreted
 import prepared
 import pytest
 import torch
@@ -51,6 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
         if not torch.cuda.is_available():
             prepared.share()
         return
+    if not torch.cuda.is_available():
+        interpreted.hasten()
     # There is little garbage among what is imported and collected, and looking for it takes a second.
     gc.disable()
 
