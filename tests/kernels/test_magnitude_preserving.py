@@ -37,7 +37,8 @@ class Operation:
     def __call__(self, tensors, backend=None):
         """All results; without a backend the oracle's."""
         function = getattr(reference, self.function.__name__) if backend is None else self.function
-        found = function(*tensors, **self.options, **({} if backend is None else {"backend": backend}))
+        there = {n: v.to(tensors[0].device) if isinstance(v, Tensor) else v for n, v in self.options.items()}
+        found = function(*tensors, **there, **({} if backend is None else {"backend": backend}))
         return list(found) if isinstance(found, tuple) else [found]
 
     def inputs(self, dtype=torch.float64, device="cpu", layout=torch.contiguous_format, seed=3):

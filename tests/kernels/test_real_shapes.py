@@ -1,7 +1,8 @@
-"""group_norm_silu at the shapes of the published networks, in both memory formats, forward and backward.
+"""The operations of blocks at the shapes of the published networks, forward and backward.
 
-On a GPU every normalisation of every preset, in bfloat16 and float32; in the interpreter the innermost ones, whose
-groups are as wide as those of the outer ones.
+group_norm_silu in both memory formats: on a GPU every normalisation of every preset, in bfloat16 and float32; in the
+interpreter the innermost ones, whose groups are as wide as those of the outer ones. EDM2's operations at every level of
+every size.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ipfm.kernels import group_norm_silu, reference
+from ipfm.kernels.bench.cases import edm2_cases
 from ipfm.kernels.bench.measurement import error_over_allowed
+from ipfm.kernels.bench.providers import TRITON
 from ipfm.models import build_network, presets
 from ipfm.models.layers import GroupNorm
 
@@ -98,3 +101,25 @@ def test_normalisations_of_the_presets(preset: str, last: bool, device: torch.de
         cases = [(min(inner), 1, torch.bfloat16 if last else torch.float32)] if (preset, last) in INTERPRETED else []
     for shape, images, dtype in cases:
         assert error(shape, images, dtype, last, device) <= 1, (shape, dtype)
+
+
+# Sizes of EDM2 differ in the channels of their first level alone.
+EDM2 = [name for name in presets.names() if name.startswith("edm2-img512-") and not name.endswith("-uncond")]
+
+
+@pytest.mark.parametrize("preset", EDM2)
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+def test_operations_of_edm2_at_its_levels(preset: str, device: torch.device) -> None:
+    """In channels_last; in the interpreter as wide as the innermost level of the smallest size, of one pixel."""
+    network = presets.get(preset)
+    widths = [network.model_channels * times for times in network.channel_mult]
+    levels = [(width, network.img_resolution >> i) for i, width in enumerate(widths)]
+    assert levels[-1] == (4 * levels[0][0], INNERMOST)
+    if device.type == "cuda":
+        cases = [(2, level, dtype) for level in levels for dtype in (torch.float16, torch.bfloat16, torch.float32)]
+    else:
+        cases = [(1, (widths[-1], 1), torch.float32)] if preset == EDM2[0] else []
+    for images, (channels, side), dtype in cases:
+        for case in edm2_cases(device, (images, channels, side, side), dtype):
+            run = case.workload.prepare(TRITON)["both"]
+            assert error_over_allowed(run.result(), case.workload.truth("both")) <= 1, (case.op, channels, side, dtype)
