@@ -28,9 +28,10 @@ from ipfm.engine.experiments.defaults_by_size import ROWS, Facts, by_size, defau
 from ipfm.engine.experiments.gpu_costs import Run
 from ipfm.engine.experiments.origins import SOURCES
 from ipfm.engine.experiments.recipe import Recipe
-from ipfm.engine.memory import Layout, choose_layout, gpu_budget
+from ipfm.engine.memory import Layout, choose_layout, gpu_budget, plan_memory
 from ipfm.engine.memory.arithmetic import GPUS as KINDS_OF_GPUS
 from ipfm.engine.memory.arithmetic import flops_in_words, gpu_seconds
+from ipfm.engine.memory.state import parameter_count
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.objectives.published import PAPER_RESULTS, PaperSetting, paper_result
@@ -78,9 +79,9 @@ class Case:
     recipe: str
     config: Distillation
 
-    def choice(self, precision: Precision, processes: int, gpu: float, **form: str) -> Layout | None:
+    def choice(self, precision: Precision, processes: int, gpu: float, **form: Any) -> Layout | None:
         """The layout on so many GPUs of `gpu` GB; None where nothing fits. `form`: what is not left open."""
-        config = replace(self.config, precision=precision, **form)  # type: ignore[arg-type]
+        config = replace(self.config, precision=precision, **form)
         network = trained_config(presets.get(self.preset), config.dropout)
         try:
             return choose_layout(config, network, ranks=processes, budget=gpu_budget(gpu * 1e9))
@@ -88,6 +89,7 @@ class Case:
             return None
 
 
+OF_DROPOUT = ("m", "l", "xl", "xxl")
 CASES = (
     Case("cifar10-ncsnpp", "cifar_ipfm.py", cifar_ipfm.RECIPE.base.distillation()),
     Case("cifar10-ddpmpp", "cifar_sid.py", cifar_sid.RECIPE.base.distillation()),
@@ -95,6 +97,15 @@ CASES = (
     Case("ffhq64-ncsnpp", "ffhq_ipfm.py", ffhq_ipfm.RECIPE.base.distillation()),
     Case("imagenet64-adm", "imagenet64_ipfm.py", imagenet64_ipfm.RECIPE.base.distillation()),
     Case("digits", "digits_ipfm.py", digits_ipfm.RECIPE.base.distillation()),
+)
+# SiD's settings on EDM2 that decide over the memory: the batch; dropout from M on. A recipe of theirs has no others.
+EDM2 = tuple(
+    Case(
+        f"edm2-img512-{size}",
+        "imagenet512_edm2_ipfm.py",
+        replace(imagenet64_ipfm.RECIPE.base.distillation(), batch=2048, dropout=0.1 if size in OF_DROPOUT else 0.0),
+    )
+    for size in ("xs", "s", "m", "l", "xl", "xxl")
 )
 FORMS = {
     "joint": {"backward": "joint", "activation_checkpointing": "off"},
@@ -122,6 +133,37 @@ def largest(precision: Precision = "bf16", gpu: int = 24, cases: Sequence[Case] 
         cells = ["–" if one is None else f"{one.plan.micro_batch}, {_gigabytes(one)} GB" for one in found]
         rows.append(_row([f"`{case.preset}`", *cells]))
     return rows
+
+
+def edm2_on_one(gpus: Sequence[int] = GPUS) -> list[str]:
+    """A row for each size: bytes of the state, and what a run chooses on one GPU."""
+    rows = [_row(["size", "parameters", "state, GB", *(f"{gpu} GB" for gpu in gpus)])]
+    rows.append(_row(["---"] * (3 + len(gpus))))
+    for case in EDM2:
+        parameters = parameter_count(presets.get(case.preset))
+        state = state_in_bf16(case) / 1e9
+        cells = [layout(case, "bf16", 1, gpu) for gpu in gpus]
+        rows.append(
+            _row([case.preset.rpartition("-")[2].upper(), f"{parameters / 1e6:,.0f} M", f"{state:.1f}", *cells])
+        )
+    return rows
+
+
+def edm2_on_eight(gpus: Sequence[int] = GPUS) -> list[str]:
+    """A row for each size and for stages 2 and 3: what a run chooses on eight GPUs."""
+    rows = [_row(["size", "ZeRO", *(f"{gpu} GB" for gpu in gpus)]), _row(["---"] * (2 + len(gpus)))]
+    for case in EDM2:
+        for zero in ("2", "3"):
+            cells = [layout(case, "bf16", 8, gpu, zero=int(zero)) for gpu in gpus]
+            rows.append(_row([case.preset.rpartition("-")[2].upper(), zero, *cells]))
+    return rows
+
+
+def state_in_bf16(case: Case) -> int:
+    """Bytes of the state of three networks on one GPU in bf16, gradients of one of them included."""
+    network = trained_config(presets.get(case.preset), case.config.dropout)
+    plan = plan_memory(network, micro_batch=1, precision="bf16", backward="joint", config=case.config)
+    return plan.parts.permanent + plan.parts.training
 
 
 def gpu_hours(recipes: Sequence[Recipe[Any]] = RENTED) -> list[str]:
@@ -337,6 +379,8 @@ PAGES: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
         "layouts in bf16": lambda: layouts("bf16"),
         "layouts in fp32": lambda: layouts("fp32"),
         "largest micro-batch": largest,
+        "EDM2 on one GPU": edm2_on_one,
+        "EDM2 on 8 GPUs": edm2_on_eight,
         "GPU hours": gpu_hours,
     },
 }
@@ -354,9 +398,9 @@ def _place(page: str, name: str) -> tuple[str, int, int]:
     return found[1], found.start(1), found.end(1)
 
 
-def layout(case: Case, precision: Precision, processes: int, gpu: float) -> str:
-    """A cell of `layouts`: micro-batch x accumulation, form, stage, predicted peak."""
-    choice = case.choice(precision, processes, gpu)
+def layout(case: Case, precision: Precision, processes: int, gpu: float, **form: Any) -> str:
+    """A cell of `layouts`: micro-batch x accumulation, form, stage, predicted peak. `form`: what is not left open."""
+    choice = case.choice(precision, processes, gpu, **form)
     if choice is None:
         return "–"
     plan = choice.plan

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ipfm.engine.config import Precision, RunConfig, TeacherConfig, ZeroStage
 from ipfm.engine.memory.arithmetic import TRAINING_FORWARDS, training_forwards
+from ipfm.engine.memory.autoencoder import AutoencoderBytes
 from ipfm.engine.memory.budget import gpu_budget
 from ipfm.engine.memory.choose import Layout, choose_layout, choose_training
 from ipfm.engine.memory.plan import MemoryPlan
@@ -130,6 +131,17 @@ def fit_table(config: Distillation | TeacherConfig, found: Iterable[LayoutOnGpu]
         "step: activations and temporaries at the peak;",
         f"cost: arithmetic relative to {plainest};",
         "at least 16 images at a time are preferred (an assumption: fewer leave a GPU idle)",
+    ]
+
+
+def with_autoencoder(beside: AutoencoderBytes, found: Sequence[LayoutOnGpu]) -> list[str]:
+    """Lines on what the autoencoder of latents adds to such a table, and where it does not fit."""
+    plans = [(fit.gpu, fit.layout.plan) for fit in found if fit.layout is not None]
+    small = [f"{gpu:g} GB" for gpu, plan in plans if beside.peak(plan.state, plan.peak) > (plan.budget or 0)]
+    return [
+        f"with --vae (sd-vae-ft-mse): {beside.weights / 1e9:.2f} GB more, and {beside.decoding / 1e9:.2f} GB beside",
+        f"the state while {beside.pictures} pictures of {beside.side}x{beside.side} are decoded, between steps; "
+        + (f"too much for GPUs of {', '.join(small)} as they are filled here" if small else "that fits in each row"),
     ]
 
 

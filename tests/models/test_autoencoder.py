@@ -9,6 +9,9 @@ import pytest
 import torch
 from tiny_vae import FACTOR, change_config, change_weights, old_names, tiny_vae
 
+from ipfm.engine.memory import autoencoder
+from ipfm.engine.memory.live import LiveBytes
+from ipfm.models import presets
 from ipfm.models.autoencoder import BIAS, SCALE, is_latent, latents_of, load_autoencoder
 
 
@@ -52,6 +55,22 @@ def test_pixels_are_encoded_as_values_of_0_to_1_and_decoded_by_truncation(made):
     # A value that rounding moves over the edge of a level is one level off.
     assert (levels.int() - decoded.int()).abs().max() <= 1
     assert (levels == decoded).float().mean() > 0.99
+
+
+def test_a_plan_counts_the_published_autoencoder():
+    """Its parameters, and what lives while pictures are decoded: with fused attention, as on a GPU."""
+    from diffusers import AutoencoderKL
+
+    down, up = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
+    with torch.device("meta"):
+        net = AutoencoderKL(3, 3, down, up, (128, 256, 512, 512), 2, norm_num_groups=32, sample_size=256)
+    assert sum(p.numel() for p in net.parameters()) == autoencoder.PARAMETERS
+    planned = autoencoder.autoencoder_bytes(presets.get("edm2-img512-xs"))
+    assert planned is not None and planned.side == 8 * 64
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch, LiveBytes() as live:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: torch.empty_like(q))
+        net.decode(torch.empty(planned.pictures, 4, 64, 64, device="meta"))
+    assert live.peak == pytest.approx(planned.decoding, rel=1e-3)
 
 
 def test_a_latent_that_is_not_finite_is_no_picture_and_harms_no_other(made):

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ipfm.engine.commands.plan.settings import Planned
     from ipfm.engine.config import TeacherConfig
     from ipfm.engine.experiments.recipe import Recipe
-    from ipfm.engine.memory import Layout
+    from ipfm.engine.memory import Layout, MemoryPlan
+    from ipfm.engine.memory.autoencoder import AutoencoderBytes
     from ipfm.engine.objectives.base import Distillation
     from ipfm.models import NetworkConfig
 
@@ -30,7 +31,7 @@ K = TypeVar("K", bound=type)
 DECLARED: dict[str, Declared] = {}
 # What is wrong with a file of one's own, which `ipfm` says before anything else.
 TROUBLE: list[str] = []
-OF_EVERY_DISTILLATION = ("objective", "teacher_storage", "backward")
+OF_EVERY_DISTILLATION = ("objective", "teacher_storage", "backward", "guide")
 # Options of the table of what to rent.
 OF_THE_TABLE = ("gpus", "recipe", "kimg", "max_steps", "share", "price")
 
@@ -81,12 +82,13 @@ def _offered(said: Mapping[str, Declared], own: Collection[str]) -> dict[str, Of
 class Plan:
     """Predict the memory of a run, by part and phase of a step, and what to rent for it.
 
-    With --gpu-memory: the largest micro-batch, and the cheapest form of the step that fits; --fits: for several GPUs. A
-    recipe, or --gpus: a table of GPU hours, memory, host memory and disk by GPU.
+    --gpu-memory, --fits: the cheapest form that fits GPUs. A recipe, or --gpus: what to rent.
     """
 
     model: str
-    """Preset, model folder, checkpoint of EDM, PFGM++ or SiD, or recipe."""
+    """Preset, model folder, checkpoint of EDM's kind, or recipe."""
+    guide: str | None = None
+    """Network that guides the teacher, as a run's --guide; named as --model is."""
     objective: str | None = None
     """What is distilled by. Default: ipfm, which SiD shares."""
     batch: int | None = None
@@ -135,7 +137,7 @@ class Plan:
                 self._check()
                 recipe = self._recipe()
                 table = self._is_table(recipe)
-                planned = self._planned(recipe, table=table)
+                planned = self._guided(self._planned(recipe, table=table))
                 if not table:
                     planned.config.split(self._ranks)
             if table:
@@ -156,6 +158,8 @@ class Plan:
     def _plan(self, config: Distillation | TeacherConfig, network: NetworkConfig, write: Write) -> None:
         from ipfm.engine.memory import gpu_budget, layout_of
         from ipfm.engine.memory.arithmetic import SHARE, flops_in_words
+        from ipfm.engine.memory.autoencoder import autoencoder_bytes
+        from ipfm.engine.memory.state import parameter_count
 
         budget = None if self.gpu_memory is None else gpu_budget(self.gpu_memory * 1e9)
         with user_input():
@@ -174,9 +178,27 @@ class Plan:
         ]
         arithmetic = {"flops": flops, "share_of_peak": SHARE, "gpu_seconds": seconds}
         outside = config.about()
+        if network.guide is not None:
+            count = parameter_count(network.guide.network)
+            lines.insert(0, f"teacher guided by {self.guide}, {count:,} parameters, which the teacher's bytes include")
+        beside = autoencoder_bytes(network)
+        if beside is not None:
+            lines.append(self._beside(beside, plan))
         if outside:
             lines.insert(0, f"objective {getattr(config, 'kind', None)}: {outside['info']}")
-        write(self._kind(config) | _facts(layout) | arithmetic, "\n".join(lines))
+        write(self._kind(config) | _facts(layout) | _autoencoder(beside, plan) | arithmetic, "\n".join(lines))
+
+    @staticmethod
+    def _beside(beside: AutoencoderBytes, plan: MemoryPlan) -> str:
+        """What the autoencoder of latents adds, where there is one, and whether it still fits."""
+        from ipfm.engine.runtime.wording import size
+
+        peak = beside.peak(plan.state, plan.peak)
+        small = "" if plan.budget is None or peak <= plan.budget else ", TOO SMALL"
+        return (
+            f"with --vae (sd-vae-ft-mse): {size(beside.weights)} more; {size(beside.decoding)} beside the state while "
+            f"{beside.pictures} pictures of {beside.side}x{beside.side} are decoded; peak {size(peak)}{small}"
+        )
 
     def _arithmetic(
         self, config: Distillation | TeacherConfig, network: NetworkConfig, layout: Layout
@@ -190,23 +212,27 @@ class Plan:
 
     def _fits(self, config: Distillation | TeacherConfig, network: NetworkConfig, write: Write) -> None:
         from ipfm.engine.memory import fits
-        from ipfm.engine.memory.fits import fit_table
+        from ipfm.engine.memory.autoencoder import autoencoder_bytes
+        from ipfm.engine.memory.fits import fit_table, with_autoencoder
 
+        beside = autoencoder_bytes(network)
         found = list(fits(config, network, ranks=(self._ranks,), gpus=self.fits))
         facts = [
             {
                 "gpu_memory": fit.gpu,
                 "fits": fit.layout is not None,
                 "reason": fit.reason or None,
-                **({} if fit.layout is None else _facts(fit.layout)),
+                **({} if fit.layout is None else _facts(fit.layout) | _autoencoder(beside, fit.layout.plan)),
             }
             for fit in found
         ]
-        write(self._kind(config) | {"gpus": facts}, "\n".join(fit_table(config, found)))
+        more = [] if beside is None else with_autoencoder(beside, found)
+        write(self._kind(config) | {"gpus": facts}, "\n".join([*fit_table(config, found), *more]))
 
     def _kind(self, config: Distillation | TeacherConfig) -> dict[str, Any]:
         return {
             "model": self.model,
+            **({} if self.guide is None else {"guide": self.guide}),
             "objective": getattr(config, "kind", None),
             **({"about": dict(about)} if (about := config.about()) else {}),
             "batch": config.batch,
@@ -319,6 +345,23 @@ class Plan:
         config = replace(config, precision=usual if config.precision == "auto" else config.precision)
         return replace(planned, config=config, network=as_trained(config, planned.network))
 
+    def _guided(self, planned: Planned) -> Planned:
+        """The same with the network that guides the teacher.
+
+        Raises:
+            ValueError: there is none of this name, it does not go with the teacher, or there is no teacher.
+        """
+        from ipfm.engine.objectives.base import Distillation
+        from ipfm.models.config import Guide
+
+        if self.guide is None:
+            return planned
+        if not isinstance(planned.config, Distillation):
+            raise ValueError("the training of a teacher has no guide: leave it out")
+        # Its factor changes no size; of 1 there would be no guide.
+        network = replace(planned.network, guide=Guide(read_network(self.guide), 2.0))
+        return replace(planned, network=network)
+
     @property
     def _chosen(self) -> str:
         return self.objective or DEFAULT
@@ -362,6 +405,13 @@ def _facts(layout: Layout) -> dict[str, Any]:
     plan = layout.plan
     more = {"accumulation": layout.accumulation, "relative_cost": layout.relative_cost}
     return plain(plan) | more | {"stage": plan.parts.stage, "state": plan.state, "peak": plan.peak}
+
+
+def _autoencoder(beside: AutoencoderBytes | None, plan: MemoryPlan) -> dict[str, Any]:
+    """For JSON: what --vae adds to a plan, where the images are latents."""
+    if beside is None:
+        return {}
+    return {"autoencoder": plain(beside) | {"peak": beside.peak(plan.state, plan.peak)}}
 
 
 def read_network(model: str) -> NetworkConfig:

@@ -197,7 +197,8 @@ class RentTable:
         peak = peak_in_words(precision, config.tf32)
         return [
             f"{self.model}: {what}{whose}",
-            f"{architecture(run.network)}, {images(run.network)}, {parameter_count(run.network):,} parameters",
+            f"{architecture(run.network)}, {images(run.network)}, {parameter_count(run.network.unguided):,} parameters",
+            *self._guide(),
             f"batch {config.batch}, {precision}",
             *textwrap.wrap(length, WIDTH, subsequent_indent="  "),
             *textwrap.wrap(
@@ -213,6 +214,13 @@ class RentTable:
             *self._beside(),
             f"disk: {run.disk.in_words()}",
         ]
+
+    def _guide(self) -> Iterator[str]:
+        if (guide := self.run.network.guide) is not None:
+            yield (
+                f"guided by {architecture(guide.network)}, {parameter_count(guide.network):,} parameters, in the bytes "
+                "of the teacher"
+            )
 
     def _beside(self) -> Iterator[str]:
         """Lines on what the hours leave out and the arithmetic knows."""

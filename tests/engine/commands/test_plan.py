@@ -54,6 +54,35 @@ def rows_of(found: dict[str, Any], gpu: str) -> dict[int, dict[str, Any]]:
     return {row["gpus"]: row for row in found["rows"] if row["gpu"] == gpu}
 
 
+def test_a_guide_is_in_the_bytes_and_the_arithmetic_of_its_teacher(
+    planned: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = planned("digits", "--batch", 8)
+    guided = planned("digits", "--batch", 8, "--guide", "digits")
+    assert guided["guide"] == "digits" and "guide" not in alone
+    assert guided["parts"]["teacher"] == 2 * alone["parts"]["teacher"]
+    assert guided["parts"]["weights"] == alone["parts"]["weights"] and guided["flops"] > alone["flops"]
+    plan("--model", "digits", "--guide", "digits", "--gpus", 1, "--kimg", 1)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("guided by "))
+    assert f"{parameter_count(presets.get('digits')):,} parameters" in line
+
+
+def test_latents_are_planned_with_the_autoencoder_that_shows_them(
+    tmp_path: Path, planned: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = replace(presets.get("digits"), img_channels=4, img_resolution=16)
+    save_model(build_network(small), tmp_path / "latent")
+    found = planned(tmp_path / "latent", "--batch", 4, "--gpu-memory", 24)
+    beside = found["autoencoder"]
+    assert beside["side"] == 128 and beside["weights"] == 334_615_452
+    assert beside["peak"] == beside["weights"] + max(found["peak"], found["state"] + beside["decoding"])
+    plan("--model", tmp_path / "latent", "--batch", 4, "--gpu-memory", 0.5)
+    assert ", TOO SMALL" in capsys.readouterr().out.splitlines()[-1]
+    plan("--model", tmp_path / "latent", "--batch", 4, "--fits", 0.5, 24)
+    assert "too much for GPUs of 0.5 GB" in capsys.readouterr().out.splitlines()[-1]
+    assert "autoencoder" not in planned("digits", "--batch", 4)
+
+
 @pytest.mark.quick
 def test_hours_are_the_arithmetic_of_the_published_run(planned: Any) -> None:
     """CIFAR-10's run written out: 30 million images in steps of 256, 11 forward passes of each, at 30 % of 989.4e12."""
@@ -347,6 +376,9 @@ def test_long_plans_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, capsys
         ("digits_ipfm --lpips-side 32", "only the objective pid has lpips-side: leave it out"),
         ("cifar_teacher --backward joint", "cifar_teacher.py has no backward: leave it out"),
         ("cifar_ipfm --teacher-training", "cifar_ipfm.py trains no teacher; cifar_teacher.py, "),
+        ("edm2-img512-s --guide cifar10-ncsnpp", "the guide must have the network's pixels a side, 64, got 32"),
+        ("digits --guide digitz", "network preset 'digitz' is unknown; possible: "),
+        ("cifar_teacher --guide digits", "the training of a teacher has no guide: leave it out"),
         ("digits --batch 0", "batch must be an integer >= 1, got 0"),
         ("digits_ipfm --batch 0", "batch must be an integer >= 1, got 0"),
         ("digits --gpus 0", "gpus must be at least 1, got 0"),

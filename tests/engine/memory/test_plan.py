@@ -17,6 +17,7 @@ from ipfm.engine.distributed.precision import DTYPES, apply_precision, halve_sto
 from ipfm.engine.distributed.single_process import WIDENED
 from ipfm.engine.distributed.world import World
 from ipfm.engine.memory import choose_layout, choose_training, device_budget, gpu_budget, plan_teacher_training
+from ipfm.engine.memory.autoencoder import autoencoder_bytes
 from ipfm.engine.memory.choose import POINTS
 from ipfm.engine.memory.live import LiveBytes
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation, simulate_teacher
@@ -357,6 +358,21 @@ def test_costs():
     # Each evaluation more: a forward pass for the student; two and a backward pass where the gradient goes through it.
     assert forwards(steps=3) == 11 + 2 * 5
     assert forwards(steps=3, gradient="last") == 11 + 2 * 2
+
+
+@pytest.mark.parametrize(("size", "gpu"), [("s", 24), ("l", 48), ("xxl", 80)])
+def test_three_networks_of_edm2_on_one_gpu(size, gpu):
+    """In bf16, nothing offloaded, 16 images at a time: 28 bytes a parameter, effective weights, activations, VAE."""
+    network = presets.get(f"edm2-img512-{size}")
+    config = DistillConfig(batch=2048, max_steps=1, precision="bf16", micro_batch=16, backward="joint")
+    plan = choose_layout(config, network, ranks=1, budget=gpu_budget(gpu * 1e9)).plan
+    assert (plan.parts.stage, plan.activation_checkpointing) == (0, False)
+    assert plan.parts.per_parameter == pytest.approx(28, abs=0.2)
+    beside = autoencoder_bytes(network)
+    assert beside is not None and beside.peak(plan.state, plan.peak) <= gpu_budget(gpu * 1e9)
+    # The whole state on one GPU is what the size of the GPU decides; eight of them share it.
+    shared = Sharding(8, 2, "bf16", "none", "half")
+    assert state_bytes(network, shared, [(network, 1), (network, 2)], teacher=True).per_parameter < 10
 
 
 def test_teacher_training():
