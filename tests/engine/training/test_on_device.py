@@ -6,6 +6,7 @@ nothing to compute, so that they are known to work when a GPU comes.
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 from dataclasses import asdict, replace
@@ -130,6 +131,25 @@ def test_compiled_networks_train_as_others_do(on: str, memory_format: str, monke
         f"{which}/{name}": p for which in ("student", "generator") for name, p in teacher(network).named_parameters()
     }
     assert apart(moved, found[0]) > 10 * apart(*found)
+
+
+@pytest.mark.parametrize("on", ON)
+def test_networks_whose_weights_are_normalised_train_as_on_the_host(on: str) -> None:
+    """EDM2's: on a GPU by the kernels of its blocks and of its rows."""
+    torch.manual_seed(0)
+    small = {"channel_mult": (1,), "attn_resolutions": ()} if on == "cpu" else {}
+    net = build_network(replace(equivalence.EDM2, **small)).eval().requires_grad_(False)
+    found, losses = [], []
+    for place in ("cpu", on):
+        # (Twice the same on the CPU, which is what one can say of it there.)
+        distiller = Distiller(CONFIG, copy.deepcopy(net), world=here(place))
+        steps = range(1 if on == "cpu" else 2)
+        losses.append([float(v) for step in steps for v in distiller.iteration(step).sums.values()])
+        found.append(weights(distiller))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    begun = {f"{which}/{name}": p for which in ("student", "generator") for name, p in net.named_parameters()}
+    limit = 0 if on == "cpu" else 1e-4
+    assert apart(*found) <= limit < 1e-3 < apart(begun, found[0])
 
 
 # Settings of a distillation, of a teacher's training, or of a distillation by another objective.
