@@ -12,6 +12,7 @@ from ipfm.kernels.perturbation import perturb
 from ipfm.kernels.pixel_norm_silu import pixel_norm_silu
 from ipfm.kernels.qkv_norm import qkv_norm
 from ipfm.kernels.residual import residual_sum
+from ipfm.kernels.row_normalise import row_normalise
 
 __all__ = [
     "AdamEMA",
@@ -29,4 +30,5 @@ __all__ = [
     "qkv_norm",
     "reference",
     "residual_sum",
+    "row_normalise",
 ]

@@ -18,7 +18,7 @@ from ipfm.kernels._dense import same_order
 from ipfm.kernels._dispatch import Backend, use_triton
 from ipfm.kernels.adam_fused import MOST_AVERAGES, FusedAdam, Group
 from ipfm.kernels.adam_reference import reference_step
-from ipfm.kernels.row_normalise import FusedRows, fits
+from ipfm.kernels.fused_rows import FusedRows, fits
 from ipfm.kernels.weight_rows import WeightRows, write_plain
 
 

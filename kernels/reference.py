@@ -370,6 +370,17 @@ def qkv_norm(qkv: Tensor, heads: int, *, eps: float = 1e-4, k_scale: float = 1.0
     return q, k * k_scale, v
 
 
+def row_normalise(
+    master: Tensor, *, gain: float = 1.0, out_dtype: torch.dtype | None = None, eps: float = 1e-4
+) -> Tensor:
+    """gain n(M) / √K, n(M) = M / (eps + ‖M‖ / √K) of each row of K elements [Karras et al. 2024, section 2.3]."""
+    x = master.to(torch.promote_types(master.dtype, torch.float32))
+    root = math.sqrt(x.shape[1:].numel())
+    size = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True) / root
+    weight = x / (eps + size) * (gain / root)
+    return weight if out_dtype is None else weight.to(out_dtype)
+
+
 def _of_size_one(x: Tensor, dim: int, eps: float) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x / (eps + torch.linalg.vector_norm(x, dim=dim, keepdim=True) / x.shape[dim] ** 0.5)

@@ -109,8 +109,9 @@ class TrainedNetwork:
                 exact = {n: p.detach().cpu().clone() for n, p in module.named_parameters()}
         elif stage == 0:
             self._masters = {p: p.detach().clone() for p in self._rule.used}
+        ordered = _by_alignment(self._parameters) if self._rule.used and stage > 0 else self._parameters
         self.optimizer = AdamEMA(
-            [self._masters.get(p, p) for p in self._parameters],
+            [self._masters.get(p, p) for p in ordered],
             lr=lr,
             betas=(beta1, beta2),
             eps=config.eps,
@@ -438,6 +439,14 @@ def shard_frozen(module: Precond, *, offload: Offload = "none") -> Precond:
     """
     sharded: Precond = _initialize(3, "fp32", offload, module).module
     return sharded
+
+
+def _by_alignment(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """First those of which 16 bytes of float32 are a divisor, in their order.
+
+    In a flat tensor they then begin where 16 bytes do, for kernels that walk their rows; after a gain they would not.
+    """
+    return sorted(parameters, key=lambda p: p.numel() % 4 != 0)
 
 
 def _initialize(

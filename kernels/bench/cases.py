@@ -26,6 +26,7 @@ from ipfm.kernels.perturbation import perturb
 from ipfm.kernels.pixel_norm_silu import pixel_norm_silu, unchecked_pixel_norm_silu
 from ipfm.kernels.qkv_norm import qkv_norm, unchecked_qkv_norm
 from ipfm.kernels.residual import residual_sum, unchecked_residual_sum
+from ipfm.kernels.row_normalise import row_normalise, unchecked_row_normalise
 
 LARGE = 1 << 25
 GROUPS = 32
@@ -44,6 +45,9 @@ NCSNPP_LEVELS = [(256, 32, 32, 256, 4), (256, 16, 16, 256, 8), (256, 8, 8, 256, 
 ADM_LEVELS = [(192, 64, 64, 64, 2), (384, 32, 32, 32, 2), (576, 16, 16, 32, 4), (768, 8, 8, 32, 8)]
 # EDM2 of size S: the largest images, and where its attention is.
 EDM2_LEVELS = [(192, 64, 64, 64, 1), (576, 16, 16, 64, 2)]
+# Of its weights: a projection, whose rows wait in registers, and its longest rows. The third has 2^25 elements.
+EDM2_WEIGHTS = [(2304, 768, 1, 1), (768, 1536, 3, 3)]
+LARGE_WEIGHT = (8192, 4096)
 ODD_LEVEL = (96, 7, 5, 13, 5)
 
 
@@ -89,6 +93,9 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for channels, height, width, on_cuda, on_cpu in [] if quick else EDM2_LEVELS:
         shape = (on_cuda if cuda else on_cpu, channels, height, width)
         yield from edm2_cases(device, shape, torch.bfloat16 if cuda else torch.float32)
+    weights: list[tuple[int, ...]] = [*EDM2_WEIGHTS, LARGE_WEIGHT] if cuda else [*EDM2_WEIGHTS]
+    for weight in [] if quick else weights:
+        yield row_normalise_case(device, weight)
     # About as many parameters as ncsn++ has: 56 million.
     width, convolutions, vectors = (256, 95, 405) if cuda else (32, 32, 32)
     shapes: list[tuple[int, ...]] = [(width, width, 3, 3)] * convolutions
@@ -292,6 +299,25 @@ def edm2_cases(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype)
     yield make("pixel_norm_silu", "", pixel_norm_silu, unchecked_pixel_norm_silu, (x,), {}, 3 * size, 4 * size)
     qkv, scaled = draw(batch, height * width, 3 * heads * (channels // heads)), {"k_scale": 0.125}
     yield make("qkv_norm", "", qkv_norm, unchecked_qkv_norm, (qkv, heads), scaled, 2 * qkv.nbytes, 3 * qkv.nbytes)
+
+
+def row_normalise_case(device: torch.device, shape: tuple[int, ...]) -> Case:
+    """A float32 master made a weight in bfloat16, and the gradient of the weight that of the master.
+
+    The seed is not that of the gradients, of which only rounding is left where they have the direction of the master.
+    """
+    generator = torch.Generator(device).manual_seed(1)
+    master = torch.randn(shape, generator=generator, device=device).requires_grad_()
+    eager: dict[str, Callable[..., Any]] = {EAGER: partial(unchecked_row_normalise, triton_runs=False)}
+    options = {"out_dtype": torch.bfloat16}
+    work = FunctionWorkload(eager, row_normalise, (master,), options, oracle=reference.row_normalise)
+    size, half, row = master.nbytes, master.nbytes // 2, master[0].numel()
+    reads = 1 if row_config(row)[0] >= row else 2
+    forward = Bytes(size + half, reads * size + half)
+    backward = Bytes(2 * size + half, reads * (size + half) + size)
+    both = Bytes(forward.needed + backward.needed, forward.kernel + backward.kernel)
+    modes = {"forward": forward, "backward": backward, "both": both}
+    return Case("row_normalise", "to bf16", _name(shape), master.dtype, master.numel(), modes, work)
 
 
 def adam_case(device: torch.device, shapes: Sequence[tuple[int, ...]], name: str, averages: int = 1) -> Case:

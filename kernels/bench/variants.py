@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from ipfm.kernels import reference, row_normalise
+from ipfm.kernels import fused_rows, reference
 from ipfm.kernels._dispatch import adam_config, flat_config, noise_config, row_config
 from ipfm.kernels.adam_kernels import measure_kernel, numbers_kernel, reduce_kernel, update_kernel
 from ipfm.kernels.denoising_loss import denoising_loss_kernel
@@ -28,6 +28,8 @@ from ipfm.kernels.qkv_norm import block_sizes as head_sizes
 from ipfm.kernels.qkv_norm import qkv_norm_backward_kernel, qkv_norm_kernel
 from ipfm.kernels.residual import block_sizes as residual_sizes
 from ipfm.kernels.residual import residual_sum_backward_kernel, residual_sum_kernel
+from ipfm.kernels.row_normalise import block_sizes as row_sizes
+from ipfm.kernels.row_normalise import row_normalise_backward_kernel, row_normalise_kernel
 
 FLOAT_MAX = {"fp32": 3.4028234663852886e38, "fp16": 65504.0, "bf16": 3.3895313892515355e38}
 
@@ -577,6 +579,27 @@ def adam_variants() -> Iterator[Case]:
         )
 
 
+def row_normalise_variants() -> Iterator[Case]:
+    """Forward and backward, of rows that wait in registers and of longer ones; masters in float32 and in 16 bits."""
+    for label, columns in (("768 a row", 768), ("13824 a row", 13824), ("35 a row unaligned", 35)):
+        for dtype, out in (("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16"), ("fp64", "fp64")):
+            sizes, warps = row_sizes(columns, torch.float64 if dtype == "fp64" else torch.float32)
+            numbers = {"columns": "i32", "gain_bits": "i64"}
+            for kernel, fn, pointers in (
+                ("row_normalise", row_normalise_kernel, {"p_m": dtype, "p_w": out}),
+                (
+                    "row_normalise backward", row_normalise_backward_kernel,
+                    {"p_m": dtype, "p_dw": out, "p_dm": dtype},
+                ),
+            ):  # fmt: skip
+                yield Case(
+                    kernel, f"{dtype} {label}{'' if out == dtype else f' to {out}'}", fn,
+                    {p: f"*{kind}" for p, kind in pointers.items()} | numbers, sizes | {"EPS": 1e-4},
+                    (*pointers, *(() if "unaligned" in label else ("columns",))), warps,
+                    quick=dtype == out == "fp16" and columns != 768,
+                )  # fmt: skip
+
+
 def row_variants() -> Iterator[Case]:
     """The kernels of AdamEMA's rows under forced weight normalisation: gradients, masters and plain weights."""
     tables = {"p_programs": "*i32", "p_table": "*i64"}
@@ -590,28 +613,28 @@ def row_variants() -> Iterator[Case]:
         common = {
             "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
             "ALIGNED": aligned,
-            "BLOCK": row_normalise.BLOCK,
+            "BLOCK": fused_rows.BLOCK,
         }
         sums = {"SUMS": whole, "APPLY": True, "EPS": 1e-4, **common}
         sizes = {"p_sums": f"*{dtype}", "p_scales": f"*{dtype}"}
         variant = f"{dtype}{'' if aligned else ' unaligned'}{'' if whole else ' cut'}"
-        warps, quick = row_normalise.WARPS, dtype == "fp32" and aligned
+        warps, quick = fused_rows.WARPS, dtype == "fp32" and aligned
         if out != "fp32":
             gradients = {**tables, "p_grads": "*i64", **sizes}
             yield Case(
-                "rows gradients", variant, row_normalise.row_gradients_kernel, gradients, sums, tuple(gradients), warps,
+                "rows gradients", variant, fused_rows.row_gradients_kernel, gradients, sums, tuple(gradients), warps,
                 scalar_stores=1, quick=quick,
             )  # fmt: skip
             if whole:
                 masters = {**tables, "p_scales": f"*{dtype}", "p_applied": "*i1"}
                 yield Case(
-                    "rows masters", variant, row_normalise.row_masters_kernel, masters, common, tuple(masters), warps,
+                    "rows masters", variant, fused_rows.row_masters_kernel, masters, common, tuple(masters), warps,
                     quick=quick,
                 )  # fmt: skip
         written = {"bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}[out]
         plain = {**tables, "p_sums": f"*{dtype}"}
         yield Case(
-            "rows plain", f"{variant} to {out}", row_normalise.row_plain_kernel, plain, {**sums, "OUT": written},
+            "rows plain", f"{variant} to {out}", fused_rows.row_plain_kernel, plain, {**sums, "OUT": written},
             tuple(plain), warps, quick=quick and out == "fp32",
         )  # fmt: skip
 
@@ -626,6 +649,7 @@ CASES: list[Callable[[], Iterator[Case]]] = [
     mp_cat_silu_variants,
     pixel_norm_variants,
     qkv_norm_variants,
+    row_normalise_variants,
     philox_variants,
     adam_variants,
     row_variants,

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 IMAGES = (3, 3, 4, 4)
 ONE = torch.ones(1)
 EDM2 = {"mp_sum", "mp_silu", "mp_cat_silu", "pixel_norm_silu", "qkv_norm"}
-OPS = {"perturb", "ipfm_loss", "denoising_loss", "group_norm_silu", "residual_sum", "AdamEMA", *EDM2}
+OPS = {"perturb", "ipfm_loss", "denoising_loss", "group_norm_silu", "residual_sum", "row_normalise", "AdamEMA", *EDM2}
 MACHINE = machine.Machine("Toaster 3000", "", "2.99", "3.99", 2)
 
 
@@ -30,6 +30,7 @@ def small_cases(device: torch.device = CPU) -> list[cases.Case]:
         cases.group_norm_case(device, (1, 32, 2, 3), torch.bfloat16, last=False, scaled=False),
         cases.residual_case(device, (2, 8, 2, 3), torch.float32, last=True),
         *cases.edm2_cases(device, (1, 8, 2, 4), torch.float32),
+        cases.row_normalise_case(device, (3, 5, 1, 2)),
         cases.adam_case(device, [(3, 5), (7,)], "2 tensors"),
     ]
 
@@ -303,6 +304,7 @@ def test_a_gpu_gets_the_shapes_that_the_targets_speak_of(monkeypatch: pytest.Mon
     monkeypatch.setattr(cases, "group_norm_case", lambda device, shape, dtype, **_: note("group norm", [shape]))
     monkeypatch.setattr(cases, "residual_case", lambda device, shape, dtype, **_: note("residual", [shape]))
     monkeypatch.setattr(cases, "edm2_cases", lambda device, shape, dtype: note("EDM2", [shape]))
+    monkeypatch.setattr(cases, "row_normalise_case", lambda device, shape: note("rows", [shape])[0])
     monkeypatch.setattr(cases, "adam_case", lambda device, shapes, name, **_: note(f"adam {name}", list(shapes)))
     for device, quick, large in (("cuda", False, True), ("cpu", False, False), ("cpu", True, False)):
         made.clear()
@@ -315,6 +317,7 @@ def test_a_gpu_gets_the_shapes_that_the_targets_speak_of(monkeypatch: pytest.Mon
                 "losses",
                 "group norm",
                 "residual",
+                "rows",
                 "adam one flat tensor",
                 "adam 500 tensors",
                 "adam 500 tensors, 3 averages",
@@ -323,7 +326,7 @@ def test_a_gpu_gets_the_shapes_that_the_targets_speak_of(monkeypatch: pytest.Mon
             else set()
         )
         assert {op.split()[0] for op, _ in made} == {"perturb", "losses", "group", "adam"} | (
-            set() if quick else {"residual", "EDM2"}
+            set() if quick else {"residual", "EDM2", "rows"}
         )
         assert count == 4 or not quick
 

@@ -20,7 +20,7 @@ COLUMNS = [
 FUSED = {
     "perturb", "ipfm_loss", "denoising_loss", "group_norm_silu", "group_norm_silu backward", "residual_sum",
     "residual_sum backward", "adam update", "rows gradients", "rows masters", "rows plain",
-    *(f"{name}{way}" for name in ("mp_sum", "mp_silu", "mp_cat_silu", "pixel_norm_silu", "qkv_norm")
+    *(f"{name}{way}" for name in ("mp_sum", "mp_silu", "mp_cat_silu", "pixel_norm_silu", "qkv_norm", "row_normalise")
       for way in ("", " backward")),
 }  # fmt: skip
 # Kernels that write a few numbers alone, and those that read no more than that either.

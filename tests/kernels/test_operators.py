@@ -29,6 +29,7 @@ from ipfm.kernels import (
     qkv_norm,
     residual,
     residual_sum,
+    row_normalise,
 )
 from ipfm.kernels import perturbation as radial
 
@@ -131,6 +132,11 @@ def run_magnitude_preserving(v, step, seed, backend):
     return x, *qkv_norm(torch.cat([tokens, tokens, tokens], dim=2), 2, k_scale=0.5, backend=backend)
 
 
+def run_row_normalise(v, step, seed, backend):
+    weight = row_normalise(v["y"], gain=0.5, backend=backend)
+    return weight, row_normalise(v["y"].flatten(1), out_dtype=torch.bfloat16, backend=backend)
+
+
 RUNS = [
     run_uniform,
     run_normal,
@@ -142,6 +148,7 @@ RUNS = [
     run_group_norm_silu,
     run_residual_sum,
     run_magnitude_preserving,
+    run_row_normalise,
 ]
 DRAWS = [run_uniform, run_normal, run_gamma, run_perturb]
 DIFFERENTIABLE = {
@@ -272,7 +279,7 @@ def test_no_second_derivative_of_group_norm_silu(backend, device, monkeypatch):
 # The package's attributes of these names are the functions.
 LOSS = sys.modules["ipfm.kernels.denoising_loss"]
 MP = {name: sys.modules[f"ipfm.kernels.{name}"]._operation for name in (
-    "mp_sum", "mp_silu", "mp_cat_silu", "pixel_norm_silu", "qkv_norm",
+    "mp_sum", "mp_silu", "mp_cat_silu", "pixel_norm_silu", "qkv_norm", "row_normalise",
 )}  # fmt: skip
 
 
@@ -300,6 +307,9 @@ def magnitude_preserving_cases():
         "pixel_norm_silu channels_last": (MP["pixel_norm_silu"].forward, (leaves[0], 1e-4)),
         "pixel_norm_silu_backward": (MP["pixel_norm_silu"].backward, (last, other, last + 1, 1e-4)),
         "pixel_norm_silu_backward one": (MP["pixel_norm_silu"].backward, (a, None, c, 1e-4)),
+        "row_normalise": (MP["row_normalise"].forward, (leaf, 0.5, 1e-4, torch.float32)),
+        "row_normalise channels_last": (MP["row_normalise"].forward, (leaves[0], 0.5, 1e-4, torch.bfloat16)),
+        "row_normalise_backward": (MP["row_normalise"].backward, (last, other, 0.5, 1e-4)),
         "qkv_norm": (MP["qkv_norm"].forward, (tokens, 2, 1e-4, 0.5, True)),
         "qkv_norm alone": (MP["qkv_norm"].forward, (tokens.detach(), 2, 1e-4, 1.0, False)),
         "qkv_norm_backward": (MP["qkv_norm"].backward, (q, k, v, dq, dk, dv, draw(3, 20).abs(), 1e-4, 0.5)),

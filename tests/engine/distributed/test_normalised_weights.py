@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from ipfm.engine.config import RunConfig
 from ipfm.engine.distributed.world import World
-from ipfm.engine.distributed.zero import TrainedNetwork
+from ipfm.engine.distributed.zero import TrainedNetwork, _by_alignment
 from ipfm.engine.memory.state import Sharding, state_bytes
-from ipfm.models import EDM2Precond
+from ipfm.models import EDM2Precond, build_network, presets
 
 STEPS = 6
 HALF = (("bf16", 2), ("fp16", 1))
@@ -69,6 +70,23 @@ def test_masters_averages_and_outputs_are_those_of_the_rule_in_the_forward_pass(
         names = [n for n in found if n.startswith("z") and n.endswith("-clipped") == bool(clip)]
         for name in (n for n in names if not n.endswith(("void", "saved"))):
             assert largest_difference(found[name], expected) <= 2e-6, name
+
+
+def test_rows_begin_where_16_bytes_do() -> None:
+    """Gains, of one number each, lie behind the weights in a flat tensor, so that kernels read 128 bits at a time."""
+    with torch.device("meta"):
+        parameters = list(build_network(presets.get("edm2-img512-xs")).parameters())
+    ordered = _by_alignment(parameters)
+    assert set(ordered) == set(parameters) and len(ordered) == len(parameters)
+
+    def apart(line: list[torch.nn.Parameter]) -> int:
+        """Weights of which no row begins there that might."""
+        ends = itertools.accumulate(p.numel() for p in line)
+        return sum(
+            (end - p.numel()) % 4 != 0 and p[0].numel() % 4 == 0 for p, end in zip(line, ends, strict=True) if p.ndim
+        )
+
+    assert apart(ordered) == 0 < apart(parameters)
 
 
 @pytest.mark.distributed
