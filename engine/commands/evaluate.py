@@ -88,7 +88,7 @@ class Evaluate:
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
     which: Annotated[str | None, tyro.conf.arg(metavar="WHICH")] = None
-    """Of a run folder: best, last or a step. Default: the end's, else the best."""
+    """Of a run: best, last, a step, ema0.05. Default: the end's, else the best."""
     generator: bool = False
     """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
     sigmas: Annotated[tuple[float, ...], tyro.conf.arg(metavar="S")] = ()

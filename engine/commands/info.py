@@ -36,7 +36,7 @@ class Info:
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
     """Run folder, model folder, checkpoint of a run, or a checkpoint of EDM, EDM2, PFGM++ or SiD."""
     which: Annotated[str | None, tyro.conf.arg(metavar="WHICH")] = None
-    """Describe a network of a run folder, and not the run: best, last or a step."""
+    """Describe a network of a run folder, and not the run: best, last, a step or an average."""
     json: bool = False
     """Print JSON: all that is known."""
 

@@ -71,7 +71,7 @@ def open_subject(
     skip_unreadable: bool = False,
     strict: bool = False,
 ) -> Subject:
-    """What is at `path`: a model folder, a data set or an .npz of images, or else a checkpoint of EDM, PFGM++ or SiD.
+    """What is at `path`: a model folder, a data set or .npz of images, or a checkpoint of EDM, EDM2, PFGM++ or SiD.
 
     Args:
         path: a folder with config.json is a model or a run, a checkpoint of a run its average, any other folder a data
@@ -82,7 +82,7 @@ def open_subject(
         schedule: of a teacher's sampler: ends and rho of its grid.
         guidance: of a teacher's sampler, its guide on `device`.
         D: auxiliary dimensions of a checkpoint that does not say them; None takes what the model says.
-        which: of a run folder: "best", "last" or a step; see `locate`.
+        which: of a run folder: "best", "last", a step or an average; see `locate`.
         claim: whether a checkpoint is a generator or a teacher, likewise.
         limit: so many images of a set that has more are drawn at random; None takes all.
         skip_unreadable: of images, as in `open_dataset`.

@@ -226,7 +226,7 @@ def sample_model(
     its sigma_min; a teacher is sampled by Heun's method; all at their own D.
 
     Args:
-        path: a model folder, a checkpoint of a run, or a teacher's checkpoint of EDM, PFGM++ or SiD.
+        path: a model folder, a checkpoint of a run, or a teacher's checkpoint of EDM, EDM2, PFGM++ or SiD.
         device: where images are drawn.
         heun_steps: of a teacher's sampler.
         seed: of the images; of several seeds, image i is the first one of seed[i], or between the first ones of two.
@@ -399,7 +399,7 @@ def load_denoiser(
     """A stored network, frozen and in eval mode, on the CPU, and what it says of itself.
 
     Args:
-        path: a model folder, a checkpoint of a run, or a checkpoint of EDM, PFGM++ or SiD.
+        path: a model folder, a checkpoint of a run, or a checkpoint of EDM, EDM2, PFGM++ or SiD.
         D: the auxiliary dimensions it is expected to be trained for; None takes what it says.
         claim: what a checkpoint is.
 

@@ -21,6 +21,8 @@ EXPORTS = {"distill": "generator", "teacher": "model"}
 """The folder of the exported network of each kind of run."""
 _WORDS = {"distill": "generator", "teacher": "teacher"}
 _TENSOR_FILE = "model.safetensors"
+_AVERAGE = re.compile(r"ema[\d.k]*")
+"""The name of one of several averages of the weights."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def locate(path: str | os.PathLike[str], which: str | int | None = None, *, teac
     Args:
         path: a file, a model folder or a checkpoint, which are what they are; or a run folder, or its folder of
             snapshots or checkpoints.
-        which: of a run: "best", "last", or a step. None takes the result of a run that has ended, else the best, else
-            the newest.
+        which: of a run: "best", "last", a step, or one of several averages by its name, such as "ema0.05", at its last
+            step. None takes the result of a run that has ended, else the best, else the newest.
         teacher: a teacher is wanted: of a distillation, the one that it trained.
 
     Raises:
@@ -88,10 +90,10 @@ def locate(path: str | os.PathLike[str], which: str | int | None = None, *, teac
     except RuntimeError:  # a link that leads back to itself
         run, folders = None, ()
     chosen = None if which is None else str(which)
-    if chosen is not None and chosen not in ("best", "last"):
+    if chosen is not None and chosen not in ("best", "last") and not _AVERAGE.fullmatch(chosen):
         step = re.fullmatch(r"(?:step-)?(\d{1,12})", chosen)
         if step is None:
-            raise ValueError(f"which must be best, last or a step, got {chosen!r}")
+            raise ValueError(f"which must be best, last, a step or an average such as ema0.05, got {chosen!r}")
         chosen = step[1]
     if run is None:
         place = _latest(place)
@@ -108,6 +110,8 @@ def locate(path: str | os.PathLike[str], which: str | int | None = None, *, teac
             return Located(own / "model", f"the teacher of {run} is taken, {own / 'model'}")
         return Located(place)
     kept = list(_networks(run, kind or "distill", folders))
+    if chosen is not None and _AVERAGE.fullmatch(chosen):
+        return Located(_of_average(place, run, kept, folders, chosen).path)
     if chosen is not None:
         return Located(_asked_for(place, kept, chosen).path)
     return _usual(place, kept, _WORDS[kind or "distill"], whole="" in folders) if kept else Located(place)
@@ -125,6 +129,25 @@ def _asked_for(place: Path, kept: list[_Kept], which: str) -> _Kept:
     if found is None:
         raise ValueError(f"{place} has {lacks}{_has(kept)}")
     return found
+
+
+def _of_average(place: Path, run: Path, kept: list[_Kept], folders: tuple[str, ...], name: str) -> _Kept:
+    """The newest network that is of the average `name`. ValueError: there is none."""
+    if "snapshots" in folders:
+        above = _folder(run / "snapshots", _AVERAGE)
+        kept = [*kept, *(_Kept("snapshot", p, _step_of(p)) for at in above for p in filter(_is_model, _steps(at)))]
+    named: dict[str, list[_Kept]] = {}
+    for one in kept:
+        if one.role != "checkpoint" and isinstance(average := _extra(one.path).get("average"), str):
+            named.setdefault(average, []).append(one)
+    found = _newest(named.get(name, []))
+    if found is not None:
+        return found
+    has = f"; it has those of {', '.join(sorted(named))}" if named else ""
+    raise ValueError(
+        f"{place} has no network of the average {name}{has}: with --snapshot-every a run keeps all, and ipfm ema makes "
+        "others of them and of its checkpoints"
+    )
 
 
 def _usual(place: Path, kept: list[_Kept], noun: str, *, whole: bool) -> Located:
@@ -196,11 +219,15 @@ def _networks(run: Path, kind: str, folders: tuple[str, ...]) -> Iterator[_Kept]
 
 def _steps(folder: Path) -> list[Path]:
     """The folders step-… in a folder, the newest first."""
+    return sorted(_folder(folder, re.compile(r"step-\d+")), key=_step_of, reverse=True)
+
+
+def _folder(folder: Path, names: re.Pattern[str]) -> list[Path]:
+    """What in a folder has such a name; nothing of one that cannot be read."""
     try:
-        found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)]
+        return [path for path in folder.iterdir() if names.fullmatch(path.name)]
     except OSError:
         return []
-    return sorted(found, key=_step_of, reverse=True)
 
 
 def _step_of(folder: Path) -> int:
@@ -215,8 +242,7 @@ def _is_model(folder: Path) -> bool:
 
 def _said(folder: Path) -> tuple[int | None, float]:
     """Steps done and the distance of a model folder, as far as it says them and it is what was gone by."""
-    extra = _config(folder if folder.exists() else previous_of(folder)).get("extra")
-    extra = extra if isinstance(extra, dict) else {}
+    extra = _extra(folder)
     step, measured = extra.get("optimizer_steps"), extra.get("measured")
     distance = measured.get("distance") if isinstance(measured, dict) else None
     asked = measured.get("metrics") if isinstance(measured, dict) else None
@@ -224,6 +250,11 @@ def _said(folder: Path) -> tuple[int | None, float]:
         distance = None
     number = float(distance) if isinstance(distance, (int, float)) else math.nan
     return step if isinstance(step, int) else None, number
+
+
+def _extra(folder: Path) -> dict[str, Any]:
+    extra = _config(folder if folder.exists() else previous_of(folder)).get("extra")
+    return extra if isinstance(extra, dict) else {}
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Export:
     ELSEWHERE: ClassVar[Mapping[str, str]] = {"out": "the file or folder to write is the second name, OUT"}
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """Model folder, run folder or checkpoint of one, or a checkpoint of EDM, PFGM++ or SiD."""
+    """Model folder, run folder or checkpoint of one, or a checkpoint of EDM, EDM2, PFGM++ or SiD."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """File or folder to write; an earlier export there is replaced, nothing else is."""
     format: Literal["onnx", "torch", "huggingface", "edm"] | None = None
@@ -49,7 +49,7 @@ class Export:
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
     which: Annotated[str | None, tyro.conf.arg(metavar="WHICH")] = None
-    """Of a run folder: best, last or a step. Default: the end's, else the best."""
+    """Of a run: best, last, a step, ema0.05. Default: the end's, else the best."""
     generator: bool = False
     """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
     sigmas: tuple[float, ...] = ()

@@ -59,8 +59,8 @@ class Sample:
     }
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """Model or run folder, or a checkpoint: of a run, EDM, PFGM++ or SiD. A generator's D and noise levels are its
-    own; a teacher is sampled with Heun's method."""
+    """Model or run folder, or a checkpoint: of a run, EDM, EDM2, PFGM++ or SiD. A generator's D and noise levels are
+    its own; a teacher is sampled with Heun's method."""
     out: Path = Path("samples.png")
     """A .png (one grid), a .npz (images NHWC, uint8), or a folder: one PNG an image, named by its seed or index, which
     several processes share (deepspeed .venv/bin/ipfm sample ...)."""
@@ -107,7 +107,7 @@ class Sample:
     D: float | None = None
     """Auxiliary dimensions of a checkpoint that does not say them."""
     which: Annotated[str | None, tyro.conf.arg(metavar="WHICH")] = None
-    """Of a run folder: best, last or a step. Default: the end's, else the best."""
+    """Of a run: best, last, a step, ema0.05. Default: the end's, else the best."""
     generator: bool = False
     """The checkpoint is a generator: one step at sigma 2.5, or at --sigmas."""
     teacher: bool = False

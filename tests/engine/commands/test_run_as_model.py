@@ -232,7 +232,10 @@ def test_a_choice_that_there_is_not_is_one_line(run: Path, tmp_path: Path) -> No
     for arguments, said in (
         (("sample", run, "--which", "3"), "has no network of step 3; it has those of steps 2, 4, 6"),
         (("sample", run / "generator", "--which", "best"), "is no run folder: leave it out"),
-        (("export", run, tmp_path / "x.pt2", "--which", "newest"), "which must be best, last or a step, got 'newest'"),
+        (
+            ("export", run, tmp_path / "x.pt2", "--which", "newest"),
+            "which must be best, last, a step or an average such as ema0.05, got 'newest'",
+        ),
         (("info", run, "--which", "7"), "has no network of step 7"),
     ):
         with pytest.raises(BadInput, match=re.escape(said)) as refused:

@@ -93,13 +93,35 @@ def test_a_step_is_asked_for(run: Path) -> None:
         (run, "450", "has no network of step 450; it has those of steps 400, 500, 600"),
         (run / "snapshots", 600, "has no network of step 600; it has those of steps 500"),
         (run / "snapshots", "best", "has no best network, as its run has had no evaluation"),
-        (run, "newest", "which must be best, last or a step, got 'newest'"),
-        (run, -1, "which must be best, last or a step, got '-1'"),
+        (run, "newest", "which must be best, last, a step or an average such as ema0.05, got 'newest'"),
+        (run, -1, "which must be best, last, a step or an average such as ema0.05, got '-1'"),
         (run / "generator-best", "last", "and .*generator-best is no run folder: leave it out"),
         (run / "nothing", "last", "is no run folder: leave it out"),
     ):
         with pytest.raises(ValueError, match=said):
             locate(place, which)
+
+
+def test_one_of_several_averages_is_asked_for(run: Path) -> None:
+    """At its last step: the result where it is of that, else its own snapshot."""
+
+    def of(average: str, folder: Path, step: int) -> Path:
+        config = json.loads((network(folder, step) / "config.json").read_text())
+        config["extra"]["average"] = average
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    of("ema0.05", run / "generator", 700)
+    for step in (300, 700):
+        of("ema500k", run / "snapshots" / f"step-{step:07d}", step)
+        of("ema0.1", run / "snapshots" / "ema0.1" / f"step-{step:07d}", step)
+    assert locate(run, "ema0.05").path == run / "generator"
+    assert locate(run, "ema0.1").path == run / "snapshots" / "ema0.1" / "step-0000700"
+    assert locate(run / "snapshots", "ema500k").path.name == "step-0000700"
+    with pytest.raises(ValueError, match=r"average ema0\.2; it has those of ema0\.05, ema0\.1, ema5"):
+        locate(run, "ema0.2")
+    with pytest.raises(ValueError, match="no run folder: leave it out"):
+        locate(run / "generator", "ema0.1")
 
 
 def test_what_is_a_model_or_a_checkpoint_is_what_it_is(run: Path) -> None:
