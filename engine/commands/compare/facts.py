@@ -162,6 +162,7 @@ class Comparison:
             "last": None if run.last is None else run.last.to_json(),
             "best": None if best is None else best.to_json(),
             "at_equal_images": None if at is None else at.to_json(),
+            "averages": {name: [point.to_json() for point in points] for name, points in run.record.averages.items()},
             "teacher_values": run.teacher_values,
             "evaluations": [
                 {
@@ -310,6 +311,12 @@ def _sentences(one: ComparableSet) -> Iterator[str]:
     if len(one.groups) > 1 and one.by is not None:
         yield from _ranking(one, one.by)
     yield from _of_equal_images(one)
+    for run in one.runs:
+        if words := run.record.averages_in_words:
+            yield (
+                f"{run.name} was measured by each of its averages, at its last evaluation {words}; the tables have the "
+                "one that is exported."
+            )
     if len(one.runs) > 1 and any(run.facts.evaluations for run in one.runs):
         yield (
             f"Best evaluations are chosen by {one.chosen_by()}, from the numbers that they are then given with: a new "

@@ -637,6 +637,22 @@ def test_runs_that_measured_more_and_less_of_a_teacher_share_its_line(tmp_path: 
     assert found.sets[0].chosen_by() == "Fréchet distance" and "best kernel distance" not in heading
 
 
+def test_averages_that_were_measured_beside_the_exported_one_are_said(tmp_path: Path) -> None:
+    one, other = run_folder(tmp_path / "one"), run_folder(tmp_path / "other")
+    lines = [json.loads(line) for line in (one / "evaluations.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["averages"] = {"ema0.05": {"frechet": line["frechet"]}, "ema0.1": {"frechet": line["frechet"] + 1}}
+    (one / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = compared(one, other)
+    last = lines[-1]["frechet"]
+    (said,) = [sentence for sentence in found.sentences if "averages" in sentence]
+    words = f"ema0.05 {last:.3f}, ema0.1 {last + 1:.3f}; the tables have the one that is exported."
+    assert said == f"one was measured by each of its averages, at its last evaluation {words}"
+    ours, theirs = found.to_json()["runs"]
+    assert [point["step"] for point in ours["averages"]["ema0.1"]] == [line["step"] for line in lines]
+    assert theirs["averages"] == {}
+
+
 def test_equal_numbers_are_said_to_be_equal(tmp_path: Path) -> None:
     found = compared(run_folder(tmp_path / "a"), run_folder(tmp_path / "b", alpha=0.5))
     assert found.sentences[0] == "After 320 images alpha 1 and alpha 0.5 have the same Fréchet distance, 5.500."
