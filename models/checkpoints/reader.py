@@ -69,12 +69,14 @@ class StreamedNetwork:
     """A network of a file, none of whose tensors is in memory.
 
     Attributes:
+        key: its name in the file.
         config: what it takes to build it.
         names: of its tensors, in order.
         parameters: names of those that are parameters and no buffers.
         load: reads the tensor of a name: float32, on the CPU, every value finite.
     """
 
+    key: str
     config: NetworkConfig
     names: tuple[str, ...]
     parameters: tuple[str, ...]
@@ -157,11 +159,11 @@ class Checkpoint:
         place = self.file or Path(self.where)
         return list(self.entries) == ["ema"] and self.why_generator(name) is None and not teacher_by_name(place)
 
-    def published(self, network: "ImportedNetwork") -> Published | None:
+    def published(self, network: "ImportedNetwork | StreamedNetwork") -> Published | None:
         """What is known of a network of EDM2's family beside its architecture; None of any other.
 
         Args:
-            network: from `read`.
+            network: from `read` or `stream`.
         """
         if not network.config.is_edm2:
             return None
@@ -176,11 +178,11 @@ class Checkpoint:
             generator=self.is_generator(network.key),
         )
 
-    def source_facts(self, network: "ImportedNetwork") -> dict[str, str]:
+    def source_facts(self, network: "ImportedNetwork | StreamedNetwork") -> dict[str, str]:
         """What facts say of the file that a network of EDM2's family is from, beside its name; of others nothing.
 
         Args:
-            network: from `read`.
+            network: from `read` or `stream`.
         """
         known = self.published(network)
         if known is None:
@@ -245,7 +247,7 @@ class Checkpoint:
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
 
-        return StreamedNetwork(plan.config, tuple(plan.tensors), plan.parameters, load)
+        return StreamedNetwork(key, plan.config, tuple(plan.tensors), plan.parameters, load)
 
     def _stated(self, key: str) -> float | None:
         """The D that the file states for a network; a state dict states none. ValueError: it contradicts itself."""

@@ -157,6 +157,8 @@ class Ema:
                 "missed": missed(profiles, Profile(images, std), row),
             }
             extra = {key: value for key, value in used[-1].facts.items() if key != "measured"}
+            if "ema_std" in (source := extra.get("source", {})):
+                extra["source"] = {**source, "ema_std": f"{std:g}"}
             save_model(net, place, extra={**extra, "average": Average(std=std).name, "combined": facts}, state=state)
             made.append({"out": place, "average": Average(std=std).name, **facts})
         size = sum(p.numel() for p in net.parameters())

@@ -92,13 +92,15 @@ def _raw_snapshots(folder: Path, D: float | None) -> Iterator[StoredAverage]:
             continue
         # What the name says is rounded down; training counts in blocks of 1024 images.
         images = (int(named[1]) * 1000 + 999) // 1024 * 1024
-        network = open_checkpoint(path).stream(D=D)
+        checkpoint = open_checkpoint(path)
+        network = checkpoint.stream(D=D)
 
         @contextmanager
         def tensors(found: Any = network) -> Iterator[Tensors]:
             yield found.names, found.load
 
-        facts = TeacherFacts(D=network.config.D, source={"file": path.name}).to_json()
+        source = {"file": path.name, **checkpoint.source_facts(network)}
+        facts = TeacherFacts(D=network.config.D, source=source).to_json()
         yield StoredAverage(Profile(float(images), float(named[2])), path, network.config, facts, tensors)
 
 

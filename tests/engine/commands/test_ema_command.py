@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import official_files as of
 import pytest
 import torch
+from edm2_fixtures import FIXTURES
 
 from ipfm.engine import TeacherConfig
 from ipfm.engine.averages import Average, Profile, combination
@@ -123,6 +125,17 @@ def test_raw_snapshots_of_edm2_are_combined(tmp_path: Path, capsys: Any) -> None
         assert torch.equal(buffer, nets[profiles[-1]][name])
     assert ipfm(tmp_path / "raw", "--std", 0.2, "--at", 33554, "--out", tmp_path / "wide") == 2
     assert "of the widths 0.05, 0.1 at 1 time: it would be off its profile by 60%" in capsys.readouterr().err
+
+
+def test_what_edm2s_file_says_of_its_network_is_said_of_what_is_made_of_it(tmp_path: Path) -> None:
+    """Its encoder above all; its average is the one that was made."""
+    (tmp_path / "raw").mkdir()
+    for std in (0.05, 0.1):
+        shutil.copy(FIXTURES / "edm2_img_cond.pkl", tmp_path / "raw" / f"network-snapshot-0067108-{std:.3f}.pkl")
+    assert ipfm(tmp_path / "raw", "--std", 0.075, "--out", tmp_path / "made") == 0
+    name = "network-snapshot-0067108-0.100.pkl"
+    source = {"file": name, "encoder": "pixel", "ema_std": "0.075", "kimg": "67108"}
+    assert read_config(tmp_path / "made").extra["source"] == source
 
 
 @pytest.mark.parametrize(
