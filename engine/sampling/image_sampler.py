@@ -31,6 +31,7 @@ from ipfm.engine.sampling.stored_model import (
     taken_for_granted,
 )
 from ipfm.models import Precond
+from ipfm.models.autoencoder import is_latent
 from ipfm.models.checkpoints.run_models import locate
 from ipfm.models.facts import GeneratorFacts, ModelFacts
 from ipfm.models.teacher import Kind
@@ -101,9 +102,12 @@ class ImageSampler:
         return self._net.config.image_shape
 
     @property
-    def value_range(self) -> tuple[float, float]:
-        """What black and white are: -1 and 1. Values are not clipped, and may lie a little outside."""
-        return -1.0, 1.0
+    def value_range(self) -> tuple[float, float] | None:
+        """What black and white are: -1 and 1. Values are not clipped, and may lie a little outside.
+
+        None of a model of latents, which have no such range; `load_autoencoder` decodes them to images in [-1, 1].
+        """
+        return None if is_latent(self.image_shape) else (-1.0, 1.0)
 
     @property
     def dataset(self) -> str | None:
@@ -362,7 +366,7 @@ def load_generator(
         path: a run folder, of which a warning says what was taken; a model folder (`generator/`, `generator-best/`, a
             snapshot, an exported folder of `ipfm export`), a checkpoint of a run, of which the average is taken; or a
             file of EDM, PFGM++, SiD or of `ipfm export --format edm`, from which nothing is run.
-        which: of a run: "best", "last" or a step; see `locate`.
+        which: of a run: "best", "last", a step or an average; see `locate`.
         D: auxiliary dimensions of a file that does not say them.
         generator: a file is a generator, though it does not say so, as those of SiD do not.
         sigmas: noise levels of such a generator, the highest first; 2.5 when None.

@@ -16,6 +16,7 @@ from ipfm.engine.evaluation.metrics.measures import measures_of
 from ipfm.engine.evaluation.results import EvaluationRow, read_results, results_table
 from ipfm.engine.noise_levels import NoiseLevels
 from ipfm.engine.runtime.wording import counted, symbol
+from ipfm.models.autoencoder import is_latent
 
 _COUNTS = {1: "One", 2: "Two", 3: "Three", 4: "Four"}
 _MARK = "<!-- ipfm export; SHA-256 of the text above: "
@@ -102,6 +103,17 @@ _LICENCE = """The weights inherit the licence of the teacher that they come from
 fill in `license` at the top of this page, and this section, before you publish the weights."""
 
 
+_DECODED = """
+Latents become pictures by the autoencoder of EDM2's latents, `stabilityai/sd-vae-ft-mse`, in a local folder:
+
+```python
+from ipfm.models.autoencoder import load_autoencoder
+
+pictures = load_autoencoder("VAE_FOLDER").decode(images)  # (16, 3, …) in [-1, 1]
+```
+"""
+
+
 def _front_matter(network: ExportedNetwork) -> str:
     tags = ["ipfm", "pfgm++" if math.isfinite(network.net.D) else "diffusion"]
     if network.is_generator:
@@ -130,7 +142,7 @@ def _title(network: ExportedNetwork) -> str:
 
 
 def _summary(network: ExportedNetwork) -> str:
-    images = f"images of {_size(network)} values"
+    images = f"{'latents' if is_latent(network.net.config.image_shape) else 'images'} of {_size(network)} values"
     finite, D = math.isfinite(network.net.D), symbol(network.net.D)
     if network.nfe is None:
         return f"A denoiser of {images}: {f'PFGM++ at D = {D}' if finite else 'a diffusion model (D = ∞)'}."
@@ -166,12 +178,15 @@ def _facts(network: ExportedNetwork, origin: Origin) -> dict[str, object]:
 
 
 def _use(network: ExportedNetwork, program: str, loader: str | None) -> str:
+    latent = is_latent(network.net.config.image_shape)
+    vae = " --vae VAE_FOLDER" if latent else ""
+    made = f"# (16, {network.net.img_channels}, …) {'latents' if latent else 'in [-1, 1]'}"
     given = ", class_labels" if network.net.label_dim else ""
     if loader is not None:
         code = f"""from {Path(loader).stem} import generate, load
 
 network, facts = load("{program}")
-images = generate(network, facts, 16, seed=0)  # (16, {network.net.img_channels}, …) in [-1, 1]"""
+images = generate(network, facts, 16, seed=0)  {made}"""
     else:
         code = f"""import torch
 
@@ -187,14 +202,15 @@ images = G.sample(16, seed=0)"""
 
 T = load_sampler(".", steps=18)
 images = T.sample(16, seed=0)"""
+    decoded = _DECODED if latent else ""
     return f"""With ipfm, in this folder:
 
-    ipfm sample . --n 64 --out images.png
+    ipfm sample . --n 64 --out images.png{vae}
 
 ```python
-{own}  # (16, {network.net.img_channels}, …) in [-1, 1]
+{own}  {made}
 ```
-
+{decoded}
 With PyTorch and numpy alone (reading a `.pt2` file unpickles: load files that you trust):
 
 ```python

@@ -12,6 +12,9 @@ import official_files as of
 import pytest
 import torch
 
+from ipfm.engine import load_sampler
+from ipfm.engine.commands.export.model_card import Origin, model_card
+from ipfm.engine.commands.export.network import open_network
 from ipfm.engine.commands.main import _main
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.models import load_model, load_teacher, read_config
@@ -139,6 +142,18 @@ def test_a_snapshot_written_again_has_all_that_edm2_wrote(file, tmp_path, capsys
     texts = {text for _, text, _ in pickletools.genops(out.read_bytes()) if isinstance(text, str) and "import" in text}
     encoder = ours.entries["encoder"].class_name
     assert texts == {class_source(("Block", "MPConv", "MPFourier", "Precond", "UNet")), class_source((encoder,))}
+
+
+def test_a_model_of_latents_says_so_where_others_speak_of_pixels():
+    """In Python and on its card, which names what decodes them."""
+    network = open_network(LATENT, D=None)
+    card = model_card(network, Origin(), program="denoiser.pt2", loader=None, grid=None)
+    assert "[-1, 1]\n```\n\nLatents" not in card and "T.sample(16, seed=0)  # (16, 4, …) latents" in card
+    assert "--out images.png --vae VAE_FOLDER" in card and ".decode(images)  # (16, 3, …) in [-1, 1]" in card
+    assert "A denoiser of latents of 4×8×8 values" in card
+    assert load_sampler(LATENT).value_range is None and load_sampler(IMAGES).value_range == (-1.0, 1.0)
+    card = model_card(open_network(IMAGES, D=None), Origin(), program="denoiser.pt2", loader=None, grid=None)
+    assert "--vae" not in card and "T.sample(16, seed=0)  # (16, 3, …) in [-1, 1]" in card
 
 
 def test_a_teacher_of_finite_D_and_a_generator_written_again(tmp_path, capsys):
