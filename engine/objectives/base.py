@@ -31,6 +31,7 @@ from ipfm.engine.config import (
 )
 from ipfm.engine.distributed.pieces import AS_THEY_ARE, Pieces
 from ipfm.engine.distributed.world import World
+from ipfm.engine.objectives.initial_networks import generator_network
 from ipfm.engine.objectives.published import PaperResult
 from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.models import NetworkConfig, Precond
@@ -255,7 +256,7 @@ class Distillation(RunConfig, ABC):
     """Names of settings that all objectives have and this one makes no use of, such as ema_kimg."""
 
     teacher: Path | None = setting(None, identity=False, place=True, memory=False)
-    """The teacher: a checkpoint of EDM, PFGM++ or SiD, or a model folder (config.json and model.safetensors)."""
+    """The teacher: a checkpoint of EDM, EDM2, PFGM++ or SiD, or a model folder (config.json and model.safetensors)."""
     D: float | None = setting(None, memory=False)
     """Auxiliary dimensions, in (0, inf]; inf is a diffusion model. Default: what the teacher was trained for."""
     guide: Path | None = setting(None, identity=False, place=True, memory=False)
@@ -411,11 +412,12 @@ class Distillation(RunConfig, ABC):
         }
 
     def check_network(self, network: NetworkConfig) -> None:
-        """Check that this objective can do with a teacher of this architecture.
+        """Check that this objective can do with a teacher of this architecture, and its generator with the width.
 
         Raises:
             ValueError: it cannot.
         """
+        generator_network(network, self.width)
 
     # -- what is asked of the settings of a folder ------------------------------------------------------------------
 

@@ -137,6 +137,7 @@ class PidConfig(Distillation):
                 f"a trajectory needs a teacher with EDM's preconditioning ({EDMPrecond.PRECOND}), "
                 f"got {network.precond}; IPFM and SiD take any"
             )
+        super().check_network(network)
         if self.distance == "lpips":
             if network.img_channels not in (1, 3):
                 raise ValueError(f"distance lpips is for images of 1 or 3 channels, got {network.img_channels}")

@@ -14,6 +14,7 @@ from regression import RegressionConfig
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.initial_networks import generator_network, starting_network
+from ipfm.engine.objectives.pid import PidConfig
 from ipfm.engine.random_streams import Stream, draw_number
 from ipfm.engine.sampling.stored_model import sample_model
 from ipfm.models import EDMPrecond, NetworkConfig, Precond, load_model, read_config
@@ -92,6 +93,9 @@ def test_widths() -> None:
     assert generator_network(NETWORK, 0.5).model_channels == 4 and generator_network(NETWORK, 2).model_channels == 16
     with pytest.raises(ValueError, match=r"^width 0.3 makes 2.4 channels of 8: give a divisor$"):
         generator_network(NETWORK, 0.3)
+    for config in (PidConfig(width=0.3), DistillConfig(width=0.3)):
+        with pytest.raises(ValueError, match=r"^width 0.3 makes 2.4 channels of 8: give a divisor$"):
+            config.check_network(NETWORK)
     with pytest.raises(ValueError, match=r"^init teacher needs width 1, got 0.5: give init random$"):
         DistillConfig(init="teacher", width=0.5)
     with pytest.raises(ValueError, match=r"^student-init teacher needs student-width 1, got 2: give"):
