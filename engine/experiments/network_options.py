@@ -26,7 +26,7 @@ _FOLLOWS: Any = None
 # The range of noise levels, which follows from the preconditioning.
 _OF_CLASS: dict[str, Any] = {"sigma_min": None, "sigma_max": None}
 # The least value of each option.
-_LEAST = {"model_channels": 1, "num_blocks": 0, "channel_mult": 1, "attention": 0}
+_LEAST = {"model_channels": 1, "num_blocks": 0, "channel_mult": 1, "attention": 0, "channels_per_head": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,8 @@ class NetworkOptions:
     attention: tuple[int, ...] = ()
     """Sides of the levels that have attention, such as 16 8; 0 for none. Default: the architecture's, 16 (adm: 32 16
     8; edm2: 16 8)."""
+    channels_per_head: int | None = None
+    """Of edm2: channels of an attention head; a level narrower than that has no attention. Default: 64."""
 
     def check_network(self) -> None:
         """Check the values, as far as that goes without images; called when the options are made.
@@ -113,6 +115,8 @@ class NetworkOptions:
             )
         if base.is_edm2 and augmented:
             raise ValueError("an EDM2 network is not told of augmentations, and is trained without: give --augment 0")
+        if self.channels_per_head is not None and not base.is_edm2:
+            raise ValueError("channels-per-head is for --arch edm2: the others have heads of their own")
         attention = tuple(value for value in self.attention if value) if self.attention else base.attn_resolutions
         return replace(
             fitted(base, shape),
@@ -121,6 +125,7 @@ class NetworkOptions:
             channel_mult_emb=embedding_width(base),
             num_blocks=base.num_blocks if self.num_blocks is None else self.num_blocks,
             attn_resolutions=attention,
+            channels_per_head=self.channels_per_head or base.channels_per_head,
             label_dim=classes,
             augment_dim=AUGMENT_DIM if augmented else 0,
             D=D,
@@ -158,9 +163,11 @@ def network_differences(network: NetworkConfig, base: NetworkConfig) -> list[str
         "channel-mult": network.channel_mult if network.channel_mult != base.channel_mult else (),
         "num-blocks": (network.num_blocks,) * (network.num_blocks != base.num_blocks),
         "attention": (network.attn_resolutions or (0,)) if network.attn_resolutions != base.attn_resolutions else (),
+        "channels-per-head": (network.channels_per_head,) * (network.channels_per_head != base.channels_per_head),
     }
     # Dropout, classes and augmentation are settings of the training.
-    own = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout", "label_dim", "augment_dim")
+    levels = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "channels_per_head")
+    own = (*levels, "dropout", "label_dim", "augment_dim")
     try:
         base = replace(base, channel_mult_emb=embedding_width(base), channel_mult=network.channel_mult)
         same = replace(base, **{name: getattr(network, name) for name in own}) == network

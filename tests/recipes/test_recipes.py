@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ipfm.engine.experiments import TeacherOptions
-from ipfm.engine.experiments.network_options import network_differences
+from ipfm.engine.experiments.network_options import NetworkOptions, network_differences
 from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.memory.choose import Layout, choose_layout
 from ipfm.engine.objectives.base import Distillation
@@ -289,6 +289,19 @@ def test_teachers_of_other_architectures(capsys: pytest.CaptureFixture[str]) -> 
         "--channel-mult", "1", "2", "--attention", "0",
     ]  # fmt: skip
     assert network_differences(presets.get("ffhq64-ncsnpp"), plain) is None
+    edm2 = presets.get("edm2-img64-s")
+    assert network_differences(replace(edm2, channels_per_head=32), edm2) == ["--channels-per-head", "32"]
+
+
+def test_a_small_edm2_has_attention_by_its_own_width_of_heads() -> None:
+    base, shape = presets.get("edm2-img64-s"), (3, 16, 16)
+    options = NetworkOptions(arch="edm2", model_channels=8, channel_mult=(1, 2), channels_per_head=8)
+    network = options.network(base, shape, D=math.inf, classes=0, augmented=False)
+    assert network.channels_per_head == 8
+    with pytest.raises(ValueError, match=r"^channels-per-head is for --arch edm2: the others have heads of their own$"):
+        options.network(presets.get("cifar10-ncsnpp"), shape, D=math.inf, classes=0, augmented=False)
+    with pytest.raises(ValueError, match=r"^channels-per-head must be at least 1, got 0$"):
+        NetworkOptions(channels_per_head=0).check_network()
 
 
 @pytest.mark.parametrize(
