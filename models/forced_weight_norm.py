@@ -10,7 +10,7 @@ linear in it. State dicts, files and averages of the weights have M.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ class PlainWeight(nn.Module):
     state dict have masters, and whoever computes with the parameter or differentiates has plain weights, and neither
     needs to know of the other. `row_scale` (rows,) keeps the scales of the rows of M, float32 or float64; it is no
     buffer, and in no state dict.
+
+    While the layer is trained its masters are the optimiser's, which writes the parameter alone: a state dict of the
+    module then has rows of their directions, of which the same W is made, and not of their sizes. The masters are what
+    `TrainedNetwork.full` and the files of a run have.
 
     Args:
         shape: of the weight, (rows, ...); M starts as standard normal numbers.
@@ -137,18 +141,6 @@ def masters(module: nn.Module) -> dict[str, Tensor]:
         module: a network with plain weights, none of them sharded.
     """
     return {f"{name}.weight": layer.master().detach() for name, layer in _layers(module)}
-
-
-def set_masters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Make the plain weights of those masters that are among `tensors`, in place.
-
-    Args:
-        module: a network.
-        tensors: by the names of its parameters.
-    """
-    for name, layer in _layers(module):
-        if f"{name}.weight" in tensors:
-            layer.set_master(tensors[f"{name}.weight"])
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, PlainWeight]]:

@@ -308,11 +308,6 @@ class EDM2Precond(EDMPrecond):
             return out
         return out, self.logvar(torch.as_tensor(sigma, device=x.device))
 
-    @property
-    def has_logvar(self) -> bool:
-        """Whether the network has a log-variance."""
-        return self.logvar_linear is not None
-
     def logvar(self, sigma: Tensor) -> Tensor:
         """The log-variance u(σ) of the loss at these noise levels, of the shape of `sigma`, in `wide_dtype`.
 

@@ -17,7 +17,7 @@ from ipfm.engine import DistillConfig
 from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.commands.bench.equivalence import BASE, LIMIT, compared_teacher, difference
 from ipfm.models import EDM2Precond, NetworkConfig, Precond, build_network, load_teacher, save_model
-from ipfm.models.forced_weight_norm import masters, set_masters
+from ipfm.models.forced_weight_norm import masters
 
 EDM2 = NetworkConfig(
     img_resolution=8, img_channels=1, label_dim=3, model_type="EDM2UNet", model_channels=8, channel_mult=(1, 2),
@@ -40,7 +40,8 @@ def make_edm2_teacher(folder: Path) -> Path:
         for name, p in net.named_parameters():
             if not p.ndim:
                 p.fill_(0.5 if "emb" in name else 1.0)
-    set_masters(net, {n: m * torch.rand(len(m), *[1] * (m.ndim - 1)).exp() for n, m in masters(net).items()})
+    scaled = {n: m * torch.rand(len(m), *[1] * (m.ndim - 1)).exp() for n, m in masters(net).items()}
+    net.load_state_dict(scaled, strict=False)
     save_model(net, folder / "edm2")
     return folder / "edm2"
 
