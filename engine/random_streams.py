@@ -2,7 +2,7 @@
 
 Every random number is a function of (seed, stream, step, sample index, element) [Salmon et al. 2011]; the stream keeps
 uses apart that share the other four. The numbers are part of what a seed means: append, never renumber. `Stream` has
-those that several files share, and an objective the rest of its own in a subclass of `ObjectiveStream`. Numbers from 27
+those that several files share, and an objective the rest of its own in a subclass of `ObjectiveStream`. Numbers from 28
 on were never used: the next use takes the first that is free. Those from `OWN_STREAMS` to 65535 are left to objectives
 outside of this project.
 """
@@ -48,6 +48,7 @@ class Stream(IntEnum):
     STUDENT_LAST = 20
     GENERATOR_LAST = 21
     DATA_LATENT = 26
+    REAL_AUGMENT = 27
 
 
 class ObjectiveStream(IntEnum):

@@ -161,6 +161,18 @@ def preconditioning(
     return same(op, "x", x, "y", y), per_sample(op, "c_skip", c_skip, y), per_sample(op, "c_out", c_out, y)
 
 
+def real_weights(op: str, value: object) -> tuple[float, float]:
+    """(a, b) of the term on real data: a in (0, 1], b in (0, 1e6], and (1, 1) where a is 1."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{op}: real_weights must be two numbers, a and b; got {value!r}")
+    a, b = positive(op, "a of real_weights", value[0]), positive(op, "b of real_weights", value[1])
+    if a > 1 or b > 1e6 or (a == 1 and b != 1):
+        raise ValueError(
+            f"{op}: real_weights must have a in (0, 1] and b in (0, 1e6], and b = 1 where a = 1; got {a:g} and {b:g}"
+        )
+    return a, b
+
+
 def narrower(op: str, what: str, value: Tensor, other: str, like: Tensor) -> None:
     """`like`'s dtype holds every number of `value`'s."""
     if torch.promote_types(value.dtype, like.dtype) != like.dtype:

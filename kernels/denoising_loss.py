@@ -19,24 +19,32 @@ from ipfm.kernels.reference import DenoisingLoss
 
 
 @triton.jit
-def _error(p_pred, p_y, p_x, o_e, m_e, c_skip, c_out, RAW: tl.constexpr, COMPUTE: tl.constexpr):
-    """pred - y, or c_skip x + c_out pred - y; 0 where masked."""
+def _error(p_pred, p_y, p_x, o_e, m_e, c_skip, c_out, STRETCH: tl.constexpr, RAW: tl.constexpr, COMPUTE: tl.constexpr):
+    """pred - y, or c_skip x + c_out pred - y; 0 where masked. STRETCH: c + STRETCH (y - c) for y, c = c_skip x or 0."""
     b_pred = tl.load(p_pred + o_e, mask=m_e, other=0.0).to(COMPUTE)
-    if RAW:
-        b_pred = c_skip * tl.load(p_x + o_e, mask=m_e, other=0.0).to(COMPUTE) + c_out * b_pred
-    return b_pred - tl.load(p_y + o_e, mask=m_e, other=0.0).to(COMPUTE)
+    if STRETCH != 1.0:
+        b_y = tl.load(p_y + o_e, mask=m_e, other=0.0).to(COMPUTE)
+        if RAW:
+            b_y = b_y - c_skip * tl.load(p_x + o_e, mask=m_e, other=0.0).to(COMPUTE)
+            b_pred = c_out * b_pred
+        return b_pred - tl.full((), STRETCH, COMPUTE) * b_y
+    else:
+        if RAW:
+            b_pred = c_skip * tl.load(p_x + o_e, mask=m_e, other=0.0).to(COMPUTE) + c_out * b_pred
+        return b_pred - tl.load(p_y + o_e, mask=m_e, other=0.0).to(COMPUTE)
 
 
 @triton.jit
 def denoising_loss_kernel(
     p_pred, p_y, p_x, p_sigma, p_c_skip, p_c_out, p_grad, p_loss, p_valid,
     elements, sp_b, sy_b, sx_b, sg_b,
-    DATA_TERM: tl.constexpr, RAW: tl.constexpr, COMPUTE: tl.constexpr,
+    DATA_TERM: tl.constexpr, STRETCH: tl.constexpr, SHARE: tl.constexpr, RAW: tl.constexpr, COMPUTE: tl.constexpr,
     MAX_LOSS: tl.constexpr, MAX_GRAD: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Program = sample: loss = w·Σ(pred-y)², grad = 2w(pred-y), w = DATA_TERM + 1/σ² with DATA_TERM = 1/σ_d² or 0.
 
-    RAW: c_skip x + c_out pred in place of pred, so that grad has the factor c_out.
+    RAW: c_skip x + c_out pred in place of pred, so that grad has the factor c_out. STRETCH: see `_error`. SHARE: factor
+    of w.
 
     Whether the sample is valid is known only after its sum: the row waits in registers (RESIDENT), or is read again.
     """
@@ -48,6 +56,8 @@ def denoising_loss_kernel(
     p_grad += i_b * sg_b
     sigma = tl.load(p_sigma + i_b).to(COMPUTE)
     weight = DATA_TERM + 1.0 / (sigma * sigma)
+    if SHARE != 1.0:
+        weight = tl.full((), SHARE, COMPUTE) * weight
     slope = 2.0 * weight
     c_skip = weight
     c_out = weight
@@ -60,7 +70,7 @@ def denoising_loss_kernel(
     if RESIDENT:
         o_e = tl.arange(0, BLOCK)
         m_e = o_e < elements
-        b_e = _error(p_pred, p_y, p_x, o_e, m_e, c_skip, c_out, RAW, COMPUTE)
+        b_e = _error(p_pred, p_y, p_x, o_e, m_e, c_skip, c_out, STRETCH, RAW, COMPUTE)
         b_loss = b_e * b_e
         b_peak = tl.abs(b_e)
     else:
@@ -68,7 +78,7 @@ def denoising_loss_kernel(
         b_peak = tl.zeros((BLOCK,), COMPUTE)
         for start in range(0, elements, BLOCK):
             o_e = start + tl.arange(0, BLOCK)
-            b_e = _error(p_pred, p_y, p_x, o_e, o_e < elements, c_skip, c_out, RAW, COMPUTE)
+            b_e = _error(p_pred, p_y, p_x, o_e, o_e < elements, c_skip, c_out, STRETCH, RAW, COMPUTE)
             b_loss += b_e * b_e
             b_peak = tl.maximum(b_peak, tl.abs(b_e))
 
@@ -86,7 +96,7 @@ def denoising_loss_kernel(
         for start in range(0, elements, BLOCK):
             o_e = start + tl.arange(0, BLOCK)
             m_e = o_e < elements
-            b_e = _error(p_pred, p_y, p_x, o_e, m_e, c_skip, c_out, RAW, COMPUTE)
+            b_e = _error(p_pred, p_y, p_x, o_e, m_e, c_skip, c_out, STRETCH, RAW, COMPUTE)
             tl.store(p_grad + o_e, tl.where(valid, slope * b_e, 0.0).to(p_grad.dtype.element_ty), mask=m_e)
 
 
@@ -108,6 +118,8 @@ def _denoising_loss(
     x: Tensor | None,
     c_skip: Tensor | None,
     c_out: Tensor | None,
+    stretch: float = 1.0,
+    share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of `DenoisingLoss`, in one launch of the Triton kernel."""
     loss, grad, valid = _outputs(pred, y)
@@ -122,7 +134,7 @@ def _denoising_loss(
                 row_pred, row_y, row_x, sigma, sigma if c_skip is None else c_skip, sigma if c_out is None else c_out,
                 grad, loss, valid,
                 elements, row_pred.stride(0), row_y.stride(0), row_x.stride(0), grad.stride(0),
-                DATA_TERM=sigma_data**-2, RAW=x is not None,
+                DATA_TERM=sigma_data**-2, STRETCH=stretch, SHARE=share, RAW=x is not None,
                 COMPUTE=tl.float64 if compute == torch.float64 else tl.float32,
                 MAX_LOSS=torch.finfo(compute).max, MAX_GRAD=torch.finfo(pred.dtype).max,
                 BLOCK=block, RESIDENT=block >= elements, num_warps=warps,
@@ -139,6 +151,8 @@ def _(
     x: Tensor | None,
     c_skip: Tensor | None,
     c_out: Tensor | None,
+    stretch: float = 1.0,
+    share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(pred, y)
 
@@ -156,6 +170,8 @@ def denoising_loss(
     x: Tensor | None = None,
     c_skip: Tensor | None = None,
     c_out: Tensor | None = None,
+    stretch: float = 1.0,
+    share: float = 1.0,
     backend: Backend = "auto",
 ) -> DenoisingLoss:
     """The denoising loss of the student and teacher training, and its gradient with respect to the prediction.
@@ -166,8 +182,13 @@ def denoising_loss(
 
         L = w ‖c_skip x + c_out F - y‖²,   ∂L/∂F = 2w c_out (c_skip x + c_out F - y)
 
+    A stretch other than 1 puts c + stretch (y - c) in the place of y, c = c_skip x with the preconditioning and 0
+    without: the target of a raw output is then stretch (y - c) / c_out. A share other than 1 is a factor of w. A
+    student that learns from real data too has b/a and a on the generator's samples and (1-b)/(1-a) and 1-a on real
+    images, of the (a, b) of `ipfm_loss`.
+
     Source: EDM (Karras et al. 2022) table 1 and eq. 7; PFGM++ keeps them for every D. σ_d = inf leaves w = 1/σ², the
-    weight of VP and VE in the same table.
+    weight of VP and VE in the same table. Real data: RealUID (arXiv 2509.22459).
 
     Args:
         pred: (B, C, H, W) or (B, N), float32, bfloat16, float16 or float64, any strides: the denoiser's output. B = 0
@@ -179,6 +200,8 @@ def denoising_loss(
         x: noisy sample, of y's shape, device and dtype, any strides; given with c_skip and c_out or not at all.
         c_skip: (B,) float32 or float64, factor of x.
         c_out: (B,) float32 or float64, factor of F.
+        stretch: of the target, see above; in [-1e6, 1e6].
+        share: factor of the loss; above 0 and up to 1e6.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -219,7 +242,11 @@ def denoising_loss(
     sigma_data = _checks.positive(op, "sigma_data", sigma_data, infinite=True)
     if not (1e-6 <= sigma_data <= 1e6 or math.isinf(sigma_data)):
         raise ValueError(f"{op}: sigma_data must be in [1e-6, 1e6], or inf; got {sigma_data}")
+    stretch, share = _checks.finite(op, "stretch", stretch), _checks.positive(op, "share", share)
+    if abs(stretch) > 1e6 or share > 1e6:
+        raise ValueError(f"{op}: stretch must be in [-1e6, 1e6] and share up to 1e6; got {stretch} and {share}")
     if use_triton(op, backend, pred.device):
         run = direct(_denoising_loss, pred)
-        return DenoisingLoss(*run(pred, y, sigma, sigma_data, x, c_skip, c_out))
-    return reference.denoising_loss(pred, y, sigma, sigma_data=sigma_data, x=x, c_skip=c_skip, c_out=c_out)
+        return DenoisingLoss(*run(pred, y, sigma, sigma_data, x, c_skip, c_out, stretch, share))
+    given = {"sigma_data": sigma_data, "stretch": stretch, "share": share}
+    return reference.denoising_loss(pred, y, sigma, x=x, c_skip=c_skip, c_out=c_out, **given)

@@ -17,22 +17,43 @@ from ipfm.kernels.reference import IpfmLoss
 
 
 @triton.jit
-def _differences(p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, RAW: tl.constexpr, COMPUTE: tl.constexpr):
-    """(T - y, T - S, S - y); 0 where masked. RAW: T = c_skip x + c_out t, likewise S."""
+def _differences(
+    p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out,
+    A: tl.constexpr, B: tl.constexpr, RAW: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """(T - y, e, a (T - S), e - a (T - S)), e = a (T - c) - b (y - c); 0 where masked.
+
+    RAW: T = c_skip x + c_out t, likewise S, and c = c_skip x; else c = 0. At a = b = 1 e is T - y.
+    """
     b_t = tl.load(p_t + o_e, mask=m_e, other=0.0).to(COMPUTE)
     b_s = tl.load(p_s + o_e, mask=m_e, other=0.0).to(COMPUTE)
     b_y = tl.load(p_y + o_e, mask=m_e, other=0.0).to(COMPUTE)
-    if RAW:
-        b_skipped = c_skip * tl.load(p_x + o_e, mask=m_e, other=0.0).to(COMPUTE)
-        return b_skipped + c_out * b_t - b_y, c_out * (b_t - b_s), b_skipped + c_out * b_s - b_y
+    if A == 1.0 and B == 1.0:
+        if RAW:
+            b_skipped = c_skip * tl.load(p_x + o_e, mask=m_e, other=0.0).to(COMPUTE)
+            b_ty = b_skipped + c_out * b_t - b_y
+            return b_ty, b_ty, c_out * (b_t - b_s), b_skipped + c_out * b_s - b_y
+        else:
+            b_ty = b_t - b_y
+            return b_ty, b_ty, b_t - b_s, b_s - b_y
     else:
-        return b_t - b_y, b_t - b_s, b_s - b_y
+        a = tl.full((), A, COMPUTE)
+        b = tl.full((), B, COMPUTE)
+        if RAW:
+            b_y = b_y - c_skip * tl.load(p_x + o_e, mask=m_e, other=0.0).to(COMPUTE)
+            b_t = c_out * b_t
+            b_s = c_out * b_s
+        return b_t - b_y, a * b_t - b * b_y, a * (b_t - b_s), a * b_s - b * b_y
 
 
 @triton.jit
-def _gradients(b_ty, b_ts, b_sy, BETA: tl.constexpr):
-    """(∂L/∂T, ∂L/∂S, ∂L/∂y) / λ with BETA = 4(α-½)."""
-    return 2.0 * b_ty - BETA * b_ts, BETA * b_ts - 2.0 * b_sy, -2.0 * b_ts
+def _gradients(b_ty, b_ts, b_sy, A: tl.constexpr, B: tl.constexpr, BETA: tl.constexpr):
+    """(∂L/∂T, ∂L/∂S, ∂L/∂y) / λ with BETA = 4(α-½), of what `_differences` gives but for its first."""
+    if A == 1.0 and B == 1.0:
+        return 2.0 * b_ty - BETA * b_ts, BETA * b_ts - 2.0 * b_sy, -2.0 * b_ts
+    else:
+        by_y = tl.full((), -2.0 * B / A, b_ts.dtype)
+        return 2.0 * b_ty - BETA * b_ts, BETA * b_ts - 2.0 * b_sy, by_y * b_ts
 
 
 @triton.jit
@@ -57,7 +78,8 @@ def _store_gradients(p_dt, p_ds, p_dy, o_e, m_e, b_dt, b_ds, b_dy, weight, weigh
 def ipfm_loss_kernel(
     p_t, p_s, p_y, p_x, p_c_skip, p_c_out, p_dt, p_ds, p_dy, p_loss, p_weight, p_valid,
     elements, st_b, ss_b, sy_b, sx_b, sdt_b, sds_b, sdy_b,
-    ALPHA: tl.constexpr, BETA: tl.constexpr, FLOOR: tl.constexpr, RAW: tl.constexpr, COMPUTE: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, A: tl.constexpr, B: tl.constexpr, FLOOR: tl.constexpr,
+    RAW: tl.constexpr, COMPUTE: tl.constexpr,
     MAX_LOSS: tl.constexpr, MAX_GRAD: tl.constexpr, MAX_DY: tl.constexpr,
     BLOCK: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
@@ -66,6 +88,9 @@ def ipfm_loss_kernel(
     λ = 1 / max(mean|T-y|, FLOOR);  L = 2λ Σ (T-S)((T-y) - α(T-S)), which is λ[‖T-y‖² - ‖S-y‖² - 2(α-½)‖T-S‖²]
     without its cancellation. λ is needed before the first gradient is written: the row waits in registers (RESIDENT),
     or is read again, from cache. A sum that is not finite, or a gradient beyond its dtype, makes the sample invalid.
+
+    With real data beside, e = A(T-c) - B(y-c) takes the place of T - y in all but λ, see `ipfm_loss`:
+    L = 2λ Σ (T-S)(e - αA(T-S)).
 
     RAW: T = c_skip x + c_out t and S = c_skip x + c_out s, so that the gradients by t and s have the factor c_out; and
     x = y + noise, so that ∂L/∂y gains c_skip (∂L/∂T + ∂L/∂S), which is -c_skip times itself.
@@ -92,9 +117,9 @@ def ipfm_loss_kernel(
     if RESIDENT:
         o_e = tl.arange(0, BLOCK)
         m_e = o_e < elements
-        b_ty, b_ts, b_sy = _differences(p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, RAW, COMPUTE)
-        b_dt, b_ds, b_dy = _gradients(b_ty, b_ts, b_sy, BETA)
-        b_abs = tl.abs(b_ty)
+        b_error, b_ty, b_ts, b_sy = _differences(p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, A, B, RAW, COMPUTE)
+        b_dt, b_ds, b_dy = _gradients(b_ty, b_ts, b_sy, A, B, BETA)
+        b_abs = tl.abs(b_error)
         b_loss = b_ts * (b_ty - ALPHA * b_ts)
         b_peak, b_peak_y = _peaks(b_dt, b_ds, b_dy, RAW)
     else:
@@ -105,9 +130,9 @@ def ipfm_loss_kernel(
         for start in range(0, elements, BLOCK):
             o_e = start + tl.arange(0, BLOCK)
             m_e = o_e < elements
-            b_ty, b_ts, b_sy = _differences(p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, RAW, COMPUTE)
-            b_dt, b_ds, b_dy = _gradients(b_ty, b_ts, b_sy, BETA)
-            b_abs += tl.abs(b_ty)
+            b_error, b_ty, b_ts, b_sy = _differences(p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, A, B, RAW, COMPUTE)
+            b_dt, b_ds, b_dy = _gradients(b_ty, b_ts, b_sy, A, B, BETA)
+            b_abs += tl.abs(b_error)
             b_loss += b_ts * (b_ty - ALPHA * b_ts)
             b_sizes, b_sizes_y = _peaks(b_dt, b_ds, b_dy, RAW)
             b_peak = tl.maximum(b_peak, b_sizes)
@@ -118,6 +143,8 @@ def ipfm_loss_kernel(
     mean = tl.sum(b_abs, axis=0) / tl.cast(elements, COMPUTE)
     weight = 1.0 / tl.maximum(mean, tl.full((), FLOOR, COMPUTE))  # tl.cast would round FLOOR to float32
     loss = 2.0 * weight * tl.sum(b_loss, axis=0)
+    if A != 1.0:
+        loss = loss / tl.full((), A, COMPUTE)
     slope = weight
     slope_y = weight
     if RAW:
@@ -137,8 +164,8 @@ def ipfm_loss_kernel(
         for start in range(0, elements, BLOCK):
             o_e = start + tl.arange(0, BLOCK)
             m_e = o_e < elements
-            b_ty, b_ts, b_sy = _differences(p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, RAW, COMPUTE)
-            b_dt, b_ds, b_dy = _gradients(b_ty, b_ts, b_sy, BETA)
+            b_error, b_ty, b_ts, b_sy = _differences(p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, A, B, RAW, COMPUTE)
+            b_dt, b_ds, b_dy = _gradients(b_ty, b_ts, b_sy, A, B, BETA)
             _store_gradients(p_dt, p_ds, p_dy, o_e, m_e, b_dt, b_ds, b_dy, slope, slope_y, valid)
 
 
@@ -159,6 +186,7 @@ def launch_ipfm_loss(
     x: Tensor | None,
     c_skip: Tensor | None,
     c_out: Tensor | None,
+    weights: tuple[float, float],
     inplace: bool,
 ) -> IpfmLoss:
     """One launch of the Triton kernel; dt and ds lie over t and s, or over copies of them in rows, if `inplace`."""
@@ -176,7 +204,8 @@ def launch_ipfm_loss(
                 row_t, row_s, row_y, row_x, loss if c_skip is None else c_skip, loss if c_out is None else c_out,
                 dt, ds, dy, loss, weight, valid,
                 elements, *(v.stride(0) for v in (row_t, row_s, row_y, row_x, dt, ds, dy)),
-                ALPHA=alpha, BETA=4 * (alpha - 0.5), FLOOR=reference.WEIGHT_FLOOR, RAW=x is not None,
+                ALPHA=alpha, BETA=4 * (alpha - 0.5), A=weights[0], B=weights[1], FLOOR=reference.WEIGHT_FLOOR,
+                RAW=x is not None,
                 COMPUTE=tl.float64 if compute == torch.float64 else tl.float32,
                 MAX_LOSS=torch.finfo(compute).max, MAX_GRAD=torch.finfo(t.dtype).max, MAX_DY=torch.finfo(y.dtype).max,
                 BLOCK=block, RESIDENT=block >= elements, num_warps=warps,
@@ -186,15 +215,31 @@ def launch_ipfm_loss(
 
 @operator("ipfm_loss")
 def _ipfm_loss(
-    t: Tensor, s: Tensor, y: Tensor, alpha: float, x: Tensor | None, c_skip: Tensor | None, c_out: Tensor | None
+    t: Tensor,
+    s: Tensor,
+    y: Tensor,
+    alpha: float,
+    x: Tensor | None,
+    c_skip: Tensor | None,
+    c_out: Tensor | None,
+    a: float = 1.0,
+    b: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `IpfmLoss`."""
-    return launch_ipfm_loss(t, s, y, alpha, x, c_skip, c_out, inplace=False)
+    return launch_ipfm_loss(t, s, y, alpha, x, c_skip, c_out, (a, b), inplace=False)
 
 
 @_ipfm_loss.register_fake
 def _(
-    t: Tensor, s: Tensor, y: Tensor, alpha: float, x: Tensor | None, c_skip: Tensor | None, c_out: Tensor | None
+    t: Tensor,
+    s: Tensor,
+    y: Tensor,
+    alpha: float,
+    x: Tensor | None,
+    c_skip: Tensor | None,
+    c_out: Tensor | None,
+    a: float = 1.0,
+    b: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, weight, valid = _per_sample_outputs(y)
     return loss, weight, empty_rows(t), empty_rows(t), empty_rows(t, y.dtype), valid
@@ -202,10 +247,18 @@ def _(
 
 @operator("ipfm_loss_", mutates=("t", "s"))
 def _ipfm_loss_(
-    t: Tensor, s: Tensor, y: Tensor, alpha: float, x: Tensor | None, c_skip: Tensor | None, c_out: Tensor | None
+    t: Tensor,
+    s: Tensor,
+    y: Tensor,
+    alpha: float,
+    x: Tensor | None,
+    c_skip: Tensor | None,
+    c_out: Tensor | None,
+    a: float = 1.0,
+    b: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, weight, dy, valid); dt is written over t and ds over s."""
-    got = launch_ipfm_loss(t, s, y, alpha, x, c_skip, c_out, inplace=True)
+    got = launch_ipfm_loss(t, s, y, alpha, x, c_skip, c_out, (a, b), inplace=True)
     for given, row in ((t, got.dt), (s, got.ds)):
         if row is not given:
             given.copy_(row)
@@ -214,7 +267,15 @@ def _ipfm_loss_(
 
 @_ipfm_loss_.register_fake
 def _(
-    t: Tensor, s: Tensor, y: Tensor, alpha: float, x: Tensor | None, c_skip: Tensor | None, c_out: Tensor | None
+    t: Tensor,
+    s: Tensor,
+    y: Tensor,
+    alpha: float,
+    x: Tensor | None,
+    c_skip: Tensor | None,
+    c_out: Tensor | None,
+    a: float = 1.0,
+    b: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, weight, valid = _per_sample_outputs(y)
     return loss, weight, empty_rows(t, y.dtype), valid
@@ -240,6 +301,7 @@ def ipfm_loss(
     x: Tensor | None = None,
     c_skip: Tensor | None = None,
     c_out: Tensor | None = None,
+    real_weights: tuple[float, float] = (1.0, 1.0),
     backend: Backend = "auto",
 ) -> IpfmLoss:
     """The generator's loss and its gradients with respect to the teacher's and student's outputs and the sample.
@@ -254,9 +316,19 @@ def ipfm_loss(
 
     What y does by way of the networks' inputs is not in dy, with or without these arguments.
 
+    With real_weights (a, b) other than (1, 1) the student has learned from real data beside the samples, see
+    `denoising_loss`, and e = a(T-c) - b(y-c) takes the place of T - y, but for λ; c = c_skip x with the preconditioning
+    and 0 without:
+
+        L = 2λ Σ (T-S)(e - αa(T-S))
+        ∂L/∂T = λ [2e - 4a(α-½)(T-S)],   ∂L/∂S = λ [-2e + 4aα(T-S)],   ∂L/∂y = 2λb (S-T)
+
+    times c_out, c_out and 1 - c_skip with the preconditioning.
+
     Source: IPFM (Shlenskii & Korotin) eq. 21 at α = ½, its regularised eq. 28 at other α; for every α it is twice SiD
     (Zhou et al. 2024) eq. 23.
-    Preconditioning: EDM (Karras et al. 2022) eq. 7.
+    Preconditioning: EDM (Karras et al. 2022) eq. 7. Real data: RealUID (arXiv 2509.22459), with the offset c that makes
+    its targets those of the raw output.
 
     Args:
         t: (B, C, H, W) or (B, N), float32, bfloat16, float16 or float64, any strides: the teacher's output T(x, σ).
@@ -270,6 +342,8 @@ def ipfm_loss(
         x: noisy sample, of y's shape, device and dtype, any strides; given with c_skip and c_out or not at all.
         c_skip: (B,) float32 or float64, factor of x.
         c_out: (B,) float32 or float64, factor of t and s.
+        real_weights: (a, b), the share of generated samples in the student's loss, in (0, 1], and the factor of their
+            targets, above 0 and up to 1e6; (1, 1) is without real data.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -313,15 +387,19 @@ def ipfm_loss(
     alpha = _checks.finite(op, "alpha", alpha)
     if abs(alpha) > 1e6:
         raise ValueError(f"{op}: alpha must be in [-1e6, 1e6]; got {alpha}")
+    a, b = _checks.real_weights(op, real_weights)
     if inplace and (_share_memory(t, s, y) or (x is not None and _share_memory(t, s, x))):
         raise ValueError(f"{op}: inplace=True overwrites t and s; got tensors that share memory")
     if use_triton(op, backend, t.device):
         if not inplace:
-            return IpfmLoss(*direct(_ipfm_loss, t)(t, s, y, alpha, x, c_skip, c_out))
+            return IpfmLoss(*direct(_ipfm_loss, t)(t, s, y, alpha, x, c_skip, c_out, a, b))
         run = direct(_ipfm_loss_, t)
-        loss, weight, dy, valid = run(t, s, y, alpha, x, c_skip, c_out)
+        loss, weight, dy, valid = run(t, s, y, alpha, x, c_skip, c_out, a, b)
         if run is not _ipfm_loss_ and not t.is_inference():
             # An operator tells autograd for itself what it overwrote.
             torch.autograd.graph.increment_version((t, s))
         return IpfmLoss(loss, weight, t, s, dy, valid)
-    return reference.ipfm_loss(t, s, y, alpha=alpha, inplace=inplace, x=x, c_skip=c_skip, c_out=c_out)
+    weights = (a, b)
+    return reference.ipfm_loss(
+        t, s, y, alpha=alpha, inplace=inplace, x=x, c_skip=c_skip, c_out=c_out, real_weights=weights
+    )

@@ -245,11 +245,15 @@ def ipfm_loss(
     x: Tensor | None = None,
     c_skip: Tensor | None = None,
     c_out: Tensor | None = None,
+    real_weights: tuple[float, float] = (1.0, 1.0),
 ) -> IpfmLoss:
     """L(α) = λ[‖T-y‖² - ‖S-y‖² - 2(α-½)‖T-S‖²] and its gradients [IPFM eq. 28; SiD eq. 23, L(α) = 2·L_SiD(α)].
 
     T = t and S = s, or T = c_skip x + c_out t and S = c_skip x + c_out s [EDM eq. 7]. In the latter ∂L/∂y includes the
     part that goes through x = y + noise, c_skip (∂L/∂T + ∂L/∂S), which is -c_skip times the direct one.
+
+    With real_weights (a, b) other than (1, 1) e = a(T-c) - b(y-c) is in the place of T - y but for λ, with c = c_skip x
+    in the latter case and 0 in the former: L = 2λ Σ (T-S)(e - αa(T-S)) [RealUID, in the form of a raw output's target].
     """
     compute = torch.promote_types(y.dtype, torch.float32)
     dims = tuple(range(1, t.ndim))
@@ -260,13 +264,21 @@ def ipfm_loss(
     if x is not None and c_skip is not None and c_out is not None:
         skip, out, rest = _column(c_skip, t, compute), _column(c_out, t, compute), _column(1 - c_skip, t, compute)
         T, S, ts = skip * x.to(compute) + out * T, skip * x.to(compute) + out * S, out * ts
-    ty = T - Y
+    ty, sy = T - Y, S - Y
     weight = 1 / ty.abs().mean(dims).clamp_(min=WEIGHT_FLOOR)
+    a, b = real_weights
+    if real_weights != (1.0, 1.0):
+        # From here on of e, of a(T-S) and of e - a(T-S) in the places of T-y, T-S and S-y.
+        clean = Y if x is None else Y - skip * x.to(compute)
+        raw_t, raw_s = (out * v.to(compute) for v in (t, s))
+        ty, ts, sy = a * raw_t - b * clean, a * (raw_t - raw_s), a * raw_s - b * clean
     # ‖T-y‖² - ‖S-y‖² = Σ (T-S)(2(T-y) - (T-S)): the factored sum does not cancel when S is close to T.
     loss = 2 * weight * (ts * (ty - alpha * ts)).sum(dims)
+    if a != 1:
+        loss = loss / a
     beta = 4 * (alpha - 0.5)
     lam = _per_sample(weight, t)
-    dt, ds, dy = lam * out * (2 * ty - beta * ts), lam * out * (beta * ts - 2 * (S - Y)), lam * rest * (-2 * ts)
+    dt, ds, dy = lam * out * (2 * ty - beta * ts), lam * out * (beta * ts - 2 * sy), lam * rest * (-2 * b / a * ts)
     # Any non-finite input makes the loss non-finite; so does overflow. The gradients must fit their dtype too.
     valid = loss.isfinite() & (weight > 0)
     for gradient, like in ((dt, t), (ds, s), (dy, y)):
@@ -396,22 +408,33 @@ def denoising_loss(
     x: Tensor | None = None,
     c_skip: Tensor | None = None,
     c_out: Tensor | None = None,
+    stretch: float = 1.0,
+    share: float = 1.0,
 ) -> DenoisingLoss:
     """L = w‖pred - y‖² and ∂L/∂pred = 2w(pred - y), w = (σ²+σ_d²)/(σσ_d)² = 1/σ_d² + 1/σ² [EDM table 1].
 
     At σ_d = inf w = 1/σ², the weight of VP and VE.
 
     With x, c_skip and c_out `pred` is F, the prediction c_skip x + c_out F [EDM eq. 7] and the gradient that by F.
+
+    The target is c + stretch (y - c), c = c_skip x there and 0 else, and the loss has the factor `share`.
     """
     compute = torch.promote_types(y.dtype, torch.float32)
     dims = tuple(range(1, pred.ndim))
     prediction, level = pred.to(compute), sigma.to(compute)
     weight = sigma_data**-2 + 1 / (level * level)
+    if share != 1:
+        weight = share * weight
     slope = 2 * weight
+    target = y.to(compute)
     if x is not None and c_skip is not None and c_out is not None:
-        prediction = _column(c_skip, y, compute) * x.to(compute) + _column(c_out, y, compute) * prediction
+        skipped, prediction = _column(c_skip, y, compute) * x.to(compute), _column(c_out, y, compute) * prediction
+        if stretch == 1:
+            prediction = skipped + prediction
+        else:
+            target = target - skipped
         slope = slope * c_out.to(compute)
-    error = prediction - y.to(compute)
+    error = prediction - (target if stretch == 1 else stretch * target)
     loss = weight * error.square().sum(dims)
     fits = slope.abs() * error.abs().amax(dims) <= torch.finfo(pred.dtype).max
     valid = loss.isfinite() & fits & level.isfinite() & (level > 0)

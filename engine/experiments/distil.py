@@ -25,12 +25,14 @@ from ipfm.engine.experiments.options import (
     run_name,
 )
 from ipfm.engine.experiments.origins import Origin, described
+from ipfm.engine.experiments.real_data import read_real
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.experiments.starts import described_start, read_start
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.runtime.launcher import is_first_process, launched_processes
+from ipfm.engine.training.data_order import real_facts
 from ipfm.engine.training.distiller import Distiller, remark_on_metrics
 from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.resolve import complete
@@ -89,6 +91,8 @@ class DistilPlan(Plan):
     """The run whose settings are the defaults."""
     autoencoder: Autoencoder | None = None
     """Of latents."""
+    real: ImageDataset | None = None
+    """From which the student learns beside the generator's samples."""
 
     @property
     def kept(self) -> Mapping[str, Any]:
@@ -143,6 +147,7 @@ class DistilPlan(Plan):
                 autoencoder=self.autoencoder,
                 dataset=dataset,
                 start=self.start,
+                real=self.real,
                 world=world,
             )
 
@@ -215,7 +220,9 @@ class DistilRecipe(Recipe[DistillationOptions]):
         config = complete(options.distillation(), network, run_device())
         config.split(launched_processes())
         start = read_start(options, config, teacher, path, branch)
-        record = check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
+        real = read_real(options, config, network, lambda: settled.data)
+        facts = {**teacher_facts(teacher), **start_facts(start), **real_facts(real)}
+        record = check_run_folder(path, "distill", config, facts)
         compared = settled.data if options.reference is None else None
         autoencoder = options.autoencoder(network.image_shape, run_device())
         comparison = options.comparison(network.image_shape, run_device(), images=compared, autoencoder=autoencoder)
@@ -234,6 +241,7 @@ class DistilRecipe(Recipe[DistillationOptions]):
             start,
             branch,
             autoencoder,
+            real,
         )
 
     def settle(

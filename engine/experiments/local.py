@@ -31,6 +31,7 @@ from ipfm.engine.experiments.options import (
     read_teacher,
     run_name,
 )
+from ipfm.engine.experiments.real_data import read_real
 from ipfm.engine.experiments.recipe import Plan, Recipe, say_if_settled
 from ipfm.engine.experiments.starts import described_start, read_start
 from ipfm.engine.objectives.base import Distillation
@@ -38,6 +39,7 @@ from ipfm.engine.runtime.commandline import Given, user_input
 from ipfm.engine.runtime.launcher import is_first_process, launched_processes
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.checkpoint import checkpoints_in, step_of
+from ipfm.engine.training.data_order import real_facts
 from ipfm.engine.training.distiller import Distiller, remark_on_metrics
 from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.resolve import complete, resolve_precision
@@ -79,6 +81,8 @@ class TrainAndDistilPlan(Plan):
     """What the distillation goes on from, unless it begins with the teacher."""
     branch: Branch | None = None
     """The run whose settings are the defaults."""
+    real: ImageDataset | None = None
+    """From which the student learns beside the generator's samples."""
 
     @property
     def begins_with(self) -> tuple[str, ...]:
@@ -143,8 +147,9 @@ class TrainAndDistilPlan(Plan):
         evaluation = recipe.evaluation(self.options.eval_images, self.options.metrics, features=features, world=sharing)
         with user_input():
             # A folder whose generator came from a teacher that has been trained further since is refused here.
-            check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
-            distiller = Distiller(config, teacher, evaluation=evaluation, start=start, world=world)
+            facts = {**teacher_facts(teacher), **start_facts(start), **real_facts(self.real)}
+            check_run_folder(path, "distill", config, facts)
+            distiller = Distiller(config, teacher, evaluation=evaluation, start=start, real=self.real, world=world)
         if world.is_main:
             say_if_settled(path, "distill", config)
             print(*(f"{line}\n" for line in self.begins_with), sep="", end="")
@@ -157,7 +162,7 @@ class TrainAndDistilPlan(Plan):
         if self.recipe.by_options is None:
             return None
         features = self.recipe.by_options.features(self.options, self.recipe.dataset, self.path, world)
-        facts = {**start_facts(self.start), "features": features.name}
+        facts = {**start_facts(self.start), **real_facts(self.real), "features": features.name}
         record = check_run_folder(self.path, "distill", replace(self.config, resume=True), facts)
         open_run_folder(self.path, {**self.record, **record}, write=world.is_main)
         return features
@@ -309,7 +314,7 @@ class TrainAndDistil(Recipe[O], Generic[O]):
 
         Args:
             teacher: makes images like the data.
-            config: settings.
+            config: settings; real images that they ask for are the recipe's data.
             path: the run folder; the generator is left in path/generator.
             world: the run's processes, each of which calls it.
             images: drawn for each distance to the data; the base settings' when None.
@@ -322,7 +327,8 @@ class TrainAndDistil(Recipe[O], Generic[O]):
             TrainingFailed, Interrupted: from the run.
         """
         check_images(teacher.config, self.dataset.shape, f"the {self.title} are")
-        distiller = Distiller(config, teacher, evaluation=self.evaluation(images), world=world)
+        real = self.dataset if complete(config, teacher.config, run_device()).takes_real_images else None
+        distiller = Distiller(config, teacher, evaluation=self.evaluation(images), real=real, world=world)
         distiller.run(path)
         return distiller.rows
 
@@ -411,10 +417,12 @@ class TrainAndDistil(Recipe[O], Generic[O]):
         teaching = resolve_precision(self.teaching(options), run_device())
         teaching.split(launched_processes())
         start = read_start(options, config, teacher, path, branch)
-        record = check_run_folder(path, "distill", config, {**teacher_facts(teacher), **start_facts(start)})
+        real = read_real(options, config, network, lambda: self.dataset)
+        facts = {**teacher_facts(teacher), **start_facts(start), **real_facts(real)}
+        record = check_run_folder(path, "distill", config, facts)
         if teacher is None and (path / "teacher").exists():
             self._check_own(path, config, teaching, network, distilled="teacher" in record)
-        return TrainAndDistilPlan(self, options, config, network, teacher, teaching, path, record, start, branch)
+        return TrainAndDistilPlan(self, options, config, network, teacher, teaching, path, record, start, branch, real)
 
     def _check_own(
         self, path: Path, config: Distillation, teaching: TeacherConfig, network: NetworkConfig, *, distilled: bool

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ipfm.engine.config import Resolved, RunConfig, TeacherConfig
+from ipfm.engine.data.real_images import BlankImages
 from ipfm.engine.distributed.compilation import set_execution
 from ipfm.engine.distributed.pieces import CAPTURES, WARM_UPS, Number, whole
 from ipfm.engine.distributed.precision import apply_precision
@@ -169,12 +170,14 @@ def _distillation(
     world = World(0, 1, device)
     networks = {role.name: _under_optimiser(form, role, world) for role in form.config.objective(network).roles}
     teacher = _network(network, form, device).eval().requires_grad_(False)
+    real = BlankImages(network, device) if form.config.takes_real_images else None
 
     def at(count: int) -> Iteration:
         config = replace(form.config, batch=count, micro_batch=None)
         settings = replace(form, config=config, micro_batch=count)
         pieces = pieces_of(settings, network, networks, world, tell=lambda line: None)
-        return config.objective(network).steps(StepContext(networks, teacher, settings, world, pieces)).iteration
+        context = StepContext(networks, teacher, settings, world, pieces, real)
+        return config.objective(network).steps(context).iteration
 
     return at
 

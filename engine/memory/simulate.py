@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ipfm.engine.averages import Decay
 from ipfm.engine.config import Resolved, planned_settings
+from ipfm.engine.data.real_images import BlankImages
 from ipfm.engine.distributed.precision import DTYPES, apply_precision, halve_storage
 from ipfm.engine.distributed.world import World
 from ipfm.engine.memory.live import LiveBytes
@@ -124,6 +125,7 @@ def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
         _meta_network(settings.network, settings, trained=False),
         resolved,
         World(0, 1, META),
+        real=BlankImages(settings.network, META) if resolved.config.takes_real_images else None,
     )
     with _peaks() as peaks:
         # What the steps hold beside the networks, such as those of a distance, is there in each phase.

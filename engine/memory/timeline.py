@@ -15,6 +15,7 @@ from ipfm.models.atomic_files import atomic_write
 COLOURS: Mapping[Phase, str] = {
     "student: samples": "#dce9f7",
     "student: forward and backward": "#a9cdf0",
+    "student: forward and backward, real": "#8bbae6",
     "student: optimiser": "#6ba3dc",
     "generator: samples": "#fdebd3",
     "generator: student": "#fbd3a0",

@@ -255,6 +255,6 @@ def _declared(settings: ast.ClassDef) -> tuple[str, dict[str, Offered], str]:
 
 
 def _evaluated(annotation: ast.expr) -> Any:
-    """The type that an annotation of a setting stands for, made of numbers, str, bool and Literal."""
-    names = {"__builtins__": {kind.__name__: kind for kind in (int, float, str, bool)}, "Literal": Literal}
+    """The type that an annotation of a setting stands for, made of numbers, str, bool, tuple and Literal."""
+    names = {"__builtins__": {kind.__name__: kind for kind in (int, float, str, bool, tuple)}, "Literal": Literal}
     return eval(compile(ast.Expression(annotation), "annotation", "eval"), names)

@@ -29,6 +29,7 @@ from ipfm.engine.config import (
     decide_storage,
     setting,
 )
+from ipfm.engine.data.real_images import RealImages
 from ipfm.engine.distributed.pieces import AS_THEY_ARE, Pieces
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.initial_networks import generator_network
@@ -117,6 +118,8 @@ class StepContext:
     """The run's processes."""
     pieces: Pieces = AS_THEY_ARE
     """What runs the steps' pieces, for an objective whose settings are `capturable`."""
+    real: RealImages | None = None
+    """Real images, for an objective whose settings are `takes_real_images`."""
 
     @property
     def micro_batch(self) -> int:
@@ -343,6 +346,11 @@ class Distillation(RunConfig, ABC):
         if self.teacher_storage == "sharded" and self.cuda_graphs != "off" and ranks == 1 and not stage:
             return "a sharded teacher is gathered by the host"
         return super().without_graphs(network, ranks=ranks, stage=stage, phased=phased, checkpointed=checkpointed)
+
+    @property
+    def takes_real_images(self) -> bool:
+        """Whether the steps ask for real images, see `StepContext.real`."""
+        return False
 
     def completed(self, network: NetworkConfig) -> Self:
         """These settings with what they leave open decided by the teacher's architecture alone.

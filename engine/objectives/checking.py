@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ipfm.engine.averages import Decay
+from ipfm.engine.data.real_images import BlankImages
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.base import Distillation, StepContext, check_objective_says
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
@@ -119,9 +120,9 @@ class _Trial:
         }
         settings = config.laid_out(D=teacher.D, stage=0, micro_batch=micro_batch, phased=False, checkpointed=False)
         frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
-        self.steps = self.objective.steps(
-            StepContext(self.networks, frozen, settings, World(0, 1, torch.device("cpu")))
-        )
+        cpu = torch.device("cpu")
+        real = BlankImages(teacher.config, cpu) if config.takes_real_images else None
+        self.steps = self.objective.steps(StepContext(self.networks, frozen, settings, World(0, 1, cpu), real=real))
 
     def iterate(self, step: int) -> dict[str, Tensor]:
         """One iteration: sums of losses, and the gradients of each network, by name."""
@@ -177,7 +178,8 @@ def _check_without_values(config: Distillation, teacher: Precond) -> None:
         frozen = build_network(trained).eval().requires_grad_(False)
     settings = config.laid_out(D=teacher.D, stage=0, micro_batch=config.batch, phased=True, checkpointed=False)
     try:
-        objective.steps(StepContext(networks, frozen, settings, World(0, 1, meta))).iteration(0)
+        real = BlankImages(trained, meta) if config.takes_real_images else None
+        objective.steps(StepContext(networks, frozen, settings, World(0, 1, meta), real=real)).iteration(0)
     except (RuntimeError, NotImplementedError) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(

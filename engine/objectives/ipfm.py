@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from ipfm.engine.averages import Decay
 from ipfm.engine.checks import at_least, check_start, is_number, number, positive, share
 from ipfm.engine.config import InitialWeights, setting
-from ipfm.engine.data.augmentation import augment
+from ipfm.engine.data.augmentation import Augmented, augment
+from ipfm.engine.data.dataset import Batch
 from ipfm.engine.distributed.pieces import Number, whole
 from ipfm.engine.noise_levels import check_sigmas, few_step_sigmas
 from ipfm.engine.objectives.base import TEACHER, Distillation, Passes, Role, StepContext, Trained
@@ -31,8 +33,9 @@ from ipfm.engine.objectives.losses import (
     per_sample,
 )
 from ipfm.engine.objectives.phases import mark
-from ipfm.engine.objectives.published import PaperResult, paper_results
-from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics, measured_as
+from ipfm.engine.objectives.published import PaperResult, paper_results, real_data_results
+from ipfm.engine.objectives.real_data import NO_REAL_DATA, Half, RealWeights, decided, real_weights, weights_said
+from ipfm.engine.objectives.step_metrics import HalvesSum, LossSum, StepMetrics, measured_as
 from ipfm.engine.random_streams import Stream, class_shares, draw_labels, draw_number, dropout_seed, seed_dropout
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.sampling.batches import sample_generator
@@ -60,6 +63,9 @@ class InversePoissonFlowMatching:
         self.title = f"distil D={self.D:g} alpha={config.alpha:g} K={config.steps}" + f" {weighting}" * bool(weighting)
         self.title += " logvar" * config.logvar
         self.summary = f"at alpha = {config.alpha:g} and {counted(config.steps, 'step')}"
+        if config.takes_real_images:
+            self.title += f" real={config.weights.a:g},{config.weights.b:g}"
+            self.summary += f", with real data by {config.weights}"
         self.roles: tuple[Role, ...] = (
             Role(
                 "student",
@@ -100,8 +106,9 @@ class InversePoissonFlowMatching:
         # Each further evaluation of the generator costs a forward pass; in the generator's update, where the gradient
         # passes through it, one more, and a backward.
         further = K - 1 + 3 * (through - 1)
+        halves = updates * (1 + self.config.takes_real_images)
         return {
-            "student": Passes(3 * updates + 2, updates + 1),
+            "student": Passes(3 * halves + 2, halves + 1),
             "generator": Passes(K * updates + 3 + further + phased, through),
             TEACHER: Passes(2 + phased, 1),
         }
@@ -144,6 +151,10 @@ class DistillSteps:
         student step    y = G(z), detached, augmented if asked; x = perturb(y, sigma); S descends the denoising loss
         generator step  y = G(z); x = perturb(y, sigma); G descends L(T(x), S(x), y) [IPFM, eq. 28]
 
+    With real weights the student descends the denoising loss of real images too, in turn, of as many, by the same noise
+    and levels and of the same classes, see `ipfm.engine.objectives.real_data`: those of the generator's samples are
+    then those of the images.
+
     Dropout acts in the network that is being trained, and there alone: in S in its step, and in every evaluation of G
     that the gradient passes through in G's. The student's images are made without it.
 
@@ -161,7 +172,12 @@ class DistillSteps:
         self.micro_batch = micro_batch = context.micro_batch
         self.local_batch = config.batch // world.size
         self._pieces = context.pieces
+        self._real = context.real if config.takes_real_images else None
+        if config.takes_real_images and self._real is None:
+            raise ValueError(f"real-weights {config.weights} was given without real images")
         self._tallies = {name: LossSum(name, world, self.local_batch) for name in ("student", "generator")}
+        if self._real is not None:
+            self._tallies["student"] = HalvesSum("student", world, self.local_batch, config.weights.a)
         # What every micro-batch starts from; nothing writes to it.
         self._zeros = torch.zeros(micro_batch, *network.image_shape, device=world.device)
         self._levels = [torch.full((micro_batch,), level, device=world.device) for level in config.levels]
@@ -191,40 +207,81 @@ class DistillSteps:
         for first in self.world.micro_batches(config.batch, self.micro_batch):
             self._pieces.run(
                 ("the student's step", last),
-                partial(self._student_micro_step, last),
+                partial(self._student_micro_step, last, self._real_batch(step, first)),
                 self._dropout_seed(Stream.STUDENT_DROPOUT, step, first),
                 step=step,
                 first=first,
             )
         return self._update("student", self.student, lr=config.student_lr or config.lr)
 
-    def _student_micro_step(self, last: int, numbers: Mapping[str, Number]) -> None:
-        """Forward and backward of the micro-batch that begins with the sample "first", in the update "step"."""
+    def _real_batch(self, step: int, first: int) -> Batch | None:
+        """Real images of the student's update `step`, the sample `first` and those after it, where pieces read them."""
+        if self._real is None:
+            return None
+        mark("student: samples")
+        found = self._real.batch(step, self._offsets + first)
+        labels = None if found.labels is None else self._pieces.placed("real labels", found.labels)
+        return Batch(self._pieces.placed("real images", found.images), labels)
+
+    def _student_micro_step(self, last: int, real: Batch | None, numbers: Mapping[str, Number]) -> None:
+        """Forward and backward of the micro-batch that begins with the sample "first", in the update "step".
+
+        The samples of the generator first, then the real images, if there are any: one graph at a time.
+        """
         config = self.config
-        step, micro = whole(numbers["step"]), self._micro(Stream.STUDENT_LABEL, numbers)
+        step, micro = whole(numbers["step"]), self._micro(Stream.STUDENT_LABEL, numbers, real)
         mark("student: samples")
         chain = self._chain(micro, Stream.STUDENT_LATENT, step, last)
         y = chain.marked(self._evaluate(last, chain.inputs[-1], micro, step))
-        y, augment_labels = augment(
+        y, augment_labels = self._augmented(y, Stream.STUDENT_AUGMENT, step, micro)
+        sigma = config.student_sigma(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step).float()
+        tally, weights = self._tallies["student"], config.weights
+        noisy = self._add_noise(y, sigma, Stream.STUDENT_NOISE, step, micro)
+        self._seed_dropout(Stream.STUDENT_DROPOUT, step, micro)
+        mark("student: forward and backward")
+        tally.add(*self._denoise(y, noisy, micro.labels, augment_labels, weights.generated))
+        if real is None:
+            return
+        assert isinstance(tally, HalvesSum)
+        mark("student: forward and backward, real")
+        # By the same noise [RealUID]; its dropout goes on from where that of the samples has ended.
+        y, augment_labels = self._augmented(real.images, Stream.REAL_AUGMENT, step, micro)
+        noisy = self._add_noise(y, sigma, Stream.STUDENT_NOISE, step, micro)
+        tally.add_other(*self._denoise(y, noisy, micro.labels, augment_labels, weights.real))
+
+    def _augmented(self, y: Tensor, stream: Stream, step: int | Tensor, micro: MicroBatch) -> Augmented:
+        """Images (B, C, H, W) as the student learns to denoise them, and the labels that say what was done to them."""
+        config = self.config
+        return augment(
             y,
             config.augment,
             seed=config.seed,
-            stream=Stream.STUDENT_AUGMENT,
+            stream=stream,
             step=step,
             sample_index=micro.index,
             mirrored_stretch=config.mirrored_stretch,
         )
-        sigma = config.student_sigma(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step).float()
-        noisy = self._add_noise(y, sigma, Stream.STUDENT_NOISE, step, micro)
-        self._seed_dropout(Stream.STUDENT_DROPOUT, step, micro)
-        mark("student: forward and backward")
-        with_labels = bind_with_logvar if config.logvar else bind
-        student = with_labels(self.student, micro.labels, augment_labels)
+
+    def _denoise(
+        self, y: Tensor, noisy: Noisy, labels: Tensor | None, augment_labels: Tensor, half: Half
+    ) -> tuple[Tensor, Tensor]:
+        """The student's denoising loss on `y`, a half of the whole or all of it, forward and backward.
+
+        Returns:
+            The loss (B,) of each sample, and whether it counts.
+        """
+        with_labels = bind_with_logvar if self.config.logvar else bind
         result = denoising_objective(
-            student, y, noisy, sigma_data=config.noise.sigma_data, weighting=self._student_weighting
+            with_labels(self.student, labels, augment_labels),
+            y,
+            noisy,
+            sigma_data=self.config.noise.sigma_data,
+            weighting=self._student_weighting,
+            share=half.share,
+            stretch=half.stretch,
         )
         self.student.backward(result.surrogate / self.local_batch)
-        self._tallies["student"].add(result.loss, result.valid)
+        return result.loss, result.valid
 
     def generator_step(self, step: int) -> StepMetrics:
         """One update of the generator and its EMA; `step` counts from 0."""
@@ -289,6 +346,7 @@ class DistillSteps:
                 phased=phased,
                 rescale=self.settings.precision == "fp16",
                 weighting=self._generator_weighting,
+                real_weights=config.weights,
             )
 
         mark("generator: backward")
@@ -370,10 +428,15 @@ class DistillSteps:
         if self.config.dropout > 0 and not isinstance(step, Tensor) and not isinstance(micro.first, Tensor):
             seed_dropout(self.config.seed, stream, step, micro.first)
 
-    def _micro(self, label_stream: Stream, numbers: Mapping[str, Number]) -> MicroBatch:
-        """The micro-batch that begins with the sample "first" of the global batch, in the update "step"."""
+    def _micro(self, label_stream: Stream, numbers: Mapping[str, Number], real: Batch | None = None) -> MicroBatch:
+        """The micro-batch that begins with the sample "first" of the global batch, in the update "step".
+
+        With real images beside, it has their labels, so that both have one law.
+        """
         step, first = whole(numbers["step"]), whole(numbers["first"])
         index = self._offsets + first
+        if real is not None:
+            return MicroBatch(first, index, real.labels)
         labels = draw_labels(
             self.network.label_dim, index, seed=self.config.seed, stream=label_stream, step=step, shares=self._shares
         )
@@ -392,6 +455,7 @@ class DistillConfig(Distillation):
     planned: ClassVar[Mapping[str, str]] = {
         "steps": "K: evaluations of an IPFM generator. Default: 1.",
         "student_updates": "Of IPFM: student updates per generator update. Default: 1.",
+        "real_weights": "Of IPFM: with real images in the student's loss, such as 0.92 0.94.",
     }
     plan_example: ClassVar[str] = "ipfm plan --model cifar_ipfm --gpus 1 8 --price A100=1.5 H100=2.5"
     method: ClassVar[str] = "inverse Poisson flow matching"
@@ -426,6 +490,15 @@ class DistillConfig(Distillation):
     student_width: float = 1.0
     """Channels of the student by those of the teacher."""
 
+    real_data: Path | None = setting(None, identity=False, place=True, memory=False, added=True)
+    """Images from which the student learns beside the generator's: a folder, a zip, CIFAR-10's archive; own: those of
+    the recipe itself. See docs/objectives.md."""
+    real_weights: tuple[float, float] | None = setting(None, added=True)
+    """a b: the share of the generator's samples in the student's loss, and the factor of their targets. Default with
+    --real-data: 0.92 0.94, with classes 0.98 0.96 (RealUID's); 1 1 is without real images."""
+    real_xflip: bool = setting(False, memory=False, added=True)
+    """Mirror real images at random."""
+
     logvar: bool = setting(False, added=True)
     """Weigh each noise level by e^-u in the losses of student and generator, u the student's log-variance, which it
     learns: of teachers that have one, EDM2's."""
@@ -445,6 +518,10 @@ class DistillConfig(Distillation):
         positive("sigma-init", self.sigma_init)
         if not isinstance(self.logvar, bool):
             raise ValueError(f"logvar must be True or False, got {self.logvar!r}")
+        weights = real_weights(self.real_weights)
+        object.__setattr__(self, "real_weights", None if weights is None else tuple(weights))
+        if not isinstance(self.real_xflip, bool):
+            raise ValueError(f"real-xflip must be True or False, got {self.real_xflip!r}")
         if self.gradient not in ("all", "last"):
             raise ValueError(f"gradient must be all or last, got {self.gradient!r}")
         if self.student_lr is not None:
@@ -508,6 +585,16 @@ class DistillConfig(Distillation):
     # ------------------------------------------------------------------------------------------------------------------
 
     @property
+    def weights(self) -> RealWeights:
+        """The weights (a, b) of the student's loss; (1, 1) without real images."""
+        return NO_REAL_DATA if self.real_weights is None else RealWeights(*self.real_weights)
+
+    @property
+    def takes_real_images(self) -> bool:
+        """See `Distillation.takes_real_images`."""
+        return self.weights != NO_REAL_DATA
+
+    @property
     def capturable(self) -> bool:
         """See `RunConfig.capturable`: but for noise levels or weights of a file of one's own."""
         own = ("generator_sigma", "student_sigma", "generator_weight", "student_weight")
@@ -523,13 +610,14 @@ class DistillConfig(Distillation):
         return self.sigmas or few_step_sigmas(self.steps, self.sigma_init)
 
     def completed(self, network: NetworkConfig) -> Self:
-        """See `Distillation.completed`: with the noise levels."""
+        """See `Distillation.completed`: with the noise levels, and the weights of real images where there are any."""
         if self.logvar and not network.logvar_channels:
             why = "its file has none" if network.is_edm2 else f"which a network of {network.family} has not"
             raise ValueError(f"logvar needs a teacher with a log-variance, {why}: leave it out")
         for width in (self.width, self.student_width):
             generator_network(network, width)
-        return replace(self, sigmas=self.levels)
+        weights = decided(real_weights(self.real_weights), network, images=self.real_data is not None)
+        return replace(self, sigmas=self.levels, real_weights=weights)
 
     def objective(self, network: NetworkConfig) -> Objective:
         """See `Distillation.objective`."""
@@ -537,7 +625,8 @@ class DistillConfig(Distillation):
 
     def name(self) -> str:
         """See `Distillation.name`."""
-        return f"alpha{self.alpha:g}-K{self.steps}" + "-logvar" * self.logvar
+        real = f"-real{self.weights.a:g}-{self.weights.b:g}" if self.takes_real_images else ""
+        return f"alpha{self.alpha:g}-K{self.steps}" + "-logvar" * self.logvar + real
 
     @classmethod
     def recognises(cls, settings: Mapping[str, Any]) -> bool:
@@ -562,7 +651,9 @@ class DistillConfig(Distillation):
         """See `Distillation.figures`: none for another weighting."""
         if cls.kind != DistillConfig.kind or settings.get("logvar") is True:
             return {}
-        steps = settings.get("steps")
+        steps, weights = settings.get("steps"), weights_said(settings)
+        if weights is not None:
+            return real_data_results(dataset, tuple(weights), steps)
         return paper_results(dataset, number(settings.get("alpha")), steps) if isinstance(steps, int) else {}
 
     @classmethod
@@ -576,13 +667,14 @@ class DistillConfig(Distillation):
         alpha = number(settings.get("alpha"))
         pure = ", the pure objective" if alpha == 0.5 else ""
         case = ", which at D = ∞ is SiD" if number(settings.get("D")) == math.inf else ""
-        return f"{cls.method}{case} (α = {alpha:g}{pure}){cls._weighting(settings)}"
+        return f"{cls.method}{case} (α = {alpha:g}{pure}){cls._weighting(settings)}{cls._real(settings)}"
 
     @classmethod
     def info_words(cls, settings: Mapping[str, Any]) -> str:
         """See `Distillation.info_words`."""
         steps = counted(settings.get("steps", 1), "step")
-        return f"{cls.method}, alpha = {number(settings.get('alpha')):g}, {steps}{cls._weighting(settings)}"
+        words = f"{cls._weighting(settings)}{cls._real(settings)}"
+        return f"{cls.method}, alpha = {number(settings.get('alpha')):g}, {steps}{words}"
 
     @classmethod
     def card_words(cls) -> str:
@@ -595,9 +687,15 @@ class DistillConfig(Distillation):
         return {
             "α (0.5 is the pure objective)": settings.get("alpha"),
             "weighting": cls.weighting_words(settings) or None,
+            "real data in the student's loss, a and b": weights_said(settings),
         }
 
     @classmethod
     def _weighting(cls, settings: Mapping[str, Any]) -> str:
         words = cls.weighting_words(settings)
         return f", weighting: {words}" if words else ""
+
+    @staticmethod
+    def _real(settings: Mapping[str, Any]) -> str:
+        weights = weights_said(settings)
+        return "" if weights is None else f", with real data by {weights}"

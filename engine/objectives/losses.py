@@ -111,6 +111,8 @@ def denoising_objective(
     *,
     sigma_data: float,
     weighting: Weighting | None = None,
+    share: float = 1.0,
+    stretch: float = 1.0,
 ) -> DenoisingResult:
     """w(sigma) ||D(x, sigma) - y||^2, summed over elements [Karras et al. 2022, table 1]: teacher and student.
 
@@ -129,6 +131,8 @@ def denoising_objective(
         noisy: their perturbation, without a graph.
         sigma_data: standard deviation of the data; inf: see above.
         weighting: what to take instead of w; None takes w. A sample whose weight is not finite does not count.
+        share: factor of the loss, where this is one part of several.
+        stretch: c_skip x + stretch (y - c_skip x) is the target instead of y, see `ipfm.engine.objectives.real_data`.
 
     Raises:
         ValueError: a shape, dtype or number that does not fit.
@@ -138,7 +142,15 @@ def denoising_objective(
     raw, u = given if isinstance(given, tuple) else (given, None)
     out = held(raw)
     result = denoising_loss(
-        out.detach(), y, noisy.sigma, sigma_data=sigma_data, x=noisy.x, c_skip=noisy.c_skip, c_out=noisy.c_out
+        out.detach(),
+        y,
+        noisy.sigma,
+        sigma_data=sigma_data,
+        x=noisy.x,
+        c_skip=noisy.c_skip,
+        c_out=noisy.c_out,
+        share=share,
+        stretch=stretch,
     )
     grad, loss, valid = result.grad, result.loss, result.valid
     if weighting is not None:
@@ -151,10 +163,12 @@ def denoising_objective(
             grad, loss = grad.masked_fill(per_sample(~valid, grad), 0.0), loss.masked_fill(~valid, 0.0)
     if u is None:
         return DenoisingResult(along(out, grad), loss, valid)
-    return _with_logvar(out, u, grad, loss, valid)
+    return _with_logvar(out, u, grad, loss, valid, share)
 
 
-def _with_logvar(out: Tensor, u: Tensor, grad: Tensor, loss: Tensor, valid: Tensor) -> DenoisingResult:
+def _with_logvar(
+    out: Tensor, u: Tensor, grad: Tensor, loss: Tensor, valid: Tensor, share: float = 1.0
+) -> DenoisingResult:
     """The objective with a log-variance: what is without one, with gradient and loss a sample, by e^-u, plus n u.
 
     Args:
@@ -163,8 +177,9 @@ def _with_logvar(out: Tensor, u: Tensor, grad: Tensor, loss: Tensor, valid: Tens
         grad: (B, ...) with respect to `out`.
         loss: (B,).
         valid: (B,) bool.
+        share: factor of n u.
     """
-    elements, known = out[0].numel(), u.detach().reshape(-1).to(loss.dtype)
+    elements, known = share * out[0].numel(), u.detach().reshape(-1).to(loss.dtype)
     weighted = loss * (-known).exp()
     grad = (grad * per_sample((-known).exp(), grad)).to(grad.dtype)
     valid = valid & torch.isfinite(weighted) & finite_samples(grad)
@@ -184,6 +199,7 @@ def generator_gradient(
     phased: bool,
     rescale: bool = False,
     weighting: Weighting | None = None,
+    real_weights: tuple[float, float] = (1.0, 1.0),
 ) -> GeneratorGradient:
     """dL/dy = partial_y L + J_S^T partial_S L + J_T^T partial_T L for the L of IPFM eq. 28.
 
@@ -204,6 +220,8 @@ def generator_gradient(
             afterwards, so that fp16 holds it.
         weighting: what to take instead of the weight lambda; None takes lambda. A sample whose weight is not finite
             does not count.
+        real_weights: (a, b) where the student has learned from real images too, see
+            `ipfm.engine.objectives.real_data`.
 
     Raises:
         ValueError: a shape, dtype or number that does not fit.
@@ -219,7 +237,16 @@ def generator_gradient(
         else:
             t = held(teacher(scaled, sigma))
         s = held(student(scaled, sigma))
-        result = ipfm_loss(t.detach(), s.detach(), y, alpha=alpha, x=noisy.x, c_skip=noisy.c_skip, c_out=noisy.c_out)
+        result = ipfm_loss(
+            t.detach(),
+            s.detach(),
+            y,
+            alpha=alpha,
+            x=noisy.x,
+            c_skip=noisy.c_skip,
+            c_out=noisy.c_out,
+            real_weights=real_weights,
+        )
         c_in = per_sample(noisy.c_in, y)
         if phased or rescale or scaled.dtype.itemsize < 4:
             # The student's graph is freed first; in the phased form the teacher's does not exist before that.

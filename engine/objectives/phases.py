@@ -13,6 +13,7 @@ from contextlib import contextmanager
 #
 #   student: samples                 y = G(z) without a graph, and its perturbation
 #   student: forward and backward
+#   student: forward and backward, real   of real images, where it learns from them too
 #   student: optimiser
 #   generator: samples               y = G(z); joint: with its graph
 #   generator: student               S forward and backward to x; joint: T forward too

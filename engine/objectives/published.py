@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ipfm.models import NetworkConfig, presets
 
-IPFM, SID = "arXiv 2509.22454", "arXiv 2404.04057"
+IPFM, SID, REALUID = "arXiv 2509.22454", "arXiv 2404.04057", "arXiv 2509.22459"
 
 # Settings in words, where their name is not enough.
 _WORDS = {
@@ -167,7 +167,23 @@ SID_RESULTS: Mapping[PaperSetting, PaperResult] = dict(
 )
 """Those of SiD, at the settings of its `*_sid.py` recipes."""
 
+_FLOWS = "a smaller flow matching network there"
+# Data set and weights -> FID, of one step; teachers of 100 evaluations.
+REALUID_RESULTS: Mapping[tuple[str, tuple[float, float]], PaperResult] = {
+    ("cifar10", (0.92, 0.94)): PaperResult(2.23, 3.57, 100, REALUID, None, (_FLOWS,)),
+    ("cifar10cond", (0.98, 0.96)): PaperResult(2.02, 5.56, 100, REALUID, None, (_FLOWS,)),
+    ("cifar10", (0.92, 0.86)): PaperResult(1.98, 3.57, 100, REALUID, None, ("a finetuned run", _FLOWS)),
+    ("cifar10cond", (0.96, 0.92)): PaperResult(1.87, 5.56, 100, REALUID, None, ("a finetuned run", _FLOWS)),
+}
+"""Those of RealUID for CIFAR-10, by the weights of its two stages."""
+
 _ALL = {**PAPER_RESULTS, **SID_RESULTS}
+
+
+def real_data_results(dataset: str, weights: tuple[float, float], steps: Any) -> dict[float, PaperResult]:
+    """The figures with real data in the student's loss by D, at these weights (a, b); names as of `paper_result`."""
+    found = REALUID_RESULTS.get((plain_name(dataset), weights)) if steps == 1 else None
+    return {} if found is None else {math.inf: found}
 
 
 def paper_result(dataset: str, D: float, alpha: float, steps: int) -> PaperResult | None:

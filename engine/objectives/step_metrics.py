@@ -66,7 +66,7 @@ class LossSum:
         Args:
             batch: global batch. Where no sample counts at all, the scale is `batch` and meets gradients that are 0.
         """
-        return (batch / self.world.all_reduce_sum_(self._valid.clone()).clamp(min=1)).float()
+        return (batch / self.world.all_reduce_sum_(self._counted.clone()).clamp(min=1)).float()
 
     def measured(self, applied: Tensor) -> StepMetrics:
         """This process's share.
@@ -75,18 +75,58 @@ class LossSum:
             applied: 0-d bool: whether the optimiser took the step; a step it did not take is counted as one bad sample
                 more, by the first process alone.
         """
-        return measured_as(self.name, torch.stack([self._loss, self._valid, self._bad(applied)]))
+        return measured_as(self.name, torch.stack([self._loss, self._counted, self._bad(applied)]))
 
     def taken(self, applied: Tensor) -> Tensor:
         """What `measured_as` makes metrics of, (3,) float64; the sum begins anew. Argument as of `measured`."""
-        found = torch.stack([self._loss, self._valid, self._bad(applied)])
+        found = torch.stack([self._loss, self._counted, self._bad(applied)])
+        self._clear()
+        return found
+
+    @property
+    def _counted(self) -> Tensor:
+        """0-d: what the loss is divided by."""
+        return self._valid
+
+    def _clear(self) -> None:
         self._loss.zero_()
         self._valid.zero_()
-        return found
 
     def _bad(self, applied: Tensor) -> Tensor:
         skipped = (~applied).double() if self.world.is_main else torch.zeros_like(self._valid)
         return self._samples - self._valid + skipped
+
+
+class HalvesSum(LossSum):
+    """The same of a loss in two halves, each of as many samples; a sample of the second one counts by its share.
+
+    Args:
+        name: as of `LossSum`.
+        world: likewise.
+        samples: those of one half that are added in a step.
+        share: of the first half in the loss; each half's losses have their own as a factor.
+    """
+
+    def __init__(self, name: str, world: World, samples: int, share: float) -> None:
+        super().__init__(name, world, samples)
+        self._share = share
+        self._others = torch.zeros((), dtype=torch.float64, device=world.device)
+
+    def add_other(self, loss: Tensor, valid: Tensor) -> None:
+        """A micro-batch of the second half; see `add`."""
+        self._loss += loss.sum(dtype=torch.float64)
+        self._others += valid.sum()
+
+    @property
+    def _counted(self) -> Tensor:
+        return self._share * self._valid + (1 - self._share) * self._others
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._others.zero_()
+
+    def _bad(self, applied: Tensor) -> Tensor:
+        return super()._bad(applied) + (self._samples - self._others)
 
 
 def measured_as(name: str, found: Tensor) -> StepMetrics:

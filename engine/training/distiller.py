@@ -38,6 +38,7 @@ from ipfm.engine.runtime.errors import Interrupted, described
 from ipfm.engine.runtime.launcher import Launcher
 from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.engine.sampling.samplers import nfe
+from ipfm.engine.training.data_order import OrderedImages, real_facts, real_images
 from ipfm.engine.training.loop import PICTURE_SEED
 from ipfm.engine.training.resolve import resolve
 from ipfm.engine.training.run import TrainingRun
@@ -53,8 +54,9 @@ class Distiller(TrainingRun[Distillation]):
     """Distils a teacher into a generator, by the objective that the settings stand for.
 
     `DistillConfig` is inverse Poisson flow matching [IPFM, algorithm 1] and SiD, see `DistillSteps`. No data is
-    used. Every random number is a function of (seed, step, sample), so that the number of processes and the micro-batch
-    do not change what is computed; dropout alone, if there is any, is drawn for a micro-batch as a whole.
+    used, but for real images that are asked for. Every random number is a function of (seed, step, sample), so that the
+    number of processes and the micro-batch do not change what is computed; dropout alone, if there is any, is drawn for
+    a micro-batch as a whole.
 
     Args:
         config: settings; what they leave open (D, precision) is filled in, see `.config`, and what memory decides is
@@ -66,11 +68,12 @@ class Distiller(TrainingRun[Distillation]):
             teacher's own file says where it is empty.
         start: what the networks begin with where they go on from another training; None begins with the teacher, as
             the settings say.
+        real: images like the teacher's, where the settings ask for some (`real_weights`).
         world: the run's processes; joined or started when None.
 
     Raises:
-        ValueError: D contradicts the teacher, `start` does not fit it, the batch does not divide among the processes,
-            or memory does not suffice.
+        ValueError: D contradicts the teacher, `start` or `real` does not fit it, the batch does not divide among the
+            processes, or memory does not suffice.
 
     Example:
         >>> from ipfm.engine import DistillConfig, Distiller
@@ -97,6 +100,7 @@ class Distiller(TrainingRun[Distillation]):
         autoencoder: Autoencoder | None = None,
         dataset: str = "",
         start: DistillationStart | None = None,
+        real: ImageDataset | None = None,
         world: World | None = None,
     ) -> None:
         check_teacher(teacher)
@@ -108,11 +112,13 @@ class Distiller(TrainingRun[Distillation]):
         self._as_trained = trained_config(self.network, config.dropout)
         self.objective = settings.config.objective(self._as_trained)
         check_objective_says(self.objective)
+        real = real_images(settings.config, self.network, real)
+        self._real = None if real is None else _ordered(real, settings.config, world)
         self.rows: list[EvaluationRow] = []
         super().__init__(settings, world, title=self.objective.title, evaluation=evaluation, autoencoder=autoencoder)
         # The caller's teacher, where it lies on this device, is the caller's to release.
         self._measure_other_bytes(without=teacher)
-        self._facts = {**teacher_facts(teacher), **start_facts(start)}
+        self._facts = {**teacher_facts(teacher), **start_facts(start), **real_facts(real)}
         if start is not None:
             start.check(self.objective.roles)
             self.first_step = start.first_step(self.config.batch)
@@ -177,7 +183,9 @@ class Distiller(TrainingRun[Distillation]):
             ready=lambda: self._begun > self.config.profile_memory,
         )
         self.captures = isinstance(pieces, CapturedPieces)
-        self.steps = self.objective.steps(StepContext(self.networks, self.teacher, self.settings, self.world, pieces))
+        self.steps = self.objective.steps(
+            StepContext(self.networks, self.teacher, self.settings, self.world, pieces, self._real)
+        )
 
     def sample(self, first: int, count: int, *, seed: int) -> Tensor:
         """Images first..first + count - 1 of `seed` from the averaged generator as last refreshed."""
@@ -320,6 +328,10 @@ def remark_on_metrics(folder: Path, metrics: Sequence[Metric], known: Sequence[E
         f"ipfm: {folder} is finished, and its table has no {', '.join(missing)}: "
         f"ipfm evaluate {folder / 'generator'} --metrics {' '.join(missing)} ... measures it"
     )
+
+
+def _ordered(data: ImageDataset, config: Distillation, world: World) -> OrderedImages:
+    return OrderedImages(data.to(world.device), batch=config.batch, seed=config.seed, world=world)
 
 
 def _row(label: str, steps: int | None, nfe: int, result: FrechetResult, paper: str | None) -> EvaluationRow:

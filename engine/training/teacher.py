@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.data.augmentation import augment
-from ipfm.engine.data.dataset import Batch, ImageDataset
-from ipfm.engine.distributed.agreement import attempt
+from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.pieces import CapturedPieces, Number, whole
 from ipfm.engine.distributed.world import World, start_world
 from ipfm.engine.distributed.zero import TrainedNetwork
@@ -28,11 +27,11 @@ from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics, measured_a
 from ipfm.engine.random_streams import Stream, dropout_seed
 from ipfm.engine.sampling.batches import sample_teacher
 from ipfm.engine.sampling.samplers import nfe
+from ipfm.engine.training.data_order import OrderedImages, pictures, plain_place
 from ipfm.engine.training.loop import PICTURE_SEED
 from ipfm.engine.training.resolve import resolve_training
 from ipfm.engine.training.run import TrainingRun
 from ipfm.engine.training.run_folder import fingerprint
-from ipfm.engine.training.task import StepFailed
 from ipfm.engine.training.transfer import Transfer
 from ipfm.models import NetworkConfig, Precond, build_network
 from ipfm.models.autoencoder import Autoencoder
@@ -40,10 +39,6 @@ from ipfm.models.facts import TeacherFacts
 
 if TYPE_CHECKING:
     from ipfm.models.checkpoints.training_state import TrainingState
-
-
-# Images of a data set by which a run folder knows it again.
-LOOKED_AT = 8
 
 
 class TeacherTraining(TrainingRun[TeacherConfig]):
@@ -89,6 +84,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         self.network = replace(network, dropout=config.dropout)
         self.local_batch, _ = config.split(world.size)
         self.dataset = dataset.to(world.device)
+        self._images = OrderedImages(self.dataset, batch=config.batch, seed=config.seed, world=world)
         # What they say, and not their tensors, which are memory of their own.
         self._facts = training_facts(self.config, self.network, dataset, start, transfer)
         self._taken_over = {} if transfer is None else {"transfer": transfer.facts()["start"]}
@@ -145,7 +141,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         self.net.module.train()
         for first in self.world.micro_batches(config.batch, self.micro_batch):
             mark("teacher: forward and backward")
-            batch = self._batch(step, torch.arange(first, first + self.micro_batch, device=self.world.device))
+            batch = self._images.batch(step, torch.arange(first, first + self.micro_batch, device=self.world.device))
             images = self._pieces.placed("images", batch.images)
             labels = None
             if self.network.label_dim and batch.labels is not None:
@@ -199,21 +195,6 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
         """The optimiser's step, and what was measured since the last one."""
         return self._tally.taken(self.net.step(grad_scale=self._tally.grad_scale(self.config.batch), **numbers))
 
-    def _batch(self, step: int, index: Tensor) -> Batch:
-        """The images with these indices of the batch of `step`. StepFailed: files of some process cannot be read."""
-        config, world = self.config, self.world
-
-        def read() -> Batch:
-            return self.dataset.batch(step, index, batch_size=config.batch, seed=config.seed)
-
-        # Images in memory cannot fail, and need no word between the processes.
-        if world.size == 1 or isinstance(self.dataset.images, Tensor):
-            return read()
-        batch, reason = attempt(read, world.size)
-        if batch is None:
-            raise StepFailed(reason)
-        return batch
-
     def sample(self, first: int, count: int, *, seed: int) -> Tensor:
         """Images first..first + count - 1 of `seed` from the averaged network as last refreshed."""
         return sample_teacher(self.average, first, count, D=self.D, steps=self.config.heun_steps, seed=seed)
@@ -233,7 +214,7 @@ class TeacherTraining(TrainingRun[TeacherConfig]):
             kind="teacher",
             facts=self._facts,
             export="model",
-            about=TeacherFacts(dataset=_place_free(self.dataset.name), others=self._taken_over),
+            about=TeacherFacts(dataset=plain_place(self.dataset.name), others=self._taken_over),
         )
         self._finish(folder.path, progress.step)
         return self.average
@@ -282,29 +263,10 @@ def training_facts(
     """What identifies a training beside its settings; what the data say is left out while they are not known."""
     facts: dict[str, Any] = {"network": replace(network, dropout=config.dropout).to_json()}
     if dataset is not None:
-        facts |= {"dataset": _place_free(dataset.name), "images": len(dataset), "xflip": dataset.xflip}
-        facts |= _pictures(dataset)
+        facts |= {"dataset": plain_place(dataset.name), "images": len(dataset), "xflip": dataset.xflip}
+        facts |= pictures(dataset)
     # Said of a fresh training too: a folder of one must not go on where --continue-from is given, and ignore it.
     facts["continues"] = None if start is None else start.continues or fingerprint(start.weights)
     if start is not None and start.source:
         facts["start"] = {"source": start.source, "images_seen": start.images_seen, **start.said}
     return facts if transfer is None else {**facts, **transfer.facts()}
-
-
-def _pictures(dataset: ImageDataset) -> dict[str, str]:
-    """What tells two data sets of one name and number apart: some of their images, spread over them, and the labels.
-
-    Nothing where one of these cannot be read: the training says so when it comes to it.
-    """
-    count, images = min(LOOKED_AT, len(dataset)), dataset.images
-    places = torch.arange(count) * len(dataset) // count
-    try:
-        shown = {"images": images[places] if isinstance(images, Tensor) else images.read(places)}
-    except (ValueError, OSError):
-        return {}
-    return {"pictures": fingerprint(shown if dataset.labels is None else shown | {"labels": dataset.labels})[:16]}
-
-
-def _place_free(name: str) -> str:
-    """A data set's name without the folders it lies in, which differ between machines."""
-    return Path(name).name

@@ -166,11 +166,19 @@ def loss_cases(
     work = FunctionWorkload(eager, ipfm_loss, (raw_t, raw_s, y), keywords, oracle=reference.ipfm_loss)
     moved = {"forward": Bytes(reading + writing, reads * reading + writing)}
     yield make("ipfm_loss", "alpha=1 raw bf16", bytes=moved, workload=work)
+    real = {**keywords, "real_weights": (0.92, 0.94)}
+    work = FunctionWorkload(
+        {EAGER: ipfm_loss_of_targets}, ipfm_loss, (raw_t, raw_s, y), real, oracle=reference.ipfm_loss
+    )
+    yield make("ipfm_loss", "alpha=1 raw bf16 real", bytes=moved, workload=work)
     eager = {EAGER: preconditioned_denoising_loss}
     work = FunctionWorkload(eager, denoising_loss, (raw_t, y, sigma), given, oracle=reference.denoising_loss)
     reading = half + 2 * size
     moved = {"forward": Bytes(reading + half, reads * reading + half)}
     yield make("denoising_loss", "raw bf16", bytes=moved, workload=work)
+    real, eager = {**given, "stretch": 0.94 / 0.92, "share": 0.92}, {EAGER: denoising_loss_of_targets}
+    work = FunctionWorkload(eager, denoising_loss, (raw_t, y, sigma), real, oracle=reference.denoising_loss)
+    yield make("denoising_loss", "raw bf16 real", bytes=moved, workload=work)
 
 
 def preconditioned_ipfm_loss(
@@ -191,6 +199,50 @@ def preconditioned_denoising_loss(
     skip, out = c_skip.view(-1, 1, 1, 1), c_out.view(-1, 1, 1, 1)
     result = reference.denoising_loss(torch.addcmul(skip * x, out, pred.to(x.dtype)), y, sigma)
     return result._replace(grad=(out * result.grad).to(pred.dtype))
+
+
+def ipfm_loss_of_targets(
+    t: Tensor,
+    s: Tensor,
+    y: Tensor,
+    *,
+    alpha: float,
+    x: Tensor,
+    c_skip: Tensor,
+    c_out: Tensor,
+    real_weights: tuple[float, float],
+) -> IpfmLoss:
+    """With real data beside: the targets as a tensor of their own, for which the loss is a times the one without."""
+    a, b = real_weights
+    skip, out = c_skip.view(-1, 1, 1, 1), c_out.view(-1, 1, 1, 1)
+    offset = skip * x
+    target = torch.lerp(offset, y, b / a)
+    denoised_t, denoised_s = (torch.addcmul(offset, out, v.to(x.dtype)) for v in (t, s))
+    weight = 1 / (denoised_t - y).abs().mean((1, 2, 3)).clamp(min=1e-5)
+    result = reference.ipfm_loss(denoised_t, denoised_s, target, alpha=alpha)
+    factor = a * weight / result.weight
+    column = factor.view(-1, 1, 1, 1)
+    dt, ds, dy = column * result.dt, column * result.ds, b / a * (1 - skip) * column * result.dy
+    return IpfmLoss(
+        factor * result.loss, weight, (out * dt).to(t.dtype), (out * ds).to(s.dtype), dy.to(y.dtype), result.valid
+    )
+
+
+def denoising_loss_of_targets(
+    pred: Tensor,
+    y: Tensor,
+    sigma: Tensor,
+    *,
+    x: Tensor,
+    c_skip: Tensor,
+    c_out: Tensor,
+    stretch: float,
+    share: float,
+) -> DenoisingLoss:
+    """The same for the denoising loss."""
+    target = torch.lerp(c_skip.view(-1, 1, 1, 1) * x, y, stretch)
+    loss, grad, valid = preconditioned_denoising_loss(pred, target, sigma, x=x, c_skip=c_skip, c_out=c_out)
+    return DenoisingLoss(share * loss, share * grad, valid)
 
 
 def plain_group_norm_silu(

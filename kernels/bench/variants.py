@@ -140,17 +140,22 @@ def perturb_variants() -> Iterator[Case]:
 
 
 def loss_variants() -> Iterator[Case]:
-    """The losses; raw: with the preconditioning, x and y in float32."""
+    """The losses; raw: with the preconditioning, x and y in float32; real: with real data beside."""
     for label, elements in (("32x32x3", 3072), ("64x64x3", 12288), ("5x7 unaligned", 35)):
         for dtype in ("fp32", "bf16") if elements == 35 else ("fp32", "bf16", "fp16"):
             quick = dtype == "fp32" or (elements, dtype) == (3072, "bf16")
             yield from _both_losses(f"{dtype} {label}", elements, dtype, raw=False, quick=quick)
             if dtype != "fp16" and elements != 35:
                 yield from _both_losses(f"{dtype} {label} raw", elements, dtype, raw=True, quick=elements == 3072)
+                name, quick = f"{dtype} {label} raw real", (elements, dtype) == (3072, "bf16")
+                yield from _both_losses(name, elements, dtype, raw=True, quick=quick, real=True)
 
 
-def _both_losses(variant: str, elements: int, dtype: str, *, raw: bool, quick: bool) -> Iterator[Case]:
-    """Both kernels; `dtype` is that of the predictions, or of the raw outputs."""
+def _both_losses(
+    variant: str, elements: int, dtype: str, *, raw: bool, quick: bool, real: bool = False
+) -> Iterator[Case]:
+    """Both kernels; `dtype` is that of the predictions, or of the raw outputs. `real`: with real data beside."""
+    a, b = (0.92, 0.94) if real else (1.0, 1.0)
     block, warps = row_config(elements)
     clean = "fp32" if raw else dtype
     row = ("elements",) if elements % 16 == 0 else ()
@@ -170,7 +175,7 @@ def _both_losses(variant: str, elements: int, dtype: str, *, raw: bool, quick: b
             ("t", "s", "dt", "ds"),
             ("y", "x", "dy"),
             {"p_weight": "*fp32"},
-            {"ALPHA": 1.0, "BETA": 2.0, "FLOOR": reference.WEIGHT_FLOOR, "MAX_DY": FLOAT_MAX[clean]},
+            {"ALPHA": 1.0, "BETA": 2.0, "A": a, "B": b, "FLOOR": reference.WEIGHT_FLOOR, "MAX_DY": FLOAT_MAX[clean]},
             0,
             3,
         ),
@@ -180,7 +185,7 @@ def _both_losses(variant: str, elements: int, dtype: str, *, raw: bool, quick: b
             ("pred", "grad"),
             ("y", "x"),
             {"p_sigma": "*fp32"},
-            {"DATA_TERM": 4.0},
+            {"DATA_TERM": 4.0, "STRETCH": b / a, "SHARE": a},
             1,
             2,
         ),

@@ -69,7 +69,7 @@ CHOICES = {
     "memory_format": ("must be auto, contiguous or channels_last", ("nhwc", None)),
     "cuda_graphs": ("must be auto, on or off", ("yes", None, True)),
     "resume": ("must be True or False", (0, None)),
-    "logvar": ("must be True or False", (1, "yes")),
+    **dict.fromkeys(("logvar", "real_xflip"), ("must be True or False", (1, "yes"))),
     "gradient": ("must be all or last", ("first", None)),
     "init": ("must be auto, teacher or random", ("zero", None)),
     "student_init": ("must be auto, teacher or random", ("zero", True)),
@@ -96,7 +96,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
     words = (
         "precision", "backward", "tf32", "resume", "offload", "activation_checkpointing", "teacher_storage",
         "async_checkpoints", "compile", "deterministic", "attention_backend", "memory_format", "gradient", "init",
-        "student_init", "rules", "cuda_graphs", "export_ema", "snapshot_precision", "logvar",
+        "student_init", "rules", "cuda_graphs", "export_ema", "snapshot_precision", "logvar", "real_xflip",
     )  # fmt: skip
     shown = repr(value) if name in words else str(value)
     assert str(error.value) == f"{name.replace('_', '-')} {says}, got {shown}"
@@ -104,7 +104,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
 
 def test_every_setting_is_checked():
     """What has no impossible value, or is checked in a test of its own, is named here."""
-    free = {"out", "teacher", "guide", "noise", "sigmas", "ema", "class_counts"}
+    free = {"out", "teacher", "guide", "noise", "sigmas", "ema", "class_counts", "real_data", "real_weights"}
     names = {f.name for kind in (DistillConfig, TeacherConfig) for f in dataclasses.fields(kind)}
     assert names == free | {name for name, *_ in CASES}
 

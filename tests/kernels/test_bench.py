@@ -105,7 +105,7 @@ def test_a_run_leaves_tables_and_plots(tables: Path) -> None:
             assert float(r["speedup"]) == 1.0
             assert float(r["moved_over_needed"]) >= 0.99
     variants = [(r["variant"], r["provider"]) for r in rows if r["op"] == "denoising_loss"]
-    assert variants == [(v, p) for v in ("", "raw bf16") for p in ("eager", "compile")]
+    assert variants == [(v, p) for v in ("", "raw bf16", "raw bf16 real") for p in ("eager", "compile")]
 
     text = (tables / "micro.md").read_text()
     assert text.startswith(f"# Kernel microbenchmarks on {rows[0]['device']}\n")

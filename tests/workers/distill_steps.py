@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 from on_a_gpu import put_together_as_on_a_gpu
 
 from ipfm.engine import Distiller
-from ipfm.engine.commands.bench.equivalence import trained_tensors
+from ipfm.engine.commands.bench.equivalence import real_images, trained_tensors
 from ipfm.engine.distributed import zero
 from ipfm.engine.distributed.world import import_deepspeed, start_world
 from ipfm.engine.experiments.options import options_for
@@ -63,7 +63,9 @@ def main() -> None:
         if "continue_from" in case:
             options = options_for(kind)(**settings, continue_from=Path(case["continue_from"]))
             start = read_start(options, complete(options.distillation(), teacher.config, world.device), teacher)
-        distiller = Distiller(kind(**settings), copy.deepcopy(distilled), start=start, world=world)
+        config = kind(**settings)
+        real = real_images() if config.takes_real_images else None
+        distiller = Distiller(config, copy.deepcopy(distilled), start=start, real=real, world=world)
         first = distiller.first_step
         if "load" in case:
             checkpoint = find_checkpoint(Path(case["load"]))

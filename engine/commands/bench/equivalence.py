@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ipfm.engine.commands.bench.plain_loop import Plain
+from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.training.distiller import Distiller
 from ipfm.kernels.adam import ema_entries
 from ipfm.models import EDMPrecond, NetworkConfig, Precond
@@ -28,6 +29,13 @@ NETWORK = NetworkConfig(
     embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=(1, 3, 3, 1), dropout=0.0,
     label_dim=3, augment_dim=9, D=16.0,
 )  # fmt: skip
+
+
+def real_images() -> ImageDataset:
+    """Images of noise with classes, for runs with real data: more than two batches, and mirrored at random."""
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (19, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return ImageDataset(images, torch.arange(19) % 3, name="noise", classes=3, xflip=True)
 
 
 class Difference(NamedTuple):

@@ -426,12 +426,13 @@ def on_meta(settings: Resolved[Any], network: NetworkConfig) -> Distiller | Teac
         ):
             patched.enter_context(mock.patch.object(owner, name, value))
         patched.enter_context(_StayingOnMeta())
+        one = torch.zeros(1, *network.image_shape, dtype=torch.uint8)
+        labels = torch.zeros(1, dtype=torch.int64) if network.label_dim else None
+        data = _Unmoved(one, labels, classes=network.label_dim or None)
         if isinstance(settings.config, TeacherConfig):
-            one = torch.zeros(1, *network.image_shape, dtype=torch.uint8)
-            labels = torch.zeros(1, dtype=torch.int64) if network.label_dim else None
-            data = _Unmoved(one, labels, classes=network.label_dim or None)
             return _Teacher(settings.config, network, data, world=world)
-        return Distiller(settings.config, made(network).eval().requires_grad_(False), world=world)
+        real = data if settings.config.takes_real_images else None
+        return Distiller(settings.config, made(network).eval().requires_grad_(False), real=real, world=world)
 
 
 class EmptyGraphs:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ipfm.engine import DistillConfig
 from ipfm.engine.averages import Average
 from ipfm.engine.data.augmentation import augment
+from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.random_streams import Stream, class_shares, draw_labels, draw_number, seed_dropout
 from ipfm.kernels import philox, reference
 from ipfm.models import Precond
@@ -54,11 +55,12 @@ def distill(
     *,
     trained: Callable[[Precond], Precond] = lambda net: net,
     before_update: Callable[[Precond], object] = lambda net: None,
+    real: ImageDataset | None = None,
 ) -> Plain:
     """`steps` iterations on the whole batch at once, gradients by autograd through everything.
 
     `begun`: go on from there. `trained`: the form in which a network is trained. `before_update`: called with it before
-    the forward passes of each of its updates.
+    the forward passes of each of its updates. `real`: images of which the student learns too [RealUID].
     """
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     S, G = (
@@ -88,6 +90,10 @@ def distill(
     device = next(teacher.parameters()).device
     index = torch.arange(config.batch, device=device)
     D, levels, own = teacher.D, config.levels, type(config)
+    a, b = config.real_weights if real is not None and config.real_weights else (1.0, 1.0)
+
+    def skipped(x: Tensor, sigma: Tensor) -> Tensor:
+        return (0.25 / (sigma**2 + 0.25)).view(-1, 1, 1, 1) * x
 
     def noisy(y: Tensor, sigma: Tensor, stream: Stream, step: int) -> Tensor:
         noise: Tensor = reference.perturb(  # type: ignore[assignment]
@@ -128,6 +134,9 @@ def distill(
         for update in range(config.student_updates):
             count = step * config.student_updates + update
             labels = classes(Stream.STUDENT_LABEL, count)
+            truth = None if real is None else real.batch(count, index, batch_size=config.batch, seed=config.seed)
+            if truth is not None:
+                labels = truth.labels if teacher.label_dim else None
             with torch.no_grad():
                 y = samples(Stream.STUDENT_LATENT, count, labels, Stream.STUDENT_LAST, training=False)
             y, augment_labels = augment(
@@ -141,7 +150,18 @@ def distill(
             weight = config.student_weight(sigma, (sigma**2 + 0.25) / (sigma * 0.5) ** 2)
             seed_dropout(config.seed, Stream.STUDENT_DROPOUT, count, 0)
             before_update(S)
-            losses = weight * (S.train()(x, sigma, labels, augment_labels) - y).square().sum((1, 2, 3))
+            target = y if truth is None else (1 - b / a) * skipped(x, sigma) + b / a * y
+            losses = a * weight * (S.train()(x, sigma, labels, augment_labels) - target).square().sum((1, 2, 3))
+            if truth is not None:
+                y, augment_labels = augment(
+                    truth.images, config.augment, seed=config.seed, stream=Stream.REAL_AUGMENT, step=count,
+                    sample_index=index,
+                )  # fmt: skip
+                x = noisy(y, sigma, Stream.STUDENT_NOISE, count)
+                stretch = (1 - b) / (1 - a)
+                target = (1 - stretch) * skipped(x, sigma) + stretch * y
+                error = S(x, sigma, labels, augment_labels) - target
+                losses = losses + (1 - a) * weight * error.square().sum((1, 2, 3))
             descend(S, student_adam, losses.mean())
             student_losses.append(losses.mean().item())
         run.student_loss.append(sum(student_losses) / len(student_losses))
@@ -160,7 +180,10 @@ def distill(
             weight = config.generator_weight(sigma, 1 / (y - t).abs().mean((1, 2, 3)).clamp(min=1e-5))
         # Double precision here: the three squares nearly cancel while S is close to T.
         t, s, y = t.double(), s.double(), y.double()
-        terms = (t - y) ** 2 - (s - y) ** 2 - 2 * (config.alpha - 0.5) * (t - s) ** 2
+        if real is not None:
+            # a times the loss of the shifted target, of which the offset is a part.
+            y = (1 - b / a) * skipped(x.double(), sigma.double()) + b / a * y
+        terms = a * ((t - y) ** 2 - (s - y) ** 2 - 2 * (config.alpha - 0.5) * (t - s) ** 2)
         losses = weight * terms.sum((1, 2, 3))
         descend(G, generator_adam, losses.mean())
         S.requires_grad_(True)

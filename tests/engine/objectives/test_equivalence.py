@@ -11,6 +11,7 @@ import torch
 
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.bench import plain_loop
+from ipfm.engine.commands.bench.equivalence import real_images
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.pid import PidConfig
 from ipfm.kernels.adam import ema_entries
@@ -29,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "augmented": {"augment": 0.5},
     "options": {"student_updates": 2, "student_lr": 5e-4, "generator_beta1": 0.9, "student_beta1": 0.5, "alpha": 1.2},
     "clipped": {"clip_grad": 0.05},
+    "real": {"real_weights": (0.7, 0.8), "augment": 0.5, "student_updates": 2, "alpha": 0.5},
     # Masks are drawn for a micro-batch as a whole: on one process, at once, they are the plain loop's.
     "dropout": {"dropout": 0.3, "steps": 2},
     "droplast": {"dropout": 0.3, "steps": 3, "gradient": "last"},
@@ -41,6 +43,7 @@ MORE: tuple[tuple[str, int, str, int, dict[str, Any]], ...] = (
     ("augmented", 0, "phased", 1, {}),
     ("options", 3, "joint", 1, {}),
     ("clipped", 2, "phased", 2, {}),
+    *(("real", stage, ("joint", "phased")[stage % 2], 2 - stage // 3, {}) for stage in (0, 1, 2, 3)),
     ("k2", 3, "phased", 1, {"activation_checkpointing": "on"}),
     *(("k1", stage, "phased", 2 - stage // 3, {"offload": "optimizer"}) for stage in (1, 3)),
     ("k1", 3, "joint", 1, {"offload": "all", "teacher_storage": "sharded"}),
@@ -90,7 +93,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(teacher: Path) -> dict[str, plain_loop.Plain]:
     net = load_teacher(teacher)
     return {
-        name: plain_loop.distill(net, DistillConfig(**{**BASE, **setting}), STEPS) for name, setting in SETTINGS.items()
+        name: plain_loop.distill(
+            net, DistillConfig(**{**BASE, **setting}), STEPS, real=real_images() if "real_weights" in setting else None
+        )
+        for name, setting in SETTINGS.items()
     }
 
 

@@ -144,6 +144,8 @@ CHANGED = {
     "guidance": 1.4,
     "logvar": True,
     "class_counts": (1, 2),
+    "real_weights": (0.92, 0.94),
+    "real_xflip": True,
 }
 FREELY = {
     "out": Path("elsewhere"),
@@ -160,6 +162,7 @@ FREELY = {
     "max_bad_steps": 1,
     "backward": "phased",
     "teacher": Path("moved"),
+    "real_data": Path("moved"),
     "heun_steps": 40,
     "activation_checkpointing": "on",
     "async_checkpoints": False,

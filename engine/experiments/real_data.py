@@ -1,0 +1,64 @@
+"""The real images that --real-data names, for recipes that distil."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.data.open_dataset import open_dataset
+from ipfm.engine.evaluation.reference_data import is_npz, open_images
+from ipfm.engine.experiments.options import DistillationOptions
+from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.runtime.commandline import BadInput
+from ipfm.engine.training.data_order import real_images
+from ipfm.models import NetworkConfig
+from ipfm.models.checkpoints.recognise import user_path
+
+# The recipe's own images; a folder of this name is ./own.
+OWN = Path("own")
+
+
+def read_real(
+    options: DistillationOptions,
+    config: Distillation,
+    network: NetworkConfig,
+    own: Callable[[], ImageDataset | None] = lambda: None,
+) -> ImageDataset | None:
+    """The images that the student learns from, as the teacher takes them; None without any.
+
+    Args:
+        options: of a recipe.
+        config: its settings, completed for the teacher.
+        network: the teacher's.
+        own: the images that the recipe has itself.
+
+    Raises:
+        ValueError: they are missing, cannot be read, or do not fit the teacher; in a dry run they may be missing.
+    """
+    path: Path | None = getattr(options, "real_data", None)
+    if not config.takes_real_images:
+        if path is None and getattr(config, "real_xflip", False):
+            raise ValueError("real-xflip was given without real-data")
+        return None
+    if path is None:
+        if options.dry_run:
+            return None
+        a, b = config.real_weights  # type: ignore[attr-defined]
+        raise BadInput(f"real-weights {a:g} {b:g} needs the real images: give --real-data", "")
+    return real_images(config, network, _opened(path, options, network, own))
+
+
+def _opened(
+    path: Path, options: DistillationOptions, network: NetworkConfig, own: Callable[[], ImageDataset | None]
+) -> ImageDataset:
+    if path != OWN:
+        place = user_path(path)
+        if is_npz(place):
+            return open_images(path, skip_unreadable=options.skip_unreadable, strict=options.strict)
+        labels = network.label_dim > 0
+        return open_dataset(path, labels=labels, skip_unreadable=options.skip_unreadable, strict=options.strict)
+    data = own()
+    if data is None:
+        raise ValueError("real-data own is for recipes that have images themselves, and this one has none: give a path")
+    return data
