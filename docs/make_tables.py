@@ -43,6 +43,7 @@ from ipfm.recipes import (
     afhqv2_sid,
     cifar_ipfm,
     cifar_pid,
+    cifar_realuid,
     cifar_sid,
     cifar_teacher,
     digits_ipfm,
@@ -65,7 +66,7 @@ FOLDER = Path(__file__).parent
 RENTED = tuple(
     module.RECIPE
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid, imagenet64_sid,
-                   cifar_pid, imagenet64_pid, cifar_teacher, ffhq_teacher)
+                   cifar_realuid, cifar_pid, imagenet64_pid, cifar_teacher, ffhq_teacher)
 )  # fmt: skip
 GPUS = (24, 48, 80, 141)
 PROCESSES = (1, 8)
@@ -185,7 +186,7 @@ def settings() -> list[str]:
     names = ("recipe", "batch", "lr", "α", "β₁ of S, G", "ε", "dropout", "augment", "EMA half-life, kimg", "length")
     rows = [_row(names), _row(["---"] * len(names))]
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid,
-                   imagenet64_sid, digits_ipfm, shapes_ipfm, fashion_ipfm):  # fmt: skip
+                   imagenet64_sid, cifar_realuid, digits_ipfm, shapes_ipfm, fashion_ipfm):  # fmt: skip
         base = module.RECIPE.base
         betas = f"{base.student_beta1:g}, {base.generator_beta1:g}"
         numbers = (base.batch, base.lr, base.alpha, betas, base.eps, base.dropout, base.augment, base.ema_kimg)
@@ -197,7 +198,7 @@ def sources() -> list[str]:
     """Where the settings of each recipe of a published data set come from, a row each."""
     rows = [_row(["recipe", "paper", "script", "SiD", "this project"]), _row(["---"] * 5)]
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid,
-                   imagenet64_sid, cifar_pid, imagenet64_pid):  # fmt: skip
+                   imagenet64_sid, cifar_realuid, cifar_pid, imagenet64_pid):  # fmt: skip
         cells = []
         for source in [source for source in SOURCES if source not in ("EDM", "EDM2")]:
             found = {name: o.remark for name, o in module.RECIPE.origins.items() if o.source == source}

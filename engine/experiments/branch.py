@@ -247,7 +247,8 @@ def _checkpoint_path(run: Path, step: int) -> Path:
 
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     """What tells the run apart from others beside its settings, wherever its folder lies."""
-    return {name: record[name] for name in ("teacher", "network", "continues", "dataset", "pictures", "real_data") if name in record}
+    names = ("teacher", "network", "continues", "dataset", "pictures", "real_data")
+    return {name: record[name] for name in names if name in record}
 
 
 def _is_it(record: Mapping[str, Any], said: Branch, kind: type[RunConfig]) -> bool:

@@ -29,7 +29,7 @@ class DistillationOptions(Distillation, EvaluationOptions):
 
     ELSEWHERE: ClassVar[Mapping[str, str]] = {
         "data": "distillation takes no data; recipes for images of any size have it, to compare with, such as "
-        "distill_ipfm.py",
+        "distill_ipfm.py; --real-data lets the student of IPFM and SiD learn from some",
         "transfer": "--continue-from takes a generator's weights; recipes that train a teacher have it",
     }
 

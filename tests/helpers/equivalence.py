@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from ipfm.engine import DistillConfig
 from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.commands.bench.equivalence import BASE, LIMIT, compared_teacher, difference
+from ipfm.engine.data.dataset import ImageDataset
 from ipfm.models import EDM2Precond, NetworkConfig, Precond, build_network, load_teacher, save_model
 from ipfm.models.forced_weight_norm import masters
 
@@ -46,9 +47,11 @@ def make_edm2_teacher(folder: Path) -> Path:
     return folder / "edm2"
 
 
-def distill_edm2(teacher: Precond, config: DistillConfig, steps: int) -> plain_loop.Plain:
+def distill_edm2(
+    teacher: Precond, config: DistillConfig, steps: int, real: ImageDataset | None = None
+) -> plain_loop.Plain:
     """The plain loop on such a teacher: the rule is in the forward pass, masters are normalised once an update."""
-    return plain_loop.distill(teacher, config, steps, trained=_in_forward, before_update=normalise_once)
+    return plain_loop.distill(teacher, config, steps, trained=_in_forward, before_update=normalise_once, real=real)
 
 
 def _in_forward(net: Precond) -> Precond:

@@ -13,6 +13,7 @@ import torch
 
 from ipfm.engine import DistillConfig, plan_memory
 from ipfm.engine.config import TeacherConfig
+from ipfm.engine.data.real_images import BlankImages
 from ipfm.engine.distributed.precision import DTYPES, apply_precision, halve_storage
 from ipfm.engine.distributed.single_process import WIDENED
 from ipfm.engine.distributed.world import World
@@ -85,7 +86,8 @@ def measured(settings: StepSettings) -> dict[str, int]:
     trained = {
         name: Real(net.to(DTYPES[precision])) for name, net in zip(("student", "generator"), nets[1:], strict=True)
     }
-    context = StepContext(trained, nets[0], settings.resolved, World(0, 1, CPU))
+    real = BlankImages(settings.network, CPU)
+    context = StepContext(trained, nets[0], settings.resolved, World(0, 1, CPU), real=real)
     steps = DistillSteps(settings.resolved.config, context, settings.network)
     gc.collect()
     peaks: dict[str, int] = {}
@@ -110,6 +112,7 @@ CASES = [
     ("attention", {"phased": False, "activation_checkpointing": True}),
     ("ncsn++", {"phased": True, "config": DistillConfig(steps=2)}),
     ("conditional", {"phased": True, "config": DistillConfig(augment=0.5)}),
+    ("conditional", {"phased": True, "config": DistillConfig(real_weights=(0.92, 0.94))}),
     ("ncsn++", {"phased": False, "sharding": Sharding(stage=1, precision="bf16", teacher_storage="half")}),
     ("attention", {"phased": True, "sharding": Sharding(stage=1, precision="bf16", teacher_storage="fp32")}),
 ]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ipfm.engine import DistillConfig, Distiller, PidConfig, TeacherConfig, TeacherTraining
+from ipfm.engine.commands.bench.equivalence import real_images
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed import pieces
 from ipfm.engine.distributed.pieces import CapturedPieces, Number
@@ -52,6 +53,8 @@ CASES: dict[str, tuple[type[Distillation], dict[str, Any]]] = {
     "dropout": (DistillConfig, {"precision": "bf16", "dropout": 0.3, "micro_batch": 2}),
     "last, dropout": (DistillConfig, {"precision": "fp32", "dropout": 0.3, "steps": 2, "gradient": "last"}),
     "pid": (PidConfig, {"precision": "bf16", "points": 20, "micro_batch": 2, "backward": "phased"}),
+    # The real half goes on with the dropout that the other has begun.
+    "real": (DistillConfig, {"precision": "fp32", "dropout": 0.3, "micro_batch": 2, "real_weights": (0.92, 0.94)}),
 }
 
 
@@ -76,7 +79,8 @@ def teacher() -> Precond:
 
 def made(case: str, teacher: Precond, **more: Any) -> Distiller:
     kind, settings = CASES[case]
-    return Distiller(kind(**{**BASE, **settings, **more}), teacher, world=ALONE)
+    config = kind(**{**BASE, **settings, **more})
+    return Distiller(config, teacher, real=real_images() if config.takes_real_images else None, world=ALONE)
 
 
 def goes_on(run: Distiller, steps: range) -> list[Mapping[str, Tensor]]:

@@ -10,7 +10,7 @@ import torch
 
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.bench import plain_loop
-from ipfm.engine.commands.bench.equivalence import trained_tensors
+from ipfm.engine.commands.bench.equivalence import real_images, trained_tensors
 from ipfm.engine.distributed.world import World
 from ipfm.kernels.adam import ema_entries
 from ipfm.models import load_teacher
@@ -23,6 +23,7 @@ CASES = {
     "k2-z1": {"zero": 1, "backward": "joint", "steps": 2},
     "k2-z2": {"zero": 2, "backward": "phased", "steps": 2, "parts": 2},
     "k1-z3": {"zero": 3, "backward": "joint", "parts": 2, "activation_checkpointing": "on"},
+    "re-z2": {"zero": 2, "backward": "joint", "parts": 2, "real_weights": (0.7, 0.8)},
 }
 
 
@@ -37,7 +38,7 @@ def plain(teacher: Path) -> dict[str, plain_loop.Plain]:
     return {
         name: equivalence.distill_edm2(net, DistillConfig(**{**BASE, "steps": steps}), STEPS)
         for name, steps in (("k1", 1), ("k2", 2))
-    }
+    } | {"re": equivalence.distill_edm2(net, DistillConfig(**BASE, real_weights=(0.7, 0.8)), STEPS, real_images())}
 
 
 @pytest.mark.distributed

@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "augmented": {"augment": 0.5},
     "options": {"student_updates": 2, "student_lr": 5e-4, "generator_beta1": 0.9, "student_beta1": 0.5, "alpha": 1.2},
     "clipped": {"clip_grad": 0.05},
-    "real": {"real_weights": (0.7, 0.8), "augment": 0.5, "student_updates": 2, "alpha": 0.5},
+    "real": {"real_weights": (0.7, 0.8), "augment": 0.5, "student_updates": 2, "steps": 2, "alpha": 0.5},
     # Masks are drawn for a micro-batch as a whole: on one process, at once, they are the plain loop's.
     "dropout": {"dropout": 0.3, "steps": 2},
     "droplast": {"dropout": 0.3, "steps": 3, "gradient": "last"},
