@@ -248,7 +248,7 @@ def _declared(settings: ast.ClassDef) -> tuple[str, dict[str, Offered], str]:
         except (NameError, TypeError):
             written = ast.unparse(annotations[name])
             raise ValueError(
-                f"planned names {name}, whose annotation must be made of int, float, str, bool, None and Literal, "
+                f"planned names {name}, whose annotation must be made of int, float, str, bool, tuple, None and Literal, "
                 f"got {written}"
             ) from None
     return kind, offered, constant("plan_example", "") if kind else ""

@@ -653,7 +653,7 @@ class DistillConfig(Distillation):
             return {}
         steps, weights = settings.get("steps"), weights_said(settings)
         if weights is not None:
-            return real_data_results(dataset, tuple(weights), steps)
+            return real_data_results(dataset, (weights.a, weights.b), steps)
         return paper_results(dataset, number(settings.get("alpha")), steps) if isinstance(steps, int) else {}
 
     @classmethod

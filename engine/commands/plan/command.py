@@ -112,7 +112,7 @@ class Plan:
     teacher_training: bool = False
     """Plan the training of a teacher instead."""
     gpu_memory: float | None = None
-    """Memory of one GPU in GB."""
+    """Memory of one GPU in GB: largest micro-batch, cheapest form that fits."""
     fits: tuple[float, ...] = ()
     """Memory of several GPUs in GB: a table of what fits on each."""
     gpus: tuple[int, ...] = ()
