@@ -248,8 +248,8 @@ def _declared(settings: ast.ClassDef) -> tuple[str, dict[str, Offered], str]:
         except (NameError, TypeError):
             written = ast.unparse(annotations[name])
             raise ValueError(
-                f"planned names {name}, whose annotation must be made of int, float, str, bool, tuple, None and Literal, "
-                f"got {written}"
+                f"planned names {name}, whose annotation must be made of int, float, str, bool, tuple, None and "
+                f"Literal, got {written}"
             ) from None
     return kind, offered, constant("plan_example", "") if kind else ""
 
