@@ -337,21 +337,18 @@ class _FlatOptimizer:
         """DeepSpeed's copy of the flat tensor into the network's weights is not seen here."""
 
 
-class _Teacher(TeacherTraining):
-    """On data that have no values."""
-
-    def _batch(self, step: int, index: Tensor) -> Batch:
-        images = torch.empty(len(index), *self.network.image_shape, device=META)
-        labels = torch.empty(len(index), self.network.label_dim, device=META) if self.network.label_dim else None
-        return Batch(images, labels)
-
-
-class _Unmoved(ImageDataset):
-    """Data that stay where they are: values that are moved to the meta device are none any more."""
+class _WithoutValues(ImageDataset):
+    """Data of which no value is asked for: they stay where they are, and a batch of them has none."""
 
     def to(self, device: object) -> ImageDataset:
         """Itself."""
         return self
+
+    def batch(self, step: int, sample_index: Tensor, *, batch_size: int, seed: int) -> Batch:
+        """See `ImageDataset.batch`."""
+        count, classes = len(sample_index), self.classes
+        labels = torch.empty(count, classes, device=META) if classes else None
+        return Batch(torch.empty(count, *self.shape, device=META), labels)
 
 
 def gpu_settings(
@@ -428,9 +425,9 @@ def on_meta(settings: Resolved[Any], network: NetworkConfig) -> Distiller | Teac
         patched.enter_context(_StayingOnMeta())
         one = torch.zeros(1, *network.image_shape, dtype=torch.uint8)
         labels = torch.zeros(1, dtype=torch.int64) if network.label_dim else None
-        data = _Unmoved(one, labels, classes=network.label_dim or None)
+        data = _WithoutValues(one, labels, classes=network.label_dim or None)
         if isinstance(settings.config, TeacherConfig):
-            return _Teacher(settings.config, network, data, world=world)
+            return TeacherTraining(settings.config, network, data, world=world)
         real = data if settings.config.takes_real_images else None
         return Distiller(settings.config, made(network).eval().requires_grad_(False), real=real, world=world)
 
