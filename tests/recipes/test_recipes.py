@@ -22,6 +22,7 @@ from ipfm.recipes import (
     afhqv2_sid,
     cifar_ipfm,
     cifar_pid,
+    cifar_realuid,
     cifar_sid,
     cifar_teacher,
     ffhq_ipfm,
@@ -101,6 +102,23 @@ def test_sid_is_diffusion(capsys: pytest.CaptureFixture[str]) -> None:
     said = dry(capsys, cifar_sid)
     assert said["D"] == "inf" and said["out"] == "runs/cifar_sid-Dinf-alpha1.2-K1"
     assert "the settings of SiD (arXiv 2404.04057)" in said["text"] and "55,733,891" in said["text"]  # ddpm++
+
+
+@pytest.mark.usefixtures("thin_plan")
+def test_settings_of_realuid(capsys: pytest.CaptureFixture[str]) -> None:
+    """Five sixths of 500 000 updates are the student's; the average forgets by 0.999 in each of the generator's."""
+    said = dry(capsys, cifar_realuid, "--micro-batch", "16", "--zero", "1", "--backward", "phased")
+    numbers = {"lr": 3e-5, "alpha": 0.5, "batch": 256, "dropout": 0, "augment": 0, "clip_grad": 1, "student_updates": 5}
+    assert {name: float(said[name]) for name in numbers} == numbers
+    assert (said["student_init"], said["real_xflip"], said["real_weights"]) == ("random", "True", "0.92, 0.94")
+    assert 6 * int(said["max_steps"]) == pytest.approx(500_000, rel=1e-4)
+    assert 0.5 ** (256 / (1000 * float(said["ema_kimg"]))) == pytest.approx(0.999, abs=1e-6)
+    assert "published is FID 2.23 (arXiv 2509.22459; a smaller flow matching network there)" in said["text"]
+    assert said["out"] == "runs/cifar_realuid-Dinf-alpha0.5-K1-real0.92-0.94"
+    settings = cifar_realuid.RECIPE.varied({}, math.inf, conditional=True)
+    assert settings.real_weights == (0.98, 0.96)
+    with pytest.raises(BadInput, match=r"^give --teacher"):
+        cifar_realuid.main([])
 
 
 @pytest.mark.usefixtures("thin_plan")

@@ -217,6 +217,10 @@ def _given(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> tuple[li
     if isinstance(recipe, OwnDistilRecipe) and branch_of(record) is None:
         options += ["--scale", "full"]
         notes.append("The options after --scale are what differs from the settings by the rule of sizes for a GPU.")
+    if record.identity.get("real_data") is not None and branch_of(record) is None:
+        given = str(record.config.get("real_data") or "DATA")
+        options += ["--real-data", portable(given)]
+        notes += [] if given == "own" else ["Give the real images where they lie on your machine."]
     if images is not None and images != base.eval_images:
         options += ["--eval-images", str(images)]
     options += _metrics(record)

@@ -55,6 +55,7 @@ from ipfm.models import EDMPrecond, presets, save_model
 from ipfm.recipes import (
     cifar_ipfm,
     cifar_pid,
+    cifar_realuid,
     cifar_sid,
     cifar_teacher,
     digits_ipfm,
@@ -292,6 +293,8 @@ def test_a_teacher_run_and_an_objective_of_others(tmp_path: Path) -> None:
     [
         (cifar_ipfm, "cifar10", "--D 2048 --alpha 0.5 --steps 4 --precision bf16"),
         (cifar_ipfm, "cifar10", "--D 128 --sigmas 2.5 0.7 --no-tf32 --max-steps 9 --noise.p-mean -1.1 --clip-grad 1"),
+        (cifar_ipfm, "cifar10", "--D 128 --real-weights 0.92 0.96 --real-xflip"),
+        (cifar_realuid, "cifar10", "--D inf"),
         (cifar_sid, "cifar10", "--D inf"),
         (cifar_pid, "cifar10", "--D inf --difference central --points 120"),
         (ffhq_ipfm, "ffhq64", "--D 128 --seed 3"),
