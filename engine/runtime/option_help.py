@@ -176,7 +176,10 @@ def _as_number(word: str, kind: type) -> str:
 
 
 def _optional(info: PrimitiveTypeInfo, *, none: bool) -> PrimitiveConstructorSpec[Any] | None:
-    """X | None, shown and read as X, and X | tuple[X, ...] as tuple[X, ...]; None is the word None."""
+    """X | None, shown and read as X, and X | tuple[X, ...] as tuple[X, ...]; None is the word None.
+
+    Of several values, as tuple[float, float] | None has them, None is said by leaving the option out alone.
+    """
     if get_origin(info.type) not in (Union, types.UnionType):
         return None
     given = get_args(info.type)
@@ -188,7 +191,8 @@ def _optional(info: PrimitiveTypeInfo, *, none: bool) -> PrimitiveConstructorSpe
     if len(kinds) != 1 or (one is None and not optional):
         return None
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
-    if not isinstance(spec, PrimitiveConstructorSpec) or (spec.nargs != 1 and not lists):
+    several = get_origin(kinds[0]) is tuple and not lists
+    if not isinstance(spec, PrimitiveConstructorSpec) or (spec.nargs != 1 and not lists and not several):
         return None
     inner = spec
 

@@ -80,13 +80,10 @@ def _offered(said: Mapping[str, Declared], own: Collection[str]) -> dict[str, Of
 @dataclass(frozen=True, kw_only=True)
 @_with_objectives
 class Plan:
-    """Predict the memory of a run, by part and phase of a step, and what to rent for it.
-
-    --gpu-memory, --fits: the cheapest form that fits GPUs. A recipe, or --gpus: what to rent.
-    """
+    """Predict the memory of a run, by part and phase of a step, and what to rent for it."""
 
     model: str
-    """Preset, model folder, checkpoint of EDM's kind, or recipe."""
+    """Preset, model folder, checkpoint of EDM's kind, or recipe: what to rent."""
     guide: str | None = None
     """Network that guides the teacher, as a run's --guide; named as --model is."""
     objective: str | None = None

@@ -133,7 +133,7 @@ FREE = {
     "keep_checkpoints", "max_bad_steps", "resume", "backward", "teacher", "heun_steps", "offload",
     "activation_checkpointing", "async_checkpoints", "profile_memory", "teacher_storage", "compile", "memory_format",
     "lpips", "from_step", "snapshot_every", "keep_snapshots", "deterministic", "attention_backend",
-    "cuda_graphs", "export_ema", "snapshot_precision", "guide",
+    "cuda_graphs", "export_ema", "snapshot_precision", "guide", "real_data",
 }  # fmt: skip
 PLACE = FREE - {"max_steps", "kimg", "heun_steps", "tf32", "export_ema"}
 KINDS = (DistillConfig, PidConfig, TeacherConfig)
