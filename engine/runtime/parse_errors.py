@@ -136,7 +136,9 @@ def _line(event: _errors.ParseErrorEvent, kind: Any, arguments: Sequence[str], e
         case _errors.MissingSubcommand():
             return f"Expected one of {{{', '.join(event.subcommand_spec.parser_from_name)}}}"
         case _errors.BadValue():
-            return f"{_shown(event.argument)} needs a value"
+            count = event.argument.lowered.nargs
+            several = isinstance(count, int) and count > 1
+            return f"{_shown(event.argument)} needs {f'{count} values' if several else 'a value'}"
         case _errors.InvalidChoice():
             # "None" is how an option is given that may be left out.
             possible = ", ".join(choice for choice in sorted(event.choices) if choice != "None")
