@@ -83,7 +83,7 @@ class Plan:
     """Predict the memory of a run, by part and phase of a step, and what to rent for it."""
 
     model: str
-    """Preset, model folder, checkpoint of EDM's kind, or recipe: what to rent."""
+    """Preset, model folder, checkpoint of EDM's kind, or recipe."""
     guide: str | None = None
     """Network that guides the teacher, as a run's --guide; named as --model is."""
     objective: str | None = None
