@@ -22,7 +22,7 @@ from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.decoding import GO_ON, DecodedImages
 from ipfm.engine.data.image_files import ARRAY, ImageFiles, printable
 from ipfm.engine.data.image_grid import pixels
-from ipfm.models.autoencoder import ENCODED_CHANNELS, Autoencoder
+from ipfm.models.autoencoder import ENCODED_CHANNELS, LATENT_CHANNELS, Autoencoder
 
 _WANTED = f"latents are ({ENCODED_CHANNELS}, h, w) float32, mean and deviation (ipfm dataset --latents makes them)"
 
@@ -80,7 +80,10 @@ def _header(file: IO[bytes], where: str) -> tuple[tuple[int, int, int], np.dtype
         said = printable(" ".join(str(error).split())[:120])
         raise ValueError(f"{where} is no array of NumPy that can be read: {said}; {_WANTED}{GO_ON}") from None
     if len(shape) != 3 or shape[0] != ENCODED_CHANNELS or 0 in shape or dtype not in (np.float32, np.float16):
-        raise ValueError(f"{where} is an array {tuple(shape)} of {printable(str(dtype))[:60]}; {_WANTED}{GO_ON}")
+        # All others of such a set are so too: there is nothing to go on with.
+        drawn = len(shape) == 3 and shape[0] == LATENT_CHANNELS
+        said = f"; {LATENT_CHANNELS} channels are a mean alone, or latents that were drawn already" if drawn else GO_ON
+        raise ValueError(f"{where} is an array {tuple(shape)} of {printable(str(dtype))[:60]}; {_WANTED}{said}")
     if shape[1] != shape[2]:
         raise ValueError(f"{where} holds latents {shape[1]}x{shape[2]}, but they must be square{GO_ON}")
     return shape, dtype, fortran

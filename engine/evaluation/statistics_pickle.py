@@ -34,6 +34,8 @@ def read_statistics(path: Path) -> dict[str, dict[str, np.ndarray]]:
         root = read_pickle(map_file(path), _GLOBALS, where=str(path), limits=_LIMITS)
     except ValueError as error:
         said = " ".join(str(error).removeprefix(f"{path}: ").split())
+        if any(module in said for module in ("dnnlib", "torch_utils")):
+            said = "of a network, it seems; --reference is a data set or statistics, such as img512.pkl"
         raise ValueError(f"{path} is a pickle of other things than statistics: {said}") from None
     found: dict[str, dict[str, np.ndarray]] = {}
     if isinstance(root, dict):

@@ -239,6 +239,19 @@ def _levels_in_words(noise: NoiseLevels) -> list[str]:
     return [f"noise levels of this teacher: {said}"] if said else []
 
 
+def _of_its_kind(path: str, data: ImageDataset, network: NetworkConfig) -> str:
+    """How to have data of a teacher's kind, where those given are of another."""
+    C, _, side = network.image_shape
+    if not is_latent(network.image_shape):
+        if data.latents:
+            return "give the pictures that they were made of"
+        channels = f" --channels {C}" if data.shape[0] != C and C in (1, 3) else ""
+        return f"ipfm dataset {path} NEW.zip --resolution {side}{channels} makes some of its kind"
+    if data.latents:
+        return f"make latents of {side}x{side} of the pictures, by ipfm dataset PICTURES NEW.zip --latents VAE_FOLDER"
+    return f"ipfm dataset {path} NEW.zip --latents VAE_FOLDER makes latents of them; or give --vae VAE_FOLDER"
+
+
 def _open(options: OwnDistillationOptions, network: NetworkConfig) -> tuple[ImageDataset | None, list[str]]:
     """The data, with the labels that the teacher takes, and what to know of them."""
     if options.data is None:
@@ -250,11 +263,11 @@ def _open(options: OwnDistillationOptions, network: NetworkConfig) -> tuple[Imag
         data = open_dataset(options.data, labels=network.label_dim > 0, skip_unreadable=skip, strict=strict)
     of_pictures = options.vae is not None and is_latent(network.image_shape) and not data.latents
     if data.shape != network.image_shape and not of_pictures:
-        C, _, side = network.image_shape
+        kinds = ["latents" if latent else "images" for latent in (data.latents, is_latent(network.image_shape))]
         raise ValueError(
-            f"{options.data} has images {'x'.join(map(str, data.shape))}, the teacher makes "
-            f"{'x'.join(map(str, network.image_shape))}: ipfm dataset {options.data} NEW.zip --resolution {side}"
-            f"{f' --channels {C}' if data.shape[0] != C and C in (1, 3) else ''} makes some of its kind"
+            f"{options.data} has {kinds[0]} {'x'.join(map(str, data.shape))}, the teacher makes "
+            f"{'' if kinds[0] == kinds[1] else f'{kinds[1]} '}{'x'.join(map(str, network.image_shape))}: "
+            f"{_of_its_kind(str(options.data), data, network)}"
         )
     remarks = []
     if network.label_dim and data.classes != network.label_dim:

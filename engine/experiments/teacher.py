@@ -335,9 +335,10 @@ class TeacherRecipe(Recipe[TeacherOptions]):
             return state.config
         classes = data.classes if options.conditional and data is not None else 0
         if options.conditional and data is not None and not classes:
+            source, latents = ("PICTURES", " --latents VAE_FOLDER") if data.latents else (options.data, "")
             raise ValueError(
-                f"conditional was given, but {options.data} has no class labels; ipfm dataset {options.data} NEW.zip "
-                "takes the names of folders for them"
+                f"conditional was given, but {options.data} has no class labels; ipfm dataset {source} NEW.zip"
+                f"{latents} takes the names of folders for them"
             )
         return options.network(
             settled.base,

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from edm2_fixtures import FIXTURES
 from PIL import Image
 from tiny_vae import tiny_vae
 
@@ -66,6 +67,21 @@ def test_classes_are_drawn_as_often_as_the_labels_say(place, tmp_path, capsys):
         (tmp_path / "dataset.json").write_text(json.dumps({"labels": [["a.png", 5]]}))
         teacher = ["--teacher", str(place / "teacher" / "model"), "--labels", str(tmp_path)]
         distill_ipfm.main([*teacher, "--dry-run"])
+
+
+def test_latents_and_pictures_are_told_apart_where_a_teacher_takes_the_other(place):
+    """And how to have what it takes: `ipfm dataset` makes no pictures of latents."""
+    pixels = str(FIXTURES / "edm2_img_cond.pkl")
+    for teacher, data, said in (
+        (
+            pixels,
+            "latents.zip",
+            "has latents 4x8x8, the teacher makes images 3x16x16: give the pictures",
+        ),
+        (place / "teacher" / "model", "pictures.zip", "the teacher makes latents 4x8x8: ipfm dataset .* --latents VAE"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            distill_ipfm.main(["--teacher", str(teacher), "--data", str(place / data), "--dry-run"])
 
 
 def test_samples_are_pictures_or_latents(place, tmp_path, capsys):

@@ -62,10 +62,11 @@ class Ema:
                 return
             used, images = self._used(stored)
             rows = [self._coefficients(used, Profile(images, std), remarks) for std in self.std]
-            self._make(used, images, rows, remarks)
+        self._make(used, images, rows, remarks)
 
     def _check(self) -> None:
         """ValueError: the options do not go together."""
+        from ipfm.engine.runtime.files import check_writable
         from ipfm.models.store import in_the_way
 
         if bool(self.std) != (self.out is not None):
@@ -81,6 +82,7 @@ class Ema:
         for _, place in self._places():
             if reason := in_the_way(place):
                 raise ValueError(f"{reason}: name another folder")
+            check_writable(place, place.parent)
 
     def _places(self) -> list[tuple[float, Path]]:
         """Each width, and where its network is written."""
@@ -134,14 +136,15 @@ class Ema:
             write({"stored": said}, "\n".join([f"{'kimg':>12}  {'std':<6}", *rows]))
 
     def _make(self, used: Sequence[StoredAverage], images: float, rows: Sequence[np.ndarray], remarks: Remarks) -> None:
-        """Write the networks. ValueError: a file is damaged."""
+        """Write the networks."""
         import numpy as np
         import torch
 
         from ipfm.engine.commands.ema.combine import combined
         from ipfm.models import build_network, save_model
 
-        states = combined(used, np.stack(rows))
+        with user_input():
+            states = combined(used, np.stack(rows))
         with torch.device("meta"):
             net = build_network(used[-1].network)
         made: list[dict[str, Any]] = []

@@ -152,6 +152,7 @@ def test_what_edm2s_file_says_of_its_network_is_said_of_what_is_made_of_it(tmp_p
         (["--at", 3], "at is the time of the average"),
         (["--std", 0.12, 0.12, "--out", "o"], "std must be different widths"),
         (["--std", 0.12, "--out", "o.pkl"], "out must be a folder, got o.pkl"),
+        (["--std", 0.12, "--out", "/dev/null/o"], "/dev/null/o cannot be written: /dev/null is no folder that takes"),
         (["--std", 0.12, "--D", 3, "--out", "o"], "says itself what it is"),
     ],
 )  # fmt: skip

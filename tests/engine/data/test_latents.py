@@ -126,7 +126,10 @@ def npy(array: np.ndarray) -> bytes:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (npy(some_latents()[0, :4]), r"is an array \(4, 4, 4\) of float32; latents are \(8, h, w\) float32"),
+        (
+            npy(some_latents()[0, :4]),
+            r"is an array \(4, 4, 4\) of float32; latents are \(8, h, w\) float32.*; 4 channels are a mean alone, or",
+        ),
         (npy(some_latents()[0].astype(np.float64)), r"is an array \(8, 4, 4\) of float64"),
         (npy(np.array([{}])), r"is an array \(1,\) of object"),
         (npy(some_latents()[0][:, :, :2]), "holds latents 4x2, but they must be square"),

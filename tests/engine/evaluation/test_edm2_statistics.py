@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from edm2_fixtures import FIXTURES
 from torch import nn
 
 from ipfm.engine.distributed.world import World
@@ -77,6 +78,11 @@ def test_what_is_refused_runs_nothing_and_is_named(tmp_path, content, words):
         open_reference(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_network_in_the_place_of_statistics_is_called_one():
+    with pytest.raises(ValueError, match=r"statistics: of a network, it seems; --reference is a"):
+        open_reference(FIXTURES / "edm2_img_cond.pkl")
 
 
 def test_a_file_that_is_cut(tmp_path):
