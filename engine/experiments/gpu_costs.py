@@ -251,7 +251,7 @@ def _parts(run: Run, plan: MemoryPlan, sharding: Sharding) -> Parts:
 def _host(run: Run, plan: MemoryPlan, ranks: int) -> HostMemory:
     config, local = run.config, min(ranks, OF_A_NODE)
     # A network is made there, and its exact weights wait there while the engine rounds them; beside the teacher.
-    start = 4 * (plan.parts.trained + (plan.parts.parameters if isinstance(config, Distillation) else 0))
+    start = 4 * (plan.parts.trained + (parameter_count(run.network) if isinstance(config, Distillation) else 0))
     networks = [4 * count * (1 + moments) for count, moments, _ in run.trained]
     return HostMemory(
         plan.parts.host * local, start * local, sum(networks) if config.async_checkpoints else max(networks)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -82,6 +82,11 @@ def _offered(said: Mapping[str, Declared], own: Collection[str]) -> dict[str, Of
 class Plan:
     """Predict the memory of a run, by part and phase of a step, and what to rent for it."""
 
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {
+        "vae": "what it adds is said wherever the images are latents",
+        "guidance": "it changes no size; --guide is the network that guides the teacher",
+    }
+
     model: str
     """Preset, model folder, checkpoint of EDM's kind, or recipe."""
     guide: str | None = None
@@ -150,7 +155,8 @@ class Plan:
             prices = parse_prices(self.price)
             counts = sorted(set(self.gpus)) or COUNTS
             table = RentTable(self.model, planned, counts, SHARE if self.share is None else self.share, prices)
-        write(table.facts(), table.text())
+        guided = {} if self.guide is None else {"guide": self.guide}
+        write(table.facts() | guided, table.text())
 
     def _plan(self, config: Distillation | TeacherConfig, network: NetworkConfig, write: Write) -> None:
         from ipfm.engine.memory import gpu_budget, layout_of
@@ -355,8 +361,9 @@ class Plan:
             return planned
         if not isinstance(planned.config, Distillation):
             raise ValueError("the training of a teacher has no guide: leave it out")
-        # Its factor changes no size; of 1 there would be no guide.
-        network = replace(planned.network, guide=Guide(read_network(self.guide), 2.0))
+        # Neither D nor the factor changes a size; of 1 there would be no guide.
+        guide = read_network(self.guide).at(planned.network.D)
+        network = replace(planned.network, guide=Guide(guide, 2.0))
         return replace(planned, network=network)
 
     @property

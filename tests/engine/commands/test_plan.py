@@ -55,14 +55,15 @@ def rows_of(found: dict[str, Any], gpu: str) -> dict[int, dict[str, Any]]:
 
 
 def test_a_guide_is_in_the_bytes_and_the_arithmetic_of_its_teacher(
-    planned: Any, capsys: pytest.CaptureFixture[str]
+    teacher: Path, planned: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alone = planned("digits", "--batch", 8)
-    guided = planned("digits", "--batch", 8, "--guide", "digits")
+    """Whatever D the two have, which changes no size."""
+    alone = planned(teacher, "--batch", 8)
+    guided = planned(teacher, "--batch", 8, "--guide", "digits")
     assert guided["guide"] == "digits" and "guide" not in alone
     assert guided["parts"]["teacher"] == 2 * alone["parts"]["teacher"]
     assert guided["parts"]["weights"] == alone["parts"]["weights"] and guided["flops"] > alone["flops"]
-    plan("--model", "digits", "--guide", "digits", "--gpus", 1, "--kimg", 1)
+    plan("--model", teacher, "--guide", "digits", "--gpus", 1, "--kimg", 1, "--batch", 8, "--backward", "joint")
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("guided by "))
     assert f"{parameter_count(presets.get('digits')):,} parameters" in line
 
@@ -377,6 +378,7 @@ def test_long_plans_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, capsys
         ("cifar_teacher --backward joint", "cifar_teacher.py has no backward: leave it out"),
         ("cifar_ipfm --teacher-training", "cifar_ipfm.py trains no teacher; cifar_teacher.py, "),
         ("edm2-img512-s --guide cifar10-ncsnpp", "the guide must have the network's pixels a side, 64, got 32"),
+        ("edm2-img512-s --vae x", "unknown option --vae; what it adds is said wherever the images are latents"),
         ("digits --guide digitz", "network preset 'digitz' is unknown; possible: "),
         ("cifar_teacher --guide digits", "the training of a teacher has no guide: leave it out"),
         ("digits --batch 0", "batch must be an integer >= 1, got 0"),
