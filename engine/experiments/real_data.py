@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ipfm.engine.data.dataset import ImageDataset
@@ -11,6 +13,7 @@ from ipfm.engine.evaluation.reference_data import is_npz, open_images
 from ipfm.engine.experiments.options import DistillationOptions
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import BadInput
+from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.engine.training.data_order import real_images
 from ipfm.models import NetworkConfig
 from ipfm.models.checkpoints.recognise import user_path
@@ -38,8 +41,12 @@ def read_real(
     """
     path: Path | None = getattr(options, "real_data", None)
     if not config.takes_real_images:
-        if path is None and getattr(config, "real_xflip", False):
-            raise ValueError("real-xflip was given without real-data")
+        if getattr(config, "real_weights", None) is None:
+            if getattr(config, "real_xflip", False):
+                raise ValueError("real-xflip was given without real-data")
+        elif path is not None and is_first_process():
+            with suppress(OSError):
+                print(f"note: real-weights 1 1 leave the images of {path} out", file=sys.stderr)
         return None
     if path is None:
         if options.dry_run:

@@ -29,6 +29,15 @@ def test_every_normalisation_is_a_launch_each_way(recording):
     assert {"perturb_kernel", "ipfm_loss_kernel", "denoising_loss_kernel", "update_kernel"} <= set(launched)
 
 
+def test_real_images_are_one_launch_more_of_each_kernel_of_the_student(recording):
+    """The shifted targets are computed within the losses that there are."""
+    config = replace(CONFIG, real_weights=(0.92, 0.94))
+    found = record(one_micro_batch(config, NETWORK, 8, stage=1), NETWORK)
+    counts = [Counter(call.variant.name for call in one.launches) for one in (recording, found)]
+    for kernel, more in {"denoising_loss_kernel": 1, "perturb_kernel": 1, "ipfm_loss_kernel": 0}.items():
+        assert counts[1][kernel] - counts[0][kernel] == more, kernel
+
+
 def test_everything_is_in_the_precision_and_the_memory_format_of_a_gpu(recording):
     assert {norm.dtype for norm in recording.norms} == {"bfloat16"}
     wide = [norm for norm in recording.norms if norm.shape[2] > 1]
