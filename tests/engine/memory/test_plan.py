@@ -17,10 +17,11 @@ from ipfm.engine.data.real_images import BlankImages
 from ipfm.engine.distributed.precision import DTYPES, apply_precision, halve_storage
 from ipfm.engine.distributed.single_process import WIDENED
 from ipfm.engine.distributed.world import World
+from ipfm.engine.distributed.zero import TrainedNetwork
 from ipfm.engine.memory import choose_layout, choose_training, device_budget, gpu_budget, plan_teacher_training
 from ipfm.engine.memory.autoencoder import autoencoder_bytes
 from ipfm.engine.memory.choose import POINTS
-from ipfm.engine.memory.live import LiveBytes
+from ipfm.engine.memory.live import LiveBytes, tensor_bytes
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation, simulate_teacher
 from ipfm.engine.memory.state import Sharding, parameter_count, state_bytes
 from ipfm.engine.objectives.base import StepContext
@@ -42,6 +43,20 @@ NETWORKS = {
         SMALL, embedding_type="fourier", encoder_type="residual", resample_filter=(1, 3, 3, 1), channel_mult_noise=2
     ),
     "conditional": replace(SMALL, label_dim=3, augment_dim=9),
+    "edm2": NetworkConfig(
+        img_resolution=16,
+        img_channels=2,
+        label_dim=3,
+        model_type="EDM2UNet",
+        model_channels=16,
+        channel_mult=(1, 2),
+        num_blocks=1,
+        attn_resolutions=(8,),
+        channels_per_head=16,
+        resample_filter=(1, 1),
+        channel_mult_noise=1,
+        dropout=0.0,
+    ),
     "guided": replace(SMALL, guide=Guide(replace(SMALL, channel_mult=(1, 1)), 1.5)),
 }
 CPU = torch.device("cpu")
@@ -211,6 +226,22 @@ def test_state_is_what_deepspeed_holds(ranks, tmp_path):
         else:
             # The buffers of the transfers depend on the largest parameter.
             assert found["after"] <= expected + 8 * n, case
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_state_of_plain_weights_is_what_one_process_holds(precision):
+    """Weights, masters, moments and average of EDM2; its scales of rows and tables are next to nothing."""
+    network = replace(NETWORKS["edm2"], model_channels=64)
+    config = TeacherConfig(batch=1, max_steps=1, precision=precision, zero=0)
+    settings = config.laid_out(D=math.inf, stage=0, micro_batch=1, phased=False, checkpointed=False)
+    gc.collect()
+    before = tensor_bytes()
+    net = TrainedNetwork(build_network(network), settings, world=World(0, 1, CPU), lr=0.0, beta1=0.0, ema=True)
+    gc.collect()
+    parts = state_bytes(network, Sharding(precision=precision), [(network, 2)], teacher=False)
+    assert parts.masters > 0.99 * 4 * parts.parameters
+    assert tensor_bytes() - before == pytest.approx(parts.permanent, rel=0.01)
+    assert net.parameter_count == parts.parameters
 
 
 @pytest.mark.quick
