@@ -55,9 +55,13 @@ from ipfm.recipes import (
     ffhq_ipfm,
     ffhq_sid,
     ffhq_teacher,
+    imagenet64_edm2_ipfm,
+    imagenet64_edm2_sid,
     imagenet64_ipfm,
     imagenet64_pid,
     imagenet64_sid,
+    imagenet512_edm2_ipfm,
+    imagenet512_edm2_sid,
     shapes_ipfm,
     train_teacher,
 )
@@ -186,7 +190,8 @@ def settings() -> list[str]:
     names = ("recipe", "batch", "lr", "α", "β₁ of S, G", "ε", "dropout", "augment", "EMA half-life, kimg", "length")
     rows = [_row(names), _row(["---"] * len(names))]
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid,
-                   imagenet64_sid, cifar_realuid, digits_ipfm, shapes_ipfm, fashion_ipfm):  # fmt: skip
+                   imagenet64_sid, imagenet512_edm2_ipfm, imagenet512_edm2_sid, imagenet64_edm2_ipfm,
+                   imagenet64_edm2_sid, cifar_realuid, digits_ipfm, shapes_ipfm, fashion_ipfm):  # fmt: skip
         base = module.RECIPE.base
         betas = f"{base.student_beta1:g}, {base.generator_beta1:g}"
         numbers = (base.batch, base.lr, base.alpha, betas, base.eps, base.dropout, base.augment, base.ema_kimg)
@@ -196,11 +201,12 @@ def settings() -> list[str]:
 
 def sources() -> list[str]:
     """Where the settings of each recipe of a published data set come from, a row each."""
-    rows = [_row(["recipe", "paper", "script", "SiD", "this project"]), _row(["---"] * 5)]
+    rows = [_row(["recipe", "paper", "script", "SiD", "EDM2", "this project"]), _row(["---"] * 6)]
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid,
-                   imagenet64_sid, cifar_realuid, cifar_pid, imagenet64_pid):  # fmt: skip
+                   imagenet64_sid, imagenet512_edm2_ipfm, imagenet512_edm2_sid, imagenet64_edm2_ipfm,
+                   imagenet64_edm2_sid, cifar_realuid, cifar_pid, imagenet64_pid):  # fmt: skip
         cells = []
-        for source in [source for source in SOURCES if source not in ("EDM", "EDM2")]:
+        for source in [source for source in SOURCES if source != "EDM"]:
             found = {name: o.remark for name, o in module.RECIPE.origins.items() if o.source == source}
             cells.append(", ".join(f"`{name}`" + (f" ({remark})" if remark else "") for name, remark in found.items()))
         rows.append(_row([f"`{module.RECIPE.file}`", *(cell or "–" for cell in cells)]))
@@ -215,7 +221,7 @@ def pid_settings() -> list[str]:
     for module in (cifar_pid, imagenet64_pid, digits_pid):
         base = module.RECIPE.base
         if isinstance(module.RECIPE, DistilRecipe):
-            base = module.RECIPE.varied(vars(base), math.inf, conditional=False)
+            base = module.RECIPE.varied(vars(base), presets.get(module.RECIPE.preset))
         sides = tuple("–" if value is None else value for value in (base.lpips_side, base.clip_grad))
         values = (base.batch, base.lr, base.points, base.difference, base.distance, *sides, base.ema_kimg)
         rows.append(_row([f"`{module.RECIPE.file}`", *map(_shown, values), _length(base)]))
@@ -282,6 +288,20 @@ def published() -> list[str]:
         first = next(one for one in found if one is not None)
         cells = [titles[dataset], _shown(D), _shown(alpha), f"{first.teacher_fid:.2f} ({first.teacher_nfe})"]
         rows.append(_row([*cells, *("–" if one is None else f"{one.fid:.2f}" for one in found)]))
+    return rows
+
+
+def edm2_sizes() -> list[str]:
+    """The sizes of EDM2's teachers, a row each: dropout and length by recipe."""
+    modules = (imagenet512_edm2_sid, imagenet64_edm2_sid)
+    names = ("images", "`--size`", "preset", "channels", "the teacher's file", "dropout", "length of `*_sid`")
+    rows = [_row(names), _row(["---"] * len(names))]
+    for recipe in (module.RECIPE for module in modules):
+        for name, size in recipe.sizes.items():
+            network = presets.get(size.preset)
+            base = recipe.varied({}, network)
+            cells = (recipe.title, name, f"`{size.preset}`", network.model_channels, f"`{size.teacher}`", base.dropout)
+            rows.append(_row([*map(_shown, cells), _length(base)]))
     return rows
 
 
@@ -365,6 +385,7 @@ def expected_operations() -> list[str]:
 PAGES: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
     "recipes.md": {
         "settings": settings,
+        "sizes of EDM2": edm2_sizes,
         "sources": sources,
         "settings of physics informed distillation": pid_settings,
         "settings of teachers": teacher_settings,

@@ -20,6 +20,7 @@ from typing import Any
 
 from ipfm.engine import DistillConfig
 from ipfm.engine.experiments import DistilRecipe, origins, recipe_options, run_command
+from ipfm.models import NetworkConfig
 
 BASE = DistillConfig(
     batch=256,
@@ -50,9 +51,9 @@ ORIGINS = {
 }
 
 
-def variant(settings: Mapping[str, Any], D: float, conditional: bool) -> Mapping[str, Any]:
+def variant(settings: Mapping[str, Any], network: NetworkConfig) -> Mapping[str, Any]:
     """Two student updates in the run without regularisation, as the authors' script has it."""
-    alone = (D, settings.get("alpha"), settings.get("steps")) == (2048, 0.5, 1)
+    alone = (network.D, settings.get("alpha"), settings.get("steps")) == (2048, 0.5, 1)
     return {"student_updates": 2} if alone else {}
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from ipfm.engine.experiments import origins, recipe_options, run_command
 from ipfm.engine.experiments.options import ema_kimg
+from ipfm.models import NetworkConfig
 from ipfm.recipes import cifar_ipfm
 
 BASE = replace(
@@ -48,9 +49,9 @@ ORIGINS = {
 }
 
 
-def variant(settings: Mapping[str, Any], D: float, conditional: bool) -> Mapping[str, Any]:
+def variant(settings: Mapping[str, Any], network: NetworkConfig) -> Mapping[str, Any]:
     """The weights of class-conditional networks."""
-    return {"real_weights": (0.98, 0.96)} if conditional else {}
+    return {"real_weights": (0.98, 0.96)} if network.label_dim else {}
 
 
 RECIPE = cifar_ipfm.RECIPE.with_options(

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from ipfm.engine.experiments import origins, recipe_options, run_command
+from ipfm.models import NetworkConfig
 from ipfm.recipes import cifar_ipfm
 
 # Of every recipe of SiD's.
@@ -35,9 +36,9 @@ ORIGINS_64 = {
 }
 
 
-def variant(settings: Mapping[str, Any], D: float, conditional: bool) -> Mapping[str, Any]:
+def variant(settings: Mapping[str, Any], network: NetworkConfig) -> Mapping[str, Any]:
     """SiD's longer run of conditional networks."""
-    return {"kimg": 800_000} if conditional and settings.get("max_steps") is None else {}
+    return {"kimg": 800_000} if network.label_dim and settings.get("max_steps") is None else {}
 
 
 RECIPE = cifar_ipfm.RECIPE.with_options(

@@ -18,6 +18,7 @@ from typing import Any
 from ipfm.engine import PidConfig
 from ipfm.engine.experiments import ema_kimg, origins, recipe_options, run_command
 from ipfm.engine.objectives.pid import PAPER_SIDE, SCRIPT_SIDE
+from ipfm.models import NetworkConfig
 from ipfm.recipes import imagenet64_ipfm
 
 BASE = PidConfig(
@@ -41,7 +42,7 @@ ORIGINS = {
 }
 
 
-def variant(settings: Mapping[str, Any], D: float, conditional: bool) -> Mapping[str, Any]:
+def variant(settings: Mapping[str, Any], network: NetworkConfig) -> Mapping[str, Any]:
     """Images are resized before VGG, where there is a VGG."""
     return {"lpips_side": PAPER_SIDE} if settings.get("distance") == "lpips" else {}
 

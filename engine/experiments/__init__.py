@@ -10,6 +10,7 @@ from ipfm.engine.experiments.origins import Origin, origins
 from ipfm.engine.experiments.out_of_law import OutOfLaw, OutOfLawOptions
 from ipfm.engine.experiments.own_distil import OwnDistillationOptions, OwnDistilRecipe
 from ipfm.engine.experiments.own_teacher import OwnTeacherOptions, OwnTeacherRecipe
+from ipfm.engine.experiments.sized import Size, SizedDistillationOptions, SizedDistilRecipe
 from ipfm.engine.experiments.teacher import TeacherOptions, TeacherRecipe
 from ipfm.engine.runtime.commandline import run_command
 
@@ -35,6 +36,9 @@ __all__ = [
     "OwnTeacherOptions",
     "OwnTeacherRecipe",
     "ReachesTeacher",
+    "Size",
+    "SizedDistilRecipe",
+    "SizedDistillationOptions",
     "TeacherOptions",
     "TeacherRecipe",
     "TrainAndDistil",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,11 @@ from ipfm.engine.training.start import Branch, DistillationStart, start_facts
 from ipfm.models import NetworkConfig, Precond, presets
 from ipfm.models.autoencoder import Autoencoder
 
-# (settings by name, D, whether the teacher is class-conditional) -> what the recipe sets otherwise then.
-Variation = Callable[[Mapping[str, Any], float, bool], Mapping[str, Any]]
+# (settings by name, the teacher's network) -> what the recipe sets otherwise then.
+Variation = Callable[[Mapping[str, Any], NetworkConfig], Mapping[str, Any]]
 
 
-def no_variant(settings: Mapping[str, Any], D: float, conditional: bool) -> Mapping[str, Any]:
+def no_variant(settings: Mapping[str, Any], network: NetworkConfig) -> Mapping[str, Any]:
     """A recipe whose settings are the same for every teacher."""
     return {}
 
@@ -212,7 +212,7 @@ class DistilRecipe(Recipe[DistillationOptions]):
         if options.teacher_steps is not None:
             raise ValueError("teacher-steps was given, but this recipe trains no teacher")
         if options.teacher is None and not options.dry_run:
-            raise BadInput("give --teacher; --dry-run works without one", self.help_with_teachers())
+            raise BadInput(f"{self.wanted(options)}; --dry-run works without one", self.help_with_teachers())
         teacher = read_teacher(options)
         network = self._network(options, teacher)
         settled = self.settle(given, network, teacher)
@@ -259,9 +259,8 @@ class DistilRecipe(Recipe[DistillationOptions]):
         Raises:
             ValueError: what is given cannot be used.
         """
-        options = given.over(self.settings_for(network, given.options))
-        stem = self.file.removesuffix(".py").removesuffix("_ipfm")
-        path = options.out or run_name(stem, options.distillation(), network.D)
+        options = given.over(self.settings_for(network, vars(given.options)))
+        path = options.out or run_name(self.run_stem(network), options.distillation(), network.D)
         kept = self._as_begun(path, options, given.names)
         return SettledDistillation(replace(options, **kept), path, self.figures_of(network), kept)
 
@@ -308,24 +307,76 @@ class DistilRecipe(Recipe[DistillationOptions]):
         """See `Recipe.help_text`: with the origins of the settings."""
         return "\n".join((self.about.rstrip(), "", *described(self.origins))) if self.origins else self.about
 
-    def settings_for(self, network: NetworkConfig, given: DistillationOptions) -> DistillationOptions:
-        """The settings for a teacher beside those that were given, of which `given` has the values.
+    def settings_for(self, network: NetworkConfig, settings: Mapping[str, Any]) -> DistillationOptions:
+        """The recipe's settings for a teacher, beside those that were given.
 
         Without augmentation where the teacher cannot be told of it.
+
+        Args:
+            network: the teacher's.
+            settings: by name, as they are given or by default.
         """
-        settings = {f.name: getattr(given, f.name) for f in fields(given)}
-        options = self.varied(settings, network.D, conditional=bool(network.label_dim))
+        options = self.varied(settings, network)
         return options if network.augment_dim else replace(options, augment=0.0)
 
-    def varied(self, settings: Mapping[str, Any], D: float, *, conditional: bool) -> DistillationOptions:
-        """The recipe's settings beside these ones, for a teacher of this D.
+    def varied(self, settings: Mapping[str, Any], network: NetworkConfig) -> DistillationOptions:
+        """The recipe's settings beside these ones, for teachers of this architecture.
 
         Args:
             settings: by name, as they are or as JSON has them.
-            D: of the teacher.
-            conditional: the teacher takes classes.
+            network: the teacher's.
         """
-        return replace(self.base, **self.variant(settings, D, conditional))
+        return replace(self.base, **self.variant(settings, network))
+
+    # -- what recipes of several networks have otherwise, see `SizedDistilRecipe` -------------------------------------
+
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """The networks whose settings these are."""
+        return (self.preset,)
+
+    def preset_of(self, size: str | None) -> str:
+        """The network of a --dry-run without --teacher.
+
+        Args:
+            size: as --size names it.
+
+        Raises:
+            ValueError: there is none of this size.
+        """
+        if size is not None:
+            raise ValueError(f"size {size} was given, but {self.file} is for one network: leave it out")
+        return self.preset
+
+    def check_network(self, network: NetworkConfig, size: str | None = None) -> None:
+        """Check that a teacher fits.
+
+        Args:
+            network: the teacher's.
+            size: as --size names it.
+
+        Raises:
+            ValueError: it makes other images, or is another network than was asked for.
+        """
+        check_images(network, self.shape, f"{self.title} is", any_size(self.file))
+
+    def wanted(self, options: DistillationOptions) -> str:
+        """What to give where the teacher is missing."""
+        return "give --teacher"
+
+    def run_stem(self, network: NetworkConfig) -> str:
+        """How the names of its run folders begin, up to "-D"."""
+        return self.file.removesuffix(".py").removesuffix("_ipfm")
+
+    def names(self, folder: str) -> bool:
+        """Whether the name of a run folder is one that this recipe gives."""
+        return folder.startswith(f"{self.file.removesuffix('.py').removesuffix('_ipfm')}-D")
+
+    def size_options(self, network: NetworkConfig) -> list[str]:
+        """The options that name this network."""
+        return []
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     def _as_begun(self, path: Path, options: DistillationOptions, given: frozenset[str]) -> dict[str, Any]:
         """What the run in `path` has of an earlier version of this recipe, where nothing else is given."""
@@ -374,7 +425,9 @@ class DistilRecipe(Recipe[DistillationOptions]):
         )
 
     def _network(self, options: DistillationOptions, teacher: Precond | None) -> NetworkConfig:
+        size: str | None = getattr(options, "size", None)
+        preset = self.preset_of(size)
         if teacher is None:
-            return presets.get(self.preset, D=self.D if options.D is None else options.D)
-        check_images(teacher.config, self.shape, f"{self.title} is", any_size(self.file))
+            return presets.get(preset, D=self.D if options.D is None else options.D)
+        self.check_network(teacher.config, size)
         return teacher.config

@@ -132,17 +132,22 @@ def _options_class(settings: type[Distillation], shared: type[Any]) -> type[Any]
 
 
 def recipe_options(
-    settings: Distillation, *, eval_images: int = EvaluationOptions.eval_images, teacher_steps: int | None = None
+    settings: Distillation,
+    shared: type[Any] = DistillationOptions,
+    *,
+    eval_images: int = EvaluationOptions.eval_images,
+    teacher_steps: int | None = None,
 ) -> DistillationOptions:
     """The options of a recipe whose defaults are these settings.
 
     Args:
         settings: of an objective.
+        shared: the other options, see `options_for`.
         eval_images: images drawn for each distance.
         teacher_steps: training steps of the teacher, in a recipe that trains one.
     """
     values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    options: DistillationOptions = options_for(type(settings))(
+    options: DistillationOptions = options_for(type(settings), shared)(
         **values, eval_images=eval_images, teacher_steps=teacher_steps
     )
     return options

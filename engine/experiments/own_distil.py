@@ -167,7 +167,7 @@ class OwnDistilRecipe(DistilRecipe):
         """
         others = self.adapted(facts, {name: settings.get(name) for name in given})
         now = {**settings, **{name: value for name, (value, _) in others.items()}}
-        found = dict(self.table[row.name]) if row.name not in self.rows else self._published(row, now, facts, network.D)
+        found = dict(self.table[row.name]) if row.name not in self.rows else self._published(row, now, network)
         found = in_small(found, facts.side) if row.name == "small" else found
         found = {name: value for name, value in found.items() if name not in self.left}
         found |= {name: value for name, (value, _) in others.items()}
@@ -188,8 +188,8 @@ class OwnDistilRecipe(DistilRecipe):
         found, _ = self.settings_by_rule(row_of(facts), facts, settings, (), network)
         return replace(self.base, noise=levels_of(network), **found)
 
-    def _published(self, row: Row, settings: Mapping[str, Any], facts: Facts, D: float) -> dict[str, Any]:
-        options = self.rows[row.name].varied(settings, D, conditional=bool(facts.classes))
+    def _published(self, row: Row, settings: Mapping[str, Any], network: NetworkConfig) -> dict[str, Any]:
+        options = self.rows[row.name].varied(settings, network)
         return settings_in(options, type(options).settings_class(), self.rows[row.name].origins)
 
     def _row_in_words(self, row: Row, facts: Facts) -> tuple[str, ...]:
@@ -210,8 +210,8 @@ class OwnDistilRecipe(DistilRecipe):
         """See `DistilRecipe.help_with_teachers`: any teacher fits."""
         return self.teachers
 
-    def _network(self, options: DistillationOptions, teacher: Precond | None) -> NetworkConfig:
-        return super()._network(options, None) if teacher is None else teacher.config
+    def check_network(self, network: NetworkConfig, size: str | None = None) -> None:
+        """See `DistilRecipe.check_network`: any teacher fits."""
 
 
 def facts_of(network: NetworkConfig, data: ImageDataset | None, scale: Scale) -> Facts:

@@ -48,6 +48,7 @@ OF_TEACHERS = (
     *("conditional", "xflip", "cond", "cbase", "cres", "transfer"),
 )
 OF_DISTILLATIONS = ("continue-at-kimg", "student-from")
+OF_SIZES = ("size",)
 OF_ABLATIONS = ("variants", "seeds", "teachers", "teachers-from", "quick")
 
 
@@ -137,6 +138,8 @@ class Recipe(ABC, Generic[O]):
             return "recipes for images of any size have it, such as distill_ipfm.py and train_teacher.py"
         if name in OF_DISTILLATIONS:
             return "recipes that distil have it"
+        if name in OF_SIZES:
+            return "recipes for EDM2's networks have it, such as imagenet512_edm2_ipfm.py"
         if name in OF_ABLATIONS:
             return "ablations have it, such as ablation_D.py"
         kinds = [kind for kind, settings in OBJECTIVES.items() if name in _options(settings) - _inherited(settings)]

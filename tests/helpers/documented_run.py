@@ -59,6 +59,9 @@ COVERED: Mapping[str, str] = MappingProxyType(
         "deepspeed mine.py": "engine/commands/test_new.py::test_settings_of_the_file_stand_over_those_of_the_rule",
         "deepspeed late.py": "engine/commands/test_new.py::test_settings_of_the_file_stand_over_those_of_the_rule",
         "ipfm plan --objective mine": "engine/commands/test_new.py::test_with_the_file_the_commands_know_more",
+        # Of networks of full size, whose simulation takes seconds each.
+        "ipfm plan --model imagenet512_edm2_ipfm --size": "engine/commands/test_plan.py::"
+        "test_a_recipe_for_several_sizes_is_planned_for_one",
         # It compiles, which a process with Triton's interpreter cannot.
         "ipfm bench --offline": "kernels/test_compile_report.py::test_every_kernel_is_compiled_for_every_architecture",
     }

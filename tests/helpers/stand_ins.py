@@ -171,6 +171,15 @@ def _generator_of_latents(path: Path) -> None:
     save_model(official_files.randomize(net), path, extra={"task": "generator", "sigmas": [2.5]})
 
 
+def _edm2_file(path: Path) -> None:
+    """A thin teacher as EDM2 publishes them: of latents of two classes, or of pixels."""
+    latent = "img512" in path.name
+    arch = official_edm2.Edm2(
+        img_resolution=64, img_channels=4 if latent else 3, label_dim=2, channel_mult=(1, 1), attn_resolutions=()
+    )
+    official_files.write_pickle(path, official_edm2.snapshot(official_edm2.network(arch), latent=latent))
+
+
 def _photos(path: Path) -> None:
     """JPEGs of odd sizes in two folders."""
     for i, pixels in enumerate(smooth_images(20, 90)):
@@ -308,6 +317,7 @@ MAKERS: Mapping[str, Callable[[Path], object]] = {
     rf"(?:{NAME}/)*sid-{NAME}/training-state-{NAME}\.pt": _distillation_state,
     rf"(?:{NAME}/)*training-state-{NAME}\.(?:pt|pkl)": _training_state,
     rf"(?:{NAME}/)*(?:network-snapshot-|edm-){NAME}\.pkl": _snapshot,
+    r"\bedm2-img(?:512|64)-\w+-\d+-[\d.]+\.pkl": _edm2_file,
     rf"(?:{NAME}/)*cifar-10-(?:python|binary)\.tar\.gz": cifar_archive,
     r"\bdigits\.zip": _labelled_zip,
     r"\bimagenet-latents\.zip": _latents,

@@ -1,20 +1,27 @@
 """Latents from end to end: pictures, their latents, a teacher of them, a generator, its pictures, a distance."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import official_edm2
+import official_files
 import pytest
+import tiny_inception
 import torch
 from edm2_fixtures import FIXTURES
 from PIL import Image
 from tiny_vae import tiny_vae
 
 from ipfm.engine.commands.main import _main
+from ipfm.engine.commands.report.reproduce import reproduce
 from ipfm.engine.data.image_grid import read_grid
 from ipfm.engine.data.zip_writer import encode_png
 from ipfm.engine.runtime.commandline import BadInput, run_command
-from ipfm.recipes import distill_ipfm, train_teacher
+from ipfm.engine.training.run_state import read_run
+from ipfm.models import build_network, presets, save_model
+from ipfm.recipes import distill_ipfm, imagenet64_edm2_ipfm, imagenet512_edm2_sid, train_teacher
 
 COUNT, SIDE = 40, 16
 
@@ -146,3 +153,75 @@ def test_without_a_vae_a_run_says_what_its_grids_show(place, tmp_path, capsys):
     train_teacher.main([*argv, "--max-steps", "1", "--batch", "4", "--out", str(tmp_path / "run"), "--dry-run"])
     said = capsys.readouterr().err
     assert "the samples are latents, whose channels grids show in grey, side by side: --vae VAE_FOLDER" in said
+
+
+# -- recipes of EDM2's teachers ----------------------------------------------------------------------------------------
+
+QUICK = [
+    "--batch",
+    "2",
+    "--micro-batch",
+    "2",
+    "--zero",
+    "0",
+    "--backward",
+    "joint",
+    "--activation-checkpointing",
+    "off",
+]
+QUICK += ["--precision", "fp32", "--heun-steps", "2", "--eval-images", "4"]
+
+
+def edm2_file(path: Path, **changes: object) -> Path:
+    """A thin file of EDM2's, as it is published; of latents."""
+    arch = official_edm2.Edm2(img_resolution=64, label_dim=3, channel_mult=(1,), attn_resolutions=())
+    net = official_edm2.network(replace(arch, **changes))
+    official_files.write_pickle(path, official_edm2.snapshot(net))
+    return path
+
+
+def test_a_file_of_edm2_is_distilled_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An official file to a generator by one command, which the report has."""
+    plain = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    vae = tiny_vae(tmp_path / "vae", block_out_channels=(4,), layers_per_block=1, **plain)
+    run = tmp_path / "imagenet512_edm2_sid-4channels-Dinf-alpha1-K1-logvar"
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [["a.npy", 2], ["b.npy", 2], ["c.npy", 0]]}))
+    both = {"mu": np.zeros(tiny_inception.DIM), "sigma": np.eye(tiny_inception.DIM)}
+    official_files.write_pickle(tmp_path / "img512.pkl", {"num_images": 9, "fid": both})
+    given = ["--teacher", str(edm2_file(tmp_path / "edm2-img512-s-2147483-0.130.pkl")), *QUICK, "--out", str(run)]
+    given += ["--guide", str(edm2_file(tmp_path / "weak.pkl", label_dim=0)), "--guidance", "1.4", "--vae", str(vae)]
+    given += ["--labels", str(tmp_path), "--reference", str(tmp_path / "img512.pkl")]
+    given += ["--inception", str(tiny_inception.write(tmp_path / "inception.pt"))]
+    imagenet512_edm2_sid.main([*given, "--max-steps", "1"])
+    record = read_run(run)
+    assert (record.config["class_counts"], record.config["logvar"], record.config["D"]) == ([1, 0, 2], True, "inf")
+    grid = read_grid(max((run / "samples").glob("*.png")))
+    assert grid.shape[1:] == (3, 64, 64)
+    rows = json.loads((run / "results.json").read_text())
+    assert "FID" in json.dumps(rows) and "published" not in (run / "results.txt").read_text()
+    line = reproduce(record).line
+    assert line is not None and line.startswith("deepspeed recipes/imagenet512_edm2_sid.py --teacher ")
+    # What is this network's, the file's name says otherwise: no size of it is claimed.
+    assert "--size" not in line and "--logvar" not in line and "--dropout" not in line
+    capsys.readouterr()
+    with pytest.raises(BadInput, match=r"of 4 channels, which is none of the sizes, and size s \(192 channels\)"):
+        imagenet512_edm2_sid.main([*given, "--size", "s"])
+
+
+def test_edm2_of_pixels_at_a_finite_D_and_on_from_there(tmp_path: Path) -> None:
+    thin = replace(
+        presets.get("edm2-img64-m", D=128.0), model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=(),
+        label_dim=2,
+    )  # fmt: skip
+    save_model(build_network(thin), tmp_path / "model")
+    given = ["--teacher", str(tmp_path / "model"), *QUICK, "--steps", "2", "--out", str(tmp_path / "run")]
+    imagenet64_edm2_ipfm.main([*given, "--max-steps", "1", "--backward", "phased"])
+    imagenet64_edm2_ipfm.main([*given, "--max-steps", "2"])
+    record = read_run(tmp_path / "run")
+    steps = [json.loads(row)["step"] for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1]
+    assert (record.config["D"], record.config["steps"], record.config["noise.p_std"]) == (128.0, 2, 1.6)
+    exported = json.loads((tmp_path / "run" / "generator" / "config.json").read_text())
+    assert exported["network"]["D"] == 128.0 and exported["extra"]["dataset"] == "imagenet-64-cond"
+    with pytest.raises(BadInput, match="D"):
+        imagenet64_edm2_ipfm.main([*given, "--D", "64"])

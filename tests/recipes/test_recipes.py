@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from ipfm.engine.experiments import TeacherOptions
+from ipfm.engine.experiments.distil import DistilPlan
 from ipfm.engine.experiments.network_options import NetworkOptions, network_differences
 from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.memory.choose import Layout, choose_layout
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.published import PAPER_RESULTS
 from ipfm.engine.runtime.commandline import BadInput, parse_given
-from ipfm.models import EDMPrecond, NetworkConfig, presets, save_model
+from ipfm.models import EDMPrecond, NetworkConfig, build_network, presets, save_model
+from ipfm.models.checkpoints.published import published
 from ipfm.recipes import (
     afhqv2_ipfm,
     afhqv2_sid,
@@ -28,9 +31,13 @@ from ipfm.recipes import (
     ffhq_ipfm,
     ffhq_sid,
     ffhq_teacher,
+    imagenet64_edm2_ipfm,
+    imagenet64_edm2_sid,
     imagenet64_ipfm,
     imagenet64_pid,
     imagenet64_sid,
+    imagenet512_edm2_ipfm,
+    imagenet512_edm2_sid,
 )
 
 DISTIL = {
@@ -115,7 +122,7 @@ def test_settings_of_realuid(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.5 ** (256 / (1000 * float(said["ema_kimg"]))) == pytest.approx(0.999, abs=1e-6)
     assert "published is FID 2.23 (arXiv 2509.22459; a smaller flow matching network there)" in said["text"]
     assert said["out"] == "runs/cifar_realuid-Dinf-alpha0.5-K1-real0.92-0.94"
-    settings = cifar_realuid.RECIPE.varied({}, math.inf, conditional=True)
+    settings = cifar_realuid.RECIPE.varied({}, presets.get("cifar10-ncsnpp-cond"))
     assert settings.real_weights == (0.98, 0.96)
     with pytest.raises(BadInput, match=r"^give --teacher"):
         cifar_realuid.main([])
@@ -206,8 +213,8 @@ def test_sid_has_its_published_figure(capsys: pytest.CaptureFixture[str], recipe
 
 
 def test_conditional_networks_of_cifar_are_trained_longer_in_sid() -> None:
-    settings = cifar_sid.RECIPE.varied({}, math.inf, conditional=True)
-    assert (settings.kimg, cifar_sid.RECIPE.varied({}, math.inf, conditional=False).kimg) == (800_000, 500_000)
+    networks = (presets.get("cifar10-ddpmpp-cond"), presets.get("cifar10-ddpmpp"))
+    assert [cifar_sid.RECIPE.varied({}, network).kimg for network in networks] == [800_000, 500_000]
 
 
 @pytest.mark.usefixtures("thin_plan")
@@ -340,6 +347,9 @@ def test_a_small_edm2_has_attention_by_its_own_width_of_heads() -> None:
         (cifar_teacher, ["--data", "nowhere.zip"], "nowhere.zip"),
         (cifar_teacher, ["--continue-from", "nowhere.pt"], "nowhere.pt"),
         (cifar_teacher, ["--continue-from", "x.pt", "--num-blocks", "2"], "--num-blocks was given, but continue-from"),
+        (imagenet64_edm2_ipfm, ["--size", "xxl"], "size xxl: ImageNet-64 has no such teacher; possible: s, m, l, xl"),
+        (imagenet512_edm2_ipfm, ["--size", "huge"], "--size must be one of l, m, s, xl, xs, xxl"),
+        (cifar_ipfm, ["--size", "xs"], "recipes for EDM2's networks have it, such as imagenet512_edm2_ipfm.py"),
         (cifar_teacher, ["--continue-from", "x.pt", "--conditional"], "--conditional was given, but continue-from"),
     ],
 )  # fmt: skip
@@ -348,3 +358,114 @@ def test_bad_options(tmp_path: Path, module, arguments: list[str], message: str)
         module.main(arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+# -- EDM2's networks, in several sizes ---------------------------------------------------------------------------------
+
+EDM2 = {
+    "512 IPFM": imagenet512_edm2_ipfm, "512 SiD": imagenet512_edm2_sid, "64 IPFM": imagenet64_edm2_ipfm,
+    "64 SiD": imagenet64_edm2_sid,
+}  # fmt: skip
+
+
+def planned(module, *arguments: str) -> DistilPlan:
+    """What a recipe would do with these options; `dry` prints it, which takes longer."""
+    given = parse_given([*arguments, "--dry-run"], default=module.RECIPE.defaults, prog="", description="")
+    return module.RECIPE.plan(given)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size", "dropout", "kimg"),
+    [
+        ("512 IPFM", "xs", 0, 30_000), ("512 IPFM", "m", 0.1, 30_000), ("512 SiD", "s", 0, 200_000),
+        ("512 SiD", "xl", 0.1, 200_000), ("512 SiD", "xxl", 0.1, 100_000), ("64 IPFM", "s", 0, 30_000),
+        ("64 SiD", "l", 0.1, 200_000),
+    ],
+)  # fmt: skip
+def test_settings_for_edm2_are_those_of_sid_by_size(recipe: str, size: str, dropout: float, kimg: int) -> None:
+    plan = planned(EDM2[recipe], "--size", size)
+    expected = {
+        "lr": 5e-5, "student_lr": None, "student_beta1": 0, "generator_beta1": 0, "alpha": 1, "batch": 2048,
+        "dropout": dropout, "augment": 0, "ema_kimg": 2000, "ema_rampup": 0.05, "heun_steps": 32, "sigmas": (2.5,),
+        "eps": 1e-6, "kimg": kimg, "logvar": True, "tf32": "SiD" not in recipe, "student_updates": 1,
+    }  # fmt: skip
+    assert {name: getattr(plan.config, name) for name in expected} == expected
+    # As the teachers' were: of latents SiD's too, of pixels EDM2's.
+    noise = plan.config.noise
+    assert (noise.p_mean, noise.p_std, noise.t_max) == ((-0.4, 1, 800) if "512" in recipe else (-0.8, 1.6, 800))
+    assert plan.network == presets.get(f"edm2-img{recipe[:3].strip()}-{size}")
+    stem = EDM2[recipe].RECIPE.file.removesuffix(".py").removesuffix("_ipfm")
+    assert str(plan.path) == f"runs/{stem}-{size}-Dinf-alpha1-K1-logvar"
+    assert [m.RECIPE.file for m in (*EDM2.values(), *DISTIL.values()) if m.RECIPE.names(plan.path.name)] == [
+        EDM2[recipe].RECIPE.file
+    ]
+    # No FID of either method is published for these networks; another method's is none of theirs.
+    assert not any("FID" in note and "no FID" not in note for note in plan.notes) and "EDM2's" in plan.notes[0]
+
+
+@pytest.mark.parametrize("recipe", EDM2)
+def test_each_setting_for_edm2_says_where_it_comes_from(capsys: pytest.CaptureFixture[str], recipe: str) -> None:
+    origins, settings = EDM2[recipe].RECIPE.origins, EDM2[recipe].RECIPE.base.distillation()
+    plain, known = type(settings)(), {f.name for f in fields(settings)}
+    others = {name for name in known if getattr(settings, name) != getattr(plain, name)}
+    assert others - {"heun_steps", "log_every"} <= origins.keys() <= known
+    assert origins["noise"].source == ("SiD" if "512" in recipe else "EDM2")
+    with pytest.raises(SystemExit):
+        EDM2[recipe].main(["--help"])
+    said = capsys.readouterr().out
+    assert "where the settings come from" in said and "of SiD, arXiv 2404.04057" in said and "--size" in said
+
+
+@pytest.mark.parametrize("recipe", EDM2)
+def test_each_size_names_its_network_and_its_published_file(recipe: str) -> None:
+    sized = EDM2[recipe].RECIPE
+    for name, size in sized.sizes.items():
+        network = presets.get(size.preset)
+        kimg, std = re.fullmatch(rf"{size.preset}-(\d{{7}})-(0\.\d{{3}})\.pkl", size.teacher).groups()
+        known = published(network, {}, Path(size.teacher))
+        assert (known.size, known.kimg, known.std) == (name.upper(), int(kimg), float(std))
+        assert (known.name, known.contradiction) == (size.teacher, "")
+        assert network.image_shape == sized.shape and sized.size_of(network) == name
+    assert [*sized.sizes] == [*("xs", "s", "m", "l", "xl", "xxl")][slice(None) if "512" in recipe else slice(1, 5)]
+    with pytest.raises(BadInput, match=rf"^give --teacher, for size s the file {sized.sizes['s'].teacher}; ") as error:
+        EDM2[recipe].main(["--size", "s"])
+    assert all(size.teacher in error.value.details for size in sized.sizes.values())
+    assert "README of NVlabs/edm2" in error.value.details and "--preset edm2-img" in error.value.details
+
+
+def edm2_teacher(folder: Path, preset: str, **changes: object) -> list[str]:
+    """The options that name a thin teacher of this preset's images."""
+    thin = {"model_channels": 4, "channel_mult": (1,), "num_blocks": 1, "attn_resolutions": (), "channels_per_head": 4}
+    save_model(build_network(replace(presets.get(preset), **{**thin, **changes})), folder)
+    return ["--teacher", str(folder), "--micro-batch", "4", "--zero", "0", "--backward", "joint"]
+
+
+def test_the_teacher_decides_its_size_and_another_one_is_refused(tmp_path: Path) -> None:
+    module = imagenet512_edm2_sid
+    own = edm2_teacher(tmp_path / "own", "edm2-img512-xs", logvar_channels=0)
+    with pytest.raises(BadInput) as error:
+        module.main([*own, "--size", "m", "--dry-run"])
+    assert str(error.value) == (
+        "the teacher is a network of 4 channels, which is none of the sizes, and size m (256 channels) was given: "
+        "leave size out, or give edm2-img512-m-2147483-0.100.pkl as --teacher"
+    )
+    with pytest.raises(ValueError, match="of 128 channels, which is size xs, and size s"):
+        module.RECIPE.check_network(presets.get("edm2-img512-xs"), "s")
+    plan = planned(module, *own)
+    # A file without a log-variance has no weights by it.
+    assert (plan.config.logvar, plan.config.dropout) == (False, 0.0)
+    assert plan.notes[-1].endswith("without weights by the log-variance, as the teacher's file has none")
+    assert str(plan.path) == "runs/imagenet512_edm2_sid-4channels-Dinf-alpha1-K1"
+    for options, message in (
+        (["--logvar"], "logvar needs a teacher with a log-variance, its file has none: leave it out"),
+        (["--guide", "x"], "guid"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            module.main([*own, *options, "--dry-run"])
+    pixels = edm2_teacher(tmp_path / "pixels", "edm2-img64-s")
+    with pytest.raises(BadInput, match=r"makes images 3x64x64, the latents of ImageNet-512 are 4x64x64; distill_sid"):
+        module.main([*pixels, "--dry-run"])
+    adm = replace(presets.get("imagenet64-adm"), model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=())
+    save_model(EDMPrecond(adm), tmp_path / "adm")
+    with pytest.raises(BadInput, match=r"is a network of ADM, imagenet64_edm2_sid\.py is for EDM2's; distill_sid"):
+        imagenet64_edm2_sid.main(["--teacher", str(tmp_path / "adm"), "--dry-run"])

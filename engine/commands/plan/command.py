@@ -88,7 +88,9 @@ class Plan:
     }
 
     model: str
-    """Preset, model folder, checkpoint of EDM's kind, or recipe."""
+    """Preset, model folder, published checkpoint, or recipe."""
+    size: Literal["xs", "s", "m", "l", "xl", "xxl"] | None = None
+    """Of recipes for EDM2's networks. Default: the smallest."""
     guide: str | None = None
     """Network that guides the teacher, as a run's --guide; named as --model is."""
     objective: str | None = None
@@ -332,6 +334,8 @@ class Plan:
             recipe = fitting_training(self.model) if self.teacher_training else fitting_recipe(self.model, self._chosen)
         if recipe is None:
             assert network is not None
+            if self.size is not None:
+                raise ValueError("size was given without a recipe that has sizes, such as imagenet512_edm2_ipfm")
             config: Any = self._training() if self.teacher_training else self._distillation(network)
             return Planned(config, network)
         kind = getattr(recipe.defaults, "kind", None)
@@ -340,7 +344,7 @@ class Plan:
             raise ValueError(f"objective {self.objective} was given, but {recipe.file} {does}: leave it out")
         if kind is not None and not self.teacher_training:
             self._check_objective(kind)
-        planned = of_recipe(recipe, self._own(), network=network, training=self.teacher_training)
+        planned = of_recipe(recipe, self._own(), network=network, training=self.teacher_training, size=self.size)
         if table:
             return planned
         usual = self._common()["precision"]

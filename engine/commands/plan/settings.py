@@ -55,7 +55,12 @@ class Planned:
 
 
 def of_recipe(
-    recipe: Recipe[Any], given: Mapping[str, Any], *, network: NetworkConfig | None = None, training: bool = False
+    recipe: Recipe[Any],
+    given: Mapping[str, Any],
+    *,
+    network: NetworkConfig | None = None,
+    training: bool = False,
+    size: str | None = None,
 ) -> Planned:
     """The settings of a recipe.
 
@@ -64,10 +69,13 @@ def of_recipe(
         given: settings by name that stand instead of its own.
         network: of the teacher, or to train; the recipe's own when None.
         training: the training of its teacher is asked for.
+        size: of the teacher, of a recipe that is for several.
 
     Raises:
         ValueError: it has none of these settings, trains no teacher, or cannot do with this network.
     """
+    if size is not None and not isinstance(recipe, DistilRecipe):
+        raise ValueError(f"size {size} was given, but {recipe.file} has none: leave it out")
     if isinstance(recipe, TeacherRecipe):
         return _of_training(recipe, given, network)
     if isinstance(recipe, TrainAndDistil):
@@ -76,15 +84,16 @@ def of_recipe(
         raise ValueError(f"{recipe.file} is no recipe that distils or trains a teacher")
     if training:
         raise ValueError(f"{recipe.file} trains no teacher; {', '.join(_that_train())} do")
-    if network is not None and not isinstance(recipe, OwnDistilRecipe):
-        check_images(network, recipe.shape, f"{recipe.title} is", any_size(recipe.file))
-    network = network or presets.get(recipe.preset, D=recipe.D)
+    preset = recipe.preset_of(size)
+    if network is None:
+        network = presets.get(preset, D=recipe.D)
+    else:
+        recipe.check_network(network, size)
     values = {**vars(recipe.base), **given}
     if isinstance(recipe, OwnDistilRecipe):
         options = recipe.full(network, values)
     else:
-        options = recipe.varied(values, network.D, conditional=bool(network.label_dim))
-        options = options if network.augment_dim else replace(options, augment=0.0)
+        options = recipe.settings_for(network, values)
     config = _with(options.distillation(), given, recipe.file)
     origin, given_length = _origin(recipe, config, given), _length_given(given)
     return Planned(config, network, recipe, origin, given_length, options.eval_images)
@@ -105,7 +114,7 @@ def fitting_recipe(name: str, objective: str) -> Recipe[Any] | None:
     found = [r for r in project_recipes() if isinstance(r, DistilRecipe) and r.base.kind == objective]
     own = [r for r in found if isinstance(r, OwnDistilRecipe)]
     named = sorted(
-        (r for r in found if r not in own and r.preset == preset),
+        (r for r in found if r not in own and preset in r.presets),
         key=lambda r: not r.file.endswith(f"_{objective}.py"),
     )
     # Of the two for any size that share an objective, too.

@@ -143,10 +143,10 @@ def _base(record: RunRecord, recipe: DistilRecipe | TrainAndDistil, D: float) ->
     """The settings of the recipe where those of the run that it does not set otherwise are given."""
     if not isinstance(recipe, DistilRecipe):
         return recipe.base
-    network = _network(record)
+    network = _teacher(record)
     if isinstance(recipe, OwnDistilRecipe):
         return recipe.base if network is None else recipe.full(network, record.config)
-    return recipe.varied(record.config, D, conditional=network is not None and bool(network.label_dim))
+    return recipe.varied(record.config, replace(network or presets.get(recipe.preset), D=D))
 
 
 def _likeness(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> int | None:
@@ -164,13 +164,14 @@ def _likeness(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> int |
         own = not recipe.base.settings_class().__module__.startswith("ipfm.")
         return None if other else 0 if named or own else 3
     local = isinstance(recipe, TrainAndDistil)
-    stem = recipe.file.removesuffix(".py")
-    prefix = f"{stem.partition('_')[0]}-" if local else f"{stem.removesuffix('_ipfm')}-D"
-    named = record.path.resolve().name.startswith(prefix)
-    network = _network(record)
-    if network is not None:
-        shape = recipe.network(recipe.base, 128.0) if isinstance(recipe, TrainAndDistil) else presets.get(recipe.preset)
-        if (network.img_channels, network.img_resolution) != (shape.img_channels, shape.img_resolution):
+    folder, network = record.path.resolve().name, _network(record)
+    if isinstance(recipe, TrainAndDistil):
+        named = folder.startswith(f"{recipe.file.removesuffix('.py').partition('_')[0]}-")
+        if network is not None and network.image_shape != recipe.network(recipe.base, 128.0).image_shape:
+            return None
+    else:
+        named = recipe.names(folder)
+        if network is not None and not _fits(recipe, network):
             return None
     dataset = _extra(record).get("dataset")
     if isinstance(recipe, TrainAndDistil):
@@ -184,6 +185,15 @@ def _likeness(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> int |
         return None
     possible = local and dataset == "" and network is not None
     return 0 if named else 1 if fits else 2 if possible else None
+
+
+def _fits(recipe: DistilRecipe, network: NetworkConfig) -> bool:
+    """Whether the network is one that the recipe distils."""
+    try:
+        recipe.check_network(network)
+    except ValueError:
+        return False
+    return True
 
 
 def _given(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> tuple[list[str], tuple[str, ...]]:
@@ -206,6 +216,8 @@ def _given(record: RunRecord, recipe: DistilRecipe | TrainAndDistil) -> tuple[li
     else:
         began, its_notes = _began(record)
         options, notes = [*options, *began], [*notes, *its_notes]
+        its = _teacher(record)
+        options += recipe.size_options(its) if isinstance(recipe, DistilRecipe) and its is not None else []
         options += ["--teacher", portable(str(record.config.get("teacher") or "TEACHER"))]
         notes.append("Give the teacher where it lies on your machine.")
     if images is not None and isinstance(recipe, DistilRecipe):
@@ -345,6 +357,17 @@ def _network(record: RunRecord) -> NetworkConfig | None:
         except (ValueError, TypeError):
             continue
     return None
+
+
+def _teacher(record: RunRecord) -> NetworkConfig | None:
+    """The teacher's architecture, where the exported network is narrower or wider: with its channels."""
+    network, width = _network(record), number(record.config.get("width", 1.0))
+    if network is None or record.kind == "teacher" or record.teacher or width == 1 or not 0 < width < math.inf:
+        return network
+    try:
+        return replace(network, model_channels=round(network.model_channels / width))
+    except ValueError:
+        return network
 
 
 def _extra(record: RunRecord) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from counted import counted_flops
 
 from ipfm.engine.commands.main import _main
 from ipfm.engine.commands.plan import rent, settings
+from ipfm.engine.commands.plan.command import Plan as Command
 from ipfm.engine.commands.recipes import project_recipes
 from ipfm.engine.experiments import dry_run
 from ipfm.engine.experiments.gpu_costs import Run
@@ -260,6 +261,38 @@ def test_a_teacher_is_planned_with_the_recipe_for_its_size(teacher: Path, planne
 def test_a_preset_has_the_settings_of_the_recipe_of_its_data(preset: str, objective: str, recipe: str) -> None:
     found = settings.fitting_recipe(preset, objective)
     assert found is not None and found.file == recipe
+
+
+def test_a_recipe_for_several_sizes_is_planned_for_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The network is that of --size, the settings those of the recipe for it, and a preset finds the recipe."""
+    found: list[Any] = []
+    monkeypatch.setattr(Command, "_rent", lambda self, planned, write: found.append(planned))
+    plan("--model", "imagenet512_edm2_sid", "--size", "xxl", "--gpus", 8)
+    plan("--model", "imagenet64_edm2_ipfm")
+    assert [one.network for one in found] == [presets.get("edm2-img512-xxl"), presets.get("edm2-img64-s")]
+    assert [(one.config.kimg, one.config.dropout, one.config.logvar) for one in found] == [
+        (100_000, 0.1, True), (30_000, 0, True),
+    ]  # fmt: skip
+    assert found[0].source == (
+        "of imagenet512_edm2_sid.py, of SiD, arXiv 2404.04057, and of its script: 200 Mimg, 100 for size XXL"
+    )
+    for preset in ("edm2-img512-xl", "edm2-img64-s"):
+        recipe = settings.fitting_recipe(preset, "ipfm")
+        assert (
+            recipe is not None
+            and recipe.file == f"{preset[5:].rpartition('-')[0].replace('img', 'imagenet')}_edm2_ipfm.py"
+        )
+    for model, message, *more in (
+        ("imagenet64_edm2_sid", "size xxl: ImageNet-64 has no such teacher; possible: s, m, l, xl"),
+        ("cifar_ipfm", "size xxl was given, but cifar_ipfm.py is for one network: leave it out"),
+        ("digits_ipfm", "size xxl was given, but digits_ipfm.py has none: leave it out"),
+        ("digits", "size was given without a recipe that has sizes, such as imagenet512_edm2_ipfm", "--ranks", 2),
+    ):
+        with pytest.raises(SystemExit):
+            plan("--model", model, "--size", "xxl", *more)
+        assert capsys.readouterr().err == f"ipfm: error: {message}\n"
 
 
 def test_a_length_is_of_no_paper_where_the_method_is_another(monkeypatch: pytest.MonkeyPatch) -> None:

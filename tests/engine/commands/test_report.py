@@ -61,7 +61,10 @@ from ipfm.recipes import (
     digits_ipfm,
     digits_pid,
     ffhq_ipfm,
+    imagenet64_edm2_sid,
     imagenet64_sid,
+    imagenet512_edm2_ipfm,
+    imagenet512_edm2_sid,
     shapes_ipfm,
 )
 
@@ -299,6 +302,9 @@ def test_a_teacher_run_and_an_objective_of_others(tmp_path: Path) -> None:
         (cifar_pid, "cifar10", "--D inf --difference central --points 120"),
         (ffhq_ipfm, "ffhq64", "--D 128 --seed 3"),
         (imagenet64_sid, "imagenet-64-cond", "--D inf --lr 3e-6"),
+        (imagenet512_edm2_sid, "imagenet-512-cond", "--D inf --size xxl --seed 3"),
+        (imagenet512_edm2_ipfm, "imagenet-512-cond", "--D 128 --size m --no-logvar"),
+        (imagenet64_edm2_sid, "imagenet-64-cond", "--D inf --size l --sigma-init 3"),
         (digits_ipfm, "", "--D 64 --student-updates 3 --kimg 2.5"),
         (digits_pid, "", "--D inf --max-steps 50"),
         (shapes_ipfm, "", "--D 128 --gradient last --steps 2"),
@@ -307,29 +313,34 @@ def test_a_teacher_run_and_an_objective_of_others(tmp_path: Path) -> None:
 def test_commands_of_the_recipes(tmp_path: Path, module: Any, dataset: str, options: str) -> None:
     """From options to config.json to a command to options: the settings are the same, and so is the recipe."""
     recipe = module.RECIPE
+    named = ["--size", options.split()[3]] if "--size" in options else []
+    network = recipe.network(recipe.base, 128.0) if not dataset else presets.get(recipe.preset)
+    network = presets.get(recipe.preset_of(named[1])) if named else network
+    generator = replace(network, logvar_channels=0) if network.is_edm2 else network
 
     def settings(arguments: list[str], D: float) -> Any:
         base = recipe.base
         if hasattr(recipe, "variant"):
             read = parse(type(base), arguments, default=base, prog="", description="")
-            base = recipe.varied(vars(read), D, conditional=dataset.endswith("-cond"))
+            base = recipe.varied(vars(read), replace(network, D=D))
         config = parse(type(recipe.base), arguments, default=base, prog="", description="").distillation()
         return replace(config, sigmas=config.levels) if isinstance(config, DistillConfig) else config
 
     config = settings(options.split(), float(options.split()[1]))
     # Of two recipes with the same settings the folder's name tells which it was.
-    run = tmp_path / ("imagenet64_sid-Dinf" if recipe.file == "imagenet64_sid.py" else "results")
+    alike = dataset.startswith("imagenet")
+    run = tmp_path / (f"{recipe.run_stem(network)}-D{config.D:g}" if alike else "results")
     (run / "generator").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"kind": "distill", "config": config.to_json()}))
-    network = recipe.network(recipe.base, config.D) if not dataset else presets.get(recipe.preset, D=config.D)
-    exported = {"network": network.to_json(), "extra": {"dataset": dataset}}
+    exported = {"network": replace(generator, D=config.D).to_json(), "extra": {"dataset": dataset}}
     (run / "generator" / "config.json").write_text(json.dumps(exported))
     line = reproduce(read_run(run)).line
     assert line is not None
     _, file, *arguments = shlex.split(line)
     assert file == f"recipes/{recipe.file}"
-    assert arguments[:2] == ["--teacher", "TEACHER"]
-    again = settings(arguments[2:], config.D)
+    given = [*named, "--teacher", "TEACHER"]
+    assert arguments[: len(given)] == given
+    again = settings(arguments[len(given) :], config.D)
     free = free_settings(type(config))
     assert _identity(again.to_json(), free) == _identity(config.to_json(), free)
     assert again.total_steps == config.total_steps

@@ -15,7 +15,7 @@ from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.experiments import AblationOptions, as_ablation, options_for, recipe_options
 from ipfm.engine.objectives.base import Distillation, Objective
 from ipfm.engine.runtime.commandline import BadInput, parse
-from ipfm.models import NetworkConfig
+from ipfm.models import NetworkConfig, presets
 from ipfm.recipes import cifar_ipfm, digits_ipfm
 
 
@@ -76,7 +76,7 @@ def test_recipes_and_ablations_of_a_third_objective() -> None:
     base = recipe_options(ToyConfig(max_steps=7))
     toy = cifar_ipfm.RECIPE.with_options("toy.py", "A toy.", base, D=2.0, settings_of="nobody")
     assert (toy.file, toy.shape, toy.settings_from) == ("toy.py", (3, 32, 32), "CIFAR-10: the settings of nobody")
-    assert toy.varied({}, 2048.0, conditional=True) == base
+    assert toy.varied({}, presets.get("cifar10-ncsnpp-cond", D=2048.0)) == base
     local = digits_ipfm.RECIPE.with_options("toy.py", "A toy.", base)
     assert local.base is base and local.data is digits_ipfm.RECIPE.data
     ablation = as_ablation(base, seeds=(3,), max_steps=9)
