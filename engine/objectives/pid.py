@@ -83,7 +83,6 @@ class PidConfig(Distillation):
         "distance": "Of PID. Default: l2.",
         "lpips_side": "Of PID with lpips: side that images are resized to. Default: as they are.",
     }
-    plan_example: ClassVar[str] = "ipfm plan --model adm --objective pid --ranks 8 --precision bf16 --fits 24 48 80 141"
     method: ClassVar[str] = "physics informed distillation"
     readings: ClassVar[Mapping[str, str]] = {
         "generator_loss": "generator_loss is the residual of the teacher's ODE on the trajectories that the network "
