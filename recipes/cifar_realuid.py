@@ -21,8 +21,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ipfm.engine.experiments import origins, recipe_options, run_command
-from ipfm.engine.experiments.options import ema_kimg
+from ipfm.engine.experiments import ema_kimg, origins, recipe_options, run_command
 from ipfm.models import NetworkConfig
 from ipfm.recipes import cifar_ipfm
 
