@@ -225,6 +225,18 @@ def test_a_first_save_that_fails_leaves_nothing(net, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_is_full_while_the_weights_are_written_is_named_and_harms_nothing(net, stored, monkeypatch):
+    def full(*_):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    before = load_model(stored).state_dict()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device") as caught:
+        patch.setattr(safetensors.torch, "save_file", full)
+        save_model(net, stored)
+    assert caught.value.errno == 28 and str(caught.value.filename).endswith("model.safetensors")
+    assert_same(load_model(stored).state_dict(), before)
+
+
 def test_storing_copies_nothing_and_reading_makes_the_network_alone(tmp_path, monkeypatch):
     """Of a network of gigabytes neither the weights nor the file are in memory a second time."""
 
