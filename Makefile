@@ -77,9 +77,11 @@ $(READY): setup.py pyproject.toml Makefile
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "'$(PYTHON)' cannot make virtual environments. On Debian: apt-get install python3-venv" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test]'
 	@# Its weights and code, for a test; not torchvision, which it asks for and which has to be of torch's own build.
-	$(BIN)/python -m pip install --quiet --no-deps lpips==0.1.4
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps lpips==0.1.4
+	@# pip would do it with one process, and with the tests of all these packages; a file that is no Python is nothing new.
+	$(BIN)/python -m compileall -qq -j 2 -x '/tests?/' $(VENV)/lib || true
 	@# DeepSpeed's scripts begin with the path of Python, which ends at its first space: find it as pip's own scripts do.
 	sed -i "1s|^#!/.* .*|#!/bin/sh\n'''exec' \"\$$(dirname \"\$$0\")/python\" \"\$$0\" \"\$$@\"\n' '''|" $(BIN)/d*
 	touch $(READY)
