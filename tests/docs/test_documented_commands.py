@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,11 @@ import pytest
 import stand_ins
 import torch
 from documented import Block, Command
+from safetensors.torch import save
+from torch.export import ExportedProgram
 
+from ipfm.engine.commands.export import program
+from ipfm.engine.commands.export.network import ExportedNetwork
 from ipfm.engine.data.shapes import shapes
 from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.step_time import StepTime
@@ -89,10 +93,25 @@ def small(stand_in_set: Path) -> Iterator[None]:
         # DeepSpeed does not get over the end of the process group that it began with.
         patch.setattr("ipfm.engine.runtime.launcher.stop_world", lambda: None)
         patch.setattr("ipfm.engine.commands.bench.step.stop_world", lambda: None)
+        patch.setattr("ipfm.engine.commands.export.program.make_program", traced_once(program.make_program))
         yield
     from ipfm.recipes import shapes_ipfm
 
     vars(shapes_ipfm.RECIPE).pop("dataset", None)
+
+
+def traced_once(make_program: Callable[[ExportedNetwork], ExportedProgram]) -> Callable[..., ExportedProgram]:
+    """One program for a network that is exported to several formats."""
+    programs: dict[bytes, ExportedProgram] = {}
+
+    def make(network: ExportedNetwork) -> ExportedProgram:
+        tensors = {name: tensor.detach().clone() for name, tensor in network.net.state_dict().items()}
+        key = network.facts_json().encode() + save(tensors)
+        if key not in programs:
+            programs[key] = make_program(network)
+        return programs[key]
+
+    return make
 
 
 def measured_here(command: list[str], **_: object) -> types.SimpleNamespace:
