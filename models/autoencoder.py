@@ -41,6 +41,8 @@ CLASS = "AutoencoderKL"
 WEIGHTS = tuple(
     f"diffusion_pytorch_model{kind}.{suffix}" for kind in ("", ".fp16") for suffix in ("safetensors", "bin")
 )
+_SCALING = 0.18215
+"""What the configurations of Stable Diffusion's first autoencoders say of their latents; it is not used here."""
 INSTALL = "pip install 'ipfm[latents]'"
 WANTED = f"the folder of an {CLASS} of diffusers, such as sd-vae-ft-mse's: config.json and {WEIGHTS[0]} (or .bin)"
 SHOWS = "--vae VAE_FOLDER makes pictures of them"
@@ -75,11 +77,13 @@ class Autoencoder:
         path: the folder that it was loaded from.
         file: its weights there.
         factor: pixels a side of a picture for each of a latent.
+        remarks: what is to be known of it, a line each.
     """
 
     def __init__(self, net: Any, file: Path, device: torch.device) -> None:
         self._net, self.path, self.file, self._device = net.to(device), file.parent, file, device
         self.factor = 1 << (len(net.config.block_out_channels) - 1)
+        self.remarks = _remarks(self.path, net.config.get("scaling_factor", _SCALING))
 
     def shape_of_pictures(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(3, H, W) of what latents (4, h, w) = `shape` become.
@@ -153,6 +157,16 @@ def load_autoencoder(folder: Path | str, device: torch.device | str = "cpu") -> 
     net = _built(place, config)
     _fill(net, open_state_dict(file))
     return Autoencoder(net.eval().requires_grad_(False), file, torch.device(device))
+
+
+def _remarks(place: Path, scaling: object) -> tuple[str, ...]:
+    """That it is of other latents than EDM2's, where its configuration says so."""
+    if scaling == _SCALING:
+        return ()
+    return (
+        f"{place} has scaling_factor {shown(scaling)}, sd-vae-ft-mse {_SCALING}: EDM2's latents are of that, and "
+        "another autoencoder, such as SDXL's, makes no pictures of them",
+    )
 
 
 def _shape(images: Tensor) -> tuple[int, int, int]:

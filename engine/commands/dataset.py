@@ -108,6 +108,8 @@ class Dataset:
             if self.subset == "first" and self.seed:
                 raise ValueError("seed was given, but subset first draws nothing")
             autoencoder = None if self.latents is None else load_autoencoder(self.latents, run_device())
+            for said in () if autoencoder is None else autoencoder.remarks:
+                remarks.add(said)
             with pillow_heard() as heard:
                 pictures = find_pictures(
                     self.source,

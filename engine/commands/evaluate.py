@@ -167,9 +167,10 @@ class Evaluate:
             world = joined()
         remarks = Remarks()
         remarks.extend((*subject.said, *comparison.said))
-        for remark in (*environment_remarks(), *subject.remarks, *comparison.remarks(subject.shape, images)):
-            if world.is_main:
-                remarks.add(remark)
+        remarked = (*environment_remarks(), *subject.remarks, *comparison.remarks(subject.shape, images))
+        remarked += () if autoencoder is None else autoencoder.remarks
+        for remark in remarked if world.is_main else ():
+            remarks.add(remark)
         with enough_memory("give a smaller --batch"):
             self._measure(write, subject, comparison, world, images, remarks)
 

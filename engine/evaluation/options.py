@@ -125,6 +125,8 @@ class EvaluationOptions:
             return None
         found = load_autoencoder(self.vae, device)
         found.shape_of_pictures(shape)
+        for said in found.remarks if is_first_process() else ():
+            Remarks().add(said)
         return found
 
     def comparison(

@@ -150,6 +150,16 @@ def test_configurations_that_are_refused(folder, changes, words):
     assert words in said(folder)
 
 
+def test_an_autoencoder_of_other_latents_is_remarked_on(made, folder):
+    """SDXL's has 4 channels too, and makes colours of no picture of EDM2's latents."""
+    assert load_autoencoder(made).remarks == ()
+    change_config(folder, scaling_factor=0.13025)
+    (said,) = load_autoencoder(folder).remarks
+    assert said.startswith(f"{folder} has scaling_factor 0.13025, sd-vae-ft-mse 0.18215: EDM2's latents are of that")
+    change_config(folder, scaling_factor=None)
+    assert len(load_autoencoder(folder).remarks) == 1
+
+
 def test_weights_that_are_not_of_the_configuration(folder):
     change_weights(folder, lambda found: {**found, "first_stage_model.conv_in.weight": torch.zeros(1)})
     assert "has the unknown 'first_stage_model.conv_in.weight'" in said(folder)

@@ -1,6 +1,7 @@
 """Latents from end to end: pictures, their latents, a teacher of them, a generator, its pictures, a distance."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,18 @@ def test_classes_are_drawn_as_often_as_the_labels_say(place, tmp_path, capsys):
         (tmp_path / "dataset.json").write_text(json.dumps({"labels": [["a.png", 5]]}))
         teacher = ["--teacher", str(place / "teacher" / "model"), "--labels", str(tmp_path)]
         distill_ipfm.main([*teacher, "--dry-run"])
+
+
+def test_an_autoencoder_of_other_latents_is_remarked_on(place, tmp_path, capsys):
+    vae = shutil.copytree(place / "vae", tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text()) | {"scaling_factor": 0.13025}
+    (vae / "config.json").write_text(json.dumps(config))
+    model = place / "run" / "generator"
+    assert not ipfm("sample", model, "--n", 2, "--out", tmp_path / "x.npz", "--vae", vae, "--json")
+    assert any("has scaling_factor 0.13025" in remark for remark in json.loads(capsys.readouterr().out)["remarks"])
+    measured = ["--reference", place / "pictures.zip", "--features", "pixels", "--images", 4, "--json"]
+    assert not ipfm("evaluate", model, *measured, "--vae", vae)
+    assert any("has scaling_factor 0.13025" in remark for remark in json.loads(capsys.readouterr().out)["remarks"])
 
 
 def test_latents_and_pictures_are_told_apart_where_a_teacher_takes_the_other(place):

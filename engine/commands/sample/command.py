@@ -170,6 +170,7 @@ class Sample:
             world = joined()
         said = (taken.said(),) if taken.taken else ()
         remarked = (*alone, *said, *environment_remarks(), *model.remarks, *destination.remarks)
+        remarked += () if autoencoder is None else autoencoder.remarks
         for remark in remarked if world.is_main else ():
             remarks.add(remark)
         with output(as_json=self.json) as write:
