@@ -35,6 +35,11 @@ def dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether x is contiguous or channels_last."""
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+
+
 def like(x: Tensor, other: Tensor) -> Tensor:
     """x, or a copy of it, in the layout of `other`, which is dense."""
     return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -171,9 +171,11 @@ def _through_silu(
 
 
 @triton.jit
-def _with_more(b_dx, p_more, o, m, MORE: tl.constexpr, COMPUTE: tl.constexpr):
+def _with_more(b_dx, p_more, o, m, MORE: tl.constexpr, FACTOR: tl.constexpr, COMPUTE: tl.constexpr):
     if MORE:
         b_dx += tl.load(p_more + o, mask=m, other=0.0).to(COMPUTE)
+    if FACTOR != 1.0:
+        b_dx *= tl.full((), FACTOR, COMPUTE)
     return b_dx
 
 
@@ -181,7 +183,7 @@ def _with_more(b_dx, p_more, o, m, MORE: tl.constexpr, COMPUTE: tl.constexpr):
 def group_norm_silu_backward_kernel(
     p_x, p_dy, p_weight, p_bias, p_scale, p_shift, p_addend, p_more, p_statistics, p_dx, p_sums,
     HW, s_b, s_c, s_hw, s_pb, s_pc, s_ab,
-    SCALED: tl.constexpr, ADDED: tl.constexpr, MORE: tl.constexpr, SILU: tl.constexpr,
+    SCALED: tl.constexpr, ADDED: tl.constexpr, MORE: tl.constexpr, FACTOR: tl.constexpr, SILU: tl.constexpr,
     GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +192,8 @@ def group_norm_silu_backward_kernel(
         ∂L/∂x = rstd (v ∂L/∂u - mean(v ∂L/∂u) - n mean(v n ∂L/∂u)),   means over the group
 
     and for each channel Σ ∂L/∂u and Σ n ∂L/∂u, from which the gradients of the parameters follow, and with an addend
-    Σ ∂L/∂x, which is its own. What else is made of x gives `more`, which is added to ∂L/∂x as it is stored.
+    Σ ∂L/∂x, which is its own. What else is made of x gives `more`, which is added to ∂L/∂x as it is stored. The sum is
+    multiplied by FACTOR: of a gradient that lacks a factor nothing else is asked then.
     """
     # The program's groups of a sample, and what the forward pass and the parameters say of them.
     parts: tl.constexpr = GROUPS_ALL // GROUPS
@@ -238,7 +241,7 @@ def group_norm_silu_backward_kernel(
     dtype = p_dx.dtype.element_ty
     if RESIDENT:
         b_dx = rstd * (b_du * b_v - mean_v - b_n * mean_vn)
-        tl.store(p_dx + o, _with_more(b_dx, p_more, o, m, MORE, COMPUTE).to(dtype), mask=m)
+        tl.store(p_dx + o, _with_more(b_dx, p_more, o, m, MORE, FACTOR, COMPUTE).to(dtype), mask=m)
         b_dx = tl.where(m, b_dx, 0.0)
     else:
         b_dx = tl.zeros((GROUPS, CP, BLOCK), COMPUTE)
@@ -246,7 +249,7 @@ def group_norm_silu_backward_kernel(
             o, m = _tile(i_hw, HW, s_c, s_hw, CHANNELS, GROUPS, CP, BLOCK)
             b_n, b_du = _through_silu(p_x, p_dy, o, m, b_a, mean, rstd, b_v, b_c, ADDED, SILU, COMPUTE)
             b_d = rstd * (b_du * b_v - mean_v - b_n * mean_vn)
-            tl.store(p_dx + o, _with_more(b_d, p_more, o, m, MORE, COMPUTE).to(dtype), mask=m)
+            tl.store(p_dx + o, _with_more(b_d, p_more, o, m, MORE, FACTOR, COMPUTE).to(dtype), mask=m)
             if ADDED:
                 b_dx += tl.where(m, b_d, 0.0)
     if ADDED:
@@ -348,9 +351,9 @@ def group_norm_silu_lanes_kernel(
 def group_norm_silu_lanes_backward_kernel(
     p_x, p_dy, p_weight, p_bias, p_scale, p_shift, p_addend, p_more, p_statistics, p_dx, p_sums,
     HW, s_b, s_pb, s_pc, s_ab,
-    SCALED: tl.constexpr, ADDED: tl.constexpr, MORE: tl.constexpr, SILU: tl.constexpr, GROUPS_ALL: tl.constexpr,
-    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, PP: tl.constexpr, WP: tl.constexpr,
-    CP: tl.constexpr, COMPUTE: tl.constexpr,
+    SCALED: tl.constexpr, ADDED: tl.constexpr, MORE: tl.constexpr, FACTOR: tl.constexpr, SILU: tl.constexpr,
+    GROUPS_ALL: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, PP: tl.constexpr,
+    WP: tl.constexpr, CP: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """`group_norm_silu_backward_kernel` in channels_last for any number of channels a group."""
     parts: tl.constexpr = GROUPS_ALL // GROUPS
@@ -402,7 +405,7 @@ def group_norm_silu_lanes_backward_kernel(
         o, m = (i_hw + o_p) * (GROUPS_ALL * CHANNELS) + o_c, m_l & (i_hw + o_p < HW)
         b_n, b_du = _through_silu(p_x, p_dy, o, m, b_a, mean, rstd, b_v, b_c, ADDED, SILU, COMPUTE)
         b_dx = rstd * (b_du * b_v - mean_v - b_n * mean_vn)
-        tl.store(p_dx + o, _with_more(b_dx, p_more, o, m, MORE, COMPUTE).to(p_dx.dtype.element_ty), mask=m)
+        tl.store(p_dx + o, _with_more(b_dx, p_more, o, m, MORE, FACTOR, COMPUTE).to(p_dx.dtype.element_ty), mask=m)
         if ADDED:
             b_sum += tl.where(m, b_dx, 0.0)
     if ADDED:
@@ -489,6 +492,7 @@ def _launch(
     activation: bool,
     eps: float,
     more: bool = False,
+    factor: float = 1.0,
 ) -> Launch:
     """The launch for a dense x of this shape and format; its kernel is another for each device and for other dtypes."""
     batch, channels, height, width = shape
@@ -503,6 +507,7 @@ def _launch(
         "SCALED": scaled,
         "ADDED": added,
         "MORE": more,
+        "FACTOR": factor,
         "SILU": activation,
         **sizes,
     }
@@ -561,8 +566,9 @@ def _launch_backward(
     activation: bool,
     addend: Tensor | None = None,
     more: Tensor | None = None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(∂L/∂x + more, [Σ ∂L/∂u, Σ n ∂L/∂u, with an addend Σ ∂L/∂x]), the sums (2 or 3, B, C) over the pixels."""
+    """((∂L/∂x + more)·factor, [Σ ∂L/∂u, Σ n ∂L/∂u, with an addend Σ ∂L/∂x]), sums (2 or 3, B, C) over the pixels."""
     if dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
     if more is not None and more.stride() != x.stride():
@@ -577,7 +583,7 @@ def _launch_backward(
         )  # fmt: skip
         launch = _launch(
             True, x.shape, not x.is_contiguous(), x.device, dtypes, statistics.shape[1], tuple(per_channel),
-            _batch_stride(addend), scale is not None, addend is not None, activation, 0.0, more is not None,
+            _batch_stride(addend), scale is not None, addend is not None, activation, 0.0, more is not None, factor,
         )  # fmt: skip
         launch(x.device, x, dy, weight, bias, p_scale, p_shift, p_addend, p_more, statistics, dx, sums)
     return dx, sums
@@ -618,11 +624,60 @@ def _(
     activation: bool,
     addend: Tensor | None = None,
     more: Tensor | None = None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), _numbers(x, 2 if addend is None else 3, *x.shape[:2])
 
 
-# -------------------------------------------------------------------------------------------------------- autograd
+# ---------------------------------------------------------------------------------------------- passes, and autograd
+
+
+# Weight, bias, scale, shift and addend, as the launchers take them.
+Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def forward_pass(
+    x: Tensor, groups: int, parameters: Parameters, *, eps: float, activation: bool
+) -> tuple[Tensor, Tensor]:
+    """(y, what `backward_pass` takes of it), by the Triton kernels, without a graph; arguments are valid, x dense."""
+    weight, bias, scale, shift, addend = parameters
+    run: Callable[..., tuple[Tensor, Tensor]] = _launch_forward if launches_directly(x) else _forward
+    return run(x, weight, bias, scale, shift, groups, eps, activation, addend)
+
+
+def backward_pass(
+    dy: Tensor,
+    x: Tensor,
+    parameters: Parameters,
+    statistics: Tensor,
+    needed: Sequence[bool],
+    activation: bool,
+    more: Tensor | None = None,
+    factor: float = 1.0,
+) -> tuple[Tensor | None, ...]:
+    """(∂L/∂x + more)·factor, and without more or factor the gradients of the `parameters` that are `needed`."""
+    weight, bias, scale, shift, addend = parameters
+    run: Callable[..., Any] = _launch_backward if launches_directly(x) else _backward
+    dx, sums = run(dy, x, weight, bias, scale, shift, statistics, activation, addend, more, factor)
+    to_weight = to_bias = to_scale = to_shift = to_addend = None
+    if needed[0] or needed[1]:
+        both = sums[:2] if scale is None else sums[:2] * (scale.flatten(1).to(sums.dtype) + 1)
+        to_bias, to_weight = (both if weight.ndim == 2 else both.sum(1)).to(weight.dtype).unbind()
+    if scale is not None and needed[2]:
+        to_scale = (sums[1] * weight.to(sums.dtype) + sums[0] * bias.to(sums.dtype))[:, :, None, None]
+        to_scale = to_scale.sum_to_size(scale.shape).to(scale.dtype)
+    if shift is not None and needed[3]:
+        to_shift = sums[0][:, :, None, None].sum_to_size(shift.shape).to(shift.dtype)
+    if addend is not None and needed[4]:
+        to_addend = sums[2].sum_to_size(addend.shape).to(addend.dtype)
+    return (
+        dx,
+        to_weight if needed[0] else None,
+        to_bias if needed[1] else None,
+        to_scale,
+        to_shift,
+        to_addend,
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -640,31 +695,11 @@ def _differentiate(
     if dy is None:
         return (more, *(None,) * 8)
     x, weight, bias, scale, shift, addend, statistics = ctx.saved_tensors
-    run: Callable[..., Any] = _launch_backward if launches_directly(x) else _backward
-    dx, sums = run(dy, x, weight, bias, scale, shift, statistics, ctx.activation, addend, more)
     needed = ctx.needs_input_grad
-    to_weight = to_bias = to_scale = to_shift = to_addend = None
-    if needed[1] or needed[2]:
-        both = sums[:2] if scale is None else sums[:2] * (scale.flatten(1).to(sums.dtype) + 1)
-        to_bias, to_weight = (both if weight.ndim == 2 else both.sum(1)).to(weight.dtype).unbind()
-    if scale is not None and needed[3]:
-        to_scale = (sums[1] * weight.to(sums.dtype) + sums[0] * bias.to(sums.dtype))[:, :, None, None]
-        to_scale = to_scale.sum_to_size(scale.shape).to(scale.dtype)
-    if shift is not None and needed[4]:
-        to_shift = sums[0][:, :, None, None].sum_to_size(shift.shape).to(shift.dtype)
-    if addend is not None and needed[8]:
-        to_addend = sums[2].sum_to_size(addend.shape).to(addend.dtype)
-    return (
-        dx if needed[0] else None,
-        to_weight if needed[1] else None,
-        to_bias if needed[2] else None,
-        to_scale,
-        to_shift,
-        None,
-        None,
-        None,
-        to_addend,
-    )
+    # (An operator knows no argument that is left to its default.)
+    asked = (*needed[1:5], addend is not None and needed[8])
+    gradients = backward_pass(dy, x, (weight, bias, scale, shift, addend), statistics, asked, ctx.activation, more)
+    return (gradients[0] if needed[0] else None, *gradients[1:5], None, None, None, gradients[5])
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -186,17 +186,31 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     biased = ctx.needs_input_grad[2]
-    if torch.is_grad_enabled() or (ctx.scale == 1 and not biased):
+    if torch.is_grad_enabled():
         # A second derivative goes through PyTorch's operations.
         d = dy if ctx.scale == 1 else dy * ctx.scale
-        to_bias = d.sum((2, 3) if ctx.by_sample else (0, 2, 3)).to(ctx.bias_dtype) if biased else None
+        to_bias = d.sum((2, 3) if ctx.by_sample else (0, 2, 3)) if biased else None
     else:
-        dy = _regular(dy)
-        run: Callable[..., Any] = _launch_backward if launches_directly(dy) else _backward
-        d, sums = run(dy, ctx.scale, biased)
-        to_bias = _bias_gradient(sums, dy.shape[0] if ctx.by_sample else None).to(ctx.bias_dtype) if biased else None
+        d, to_bias = backward_pass(dy, ctx.scale, biased, by_sample=ctx.by_sample)
+    to_bias = None if to_bias is None else to_bias.to(ctx.bias_dtype)
     needed = ctx.needs_input_grad
     return d if needed[0] else None, d if needed[1] else None, to_bias, None
+
+
+def forward_pass(a: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """`residual_sum` by the Triton kernels, without a graph; arguments are valid, a is dense, b laid out as it is."""
+    run: Callable[..., Tensor] = _launch_forward if launches_directly(a) else _forward
+    return run(a, b, bias, scale)
+
+
+def backward_pass(dy: Tensor, scale: float, biased: bool, *, by_sample: bool) -> tuple[Tensor, Tensor | None]:
+    """(dy scale, which is the gradient of both that are added; that of a bias, by sample (B, C) or (C,))."""
+    if scale == 1 and not biased:
+        return dy, None
+    dy = _regular(dy)
+    run: Callable[..., Any] = _launch_backward if launches_directly(dy) else _backward
+    d, sums = run(dy, scale, biased)
+    return d, _bias_gradient(sums, dy.shape[0] if by_sample else None) if biased else None
 
 
 def _bias_gradient(sums: Tensor, samples: int | None) -> Tensor:

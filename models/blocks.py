@@ -1,12 +1,13 @@
 """The residual block that every U-Net here is made of."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ipfm.kernels._images import dense
 from ipfm.models.attention import AttentionBackend, attention, head_count
 from ipfm.models.frozen_ops import frozen_linear, is_frozen
 from ipfm.models.initialisation import DEFAULT_INIT, ZERO_INIT, Init
@@ -19,11 +20,13 @@ from ipfm.models.layers import (
     cast,
     free_affine,
     free_bias,
+    free_weight,
     join,
     residual,
     triton_serves,
     without_bias,
 )
+from ipfm.models.whole_block import Inputs, Numbers, is_plain_eager, whole_block
 
 
 class Entering(NamedTuple):
@@ -146,6 +149,7 @@ class UNetBlock(nn.Module):
         self.norm1 = GroupNorm(out_channels, eps=eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3, init=init_zero)
         self.skip: Conv2d | None = None
+        self._resamples = up or down
         if out_channels != in_channels or up or down:
             kernel = 1 if resample_proj or out_channels != in_channels else 0
             self.skip = Conv2d(
@@ -164,7 +168,54 @@ class UNetBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, entering: Entering = _NOTHING) -> Tensor:
         if not triton_serves(x):
             return self._one_by_one(x, emb)
-        norm0, norm1, norm2 = entering.norms
+        whole = self._whole(x, entering)
+        x = self._in_parts(x, emb, entering) if whole is None else whole
+        if self.num_heads:
+            h, x = branch(self.norm2, x, affine=entering.norms[2])
+            h, bias = without_bias(self.proj, self._attended(h))
+            x = self._joined(x, h, bias if entering.proj_bias is None else entering.proj_bias)
+        return x
+
+    def _whole(self, x: Tensor, entering: Entering) -> Tensor | None:
+        """What comes before the attention, as one function; None: its layers have to be called."""
+        p, bias = entering.projected, entering.bias
+        if p is None or self._resamples or type(self) is not UNetBlock or not is_plain_eager():
+            return None
+        # (Asked of every block in every pass: attributes of a module take their time.)
+        modules: dict[str, Any] = self._modules
+        norm0, norm1, conv0, conv1 = modules["norm0"], modules["norm1"], modules["conv0"], modules["conv1"]
+        skip = modules.get("skip")
+        affine0, affine1 = entering.norms[0] or free_affine(norm0), entering.norms[1] or free_affine(norm1)
+        weight0, weight1 = free_weight(conv0, x), free_weight(conv1, x)
+        if bias is None and skip is None:
+            bias = free_bias(conv1)
+        if weight0 is None or weight1 is None or affine0 is None or affine1 is None or bias is None:
+            return None
+        scale = shift = weight = None
+        if self.adaptive_scale:
+            scale, shift = p[:, :, None, None].chunk(2, dim=1)
+            p = free_bias(conv0)
+        if skip is not None:
+            weight = free_weight(skip, x)
+        if p is None or (weight is None) != (skip is None):
+            return None
+        numbers = Numbers(
+            (norm0.num_groups, norm1.num_groups),
+            (norm0.eps, norm1.eps),
+            (conv0.w_pad, conv1.w_pad, 0 if skip is None else skip.w_pad),
+            self.dropout if self.training else 0.0,
+            self.skip_scale,
+        )
+        if entering.norms[0] is None:
+            affine0, affine1 = ((cast(w, x), cast(b, x)) for w, b in (affine0, affine1))
+        addend = p if p.ndim == 2 else cast(p, x)[None]
+        bias = bias if bias.ndim == 2 else cast(bias, x)
+        vectors = scale, shift, addend
+        return whole_block(numbers, Inputs(dense(x), *affine0, weight0, *affine1, *vectors, weight1, bias, weight))
+
+    def _in_parts(self, x: Tensor, emb: Tensor, entering: Entering) -> Tensor:
+        """The same, layer by layer."""
+        norm0, norm1, _ = entering.norms
         h, x = branch(self.norm0, x, silu=True, affine=norm0)
         h, bias = without_bias(self.conv0, h)
         p = self._projection(emb, h, bias) if entering.projected is None else entering.projected
@@ -177,12 +228,7 @@ class UNetBlock(nn.Module):
         x, skip_bias = (x, None) if self.skip is None else without_bias(self.skip, x)
         if entering.bias is not None:
             bias, skip_bias = entering.bias, None
-        x = self._joined(x, h, bias, skip_bias)
-        if self.num_heads:
-            h, x = branch(self.norm2, x, affine=norm2)
-            h, bias = without_bias(self.proj, self._attended(h))
-            x = self._joined(x, h, bias if entering.proj_bias is None else entering.proj_bias)
-        return x
+        return self._joined(x, h, bias, skip_bias)
 
     def _one_by_one(self, x: Tensor, emb: Tensor) -> Tensor:
         """The same by layers that leave nothing to each other, as a CPU computes it fastest."""

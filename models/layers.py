@@ -267,6 +267,14 @@ def free_bias(layer: nn.Module | None) -> Tensor | None:
     return layer._parameters["bias"]
 
 
+def free_weight(conv: nn.Module, x: Tensor) -> Tensor | None:
+    """The weight of a convolution that may be bypassed, of the dtype of x; None: it may not, see `free_bias`."""
+    if type(conv) is not Conv2d or _is_watched(conv):
+        return None
+    weight = conv._parameters["weight"]
+    return None if weight is None or weight.dtype != x.dtype or hasattr(weight, "ds_id") else weight
+
+
 # (Asked of every layer in every pass.)
 _BYPASSED = frozenset((Linear, Conv2d))
 

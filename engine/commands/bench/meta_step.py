@@ -46,7 +46,7 @@ from ipfm.kernels.bench.fake_driver import Launch, Launches, fake_cuda
 from ipfm.kernels.bench.measurement import tensors, traffic
 from ipfm.kernels.bench.rehearsal import heaviest
 from ipfm.models import NetworkConfig, Precond, build_network, edm2_unet, presets
-from ipfm.models.layers import GroupNorm, lay_out_weights, triton_serves
+from ipfm.models.layers import lay_out_weights, triton_serves
 
 META = torch.device("meta")
 # The GPU that a recipe is laid out for where nothing else is said: eight of 80 GB.
@@ -81,8 +81,8 @@ class Norm:
     channels_last: bool
     silu: bool
     scaled: bool
-    keywords: tuple[str, ...]
-    """Names of all arguments that are given."""
+    vectors: tuple[str, ...]
+    """Names of what is given beside weight and bias."""
 
 
 @dataclass
@@ -183,6 +183,8 @@ class _Counting(TorchDispatchMode):
         if not _is_counted(func):
             return result
         name = str(func._overloadpacket)
+        if name == "ipfm.group_norm_silu":
+            self.recording.norms[_norm(args)] += 1
         given = tensors((args, kwargs))
         self.note(name, traffic(func, args, kwargs, given, tensors(result)))
         if (flops := flop_registry.get(func._overloadpacket)) is not None:
@@ -470,18 +472,7 @@ def record(settings: Resolved[Any], network: NetworkConfig, *, graphs: bool = Fa
         for step in range(first):
             training.iteration(step)
     EmptyGraphs.replays = 0
-    normalise = GroupNorm.forward
-
-    def noted(module: GroupNorm, x: Tensor, **keywords: Any) -> Any:
-        recording.norms[_norm(module, x, keywords)] += 1
-        return normalise(module, x, **keywords)
-
-    # Not by hooks, for which a network keeps its layers apart.
-    with (
-        mock.patch.object(GroupNorm, "forward", noted),
-        counting(recording) as mode,
-        listening(lambda phase: setattr(mode, "phase", phase)),
-    ):
+    with counting(recording) as mode, listening(lambda phase: setattr(mode, "phase", phase)):
         training.iteration(first)
     recording.replays = EmptyGraphs.replays if graphs else 0
     return recording
@@ -514,16 +505,17 @@ def fused_dropout(network: NetworkConfig) -> float:
     return network.dropout if network.model_type == "EDM2UNet" else 0.0
 
 
-def _norm(module: GroupNorm, x: Tensor, keywords: Mapping[str, Any]) -> Norm:
-    given = {name: value for name, value in keywords.items() if value is not None and value is not False}
+def _norm(args: Sequence[Any]) -> Norm:
+    x, _, _, scale, shift, groups, _, activation, *addend = args
+    given = {"scale": scale, "shift": shift, "addend": addend[0] if addend else None}
     return Norm(
         tuple(x.shape),
-        module.num_groups,
+        groups,
         str(x.dtype).removeprefix("torch."),
         _is_channels_last(x),
-        bool(given.get("silu")),
-        "scale" in given,
-        tuple(sorted(given)),
+        activation,
+        scale is not None,
+        tuple(sorted(name for name, value in given.items() if value is not None)),
     )
 
 

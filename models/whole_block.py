@@ -1,0 +1,169 @@
+"""A residual block as one function of autograd, for a GPU: what its layers launch, without what holds them together.
+
+Layer by layer autograd keeps a node for each convolution, normalisation and sum, which together cost the host more
+than their launches. What is launched, kept for the backward pass and computed is the same, but for one pass over the
+data: where nothing but the block's input needs a gradient, the last kernel applies the sum's factor to what it stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ipfm.kernels import group_norm, residual
+from ipfm.kernels._images import dense, is_dense, like
+from ipfm.kernels._operators import applied
+
+_convolution_backward: Callable[..., Any] = torch.ops.aten.convolution_backward.default
+
+
+class Numbers(NamedTuple):
+    """What a block computes with beside tensors."""
+
+    groups: tuple[int, int]
+    """Of both normalisations."""
+    eps: tuple[float, float]
+    paddings: tuple[int, int, int]
+    """Of both convolutions and of the skip."""
+    dropout: float
+    """Its probability; 0 while nothing is trained."""
+    scale: float
+    """Factor of the sum."""
+
+
+class Inputs(NamedTuple):
+    """The tensors that go in; weights in the dtype of x, vectors as the kernels take them."""
+
+    x: Tensor
+    """(B, C, H, W), dense."""
+    weight0: Tensor
+    """Of the normalisation."""
+    bias0: Tensor
+    conv0: Tensor
+    """Weight of the convolution."""
+    weight1: Tensor
+    bias1: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    addend: Tensor | None
+    """What conv0(…) lacks: (B or 1, out_channels)."""
+    conv1: Tensor
+    bias: Tensor | None
+    """What the sum lacks."""
+    skip: Tensor | None
+    """Weight of its convolution; None: x itself is added."""
+
+    @property
+    def second(self) -> group_norm.Parameters:
+        """Of the second normalisation."""
+        return self.weight1, self.bias1, self.scale, self.shift, self.addend
+
+
+def is_plain_eager() -> bool:
+    """Whether nobody compiles or transforms here: both know layers, not this function."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def whole_block(numbers: Numbers, inputs: Inputs) -> Tensor:
+    """(skip(x) + conv1(dropout(silu(norm1(conv0(silu(norm0(x))))))))·scale, by the Triton kernels.
+
+    Differentiable once, where `is_plain_eager`.
+
+    Args:
+        numbers: sizes and factors.
+        inputs: the tensors.
+
+    Raises:
+        RuntimeError: in the backward pass, where a second derivative is asked for.
+    """
+    if torch.is_grad_enabled():
+        y: Tensor = _apply(numbers, *inputs)
+        return y
+    return _run(numbers, inputs)[0]
+
+
+def _run(numbers: Numbers, given: Inputs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """(y, what is made on the way: statistics, conv0's result, statistics, inputs of both convolutions, the mask)."""
+    first: group_norm.Parameters = given.weight0, given.bias0, None, None, None
+    h0, about0 = group_norm.forward_pass(given.x, numbers.groups[0], first, eps=numbers.eps[0], activation=True)
+    c0 = dense(F.conv2d(h0, given.conv0, None, 1, numbers.paddings[0]))
+    h1, about1 = group_norm.forward_pass(c0, numbers.groups[1], given.second, eps=numbers.eps[1], activation=True)
+    mask: Tensor | None = None
+    if numbers.dropout:
+        h1, mask = torch.native_dropout(h1, numbers.dropout, True)
+    c1 = F.conv2d(h1, given.conv1, None, 1, numbers.paddings[1])
+    x = given.x if given.skip is None else dense(F.conv2d(given.x, given.skip, None, 1, numbers.paddings[2]))
+    y = residual.forward_pass(x, like(c1, x), given.bias, numbers.scale)
+    return y, (about0, c0, about1, h0, h1, mask)
+
+
+class _WholeBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, numbers: Numbers, *tensors: Any) -> Tensor:
+        given = Inputs(*tensors)
+        y, (about0, c0, about1, h0, h1, mask) = _run(numbers, given)
+        needed: Any = Inputs._make(ctx.needs_input_grad[1:])
+        ctx.numbers = numbers
+        ctx.save_for_backward(
+            *given[:10],
+            given.skip,
+            about0,
+            c0,
+            about1,
+            # The gradient of a constant weight is not asked for, and that of its input is of the weight alone.
+            h0 if needed.conv0 else None,
+            h1 if needed.conv1 else None,
+            mask,
+        )
+        ctx.bias = None if given.bias is None else (given.bias.dtype, given.bias.ndim == 2)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a residual block has no second derivative: create_graph=True cannot pass through it")
+        numbers: Numbers = ctx.numbers
+        *parameters, skip, about0, c0, about1, h0, h1, mask = ctx.saved_tensors
+        given = Inputs._make((*parameters, None, skip))
+        needed: Any = Inputs._make(ctx.needs_input_grad[1:])
+        (dy,) = gradients
+        d, to_bias, factor = dy, None, numbers.scale
+        # All that follows is linear in dy. With gaps, as a part of concatenated channels has, dy is copied anyway.
+        if any(needed[1:]) or not is_dense(dy):
+            dtype, by_sample = ctx.bias or (dy.dtype, False)
+            d, to_bias = residual.backward_pass(dy, numbers.scale, bool(needed.bias), by_sample=by_sample)
+            to_bias, factor = None if to_bias is None else to_bias.to(dtype), 1.0
+        dh, to_conv1 = _back(d, h1, given.conv1, numbers.paddings[1], bool(needed.conv1))
+        if mask is not None:
+            kept = 1 - numbers.dropout
+            dh = torch.ops.aten.native_dropout_backward(dh, mask, 1 / kept if kept else 0.0)
+        dc, *to_second = group_norm.backward_pass(dh, c0, given.second, about1, needed[4:9], True)
+        assert dc is not None
+        dh, to_conv0 = _back(dc, h0, given.conv0, numbers.paddings[0], bool(needed.conv0))
+        del dc, c0, h1, mask
+        more, to_skip = d, None
+        if given.skip is not None:
+            more, to_skip = _back(d, given.x, given.skip, numbers.paddings[2], bool(needed.skip))
+        first: group_norm.Parameters = given.weight0, given.bias0, None, None, None
+        asked = (needed.weight0, needed.bias0, False, False, False)
+        dx, *to_first = group_norm.backward_pass(dh, given.x, first, about0, asked, True, more, factor)
+        return (
+            None, dx if needed.x else None, *to_first[:2], to_conv0, *to_second, to_conv1, to_bias, to_skip
+        )  # fmt: skip
+
+
+def _back(dy: Tensor, x: Tensor | None, weight: Tensor, padding: int, trained: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradients of a convolution's input and, where it is trained, of its weight."""
+    if not trained:
+        return F.conv_transpose2d(dy, weight, None, 1, padding), None
+    dx, to_weight, _ = _convolution_backward(
+        dy, x, weight, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, (True, True, False)
+    )
+    return dx, to_weight
+
+
+_apply = applied(_WholeBlock)
