@@ -243,7 +243,8 @@ def group_norm_variants() -> Iterator[Case]:
                     types |= dict.fromkeys(numbers, "i32")
                     back = kernel.endswith("backward")
                     fn, sizes, warps = kernel_for(channels, 32, pixels, torch_dtype, last, scaled=scaled, backward=back)
-                    here = constants | sizes | ({"MORE": not scaled} if back else {"EPS": 1e-5})
+                    back_only = {"MORE": not scaled, "FACTOR": 1.0 if scaled else 0.5**0.5}
+                    here = constants | sizes | (back_only if back else {"EPS": 1e-5})
                     # Two numbers a group, or a channel.
                     yield Case(
                         kernel,

@@ -60,7 +60,8 @@ def _norm_backward(
         weight, bias, scale, shift, addend = vectors
         given = {"scale": scale, "shift": shift, "addend": addend}
         y = _norm(x, int(groups), weight, bias, **given, eps=eps, activation=activation)
-    dx, *found = torch.autograd.grad(y.to(x.dtype), [x, *(t for t in vectors if t is not None)], dy)
+        y = y.to(x.dtype)
+    dx, *found = torch.autograd.grad(y, [x, *(t for t in vectors if t is not None)], dy)
     of_vectors = (None if t is None else found.pop(0) for t in vectors)
     asked = (gradient if wanted else None for gradient, wanted in zip(of_vectors, needed, strict=True))
     return (dx if more is None else dx + more) * factor, *asked

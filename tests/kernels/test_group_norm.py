@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ipfm.kernels import group_norm_reference, group_norm_silu, reference
+from ipfm.kernels import group_norm, group_norm_reference, group_norm_silu, reference
 from ipfm.kernels._dispatch import group_config, lane_config
 from ipfm.kernels.group_norm import branching_group_norm_silu, unchecked_group_norm_silu
 
@@ -307,6 +307,20 @@ def test_branches_of_which_one_is_not_used(device):
         torch.autograd.grad(y, x, gradient, create_graph=True)
     with torch.no_grad():
         assert branching_group_norm_silu(x, 4, weight, bias, eps=1e-5, activation=True)[1] is not None
+
+
+@pytest.mark.parametrize("channels", [8, 12], ids=["tiles", "lanes"])
+def test_a_factor_of_what_the_backward_pass_stores(channels, device):
+    """Of the gradient of x and what is added to it, and of nothing else."""
+    (x, weight, bias, _, _), gradient = inputs((1, channels, 3, 3), torch.float32, "plain", device, torch.channels_last)
+    more = gradient.flip(0, 1)
+    parameters = (weight, bias, None, None, None)
+    _, statistics = group_norm.forward_pass(x, 2, parameters, eps=1e-5, activation=True)
+    asked = (True, True, False, False, False)
+    plain = group_norm.backward_pass(gradient, x, parameters, statistics, asked, True, more)
+    halved = group_norm.backward_pass(gradient, x, parameters, statistics, asked, True, more, 0.5)
+    assert torch.equal(halved[0], plain[0] / 2)
+    assert torch.equal(halved[1], plain[1]) and torch.equal(halved[2], plain[2])
 
 
 def test_without_autograd_the_values_are_the_same(device):

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ipfm.models import DhariwalUNet, EDMPrecond, SongUNet, build_network, presets
-from ipfm.models.blocks import UNetBlock
+from ipfm.models import DhariwalUNet, EDMPrecond, SongUNet, blocks, build_network, presets
+from ipfm.models.blocks import UNetBlock, enter_together
 from ipfm.models.layers import Linear
 
 SHAPE = {"img_resolution": 8, "in_channels": 2, "out_channels": 3, "model_channels": 8, "channel_mult": (1, 2)}
@@ -207,6 +207,83 @@ def test_compiled_it_is_one_graph(model_type: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("ipfm.models.layers.TRITON_DEVICES", {"cuda", "cpu"})
     net.model.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     assert_close(gradients(lambda: net(*inputs), of), expected, 1e-4)
+
+
+def a_block(widths: tuple[int, int] = (4, 8), **settings: Any) -> tuple[UNetBlock, Tensor, Tensor]:
+    """A block in training with weights that leave nothing small, an input and an embedding."""
+    torch.manual_seed(1)
+    block = UNetBlock(*widths, 4, skip_scale=0.7, **settings).double().train()
+    randomise(block)
+    return block, rand(1, widths[0], 2, 2, seed=2).requires_grad_(), rand(1, 4, seed=3)
+
+
+def of_the_block(block: UNetBlock, x: Tensor, emb: Tensor) -> dict[str, Tensor]:
+    """Its value and all gradients, the dropout drawn alike."""
+    torch.manual_seed(5)
+    of = {"x": x, **{name: p for name, p in block.named_parameters() if p.requires_grad}}
+    return gradients(lambda: block(x, emb, enter_together([block], emb, x)[0]), of)
+
+
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UNetBlock, "_whole", lambda self, x, entering: None)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("song", [True, False], ids=["ncsn++", "adm"])
+def test_a_block_as_one_function_computes_what_its_layers_do(song: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit where it is trained; frozen, the factor of the sum comes last and is rounded elsewhere."""
+    block, x, emb = a_block(adaptive_scale=not song, dropout=0.3)
+    trained = of_the_block(block, x, emb)
+    frozen = of_the_block(block.requires_grad_(False), x, emb)
+    layer_by_layer(monkeypatch)
+    for name, expected in of_the_block(block.requires_grad_(True), x, emb).items():
+        assert torch.equal(trained[name], expected), name
+    assert_close(frozen, of_the_block(block.requires_grad_(False), x, emb), 1e-14)
+
+
+@pytest.mark.usefixtures("without_interpreter")
+def test_a_gradient_with_gaps_enters_a_frozen_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a part of concatenated channels has it."""
+    block, x, emb = a_block()
+    block.requires_grad_(False)
+
+    def run() -> Tensor:
+        y = block(x, emb, enter_together([block], emb, x)[0])
+        return torch.autograd.grad(torch.cat([y, x], 1), x, rand(1, 12, 2, 2, seed=4))[0]
+
+    found = run()
+    layer_by_layer(monkeypatch)
+    torch.testing.assert_close(found, run())
+
+
+@pytest.mark.usefixtures("without_interpreter")
+@pytest.mark.parametrize(
+    "what", ["nothing", "a hook", "a layer in place", "another dtype", "resampling", "a transform"]
+)
+def test_blocks_whose_layers_have_to_be_called(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x, emb = a_block((8, 8), up=what == "resampling")
+    if what == "a hook":
+        block.norm1.register_forward_hook(lambda *_: None)
+    elif what == "a layer in place":
+        block.conv1 = nn.Conv2d(8, 8, 3, padding=1).double()  # type: ignore[assignment]
+    elif what == "another dtype":
+        block.float()
+    calls: list[object] = []
+    whole = blocks.whole_block
+    monkeypatch.setattr(blocks, "whole_block", lambda *given: (calls.append(given), whole(*given))[1])
+    if what == "a transform":
+        torch.func.vmap(lambda x: block(x[None], emb, enter_together([block], emb, x[None])[0]))(x.detach())
+    else:
+        block(x, emb, enter_together([block], emb, x)[0])
+    assert bool(calls) == (what == "nothing")
+
+
+@pytest.mark.usefixtures("without_interpreter")
+def test_a_second_derivative_of_a_block_is_an_error() -> None:
+    block, x, emb = a_block()
+    y = block(x, emb, enter_together([block], emb, x)[0])
+    with pytest.raises(RuntimeError, match=r"^a residual block has no second derivative: create_graph=True"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 class Passes(Operators):
