@@ -75,6 +75,14 @@ def _of_recipe(name: str, recipe: Any) -> Iterator[Step]:
         raise TypeError(f"{name} is a recipe of a kind that the rehearsal does not know: {type(recipe).__name__}")
 
 
+def tried(step: Step, gpus: int) -> tuple[str, list[Launch], int]:
+    """As `recorded`; where that fails, a name that says why, and nothing: the others are rehearsed too."""
+    try:
+        return recorded(step, gpus)
+    except Exception as error:
+        return f"{step.name} on {gpus} GPUs is not recorded: {type(error).__name__}: {error}", [], 0
+
+
 def recorded(step: Step, gpus: int) -> tuple[str, list[Launch], int]:
     """(name, one launch of each kind, operators) of an iteration on so many GPUs."""
     torch.set_num_threads(1)
@@ -92,15 +100,21 @@ def rehearse(chosen: list[Step], processes: int) -> dict[str, Any]:
     begun = time.monotonic()
     tasks = [(step, gpus) for step in chosen for gpus in (1, GPUS)]
     launches: list[Launch] = []
+    missing: list[str] = []
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for name, kinds, operators in pool.map(recorded, *zip(*tasks, strict=True)):
+        for name, kinds, operators in pool.map(tried, *zip(*tasks, strict=True)):
             print(f"{name}: {operators} operators, {len(kinds)} kinds of launches", file=sys.stderr, flush=True)
             launches += kinds
+            missing += [] if kinds else [name]
+    variants = dict.fromkeys(kind.variant for kind in launches)
+    print(f"{len(variants)} kinds of launches in all", file=sys.stderr, flush=True)
     done: list[Compiled] = []
-    for part in compile_all(dict.fromkeys(kind.variant for kind in launches), heaviest(launches), processes=processes):
+    for part in compile_all(variants, heaviest(launches), processes=processes):
         done += part
-        print(f"{len(done)} compiled", file=sys.stderr, flush=True)
-    return counted(len(tasks), launches, done) | {"seconds": round(time.monotonic() - begun)}
+        # What is wrong is known when it is found, not an hour later.
+        print(f"{len(done)} compiled", *faults(launches, part), sep="\n", file=sys.stderr, flush=True)
+    counts = counted(len(tasks), launches, done)
+    return counts | {"faults": [*missing, *counts["faults"]], "seconds": round(time.monotonic() - begun)}
 
 
 def rehearse_quickly(chosen: list[Step]) -> dict[str, Any]:
@@ -111,7 +125,6 @@ def rehearse_quickly(chosen: list[Step]) -> dict[str, Any]:
 
 def counted(steps: int, launches: list[Launch], done: list[Compiled]) -> dict[str, Any]:
     """The counts of what was recorded and compiled."""
-    examples = {launch.variant: launch for launch in launches}
     variants = dict.fromkeys(c.variant for c in done)
     return {
         "steps": steps,
@@ -119,15 +132,21 @@ def counted(steps: int, launches: list[Launch], done: list[Compiled]) -> dict[st
         "by_kernel": dict(sorted(Counter(variant.name for variant in variants).items())),
         "by_architecture": dict(sorted(Counter(f"sm_{c.capability}" for c in done).items())),
         "spills": sum(c.spills for c in done),
-        "most_registers": max(c.registers for c in done),
-        "most_shared_bytes": max(c.shared for c in done),
-        "faults": [
-            f"{c.variant.name} for sm_{c.capability}: {', '.join(c.faults)} ({in_words(c.variant, numbers)})"
-            for c in done
-            for numbers in (examples[c.variant].numbers,)
-            if c.faults
-        ],
+        "most_registers": max((c.registers for c in done), default=0),
+        "most_shared_bytes": max((c.shared for c in done), default=0),
+        "faults": faults(launches, done),
     }
+
+
+def faults(launches: list[Launch], done: list[Compiled]) -> list[str]:
+    """What is wrong with what was compiled, a line each."""
+    examples = {launch.variant: launch for launch in launches}
+    return [
+        f"{c.variant.name} for sm_{c.capability}: {', '.join(c.faults)} ({in_words(c.variant, numbers)})"
+        for c in done
+        for numbers in (examples[c.variant].numbers,)
+        if c.faults
+    ]
 
 
 def main() -> None:

@@ -62,3 +62,13 @@ def test_what_would_not_run_is_a_fault(change: dict[str, int], fault: str | None
     numbers = {"capability": 90, "registers": 96, "spills": 0, "shared": 0, "instructions": 1}
     found = Compiled(variant, **(numbers | change), load_bits=128, store_bits=128).faults
     assert found == ([] if fault is None else [fault])
+
+
+def test_a_step_that_cannot_be_recorded_is_named_and_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def recorded(step: rehearsal.Step, gpus: int) -> tuple[str, list[object], int]:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(rehearsal, "recorded", recorded)
+    name, kinds, operators = rehearsal.tried(next(rehearsal.steps()), 8)
+    assert name.endswith(" on 8 GPUs is not recorded: RuntimeError: no such operator")
+    assert (kinds, operators) == ([], 0)
