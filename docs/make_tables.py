@@ -272,7 +272,9 @@ def sizes_of_distillations() -> list[str]:
             recipe = module.RECIPE.rows.get(row.name)
             own = module.RECIPE.table.get(row.name, {})
             words = [f"{name} {_shown(own[name])}" for name in ("batch", "lr", "points") if name in own]
-            cells.append(f"`{recipe.file}`" if recipe else ", ".join([*words, f"{_shown(own['kimg'])} kimg"]))
+            edm2 = module.RECIPE.edm2.items() if row.name == "imagenet" else ()
+            named = [f"`{recipe.file}`" if recipe else "", *(f"EDM2, {what}: `{other.file}`" for what, other in edm2)]
+            cells.append("; ".join(named) if recipe else ", ".join([*words, f"{_shown(own['kimg'])} kimg"]))
         rows.append(_row([row.when.replace(",000", " 000"), *cells]))
     return rows
 

@@ -5,9 +5,9 @@
 
 Shape, classes, D and noise levels are the teacher's: a checkpoint of EDM or PFGM++, a model folder, or a training's run
 folder. The other settings follow from its size by a rule, which a run and --dry-run print: those of cifar_ipfm.py (29
-to 47 pixels a side), ffhq_ipfm.py, afhqv2_ipfm.py (fewer than 20 000 images in --data) or, for ADM with classes,
-imagenet64_ipfm.py (48 to 95), afhqv2_ipfm.py again from 96 on; those up to 28 are this project's. Without a GPU it is
-a small run, see --scale.
+to 47 pixels a side), ffhq_ipfm.py, afhqv2_ipfm.py (fewer than 20 000 images in --data) or, with classes,
+imagenet64_ipfm.py for ADM and imagenet64_edm2_ipfm.py or, of latents, imagenet512_edm2_ipfm.py for EDM2 (48 to 95),
+afhqv2_ipfm.py again from 96 on; those up to 28 are this project's. Without a GPU it is a small run, see --scale.
 
 --data has the images that samples are compared with. With --inception the distance is an FID, without one that of
 blocks of pixels; the training itself takes no data.
@@ -17,7 +17,14 @@ from __future__ import annotations
 
 from ipfm.engine import DistillConfig
 from ipfm.engine.experiments import STUDENT_BY_SIZE, OwnDistillationOptions, OwnDistilRecipe, options_for, run_command
-from ipfm.recipes import afhqv2_ipfm, cifar_ipfm, ffhq_ipfm, imagenet64_ipfm
+from ipfm.recipes import (
+    afhqv2_ipfm,
+    cifar_ipfm,
+    ffhq_ipfm,
+    imagenet64_edm2_ipfm,
+    imagenet64_ipfm,
+    imagenet512_edm2_ipfm,
+)
 
 TEACHERS = """\
 Any teacher fits: --teacher with a checkpoint of EDM or PFGM++, a model folder, or a run folder of train_teacher.py.
@@ -41,6 +48,7 @@ RECIPE = OwnDistilRecipe(
         "from-96": afhqv2_ipfm.RECIPE,
     },
     table=STUDENT_BY_SIZE,
+    edm2={"pixels": imagenet64_edm2_ipfm.RECIPE, "latents": imagenet512_edm2_ipfm.RECIPE},
 )
 
 main = RECIPE.main

@@ -40,6 +40,7 @@ RECIPE = replace(
         "cifar": cifar_pid.RECIPE,
         **dict.fromkeys(("ffhq", "afhqv2", "imagenet", "from-96"), imagenet64_pid.RECIPE),
     },
+    edm2={},
     table=TRAJECTORY_BY_SIZE,
     adapted=adapted,
 )

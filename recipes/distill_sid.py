@@ -3,9 +3,10 @@
     deepspeed recipes/distill_sid.py --teacher edm-afhqv2-64x64-uncond-vp.pkl --data afhqv2-64x64.zip
     deepspeed recipes/distill_sid.py --teacher network-snapshot-010000.pkl --dry-run
 
-As `distill_ipfm.py`, with the settings of cifar_sid.py, ffhq_sid.py, afhqv2_sid.py and imagenet64_sid.py. SiD's alpha
-of 1.2 is 1.0 here for ncsn++, with which arXiv 2509.22454 saw it diverge (appendix B). SiD is the case D = inf; at
-another D of the teacher's it is IPFM with these settings.
+As `distill_ipfm.py`, with the settings of cifar_sid.py, ffhq_sid.py, afhqv2_sid.py, imagenet64_sid.py and, for EDM2's
+networks with classes, imagenet64_edm2_sid.py and imagenet512_edm2_sid.py. SiD's alpha of 1.2 is 1.0 here for ncsn++,
+with which arXiv 2509.22454 saw it diverge (appendix B). SiD is the case D = inf; at another D of the teacher's it is
+IPFM with these settings.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from typing import Any
 
 from ipfm.engine.experiments import STUDENT_BY_SIZE, Facts, Origin, OwnDistillationOptions, options_for, run_command
 from ipfm.engine.objectives.ipfm import DistillConfig
-from ipfm.recipes import afhqv2_sid, cifar_sid, distill_ipfm, ffhq_sid, imagenet64_sid
+from ipfm.recipes import (
+    afhqv2_sid,
+    cifar_sid,
+    distill_ipfm,
+    ffhq_sid,
+    imagenet64_edm2_sid,
+    imagenet64_sid,
+    imagenet512_edm2_sid,
+)
 
 
 def adapted(facts: Facts, given: Mapping[str, Any]) -> Mapping[str, tuple[Any, Origin]]:
@@ -40,6 +49,7 @@ RECIPE = replace(
         "from-96": afhqv2_sid.RECIPE,
     },
     table=STUDENT_BY_SIZE,
+    edm2={"pixels": imagenet64_edm2_sid.RECIPE, "latents": imagenet512_edm2_sid.RECIPE},
     adapted=adapted,
 )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ipfm.engine.data.augmentation import SMALLEST_SIZE
 from ipfm.engine.data.dataset import ImageDataset
@@ -74,6 +74,8 @@ class OwnDistilRecipe(DistilRecipe):
     """Rows of the rule whose settings those of recipes are."""
     table: Mapping[RowName, Mapping[str, Any]]
     """The settings of the other rows."""
+    edm2: Mapping[Literal["pixels", "latents"], DistilRecipe] = field(default_factory=dict)
+    """Whose settings the row of ImageNet has for networks of EDM2, by what they make."""
     adapted: Adaptation = as_in_the_row
     """What is set otherwise for some teachers, where it is not given."""
     left: frozenset[str] = frozenset()
@@ -126,7 +128,8 @@ class OwnDistilRecipe(DistilRecipe):
         facts = facts_of(network, data, options.scale)
         row = row_of(facts)
         settings, sources = self.settings_by_rule(row, facts, vars(options), given.names, network)
-        chosen = given.over(replace(self.base, noise=levels_of(network), **settings))
+        noise = levels_of(network, self._recipe(row, facts))
+        chosen = given.over(replace(self.base, noise=noise, **settings))
         name = slug(options.teacher, "teacher").removesuffix(f"-D{network.D:g}") + "-small" * facts.small
         stem = self.file.removesuffix(".py")
         path = options.out or run_name(f"{stem}-{name}", chosen.distillation(), network.D)
@@ -137,7 +140,7 @@ class OwnDistilRecipe(DistilRecipe):
         lines = (
             *self._row_in_words(row, facts),
             values_of({n: getattr(chosen, n) for n in ("max_steps", *settings)} | kept),
-            *where_from(self._origins(row), settings, sources, given.names | kept.keys()),
+            *where_from(self._origins(row, facts), settings, sources, given.names | kept.keys()),
             *([f"without --teacher: it is taken to be of the network {self.preset}"] if teacher is None else []),
             *_levels_in_words(chosen.noise),
             *remarks,
@@ -167,11 +170,15 @@ class OwnDistilRecipe(DistilRecipe):
         """
         others = self.adapted(facts, {name: settings.get(name) for name in given})
         now = {**settings, **{name: value for name, (value, _) in others.items()}}
-        found = dict(self.table[row.name]) if row.name not in self.rows else self._published(row, now, network)
+        recipe = self._recipe(row, facts)
+        found = dict(self.table[row.name]) if recipe is None else _published(recipe, now, network)
         found = in_small(found, facts.side) if row.name == "small" else found
         found = {name: value for name, value in found.items() if name not in self.left}
         found |= {name: value for name, (value, _) in others.items()}
         sources = {name: origin for name, (_, origin) in others.items()}
+        if found.get("logvar") and not network.logvar_channels:
+            found["logvar"] = False
+            sources |= origins("ours", logvar="off, as the teacher's file has no log-variance")
         if found.get("augment", 0) and (not network.augment_dim or facts.side < SMALLEST_SIZE):
             found["augment"] = 0.0
             sources |= origins("ours", augment="none, as the teacher takes no augmentation labels")
@@ -185,21 +192,24 @@ class OwnDistilRecipe(DistilRecipe):
             settings: of the run, by name, as JSON has them.
         """
         facts = Facts(network.image_shape, None, network.label_dim, network.family, gpu=True, scale="full")
-        found, _ = self.settings_by_rule(row_of(facts), facts, settings, (), network)
-        return replace(self.base, noise=levels_of(network), **found)
+        row = row_of(facts)
+        found, _ = self.settings_by_rule(row, facts, settings, (), network)
+        return replace(self.base, noise=levels_of(network, self._recipe(row, facts)), **found)
 
-    def _published(self, row: Row, settings: Mapping[str, Any], network: NetworkConfig) -> dict[str, Any]:
-        options = self.rows[row.name].varied(settings, network)
-        return settings_in(options, type(options).settings_class(), self.rows[row.name].origins)
+    def _recipe(self, row: Row, facts: Facts) -> DistilRecipe | None:
+        """Whose settings the row has; None where they are its own."""
+        if row.name == "imagenet" and facts.family == "EDM2" and self.edm2:
+            return self.edm2["latents" if facts.latent else "pixels"]
+        return self.rows.get(row.name)
 
     def _row_in_words(self, row: Row, facts: Facts) -> tuple[str, ...]:
-        recipe = self.rows.get(row.name)
+        recipe = self._recipe(row, facts)
         if recipe is None:
             return said(row, facts)
         return said(row, facts, f"those of {recipe.file} ({recipe.title})", recipe.shape[2])
 
-    def _origins(self, row: Row) -> Mapping[str, Origin]:
-        recipe = self.rows.get(row.name)
+    def _origins(self, row: Row, facts: Facts) -> Mapping[str, Origin]:
+        recipe = self._recipe(row, facts)
         return {} if recipe is None else {n: origin for n, origin in recipe.origins.items() if n not in self.left}
 
     def notes(self, network: NetworkConfig, config: Distillation) -> tuple[str, ...]:
@@ -221,9 +231,15 @@ def facts_of(network: NetworkConfig, data: ImageDataset | None, scale: Scale) ->
     return Facts(network.image_shape, images, network.label_dim, network.family, gpu, scale)
 
 
-def levels_of(network: NetworkConfig) -> NoiseLevels:
-    """EDM's noise levels, as far as they are the teacher's."""
-    plain = NoiseLevels()
+def _published(recipe: DistilRecipe, settings: Mapping[str, Any], network: NetworkConfig) -> dict[str, Any]:
+    """The settings of a recipe beside these ones, by name."""
+    options = recipe.varied(settings, network)
+    return settings_in(options, type(options).settings_class(), recipe.origins)
+
+
+def levels_of(network: NetworkConfig, recipe: DistilRecipe | None = None) -> NoiseLevels:
+    """The noise levels of a recipe, without one EDM's, as far as they are the teacher's."""
+    plain = NoiseLevels() if recipe is None else recipe.base.noise
     return replace(
         plain,
         sigma_min=max(plain.sigma_min, network.sigma_min),

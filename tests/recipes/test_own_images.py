@@ -223,6 +223,11 @@ def test_a_size_that_no_network_takes_says_which_are_possible(side: int, message
         ("sid", "cifar10-ddpmpp-cond", math.inf, {"kimg": 800_000}),
         # It diverged with ncsn++.
         ("sid", "cifar10-ncsnpp", math.inf, {"alpha": 1.0, "kimg": 500_000}),
+        ("ipfm", "edm2-img64-m", 128.0, {"batch": 2048, "lr": 5e-5, "logvar": True, "dropout": 0.1, "kimg": 30_000}),
+        ("ipfm", "edm2-img64-m", 128.0, {"noise": NoiseLevels(p_mean=-0.8, p_std=1.6)}),
+        ("sid", "edm2-img512-xxl", math.inf, {"lr": 5e-5, "alpha": 1.0, "kimg": 100_000, "tf32": False}),
+        ("sid", "edm2-img512-s", math.inf, {"noise": NoiseLevels(p_mean=-0.4, p_std=1.0), "dropout": 0.0}),
+        ("pid", "edm2-img64-m", math.inf, {"batch": 2048, "lr": 1e-4}),
         ("pid", "cifar10-ddpmpp", math.inf, {"batch": 512, "lr": 2e-4, "distance": "l2", "lpips_side": None}),
         ("pid", "imagenet64-adm", math.inf, {"batch": 2048, "lr": 1e-4, "clip_grad": 1.0}),
     ],
@@ -232,6 +237,17 @@ def test_settings_of_distillations_are_those_of_the_papers_recipes(
 ) -> None:
     recipe = DISTIL[name].RECIPE
     assert {n: getattr(recipe.full(presets.get(network, D=D), vars(recipe.base)), n) for n in expected} == expected
+
+
+def test_the_rule_says_whose_settings_a_teacher_of_edm2_takes(tmp_path: Path) -> None:
+    thin = replace(tiny(64), model_type="EDM2UNet", label_dim=3, img_channels=4, augment_dim=0, logvar_channels=0)
+    save_model(build_network(thin), tmp_path / "m")
+    arguments = ["--teacher", str(tmp_path / "m"), "--scale", "full", "--dry-run"]
+    plan = distill_sid.RECIPE.plan(parse_given(arguments, default=distill_sid.RECIPE.base, prog="", description=""))
+    assert (plan.config.logvar, plan.config.lr, plan.config.noise.p_mean) == (False, 5e-5, -0.4)
+    text = "\n".join(plan.notes)
+    assert "those of imagenet512_edm2_sid.py (ImageNet-512)" in text and "noise.p_mean -0.4" in text
+    assert "logvar (off, as the teacher's file has no log-variance)" in text
 
 
 def test_pid_takes_lpips_where_its_file_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
