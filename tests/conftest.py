@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,11 +21,19 @@ import torch
 import torch.distributed as dist
 import torch.utils._device
 
+from ipfm.engine.distributed.signals import SIGNALS
 from ipfm.engine.runtime import launcher
 
 TESTS = Path(__file__).parent
 # Seconds that each file took when somebody last ran `make durations`, by its path below tests/.
 DURATIONS = TESTS / "durations.json"
+# Of the whole process: how each is asked for, and set.
+SETTINGS = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+)
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -119,15 +128,23 @@ def surroundings() -> Iterator[None]:
 
     The environment's variables, the process group that a network trained here has made, PyTorch's linear layer, in
     whose place DeepSpeed puts its own where weights are sharded, and what torch.compile has made of code or has given
-    up: under a dispatch mode, as graphs are recorded with, it leaves a function alone from then on.
+    up: under a dispatch mode, as graphs are recorded with, it leaves a function alone from then on. And what a run sets
+    for its whole process: threads, deterministic algorithms, signals.
     """
     variables, linear, alone = dict(os.environ), torch.nn.functional.linear, not dist.is_initialized()
+    settings, handlers = [get() for get, _ in SETTINGS], [signal.getsignal(signum) for signum in SIGNALS]
     yield
     if alone and dist.is_initialized():
         launcher.stop_world()
     torch.nn.functional.linear = linear
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    for (get, put), before in zip(SETTINGS, settings, strict=True):
+        if get() != before:
+            put(before)
+    for signum, handler in zip(SIGNALS, handlers, strict=True):
+        if signal.getsignal(signum) != handler:
+            signal.signal(signum, handler)
     os.environ.update(variables)
     for name in os.environ.keys() - variables.keys():
         del os.environ[name]
