@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-STEPS, MORE = 3, 5
+STEPS, MORE = 2, 3
 CONFIG = {**equivalence.BASE, "max_steps": STEPS + MORE, "backward": "phased", "generator_beta1": 0.5}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of stage 2 on two processes after three steps; five more from it in several ways; exports."""
+    """A checkpoint of stage 2 on two processes after two steps; three more from it in several ways; exports."""
     folder = tmp_path_factory.mktemp("elsewhere")
     teacher = equivalence.make_teacher(folder)
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.distributed
 def test_same_losses_on_other_processes_and_stages(folder: Path) -> None:
-    """Stage 2 on two processes, continued on one at stages 1 and 3, and on two at stages 3 and 0: five losses."""
+    """Stage 2 on two processes, continued on one at stages 1 and 3, and on two at stages 3 and 0: three losses."""
     expected = load_file(folder / "stage2-2.safetensors")
     for name in ("stage1-1", "stage3-1", "stage3-2", "stage0-2"):
         found = load_file(folder / f"{name}.safetensors")
