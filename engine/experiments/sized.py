@@ -10,8 +10,9 @@ from typing import Any, Literal
 from ipfm.engine.experiments.distil import DistilPlan, DistilRecipe
 from ipfm.engine.experiments.options import DistillationOptions, any_size, check_images
 from ipfm.engine.objectives.base import Distillation
-from ipfm.engine.runtime.commandline import Given
+from ipfm.engine.runtime.commandline import BadInput, Given
 from ipfm.models import NetworkConfig, presets
+from ipfm.models.checkpoints.recognise import user_path
 
 # What makes a size beside the architecture's family.
 _SHAPE = ("model_channels", "channel_mult", "num_blocks")
@@ -48,6 +49,10 @@ class SizedDistilRecipe(DistilRecipe):
     def plan(self, given: Given[DistillationOptions]) -> DistilPlan:
         """See `Recipe.plan`."""
         self.preset_of(getattr(given.options, "size", None))  # before a file is asked for, or read
+        teacher = given.options.teacher
+        published = teacher is not None and teacher.name in {size.teacher for size in self.sizes.values()}
+        if teacher is not None and published and not user_path(teacher).exists():
+            raise BadInput(f"{teacher} is not there: download it first", self.help_with_teachers())
         return super().plan(given)
 
     @property

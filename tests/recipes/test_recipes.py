@@ -431,6 +431,9 @@ def test_each_size_names_its_network_and_its_published_file(recipe: str) -> None
         EDM2[recipe].main(["--size", "s"])
     assert all(size.teacher in error.value.details for size in sized.sizes.values())
     assert "README of NVlabs/edm2" in error.value.details and "--preset edm2-img" in error.value.details
+    with pytest.raises(BadInput, match=r"^edm2-.*\.pkl is not there: download it first$") as missing:
+        EDM2[recipe].main(["--teacher", sized.sizes["s"].teacher])
+    assert missing.value.details == error.value.details
 
 
 def edm2_teacher(folder: Path, preset: str, **changes: object) -> list[str]:
