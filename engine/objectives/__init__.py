@@ -164,6 +164,15 @@ class Offered:
 
 
 @dataclass(frozen=True)
+class _Class:
+    """What a class hands on to those that are made from it."""
+
+    offered: Mapping[str, Offered]
+    annotations: Mapping[str, ast.expr]
+    """Of its settings, by name."""
+
+
+@dataclass(frozen=True)
 class Declared:
     """What the source of an objective's settings says to `ipfm plan`, see `Distillation.planned`."""
 
@@ -181,8 +190,7 @@ def declared(*, own: bool = True) -> Mapping[str, Declared]:
         ValueError: two of them have one kind, or a file of one's own cannot be read; one line.
     """
     found: dict[str, Declared] = {}
-    # What each class offers, for classes that are made from it.
-    classes: dict[str, Mapping[str, Offered]] = {}
+    classes: dict[str, _Class] = {}
     files = [Path(module.module_finder.path, f"{module.name}.py") for module in iter_modules(__path__)]  # type: ignore[union-attr]
     ours = len(files)
     for number, path in enumerate([*files, *(own_files() if own else ())]):
@@ -198,8 +206,8 @@ def declared(*, own: bool = True) -> Mapping[str, Declared]:
     return found
 
 
-def _kinds(source: str, classes: dict[str, Mapping[str, Offered]], file: str) -> Iterator[tuple[str, Declared]]:
-    """The kinds of a file with what they declare; what its classes offer is added to `classes`."""
+def _kinds(source: str, classes: dict[str, _Class], file: str) -> Iterator[tuple[str, Declared]]:
+    """The kinds of a file with what they declare; what its classes hand on is added to `classes`."""
     try:
         body = ast.parse(source).body
     except SyntaxError as error:
@@ -208,21 +216,28 @@ def _kinds(source: str, classes: dict[str, Mapping[str, Offered]], file: str) ->
         if not isinstance(settings, ast.ClassDef):
             continue
         inherited: dict[str, Offered] = {}
+        annotations: dict[str, ast.expr] = {}
         for base in settings.bases:
-            inherited |= classes.get(ast.unparse(base).rpartition(".")[2], {})
+            if known := classes.get(ast.unparse(base).rpartition(".")[2]):
+                inherited |= known.offered
+                annotations |= known.annotations
         try:
-            kind, offered, example = _declared(settings)
+            kind, offered, example = _declared(settings, annotations)
         except (ValueError, NameError, TypeError, SyntaxError) as error:
             raise ValueError(f"{file}, line {settings.lineno}: {settings.name}: {error}") from None
-        classes[settings.name] = inherited | offered
+        classes[settings.name] = _Class(inherited | offered, annotations)
         if kind:
-            yield kind, Declared(classes[settings.name], example)
+            yield kind, Declared(classes[settings.name].offered, example)
 
 
-def _declared(settings: ast.ClassDef) -> tuple[str, dict[str, Offered], str]:
-    """Kind, what `ipfm plan` offers of it, and the example, of a class; "" where it has none."""
+def _declared(settings: ast.ClassDef, annotations: dict[str, ast.expr]) -> tuple[str, dict[str, Offered], str]:
+    """Kind, what `ipfm plan` offers of it, and the example, of a class; "" where it has none.
+
+    Args:
+        settings: the class.
+        annotations: those that it inherits, to which its own are added.
+    """
     fields: dict[str, ast.expr | None] = {}
-    annotations: dict[str, ast.expr] = {}
     for line in settings.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             fields[line.target.id], annotations[line.target.id] = line.value, line.annotation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +23,10 @@ from ipfm.engine.noise_levels import check_sigmas, few_step_sigmas
 from ipfm.engine.objectives.base import TEACHER, Distillation, Passes, Role, StepContext, Trained
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.losses import (
+    GeneratorGradient,
     Noisy,
+    Raw,
+    Weighting,
     add_noise,
     along,
     bind,
@@ -56,13 +60,13 @@ class InversePoissonFlowMatching:
         network: the teacher's architecture, as it is trained.
     """
 
-    def __init__(self, config: DistillConfig, network: NetworkConfig) -> None:
+    def __init__(self, config: StudentConfig, network: NetworkConfig) -> None:
         self.config, self.network = config, network
         self.D = network.D if config.D is None else config.D
         weighting = type(config).weighting_words(replace(config, logvar=False).to_json())
-        self.title = f"distil D={self.D:g} alpha={config.alpha:g} K={config.steps}" + f" {weighting}" * bool(weighting)
+        self.title = f"distil D={self.D:g} {config.title_word} K={config.steps}" + f" {weighting}" * bool(weighting)
         self.title += " logvar" * config.logvar
-        self.summary = f"at alpha = {config.alpha:g} and {counted(config.steps, 'step')}"
+        self.summary = f"{config.summary_word} and {counted(config.steps, 'step')}"
         if config.takes_real_images:
             self.title += f" real={config.weights.a:g},{config.weights.b:g}"
             self.summary += f", with real data by {config.weights}"
@@ -89,7 +93,7 @@ class InversePoissonFlowMatching:
     @property
     def facts(self) -> Mapping[str, Any]:
         """See `Objective.facts`."""
-        return {"sigmas": list(self.config.levels), "alpha": self.config.alpha}
+        return {"sigmas": list(self.config.levels), **self.config.further_facts}
 
     def steps(self, context: StepContext) -> DistillSteps:
         """See `Objective.steps`."""
@@ -164,7 +168,7 @@ class DistillSteps:
         network: the teacher's architecture, as it is trained.
     """
 
-    def __init__(self, config: DistillConfig, context: StepContext, network: NetworkConfig) -> None:
+    def __init__(self, config: StudentConfig, context: StepContext, network: NetworkConfig) -> None:
         self.config, self.settings, self.D = config, context.settings, context.settings.D
         self.student, self.generator = context.trained["student"], context.trained["generator"]
         self.teacher, self.network = context.teacher, network
@@ -185,8 +189,8 @@ class DistillSteps:
         self._shares = class_shares(config.class_counts, network.label_dim, world.device)
         # The method's own weights are the kernels' business: nothing is computed for them beside.
         own = type(config)
-        weighs_student = own.student_weight is not DistillConfig.student_weight
-        weighs_generator = own.generator_weight is not DistillConfig.generator_weight
+        weighs_student = own.student_weight is not StudentConfig.student_weight
+        weighs_generator = own.generator_weight is not StudentConfig.generator_weight
         self._student_weighting = config.student_weight if weighs_student else None
         self._generator_weighting = config.generator_weight if weighs_generator else None
         if config.logvar:
@@ -318,7 +322,7 @@ class DistillSteps:
         afterwards. Every earlier evaluation that the gradient reaches is run once more in both, so that memory does not
         grow with K.
         """
-        config, phased = self.config, self.settings.phased
+        config, phased = self.config, self.settings.phased and self.config.passes_through
         step, micro = whole(numbers["step"]), self._micro(Stream.GENERATOR_LABEL, numbers)
         first = 0 if config.gradient == "all" else last
         mark("generator: samples")
@@ -337,16 +341,14 @@ class DistillSteps:
         sigma = config.generator_sigma(micro.index, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step).float()
         noisy = self._add_noise(y, sigma, Stream.GENERATOR_NOISE, step, micro)
         with self.student.frozen() as student:
-            result = generator_gradient(
+            result = config.gradient_of(
                 bind(self.teacher, micro.labels),
                 bind(student, micro.labels),
                 y,
                 noisy,
-                alpha=config.alpha,
                 phased=phased,
                 rescale=self.settings.precision == "fp16",
                 weighting=self._generator_weighting,
-                real_weights=config.weights,
             )
 
         mark("generator: backward")
@@ -424,7 +426,7 @@ class DistillSteps:
         return dropout_seed(self.config.seed, stream, step, first) if self.config.dropout > 0 else None
 
     def _seed_dropout(self, stream: Stream, step: int | Tensor, micro: MicroBatch) -> None:
-        # Where the numbers are tensors the piece has begun with its one seed, see `DistillConfig.seeds_once`.
+        # Where the numbers are tensors the piece has begun with its one seed, see `StudentConfig.seeds_once`.
         if self.config.dropout > 0 and not isinstance(step, Tensor) and not isinstance(micro.first, Tensor):
             seed_dropout(self.config.seed, stream, step, micro.first)
 
@@ -443,30 +445,17 @@ class DistillSteps:
         return MicroBatch(first, index, labels)
 
 
-# What the loss kernel takes.
-ALPHA_LIMIT = 1e6
+# Where the objectives of this project are.
+_HERE = f"{__name__.rpartition('.')[0]}."
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(Distillation):
-    """Distillation of a teacher into a K-step generator by inverse Poisson flow matching [IPFM, algorithm 1]."""
+class StudentConfig(Distillation):
+    """Settings of objectives whose student learns to denoise the samples of a K-step generator [IPFM, algorithm 1]."""
 
-    kind: ClassVar[str] = "ipfm"
-    planned: ClassVar[Mapping[str, str]] = {
-        "steps": "K: evaluations of an IPFM generator. Default: 1.",
-        "student_updates": "Of IPFM: student updates per generator update. Default: 1.",
-        "real_weights": "Of IPFM: with real images in the student's loss, such as 0.92 0.94.",
-    }
-    plan_example: ClassVar[str] = "ipfm plan --model cifar_ipfm --gpus 1 8 --price A100=1.5 H100=2.5"
-    method: ClassVar[str] = "inverse Poisson flow matching"
-    readings: ClassVar[Mapping[str, str]] = {
-        "generator_loss": "generator_loss is a difference of two denoising losses: it oscillates about zero and says "
-        "little; watch the distance.",
-        "student_loss": "student_loss is a denoising loss: it falls, then follows the generator.",
-    }
+    passes_through: ClassVar[bool] = True
+    """The generator's gradient passes through the teacher and the student. Where it does not, phased is joint."""
 
-    alpha: float = setting(1.0, memory=False)
-    """Regularisation, in SiD's convention: 0.5 is the pure IPFM objective, 1.0 the paper's recommendation."""
     steps: int = 1
     """K: network evaluations of the generator."""
     sigmas: tuple[float, ...] = setting((), memory=False)
@@ -490,23 +479,12 @@ class DistillConfig(Distillation):
     student_width: float = 1.0
     """Channels of the student by those of the teacher."""
 
-    real_data: Path | None = setting(None, identity=False, place=True, memory=False, added=True)
-    """Images from which the student learns beside the generator's: a folder, a zip, CIFAR-10's archive; own: those of
-    the recipe itself. See docs/objectives.md."""
-    real_weights: tuple[float, float] | None = setting(None, added=True)
-    """a b: the share of the generator's samples in the student's loss, and the factor of their targets. Default with
-    --real-data: 0.92 0.94, with classes 0.98 0.96 (RealUID's); 1 1 is without real images."""
-    real_xflip: bool = setting(False, memory=False, added=True)
-    """Mirror real images at random."""
-
     logvar: bool = setting(False, added=True)
     """Weigh each noise level by e^-u in the losses of student and generator, u the student's log-variance, which it
     learns: of teachers that have one, EDM2's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (is_number(self.alpha) and abs(self.alpha) <= ALPHA_LIMIT):
-            raise ValueError(f"alpha must be a number in [-{ALPHA_LIMIT:g}, {ALPHA_LIMIT:g}], got {self.alpha}")
         at_least("steps", self.steps, 1)
         if self.sigmas != ():
             levels = check_sigmas(self.sigmas)
@@ -518,10 +496,6 @@ class DistillConfig(Distillation):
         positive("sigma-init", self.sigma_init)
         if not isinstance(self.logvar, bool):
             raise ValueError(f"logvar must be True or False, got {self.logvar!r}")
-        weights = real_weights(self.real_weights)
-        object.__setattr__(self, "real_weights", None if weights is None else tuple(weights))
-        if not isinstance(self.real_xflip, bool):
-            raise ValueError(f"real-xflip must be True or False, got {self.real_xflip!r}")
         if self.gradient not in ("all", "last"):
             raise ValueError(f"gradient must be all or last, got {self.gradient!r}")
         if self.student_lr is not None:
@@ -530,6 +504,42 @@ class DistillConfig(Distillation):
         share("student-beta1", self.student_beta1)
         at_least("student-updates", self.student_updates, 1)
         check_start("student-init", self.student_init, "student-width", self.student_width)
+
+    # -- what an objective of this kind says ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def gradient_of(
+        self,
+        teacher: Raw,
+        student: Raw,
+        y: Tensor,
+        noisy: Noisy,
+        *,
+        phased: bool,
+        rescale: bool,
+        weighting: Weighting | None,
+    ) -> GeneratorGradient:
+        """dL/dy of the generator's loss on a micro-batch; arguments as in `losses.generator_gradient`."""
+
+    @property
+    @abstractmethod
+    def title_word(self) -> str:
+        """What decides over it besides D and K, in lines of the log: "alpha=1"."""
+
+    @property
+    @abstractmethod
+    def summary_word(self) -> str:
+        """The same within a sentence: "at alpha = 1"."""
+
+    @property
+    def weights(self) -> RealWeights:
+        """The weights (a, b) of the student's loss; (1, 1) without real images."""
+        return NO_REAL_DATA
+
+    @property
+    def further_facts(self) -> Mapping[str, Any]:
+        """Plain JSON values that are stored with the result beside its noise levels."""
+        return {}
 
     # -- what a weighting of one's own says otherwise ------------------------------------------------------------------
 
@@ -580,9 +590,97 @@ class DistillConfig(Distillation):
         """
         if settings.get("logvar") is True:
             return "e^-u, u the student's log-variance"
-        return "" if cls.kind == DistillConfig.kind else cls.kind
+        kinds = (c.__dict__.get("kind") for c in cls.__mro__ if c.__module__.startswith(_HERE))
+        ours = next((kind for kind in kinds if kind), "")
+        return "" if cls.kind == ours else cls.kind
 
     # ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def capturable(self) -> bool:
+        """See `RunConfig.capturable`: but for noise levels or weights of a file of one's own."""
+        own = ("generator_sigma", "student_sigma", "generator_weight", "student_weight")
+        return all(getattr(type(self), name) is getattr(StudentConfig, name) for name in own)
+
+    def seeds_once(self, *, phased: bool) -> bool:
+        """See `RunConfig.seeds_once`: where one evaluation of the generator is trained, and made once."""
+        again = phased and self.passes_through
+        return not again and not self.samples_have_dropout and (self.steps == 1 or self.gradient == "last")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The generator's noise levels, resolved."""
+        return self.sigmas or few_step_sigmas(self.steps, self.sigma_init)
+
+    def completed(self, network: NetworkConfig) -> Self:
+        """See `Distillation.completed`: with the noise levels."""
+        if self.logvar and not network.logvar_channels:
+            why = "its file has none" if network.is_edm2 else f"which a network of {network.family} has not"
+            raise ValueError(f"logvar needs a teacher with a log-variance, {why}: leave it out")
+        for width in (self.width, self.student_width):
+            generator_network(network, width)
+        return replace(self, sigmas=self.levels)
+
+    @classmethod
+    def nfe_of(cls, settings: Mapping[str, Any]) -> int | None:
+        """See `Distillation.nfe_of`."""
+        return settings.get("steps")
+
+    @classmethod
+    def implied(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `Distillation.implied`: the noise levels."""
+        steps, level = settings.get("steps"), number(settings.get("sigma_init"))
+        if isinstance(steps, int) and steps > 0 and 0 < level < math.inf:
+            return {"sigmas": list(few_step_sigmas(steps, level))}
+        return {}
+
+    @classmethod
+    def _weighting(cls, settings: Mapping[str, Any]) -> str:
+        words = cls.weighting_words(settings)
+        return f", weighting: {words}" if words else ""
+
+
+# What the loss kernel takes.
+ALPHA_LIMIT = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(StudentConfig):
+    """Distillation of a teacher into a K-step generator by inverse Poisson flow matching [IPFM, algorithm 1]."""
+
+    kind: ClassVar[str] = "ipfm"
+    planned: ClassVar[Mapping[str, str]] = {
+        "steps": "K: evaluations of the generator. Default: 1.",
+        "student_updates": "Student updates per generator update. Default: the objective's, 1 or 5.",
+        "real_weights": "Of IPFM: with real images in the student's loss, such as 0.92 0.94.",
+    }
+    plan_example: ClassVar[str] = "ipfm plan --model cifar_ipfm --gpus 1 8 --price A100=1.5 H100=2.5"
+    method: ClassVar[str] = "inverse Poisson flow matching"
+    readings: ClassVar[Mapping[str, str]] = {
+        "generator_loss": "generator_loss is a difference of two denoising losses: it oscillates about zero and says "
+        "little; watch the distance.",
+        "student_loss": "student_loss is a denoising loss: it falls, then follows the generator.",
+    }
+
+    alpha: float = setting(1.0, memory=False)
+    """Regularisation, in SiD's convention: 0.5 is the pure IPFM objective, 1.0 the paper's recommendation."""
+    real_data: Path | None = setting(None, identity=False, place=True, memory=False, added=True)
+    """Images from which the student learns beside the generator's: a folder, a zip, CIFAR-10's archive; own: those of
+    the recipe itself. See docs/objectives.md."""
+    real_weights: tuple[float, float] | None = setting(None, added=True)
+    """a b: the share of the generator's samples in the student's loss, and the factor of their targets. Default with
+    --real-data: 0.92 0.94, with classes 0.98 0.96 (RealUID's); 1 1 is without real images."""
+    real_xflip: bool = setting(False, memory=False, added=True)
+    """Mirror real images at random."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (is_number(self.alpha) and abs(self.alpha) <= ALPHA_LIMIT):
+            raise ValueError(f"alpha must be a number in [-{ALPHA_LIMIT:g}, {ALPHA_LIMIT:g}], got {self.alpha}")
+        weights = real_weights(self.real_weights)
+        object.__setattr__(self, "real_weights", None if weights is None else tuple(weights))
+        if not isinstance(self.real_xflip, bool):
+            raise ValueError(f"real-xflip must be True or False, got {self.real_xflip!r}")
 
     @property
     def weights(self) -> RealWeights:
@@ -594,30 +692,49 @@ class DistillConfig(Distillation):
         """See `Distillation.takes_real_images`."""
         return self.weights != NO_REAL_DATA
 
-    @property
-    def capturable(self) -> bool:
-        """See `RunConfig.capturable`: but for noise levels or weights of a file of one's own."""
-        own = ("generator_sigma", "student_sigma", "generator_weight", "student_weight")
-        return all(getattr(type(self), name) is getattr(DistillConfig, name) for name in own)
+    def gradient_of(
+        self,
+        teacher: Raw,
+        student: Raw,
+        y: Tensor,
+        noisy: Noisy,
+        *,
+        phased: bool,
+        rescale: bool,
+        weighting: Weighting | None,
+    ) -> GeneratorGradient:
+        """See `StudentConfig.gradient_of` [IPFM, eq. 28]."""
+        return generator_gradient(
+            teacher,
+            student,
+            y,
+            noisy,
+            alpha=self.alpha,
+            phased=phased,
+            rescale=rescale,
+            weighting=weighting,
+            real_weights=self.weights,
+        )
 
-    def seeds_once(self, *, phased: bool) -> bool:
-        """See `RunConfig.seeds_once`: where one evaluation of the generator is trained, and made once."""
-        return not phased and not self.samples_have_dropout and (self.steps == 1 or self.gradient == "last")
+    @property
+    def title_word(self) -> str:
+        """See `StudentConfig.title_word`."""
+        return f"alpha={self.alpha:g}"
 
     @property
-    def levels(self) -> tuple[float, ...]:
-        """The generator's noise levels, resolved."""
-        return self.sigmas or few_step_sigmas(self.steps, self.sigma_init)
+    def summary_word(self) -> str:
+        """See `StudentConfig.summary_word`."""
+        return f"at alpha = {self.alpha:g}"
+
+    @property
+    def further_facts(self) -> Mapping[str, Any]:
+        """See `StudentConfig.further_facts`."""
+        return {"alpha": self.alpha}
 
     def completed(self, network: NetworkConfig) -> Self:
         """See `Distillation.completed`: with the noise levels, and the weights of real images where there are any."""
-        if self.logvar and not network.logvar_channels:
-            why = "its file has none" if network.is_edm2 else f"which a network of {network.family} has not"
-            raise ValueError(f"logvar needs a teacher with a log-variance, {why}: leave it out")
-        for width in (self.width, self.student_width):
-            generator_network(network, width)
         weights = decided(real_weights(self.real_weights), network, images=self.real_data is not None)
-        return replace(self, sigmas=self.levels, real_weights=weights)
+        return replace(super().completed(network), real_weights=weights)
 
     def objective(self, network: NetworkConfig) -> Objective:
         """See `Distillation.objective`."""
@@ -632,19 +749,6 @@ class DistillConfig(Distillation):
     def recognises(cls, settings: Mapping[str, Any]) -> bool:
         """See `Distillation.recognises`."""
         return "alpha" in settings
-
-    @classmethod
-    def nfe_of(cls, settings: Mapping[str, Any]) -> int | None:
-        """See `Distillation.nfe_of`."""
-        return settings.get("steps")
-
-    @classmethod
-    def implied(cls, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """See `Distillation.implied`: the noise levels."""
-        steps, level = settings.get("steps"), number(settings.get("sigma_init"))
-        if isinstance(steps, int) and steps > 0 and 0 < level < math.inf:
-            return {"sigmas": list(few_step_sigmas(steps, level))}
-        return {}
 
     @classmethod
     def figures(cls, dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
@@ -689,11 +793,6 @@ class DistillConfig(Distillation):
             "weighting": cls.weighting_words(settings) or None,
             "real data in the student's loss, a and b": weights_said(settings),
         }
-
-    @classmethod
-    def _weighting(cls, settings: Mapping[str, Any]) -> str:
-        words = cls.weighting_words(settings)
-        return f", weighting: {words}" if words else ""
 
     @staticmethod
     def _real(settings: Mapping[str, Any]) -> str:

@@ -155,7 +155,7 @@ def denoising_objective(
     grad, loss, valid = result.grad, result.loss, result.valid
     if weighting is not None:
         usual = (1 / sigma_data**2 + 1 / noisy.sigma.to(loss.dtype).square()).masked_fill(~valid, 0.0)
-        own = _reweighted(weighting, noisy.sigma, usual)
+        own = reweighted(weighting, noisy.sigma, usual)
         if own is not None:
             grad = (grad * per_sample(own.factor, grad)).to(grad.dtype)
             loss = loss * own.factor
@@ -262,7 +262,7 @@ def generator_gradient(
             gradient = result.dy + c_in * both
             mark("generator: teacher")
     loss, weight, valid = result.loss, result.weight, result.valid
-    own = None if weighting is None else _reweighted(weighting, sigma, weight)
+    own = None if weighting is None else reweighted(weighting, sigma, weight)
     if own is not None:
         # Samples do not mix on the way through the networks: at its end one product does for all three parts.
         gradient, loss, weight = gradient * per_sample(own.factor, gradient), loss * own.factor, own.weight
@@ -273,7 +273,7 @@ def generator_gradient(
     return GeneratorGradient(gradient, loss.masked_fill(~valid, 0.0), weight.masked_fill(~valid, 0.0), valid)
 
 
-class _Reweighted(NamedTuple):
+class Reweighted(NamedTuple):
     """What a weighting of one's own makes of the samples of a micro-batch."""
 
     weight: Tensor
@@ -283,7 +283,7 @@ class _Reweighted(NamedTuple):
 
 
 @torch.no_grad()
-def _reweighted(weighting: Weighting, sigma: Tensor, usual: Tensor) -> _Reweighted | None:
+def reweighted(weighting: Weighting, sigma: Tensor, usual: Tensor) -> Reweighted | None:
     """The weights by `weighting` instead of `usual`, (B,); None where it leaves them as they are.
 
     Raises:
@@ -297,7 +297,7 @@ def _reweighted(weighting: Weighting, sigma: Tensor, usual: Tensor) -> _Reweight
         raise ValueError(f"a weighting must return a number a sample, of shape {tuple(usual.shape)}, got {got}")
     counted = usual > 0
     weight = own.to(usual.dtype).masked_fill(~counted, 0.0)
-    return _Reweighted(weight, weight / usual.masked_fill(~counted, 1.0))
+    return Reweighted(weight, weight / usual.masked_fill(~counted, 1.0))
 
 
 def isolate(noisy: Noisy) -> Noisy:

@@ -17,6 +17,7 @@ from ipfm.engine import DistillConfig
 from ipfm.engine.averages import Average
 from ipfm.engine.data.augmentation import augment
 from ipfm.engine.data.dataset import ImageDataset
+from ipfm.engine.objectives.ipfm import StudentConfig
 from ipfm.engine.random_streams import Stream, class_shares, draw_labels, draw_number, seed_dropout
 from ipfm.kernels import philox, reference
 from ipfm.models import Precond
@@ -49,7 +50,7 @@ class Begun:
 
 def distill(
     teacher: Precond,
-    config: DistillConfig,
+    config: StudentConfig,
     steps: int,
     begun: Begun | None = None,
     *,
@@ -90,7 +91,7 @@ def distill(
     device = next(teacher.parameters()).device
     index = torch.arange(config.batch, device=device)
     D, levels, own = teacher.D, config.levels, type(config)
-    a, b = config.real_weights if real is not None and config.real_weights else (1.0, 1.0)
+    a, b = (1.0, 1.0) if real is None else config.weights
 
     def skipped(x: Tensor, sigma: Tensor) -> Tensor:
         return (0.25 / (sigma**2 + 0.25)).view(-1, 1, 1, 1) * x
@@ -183,9 +184,16 @@ def distill(
         if real is not None:
             # a times the loss of the shifted target, of which the offset is a part.
             y = (1 - b / a) * skipped(x.double(), sigma.double()) + b / a * y
-        terms = a * ((t - y) ** 2 - (s - y) ** 2 - 2 * (config.alpha - 0.5) * (t - s) ** 2)
-        losses = weight * terms.sum((1, 2, 3))
-        descend(G, generator_adam, losses.mean())
+        if isinstance(config, DistillConfig):
+            terms = a * ((t - y) ** 2 - (s - y) ** 2 - 2 * (config.alpha - 0.5) * (t - s) ** 2)
+            losses = weight * terms.sum((1, 2, 3))
+            descend(G, generator_adam, losses.mean())
+        else:
+            # Distribution matching distillation: y is drawn to where the difference of the two denoisers leads it.
+            lead = 2 * weight.view(-1, 1, 1, 1) * (s - t)
+            losses = weight * ((s - t) ** 2).sum((1, 2, 3))
+            towards = (y - lead).detach()
+            descend(G, generator_adam, 0.5 * (y - towards).square().sum((1, 2, 3)).mean())
         S.requires_grad_(True)
         run.generator_loss.append(losses.mean().item())
 
@@ -196,7 +204,7 @@ def distill(
     return run
 
 
-def _decay(average: Average, step: int, config: DistillConfig) -> float:
+def _decay(average: Average, step: int, config: StudentConfig) -> float:
     if average.std is not None:
         q = average.std**-2
         power = max(np.roots([1, 7, 16 - q, 12 - q]).real)
