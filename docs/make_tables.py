@@ -70,6 +70,7 @@ FOLDER = Path(__file__).parent
 RENTED = tuple(
     module.RECIPE
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid, imagenet64_sid,
+                   imagenet512_edm2_ipfm, imagenet64_edm2_ipfm, imagenet512_edm2_sid, imagenet64_edm2_sid,
                    cifar_realuid, cifar_pid, imagenet64_pid, cifar_teacher, ffhq_teacher)
 )  # fmt: skip
 GPUS = (24, 48, 80, 141)
@@ -94,7 +95,6 @@ class Case:
             return None
 
 
-OF_DROPOUT = ("m", "l", "xl", "xxl")
 CASES = (
     Case("cifar10-ncsnpp", "cifar_ipfm.py", cifar_ipfm.RECIPE.base.distillation()),
     Case("cifar10-ddpmpp", "cifar_sid.py", cifar_sid.RECIPE.base.distillation()),
@@ -103,15 +103,17 @@ CASES = (
     Case("imagenet64-adm", "imagenet64_ipfm.py", imagenet64_ipfm.RECIPE.base.distillation()),
     Case("digits", "digits_ipfm.py", digits_ipfm.RECIPE.base.distillation()),
 )
-# SiD's settings on EDM2 that decide over the memory: the batch; dropout from M on. A recipe of theirs has no others.
-EDM2 = tuple(
-    Case(
-        f"edm2-img512-{size}",
-        "imagenet512_edm2_ipfm.py",
-        replace(imagenet64_ipfm.RECIPE.base.distillation(), batch=2048, dropout=0.1 if size in OF_DROPOUT else 0.0),
-    )
-    for size in ("xs", "s", "m", "l", "xl", "xxl")
-)
+
+
+def _of_edm2(size: str) -> Case:
+    """The recipe of ImageNet-512 with a size of EDM2's networks, and the dropout that is published for it."""
+    preset, recipe = f"edm2-img512-{size}", imagenet512_edm2_ipfm.RECIPE
+    config = of_recipe(recipe, {}, network=presets.get(preset)).config
+    assert isinstance(config, Distillation)
+    return Case(preset, recipe.file, config)
+
+
+EDM2 = tuple(map(_of_edm2, ("xs", "s", "m", "l", "xl", "xxl")))
 FORMS = {
     "joint": {"backward": "joint", "activation_checkpointing": "off"},
     "phased": {"backward": "phased", "activation_checkpointing": "off"},
