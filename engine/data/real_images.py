@@ -52,8 +52,11 @@ def fitted(data: ImageDataset, network: NetworkConfig, *, augment: float, xflip:
     """
     if data.shape != network.image_shape:
         here, there = ("x".join(map(str, shape)) for shape in (data.shape, network.image_shape))
+        channels, side = network.img_channels, network.img_resolution
+        other = f" --channels {channels}" if data.shape[0] != channels and channels in (1, 3) else ""
         raise ValueError(
-            f"real-data must be images like the teacher's: {data.name} has {here}, the teacher makes {there}"
+            f"real-data must be images like the teacher's: {data.name} has {here}, the teacher makes {there}: ipfm "
+            f"dataset {data.name} NEW.zip --resolution {side}{other} makes some of its kind"
         )
     if augment > 0 and data.latents:
         raise ValueError(
