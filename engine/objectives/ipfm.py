@@ -742,7 +742,9 @@ class DistillConfig(StudentConfig):
 
     def name(self) -> str:
         """See `Distillation.name`."""
-        real = f"-real{self.weights.a:g}-{self.weights.b:g}" if self.takes_real_images else ""
+        # Before the teacher is known, the weights by default are not.
+        real = "-real" if self.real_weights is None and self.real_data is not None else ""
+        real = f"-real{self.weights.a:g}-{self.weights.b:g}" if self.takes_real_images else real
         return f"alpha{self.alpha:g}-K{self.steps}" + "-logvar" * self.logvar + real
 
     @classmethod

@@ -329,6 +329,8 @@ def test_what_a_run_says_of_itself() -> None:
     assert complete(DistillConfig(real_data=Path("images.zip")), free, ALONE.device).real_weights == (0.92, 0.94)
     assert complete(DistillConfig(), free, ALONE.device).real_weights is None
     assert config.name() == "alpha1-K1-real0.98-0.96"
+    assert DistillConfig(real_data=Path("own")).name() == "alpha1-K1-real" and DistillConfig().name() == "alpha1-K1"
+    assert DistillConfig(real_data=Path("own"), real_weights=(1, 1)).name() == "alpha1-K1"
     objective = config.objective(NETWORK)
     assert objective.title == "distil D=16 alpha=1 K=1 real=0.98,0.96"
     assert objective.summary.endswith("with real data by 0.98 0.96")
