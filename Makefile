@@ -61,7 +61,7 @@ nodes: $(READY)  ## two machines, as network namespaces (root): launchers, folde
 equivalence: $(READY)  ## the engine against a plain PyTorch loop, 20 steps, every ZeRO stage: a table
 	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/equivalence.py
 
-rehearsal: $(READY)  ## what every recipe launches on a GPU, compiled for seven kinds of GPUs, in some ten minutes without one
+rehearsal: $(READY)  ## what every recipe launches on a GPU, compiled for seven kinds of GPUs, in an hour or so without one
 	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/rehearsal.py --out build/rehearsal.json
 
 counts: $(READY)  ## what a step costs that can be counted without a GPU: waits, operators, traffic, the host's time
