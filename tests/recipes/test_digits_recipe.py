@@ -179,13 +179,13 @@ def test_another_teacher_in_the_folder_of_a_finished_run_is_none_of_its(tmp_path
 @pytest.mark.distributed
 def test_two_processes_train_on_the_same_samples(tmp_path: Path, thin: str) -> None:
     """`deepspeed --num_accelerators 2` against one process: the losses agree to 1e-4, metrics at the end to 1e-3."""
-    settings = ["--teacher", thin, "--max-steps", "20", "--batch", "32", "--eps", "1e-3", "--eval-images", "64",
+    settings = ["--teacher", thin, "--max-steps", "12", "--batch", "32", "--eps", "1e-3", "--eval-images", "64",
                 "--heun-steps", "1", "--eval-every", "0", "--metrics", "kid", "fid", "pr", *LAYOUT]  # fmt: skip
     run("--out", str(tmp_path / "one"), *settings, "--zero", "0")
     deepspeed = (str(launch.BIN / "deepspeed"), "--num_accelerators", "2")
     run("--out", str(tmp_path / "two"), *settings, "--zero", "2", launcher=deepspeed)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert len(one) == len(two) == 20
+    assert len(one) == len(two) == 12
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for name in a:
@@ -200,7 +200,7 @@ def test_two_processes_train_on_the_same_samples(tmp_path: Path, thin: str) -> N
 def test_killed_runs_continue_bit_for_bit(tmp_path: Path, finished) -> None:
     """SIGKILL in the teacher's training and in the distillation; the same command ends with the same weights."""
     whole, out = finished[0], tmp_path / "killed"
-    for milestone in ("teacher/checkpoints/step-0000008", "checkpoints/step-0000004", "checkpoints/step-0000008"):
+    for milestone in ("teacher/checkpoints/step-0000008", "checkpoints/step-0000008"):
         _kill_when(out / milestone, tmp_path / "log", "--out", str(out), *SHORT)
     last = run("--out", str(out), *SHORT)
     assert "continuing at step" in last.stderr
