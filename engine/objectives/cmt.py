@@ -1,0 +1,398 @@
+"""Consistency mid-training [CMT]: a network learns where the teacher's ODE leads each point of a trajectory.
+
+From x ~ the prior at sigma_max a solver follows dx/dsigma = (x - T(x, sigma)) / sigma down to sigma_min, on levels that
+are even in ln sigma. At every one of these points the generator G(x, sigma) has to give the last: one evaluation at
+sigma_max makes an image, and noise of the kernel between two of them makes one of several steps. The ODE is the same at
+every D; the prior, and the kernel of further steps, are those of D. No data, and no student.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ipfm.engine.checks import at_least, not_negative, share
+from ipfm.engine.config import setting
+from ipfm.engine.distributed.pieces import Number, whole
+from ipfm.engine.noise_levels import check_sigmas
+from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext
+from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
+from ipfm.engine.objectives.losses import along, finite_samples, per_sample
+from ipfm.engine.objectives.lpips import Lpips, load_lpips, lpips_flops, lpips_gradient, lpips_without_values
+from ipfm.engine.objectives.lpips_weights import read_weights
+from ipfm.engine.objectives.phases import mark
+from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics, measured_as
+from ipfm.engine.random_streams import ObjectiveStream, class_shares, draw_labels, seed_dropout
+from ipfm.engine.runtime.wording import counted
+from ipfm.engine.sampling.batches import sample_generator
+from ipfm.kernels import perturb
+from ipfm.models import NetworkConfig, Precond
+
+# The constant of the pseudo-Huber loss for an image of 3 x 64 x 64; others by the root of their elements.
+HUBER, HUBER_ELEMENTS = 0.06, 3 * 64 * 64
+
+
+class CmtStream(ObjectiveStream):
+    """Random streams of this objective."""
+
+    LATENT = 28
+    LABEL = 29
+    DROPOUT = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class CmtConfig(Distillation):
+    """Consistency mid-training of a teacher into a generator of one or several steps [CMT]."""
+
+    kind: ClassVar[str] = "cmt"
+    planned: ClassVar[Mapping[str, str]] = {"distance": "Of CMT. Default: l2."}
+    method: ClassVar[str] = "consistency mid-training"
+    readings: ClassVar[Mapping[str, str]] = {
+        "generator_loss": "generator_loss is the distance of the generator's images from the ends of the teacher's "
+        "trajectories: it falls.",
+    }
+
+    points: int = setting(16, memory=False)
+    """Points of a trajectory, each an image of the batch: the teacher is evaluated one time less."""
+    order: Literal[1, 2, 3] = setting(3, memory=False)
+    """Order of the multistep solver that makes the trajectories."""
+    sigmas: tuple[float, ...] = setting((), memory=False)
+    """Noise levels at which the result is evaluated, falling, such as 80 0.821. Default: the largest alone, one
+    step."""
+    distance: Literal["l2", "lpips"] = "l2"
+    """What measures how far an image is from the trajectory's end: l2, see --huber; lpips, in the features of VGG-16 (1
+    or 3 channels)."""
+    huber: float | None = setting(None, memory=False)
+    """With --distance l2: c of the loss (|a|^2 + c^2)^(1/2) - c, which heavy tails do not rule; 0 takes |a|^2. Default:
+    0.06 (N / 12288)^(1/2), N the elements of an image."""
+    lpips: Path | None = setting(None, identity=False, place=True, memory=False)
+    """With --distance lpips: its weights, the state dict of lpips.LPIPS(net="vgg") or a folder with the two files that
+    it is made of. Default: those of the installed package lpips and of torch's hub folder."""
+    lpips_side: int | None = None
+    """With --distance lpips: resize images to this side first, bilinearly. Default: as they are, at least 16."""
+    beta1: float = 0.9
+    """First decay of Rectified Adam."""
+    lr_end: float = setting(0.0, memory=False)
+    """Share of the learning rate that is left at the end of the run, to which it falls linearly; 1 keeps it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("points", self.points, 2)
+        if self.order not in (1, 2, 3):
+            raise ValueError(f"order must be 1, 2 or 3, got {self.order!r}")
+        if self.sigmas != ():
+            levels = check_sigmas(self.sigmas)
+            if levels[0] > self.noise.sigma_max or levels[-1] < self.noise.sigma_min:
+                raise ValueError(
+                    f"sigmas must lie between sigma-min and sigma-max, {self.noise.sigma_min:g} and "
+                    f"{self.noise.sigma_max:g}, got {', '.join(f'{level:g}' for level in levels)}"
+                )
+            object.__setattr__(self, "sigmas", levels)
+        if self.distance not in ("l2", "lpips"):
+            raise ValueError(f"distance must be l2 or lpips, got {self.distance!r}")
+        if self.distance != "lpips" and not self.lpips is self.lpips_side is None:
+            raise ValueError("lpips and lpips-side are settings of --distance lpips, got distance l2")
+        if self.huber is not None:
+            not_negative("huber", self.huber)
+            if self.distance != "l2":
+                raise ValueError("huber is a setting of --distance l2, got distance lpips")
+        if self.lpips_side is not None:
+            at_least("lpips-side", self.lpips_side, 16)
+        share("beta1", self.beta1)
+        if not 0 <= self.lr_end <= 1:
+            raise ValueError(f"lr-end must lie in [0, 1], got {self.lr_end:g}")
+        if self.augment > 0:
+            raise ValueError(f"augment must be 0, as no denoiser is trained on images here, got {self.augment:g}")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The generator's noise levels, resolved."""
+        return self.sigmas or (self.noise.sigma_max,)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate at 0-based `step`."""
+        return self.lr * (1 - (1 - self.lr_end) * min(1.0, step / self.total_steps))
+
+    def completed(self, network: NetworkConfig) -> Self:
+        """See `Distillation.completed`."""
+        if self.batch % self.points:
+            raise ValueError(
+                f"batch must be a multiple of points, whole trajectories, got batch {self.batch} and "
+                f"points {self.points}"
+            )
+        self.check_network(network)
+        generator_network(network, self.width)
+        if self.distance == "lpips":
+            # They are looked for before anything expensive begins.
+            read_weights(self.lpips)
+        return self
+
+    def check_network(self, network: NetworkConfig) -> None:
+        """See `Distillation.check_network`."""
+        noise = self.noise
+        if noise.sigma_max > network.sigma_max or noise.sigma_min < network.sigma_min:
+            raise ValueError(
+                f"the teacher knows noise levels between {network.sigma_min:g} and {network.sigma_max:g}, and its "
+                f"trajectories go from {noise.sigma_max:g} to {noise.sigma_min:g}: give --noise.sigma-max and "
+                "--noise.sigma-min"
+            )
+        if self.distance == "lpips":
+            if network.img_channels not in (1, 3):
+                raise ValueError(f"distance lpips is for images of 1 or 3 channels, got {network.img_channels}")
+            if self.lpips_side is None and network.img_resolution < 16:
+                raise ValueError(
+                    f"distance lpips needs images of at least 16x16, this network's have side "
+                    f"{network.img_resolution}: give --lpips-side 32"
+                )
+
+    @property
+    def capturable(self) -> bool:
+        """See `RunConfig.capturable`."""
+        return True
+
+    def objective(self, network: NetworkConfig) -> Objective:
+        """See `Distillation.objective`."""
+        return ConsistencyMidTraining(self, network)
+
+    def further_flops(self, network: NetworkConfig) -> int:
+        """See `Distillation.further_flops`: VGG's, of both images, and back to one of them."""
+        return 0 if self.distance == "l2" else lpips_flops(network.image_shape, self.lpips_side)
+
+    def name(self) -> str:
+        """See `Distillation.name`."""
+        return f"cmt-{self.distance}-N{self.points}"
+
+    @classmethod
+    def nfe_of(cls, settings: Mapping[str, Any]) -> int | None:
+        """See `Distillation.nfe_of`."""
+        return len(settings.get("sigmas") or (0,))
+
+    @classmethod
+    def report_words(cls, settings: Mapping[str, Any]) -> str:
+        """See `Distillation.report_words`."""
+        points, order, distance = (settings.get(name) for name in ("points", "order", "distance"))
+        return f"{cls.method} ({points} points of each trajectory, solver of order {order}, {distance})"
+
+    @classmethod
+    def info_words(cls, settings: Mapping[str, Any]) -> str:
+        """See `Distillation.info_words`."""
+        steps = counted(cls.nfe_of(settings), "step")
+        return f"{cls.method}, {settings.get('points')} points, {settings.get('distance')}, {steps}"
+
+
+class ConsistencyMidTraining:
+    """See `Objective`. One network, trained by Rectified Adam.
+
+    Args:
+        config: settings, D among them.
+        network: the teacher's architecture, as it is trained.
+    """
+
+    generator = "generator"
+
+    def __init__(self, config: CmtConfig, network: NetworkConfig) -> None:
+        self.config, self.network = config, network
+        self.D = network.D if config.D is None else config.D
+        self.nfe = len(config.levels)
+        self.title = f"distil D={self.D:g} CMT N={config.points}"
+        self.summary = f"by consistency mid-training on {config.points} points, {config.distance}"
+        self.roles: tuple[Role, ...] = (
+            Role(
+                self.generator,
+                generator_network(network, config.width),
+                initial_weights(config.init, config.width),
+                config.lr,
+                config.beta1,
+                rectified=True,
+                averaged=True,
+            ),
+        )
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See `Objective.facts`."""
+        return {"sigmas": list(self.config.levels)}
+
+    def steps(self, context: StepContext) -> CmtSteps:
+        """See `Objective.steps`."""
+        return CmtSteps(self.config, context, self.network)
+
+    def forwards(self, *, phased: bool, checkpointed: bool) -> int:
+        """See `Objective.forwards`."""
+        return sum(of.whole + checkpointed * of.again for of in self.passes(phased=phased).values())
+
+    def passes(self, *, phased: bool) -> Mapping[str, Passes]:
+        """See `Objective.forwards`: an evaluation of each, and the way back through the generator; phased is joint."""
+        return {"generator": Passes(3, 1), TEACHER: Passes(1, 0)}
+
+    def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
+        """See `Objective.sample`."""
+        return sample_generator(net, first, count, D=self.D, sigmas=self.config.levels, seed=seed)
+
+
+class Advance(NamedTuple):
+    """A step of the solver: x is multiplied by `kept`, and the last predictions are added, the newest first."""
+
+    kept: float
+    weights: tuple[float, ...]
+
+
+def solver(ratio: float, steps: int, order: int) -> tuple[Advance, ...]:
+    """The multistep solver on levels that fall by `ratio` < 1 from each to the next.
+
+    In lambda = -ln sigma, with h = -ln ratio, the ODE is dx/dlambda = T - x, so that
+
+        x(lambda + h) = e^-h x(lambda) + int_0^h e^-(h-u) T(u) du
+
+    The polynomial through the last predictions, of a degree below `order`, is integrated exactly: a multistep method of
+    that order, of the kind of DPM-Solver++ [Lu et al. 2022], whose first order it is. The first steps, which
+    have fewer predictions behind them, are of lower order: there, at the largest levels, T hardly changes.
+
+    Args:
+        ratio: of one level to the one before it.
+        steps: their number.
+        order: 1, 2 or 3.
+    """
+    h = -math.log(ratio)
+    # int_0^h e^-(h-u) (u/h)^k du.
+    m0 = -math.expm1(-h)
+    m1 = 1 - m0 / h
+    m2 = 1 - 2 * m1 / h
+    by_order = ((m0,), (m0 + m1, -m1), (m0 + 1.5 * m1 + 0.5 * m2, -2 * m1 - m2, 0.5 * (m1 + m2)))
+    return tuple(Advance(ratio, by_order[min(step, order - 1)]) for step in range(steps))
+
+
+class CmtSteps:
+    """The step of consistency mid-training.
+
+    Image i of the batch is point i mod N of the trajectory i // N, whatever process or micro-batch has it: each process
+    solves the trajectories that its images belong to, a micro-batch of them at a time, and then trains on their points.
+
+    Args:
+        config: settings with nothing left open but what memory decides.
+        context: the network "generator", and where it runs.
+        network: the teacher's architecture.
+    """
+
+    def __init__(self, config: CmtConfig, context: StepContext, network: NetworkConfig) -> None:
+        self.config, self.network, self.D = config, network, context.settings.D
+        self.generator, self.teacher, self.world = context.trained["generator"], context.teacher, context.world
+        self.micro_batch, device = context.micro_batch, context.world.device
+        self.local_batch = config.batch // context.world.size
+        self._pieces, self._tally = context.pieces, LossSum("generator", context.world, self.local_batch)
+        self.generator.module.train(config.dropout > 0)
+        first = context.world.rank * self.local_batch
+        self._first, self._end = first // config.points, -(-(first + self.local_batch) // config.points)
+        self._at_once = min(self.micro_batch, self._end - self._first)
+        noise, steps = config.noise, config.points - 1
+        ratio = (noise.sigma_min / noise.sigma_max) ** (1 / steps)
+        self._solver = solver(ratio, steps, config.order)
+        self._sigmas = [noise.sigma_max * ratio**i for i in range(steps)] + [noise.sigma_min]
+        self._levels = torch.tensor(self._sigmas, dtype=torch.float64).float().to(device)
+        shape = network.image_shape
+        self._points = torch.zeros(self._end - self._first, config.points, *shape, device=device)
+        self._zeros = torch.zeros(self._at_once, *shape, device=device)
+        self._starts = [torch.full((self._at_once,), sigma, device=device) for sigma in self._sigmas[:-1]]
+        self._trajectories = torch.arange(self._at_once, device=device)
+        self._offsets = torch.arange(context.micro_batch, device=device)
+        self._shares = class_shares(config.class_counts, network.label_dim, device)
+        self._lpips = None if config.distance == "l2" else _lpips(config, device)
+        usual = HUBER * math.sqrt(math.prod(shape) / HUBER_ELEMENTS)
+        self._huber = usual if config.huber is None else config.huber
+
+    def iteration(self, step: int) -> StepMetrics:
+        """One update of the generator and its EMA; `step` counts from 0."""
+        for first in range(self._first, self._end, self._at_once):
+            # The last ones may be solved twice: each piece has the same number.
+            first = min(first, self._end - self._at_once)
+            self._pieces.run(("the teacher's trajectories",), self._solve, step=step, first=first)
+        for first in self.world.micro_batches(self.config.batch, self.micro_batch):
+            self._pieces.run(("the generator's step",), self._micro_step, step=step, first=first)
+        mark("generator: optimiser")
+        rates = {"lr": self.config.lr_at(step), "ema_decay": self.config.ema_decay(step)}
+        found = self._pieces.run(("the generator's update",), self._update, **rates)
+        assert found is not None
+        return measured_as("generator", found)
+
+    def _update(self, numbers: Mapping[str, Any]) -> Tensor:
+        scale = self._tally.grad_scale(self.config.batch)
+        return self._tally.taken(self.generator.step(grad_scale=scale, **numbers))
+
+    def _labels(self, trajectory: Tensor, step: int | Tensor) -> Tensor | None:
+        return draw_labels(
+            self.network.label_dim,
+            trajectory,
+            seed=self.config.seed,
+            stream=CmtStream.LABEL,
+            step=step,
+            shares=self._shares,
+        )
+
+    @torch.no_grad()
+    def _solve(self, numbers: Mapping[str, Number]) -> None:
+        """The points of the trajectories from "first" on, NaN throughout for one whose latent overflowed."""
+        step, index = whole(numbers["step"]), self._trajectories + whole(numbers["first"])
+        mark("generator: trajectories")
+        labels, place = self._labels(index, step), index - self._first
+        seed = self.config.seed
+        x = perturb(
+            self._zeros, self._starts[0], self.D, seed=seed, stream=CmtStream.LATENT, step=step, sample_index=index
+        )
+        # At small D there are such, in float32 or within the network: they must not meet the weights.
+        c_in = self.teacher.coefficients(self._starts[0].to(self.teacher.wide_dtype))[2]
+        finite = finite_samples((per_sample(c_in, x) * x).to(self.teacher.input_dtype)) & finite_samples(x)
+        lost = per_sample(~finite, x)
+        x = x.masked_fill(lost, 0.0)
+        self._points[:, 0].index_copy_(0, place, x.masked_fill(lost, float("nan")))
+        predicted: list[Tensor] = []
+        for i, advance in enumerate(self._solver):
+            predicted = [self.teacher(x, self._starts[i], labels).to(x.dtype), *predicted[:2]]
+            x = advance.kept * x
+            for weight, prediction in zip(advance.weights, predicted, strict=False):
+                x = x + weight * prediction
+            self._points[:, i + 1].index_copy_(0, place, x.masked_fill(lost, float("nan")))
+
+    def _micro_step(self, numbers: Mapping[str, Number]) -> None:
+        """Forward and backward of the micro-batch that begins with the image "first", in the update "step"."""
+        step, first = whole(numbers["step"]), whole(numbers["first"])
+        index = self._offsets + first
+        trajectory, point = index // self.config.points, index % self.config.points
+        labels, place = self._labels(trajectory, step), trajectory - self._first
+        mark("generator: forward and backward")
+        x, target, level = self._points[place, point], self._points[place, -1], self._levels[point]
+        finite = finite_samples(x) & finite_samples(target)
+        x, target = (values.masked_fill(per_sample(~finite, values), 0.0) for values in (x, target))
+        if self.config.dropout > 0:
+            # With dropout nothing is captured, and the numbers are those of the host.
+            seed_dropout(self.config.seed, CmtStream.DROPOUT, int(step), int(first))
+        y = self.generator(x, level, labels)
+        loss, gradient, fits = self._distance(y.detach().to(target.dtype), target)
+        valid = finite & fits
+        gradient = gradient.masked_fill(per_sample(~valid, y), 0.0) / self.local_batch
+        self.generator.backward(along(y, gradient.to(y.dtype)))
+        self._tally.add(loss.masked_fill(~valid, 0.0), valid)
+
+    def _distance(self, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """d (B,), its gradient with respect to y, and whether both are finite (B,)."""
+        if self._lpips is not None:
+            return lpips_gradient(self._lpips, y, target)
+        away = y - target
+        square = away.square().sum((1, 2, 3))
+        if self._huber == 0:
+            return square, 2 * away, torch.isfinite(square)
+        root = (square + self._huber**2).sqrt()
+        # Without the cancellation of the root and c where the two nearly agree.
+        return square / (root + self._huber), away / per_sample(root, away), torch.isfinite(square)
+
+
+def _lpips(config: CmtConfig, device: torch.device) -> Lpips:
+    """The distance; for a memory plan without values."""
+    if device.type != "meta":
+        return load_lpips(config.lpips, device, resize=config.lpips_side)
+    return lpips_without_values(config.lpips_side)

@@ -1,0 +1,208 @@
+"""Consistency mid-training against a plain loop by autograd, and its solver against known trajectories."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import equivalence
+import pytest
+import torch
+from torch import Tensor
+
+from ipfm.engine import Distiller
+from ipfm.engine.commands.bench.equivalence import trained_tensors
+from ipfm.engine.distributed.world import World
+from ipfm.engine.objectives.cmt import CmtConfig, CmtStream, solver
+from ipfm.engine.random_streams import draw_labels, seed_dropout
+from ipfm.engine.sampling.stored_model import sample_model
+from ipfm.kernels import perturb
+from ipfm.models import EDMPrecond, Precond
+
+ALONE = World(0, 1, torch.device("cpu"))
+# Two trajectories of four points: two processes, or micro-batches of 2, have parts of one.
+SETTINGS: dict[str, Any] = {
+    "batch": 8, "max_steps": 3, "points": 4, "lr": 1e-3, "eps": 1e-2, "ema_kimg": 0.05, "seed": 3,
+    "activation_checkpointing": "off", "zero": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Precond:
+    return equivalence.compared_teacher().eval().requires_grad_(False)
+
+
+def plain_loop(teacher: Precond, config: CmtConfig, steps: int) -> tuple[list[float], dict[str, Tensor], Precond]:
+    """The method in plain PyTorch: trajectories by the textbook's steps, torch's RAdam."""
+    G = copy.deepcopy(teacher).requires_grad_(True).train()
+    for module in G.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = config.dropout
+    average = {name: p.detach().clone() for name, p in G.named_parameters()}
+    radam = torch.optim.RAdam(G.parameters(), lr=config.lr, betas=(config.beta1, 0.999), eps=config.eps)
+    grid = torch.linspace(math.log(80), math.log(0.002), config.points, dtype=torch.float64).exp()
+    h, count = math.log(80 / 0.002) / (config.points - 1), config.batch // config.points
+    c = 0.06 * math.sqrt(math.prod(teacher.config.image_shape) / 12288) if config.huber is None else config.huber
+    losses = []
+    for step in range(steps):
+        at = {"seed": config.seed, "step": step}
+        index = torch.arange(count)
+        labels = draw_labels(teacher.label_dim, index, stream=CmtStream.LABEL, **at)
+        zeros = torch.zeros(count, *teacher.config.image_shape)
+        x = perturb(zeros, torch.full((count,), 80.0), teacher.D, stream=CmtStream.LATENT, sample_index=index, **at)
+        points, slopes = [x], []
+        for sigma in grid[:-1]:
+            slopes.append(teacher(x, torch.full((count,), float(sigma)), labels))
+            # e^-h x + the integral of e^-(h-u) times the polynomial through the last predictions, by Simpson's rule.
+            u = torch.linspace(0, h, 201, dtype=torch.float64)
+            weight = torch.exp(u - h) * torch.tensor([1, *[4, 2] * 99, 4, 1]) * h / 600
+            known = min(len(slopes), config.order)
+            x = math.exp(-h) * x
+            for j in range(known):
+                others = [k for k in range(known) if k != j]
+                lagrange = math.prod([(u + k * h) / ((k - j) * h) for k in others], start=torch.ones_like(u))
+                x = x + float((weight * lagrange).sum()) * slopes[-1 - j]
+            points.append(x)
+        # Point i of trajectory j is image j N + i.
+        x = torch.stack(points, 1).flatten(0, 1)
+        target = points[-1].repeat_interleave(config.points, 0)
+        level = grid.float().repeat(count)
+        seed_dropout(config.seed, CmtStream.DROPOUT, step, 0)
+        y = G(x, level, None if labels is None else labels.repeat_interleave(config.points, 0))
+        square = (y - target).square().sum((1, 2, 3))
+        loss = (square if c == 0 else (square + c**2).sqrt() - c).mean()
+        for group in radam.param_groups:
+            group["lr"] = config.lr * (1 - (1 - config.lr_end) * step / config.total_steps)
+        radam.zero_grad()
+        loss.backward()
+        radam.step()
+        losses.append(loss.item())
+        for name, p in G.named_parameters():
+            average[name].lerp_(p.detach(), 1 - config.ema_decay(step))
+    return losses, average, G
+
+
+def check_equals(expected: tuple[list[float], dict[str, Tensor], Precond], found: dict, losses: Tensor) -> None:
+    plain, average, net = expected
+    torch.testing.assert_close(losses.double(), torch.tensor(plain).double(), rtol=1e-4, atol=1e-5)
+    kept = {f"generator/weight/{n}": p.detach() for n, p in net.named_parameters()}
+    kept |= {f"generator/ema/{n}": p for n, p in average.items()}
+    assert max(float((found[n] - p).norm() / p.norm()) for n, p in kept.items()) <= 2 * equivalence.LIMIT
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"order": 2, "huber": 0.0, "micro_batch": 2},
+        {"order": 1, "lr_end": 1.0, "micro_batch": 4, "backward": "phased"},
+        {"dropout": 0.2},
+    ],
+)
+def test_equals_the_plain_loop(teacher: Precond, more: dict[str, Any]) -> None:
+    """Orders of the solver, losses, micro-batches that part a trajectory, dropout."""
+    config = CmtConfig(**{**SETTINGS, **more})
+    run = Distiller(config, teacher, world=ALONE)
+    measured = [run.iteration(step) for step in range(3)]
+    losses = torch.stack([m.sums["generator_loss"] / m.counts["generator_loss"] for m in measured])
+    check_equals(plain_loop(teacher, config, 3), trained_tensors(run), losses)
+
+
+@pytest.mark.distributed
+def test_equals_the_plain_loop_on_two_processes(teacher: Precond, tmp_path: Path) -> None:
+    """Every ZeRO stage; with 8 points the one trajectory belongs to both processes."""
+    base = {**SETTINGS, "objective": "cmt"}
+    cases = {f"z{stage}": {**base, "zero": stage, "micro_batch": (4, 2)[stage % 2]} for stage in (0, 1, 2, 3)}
+    cases["shared"] = {**base, "zero": 1, "points": 8}
+    expected = {points: plain_loop(teacher, CmtConfig(**{**SETTINGS, "points": points}), 2) for points in (4, 8)}
+    found = equivalence.run(equivalence.make_teacher(tmp_path), tmp_path, 2, cases, 2, whole=500)
+    for name, tensors in found.items():
+        check_equals(expected[8 if name == "shared" else 4], tensors, tensors["loss/generator_loss"])
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_order_of_the_solver(order: int) -> None:
+    """Gaussian data have known trajectories, x sqrt((s^2 + t^2) / (s^2 + T^2)) at every D: errors fall as h^order."""
+    s, T, t = 0.5, 80.0, 0.02
+
+    def error(steps: int) -> float:
+        ratio = (t / T) ** (1 / steps)
+        x, predicted = 1.0, []
+        for i, advance in enumerate(solver(ratio, steps, order)):
+            predicted = [x * s**2 / (s**2 + (T * ratio**i) ** 2), *predicted]
+            x = advance.kept * x + sum(w * p for w, p in zip(advance.weights, predicted, strict=False))
+        return abs(x - math.sqrt((s**2 + t**2) / (s**2 + T**2)))
+
+    found = math.log2(error(100) / error(200))
+    assert order - 0.1 <= found <= order + 1 and (order == 3 or found <= order + 0.1)
+
+
+def test_run_and_sample(teacher: Precond, tmp_path: Path) -> None:
+    """A run's generator is drawn from in one evaluation from the prior, or several, and the run can be continued."""
+    config = CmtConfig(**{**SETTINGS, "log_every": 1, "max_steps": 1, "sigmas": (80.0, 0.821)})
+    net = Distiller(config, teacher, world=ALONE).run(tmp_path / "run")
+    drawn = sample_model(tmp_path / "run" / "generator", torch.device("cpu"), heun_steps=5, seed=4)
+    assert drawn.nfe == 2 and drawn.facts.objective == "cmt" and drawn.sigmas == (80.0, 0.821)
+    assert CmtConfig.nfe_of(config.to_json()) == 2 and CmtConfig.nfe_of({}) == 1
+    again = Distiller(replace(config, max_steps=2), teacher, world=ALONE).run(tmp_path / "run")
+    assert not torch.equal(next(again.parameters()), next(net.parameters()))
+
+
+def test_trajectories_that_overflow_do_not_count(teacher: Precond) -> None:
+    """At D = 0.02 many latents leave float32; the others train."""
+    net = EDMPrecond(replace(teacher.config, D=0.02))
+    net.load_state_dict(teacher.state_dict())
+    run = Distiller(CmtConfig(**{**SETTINGS, "batch": 128}), net.requires_grad_(False), world=ALONE)
+    measured = run.iteration(0)
+    bad = float(measured.bad["generator"])
+    assert 0 < bad < 128 and bad + float(measured.counts["generator_loss"]) == 128
+    assert all(p.isfinite().all() for _, p in run.networks["generator"].full("weight"))
+
+
+def test_a_large_D_is_the_diffusion_case(teacher: Precond) -> None:
+    losses = []
+    for D in (1e7, math.inf):
+        net = EDMPrecond(replace(teacher.config, D=D))
+        net.load_state_dict(teacher.state_dict())
+        run = Distiller(CmtConfig(**SETTINGS), net.requires_grad_(False), world=ALONE)
+        losses.append(float(run.iteration(0).sums["generator_loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3) and losses[0] != losses[1]
+
+
+def test_passes_are_counted(teacher: Precond) -> None:
+    """4 an image, for 7 of PID."""
+    objective = CmtConfig(max_steps=1).completed(teacher.config).objective(teacher.config)
+    for phased in (False, True):
+        assert objective.forwards(phased=phased, checkpointed=False) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"points": 1}, "points must be an integer >= 2, got 1"),
+        ({"order": 4}, "order must be 1, 2 or 3, got 4"),
+        ({"sigmas": (90.0,)}, "sigmas must lie between sigma-min and sigma-max, 0.002 and 80, got 90"),
+        ({"huber": -1.0}, "huber must be a finite number >= 0, got -1.0"),
+        ({"huber": 1.0, "distance": "lpips"}, "huber is a setting of --distance l2, got distance lpips"),
+        ({"lpips_side": 32}, "lpips and lpips-side are settings of --distance lpips, got distance l2"),
+        ({"lr_end": 2.0}, r"lr-end must lie in \[0, 1\], got 2"),
+        ({"augment": 0.1}, "augment must be 0, .* got 0.1"),
+    ],
+)
+def test_refusals(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        CmtConfig(**settings)
+
+
+def test_a_teacher_of_other_levels_is_refused_with_what_to_give(teacher: Precond) -> None:
+    network = replace(teacher.config, sigma_min=0.02, sigma_max=100.0)
+    with pytest.raises(ValueError, match=r"between 0.02 and 100, and .* 80 to 0.002: give --noise.sigma-max and"):
+        CmtConfig(max_steps=1).completed(network)
+
+
+def test_a_batch_holds_whole_trajectories(teacher: Precond) -> None:
+    with pytest.raises(ValueError, match=r"^batch must be a multiple of points, .* got batch 40 and points 16$"):
+        CmtConfig(batch=40, max_steps=1).completed(teacher.config)
