@@ -16,11 +16,14 @@ from torch import Tensor
 from ipfm.engine import Distiller
 from ipfm.engine.commands.bench.equivalence import trained_tensors
 from ipfm.engine.distributed.world import World
+from ipfm.engine.experiments import DistilRecipe
 from ipfm.engine.objectives.cmt import CmtConfig, CmtStream, solver
 from ipfm.engine.random_streams import draw_labels, seed_dropout
+from ipfm.engine.runtime.commandline import parse_given
 from ipfm.engine.sampling.stored_model import sample_model
 from ipfm.kernels import perturb
 from ipfm.models import EDMPrecond, Precond
+from ipfm.recipes import cifar_cmt, distill_cmt
 
 ALONE = World(0, 1, torch.device("cpu"))
 # Two trajectories of four points: two processes, or micro-batches of 2, have parts of one.
@@ -206,3 +209,20 @@ def test_a_teacher_of_other_levels_is_refused_with_what_to_give(teacher: Precond
 def test_a_batch_holds_whole_trajectories(teacher: Precond) -> None:
     with pytest.raises(ValueError, match=r"^batch must be a multiple of points, .* got batch 40 and points 16$"):
         CmtConfig(batch=40, max_steps=1).completed(teacher.config)
+
+
+def test_recipes_have_the_settings_of_the_script() -> None:
+    def planned(recipe: DistilRecipe, *line: str) -> CmtConfig:
+        given = parse_given([*line, "--dry-run"], default=recipe.base, prog="", description="")
+        config = recipe.plan(given).config
+        assert isinstance(config, CmtConfig)
+        return config
+
+    for config in (
+        planned(cifar_cmt.RECIPE, "--distance", "l2"),
+        planned(distill_cmt.RECIPE, "--scale", "full"),  # of a teacher of CIFAR-10's size, without --lpips
+    ):
+        assert (config.batch, config.lr, config.lr_end, config.dropout, config.points) == (128, 2e-4, 0.0, 0.2, 16)
+        assert (config.total_steps, config.distance) == (300_000, "l2")
+        assert config.ema_decay(1000) == pytest.approx(0.999, abs=1e-9)
+    assert planned(distill_cmt.RECIPE, "--scale", "small").batch == 64
