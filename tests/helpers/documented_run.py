@@ -237,6 +237,8 @@ def shorter(module: ModuleType, arguments: Sequence[str]) -> list[str]:
     ours |= layout(arguments)
     ours["micro-batch"] = 2 if "--micro-batch" in given else 4
     known = options_of(module)
+    if "order" in known:  # a batch is of whole trajectories
+        ours["points"] = 4
     if "seeds" in known:
         ours |= {"quick": "", "seeds": 0, "eval-every": 2}
         ours |= {"augment": 0} if given.get("--data") == "cifar" else {}

@@ -12,10 +12,12 @@ from typing import Any
 
 
 def hasten() -> None:
-    """Called once, after TRITON_INTERPRET has been set."""
+    """Called after TRITON_INTERPRET has been set; a second call, in a process that has been hastened, does nothing."""
     from triton import language
     from triton.runtime import interpreter
 
+    if getattr(interpreter._patch_lang, "__module__", None) != interpreter.__name__:
+        return
     look, scope_of, convert = interpreter._patch_lang, interpreter._LangPatchScope, interpreter._get_np_dtype
     # By the modules that a function sees, and what had been replaced before: owner, name and value of each replacement.
     known: dict[tuple[Any, ...], list[tuple[Any, str, Any]]] = {}
