@@ -16,8 +16,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from ipfm.engine.experiments import Facts, Origin, OwnDistillationOptions, options_for, run_command
-from ipfm.engine.experiments.defaults_by_size import RowName
+from ipfm.engine.experiments import Facts, Origin, OwnDistillationOptions, RowName, options_for, run_command
 from ipfm.engine.objectives.cmt import CmtConfig
 from ipfm.recipes import cifar_cmt, distill_ipfm
 

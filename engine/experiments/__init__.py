@@ -2,7 +2,7 @@
 
 from ipfm.engine.experiments.ablation import Ablation, AblationOptions, Arch, Variant, as_ablation
 from ipfm.engine.experiments.claims import Claim, Diverge, EndsLower, FasterEarly, ReachesTeacher
-from ipfm.engine.experiments.defaults_by_size import STUDENT_BY_SIZE, TRAJECTORY_BY_SIZE, Facts
+from ipfm.engine.experiments.defaults_by_size import STUDENT_BY_SIZE, TRAJECTORY_BY_SIZE, Facts, RowName
 from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.local import ByOptions, TrainAndDistil
 from ipfm.engine.experiments.options import DistillationOptions, ema_kimg, options_for, recipe_options
@@ -36,6 +36,7 @@ __all__ = [
     "OwnTeacherOptions",
     "OwnTeacherRecipe",
     "ReachesTeacher",
+    "RowName",
     "Size",
     "SizedDistilRecipe",
     "SizedDistillationOptions",

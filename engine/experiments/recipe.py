@@ -145,8 +145,7 @@ class Recipe(ABC, Generic[O]):
         kinds = [kind for kind, settings in OBJECTIVES.items() if name in _options(settings) - _inherited(settings)]
         if not kinds:
             return None
-        of = f" by the objective {kinds[0]}" if len(kinds) == 1 else ""
-        return f"recipes that distil{of} have it"
+        return f"recipes that distil by the objective{'s' * (len(kinds) > 1)} {' and '.join(sorted(kinds))} have it"
 
     def main(self, argv: Sequence[str]) -> None:
         """Run the recipe with these arguments, see `run_recipe`."""

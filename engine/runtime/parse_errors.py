@@ -192,10 +192,11 @@ def _unrecognised(tokens: Sequence[str], kind: Any, arguments: Sequence[str], el
             proposed += same
         elif name in UNNEEDED:
             add(UNNEEDED[name], token)
-        elif alike := _alike(token, options):
-            proposed += [spelling for option in alike for spelling in option]
-        elif found := _found_elsewhere(name, kind, elsewhere):
-            add(found, token)
+        else:
+            known_here = any(f"--{name}" in option for option in options)
+            if found := None if known_here else _found_elsewhere(name, kind, elsewhere):
+                add(found, token)
+            proposed += [spelling for option in _alike(token, options) for spelling in option]
     if proposed:
         hints.append(f"perhaps you meant {' or '.join(dict.fromkeys(proposed))}")
     return f"unknown option {', '.join(unknown)}; {'; '.join(dict.fromkeys(hints)) or '--help lists all'}"

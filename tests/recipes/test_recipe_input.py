@@ -59,7 +59,7 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: str, *arguments: str) ->
         (["--batch-size", "2"], "unknown option --batch-size; perhaps you meant --batch"),
         (["--network=x.pkl", "--outdir=y"], "perhaps you meant --teacher or --out"),
         (["--xflip"], "unknown option --xflip; recipes that train a teacher have it, such as train_teacher.py"),
-        (["--distance", "l2"], "unknown option --distance; recipes that distil by the objective pid have it"),
+        (["--distance", "l2"], "unknown option --distance; recipes that distil by the objectives cmt and pid have it"),
         (["--variants", "D8"], "unknown option --variants; ablations have it, such as ablation_D.py"),
         (["--teacher", "missing/model"], "missing/model does not exist in /"),
         (["--D", "0"], "D must lie in (0, inf], got 0.0"),

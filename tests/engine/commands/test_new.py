@@ -223,8 +223,11 @@ def test_with_the_file_the_commands_know_more(without: Mapping[str, str], named:
     plan = json.loads(named["plan of late"])
     assert plan["objective"] == "late" and plan["about"]["info"].endswith("weighting: lambda sigma^0.5")
     text = " ".join(re.sub("[│|]", " ", named["plan --help"]).split())
-    assert "{ipfm,pid,mine,late}" in text and "--points INT Of mine: steps of the teacher's ODE. Default: 8." in text
-    assert text.count("evaluations of an IPFM generator") == 1
+    assert (
+        "{cmt,dmd,ipfm,pid,mine,late}" in text
+        and "--points INT Of mine: steps of the teacher's ODE. Default: 8." in text
+    )
+    assert text.count("K: evaluations of the generator") == 1
     # A file that the user names in the command is one that is named.
     assert json.loads(without["plan by recipe"]) == json.loads(named["plan by recipe"])
     assert named["new"] == "error: there is an objective mine: choose another name\n"

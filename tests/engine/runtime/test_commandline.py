@@ -20,7 +20,7 @@ import tyro
 
 from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.objectives.base import Distillation
-from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.objectives.ipfm import DistillConfig, StudentConfig
 from ipfm.engine.runtime import commandline, launcher, parse_errors
 from ipfm.engine.runtime.commandline import BadInput, parse, run_command, user_input
 from ipfm.engine.runtime.errors import FolderInUse, Interrupted, TrainingFailed
@@ -306,7 +306,7 @@ def test_help_lists_every_option_with_its_text(spelling, capfd):
     assert err == ""
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", re.sub(r"\x1b\[[0-9;]*m", "", out)).split())
     assert shown.startswith("usage: recipe.py") and "What it does." in shown
-    texts = documented(RunConfig, Distillation, DistillConfig)
+    texts = documented(RunConfig, Distillation, StudentConfig, DistillConfig)
     # Every setting has its text, and the group of noise levels those of its own.
     assert set(texts) == set(DistillConfig().to_json())
     for name, text in texts.items():
