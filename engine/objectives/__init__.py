@@ -13,6 +13,7 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -125,7 +126,8 @@ class Registry(Mapping[str, "type[Distillation]"]):
         """
         if kind is not None:
             return self.get(kind) if isinstance(kind, str) else None
-        return next((found for found in self.values() if _is_ours(found) and found.recognises(settings)), None)
+        classes = self._classes().values()
+        return next((found for found in classes if _is_ours(found) and found.recognises(settings)), None)
 
     def of_generator(self, facts: GeneratorFacts) -> tuple[type[Distillation] | None, Mapping[str, Any]]:
         """The class of a stored generator's settings, and these.
@@ -138,8 +140,7 @@ class Registry(Mapping[str, "type[Distillation]"]):
         return self.of(facts.objective, settings), settings
 
     def _classes(self) -> Mapping[str, type[Distillation]]:
-        for module in iter_modules(__path__, f"{__name__}."):
-            import_module(module.name)
+        _import_ours()
         for path in own_files():
             load(path)
         from ipfm.engine.objectives.base import registered
@@ -148,6 +149,12 @@ class Registry(Mapping[str, "type[Distillation]"]):
 
 
 OBJECTIVES = Registry()
+
+
+@cache
+def _import_ours() -> None:
+    for module in iter_modules(__path__, f"{__name__}."):
+        import_module(module.name)
 
 
 def _is_ours(settings: type[Distillation]) -> bool:
