@@ -158,6 +158,7 @@ def test_clocks_that_differ(tmp_path: Path, teacher: Path, nodes, one_node: Path
     assert losses(tmp_path / "run") == losses(one_node)
 
 
+@pytest.mark.nodes
 def test_machines_in_another_order_do_not_begin_anew(tmp_path: Path, teacher: Path, nodes) -> None:
     """The second has the run, the first one nothing: no start of it goes on from nothing without a word."""
     done = prepared.run(
@@ -235,6 +236,7 @@ def test_machines_that_differ_end_with_a_line(tmp_path: Path, teacher: Path, nod
     assert not list(tmp_path.glob("node?/run/*"))
 
 
+@pytest.mark.nodes
 def test_a_teacher_at_another_place_on_each_machine(tmp_path: Path, teacher: Path, nodes, one_node: Path) -> None:
     shutil.copytree(teacher, tmp_path / "node2" / "models" / "t")
     mine, others = settings(teacher, tmp_path / "run", STEPS), settings(Path("models/t"), tmp_path / "run", STEPS)
