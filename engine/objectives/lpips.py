@@ -25,11 +25,31 @@ from ipfm.engine.objectives.lpips_weights import (
     shapes,
     vgg_names,
 )
+from ipfm.models import NetworkConfig
 
 # Four poolings leave one pixel of it.
 _SMALLEST_SIDE = 16
 # Added to the length of a feature vector, as in the published distance.
 _EPSILON = 1e-10
+
+
+def check_lpips_images(network: NetworkConfig, side: int | None) -> None:
+    """Check that LPIPS can compare a network's images.
+
+    Args:
+        network: an architecture.
+        side: that images are resized to first; None keeps them.
+
+    Raises:
+        ValueError: it cannot; one line.
+    """
+    if network.img_channels not in (1, 3):
+        raise ValueError(f"distance lpips is for images of 1 or 3 channels, got {network.img_channels}")
+    if side is None and network.img_resolution < _SMALLEST_SIDE:
+        raise ValueError(
+            f"distance lpips needs images of at least {_SMALLEST_SIDE}x{_SMALLEST_SIDE}, this network's have "
+            f"side {network.img_resolution}: give --lpips-side 32"
+        )
 
 
 class Lpips(nn.Module):

@@ -22,7 +22,14 @@ from ipfm.engine.distributed.pieces import Number, whole
 from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.losses import along, finite_samples, held, per_sample
-from ipfm.engine.objectives.lpips import Lpips, load_lpips, lpips_flops, lpips_gradient, lpips_without_values
+from ipfm.engine.objectives.lpips import (
+    Lpips,
+    check_lpips_images,
+    load_lpips,
+    lpips_flops,
+    lpips_gradient,
+    lpips_without_values,
+)
 from ipfm.engine.objectives.lpips_weights import read_weights
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.published import Conditions, PaperResult, plain_name
@@ -138,13 +145,7 @@ class PidConfig(Distillation):
             )
         super().check_network(network)
         if self.distance == "lpips":
-            if network.img_channels not in (1, 3):
-                raise ValueError(f"distance lpips is for images of 1 or 3 channels, got {network.img_channels}")
-            if self.lpips_side is None and network.img_resolution < 16:
-                raise ValueError(
-                    f"distance lpips needs images of at least 16x16, this network's have side "
-                    f"{network.img_resolution}: give --lpips-side 32"
-                )
+            check_lpips_images(network, self.lpips_side)
 
     @property
     def capturable(self) -> bool:
