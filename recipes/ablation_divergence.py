@@ -45,7 +45,7 @@ ABLATION = Ablation(
     ),
     digits=replace(DIGITS, base=as_ablation(DIGITS.base, alpha=1.2)),
     # Long runs, and six teachers: networks of half the recipe's width.
-    fashion=fashion_ablation(CLOTHES, channels=8, alpha=1.2, max_steps=2000, eval_every=200, teacher_steps=5000),
+    fashion=fashion_ablation(CLOTHES, channels=8, alpha=1.2, max_steps=1200, eval_every=120, teacher_steps=3000),
     cifar=replace(CIFAR, base=as_ablation(CIFAR.base, alpha=1.2)),
 )
 
