@@ -6,6 +6,7 @@ that is trained at that moment, and every other use of a network goes through it
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from ipfm.engine.averages import Decay
 from ipfm.engine.config import Offload, Precision, Resolved, RunConfig, ZeroStage, check_sharding
 from ipfm.engine.distributed.device import uses_gpu
 from ipfm.engine.distributed.normalised_weights import NormalisedWeights
-from ipfm.engine.distributed.precision import DTYPES
+from ipfm.engine.distributed.precision import DTYPES, halve_storage
 from ipfm.engine.distributed.single_process import (
     FIRST_SCALE,
     LEAST_SCALE,
@@ -63,6 +64,8 @@ class TrainedNetwork:
             one without a name.
         rectified: Rectified Adam in place of Adam.
         beta2: Adam's second decay.
+        followed: keep a network with the first of the averages at any time, `followed`; otherwise averages exist in the
+            optimiser's state alone.
         logvar: the forward passes that are trained give the log-variance too, of a network that has one; what they
             leave out is not normalised.
 
@@ -84,6 +87,7 @@ class TrainedNetwork:
         ema: bool | Sequence[str],
         rectified: bool = False,
         beta2: float = BETA2,
+        followed: bool = False,
         logvar: bool = True,
     ) -> None:
         config, stage, precision = settings.config, settings.stage, settings.precision
@@ -94,6 +98,8 @@ class TrainedNetwork:
         self.averages = ("ema",) * ema if isinstance(ema, bool) else tuple(ema)
         """Names of the averages."""
         self._rates: dict[str, float | Tensor] = {}
+        # Made before the engine rounds or shards the weights.
+        self._followed = _frozen_copy(module, precision) if followed else None
         # As they are before the engine rounds them.
         self.exact_buffers = {n: buffer.detach().clone() for n, buffer in module.named_buffers()}
         self._parameters = [p for p in module.parameters() if p.requires_grad]
@@ -139,6 +145,7 @@ class TrainedNetwork:
             # Masters are made from the rounded weights: put the exact ones in their place.
             self.load("weight", exact)
             self.optimizer.restart_ema()
+        self._follow()
 
     def __call__(self, *args: Any, **keywords: Any) -> Tensor:
         """Forward pass whose gradient this network's next `backward` takes."""
@@ -187,6 +194,7 @@ class TrainedNetwork:
         if self._scale is not None:
             to_blame = self._scale.value > 1
             self.engine.step()
+            self._follow()
             applied = self.optimizer.applied
             assert applied is not None
             return applied | to_blame
@@ -194,6 +202,7 @@ class TrainedNetwork:
         expected = self.precision == "fp16" and float(self.loss_scale) > 1.0
         with self._rule.stepping():
             self.engine.step()
+        self._follow()
         if not self.engine.was_step_applied() or self.optimizer.applied is None:
             return torch.full((), expected, dtype=torch.bool, device=self.world.device)
         return self.optimizer.applied.to(self.world.device)
@@ -274,6 +283,8 @@ class TrainedNetwork:
             self._set(p, kind, tensors[name].to(self.world.device))
         if kind == "weight" and self._rule.used:
             self._rule.refresh()
+        if kind in self.average_kinds:
+            self._follow()
 
     @torch.no_grad()
     def load_buffers(self, tensors: Mapping[str, Tensor]) -> None:
@@ -337,6 +348,30 @@ class TrainedNetwork:
             layer = modules[name.rpartition(".")[0]]
             set_weight = getattr(layer, "set_master", targets[name].copy_)
             set_weight(tensor)
+
+    @property
+    def followed(self) -> Precond:
+        """A network with the first average as it is now: frozen, in eval mode.
+
+        Raises:
+            RuntimeError: none is kept.
+        """
+        if self._followed is None:
+            raise RuntimeError("no network follows this one")
+        return self._followed
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Bring `followed` up to date; every process calls it."""
+        net = self._followed
+        if net is None:
+            return
+        if self.stage > 0 or self._rule.used:
+            self.copy_ema_to(net)
+            return
+        kind = self.average_kinds[0]
+        averages = [self.optimizer.state[self._masters.get(p, p)][kind] for p in self.module.parameters()]
+        torch._foreach_copy_(list(net.parameters()), averages)
 
     # -- what differs between the stages ----------------------------------------------------------------------------
 
@@ -439,6 +474,12 @@ def shard_frozen(module: Precond, *, offload: Offload = "none") -> Precond:
     """
     sharded: Precond = _initialize(3, "fp32", offload, module).module
     return sharded
+
+
+def _frozen_copy(module: Precond, precision: Precision) -> Precond:
+    """Another network that computes as `module`, kept as a frozen one in this precision is."""
+    net = copy.deepcopy(module).eval().requires_grad_(False)
+    return halve_storage(net, precision) if precision != "fp32" else net
 
 
 def _by_alignment(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:

@@ -232,8 +232,9 @@ def _under_optimiser(form: Resolved[RunConfig], role: Role, world: World) -> Tra
         world=world,
         lr=role.lr,
         beta1=role.beta1,
-        ema=config.average_names if role.averaged else (),
+        ema=role.kept(config.average_names),
         rectified=role.rectified,
+        followed=role.followed,
     )
 
 

@@ -146,7 +146,8 @@ def distillation_bytes(settings: StepSettings) -> StateBytes:
     roles = settings.config.objective(settings.network).roles
     averages = len(settings.config.averages)
     trained = [(role.network, role.moments(averages)) for role in roles]
-    return state_bytes(settings.network, settings.sharding, trained, teacher=True)
+    followed = [role.network for role in roles if role.followed]
+    return state_bytes(settings.network, settings.sharding, trained, teacher=True, followed=followed)
 
 
 def plan_teacher_training(

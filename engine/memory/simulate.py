@@ -119,7 +119,11 @@ def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
     objective = resolved.config.objective(settings.network)
     context = StepContext(
         {
-            role.name: _Trained(_meta_network(role.network, settings, trained=True), settings)
+            role.name: _Trained(
+                _meta_network(role.network, settings, trained=True),
+                settings,
+                _meta_network(role.network, settings, trained=False) if role.followed else None,
+            )
             for role in objective.roles
         },
         _meta_network(settings.network, settings, trained=False),
@@ -186,8 +190,9 @@ class _Trained:
 
     loss_scale = 1.0
 
-    def __init__(self, module: Precond, settings: StepSettings) -> None:
+    def __init__(self, module: Precond, settings: StepSettings, followed: Precond | None = None) -> None:
         self.module = module
+        self.followed: Any = followed
         self._sharding = settings.sharding
         self._numbers = sum(p.numel() for p in module.parameters())
         if not settings.keeps_gradients:

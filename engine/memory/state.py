@@ -82,7 +82,7 @@ class StateBytes:
     """Number of parameters of the largest network in training."""
     teacher: int
     weights: int
-    """Of the networks in training."""
+    """Of the networks in training, and of those that follow them."""
     masters: int
     """fp32 weights beside those in training."""
     optimizer: int
@@ -113,7 +113,12 @@ class StateBytes:
 
 
 def state_bytes(
-    network: NetworkConfig, sharding: Sharding, trained: Sequence[tuple[NetworkConfig, int]], *, teacher: bool
+    network: NetworkConfig,
+    sharding: Sharding,
+    trained: Sequence[tuple[NetworkConfig, int]],
+    *,
+    teacher: bool,
+    followed: Sequence[NetworkConfig] = (),
 ) -> StateBytes:
     """What the networks of a run hold.
 
@@ -122,6 +127,7 @@ def state_bytes(
         sharding: how they are spread.
         trained: each network in training, with the number of fp32 values that its optimiser keeps a parameter.
         teacher: there is a frozen teacher too.
+        followed: networks that are kept with an average of the weights, whole on every process.
     """
     # A guided teacher is two networks, of which those in training have the size of one.
     n, halved, _ = _parameters(network)
@@ -150,6 +156,9 @@ def state_bytes(
         weights = gradients = 0
         if sharding.teacher_storage == "sharded":
             host, kept = host + kept, 0
+    for copied in followed:
+        whole, narrow, _ = _parameters(copied)
+        weights += 4 * whole - (4 - element) * narrow
     return StateBytes(
         parameter_count(network.unguided),
         largest,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,10 @@ from ipfm.models import NetworkConfig, Precond
 Start = Literal["teacher", "random"]
 
 
+# Name of the average of a role that is `followed`.
+FOLLOWED = "followed"
+
+
 @dataclass(frozen=True)
 class Role:
     """A network that an objective trains."""
@@ -58,8 +62,12 @@ class Role:
     """Rectified Adam [Liu et al. 2020]."""
     averaged: bool = False
     """The optimiser keeps the moving averages of the weights that the settings name."""
+    followed: bool = False
+    """The optimiser keeps one moving average for the steps themselves, see `Trained.followed`."""
 
     def __post_init__(self) -> None:
+        if self.averaged and self.followed:
+            raise ValueError(f"the role {self.name} is the result: its averages are those of the settings")
         # What is trained is no guided network, also where its architecture is a guided teacher's.
         object.__setattr__(self, "network", self.network.unguided)
 
@@ -69,7 +77,11 @@ class Role:
 
     def moments(self, averages: int = 1) -> int:
         """fp32 values that the optimiser keeps a parameter; `averages`: how many the settings name."""
-        return 1 + (self.beta1 > 0) + averages * self.averaged
+        return 1 + (self.beta1 > 0) + averages * self.averaged + self.followed
+
+    def kept(self, averages: Sequence[str]) -> tuple[str, ...]:
+        """Names of the averages that its optimiser keeps; `averages`: those that the settings name."""
+        return tuple(averages) if self.averaged else (FOLLOWED,) * self.followed
 
 
 # What `Objective.passes` calls the frozen denoiser.
@@ -92,6 +104,14 @@ class Trained(Protocol):
 
     @property
     def loss_scale(self) -> float | Tensor: ...
+
+    @property
+    def followed(self) -> nn.Module:
+        """Another network with the average of the weights as the last `step` left it: frozen, in eval mode.
+
+        Of a role that is `followed`.
+        """
+        ...
 
     def __call__(self, *args: Any, **keywords: Any) -> Tensor: ...
 

@@ -29,6 +29,7 @@ class PlainNetwork:
 
     def __init__(self, module: Precond) -> None:
         self.module = module
+        self.followed = copy.deepcopy(module).eval().requires_grad_(False)
         self.updates: list[dict[str, Tensor]] = []
 
     def __call__(self, *args: Any, **keywords: Any) -> Tensor:

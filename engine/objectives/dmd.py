@@ -32,6 +32,7 @@ from ipfm.engine.objectives.ipfm import InversePoissonFlowMatching, StudentConfi
 from ipfm.engine.objectives.losses import (
     GeneratorGradient,
     Noisy,
+    PredictionWeighting,
     Raw,
     Weighting,
     finite_samples,
@@ -42,6 +43,7 @@ from ipfm.engine.objectives.losses import (
 )
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.published import Conditions, PaperResult, plain_name
+from ipfm.engine.objectives.variations import variation_name, variation_rows
 from ipfm.engine.runtime.wording import counted
 from ipfm.models import NetworkConfig
 
@@ -105,7 +107,7 @@ class DmdConfig(StudentConfig):
         *,
         phased: bool,
         rescale: bool,
-        weighting: Weighting | None,
+        weighting: Weighting | PredictionWeighting | None,
     ) -> GeneratorGradient:
         """See `StudentConfig.gradient_of`: nothing passes back through the two, so that no form or scale matters."""
         return denoiser_difference(teacher, student, y, noisy, weighting=weighting)
@@ -126,12 +128,12 @@ class DmdConfig(StudentConfig):
 
     def name(self) -> str:
         """See `Distillation.name`."""
-        return f"dmd{self.student_updates}-K{self.steps}" + "-logvar" * self.logvar
+        return f"dmd{self.student_updates}-K{self.steps}" + "-logvar" * self.logvar + variation_name(self)
 
     @classmethod
     def figures(cls, dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
         """See `Distillation.figures`: that of one step without a discriminator."""
-        one = settings.get("steps") == 1 and settings.get("logvar") is not True and cls.kind == DmdConfig.kind
+        one = settings.get("steps") == 1 and cls._as_published(settings) and cls.kind == DmdConfig.kind
         return {math.inf: _IMAGENET} if one and plain_name(dataset) == "imagenet64cond" else {}
 
     @classmethod
@@ -164,6 +166,7 @@ class DmdConfig(StudentConfig):
         return {
             "student updates a generator update": settings.get("student_updates"),
             "weighting": cls.weighting_words(settings) or None,
+            **variation_rows(settings),
         }
 
 
@@ -189,7 +192,7 @@ class DenoiserMatching(InversePoissonFlowMatching):
 
 @torch.no_grad()
 def denoiser_difference(
-    teacher: Raw, student: Raw, y: Tensor, noisy: Noisy, *, weighting: Weighting | None = None
+    teacher: Raw, student: Raw, y: Tensor, noisy: Noisy, *, weighting: Weighting | PredictionWeighting | None = None
 ) -> GeneratorGradient:
     """2 lambda (S(x) - T(x)), lambda = 1 / mean|T(x) - y|, and the loss lambda |S(x) - T(x)|^2.
 
@@ -219,7 +222,7 @@ def denoiser_difference(
     square = difference.square().flatten(1).sum(1)
     valid = torch.isfinite(weight * square) & torch.isfinite(away)
     weight = weight.masked_fill(~valid, 0.0)
-    own = None if weighting is None else reweighted(weighting, noisy.sigma, weight)
+    own = reweighted(weighting, noisy, (t, s), weight)
     if own is not None:
         weight = own.weight
     gradient = difference * per_sample(2 * weight, y)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,12 @@ from ipfm.engine.distributed.pieces import Number, whole
 from ipfm.engine.noise_levels import check_sigmas, few_step_sigmas
 from ipfm.engine.objectives.base import TEACHER, Distillation, Passes, Role, StepContext, Trained
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
+from ipfm.engine.objectives.level_laws import level_law, student_draw
+from ipfm.engine.objectives.loss_weights import WeightName, chosen_weight
 from ipfm.engine.objectives.losses import (
     GeneratorGradient,
     Noisy,
+    PredictionWeighting,
     Raw,
     Weighting,
     add_noise,
@@ -40,6 +44,7 @@ from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.published import PaperResult, paper_results, real_data_results
 from ipfm.engine.objectives.real_data import NO_REAL_DATA, Half, RealWeights, decided, real_weights, weights_said
 from ipfm.engine.objectives.step_metrics import HalvesSum, LossSum, StepMetrics, measured_as
+from ipfm.engine.objectives.variations import check_variations, variation_name, variation_rows, variation_words
 from ipfm.engine.random_streams import Stream, class_shares, draw_labels, draw_number, dropout_seed, seed_dropout
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.sampling.batches import sample_generator
@@ -66,6 +71,7 @@ class InversePoissonFlowMatching:
         weighting = type(config).weighting_words(replace(config, logvar=False).to_json())
         self.title = f"distil D={self.D:g} {config.title_word} K={config.steps}" + f" {weighting}" * bool(weighting)
         self.title += " logvar" * config.logvar
+        self.title += "".join(f", {words}" for words in variation_rows(config.to_json()).values())
         self.summary = f"{config.summary_word} and {counted(config.steps, 'step')}"
         if config.takes_real_images:
             self.title += f" real={config.weights.a:g},{config.weights.b:g}"
@@ -77,6 +83,7 @@ class InversePoissonFlowMatching:
                 initial_weights(config.student_init, config.student_width),
                 config.student_lr or config.lr,
                 config.student_beta1,
+                followed=config.student_ema is not None,
             ),
             Role(
                 "generator",
@@ -192,9 +199,12 @@ class DistillSteps:
         weighs_student = own.student_weight is not StudentConfig.student_weight
         weighs_generator = own.generator_weight is not StudentConfig.generator_weight
         self._student_weighting = config.student_weight if weighs_student else None
-        self._generator_weighting = config.generator_weight if weighs_generator else None
+        self._generator_weighting: Weighting | PredictionWeighting | None = (
+            config.generator_weight if weighs_generator else None
+        )
         if config.logvar:
             self._generator_weighting = self._by_logvar
+        self._generator_weighting = chosen_weight(config.weight, config.weight_power, self.D, self._generator_weighting)
 
     def iteration(self, step: int) -> StepMetrics:
         """`student_updates` student steps, then the generator step; `step` counts from 0."""
@@ -216,7 +226,8 @@ class DistillSteps:
                 step=step,
                 first=first,
             )
-        return self._update("student", self.student, lr=config.student_lr or config.lr)
+        rates = {} if config.student_ema is None else {"ema_decay": config.student_ema}
+        return self._update("student", self.student, lr=config.student_lr or config.lr, **rates)
 
     def _real_batch(self, step: int, first: int) -> Batch | None:
         """Real images of the student's update `step`, the sample `first` and those after it, where pieces read them."""
@@ -340,7 +351,7 @@ class DistillSteps:
         y = chain.marked(y)
         sigma = config.generator_sigma(micro.index, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step).float()
         noisy = self._add_noise(y, sigma, Stream.GENERATOR_NOISE, step, micro)
-        with self.student.frozen() as student:
+        with self._judge() as student:
             result = config.gradient_of(
                 bind(self.teacher, micro.labels),
                 bind(student, micro.labels),
@@ -365,6 +376,10 @@ class DistillSteps:
                 assert arrived is not None
                 gradient = arrived / scale
         self._tallies["generator"].add(result.loss, result.valid)
+
+    def _judge(self) -> AbstractContextManager[nn.Module]:
+        """The student that the generator is trained by, frozen: as it is, or its average."""
+        return self.student.frozen() if self.config.student_ema is None else nullcontext(self.student.followed)
 
     # -- the generator's samples ------------------------------------------------------------------------------------
 
@@ -412,7 +427,7 @@ class DistillSteps:
 
     def _by_logvar(self, sigma: Tensor, weight: Tensor) -> Tensor:
         """The generator's weight by e^-u, u the student's log-variance: it knows sigma alone, and no gradient flows."""
-        student = self.student.module
+        student = self.student.module if self.config.student_ema is None else self.student.followed
         assert isinstance(student, EDM2Precond)
         return self.config.generator_weight(sigma, weight) * student.logvar(sigma).neg().exp().to(weight.dtype)
 
@@ -479,6 +494,20 @@ class StudentConfig(Distillation):
     student_width: float = 1.0
     """Channels of the student by those of the teacher."""
 
+    student_ema: float | None = setting(None, added=True)
+    """Train the generator against a moving average of the student of this decay an update of the student, such as
+    0.99. Default: the student as it is."""
+    weight: WeightName = setting("sid", added=True)
+    """Weight of the generator's loss: sid, 1 / mean|T - y|; sigma, 1 / sigma^2; edm, 1 / c_out^2; score, 1 / sigma^2
+    for finite D; unsquared, for a distance of T and S in the place of its square. See docs/objectives.md."""
+    weight_power: float = setting(0.0, memory=False, added=True)
+    """Multiply --weight by this power of sigma; 0.5 and 1 let high levels count for more."""
+    levels_generator: str | None = setting(None, memory=False, added=True)
+    """Law of the noise levels in the generator's step: grid:LOW:HIGH, rising:HIGH, lognormal:MEAN:STD,
+    loguniform[:LOW:HIGH] or log-t:MEAN:SCALE:NU. Default: SiD's, grid:0:0.8."""
+    levels_student: str | None = setting(None, memory=False, added=True)
+    """The same in the student's step, or generator, the generator's law, or half, half of either. Default: EDM's,
+    lognormal:-1.2:1.2."""
     logvar: bool = setting(False, added=True)
     """Weigh each noise level by e^-u in the losses of student and generator, u the student's log-variance, which it
     learns: of teachers that have one, EDM2's."""
@@ -494,6 +523,7 @@ class StudentConfig(Distillation):
                 raise ValueError(f"steps and sigmas disagree: {self.steps} steps, {len(levels)} noise levels")
             object.__setattr__(self, "steps", len(levels))
         positive("sigma-init", self.sigma_init)
+        check_variations(self)
         if not isinstance(self.logvar, bool):
             raise ValueError(f"logvar must be True or False, got {self.logvar!r}")
         if self.gradient not in ("all", "last"):
@@ -517,7 +547,7 @@ class StudentConfig(Distillation):
         *,
         phased: bool,
         rescale: bool,
-        weighting: Weighting | None,
+        weighting: Weighting | PredictionWeighting | None,
     ) -> GeneratorGradient:
         """dL/dy of the generator's loss on a micro-batch; arguments as in `losses.generator_gradient`."""
 
@@ -567,7 +597,9 @@ class StudentConfig(Distillation):
         return weight
 
     def generator_sigma(self, sample_index: Tensor, *, seed: int, stream: int, step: int | Tensor) -> Tensor:
-        """sigma (B,) of the generator's step, a function of the arguments alone: see `NoiseLevels.generator`.
+        """sigma (B,) of the generator's step, by --levels-generator or `NoiseLevels.generator`.
+
+        It is a function of the arguments alone.
 
         Args:
             sample_index: (B,) int64, the samples' global indices.
@@ -575,11 +607,22 @@ class StudentConfig(Distillation):
             stream: of the random numbers, likewise.
             step: of the random numbers, likewise.
         """
+        law = level_law("levels-generator", self.levels_generator)
+        if law is not None:
+            return law.draw(self.noise, sample_index, seed=seed, stream=stream, step=step)
         return self.noise.generator(sample_index, seed=seed, stream=stream, step=step)
 
     def student_sigma(self, sample_index: Tensor, *, seed: int, stream: int, step: int | Tensor) -> Tensor:
-        """sigma (B,) of the student's step, see `NoiseLevels.denoising`; arguments as in `generator_sigma`."""
-        return self.noise.denoising(sample_index, seed=seed, stream=stream, step=step)
+        """sigma (B,) of the student's step, see `NoiseLevels.denoising` and --levels-student.
+
+        Arguments as in `generator_sigma`.
+        """
+        draw = self.noise.denoising
+        if self.levels_student in ("generator", "half"):
+            draw = student_draw(self.levels_student, draw, self.generator_sigma)
+        elif (law := level_law("levels-student", self.levels_student)) is not None:
+            draw = partial(law.draw, self.noise)
+        return draw(sample_index, seed=seed, stream=stream, step=step)
 
     @classmethod
     def weighting_words(cls, settings: Mapping[str, Any]) -> str:
@@ -637,7 +680,12 @@ class StudentConfig(Distillation):
     @classmethod
     def _weighting(cls, settings: Mapping[str, Any]) -> str:
         words = cls.weighting_words(settings)
-        return f", weighting: {words}" if words else ""
+        return (f", weighting: {words}" if words else "") + variation_words(settings)
+
+    @classmethod
+    def _as_published(cls, settings: Mapping[str, Any]) -> bool:
+        """Whether nothing is otherwise for which no figure is published."""
+        return settings.get("logvar") is not True and not variation_rows(settings)
 
 
 # What the loss kernel takes.
@@ -701,7 +749,7 @@ class DistillConfig(StudentConfig):
         *,
         phased: bool,
         rescale: bool,
-        weighting: Weighting | None,
+        weighting: Weighting | PredictionWeighting | None,
     ) -> GeneratorGradient:
         """See `StudentConfig.gradient_of` [IPFM, eq. 28]."""
         return generator_gradient(
@@ -745,7 +793,7 @@ class DistillConfig(StudentConfig):
         # Before the teacher is known, the weights by default are not.
         real = "-real" if self.real_weights is None and self.real_data is not None else ""
         real = f"-real{self.weights.a:g}-{self.weights.b:g}" if self.takes_real_images else real
-        return f"alpha{self.alpha:g}-K{self.steps}" + "-logvar" * self.logvar + real
+        return f"alpha{self.alpha:g}-K{self.steps}" + "-logvar" * self.logvar + real + variation_name(self)
 
     @classmethod
     def recognises(cls, settings: Mapping[str, Any]) -> bool:
@@ -755,7 +803,7 @@ class DistillConfig(StudentConfig):
     @classmethod
     def figures(cls, dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
         """See `Distillation.figures`: none for another weighting."""
-        if cls.kind != DistillConfig.kind or settings.get("logvar") is True:
+        if cls.kind != DistillConfig.kind or not cls._as_published(settings):
             return {}
         steps, weights = settings.get("steps"), weights_said(settings)
         if weights is not None:
@@ -794,6 +842,7 @@ class DistillConfig(StudentConfig):
             "α (0.5 is the pure objective)": settings.get("alpha"),
             "weighting": cls.weighting_words(settings) or None,
             "real data in the student's loss, a and b": weights_said(settings),
+            **variation_rows(settings),
         }
 
     @staticmethod

@@ -6,7 +6,7 @@ Functions of plain networks and tensors: no optimiser, no process group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,6 +51,15 @@ class Noisy(NamedTuple):
     c_out: Tensor
     c_in: Tensor
     """(B,) each, of the networks' preconditioning."""
+
+
+@runtime_checkable
+class PredictionWeighting(Protocol):
+    """A weighting that looks at the predictions too, where the generator is trained."""
+
+    def among(self, noisy: Noisy, teacher: Tensor, student: Tensor) -> Weighting:
+        """The weighting of these samples, by the raw outputs (B, C, H, W) at them."""
+        ...
 
 
 def add_noise(
@@ -155,7 +164,7 @@ def denoising_objective(
     grad, loss, valid = result.grad, result.loss, result.valid
     if weighting is not None:
         usual = (1 / sigma_data**2 + 1 / noisy.sigma.to(loss.dtype).square()).masked_fill(~valid, 0.0)
-        own = reweighted(weighting, noisy.sigma, usual)
+        own = reweighted(weighting, noisy, None, usual)
         if own is not None:
             grad = (grad * per_sample(own.factor, grad)).to(grad.dtype)
             loss = loss * own.factor
@@ -198,7 +207,7 @@ def generator_gradient(
     alpha: float,
     phased: bool,
     rescale: bool = False,
-    weighting: Weighting | None = None,
+    weighting: Weighting | PredictionWeighting | None = None,
     real_weights: tuple[float, float] = (1.0, 1.0),
 ) -> GeneratorGradient:
     """dL/dy = partial_y L + J_S^T partial_S L + J_T^T partial_T L for the L of IPFM eq. 28.
@@ -247,6 +256,7 @@ def generator_gradient(
             c_out=noisy.c_out,
             real_weights=real_weights,
         )
+        own = reweighted(weighting, noisy, (t, s), result.weight)
         c_in = per_sample(noisy.c_in, y)
         if phased or rescale or scaled.dtype.itemsize < 4:
             # The student's graph is freed first; in the phased form the teacher's does not exist before that.
@@ -262,7 +272,6 @@ def generator_gradient(
             gradient = result.dy + c_in * both
             mark("generator: teacher")
     loss, weight, valid = result.loss, result.weight, result.valid
-    own = None if weighting is None else reweighted(weighting, sigma, weight)
     if own is not None:
         # Samples do not mix on the way through the networks: at its end one product does for all three parts.
         gradient, loss, weight = gradient * per_sample(own.factor, gradient), loss * own.factor, own.weight
@@ -283,13 +292,29 @@ class Reweighted(NamedTuple):
 
 
 @torch.no_grad()
-def reweighted(weighting: Weighting, sigma: Tensor, usual: Tensor) -> Reweighted | None:
+def reweighted(
+    weighting: Weighting | PredictionWeighting | None,
+    noisy: Noisy,
+    predictions: tuple[Tensor, Tensor] | None,
+    usual: Tensor,
+) -> Reweighted | None:
     """The weights by `weighting` instead of `usual`, (B,); None where it leaves them as they are.
+
+    Args:
+        weighting: None leaves them.
+        noisy: the samples.
+        predictions: raw outputs of teacher and student at them, where the generator is trained.
+        usual: the method's weight, 0 where a sample does not count.
 
     Raises:
         ValueError: it returns something else than a number a sample.
     """
-    own = weighting(sigma, usual)
+    if weighting is None:
+        return None
+    if predictions is not None and isinstance(weighting, PredictionWeighting):
+        weighting = weighting.among(noisy, *(p.detach() for p in predictions))
+    assert callable(weighting)
+    own = weighting(noisy.sigma, usual)
     if own is usual:
         return None
     if not isinstance(own, Tensor) or own.shape != usual.shape:

@@ -139,8 +139,14 @@ class Distiller(TrainingRun[Distillation]):
         net = starting_network(role.network, role.start, teacher, role.seed(self.config.seed)).to(self.world.device)
         if start is not None:
             start.put_into(net)
-        averages = self.config.average_names if role.averaged else ()
-        trained = self._under_optimiser(net, lr=role.lr, beta1=role.beta1, ema=averages, rectified=role.rectified)
+        trained = self._under_optimiser(
+            net,
+            lr=role.lr,
+            beta1=role.beta1,
+            ema=role.kept(self.config.average_names),
+            rectified=role.rectified,
+            followed=role.followed,
+        )
         if start is not None:
             start.take_on(trained)
         return trained

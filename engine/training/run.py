@@ -131,6 +131,7 @@ class TrainingRun(ABC, Generic[C]):
         beta2: float = BETA2,
         ema: Sequence[str],
         rectified: bool = False,
+        followed: bool = False,
     ) -> TrainedNetwork:
         """`net`, which lies on the run's device, with its optimiser, computing as the settings say."""
         alone = self.settings.stage == 0 and self.world.size == 1
@@ -146,8 +147,11 @@ class TrainingRun(ABC, Generic[C]):
             beta2=beta2,
             ema=ema,
             rectified=rectified,
+            followed=followed,
         )
         self._execute_as_set(trained.module)
+        if followed:
+            self._execute_as_set(trained.followed)
         return trained
 
     def _execute_as_set(self, net: Precond) -> Precond:

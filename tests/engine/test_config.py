@@ -71,6 +71,18 @@ CHOICES = {
     "resume": ("must be True or False", (0, None)),
     **dict.fromkeys(("logvar", "real_xflip"), ("must be True or False", (1, "yes"))),
     "gradient": ("must be all or last", ("first", None)),
+    "weight": ("must be sid, sigma, edm, score or unsquared", ("SiD", None, 1)),
+    "weight_power": ("must be a number in [-4, 4]", (4.1, NAN, "1", True)),
+    "student_ema": ("must lie in [0, 1)", (-0.1, 1, NAN, "0.99")),
+    "levels_generator": (
+        "must be grid:LOW:HIGH, rising:HIGH, lognormal:MEAN:STD, loguniform[:LOW:HIGH] or log-t:MEAN:SCALE:NU",
+        ("half", "generator", "grid", "grid:0:0.8:1", "lognormal:a:1", "lognormal:nan:1", "", 1, 0.8),
+    ),
+    "levels_student": (
+        "must be generator, half, grid:LOW:HIGH, rising:HIGH, lognormal:MEAN:STD, loguniform[:LOW:HIGH] or "
+        "log-t:MEAN:SCALE:NU",
+        ("edm", "loguniform:1", True),
+    ),
     "init": ("must be auto, teacher or random", ("zero", None)),
     "student_init": ("must be auto, teacher or random", ("zero", True)),
     "export_ema": ("must be best or one of ema500k", ("ema0.1", None, 1)),
@@ -97,6 +109,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
         "precision", "backward", "tf32", "resume", "offload", "activation_checkpointing", "teacher_storage",
         "async_checkpoints", "compile", "deterministic", "attention_backend", "memory_format", "gradient", "init",
         "student_init", "rules", "cuda_graphs", "export_ema", "snapshot_precision", "logvar", "real_xflip",
+        "weight", "levels_generator", "levels_student",
     )  # fmt: skip
     shown = repr(value) if name in words else str(value)
     assert str(error.value) == f"{name.replace('_', '-')} {says}, got {shown}"

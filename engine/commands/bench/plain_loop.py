@@ -73,6 +73,8 @@ def distill(
             module.dropout = config.dropout  # type: ignore[assignment]
     start, *others = ({name: p.detach().clone() for name, p in G.named_parameters()} for _ in config.averages)
     run = Plain(S, G, start, others)
+    # What the generator is trained by: the student, or its average.
+    judge = S if config.student_ema is None else copy.deepcopy(S).requires_grad_(False).eval()
     student_adam = torch.optim.Adam(
         S.parameters(), lr=config.student_lr or config.lr, betas=(config.student_beta1, 0.999), eps=config.eps
     )
@@ -145,7 +147,7 @@ def distill(
             )
             n = philox.normal(index, 1, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=count)[:, 0]
             sigma = torch.exp(-1.2 + 1.2 * n.double()).float()
-            if own.student_sigma is not DistillConfig.student_sigma:
+            if own.student_sigma is not DistillConfig.student_sigma or config.levels_student:
                 sigma = config.student_sigma(index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=count)
             x = noisy(y, sigma, Stream.STUDENT_NOISE, count)
             weight = config.student_weight(sigma, (sigma**2 + 0.25) / (sigma * 0.5) ** 2)
@@ -164,6 +166,10 @@ def distill(
                 error = S(x, sigma, labels, augment_labels) - target
                 losses = losses + (1 - a) * weight * error.square().sum((1, 2, 3))
             descend(S, student_adam, losses.mean())
+            if config.student_ema is not None:
+                with torch.no_grad():
+                    for kept_p, p in zip(judge.parameters(), S.parameters(), strict=True):
+                        kept_p.copy_(config.student_ema * kept_p + (1 - config.student_ema) * p)
             student_losses.append(losses.mean().item())
         run.student_loss.append(sum(student_losses) / len(student_losses))
 
@@ -173,12 +179,13 @@ def distill(
         y = samples(Stream.GENERATOR_LATENT, step, labels, Stream.GENERATOR_LAST, training=True)
         u = philox.uniform(index, 1, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)[:, 0].double()
         sigma = (80 ** (1 / 7) + (1 - 0.8 * u) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-        if own.generator_sigma is not DistillConfig.generator_sigma:
+        if own.generator_sigma is not DistillConfig.generator_sigma or config.levels_generator:
             sigma = config.generator_sigma(index, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)
         x = noisy(y, sigma.float(), Stream.GENERATOR_NOISE, step)
-        t, s = teacher(x, sigma.float(), labels), S(x, sigma.float(), labels)
+        t, s = teacher(x, sigma.float(), labels), judge(x, sigma.float(), labels)
         with torch.no_grad():
-            weight = config.generator_weight(sigma, 1 / (y - t).abs().mean((1, 2, 3)).clamp(min=1e-5))
+            weight = _weight(config, D, y, x, t, s, sigma)
+            weight = config.generator_weight(sigma, weight)
         # Double precision here: the three squares nearly cancel while S is close to T.
         t, s, y = t.double(), s.double(), y.double()
         if real is not None:
@@ -202,6 +209,20 @@ def distill(
             for name, p in G.named_parameters():
                 kept[name].mul_(decay).add_(p.detach(), alpha=1 - decay)
     return run
+
+
+def _weight(config: StudentConfig, D: float, y: Tensor, x: Tensor, t: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
+    """lambda (B,) by the formulas of `ipfm.engine.objectives.loss_weights`."""
+    N = y[0].numel()
+    square_to_x, square_apart = ((a - b).square().sum((1, 2, 3)) for a, b in ((x, t), (t, s)))
+    weights = {
+        "sid": 1 / (y - t).abs().mean((1, 2, 3)).clamp(min=1e-5),
+        "sigma": 1 / sigma**2,
+        "edm": 1 / sigma**2 + 1 / 0.5**2,
+        "score": (N + D) / (square_to_x + sigma**2 * D),
+        "unsquared": 1 / (square_apart + 1e-6 * N) ** 0.5,
+    }
+    return weights[config.weight] * sigma**config.weight_power
 
 
 def _decay(average: Average, step: int, config: StudentConfig) -> float:

@@ -37,6 +37,8 @@ from ipfm.recipes import (
     ablation_init,
     ablation_pid,
     ablation_steps,
+    ablation_student,
+    ablation_weights,
 )
 
 ALL = {
@@ -48,6 +50,8 @@ ALL = {
     "divergence": ablation_divergence,
     "steps": ablation_steps,
     "pid": ablation_pid,
+    "weights": ablation_weights,
+    "student": ablation_student,
 }
 TWO = ("--quick", "--variants", "teacher", "half-width")
 
@@ -310,6 +314,8 @@ def test_networks_of_clothes_are_those_of_their_recipe() -> None:
         ("pid", {"D", "difference", "points"}),
         ("divergence", {"D"}),
         ("D-alpha", {"D", "alpha"}),
+        ("weights", {"weight", "weight_power", "levels_generator"}),
+        ("student", {"student_updates", "student_ema", "levels_student"}),
     ],
 )
 def test_nothing_else_varies(name: str, free: set[str]) -> None:
@@ -330,6 +336,8 @@ def test_nothing_else_varies(name: str, free: set[str]) -> None:
         "steps": [(128.0, "ddpmpp")],
         "pid": [(math.inf, "ddpmpp"), (128.0, "ddpmpp")],
         "D-alpha": [(128.0, "ddpmpp"), (math.inf, "ddpmpp")],
+        "weights": [(128.0, "ddpmpp")],
+        "student": [(128.0, "ddpmpp")],
         "divergence": [(D, arch) for arch in ("ncsnpp", "ddpmpp") for D in (128.0, 2048.0, math.inf)],
     }
     assert networks == expected[name]
@@ -342,6 +350,7 @@ def test_nothing_else_varies(name: str, free: set[str]) -> None:
         ("alpha", "alpha0", {"alpha": 0.0}),
         ("pid", "Dinf-first-N1000", {"points": 1000, "difference": "first"}),
         ("divergence", "ncsnpp-Dinf", {"alpha": 1.2}),
+        ("student", "ema0.999", {"student_ema": 0.999, "student_updates": 1}),
     ],
 )
 def test_what_the_papers_vary_can_be_named(name: str, label: str, settings: dict[str, float]) -> None:

@@ -25,6 +25,7 @@ from ipfm.engine.distributed import pieces
 from ipfm.engine.distributed.pieces import CapturedPieces, Number
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.dmd import DmdConfig
 from ipfm.engine.objectives.phases import listening
 from ipfm.engine.training import resolve
 from ipfm.engine.training.checkpoint import find_checkpoint, load_checkpoint
@@ -53,6 +54,18 @@ CASES: dict[str, tuple[type[Distillation], dict[str, Any]]] = {
     "dropout": (DistillConfig, {"precision": "bf16", "dropout": 0.3, "micro_batch": 2}),
     "last, dropout": (DistillConfig, {"precision": "fp32", "dropout": 0.3, "steps": 2, "gradient": "last"}),
     "pid": (PidConfig, {"precision": "bf16", "points": 20, "micro_batch": 2, "backward": "phased"}),
+    "varied": (
+        DmdConfig,
+        {
+            "precision": "fp16",
+            "weight": "score",
+            "weight_power": 0.5,
+            "levels_generator": "log-t:0:0.5:2",
+            "levels_student": "half",
+            "student_ema": 0.9,
+            "student_updates": 2,
+        },
+    ),
     # The real half goes on with the dropout that the other has begun.
     "real": (DistillConfig, {"precision": "fp32", "dropout": 0.3, "micro_batch": 2, "real_weights": (0.92, 0.94)}),
 }
