@@ -16,12 +16,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import triton
 
 from ipfm.kernels._dispatch import INTERPRETED
-from ipfm.kernels.bench.variants import CASES, Case
+from ipfm.kernels.bench.fake_driver import Variant
+from ipfm.kernels.bench.variants import Case, cases
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 INSTRUCTION_BYTES = 16  # of all of these architectures
@@ -67,34 +67,33 @@ class MachineCode:
 # ------------------------------------------------------------------------------------------------------ compilation
 
 
-def compile_case(case: Case, capability: int) -> Any:
-    """A variant compiled for a compute capability, without a GPU.
+def compile_variant(variant: Variant, capability: int) -> tuple[bytes, int]:
+    """(machine code, bytes of shared memory) of a recorded kernel for a compute capability, without a GPU.
 
     Args:
-        case: the variant.
+        variant: as it was launched.
         capability: ten times the compute capability, such as 90 for sm_90.
 
-    Returns:
-        Triton's compiled kernel, with `.asm["cubin"]` and `.metadata`.
-
     Raises:
-        ValueError: the case leaves an argument of the kernel open.
+        RuntimeError: under TRITON_INTERPRET=1, where nothing is compiled.
     """
+    if INTERPRETED:
+        raise RuntimeError(
+            "nothing is compiled in Triton's interpreter: TRITON_INTERPRET must not be set in this process"
+        )
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = case.fn.arg_names
-    missing = [n for n in names if n not in case.types and n not in case.constants]
-    if missing:
-        raise ValueError(f"{case.kernel} {case.variant}: the case says nothing about {', '.join(missing)}")
+    names = variant.fn.arg_names
     source = ASTSource(
-        case.fn,
-        {n: case.types.get(n, "constexpr") for n in names},
-        {(names.index(n),): v for n, v in case.constants.items()},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned},
+        variant.fn,
+        dict(variant.types),
+        {(names.index(name),): value for name, value in variant.constants},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": case.warps})
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return kernel.asm["cubin"], kernel.metadata.shared
 
 
 def tool_output(name: str, *arguments: str) -> str:
@@ -162,20 +161,21 @@ def _narrowest(widths: list[int], scalars: int) -> int:
     return min(sorted(widths)[scalars:], default=0)
 
 
-def report_rows(cases: Sequence[Case], arch: str) -> Iterator[Row]:
+def report_rows(chosen: Sequence[Case], arch: str) -> Iterator[Row]:
     """The lines of variants, which are compiled for them; `arch` is a key of `ARCHITECTURES`."""
-    compiled = [compile_case(case, ARCHITECTURES[arch]) for case in cases]
-    codes = machine_codes([kernel.asm["cubin"] for kernel in compiled], arch)
-    for case, kernel, code in zip(cases, compiled, codes, strict=True):
+    compiled = [compile_variant(case.code, ARCHITECTURES[arch]) for case in chosen]
+    codes = machine_codes([cubin for cubin, _ in compiled], arch)
+    for case, (_, shared), code in zip(chosen, compiled, codes, strict=True):
+        loads, stores = case.scalars
         yield Row(
             case.kernel,
             case.variant,
             arch,
             code.registers,
             code.spills,
-            kernel.metadata.shared,
-            _narrowest(code.loads, case.scalar_loads),
-            _narrowest(code.stores, case.scalar_stores),
+            shared,
+            _narrowest(code.loads, loads),
+            _narrowest(code.stores, stores),
             code.instructions,
         )
 
@@ -205,9 +205,9 @@ def run_offline(
         raise RuntimeError("the offline report compiles: TRITON_INTERPRET must not be set in this process")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    cases = [case for make in CASES for case in make() if case.quick or not quick]
+    every = cases(quick=quick)
     by_architecture = [
-        [*report_rows(cases, arch), *(further(arch) if further is not None else ())] for arch in architectures
+        [*report_rows(every, arch), *(further(arch) if further is not None else ())] for arch in architectures
     ]
     rows = [row for variant in zip(*by_architecture, strict=True) for row in variant]
     names = [f.name for f in fields(Row)]

@@ -3,18 +3,20 @@
 While `fake_cuda` is active, `kernel[grid](...)` takes Triton's own way: it binds the arguments, specialises on their
 types, on 1 and on what 16 divides, and asks for a compiled kernel. Instead of compiling it gets a `FakeKernel`, whose
 launch checks the grid and the arguments as Triton's launcher in C does and records them. What is recorded is what
-`triton.compile` takes, see `rehearsal.compiled`. Works in a process whose kernels are interpreted, too.
+`triton.compile` takes, see `compile_report.compile_variant`. Works in a process whose kernels are interpreted, too.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
@@ -219,6 +221,21 @@ def fake_cuda(devices: Collection[str] = ("meta",), *, recorded: bool = True) ->
         JITFunction._do_compile, InterpretedFunction.run = compile_, interpret
         driver.set_active(before)
         _active = None
+
+
+class ThroughLaunchers(TorchDispatchMode):
+    """Operators of this project go through their launchers: on the meta device torch would ask for the shapes alone."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return (implementation(func) if func.namespace == "ipfm" else func)(*args, **(kwargs or {}))
+
+
+def implementation(func: Any) -> Callable[..., Any]:
+    """What one of this project's operators was made of."""
+    run: Callable[..., Any] = OPDEFS[func._schema.name]._init_fn
+    return run
 
 
 def _fake_kernel(

@@ -19,8 +19,9 @@ import torch
 import triton
 
 from ipfm.kernels._dispatch import INTERPRETED, noise_config
-from ipfm.kernels.bench.compile_report import ARCHITECTURES, access_bits, compile_case, tool_output
-from ipfm.kernels.bench.variants import Case, perturb_variants, philox_variants
+from ipfm.kernels.bench.compile_report import ARCHITECTURES, access_bits, compile_variant, tool_output
+from ipfm.kernels.bench.fake_driver import Variant
+from ipfm.kernels.bench.variants import cases, perturb_situations, philox_situations
 
 WIDE, LOGIC, INTEGER, FLOAT, SPECIAL, CONVERSION, MEMORY, OTHER = CLASSES = (
     "full product", "logic", "integer", "float", "square root", "conversion", "memory", "other",
@@ -123,12 +124,17 @@ def _stored(opcodes: Sequence[str]) -> int:
     return sum(access_bits(opcode) for opcode in opcodes if opcode.split(".")[0] == "STG") // 32
 
 
-def _listing(case: Case, arch: str) -> str:
-    cubin = compile_case(case, ARCHITECTURES[arch]).asm["cubin"]
+def _listing(code: Variant, arch: str) -> str:
+    cubin, _ = compile_variant(code, ARCHITECTURES[arch])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         return tool_output("nvdisasm", "--print-code", str(path))
+
+
+def _with(code: Variant, **constants: int) -> Variant:
+    """The code with other constants."""
+    return replace(code, constants=tuple((name, constants.get(name, value)) for name, value in code.constants))
 
 
 # ----------------------------------------------------------------------------------------------------------- report
@@ -157,10 +163,9 @@ COLUMNS = ["kernel", "variant", "arch", "counted", "instructions", "floor", "ove
 
 def perturb_row(variant: str, arch: str) -> Row:
     """perturb in float32 with several tiles a program: the loop over them, or else all of the kernel."""
-    cases = {case.variant: case for case in perturb_variants()}
     _, tiles, _ = noise_config(1 << 14, 3072)
-    case = cases[f"fp32 {variant}"]
-    listing = _listing(replace(case, constants={**case.constants, "TILES": tiles}), arch)
+    code = next(case.code for case in cases(of=[perturb_situations]) if case.variant == f"fp32 {variant}")
+    listing = _listing(_with(code, TILES=tiles), arch)
     body, counted = element_loop(listing), "loop"
     if not body:
         body, counted = straight_line(listing), "all"
@@ -172,11 +177,8 @@ def perturb_row(variant: str, arch: str) -> Row:
 
 def normal_row(arch: str) -> Row:
     """The kernel of `philox.normal`, which is straight-line code: what a longer block adds an element."""
-    case = next(case for case in philox_variants() if case.variant == "normal")
-    short, long = (
-        straight_line(_listing(replace(case, constants={**case.constants, "BLOCK": block}), arch))
-        for block in (256, 512)
-    )
+    code = next(case.code for case in cases(of=[philox_situations]) if case.variant == "normal")
+    short, long = (straight_line(_listing(_with(code, BLOCK=block), arch)) for block in (256, 512))
     elements = _stored(long) - _stored(short)
     more = Counter(long)
     more.subtract(Counter(short))

@@ -13,12 +13,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from ipfm.kernels._dispatch import INTERPRETED
-from ipfm.kernels.bench.compile_report import MachineCode, Row, machine_codes
+from ipfm.kernels.bench.compile_report import MachineCode, Row, compile_variant, machine_codes
 from ipfm.kernels.bench.fake_driver import Launch, Variant
 
 # Shared memory that a block may have, in bytes, by ten times the compute capability (CUDA programming guide, table of
@@ -61,26 +57,6 @@ class Compiled:
         if -(-self.registers // 8) * 8 * threads > REGISTERS:
             found.append(f"{self.registers} registers a thread for {threads} threads, of {REGISTERS} together")
         return found
-
-
-def compile_variant(variant: Variant, capability: int) -> tuple[bytes, int]:
-    """(machine code, bytes of shared memory) of a variant for ten times a compute capability, without a GPU.
-
-    Raises:
-        RuntimeError: under TRITON_INTERPRET=1, where nothing is compiled.
-    """
-    if INTERPRETED:
-        raise RuntimeError("a rehearsal compiles: TRITON_INTERPRET must not be set in this process")
-    names = variant.fn.arg_names
-    source = ASTSource(
-        variant.fn,
-        dict(variant.types),
-        {(names.index(name),): value for name, value in variant.constants},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
-    )
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return kernel.asm["cubin"], kernel.metadata.shared
 
 
 def compile_some(variants: Sequence[Variant], capability: int) -> list[Compiled]:

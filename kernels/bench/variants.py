@@ -1,490 +1,450 @@
-"""The variants of every kernel that the offline compile report compiles: types, constants and alignment."""
+"""The cases of the offline compile report: launches as the operations themselves make them, recorded without a GPU.
+
+Each situation calls an operation on tensors of the meta device under the fake driver, forward and backward, as the
+recording of a training step does. So types, constants and what 16 divides are those of a true launch, whatever becomes
+of a launcher. They are here for what no recipe launches too: other dtypes, images of odd sizes, options.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import triton.language as tl
+from torch import Tensor
 
-from ipfm.kernels import fused_rows, reference
-from ipfm.kernels._dispatch import adam_config, flat_config, noise_config, row_config
-from ipfm.kernels.adam_kernels import measure_kernel, numbers_kernel, reduce_kernel, update_kernel
-from ipfm.kernels.denoising_loss import denoising_loss_kernel
-from ipfm.kernels.generator_loss import ipfm_loss_kernel
-from ipfm.kernels.group_norm import kernel_for
-from ipfm.kernels.mp_cat_silu import block_sizes as cat_sizes
-from ipfm.kernels.mp_cat_silu import mp_cat_silu_backward_kernel, mp_cat_silu_kernel
-from ipfm.kernels.mp_silu import block_sizes as silu_sizes
-from ipfm.kernels.mp_silu import dropping, mp_silu_backward_kernel, mp_silu_kernel
-from ipfm.kernels.mp_sum import mp_sum_backward_kernel, mp_sum_kernel
-from ipfm.kernels.perturbation import perturb_kernel
-from ipfm.kernels.philox import NORMAL, UNIFORM, gamma_kernel, philox_kernel
-from ipfm.kernels.pixel_norm_silu import block_sizes as pixel_sizes
-from ipfm.kernels.pixel_norm_silu import pixel_norm_silu_backward_kernel, pixel_norm_silu_kernel
-from ipfm.kernels.qkv_norm import block_sizes as head_sizes
-from ipfm.kernels.qkv_norm import qkv_norm_backward_kernel, qkv_norm_kernel
-from ipfm.kernels.residual import block_sizes as residual_sizes
-from ipfm.kernels.residual import residual_sum_backward_kernel, residual_sum_kernel
-from ipfm.kernels.row_normalise import block_sizes as row_sizes
-from ipfm.kernels.row_normalise import row_normalise_backward_kernel, row_normalise_kernel
+from ipfm.kernels import group_norm, philox
+from ipfm.kernels.adam import AdamEMA
+from ipfm.kernels.bench.fake_driver import ThroughLaunchers, Variant, fake_cuda
+from ipfm.kernels.denoising_loss import denoising_loss
+from ipfm.kernels.fused_rows import FusedRows
+from ipfm.kernels.generator_loss import ipfm_loss
+from ipfm.kernels.mp_cat_silu import mp_cat_silu
+from ipfm.kernels.mp_silu import mp_silu
+from ipfm.kernels.mp_sum import mp_sum
+from ipfm.kernels.perturbation import perturb
+from ipfm.kernels.pixel_norm_silu import pixel_norm_silu
+from ipfm.kernels.qkv_norm import qkv_norm
+from ipfm.kernels.residual import residual_sum
+from ipfm.kernels.row_normalise import row_normalise
+from ipfm.kernels.weight_rows import WeightRows, row_blocks
 
-FLOAT_MAX = {"fp32": 3.4028234663852886e38, "fp16": 65504.0, "bf16": 3.3895313892515355e38}
+_empty = partial(torch.empty, device="meta")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+# What the reports call a kernel, where its own name does not say whose it is.
+_NAMES = {
+    "group_norm_silu_lanes": "group_norm_silu",
+    "group_norm_silu_lanes_backward": "group_norm_silu backward",
+    **{name: f"adam {name}" for name in ("measure", "reduce", "numbers", "update")},
+    **{f"row_{name}": f"rows {name}" for name in ("gradients", "masters", "plain")},
+}
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A use of an operation."""
+
+    variant: str
+    """What it is, in words; the first is the dtype."""
+    call: Callable[[], object]
+    """Launches its kernels."""
+    quick: bool = True
+    """Part of the quick report."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel variant: argument types by name (those not listed are constexprs), and what alignment is known.
-
-    `scalar_loads` and `scalar_stores` count the accesses to per-sample numbers. They are narrow by nature, so that many
-    of the narrowest accesses are left out of the reported width; so are loads that ask to stay in the cache
-    (evict_last), which fetch parameters and statistics.
-    """
+    """A kernel as a situation launches it."""
 
     kernel: str
     variant: str
-    fn: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    aligned: tuple[str, ...] = ()
-    warps: int = 4
-    scalar_loads: int = 0
-    scalar_stores: int = 0
-    quick: bool = True  # part of the quick report
+    code: Variant
+
+    @property
+    def scalars(self) -> tuple[int, int]:
+        """Loads and stores of a number or two for each sample, group or channel, as `scalar_accesses`."""
+        return scalar_accesses(self.kernel, self.code)
 
 
-def perturb_variants() -> Iterator[Case]:
+def cases(*, quick: bool = False, of: Sequence[Callable[[], Iterator[Situation]]] = ()) -> list[Case]:
+    """Every kernel in every situation that makes another machine code of it.
+
+    Args:
+        quick: leave out situations that differ little from one that stays.
+        of: some of `SITUATIONS`; all by default.
+    """
+    found: dict[Variant, Case] = {}
+    names: dict[tuple[str, str], Variant] = {}
+    for situations in of or SITUATIONS:
+        for situation in situations():
+            if quick and not situation.quick:
+                continue
+            with fake_cuda() as launches, ThroughLaunchers():
+                situation.call()
+            for launch in launches.calls:
+                code = launch.variant
+                if code not in found:
+                    name = kernel_name(code), situation.variant
+                    first = names.setdefault(name, code)
+                    found[code] = Case(name[0], " ".join([name[1], *_differences(code, first)]), code)
+    return list(found.values())
+
+
+def _differences(code: Variant, first: Variant) -> list[str]:
+    """Constants of a kernel's code that tell it from the one that the same situation launched first."""
+    return [f"{name}={value}" for name, value in code.constants if value != first.constant(name)]
+
+
+def kernel_name(code: Variant) -> str:
+    """What the reports call a kernel."""
+    name = code.name.removesuffix("_kernel")
+    return _NAMES.get(name) or name.replace("_backward", " backward")
+
+
+def scalar_accesses(kernel: str, code: Variant) -> tuple[int, int]:
+    """(loads, stores) of single numbers in a kernel's code, of samples, groups, channels or bits.
+
+    They are narrow by nature, so that as many of the narrowest accesses are left out of the reported width; so are
+    loads that ask to stay in the cache (evict_last), which fetch parameters and statistics.
+    """
+    given = code.constant
+    clock = int(dict(code.types).get("step", "").startswith("*"))
+    raw = 2 * bool(given("RAW"))
+    match kernel:
+        case "perturb":
+            return 2 + bool(given("SCALED")) + clock, 0
+        case "ipfm_loss":
+            return raw, 3
+        case "denoising_loss":
+            return 1 + raw, 2
+        case "group_norm_silu" | "group_norm_silu backward":
+            return 0, 2 + (kernel.endswith("backward") and bool(given("ADDED")))
+        case "residual_sum backward":
+            return 0, int(bool(given("BIASED")))
+        case "mp_sum":
+            return 0, 2 * bool(given("KEPT"))
+        case "mp_silu" | "mp_silu backward":
+            dropped = int(dict(code.types)["p_seed"] == "*i64")
+            return dropped, int(kernel.endswith("backward") and bool(given("SCALED")))
+        case "qkv_norm":
+            return 0, int(bool(given("KEPT")))
+        case "philox":
+            return 1 + clock, 0
+        case "gamma":
+            return 1 + clock, 1
+        case "adam measure" | "rows gradients":
+            return 0, 1
+        case "adam reduce":
+            return 0, 2
+        case "adam numbers":
+            return 6, 8
+    return 0, 0
+
+
+def _backward(*outputs: Tensor) -> None:
+    """The backward pass, with gradients that lie as the outputs do."""
+    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+
+
+def _images(channels: int, side: tuple[int, int], dtype: torch.dtype, *, last: bool, batch: int = 2) -> Tensor:
+    x = _empty(batch, channels, *side, dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+
+
+# ----------------------------------------------------------------------------------------------- noise and objectives
+
+
+def perturb_situations() -> Iterator[Situation]:
     """Every dtype, tail, layout and second output of perturb that compiles to other code."""
-    position = ("seed_lo", "seed_hi", "step", "stream")
-    cifar, odd = 3072, 35
 
-    def case(
+    def one(
         variant: str,
         *,
-        dtype: str = "fp32",
-        out: str | None = None,
-        dof: float | None = 128,
-        channels: int = 1,
-        inner: int = cifar,
-        samples: int = 256,
-        sliced: bool = False,
+        D: float = 128.0,
+        shape: tuple[int, ...] = (256, 3, 32, 32),
+        out: torch.dtype | None = None,
+        last: bool = False,
+        step: int = 64,
         clock: bool = False,
         quick: bool = True,
-    ) -> Case:
-        block, tiles, warps = noise_config(samples, inner, channels == 3)
-        types = {
-            "p_y": f"*{dtype}",
-            "p_sigma": "*fp32",
-            "p_c_in": "*fp32",
-            "p_index": "*i64",
-            "p_x": f"*{dtype}",
-            "p_scaled": f"*{out or dtype}",
-            "half_dof_bits": "i64",
-            **dict.fromkeys(position, "i32"),
-            **dict.fromkeys(("inner", "n_1", "n_2", "sy_b", "sx_b"), "i32"),
-        }
-        constants: dict[str, Any] = {
-            "CHANNELS": channels,
-            "NDIM": 1,
-            "HEAVY": dof is not None,
-            "BOOST": dof is not None and dof < 2,
-            "SCALED": out is not None,
-            "RGB": channels == 3,
-            "COMPUTE": tl.float32,
-            "MAX": FLOAT_MAX["fp32"],
-            "LOG_RATIO_MAX": reference.LOG_RATIO_MAX,
-            "BLOCK": block,
-            "TILES": tiles,
-            "sy_0": 0,
-            "sy_1": 0,
-            "sx_0": 0,
-            "sx_1": 0,
-        }
-        # Triton makes a constant of an argument that is 1.
-        strides = ("sy_c", "sy_2", "sx_c", "sx_2")
-        if sliced:
-            constants |= {"sx_c": 1, "sx_2": 1}
-            types |= {"sy_c": "i32", "sy_2": "i32"}
-        elif channels == 1:
-            constants |= dict.fromkeys(strides, 1)
-        else:
-            constants |= {"sy_c": 1, "sx_c": 1}
-            types |= {"sy_2": "i32", "sx_2": "i32"}
-        aligned: tuple[str, ...] = ("p_y", "p_x", "p_scaled", "p_sigma", "p_c_in", "p_index")
-        if inner % 16 == 0:
-            aligned += ("inner", "sy_b", "sx_b")
-        if clock:
-            types["step"] = "*i64"
-        loads = 2 + (out is not None) + clock
-        return Case(
-            "perturb", variant, perturb_kernel, types, constants, aligned, warps, scalar_loads=loads, quick=quick
-        )
+    ) -> Situation:
+        def call() -> None:
+            y = _empty(*shape[:-1], step // 64 * shape[-1], dtype=DTYPES[variant.split()[0]])
+            y = y[..., :: step // 64]
+            if last:
+                y = y.contiguous(memory_format=torch.channels_last)
+            each = _empty(shape[0])
+            position: dict[str, Any] = {"seed": 1, "stream": 2, "sample_index": _empty(shape[0], dtype=torch.int64)}
+            position["step"] = _empty((), dtype=torch.int64) if clock else 3
+            if out is None:
+                perturb(y, each, D, **position)
+            else:
+                perturb(y, each, D, **position, c_in=each, out_dtype=out)
 
-    yield case("fp32 D=128")
-    yield case("fp32 D=128 many samples", samples=1 << 14, quick=False)
-    yield case("fp32 D=0.5", dof=0.5)
-    yield case("fp32 D=inf", dof=None)
-    yield case("bf16 D=128", dtype="bf16", quick=False)
-    yield case("fp16 D=128", dtype="fp16", quick=False)
-    yield case("fp32 D=128 c_in fp32", out="fp32", quick=False)
-    yield case("fp32 D=128 c_in bf16", out="bf16")
-    yield case("fp32 D=inf c_in bf16", dof=None, out="bf16", quick=False)
-    yield case("fp32 D=128 channels_last", channels=3, inner=1024, quick=False)
-    yield case("fp32 D=128 c_in bf16 channels_last", channels=3, inner=1024, out="bf16")
-    yield case("bf16 D=128 channels_last", channels=3, inner=1024, dtype="bf16", quick=False)
-    yield case("fp32 D=128 sliced", sliced=True, quick=False)
-    yield case("fp32 D=128 step in memory", clock=True)
-    yield case("fp32 D=128 unaligned", inner=odd)
+        return Situation(variant, call, quick)
+
+    bf16 = torch.bfloat16
+    yield one("fp32 D=128")
+    yield one("fp32 D=128 many samples", shape=(1 << 14, 3, 32, 32), quick=False)
+    yield one("fp32 D=0.5", D=0.5)
+    yield one("fp32 D=inf", D=math.inf)
+    yield one("bf16 D=128", quick=False)
+    yield one("fp16 D=128", quick=False)
+    yield one("fp32 D=128 c_in fp32", out=torch.float32, quick=False)
+    yield one("fp32 D=128 c_in bf16", out=bf16)
+    yield one("fp32 D=inf c_in bf16", D=math.inf, out=bf16, quick=False)
+    yield one("fp32 D=128 channels_last", last=True, quick=False)
+    yield one("fp32 D=128 c_in bf16 channels_last", last=True, out=bf16)
+    yield one("bf16 D=128 channels_last", last=True, quick=False)
+    yield one("fp32 D=128 sliced", shape=(256, 3072), step=128, quick=False)
+    yield one("fp32 D=128 step in memory", clock=True)
+    yield one("fp32 D=128 unaligned", shape=(256, 35))
 
 
-def loss_variants() -> Iterator[Case]:
-    """The losses; raw: with the preconditioning, x and y in float32; real: with real data beside."""
-    for label, elements in (("32x32x3", 3072), ("64x64x3", 12288), ("5x7 unaligned", 35)):
-        for dtype in ("fp32", "bf16") if elements == 35 else ("fp32", "bf16", "fp16"):
-            quick = dtype == "fp32" or (elements, dtype) == (3072, "bf16")
-            yield from _both_losses(f"{dtype} {label}", elements, dtype, raw=False, quick=quick)
-            if dtype != "fp16" and elements != 35:
-                yield from _both_losses(f"{dtype} {label} raw", elements, dtype, raw=True, quick=elements == 3072)
-                name, quick = f"{dtype} {label} raw real", (elements, dtype) == (3072, "bf16")
-                yield from _both_losses(name, elements, dtype, raw=True, quick=quick, real=True)
+def loss_situations() -> Iterator[Situation]:
+    """Both losses; raw: with the preconditioning, x and y in float32; real: with real data beside."""
+    for label, shape in (("32x32x3", (3, 32, 32)), ("64x64x3", (3, 64, 64)), ("5x7 unaligned", (1, 5, 7))):
+        odd, small = label.endswith("unaligned"), label == "32x32x3"
+        for dtype in ("fp32", "bf16") if odd else ("fp32", "bf16", "fp16"):
+            name, half = f"{dtype} {label}", small and dtype == "bf16"
+            yield _losses(name, shape, raw=False, real=False, quick=dtype == "fp32" or half)
+            if dtype != "fp16" and not odd:
+                yield _losses(f"{name} raw", shape, raw=True, real=False, quick=small)
+                yield _losses(f"{name} raw real", shape, raw=True, real=True, quick=half)
 
 
-def _both_losses(
-    variant: str, elements: int, dtype: str, *, raw: bool, quick: bool, real: bool = False
-) -> Iterator[Case]:
-    """Both kernels; `dtype` is that of the predictions, or of the raw outputs. `real`: with real data beside."""
-    a, b = (0.92, 0.94) if real else (1.0, 1.0)
-    block, warps = row_config(elements)
-    clean = "fp32" if raw else dtype
-    row = ("elements",) if elements % 16 == 0 else ()
-    common = {
-        "RAW": raw,
-        "COMPUTE": tl.float32,
-        "MAX_LOSS": FLOAT_MAX["fp32"],
-        "MAX_GRAD": FLOAT_MAX[dtype],
-        "BLOCK": block,
-        "RESIDENT": block >= elements,
-    }
-    per_sample = {"p_c_skip": "*fp32", "p_c_out": "*fp32", "p_loss": "*fp32", "p_valid": "*i1"}
-    for kernel, fn, outputs, targets, numbers, constants, loads, stores in (
-        (
-            "ipfm_loss",
-            ipfm_loss_kernel,
-            ("t", "s", "dt", "ds"),
-            ("y", "x", "dy"),
-            {"p_weight": "*fp32"},
-            {"ALPHA": 1.0, "BETA": 2.0, "A": a, "B": b, "FLOOR": reference.WEIGHT_FLOOR, "MAX_DY": FLOAT_MAX[clean]},
-            0,
-            3,
-        ),
-        (
-            "denoising_loss",
-            denoising_loss_kernel,
-            ("pred", "grad"),
-            ("y", "x"),
-            {"p_sigma": "*fp32"},
-            {"DATA_TERM": 4.0, "STRETCH": b / a, "SHARE": a},
-            1,
-            2,
-        ),
-    ):
-        types = {f"p_{v}": f"*{dtype}" for v in outputs} | {f"p_{v}": f"*{clean}" for v in targets}
-        pointers = types | per_sample | numbers
-        strides = tuple(f"s{v[0] if kernel == 'denoising_loss' else v}_b" for v in (*outputs, *targets))
-        yield Case(
-            kernel,
-            variant,
-            fn,
-            pointers | dict.fromkeys(("elements", *strides), "i32"),
-            constants | common,
-            (*pointers, *row, *(strides if row else ())),
-            warps,
-            scalar_loads=loads + 2 * raw,
-            scalar_stores=stores,
-            quick=quick,
-        )
+def _losses(variant: str, shape: tuple[int, ...], *, raw: bool, real: bool, quick: bool) -> Situation:
+    def call() -> None:
+        dtype = DTYPES[variant.split()[0]]
+        t, s = (_empty(64, *shape, dtype=dtype) for _ in range(2))
+        y = _empty(64, *shape, dtype=torch.float32 if raw else dtype)
+        each = _empty(64)
+        given: dict[str, Any] = {"x": torch.empty_like(y), "c_skip": each, "c_out": each} if raw else {}
+        a, b = (0.92, 0.94) if real else (1.0, 1.0)
+        ipfm_loss(t, s, y, alpha=1.0, **given, **(dict[str, Any](real_weights=(a, b)) if real else {}))
+        denoising_loss(t, y, each, **given, **(dict[str, Any](stretch=b / a, share=a) if real else {}))
+
+    return Situation(variant, call, quick)
 
 
-def group_norm_variants() -> Iterator[Case]:
-    """Forward and backward at the levels of the CIFAR-10 networks and, with six channels a group, of ADM."""
-    shapes = [
-        ("256ch 16x16", 256, 256, False),
-        ("256ch 32x32", 256, 1024, False),
-        ("192ch 64x64", 192, 4096, False),
-        ("256ch 16x16 channels_last", 256, 256, True),
-        ("256ch 32x32 channels_last", 256, 1024, True),
-        ("128ch 7x5 unaligned", 128, 35, False),
-        # ADM: 6, 12, 18, 30, 36, 42 and 24 channels a group.
-        *(
-            (f"{channels}ch {side}x{side} channels_last", channels, side * side, True)
-            for channels, side in ((192, 64), (384, 32), (576, 64), (960, 32), (1152, 16), (1344, 16), (768, 8))
-        ),
-    ]
-    for label, channels, pixels, last in shapes:
+# ------------------------------------------------------------------------------------------------------ residual blocks
+
+
+def group_norm_situations() -> Iterator[Situation]:
+    """Forward and backward at the levels of the CIFAR-10 networks and of ADM: 6, 12, 18, 30, 36, 42, 24 a group."""
+    cifar = [(256, (16, 16), False), (256, (32, 32), False), (192, (64, 64), False)]
+    cifar += [(256, (16, 16), True), (256, (32, 32), True), (128, (7, 5), False)]
+    adm = ((192, 64), (384, 32), (576, 64), (960, 32), (1152, 16), (1344, 16), (768, 8))
+    for channels, side, last in [*cifar, *((channels, (side, side), True) for channels, side in adm)]:
         is_adm = last and channels % 192 == 0
-        for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))[: 1 if is_adm else 2]:
+        label = f"{channels}ch {side[0]}x{side[1]}{' channels_last' if last else ''}"
+        label += " unaligned" if side == (7, 5) else ""
+        for dtype in ("bf16",) if is_adm else ("bf16", "fp32"):
             for scaled in (True, False):
-                quick = scaled and ("32x32" in label or "unaligned" in label) and (dtype == "bf16" or not last)
-                quick = quick and channels != 960
-                # In a U-Net what an embedding does not scale has it added, with a bias.
-                constants: dict[str, Any] = {"SCALED": scaled, "ADDED": not scaled, "SILU": True}
-                constants |= {"s_c" if last else "s_hw": 1, "s_pc": 1}
-                data: tuple[str, ...] = ("p_x", "p_weight", "p_bias", "p_scale", "p_shift", "p_addend")
-                numbers = ("HW", "s_b", "s_hw" if last else "s_c", "s_pb", "s_ab")
-                aligned = numbers if pixels % 16 == 0 else ("s_pb", "s_ab")
-                variant = f"{dtype} {label}{' scaled' if scaled else ' addend'}"
-                for kernel, more, statistics in (
-                    ("group_norm_silu", ("p_y",), ("p_statistics",)),
-                    ("group_norm_silu backward", ("p_dy", "p_dx", "p_more"), ("p_statistics", "p_sums")),
-                ):
-                    types = dict.fromkeys((*data, *more), f"*{dtype}") | dict.fromkeys(statistics, "*fp32")
-                    types |= dict.fromkeys(numbers, "i32")
-                    back = kernel.endswith("backward")
-                    fn, sizes, warps = kernel_for(channels, 32, pixels, torch_dtype, last, scaled=scaled, backward=back)
-                    back_only = {"MORE": not scaled, "FACTOR": 1.0 if scaled else 0.5**0.5}
-                    here = constants | sizes | (back_only if back else {"EPS": 1e-5})
-                    # Two numbers a group, or a channel.
-                    yield Case(
-                        kernel,
-                        variant,
-                        fn,
-                        {name: types[name] for name in fn.arg_names if name in types},
-                        {name: here[name] for name in fn.arg_names if name in here},
-                        tuple(n for n in (*data, *more, *statistics, *aligned) if n in fn.arg_names),
-                        warps,
-                        scalar_stores=2 + (not scaled and back),
-                        quick=quick,
-                    )
+                quick = scaled and side in ((32, 32), (7, 5)) and (dtype == "bf16" or not last) and channels != 960
+                yield _group_norm(f"{dtype} {label}", channels, side, last=last, scaled=scaled, quick=quick)
 
 
-def residual_variants() -> Iterator[Case]:
+def _group_norm(
+    label: str, channels: int, side: tuple[int, int], *, last: bool, scaled: bool, quick: bool
+) -> Situation:
+    """In a U-Net what an embedding does not scale has it added, with a bias.
+
+    Its vectors are rows of float32 then, as `ipfm.models.layers.join` makes them. The first normalisation of such a
+    block adds the other branch's gradient on the way back, and where nothing is trained applies the sum's factor.
+    """
+
+    def call() -> None:
+        x = _images(channels, side, DTYPES[label.split()[0]], last=last).detach()
+        scale = x.new_empty(2, channels, 1, 1) if scaled else None
+        row = _empty(2, channels)
+        vector = x.new_empty(channels) if scaled else row
+        given: group_norm.Parameters = (vector, vector, scale, scale, None if scaled else row)
+        y, about = group_norm.forward_pass(x, 32, given, eps=1e-6, activation=True)
+        group_norm.backward_pass(y, x, given, about, (False,) * 5, True)
+        if not scaled:
+            first: group_norm.Parameters = (row, row, None, None, None)
+            group_norm.backward_pass(y, x, first, about, (False,) * 5, True, torch.empty_like(x), math.sqrt(0.5))
+
+    return Situation(f"{label}{' scaled' if scaled else ' addend'}", call, quick)
+
+
+def residual_situations() -> Iterator[Situation]:
     """Forward and backward, with a bias and without."""
-    shapes = [
-        ("256ch 32x32", 256, 1024, False),
-        ("192ch 64x64 channels_last", 192, 4096, True),
-        ("256ch 32x32 channels_last", 256, 1024, True),
-        ("128ch 7x5 unaligned", 128, 35, False),
-    ]
-    for label, channels, pixels, last in shapes:
-        for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            sizes, _, steps, warps = residual_sizes(channels, pixels, torch_dtype, last)
-            numbers = ("HW", "s_b", "s_hw" if last else "s_c")
-            aligned = ("s_b", numbers[2]) if last else numbers if pixels % 16 == 0 else ()
-            for biased in (True, False):
-                quick = biased and dtype == "bf16" and "64x64" not in label
-                constants = {**sizes, "SCALE": 0.5**0.5, "BIASED": biased, "s_c" if last else "s_hw": 1}
-                # Triton makes a constant of an argument that is 1.
-                types = dict.fromkeys(numbers if steps == 1 else (*numbers, "STEPS"), "i32")
-                constants |= {"STEPS": 1} if steps == 1 else {}
-                for kernel, fn, data, sums in (
-                    ("residual_sum", residual_sum_kernel, ("p_a", "p_b", "p_bias", "p_y"), ()),
-                    ("residual_sum backward", residual_sum_backward_kernel, ("p_dy", "p_d"), ("p_sums",)),
-                ):
-                    # A gradient's own strides.
-                    own = {"s_gb": "i32", **({"s_ghw": "i32"} if last else {})} if sums else {}
-                    yield Case(
-                        kernel,
-                        f"{dtype} {label}{' bias' if biased else ''}",
-                        fn,
-                        dict.fromkeys(data, f"*{dtype}") | dict.fromkeys(sums, "*fp32") | types | own,
-                        constants | ({} if last or not sums else {"s_ghw": 1}),
-                        (*data, *sums, *aligned, *(own if aligned else ())),
-                        warps,
-                        scalar_stores=int(biased and bool(sums)),
-                        quick=quick,
-                    )
-
-
-# Two dtypes of activations.
-_DTYPES = (("fp16", torch.float16), ("fp32", torch.float32))
-
-
-def mp_sum_variants() -> Iterator[Case]:
-    """Forward and backward of all elements, cut to a range or not, and of one branch alone."""
-    block, warps = flat_config()
-    for dtype, _ in _DTYPES:
-        for label, aligned, clipped, to_b in (
-            ("clip", True, True, True),
-            ("", True, False, True),
-            ("clip one branch", True, True, False),
-            ("clip unaligned", False, True, True),
-        ):
-            common = {"WA": 0.7, "WB": 0.3, "CLIPPED": clipped, "BLOCK": block, "COMPUTE": tl.float32}
-            for kernel, fn, data, more in (
-                ("mp_sum", mp_sum_kernel, ("p_a", "p_b", "p_y"), {"CLIP": 256.0, "KEPT": clipped}),
-                ("mp_sum backward", mp_sum_backward_kernel, ("p_dy", "p_da", "p_db"), {"TO_A": True, "TO_B": to_b}),
-            ):
-                if not to_b and kernel == "mp_sum":
-                    continue
-                types = {**dict.fromkeys(data, f"*{dtype}"), "p_inside": "*u8", "N": "i32"}
-                # The stores of eight elements' bits.
-                bits = 2 * (clipped and kernel == "mp_sum")
-                yield Case(
-                    kernel, f"{dtype} {label}".strip(), fn, types, common | more, (*types,) if aligned else (), warps,
-                    scalar_stores=bits, quick=dtype == "fp16" and clipped and to_b,
-                )  # fmt: skip
-
-
-def _levels(*labels: str) -> Iterator[tuple[str, int, int, bool]]:
-    """(label, channels, pixels, channels_last) of levels of EDM2's size S and of others."""
-    levels = {
-        "192ch 64x64 channels_last": (192, 4096, True),
-        "384ch 32x32 channels_last": (384, 1024, True),
-        "768ch 8x8 channels_last": (768, 64, True),
-        "1792ch 16x16 channels_last": (1792, 256, True),
-        "192ch 64x64": (192, 4096, False),
-        "576ch 16x16": (576, 256, False),
-        "128ch 7x5 unaligned": (128, 35, False),
-    }
-    for label in labels:
-        yield label, *levels[label]
-
-
-def mp_silu_variants() -> Iterator[Case]:
-    """Forward and backward with a scale, without one, and with dropout."""
-    for label, channels, pixels, last in _levels(
-        "192ch 64x64 channels_last", "768ch 8x8 channels_last", "192ch 64x64", "128ch 7x5 unaligned"
-    ):
-        for dtype, torch_dtype in _DTYPES:
-            for scaled, dropout in ((True, 0.0), (False, 0.0), (True, 0.1)):
-                sizes, _, steps, warps = silu_sizes(channels, pixels, torch_dtype, last, drops=dropout > 0)
-                constants = {**sizes, **dropping(dropout), "SCALED": scaled}
-                numbers = {"HW": "i32", "s_scale": "i32"} | ({} if steps == 1 else {"STEPS": "i32"})
-                constants |= {"STEPS": 1} if steps == 1 else {}
-                words = [part for part, given in (("scaled", scaled), ("dropout", dropout)) if given]
-                for kernel, fn, data, sums in (
-                    ("mp_silu", mp_silu_kernel, ("p_x", "p_y"), ()),
-                    ("mp_silu backward", mp_silu_backward_kernel, ("p_dy", "p_x", "p_dx"), ("p_sums",)),
-                ):
-                    pointers = dict.fromkeys(data, f"*{dtype}") | dict.fromkeys((*sums, "p_scale"), "*fp32")
-                    pointers["p_seed"] = "*i64" if dropout else f"*{dtype}"
-                    yield Case(
-                        kernel, " ".join([dtype, label, *words]), fn, pointers | numbers, constants,
-                        (*pointers, "s_scale", *(() if "unaligned" in label else ("HW",))), warps,
-                        scalar_loads=int(dropout > 0), scalar_stores=int(scaled and bool(sums)),
-                        quick=dtype == "fp16" and scaled and (
-                            "unaligned" in label if not dropout else "64x64 channels" in label
-                        ),
-                    )  # fmt: skip
-
-
-def mp_cat_silu_variants() -> Iterator[Case]:
-    """Forward and backward of two activations of unequal widths."""
-    for label, channels, pixels, last in _levels(
-        "192ch 64x64 channels_last", "384ch 32x32 channels_last", "192ch 64x64", "128ch 7x5 unaligned"
-    ):
-        for dtype, torch_dtype in _DTYPES:
-            sizes, _, steps, warps = cat_sizes((2 * channels, channels), pixels, torch_dtype, last)
-            numbers = {"HW": "i32"} | ({} if steps == 1 else {"STEPS": "i32"})
-            for kernel, fn, data, given in (
-                ("mp_cat_silu", mp_cat_silu_kernel, ("p_a", "p_b", "p_joined", "p_activated"), {}),
-                (
-                    "mp_cat_silu backward",
-                    mp_cat_silu_backward_kernel,
-                    ("p_djoined", "p_dactivated", "p_joined", "p_da", "p_db"),
-                    {"JOINED": True, "ACTIVATED": True},
-                ),
-            ):
-                pointers = dict.fromkeys(data, f"*{dtype}")
-                yield Case(
-                    kernel, f"{dtype} {label}", fn, pointers | numbers,
-                    sizes | given | {"WA": 0.9, "WB": 1.2} | ({"STEPS": 1} if steps == 1 else {}),
-                    (*pointers, *(() if "unaligned" in label else ("HW",))), warps,
-                    quick=dtype == "fp16" and ("64x64 channels" in label or "unaligned" in label),
-                )  # fmt: skip
-
-
-def pixel_norm_variants() -> Iterator[Case]:
-    """Forward and backward, of 192 to 1792 channels."""
-    for label, channels, pixels, last in _levels(
-        "192ch 64x64 channels_last", "768ch 8x8 channels_last", "1792ch 16x16 channels_last", "576ch 16x16",
-        "128ch 7x5 unaligned",
+    for channels, side, last in (
+        (256, (32, 32), False), (192, (64, 64), True), (256, (32, 32), True), (128, (7, 5), False)
     ):  # fmt: skip
-        for dtype, torch_dtype in _DTYPES:
-            sizes, _, warps = pixel_sizes(channels, pixels, torch_dtype, last)
-            for kernel, fn, data, given in (
-                ("pixel_norm_silu", pixel_norm_silu_kernel, ("p_x", "p_normed", "p_activated"), {}),
-                (
-                    "pixel_norm_silu backward",
-                    pixel_norm_silu_backward_kernel,
-                    ("p_x", "p_dnormed", "p_dactivated", "p_dx"),
-                    {"NORMED": True, "ACTIVATED": True},
-                ),
-            ):
-                pointers = dict.fromkeys(data, f"*{dtype}")
-                yield Case(
-                    kernel, f"{dtype} {label}", fn, pointers | {"HW": "i32"}, sizes | given | {"EPS": 1e-4},
-                    (*pointers, *(() if "unaligned" in label else ("HW",))), warps,
-                    quick=dtype == "fp16" and ("1792" in label or "unaligned" in label),
-                )  # fmt: skip
+        label = f"{channels}ch {side[0]}x{side[1]}{' channels_last' if last else ''}"
+        label += " unaligned" if side == (7, 5) else ""
+        for dtype in ("bf16", "fp32"):
+            for biased in (True, False):
+
+                def call(
+                    channels: int = channels,
+                    side: tuple[int, int] = side,
+                    last: bool = last,
+                    dtype: torch.dtype = DTYPES[dtype],
+                    biased: bool = biased,
+                ) -> None:
+                    a, b = (_images(channels, side, dtype, last=last) for _ in range(2))
+                    bias = _empty(channels, dtype=dtype, requires_grad=True) if biased else None
+                    _backward(residual_sum(a, b, bias, scale=math.sqrt(0.5)))
+
+                quick = biased and dtype == "bf16" and side != (64, 64)
+                yield Situation(f"{dtype} {label}{' bias' if biased else ''}", call, quick)
 
 
-def qkv_norm_variants() -> Iterator[Case]:
-    """Forward and backward, of heads of 64 channels and of an odd number."""
-    for label, heads, width in (("12 heads of 64", 12, 64), ("3 heads of 35 unaligned", 3, 35)):
-        for dtype, torch_dtype in _DTYPES:
-            sizes, warps = head_sizes(heads, width, torch_dtype)
-            for kernel, fn, data, given in (
-                ("qkv_norm", qkv_norm_kernel, ("p_qkv", "p_q", "p_k", "p_v"), {"KEPT": True}),
-                (
-                    "qkv_norm backward",
-                    qkv_norm_backward_kernel,
-                    ("p_q", "p_k", "p_v", "p_dq", "p_dk", "p_dv", "p_dqkv"),
-                    {},
-                ),
-            ):
-                pointers = dict.fromkeys(data, f"*{dtype}") | {"p_sizes": "*fp32"}
-                yield Case(
-                    kernel, f"{dtype} {label}", fn, pointers | {"N": "i32"},
-                    sizes | given | {"EPS": 1e-4, "K_SCALE": 0.125}, (*pointers, "N"), warps,
-                    scalar_stores=int(bool(given)), quick=dtype == "fp16",
-                )  # fmt: skip
+# ---------------------------------------------------------------------------------------------------------------- EDM2
 
 
-def philox_variants() -> Iterator[Case]:
-    """The kernels that draw uniform, normal and gamma numbers."""
-    position = dict.fromkeys(("seed_lo", "seed_hi", "step", "stream"), "i32")
-    clock = position | {"step": "*i64"}
-    for variant, kind, at in (
-        ("uniform", UNIFORM, position),
-        ("normal", NORMAL, position),
-        ("normal step in memory", NORMAL, clock),
+# Levels of EDM2's size S and of others: channels, sides of an image, and whether it is channels_last.
+_LEVELS = {
+    "192ch 64x64 channels_last": (192, (64, 64), True),
+    "384ch 32x32 channels_last": (384, (32, 32), True),
+    "768ch 8x8 channels_last": (768, (8, 8), True),
+    "1792ch 16x16 channels_last": (1792, (16, 16), True),
+    "192ch 64x64": (192, (64, 64), False),
+    "576ch 16x16": (576, (16, 16), False),
+    "128ch 7x5 unaligned": (128, (7, 5), False),
+}
+
+
+def _at_levels(
+    labels: Sequence[str], call: Callable[[Tensor], object], words: str = "", quick: Callable[[str], bool] = bool
+) -> Iterator[Situation]:
+    """An operation on activations of some levels, in two dtypes; `quick` is asked about a level, in fp16."""
+    for label in labels:
+        channels, side, last = _LEVELS[label]
+        for dtype in ("fp16", "fp32"):
+
+            def here(
+                channels: int = channels, side: tuple[int, int] = side, last: bool = last, dtype: str = dtype
+            ) -> object:
+                return call(_images(channels, side, DTYPES[dtype], last=last))
+
+            yield Situation(" ".join(filter(None, (dtype, label, words))), here, dtype == "fp16" and quick(label))
+
+
+def mp_sum_situations() -> Iterator[Situation]:
+    """All elements, cut to a range or not, and the gradient of one branch alone."""
+    for dtype in ("fp16", "fp32"):
+        for label, elements, clip, to_b in (
+            ("clip", 4096, 256.0, True),
+            ("", 4096, None, True),
+            ("clip one branch", 4096, 256.0, False),
+            ("clip unaligned", 35, 256.0, True),
+        ):
+
+            def call(
+                dtype: str = dtype, elements: int = elements, clip: float | None = clip, to_b: bool = to_b
+            ) -> None:
+                a, b = (_empty(2, elements, dtype=DTYPES[dtype]) for _ in range(2))
+                _backward(mp_sum(a.requires_grad_(), b.requires_grad_(to_b), 0.3, clip=clip))
+
+            yield Situation(f"{dtype} {label}".strip(), call, dtype == "fp16" and clip is not None and to_b)
+
+
+def mp_silu_situations() -> Iterator[Situation]:
+    """With a scale, without one, and with dropout."""
+    levels = ("192ch 64x64 channels_last", "768ch 8x8 channels_last", "192ch 64x64", "128ch 7x5 unaligned")
+    for scaled, dropout in ((True, 0.0), (False, 0.0), (True, 0.1)):
+
+        def call(x: Tensor, scaled: bool = scaled, dropout: float = dropout) -> None:
+            scale = x.new_empty(x.shape[:2]).requires_grad_() if scaled else None
+            seed = _empty((), dtype=torch.int64) if dropout else None
+            _backward(mp_silu(x, scale, dropout=dropout, seed=seed))
+
+        def quick(label: str, scaled: bool = scaled, dropout: float = dropout) -> bool:
+            return scaled and ("64x64 channels" if dropout else "unaligned") in label
+
+        words = " ".join(word for word, given in (("scaled", scaled), ("dropout", dropout)) if given)
+        yield from _at_levels(levels, call, words, quick)
+
+
+def mp_cat_silu_situations() -> Iterator[Situation]:
+    """Two activations of unequal widths."""
+
+    def call(a: Tensor) -> None:
+        last = a.is_contiguous(memory_format=torch.channels_last)
+        wide = _images(2 * a.shape[1], (a.shape[2], a.shape[3]), a.dtype, last=last)
+        _backward(*mp_cat_silu(wide, a, 0.57))
+
+    levels = ("192ch 64x64 channels_last", "384ch 32x32 channels_last", "192ch 64x64", "128ch 7x5 unaligned")
+    yield from _at_levels(levels, call, quick=lambda label: "64x64 channels" in label or "unaligned" in label)
+
+
+def pixel_norm_situations() -> Iterator[Situation]:
+    """Of 192 to 1792 channels."""
+    levels = ("192ch 64x64 channels_last", "768ch 8x8 channels_last", "1792ch 16x16 channels_last", "576ch 16x16")
+    yield from _at_levels(
+        (*levels, "128ch 7x5 unaligned"),
+        lambda x: _backward(*pixel_norm_silu(x)),
+        quick=lambda label: "1792" in label or "unaligned" in label,
+    )
+
+
+def qkv_norm_situations() -> Iterator[Situation]:
+    """Heads of 64 channels and of an odd number."""
+    for label, heads, width, tokens in (("12 heads of 64", 12, 64, 256), ("3 heads of 35 unaligned", 3, 35, 35)):
+        for dtype in ("fp16", "fp32"):
+
+            def call(heads: int = heads, width: int = width, tokens: int = tokens, dtype: str = dtype) -> None:
+                qkv = _empty(2, tokens, 3 * heads * width, dtype=DTYPES[dtype], requires_grad=True)
+                _backward(*qkv_norm(qkv, heads, k_scale=0.125))
+
+            yield Situation(f"{dtype} {label}", call, dtype == "fp16")
+
+
+def row_normalise_situations() -> Iterator[Situation]:
+    """Rows that wait in registers and longer ones; masters in float32 and in 16 bits."""
+    for label, columns in (("768 a row", 768), ("13824 a row", 13824), ("35 a row unaligned", 35)):
+        for dtype, out in (("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16"), ("fp64", "fp64")):
+
+            def call(columns: int = columns, dtype: str = dtype, out: str = out) -> None:
+                master = _empty(64, columns, dtype=DTYPES[dtype], requires_grad=True)
+                _backward(row_normalise(master, out_dtype=DTYPES[out]))
+
+            quick = dtype == out == "fp16" and columns != 768
+            yield Situation(f"{dtype} {label}{'' if out == dtype else f' to {out}'}", call, quick)
+
+
+# ---------------------------------------------------------------------------------------- random numbers, and optimiser
+
+
+def philox_situations() -> Iterator[Situation]:
+    """Uniform, normal and gamma numbers."""
+    for variant, draw, argument in (
+        ("uniform", philox.uniform, 3072),
+        ("normal", philox.normal, 3072),
+        ("normal step in memory", philox.normal, 3072),
+        ("gamma shape >= 1", philox.gamma, 64.0),
+        ("gamma shape < 1", philox.gamma, 0.25),
+        ("gamma shape < 1 step in memory", philox.gamma, 0.25),
     ):
-        yield Case(
-            "philox",
-            variant,
-            philox_kernel,
-            {"p_index": "*i64", "p_out": "*fp32", **at, "first_block": "i32", "count": "i32"},
-            {"KIND": kind, "BLOCK": 256},
-            ("p_index", "p_out", "count"),
-            scalar_loads=1 + (at is clock),
-            quick=variant == "normal",
-        )
-    for variant, boost, at in (
-        ("shape >= 1", False, position),
-        ("shape < 1", True, position),
-        ("shape < 1 step in memory", True, clock),
-    ):
-        yield Case(
-            "gamma",
-            variant,
-            gamma_kernel,
-            {"p_index": "*i64", "p_out": "*fp64", **at, "shape_bits": "i64"},
-            {"BOOST": boost},
-            ("p_index", "p_out"),
-            1,
-            scalar_loads=1 + (at is clock),
-            scalar_stores=1,
-            quick=variant == "shape < 1",
-        )
+
+        def call(draw: Callable[..., Tensor] = draw, argument: float = argument, variant: str = variant) -> Tensor:
+            step = _empty((), dtype=torch.int64) if variant.endswith("memory") else 3
+            return draw(_empty(64, dtype=torch.int64), argument, seed=1, stream=2, step=step)
+
+        yield Situation(variant.removeprefix("gamma "), call, variant in ("normal", "gamma shape < 1"))
 
 
-def adam_variants() -> Iterator[Case]:
-    """The four kernels of AdamEMA: update, measure, reduce and numbers."""
-    segment, block, warps = adam_config()
-    tables = {"p_blocks": "*i32", "p_table": "*i64", "p_grads": "*i64", "p_scale": "*fp32"}
+def _step(dtype: torch.dtype = torch.float32, *, aligned: bool = True, on_device: bool = False, **options: Any) -> None:
+    """A step of AdamEMA with a limited and scaled gradient; `on_device`: its numbers are tensors."""
+    p = _empty(100_001, dtype=dtype)[int(not aligned) :][:100_000].requires_grad_()
+    optimizer = AdamEMA([p], lr=_empty((), dtype=torch.float64) if on_device else 1e-3, clip_norm=1.0, **options)
+    averages = int(options.get("ema", 0))
+    optimizer.ema_decay = _empty(averages, dtype=torch.float64) if on_device else 0.5
+    optimizer.grad_scale = _empty(())
+    p.grad = torch.empty_like(p)
+    optimizer.step()
+
+
+def adam_situations() -> Iterator[Situation]:
+    """AdamEMA's step, which has four kernels."""
     # beta1, averages, weight decay, whether rectified
     options = [
         (0.0, 1, 0.0, False),
@@ -496,167 +456,68 @@ def adam_variants() -> Iterator[Case]:
         (0.9, 0, 0.0, False),
         (0.9, 3, 0.0, False),
     ]
-    for dtype, aligned, option in (
-        *(("fp32", True, option) for option in options),
-        ("fp32", False, options[0]),
-        ("fp64", True, options[0]),
+    for dtype, aligned, on_device, option in (
+        *(("fp32", True, False, option) for option in options),
+        ("fp32", False, False, options[0]),
+        ("fp64", True, False, options[0]),
+        ("fp32", True, True, options[1]),
     ):
         beta1, averages, decay, rectified = option
-        common = {
-            "WIDTH": 4 + averages,
-            "SCALED": True,
-            "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
-            "ALIGNED": aligned,
-            "SEGMENT": segment,
-        }
-        quick = dtype == "fp32" and aligned and option in options[:3]
-        more = (" weight decay", decay), (" rectified", rectified), (" unaligned", not aligned)
-        yield Case(
-            "adam update",
-            f"{dtype} beta1={beta1} ema={averages}{''.join(part for part, given in more if given)}",
-            update_kernel,
-            {**tables, "p_numbers": "*fp64", "first_program": "i32"},
-            {
-                "LIMITED": True,
-                "BETA1": beta1,
-                "BETA2": 0.999,
-                "EPS": 1e-8,
-                "WEIGHT_DECAY": decay,
-                "RECTIFIED": rectified,
-                "AVERAGES": averages,
-                "BLOCK": block,
-                **common,
-            },
-            (*tables, "p_numbers"),
-            warps,
-            quick=quick,
+        more = (
+            ("weight decay", decay),
+            ("rectified", rectified),
+            ("unaligned", not aligned),
+            ("on the device", on_device),
         )
-        if averages == 1 and beta1 == 0:
-            yield Case(
-                "adam measure",
-                f"{dtype}{'' if aligned else ' unaligned'}",
-                measure_kernel,
-                {**tables, "p_partials": "*fp64", "first_program": "i32"},
-                {"NORM": True, "MAX": FLOAT_MAX["fp32"], **common},
-                (*tables, "p_partials"),
-                warps,
-                scalar_stores=1,
-                quick=quick,
-            )
-    results = {"p_found": "*fp64", "p_steps": "*fp64", "p_applied": "*i1", "p_numbers": "*fp64"}
-    yield Case(
-        "adam reduce",
-        "fp64",
-        reduce_kernel,
-        {"p_partials": "*fp64", "p_found": "*fp64", "programs": "i32"},
-        {"MAX": FLOAT_MAX["fp32"], "BLOCK": 4096},
-        ("p_partials", "p_found"),
-        16,
-        scalar_stores=2,
-    )
-    for variant, given, rho in (("", False, 0.0), (" on the device", True, 0.0), (" rectified", False, 1999.0)):
-        yield Case(
-            "adam numbers",
-            f"beta1=0.9 ema=2{variant}",
-            numbers_kernel,
-            {
-                **results,
-                "p_rate": "*fp64",
-                "p_decays": "*fp64",
-                **dict.fromkeys(("rate_bits", *(f"decay_bits_{i}" for i in range(4))), "i64"),
-            },
-            {
-                "RATE_TENSOR": given,
-                "DECAY_TENSOR": given,
-                "COUNTS": True,
-                "LIMIT": 1.0,
-                "LOG_BETA1": -0.1,
-                "LOG_BETA2": -0.001,
-                "RHO": rho,
-                "MOMENT": True,
-                "AVERAGES": 2,
-                "MAX": 1.7976931348623157e308,
-            },
-            (*results, "p_rate", "p_decays"),
-            1,
-            scalar_loads=6,
-            scalar_stores=8,
-            quick=not given,
-        )
+        words = [f"{dtype} beta1={beta1} ema={averages}", *(word for word, given in more if given)]
+        given = {"betas": (beta1, 0.999), "ema": averages, "weight_decay": decay, "rectified": rectified}
+
+        def call(
+            dtype: str = dtype, aligned: bool = aligned, on_device: bool = on_device, given: dict[str, Any] = given
+        ) -> None:
+            _step(DTYPES[dtype], aligned=aligned, on_device=on_device, **given)
+
+        quick = dtype == "fp32" and aligned and not on_device and option in options[:3]
+        yield Situation(" ".join(words), call, quick)
 
 
-def row_normalise_variants() -> Iterator[Case]:
-    """Forward and backward, of rows that wait in registers and of longer ones; masters in float32 and in 16 bits."""
-    for label, columns in (("768 a row", 768), ("13824 a row", 13824), ("35 a row unaligned", 35)):
-        for dtype, out in (("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16"), ("fp64", "fp64")):
-            sizes, warps = row_sizes(columns, torch.float64 if dtype == "fp64" else torch.float32)
-            numbers = {"columns": "i32", "gain_bits": "i64"}
-            for kernel, fn, pointers in (
-                ("row_normalise", row_normalise_kernel, {"p_m": dtype, "p_w": out}),
-                (
-                    "row_normalise backward", row_normalise_backward_kernel,
-                    {"p_m": dtype, "p_dw": out, "p_dm": dtype},
-                ),
-            ):  # fmt: skip
-                yield Case(
-                    kernel, f"{dtype} {label}{'' if out == dtype else f' to {out}'}", fn,
-                    {p: f"*{kind}" for p, kind in pointers.items()} | numbers, sizes | {"EPS": 1e-4},
-                    (*pointers, *(() if "unaligned" in label else ("columns",))), warps,
-                    quick=dtype == out == "fp16" and columns != 768,
-                )  # fmt: skip
-
-
-def row_variants() -> Iterator[Case]:
-    """The kernels of AdamEMA's rows under forced weight normalisation: gradients, masters and plain weights."""
-    tables = {"p_programs": "*i32", "p_table": "*i64"}
-    for dtype, out, aligned, whole in (
-        ("fp32", "bf16", True, True),
-        ("fp32", "fp32", True, True),
-        ("fp32", "bf16", False, True),
-        ("fp32", "bf16", False, False),
-        ("fp64", "fp64", True, True),
+def row_situations() -> Iterator[Situation]:
+    """What AdamEMA's step does to rows under forced weight normalisation: gradients, masters and plain weights."""
+    for dtype, out, columns, cut, quick in (
+        ("fp32", "bf16", 768, False, False),
+        ("fp32", "fp32", 768, False, True),
+        ("fp32", "bf16", 35, False, False),
+        ("fp32", "bf16", 35, True, False),
+        ("fp64", "fp64", 768, False, False),
     ):
-        common = {
-            "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
-            "ALIGNED": aligned,
-            "BLOCK": fused_rows.BLOCK,
-        }
-        sums = {"SUMS": whole, "APPLY": True, "EPS": 1e-4, **common}
-        sizes = {"p_sums": f"*{dtype}", "p_scales": f"*{dtype}"}
-        variant = f"{dtype}{'' if aligned else ' unaligned'}{'' if whole else ' cut'}"
-        warps, quick = fused_rows.WARPS, dtype == "fp32" and aligned
-        if out != "fp32":
-            gradients = {**tables, "p_grads": "*i64", **sizes}
-            yield Case(
-                "rows gradients", variant, fused_rows.row_gradients_kernel, gradients, sums, tuple(gradients), warps,
-                scalar_stores=1, quick=quick,
-            )  # fmt: skip
-            if whole:
-                masters = {**tables, "p_scales": f"*{dtype}", "p_applied": "*i1"}
-                yield Case(
-                    "rows masters", variant, fused_rows.row_masters_kernel, masters, common, tuple(masters), warps,
-                    quick=quick,
-                )  # fmt: skip
-        written = {"bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}[out]
-        plain = {**tables, "p_sums": f"*{dtype}"}
-        yield Case(
-            "rows plain", f"{variant} to {out}", fused_rows.row_plain_kernel, plain, {**sums, "OUT": written},
-            tuple(plain), warps, quick=quick and out == "fp32",
-        )  # fmt: skip
+
+        def call(dtype: str = dtype, out: str = out, columns: int = columns, cut: bool = cut) -> None:
+            elements = 64 * columns + cut * (columns // 2)
+            master = _empty(elements, dtype=DTYPES[dtype])
+            plain = _empty(elements, dtype=DTYPES[out])
+            blocks = row_blocks(0, columns - cut * (columns // 2), elements, columns, lambda row: 0)
+            rows = FusedRows({master: WeightRows(tuple(blocks), plain)}, int(cut))
+            sums: Callable[[Tensor], object] | None = Tensor.clone if cut else None
+            rows.gradients_of_masters({master: torch.empty_like(master)}, sums)
+            rows.normalise(_empty((), dtype=torch.bool))
+            rows.write_plain(sums)
+
+        words = [dtype, "unaligned" if columns == 35 else "", "cut" if cut else "", f"to {out}"]
+        yield Situation(" ".join(filter(None, words)), call, quick)
 
 
-CASES: list[Callable[[], Iterator[Case]]] = [
-    perturb_variants,
-    loss_variants,
-    group_norm_variants,
-    residual_variants,
-    mp_sum_variants,
-    mp_silu_variants,
-    mp_cat_silu_variants,
-    pixel_norm_variants,
-    qkv_norm_variants,
-    row_normalise_variants,
-    philox_variants,
-    adam_variants,
-    row_variants,
+SITUATIONS: list[Callable[[], Iterator[Situation]]] = [
+    perturb_situations,
+    loss_situations,
+    group_norm_situations,
+    residual_situations,
+    mp_sum_situations,
+    mp_silu_situations,
+    mp_cat_silu_situations,
+    pixel_norm_situations,
+    qkv_norm_situations,
+    row_normalise_situations,
+    philox_situations,
+    adam_situations,
+    row_situations,
 ]

@@ -42,9 +42,8 @@ from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.runtime.launcher import stop_world
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.resolve import resolve
-from ipfm.kernels.bench.compile_report import access_bits, tool_output
+from ipfm.kernels.bench.compile_report import access_bits, compile_variant, tool_output
 from ipfm.kernels.bench.fake_driver import Variant, fake_cuda
-from ipfm.kernels.bench.rehearsal import compile_variant
 from ipfm.models import build_network, presets
 
 BATCH, EDM2_BATCH = 256, 64

@@ -19,7 +19,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._library.custom_ops import OPDEFS
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,7 +41,7 @@ from ipfm.engine.training import teacher as teacher_module
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.resolve import complete, complete_training
 from ipfm.engine.training.teacher import TeacherTraining
-from ipfm.kernels.bench.fake_driver import Launch, Launches, fake_cuda
+from ipfm.kernels.bench.fake_driver import Launch, Launches, fake_cuda, implementation
 from ipfm.kernels.bench.measurement import tensors, traffic
 from ipfm.kernels.bench.rehearsal import heaviest
 from ipfm.models import NetworkConfig, Precond, build_network, edm2_unet, presets
@@ -197,7 +196,7 @@ class _Counting(TorchDispatchMode):
         """The operator's own implementation: on the meta device torch would ask for the shapes alone."""
         self._within_operator = True
         try:
-            return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+            return implementation(func)(*args, **kwargs)
         finally:
             self._within_operator = False
 

@@ -299,14 +299,14 @@ def _kernels() -> Iterator[Finding]:
         yield Finding(LIBRARIES, "Triton kernels", value, "missing" if wrong else "ok")
         return
     from ipfm.kernels._cache import usable_cache
-    from ipfm.kernels.bench.compile_report import compile_case
-    from ipfm.kernels.bench.variants import perturb_variants
+    from ipfm.kernels.bench.compile_report import compile_variant
+    from ipfm.kernels.bench.variants import cases, perturb_situations
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a cache that cannot be written, which is said elsewhere
         usable_cache()
-    case = next(perturb_variants())
-    length = len(compile_case(case, 90).asm["cubin"])
+    (first, *_) = cases(quick=True, of=[perturb_situations])
+    length = len(compile_variant(first.code, 90)[0])
     yield Finding(LIBRARIES, "Triton kernels", f"need a GPU; perturb compiles for sm_90 ({length} bytes)")
 
 

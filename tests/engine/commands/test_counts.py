@@ -9,6 +9,7 @@ import pytest
 
 from ipfm.engine.commands.bench import counts
 from ipfm.engine.commands.bench.meta_step import network_traffic
+from ipfm.kernels.bench import variants
 from ipfm.models import presets
 
 # Of the CIFAR-10 recipe's network, in bf16 and channels_last: each may fall, and none may grow.
@@ -66,6 +67,14 @@ def test_the_launches_whose_instructions_are_counted_are_some_of_the_recipe() ->
     assert variants
     assert all(variant.constant("s_c") == 1 for variant in variants)  # channels_last
     assert all(dict(variant.types)["p_dy"] == "*bf16" for variant in variants)
+
+
+def test_the_compile_report_has_what_the_recipe_launches() -> None:
+    """To the last constant: the cases of `ipfm bench --offline` are recorded as a step is."""
+    launched = {launch.variant for launch in counts._cifar().launches}
+    chosen = [variants.perturb_situations, variants.loss_situations, variants.group_norm_situations]
+    shared = {case.kernel for case in variants.cases(of=chosen) if case.code in launched}
+    assert shared == {"perturb", "ipfm_loss", "denoising_loss", "group_norm_silu", "group_norm_silu backward"}
 
 
 def test_a_row_by_its_name(tmp_path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,9 +66,9 @@ def _compiled(place: Place) -> Iterator[Row]:
         yield {"operation": "all", "what": "compiled", "verdict": "left out: TRITON_INTERPRET=1 compiles nothing"}
         return
     from ipfm.kernels.bench.compile_report import report_rows
-    from ipfm.kernels.bench.variants import CASES
+    from ipfm.kernels.bench.variants import cases
 
-    every = [case for make in CASES for case in make() if case.quick]
+    every = cases(quick=True)
     for case in within(place, every[: 1 if place.quick else None], "variants", 0.8):
         row: Row = {"operation": case.kernel, "what": case.variant, "mode": "compiled for sm_90"}
         try:
