@@ -10,11 +10,13 @@ from ipfm.engine.experiments.origins import Origin, origins
 from ipfm.engine.experiments.out_of_law import OutOfLaw, OutOfLawOptions
 from ipfm.engine.experiments.own_distil import OwnDistillationOptions, OwnDistilRecipe
 from ipfm.engine.experiments.own_teacher import OwnTeacherOptions, OwnTeacherRecipe
+from ipfm.engine.experiments.real_data import OWN
 from ipfm.engine.experiments.sized import Size, SizedDistillationOptions, SizedDistilRecipe
 from ipfm.engine.experiments.teacher import TeacherOptions, TeacherRecipe
 from ipfm.engine.runtime.commandline import run_command
 
 __all__ = [
+    "OWN",
     "STUDENT_BY_SIZE",
     "TRAJECTORY_BY_SIZE",
     "Ablation",

@@ -38,15 +38,23 @@ from ipfm.engine.experiments.distil import DistilRecipe
 from ipfm.engine.experiments.dry_run import describe
 from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.options import DistillationOptions, check_images, options_for
+from ipfm.engine.experiments.real_data import OWN, read_real
 from ipfm.engine.experiments.recipe import Plan, Recipe
+from ipfm.engine.memory import choose_layout, device_budget
+from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.commandline import BadInput, Given, user_input
 from ipfm.engine.runtime.launcher import launched_processes
-from ipfm.engine.runtime.wording import counted
+from ipfm.engine.runtime.wording import counted, size
+from ipfm.engine.training.data_order import real_facts
 from ipfm.engine.training.resolve import complete, resolve_D, resolve_precision
 from ipfm.engine.training.run_folder import EXPORTS, check_run_folder, exported_steps, teacher_facts
 from ipfm.models import NetworkConfig, Precond, load_teacher, presets
 
 Arch = Literal["ddpmpp", "ncsnpp", "adm"]
+
+# What an objective decides itself of the settings that all have: its optimiser and its average.
+OF_THE_OBJECTIVE = ("lr", "eps", "clip_grad", "ema_kimg", "ema_rampup")
 
 # --quick: whether everything runs, in seconds; the numbers mean nothing.
 QUICK: Mapping[str, Any] = {
@@ -113,8 +121,22 @@ class Variant:
     """On the command line, in folders, tables and legends."""
     D: float | None = None
     arch: Arch | None = None
+    of: Distillation | None = None
+    """The settings of another objective than the data's recipe has. What all objectives have in common is the
+    options', but for `OF_THE_OBJECTIVE`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Name of a field of the objective's settings -> its value."""
+    """Name of a field of the objective's settings -> its value. `real_data` of `OWN` are the data's images, or those
+    that the options name."""
+
+    def over(self, base: Distillation) -> Distillation:
+        """Its settings; `base`: those of the options."""
+        values = dict(self.settings)
+        if values.get("real_data") == OWN:
+            values["real_data"] = getattr(base, "real_data", None) or OWN
+        if self.of is None:
+            return replace(base, **values)
+        common = [f.name for f in dataclasses.fields(Distillation) if f.name not in OF_THE_OBJECTIVE]
+        return replace(self.of, **{name: getattr(base, name) for name in common} | values)
 
 
 @dataclass(frozen=True)
@@ -249,11 +271,26 @@ class AblationPlan(Plan):
                 return load_teacher(teacher.place / EXPORTS["teacher"], D=teacher.network.D)
             return self.local.teacher(teacher.training, teacher.network, teacher.place, world)
 
+    def _costs(self) -> dict[str, tuple[str, str]]:
+        """Of each variant, the forward passes of an image in an iteration, and the memory of a process, predicted."""
+        costs: dict[str, tuple[str, str]] = {}
+        for run, place in self.runs:
+            if run.variant in costs:
+                continue
+            network, config = trained_config(self.teachers[place].network, run.config.dropout), run.config
+            budget = device_budget(run_device())
+            plan = choose_layout(config, network, ranks=launched_processes(), budget=budget).plan
+            objective = config.objective(network)
+            passes = objective.forwards(phased=plan.phased, checkpointed=plan.activation_checkpointing)
+            costs[run.variant] = (str(passes), size(plan.peak))
+        return costs
+
     def conclude(self, found: Mapping[str, Found], metric: str) -> None:
         """Write ablation.csv, ablation.md, ablation.png and, where claims are judged, claims.csv; print the tables."""
         curves = [curve for its in found.values() for curve in its.curves]
         distances = {label: its.teacher for label, its in found.items()}
-        text = f"{report.table(curves, distances, metric)}\n{report.sentence(curves)}\n"
+        costs = self._costs() if self.ablation.costs else {}
+        text = f"{report.table(curves, distances, metric, costs)}\n{report.sentence(curves)}\n"
         if verdicts := judged(self.claims, found):
             text += f"\n{verdicts_table(verdicts)}"
             write_verdicts(verdicts, self.path / "claims.csv")
@@ -279,6 +316,8 @@ class Ablation(Recipe[AblationOptions]):
     """Those that are run unless --variants names others."""
     further: tuple[Variant, ...] = ()
     """Those that are run only when --variants names them."""
+    costs: bool = False
+    """The table has what an iteration of each variant costs."""
     claims: tuple[Claim, ...] = ()
     """What is judged by the runs, each where all of its variants are run."""
     digits: TrainAndDistil[AblationOptions]
@@ -327,11 +366,12 @@ class Ablation(Recipe[AblationOptions]):
         for variant in chosen:
             place, teacher = self._teacher(variant, options, local, named, path / "teachers", teachers)
             teachers[place] = teacher
-            facts = teacher_facts(teacher.net)
+            its = complete(replace(variant.over(base), teacher=None, D=None), teacher.network, run_device())
+            real = read_real(options, its, teacher.network, lambda: None if local is None else local.dataset)
+            facts = {**teacher_facts(teacher.net), **real_facts(real)}
             for seed in options.seeds:
                 run_path = path / variant.label / f"seed{seed}"
-                config = replace(base, **variant.settings, seed=seed, out=None, teacher=None, D=None, resume=True)
-                config = complete(config, teacher.network, run_device())
+                config = replace(its, seed=seed, out=None, resume=True)
                 # Roles are made here, so that a width that cannot be is refused before anything is trained.
                 objective = config.objective(teacher.network)
                 _ = objective.roles
@@ -339,7 +379,7 @@ class Ablation(Recipe[AblationOptions]):
                 rules.add(found["config"]["rules"])
                 if "teacher" in found:
                     distilled.add(place)
-                runs.append((Run(variant.label, seed, config, objective.nfe, run_path), place))
+                runs.append((Run(variant.label, seed, config, objective.nfe, run_path, real), place))
         for place, teacher in teachers.items():
             if teacher.training is not None and local is not None:
                 # Others may have distilled a teacher that is shared.
@@ -371,8 +411,9 @@ class Ablation(Recipe[AblationOptions]):
             base = replace(base, **{**QUICK, **steps})
         options = given.over(base)
         possible = (*self.variants, *self.further)
-        varied = {name for variant in possible for name in variant.settings}
+        varied = {name for variant in possible for name in variant.settings} - {"real_data"}
         varied |= {name for name in ("D", "arch") if any(getattr(v, name) is not None for v in possible)}
+        varied |= {name for name in OF_THE_OBJECTIVE if any(v.of is not None for v in possible)}
         for name in sorted(varied):
             if getattr(options, name) != getattr(base, name):
                 raise ValueError(

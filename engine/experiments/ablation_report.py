@@ -92,16 +92,22 @@ def write_csv(curves: Sequence[Curve], path: Path) -> None:
         file.write(text.getvalue().encode())
 
 
-def table(curves: Sequence[Curve], teachers: Mapping[str, float], metric: str = DISTANCE) -> str:
+def table(
+    curves: Sequence[Curve],
+    teachers: Mapping[str, float],
+    metric: str = DISTANCE,
+    costs: Mapping[str, tuple[str, str]] | None = None,
+) -> str:
     """Markdown, a row for each variant.
 
     It has network evaluations of an image and images a second (of the fastest of its runs), its teacher's distance and,
     over its seeds, the mean and the smallest and largest of the distance at the start, of the best and of the last one;
-    and how many runs diverged, and when.
+    and how many runs diverged, and when. With `costs`, those of an iteration too: its passes, and its memory.
     """
+    cost = "passes | memory | " if costs else ""
     lines = [
-        f"| variant | NFE | images/s | teacher | {metric}: start | best | last | diverged |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| variant | NFE | images/s | {cost}teacher | {metric}: start | best | last | diverged |",
+        f"|---|---|---|{'---|---|' if costs else ''}---|---|---|---|---|",
     ]
     for variant, group in by_variant(curves).items():
         since = [curve.diverged for curve in group if curve.diverged is not None]
@@ -110,9 +116,10 @@ def table(curves: Sequence[Curve], teachers: Mapping[str, float], metric: str = 
         best, last = spread([curve.best for curve in group]), spread([curve.last for curve in group])
         rate = max((c.images_per_second for c in group if math.isfinite(c.images_per_second)), default=math.nan)
         drawn = significant(rate) if math.isfinite(rate) else "-"
+        cost = "".join(f"{part} | " for part in costs[variant]) if costs else ""
         lines.append(
-            f"| {variant} | {group[0].nfe} | {drawn} | {significant(teachers[variant])} | {start} | {best} | {last} "
-            f"| {len(since)} of {len(group)}{when} |"
+            f"| {variant} | {group[0].nfe} | {drawn} | {cost}{significant(teachers[variant])} | {start} | {best} "
+            f"| {last} | {len(since)} of {len(group)}{when} |"
         )
     return "\n".join(lines) + "\n"
 

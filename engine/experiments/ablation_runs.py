@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ipfm.engine.config import Rules
+from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.agreement import together
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Evaluation, evaluate_teacher
@@ -25,6 +26,7 @@ from ipfm.engine.runtime.commandline import user_input
 from ipfm.engine.runtime.errors import FolderInUse
 from ipfm.engine.runtime.files import read_json
 from ipfm.engine.sampling.batches import sample_teacher
+from ipfm.engine.training.data_order import real_facts
 from ipfm.engine.training.distiller import Distiller
 from ipfm.engine.training.machine_folders import fetch
 from ipfm.engine.training.run_folder import (
@@ -51,8 +53,15 @@ SETS_FILE = "sets.json"
 class MeasuredDistiller(Distiller):
     """A distillation that measures its generator alone: the teacher is measured once for all runs."""
 
-    def __init__(self, config: Distillation, teacher: Precond, measure: Evaluation, world: World) -> None:
-        super().__init__(config, teacher, world=world)
+    def __init__(
+        self,
+        config: Distillation,
+        teacher: Precond,
+        measure: Evaluation,
+        world: World,
+        real: ImageDataset | None = None,
+    ) -> None:
+        super().__init__(config, teacher, real=real, world=world)
         self.measure = measure
 
     @property
@@ -75,6 +84,7 @@ class Run:
         config: its settings, with nothing left open but what memory decides.
         nfe: network evaluations of an image of its generator.
         path: its folder.
+        real: images that its student learns from too.
     """
 
     variant: str
@@ -82,6 +92,7 @@ class Run:
     config: Distillation
     nfe: int
     path: Path
+    real: ImageDataset | None = None
 
     def by_rules(self, rules: Rules) -> Run:
         """The same by these rules."""
@@ -122,11 +133,11 @@ class Run:
         """
         state = world.broadcast_text(self.state)
         with user_input():
-            facts = teacher_facts(teacher)
+            facts = {**teacher_facts(teacher), **real_facts(self.real)}
             record = check_run_folder(self.path, "distill", self.config, facts)
         if state in ("finished", "diverged"):
             return
-        distiller = MeasuredDistiller(self.config, teacher, evaluation, world)
+        distiller = MeasuredDistiller(self.config, teacher, evaluation, world, self.real)
         if state == "new":
             world.barrier()
             with user_input():

@@ -39,7 +39,7 @@ def read_real(
     Raises:
         ValueError: they are missing, cannot be read, or do not fit the teacher; in a dry run they may be missing.
     """
-    path: Path | None = getattr(options, "real_data", None)
+    path: Path | None = getattr(config, "real_data", None)
     if not config.takes_real_images:
         if getattr(config, "real_weights", None) is None:
             if getattr(config, "real_xflip", False):

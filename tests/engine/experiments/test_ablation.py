@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 from ipfm.engine.distributed.world import World
-from ipfm.engine.experiments.ablation import AblationOptions, AblationPlan, arch_of
+from ipfm.engine.experiments.ablation import OF_THE_OBJECTIVE, AblationOptions, AblationPlan, arch_of
 from ipfm.engine.experiments.ablation_report import GROWTH, Curve, plot, sentence, table, write_csv
 from ipfm.engine.experiments.ablation_runs import Run, shared_training, teacher_distance
 from ipfm.engine.experiments.repeats import spread
+from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import BadInput, parse_given
 from ipfm.engine.runtime.errors import FolderInUse, Interrupted
 from ipfm.engine.training.run_folder import folder_user
@@ -35,6 +36,7 @@ from ipfm.recipes import (
     ablation_data,
     ablation_divergence,
     ablation_init,
+    ablation_methods,
     ablation_pid,
     ablation_steps,
     ablation_student,
@@ -52,6 +54,7 @@ ALL = {
     "pid": ablation_pid,
     "weights": ablation_weights,
     "student": ablation_student,
+    "methods": ablation_methods,
 }
 TWO = ("--quick", "--variants", "teacher", "half-width")
 
@@ -285,7 +288,7 @@ def test_clothes_are_another_ablation_with_its_own_sizes(clothes: Path) -> None:
     assert found == [(600, 60, 20_000, 2000), (600, 60, 20_000, 2000)]
     plan = plan_of(ablation_divergence, "--data", "fashion")
     assert plan.path == Path("runs/ablation-divergence-fashion")
-    assert {(r.config.alpha, r.config.total_steps, r.config.batch) for r, _ in plan.runs} == {(1.2, 2000, 64)}
+    assert {(r.config.alpha, r.config.total_steps, r.config.batch) for r, _ in plan.runs} == {(1.2, 1200, 64)}
     assert len(plan.runs) == 18 and {t.network.model_channels for t in plan.teachers.values()} == {8 // 2}
     assert [claim.source for claim in plan.claims] == ["arXiv 2509.22454, appendix B"]
     shared = plan_of(ablation_divergence, "--data", "fashion", "--teachers-from", "~/teachers").teachers
@@ -342,6 +345,44 @@ def test_nothing_else_varies(name: str, free: set[str]) -> None:
     }
     assert networks == expected[name]
     assert len({str(t.training and t.training.to_json() | {"D": None}) for t in plan.teachers.values()}) == 1
+
+
+@pytest.mark.quick
+def test_methods_are_compared_at_equal_images() -> None:
+    """Each by its own optimiser and average, everything that all have in common alike; real images are the data's."""
+    plan = plan_of(ablation_methods, "--max-steps", "7", "--seeds", "1")
+    labels = [f"D{D}-{method}" for D in ("128", "inf") for method in ("ipfm", "real", "dmd", "cmt", "pid")]
+    assert plan.labels == labels
+    common = [f.name for f in fields(Distillation) if f.name not in OF_THE_OBJECTIVE]
+    shared = {str([getattr(run.config, name) for name in common if name != "D"]) for run, _ in plan.runs}
+    assert len(shared) == 1 and {run.config.total_steps for run, _ in plan.runs} == {7}
+    assert {run.variant.partition("-")[2]: run.config.lr for run, _ in plan.runs} == {
+        "ipfm": 3e-4, "real": 3e-4, "dmd": 3e-4, "cmt": 1e-3, "pid": 1e-3,
+    }  # fmt: skip
+    assert [run.variant for run, _ in plan.runs if run.real is not None] == ["D128-real", "Dinf-real"]
+    with pytest.raises(BadInput, match=r"lr was given, but it is what this ablation varies"):
+        ablation_methods.main(["--lr", "1e-3"])
+
+
+@pytest.mark.distributed
+def test_a_method_of_real_images_takes_the_datas_and_says_its_costs(whole: Path) -> None:
+    """The digits, or those that --real-data names, which a folder that was begun with others refuses."""
+    given = ["--teacher", str(whole / "teachers" / "ddpmpp-D128" / "model"), "--backward", "joint", "--zero", "0"]
+    variants = ["--quick", "--variants", "D128-real", "D128-cmt", "--out", "methods"]
+    ablation_methods.main([*variants, *given])
+    text = Path("methods/ablation.md").read_text()
+    header, _, real, cmt, *_ = (line.split("|") for line in text.splitlines())
+    column = {name.strip(): number for number, name in enumerate(header)}
+    assert [line[column["passes"]].strip() for line in (real, cmt)] == ["14", "4"]
+    assert all(line[column["memory"]].strip().endswith("iB") for line in (real, cmt))
+    record = json.loads(Path("methods/D128-real/seed0/config.json").read_text())
+    assert record["config"]["real_weights"] == [0.92, 0.94] and record["real_data"]["images"] == 1797
+    png = np.random.default_rng(0).integers(0, 255, (3, 8, 8), dtype=np.uint8)
+    Path("other").mkdir()
+    for number, pixels in enumerate(png):
+        Image.fromarray(pixels).save(f"other/{number}.png")
+    with pytest.raises(BadInput, match="real"):
+        ablation_methods.main([*variants, *given, "--real-data", "other"])
 
 
 @pytest.mark.parametrize(

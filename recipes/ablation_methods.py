@@ -1,0 +1,63 @@
+"""The methods side by side: IPFM, with real images, denoiser matching, consistency mid-training, PID; D = 128 and inf.
+
+    python recipes/ablation_methods.py
+    python recipes/ablation_methods.py --variants D128-ipfm D128-real --seeds 0 1 2 3 4 --out runs/real
+    python recipes/ablation_methods.py --data fashion --variants D128-ipfm D128-real
+    deepspeed recipes/ablation_methods.py --data cifar --variants D2048-ipfm D2048-dmd --teacher \
+cifar10_ncsnpp_D_2048.pkl --reference cifar10-32x32.npz --inception inception-2015-12-05.pt
+
+Every generator sees as many images, makes one in one evaluation, and has its method's own optimiser and average, as in
+the recipe of the method. The table has what an iteration costs besides: forward passes of an image, a backward pass
+counted as two, and the memory of a process, predicted. real is RealUID's term (--real-data names other images than the
+teacher's own). docs/objectives.md says what each needs, and which to take.
+
+Leaves ablation.csv, ablation.png and ablation.md in runs/ablation-methods. The same command goes on where it was
+stopped.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ipfm.engine import PidConfig
+from ipfm.engine.experiments import OWN, Ablation, Variant, run_command
+from ipfm.engine.objectives.cmt import CmtConfig
+from ipfm.engine.objectives.dmd import DmdConfig
+from ipfm.recipes import digits_ipfm
+from ipfm.recipes.ablation_data import CIFAR, CLOTHES, digits_ablation, fashion_ablation
+
+# Of methods other than the data's recipe has: their optimiser and average, as in recipes of theirs for small images.
+DMD = DmdConfig(lr=3e-4, ema_kimg=10.0, ema_rampup=0.2)
+CMT = CmtConfig(lr=1e-3, ema_kimg=5.0, ema_rampup=0.2)
+PID = PidConfig(lr=1e-3, ema_kimg=5.0, ema_rampup=0.2, points=120, difference="central")
+
+
+def variants(D: float) -> tuple[Variant, ...]:
+    """Every method at this D."""
+    name = f"D{D:g}"
+    return (
+        Variant(label=f"{name}-ipfm", D=D, settings={"real_data": None}),
+        Variant(label=f"{name}-real", D=D, settings={"real_data": OWN}),
+        Variant(label=f"{name}-dmd", D=D, of=DMD),
+        Variant(label=f"{name}-cmt", D=D, of=CMT),
+        Variant(label=f"{name}-pid", D=D, of=PID),
+    )
+
+
+ABLATION = Ablation(
+    file="ablation_methods.py",
+    about=__doc__ or "",
+    name="methods",
+    title="Methods, as many images each",
+    variants=variants(128.0) + variants(math.inf),
+    further=(Variant(label="D2048-ipfm", D=2048.0, settings={"real_data": None}),),
+    costs=True,
+    digits=digits_ablation(digits_ipfm.RECIPE, max_steps=600, eval_every=100),
+    fashion=fashion_ablation(CLOTHES),
+    cifar=CIFAR,
+)
+
+main = ABLATION.main
+
+if __name__ == "__main__":
+    run_command(__file__, main)
