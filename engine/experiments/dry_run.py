@@ -16,6 +16,7 @@ from ipfm.engine.memory.arithmetic import (
     flops_in_words,
     forward_flops,
     gpu_seconds,
+    passes_in_words,
     peak_in_words,
     step_forwards,
     training_forwards,
@@ -91,6 +92,7 @@ def describe(
                 ),
                 *_network(network, plan.parameters),
                 *_memory(plan),
+                *_passes(config, trained, plan, cost),
                 *_expected_duration(config, trained, plan, cost, max(first, done), images),
                 *([teacher_duration(teaching, network, path / "teacher")] if teaching is not None else []),
             ]
@@ -161,6 +163,16 @@ def _forwards(config: Distillation, trained: NetworkConfig, *, phased: bool, che
     return passes + config.further_flops(trained) / forward_flops(trained)
 
 
+def _passes(config: Distillation, trained: NetworkConfig, plan: MemoryPlan, forwards: float) -> list[str]:
+    """What a step computes of an image, pass by pass."""
+    whole = f"{forwards:.3g} forward passes of the teacher's network"
+    words = passes_in_words(config.objective(trained), phased=plan.phased)
+    again = ", with what activation checkpointing computes again" if plan.activation_checkpointing else ""
+    return [
+        f"passes of an image in a step: {words}: {whole}{again}" if words else f"an image in a step: {whole}{again}"
+    ]
+
+
 def _settings(config: RunConfig, path: Path, **resolved: object) -> list[str]:
     ranks = launched_processes()
     local, micro = config.split(ranks)
@@ -221,6 +233,12 @@ def _expected_duration(
         f"{counted(f'{steps:,}', 'step')} ({three_digits(step.seconds)} s a step, {step.how()}; evaluations and "
         "checkpoints come on top)"
     ]
+    if isinstance(config, Distillation) and step.pass_seconds and not step.forward_of:
+        local = config.batch // launched_processes()
+        lines.append(
+            f"by its passes a step takes {three_digits(forwards * step.pass_seconds * local)} s: {forwards:.3g} times "
+            f"{three_digits(step.pass_seconds * local)} s, which a forward pass of {counted(local, 'image')} took"
+        )
     if images is not None and step.pass_seconds:
         run = Run(config, network)
         seconds = run.evaluation_passes(images) * step.pass_seconds / launched_processes()

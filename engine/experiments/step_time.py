@@ -91,6 +91,42 @@ def step_time(form: Resolved[Any], network: NetworkConfig, forwards: float, devi
     return StepTime(forwards * passes * local / count, count, passes / count)
 
 
+class PassesTime(NamedTuple):
+    """Seconds of a step, and of the forward passes by which it is counted."""
+
+    forward: float
+    """Of a forward pass of all images."""
+    step: float
+    """Of a step without its optimisers."""
+    optimisers: float
+
+
+def passes_time(form: Resolved[Distillation], network: NetworkConfig, device: torch.device, rounds: int) -> PassesTime:
+    """A step of a distillation beside a forward pass of its images, in alternation: the shortest of each.
+
+    On a CPU they are seconds of its time, which other programs do not lengthen; with several threads those of all.
+
+    Args:
+        form: the settings, laid out for one process that takes the whole batch at once.
+        network: architecture as it is trained.
+        device: where.
+        rounds: how often each is measured.
+    """
+    now = _now if device.type != "cpu" else _cpu_time
+    count = form.config.batch
+    with _threads_of_a_run():
+        net = _network(network, form, device).eval()
+        step = _distillation(form, network, device)(count)
+        slow = 1 if device.type not in CAPTURES else WARM_UPS + 1
+        for number in range(slow):
+            step(number)
+        passes, parts = [], []
+        for number in range(rounds):
+            passes.append(_forward_seconds(net, count, device, times=1, now=now))
+            parts.append(_timed(step, slow + number, device, now=now))
+    return PassesTime(min(passes), min(p[0] for p in parts), min(p[1] for p in parts))
+
+
 def _measurable(net: Precond, micro_batch: int, forwards: float, device: torch.device) -> tuple[int, float]:
     """How many images of a micro-batch a step is measured on, and the seconds of a forward pass of so many.
 
@@ -146,16 +182,19 @@ def _measured(form: Resolved[Any], network: NetworkConfig, count: int, device: t
     return statistics.median(p[0] for p in parts), statistics.median(p[1] for p in parts)
 
 
-def _timed(step: Iteration, number: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of an iteration: without its optimisers, and of these."""
+def _timed(
+    step: Iteration, number: int, device: torch.device, now: Callable[[torch.device], float] | None = None
+) -> tuple[float, float]:
+    """Seconds of an iteration: without its optimisers, and of these; by the clock `now`."""
+    read = now or _now
     seconds = {False: 0.0, True: 0.0}
-    since, optimiser = _now(device), False
+    since, optimiser = read(device), False
 
     def begin(phase: Phase) -> None:
         nonlocal since, optimiser
-        now = _now(device)
-        seconds[optimiser] += now - since
-        since, optimiser = now, "optimiser" in phase
+        at = read(device)
+        seconds[optimiser] += at - since
+        since, optimiser = at, "optimiser" in phase
 
     with listening(begin):
         step(number)
@@ -261,16 +300,27 @@ def _compiled_seconds(form: Resolved[Any], network: NetworkConfig, count: int, d
     return _forward_seconds(net, count, device)
 
 
-def _forward_seconds(net: Precond, count: int, device: torch.device, times: int = 2) -> float:
-    """Seconds of a forward pass of so many images: the shortest of some."""
+def _forward_seconds(
+    net: Precond,
+    count: int,
+    device: torch.device,
+    times: int = 2,
+    now: Callable[[torch.device], float] | None = None,
+) -> float:
+    """Seconds of a forward pass of so many images: the shortest of some, by the clock `now`."""
+    read = now or _now
     x, sigma = torch.randn(count, *net.config.image_shape, device=device), torch.ones(count, device=device)
     seconds = []
     with torch.no_grad():
         for _ in range(times):
-            start = _now(device)
+            start = read(device)
             net(x, sigma)
-            seconds.append(_now(device) - start)
+            seconds.append(read(device) - start)
     return min(seconds)
+
+
+def _cpu_time(device: torch.device) -> float:
+    return time.process_time()
 
 
 def _now(device: torch.device) -> float:

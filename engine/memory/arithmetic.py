@@ -137,6 +137,17 @@ def step_forwards(objective: Objective, network: NetworkConfig, *, phased: bool,
     return total / forward_flops(network)
 
 
+def passes_in_words(objective: Objective, *, phased: bool) -> str:
+    """The passes of each network in an iteration; "" where the objective says only how many there are.
+
+    Args:
+        objective: what is distilled.
+        phased: one network's activations at a time.
+    """
+    said = getattr(objective, "passes", None)
+    return "" if said is None else "; ".join(f"{name} {of.in_words}" for name, of in said(phased=phased).items())
+
+
 def guide_flops(network: NetworkConfig) -> int:
     """The same of the guide's; 0 of a network that is not guided."""
     return 0 if network.guide is None else forward_flops(network.guide.network)

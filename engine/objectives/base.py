@@ -94,6 +94,26 @@ class Passes(NamedTuple):
     whole: int
     again: int
     """Those that activation checkpointing makes once more on the way back."""
+    forward: int = 0
+    """Forward passes among them; 0 where an objective says the whole alone."""
+    to_input: int = 0
+    """Backward passes to the image alone, each as much arithmetic as a forward pass."""
+    to_weights: int = 0
+    """Backward passes to the weights, each as much as two."""
+
+    @classmethod
+    def of(cls, forward: int, *, to_input: int = 0, to_weights: int = 0) -> Passes:
+        """Passes of these kinds."""
+        again = to_input + to_weights
+        return cls(forward + to_input + 2 * to_weights, again, forward, to_input, to_weights)
+
+    @property
+    def in_words(self) -> str:
+        """As in "2 forward, 1 back to the image, 1 to the weights"."""
+        if not self.forward:
+            return f"as much as {self.whole} forward"
+        parts = [f"{self.forward} forward", f"{self.to_input} back to the image", f"{self.to_weights} to the weights"]
+        return ", ".join(part for part, n in zip(parts, self[2:], strict=True) if n)
 
 
 class Trained(Protocol):
@@ -272,6 +292,8 @@ class Distillation(RunConfig, ABC):
     annotations are made of numbers, str, bool, None and Literal."""
     plan_example: ClassVar[str] = ""
     """A command line for the help of `ipfm plan`."""
+    measured: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}}
+    """What `ipfm bench --passes` measures: a word for the table -> settings beside its own."""
     method: ClassVar[str] = ""
     """The method's name in the literature, within a sentence. Default: that of the class it is made from, else its
     kind."""

@@ -60,6 +60,7 @@ class CmtConfig(Distillation):
     kind: ClassVar[str] = "cmt"
     planned: ClassVar[Mapping[str, str]] = {"distance": "Of CMT. Default: l2."}
     method: ClassVar[str] = "consistency mid-training"
+    measured: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "4 points": {"points": 4}}
     readings: ClassVar[Mapping[str, str]] = {
         "generator_loss": "generator_loss is the distance of the generator's images from the ends of the teacher's "
         "trajectories: it falls.",
@@ -230,7 +231,7 @@ class ConsistencyMidTraining:
 
     def passes(self, *, phased: bool) -> Mapping[str, Passes]:
         """See `Objective.forwards`: an evaluation of each, and the way back through the generator; phased is joint."""
-        return {"generator": Passes(3, 1), TEACHER: Passes(1, 0)}
+        return {"generator": Passes.of(1, to_weights=1), TEACHER: Passes.of(1)}
 
     def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
         """See `Objective.sample`."""

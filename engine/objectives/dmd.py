@@ -91,6 +91,7 @@ class DmdConfig(StudentConfig):
         "student_loss": "student_loss is a denoising loss: it falls, then follows the generator.",
     }
     passes_through: ClassVar[bool] = False
+    measured: ClassVar[Mapping[str, Mapping[str, Any]]] = {"1 student update": {"student_updates": 1}, "": {}}
 
     steps: int = 1
     """K: network evaluations of the generator."""
@@ -184,9 +185,9 @@ class DenoiserMatching(InversePoissonFlowMatching):
         """See `Objective.forwards`: teacher and student once each in the generator's update."""
         updates, further = self.config.student_updates, super().passes(phased=False)["generator"]
         return {
-            "student": Passes(3 * updates + 1, updates),
+            "student": Passes.of(updates + 1, to_weights=updates),
             "generator": further,
-            TEACHER: Passes(1, 0),
+            TEACHER: Passes.of(1),
         }
 
 

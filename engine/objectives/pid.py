@@ -239,7 +239,7 @@ class PhysicsInformedDistillation:
         With dropout two more, for the point at which the teacher is asked.
         """
         without = self.config.dropout > 0 and not self.config.samples_have_dropout
-        return {"generator": Passes(6 + 2 * phased + 2 * without, 2), TEACHER: Passes(1, 0)}
+        return {"generator": Passes.of(2 + 2 * phased + 2 * without, to_weights=2), TEACHER: Passes.of(1)}
 
     def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
         """See `Objective.sample`."""

@@ -46,6 +46,7 @@ COVERED: Mapping[str, str] = MappingProxyType(
         "ipfm bench --step": "engine/commands/test_bench_step.py::test_the_table_of_the_command",
         # It starts a process for each group of libraries.
         "ipfm doctor": "engine/commands/test_doctor.py::test_this_machine_in_text_and_json",
+        "ipfm bench --passes": "engine/commands/test_bench_step.py::test_the_table_of_passes",
         "ipfm bench --memory": "engine/commands/test_bench_memory.py::test_a_run",
         "python recipes/ablation_D_alpha.py --data fashion": "engine/experiments/test_ablation.py::"
         "test_ablations_of_clothes_share_teachers_and_classifier",

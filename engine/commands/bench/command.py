@@ -1,4 +1,4 @@
-"""`ipfm bench`: the kernels, measured or compiled offline; the metrics; the memory and the time of a step."""
+"""`ipfm bench`: the kernels, measured or compiled offline; the metrics; memory, time and passes of a step."""
 
 from __future__ import annotations
 
@@ -43,12 +43,15 @@ class Bench:
     """Measure the memory of a teacher's training step and of a distillation, joint and phased, beside its plan."""
     step: bool = False
     """Time a distillation's step, joint and phased, beside the same step in plain PyTorch, in alternation."""
+    passes: bool = False
+    """Time a step of every objective beside the passes of its networks that it is counted by."""
     model: str = "ncsnpp"
-    """With --memory and --step: the network, ncsnpp, ddpmpp (CIFAR-10's), adm (ImageNet's) or the name of a preset."""
+    """With --memory, --step and --passes: the network, ncsnpp, ddpmpp (CIFAR-10's), adm (ImageNet's) or the name of a
+    preset."""
     channels: int | None = None
-    """With --memory and --step: channels of the network's first level. Default: as published."""
+    """With --memory, --step and --passes: channels of the network's first level. Default: as published."""
     batch: int = 64
-    """With --memory and --step: images in a step."""
+    """With --memory, --step and --passes: images in a step."""
     precision: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32",)
     """With --step: arithmetic of the networks, one or several."""
     compile: bool = False
@@ -56,11 +59,12 @@ class Bench:
     rivals: tuple[Literal["channels_last", "fused", "tuned"], ...] = ()
     """With --step: further forms of plain PyTorch; tuned is with both. Default: on GPUs tuned."""
     D: float = 128.0
-    """With --step: auxiliary dimensions, in (0, inf]."""
+    """With --step and --passes: auxiliary dimensions, in (0, inf]."""
     activation_checkpointing: bool = False
     """With --memory: measure the distillation with activation checkpointing too."""
     quick: bool = False
-    """Small shapes and few repetitions; with --memory one step instead of two, with --step 3 rounds instead of 20."""
+    """Small shapes and few repetitions; with --memory one step instead of two, with --step 3 rounds instead of 20, with
+    --passes 2 instead of 8."""
 
     json: bool = False
     """Print JSON: the rows of the tables."""
@@ -68,13 +72,13 @@ class Bench:
     def run(self) -> None:
         """Write the tables to `out` and print them."""
         with user_input():
-            given = [name for name in ("offline", "metrics", "memory", "step") if getattr(self, name)]
+            given = [name for name in ("offline", "metrics", "memory", "step", "passes") if getattr(self, name)]
             if len(given) > 1:
                 raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
             check_writable(self.out, self.out)
         remarks = self._remarks()
         with output(as_json=self.json) as write:
-            tables = [self._run_memory()] if self.memory else [self._run_step()] if self.step else self._run_speed()
+            tables = [self._run_memory()] if self.memory else [self._run_step()] if self.step else self._run_rest()
             facts = {
                 "tables": [{"file": table, "rows": read_rows(table)} for table in tables],
                 "remarks": list(remarks),
@@ -93,6 +97,21 @@ class Bench:
             for remark in environment_remarks():
                 remarks.add(remark)
         return remarks
+
+    def _run_rest(self) -> list[Path]:
+        return [self._run_passes()] if self.passes else self._run_speed()
+
+    def _run_passes(self) -> Path:
+        from ipfm.engine.checks import check_D
+        from ipfm.engine.commands.bench.passes import cases, run_passes
+
+        with user_input():
+            check_D(self.D)
+            network = replace(self._network(), D=self.D)
+            list(cases(network, self.batch, self.D))
+            self.out.mkdir(parents=True, exist_ok=True)
+        with enough_memory(SMALLER):
+            return run_passes(self.out, network, batch=self.batch, quick=self.quick, title=self.model)
 
     def _run_speed(self) -> list[Path]:
         from ipfm.engine.commands.bench.metrics import run_metrics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import launch
 import prepared
@@ -12,13 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ipfm.engine import DistillConfig
-from ipfm.engine.commands.bench import plain_loop
+from ipfm.engine import DistillConfig, PidConfig
+from ipfm.engine.commands.bench import passes, plain_loop
 from ipfm.engine.commands.bench import step as bench
 from ipfm.engine.commands.bench.memory import bench_network
 from ipfm.engine.commands.bench.plain_step import PlainConv2d, PlainDistillation, PlainGroupNorm
 from ipfm.engine.commands.main import _main
+from ipfm.engine.config import Resolved
 from ipfm.engine.distributed.world import World
+from ipfm.engine.experiments.step_time import PassesTime, passes_time
+from ipfm.engine.objectives import OBJECTIVES
+from ipfm.engine.objectives.base import Distillation, Passes
 from ipfm.engine.random_streams import Stream
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.engine.training.resolve import resolve
@@ -148,6 +153,44 @@ def test_the_table_of_the_command(tmp_path: Path) -> None:
         assert row["step"] != "plain" or float(row["speed"]) == 1
     assert done.stdout.startswith("One iteration of digits, 16 channels, batch 2, on ")
     assert str(out / "step.csv") in done.stdout
+
+
+def test_the_table_of_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every objective, and both forms where they differ; each kind of pass is counted, and they add up."""
+
+    def measured(form: Resolved[Distillation], *given: Any) -> PassesTime:
+        # One of them in earnest: the others take as long.
+        return passes_time(form, *given) if isinstance(form.config, PidConfig) else PassesTime(0.01, 0.1, 0.001)
+
+    monkeypatch.setattr(passes, "passes_time", measured)
+    table = passes.run_passes(tmp_path / "new", NETWORK, batch=16, quick=True, title="tiny")
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["objective"].partition(",")[0] for row in rows} == set(OBJECTIVES)
+    found = {(row["objective"], row["form"]): float(row["passes"]) for row in rows}
+    expected = {
+        ("ipfm", "joint"): 11, ("ipfm", "phased"): 13, ("ipfm, real images", "joint"): 14, ("dmd", "joint"): 25,
+        ("dmd, 1 student update", "joint"): 9, ("cmt", "joint"): 4, ("pid", "joint"): 7, ("pid", "phased"): 9,
+    }  # fmt: skip
+    assert expected.items() <= found.items() and ("dmd", "phased") not in found
+    for row in rows:
+        predicted = float(row["passes"]) * float(row["forward_ms"])
+        assert float(row["predicted_ms"]) == pytest.approx(predicted) and float(row["optimisers_ms"]) > 0
+        assert float(row["measured_by_predicted"]) == pytest.approx(float(row["measured_ms"]) / predicted)
+    lines = table.with_suffix(".md").read_text().splitlines()
+    assert len(lines) == 4 + len(rows) and lines[0].startswith("A step of tiny, 8 channels, batch 16, on ")
+    for kind, settings in OBJECTIVES.items():
+        for of in settings().objective(NETWORK).passes(phased=True).values():  # type: ignore[attr-defined]
+            assert of.whole == of.forward + of.to_input + 2 * of.to_weights and of.forward, kind
+    assert Passes(7, 2).in_words == "as much as 7 forward"
+
+
+def test_passes_of_a_batch_that_is_no_whole_number_of_trajectories(tmp_path: Path, capsys) -> None:
+    options = ["--model", "digits", "--batch", "10", "--out", str(tmp_path / "new")]
+    with pytest.raises(SystemExit) as stop:
+        run_command("ipfm", _main, ["bench", "--passes", *options])
+    assert stop.value.code == 2 and not (tmp_path / "new").exists()
+    assert "batch must be a multiple of points, whole trajectories, got batch 10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
