@@ -47,6 +47,7 @@ RECIPE = replace(
     base=options_for(CmtConfig, OwnDistillationOptions)(features="auto", distance="lpips"),
     rows=dict.fromkeys(("cifar", "ffhq", "afhqv2", "imagenet", "from-96"), cifar_cmt.RECIPE),
     table=_TABLE,
+    edm2={},
     adapted=adapted,
 )
 

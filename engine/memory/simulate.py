@@ -51,8 +51,16 @@ class StepSettings:
     leave for their shard at once, or are there already from an earlier micro-batch."""
     config: Distillation = field(default_factory=DistillConfig)
     """What is distilled, and how; of no matter to a teacher's training."""
+    held: int | None = None
+    """Bytes that the steps keep beside those of a micro-batch. Default: what `config` says of a process's images."""
 
     def __post_init__(self) -> None:
+        if self.held is None:
+            of_all, of_these = (
+                self.config.held_bytes(self.network, images)
+                for images in (-(-self.config.batch // self.sharding.ranks), self.micro_batch)
+            )
+            object.__setattr__(self, "held", max(0, of_all - of_these))
         # D changes no size: networks that differ in it alone share a simulation.
         object.__setattr__(self, "network", self.network.at(math.inf))
         object.__setattr__(
@@ -134,7 +142,7 @@ def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
     with _peaks() as peaks:
         # What the steps hold beside the networks, such as those of a distance, is there in each phase.
         objective.steps(context).iteration(0)
-    return peaks
+    return {phase: peak + (settings.held or 0) for phase, peak in peaks.items()}
 
 
 @functools.lru_cache(maxsize=64)

@@ -418,6 +418,15 @@ class Distillation(RunConfig, ABC):
         """
         return 0
 
+    def held_bytes(self, network: NetworkConfig, images: int) -> int:
+        """Bytes that the steps keep for so many images of a process all the time, whatever its micro-batch.
+
+        Args:
+            network: the teacher's architecture, as it is trained.
+            images: the process's share of the batch.
+        """
+        return 0
+
     @abstractmethod
     def name(self) -> str:
         """What tells runs of the same teacher apart, for the name of a run folder, e.g. "alpha1-K1"."""

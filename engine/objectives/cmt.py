@@ -166,6 +166,10 @@ class CmtConfig(Distillation):
         """See `Distillation.further_flops`: VGG's, of both images, and back to one of them."""
         return 0 if self.distance == "l2" else lpips_flops(network.image_shape, self.lpips_side)
 
+    def held_bytes(self, network: NetworkConfig, images: int) -> int:
+        """See `Distillation.held_bytes`: the points of the trajectories that they belong to."""
+        return 4 * -(-images // self.points) * self.points * math.prod(network.image_shape)
+
     def name(self) -> str:
         """See `Distillation.name`."""
         return f"cmt-{self.distance}-N{self.points}"

@@ -25,6 +25,7 @@ from ipfm.engine.distributed import pieces
 from ipfm.engine.distributed.pieces import CapturedPieces, Number
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.cmt import CmtConfig
 from ipfm.engine.objectives.dmd import DmdConfig
 from ipfm.engine.objectives.phases import listening
 from ipfm.engine.training import resolve
@@ -66,6 +67,7 @@ CASES: dict[str, tuple[type[Distillation], dict[str, Any]]] = {
             "student_updates": 2,
         },
     ),
+    "cmt": (CmtConfig, {"precision": "fp16", "points": 2, "micro_batch": 2}),
     # The real half goes on with the dropout that the other has begun.
     "real": (DistillConfig, {"precision": "fp32", "dropout": 0.3, "micro_batch": 2, "real_weights": (0.92, 0.94)}),
 }

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import edm2_fixtures
 import equivalence
 import pytest
+import stand_ins
 import torch
 from torch import Tensor
 
@@ -17,13 +19,19 @@ from ipfm.engine import Distiller
 from ipfm.engine.commands.bench.equivalence import trained_tensors
 from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments import DistilRecipe
+from ipfm.engine.memory.simulate import StepSettings, simulate_distillation
+from ipfm.engine.memory.state import Sharding
+from ipfm.engine.objectives import check_objective
+from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.cmt import CmtConfig, CmtStream, solver
+from ipfm.engine.objectives.dmd import DmdConfig
 from ipfm.engine.random_streams import draw_labels, seed_dropout
 from ipfm.engine.runtime.commandline import parse_given
 from ipfm.engine.sampling.stored_model import sample_model
+from ipfm.engine.training import resolve
 from ipfm.kernels import perturb
-from ipfm.models import EDMPrecond, Precond
-from ipfm.recipes import cifar_cmt, distill_cmt
+from ipfm.models import EDMPrecond, Precond, build_network, save_model
+from ipfm.recipes import cifar_cmt, distill_cmt, distill_dmd
 
 ALONE = World(0, 1, torch.device("cpu"))
 # Two trajectories of four points: two processes, or micro-batches of 2, have parts of one.
@@ -173,6 +181,72 @@ def test_a_large_D_is_the_diffusion_case(teacher: Precond) -> None:
         run = Distiller(CmtConfig(**SETTINGS), net.requires_grad_(False), world=ALONE)
         losses.append(float(run.iteration(0).sums["generator_loss"]))
     assert losses[0] == pytest.approx(losses[1], rel=2e-3) and losses[0] != losses[1]
+
+
+def edm2() -> Precond:
+    torch.manual_seed(0)
+    return build_network(replace(edm2_fixtures.SMALL, dropout=0.0, D=16.0)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", [CmtConfig, DmdConfig])
+def test_networks_of_edm2_in_16_bits_follow_those_in_32(
+    kind: type[Distillation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first losses agree, no sample is lost, and every step is taken."""
+    monkeypatch.setattr(resolve, "fp16_supported", lambda device: True)
+    more: dict[str, Any] = {"points": 4} if kind is CmtConfig else {"student_updates": 2, "logvar": True}
+    losses = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        config = kind(batch=8, max_steps=2, lr=1e-3, zero=0, precision=precision, micro_batch=4, **more)
+        run = Distiller(config, edm2(), world=ALONE)
+        measured = [run.iteration(step) for step in range(2)]
+        assert all(float(bad) == 0 for one in measured for bad in one.bad.values()), precision
+        losses[precision] = {n: float(measured[0].sums[n] / measured[0].counts[n]) for n in measured[0].sums}
+    for precision in ("bf16", "fp16"):
+        # The first loss of denoiser matching is the square of what rounding makes of a student that is the teacher.
+        wanted = {name: loss for name, loss in losses["fp32"].items() if kind is CmtConfig or name == "student_loss"}
+        found = {name: losses[precision][name] for name in wanted}
+        assert wanted == pytest.approx(found, rel=0.03)
+
+
+def test_lpips_of_its_images(teacher: Precond, tmp_path: Path) -> None:
+    """By networks of EDM2 too; micro-batches change nothing, and the plan knows what VGG takes."""
+    config = CmtConfig(batch=4, max_steps=1, points=2, distance="lpips", lpips=tmp_path / "vgg.pth", lpips_side=16)
+    with pytest.raises(ValueError, match="lpips"):
+        config.completed(teacher.config)
+    torch.save(stand_ins.lpips_weights(), config.lpips)
+    check_objective(replace(config, micro_batch=2), edm2())
+    run = Distiller(replace(config, zero=0), teacher, world=ALONE)
+    measured = run.iteration(0)
+    assert float(measured.bad["generator"]) == 0 and float(measured.sums["generator_loss"]) > 0
+    plain = Distiller(replace(config, zero=0, distance="l2", lpips=None, lpips_side=None), teacher, world=ALONE)
+    assert run.memory_plan().working > plain.memory_plan().working + 4 * 14_700_000  # VGG-16
+
+
+def test_the_points_of_a_processs_images_are_in_the_memory_plan(teacher: Precond) -> None:
+    """All of its trajectories lie in memory at once, however few images are trained on at a time."""
+    network, image = teacher.config, 4 * math.prod(teacher.config.image_shape)
+    peaks = {}
+    for batch, ranks in ((8, 1), (64, 1), (64, 2)):
+        config = replace(CmtConfig(**SETTINGS), batch=batch, precision="fp32").completed(network)
+        found = simulate_distillation(StepSettings(network, 4, Sharding(ranks), config=config))
+        peaks[batch, ranks] = found
+    for phase, least in peaks[8, 1].items():
+        assert peaks[64, 1][phase] - least == image * 56 and peaks[64, 2][phase] - least == image * 24
+    config = replace(CmtConfig(**SETTINGS), batch=24, points=8)
+    held = Distiller(config, teacher, world=ALONE).steps._points  # type: ignore[attr-defined]
+    assert held.nbytes == config.held_bytes(network, 24) == image * 24
+    assert config.held_bytes(network, 12) == image * 16  # a trajectory and a half
+
+
+def test_a_teacher_of_edm2_takes_the_settings_of_the_script(tmp_path: Path) -> None:
+    network = replace(edm2_fixtures.SMALL, img_resolution=64, attn_resolutions=(), D=128.0)
+    save_model(build_network(network), tmp_path / "edm2")
+    for module, batch in ((distill_cmt, 128), (distill_dmd, 2048)):
+        line = ["--teacher", str(tmp_path / "edm2"), "--scale", "full", "--dry-run"]
+        config = module.RECIPE.plan(parse_given(line, default=module.RECIPE.base, prog="", description="")).config
+        assert config.batch == batch and config.kind == ("cmt" if module is distill_cmt else "dmd")
+    assert (config.student_updates, config.logvar) == (5, True)  # type: ignore[attr-defined]
 
 
 def test_passes_are_counted(teacher: Precond) -> None:
