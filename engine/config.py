@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from ipfm.engine.averages import MOST, Average, Decay, check_std
 from ipfm.engine.checks import at_least, check_D, is_number, not_negative, option_name, positive, share
+from ipfm.engine.learning_rates import learning_rate, warmed_up
 from ipfm.engine.noise_levels import NoiseLevels
 
 if TYPE_CHECKING:
@@ -346,6 +347,15 @@ class RunConfig:
         return decays[0] if len(decays) == 1 else decays
 
     @property
+    def first_whole_step(self) -> int:
+        """The first step in which every network is trained; 0 but where one begins before the others."""
+        return 0
+
+    def changing_rates(self, step: int) -> Mapping[str, float]:
+        """The learning rates of the networks at 0-based `step`, "generator_lr" and so on; empty where they stay."""
+        return {}
+
+    @property
     def mirrored_stretch(self) -> bool:
         """Augmentation stretches images against its labels, as by rules 1 alone."""
         return self.rules == FIRST_RULES
@@ -466,12 +476,15 @@ class TeacherConfig(RunConfig):
         With `lr_decay_batches` EDM2's: lr / sqrt(max(n / (lr_decay_batches batch), 1)) min(n / rampup, 1), n the images
         before this step, so that the first step's is 0 where it grows.
         """
+        length = self.lr_rampup_kimg * 1000
         if self.lr_decay_batches:
-            grown = min(step * self.batch / (self.lr_rampup_kimg * 1000), 1.0) if self.lr_rampup_kimg else 1.0
-            return self.lr * grown / math.sqrt(max(step / self.lr_decay_batches, 1.0))
-        if self.lr_rampup_kimg == 0:
-            return self.lr
-        return self.lr * min(1.0, (step + 1) * self.batch / (self.lr_rampup_kimg * 1000))
+            grown = warmed_up(step * self.batch, length)
+            return learning_rate(self.lr, step, "rsqrt", grown=grown, hold=self.lr_decay_batches)
+        return learning_rate(self.lr, step, grown=warmed_up((step + 1) * self.batch, length))
+
+    def changing_rates(self, step: int) -> Mapping[str, float]:
+        """See `RunConfig.changing_rates`."""
+        return {"teacher_lr": self.learning_rate(step)} if self.lr_rampup_kimg or self.lr_decay_batches else {}
 
 
 ConfigT_co = TypeVar("ConfigT_co", bound=RunConfig, covariant=True)

@@ -35,7 +35,9 @@ BASE = CmtConfig(
 )
 
 ORIGINS = {
-    **origins("script", "batch", "kimg", "lr", "lr_end", "points", "order", "distance", "dropout", "ema_kimg"),
+    **origins(
+        "script", "batch", "kimg", "lr", "lr_schedule", "lr_end", "points", "order", "distance", "dropout", "ema_kimg"
+    ),
     **origins("ours", "beta1", "eps", ema_rampup="none, so that every step has the script's decay"),
 }
 

@@ -190,7 +190,8 @@ def _start(said: object) -> str | None:
     seen, tensors = said.get("images_seen"), said.get("tensors")
     if tensors is not None:
         return f"{tensors} of {said.get('of')} tensors of {said.get('source')}"
-    return f"{said.get('source')}" + (f", {seen:,} images seen" if isinstance(seen, int) and seen else "")
+    stage = "a second stage: its generator with " if said.get("stage") is True else ""
+    return f"{stage}{said.get('source')}" + (f", {seen:,} images seen" if isinstance(seen, int) and seen else "")
 
 
 def _kept_along_the_way(kept: Sequence[Mapping[str, Any]]) -> str | None:

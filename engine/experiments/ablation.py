@@ -336,6 +336,7 @@ class Ablation(Recipe[AblationOptions]):
         """See `Recipe.plan`. What is finished in the folder is only read; a run that diverges is a result."""
         options = self.options(given)
         begun = [name for name in ("continue_from", "student_from", "branch") if getattr(options, name) is not None]
+        begun += ["init"] if options.init_from is not None else []
         for name in map(option_name, begun):
             raise ValueError(f"{name} was given, but the runs of an ablation all begin with their teachers")
         if options.labels is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ipfm.engine.config import added_settings
 from ipfm.engine.data.comparison import comparison_said
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.device import run_device
@@ -383,6 +384,7 @@ class DistilRecipe(Recipe[DistillationOptions]):
         begun = (read_json(path / "config.json") or {}).get("config")
         if not isinstance(begun, dict):
             return {}
+        begun = {**added_settings(options.settings_class()), **begun}
         found = {n: begun[n] for n, values in self.formerly.items() if n in begun and begun[n] in values}
         # Another length may be asked for in two ways.
         if {"kimg", "max_steps"} & given or begun.get("max_steps") is not None:

@@ -100,6 +100,7 @@ def describe(
         given = given or config
         parts += [
             *_on_gpus(Run(given, trained), max(first, done)),
+            *_student_first(config, max(first, done)),
             *_going_on(config, path, done),
             *_going_back(config, path),
             *_room(Run(config, trained), path),
@@ -229,7 +230,8 @@ def _expected_duration(
     )
     step = step_time(form, network, forwards, device)
     lines = [
-        f"expected duration on this {device.type.upper()}: {duration(step.seconds * steps)} for "
+        f"expected duration on this {device.type.upper()}: "
+        f"{duration(step.seconds * Run(config, network).steps_from(first))} for "
         f"{counted(f'{steps:,}', 'step')} ({three_digits(step.seconds)} s a step, {step.how()}; evaluations and "
         "checkpoints come on top)"
     ]
@@ -260,7 +262,7 @@ def _on_gpus(run: Run, first: int) -> list[str]:
     """What a step computes, and GPU hours by arithmetic alone."""
     config, flops = run.config, run.step_flops()
     precision = gpu_precision(config)
-    steps = config.total_steps - first
+    steps = run.steps_from(first)
     hours = gpu_seconds(flops * steps, precision, config.tf32)
     shown = ", ".join(f"{name} {at_least_thousandths(seconds / 3600)}" for name, seconds in hours.items())
     return [
@@ -274,6 +276,14 @@ def steps_done(config: RunConfig, path: Path) -> int:
     """The step at which the run at `path` goes on: that of its newest checkpoint, or the one that was asked for."""
     newest = max((step_of(checkpoint) for checkpoint in checkpoints_in(path / "checkpoints")), default=0)
     return min(newest if config.from_step is None else config.from_step, newest, config.total_steps)
+
+
+def _student_first(config: Distillation, first: int) -> list[str]:
+    """What the first steps are, where they are not whole ones; the durations count them so."""
+    alone = config.first_whole_step
+    if first >= alone:
+        return []
+    return [f"in the first {counted(f'{alone:,}', 'step')} the student alone is trained: less is computed in them"]
 
 
 def _going_on(config: RunConfig, path: Path, done: int) -> list[str]:

@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ipfm.engine.config import TeacherConfig
-from ipfm.engine.memory.arithmetic import TRAINING_FORWARDS, Gpu, forward_flops, guide_flops, step_forwards
+from ipfm.engine.memory.arithmetic import (
+    TRAINING_FORWARDS,
+    Gpu,
+    forward_flops,
+    guide_flops,
+    share_at_first,
+    step_forwards,
+)
 from ipfm.engine.memory.fits import LayoutOnGpu, fits
 from ipfm.engine.memory.plan import MemoryPlan
 from ipfm.engine.memory.state import Sharding, parameter_count
@@ -45,6 +52,14 @@ class Run:
     def further_flops(self) -> int:
         """Operations of one image in a step that are no pass of the networks: those of LPIPS."""
         return self.config.further_flops(self.network) if isinstance(self.config, Distillation) else 0
+
+    def steps_from(self, first: int = 0) -> float:
+        """Steps of the run from `first` on; one in which the student alone is trained counts as what it costs."""
+        config = self.config
+        left, alone = config.total_steps - first, min(config.first_whole_step, config.total_steps) - first
+        if alone <= 0 or not isinstance(config, Distillation):
+            return left
+        return left - alone * (1 - share_at_first(config.objective(self.network), self.network))
 
     @property
     def remark(self) -> str:
@@ -228,7 +243,7 @@ def _cost(run: Run, gpu: Gpu, fit: LayoutOnGpu, share: float, price: float | Non
         return GpuCost(gpu, fit, 0.0, 0.0, *_NOTHING, 0, None)
     config, plan = run.config, fit.layout.plan
     flops = run.step_flops(fit.layout.relative_cost)
-    seconds = flops * config.total_steps / (share * gpu.peak(config.decided_precision, config.tf32))
+    seconds = flops * run.steps_from() / (share * gpu.peak(config.decided_precision, config.tf32))
     cost = None if price is None else price * seconds / 3600
     sharding = Sharding(fit.ranks, plan.parts.stage, config.decided_precision, config.offload, config.decided_storage)
     return GpuCost(

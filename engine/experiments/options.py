@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ipfm.engine.checks import not_negative, option_name
+from ipfm.engine.checks import not_negative, option_name, positive
+from ipfm.engine.config import InitialWeights
 from ipfm.engine.evaluation.options import EvaluationOptions
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.random_streams import class_shares
@@ -33,6 +34,10 @@ class DistillationOptions(Distillation, EvaluationOptions):
         "transfer": "--continue-from takes a generator's weights; recipes that train a teacher have it",
     }
 
+    init: InitialWeights | Path = "auto"  # type: ignore[assignment]
+    """First weights of the generator: the teacher's, or random ones; auto is the teacher's, but random at another
+    width. Or those of another run: its folder, whose average is taken as ipfm sample does, a model folder or a
+    checkpoint file; with fresh optimisers and averages, from step 0, a second stage."""
     teacher_steps: int | None = None
     """Training steps of the teacher, in a recipe that trains one when --teacher is not given."""
     labels: Path | None = None
@@ -72,6 +77,20 @@ class DistillationOptions(Distillation, EvaluationOptions):
             not_negative("continue-at-kimg", self.continue_at_kimg)
             if self.continue_from is None:
                 raise ValueError("continue-at-kimg was given without continue-from")
+        self._check_other_starts()
+
+    @property
+    def init_from(self) -> Path | None:
+        """What --init names, where that is no word: the generator begins with its weights."""
+        return self.init if isinstance(self.init, Path) else None
+
+    def _check_first_weights(self) -> None:
+        if self.init_from is None:
+            super()._check_first_weights()
+        else:
+            positive("width", self.width)
+
+    def _check_other_starts(self) -> None:
         for option, init in (("continue_from", "init"), ("student_from", "student_init")):
             if getattr(self, option) is not None and getattr(self, init, "auto") != "auto":
                 raise ValueError(
@@ -86,7 +105,9 @@ class DistillationOptions(Distillation, EvaluationOptions):
     def distillation(self) -> Distillation:
         """The settings of the distillation alone."""
         kind = self.settings_class()
-        return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(kind)}
+        # Which network it is, is a fact of the run, as of one that goes on from another.
+        return kind(**values | ({} if self.init_from is None else {"init": "auto"}))
 
 
 def counted_classes(options: O, network: NetworkConfig) -> O:
@@ -127,7 +148,15 @@ def options_for(settings: type[Distillation], shared: type[Any] = DistillationOp
 @functools.cache
 def _options_class(settings: type[Distillation], shared: type[Any]) -> type[Any]:
     name = settings.__name__.removesuffix("Config") + shared.__name__.removeprefix("Distillation")
-    members = {"__doc__": settings.__doc__, "__module__": settings.__module__}
+    members: dict[str, Any] = {"__doc__": settings.__doc__, "__module__": settings.__module__}
+    # A default of the objective's own: those of all objectives are among `shared` too, which comes first.
+    common, hints = {f.name: f for f in dataclasses.fields(shared)}, {}
+    for f in dataclasses.fields(settings):
+        other = common.get(f.name)
+        if other is not None and (f.default, f.default_factory) != (other.default, other.default_factory):
+            members[f.name] = dataclasses.field(default=f.default, metadata=f.metadata)
+            hints[f.name] = f.type
+    members["__annotations__"] = hints
     return dataclass(frozen=True, kw_only=True)(type(name, (shared, settings), members))
 
 

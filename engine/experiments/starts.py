@@ -37,7 +37,8 @@ from ipfm.models.checkpoints.distillation_state import (
     is_distillation_state,
 )
 from ipfm.models.checkpoints.reader import Checkpoint, open_checkpoint
-from ipfm.models.checkpoints.recognise import is_checkpoint, missing
+from ipfm.models.checkpoints.recognise import is_checkpoint, missing, user_path
+from ipfm.models.checkpoints.run_models import locate
 from ipfm.models.checkpoints.training_state import (
     STUDENTS,
     AdamState,
@@ -63,7 +64,7 @@ def read_start(
     folder: Path | None = None,
     branch: Branch | None = None,
 ) -> DistillationStart | None:
-    """What the run begins with, as --continue-from and --student-from say; None without them. Nothing is written.
+    """What the run begins with, as --continue-from, --init and --student-from say; None without. Nothing is written.
 
     Args:
         options: of the recipe.
@@ -75,12 +76,20 @@ def read_start(
     Raises:
         ValueError: a file or folder that is neither, or does not fit; one line that names it.
     """
-    if options.continue_from is None and options.student_from is None:
+    given = (
+        ("continue-from", options.continue_from),
+        ("init", options.init_from),
+        ("student-from", options.student_from),
+    )
+    named = {option: path for option, path in given if path is not None}
+    if not named:
         return None
     if teacher is None:
-        given = "student-from" if options.continue_from is None else "continue-from"
-        raise ValueError(f"{given} was given: give the teacher that it was distilled from too, as --teacher")
-    gone = [p for p in (options.continue_from, options.student_from) if p is not None and not p.exists()]
+        option, path = next(iter(named.items()))
+        # Of a run with a teacher of its own, such as the digits', that is said by its folder.
+        own = f", such as --teacher {path}" if (path / "teacher" / "config.json").exists() else ", as --teacher"
+        raise ValueError(f"{option} was given: give the teacher that it was distilled from too{own}")
+    gone = [path for path in named.values() if not user_path(path).exists()]
     if gone and folder is not None and options.from_step != 0 and (begun := _begun(folder, gone[0])) is not None:
         return begun
     check_there(branch)
@@ -93,14 +102,21 @@ def described_start(start: DistillationStart | None, config: Distillation) -> tu
     """Lines on what is continued, for a dry run and for the start of a run; none where nothing is."""
     if start is None:
         return ()
+    if start.stage:
+        first = [f"second stage: the generator begins with {start.source}, at step 0"]
+        return (*first, *(f"  {role}: {one.words}" for role, one in start.networks.items()), *_indented(start.notes))
     step, seen = start.first_step(config.batch), f"{start.images_seen:,} images seen"
     goes_on = f"continues {start.source}: {seen}, goes on at step {step:,} of {config.total_steps:,}"
     counted_from = " (--continue-at-kimg sets it)" if set(start.networks) != {STUDENT} else ""
     return (
         goes_on if step else f"starts from {start.source}, at step 0{counted_from}",
         *(f"  {role}: {network.words}" for role, network in start.networks.items()),
-        *(f"  {note}" for note in start.notes),
+        *_indented(start.notes),
     )
+
+
+def _indented(notes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"  {note}" for note in notes)
 
 
 def read_teacher_state(path: Path, *, D: float | None = None) -> TrainingState:
@@ -243,7 +259,7 @@ def _begun(folder: Path, gone: Path) -> DistillationStart | None:
     seen, note = said.get("images_seen"), f"{gone} is gone: the run goes on from its checkpoint, and needs it no more"
     facts = {name: record[name] for name in ("continues", "start")}
     source, images = str(said.get("source")), seen if isinstance(seen, int) else 0
-    return DistillationStart(source, {}, images, (note,), facts)
+    return DistillationStart(source, {}, images, (note,), facts, stage=said.get("stage") is True)
 
 
 class _Reader:
@@ -273,6 +289,8 @@ class _Reader:
         start = DistillationStart("" if student is None else short_name(student), {})
         if options.continue_from is not None:
             start = self._continued(options.continue_from)
+        if options.init_from is not None:
+            start = self._staged(options.init_from)
         if student is not None:
             if STUDENT in start.networks:
                 raise ValueError(
@@ -308,6 +326,26 @@ class _Reader:
         if is_distillation_state(checkpoint):
             return self._state(distillation_state_of(checkpoint, path, D=self.teacher.D, average=average), path)
         return DistillationStart(path.name, {self.objective.generator: self._generator_in(checkpoint, path)})
+
+    def _staged(self, path: Path) -> DistillationStart:
+        """The generator of another run, or one alone, with nothing that trained it."""
+        if not user_path(path).exists():
+            raise ValueError(
+                f"init takes auto, teacher, random, or a run folder, a model folder or a checkpoint file, and "
+                f"{missing(path)}"
+            )
+        found = locate(path)
+        if found.taken:
+            self.notes.append(found.taken)
+        place = found.path
+        if not place.is_dir():
+            first = self._generator_in(open_checkpoint(place), place)
+        else:
+            _check_no_states(place)
+            first = self._generator_of(place, teachers_too=True)
+        first = replace(first, ema_source="with which its fresh average begins")
+        generator = self.objective.generator
+        return DistillationStart(short_name(place), {generator: first}, stage=True)
 
     def _state(self, state: DistillationState, path: Path) -> DistillationStart:
         """A training state of SiD, of pfgmpp-idmd or of the project before it."""
@@ -380,10 +418,11 @@ class _Reader:
 
     # -- single networks --------------------------------------------------------------------------------------------
 
-    def _generator_of(self, folder: Path) -> NetworkStart:
-        """The generator in a model folder."""
+    def _generator_of(self, folder: Path, *, teachers_too: bool = False) -> NetworkStart:
+        """The generator in a model folder; `teachers_too`: a teacher is as good."""
         stored = read_config(folder)
-        self._check_facts(folder, stored.facts)
+        if not (teachers_too and isinstance(stored.facts, TeacherFacts)):
+            self._check_facts(folder, stored.facts)
         weights = load_stored(stored).float().state_dict()
         return _alone(str(folder), weights, stored.network)
 

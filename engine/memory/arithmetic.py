@@ -127,6 +127,23 @@ def step_forwards(objective: Objective, network: NetworkConfig, *, phased: bool,
     if passes is None:
         guide = 2 * guide_flops(network) / forward_flops(network)
         return objective.forwards(phased=phased, checkpointed=checkpointed) + guide
+    return _summed(passes, objective, network, checkpointed=checkpointed)
+
+
+def share_at_first(objective: Objective, network: NetworkConfig) -> float:
+    """What a step costs in which not every network is trained yet, by a whole one; 1 where nothing is known of it.
+
+    Args:
+        objective: what is distilled; its `passes_at_first`, if it has them, are those of such a step.
+        network: the teacher's architecture, as it is trained.
+    """
+    if (said := getattr(objective, "passes_at_first", None)) is None:
+        return 1.0
+    whole = step_forwards(objective, network, phased=False, checkpointed=False)
+    return _summed(said(), objective, network, checkpointed=False) / whole
+
+
+def _summed(passes: Mapping[str, Passes], objective: Objective, network: NetworkConfig, *, checkpointed: bool) -> float:
     networks = [(role.name, role.network) for role in objective.roles] + [(TEACHER, network.unguided)]
     networks += [] if network.guide is None else [(TEACHER, network.guide.network)]
     total = 0.0

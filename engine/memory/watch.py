@@ -38,15 +38,16 @@ class MemoryWatch:
         steps: how many steps are measured; 0 measures none.
         folder: the run folder; memory/ in it gets the table and the picture, from the first process.
         tell: takes a line for whoever watches the run.
+        first: the first step that is measured.
     """
 
-    def __init__(self, task: Profiled, steps: int, folder: Path, tell: Callable[[str], None]) -> None:
-        self._task, self._left, self._folder, self._tell = task, steps, folder, tell
+    def __init__(self, task: Profiled, steps: int, folder: Path, tell: Callable[[str], None], first: int = 0) -> None:
+        self._task, self._left, self._folder, self._tell, self._first = task, steps, folder, tell, first
         self._profiler: MemoryProfiler | None = None
 
     def iteration(self, step: int) -> StepMetrics:
         """One step of training, measured if it is among the first; what fails about the measuring is a warning."""
-        if self._left and self._profiler is None:
+        if self._left and self._profiler is None and step >= self._first:
             with self._without():
                 plan = self._task.memory_plan()
                 device = self._task.world.device

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 from torch import Tensor, nn
 
 from ipfm.engine.averages import Decay
-from ipfm.engine.checks import at_least, check_D, check_start, not_negative
+from ipfm.engine.checks import at_least, check_D, check_start, is_number, not_negative, positive
 from ipfm.engine.config import (
     InitialWeights,
     Resolved,
@@ -32,6 +32,7 @@ from ipfm.engine.config import (
 from ipfm.engine.data.real_images import RealImages
 from ipfm.engine.distributed.pieces import AS_THEY_ARE, Pieces
 from ipfm.engine.distributed.world import World
+from ipfm.engine.learning_rates import SCHEDULES, LrSchedule, learning_rate, warmed_up
 from ipfm.engine.objectives.initial_networks import generator_network
 from ipfm.engine.objectives.published import PaperResult
 from ipfm.engine.objectives.step_metrics import StepMetrics
@@ -316,6 +317,16 @@ class Distillation(RunConfig, ABC):
     width."""
     width: float = 1.0
     """Channels of the generator by those of the teacher, e.g. 0.5."""
+    lr_schedule: LrSchedule = setting("constant", memory=False, added=True)
+    """How learning rates fall: constant: not; linear: to --lr-end at the end of the run; rsqrt: as 1 / sqrt(updates)
+    after --lr-decay-batches."""
+    lr_warmup: int = setting(0, memory=False, added=True)
+    """Updates of a network over which its learning rate grows linearly."""
+    lr_end: float = setting(0.0, memory=False, added=True)
+    """With --lr-schedule linear: share of the learning rate that is left at the end; 1 keeps it."""
+    lr_decay_batches: float | None = setting(None, memory=False, added=True)
+    """With --lr-schedule rsqrt: updates of a network before its learning rate falls; EDM2's own: 35000 at 64 x 64,
+    70000 at 512 x 512."""
     teacher_storage: TeacherStorageOption = setting("auto", identity=False, place=True)
     """How the frozen teacher is kept: fp32 on every process; half: in the run's own 16 bits wherever its arithmetic has
     no more (the same results); sharded: among the processes, by ZeRO 3. auto: half in bf16 and fp16, else fp32."""
@@ -353,8 +364,9 @@ class Distillation(RunConfig, ABC):
                 shown = ", ".join(map(str, counts[:8])) or "none"
                 raise ValueError(f"class-counts must be numbers of images, none negative and not all 0, got {shown}")
             object.__setattr__(self, "class_counts", counts)
-        check_start("init", self.init, "width", self.width)
+        self._check_first_weights()
         at_least("heun-steps", self.heun_steps, 1)
+        self._check_schedule()
         if self.teacher_storage not in ("auto", "fp32", "half", "sharded"):
             raise ValueError(f"teacher-storage must be auto, fp32, half or sharded, got {self.teacher_storage!r}")
         if self.teacher_storage == "half" and self.precision == "fp32":
@@ -365,6 +377,53 @@ class Distillation(RunConfig, ABC):
             raise ValueError("compile does not go with teacher-storage sharded: use fp32 or half")
         if self.backward not in ("auto", "joint", "phased"):
             raise ValueError(f"backward must be auto, joint or phased, got {self.backward!r}")
+
+    def _check_first_weights(self) -> None:
+        check_start("init", self.init, "width", self.width)
+
+    def _check_schedule(self) -> None:
+        if self.lr_schedule not in SCHEDULES:
+            raise ValueError(f"lr-schedule must be constant, linear or rsqrt, got {self.lr_schedule!r}")
+        at_least("lr-warmup", self.lr_warmup, 0)
+        if not (is_number(self.lr_end) and 0 <= self.lr_end <= 1):
+            raise ValueError(f"lr-end must lie in [0, 1], got {self.lr_end}")
+        if self.lr_end not in (0, 1) and self.lr_schedule != "linear":
+            raise ValueError(f"lr-end is a setting of lr-schedule linear, got lr-schedule {self.lr_schedule}")
+        if self.lr_decay_batches is not None:
+            positive("lr-decay-batches", self.lr_decay_batches)
+        if (self.lr_decay_batches is None) == (self.lr_schedule == "rsqrt"):
+            if self.lr_decay_batches is None:
+                raise ValueError("lr-schedule rsqrt needs lr-decay-batches, the updates before the rate falls")
+            raise ValueError(f"lr-decay-batches is a setting of lr-schedule rsqrt, got lr-schedule {self.lr_schedule}")
+
+    def scheduled(self, lr: float, update: int, *, times: int = 1, first: int = 0) -> float:
+        """The learning rate of a network in its 0-based `update`, a function of the settings alone.
+
+        Args:
+            lr: its full rate.
+            update: counted over the whole run.
+            times: its updates in a step of the run.
+            first: the step of the run in which it is trained first.
+        """
+        grown = warmed_up(update + 1, self.lr_warmup)
+        if self.lr_schedule == "linear":
+            total = (self.total_steps - first) * times
+            return learning_rate(lr, update, "linear", grown=grown, total=total, end=self.lr_end)
+        return learning_rate(lr, update, self.lr_schedule, grown=grown, hold=self.lr_decay_batches or 1.0)
+
+    @property
+    def lr_changes(self) -> bool:
+        """Whether learning rates are others in some updates than in others."""
+        return self.lr_warmup > 0 or self.lr_schedule == "rsqrt" or (self.lr_schedule == "linear" and self.lr_end < 1)
+
+    def lr_at(self, step: int) -> float:
+        """The generator's learning rate at 0-based `step`; it is trained from `first_whole_step` on."""
+        first = self.first_whole_step
+        return self.scheduled(self.lr, max(0, step - first), first=first)
+
+    def changing_rates(self, step: int) -> Mapping[str, float]:
+        """See `RunConfig.changing_rates`."""
+        return {"generator_lr": self.lr_at(step)} if self.lr_changes and step >= self.first_whole_step else {}
 
     @property
     def decided_storage(self) -> TeacherStorage:

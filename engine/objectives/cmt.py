@@ -20,6 +20,7 @@ from torch import Tensor
 from ipfm.engine.checks import at_least, not_negative, share
 from ipfm.engine.config import setting
 from ipfm.engine.distributed.pieces import Number, whole
+from ipfm.engine.learning_rates import LrSchedule
 from ipfm.engine.noise_levels import check_sigmas
 from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
@@ -86,8 +87,9 @@ class CmtConfig(Distillation):
     """With --distance lpips: resize images to this side first, bilinearly. Default: as they are, at least 16."""
     beta1: float = 0.9
     """First decay of Rectified Adam."""
-    lr_end: float = setting(0.0, memory=False)
-    """Share of the learning rate that is left at the end of the run, to which it falls linearly; 1 keeps it."""
+    lr_schedule: LrSchedule = setting("linear", memory=False, added=True)
+    """How the learning rate falls: linear: to --lr-end at the end of the run; constant: not; rsqrt: as
+    1 / sqrt(updates) after --lr-decay-batches."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,8 +115,6 @@ class CmtConfig(Distillation):
         if self.lpips_side is not None:
             at_least("lpips-side", self.lpips_side, 16)
         share("beta1", self.beta1)
-        if not 0 <= self.lr_end <= 1:
-            raise ValueError(f"lr-end must lie in [0, 1], got {self.lr_end:g}")
         if self.augment > 0:
             raise ValueError(f"augment must be 0, as no denoiser is trained on images here, got {self.augment:g}")
 
@@ -122,10 +122,6 @@ class CmtConfig(Distillation):
     def levels(self) -> tuple[float, ...]:
         """The generator's noise levels, resolved."""
         return self.sigmas or (self.noise.sigma_max,)
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate at 0-based `step`."""
-        return self.lr * (1 - (1 - self.lr_end) * min(1.0, step / self.total_steps))
 
     def completed(self, network: NetworkConfig) -> Self:
         """See `Distillation.completed`."""

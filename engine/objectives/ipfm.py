@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ipfm.engine.averages import Decay
-from ipfm.engine.checks import at_least, check_start, is_number, number, positive, share
+from ipfm.engine.checks import at_least, check_start, is_number, not_negative, number, positive, share
 from ipfm.engine.config import InitialWeights, setting
 from ipfm.engine.data.augmentation import Augmented, augment
 from ipfm.engine.data.dataset import Batch
@@ -124,6 +124,12 @@ class InversePoissonFlowMatching:
             TEACHER: Passes.of(1 + phased, to_input=1),
         }
 
+    def passes_at_first(self) -> Mapping[str, Passes]:
+        """`passes` of a step before `RunConfig.first_whole_step`: the student's updates alone."""
+        updates, K = self.config.student_updates, self.config.steps
+        halves = updates * (1 + self.config.takes_real_images)
+        return {"student": Passes(3 * halves, halves), "generator": Passes(K * updates, 0)}
+
     def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
         """See `Objective.sample`."""
         return sample_generator(net, first, count, D=self.D, sigmas=self.config.levels, seed=seed)
@@ -207,9 +213,11 @@ class DistillSteps:
         self._generator_weighting = chosen_weight(config.weight, config.weight_power, self.D, self._generator_weighting)
 
     def iteration(self, step: int) -> StepMetrics:
-        """`student_updates` student steps, then the generator step; `step` counts from 0."""
+        """`student_updates` student steps, then the generator step but in the first ones; `step` counts from 0."""
         updates = self.config.student_updates
         measured = [self.student_step(step * updates + update) for update in range(updates)]
+        if step < self.config.first_whole_step:
+            return StepMetrics.merged(measured)
         return StepMetrics.merged([*measured, self.generator_step(step)])
 
     def student_step(self, step: int) -> StepMetrics:
@@ -227,7 +235,7 @@ class DistillSteps:
                 first=first,
             )
         rates = {} if config.student_ema is None else {"ema_decay": config.student_ema}
-        return self._update("student", self.student, lr=config.student_lr or config.lr, **rates)
+        return self._update("student", self.student, lr=config.student_lr_at(step), **rates)
 
     def _real_batch(self, step: int, first: int) -> Batch | None:
         """Real images of the student's update `step`, the sample `first` and those after it, where pieces read them."""
@@ -310,7 +318,8 @@ class DistillSteps:
                 step=step,
                 first=first,
             )
-        return self._update("generator", self.generator, lr=self.config.lr, ema_decay=self.config.ema_decay(step))
+        rates = {"lr": self.config.lr_at(step), "ema_decay": self.config.ema_decay(step)}
+        return self._update("generator", self.generator, **rates)
 
     def _update(self, name: str, network: Trained, **rates: Decay) -> StepMetrics:
         """The optimiser's step of the network `name`, and what was measured since the last one."""
@@ -489,6 +498,9 @@ class StudentConfig(Distillation):
     """Adam's first decay for the student."""
     student_updates: int = setting(1, memory=False)
     """Student updates per generator update."""
+    student_first_kimg: float = setting(0.0, memory=False, added=True)
+    """Thousands of images at the start for which the student alone is trained, part of the run's length; SiD²A has
+    100."""
     student_init: InitialWeights = setting("auto", memory=False)
     """First weights of the student, as in --init."""
     student_width: float = 1.0
@@ -533,6 +545,14 @@ class StudentConfig(Distillation):
         share("generator-beta1", self.generator_beta1)
         share("student-beta1", self.student_beta1)
         at_least("student-updates", self.student_updates, 1)
+        not_negative("student-first-kimg", self.student_first_kimg)
+        long = self.max_steps is not None or self.kimg is not None
+        if self.student_first_kimg and long and self.first_whole_step >= self.total_steps:
+            alone = counted(f"{self.first_whole_step:,}", "step")
+            raise ValueError(
+                f"student-first-kimg {self.student_first_kimg:g} are {alone} of the run's {self.total_steps:,}, which "
+                "leave none for the generator: give a longer run"
+            )
         check_start("student-init", self.student_init, "student-width", self.student_width)
 
     # -- what an objective of this kind says ---------------------------------------------------------------------------
@@ -644,6 +664,21 @@ class StudentConfig(Distillation):
         """See `RunConfig.capturable`: but for noise levels or weights of a file of one's own."""
         own = ("generator_sigma", "student_sigma", "generator_weight", "student_weight")
         return all(getattr(type(self), name) is getattr(StudentConfig, name) for name in own)
+
+    @property
+    def first_whole_step(self) -> int:
+        """See `RunConfig.first_whole_step`: where the student has learned alone for long enough."""
+        return math.ceil(self.student_first_kimg * 1000 / self.batch)
+
+    def student_lr_at(self, update: int) -> float:
+        """The student's learning rate in its 0-based `update`."""
+        return self.scheduled(self.student_lr or self.lr, update, times=self.student_updates)
+
+    def changing_rates(self, step: int) -> Mapping[str, float]:
+        """See `RunConfig.changing_rates`: of the student that of its last update in the step."""
+        if not self.lr_changes:
+            return {}
+        return {"student_lr": self.student_lr_at((step + 1) * self.student_updates - 1), **super().changing_rates(step)}
 
     def seeds_once(self, *, phased: bool) -> bool:
         """See `RunConfig.seeds_once`: where one evaluation of the generator is trained, and made once."""

@@ -332,7 +332,7 @@ class PidSteps:
         for first in self.world.micro_batches(self.config.batch, self.micro_batch):
             self._pieces.run(("the generator's step",), self._micro_step, step=step, first=first)
         mark("generator: optimiser")
-        rates = {"lr": self.config.lr, "ema_decay": self.config.ema_decay(step)}
+        rates = {"lr": self.config.lr_at(step), "ema_decay": self.config.ema_decay(step)}
         found = self._pieces.run(("the generator's update",), self._update, **rates)
         assert found is not None
         return measured_as("generator", found)

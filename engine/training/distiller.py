@@ -168,6 +168,12 @@ class Distiller(TrainingRun[Distillation]):
             shard_frozen(net, offload=self.config.offload)
         return net
 
+    @property
+    def _profiled_until(self) -> int:
+        """Steps of this process after which none is profiled."""
+        profiled = self.config.profile_memory
+        return profiled + self.config.first_whole_step if profiled else 0
+
     def _step(self, step: int) -> StepMetrics:
         self._begun += 1
         return self.steps.iteration(step)
@@ -186,7 +192,7 @@ class Distiller(TrainingRun[Distillation]):
             self.world,
             tell=self._tell,
             # Of a graph the profiler would hear no phases.
-            ready=lambda: self._begun > self.config.profile_memory,
+            ready=lambda: self._begun > self._profiled_until,
         )
         self.captures = isinstance(pieces, CapturedPieces)
         self.steps = self.objective.steps(

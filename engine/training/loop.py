@@ -127,7 +127,9 @@ class _Run:
             reason = described(error)
         if reason := self.world.broadcast_text(reason):
             raise TrainingFailed(f"the logs in {folder.path} cannot be written ({reason})")
-        self.watch = MemoryWatch(task, config.profile_memory, folder.path, self.monitor.message)
+        self.watch = MemoryWatch(
+            task, config.profile_memory, folder.path, self.monitor.message, first=config.first_whole_step
+        )
         # When the processes talk next: soon, so that they know how long a step takes.
         self._exchange_at = progress.step + 1
         self._since = 0.0
@@ -269,13 +271,15 @@ class _Run:
             The signal that some process received, or 0.
         """
         progress, monitor, config = self.progress, self.monitor, self.config
-        names = list(progress.pending[0][1].sums)
-        bad_names = list(progress.pending[0][1].bad)
+        # Not every network is trained in every step.
+        names = list(dict.fromkeys(n for _, m in progress.pending for n in m.sums))
+        bad_names = list(dict.fromkeys(n for _, m in progress.pending for n in m.bad))
+        none = torch.zeros((), dtype=torch.float64, device=self.world.device)
         rows = [
             torch.stack(
-                [m.sums[n].double() for n in names]
-                + [m.counts[n].double() for n in names]
-                + [m.bad[n].double() for n in bad_names]
+                [m.sums.get(n, none).double() for n in names]
+                + [m.counts.get(n, none).double() for n in names]
+                + [m.bad.get(n, none).double() for n in bad_names]
             )
             for _, m in progress.pending
         ]
@@ -290,18 +294,25 @@ class _Run:
             peers.taken_up()
         self._exchange_at = progress.step + max(1, min(config.log_every, int(SECONDS_TO_NOTICE / max(seconds, 1e-9))))
         values: dict[str, float] = {}
-        for (step, _), row in zip(progress.pending, table, strict=True):
+        shown: dict[str, float] = {}
+        rates: Mapping[str, float] = {}
+        for (step, measured), row in zip(progress.pending, table, strict=True):
             sums, counts, bad = row[: len(names)], row[len(names) : 2 * len(names)], row[2 * len(names) :]
-            values = {n: s / c if c else float("nan") for n, s, c in zip(names, sums, counts, strict=True)}
-            values |= {f"{n}_bad": b for n, b in zip(bad_names, bad, strict=True)}
+            losses = zip(names, sums, counts, strict=True)
+            values = {n: s / c if c else float("nan") for n, s, c in losses if n in measured.sums}
+            shown = dict(values)
+            values |= {f"{n}_bad": b for n, b in zip(bad_names, bad, strict=True) if n in measured.bad}
+            rates = config.changing_rates(step)
+            values |= rates
             progress.bad_steps += any(b > 0 for b in bad)
             progress.bad_networks.update(n for n, b in zip(bad_names, bad, strict=True) if b > 0)
             monitor.record(step, values)
         monitor.flush()
         self.snapshots.report()
         for name, network in self.task.networks.items():
-            monitor.scalars(progress.step, {f"{name}_{rate}": value for rate, value in network.rates.items()})
-        monitor.advance(progress.step - 1, {n: values[n] for n in names})
+            found = {f"{name}_{rate}": value for rate, value in network.rates.items()}
+            monitor.scalars(progress.step, {rate: value for rate, value in found.items() if rate not in rates})
+        monitor.advance(progress.step - 1, {**shown, **rates})
         progress.pending.clear()
         if failed:
             self.writer.wait()

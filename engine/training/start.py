@@ -176,6 +176,7 @@ class DistillationStart:
         recorded: its facts as the run folder has them, where the run has a checkpoint of its own by now and needs
             nothing else of it.
         branch: the run whose settings are its defaults too.
+        stage: nothing goes on: a generator's weights begin a second stage.
     """
 
     source: str
@@ -184,6 +185,7 @@ class DistillationStart:
     notes: tuple[str, ...] = ()
     recorded: Mapping[str, Any] | None = None
     branch: Branch | None = None
+    stage: bool = False
 
     def first_step(self, batch: int) -> int:
         """Steps of this batch that the images seen are."""
@@ -207,6 +209,7 @@ class DistillationStart:
         if self.recorded is not None:
             return dict(self.recorded)
         said: dict[str, Any] = {"source": self.source, "images_seen": self.images_seen}
+        said |= {"stage": True} if self.stage else {}
         said |= {"networks": sorted(self.networks)} | ({} if self.branch is None else {"branch": self.branch.to_json()})
         return {"continues": fingerprint(tensors), "start": said}
 

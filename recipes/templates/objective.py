@@ -104,7 +104,7 @@ class ExampleSteps:
             tally.add(*self._micro_step(step, first))
         mark("generator: optimiser")
         scale, decay = tally.grad_scale(config.batch), config.ema_decay(step)
-        return tally.measured(self.generator.step(lr=config.lr, ema_decay=decay, grad_scale=scale))
+        return tally.measured(self.generator.step(lr=config.lr_at(step), ema_decay=decay, grad_scale=scale))
 
     def _micro_step(self, step: int, first: int) -> tuple[Tensor, Tensor]:
         """Forward and backward of samples `first` to `first` + micro_batch: loss (B,), whether each counts (B,)."""

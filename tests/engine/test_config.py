@@ -31,7 +31,8 @@ INTEGERS = {
         ("must be an integer >= 1", (0, -1, 1.0, 2.5, "3", True)),
     ),
     **dict.fromkeys(
-        ("eval_every", "seed", "snapshot_every", "keep_snapshots"), ("must be an integer >= 0", (-1, 0.0, "0", False))
+        ("eval_every", "seed", "snapshot_every", "keep_snapshots", "lr_warmup"),
+        ("must be an integer >= 0", (-1, 0.0, "0", False)),
     ),
 }  # fmt: skip
 REALS = {
@@ -40,13 +41,13 @@ REALS = {
         ("must be a finite number > 0", (0, -1.0, INF, NAN, "1", True)),
     ),
     **dict.fromkeys(
-        ("eps", "lr_rampup_kimg", "lr_decay_batches"), ("must be a finite number >= 0", (-1e-9, INF, NAN, "1"))
+        ("eps", "lr_rampup_kimg", "student_first_kimg"), ("must be a finite number >= 0", (-1e-9, INF, NAN, "1"))
     ),
     **dict.fromkeys(
         ("dropout", "beta1", "beta2", "generator_beta1", "student_beta1"),
         ("must lie in [0, 1)", (-0.1, 1, 1.5, NAN, "0")),
     ),
-    "augment": ("must lie in [0, 1]", (-0.1, 1.01, NAN, "0", True)),
+    **dict.fromkeys(("augment", "lr_end"), ("must lie in [0, 1]", (-0.1, 1.01, NAN, "0", True))),
     "alpha": ("must be a number in [-1e+06, 1e+06]", (NAN, INF, -INF, 2e6, "1", True)),
     "D": ("must lie in (0, inf]", (0, -1.0, NAN, "128", True, -INF)),
 }
@@ -70,6 +71,7 @@ CHOICES = {
     "cuda_graphs": ("must be auto, on or off", ("yes", None, True)),
     "resume": ("must be True or False", (0, None)),
     **dict.fromkeys(("logvar", "real_xflip"), ("must be True or False", (1, "yes"))),
+    "lr_schedule": ("must be constant, linear or rsqrt", ("cosine", None)),
     "gradient": ("must be all or last", ("first", None)),
     "weight": ("must be sid, sigma, edm, score or unsquared", ("SiD", None, 1)),
     "weight_power": ("must be a number in [-4, 4]", (4.1, NAN, "1", True)),
@@ -109,7 +111,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
         "precision", "backward", "tf32", "resume", "offload", "activation_checkpointing", "teacher_storage",
         "async_checkpoints", "compile", "deterministic", "attention_backend", "memory_format", "gradient", "init",
         "student_init", "rules", "cuda_graphs", "export_ema", "snapshot_precision", "logvar", "real_xflip",
-        "weight", "levels_generator", "levels_student",
+        "weight", "levels_generator", "levels_student", "lr_schedule",
     )  # fmt: skip
     shown = repr(value) if name in words else str(value)
     assert str(error.value) == f"{name.replace('_', '-')} {says}, got {shown}"
@@ -134,6 +136,10 @@ def test_teacher_settings_of_the_same_name(name, value):
         ({"max_steps": 3, "kimg": 2.0}, "max-steps and kimg exclude each other, got 3 and 2.0"),
         ({"max_steps": 10**9}, "max-steps must be at most 100,000,000 optimiser steps, got 1000000000"),
         ({"kimg": 1e308, "batch": 1}, "kimg must be at most 100,000,000 optimiser steps, got 1e+308"),
+        ({"lr_end": 0.5}, "lr-end is a setting of lr-schedule linear, got lr-schedule constant"),
+        ({"lr_schedule": "rsqrt"}, "lr-schedule rsqrt needs lr-decay-batches, the updates before the rate falls"),
+        ({"lr_decay_batches": 9}, "lr-decay-batches is a setting of lr-schedule rsqrt, got lr-schedule constant"),
+        ({"lr_decay_batches": 0, "lr_schedule": "rsqrt"}, "lr-decay-batches must be a finite number > 0, got 0"),
         ({"seed": 2**64}, f"seed must be below 2^64, got {2**64}"),
         ({"offload": "optimizer"}, "offload optimizer needs zero 1, 2 or 3, got none"),
         ({"offload": "optimizer", "zero": 0}, "offload optimizer needs zero 1, 2 or 3, got 0"),

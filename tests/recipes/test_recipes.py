@@ -124,6 +124,10 @@ def test_settings_of_realuid(capsys: pytest.CaptureFixture[str]) -> None:
     assert said["out"] == "runs/cifar_realuid-Dinf-alpha0.5-K1-real0.92-0.94"
     settings = cifar_realuid.RECIPE.varied({}, presets.get("cifar10-ncsnpp-cond"))
     assert settings.real_weights == (0.98, 0.96)
+    second = cifar_realuid.RECIPE.varied({"init": Path("runs/first")}, presets.get("cifar10-ncsnpp"))
+    assert (second.real_weights, second.lr, second.student_init) == ((0.92, 0.86), 1e-5, "auto")
+    assert (said["lr_warmup"], second.lr_warmup) == ("500", 0)
+    assert 6 * second.kimg / 0.256 == pytest.approx(100_000, rel=1e-3)
     with pytest.raises(BadInput, match=r"^give --teacher"):
         cifar_realuid.main([])
 

@@ -92,7 +92,7 @@ def distill(
         generator_adam.load_state_dict(copy.deepcopy(begun.generator_adam))
     device = next(teacher.parameters()).device
     index = torch.arange(config.batch, device=device)
-    D, levels, own = teacher.D, config.levels, type(config)
+    D, levels, own, updates = teacher.D, config.levels, type(config), config.student_updates
     a, b = (1.0, 1.0) if real is None else config.weights
 
     def skipped(x: Tensor, sigma: Tensor) -> Tensor:
@@ -125,7 +125,21 @@ def distill(
             y = G(x, sigma, labels)
         return y
 
-    def descend(net: Precond, adam: torch.optim.Adam, loss: Tensor) -> None:
+    # Steps in which the student learns alone.
+    alone = -int(-config.student_first_kimg * 1000 // config.batch)
+    all_steps = config.total_steps if config.lr_schedule == "linear" else 0
+
+    def rate(update: int, updates_in_all: int) -> float:
+        share = min((update + 1) / config.lr_warmup, 1) if config.lr_warmup else 1.0
+        if config.lr_schedule == "linear":
+            share *= 1 + (config.lr_end - 1) * update / updates_in_all
+        elif config.lr_decay_batches is not None and update > config.lr_decay_batches:
+            share *= (config.lr_decay_batches / update) ** 0.5
+        return share
+
+    def descend(net: Precond, adam: torch.optim.Adam, loss: Tensor, lr: float) -> None:
+        for group in adam.param_groups:
+            group["lr"] = lr
         adam.zero_grad()
         loss.backward()
         if config.clip_grad is not None:
@@ -134,8 +148,8 @@ def distill(
 
     for step in range(first, first + steps):
         student_losses = []
-        for update in range(config.student_updates):
-            count = step * config.student_updates + update
+        for update in range(updates):
+            count = step * updates + update
             labels = classes(Stream.STUDENT_LABEL, count)
             truth = None if real is None else real.batch(count, index, batch_size=config.batch, seed=config.seed)
             if truth is not None:
@@ -165,13 +179,15 @@ def distill(
                 target = (1 - stretch) * skipped(x, sigma) + stretch * y
                 error = S(x, sigma, labels, augment_labels) - target
                 losses = losses + (1 - a) * weight * error.square().sum((1, 2, 3))
-            descend(S, student_adam, losses.mean())
+            descend(S, student_adam, losses.mean(), (config.student_lr or config.lr) * rate(count, updates * all_steps))
             if config.student_ema is not None:
                 with torch.no_grad():
                     for kept_p, p in zip(judge.parameters(), S.parameters(), strict=True):
                         kept_p.copy_(config.student_ema * kept_p + (1 - config.student_ema) * p)
             student_losses.append(losses.mean().item())
         run.student_loss.append(sum(student_losses) / len(student_losses))
+        if step < alone:
+            continue
 
         S.requires_grad_(False).eval()
         labels = classes(Stream.GENERATOR_LABEL, step)
@@ -194,13 +210,14 @@ def distill(
         if isinstance(config, DistillConfig):
             terms = a * ((t - y) ** 2 - (s - y) ** 2 - 2 * (config.alpha - 0.5) * (t - s) ** 2)
             losses = weight * terms.sum((1, 2, 3))
-            descend(G, generator_adam, losses.mean())
+            descend(G, generator_adam, losses.mean(), config.lr * rate(step - alone, all_steps - alone))
         else:
             # Distribution matching distillation: y is drawn to where the difference of the two denoisers leads it.
             lead = 2 * weight.view(-1, 1, 1, 1) * (s - t)
             losses = weight * ((s - t) ** 2).sum((1, 2, 3))
             towards = (y - lead).detach()
-            descend(G, generator_adam, 0.5 * (y - towards).square().sum((1, 2, 3)).mean())
+            half = 0.5 * (y - towards).square().sum((1, 2, 3)).mean()
+            descend(G, generator_adam, half, config.lr * rate(step - alone, all_steps - alone))
         S.requires_grad_(True)
         run.generator_loss.append(losses.mean().item())
 

@@ -91,7 +91,7 @@ class RentTable:
             "forward_flops": run.forward_flops,
             "forwards": run.forwards,
             "step_flops": run.step_flops(),
-            "flops": run.step_flops() * config.total_steps,
+            "flops": run.step_flops() * run.steps_from(),
             "peak_flops": {gpu.name: self._peak(gpu) for gpu in GPUS},
             "disk": plain(run.disk) | {"total": run.disk.total},
             "evaluation": self._evaluation(),
@@ -207,7 +207,7 @@ class RentTable:
                 WIDTH,
                 subsequent_indent="  ",
             ),
-            f"  {flops_in_words(run.step_flops())} a step, {flops_in_words(run.step_flops() * config.total_steps)} "
+            f"  {flops_in_words(run.step_flops())} a step, {flops_in_words(run.step_flops() * run.steps_from())} "
             f"in all; hours at {self.share:.3g} of the {peak} peak (an assumption: --share):",
             f"  {', '.join(f'{gpu.name} {self._peak(gpu) / 1e12:g}' for gpu in GPUS)} TFLOP/s",
             *([f"  {run.remark}"] if run.remark else []),

@@ -269,7 +269,8 @@ def _summary(
         if "tensors" in start:
             yield f"It began with {start['tensors']} of {start.get('of')} tensors of {start.get('source')}."
         else:
-            yield f"It went on from {start.get('source')}{after}."
+            second = "It is a second stage: its generator began with"
+            yield f"{second if start.get('stage') is True else 'It went on from'} {start.get('source')}{after}."
             yield from _branch(record, start)
     yield _length(record, state, images)
     for one in record.set_aside:

@@ -254,6 +254,7 @@ def _began(record: RunRecord) -> tuple[list[str], list[str]]:
     if record.identity.get("continues"):
         note = "It went on from another training: give that where it lies on your machine."
         option = "--student-from" if start.get("networks") == ["student"] else "--continue-from"
+        option = "--init" if start.get("stage") is True else option
         return [option, str(start.get("source", "TRAINING"))], [note]
     return [], []
 

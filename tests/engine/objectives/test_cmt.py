@@ -265,7 +265,7 @@ def test_passes_are_counted(teacher: Precond) -> None:
         ({"huber": -1.0}, "huber must be a finite number >= 0, got -1.0"),
         ({"huber": 1.0, "distance": "lpips"}, "huber is a setting of --distance l2, got distance lpips"),
         ({"lpips_side": 32}, "lpips and lpips-side are settings of --distance lpips, got distance l2"),
-        ({"lr_end": 2.0}, r"lr-end must lie in \[0, 1\], got 2"),
+        ({"lr_end": 2.0}, r"lr-end must lie in \[0, 1\], got 2.0"),
         ({"augment": 0.1}, "augment must be 0, .* got 0.1"),
     ],
 )

@@ -151,6 +151,9 @@ CHANGED = {
     "class_counts": (1, 2),
     "real_weights": (0.92, 0.94),
     "real_xflip": True,
+    "lr_schedule": "linear",
+    "lr_warmup": 5,
+    "student_first_kimg": 0.01,
 }
 FREELY = {
     "out": Path("elsewhere"),
@@ -186,8 +189,9 @@ FREELY = {
 
 def test_every_setting_is_of_one_kind():
     """A new setting has to be put on one of the two lists."""
-    # Tested on their own below; a guide goes with a guidance, see test_guided_teacher.py.
-    elsewhere = {"kimg", "resume", "steps", "noise", "offload", "guide"}
+    # Tested on their own below; a guide goes with a guidance, see test_guided_teacher.py, and the last two with a
+    # schedule of learning rates.
+    elsewhere = {"kimg", "resume", "steps", "noise", "offload", "guide", "lr_end", "lr_decay_batches"}
     assert set(CHANGED) | set(FREELY) | elsewhere == set(CONFIG.to_json())
     free = free_settings(DistillConfig) | free_settings(PidConfig)
     assert set(FREELY) | {"kimg", "resume", "offload", "lpips", "guide"} == free
