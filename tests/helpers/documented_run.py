@@ -252,6 +252,8 @@ def shorter(module: ModuleType, arguments: Sequence[str]) -> list[str]:
         ours = {name: value for name, value in ours.items() if "batch" not in name} | {"max-steps": 3}
     else:
         ours["max-steps"] = 2
+    if "--student-first-kimg" in given:
+        ours["student-first-kimg"] = 0.004
     if trains_a_teacher(module, given):
         ours["teacher-steps"] = 2
     return words_of(ours, known)
