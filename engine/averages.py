@@ -1,4 +1,6 @@
-"""Moving averages (EMA) of the weights: by half-life and by a power of the time, and averages made afterwards.
+"""What the number of a step decides: moving averages (EMA) of the weights, and learning rates.
+
+Averages are by half-life, by a power of the time, or made afterwards of others.
 
 A power-function average of the weights of the images (0, t] weighs those at the image τ by τ^γ [Karras et al. 2024,
 "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3]: however long the training is, it
@@ -16,7 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 WIDEST = 12**-0.5
 # Averages that the optimiser keeps at most.
 MOST = 4
+LrSchedule = Literal["constant", "linear", "rsqrt"]
+SCHEDULES: tuple[LrSchedule, ...] = get_args(LrSchedule)
 Decay = float | tuple[float, ...]
 """The decay of the one average, or of each of several."""
 
@@ -175,3 +179,44 @@ def _plain(value: float | None) -> str:
     """A number as people write it: 500, 0.05, 50000."""
     assert value is not None
     return format(Decimal(repr(float(value))).normalize(), "f")
+
+
+def learning_rate(
+    lr: float,
+    update: int,
+    schedule: LrSchedule = "constant",
+    *,
+    grown: float = 1.0,
+    total: int | None = None,
+    end: float = 0.0,
+    hold: float = 1.0,
+) -> float:
+    """The learning rate of an update.
+
+    constant: lr; linear: lr (1 - (1 - end) update / total); rsqrt: lr / sqrt(max(update / hold, 1)), EDM2's; each
+    times `grown`.
+
+    Args:
+        lr: the full rate.
+        update: counted from 0.
+        schedule: how the rate falls.
+        grown: share of the rate that a warm-up has reached.
+        total: updates in all, for "linear".
+        end: for "linear": share of the rate that is left after the last update.
+        hold: for "rsqrt": updates before the rate falls.
+
+    Raises:
+        ValueError: "linear" without `total`.
+    """
+    if schedule == "linear":
+        if total is None:
+            raise ValueError("a linear schedule needs the number of updates")
+        return lr * grown * (1 - (1 - end) * min(1.0, update / total))
+    if schedule == "rsqrt":
+        return lr * grown / math.sqrt(max(update / hold, 1.0))
+    return lr * grown
+
+
+def warmed_up(done: float, length: float) -> float:
+    """Share of the rate that a linear warm-up has reached: done / length, at most 1; 1 without one (0)."""
+    return min(1.0, done / length) if length else 1.0

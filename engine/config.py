@@ -9,9 +9,8 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, get_args
 
-from ipfm.engine.averages import MOST, Average, Decay, check_std
+from ipfm.engine.averages import MOST, Average, Decay, check_std, learning_rate, warmed_up
 from ipfm.engine.checks import at_least, check_D, is_number, not_negative, option_name, positive, share
-from ipfm.engine.learning_rates import learning_rate, warmed_up
 from ipfm.engine.noise_levels import NoiseLevels
 
 if TYPE_CHECKING:

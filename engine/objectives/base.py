@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
-from ipfm.engine.averages import Decay
+from ipfm.engine.averages import SCHEDULES, Decay, LrSchedule, learning_rate, warmed_up
 from ipfm.engine.checks import at_least, check_D, check_start, is_number, not_negative, positive
 from ipfm.engine.config import (
     InitialWeights,
@@ -32,7 +32,6 @@ from ipfm.engine.config import (
 from ipfm.engine.data.real_images import RealImages
 from ipfm.engine.distributed.pieces import AS_THEY_ARE, Pieces
 from ipfm.engine.distributed.world import World
-from ipfm.engine.learning_rates import SCHEDULES, LrSchedule, learning_rate, warmed_up
 from ipfm.engine.objectives.initial_networks import generator_network
 from ipfm.engine.objectives.published import PaperResult
 from ipfm.engine.objectives.step_metrics import StepMetrics

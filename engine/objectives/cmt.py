@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ipfm.engine.averages import LrSchedule
 from ipfm.engine.checks import at_least, not_negative, share
 from ipfm.engine.config import setting
 from ipfm.engine.distributed.pieces import Number, whole
-from ipfm.engine.learning_rates import LrSchedule
 from ipfm.engine.noise_levels import check_sigmas
 from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights

@@ -128,7 +128,7 @@ class InversePoissonFlowMatching:
         """`passes` of a step before `RunConfig.first_whole_step`: the student's updates alone."""
         updates, K = self.config.student_updates, self.config.steps
         halves = updates * (1 + self.config.takes_real_images)
-        return {"student": Passes(3 * halves, halves), "generator": Passes(K * updates, 0)}
+        return {"student": Passes.of(halves, to_weights=halves), "generator": Passes.of(K * updates)}
 
     def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
         """See `Objective.sample`."""

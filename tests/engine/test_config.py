@@ -119,12 +119,25 @@ def test_a_refusal_names_setting_and_value(name, says, value):
 
 def test_every_setting_is_checked():
     """What has no impossible value, or is checked in a test of its own, is named here."""
-    free = {"out", "teacher", "guide", "noise", "sigmas", "ema", "class_counts", "real_data", "real_weights"}
+    free = {
+        "out",
+        "teacher",
+        "guide",
+        "noise",
+        "sigmas",
+        "ema",
+        "class_counts",
+        "real_data",
+        "real_weights",
+        "lr_decay_batches",
+    }
     names = {f.name for kind in (DistillConfig, TeacherConfig) for f in dataclasses.fields(kind)}
     assert names == free | {name for name, *_ in CASES}
 
 
-@pytest.mark.parametrize(("name", "value"), [("D", 0), ("D", NAN), ("beta1", 1.0), ("heun_steps", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("D", 0), ("D", NAN), ("beta1", 1.0), ("heun_steps", 0), ("lr_decay_batches", -1.0)]
+)
 def test_teacher_settings_of_the_same_name(name, value):
     with pytest.raises(ValueError, match=f"^{name.replace('_', '-')} must .*, got {value}$"):
         TeacherConfig(**{name: value})

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from ipfm.engine import DistillConfig, TeacherConfig
+from ipfm.engine.averages import learning_rate, warmed_up
 from ipfm.engine.config import added_settings
-from ipfm.engine.learning_rates import learning_rate, warmed_up
 from ipfm.engine.objectives.cmt import CmtConfig
 
 
