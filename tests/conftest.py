@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.utils._device
 
-from ipfm.engine.distributed.signals import SIGNALS
 from ipfm.engine.runtime import launcher
 
 TESTS = Path(__file__).parent
@@ -131,6 +130,9 @@ def surroundings() -> Iterator[None]:
     up: under a dispatch mode, as graphs are recorded with, it leaves a function alone from then on. And what a run sets
     for its whole process: threads, deterministic algorithms, signals.
     """
+    # It imports Triton, which has been told by now to interpret, in a process that is no worker too.
+    from ipfm.engine.distributed.signals import SIGNALS
+
     variables, linear, alone = dict(os.environ), torch.nn.functional.linear, not dist.is_initialized()
     settings, handlers = [get() for get, _ in SETTINGS], [signal.getsignal(signum) for signum in SIGNALS]
     yield
