@@ -87,14 +87,15 @@ def noise_config(samples: int, pixels: int, rgb: bool = False) -> tuple[int, int
     return block, min(16, -(-tiles // wanted)), 2 if rgb else 1
 
 
-def row_config(elements: int) -> tuple[int, int]:
+def row_config(elements: int, *, crowded: bool = False) -> tuple[int, int]:
     """(block, warps) of the kernels that give each sample one program.
 
     Rows of up to 4096 elements stay in registers; longer ones are walked twice, the second time mostly from cache.
+    Where the registers are `crowded`, with half as many threads: a block of 8 warps would spill on some GPUs.
     """
     block = min(4096, max(16, triton.next_power_of_2(elements)))
     if block < elements:
-        block = 2048
+        block = 1024 if crowded else 2048
     return block, min(8, max(1, block // 256))
 
 
@@ -112,9 +113,10 @@ def group_config(
 
     Groups of up to 4096 elements stay in registers. In channels_last a program takes as many groups side by side as
     fill 64 bytes of a pixel, so that no sector is read for a part of it; as many elements as that makes stay in the
-    registers of up to 32 warps: 32 of them a thread, 16 where scale and shift wait there too, or 8 on the way back,
-    which holds more of each. More would spill. Where that is too little on the way back, 32 bytes of a pixel, one
-    sector, of 16 bits each wait in 16 warps: with twice the registers, 32 elements a thread.
+    registers of up to 32 warps: 16 of them a thread, or 8 on the way back, which holds more of each. Forward, without
+    scale and shift, twice as many stay in 16 warps, 64 a thread with twice the registers: 32 warps would spill. Where
+    8192 are too few on the way back, 32 bytes of a pixel, one sector, of 16 bits each wait in 16 warps, 32 elements a
+    thread.
     """
     padded = triton.next_power_of_2(channels)
     together = _side_by_side(channels, groups, element_size, 64) if channels_last else 1
@@ -133,6 +135,8 @@ def group_config(
     elements = together * padded * block
     if elements <= 4096:
         return together, padded, block, min(8, max(1, elements // 256))
+    if elements > 16384:
+        return together, padded, block, 16
     return together, padded, block, min(32, elements // (256 if backward else 512))
 
 

@@ -198,7 +198,7 @@ def launch_ipfm_loss(
     compute = loss.dtype
     if len(t):
         elements = t[0].numel()
-        block, warps = row_config(elements)
+        block, warps = row_config(elements, crowded=weights != (1.0, 1.0))
         with on_device(t.device):
             ipfm_loss_kernel[(len(t),)](
                 row_t, row_s, row_y, row_x, loss if c_skip is None else c_skip, loss if c_out is None else c_out,

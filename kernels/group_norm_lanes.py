@@ -77,6 +77,9 @@ def group_norm_silu_lanes_kernel(
         b_x = with_addend(p_x, o, m, b_a, ADDED, COMPUTE)
         b_sum += tl.where(m, b_x, 0.0) if ADDED else b_x
     b_mean = _group_sums(_channel_sums(b_sum, width, step, PP, WP), CHANNELS, GROUPS, CP) / count
+    # (At once: some GPUs' code would have no register left to keep it until the end.)
+    o_g = i_b * GROUPS_ALL + i_g + tl.arange(0, GROUPS)
+    tl.store(p_statistics + 2 * o_g, b_mean)
     mean = _to_lanes(b_mean, o_c, CHANNELS, GROUPS)
     b_sum = tl.zeros((LANES,), COMPUTE)
     for i_hw in range(0, HW, step):
@@ -85,8 +88,6 @@ def group_norm_silu_lanes_kernel(
         b_sum += b_d * b_d
     b_variance = _group_sums(_channel_sums(b_sum, width, step, PP, WP), CHANNELS, GROUPS, CP) / count
     b_rstd = 1.0 / tl.sqrt(b_variance + tl.full((), EPS, COMPUTE))
-    o_g = i_b * GROUPS_ALL + i_g + tl.arange(0, GROUPS)
-    tl.store(p_statistics + 2 * o_g, b_mean)
     tl.store(p_statistics + 2 * o_g + 1, b_rstd)
 
     # Compute and store: the normalised x, scaled, shifted and through SiLU.

@@ -409,7 +409,7 @@ def test_blocks_fill_registers_and_sectors():
 
 def test_many_warps_hold_what_is_wide_in_channels_last():
     assert group_config(8, 32, 256, 2, True) == (4, 8, 256, 16)
-    assert group_config(8, 32, 1024, 2, True) == (4, 8, 1024, 32)
+    assert group_config(8, 32, 1024, 2, True) == (4, 8, 1024, 16)
     assert group_config(8, 32, 1024, 4, True) == (2, 8, 1024, 32)
     assert group_config(8, 32, 256, 2, True, backward=True) == (4, 8, 256, 32)
     # 32 bytes of a pixel, on the way back in 16 bits: twice the registers for half of the groups.
