@@ -7,16 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.runtime.driver import driver
 
 from ipfm.kernels._dispatch import on_device
+
+_HOOKS = knobs.runtime
 
 
 class Launch:
     """Starts a kernel on tensors whose dtypes, like everything else about a launch, are always the same.
 
     Triton's own way asks at every launch what each argument is, which takes longer than the launch. Where all memory
-    begins at a multiple of 16 bytes, the kernel that it compiled for such is right again and called at once.
+    begins at a multiple of 16 bytes, the kernel that it compiled for such is right again and started at once.
 
     Args:
         kernel: the kernel; its pointers come first among its arguments.
@@ -27,24 +30,41 @@ class Launch:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], warps: int, values: Mapping[str, Any]) -> None:
         self._kernel, self._grid, self._warps = kernel, grid, warps
+        self._sizes = (*grid, 1, 1)[:3]
         self._values = tuple(values[name] for name in kernel.arg_names if name in values)
-        self._again: Callable[..., Any] | None = None
         self._driver: Any = None
+        # What is handed to a compiled kernel beside its arguments.
+        self._start: Callable[..., Any] | None = None
+        self._fixed: tuple[Any, ...] = ()
 
     def __call__(self, device: torch.device, *tensors: Tensor) -> None:
-        """Start it on a device; `tensors` in the order of the pointers."""
+        """Start it on a device, the same at every call; `tensors` in the order of the pointers."""
+        begins = 0
+        for tensor in tensors:
+            begins |= tensor.data_ptr()
+        start = self._start
+        if start is not None and not begins % 16 and driver._active is self._driver and _is_current(device):
+            stream = self._driver.get_current_stream(device.index)
+            if not _hooked():
+                start(*self._sizes, stream, *self._fixed, *tensors, *self._values)
+                return
         with on_device(device):
-            begins = 0
-            for tensor in tensors:
-                begins |= tensor.data_ptr()
-            if begins % 16:
-                self._kernel[self._grid](*tensors, *self._values, num_warps=self._warps)
-            elif self._again is not None and driver._active is self._driver:
-                self._again(*tensors, *self._values)
-            else:
-                compiled = self._kernel[self._grid](*tensors, *self._values, num_warps=self._warps)
-                if compiled is not None:  # the interpreter compiles nothing
-                    self._again, self._driver = compiled[(*self._grid, 1, 1)[:3]], driver._active
+            compiled = self._kernel[self._grid](*tensors, *self._values, num_warps=self._warps)
+            # The interpreter compiles nothing.
+            if compiled is not None and not begins % 16:
+                self._driver, self._start = driver._active, compiled.run
+                self._fixed = compiled.function, compiled.packed_metadata, None, None, None
+
+
+def _is_current(device: torch.device) -> bool:
+    """Whether Triton would launch on it; something has been launched before."""
+    return device.type != "cuda" or torch._C._cuda_getDevice() == device.index
+
+
+def _hooked() -> bool:
+    """Whether a profiler asked Triton to be told of launches."""
+    enter, leave = _HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def dense_layout(channels: int, pixels: int, last: bool) -> dict[str, int]:

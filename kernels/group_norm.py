@@ -277,13 +277,13 @@ def _launch(
     return Launch(kernel, (batch * (groups // sizes["GROUPS"]),), warps, values)
 
 
-def _per_channel(scale: Tensor | None, shift: Tensor | None, weight: Tensor) -> tuple[Any, Any, int, int]:
-    """(scale, shift, stride of the batch, stride of a channel) as the kernels take them."""
+def _per_channel(scale: Tensor | None, shift: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """(scale, shift, (stride of the batch, stride of a channel)) as the kernels take them."""
     if scale is None or shift is None:
-        return weight, weight, 0, 0
+        return weight, weight, (0, 0)
     if scale.stride() != shift.stride():
         scale, shift = scale.contiguous(), shift.contiguous()
-    return scale, shift, scale.stride(0) if len(scale) > 1 else 0, scale.stride(1)
+    return scale, shift, (scale.stride(0) if len(scale) > 1 else 0, scale.stride(1))
 
 
 def _numbers(x: Tensor, *sizes: int) -> Tensor:
@@ -304,17 +304,18 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """(y, mean and 1/√(var + eps) of each group (B, groups, 2)); x is dense, and a row of the addend."""
     y = torch.empty_like(x)
-    statistics = _numbers(x, x.shape[0], groups, 2)
+    shape, device = x.shape, x.device
+    statistics = _numbers(x, shape[0], groups, 2)
     if x.numel():
-        p_scale, p_shift, *per_channel = _per_channel(scale, shift, weight)
+        p_scale, p_shift, per_channel = _per_channel(scale, shift, weight)
         p_addend = weight if addend is None else addend
         dtypes = x.dtype, weight.dtype, bias.dtype, p_scale.dtype, p_shift.dtype, p_addend.dtype
         # The strides of sides of one pixel say nothing.
         launch = _launch(
-            False, x.shape, not x.is_contiguous(), x.device, dtypes, groups, tuple(per_channel),
+            False, shape, not x.is_contiguous(), device, dtypes, groups, per_channel,
             _batch_stride(addend), scale is not None, addend is not None, activation, eps,
         )  # fmt: skip
-        launch(x.device, x, weight, bias, p_scale, p_shift, p_addend, y, statistics)
+        launch(device, x, weight, bias, p_scale, p_shift, p_addend, y, statistics)
     return y, statistics
 
 
@@ -337,23 +338,24 @@ def _launch_backward(
     if more is not None and more.stride() != x.stride():
         more = torch.empty_like(x).copy_(more)
     dx = torch.empty_like(x)
-    sums = _numbers(x, 2 if addend is None else 3, *x.shape[:2])
+    shape, device = x.shape, x.device
+    sums = _numbers(x, 2 if addend is None else 3, shape[0], shape[1])
     if x.numel():
-        p_scale, p_shift, *per_channel = _per_channel(scale, shift, weight)
+        p_scale, p_shift, per_channel = _per_channel(scale, shift, weight)
         p_addend, p_more = weight if addend is None else addend, x if more is None else more
         dtypes = (
             x.dtype, dy.dtype, weight.dtype, bias.dtype, p_scale.dtype, p_shift.dtype, p_addend.dtype, p_more.dtype
         )  # fmt: skip
         launch = _launch(
-            True, x.shape, not x.is_contiguous(), x.device, dtypes, statistics.shape[1], tuple(per_channel),
+            True, shape, not x.is_contiguous(), device, dtypes, statistics.shape[1], per_channel,
             _batch_stride(addend), scale is not None, addend is not None, activation, 0.0, more is not None, factor,
         )  # fmt: skip
-        launch(x.device, x, dy, weight, bias, p_scale, p_shift, p_addend, p_more, statistics, dx, sums)
+        launch(device, x, dy, weight, bias, p_scale, p_shift, p_addend, p_more, statistics, dx, sums)
     return dx, sums
 
 
 def _batch_stride(addend: Tensor | None) -> int:
-    return addend.stride(0) if addend is not None and len(addend) > 1 else 0
+    return addend.stride(0) if addend is not None and addend.shape[0] > 1 else 0
 
 
 _forward = operator("group_norm_silu")(_launch_forward)
@@ -422,25 +424,30 @@ def backward_pass(
     weight, bias, scale, shift, addend = parameters
     run: Callable[..., Any] = _launch_backward if launches_directly(x) else _backward
     dx, sums = run(dy, x, weight, bias, scale, shift, statistics, activation, addend, more, factor)
+    if not any(needed):
+        return dx, None, None, None, None, None
+    by_bias, by_weight, *rest = sums.unbind()
     to_weight = to_bias = to_scale = to_shift = to_addend = None
     if needed[0] or needed[1]:
-        both = sums[:2] if scale is None else sums[:2] * (scale.flatten(1).to(sums.dtype) + 1)
-        to_bias, to_weight = (both if weight.ndim == 2 else both.sum(1)).to(weight.dtype).unbind()
+        if scale is None and weight.ndim == 2:
+            to_bias, to_weight = _as(by_bias, weight), _as(by_weight, weight)
+        else:
+            both = sums[:2] if scale is None else sums[:2] * (scale.flatten(1).to(sums.dtype) + 1)
+            to_bias, to_weight = (both if weight.ndim == 2 else both.sum(1)).to(weight.dtype).unbind()
     if scale is not None and needed[2]:
-        to_scale = (sums[1] * weight.to(sums.dtype) + sums[0] * bias.to(sums.dtype))[:, :, None, None]
+        to_scale = (by_weight * weight.to(sums.dtype) + by_bias * bias.to(sums.dtype))[:, :, None, None]
         to_scale = to_scale.sum_to_size(scale.shape).to(scale.dtype)
     if shift is not None and needed[3]:
-        to_shift = sums[0][:, :, None, None].sum_to_size(shift.shape).to(shift.dtype)
+        to_shift = by_bias[:, :, None, None].sum_to_size(shift.shape).to(shift.dtype)
     if addend is not None and needed[4]:
-        to_addend = sums[2].sum_to_size(addend.shape).to(addend.dtype)
-    return (
-        dx,
-        to_weight if needed[0] else None,
-        to_bias if needed[1] else None,
-        to_scale,
-        to_shift,
-        to_addend,
-    )
+        (to_addend,) = rest
+        to_addend = _as(to_addend if to_addend.shape == addend.shape else to_addend.sum_to_size(addend.shape), addend)
+    return dx, to_weight if needed[0] else None, to_bias if needed[1] else None, to_scale, to_shift, to_addend
+
+
+def _as(x: Tensor, other: Tensor) -> Tensor:
+    """x in the dtype of `other`."""
+    return x if x.dtype == other.dtype else x.to(other.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -133,15 +133,26 @@ def _launch_backward(dy: Tensor, scale: float, biased: bool) -> tuple[Tensor, Te
 
 def _results(dy: Tensor, biased: bool) -> tuple[Tensor, Tensor]:
     """Empty tensors for what `_launch_backward` gives: the first dense, in the memory format of dy."""
-    last = not dy[:1].is_contiguous()
-    d = torch.empty_like(dy, memory_format=torch.channels_last if last else torch.contiguous_format)
+    d = torch.empty_like(dy, memory_format=torch.contiguous_format if _is_contiguous(dy) else torch.channels_last)
     # len() would make a compiler's batch a number.
     parts = 0
     if biased:
         # What a compiler takes for any number is one here: but for the batch, sizes choose the blocks.
         channels, height, width = map(int, dy.shape[1:])
-        parts = dy.shape[0] * block_sizes(channels, height * width, dy.dtype, not d.is_contiguous())[1][1]
+        parts = dy.shape[0] * _splits(channels, height * width, dy.dtype, not d.is_contiguous())
     return d, dy.new_empty((parts, dy.shape[1]), dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
+@lru_cache(maxsize=4096)
+def _splits(channels: int, pixels: int, dtype: torch.dtype, last: bool) -> int:
+    """Into how many parts a sample's pixels go."""
+    return block_sizes(channels, pixels, dtype, last)[1][1]
+
+
+def _is_contiguous(x: Tensor) -> bool:
+    """Whether each of the samples is contiguous."""
+    # (Of a whole that is, or is channels_last, it is known without a view of the first.)
+    return x.is_contiguous() or (not x.is_contiguous(memory_format=torch.channels_last) and x[:1].is_contiguous())
 
 
 def _regular(dy: Tensor) -> Tensor:
@@ -149,14 +160,14 @@ def _regular(dy: Tensor) -> Tensor:
 
     The gradient of a part of concatenated channels has gaps between its pixels, or between its samples.
     """
-    if dy[:1].is_contiguous():
+    if _is_contiguous(dy):
         return dy
     even = 1 in dy.shape[2:] or dy.stride(2) == dy.shape[3] * dy.stride(3)
     return dy if even and dy.stride(1) == 1 else _dense(dy)
 
 
 def _pixel_stride(dy: Tensor) -> int:
-    if dy[:1].is_contiguous():
+    if _is_contiguous(dy):
         return 1
     return dy.stride(3) if dy.shape[3] > 1 else dy.stride(2)
 

@@ -8,25 +8,40 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipfm.kernels._images import dense
+from ipfm.models import whole_attention
 from ipfm.models.attention import AttentionBackend, attention, head_count
 from ipfm.models.frozen_ops import frozen_linear, is_frozen
 from ipfm.models.initialisation import DEFAULT_INIT, ZERO_INIT, Init
 from ipfm.models.layers import (
     Affine,
     Conv2d,
+    Free,
     GroupNorm,
     Linear,
     branch,
     cast,
-    free_affine,
-    free_bias,
-    free_weight,
+    free_parameters,
     join,
     residual,
     triton_serves,
     without_bias,
 )
+from ipfm.models.whole_attention import arranged
 from ipfm.models.whole_block import Inputs, Numbers, is_plain_eager, whole_block
+
+
+class Layers(NamedTuple):
+    """Weight and bias of each of a block's layers that may be bypassed; None: it may not, or is not there."""
+
+    norm0: Free | None
+    conv0: Free | None
+    affine: Free | None
+    norm1: Free | None
+    conv1: Free | None
+    skip: Free | None
+    norm2: Free | None
+    proj: Free | None
+    qkv: Free | None = None
 
 
 class Entering(NamedTuple):
@@ -40,6 +55,8 @@ class Entering(NamedTuple):
     """Weight and bias of norm0, norm1 and norm2, as `join` makes them."""
     proj_bias: Tensor | None = None
     """The bias of proj, as `join` makes it."""
+    layers: Layers | None = None
+    """The block's own."""
 
 
 _NOTHING = Entering()
@@ -74,7 +91,7 @@ class QKVProjection(Conv2d):
 
     def _arranged(self, rows: Tensor) -> Tensor:
         """(3·C, ...) in the order of checkpoints -> (3·C, n) in the order of use."""
-        return rows.view(self.num_heads, -1, 3, rows[0].numel()).permute(2, 0, 1, 3).reshape(self.out_channels, -1)
+        return arranged(rows, self.num_heads)
 
 
 class UNetBlock(nn.Module):
@@ -171,6 +188,9 @@ class UNetBlock(nn.Module):
         whole = self._whole(x, entering)
         x = self._in_parts(x, emb, entering) if whole is None else whole
         if self.num_heads:
+            whole = self._whole_attention(x, entering)
+            if whole is not None:
+                return whole
             h, x = branch(self.norm2, x, affine=entering.norms[2])
             h, bias = without_bias(self.proj, self._attended(h))
             x = self._joined(x, h, bias if entering.proj_bias is None else entering.proj_bias)
@@ -178,40 +198,68 @@ class UNetBlock(nn.Module):
 
     def _whole(self, x: Tensor, entering: Entering) -> Tensor | None:
         """What comes before the attention, as one function; None: its layers have to be called."""
-        p, bias = entering.projected, entering.bias
-        if p is None or self._resamples or type(self) is not UNetBlock or not is_plain_eager():
+        p, bias, norms, layers = entering.projected, entering.bias, entering.norms, entering.layers
+        if p is None or layers is None or type(self) is not UNetBlock or not is_plain_eager():
             return None
-        # (Asked of every block in every pass: attributes of a module take their time.)
+        weight0, weight1, weight = _usable(layers.conv0, x), _usable(layers.conv1, x), _usable(layers.skip, x)
+        affine0, affine1 = norms[0] or _whole_affine(layers.norm0), norms[1] or _whole_affine(layers.norm1)
         modules: dict[str, Any] = self._modules
-        norm0, norm1, conv0, conv1 = modules["norm0"], modules["norm1"], modules["conv0"], modules["conv1"]
-        skip = modules.get("skip")
-        affine0, affine1 = entering.norms[0] or free_affine(norm0), entering.norms[1] or free_affine(norm1)
-        weight0, weight1 = free_weight(conv0, x), free_weight(conv1, x)
-        if bias is None and skip is None:
-            bias = free_bias(conv1)
+        skip: Any = modules.get("skip")
+        if bias is None and skip is None and layers.conv1 is not None:
+            bias = layers.conv1[1]
         if weight0 is None or weight1 is None or affine0 is None or affine1 is None or bias is None:
             return None
-        scale = shift = weight = None
+        scale = shift = None
         if self.adaptive_scale:
             scale, shift = p[:, :, None, None].chunk(2, dim=1)
-            p = free_bias(conv0)
-        if skip is not None:
-            weight = free_weight(skip, x)
+            p = None if layers.conv0 is None else layers.conv0[1]
         if p is None or (weight is None) != (skip is None):
             return None
+        norm0, conv0, norm1 = modules["norm0"], modules["conv0"], modules["norm1"]
+        filters: tuple[Tensor | None, Tensor | None] = None, None
+        if self._resamples:
+            before = conv0.resampling(x, self.in_channels)
+            after = skip.resampling(x, self.out_channels if skip.up else self.in_channels)
+            if before is None or after is None:
+                return None
+            filters = before, after if skip.up else None
         numbers = Numbers(
             (norm0.num_groups, norm1.num_groups),
             (norm0.eps, norm1.eps),
-            (conv0.w_pad, conv1.w_pad, 0 if skip is None else skip.w_pad),
+            (conv0.w_pad, modules["conv1"].w_pad, 0 if skip is None else skip.w_pad),
             self.dropout if self.training else 0.0,
             self.skip_scale,
+            conv0.up,
+            conv0.f_pad,
         )
-        if entering.norms[0] is None:
+        if norms[0] is None:
             affine0, affine1 = ((cast(w, x), cast(b, x)) for w, b in (affine0, affine1))
         addend = p if p.ndim == 2 else cast(p, x)[None]
         bias = bias if bias.ndim == 2 else cast(bias, x)
         vectors = scale, shift, addend
-        return whole_block(numbers, Inputs(dense(x), *affine0, weight0, *affine1, *vectors, weight1, bias, weight))
+        return whole_block(
+            numbers, Inputs(dense(x), *affine0, weight0, *affine1, *vectors, weight1, bias, weight, *filters)
+        )
+
+    def _whole_attention(self, x: Tensor, entering: Entering) -> Tensor | None:
+        """The attention and what surrounds it, as few functions; None: its layers have to be called."""
+        layers, bias = entering.layers, entering.proj_bias
+        if layers is None or type(self) is not UNetBlock or not is_plain_eager():
+            return None
+        qkv, proj, affine = _usable(layers.qkv, x), _usable(layers.proj, x), entering.norms[2]
+        if affine is None and layers.norm2 is not None and (own := _whole_affine(layers.norm2)) is not None:
+            affine = cast(own[0], x), cast(own[1], x)
+        if bias is None and (free := _bias(layers.proj)) is not None:
+            bias = cast(free, x)
+        qkv_bias = _bias(layers.qkv)
+        if qkv is None or proj is None or affine is None or bias is None or qkv_bias is None:
+            return None
+        if self.attention_backend not in ("auto", "sdpa"):
+            return None
+        norm = self.norm2
+        numbers = whole_attention.Numbers(norm.num_groups, norm.eps, self.num_heads, self.skip_scale)
+        given = whole_attention.Inputs(dense(x), *affine, qkv, cast(qkv_bias, x), proj, bias)
+        return whole_attention.whole_attention(numbers, given)
 
     def _in_parts(self, x: Tensor, emb: Tensor, entering: Entering) -> Tensor:
         """The same, layer by layer."""
@@ -282,14 +330,38 @@ def enter_together(blocks: Sequence[UNetBlock], emb: Tensor, x: Tensor) -> list[
     """
     if not triton_serves(x):
         return [_NOTHING] * len(blocks)
-    closing = _closing_biases(blocks)
-    return _join(blocks, list(map(Entering, _project(blocks, emb), closing)), x)
+    layers = [*map(_layers, blocks)]
+    return _join(blocks, layers, _project(blocks, layers, emb), _closing_biases(layers), x)
 
 
-def _closing_biases(blocks: Sequence[UNetBlock]) -> list[Tensor | None]:
+def _layers(block: UNetBlock) -> Layers:
+    qkv = free_parameters(block._modules["qkv"], _PROJECTIONS) if block.num_heads else None
+    return Layers._make([*map(free_parameters, map(block._modules.get, _LAYERS)), qkv])
+
+
+_LAYERS, _PROJECTIONS = Layers._fields[:-1], frozenset((QKVProjection,))
+
+
+def _bias(layer: Free | None) -> Tensor | None:
+    return None if layer is None else layer[1]
+
+
+def _whole_affine(norm: Free | None) -> Affine | None:
+    if norm is None or norm[0] is None or norm[1] is None:
+        return None
+    return norm[0], norm[1]
+
+
+def _usable(conv: Free | None, x: Tensor) -> Tensor | None:
+    """The weight of a convolution as it is, in the dtype of x; None: there is none, or it has to be made."""
+    weight = None if conv is None else conv[0]
+    return None if weight is None or weight.dtype != x.dtype or hasattr(weight, "ds_id") else weight
+
+
+def _closing_biases(blocks: Sequence[Layers]) -> list[Tensor | None]:
     """The sums of the biases of conv1 and skip, where there are two."""
     found: list[Tensor | None] = [None] * len(blocks)
-    pairs = [(i, free_bias(block.conv1), free_bias(block.skip)) for i, block in enumerate(blocks) if block.skip]
+    pairs = [(i, _bias(block.conv1), _bias(block.skip)) for i, block in enumerate(blocks) if block.skip is not None]
     both = [(i, own, other) for i, own, other in pairs if own is not None and other is not None]
     if both:
         places, own, other = zip(*both, strict=True)
@@ -298,13 +370,22 @@ def _closing_biases(blocks: Sequence[UNetBlock]) -> list[Tensor | None]:
     return found
 
 
-def _join(blocks: Sequence[UNetBlock], entering: list[Entering], x: Tensor) -> list[Entering]:
-    """And with it the small vectors of the blocks, where they are to have gradients.
+def _join(
+    blocks: Sequence[UNetBlock],
+    layers: Sequence[Layers],
+    projected: Sequence[Tensor | None],
+    closing: Sequence[Tensor | None],
+    x: Tensor,
+) -> list[Entering]:
+    """What enters each block, with its small vectors joined to the others' where they are to have gradients.
 
     A compiler joins for itself what it thinks worth it.
     """
+    apart = [
+        Entering(p, bias, layers=own) for p, bias, own in zip(projected, closing, layers, strict=True)
+    ]  # fmt: skip
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return entering
+        return apart
     vectors: list[Tensor] = []
 
     def placed(*given: Tensor | None) -> slice | None:
@@ -316,27 +397,27 @@ def _join(blocks: Sequence[UNetBlock], entering: list[Entering], x: Tensor) -> l
 
     places = [
         (
-            placed(*(free_affine(block.norm0) or (None,))),
-            placed(*(free_affine(block.norm1) or (None,))),
-            placed(*((free_affine(block.norm2) if block.num_heads else None) or (None,))),
-            placed(free_bias(block.conv1) if given.bias is None else given.bias),
-            placed(free_bias(block.proj) if block.num_heads else None),
+            placed(*(_whole_affine(own.norm0) or (None,))),
+            placed(*(_whole_affine(own.norm1) or (None,))),
+            placed(*(_whole_affine(own.norm2) or (None,))),
+            placed(_bias(own.conv1) if bias is None else bias),
+            placed(_bias(own.proj)),
         )
-        for block, given in zip(blocks, entering, strict=True)
+        for own, bias in zip(layers, closing, strict=True)
     ]
     if len({vector.dtype for vector in vectors}) != 1 or not any(vector.requires_grad for vector in vectors):
-        return entering
+        return apart
     rows = join(vectors, x)
 
     def affine(place: slice | None) -> Affine | None:
-        return None if place is None else (rows[place][0], rows[place][1])
+        return None if place is None else (rows[place.start], rows[place.start + 1])
 
     def row(place: slice | None) -> Tensor | None:
-        return None if place is None else rows[place][0]
+        return None if place is None else rows[place.start]
 
     return [
-        Entering(given.projected, row(bias), (affine(norm0), affine(norm1), affine(norm2)), row(proj_bias))
-        for given, (norm0, norm1, norm2, bias, proj_bias) in zip(entering, places, strict=True)
+        Entering(p, row(bias), (affine(norm0), affine(norm1), affine(norm2)), row(proj_bias), own)
+        for p, own, (norm0, norm1, norm2, bias, proj_bias) in zip(projected, layers, places, strict=True)
     ]
 
 
@@ -345,17 +426,16 @@ def _given(affine: Affine | None) -> dict[str, Affine]:
     return {} if affine is None else {"affine": affine}
 
 
-def _project(blocks: Sequence[UNetBlock], emb: Tensor) -> Sequence[Tensor | None]:
-    affines = [block.affine for block in blocks]
-    biases = [free_bias(affine) for affine in affines]
-    added = [None if block.adaptive_scale else free_bias(block.conv0) for block in blocks]
-    own, inner = ([bias for bias in each if bias is not None] for each in (biases, added))
+def _project(blocks: Sequence[UNetBlock], layers: Sequence[Layers], emb: Tensor) -> Sequence[Tensor | None]:
+    affines = [own.affine for own in layers]
+    added = [None if block.adaptive_scale else _bias(own.conv0) for block, own in zip(blocks, layers, strict=True)]
+    weights = [weight for weight, _ in filter(None, affines) if weight is not None]
+    own, inner = ([bias for bias in each if bias is not None] for each in (map(_bias, affines), added))
     plain = not any(block.adaptive_scale for block in blocks)
     if len(own) < len(blocks) or len(inner) != (len(blocks) if plain else 0):
         return [None] * len(blocks)
-    weight = torch.cat([affine.weight for affine in affines])
-    rows = F.linear(emb, cast(weight, emb), cast(torch.cat(own), emb))
+    rows = F.linear(emb, cast(torch.cat(weights), emb), cast(torch.cat(own), emb))
     if plain:
         # Not to the other bias: the gradients of both would be one memory.
         rows = rows + cast(torch.cat(inner), emb)
-    return rows.split([affine.out_features for affine in affines], dim=1)
+    return rows.split([len(bias) for bias in own], dim=1)

@@ -7,7 +7,7 @@ for bit unless a function says otherwise, gradients theirs but for rounding; the
 turn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -151,6 +151,20 @@ def _cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.to(like.dtype)
 
 
+def conv2d_input(
+    gradient: Tensor, weight: Tensor, size: Sequence[int], *, stride: int, padding: int, groups: int
+) -> Tensor:
+    """The gradient of `F.conv2d` with respect to its input (B, C, *size); arguments as of it, of one dtype."""
+    # Rows and columns at the end that a stride left out.
+    rest = [
+        given - ((reached - 1) * stride - 2 * padding + taps)
+        for given, reached, taps in zip(size, gradient.shape[-2:], weight.shape[-2:], strict=True)
+    ]
+    return F.conv_transpose2d(
+        gradient, weight, stride=stride, padding=padding, output_padding=rest, groups=groups
+    )  # fmt: skip
+
+
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -164,19 +178,8 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (weight,) = gradients, ctx.saved_tensors
-        # Rows and columns at the end that a stride left out.
-        rest = [
-            size - ((reached - 1) * ctx.stride - 2 * ctx.padding + taps)
-            for size, reached, taps in zip(ctx.size, gradient.shape[-2:], weight.shape[-2:], strict=True)
-        ]
-        back = F.conv_transpose2d(
-            gradient,
-            weight.to(gradient.dtype),
-            stride=ctx.stride,
-            padding=ctx.padding,
-            output_padding=rest,
-            groups=ctx.groups,
-        )
+        weight = weight.to(gradient.dtype)
+        back = conv2d_input(gradient, weight, ctx.size, stride=ctx.stride, padding=ctx.padding, groups=ctx.groups)
         return back, None, None, None, None, None
 
 

@@ -4,7 +4,7 @@ Parameters keep their own dtype (float32, float64, or bfloat16 where low-precisi
 the dtype of the incoming activation at each use, so one set of master weights serves every compute dtype.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from ipfm.models.initialisation import DEFAULT_INIT, Init
 
 # A weight and a bias.
 Affine = tuple[Tensor, Tensor]
+# The same of a layer that may lack either.
+Free = tuple[Tensor | None, Tensor | None]
 
 
 def cast(parameter: Tensor, like: Tensor) -> Tensor:
@@ -166,16 +168,24 @@ class Conv2d(nn.Module):
             return frozen_conv2d(x, self.weight, bias, padding=padding)
         return F.conv2d(x, cast(self.weight, x), _cast(bias, x), padding=padding)
 
-    def _depthwise(self, x: Tensor, gain: float = 1) -> Tensor:
+    def resampling(self, x: Tensor, channels: int) -> Tensor | None:
+        """The filter (channels, 1, L, L) of a depthwise convolution that halves or, transposed, doubles x.
+
+        None: it is done in another way.
+        """
+        return None if self._box or self.fused_resample else self._depthwise(x, 4 if self.up else 1, channels)
+
+    def _depthwise(self, x: Tensor, gain: float = 1, channels: int | None = None) -> Tensor:
         source = self.resample_filter
         assert source is not None
+        channels = x.shape[1] if channels is None else channels
         if not triton_serves(x) or torch.compiler.is_compiling() or type(source) is not Tensor or source.is_inference():
-            return (gain * source.to(x.dtype)).expand(x.shape[1], -1, -1, -1)
+            return (gain * source.to(x.dtype)).expand(channels, -1, -1, -1)
         # The filter never changes: on a GPU, where its making would be three launches at each use, it is kept.
-        key = (source._version, x.dtype, x.shape[1], gain)
+        key = (source._version, x.dtype, channels, gain)
         if self._made is None or self._made[0] is not source or self._made[1] != key:
             with torch.inference_mode(False):
-                made = (gain * source.to(x.dtype)).expand(x.shape[1], -1, -1, -1).contiguous()
+                made = (gain * source.to(x.dtype)).expand(channels, -1, -1, -1).contiguous()
             self._made = (source, key, made)
         return self._made[2]
 
@@ -256,31 +266,27 @@ def lay_out_weights(net: nn.Module) -> None:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def free_bias(layer: nn.Module | None) -> Tensor | None:
-    """The bias of a layer that may be bypassed and its parameters used elsewhere; None: there is none, or it may not.
+def free_parameters(layer: nn.Module | None, kinds: Container[object] | None = None) -> Free | None:
+    """Weight and bias of a layer that may be bypassed and its parameters used elsewhere; None: it may not.
 
-    It may where it is of a class of this file, not of one in its place, and nothing hooks on to its calls, as ZeRO 3
-    does to gather its parameters.
+    It may where it is of a class of this file (or of `kinds`), not of one in its place, and nothing hooks on to its
+    calls, as ZeRO 3 does to gather its parameters.
     """
-    if layer is None or type(layer) not in _BYPASSED or _is_watched(layer):
+    # (Asked of every layer in every pass.)
+    if (
+        layer is None
+        or type(layer) not in (kinds or _BYPASSED)
+        or (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
+    ):
         return None
-    return layer._parameters["bias"]
+    parameters = layer._parameters
+    return parameters["weight"], parameters["bias"]
 
 
-def free_weight(conv: nn.Module, x: Tensor) -> Tensor | None:
-    """The weight of a convolution that may be bypassed, of the dtype of x; None: it may not, see `free_bias`."""
-    if type(conv) is not Conv2d or _is_watched(conv):
-        return None
-    weight = conv._parameters["weight"]
-    return None if weight is None or weight.dtype != x.dtype or hasattr(weight, "ds_id") else weight
-
-
-# (Asked of every layer in every pass.)
-_BYPASSED = frozenset((Linear, Conv2d))
-
-
-def _is_watched(layer: nn.Module) -> bool:
-    return bool(layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
+def free_bias(layer: nn.Module | None) -> Tensor | None:
+    """The bias of a layer whose parameters may be used elsewhere; None: there is none, or it may not."""
+    found = free_parameters(layer)
+    return None if found is None else found[1]
 
 
 def check_resample_filter(taps: Sequence[float]) -> tuple[float, ...]:
@@ -391,14 +397,6 @@ def branch(norm: nn.Module, x: Tensor, *, silu: bool = False, affine: Affine | N
     return norm(x, silu=silu), x
 
 
-def free_affine(norm: nn.Module) -> Affine | None:
-    """Weight and bias of a normalisation that may be given to it from outside; None: they may not, see `free_bias`."""
-    if type(norm) is not GroupNorm or _is_watched(norm):
-        return None
-    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-    return None if weight is None or bias is None else (weight, bias)
-
-
 def group_count(num_channels: int, num_groups: int = 32, min_channels_per_group: int = 4) -> int:
     """Groups of a normalisation over `num_channels`: min(num_groups, num_channels // min_channels_per_group).
 
@@ -412,6 +410,9 @@ def group_count(num_channels: int, num_groups: int = 32, min_channels_per_group:
             f"{min_channels_per_group} channels, divisible by min({num_groups}, channels // {min_channels_per_group})"
         )
     return groups
+
+
+_BYPASSED = frozenset((Linear, Conv2d, GroupNorm))
 
 
 class Float32Buffers(nn.Module):

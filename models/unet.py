@@ -93,8 +93,10 @@ class Backbone(nn.Module, ABC):
             *given: what `run` takes.
             tensors: those in `given`.
         """
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return run(*given)
         sources = itertools.chain((tensor for tensor in tensors if tensor is not None), block.parameters())
-        if not (self.activation_checkpointing and torch.is_grad_enabled() and any(s.requires_grad for s in sources)):
+        if not any(s.requires_grad for s in sources):
             return run(*given)
         random = block.training and dropout > 0
         again: Tensor = checkpoint(run, *given, use_reentrant=False, preserve_rng_state=random)

@@ -7,7 +7,7 @@ data: where nothing but the block's input needs a gradient, the last kernel appl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ipfm.kernels import group_norm, residual
 from ipfm.kernels._images import dense, is_dense, like
 from ipfm.kernels._operators import applied
+from ipfm.models.frozen_ops import conv2d_input
 
 _convolution_backward: Callable[..., Any] = torch.ops.aten.convolution_backward.default
 
@@ -33,6 +34,9 @@ class Numbers(NamedTuple):
     """Its probability; 0 while nothing is trained."""
     scale: float
     """Factor of the sum."""
+    up: bool = False
+    """With a filter: it doubles the sides, else it halves them."""
+    filter_padding: int = 0
 
 
 class Inputs(NamedTuple):
@@ -56,6 +60,10 @@ class Inputs(NamedTuple):
     """What the sum lacks."""
     skip: Tensor | None
     """Weight of its convolution; None: x itself is added."""
+    filter0: Tensor | None = None
+    """(in_channels, 1, L, L): comes before conv0 and, where it halves, before skip. There is a skip then."""
+    filter1: Tensor | None = None
+    """(out_channels, 1, L, L): comes after skip, where it doubles."""
 
     @property
     def second(self) -> group_norm.Parameters:
@@ -71,7 +79,7 @@ def is_plain_eager() -> bool:
 def whole_block(numbers: Numbers, inputs: Inputs) -> Tensor:
     """(skip(x) + conv1(dropout(silu(norm1(conv0(silu(norm0(x))))))))·scale, by the Triton kernels.
 
-    Differentiable once, where `is_plain_eager`.
+    With filters conv0 and skip change the resolution. Differentiable once, where `is_plain_eager`.
 
     Args:
         numbers: sizes and factors.
@@ -86,38 +94,75 @@ def whole_block(numbers: Numbers, inputs: Inputs) -> Tensor:
     return _run(numbers, inputs)[0]
 
 
-def _run(numbers: Numbers, given: Inputs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """(y, what is made on the way: statistics, conv0's result, statistics, inputs of both convolutions, the mask)."""
+class Made(NamedTuple):
+    """What is made on the way."""
+
+    about0: Tensor
+    """The statistics of a normalisation."""
+    c0: Tensor
+    """What conv0 makes."""
+    about1: Tensor
+    h0: Tensor
+    """What goes into conv0."""
+    h1: Tensor
+    """What goes into conv1."""
+    mask: Tensor | None
+    """Of the dropout."""
+    small: Tensor | None
+    """What goes into skip where it is not x."""
+
+
+def _run(numbers: Numbers, given: Inputs) -> tuple[Tensor, Made]:
+    """(y, what is made on the way)."""
     first: group_norm.Parameters = given.weight0, given.bias0, None, None, None
     h0, about0 = group_norm.forward_pass(given.x, numbers.groups[0], first, eps=numbers.eps[0], activation=True)
+    if given.filter0 is not None:
+        h0 = _resampled(h0, given.filter0, numbers)
     c0 = dense(F.conv2d(h0, given.conv0, None, 1, numbers.paddings[0]))
     h1, about1 = group_norm.forward_pass(c0, numbers.groups[1], given.second, eps=numbers.eps[1], activation=True)
     mask: Tensor | None = None
     if numbers.dropout:
         h1, mask = torch.native_dropout(h1, numbers.dropout, True)
     c1 = F.conv2d(h1, given.conv1, None, 1, numbers.paddings[1])
-    x = given.x if given.skip is None else dense(F.conv2d(given.x, given.skip, None, 1, numbers.paddings[2]))
+    x, small = given.x, None
+    if given.skip is not None:
+        if given.filter0 is not None and not numbers.up:
+            x = small = _resampled(x, given.filter0, numbers)
+        x = F.conv2d(x, given.skip, None, 1, numbers.paddings[2])
+        x = dense(x if given.filter1 is None else _resampled(x, given.filter1, numbers))
     y = residual.forward_pass(x, like(c1, x), given.bias, numbers.scale)
-    return y, (about0, c0, about1, h0, h1, mask)
+    return y, Made(about0, c0, about1, h0, h1, mask, small)
+
+
+def _resampled(x: Tensor, weight: Tensor, numbers: Numbers) -> Tensor:
+    convolve = F.conv_transpose2d if numbers.up else F.conv2d
+    y: Tensor = convolve(x, weight, stride=2, padding=numbers.filter_padding, groups=len(weight))
+    return y
+
+
+def _back_through_filter(dy: Tensor, weight: Tensor, size: Sequence[int], numbers: Numbers) -> Tensor:
+    """The gradient of `_resampled` by x (B, C, *size)."""
+    if numbers.up:
+        return F.conv2d(dy, weight, stride=2, padding=numbers.filter_padding, groups=len(weight))
+    return conv2d_input(dy, weight, size, stride=2, padding=numbers.filter_padding, groups=len(weight))
 
 
 class _WholeBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, numbers: Numbers, *tensors: Any) -> Tensor:
         given = Inputs(*tensors)
-        y, (about0, c0, about1, h0, h1, mask) = _run(numbers, given)
+        y, made = _run(numbers, given)
         needed: Any = Inputs._make(ctx.needs_input_grad[1:])
         ctx.numbers = numbers
         ctx.save_for_backward(
             *given[:10],
-            given.skip,
-            about0,
-            c0,
-            about1,
+            *given[11:],
+            *made[:3],
             # The gradient of a constant weight is not asked for, and that of its input is of the weight alone.
-            h0 if needed.conv0 else None,
-            h1 if needed.conv1 else None,
-            mask,
+            made.h0 if needed.conv0 else None,
+            made.h1 if needed.conv1 else None,
+            made.mask,
+            made.small if needed.skip else None,
         )
         ctx.bias = None if given.bias is None else (given.bias.dtype, given.bias.ndim == 2)
         return y
@@ -127,36 +172,50 @@ class _WholeBlock(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("a residual block has no second derivative: create_graph=True cannot pass through it")
         numbers: Numbers = ctx.numbers
-        *parameters, skip, about0, c0, about1, h0, h1, mask = ctx.saved_tensors
-        given = Inputs._make((*parameters, None, skip))
+        saved = ctx.saved_tensors
+        given, made = Inputs._make((*saved[:10], None, *saved[10:13])), Made._make(saved[13:])
+        about0, c0, about1, h0, h1, mask, small = made
+        del saved, made
         needed: Any = Inputs._make(ctx.needs_input_grad[1:])
         (dy,) = gradients
         d, to_bias, factor = dy, None, numbers.scale
         # All that follows is linear in dy. With gaps, as a part of concatenated channels has, dy is copied anyway.
-        if any(needed[1:]) or not is_dense(dy):
+        if any(needed[1:]) or given.filter0 is not None or not is_dense(dy):
             dtype, by_sample = ctx.bias or (dy.dtype, False)
             d, to_bias = residual.backward_pass(dy, numbers.scale, bool(needed.bias), by_sample=by_sample)
             to_bias, factor = None if to_bias is None else to_bias.to(dtype), 1.0
-        dh, to_conv1 = _back(d, h1, given.conv1, numbers.paddings[1], bool(needed.conv1))
+        dh, to_conv1 = back_through_conv(d, h1, given.conv1, numbers.paddings[1], bool(needed.conv1))
         if mask is not None:
             kept = 1 - numbers.dropout
             dh = torch.ops.aten.native_dropout_backward(dh, mask, 1 / kept if kept else 0.0)
         dc, *to_second = group_norm.backward_pass(dh, c0, given.second, about1, needed[4:9], True)
         assert dc is not None
-        dh, to_conv0 = _back(dc, h0, given.conv0, numbers.paddings[0], bool(needed.conv0))
-        del dc, c0, h1, mask
+        dh, to_conv0 = back_through_conv(dc, h0, given.conv0, numbers.paddings[0], bool(needed.conv0))
+        del dc, c0, h0, h1, mask
+        size = given.x.shape[2:]
+        if given.filter0 is not None:
+            dh = _back_through_filter(dh, given.filter0, size, numbers)
         more, to_skip = d, None
         if given.skip is not None:
-            more, to_skip = _back(d, given.x, given.skip, numbers.paddings[2], bool(needed.skip))
+            if given.filter1 is not None:
+                more = _back_through_filter(more, given.filter1, size, numbers)
+            halved = given.filter0 is not None and not numbers.up
+            more, to_skip = back_through_conv(
+                more, small if halved else given.x, given.skip, numbers.paddings[2], bool(needed.skip)
+            )
+            if given.filter0 is not None and halved:
+                more = _back_through_filter(more, given.filter0, size, numbers)
         first: group_norm.Parameters = given.weight0, given.bias0, None, None, None
         asked = (needed.weight0, needed.bias0, False, False, False)
         dx, *to_first = group_norm.backward_pass(dh, given.x, first, about0, asked, True, more, factor)
         return (
-            None, dx if needed.x else None, *to_first[:2], to_conv0, *to_second, to_conv1, to_bias, to_skip
+            None, dx if needed.x else None, *to_first[:2], to_conv0, *to_second, to_conv1, to_bias, to_skip, None, None
         )  # fmt: skip
 
 
-def _back(dy: Tensor, x: Tensor | None, weight: Tensor, padding: int, trained: bool) -> tuple[Tensor, Tensor | None]:
+def back_through_conv(
+    dy: Tensor, x: Tensor | None, weight: Tensor, padding: int, trained: bool
+) -> tuple[Tensor, Tensor | None]:
     """The gradients of a convolution's input and, where it is trained, of its weight."""
     if not trained:
         return F.conv_transpose2d(dy, weight, None, 1, padding), None

@@ -225,16 +225,24 @@ def of_the_block(block: UNetBlock, x: Tensor, emb: Tensor) -> dict[str, Tensor]:
 
 
 def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(UNetBlock, "_whole", lambda self, x, entering: None)
+    for name in ("_whole", "_whole_attention"):
+        monkeypatch.setattr(UNetBlock, name, lambda self, x, entering: None)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("song", [True, False], ids=["ncsn++", "adm"])
-def test_a_block_as_one_function_computes_what_its_layers_do(song: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", ["", "up", "down", "attention"])
+def test_a_block_as_one_function_computes_what_its_layers_do(
+    song: bool, more: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit where it is trained; frozen, the factor of the sum comes last and is rounded elsewhere."""
-    block, x, emb = a_block(adaptive_scale=not song, dropout=0.3)
+    settings = {more: True, "resample_filter": (1, 3, 3, 1), "num_heads": 2} if more else {}
+    block, x, emb = a_block(adaptive_scale=not song, dropout=0.3, **settings)
+    whole, seen = blocks.whole_block, []
+    monkeypatch.setattr(blocks, "whole_block", lambda *given: (seen.append(given), whole(*given))[1])
     trained = of_the_block(block, x, emb)
     frozen = of_the_block(block.requires_grad_(False), x, emb)
+    assert len(seen) == 2
     layer_by_layer(monkeypatch)
     for name, expected in of_the_block(block.requires_grad_(True), x, emb).items():
         assert torch.equal(trained[name], expected), name
