@@ -176,6 +176,7 @@ class AdamEMA(torch.optim.Optimizer):
             ValueError: as in the class.
         """
         super().add_param_group(param_group)
+        self._complete = False
         _check_group(self.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,6 +191,7 @@ class AdamEMA(torch.optim.Optimizer):
         """
         count = state_dict["steps_applied"]
         super().load_state_dict(state_dict)
+        self._complete = False
         for group in self.param_groups:
             # A state from before this setting existed.
             group.setdefault("rectified", False)
@@ -197,6 +199,9 @@ class AdamEMA(torch.optim.Optimizer):
             self.steps_applied = None
         else:
             self.steps_applied = count.detach().clone().to(self.param_groups[0]["params"][0].device)
+
+    # Whether every parameter has had its state made.
+    _complete = False
 
     @torch.no_grad()
     def create_state(self) -> None:
@@ -215,6 +220,7 @@ class AdamEMA(torch.optim.Optimizer):
         if self.steps_applied is None:
             device = self.param_groups[0]["params"][0].device
             self.steps_applied = torch.zeros((), dtype=torch.float64, device=device)
+        self._complete = True
 
     @torch.no_grad()
     def restart_ema(self) -> None:
@@ -236,14 +242,18 @@ class AdamEMA(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("AdamEMA takes no closure: compute the gradients, then call step()")
-        self.create_state()
+        if not self._complete or self.steps_applied is None:
+            self.create_state()
         assert self.steps_applied is not None
-        groups = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups]
-        grads: list[Tensor] = [p.grad for _, params in groups for p in params if p.grad is not None]
-        if not grads:
+        try:
+            groups = [*filter(None, map(self._columns, self.param_groups))]
+        except KeyError:  # of which somebody has taken a part
+            self.create_state()
+            groups = [*filter(None, map(self._columns, self.param_groups))]
+        if not groups:
             self.applied = torch.zeros((), dtype=torch.bool, device=self.steps_applied.device)
             return
-        device = grads[0].device
+        device = groups[0].gradients[0].device
         step: Callable[..., Tensor] = partial(reference_step, rows=self._rows, cut_rows=self._cut_rows)
         if not self._rows and use_triton("AdamEMA", self.backend, device):
             step = self._fused.step
@@ -254,7 +264,7 @@ class AdamEMA(torch.optim.Optimizer):
         ):
             step = self._fused_step
         self.applied = step(
-            [self._columns(group, params) for group, params in groups if params],
+            groups,
             self.steps_applied,
             grad_scale=self.grad_scale,
             clip_norm=self.clip_norm,
@@ -262,18 +272,23 @@ class AdamEMA(torch.optim.Optimizer):
             sum_over_shards=self.sum_over_shards,
         )
 
-    def _columns(self, group: dict[str, Any], params: list[Tensor]) -> Group:
+    def _columns(self, group: dict[str, Any]) -> Group | None:
+        """A group's settings and tensors, of the parameters that have a gradient; None: none has."""
+        params = group["params"]
+        given = [p.grad for p in params]
+        if any(gradient is None for gradient in given):
+            params = [p for p, gradient in zip(params, given, strict=True) if gradient is not None]
+            given = [gradient for gradient in given if gradient is not None]
+        if not given:
+            return None
         lr = group["lr"]
         if isinstance(lr, Tensor):
             _check_on_device("lr", lr, params[0].device)
-        entries = ["exp_avg_sq", "exp_avg", *ema_entries(group["ema"])]
-        states = [self.state[p] for p in params]
-        columns = [[state[e] for state in states] if e in states[0] else [] for e in entries]
-        if group["betas"][0] == 0:
-            columns[1] = []
-        given = [p.grad for p in params if p.grad is not None]
+        states = [*map(self.state.__getitem__, params)]
+        columns = [[state[entry] for state in states] for entry in ("exp_avg_sq", *ema_entries(group["ema"]))]
+        columns.insert(1, [state["exp_avg"] for state in states] if group["betas"][0] > 0 else [])
         settings = (group["betas"], group["eps"], group["weight_decay"], group["rectified"])
-        return Group(lr, *settings, given, [params, *columns])
+        return Group(lr, *settings, given, [[*params], *columns])
 
 
 def ema_entries(ema: bool | int) -> list[str]:

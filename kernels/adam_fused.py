@@ -6,6 +6,8 @@ waiting, when it did.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import operator
 import sys
@@ -84,8 +86,8 @@ class FusedAdam:
 
     def __init__(self) -> None:
         self._plan: _Plan | None = None
-        # Layouts of tensors of which none needed a copy.
-        self._in_order: list[object] = []
+        # Columns of the last step, of which no tensor needed a copy, and how weights and gradients lay.
+        self._known: tuple[list[list[list[Tensor]]], list[object]] | None = None
         # A captured graph keeps reading what it was captured with.
         self._captured: list[Tensor] = []
         # Pinned memory for the addresses of gradients that a graph allocates: none can be pinned during a capture.
@@ -119,12 +121,14 @@ class FusedAdam:
         device = steps.device
         with on_device(device):
             copies: list[tuple[Tensor, Tensor]] = []
-            if (layouts := [_layouts(group) for group in groups]) != self._in_order:
+            layouts: list[object] = [_layouts(group) for group in groups]
+            known = self._known is not None and layouts == self._known[1] and _same_columns(groups, self._known[0])
+            if not known:
                 given = groups
                 groups = [_dense(group, copies) for group in groups]
                 unchanged = all(map(_same_tensors, groups, given))
-                self._in_order = [*layouts] if unchanged else []
-            plan = self._planned(groups, device)
+                self._known = ([group.columns for group in groups], layouts) if unchanged else None
+            plan = self._planned(groups, device, known)
             assert plan.gradient_table is not None
             segment, block, warps = adam_config()
             scale = steps if grad_scale is None else grad_scale.to(device)
@@ -166,17 +170,18 @@ class FusedAdam:
             torch.autograd.graph.increment_version([w for group in groups for w in group.columns[0]])
         return applied
 
-    def _planned(self, groups: Sequence[Group], device: torch.device) -> _Plan:
-        """Tables for these tensors: those of the last step where they still hold."""
-        gradients = [g.data_ptr() for group in groups for g in group.gradients]
-        key: list[object] = [adam_config(), device, *(address % 16 for address in gradients)]
-        for group in groups:
-            key.append(len(group.columns))
-            for column in group.columns:
-                key.append(len(column))
-                key += [t.data_ptr() for t in column]
-            key += [w.numel() for w in group.columns[0]]
-            key += [w.dtype for w in group.columns[0]]
+    def _planned(self, groups: Sequence[Group], device: torch.device, known: bool) -> _Plan:
+        """Tables for these tensors: those of the last step where they still hold; `known`: the columns are its."""
+        gradients = [*map(Tensor.data_ptr, itertools.chain.from_iterable(group.gradients for group in groups))]
+        columns = [column for group in groups for column in group.columns]
+        places = [[*map(Tensor.data_ptr, column)] for column in columns]
+        aligned = not functools.reduce(operator.or_, gradients, 0) % 16
+        key: list[object] = [adam_config(), device, aligned or [address % 16 for address in gradients], places]
+        if known and self._plan is not None and self._plan.key[:4] == key:
+            # Of the very same tensors it is known.
+            key.append(self._plan.key[4])
+        else:
+            key.append([[(w.numel(), w.dtype) for w in group.columns[0]] for group in groups])
         plan = self._plan
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if plan is None or plan.key != key:
@@ -275,13 +280,18 @@ def _launch_numbers(
 
 
 def _layouts(group: Group) -> list[list[object]]:
-    """What decides whether a tensor lies as its weight does, in fewer questions than it takes to decide it."""
-    weights, *others = group.columns
-    layouts: list[list[object]] = [[w.shape for w in weights], [w.dtype for w in weights]]
-    layouts.append([g.dtype for g in group.gradients])
-    for column in (group.gradients, weights, *others):
-        layouts.append([t.stride() for t in column])
-    return layouts
+    """What decides whether gradients lie as their weights do, in fewer questions than it takes to decide it."""
+    dtypes: list[object] = [g.dtype for g in group.gradients]
+    return [dtypes, [*map(Tensor.stride, group.gradients)], [*map(Tensor.stride, group.columns[0])]]
+
+
+def _same_columns(groups: Sequence[Group], known: Sequence[list[list[Tensor]]]) -> bool:
+    """Whether the groups' columns are these very tensors."""
+    mine = [group.columns for group in groups]
+    if [[*map(len, columns)] for columns in mine] != [[*map(len, columns)] for columns in known]:
+        return False
+    pairs = zip(itertools.chain(*mine), itertools.chain(*known), strict=True)
+    return all(all(map(operator.is_, one, other)) for one, other in pairs)
 
 
 def _same_tensors(group: Group, given: Group) -> bool:

@@ -71,20 +71,29 @@ def whole_attention(numbers: Numbers, inputs: Inputs) -> Tensor:
         q, k, v, x = _before(numbers, *inputs[:5])
         y: Tensor = _after(numbers, F.scaled_dot_product_attention(q, k, v), x, *inputs[5:])
         return y
-    (q, k, v), *_ = _run_before(numbers, *inputs[:5])
+    (q, k, v), *_ = _run_before(numbers, *inputs[:5], trained=False)
     return _run_after(numbers, F.scaled_dot_product_attention(q, k, v), inputs.x, *inputs[5:])[0]
 
 
 def _run_before(
-    numbers: Numbers, x: Tensor, weight: Tensor, bias: Tensor, qkv: Tensor, qkv_bias: Tensor
+    numbers: Numbers, x: Tensor, weight: Tensor, bias: Tensor, qkv: Tensor, qkv_bias: Tensor, *, trained: bool
 ) -> tuple[Sequence[Tensor], Tensor, Tensor, Tensor]:
-    """(q, k and v, each (B, heads, H·W, C / heads), statistics, what goes into qkv (B, H·W, C), its matrix)."""
+    """(q, k and v, each (B, heads, H·W, C / heads), statistics, what goes into qkv, its matrix).
+
+    Where qkv is trained, what goes into it is (B·H·W, C), for its gradient.
+    """
     vectors: group_norm.Parameters = weight, bias, None, None, None
     h, about = group_norm.forward_pass(x, numbers.groups, vectors, eps=numbers.eps, activation=False)
     tokens, matrix = h.flatten(2).transpose(1, 2), arranged(qkv, numbers.heads)
-    joined = F.linear(tokens, matrix, arranged(qkv_bias, numbers.heads).flatten())
+    addend = arranged(qkv_bias, numbers.heads).flatten()
+    rows = tokens.flatten(0, 1) if trained else tokens
+    if not trained or tokens.is_contiguous():
+        joined = F.linear(tokens, matrix, addend)
+    else:
+        # One product, as PyTorch has it where the weight is trained.
+        joined = rows.mm(matrix.t()).view(*tokens.shape[:2], -1).add_(addend)
     parts = joined.unflatten(2, (3, numbers.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-    return parts, about, tokens, matrix
+    return parts, about, rows, matrix
 
 
 def _run_after(numbers: Numbers, a: Tensor, x: Tensor, proj: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +109,7 @@ def _refuse() -> None:
 
 def _back_through_product(rows: Tensor, matrix: Tensor, tokens: Tensor | None) -> Tensor:
     """The gradient (n, C) of the tokens; in the order of their memory where they are known, as PyTorch has it."""
-    if tokens is not None and tokens.flatten(0, 1).stride() == (1, len(rows)):
+    if tokens is not None and tokens.stride() == (1, len(rows)):
         return matrix.t().mm(rows.t()).t()
     return rows.mm(matrix)
 
@@ -110,8 +119,9 @@ class _Before(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, numbers: Numbers, *given: Any) -> tuple[Tensor, ...]:
-        parts, about, tokens, matrix = _run_before(numbers, *given)
-        ctx.numbers, trained = numbers, ctx.needs_input_grad[4]
+        trained = ctx.needs_input_grad[4]
+        parts, about, tokens, matrix = _run_before(numbers, *given, trained=trained)
+        ctx.numbers = numbers
         # The matrix of a constant weight is made again.
         ctx.save_for_backward(*given, about, tokens if trained else None, matrix if trained else None)
         return *parts, given[0].view_as(given[0])
@@ -137,7 +147,7 @@ class _Before(torch.autograd.Function):
             False,
             more,
         )
-        of_qkv = _as_stored(rows.t().mm(tokens.flatten(0, 1)), qkv, numbers.heads) if to_qkv else None
+        of_qkv = _as_stored(rows.t().mm(tokens), qkv, numbers.heads) if to_qkv else None
         of_bias = _as_stored(rows.sum(0), qkv_bias, numbers.heads) if to_qkv_bias else None
         return None, dx if to_x else None, *to_vectors[:2], of_qkv, of_bias
 
