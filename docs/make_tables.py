@@ -42,6 +42,7 @@ from ipfm.models import presets
 from ipfm.recipes import (
     afhqv2_ipfm,
     afhqv2_sid,
+    cifar_cmt,
     cifar_ipfm,
     cifar_pid,
     cifar_realuid,
@@ -49,6 +50,7 @@ from ipfm.recipes import (
     cifar_teacher,
     digits_ipfm,
     digits_pid,
+    distill_cmt,
     distill_ipfm,
     distill_pid,
     distill_sid,
@@ -72,7 +74,7 @@ RENTED = tuple(
     module.RECIPE
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid, imagenet64_sid,
                    imagenet512_edm2_ipfm, imagenet64_edm2_ipfm, imagenet512_edm2_sid, imagenet64_edm2_sid,
-                   cifar_realuid, cifar_pid, imagenet64_pid, cifar_teacher, ffhq_teacher)
+                   cifar_realuid, cifar_pid, imagenet64_pid, cifar_cmt, cifar_teacher, ffhq_teacher)
 )  # fmt: skip
 GPUS = (24, 48, 80, 141)
 PROCESSES = (1, 8)
@@ -207,7 +209,7 @@ def sources() -> list[str]:
     rows = [_row(["recipe", "paper", "script", "SiD", "EDM2", "this project"]), _row(["---"] * 6)]
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid,
                    imagenet64_sid, imagenet512_edm2_ipfm, imagenet512_edm2_sid, imagenet64_edm2_ipfm,
-                   imagenet64_edm2_sid, cifar_realuid, cifar_pid, imagenet64_pid):  # fmt: skip
+                   imagenet64_edm2_sid, cifar_realuid, cifar_pid, imagenet64_pid, cifar_cmt):  # fmt: skip
         cells = []
         for source in [source for source in SOURCES if source != "EDM"]:
             found = {name: o.remark for name, o in module.RECIPE.origins.items() if o.source == source}
@@ -228,6 +230,31 @@ def pid_settings() -> list[str]:
         sides = tuple("–" if value is None else value for value in (base.lpips_side, base.clip_grad))
         values = (base.batch, base.lr, base.points, base.difference, base.distance, *sides, base.ema_kimg)
         rows.append(_row([f"`{module.RECIPE.file}`", *map(_shown, values), _length(base)]))
+    return rows
+
+
+def cmt_settings() -> list[str]:
+    """The recipes of consistency mid-training, a row each."""
+    names = (
+        "recipe",
+        "batch",
+        "points",
+        "order",
+        "levels",
+        "distance",
+        "lr",
+        "dropout",
+        "EMA half-life, kimg",
+        "length",
+    )
+    rows = [_row(names), _row(["---"] * len(names))]
+    for module in (cifar_cmt,):
+        base = module.RECIPE.base
+        levels = ", ".join(f"{level:g}" for level in base.levels)
+        shown = map(_shown, (base.batch, base.points, base.order))
+        rest = map(_shown, (base.dropout, base.ema_kimg))
+        rate = f"{_shown(base.lr)}, linear to {base.lr * base.lr_end:g}"
+        rows.append(_row([f"`{module.RECIPE.file}`", *shown, levels, base.distance, rate, *rest, _length(base)]))
     return rows
 
 
@@ -266,7 +293,7 @@ def sizes_of_teachers() -> list[str]:
 
 def sizes_of_distillations() -> list[str]:
     """The rule of sizes for distillations: the recipe whose settings a row takes, or its own."""
-    modules = (distill_ipfm, distill_sid, distill_pid)
+    modules = (distill_ipfm, distill_sid, distill_pid, distill_cmt)
     names = ("side, pixels", *(f"`{module.RECIPE.file}`" for module in modules))
     rows = [_row(names), _row(["---"] * len(names))]
     for row in ROWS.values():
@@ -394,6 +421,7 @@ PAGES: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
         "sizes of EDM2": edm2_sizes,
         "sources": sources,
         "settings of physics informed distillation": pid_settings,
+        "settings of consistency mid-training": cmt_settings,
         "settings of teachers": teacher_settings,
         "sizes of teachers": sizes_of_teachers,
         "sizes of distillations": sizes_of_distillations,
