@@ -44,7 +44,7 @@ from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.published import PaperResult, paper_results, real_data_results
 from ipfm.engine.objectives.real_data import NO_REAL_DATA, Half, RealWeights, decided, real_weights, weights_said
 from ipfm.engine.objectives.step_metrics import HalvesSum, LossSum, StepMetrics, measured_as
-from ipfm.engine.objectives.variations import check_variations, variation_name, variation_rows, variation_words
+from ipfm.engine.objectives.variations import checked_laws, variation_name, variation_rows, variation_words
 from ipfm.engine.random_streams import Stream, class_shares, draw_labels, draw_number, dropout_seed, seed_dropout
 from ipfm.engine.runtime.wording import counted
 from ipfm.engine.sampling.batches import sample_generator
@@ -535,7 +535,8 @@ class StudentConfig(Distillation):
                 raise ValueError(f"steps and sigmas disagree: {self.steps} steps, {len(levels)} noise levels")
             object.__setattr__(self, "steps", len(levels))
         positive("sigma-init", self.sigma_init)
-        check_variations(self)
+        for name, law in checked_laws(self).items():
+            object.__setattr__(self, name, law)
         if not isinstance(self.logvar, bool):
             raise ValueError(f"logvar must be True or False, got {self.logvar!r}")
         if self.gradient not in ("all", "last"):

@@ -70,7 +70,8 @@ class LevelLaw(NamedTuple):
         return (s[below] + share.clamp(0, 1) * (s[above] - s[below])).exp()
 
     def __str__(self) -> str:
-        return ":".join([self.name, *(f"{v:g}" for v in self.numbers)])
+        shown = (f"{v:g}" if float(f"{v:g}") == v else repr(v) for v in self.numbers)
+        return ":".join([self.name, *shown])
 
 
 def level_law(option: str, value: object) -> LevelLaw | None:

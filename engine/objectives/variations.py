@@ -33,17 +33,23 @@ class Varied(Protocol):
     def student_ema(self) -> float | None: ...
 
 
-def check_variations(config: Varied) -> None:
+def checked_laws(config: Varied) -> dict[str, str]:
     """Check the settings.
+
+    Returns:
+        Those that are laws of noise levels, in one spelling: "grid:0:0.8" for "grid:0:.8".
 
     Raises:
         ValueError: one is none that there is.
     """
     check_weight(config.weight, config.weight_power)
-    level_law("levels-generator", config.levels_generator)
-    level_law("levels-student", config.levels_student)
     if config.student_ema is not None:
         share("student-ema", config.student_ema)
+    laws = {name: level_law(name.replace("_", "-"), getattr(config, name)) for name in _LAWS}
+    return {name: str(law) for name, law in laws.items() if law is not None}
+
+
+_LAWS = ("levels_generator", "levels_student")
 
 
 def variation_name(config: Varied) -> str:
