@@ -49,8 +49,11 @@ class MPFourier(Float32Buffers):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+        freqs, phases = torch.empty(channels), torch.empty(channels)
+        if not freqs.is_meta:  # which has no values, and where arithmetic takes long
+            freqs, phases = 2 * math.pi * torch.randn(channels), 2 * math.pi * torch.rand(channels)
+        self.register_buffer("freqs", freqs)
+        self.register_buffer("phases", phases)
 
     def forward(self, t: Tensor) -> Tensor:
         angle = torch.outer(t, self.freqs.to(t.dtype)) + self.phases.to(t.dtype)

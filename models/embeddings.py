@@ -67,7 +67,9 @@ class FourierEmbedding(Float32Buffers):
     def __init__(self, num_channels: int, *, scale: float = 16) -> None:
         super().__init__()
         check_embedding_width(num_channels)
-        self.register_buffer("freqs", scale * torch.randn(num_channels // 2))
+        freqs = torch.empty(num_channels // 2)
+        # The meta device has no values, and arithmetic takes long there.
+        self.register_buffer("freqs", freqs if freqs.is_meta else scale * torch.randn(num_channels // 2))
 
     def forward(self, t: Tensor) -> Tensor:
         return _cos_sin(t, 2 * math.pi * self.freqs)

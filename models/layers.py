@@ -306,6 +306,8 @@ def check_resample_filter(taps: Sequence[float]) -> tuple[float, ...]:
 def _filter_2d(taps: Sequence[float]) -> Tensor:
     """(1, 1, L, L) float32: outer(f, f) / (Σf)²."""
     f = torch.tensor(taps, dtype=torch.float32)
+    if f.is_meta:  # no values, and arithmetic takes long there
+        return torch.empty(1, 1, len(taps), len(taps), dtype=torch.float32)
     return (torch.outer(f, f) / f.sum() ** 2)[None, None]
 
 

@@ -46,7 +46,8 @@ class LiveBytes(TorchDispatchMode):
         self.timeline = Series()
         self._wanted = timeline
         self._noted = 0
-        self._sizes: dict[int, int] = {}
+        # By the address of a storage.
+        self._sizes: dict[int, tuple[int, _End]] = {}
 
     def reset_peak(self) -> None:
         """Start a new peak from what is alive now."""
@@ -63,31 +64,52 @@ class LiveBytes(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = meta_outputs(func, args, kwargs or {})
-        for one in _tensors((out,)):
+        for one in (out,) if type(out) is Tensor else _tensors((out,)):
             storage = one.untyped_storage()
-            if storage._cdata not in self._sizes:
+            key = storage._cdata
+            if key not in self._sizes:
                 # A view of what was there before, such as a parameter, is nothing new.
-                given = {t.untyped_storage()._cdata for t in _tensors((*args, *(kwargs or {}).values()))}
-                self._add(storage, 0 if storage._cdata in given else storage.nbytes())
+                given = _tensors((*args, *(kwargs or {}).values()))
+                old = any(t.untyped_storage()._cdata == key for t in given)
+                self._add(storage, 0 if old else storage.nbytes())
         return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: the compiler would be imported for it, and put a function of its own around each operation."""
+        return False
 
     def _add(self, storage: torch.UntypedStorage, size: int) -> None:
         key = storage._cdata
-        self._sizes[key] = size
-        self.current += size
-        self.peak = max(self.peak, self.current)
         # The storage's Python object lives as long as the storage does, also when only autograd holds it.
-        weakref.finalize(storage, self._remove, key)
-        self._note()
+        self._sizes[key] = size, _End(storage, self._remove, key)
+        self.current += size
+        if self.current > self.peak:
+            self.peak = self.current
+        if self._wanted:
+            self._note()
 
-    def _remove(self, key: int) -> None:
-        self.current -= self._sizes.pop(key)
-        self._note()
+    def _remove(self, end: _End) -> None:
+        self.current -= self._sizes.pop(end.key)[0]
+        if self._wanted:
+            self._note()
 
     def _note(self) -> None:
-        if self._wanted and abs(self.current - self._noted) * 1000 >= self.peak:
+        if abs(self.current - self._noted) * 1000 >= self.peak:
             self._noted = self.current
             self.timeline.add(time.perf_counter(), self.current)
+
+
+class _End(weakref.ref[torch.UntypedStorage]):
+    """Calls `removed` with itself at the end of a storage, which `key` tells: `weakref.finalize` takes far longer."""
+
+    __slots__ = ("key",)
+
+    def __new__(cls, storage: torch.UntypedStorage, removed: Callable[[_End], None], key: int) -> _End:
+        return super().__new__(cls, storage, removed)
+
+    def __init__(self, storage: torch.UntypedStorage, removed: Callable[[_End], None], key: int) -> None:
+        self.key = key
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -172,13 +194,14 @@ def _kind(value: Any) -> Any:
         TypeError: it may be more than that.
     """
     kind = type(value)
-    if kind in (Tensor, nn.Parameter):
+    if kind is Tensor or kind is nn.Parameter:
         if value.is_meta:
             return value.shape, value.stride(), value.dtype
-    elif kind in (list, tuple):
-        return tuple(map(_kind, value))
     elif kind in _PLAIN:
         return kind, value  # 1 == 1.0 == True
+    elif kind is list or kind is tuple:
+        kinds = tuple(map(type, value))
+        return (kinds, *value) if _PLAIN.issuperset(kinds) else tuple(map(_kind, value))
     raise TypeError(f"nothing is known about {kind}")
 
 
