@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -157,11 +160,33 @@ def _watch_peers(rank: int, size: int) -> None:
     )
 
 
+@contextmanager
+def _compiling_later() -> Iterator[None]:
+    """While it lasts, what `torch.compile` decorates is compiled at its first call; it imports the compiler at once."""
+    compile_now = torch.compile
+
+    def compile_later(function: Callable[..., Any] | None = None, **settings: Any) -> Callable[..., Any]:
+        if function is None:
+            return functools.partial(compile_later, **settings)
+        compiled = functools.cache(lambda: compile_now(function, **settings))
+        return functools.wraps(function)(lambda *given, **keywords: compiled()(*given, **keywords))
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+
+
 def import_deepspeed() -> Any:
     """Import DeepSpeed quietly, with its CPU communication extension (a 50 s compilation) switched off."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops as ops
+
+    with _compiling_later(), suppress(ImportError):
+        # Its engines import this optimiser, to see whether it is theirs: a second of Inductor for nothing.
+        import deepspeed.runtime.zero.muon.original_muon
 
     if not uses_gpu():
         # Of which extensions can be built it makes a table when that is first asked for, by trying all of them, and

@@ -17,7 +17,7 @@ from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.distributed import compilation
 from ipfm.engine.distributed.compilation import check_compiler, set_execution
-from ipfm.engine.distributed.world import World
+from ipfm.engine.distributed.world import World, _compiling_later, import_deepspeed
 from ipfm.engine.runtime.errors import described
 from ipfm.engine.training.checkpoint_writer import save_checkpoint
 from ipfm.engine.training.resolve import complete
@@ -214,3 +214,28 @@ def test_compiling_looks_at_the_cache_first(monkeypatch: pytest.MonkeyPatch) -> 
     assert not looked
     set_execution(network("adm"), memory_format="auto", compiled=True, device=CPU)
     assert looked
+
+
+def test_an_optimiser_that_nobody_asked_for_is_compiled_at_its_first_call() -> None:
+    """DeepSpeed's engines import Muon, whose functions ask for the compiler, in which a second goes."""
+    import_deepspeed()
+    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+
+    assert muon_optimizer.MuonWithAuxAdam.__module__ == muon_optimizer.__name__
+    for function in (original_muon.muon_update, original_muon.zeropower_via_newtonschulz5):
+        assert callable(function) and not hasattr(function, "_torchdynamo_orig_callable")
+    seen: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.append(graph)
+        return graph.forward
+
+    compile_now = torch.compile
+    with _compiling_later():
+
+        @torch.compile(backend=backend)
+        def twice(x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    assert torch.compile is compile_now and not seen
+    assert float(twice(torch.tensor(3.0))) == float(twice(torch.tensor(3.0))) == 6 and len(seen) == 1
