@@ -199,6 +199,7 @@ def serve(address: str) -> dict[str, Any] | None:
     gc.disable()
     for name in IMPORTS:
         importlib.import_module(name)
+    warm_up()
     gc.enable()
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would not survive the fork"
     # What is imported stays, and nobody need look through it for garbage.
@@ -236,6 +237,26 @@ def serve(address: str) -> dict[str, Any] | None:
                 os.close(descriptor)
             programs[pid] = connection
             connection.send(str(pid).encode())
+
+
+def warm_up() -> None:
+    """Have libraries do what they do at their first use alone: of a program that takes a second it is a third.
+
+    They look for fonts, read the sources of options for their help, and import what shapes of tensors need.
+    """
+    from ipfm.engine.evaluation.results import plot_convergence
+    from ipfm.engine.memory.simulate import StepSettings, simulate_distillation
+    from ipfm.engine.memory.state import Sharding
+    from ipfm.engine.runtime.commandline import parse_given
+    from ipfm.models import presets
+    from ipfm.recipes.digits_ipfm import RECIPE
+
+    parse_given([], default=RECIPE.defaults, prog=RECIPE.file, description=RECIPE.help_text())
+    with tempfile.TemporaryDirectory() as folder:
+        plot_convergence([(1, 2.0), (2, 1.0)], 0.5, Path(folder) / "curve.png")
+    simulate_distillation(StepSettings(presets.get("digits"), 4, Sharding()))
+    # Programs make their own plans.
+    simulate_distillation.cache_clear()
 
 
 def _report(programs: dict[int, socket.socket]) -> None:
