@@ -350,6 +350,11 @@ class RunConfig:
         """The first step in which every network is trained; 0 but where one begins before the others."""
         return 0
 
+    @property
+    def planned_step(self) -> int:
+        """The first step in which all is computed that ever is: plans and timings are of it."""
+        return self.first_whole_step
+
     def changing_rates(self, step: int) -> Mapping[str, float]:
         """The learning rates of the networks at 0-based `step`, "generator_lr" and so on; empty where they stay."""
         return {}

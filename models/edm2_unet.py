@@ -16,7 +16,7 @@ from ipfm.kernels.qkv_norm import unchecked_qkv_norm
 from ipfm.models.attention import AttentionBackend, attention, head_count
 from ipfm.models.edm2_layers import MPConv, MPFourier, MPQKVProjection, mp_silu, mp_sum, resample
 from ipfm.models.layers import cast, triton_serves
-from ipfm.models.unet import Backbone
+from ipfm.models.unet import Backbone, Logits, encoder_logits
 from ipfm.models.unet_layout import Entry, edm2_unet_layout
 
 
@@ -244,7 +244,8 @@ class EDM2UNet(Backbone):
         noise_labels: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
-    ) -> Tensor:
+        logits: Logits = "none",
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """F (B, out_channels, R, R) in the dtype of x.
 
         The labels have one dtype of at least float32, in which the embedding is computed.
@@ -254,6 +255,7 @@ class EDM2UNet(Backbone):
             noise_labels: (B,) or (1,).
             class_labels: (B or 1, label_dim); None is zeros.
             augment_labels: not used.
+            logits: "too": (F, `encoder_logits`); "alone": these, for which no decoder is run.
         """
         if self.channels_last:
             x = x.to(memory_format=torch.channels_last)
@@ -263,9 +265,13 @@ class EDM2UNet(Backbone):
         for module in self.enc.values():
             x = self._run(module, emb, x) if isinstance(module, EDM2Block) else module(x)
             skips.append(x)
+        seen = None if logits == "none" else encoder_logits(x)
+        if seen is not None and logits == "alone":
+            return seen
         for entry, module in zip(self.layout.decoder, self.dec.values(), strict=True):
             x = self._run(module, emb, *((x, skips.pop()) if entry.skip_channels else (x,)))
-        return self.out_conv(x, self.out_gain)
+        out: Tensor = self.out_conv(x, self.out_gain)
+        return out if seen is None else (out, seen)
 
     def _embed(self, noise_labels: Tensor, class_labels: Tensor | None) -> Tensor:
         """The embedding (B or 1, emb_channels) that enters every block."""

@@ -22,7 +22,7 @@ from ipfm.models.guidance import GuidedUNet
 from ipfm.models.layers import Float32Buffers
 from ipfm.models.schedules import iddpm_levels
 from ipfm.models.song_unet import SongUNet
-from ipfm.models.unet import Backbone
+from ipfm.models.unet import Backbone, Logits
 
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -140,7 +140,8 @@ class Precond(nn.Module, ABC):
         augment_labels: Tensor | None = None,
         *,
         raw: bool = False,
-    ) -> Tensor:
+        logits: Logits = "none",
+    ) -> Tensor | tuple[Tensor, ...]:
         """The denoised x, (B, C, R, R), float32 (float64 for a float64 network).
 
         Args:
@@ -152,23 +153,34 @@ class Precond(nn.Module, ABC):
             augment_labels: (B or 1, augment_dim), likewise; None is "not augmented".
             raw: x is c_in·x already, in `input_dtype`, and the result F in that dtype, for callers that do the scaling
                 in passes over the data that they make anyway.
+            logits: "too": (the result, the logits (B, H, W) of the encoder, see `ipfm.models.unet.encoder_logits`);
+                "alone": the logits, for which no decoder is run.
 
         Raises:
-            ValueError: other shapes.
+            ValueError: other shapes, or logits of a guided network.
         """
+        if logits != "none" and self.config.guide is not None:
+            raise ValueError("a guided network has two encoders: ask one of its two networks for logits")
         wide = self.wide_dtype
         self._check_image(x)
         x = x.to(self.input_dtype if raw else wide)
         sigma = self._sigma_column(sigma, x, wide, one_image=not raw)
         batch = sigma.shape[0] if x.shape[0] == 1 else x.shape[0]
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        inner: Tensor = self.model(
+        asked = {} if logits == "none" else {"logits": logits}
+        found = self.model(
             x if raw else (c_in * x).to(self.input_dtype),
             c_noise.flatten(),
             self._class_labels(class_labels, sigma, batch),
             self._augment_labels(augment_labels, sigma, batch),
-        )[:, : self.img_channels]
-        return inner if raw else torch.addcmul(c_skip * x, c_out, inner.to(wide))
+            **asked,
+        )
+        if logits == "alone":
+            seen: Tensor = found
+            return seen
+        inner: Tensor = (found[0] if asked else found)[:, : self.img_channels]
+        out = inner if raw else torch.addcmul(c_skip * x, c_out, inner.to(wide))
+        return (out, found[1]) if asked else out
 
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -280,7 +292,7 @@ class EDM2Precond(EDMPrecond):
             raise ValueError(f"an EDM2Precond has an EDM2UNet, the configuration is one of {config.model_type}")
         return _build_edm2_unet(config)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Tensor,
         sigma: Tensor | float,
@@ -288,8 +300,9 @@ class EDM2Precond(EDMPrecond):
         augment_labels: Tensor | None = None,
         *,
         raw: bool = False,
+        logits: Logits = "none",
         return_logvar: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """The denoised x as `Precond.forward`, or with `return_logvar` (it, u(sigma) as `logvar` has it).
 
         Args:
@@ -298,15 +311,17 @@ class EDM2Precond(EDMPrecond):
             class_labels: as there.
             augment_labels: not used.
             raw: as there.
+            logits: as there; those of "too" come last.
             return_logvar: give the log-variance too, in the same call.
 
         Raises:
             ValueError: other shapes, or there is no log-variance.
         """
-        out = super().forward(x, sigma, class_labels, augment_labels, raw=raw)
+        out = super().forward(x, sigma, class_labels, augment_labels, raw=raw, logits=logits)
         if not return_logvar:
             return out
-        return out, self.logvar(torch.as_tensor(sigma, device=x.device))
+        u = self.logvar(torch.as_tensor(sigma, device=x.device))
+        return (out[0], u, *out[1:]) if isinstance(out, tuple) else (out, u)
 
     def logvar(self, sigma: Tensor) -> Tensor:
         """The log-variance u(σ) of the loss at these noise levels, of the shape of `sigma`, in `wide_dtype`.

@@ -4,7 +4,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,18 @@ from ipfm.models.blocks import Entering, UNetBlock, enter_together
 from ipfm.models.embeddings import FourierEmbedding, PositionalEmbedding
 from ipfm.models.layers import Linear, residual, without_bias
 from ipfm.models.unet_layout import Entry, Layout
+
+# What a U-Net gives beside F: nothing, the logits of its encoder too, or these alone, without the decoder.
+Logits = Literal["none", "too", "alone"]
+
+
+def encoder_logits(innermost: Tensor) -> Tensor:
+    """The mean over the channels (B, H, W) of what the encoder's last block gives, (B, C, H, W); of at least float32.
+
+    As logits they make a discriminator of an encoder, without a parameter of their own (Zhou et al. 2024, SiDA).
+    """
+    wide = innermost if innermost.dtype == torch.float64 else innermost.float()
+    return wide.mean(dim=1)
 
 
 class BlockFactory(Protocol):
@@ -130,6 +142,11 @@ class UNet(Backbone):
         return (module for module in (*self.enc.values(), *self.dec.values()) if isinstance(module, UNetBlock))
 
     @property
+    def encoder_blocks(self) -> Iterator[UNetBlock]:
+        """Those of the encoder."""
+        return (module for module in self.enc.values() if isinstance(module, UNetBlock))
+
+    @property
     def first_weight(self) -> nn.Parameter:
         """See `Backbone.first_weight`."""
         return self.map_layer0.weight
@@ -140,7 +157,8 @@ class UNet(Backbone):
         noise_labels: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
-    ) -> Tensor:
+        logits: Logits = "none",
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """F (B, out_channels, R, R) in the dtype of x.
 
         The labels have one dtype of at least float32, in which the mapping network computes. Labels of None add nothing
@@ -151,13 +169,19 @@ class UNet(Backbone):
             noise_labels: (B,) or (1,).
             class_labels: (B or 1, label_dim).
             augment_labels: (B or 1, augment_dim).
+            logits: "too": (F, `encoder_logits`); "alone": these, for which no decoder is run.
         """
         if self.channels_last:
             x = x.to(memory_format=torch.channels_last)
         emb = self._embed(noise_labels, class_labels, augment_labels)
-        entering = iter(enter_together(list(self.blocks), emb, x))
+        blocks = list(self.encoder_blocks if logits == "alone" else self.blocks)
+        entering = iter(enter_together(blocks, emb, x))
         x, skips = self._encode(x, emb, entering)
-        return self._finish(*self._decode(x, emb, entering, skips))
+        seen = None if logits == "none" else encoder_logits(x)
+        if seen is not None and logits == "alone":
+            return seen
+        out = self._finish(*self._decode(x, emb, entering, skips))
+        return out if seen is None else (out, seen)
 
     @abstractmethod
     def _embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:

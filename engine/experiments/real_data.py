@@ -42,6 +42,8 @@ def read_real(
     path: Path | None = getattr(config, "real_data", None)
     if not config.takes_real_images:
         if getattr(config, "real_weights", None) is None:
+            if path is not None:
+                raise ValueError(f"real-data {path} is for a discriminator here: give --discriminator encoder too")
             if getattr(config, "real_xflip", False):
                 raise ValueError("real-xflip was given without real-data")
         elif path is not None and is_first_process():
@@ -51,8 +53,8 @@ def read_real(
     if path is None:
         if options.dry_run:
             return None
-        a, b = config.real_weights  # type: ignore[attr-defined]
-        raise BadInput(f"real-weights {a:g} {b:g} needs the real images: give --real-data", "")
+        asks: str = config.why_real_images  # type: ignore[attr-defined]
+        raise BadInput(f"{asks} needs the real images: give --real-data", "")
     return real_images(config, network, _opened(path, options, network, own))
 
 

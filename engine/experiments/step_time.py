@@ -216,7 +216,8 @@ def _distillation(
         settings = replace(form, config=config, micro_batch=count)
         pieces = pieces_of(settings, network, networks, world, tell=lambda line: None)
         context = StepContext(networks, teacher, settings, world, pieces, real)
-        return config.objective(network).steps(context).iteration
+        iteration = config.objective(network).steps(context).iteration
+        return lambda number: iteration(config.planned_step + number)
 
     return at
 

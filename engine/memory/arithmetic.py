@@ -104,6 +104,17 @@ def _counted(network: NetworkConfig) -> _Counted:
     return _Counted(int(counter.get_total_flops()), again)
 
 
+@functools.lru_cache(maxsize=64)
+def encoder_flops(network: NetworkConfig) -> int:
+    """Floating-point operations of a pass of one image through the encoder, counted as in `forward_flops`."""
+    device = torch.device("meta")
+    with device:
+        net = build_network(network.unguided).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(torch.empty(1, *network.image_shape, device=device), torch.empty(1, device=device), logits="alone")
+    return int(counter.get_total_flops())
+
+
 def training_forwards(network: NetworkConfig, *, checkpointed: bool) -> float:
     """Forward passes, or as much arithmetic, of one image in a teacher's update."""
     return TRAINING_FORWARDS + (recomputed_flops(network) / forward_flops(network) if checkpointed else 0)
@@ -151,6 +162,10 @@ def _summed(passes: Mapping[str, Passes], objective: Objective, network: Network
         of = passes.get(name, Passes(0, 0))
         total += of.whole * forward_flops(one)
         total += of.again * recomputed_flops(one) if checkpointed else 0
+        if of.encoder:
+            share = encoder_flops(one) / forward_flops(one)
+            total += of.encoder * encoder_flops(one)
+            total += of.encoder_again * share * recomputed_flops(one) if checkpointed else 0
     return total / forward_flops(network)
 
 

@@ -141,7 +141,7 @@ def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
     )
     with _peaks() as peaks:
         # What the steps hold beside the networks, such as those of a distance, is there in each phase.
-        objective.steps(context).iteration(0)
+        objective.steps(context).iteration(resolved.config.planned_step)
     return {phase: peak + (settings.held or 0) for phase, peak in peaks.items()}
 
 

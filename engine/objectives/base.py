@@ -100,20 +100,32 @@ class Passes(NamedTuple):
     """Backward passes to the image alone, each as much arithmetic as a forward pass."""
     to_weights: int = 0
     """Backward passes to the weights, each as much as two."""
+    encoder: int = 0
+    """Beside these, as `whole`, of the encoder alone."""
+    encoder_again: int = 0
+    """As `again`, likewise."""
 
     @classmethod
-    def of(cls, forward: int, *, to_input: int = 0, to_weights: int = 0) -> Passes:
+    def of(
+        cls, forward: int, *, to_input: int = 0, to_weights: int = 0, encoder: int = 0, encoder_again: int = 0
+    ) -> Passes:
         """Passes of these kinds."""
         again = to_input + to_weights
-        return cls(forward + to_input + 2 * to_weights, again, forward, to_input, to_weights)
+        whole = forward + to_input + 2 * to_weights
+        return cls(whole, again, forward, to_input, to_weights, encoder, encoder_again)
 
     @property
     def in_words(self) -> str:
         """As in "2 forward, 1 back to the image, 1 to the weights"."""
+        beside = f", as much as {self.encoder} forward of the encoder alone" if self.encoder else ""
         if not self.forward:
-            return f"as much as {self.whole} forward"
-        parts = [f"{self.forward} forward", f"{self.to_input} back to the image", f"{self.to_weights} to the weights"]
-        return ", ".join(part for part, n in zip(parts, self[2:], strict=True) if n)
+            return f"as much as {self.whole} forward{beside}"
+        kinds = (
+            (self.forward, "forward"),
+            (self.to_input, "back to the image"),
+            (self.to_weights, "to the weights"),
+        )
+        return ", ".join(f"{n} {kind}" for n, kind in kinds if n) + beside
 
 
 class Trained(Protocol):

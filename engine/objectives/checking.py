@@ -87,19 +87,21 @@ def check_objective(config: Distillation, teacher: Precond) -> Gradients:
         raise ValueError(f"batch must be even, to be tried in two halves, got {config.batch}")
     config = replace(config, D=teacher.D, precision="fp32", zero=0, max_steps=10, kimg=None).completed(teacher.config)
     first, again = (_Trial(config, teacher, config.batch) for _ in range(2))
-    losses = first.iterate(0)
+    # Those before it need not update every network.
+    begin = config.planned_step
+    losses = first.iterate(begin)
     _check_updates(first)
-    if not _equal(losses, again.iterate(0)):
+    if not _equal(losses, again.iterate(begin)):
         raise ValueError(
             "iteration 0 gives another loss or gradient the second time: a number is drawn by PyTorch's own "
             "generators; take perturb, philox, draw_labels, and seed_dropout before a network with dropout"
         )
-    if not _equal(first.iterate(1), _Trial(config, teacher, config.batch).iterate(1)):
+    if not _equal(first.iterate(begin + 1), _Trial(config, teacher, config.batch).iterate(begin + 1)):
         raise ValueError(
             "iteration 1 depends on iteration 0 by more than the weights: what the steps keep between iterations is "
             "lost when a run goes on; make it of the step's number"
         )
-    if config.dropout == 0 and not _equal(losses, _Trial(config, teacher, config.batch // 2).iterate(0), rtol=1e-3):
+    if config.dropout == 0 and not _equal(losses, _Trial(config, teacher, config.batch // 2).iterate(begin), rtol=1e-3):
         raise ValueError(
             "two micro-batches give another loss or gradient than the whole batch: divide each gradient by "
             "config.batch // world.size, draw by the index in the global batch, and take it as the mean over samples"
@@ -180,7 +182,8 @@ def _check_without_values(config: Distillation, teacher: Precond) -> None:
     settings = config.laid_out(D=teacher.D, stage=0, micro_batch=config.batch, phased=True, checkpointed=False)
     try:
         real = BlankImages(trained, meta) if config.takes_real_images else None
-        objective.steps(StepContext(networks, frozen, settings, World(0, 1, meta), real=real)).iteration(0)
+        steps = objective.steps(StepContext(networks, frozen, settings, World(0, 1, meta), real=real))
+        steps.iteration(config.planned_step)
     except (RuntimeError, NotImplementedError) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(

@@ -18,9 +18,9 @@ hold at every D, but S - T is not the difference of the scores, and the step is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch import Tensor
 from ipfm.engine.checks import number
 from ipfm.engine.config import setting
 from ipfm.engine.objectives.base import TEACHER, Passes
+from ipfm.engine.objectives.discriminator import CLAMP, Adversary, words_of
 from ipfm.engine.objectives.ipfm import InversePoissonFlowMatching, StudentConfig
 from ipfm.engine.objectives.losses import (
     GeneratorGradient,
@@ -71,6 +72,7 @@ _IMAGENET = PaperResult(
         unknown=("weight decay 0.01 there",),
     ),
 )
+FWeight = Literal["reverse-kl", "kl", "jensen-shannon", "softened-reverse-kl", "neyman", "hellinger", "jeffreys"]
 # Below this mean |T - y| the weight grows no further, as in inverse Poisson flow matching.
 SMALLEST_DISTANCE = 1e-5
 
@@ -99,6 +101,17 @@ class DmdConfig(StudentConfig):
     """Student updates per generator update; 5 in DMD2. The step is right as far as the student denoises the generator's
     samples."""
 
+    f_weight: FWeight = setting("reverse-kl", memory=False, added=True)
+    """With a discriminator: the f-divergence by whose weight h(r), r = p* / p_G as the discriminator sees it, each
+    sample's step is multiplied (f-distill); kl is what it has for CIFAR-10. reverse-kl: 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.f_weight not in RATIO_WEIGHTS:
+            raise ValueError(f"f-weight must be {', '.join(RATIO_WEIGHTS)}, got {self.f_weight!r}")
+        if self.f_weight != "reverse-kl" and self.discriminator is None:
+            raise ValueError(f"f-weight {self.f_weight} needs the ratio of densities: give discriminator encoder too")
+
     def gradient_of(
         self,
         teacher: Raw,
@@ -109,9 +122,19 @@ class DmdConfig(StudentConfig):
         phased: bool,
         rescale: bool,
         weighting: Weighting | PredictionWeighting | None,
+        adversary: Adversary | None = None,
     ) -> GeneratorGradient:
-        """See `StudentConfig.gradient_of`: nothing passes back through the two, so that no form or scale matters."""
-        return denoiser_difference(teacher, student, y, noisy, weighting=weighting)
+        """See `StudentConfig.gradient_of`: nothing passes back through the two, so that no form matters."""
+        return denoiser_difference(
+            teacher,
+            student,
+            y,
+            noisy,
+            weighting=weighting,
+            adversary=adversary,
+            ratio_weight=RATIO_WEIGHTS[self.f_weight],
+            rescale=rescale,
+        )
 
     @property
     def title_word(self) -> str:
@@ -129,12 +152,15 @@ class DmdConfig(StudentConfig):
 
     def name(self) -> str:
         """See `Distillation.name`."""
-        return f"dmd{self.student_updates}-K{self.steps}" + "-logvar" * self.logvar + variation_name(self)
+        told = "" if self.discriminator is None else f"-{self.discriminator}"
+        told += "" if self.f_weight == "reverse-kl" else f"-{self.f_weight}"
+        return f"dmd{self.student_updates}-K{self.steps}" + "-logvar" * self.logvar + variation_name(self) + told
 
     @classmethod
     def figures(cls, dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
         """See `Distillation.figures`: that of one step without a discriminator."""
         one = settings.get("steps") == 1 and cls._as_published(settings) and cls.kind == DmdConfig.kind
+        one = one and settings.get("discriminator") is None
         return {math.inf: _IMAGENET} if one and plain_name(dataset) == "imagenet64cond" else {}
 
     @classmethod
@@ -148,13 +174,19 @@ class DmdConfig(StudentConfig):
         infinite = number(settings.get("D")) == math.inf
         case = ", which at D = ∞ descends a Kullback-Leibler divergence (DMD)" if infinite else ""
         updates = counted(settings.get("student_updates"), "student update")
-        return f"{cls.method}{case} ({updates} a generator update){cls._weighting(settings)}"
+        return f"{cls.method}{case} ({updates} a generator update){cls._weighting(settings)}{cls._told(settings)}"
 
     @classmethod
     def info_words(cls, settings: Mapping[str, Any]) -> str:
         """See `Distillation.info_words`."""
         updates, steps = (counted(settings.get(n, 1), w) for n, w in _COUNTED)
-        return f"{cls.method}, {updates} a generator update, {steps}{cls._weighting(settings)}"
+        return f"{cls.method}, {updates} a generator update, {steps}{cls._weighting(settings)}{cls._told(settings)}"
+
+    @staticmethod
+    def _told(settings: Mapping[str, Any]) -> str:
+        divergence = str(settings.get("f_weight", "reverse-kl"))
+        weighed = "" if RATIO_WEIGHTS.get(divergence) is None else f" and the weight of {divergence}"
+        return words_of(settings) + weighed
 
     @classmethod
     def card_words(cls) -> str:
@@ -167,8 +199,30 @@ class DmdConfig(StudentConfig):
         return {
             "student updates a generator update": settings.get("student_updates"),
             "weighting": cls.weighting_words(settings) or None,
+            "discriminator": settings.get("discriminator"),
             **variation_rows(settings),
         }
+
+
+RatioWeight = Callable[[Tensor], Tensor]
+# h(r) = r^2 f''(r) of an f-divergence, r = p* / p_G, by its value at r = 1 [f-distill].
+RATIO_WEIGHTS: Mapping[str, RatioWeight | None] = {
+    "reverse-kl": None,
+    "kl": lambda r: r,
+    "jensen-shannon": lambda r: 2 * r / (1 + r),
+    "softened-reverse-kl": lambda r: 2 / (1 + r),
+    "neyman": lambda r: 1 / r,
+    "hellinger": torch.sqrt,
+    "jeffreys": lambda r: (1 + r) / 2,
+}
+# Beyond these the ratio is taken to be the end.
+RATIOS = (0.1, 20.0)
+
+
+@torch.no_grad()
+def density_ratio(logits: Tensor) -> Tensor:
+    """p*(x) / p_G(x) (B,) as the discriminator sees it: exp of the mean logit, within `RATIOS`."""
+    return logits.flatten(1).mean(1).clamp(-CLAMP, CLAMP).exp().clamp(*RATIOS)
 
 
 _COUNTED = (("student_updates", "student update"), ("steps", "step"))
@@ -183,9 +237,17 @@ class DenoiserMatching(InversePoissonFlowMatching):
 
     def passes(self, *, phased: bool) -> Mapping[str, Passes]:
         """See `Objective.forwards`: teacher and student once each in the generator's update."""
-        updates, further = self.config.student_updates, super().passes(phased=False)["generator"]
+        updates, said = self.config.student_updates, super().passes(phased=False)
+        told, further = said["student"], said["generator"]
+        # There and back to the input through the encoder alone.
+        more = 2 * (self.config.discriminator is not None)
         return {
-            "student": Passes.of(updates + 1, to_weights=updates),
+            "student": Passes.of(
+                updates + 1,
+                to_weights=updates,
+                encoder=told.encoder + more,
+                encoder_again=told.encoder_again + more // 2,
+            ),
             "generator": further,
             TEACHER: Passes.of(1),
         }
@@ -193,7 +255,15 @@ class DenoiserMatching(InversePoissonFlowMatching):
 
 @torch.no_grad()
 def denoiser_difference(
-    teacher: Raw, student: Raw, y: Tensor, noisy: Noisy, *, weighting: Weighting | PredictionWeighting | None = None
+    teacher: Raw,
+    student: Raw,
+    y: Tensor,
+    noisy: Noisy,
+    *,
+    weighting: Weighting | PredictionWeighting | None = None,
+    adversary: Adversary | None = None,
+    ratio_weight: RatioWeight | None = None,
+    rescale: bool = False,
 ) -> GeneratorGradient:
     """2 lambda (S(x) - T(x)), lambda = 1 / mean|T(x) - y|, and the loss lambda |S(x) - T(x)|^2.
 
@@ -210,9 +280,13 @@ def denoiser_difference(
         noisy: their perturbation, without a graph.
         weighting: what to take instead of the weight lambda; None takes lambda. A sample whose weight is not finite
             does not count.
+        adversary: a discriminator's term is a part of the gradient, and passes back through the student's encoder.
+        ratio_weight: factor of the difference by the ratio p* / p_G that the discriminator sees; None is 1.
+        rescale: as of `losses.generator_gradient`, of the term alone.
     """
     noisy = isolate(noisy)
     mark("generator: student")
+    seen = None if adversary is None else adversary.seen(noisy.scaled, noisy.sigma)
     s = held(student(noisy.scaled, noisy.sigma)).to(y.dtype)
     mark("generator: teacher")
     t = held(teacher(noisy.scaled, noisy.sigma)).to(y.dtype)
@@ -226,8 +300,14 @@ def denoiser_difference(
     own = reweighted(weighting, noisy, (t, s), weight)
     if own is not None:
         weight = own.weight
-    gradient = difference * per_sample(2 * weight, y)
-    loss = weight * square
+    share = weight
+    if seen is not None and ratio_weight is not None:
+        share = weight * ratio_weight(density_ratio(seen.logits)).to(weight.dtype)
+    gradient = difference * per_sample(2 * share, y)
+    loss = share * square
+    if seen is not None and adversary is not None:
+        term = adversary.gradient(seen, weight, rescale=rescale)
+        gradient = gradient + per_sample(noisy.c_in, y).to(y.dtype) * term.to(y.dtype)
     valid = valid & torch.isfinite(loss) & finite_samples(gradient)
     return GeneratorGradient(
         gradient.masked_fill(per_sample(~valid, y), 0.0),

@@ -21,7 +21,9 @@ from ipfm.engine.data.augmentation import Augmented, augment
 from ipfm.engine.data.dataset import Batch
 from ipfm.engine.distributed.pieces import Number, whole
 from ipfm.engine.noise_levels import check_sigmas, few_step_sigmas
+from ipfm.engine.objectives import discriminator
 from ipfm.engine.objectives.base import TEACHER, Distillation, Passes, Role, StepContext, Trained
+from ipfm.engine.objectives.discriminator import Adversary, DiscriminatorKind, DiscriminatorWeights, Tapped
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.level_laws import level_law, student_draw
 from ipfm.engine.objectives.loss_weights import WeightName, chosen_weight
@@ -38,12 +40,18 @@ from ipfm.engine.objectives.losses import (
     denoising_objective,
     finite_samples,
     generator_gradient,
+    isolate,
     per_sample,
 )
 from ipfm.engine.objectives.phases import mark
-from ipfm.engine.objectives.published import PaperResult, paper_results, real_data_results
+from ipfm.engine.objectives.published import (
+    PaperResult,
+    discriminator_results,
+    paper_results,
+    real_data_results,
+)
 from ipfm.engine.objectives.real_data import NO_REAL_DATA, Half, RealWeights, decided, real_weights, weights_said
-from ipfm.engine.objectives.step_metrics import HalvesSum, LossSum, StepMetrics, measured_as
+from ipfm.engine.objectives.step_metrics import FurtherSum, HalvesSum, LossSum, StepMetrics, measured_as
 from ipfm.engine.objectives.variations import checked_laws, variation_name, variation_rows, variation_words
 from ipfm.engine.random_streams import Stream, class_shares, draw_labels, draw_number, dropout_seed, seed_dropout
 from ipfm.engine.runtime.wording import counted
@@ -73,9 +81,12 @@ class InversePoissonFlowMatching:
         self.title += " logvar" * config.logvar
         self.title += "".join(f", {words}" for words in variation_rows(config.to_json()).values())
         self.summary = f"{config.summary_word} and {counted(config.steps, 'step')}"
-        if config.takes_real_images:
+        if config.weights != NO_REAL_DATA:
             self.title += f" real={config.weights.a:g},{config.weights.b:g}"
             self.summary += f", with real data by {config.weights}"
+        if config.discriminator is not None:
+            self.title += f" discriminator={config.discriminator}"
+            self.summary += discriminator.words_of({"discriminator": config.discriminator})
         self.roles: tuple[Role, ...] = (
             Role(
                 "student",
@@ -114,12 +125,15 @@ class InversePoissonFlowMatching:
         """See `Objective.forwards`: of the student's updates, and of the generator's, in which all three take part."""
         updates, K = self.config.student_updates, self.config.steps
         through = K if self.config.gradient == "all" else 1
-        halves = updates * (1 + self.config.takes_real_images)
+        both = self.config.weights != NO_REAL_DATA
+        halves = updates * (1 + both)
+        # Of real images the discriminator needs the encoder alone.
+        encoder = updates if self.config.discriminator is not None and not both else 0
         # Each further evaluation of the generator costs a forward pass; in the generator's update, where the gradient
         # passes through it, one more, and a backward.
         samples, trained = K * updates, K + through - 1 + phased
         return {
-            "student": Passes.of(halves + 1, to_input=1, to_weights=halves),
+            "student": Passes.of(halves + 1, to_input=1, to_weights=halves, encoder=3 * encoder, encoder_again=encoder),
             "generator": Passes.of(samples + trained, to_weights=through),
             TEACHER: Passes.of(1 + phased, to_input=1),
         }
@@ -127,8 +141,10 @@ class InversePoissonFlowMatching:
     def passes_at_first(self) -> Mapping[str, Passes]:
         """`passes` of a step before `RunConfig.first_whole_step`: the student's updates alone."""
         updates, K = self.config.student_updates, self.config.steps
-        halves = updates * (1 + self.config.takes_real_images)
-        return {"student": Passes.of(halves, to_weights=halves), "generator": Passes.of(K * updates)}
+        both, told = self.config.weights != NO_REAL_DATA, self.config.discriminator is not None
+        halves, encoder = updates * (1 + both), updates * (told and not both)
+        student = Passes.of(halves, to_weights=halves, encoder=3 * encoder, encoder_again=encoder)
+        return {"student": student, "generator": Passes.of(K * updates)}
 
     def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
         """See `Objective.sample`."""
@@ -145,6 +161,15 @@ class MicroBatch:
     """(B,) int64: indices within the global batch."""
     labels: Tensor | None
     """(B, label_dim) one-hot, or None for an unconditional network."""
+
+
+class Judging(NamedTuple):
+    """How the discriminator is trained on a micro-batch."""
+
+    real: bool
+    """What it should say."""
+    factor: Tensor
+    """(B,) of the binary cross entropy."""
 
 
 class Chain(NamedTuple):
@@ -167,6 +192,9 @@ class DistillSteps:
 
         student step    y = G(z), detached, augmented if asked; x = perturb(y, sigma); S descends the denoising loss
         generator step  y = G(z); x = perturb(y, sigma); G descends L(T(x), S(x), y) [IPFM, eq. 28]
+
+    With a discriminator the student's encoder learns to tell noisy samples from real images, and the generator to
+    deceive it, see `ipfm.engine.objectives.discriminator`: at first the student alone is trained.
 
     With real weights the student descends the denoising loss of real images too, in turn, of as many, by the same noise
     and levels and of the same classes, see `ipfm.engine.objectives.real_data`: those of the generator's samples are
@@ -191,10 +219,18 @@ class DistillSteps:
         self._pieces = context.pieces
         self._real = context.real if config.takes_real_images else None
         if config.takes_real_images and self._real is None:
-            raise ValueError(f"real-weights {config.weights} was given without real images")
+            raise ValueError(f"{config.why_real_images} was given without real images")
         self._tallies = {name: LossSum(name, world, self.local_batch) for name in ("student", "generator")}
         if self._real is not None:
             self._tallies["student"] = HalvesSum("student", world, self.local_batch, config.weights.a)
+        self._judges = config.discriminates
+        self._further: dict[str, FurtherSum] = {}
+        if self._judges is not None:
+            self._further = {
+                "student": FurtherSum("discriminator", world),
+                "generator": FurtherSum("adversarial", world),
+            }
+            self._every = torch.arange(config.batch, device=world.device)
         # What every micro-batch starts from; nothing writes to it.
         self._zeros = torch.zeros(micro_batch, *network.image_shape, device=world.device)
         self._levels = [torch.full((micro_batch,), level, device=world.device) for level in config.levels]
@@ -235,7 +271,8 @@ class DistillSteps:
                 first=first,
             )
         rates = {} if config.student_ema is None else {"ema_decay": config.student_ema}
-        return self._update("student", self.student, lr=config.student_lr_at(step), **rates)
+        further = self._further.get("student")
+        return self._update("student", self.student, further, lr=config.student_lr_at(step), **rates)
 
     def _real_batch(self, step: int, first: int) -> Batch | None:
         """Real images of the student's update `step`, the sample `first` and those after it, where pieces read them."""
@@ -257,20 +294,42 @@ class DistillSteps:
         chain = self._chain(micro, Stream.STUDENT_LATENT, step, last)
         y = chain.marked(self._evaluate(last, chain.inputs[-1], micro, step))
         y, augment_labels = self._augmented(y, Stream.STUDENT_AUGMENT, step, micro)
-        sigma = config.student_sigma(micro.index, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step).float()
+        sigma, judged = self._student_levels(step, micro)
         tally, weights = self._tallies["student"], config.weights
         noisy = self._add_noise(y, sigma, Stream.STUDENT_NOISE, step, micro)
         self._seed_dropout(Stream.STUDENT_DROPOUT, step, micro)
         mark("student: forward and backward")
-        tally.add(*self._denoise(y, noisy, micro.labels, augment_labels, weights.generated))
+        tally.add(*self._denoise(y, noisy, micro.labels, augment_labels, weights.generated, judged))
         if real is None:
             return
         assert isinstance(tally, HalvesSum)
         mark("student: forward and backward, real")
-        # By the same noise [RealUID]; its dropout goes on from where that of the samples has ended.
+        # By the same noise [RealUID; SiDA]; its dropout goes on from where that of the samples has ended.
         y, augment_labels = self._augmented(real.images, Stream.REAL_AUGMENT, step, micro)
         noisy = self._add_noise(y, sigma, Stream.STUDENT_NOISE, step, micro)
-        tally.add_other(*self._denoise(y, noisy, micro.labels, augment_labels, weights.real))
+        judged = None if judged is None else judged._replace(real=True)
+        if judged is not None and weights == NO_REAL_DATA:
+            tally.add_other(*self._tell_apart(y, noisy, micro.labels, augment_labels, judged))
+        else:
+            tally.add_other(*self._denoise(y, noisy, micro.labels, augment_labels, weights.real, judged))
+
+    def _student_levels(self, step: int | Tensor, micro: MicroBatch) -> tuple[Tensor, Judging | None]:
+        """sigma (B,), and how the discriminator is trained at these levels, if there is one."""
+        config = self.config
+        draw = partial(config.student_sigma, seed=config.seed, stream=Stream.STUDENT_SIGMA, step=step)
+        if self._judges is None:
+            return draw(micro.index).float(), None
+        # By the mean weight of the whole batch, which every process knows.
+        every = draw(self._every).float()
+        weight = 1 / config.noise.sigma_data**2 + 1 / every.square()
+        if self._student_weighting is not None:
+            weight = self._student_weighting(every, weight)
+        sigma = every[micro.index]
+        factor = (0.5 * self._judges.student * weight.double().mean()).float().expand(len(sigma))
+        if config.logvar:
+            # Each level counts as in the denoising loss; the log-variance is that of the latter alone.
+            factor = factor * self._inverse_variance(self.student.module, sigma)
+        return sigma, Judging(False, factor)
 
     def _augmented(self, y: Tensor, stream: Stream, step: int | Tensor, micro: MicroBatch) -> Augmented:
         """Images (B, C, H, W) as the student learns to denoise them, and the labels that say what was done to them."""
@@ -286,16 +345,28 @@ class DistillSteps:
         )
 
     def _denoise(
-        self, y: Tensor, noisy: Noisy, labels: Tensor | None, augment_labels: Tensor, half: Half
+        self,
+        y: Tensor,
+        noisy: Noisy,
+        labels: Tensor | None,
+        augment_labels: Tensor,
+        half: Half,
+        judged: Judging | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The student's denoising loss on `y`, a half of the whole or all of it, forward and backward.
 
+        With `judged` the discriminator's is passed back in the same pass.
+
         Returns:
-            The loss (B,) of each sample, and whether it counts.
+            The denoising loss (B,) of each sample, and whether it counts.
         """
         with_labels = bind_with_logvar if self.config.logvar else bind
+        net = with_labels(self.student, labels, augment_labels)
+        tapped = None
+        if judged is not None:
+            net = tapped = Tapped(with_labels(partial(self.student, logits="too"), labels, augment_labels))
         result = denoising_objective(
-            with_labels(self.student, labels, augment_labels),
+            net,
             y,
             noisy,
             sigma_data=self.config.noise.sigma_data,
@@ -303,39 +374,69 @@ class DistillSteps:
             share=half.share,
             stretch=half.stretch,
         )
-        self.student.backward(result.surrogate / self.local_batch)
+        surrogate = result.surrogate
+        if judged is not None and tapped is not None:
+            surrogate = surrogate + self._told_apart(tapped.taken(), result.valid, judged)
+        self.student.backward(surrogate / self.local_batch)
         return result.loss, result.valid
+
+    def _tell_apart(
+        self, y: Tensor, noisy: Noisy, labels: Tensor | None, augment_labels: Tensor, judged: Judging
+    ) -> tuple[Tensor, Tensor]:
+        """The discriminator's loss alone on `y`, forward and backward through the encoder.
+
+        Returns:
+            0 for each sample, as of the denoising loss, and whether it counts.
+        """
+        noisy = isolate(noisy)
+        valid = torch.isfinite(noisy.c_skip) & finite_samples(y)
+        logits = self.student(noisy.scaled, noisy.sigma, labels, augment_labels, raw=True, logits="alone")
+        self.student.backward(self._told_apart(logits, valid, judged) / self.local_batch)
+        return torch.zeros_like(noisy.sigma), valid
+
+    def _told_apart(self, logits: Tensor, valid: Tensor, judged: Judging) -> Tensor:
+        """0-d: its gradient is that of the discriminator's loss of the samples that count; measures the loss."""
+        found = discriminator.told_apart(logits.detach(), real=judged.real)
+        counted = valid & torch.isfinite(found.loss)
+        self._further["student"].add(found.loss, counted, 0.5)
+        slope = (found.slope * per_sample(judged.factor, found.slope)).to(logits.dtype)
+        return along(logits, slope.masked_fill(per_sample(~counted, slope), 0.0))
 
     def generator_step(self, step: int) -> StepMetrics:
         """One update of the generator and its EMA; `step` counts from 0."""
         self._set_mode(self.student.module, training=False)
-        last = self._last(Stream.GENERATOR_LAST, step)
+        last, deceives = self._last(Stream.GENERATOR_LAST, step), self._deceives(step)
         for first in self.world.micro_batches(self.config.batch, self.micro_batch):
             self._pieces.run(
-                ("the generator's step", last),
-                partial(self._generator_micro_step, last),
+                ("the generator's step", last, deceives),
+                partial(self._generator_micro_step, last, deceives),
                 self._dropout_seed(Stream.GENERATOR_DROPOUT, step * self.config.steps + last, first),
                 step=step,
                 first=first,
             )
         rates = {"lr": self.config.lr_at(step), "ema_decay": self.config.ema_decay(step)}
-        return self._update("generator", self.generator, **rates)
+        return self._update("generator", self.generator, self._further["generator"] if deceives else None, **rates)
 
-    def _update(self, name: str, network: Trained, **rates: Decay) -> StepMetrics:
+    def _deceives(self, step: int) -> bool:
+        """Whether the generator meets the discriminator in this step."""
+        return self._judges is not None and self._judges.generator > 0 and step >= self.config.planned_step
+
+    def _update(self, name: str, network: Trained, further: FurtherSum | None, **rates: Decay) -> StepMetrics:
         """The optimiser's step of the network `name`, and what was measured since the last one."""
         tally = self._tallies[name]
 
         def update(numbers: Mapping[str, Any]) -> Tensor:
             applied = network.step(grad_scale=tally.grad_scale(self.config.batch), **numbers)
-            return tally.taken(applied)
+            found = tally.taken(applied)
+            return found if further is None else torch.cat([found, further.taken()])
 
         # Of a replayed piece nothing is heard: this is said outside of it.
         mark(f"{name}: optimiser")
-        found = self._pieces.run((f"the {name}'s update",), update, **rates)
+        found = self._pieces.run((f"the {name}'s update", further is not None), update, **rates)
         assert found is not None
-        return measured_as(name, found)
+        return measured_as(name, found, "" if further is None else further.name)
 
-    def _generator_micro_step(self, last: int, numbers: Mapping[str, Number]) -> None:
+    def _generator_micro_step(self, last: int, deceives: bool, numbers: Mapping[str, Number]) -> None:
         """Forward and backward of one micro-batch, as of `_student_micro_step`.
 
         Joint keeps the graph of the last evaluation of G while T and S are differentiated; phased runs it once more
@@ -361,6 +462,7 @@ class DistillSteps:
         sigma = config.generator_sigma(micro.index, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step).float()
         noisy = self._add_noise(y, sigma, Stream.GENERATOR_NOISE, step, micro)
         with self._judge() as student:
+            adversary = self._adversary(student, micro.labels, y[0].numel()) if deceives else None
             result = config.gradient_of(
                 bind(self.teacher, micro.labels),
                 bind(student, micro.labels),
@@ -369,7 +471,10 @@ class DistillSteps:
                 phased=phased,
                 rescale=self.settings.precision == "fp16",
                 weighting=self._generator_weighting,
+                **({} if adversary is None else {"adversary": adversary}),
             )
+        if adversary is not None and adversary.loss is not None:
+            self._further["generator"].add(adversary.loss, result.valid)
 
         mark("generator: backward")
         gradient = result.gradient / self.local_batch
@@ -389,6 +494,11 @@ class DistillSteps:
     def _judge(self) -> AbstractContextManager[nn.Module]:
         """The student that the generator is trained by, frozen: as it is, or its average."""
         return self.student.frozen() if self.config.student_ema is None else nullcontext(self.student.followed)
+
+    def _adversary(self, student: nn.Module, labels: Tensor | None, elements: int) -> Adversary:
+        assert self._judges is not None
+        too, alone = (bind(partial(student, logits=which), labels) for which in ("too", "alone"))
+        return Adversary(too, alone, self._judges.generator * elements)  # type: ignore[arg-type]
 
     # -- the generator's samples ------------------------------------------------------------------------------------
 
@@ -437,8 +547,15 @@ class DistillSteps:
     def _by_logvar(self, sigma: Tensor, weight: Tensor) -> Tensor:
         """The generator's weight by e^-u, u the student's log-variance: it knows sigma alone, and no gradient flows."""
         student = self.student.module if self.config.student_ema is None else self.student.followed
+        inverse = self._inverse_variance(student, sigma)
+        return self.config.generator_weight(sigma, weight) * inverse.to(weight.dtype)
+
+    @staticmethod
+    @torch.no_grad()
+    def _inverse_variance(student: nn.Module, sigma: Tensor) -> Tensor:
+        """e^-u (B,), u the student's log-variance."""
         assert isinstance(student, EDM2Precond)
-        return self.config.generator_weight(sigma, weight) * student.logvar(sigma).neg().exp().to(weight.dtype)
+        return student.logvar(sigma).neg().exp()
 
     def _set_mode(self, module: nn.Module, *, training: bool) -> None:
         # A walk over all modules, and without dropout in vain.
@@ -523,6 +640,20 @@ class StudentConfig(Distillation):
     logvar: bool = setting(False, added=True)
     """Weigh each noise level by e^-u in the losses of student and generator, u the student's log-variance, which it
     learns: of teachers that have one, EDM2's."""
+    real_data: Path | None = setting(None, identity=False, place=True, memory=False, added=True)
+    """Images from which the student learns beside the generator's: a folder, a zip, CIFAR-10's archive; own: those of
+    the recipe itself. See docs/objectives.md."""
+    real_xflip: bool = setting(False, memory=False, added=True)
+    """Mirror real images at random."""
+    discriminator: DiscriminatorKind | None = setting(None, added=True)
+    """encoder: the student's encoder learns to tell the generator's images from those of --real-data, and the generator
+    to deceive it (SiDA)."""
+    discriminator_weights: tuple[float, float] | None = setting(None, memory=False, added=True)
+    """Of a discriminator: factors of its loss in the student's and in the generator's. Default: SiDA's, 1 2e-4, of EDM2
+    100 2e-4."""
+    discriminator_kimg: tuple[float, float] | None = setting(None, memory=False, added=True)
+    """With a discriminator: thousands of images before the generator is trained, and before it is told what the
+    discriminator says. Default: 100 200, SiDA's; short runs need less."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -546,6 +677,12 @@ class StudentConfig(Distillation):
         share("generator-beta1", self.generator_beta1)
         share("student-beta1", self.student_beta1)
         at_least("student-updates", self.student_updates, 1)
+        if not isinstance(self.real_xflip, bool):
+            raise ValueError(f"real-xflip must be True or False, got {self.real_xflip!r}")
+        discriminator.check(self.discriminator, self.discriminator_weights, self.discriminator_kimg)
+        weights = discriminator.discriminator_weights(self.discriminator_weights)
+        object.__setattr__(self, "discriminator_weights", None if weights is None else tuple(weights))
+        object.__setattr__(self, "discriminator_kimg", discriminator.discriminator_starts(self.discriminator_kimg))
         not_negative("student-first-kimg", self.student_first_kimg)
         long = self.max_steps is not None or self.kimg is not None
         if self.student_first_kimg and long and self.first_whole_step >= self.total_steps:
@@ -569,8 +706,12 @@ class StudentConfig(Distillation):
         phased: bool,
         rescale: bool,
         weighting: Weighting | PredictionWeighting | None,
+        adversary: Adversary | None = None,
     ) -> GeneratorGradient:
-        """dL/dy of the generator's loss on a micro-batch; arguments as in `losses.generator_gradient`."""
+        """dL/dy of the generator's loss on a micro-batch; arguments as in `losses.generator_gradient`.
+
+        With a discriminator `adversary` has the student with its logits, and the gradient is with its term.
+        """
 
     @property
     @abstractmethod
@@ -586,6 +727,27 @@ class StudentConfig(Distillation):
     def weights(self) -> RealWeights:
         """The weights (a, b) of the student's loss; (1, 1) without real images."""
         return NO_REAL_DATA
+
+    @property
+    def takes_real_images(self) -> bool:
+        """See `Distillation.takes_real_images`."""
+        return self.weights != NO_REAL_DATA or self.discriminator is not None
+
+    @property
+    def why_real_images(self) -> str:
+        """The setting that asks for real images, for a message."""
+        return f"real-weights {self.weights}" if self.discriminator is None else f"discriminator {self.discriminator}"
+
+    @property
+    def discriminates(self) -> DiscriminatorWeights | None:
+        """The factors of a discriminator's terms; None without one."""
+        if self.discriminator is None:
+            return None
+        return DiscriminatorWeights(*(self.discriminator_weights or discriminator.WEIGHTS))
+
+    @property
+    def _starts(self) -> tuple[float, float]:
+        return self.discriminator_kimg or discriminator.STARTS
 
     @property
     def further_facts(self) -> Mapping[str, Any]:
@@ -669,7 +831,14 @@ class StudentConfig(Distillation):
     @property
     def first_whole_step(self) -> int:
         """See `RunConfig.first_whole_step`: where the student has learned alone for long enough."""
-        return math.ceil(self.student_first_kimg * 1000 / self.batch)
+        told = 0.0 if self.discriminator is None else self._starts[0]
+        return math.ceil(max(self.student_first_kimg, told) * 1000 / self.batch)
+
+    @property
+    def planned_step(self) -> int:
+        """See `RunConfig.planned_step`: where the generator meets a discriminator, if there is one."""
+        told = 0 if self.discriminator is None else math.ceil(self._starts[1] * 1000 / self.batch)
+        return max(self.first_whole_step, told)
 
     def student_lr_at(self, update: int) -> float:
         """The student's learning rate in its 0-based `update`."""
@@ -698,7 +867,10 @@ class StudentConfig(Distillation):
             raise ValueError(f"logvar needs a teacher with a log-variance, {why}: leave it out")
         for width in (self.width, self.student_width):
             generator_network(network, width)
-        return replace(self, sigmas=self.levels)
+        told_apart = discriminator.decided(
+            self.discriminator, self.discriminator_weights, self.discriminator_kimg, network
+        )
+        return replace(self, sigmas=self.levels, **told_apart)
 
     @classmethod
     def nfe_of(cls, settings: Mapping[str, Any]) -> int | None:
@@ -749,14 +921,9 @@ class DistillConfig(StudentConfig):
 
     alpha: float = setting(1.0, memory=False)
     """Regularisation, in SiD's convention: 0.5 is the pure IPFM objective, 1.0 the paper's recommendation."""
-    real_data: Path | None = setting(None, identity=False, place=True, memory=False, added=True)
-    """Images from which the student learns beside the generator's: a folder, a zip, CIFAR-10's archive; own: those of
-    the recipe itself. See docs/objectives.md."""
     real_weights: tuple[float, float] | None = setting(None, added=True)
     """a b: the share of the generator's samples in the student's loss, and the factor of their targets. Default with
     --real-data: 0.92 0.94, with classes 0.98 0.96 (RealUID's); 1 1 is without real images."""
-    real_xflip: bool = setting(False, memory=False, added=True)
-    """Mirror real images at random."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -764,18 +931,11 @@ class DistillConfig(StudentConfig):
             raise ValueError(f"alpha must be a number in [-{ALPHA_LIMIT:g}, {ALPHA_LIMIT:g}], got {self.alpha}")
         weights = real_weights(self.real_weights)
         object.__setattr__(self, "real_weights", None if weights is None else tuple(weights))
-        if not isinstance(self.real_xflip, bool):
-            raise ValueError(f"real-xflip must be True or False, got {self.real_xflip!r}")
 
     @property
     def weights(self) -> RealWeights:
         """The weights (a, b) of the student's loss; (1, 1) without real images."""
         return NO_REAL_DATA if self.real_weights is None else RealWeights(*self.real_weights)
-
-    @property
-    def takes_real_images(self) -> bool:
-        """See `Distillation.takes_real_images`."""
-        return self.weights != NO_REAL_DATA
 
     def gradient_of(
         self,
@@ -787,11 +947,12 @@ class DistillConfig(StudentConfig):
         phased: bool,
         rescale: bool,
         weighting: Weighting | PredictionWeighting | None,
+        adversary: Adversary | None = None,
     ) -> GeneratorGradient:
         """See `StudentConfig.gradient_of` [IPFM, eq. 28]."""
         return generator_gradient(
             teacher,
-            student,
+            student if adversary is None else adversary.student,
             y,
             noisy,
             alpha=self.alpha,
@@ -799,6 +960,7 @@ class DistillConfig(StudentConfig):
             rescale=rescale,
             weighting=weighting,
             real_weights=self.weights,
+            beside=None if adversary is None else adversary.beside,
         )
 
     @property
@@ -818,7 +980,9 @@ class DistillConfig(StudentConfig):
 
     def completed(self, network: NetworkConfig) -> Self:
         """See `Distillation.completed`: with the noise levels, and the weights of real images where there are any."""
-        weights = decided(real_weights(self.real_weights), network, images=self.real_data is not None)
+        # Beside a discriminator, which needs images itself, the term is one that is asked for.
+        images = self.real_data is not None and self.discriminator is None
+        weights = decided(real_weights(self.real_weights), network, images=images)
         return replace(super().completed(network), real_weights=weights)
 
     def objective(self, network: NetworkConfig) -> Objective:
@@ -829,8 +993,10 @@ class DistillConfig(StudentConfig):
         """See `Distillation.name`."""
         # Before the teacher is known, the weights by default are not.
         real = "-real" if self.real_weights is None and self.real_data is not None else ""
-        real = f"-real{self.weights.a:g}-{self.weights.b:g}" if self.takes_real_images else real
-        return f"alpha{self.alpha:g}-K{self.steps}" + "-logvar" * self.logvar + real + variation_name(self)
+        real = f"-real{self.weights.a:g}-{self.weights.b:g}" if self.weights != NO_REAL_DATA else real
+        told = "" if self.discriminator is None else f"-{self.discriminator}"
+        real = "" if told and self.weights == NO_REAL_DATA else real
+        return f"alpha{self.alpha:g}-K{self.steps}" + "-logvar" * self.logvar + real + told + variation_name(self)
 
     @classmethod
     def recognises(cls, settings: Mapping[str, Any]) -> bool:
@@ -843,6 +1009,8 @@ class DistillConfig(StudentConfig):
         if cls.kind != DistillConfig.kind or not cls._as_published(settings):
             return {}
         steps, weights = settings.get("steps"), weights_said(settings)
+        if settings.get("discriminator") is not None:
+            return {} if weights else discriminator_results(dataset, number(settings.get("alpha")), steps)
         if weights is not None:
             return real_data_results(dataset, (weights.a, weights.b), steps)
         return paper_results(dataset, number(settings.get("alpha")), steps) if isinstance(steps, int) else {}
@@ -879,10 +1047,12 @@ class DistillConfig(StudentConfig):
             "α (0.5 is the pure objective)": settings.get("alpha"),
             "weighting": cls.weighting_words(settings) or None,
             "real data in the student's loss, a and b": weights_said(settings),
+            "discriminator": settings.get("discriminator"),
             **variation_rows(settings),
         }
 
     @staticmethod
     def _real(settings: Mapping[str, Any]) -> str:
         weights = weights_said(settings)
-        return "" if weights is None else f", with real data by {weights}"
+        real = "" if weights is None else f", with real data by {weights}"
+        return real + discriminator.words_of(settings)

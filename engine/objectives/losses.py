@@ -5,7 +5,7 @@ Functions of plain networks and tensors: no optimiser, no process group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -24,6 +24,10 @@ Weighting = Callable[[Tensor, Tensor], Tensor]
 
 # The same of a network that gives its log-variance too: -> (F, u (B,)).
 RawWithLogvar = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# The same of a network that gives the logits of its encoder, last: -> (F, logits (B, H, W)), or (F, u, logits).
+RawWithLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+# Another output of the student with its cotangent, of the weight lambda (B,): what is passed back beside F's.
+Beside = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def bind(net: Callable[..., Tensor], labels: Tensor | None, augment_labels: Tensor | None = None) -> Raw:
@@ -209,6 +213,7 @@ def generator_gradient(
     rescale: bool = False,
     weighting: Weighting | PredictionWeighting | None = None,
     real_weights: tuple[float, float] = (1.0, 1.0),
+    beside: Beside | None = None,
 ) -> GeneratorGradient:
     """dL/dy = partial_y L + J_S^T partial_S L + J_T^T partial_T L for the L of IPFM eq. 28.
 
@@ -231,6 +236,8 @@ def generator_gradient(
             does not count.
         real_weights: (a, b) where the student has learned from real images too, see
             `ipfm.engine.objectives.real_data`.
+        beside: another term of the loss, which passes back through the student by an output of its own, see
+            `ipfm.engine.objectives.discriminator`; the loss that is returned is without it.
 
     Raises:
         ValueError: a shape, dtype or number that does not fit.
@@ -258,17 +265,23 @@ def generator_gradient(
         )
         own = reweighted(weighting, noisy, (t, s), result.weight)
         c_in = per_sample(noisy.c_in, y)
+        outs: tuple[Tensor, ...] = (s,)
+        pulls: tuple[Tensor, ...] = (result.ds,)
+        if beside is not None:
+            # One pass back through the student, however many of its outputs the loss has.
+            outs, pulls = zip((s, result.ds), beside(result.weight), strict=True)
+        del s
         if phased or rescale or scaled.dtype.itemsize < 4:
             # The student's graph is freed first; in the phased form the teacher's does not exist before that.
-            gradient = result.dy + c_in * _vjp(s, scaled, result.ds, rescale)
-            del s
+            gradient = result.dy + c_in * vjp(outs, scaled, pulls, rescale)
+            del outs
             mark("generator: teacher")
             if phased:
                 t = held(teacher(scaled, sigma))
-            gradient = gradient + c_in * _vjp(t, scaled, result.dt, rescale)
+            gradient = gradient + c_in * vjp((t,), scaled, (result.dt,), rescale)
         else:
             # At once, where the sum is not rounded to 16 bits: two passes have more to begin and to end.
-            (both,) = torch.autograd.grad((s, t), scaled, (result.ds, result.dt))
+            (both,) = torch.autograd.grad((*outs, t), scaled, (*pulls, result.dt))
             gradient = result.dy + c_in * both
             mark("generator: teacher")
     loss, weight, valid = result.loss, result.weight, result.valid
@@ -362,14 +375,19 @@ def held(out: Tensor) -> Tensor:
     return out.float() if out.dtype == torch.float16 else out
 
 
-def _vjp(out: Tensor, x: Tensor, cotangent: Tensor, rescale: bool) -> Tensor:
-    """J^T cotangent for out(x), all (B, ...); with `rescale` by way of a largest element in [16, 32) per sample."""
+def vjp(outs: Sequence[Tensor], x: Tensor, cotangents: Sequence[Tensor], rescale: bool) -> Tensor:
+    """The sum of J^T cotangent over the outputs of x, all (B, ...).
+
+    With `rescale` by way of a largest element in [16, 32) per sample, of all cotangents together.
+    """
     if not rescale:
-        return torch.autograd.grad(out, x, cotangent)[0]
+        return torch.autograd.grad(outs, x, cotangents)[0]
     # Samples do not mix, so that each may have a factor of its own; a power of two rounds nothing.
-    _, exponent = torch.frexp(cotangent.flatten(1).abs().amax(1))
-    shift = per_sample((5 - exponent).clamp(-100, 100), cotangent)
-    return torch.ldexp(torch.autograd.grad(out, x, torch.ldexp(cotangent, shift))[0].float(), -shift)
+    largest = [one.flatten(1).abs().amax(1) for one in cotangents]
+    _, exponent = torch.frexp(torch.stack(largest).amax(0) if len(largest) > 1 else largest[0])
+    shift = (5 - exponent).clamp(-100, 100)
+    scaled = [torch.ldexp(one, per_sample(shift, one)) for one in cotangents]
+    return torch.ldexp(torch.autograd.grad(outs, x, scaled)[0].float(), -per_sample(shift, x))
 
 
 def finite_samples(tensor: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ipfm.models import NetworkConfig, presets
 
 IPFM, SID, REALUID = "arXiv 2509.22454", "arXiv 2404.04057", "arXiv 2509.22459"
+SIDA = "arXiv 2410.14919"
 
 # Settings in words, where their name is not enough.
 _WORDS = {
@@ -176,6 +177,25 @@ REALUID_RESULTS: Mapping[tuple[str, tuple[float, float]], PaperResult] = {
     ("cifar10cond", (0.96, 0.92)): PaperResult(1.87, 5.56, 100, REALUID, None, ("a finetuned run", _FLOWS)),
 }
 """Those of RealUID for CIFAR-10, by the weights of its two stages."""
+
+_BEST = "the best of SiDA and SiD²A, which begins with SiD's generator,"
+# Data set -> preset, FID; of one step.
+_SIDA = {
+    "cifar10": ("cifar10-ddpmpp", 1.499),
+    "cifar10cond": ("cifar10-ddpmpp-cond", 1.396),
+    "ffhq64": ("ffhq64-ddpmpp", 1.040),
+    "afhqv264": ("afhqv2-64-ddpmpp", 1.276),
+    "imagenet64cond": ("imagenet64-adm", 1.110),
+}
+
+
+def discriminator_results(dataset: str, alpha: float, steps: Any) -> dict[float, PaperResult]:
+    """The figures with a discriminator from the student's encoder by D; names as of `paper_result`."""
+    if plain_name(dataset) not in _SIDA or steps != 1 or alpha not in (1.0, 1.2):
+        return {}
+    preset, fid = _SIDA[plain_name(dataset)]
+    return {math.inf: PaperResult(fid, None, None, SIDA, replace(_conditions(preset, 1), unknown=(_BEST,)))}
+
 
 _ALL = {**PAPER_RESULTS, **SID_RESULTS}
 

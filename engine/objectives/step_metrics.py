@@ -129,7 +129,40 @@ class HalvesSum(LossSum):
         return super()._bad(applied) + (self._samples - self._others)
 
 
-def measured_as(name: str, found: Tensor) -> StepMetrics:
-    """The metrics of the network `name`, from what `LossSum.taken` gave."""
-    loss, valid, bad = found.unbind()
-    return StepMetrics({f"{name}_loss": loss}, {f"{name}_loss": valid}, {name: bad})
+class FurtherSum:
+    """Adds up what is measured beside the loss of a network, such as another term, of the samples that count.
+
+    Args:
+        name: as it appears in the log, without "_loss".
+        world: the run's processes.
+    """
+
+    def __init__(self, name: str, world: World) -> None:
+        self.name = name
+        self._sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+
+    def add(self, loss: Tensor, valid: Tensor, share: float = 1.0) -> None:
+        """A micro-batch: loss (B,), and whether each counts; `share`: of the whole, where there are several parts."""
+        counted = torch.where(valid, loss.detach(), 0.0)
+        self._sums += share * torch.stack([counted.sum(dtype=torch.float64), valid.sum(dtype=torch.float64)])
+
+    def taken(self) -> Tensor:
+        """The sum and the samples behind it, (2,) float64; the sum begins anew."""
+        found = self._sums.clone()
+        self._sums.zero_()
+        return found
+
+
+def measured_as(name: str, found: Tensor, further: str = "") -> StepMetrics:
+    """The metrics of the network `name`, from what `LossSum.taken` gave.
+
+    Args:
+        name: the network.
+        found: (3,), or (5,) with what `FurtherSum.taken` gave after it.
+        further: name of the further sum, where there is one.
+    """
+    loss, valid, bad, *more = found.unbind()
+    sums, counts = {f"{name}_loss": loss}, {f"{name}_loss": valid}
+    if further:
+        sums[f"{further}_loss"], counts[f"{further}_loss"] = more
+    return StepMetrics(sums, counts, {name: bad})

@@ -36,10 +36,13 @@ def real_images(config: Distillation, network: NetworkConfig, data: ImageDataset
     if not config.takes_real_images:
         # Weights of 1 and 1 are the way to leave them out.
         if data is not None and weights is None:
-            raise ValueError(f"the real images of {data.name} were given without real_weights, such as (0.92, 0.94)")
+            takes = "real_weights, such as (0.92, 0.94), or " * hasattr(config, "real_weights")
+            raise ValueError(f'the real images of {data.name} were given without {takes}discriminator="encoder"')
         return None
     if data is None:
-        raise ValueError(f"real_weights {weights} was given without real images")
+        told = getattr(config, "discriminator", None)
+        asks = f"real_weights {weights}" if told is None else f"discriminator {told}"
+        raise ValueError(f"{asks} was given without real images")
     return fitted(data, network, augment=config.augment, xflip=getattr(config, "real_xflip", False))
 
 

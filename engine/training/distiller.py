@@ -172,7 +172,7 @@ class Distiller(TrainingRun[Distillation]):
     def _profiled_until(self) -> int:
         """Steps of this process after which none is profiled."""
         profiled = self.config.profile_memory
-        return profiled + self.config.first_whole_step if profiled else 0
+        return profiled + self.config.planned_step if profiled else 0
 
     def _step(self, step: int) -> StepMetrics:
         self._begun += 1

@@ -128,7 +128,7 @@ class _Run:
         if reason := self.world.broadcast_text(reason):
             raise TrainingFailed(f"the logs in {folder.path} cannot be written ({reason})")
         self.watch = MemoryWatch(
-            task, config.profile_memory, folder.path, self.monitor.message, first=config.first_whole_step
+            task, config.profile_memory, folder.path, self.monitor.message, first=config.planned_step
         )
         # When the processes talk next: soon, so that they know how long a step takes.
         self._exchange_at = progress.step + 1

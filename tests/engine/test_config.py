@@ -130,6 +130,9 @@ def test_every_setting_is_checked():
         "real_data",
         "real_weights",
         "lr_decay_batches",
+        "discriminator",
+        "discriminator_weights",
+        "discriminator_kimg",
     }
     names = {f.name for kind in (DistillConfig, TeacherConfig) for f in dataclasses.fields(kind)}
     assert names == free | {name for name, *_ in CASES}

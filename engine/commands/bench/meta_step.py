@@ -463,12 +463,14 @@ def record(settings: Resolved[Any], network: NetworkConfig, *, graphs: bool = Fa
         graphs: one in which what can be captured in CUDA graphs was, and is replayed; see `EmptyGraphs`.
     """
     recording = Recording()
-    first = pieces.WARM_UPS + 1 if graphs else 0
+    config = settings.config
+    begin = config.planned_step if isinstance(config, Distillation) else 0
+    first = begin + (pieces.WARM_UPS + 1 if graphs else 0)
     captures = mock.patch.dict(pieces.CAPTURES, {"meta": EmptyGraphs} if graphs else {})
     with fake_cuda(), captures:
         training = on_meta(settings, network)
     with counting(Recording()):
-        for step in range(first):
+        for step in range(begin, first):
             training.iteration(step)
     EmptyGraphs.replays = 0
     with counting(recording) as mode, listening(lambda phase: setattr(mode, "phase", phase)):

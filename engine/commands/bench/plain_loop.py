@@ -61,7 +61,8 @@ def distill(
     """`steps` iterations on the whole batch at once, gradients by autograd through everything.
 
     `begun`: go on from there. `trained`: the form in which a network is trained. `before_update`: called with it before
-    the forward passes of each of its updates. `real`: images of which the student learns too [RealUID].
+    the forward passes of each of its updates. `real`: images of which the student learns too [RealUID], or by which its
+    encoder is told what is real [SiDA].
     """
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     S, G = (
@@ -94,6 +95,21 @@ def distill(
     index = torch.arange(config.batch, device=device)
     D, levels, own, updates = teacher.D, config.levels, type(config), config.student_updates
     a, b = (1.0, 1.0) if real is None else config.weights
+    omega, gamma = config.discriminator_weights or (1.0, 2e-4)
+
+    # What the encoder's last block gave in the last forward pass of S.
+    seen: list[Tensor] = []
+    for net in {S, judge}:
+        last = list(net.model.enc.values())[-1]
+        last.register_forward_hook(lambda block, given, out: seen.__setitem__(slice(None), [out]))
+    begins = [1000 * kimg for kimg in config.discriminator_kimg or (0, 0)]
+
+    def crossed(real: bool) -> Tensor:
+        """Mean binary cross entropy of each sample over the places of the last forward pass of S."""
+        logits = seen[0].mean(1)
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, torch.full_like(logits, real), reduction="none"
+        ).mean((1, 2))
 
     def skipped(x: Tensor, sigma: Tensor) -> Tensor:
         return (0.25 / (sigma**2 + 0.25)).view(-1, 1, 1, 1) * x
@@ -126,7 +142,7 @@ def distill(
         return y
 
     # Steps in which the student learns alone.
-    alone = -int(-config.student_first_kimg * 1000 // config.batch)
+    alone = -int(-max(config.student_first_kimg * 1000, begins[0]) // config.batch)
     all_steps = config.total_steps if config.lr_schedule == "linear" else 0
 
     def rate(update: int, updates_in_all: int) -> float:
@@ -169,17 +185,20 @@ def distill(
             before_update(S)
             target = y if truth is None else (1 - b / a) * skipped(x, sigma) + b / a * y
             losses = a * weight * (S.train()(x, sigma, labels, augment_labels) - target).square().sum((1, 2, 3))
+            told = crossed(False) if config.discriminator else torch.zeros(())
             if truth is not None:
                 y, augment_labels = augment(
                     truth.images, config.augment, seed=config.seed, stream=Stream.REAL_AUGMENT, step=count,
                     sample_index=index,
                 )  # fmt: skip
                 x = noisy(y, sigma, Stream.STUDENT_NOISE, count)
-                stretch = (1 - b) / (1 - a)
+                stretch = (1 - b) / (1 - a) if a < 1 else 0.0
                 target = (1 - stretch) * skipped(x, sigma) + stretch * y
                 error = S(x, sigma, labels, augment_labels) - target
                 losses = losses + (1 - a) * weight * error.square().sum((1, 2, 3))
-            descend(S, student_adam, losses.mean(), (config.student_lr or config.lr) * rate(count, updates * all_steps))
+                told = told + crossed(True) if config.discriminator else told
+            denoising = losses.mean() + omega * weight.mean() * 0.5 * told.mean()
+            descend(S, student_adam, denoising, (config.student_lr or config.lr) * rate(count, updates * all_steps))
             if config.student_ema is not None:
                 with torch.no_grad():
                     for kept_p, p in zip(judge.parameters(), S.parameters(), strict=True):
@@ -203,6 +222,10 @@ def distill(
             weight = _weight(config, D, y, x, t, s, sigma)
             weight = config.generator_weight(sigma, weight)
         # Double precision here: the three squares nearly cancel while S is close to T.
+        deceived = torch.zeros(())
+        if config.discriminator and step * config.batch >= begins[1]:
+            logits = seen[0].mean(1).clamp(-10, 10)
+            deceived = (gamma * y[0].numel() * weight * torch.nn.functional.softplus(-logits).mean((1, 2))).mean()
         t, s, y = t.double(), s.double(), y.double()
         if real is not None:
             # a times the loss of the shifted target, of which the offset is a part.
@@ -210,13 +233,14 @@ def distill(
         if isinstance(config, DistillConfig):
             terms = a * ((t - y) ** 2 - (s - y) ** 2 - 2 * (config.alpha - 0.5) * (t - s) ** 2)
             losses = weight * terms.sum((1, 2, 3))
-            descend(G, generator_adam, losses.mean(), config.lr * rate(step - alone, all_steps - alone))
+            loss = losses.mean() + deceived
+            descend(G, generator_adam, loss, config.lr * rate(step - alone, all_steps - alone))
         else:
             # Distribution matching distillation: y is drawn to where the difference of the two denoisers leads it.
             lead = 2 * weight.view(-1, 1, 1, 1) * (s - t)
             losses = weight * ((s - t) ** 2).sum((1, 2, 3))
             towards = (y - lead).detach()
-            half = 0.5 * (y - towards).square().sum((1, 2, 3)).mean()
+            half = 0.5 * (y - towards).square().sum((1, 2, 3)).mean() + deceived
             descend(G, generator_adam, half, config.lr * rate(step - alone, all_steps - alone))
         S.requires_grad_(True)
         run.generator_loss.append(losses.mean().item())

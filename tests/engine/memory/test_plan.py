@@ -116,7 +116,7 @@ def measured(settings: StepSettings) -> dict[str, int]:
 
         with listening(begin):
             steps.student_step(0)
-            steps.generator_step(0)
+            steps.generator_step(settings.resolved.config.first_whole_step)
     return {name: value for name, value in peaks.items() if name != "start" and "optimiser" not in name}
 
 
@@ -128,6 +128,7 @@ CASES = [
     ("ncsn++", {"phased": True, "config": DistillConfig(steps=2)}),
     ("conditional", {"phased": True, "config": DistillConfig(augment=0.5)}),
     ("conditional", {"phased": True, "config": DistillConfig(real_weights=(0.92, 0.94))}),
+    ("conditional", {"phased": True, "config": DistillConfig(discriminator="encoder")}),
     ("ncsn++", {"phased": False, "sharding": Sharding(stage=1, precision="bf16", teacher_storage="half")}),
     ("attention", {"phased": True, "sharding": Sharding(stage=1, precision="bf16", teacher_storage="fp32")}),
 ]

@@ -70,6 +70,18 @@ CASES: dict[str, tuple[type[Distillation], dict[str, Any]]] = {
     "cmt": (CmtConfig, {"precision": "fp16", "points": 2, "micro_batch": 2}),
     # The real half goes on with the dropout that the other has begun.
     "real": (DistillConfig, {"precision": "fp32", "dropout": 0.3, "micro_batch": 2, "real_weights": (0.92, 0.94)}),
+    # The term comes in the second step.
+    "told": (
+        DistillConfig,
+        {
+            "precision": "bf16",
+            "micro_batch": 2,
+            "discriminator": "encoder",
+            "augment": 0.5,
+            "discriminator_weights": (1.0, 0.02),
+            "discriminator_kimg": (0.0, 0.004),
+        },
+    ),
 }
 
 

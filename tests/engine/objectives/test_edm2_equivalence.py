@@ -18,12 +18,14 @@ from ipfm.models import load_teacher
 # `make equivalence` makes 20 of every combination; here one of each stage makes some.
 STEPS = 2
 BASE = {**equivalence.BASE, "max_steps": STEPS}
+TOLD = {"discriminator": "encoder", "discriminator_weights": (1.0, 0.02), "discriminator_kimg": (0.0, 0.0)}
 CASES = {
     "k1-z0": {"zero": 0, "backward": "phased"},
     "k2-z1": {"zero": 1, "backward": "joint", "steps": 2},
     "k2-z2": {"zero": 2, "backward": "phased", "steps": 2, "parts": 2},
     "k1-z3": {"zero": 3, "backward": "joint", "parts": 2, "activation_checkpointing": "on"},
     "re-z2": {"zero": 2, "backward": "joint", "parts": 2, "real_weights": (0.7, 0.8)},
+    "to-z1": {"zero": 1, "backward": "phased", **TOLD},
 }
 
 
@@ -38,7 +40,10 @@ def plain(teacher: Path) -> dict[str, plain_loop.Plain]:
     return {
         name: equivalence.distill_edm2(net, DistillConfig(**{**BASE, "steps": steps}), STEPS)
         for name, steps in (("k1", 1), ("k2", 2))
-    } | {"re": equivalence.distill_edm2(net, DistillConfig(**BASE, real_weights=(0.7, 0.8)), STEPS, real_images())}
+    } | {
+        name: equivalence.distill_edm2(net, DistillConfig(**BASE, **more), STEPS, real_images())
+        for name, more in (("re", {"real_weights": (0.7, 0.8)}), ("to", TOLD))
+    }
 
 
 @pytest.mark.distributed

@@ -48,6 +48,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "student_updates": 2,
     },
     "real": {"real_weights": (0.7, 0.8), "augment": 0.5, "student_updates": 2, "steps": 2, "alpha": 0.5},
+    "told": {
+        "discriminator": "encoder",
+        "discriminator_weights": (1.0, 0.02),
+        "discriminator_kimg": (0.0, 0.008),
+        "augment": 0.5,
+        "steps": 2,
+    },
+    "both": {
+        "discriminator": "encoder",
+        "discriminator_weights": (1.0, 0.02),
+        "discriminator_kimg": (0.0, 0.0),
+        "real_weights": (0.7, 0.8),
+        "student_updates": 2,
+    },
     # Masks are drawn for a micro-batch as a whole: on one process, at once, they are the plain loop's.
     "dropout": {"dropout": 0.3, "steps": 2},
     "droplast": {"dropout": 0.3, "steps": 3, "gradient": "last"},
@@ -62,6 +76,8 @@ MORE: tuple[tuple[str, int, str, int, dict[str, Any]], ...] = (
     ("clipped", 2, "phased", 2, {}),
     *(("varied", stage, ("joint", "phased")[stage % 2], 2 - stage // 3, {}) for stage in (0, 1, 3)),
     *(("real", stage, ("joint", "phased")[stage % 2], 2 - stage // 3, {}) for stage in (0, 1, 2, 3)),
+    *(("told", stage, ("phased", "joint")[stage % 2], 2 - stage // 3, {}) for stage in (0, 1, 2, 3)),
+    ("both", 2, "joint", 2, {}),
     ("k2", 3, "phased", 1, {"activation_checkpointing": "on"}),
     *(("k1", stage, "phased", 2 - stage // 3, {"offload": "optimizer"}) for stage in (1, 3)),
     ("k1", 3, "joint", 1, {"offload": "all", "teacher_storage": "sharded"}),
@@ -112,7 +128,10 @@ def plain(teacher: Path) -> dict[str, plain_loop.Plain]:
     net = load_teacher(teacher)
     return {
         name: plain_loop.distill(
-            net, DistillConfig(**{**BASE, **setting}), STEPS, real=real_images() if "real_weights" in setting else None
+            net,
+            DistillConfig(**{**BASE, **setting}),
+            STEPS,
+            real=real_images() if {"real_weights", "discriminator"} & setting.keys() else None,
         )
         for name, setting in SETTINGS.items()
     }

@@ -11,13 +11,13 @@ from typing import Any
 import equivalence
 import pytest
 import torch
+from small_distillation import ALONE, BASE, log_kernel, run, tiny_teacher
 from torch import Tensor
 
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.commands.bench.equivalence import NETWORK, compared_teacher, real_images, trained_tensors
 from ipfm.engine.data.dataset import ImageDataset
-from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments.gpu_costs import Run
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation
 from ipfm.engine.memory.state import Sharding
@@ -28,19 +28,10 @@ from ipfm.engine.runtime.commandline import BadInput
 from ipfm.engine.training.data_order import OrderedImages
 from ipfm.engine.training.resolve import complete
 from ipfm.kernels import denoising_loss, ipfm_loss
-from ipfm.models import Precond, build_network, guided, load_model
+from ipfm.models import guided, load_model
 from ipfm.recipes import digits_ipfm
 
-ALONE = World(0, 1, torch.device("cpu"))
 PUBLISHED = RealWeights(0.92, 0.94)
-BASE: dict[str, Any] = {**equivalence.BASE, "max_steps": 2, "zero": 0, "micro_batch": 8, "backward": "joint"}
-
-
-def log_kernel(squared: Tensor, D: float, sigma: float) -> Tensor:
-    """The logarithm of p_r(x | y) of one dimension, of |x - y|^2, without its constant."""
-    if math.isinf(D):
-        return -squared / (2 * sigma**2)
-    return -(1 + D) / 2 * torch.log1p(squared / (sigma**2 * D))
 
 
 # ------------------------------------------------------------------------------------------------ printed numbers
@@ -205,24 +196,6 @@ def test_nothing_moves_where_student_and_teacher_are_one_function(alpha: float, 
 
 
 # ---------------------------------------------------------------------------------------------------------- steps
-
-
-def tiny_teacher(D: float = 16.0) -> Precond:
-    torch.manual_seed(0)
-    net = build_network(replace(NETWORK, model_channels=4, channel_mult=(1,), attn_resolutions=(), D=D))
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return net.eval().requires_grad_(False)
-
-
-def run(config: DistillConfig, teacher: Precond, real: ImageDataset | None, steps: int = 2) -> dict[str, Tensor]:
-    """Everything that is trained, and the losses, after some steps."""
-    made = Distiller(config, teacher, real=real, world=ALONE)
-    losses = [made.iteration(step) for step in range(steps)]
-    found = {f"loss {step} {name}": value for step, loss in enumerate(losses) for name, value in loss.sums.items()}
-    assert not any(bool(value) for loss in losses for value in loss.bad.values())
-    return {**trained_tensors(made), **found}
 
 
 def test_weights_of_one_are_the_step_without_real_data_bit_for_bit() -> None:

@@ -154,7 +154,10 @@ CHANGED = {
     "lr_schedule": "linear",
     "lr_warmup": 5,
     "student_first_kimg": 0.01,
+    "discriminator": "encoder",
 }
+# Of a discriminator, which a run has or has not.
+OF_A_DISCRIMINATOR = {"discriminator_weights": (1.0, 1e-3), "discriminator_kimg": (1.0, 2.0)}
 FREELY = {
     "out": Path("elsewhere"),
     "micro_batch": 4,
@@ -192,6 +195,7 @@ def test_every_setting_is_of_one_kind():
     # Tested on their own below; a guide goes with a guidance, see test_guided_teacher.py, and the last two with a
     # schedule of learning rates.
     elsewhere = {"kimg", "resume", "steps", "noise", "offload", "guide", "lr_end", "lr_decay_batches"}
+    elsewhere |= set(OF_A_DISCRIMINATOR)
     assert set(CHANGED) | set(FREELY) | elsewhere == set(CONFIG.to_json())
     free = free_settings(DistillConfig) | free_settings(PidConfig)
     assert set(FREELY) | {"kimg", "resume", "offload", "lpips", "guide"} == free
@@ -205,6 +209,13 @@ def test_a_setting_that_identifies_the_run(tmp_path, name):
     assert refused(tmp_path, other) == (
         f"{tmp_path} belongs to another configuration ({name} is {there} there, {here} here): choose another --out"
     )
+
+
+@pytest.mark.parametrize("name", OF_A_DISCRIMINATOR)
+def test_a_setting_of_a_discriminator_identifies_the_run(tmp_path, name):
+    told = replace(CONFIG, discriminator="encoder", discriminator_weights=(2.0, 1e-3), discriminator_kimg=(1.0, 3.0))
+    start(tmp_path, told)
+    assert f"({name} is [" in refused(tmp_path, replace(told, **{name: OF_A_DISCRIMINATOR[name]}))
 
 
 @pytest.mark.parametrize("now, said", [(7, "lacks 1 file"), (10, "has 2 new files")])
