@@ -42,11 +42,13 @@ from ipfm.models import presets
 from ipfm.recipes import (
     afhqv2_ipfm,
     afhqv2_sid,
+    afhqv2_sida,
     cifar_cmt,
     cifar_ipfm,
     cifar_pid,
     cifar_realuid,
     cifar_sid,
+    cifar_sida,
     cifar_teacher,
     digits_ipfm,
     digits_pid,
@@ -57,12 +59,14 @@ from ipfm.recipes import (
     fashion_ipfm,
     ffhq_ipfm,
     ffhq_sid,
+    ffhq_sida,
     ffhq_teacher,
     imagenet64_edm2_ipfm,
     imagenet64_edm2_sid,
     imagenet64_ipfm,
     imagenet64_pid,
     imagenet64_sid,
+    imagenet64_sida,
     imagenet512_edm2_ipfm,
     imagenet512_edm2_sid,
     shapes_ipfm,
@@ -74,7 +78,8 @@ RENTED = tuple(
     module.RECIPE
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid, imagenet64_sid,
                    imagenet512_edm2_ipfm, imagenet64_edm2_ipfm, imagenet512_edm2_sid, imagenet64_edm2_sid,
-                   cifar_realuid, cifar_pid, imagenet64_pid, cifar_cmt, cifar_teacher, ffhq_teacher)
+                   cifar_realuid, cifar_sida, ffhq_sida, afhqv2_sida, imagenet64_sida, cifar_pid, imagenet64_pid,
+                   cifar_cmt, cifar_teacher, ffhq_teacher)
 )  # fmt: skip
 GPUS = (24, 48, 80, 141)
 PROCESSES = (1, 8)
@@ -196,7 +201,8 @@ def settings() -> list[str]:
     rows = [_row(names), _row(["---"] * len(names))]
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid,
                    imagenet64_sid, imagenet512_edm2_ipfm, imagenet512_edm2_sid, imagenet64_edm2_ipfm,
-                   imagenet64_edm2_sid, cifar_realuid, digits_ipfm, shapes_ipfm, fashion_ipfm):  # fmt: skip
+                   imagenet64_edm2_sid, cifar_realuid, cifar_sida, ffhq_sida, afhqv2_sida, imagenet64_sida,
+                   digits_ipfm, shapes_ipfm, fashion_ipfm):  # fmt: skip
         base = module.RECIPE.base
         betas = f"{base.student_beta1:g}, {base.generator_beta1:g}"
         numbers = (base.batch, base.lr, base.alpha, betas, base.eps, base.dropout, base.augment, base.ema_kimg)
@@ -209,7 +215,8 @@ def sources() -> list[str]:
     rows = [_row(["recipe", "paper", "script", "SiD", "EDM2", "this project"]), _row(["---"] * 6)]
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid,
                    imagenet64_sid, imagenet512_edm2_ipfm, imagenet512_edm2_sid, imagenet64_edm2_ipfm,
-                   imagenet64_edm2_sid, cifar_realuid, cifar_pid, imagenet64_pid, cifar_cmt):  # fmt: skip
+                   imagenet64_edm2_sid, cifar_realuid, cifar_sida, ffhq_sida, afhqv2_sida, imagenet64_sida,
+                   cifar_pid, imagenet64_pid, cifar_cmt):  # fmt: skip
         cells = []
         for source in [source for source in SOURCES if source != "EDM"]:
             found = {name: o.remark for name, o in module.RECIPE.origins.items() if o.source == source}

@@ -23,7 +23,7 @@ from ipfm.engine.distributed.pieces import Number, whole
 from ipfm.engine.noise_levels import check_sigmas, few_step_sigmas
 from ipfm.engine.objectives import discriminator
 from ipfm.engine.objectives.base import TEACHER, Distillation, Passes, Role, StepContext, Trained
-from ipfm.engine.objectives.discriminator import Adversary, DiscriminatorKind, DiscriminatorWeights, Tapped
+from ipfm.engine.objectives.discriminator import Adversary, DiscriminatorWeights, Tapped
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.level_laws import level_law, student_draw
 from ipfm.engine.objectives.loss_weights import WeightName, chosen_weight
@@ -645,7 +645,7 @@ class StudentConfig(Distillation):
     the recipe itself. See docs/objectives.md."""
     real_xflip: bool = setting(False, memory=False, added=True)
     """Mirror real images at random."""
-    discriminator: DiscriminatorKind | None = setting(None, added=True)
+    discriminator: Literal["encoder"] | None = setting(None, added=True)
     """encoder: the student's encoder learns to tell the generator's images from those of --real-data, and the generator
     to deceive it (SiDA)."""
     discriminator_weights: tuple[float, float] | None = setting(None, memory=False, added=True)

@@ -23,19 +23,23 @@ from ipfm.models.checkpoints.published import published
 from ipfm.recipes import (
     afhqv2_ipfm,
     afhqv2_sid,
+    afhqv2_sida,
     cifar_ipfm,
     cifar_pid,
     cifar_realuid,
     cifar_sid,
+    cifar_sida,
     cifar_teacher,
     ffhq_ipfm,
     ffhq_sid,
+    ffhq_sida,
     ffhq_teacher,
     imagenet64_edm2_ipfm,
     imagenet64_edm2_sid,
     imagenet64_ipfm,
     imagenet64_pid,
     imagenet64_sid,
+    imagenet64_sida,
     imagenet512_edm2_ipfm,
     imagenet512_edm2_sid,
 )
@@ -214,6 +218,37 @@ def test_a_run_begun_with_an_older_recipe_goes_on_as_it_was_begun(
 def test_sid_has_its_published_figure(capsys: pytest.CaptureFixture[str], recipe: str, fid: float) -> None:
     said = dry(capsys, DISTIL[f"{recipe} SiD"])
     assert f"published is FID {fid:g} (arXiv 2404.04057)" in said["text"]
+
+
+# Data set -> figure and length in kimg.
+SIDA = {
+    "cifar10": (cifar_sida, 1.499, 300_000),
+    "ffhq64": (ffhq_sida, 1.04, 200_000),
+    "afhqv264": (afhqv2_sida, 1.276, 200_000),
+    "imagenet64cond": (imagenet64_sida, 1.11, 300_000),
+}
+
+
+@pytest.mark.parametrize("dataset", SIDA)
+def test_settings_of_sida(dataset: str) -> None:
+    """Those of SiD's recipe, but for the discriminator, alpha = 1, the generator's first decay and the length."""
+    recipe, fid, kimg = SIDA[dataset]
+    base = recipe.RECIPE.base.distillation()
+    sid = DISTIL[f"{recipe.RECIPE.file.removesuffix('_sida.py')} SiD"].RECIPE.base.distillation()
+    told = {"discriminator": "encoder", "discriminator_weights": (1.0, 2e-4), "discriminator_kimg": (100.0, 200.0)}
+    assert base == replace(sid, alpha=1.0, generator_beta1=0.0, kimg=kimg, **told)
+    network = presets.get(recipe.RECIPE.preset)
+    figure = base.figure(dataset, base.to_json(), network)
+    assert figure is not None and (figure.fid, figure.source) == (fid, "arXiv 2410.14919")
+    assert figure.differs == ("the best of SiDA and SiD²A, which begins with SiD's generator, there",)
+
+
+@pytest.mark.usefixtures("thin_plan")
+def test_sida_needs_images(capsys: pytest.CaptureFixture[str]) -> None:
+    said = dry(capsys, cifar_sida, "--micro-batch", "16", "--zero", "1", "--backward", "phased")
+    assert said["out"] == "runs/cifar_sida-Dinf-alpha1-K1-encoder" and "published is FID 1.499" in said["text"]
+    with pytest.raises(BadInput, match=r"^give --teacher"):
+        cifar_sida.main([])
 
 
 def test_conditional_networks_of_cifar_are_trained_longer_in_sid() -> None:
