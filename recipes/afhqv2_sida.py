@@ -17,15 +17,14 @@ SiD²A differs in the generator's first weights alone, those of SiD, and in its 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from ipfm.engine.experiments import recipe_options, run_command
-from ipfm.recipes import afhqv2_sid, cifar_sida
+from ipfm.recipes import afhqv2_ipfm, afhqv2_sid, cifar_sida
 
 RECIPE = afhqv2_sid.RECIPE.with_options(
     "afhqv2_sida.py",
     __doc__,
-    recipe_options(replace(afhqv2_sid.RECIPE.base.distillation(), kimg=200_000, **cifar_sida.DISCRIMINATOR)),
+    recipe_options(cifar_sida.with_discriminator(afhqv2_ipfm.BASE, kimg=200_000)),
     D=math.inf,
     settings_of=cifar_sida.SETTINGS_OF,
     origins=cifar_sida.ORIGINS,

@@ -20,16 +20,25 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from ipfm.engine import DistillConfig
 from ipfm.engine.experiments import origins, recipe_options, run_command
-from ipfm.recipes import cifar_sid
+from ipfm.recipes import cifar_ipfm, cifar_sid
 
-# Of every recipe of SiDA's.
-DISCRIMINATOR = {
-    "alpha": 1.0,
-    "discriminator": "encoder",
-    "discriminator_weights": (1.0, 2e-4),
-    "discriminator_kimg": (100.0, 200.0),
-}
+
+def with_discriminator(base: DistillConfig, *, kimg: float) -> DistillConfig:
+    """SiD's settings with those of SiDA's paper and script that differ."""
+    return replace(
+        base,
+        alpha=1.0,
+        generator_beta1=0.0,
+        kimg=kimg,
+        tf32=False,
+        discriminator="encoder",
+        discriminator_weights=(1.0, 2e-4),
+        discriminator_kimg=(100.0, 200.0),
+    )
+
+
 ORIGINS = {
     **origins("script", "alpha", "batch", "lr", "generator_beta1", "student_beta1", "student_updates", "dropout"),
     **origins("script", "augment", "ema_kimg", "ema_rampup", "kimg", "discriminator", "discriminator_kimg"),
@@ -42,7 +51,7 @@ SETTINGS_OF = "SiDA (arXiv 2410.14919)"
 RECIPE = cifar_sid.RECIPE.with_options(
     "cifar_sida.py",
     __doc__,
-    recipe_options(replace(cifar_sid.RECIPE.base.distillation(), kimg=300_000, **DISCRIMINATOR)),
+    recipe_options(with_discriminator(replace(cifar_ipfm.BASE, dropout=0.13), kimg=300_000)),
     D=math.inf,
     settings_of=SETTINGS_OF,
     origins=ORIGINS,

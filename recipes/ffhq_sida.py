@@ -17,17 +17,14 @@ SiD²A differs in the generator's first weights alone, those of SiD, and in its 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from ipfm.engine.experiments import recipe_options, run_command
-from ipfm.recipes import cifar_sida, ffhq_sid
+from ipfm.recipes import cifar_sida, ffhq_ipfm, ffhq_sid
 
 RECIPE = ffhq_sid.RECIPE.with_options(
     "ffhq_sida.py",
     __doc__,
-    recipe_options(
-        replace(ffhq_sid.RECIPE.base.distillation(), kimg=200_000, generator_beta1=0.0, **cifar_sida.DISCRIMINATOR)
-    ),
+    recipe_options(cifar_sida.with_discriminator(ffhq_ipfm.BASE, kimg=200_000)),
     D=math.inf,
     settings_of=cifar_sida.SETTINGS_OF,
     origins=cifar_sida.ORIGINS,

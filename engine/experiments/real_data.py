@@ -14,6 +14,7 @@ from ipfm.engine.experiments.options import DistillationOptions
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.runtime.commandline import BadInput
 from ipfm.engine.runtime.launcher import is_first_process
+from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.data_order import real_images
 from ipfm.models import NetworkConfig
 from ipfm.models.checkpoints.recognise import user_path
@@ -50,6 +51,17 @@ def read_real(
             with suppress(OSError):
                 print(f"note: real-weights 1 1 leave the images of {path} out", file=sys.stderr)
         return None
+    first, whole = config.first_whole_step, config.planned_step
+    if getattr(config, "discriminator", None) is not None and config.total_steps <= whole and is_first_process():
+        what = "generator is trained" if config.total_steps <= first else "generator meets the discriminator"
+        step = first if config.total_steps <= first else whole
+        starts = " ".join(f"{kimg:g}" for kimg in config.discriminator_kimg)  # type: ignore[attr-defined]
+        with suppress(OSError):
+            print(
+                f"note: by discriminator-kimg {starts} the {what} from step {step:,} on; this run has "
+                f"{counted(f'{config.total_steps:,}', 'step')}",
+                file=sys.stderr,
+            )
     if path is None:
         if options.dry_run:
             return None

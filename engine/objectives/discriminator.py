@@ -37,6 +37,8 @@ CLAMP = 10.0
 WEIGHTS, EDM2_WEIGHTS = (1.0, 2e-4), (100.0, 2e-4)
 # Thousands of images before the generator is trained, and before it is told what the discriminator says.
 STARTS = (100.0, 200.0)
+# The largest shares of a run that they are by default.
+SHARES = (0.05, 0.1)
 
 
 class Judged(NamedTuple):
@@ -199,7 +201,9 @@ def check(kind: Any, weights: Any, starts: Any) -> None:
             raise ValueError(f"discriminator-{name} {_shown(value)} was given without discriminator encoder")
 
 
-def decided(kind: DiscriminatorKind | None, weights: Any, starts: Any, network: NetworkConfig) -> Mapping[str, Any]:
+def decided(
+    kind: DiscriminatorKind | None, weights: Any, starts: Any, network: NetworkConfig, kimg: float | None
+) -> Mapping[str, Any]:
     """The settings of a discriminator with nothing left open, by their names; nothing without one.
 
     Args:
@@ -207,11 +211,18 @@ def decided(kind: DiscriminatorKind | None, weights: Any, starts: Any, network: 
         weights: as given.
         starts: likewise.
         network: the teacher's.
+        kimg: thousands of images of the run; None where it has no length.
     """
     if kind is None:
         return {}
     given = discriminator_weights(weights) or DiscriminatorWeights(*(EDM2_WEIGHTS if network.is_edm2 else WEIGHTS))
-    return {"discriminator_weights": tuple(given), "discriminator_kimg": discriminator_starts(starts) or STARTS}
+    begun = discriminator_starts(starts)
+    if begun is None:
+        first, then = (
+            start if kimg is None else min(start, share * kimg) for start, share in zip(STARTS, SHARES, strict=True)
+        )
+        begun = first, then
+    return {"discriminator_weights": tuple(given), "discriminator_kimg": begun}
 
 
 def words_of(settings: Mapping[str, Any]) -> str:

@@ -653,7 +653,7 @@ class StudentConfig(Distillation):
     100 2e-4."""
     discriminator_kimg: tuple[float, float] | None = setting(None, memory=False, added=True)
     """With a discriminator: thousands of images before the generator is trained, and before it is told what the
-    discriminator says. Default: 100 200, SiDA's; short runs need less."""
+    discriminator says. Default: 100 200, SiDA's, but at most 5 % and 10 % of the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -867,8 +867,11 @@ class StudentConfig(Distillation):
             raise ValueError(f"logvar needs a teacher with a log-variance, {why}: leave it out")
         for width in (self.width, self.student_width):
             generator_network(network, width)
+        length = None
+        if self.max_steps is not None or self.kimg is not None:
+            length = self.total_steps * self.batch / 1000
         told_apart = discriminator.decided(
-            self.discriminator, self.discriminator_weights, self.discriminator_kimg, network
+            self.discriminator, self.discriminator_weights, self.discriminator_kimg, network, length
         )
         return replace(self, sigmas=self.levels, **told_apart)
 

@@ -178,7 +178,7 @@ REALUID_RESULTS: Mapping[tuple[str, tuple[float, float]], PaperResult] = {
 }
 """Those of RealUID for CIFAR-10, by the weights of its two stages."""
 
-_BEST = "the best of SiDA and SiD²A, which begins with SiD's generator,"
+_BEST = "the best of SiDA and SiD²A there, which begins with SiD's generator"
 # Data set -> preset, FID; of one step.
 _SIDA = {
     "cifar10": ("cifar10-ddpmpp", 1.499),
