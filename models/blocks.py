@@ -334,6 +334,11 @@ def enter_together(blocks: Sequence[UNetBlock], emb: Tensor, x: Tensor) -> list[
     return _join(blocks, layers, _project(blocks, layers, emb), _closing_biases(layers), x)
 
 
+def _trained(layers: Layers) -> bool:
+    """Whether anything in them is to have a gradient."""
+    return any(t is not None and t.requires_grad for own in layers if own is not None for t in own)
+
+
 def _layers(block: UNetBlock) -> Layers:
     qkv = free_parameters(block._modules["qkv"], _PROJECTIONS) if block.num_heads else None
     return Layers._make([*map(free_parameters, map(block._modules.get, _LAYERS)), qkv])
@@ -384,7 +389,7 @@ def _join(
     apart = [
         Entering(p, bias, layers=own) for p, bias, own in zip(projected, closing, layers, strict=True)
     ]  # fmt: skip
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not any(map(_trained, layers)):
         return apart
     vectors: list[Tensor] = []
 

@@ -152,17 +152,17 @@ class _WholeBlock(torch.autograd.Function):
     def forward(ctx: Any, numbers: Numbers, *tensors: Any) -> Tensor:
         given = Inputs(*tensors)
         y, made = _run(numbers, given)
-        needed: Any = Inputs._make(ctx.needs_input_grad[1:])
+        needed = ctx.needs_input_grad
         ctx.numbers = numbers
         ctx.save_for_backward(
             *given[:10],
             *given[11:],
             *made[:3],
             # The gradient of a constant weight is not asked for, and that of its input is of the weight alone.
-            made.h0 if needed.conv0 else None,
-            made.h1 if needed.conv1 else None,
+            made.h0 if needed[4] else None,
+            made.h1 if needed[10] else None,
             made.mask,
-            made.small if needed.skip else None,
+            made.small if needed[12] else None,
         )
         ctx.bias = None if given.bias is None else (given.bias.dtype, given.bias.ndim == 2)
         return y
@@ -172,44 +172,43 @@ class _WholeBlock(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("a residual block has no second derivative: create_graph=True cannot pass through it")
         numbers: Numbers = ctx.numbers
-        saved = ctx.saved_tensors
-        given, made = Inputs._make((*saved[:10], None, *saved[10:13])), Made._make(saved[13:])
-        about0, c0, about1, h0, h1, mask, small = made
-        del saved, made
-        needed: Any = Inputs._make(ctx.needs_input_grad[1:])
+        # (Names, not `Inputs` and `Made`: the making of one takes the host as long as a launch.)
+        x, weight0, bias0, conv0, weight1, bias1, scale, shift, addend, conv1, *saved = ctx.saved_tensors
+        skip, filter0, filter1, about0, c0, about1, h0, h1, mask, small = saved
+        del saved
+        needed = ctx.needs_input_grad
+        _, of_x, of_weight0, of_bias0, of_conv0, *of_second, of_conv1, of_bias, of_skip, _, _ = needed
         (dy,) = gradients
         d, to_bias, factor = dy, None, numbers.scale
         # All that follows is linear in dy. With gaps, as a part of concatenated channels has, dy is copied anyway.
-        if any(needed[1:]) or given.filter0 is not None or not is_dense(dy):
+        if any(needed[2:]) or filter0 is not None or not is_dense(dy):
             dtype, by_sample = ctx.bias or (dy.dtype, False)
-            d, to_bias = residual.backward_pass(dy, numbers.scale, bool(needed.bias), by_sample=by_sample)
+            d, to_bias = residual.backward_pass(dy, numbers.scale, of_bias, by_sample=by_sample)
             to_bias, factor = None if to_bias is None else to_bias.to(dtype), 1.0
-        dh, to_conv1 = back_through_conv(d, h1, given.conv1, numbers.paddings[1], bool(needed.conv1))
+        dh, to_conv1 = back_through_conv(d, h1, conv1, numbers.paddings[1], of_conv1)
         if mask is not None:
             kept = 1 - numbers.dropout
             dh = torch.ops.aten.native_dropout_backward(dh, mask, 1 / kept if kept else 0.0)
-        dc, *to_second = group_norm.backward_pass(dh, c0, given.second, about1, needed[4:9], True)
+        second = weight1, bias1, scale, shift, addend
+        dc, *to_second = group_norm.backward_pass(dh, c0, second, about1, of_second, True)
         assert dc is not None
-        dh, to_conv0 = back_through_conv(dc, h0, given.conv0, numbers.paddings[0], bool(needed.conv0))
+        dh, to_conv0 = back_through_conv(dc, h0, conv0, numbers.paddings[0], of_conv0)
         del dc, c0, h0, h1, mask
-        size = given.x.shape[2:]
-        if given.filter0 is not None:
-            dh = _back_through_filter(dh, given.filter0, size, numbers)
         more, to_skip = d, None
-        if given.skip is not None:
-            if given.filter1 is not None:
-                more = _back_through_filter(more, given.filter1, size, numbers)
-            halved = given.filter0 is not None and not numbers.up
-            more, to_skip = back_through_conv(
-                more, small if halved else given.x, given.skip, numbers.paddings[2], bool(needed.skip)
-            )
-            if given.filter0 is not None and halved:
-                more = _back_through_filter(more, given.filter0, size, numbers)
-        first: group_norm.Parameters = given.weight0, given.bias0, None, None, None
-        asked = (needed.weight0, needed.bias0, False, False, False)
-        dx, *to_first = group_norm.backward_pass(dh, given.x, first, about0, asked, True, more, factor)
+        if filter0 is not None:
+            dh = _back_through_filter(dh, filter0, x.shape[2:], numbers)
+        if skip is not None:
+            if filter1 is not None:
+                more = _back_through_filter(more, filter1, x.shape[2:], numbers)
+            halved = filter0 is not None and not numbers.up
+            more, to_skip = back_through_conv(more, small if halved else x, skip, numbers.paddings[2], of_skip)
+            if halved:
+                more = _back_through_filter(more, filter0, x.shape[2:], numbers)
+        first: group_norm.Parameters = weight0, bias0, None, None, None
+        asked = of_weight0, of_bias0, False, False, False
+        dx, *to_first = group_norm.backward_pass(dh, x, first, about0, asked, True, more, factor)
         return (
-            None, dx if needed.x else None, *to_first[:2], to_conv0, *to_second, to_conv1, to_bias, to_skip, None, None
+            None, dx if of_x else None, *to_first[:2], to_conv0, *to_second, to_conv1, to_bias, to_skip, None, None
         )  # fmt: skip
 
 
