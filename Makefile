@@ -8,6 +8,8 @@ WORKERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # The demo's processes: one on a GPU; on a CPU two with a thread each, which wait for each other less than threads do.
 PROCESSES := 'import os, torch; print(1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0))))'
 
+# Of packages that are installed: Python compiles what it imports of that then.
+HARDLY_USED := tests?|diffusers/pipelines|fontTools|networkx|narwhals|pygments/lexers
 # A process that starts a hundred others should find what Python has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -80,8 +82,8 @@ $(READY): setup.py pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test]'
 	@# Its weights and code, for a test; not torchvision, which it asks for and which has to be of torch's own build.
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps lpips==0.1.4
-	@# pip would do it with one process, and with the tests of all these packages; a file that is no Python is nothing new.
-	$(BIN)/python -m compileall -qq -j 2 -x '/tests?/' $(VENV)/lib || true
+	@# pip would do it with one process, and with all that is hardly used; a file that is no Python is nothing new.
+	$(BIN)/python -m compileall -qq -j 2 -x '/($(HARDLY_USED))/' $(VENV)/lib || true
 	@# DeepSpeed's scripts begin with the path of Python, which ends at its first space: find it as pip's own scripts do.
 	sed -i "1s|^#!/.* .*|#!/bin/sh\n'''exec' \"\$$(dirname \"\$$0\")/python\" \"\$$0\" \"\$$@\"\n' '''|" $(BIN)/d*
 	touch $(READY)
