@@ -89,6 +89,8 @@ def small(stand_in_set: Path) -> Iterator[None]:
         patch.setattr("ipfm.engine.commands.bench.step.WARM_UP", 0)
         patch.setattr("ipfm.engine.experiments.dry_run.layout_table", lambda *_, **__: "layouts")
         patch.setattr("ipfm.engine.experiments.dry_run.step_time", lambda *_: StepTime(1.0))
+        # Where the parts of a plot stand takes as long as drawing them, and nobody looks at these plots.
+        patch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None)
         patch.setattr("ipfm.engine.commands.bench.memory.subprocess", types.SimpleNamespace(run=measured_here))
         # DeepSpeed does not get over the end of the process group that it began with.
         patch.setattr("ipfm.engine.runtime.launcher.stop_world", lambda: None)
