@@ -26,6 +26,7 @@ from ipfm.models import load_model, load_teacher, read_config
 from ipfm.recipes import digits_ipfm
 
 RECIPE = str(launch.ROOT / "recipes" / "digits_ipfm.py")
+DEEPSPEED = str(launch.BIN / "deepspeed")
 # 8 steps of the teacher and 12 of the distillation, a checkpoint every 4.
 SHORT = [
     "--teacher-steps", "8", "--max-steps", "12", "--batch", "32", "--checkpoint-every", "4", "--log-every", "4",
@@ -36,8 +37,13 @@ LAYOUT = [word for name, value in soak.LAYOUT.items() for word in (f"--{name}", 
 
 
 def run(*arguments: str, launcher: tuple[str, ...] = (), check: bool = True, timeout: float = 300):
-    """Run the recipe, forked if there is no launcher, and return the finished process, its output as text."""
-    if launcher:
+    """Run the recipe, and return the finished process, its output as text; it or its launcher is forked if it can be.
+
+    A launcher starts its own processes as ever.
+    """
+    if launcher[:1] == (DEEPSPEED,):
+        done = prepared.run(*launcher, RECIPE, *arguments, env=launch.environment(), timeout=timeout)
+    elif launcher:
         done = subprocess.run(
             [*launcher, RECIPE, *arguments], capture_output=True, text=True, env=launch.environment(), timeout=timeout
         )
@@ -182,7 +188,7 @@ def test_two_processes_train_on_the_same_samples(tmp_path: Path, thin: str) -> N
     settings = ["--teacher", thin, "--max-steps", "12", "--batch", "32", "--eps", "1e-3", "--eval-images", "64",
                 "--heun-steps", "1", "--eval-every", "0", "--metrics", "kid", "fid", "pr", *LAYOUT]  # fmt: skip
     run("--out", str(tmp_path / "one"), *settings, "--zero", "0")
-    deepspeed = (str(launch.BIN / "deepspeed"), "--num_accelerators", "2")
+    deepspeed = (DEEPSPEED, "--num_accelerators", "2")
     run("--out", str(tmp_path / "two"), *settings, "--zero", "2", launcher=deepspeed)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 12
@@ -230,13 +236,11 @@ def test_a_killed_runner_does_not_leave_two_runs_in_one_folder(tmp_path: Path, t
     """SIGKILL to the program `deepspeed` alone: its processes notice, save and leave; two more go on."""
     settings = ["--teacher", thin, "--out", str(tmp_path / "run"), *SHORT, *LAYOUT, "--zero", "2"]
     settings = [*settings, "--checkpoint-every", "100", "--log-every", "2", "--eval-every", "0"]
-    command = [str(launch.BIN / "deepspeed"), "--num_accelerators", "2", RECIPE, *settings]
-    runner = subprocess.Popen(
-        [*command, "--max-steps", "2000"],
-        env=launch.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with open(os.devnull, "wb") as nowhere:
+        runner = prepared.start(
+            DEEPSPEED, "--num_accelerators", "2", RECIPE, *settings, "--max-steps", "2000", env=launch.environment(),
+            stdout=nowhere, stderr=nowhere,
+        )  # fmt: skip
     _wait_for(tmp_path / "run" / "metrics.jsonl", runner)
     runner.kill()
     runner.wait()
@@ -252,8 +256,7 @@ def test_a_killed_runner_does_not_leave_two_runs_in_one_folder(tmp_path: Path, t
 @pytest.mark.distributed
 def test_the_default_start_is_deepspeed(tmp_path: Path, thin: str) -> None:
     """`deepspeed recipes/digits_ipfm.py` without a number of processes; tests/test_package.py has one of bad input."""
-    deepspeed = (str(launch.BIN / "deepspeed"),)
-    done = run("--teacher", thin, "--out", str(tmp_path / "run"), *SHORT, launcher=deepspeed)
+    done = run("--teacher", thin, "--out", str(tmp_path / "run"), *SHORT, launcher=(sys.executable, DEEPSPEED))
     assert "generator" in done.stdout
 
 
