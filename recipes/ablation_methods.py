@@ -1,4 +1,4 @@
-"""The methods side by side: IPFM, with real images, denoiser matching, consistency mid-training, PID; D = 128 and inf.
+"""The methods side by side: IPFM and what may be added to it, DMD, CMT, PID; at D = 128 and inf.
 
     python recipes/ablation_methods.py
     python recipes/ablation_methods.py --variants D128-ipfm D128-real --seeds 0 1 2 3 4 --out runs/real
@@ -9,7 +9,8 @@ cifar10_ncsnpp_D_2048.pkl --reference cifar10-32x32.npz --inception inception-20
 Every generator sees as many images, makes one in one evaluation, and has its method's own optimiser and average, as in
 the recipe of the method. The table has what an iteration costs besides: forward passes of an image, a backward pass
 counted as two, and the memory of a process, predicted. real is RealUID's term (--real-data names other images than the
-teacher's own). docs/objectives.md says what each needs, and which to take.
+teacher's own), second a second stage with it, after the generator of ipfm: it has seen twice as many.
+docs/objectives.md says what each needs, and which to take.
 
 Leaves ablation.csv, ablation.png and ablation.md in runs/ablation-methods. The same command goes on where it was
 stopped.
@@ -38,6 +39,7 @@ def variants(D: float) -> tuple[Variant, ...]:
     return (
         Variant(label=f"{name}-ipfm", D=D, settings={"real_data": None}),
         Variant(label=f"{name}-real", D=D, settings={"real_data": OWN}),
+        Variant(label=f"{name}-second", D=D, after=f"{name}-ipfm", settings={"real_data": OWN}),
         Variant(label=f"{name}-dmd", D=D, of=DMD),
         Variant(label=f"{name}-cmt", D=D, of=CMT),
         Variant(label=f"{name}-pid", D=D, of=PID),

@@ -40,6 +40,7 @@ from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.options import DistillationOptions, check_images, options_for
 from ipfm.engine.experiments.real_data import OWN, read_real
 from ipfm.engine.experiments.recipe import Plan, Recipe
+from ipfm.engine.experiments.starts import read_start
 from ipfm.engine.memory import choose_layout, device_budget
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
@@ -124,6 +125,9 @@ class Variant:
     of: Distillation | None = None
     """The settings of another objective than the data's recipe has. What all objectives have in common is the
     options', but for `OF_THE_OBJECTIVE`."""
+    after: str = ""
+    """The variant, earlier among them and of the same teacher, whose generators of the same seeds this one begins
+    with: a second stage, see --init."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Name of a field of the objective's settings -> its value. `real_data` of `OWN` are the data's images, or those
     that the options name."""
@@ -380,7 +384,11 @@ class Ablation(Recipe[AblationOptions]):
                 rules.add(found["config"]["rules"])
                 if "teacher" in found:
                     distilled.add(place)
-                runs.append((Run(variant.label, seed, config, objective.nfe, run_path, real), place))
+                run = Run(variant.label, seed, config, objective.nfe, run_path, real)
+                if variant.after:
+                    first = replace(options, init=self._first_stage(variant, seed, path, chosen))
+                    run = replace(run, start=partial(read_start, first, config, folder=run_path))
+                runs.append((run, place))
         for place, teacher in teachers.items():
             if teacher.training is not None and local is not None:
                 # Others may have distilled a teacher that is shared.
@@ -448,6 +456,16 @@ class Ablation(Recipe[AblationOptions]):
         if unknown or len(set(labels)) < len(labels):
             raise ValueError(f"variants must be different ones of {_listed(known)}, got {_listed(labels)}")
         return [known[label] for label in labels]
+
+    def _first_stage(self, variant: Variant, seed: int, path: Path, chosen: Sequence[Variant]) -> Path:
+        """The run whose generator a second stage begins with: made before it by this command, or there."""
+        run = path / variant.after / f"seed{seed}"
+        before = [other.label for other in chosen[: chosen.index(variant)]]
+        if variant.after not in before and not exported_steps(run, "distill"):
+            raise ValueError(
+                f"{variant.label} begins with the generators of {variant.after}: name it among --variants too, first"
+            )
+        return run
 
     def _given(self, options: AblationOptions) -> dict[str, Path]:
         """Variant -> the teacher that was named for it."""

@@ -40,6 +40,7 @@ from ipfm.engine.training.run_folder import (
     teacher_facts,
 )
 from ipfm.engine.training.run_state import FAILED_FILE, read_run
+from ipfm.engine.training.start import DistillationStart, start_facts
 from ipfm.engine.training.task import NotFinite
 from ipfm.models import Precond, load_model
 from ipfm.models.atomic_files import atomic_write
@@ -60,8 +61,9 @@ class MeasuredDistiller(Distiller):
         measure: Evaluation,
         world: World,
         real: ImageDataset | None = None,
+        start: DistillationStart | None = None,
     ) -> None:
-        super().__init__(config, teacher, real=real, world=world)
+        super().__init__(config, teacher, start=start, real=real, world=world)
         self.measure = measure
 
     @property
@@ -85,6 +87,7 @@ class Run:
         nfe: network evaluations of an image of its generator.
         path: its folder.
         real: images that its student learns from too.
+        start: teacher -> what it begins with instead of the teacher, as soon as that is there.
     """
 
     variant: str
@@ -93,6 +96,7 @@ class Run:
     nfe: int
     path: Path
     real: ImageDataset | None = None
+    start: Callable[[Precond], DistillationStart | None] | None = None
 
     def by_rules(self, rules: Rules) -> Run:
         """The same by these rules."""
@@ -134,10 +138,13 @@ class Run:
         state = world.broadcast_text(self.state)
         with user_input():
             facts = {**teacher_facts(teacher), **real_facts(self.real)}
-            record = check_run_folder(self.path, "distill", self.config, facts)
+            check_run_folder(self.path, "distill", self.config, facts)
         if state in ("finished", "diverged"):
             return
-        distiller = MeasuredDistiller(self.config, teacher, evaluation, world, self.real)
+        with user_input():
+            start = None if self.start is None else self.start(teacher)
+            record = check_run_folder(self.path, "distill", self.config, {**facts, **start_facts(start)})
+            distiller = MeasuredDistiller(self.config, teacher, evaluation, world, self.real, start)
         if state == "new":
             world.barrier()
             with user_input():

@@ -56,6 +56,7 @@ ALL = {
     "student": ablation_student,
     "methods": ablation_methods,
 }
+METHODS = ("ipfm", "real", "second", "dmd", "cmt", "pid")
 TWO = ("--quick", "--variants", "teacher", "half-width")
 
 
@@ -351,31 +352,36 @@ def test_nothing_else_varies(name: str, free: set[str]) -> None:
 def test_methods_are_compared_at_equal_images() -> None:
     """Each by its own optimiser and average, everything that all have in common alike; real images are the data's."""
     plan = plan_of(ablation_methods, "--max-steps", "7", "--seeds", "1")
-    labels = [f"D{D}-{method}" for D in ("128", "inf") for method in ("ipfm", "real", "dmd", "cmt", "pid")]
+    labels = [f"D{D}-{method}" for D in ("128", "inf") for method in METHODS]
     assert plan.labels == labels
     common = [f.name for f in fields(Distillation) if f.name not in OF_THE_OBJECTIVE]
     shared = {str([getattr(run.config, name) for name in common if name != "D"]) for run, _ in plan.runs}
     assert len(shared) == 1 and {run.config.total_steps for run, _ in plan.runs} == {7}
-    assert {run.variant.partition("-")[2]: run.config.lr for run, _ in plan.runs} == {
-        "ipfm": 3e-4, "real": 3e-4, "dmd": 3e-4, "cmt": 1e-3, "pid": 1e-3,
-    }  # fmt: skip
-    assert [run.variant for run, _ in plan.runs if run.real is not None] == ["D128-real", "Dinf-real"]
+    rates = {run.variant.partition("-")[2]: run.config.lr for run, _ in plan.runs}
+    assert rates == dict.fromkeys(METHODS, 3e-4) | {"cmt": 1e-3, "pid": 1e-3}
+    real = [run.variant for run, _ in plan.runs if run.real is not None]
+    assert real == ["D128-real", "D128-second", "Dinf-real", "Dinf-second"]
     with pytest.raises(BadInput, match=r"lr was given, but it is what this ablation varies"):
         ablation_methods.main(["--lr", "1e-3"])
 
 
 @pytest.mark.distributed
-def test_a_method_of_real_images_takes_the_datas_and_says_its_costs(whole: Path) -> None:
-    """The digits, or those that --real-data names, which a folder that was begun with others refuses."""
+def test_a_second_stage_with_real_images_and_the_costs(whole: Path) -> None:
+    """They are the digits, or those that --real-data names, which a folder that was begun with others refuses."""
     given = ["--teacher", str(whole / "teachers" / "ddpmpp-D128" / "model"), "--backward", "joint", "--zero", "0"]
-    variants = ["--quick", "--variants", "D128-real", "D128-cmt", "--out", "methods"]
+    with pytest.raises(BadInput, match=r"D128-second begins with the generators of D128-ipfm: name it among --var"):
+        ablation_methods.main(["--quick", "--variants", "D128-second", "D128-ipfm", "--out", "methods"])
+    variants = ["--quick", "--variants", "D128-ipfm", "D128-second", "D128-cmt", "--out", "methods"]
     ablation_methods.main([*variants, *given])
     text = Path("methods/ablation.md").read_text()
-    header, _, real, cmt, *_ = (line.split("|") for line in text.splitlines())
+    header, _, first, second, cmt, *_ = (line.split("|") for line in text.splitlines())
     column = {name.strip(): number for number, name in enumerate(header)}
-    assert [line[column["passes"]].strip() for line in (real, cmt)] == ["14", "4"]
-    assert all(line[column["memory"]].strip().endswith("iB") for line in (real, cmt))
-    record = json.loads(Path("methods/D128-real/seed0/config.json").read_text())
+    assert [line[column["passes"]].strip() for line in (first, second, cmt)] == ["11", "14", "4"]
+    assert all(line[column["memory"]].strip().endswith("iB") for line in (first, second, cmt))
+    record = json.loads(Path("methods/D128-second/seed0/config.json").read_text())
+    assert record["start"]["stage"] is True and record["continues"]
+    ends = {(r["variant"], r["step"]): r["distance"] for r in rows(Path("methods"))}
+    assert float(ends["D128-second", "0"]) == pytest.approx(float(ends["D128-ipfm", "4"]), rel=1e-6)
     assert record["config"]["real_weights"] == [0.92, 0.94] and record["real_data"]["images"] == 1797
     png = np.random.default_rng(0).integers(0, 255, (3, 8, 8), dtype=np.uint8)
     Path("other").mkdir()
