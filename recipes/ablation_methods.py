@@ -2,15 +2,15 @@
 
     python recipes/ablation_methods.py
     python recipes/ablation_methods.py --variants D128-ipfm D128-real --seeds 0 1 2 3 4 --out runs/real
-    python recipes/ablation_methods.py --data fashion --variants D128-ipfm D128-real
+    python recipes/ablation_methods.py --data fashion --variants D128-ipfm D128-real D128-discriminator D128-both
     deepspeed recipes/ablation_methods.py --data cifar --variants D2048-ipfm D2048-dmd --teacher \
 cifar10_ncsnpp_D_2048.pkl --reference cifar10-32x32.npz --inception inception-2015-12-05.pt
 
 Every generator sees as many images, makes one in one evaluation, and has its method's own optimiser and average, as in
 the recipe of the method. The table has what an iteration costs besides: forward passes of an image, a backward pass
 counted as two, and the memory of a process, predicted. real is RealUID's term (--real-data names other images than the
-teacher's own), second a second stage with it, after the generator of ipfm: it has seen twice as many.
-docs/objectives.md says what each needs, and which to take.
+teacher's own), discriminator SiDA's, both the two; second is a second stage with the first of them, after the
+generator of ipfm: it has seen twice as many images. docs/objectives.md says what each needs, and which to take.
 
 Leaves ablation.csv, ablation.png and ablation.md in runs/ablation-methods. The same command goes on where it was
 stopped.
@@ -31,6 +31,8 @@ from ipfm.recipes.ablation_data import CIFAR, CLOTHES, digits_ablation, fashion_
 DMD = DmdConfig(lr=3e-4, ema_kimg=10.0, ema_rampup=0.2)
 CMT = CmtConfig(lr=1e-3, ema_kimg=5.0, ema_rampup=0.2)
 PID = PidConfig(lr=1e-3, ema_kimg=5.0, ema_rampup=0.2, points=120, difference="central")
+# With a discriminator, which needs images itself, RealUID's term is asked for.
+REALUID = {"real_weights": (0.92, 0.94)}
 
 
 def variants(D: float) -> tuple[Variant, ...]:
@@ -39,6 +41,8 @@ def variants(D: float) -> tuple[Variant, ...]:
     return (
         Variant(label=f"{name}-ipfm", D=D, settings={"real_data": None}),
         Variant(label=f"{name}-real", D=D, settings={"real_data": OWN}),
+        Variant(label=f"{name}-discriminator", D=D, settings={"real_data": OWN, "discriminator": "encoder"}),
+        Variant(label=f"{name}-both", D=D, settings={"real_data": OWN, "discriminator": "encoder", **REALUID}),
         Variant(label=f"{name}-second", D=D, after=f"{name}-ipfm", settings={"real_data": OWN}),
         Variant(label=f"{name}-dmd", D=D, of=DMD),
         Variant(label=f"{name}-cmt", D=D, of=CMT),
