@@ -150,9 +150,9 @@ class Run:
             with user_input():
                 open_run_folder(self.path, record, write=world.is_main)
             distiller.refresh()
-            start = distiller.evaluate()
+            first = distiller.evaluate()
             if world.is_main:
-                EvaluationHistory(self.path, 0).add_result(0, start)
+                EvaluationHistory(self.path, 0).add_result(0, first)
         # The loop has noted it in the folder.
         with contextlib.suppress(NotFinite):
             distiller.run(self.path)
