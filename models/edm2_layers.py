@@ -22,6 +22,7 @@ from ipfm.models.frozen_ops import (
     repeat_2x2,
 )
 from ipfm.models.layers import Float32Buffers, cast
+from ipfm.models.weight_order import weight_of
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -85,9 +86,9 @@ class MPConv(PlainWeight):
         if not self.kernel:
             out = F.linear(x, cast(self.weight, x))
         elif is_frozen(x, self.weight):
-            out = frozen_conv2d(x, self.weight, padding=self.kernel // 2)
+            out = frozen_conv2d(x, weight_of(self), padding=self.kernel // 2)
         else:
-            out = F.conv2d(x, cast(self.weight, x), padding=self.kernel // 2)
+            out = F.conv2d(x, cast(weight_of(self), x), padding=self.kernel // 2)
         return out if gain is None else out * cast(gain, out)
 
     def extra_repr(self) -> str:

@@ -63,6 +63,9 @@ class PlainWeight(nn.Module):
         shape: of the weight, (rows, ...); M starts as standard normal numbers.
     """
 
+    by_pixel: bool = False
+    """Whether the weight is stored so, see `weight_order`; its rows are the same."""
+
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         master = torch.empty(shape)

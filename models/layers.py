@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from ipfm.kernels._dispatch import TRITON_DEVICES
 from ipfm.kernels.group_norm import branching_group_norm_silu, unchecked_group_norm_silu
 from ipfm.kernels.residual import unchecked_residual_sum
-from ipfm.models.forced_weight_norm import PlainWeight
 from ipfm.models.frozen_ops import (
     doubled_conv2d,
     frozen_conv2d,
@@ -24,6 +23,7 @@ from ipfm.models.frozen_ops import (
     repeat_2x2,
 )
 from ipfm.models.initialisation import DEFAULT_INIT, Init
+from ipfm.models.weight_order import orderly, weight_of
 
 # A weight and a bias.
 Affine = tuple[Tensor, Tensor]
@@ -97,6 +97,8 @@ class Conv2d(nn.Module):
     weight: Tensor | None
     bias: Tensor | None
     resample_filter: Tensor | None
+    by_pixel: bool = False
+    """Whether the weight is stored so, see `weight_order`."""
 
     def __init__(
         self,
@@ -152,7 +154,7 @@ class Conv2d(nn.Module):
         if self.down and self.fused_resample:
             return _plus(self._halve(self._convolve(x, None, self.w_pad + self.f_pad), padding=0), bias)
         if self.up:
-            return self._convolve_doubled(x, self.weight, bias)
+            return self._convolve_doubled(x, weight_of(self), bias)
         if self.down:
             x = self._halve(x)
         return self._convolve(x, bias, self.w_pad)
@@ -163,10 +165,10 @@ class Conv2d(nn.Module):
         return self._convolve(self._double(x), bias, self.w_pad)
 
     def _convolve(self, x: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-        assert self.weight is not None
-        if is_frozen(x, self.weight, bias):
-            return frozen_conv2d(x, self.weight, bias, padding=padding)
-        return F.conv2d(x, cast(self.weight, x), _cast(bias, x), padding=padding)
+        weight = weight_of(self)
+        if is_frozen(x, weight, bias):
+            return frozen_conv2d(x, weight, bias, padding=padding)
+        return F.conv2d(x, cast(weight, x), _cast(bias, x), padding=padding)
 
     def resampling(self, x: Tensor, channels: int) -> Tensor | None:
         """The filter (channels, 1, L, L) of a depthwise convolution that halves or, transposed, doubles x.
@@ -254,15 +256,21 @@ def join(vectors: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
     return row.expand(len(x), -1).split([len(vector) for vector in vectors], dim=1)
 
 
+def orders_weights(device: torch.device) -> bool:
+    """Whether convolutions there take their weights in the order of the activations."""
+    return device.type in TRITON_DEVICES
+
+
 def lay_out_weights(net: nn.Module) -> None:
     """Store the weights of convolutions in the memory format of channels_last activations, where a GPU computes.
 
     cuDNN copies a weight in another one at each use, forward and backward, and autograd copies its gradient back.
-    Names, shapes and values stay, and so does what is saved. Not for parameters that are parts of a flat buffer.
+    Names, shapes and values stay, and so does what is saved. For parameters that are parts of a flat buffer there is
+    `weight_order.keep_by_pixel`.
     """
     for module in net.modules():
-        weight = module.weight if isinstance(module, Conv2d | PlainWeight) else None
-        if weight is not None and weight.ndim == 4 and weight.shape[2] > 1 and weight.device.type in TRITON_DEVICES:
+        weight = orderly(module)
+        if weight is not None and orders_weights(weight.device):
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
@@ -280,7 +288,8 @@ def free_parameters(layer: nn.Module | None, kinds: Container[object] | None = N
     ):
         return None
     parameters = layer._parameters
-    return parameters["weight"], parameters["bias"]
+    weight = weight_of(layer) if "by_pixel" in layer.__dict__ else parameters["weight"]
+    return weight, parameters["bias"]
 
 
 def free_bias(layer: nn.Module | None) -> Tensor | None:

@@ -35,6 +35,8 @@ from ipfm.engine.distributed.world import World, import_deepspeed
 from ipfm.kernels import AdamEMA
 from ipfm.kernels.adam import ema_entries
 from ipfm.models import Precond
+from ipfm.models.weight_order import by_channel, keep_by_pixel
+from ipfm.models.weight_order import by_pixel as to_by_pixel
 
 # Elements a reduction bucket holds: DeepSpeed's own default reserves 2 GB an engine.
 BUCKET_ELEMENTS = 10_000_000
@@ -68,6 +70,8 @@ class TrainedNetwork:
             optimiser's state alone.
         logvar: the forward passes that are trained give the log-variance too, of a network that has one; what they
             leave out is not normalised.
+        by_pixel: where DeepSpeed keeps the weights in flat buffers, they lie there in the order of channels_last
+            activations; not at stage 3, which hands them out anew at each use.
 
     A network with forced weight normalisation (EDM2) has plain weights in its parameters at any time, and masters in
     the optimiser's state, which `full` and `load` mean by "weight" and of which the EMA is: see `AdamEMA`.
@@ -89,6 +93,7 @@ class TrainedNetwork:
         beta2: float = BETA2,
         followed: bool = False,
         logvar: bool = True,
+        by_pixel: bool = False,
     ) -> None:
         config, stage, precision = settings.config, settings.stage, settings.precision
         check_sharding(stage, precision, config.offload, world.size)
@@ -113,7 +118,8 @@ class TrainedNetwork:
                 self._masters = rounded(module, DTYPES[precision])
             else:
                 exact = {n: p.detach().cpu().clone() for n, p in module.named_parameters()}
-        elif stage == 0:
+        self._by_pixel = keep_by_pixel(module) if by_pixel and not alone and stage < 3 else frozenset()
+        if precision == "fp32" and stage == 0:
             self._masters = {p: p.detach().clone() for p in self._rule.used}
         ordered = _by_alignment(self._parameters) if self._rule.used and stage > 0 else self._parameters
         self.optimizer = AdamEMA(
@@ -250,7 +256,7 @@ class TrainedNetwork:
         if self.stage == 0:
             for name, p in self.module.named_parameters():
                 master = self._masters.get(p, p)
-                yield name, master.detach() if kind == "weight" else self.optimizer.state[master][kind]
+                yield name, self._meant(p, master.detach() if kind == "weight" else self.optimizer.state[master][kind])
             return
         gather = self._gather_partitions if self.stage == 3 else self._gather_fragments
         names: list[str] = []
@@ -259,12 +265,12 @@ class TrainedNetwork:
         for name, p in self.module.named_parameters():
             size = self._shape(p).numel()
             if parameters and elements + size > GATHERED_ELEMENTS:
-                yield from zip(names, gather(parameters, kind), strict=True)
+                yield from zip(names, map(self._meant, parameters, gather(parameters, kind)), strict=True)
                 names, parameters, elements = [], [], 0
             names.append(name)
             parameters.append(p)
             elements += size
-        yield from zip(names, gather(parameters, kind), strict=True)
+        yield from zip(names, map(self._meant, parameters, gather(parameters, kind)), strict=True)
 
     def load(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
         """Set what `full` gives. Every process passes the same tensors.
@@ -280,7 +286,8 @@ class TrainedNetwork:
                 raise ValueError(
                     f"{kind} of parameter {name} has shape {tuple(tensors[name].shape)}, expected {tuple(shape)}"
                 )
-            self._set(p, kind, tensors[name].to(self.world.device))
+            value = tensors[name].to(self.world.device)
+            self._set(p, kind, to_by_pixel(value) if p in self._by_pixel else value)
         if kind == "weight" and self._rule.used:
             self._rule.refresh()
         if kind in self.average_kinds:
@@ -394,6 +401,10 @@ class TrainedNetwork:
     def _sum_over_shards(self, tensor: Tensor) -> None:
         # A shard in the host's memory is summed on the device, where the processes can talk.
         tensor.copy_(self.world.all_reduce_sum_(tensor.to(self.world.device)))
+
+    def _meant(self, p: nn.Parameter, stored: Tensor) -> Tensor:
+        """What a tensor of p's shape means that is stored as p is."""
+        return by_channel(stored) if p in self._by_pixel else stored
 
     def _shape(self, p: Tensor) -> torch.Size:
         return p.ds_shape if self.stage == 3 else p.shape  # type: ignore[attr-defined]

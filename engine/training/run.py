@@ -47,7 +47,7 @@ from ipfm.models import NetworkConfig, Precond, build_network, save_model
 from ipfm.models.atomic_files import why
 from ipfm.models.autoencoder import Autoencoder
 from ipfm.models.facts import ModelFacts, TeacherFacts
-from ipfm.models.layers import lay_out_weights
+from ipfm.models.layers import lay_out_weights, orders_weights
 from ipfm.models.store import describe_average, in_the_way
 
 C = TypeVar("C", bound=RunConfig)
@@ -135,8 +135,9 @@ class TrainingRun(ABC, Generic[C]):
     ) -> TrainedNetwork:
         """`net`, which lies on the run's device, with its optimiser, computing as the settings say."""
         alone = self.settings.stage == 0 and self.world.size == 1
-        if alone and is_channels_last(self.config.memory_format, self.world.device):
-            # Before the optimiser, whose state follows the weights. (DeepSpeed keeps them in flat buffers.)
+        last = is_channels_last(self.config.memory_format, self.world.device)
+        if alone and last:
+            # Before the optimiser, whose state follows the weights.
             lay_out_weights(net)
         trained = TrainedNetwork(
             apply_precision(net, self.settings.precision),
@@ -148,6 +149,7 @@ class TrainingRun(ABC, Generic[C]):
             ema=ema,
             rectified=rectified,
             followed=followed,
+            by_pixel=last and orders_weights(self.world.device),
         )
         self._execute_as_set(trained.module)
         if followed:

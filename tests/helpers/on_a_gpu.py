@@ -78,10 +78,14 @@ def _total_backward(dy: Tensor, scale: float, biased: bool, *, by_sample: bool) 
 
 @contextmanager
 def put_together_as_on_a_gpu() -> Iterator[None]:
-    """One product for all projections, biases and sums left to what comes next, while the block lasts."""
+    """One product for all projections, biases and sums left to what comes next, while the block lasts.
+
+    And weights in the order of the activations, where those are channels_last.
+    """
     replaced = {
         "models.blocks.triton_serves": lambda x: True,
         "models.layers.triton_serves": lambda x: True,
+        "engine.training.run.orders_weights": lambda device: True,
         "models.layers.unchecked_group_norm_silu": _norm,
         "models.layers.branching_group_norm_silu": _branching,
         "models.layers.unchecked_residual_sum": _total,

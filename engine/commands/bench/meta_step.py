@@ -102,6 +102,10 @@ class Recording:
     """Bytes of the sums with a convolution's bias that cuDNN's convolutions leave to a kernel of their own."""
     reduced_biases: int = 0
     """Bytes that are read for the gradients of such biases."""
+    reordered: int = 0
+    """Copies of weights that cuDNN makes for convolutions of activations in another order than theirs."""
+    reordered_bytes: int = 0
+    """That these read and write."""
     replays: int = 0
     """Replays of CUDA graphs."""
 
@@ -205,6 +209,9 @@ class _Counting(TorchDispatchMode):
         x, weight, *rest = args[1:] if backward else args
         bias, stride, padding, _, transposed, _, groups = rest[:7]
         mask = tuple(args[-1]) if backward else ()
+        if _is_channels_last(x) and weight.is_contiguous() and weight.shape[2] > 1 < weight.shape[1]:
+            self.recording.reordered += 1
+            self.recording.reordered_bytes += 2 * weight.nbytes
         given = bias is not None and (not backward or mask[2])
         self.recording.convolutions[
             Convolution(

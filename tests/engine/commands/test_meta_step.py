@@ -10,6 +10,7 @@ import torch
 from ipfm.engine.commands.bench.meta_step import gpu_settings, one_micro_batch, preset_launches, record
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.training import run
 from ipfm.models import presets
 
 # Of colour images: those of one channel are in both memory formats at once, and a convolution takes the contiguous one.
@@ -47,6 +48,17 @@ def test_everything_is_in_the_precision_and_the_memory_format_of_a_gpu(recording
     assert all(c.channels_last for c in recording.convolutions)
     types = {dict(call.variant.types)["p_x"] for call in recording.launches if "group_norm" in call.variant.name}
     assert types == {"*bf16"}
+
+
+def test_no_weight_is_put_in_another_order_for_its_convolution(recording, monkeypatch):
+    """Nor are gradients put back, at any stage; else both are copies, each one more launch."""
+    alone = record(one_micro_batch(replace(CONFIG, zero=0), NETWORK, 8, stage=0), NETWORK)
+    # What goes up has a weight that is made at each use.
+    assert recording.reordered == alone.reordered < 10
+    monkeypatch.setattr(run, "orders_weights", lambda device: False)
+    apart = record(one_micro_batch(CONFIG, NETWORK, 8, stage=1), NETWORK)
+    assert apart.reordered > 50
+    assert apart.by_operator["aten.copy_"] > recording.by_operator["aten.copy_"] + 10
 
 
 def test_operators_are_counted_by_phase_without_views_and_allocations(recording):

@@ -163,11 +163,11 @@ def test_equals_the_plain_loop(results, plain) -> None:
 def test_networks_put_together_as_on_a_gpu_equal_the_plain_loop(
     ranks: int, teacher: Path, plain: dict[str, plain_loop.Plain], tmp_path: Path
 ) -> None:
-    """One product for all projections of the embedding, and biases that leave their layers, at every stage."""
+    """One product for all projections of the embedding, biases that leave their layers, weights in channels_last."""
     cases = {
         f"k1-z{stage}": {
             **BASE, "zero": stage, "backward": ("joint", "phased")[stage % 2], "micro_batch": BASE["batch"] // ranks,
-            "activation_checkpointing": "on" if stage == 3 else "off",
+            "activation_checkpointing": "on" if stage == 3 else "off", "memory_format": "channels_last",
         }
         for stage in (0, 1, 2, 3)
     }  # fmt: skip
