@@ -915,7 +915,11 @@ class DistillConfig(StudentConfig):
     }
     plan_example: ClassVar[str] = "ipfm plan --model cifar_ipfm --gpus 1 8 --price A100=1.5 H100=2.5"
     method: ClassVar[str] = "inverse Poisson flow matching"
-    measured: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "real images": {"real_weights": (0.92, 0.94)}}
+    measured: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "": {},
+        "real images": {"real_weights": (0.92, 0.94)},
+        "discriminator": {"discriminator": "encoder"},
+    }
     readings: ClassVar[Mapping[str, str]] = {
         "generator_loss": "generator_loss is a difference of two denoising losses: it oscillates about zero and says "
         "little; watch the distance.",
