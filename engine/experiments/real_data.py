@@ -55,7 +55,7 @@ def read_real(
     if getattr(config, "discriminator", None) is not None and config.total_steps <= whole and is_first_process():
         what = "generator is trained" if config.total_steps <= first else "generator meets the discriminator"
         step = first if config.total_steps <= first else whole
-        starts = " ".join(f"{kimg:g}" for kimg in config.discriminator_kimg)  # type: ignore[attr-defined]
+        starts = " ".join(f"{kimg:g}" for kimg in config.starts)  # type: ignore[attr-defined]
         with suppress(OSError):
             print(
                 f"note: by discriminator-kimg {starts} the {what} from step {step:,} on; this run has "

@@ -201,28 +201,27 @@ def check(kind: Any, weights: Any, starts: Any) -> None:
             raise ValueError(f"discriminator-{name} {_shown(value)} was given without discriminator encoder")
 
 
-def decided(
-    kind: DiscriminatorKind | None, weights: Any, starts: Any, network: NetworkConfig, kimg: float | None
-) -> Mapping[str, Any]:
-    """The settings of a discriminator with nothing left open, by their names; nothing without one.
+def decided(kind: DiscriminatorKind | None, weights: Any, network: NetworkConfig) -> Mapping[str, Any]:
+    """The weights of a discriminator with nothing left open, by their setting's name; nothing without one.
 
     Args:
         kind: what tells apart.
         weights: as given.
-        starts: likewise.
         network: the teacher's.
-        kimg: thousands of images of the run; None where it has no length.
     """
     if kind is None:
         return {}
     given = discriminator_weights(weights) or DiscriminatorWeights(*(EDM2_WEIGHTS if network.is_edm2 else WEIGHTS))
-    begun = discriminator_starts(starts)
-    if begun is None:
-        first, then = (
-            start if kimg is None else min(start, share * kimg) for start, share in zip(STARTS, SHARES, strict=True)
-        )
-        begun = first, then
-    return {"discriminator_weights": tuple(given), "discriminator_kimg": begun}
+    return {"discriminator_weights": tuple(given)}
+
+
+def starts_by_default(kimg: float | None) -> tuple[float, float]:
+    """The beginnings of a run of so many thousands of images; None where it has no length.
+
+    They are no part of what a run folder records, so that a run can be lengthened.
+    """
+    first, then = STARTS if kimg is None else [min(s, share * kimg) for s, share in zip(STARTS, SHARES, strict=True)]
+    return first, then
 
 
 def words_of(settings: Mapping[str, Any]) -> str:

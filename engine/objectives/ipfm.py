@@ -746,8 +746,12 @@ class StudentConfig(Distillation):
         return DiscriminatorWeights(*(self.discriminator_weights or discriminator.WEIGHTS))
 
     @property
-    def _starts(self) -> tuple[float, float]:
-        return self.discriminator_kimg or discriminator.STARTS
+    def starts(self) -> tuple[float, float]:
+        """Thousands of images before the generator is trained, and before it meets a discriminator."""
+        if self.discriminator_kimg is not None:
+            return self.discriminator_kimg
+        known = self.max_steps is not None or self.kimg is not None
+        return discriminator.starts_by_default(self.total_steps * self.batch / 1000 if known else None)
 
     @property
     def further_facts(self) -> Mapping[str, Any]:
@@ -831,13 +835,13 @@ class StudentConfig(Distillation):
     @property
     def first_whole_step(self) -> int:
         """See `RunConfig.first_whole_step`: where the student has learned alone for long enough."""
-        told = 0.0 if self.discriminator is None else self._starts[0]
+        told = 0.0 if self.discriminator is None else self.starts[0]
         return math.ceil(max(self.student_first_kimg, told) * 1000 / self.batch)
 
     @property
     def planned_step(self) -> int:
         """See `RunConfig.planned_step`: where the generator meets a discriminator, if there is one."""
-        told = 0 if self.discriminator is None else math.ceil(self._starts[1] * 1000 / self.batch)
+        told = 0 if self.discriminator is None else math.ceil(self.starts[1] * 1000 / self.batch)
         return max(self.first_whole_step, told)
 
     def student_lr_at(self, update: int) -> float:
@@ -867,12 +871,7 @@ class StudentConfig(Distillation):
             raise ValueError(f"logvar needs a teacher with a log-variance, {why}: leave it out")
         for width in (self.width, self.student_width):
             generator_network(network, width)
-        length = None
-        if self.max_steps is not None or self.kimg is not None:
-            length = self.total_steps * self.batch / 1000
-        told_apart = discriminator.decided(
-            self.discriminator, self.discriminator_weights, self.discriminator_kimg, network, length
-        )
+        told_apart = discriminator.decided(self.discriminator, self.discriminator_weights, network)
         return replace(self, sigmas=self.levels, **told_apart)
 
     @classmethod

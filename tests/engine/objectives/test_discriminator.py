@@ -343,9 +343,11 @@ def test_what_a_run_says_of_itself() -> None:
     given = DistillConfig(real_data=Path("own"), discriminator="encoder")
     config = complete(given, NETWORK, ALONE.device)
     assert config.real_weights is None and config.takes_real_images
-    assert (config.discriminator_weights, config.discriminator_kimg) == ((1.0, 2e-4), (100.0, 200.0))
+    assert (config.discriminator_weights, config.starts) == ((1.0, 2e-4), (100.0, 200.0))
     short = complete(replace(given, max_steps=300, batch=64), NETWORK, ALONE.device)
-    assert short.discriminator_kimg == pytest.approx((0.96, 1.92)) and short.first_whole_step == 15
+    assert short.starts == pytest.approx((0.96, 1.92)) and short.first_whole_step == 15
+    # What a folder records is open, so that the run can be lengthened.
+    assert short.discriminator_kimg is None
     edm2 = complete(given, equivalence.EDM2, ALONE.device)
     assert edm2.discriminator_weights == (100.0, 2e-4)
     assert given.name() == "alpha1-K1-encoder" and replace(given, real_weights=(0.9, 0.8)).name() == (
