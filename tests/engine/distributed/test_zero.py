@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from types import SimpleNamespace
@@ -12,9 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ipfm.engine import DistillConfig, Distiller
+from ipfm.engine.commands.bench.equivalence import BASE, compared_teacher
 from ipfm.engine.distributed import world
 from ipfm.engine.distributed.zero import _sent_at_once
 from ipfm.engine.runtime import launcher
+from ipfm.engine.training import run
+from ipfm.models.weight_order import by_channel
 
 
 def test_deepspeeds_broadcast_is_its_own_again_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +58,7 @@ def test_no_extension_of_deepspeeds_is_tried(
     own = None if gpu else SimpleNamespace(NAME="deepspeed_shm_comm")
     monkeypatch.setattr(communication, "get_accelerator", lambda: SimpleNamespace(create_op_builder=lambda _: own))
     monkeypatch.setattr(world, "uses_gpu", lambda: gpu)
+    capfd.readouterr()  # of a first import, where this is the process's
     world.import_deepspeed()
     assert communication.build_shm_op() is None
     assert capfd.readouterr() == ("", "")
@@ -76,3 +82,31 @@ def test_a_world_with_sharded_weights_gives_pytorchs_linear_layer_back(monkeypat
     monkeypatch.setattr(torch.nn.functional, "linear", print)
     launcher.stop_world()
     assert torch.nn.functional.linear is print
+
+
+def test_weights_that_lie_in_the_order_of_the_activations_are_saved_and_loaded_as_they_are_meant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Masters, moments and averages of a run at one stage go on at another, whose memory has another order."""
+    monkeypatch.setattr(run, "orders_weights", lambda device: True)
+    here = world.start_world()
+    teacher = compared_teacher()
+    try:
+        settings = {**BASE, "precision": "bf16", "memory_format": "channels_last", "backward": "joint", "max_steps": 5}
+        first, again, alone = (
+            Distiller(DistillConfig(**settings, zero=stage), copy.deepcopy(teacher), world=here) for stage in (1, 2, 0)
+        )
+        net, meant = first.generator, dict(teacher.named_parameters())
+        assert all(torch.equal(tensor, meant[name]) for name, tensor in net.full("weight"))
+        stored = {name: p.float() for name, p in net.module.named_parameters()}
+        moved = [name for name, p in stored.items() if not torch.equal(p, meant[name].bfloat16().float())]
+        assert len(moved) > 10
+        assert all(torch.equal(by_channel(stored[name]), meant[name].bfloat16().float()) for name in moved)
+        first.iteration(0)
+        for other in (again.generator, alone.generator):
+            for kind in net.state_kinds:
+                saved = {name: tensor.clone() for name, tensor in net.full(kind)}
+                other.load(kind, saved)
+                assert all(torch.equal(tensor, saved[name]) for name, tensor in other.full(kind)), kind
+    finally:
+        launcher.stop_world()

@@ -42,7 +42,7 @@ def _network(place: Place) -> tuple[NetworkConfig, int]:
         return replace(presets.get("ncsnpp", D=2048.0), dropout=0.0), 64
     if place.quick:
         return presets.get("digits", D=128.0), 16
-    return replace(presets.get("ncsnpp", D=2048.0), dropout=0.0, model_channels=16), 8
+    return replace(presets.get("ncsnpp", D=2048.0), dropout=0.0, model_channels=16, img_resolution=16), 8
 
 
 def _cases(place: Place) -> list[tuple[str, dict[str, Any]]]:
