@@ -29,7 +29,7 @@ def read_real(
     network: NetworkConfig,
     own: Callable[[], ImageDataset | None] = lambda: None,
 ) -> ImageDataset | None:
-    """The images that the student learns from, as the teacher takes them; None without any.
+    """The images that the student, or the generator, learns from, as the teacher takes them; None without any.
 
     Args:
         options: of a recipe.
@@ -65,7 +65,8 @@ def read_real(
     if path is None:
         if options.dry_run:
             return None
-        asks: str = config.why_real_images  # type: ignore[attr-defined]
+        # What asks for them; of an objective that is of images alone, the method.
+        asks: str = getattr(config, "why_real_images", config.method)
         raise BadInput(f"{asks} needs the real images: give --real-data", "")
     return real_images(config, network, _opened(path, options, network, own))
 

@@ -41,6 +41,8 @@ def real_images(config: Distillation, network: NetworkConfig, data: ImageDataset
         return None
     if data is None:
         told = getattr(config, "discriminator", None)
+        if told is None and weights is None:
+            raise ValueError(f"{config.method} needs real images, and none were given")
         asks = f"real_weights {weights}" if told is None else f"discriminator {told}"
         raise ValueError(f"{asks} was given without real images")
     return fitted(data, network, augment=config.augment, xflip=getattr(config, "real_xflip", False))

@@ -35,7 +35,7 @@ def test_kinds_and_their_settings() -> None:
         kind: settings for kind, settings in OBJECTIVES.items() if settings.__module__.startswith(objectives.__name__)
     }
     # What is read in the source is what the classes say.
-    assert declared().keys() == of_the_project.keys() == {"cmt", "dmd", "ipfm", "pid"}
+    assert declared().keys() == of_the_project.keys() == {"cmt", "dmd", "ect", "ipfm", "pid"}
     for kind, settings in of_the_project.items():
         assert settings.kind == kind and settings.method
         assert {name: option.help for name, option in declared()[kind].offered.items()} == settings.planned
@@ -187,7 +187,7 @@ def test_a_third_objective_has_a_recipe(said: Mapping[str, str]) -> None:
 
 def test_a_third_objective_is_planned(said: Mapping[str, str]) -> None:
     text = " ".join(re.sub("[│|]", " ", said["plan --help"]).split())
-    assert "--objective {cmt,dmd,ipfm,pid,regression}" in text
+    assert "--objective {cmt,dmd,ect,ipfm,pid,regression}" in text
     assert "--level FLOAT Of regression: its noise level. Default: 2.5." in text
     assert "pupil: forward and backward" in said["plan"]
     plan = json.loads(said["plan --json"])
