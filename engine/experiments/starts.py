@@ -92,6 +92,8 @@ def read_start(
     gone = [path for path in named.values() if not user_path(path).exists()]
     if gone and folder is not None and options.from_step != 0 and (begun := _begun(folder, gone[0])) is not None:
         return begun
+    if folder is not None and options.from_step != 0 and (begun := _begun_stage(folder, options.init_from)) is not None:
+        return begun
     check_there(branch)
     check_length(branch, config)
     start = _Reader(options, config, teacher, branch).read()
@@ -260,6 +262,23 @@ def _begun(folder: Path, gone: Path) -> DistillationStart | None:
     facts = {name: record[name] for name in ("continues", "start")}
     source, images = str(said.get("source")), seen if isinstance(seen, int) else 0
     return DistillationStart(source, {}, images, (note,), facts, stage=said.get("stage") is True)
+
+
+def _begun_stage(folder: Path, run: Path | None) -> DistillationStart | None:
+    """The start of the second stage in `folder` that has a checkpoint: its first run may have gone on since.
+
+    Args:
+        folder: the run folder.
+        run: what --init names. Of a file or a model folder what it holds now counts: None.
+    """
+    said = record_of(folder).get("start")
+    if run is None or not isinstance(said, dict) or said.get("stage") is not True:
+        return None
+    if run_of(run) is None or is_checkpoint(run) or str(said.get("source")).partition("/")[0] != run.resolve().name:
+        return None
+    begun = _begun(folder, run)
+    note = f"the run goes on from its checkpoint: what {run} has become does not matter"
+    return None if begun is None else replace(begun, notes=(note,))
 
 
 class _Reader:
