@@ -179,7 +179,8 @@ def test_the_table_of_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert float(row["measured_by_predicted"]) == pytest.approx(float(row["measured_ms"]) / predicted)
     lines = table.with_suffix(".md").read_text().splitlines()
     assert len(lines) == 4 + len(rows) and lines[0].startswith("A step of tiny, 8 channels, batch 16, on ")
-    for kind, settings in OBJECTIVES.items():
+    # Other tests may have registered some, which say how many passes there are and no more.
+    for kind, settings in ((k, s) for k, s in OBJECTIVES.items() if s.__module__.startswith("ipfm.")):
         for of in settings().objective(NETWORK).passes(phased=True).values():  # type: ignore[attr-defined]
             assert of.whole == of.forward + of.to_input + 2 * of.to_weights and of.forward, kind
     assert Passes(7, 2).in_words == "as much as 7 forward"
