@@ -77,6 +77,21 @@ def test_the_compile_report_has_what_the_recipe_launches() -> None:
     assert shared == {"perturb", "ipfm_loss", "denoising_loss", "group_norm_silu", "group_norm_silu backward"}
 
 
+def test_what_a_gpu_has_to_show_first_is_no_more_than_it_was() -> None:
+    """Depthwise convolutions in channels_last, and noise: each program draws its sample's gamma variable anew."""
+    recording = counts._cifar()
+    depthwise = [(kind, count) for kind, count in recording.convolutions.items() if kind.groups > 1]
+    found = {
+        transposed: sum(count for kind, count in depthwise if kind.transposed == transposed)
+        for transposed in (False, True)
+    }
+    assert 0 < found[False] <= 46 and 0 < found[True] <= 44
+    # Their filters are constants: no gradient of a weight.
+    assert not any(kind.backward for kind, _ in depthwise)
+    noise = [launch for launch in recording.launches if launch.variant.name == "perturb_kernel"]
+    assert noise and all(launch.grid[0] <= 12 * counts.BATCH for launch in noise)
+
+
 def test_a_row_by_its_name(tmp_path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counts, "counted", lambda row: {"value": 7, "of it reads": 4})
     said = f"{counts.ROWS['passes'][0]}: 7 (at most 7)\n    of it reads: 4\n"
