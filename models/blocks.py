@@ -80,12 +80,13 @@ class QKVProjection(Conv2d):
         self.num_heads = num_heads
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        assert self.weight is not None and self.bias is not None
+        weight = self.weight
+        assert weight is not None and self.bias is not None
         tokens, bias = x.flatten(2).transpose(1, 2), self._arranged(self.bias.to(x.dtype)).flatten()
-        if is_frozen(x, self.weight, self.bias):
-            joined = frozen_linear(tokens, self.weight, bias, arrange=self._arranged)
+        if is_frozen(x, weight, self.bias):
+            joined = frozen_linear(tokens, weight, bias, arrange=self._arranged)
         else:
-            joined = F.linear(tokens, self._arranged(self.weight.to(x.dtype)), bias)
+            joined = F.linear(tokens, self._arranged(weight.to(x.dtype)), bias)
         q, k, v = joined.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         return q, k, v
 

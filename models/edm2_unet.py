@@ -231,7 +231,7 @@ class EDM2UNet(Backbone):
         return (module for module in (*self.enc.values(), *self.dec.values()) if isinstance(module, EDM2Block))
 
     @property
-    def first_weight(self) -> nn.Parameter:
+    def first_weight(self) -> Tensor:
         """See `Backbone.first_weight`."""
         # Past its name, which ZeRO 3 would take for a use: it would gather the weight for whoever asks.
         (weight,) = dict.values(self.emb_noise._parameters)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipfm.models.unet import Attending, Backbone
 
@@ -38,7 +38,7 @@ class GuidedUNet(Backbone):
         return chain(self.strong.blocks, self.weak.blocks)
 
     @property
-    def first_weight(self) -> nn.Parameter:
+    def first_weight(self) -> Tensor:
         """That of F."""
         return self.strong.first_weight
 

@@ -141,34 +141,29 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:
         """The result; `add_bias=False` leaves its bias to the caller."""
-        if self.weight is None:
+        if not self.kernel:
             return self._double(x) if self.up else self._halve(x) if self.down else x
+        weight = weight_of(self)
         bias = self.bias if add_bias else None
         if self.up and self.fused_resample and not self._box:
             # (A copy of the pixels needs no padding that could be moved.)
             x = self._double(x, padding=max(self.f_pad - self.w_pad, 0))
-            return self._convolve(x, bias, max(self.w_pad - self.f_pad, 0))
+            return _convolve(x, weight, bias, max(self.w_pad - self.f_pad, 0))
         if self.up and self.kernel == 1:
             # A 1×1 convolution commutes with the filter: on the small image it costs a quarter.
-            return _plus(self._double(self._convolve(x, None, 0)), bias)
+            return _plus(self._double(_convolve(x, weight, None, 0)), bias)
         if self.down and self.fused_resample:
-            return _plus(self._halve(self._convolve(x, None, self.w_pad + self.f_pad), padding=0), bias)
+            return _plus(self._halve(_convolve(x, weight, None, self.w_pad + self.f_pad), padding=0), bias)
         if self.up:
-            return self._convolve_doubled(x, weight_of(self), bias)
+            return self._convolve_doubled(x, weight, bias)
         if self.down:
             x = self._halve(x)
-        return self._convolve(x, bias, self.w_pad)
+        return _convolve(x, weight, bias, self.w_pad)
 
     def _convolve_doubled(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self._box and self.kernel % 2:
             return doubled_conv2d(x, weight, bias)
-        return self._convolve(self._double(x), bias, self.w_pad)
-
-    def _convolve(self, x: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-        weight = weight_of(self)
-        if is_frozen(x, weight, bias):
-            return frozen_conv2d(x, weight, bias, padding=padding)
-        return F.conv2d(x, cast(weight, x), _cast(bias, x), padding=padding)
+        return _convolve(self._double(x), weight, bias, self.w_pad)
 
     def resampling(self, x: Tensor, channels: int) -> Tensor | None:
         """The filter (channels, 1, L, L) of a depthwise convolution that halves or, transposed, doubles x.
@@ -219,6 +214,12 @@ class Conv2d(nn.Module):
         if self.up or self.down:
             text += f", {'up' if self.up else 'down'}, taps={list(self._taps)}, fused={self.fused_resample}"
         return text
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    if is_frozen(x, weight, bias):
+        return frozen_conv2d(x, weight, bias, padding=padding)
+    return F.conv2d(x, cast(weight, x), _cast(bias, x), padding=padding)
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -288,6 +289,9 @@ def free_parameters(layer: nn.Module | None, kinds: Container[object] | None = N
     ):
         return None
     parameters = layer._parameters
+    if "weight" not in parameters:
+        # (Those of a network with factors are another one's: its layers are called.)
+        return None
     weight = weight_of(layer) if "by_pixel" in layer.__dict__ else parameters["weight"]
     return weight, parameters["bias"]
 
@@ -296,6 +300,15 @@ def free_bias(layer: nn.Module | None) -> Tensor | None:
     """The bias of a layer whose parameters may be used elsewhere; None: there is none, or it may not."""
     found = free_parameters(layer)
     return None if found is None else found[1]
+
+
+def stored_weight(layer: Linear) -> Tensor:
+    """A linear layer's weight as it is stored; of one on another's weight that one, without its factors."""
+    # (Past its name, which ZeRO 3 would take for a use, and a layer with factors for the sum.)
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        weight = layer.__dict__.get("base")
+    return layer.weight if weight is None else weight
 
 
 def check_resample_filter(taps: Sequence[float]) -> tuple[float, ...]:

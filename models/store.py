@@ -322,6 +322,11 @@ def _tensors_of(stored: StoredConfig) -> dict[str, Tensor]:
     if stored.tensor_file == TENSOR_FILE:
         return _read_tensors(path, stored.sha256)
     found = _read_average(path, stored)
+    if any(name.endswith(".lora_A") for name in found):
+        raise ValueError(
+            f"{stored.folder} holds low-rank factors, which are no network without their teacher's weights; its run "
+            "exports whole ones, as generator, generator-best and snapshots"
+        )
     if stored.buffers is not None:
         path, sha256 = stored.buffers
         with torch.device("meta"):

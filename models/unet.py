@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ipfm.models.attention import AttentionBackend, check_attention_backend
 from ipfm.models.blocks import Entering, UNetBlock, enter_together
 from ipfm.models.embeddings import FourierEmbedding, PositionalEmbedding
-from ipfm.models.layers import Linear, residual, without_bias
+from ipfm.models.layers import Linear, residual, stored_weight, without_bias
 from ipfm.models.unet_layout import Entry, Layout
 
 # What a U-Net gives beside F: nothing, the logits of its encoder too, or these alone, without the decoder.
@@ -74,7 +74,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def first_weight(self) -> nn.Parameter:
+    def first_weight(self) -> Tensor:
         """The weight that the embedding of the noise label meets first; it says where and in what dtype all are."""
 
     @property
@@ -147,9 +147,9 @@ class UNet(Backbone):
         return (module for module in self.enc.values() if isinstance(module, UNetBlock))
 
     @property
-    def first_weight(self) -> nn.Parameter:
+    def first_weight(self) -> Tensor:
         """See `Backbone.first_weight`."""
-        return self.map_layer0.weight
+        return stored_weight(self.map_layer0)
 
     def forward(
         self,

@@ -42,6 +42,10 @@ def keep_by_pixel(net: nn.Module) -> frozenset[nn.Parameter]:
 
 def weight_of(layer: nn.Module) -> Tensor:
     """The weight of a layer that has `by_pixel` as it is meant, (out, in, height, width): itself, or a view of it."""
+    if "weight" not in layer._parameters:
+        # Another network's, with factors of its own.
+        made: Tensor = layer.weight
+        return made
     weight = layer._parameters["weight"]
     assert weight is not None
     return _meant(weight) if layer.by_pixel else weight

@@ -35,6 +35,7 @@ from ipfm.engine.distributed.world import World, import_deepspeed
 from ipfm.kernels import AdamEMA
 from ipfm.kernels.adam import ema_entries
 from ipfm.models import Precond
+from ipfm.models.low_rank import is_low_rank, merge_into
 from ipfm.models.weight_order import by_channel, keep_by_pixel
 from ipfm.models.weight_order import by_pixel as to_by_pixel
 
@@ -342,13 +343,16 @@ class TrainedNetwork:
 
     @torch.no_grad()
     def copy_ema_to(self, net: nn.Module, which: str | None = None) -> None:
-        """Write averaged weights into `net`, a network of the same architecture.
+        """Write averaged weights into `net`, a plain network of the same architecture; averaged factors merged.
 
         Args:
             net: the network.
             which: name of the average; None takes the first one.
         """
         kind = self.average_kinds[0 if which is None else self.averages.index(which)]
+        if is_low_rank(self.module):
+            merge_into(net, self.module, dict(self.full(kind)))
+            return
         targets, modules = dict(net.named_parameters()), dict(net.named_modules())
         for name, tensor in self.full(kind):
             # Of a layer with plain weights it is the average of the masters.

@@ -17,7 +17,7 @@ from ipfm.engine.memory.arithmetic import (
 )
 from ipfm.engine.memory.fits import LayoutOnGpu, fits
 from ipfm.engine.memory.plan import MemoryPlan
-from ipfm.engine.memory.state import Sharding, parameter_count
+from ipfm.engine.memory.state import InTraining, Sharding, parameter_count
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.sampling.samplers import nfe
 from ipfm.engine.training.disk import DiskUse, disk_use
@@ -83,7 +83,12 @@ class Run:
         if isinstance(self.config, Distillation):
             roles = self.config.objective(self.network).roles
             return tuple(
-                (parameter_count(role.network), role.moments(averages), averages * role.averaged) for role in roles
+                (
+                    InTraining(role.network, 0, role.lora).numbers,
+                    role.moments(averages),
+                    averages * role.averaged,
+                )
+                for role in roles
             )
         return ((parameter_count(self.network), 1 + (self.config.beta1 > 0) + averages, averages),)
 
@@ -95,7 +100,11 @@ class Run:
     @property
     def disk(self) -> DiskUse:
         """What the run writes, at most."""
-        return disk_use(self.config, checkpoint=self.checkpoint, model=4 * max(count for count, *_ in self.trained))
+        # What is exported is whole, also where factors alone are trained.
+        networks = [self.network]
+        if isinstance(self.config, Distillation):
+            networks = [role.network for role in self.config.objective(self.network).roles]
+        return disk_use(self.config, checkpoint=self.checkpoint, model=4 * max(map(parameter_count, networks)))
 
     @property
     def teacher_nfe(self) -> int:

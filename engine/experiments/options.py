@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from ipfm.engine.checks import not_negative, option_name, positive
 from ipfm.engine.config import InitialWeights
 from ipfm.engine.evaluation.options import EvaluationOptions
-from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.base import Distillation, lora_name
 from ipfm.engine.random_streams import class_shares
 from ipfm.engine.runtime.launcher import is_first_process
 from ipfm.models import NetworkConfig, Precond, guided, load_teacher
@@ -241,4 +241,4 @@ def any_size(file: str) -> str:
 
 def run_name(recipe: str, config: Distillation, D: float) -> Path:
     """Default run folder: runs/<recipe>-D<D>-<what the settings say>, e.g. runs/cifar-D2048-alpha1-K1."""
-    return Path("runs") / f"{recipe}-D{D:g}-{config.name()}"
+    return Path("runs") / f"{recipe}-D{D:g}-{config.name()}{lora_name(config)}"

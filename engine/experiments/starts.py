@@ -544,7 +544,7 @@ class _Reader:
                 f"{run} was distilled from another teacher, and its checkpoints lack the Fourier frequencies of its "
                 f"{role.name}: give its generator, {run / EXPORTS['distill']}"
             )
-        net = starting_network(role.network, role.start, self.teacher, role.seed(there.seed))
+        net = starting_network(role.network, role.start, self.teacher, role.seed(there.seed), lora=role.lora)
         return {name: buffer.cpu() for name, buffer in net.named_buffers()}
 
 

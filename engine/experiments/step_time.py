@@ -27,6 +27,8 @@ from ipfm.engine.runtime.cores import usable_cores
 from ipfm.engine.runtime.launcher import launched_processes, local_processes
 from ipfm.engine.runtime.wording import counted
 from ipfm.models import NetworkConfig, Precond, build_network
+from ipfm.models.low_rank import low_rank_network
+from ipfm.models.precond import unguided
 
 # Seconds that the steps which are measured take, about: a dry run answers while one waits.
 PATIENCE = 0.5
@@ -207,8 +209,9 @@ def _distillation(
 ) -> Callable[[int], Iteration]:
     """Number of images -> an iteration on so many, of the objective's own steps."""
     world = World(0, 1, device)
-    networks = {role.name: _under_optimiser(form, role, world) for role in form.config.objective(network).roles}
     teacher = _network(network, form, device).eval().requires_grad_(False)
+    roles = form.config.objective(network).roles
+    networks = {role.name: _under_optimiser(form, role, world, teacher) for role in roles}
     real = BlankImages(network, device) if form.config.takes_real_images else None
 
     def at(count: int) -> Iteration:
@@ -261,11 +264,16 @@ def _training(
     return at
 
 
-def _under_optimiser(form: Resolved[RunConfig], role: Role, world: World) -> TrainedNetwork:
+def _under_optimiser(
+    form: Resolved[RunConfig], role: Role, world: World, teacher: Precond | None = None
+) -> TrainedNetwork:
     """A network that computes as the run's, with fp32 weights and by itself: nothing is shared."""
     config = replace(form.config, zero=0, precision="fp32", offload="none", **_stored_whole(form.config))
     alone = replace(form, config=config, precision="fp32", stage=0, teacher_storage="fp32")
-    net = _network(role.network, form, world.device)
+    if role.lora is None or teacher is None:
+        net = _network(role.network, form, world.device)
+    else:
+        net = _as_set(low_rank_network(role.network, unguided(teacher), role.lora), form, world.device)
     return TrainedNetwork(
         net,
         alone,
@@ -286,7 +294,11 @@ def _network(
     network: NetworkConfig, form: Resolved[Any], device: torch.device, *, compiled: bool | None = None
 ) -> Precond:
     """A network that computes as the run's; `compiled`: None as the settings say."""
-    net = apply_precision(build_network(network).to(device), form.precision)
+    return _as_set(build_network(network).to(device), form, device, compiled=compiled)
+
+
+def _as_set(net: Precond, form: Resolved[Any], device: torch.device, *, compiled: bool | None = None) -> Precond:
+    net = apply_precision(net, form.precision)
     net.activation_checkpointing = form.checkpointed
     config = form.config
     compiled = config.compile if compiled is None else compiled

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ipfm.engine.config import Offload, Precision, TeacherStorageOption, ZeroStage, check_sharding, decide_storage
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation, simulate_teacher
-from ipfm.engine.memory.state import Sharding, StateBytes, state_bytes
+from ipfm.engine.memory.state import InTraining, Sharding, StateBytes, state_bytes
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.objectives.phases import Phase
@@ -145,7 +145,7 @@ def distillation_bytes(settings: StepSettings) -> StateBytes:
     """What the networks of a distillation hold."""
     roles = settings.config.objective(settings.network).roles
     averages = len(settings.config.averages)
-    trained = [(role.network, role.moments(averages)) for role in roles]
+    trained = [InTraining(role.network, role.moments(averages), role.lora) for role in roles]
     followed = [role.network for role in roles if role.followed]
     return state_bytes(settings.network, settings.sharding, trained, teacher=True, followed=followed)
 

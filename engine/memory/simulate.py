@@ -25,11 +25,13 @@ from ipfm.engine.distributed.precision import DTYPES, apply_precision, halve_sto
 from ipfm.engine.distributed.world import World
 from ipfm.engine.memory.live import LiveBytes
 from ipfm.engine.memory.state import Sharding
-from ipfm.engine.objectives.base import Distillation, StepContext
+from ipfm.engine.objectives.base import Distillation, Role, StepContext
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective
 from ipfm.engine.objectives.phases import Phase, listening, mark
 from ipfm.models import NetworkConfig, Precond, build_network
+from ipfm.models.low_rank import low_rank_network
+from ipfm.models.precond import unguided
 
 META = torch.device("meta")
 # Widths that stand for those of averages beside the first one.
@@ -125,16 +127,17 @@ def simulate_distillation(settings: StepSettings) -> dict[Phase, int]:
     """Bytes above the permanent state at the peak of each phase of an iteration, without communication buckets."""
     resolved = settings.resolved
     objective = resolved.config.objective(settings.network)
+    teacher = _meta_network(settings.network, settings, trained=False)
     context = StepContext(
         {
             role.name: _Trained(
-                _meta_network(role.network, settings, trained=True),
+                _trained_network(role, settings, teacher),
                 settings,
                 _meta_network(role.network, settings, trained=False) if role.followed else None,
             )
             for role in objective.roles
         },
-        _meta_network(settings.network, settings, trained=False),
+        teacher,
         resolved,
         World(0, 1, META),
         real=BlankImages(settings.network, META) if resolved.config.takes_real_images else None,
@@ -181,10 +184,20 @@ def _peaks() -> Iterator[dict[Phase, int]]:
         peaks.pop("between steps")
 
 
+def _trained_network(role: Role, settings: StepSettings, teacher: Precond) -> Precond:
+    if role.lora is None:
+        return _meta_network(role.network, settings, trained=True)
+    return _computing_as_set(low_rank_network(role.network, unguided(teacher), role.lora), settings, trained=True)
+
+
 def _meta_network(network: NetworkConfig, settings: StepSettings, *, trained: bool) -> Precond:
-    precision, storage = settings.sharding.precision, settings.sharding.teacher_storage
     with META:
         net = build_network(network)
+    return _computing_as_set(net, settings, trained=trained)
+
+
+def _computing_as_set(net: Precond, settings: StepSettings, *, trained: bool) -> Precond:
+    precision, storage = settings.sharding.precision, settings.sharding.teacher_storage
     net = apply_precision(net, precision)
     net.activation_checkpointing = settings.activation_checkpointing
     if trained:

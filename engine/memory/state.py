@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +28,7 @@ from ipfm.engine.distributed.single_process import WIDENED
 from ipfm.engine.distributed.zero import BUCKET_ELEMENTS
 from ipfm.models import NetworkConfig, build_network
 from ipfm.models.forced_weight_norm import under_the_rule
+from ipfm.models.low_rank import Lora, low_rank_network
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,25 @@ class StateBytes:
         return (self.permanent + self.training - self.buckets) / self.parameters
 
 
+class InTraining(NamedTuple):
+    """A network in training."""
+
+    network: NetworkConfig
+    moments: int
+    """fp32 values that its optimiser keeps of each number that is trained."""
+    lora: Lora | None = None
+    """Factors on the teacher's weights are trained, and those weights counted once; None: all its own."""
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are trained."""
+        return _parameters(self.network)[0] if self.lora is None else factor_count(self.network, self.lora)
+
+
 def state_bytes(
     network: NetworkConfig,
     sharding: Sharding,
-    trained: Sequence[tuple[NetworkConfig, int]],
+    trained: Sequence[tuple[NetworkConfig, int] | InTraining],
     *,
     teacher: bool,
     followed: Sequence[NetworkConfig] = (),
@@ -125,20 +142,22 @@ def state_bytes(
     Args:
         network: the teacher's architecture, or that of a network in training where there is no teacher.
         sharding: how they are spread.
-        trained: each network in training, with the number of fp32 values that its optimiser keeps a parameter.
+        trained: each network in training, with the number of fp32 values that its optimiser keeps a parameter, and
+            more as of `InTraining`.
         teacher: there is a frozen teacher too.
         followed: networks that are kept with an average of the weights, whole on every process.
     """
     # A guided teacher is two networks, of which those in training have the size of one.
     n, halved, _ = _parameters(network)
-    numbers = [_parameters(net)[0] for net, _ in trained]
+    those = [InTraining(*one) for one in trained]
+    numbers = [one.numbers for one in those]
     largest, element = max(numbers), sharding.element
     shards = [sharding.share(count, 1) for count in numbers]
     stored = {"fp32": 4 * n, "half": 4 * n - 2 * halved, "sharded": 4 * -(-n // sharding.ranks)}
     kept = stored[sharding.teacher_storage] if teacher else 0
     weights = element * sum(sharding.share(count, 3) for count in numbers)
-    masters = 4 * (sum(shards) if sharding.masters else sum(_parameters(net)[2] for net, _ in trained))
-    optimizer = 4 * sum(shard * moments for shard, (_, moments) in zip(shards, trained, strict=True))
+    masters = 4 * (sum(shards) if sharding.masters else sum(_parameters(one.network)[2] for one in those))
+    optimizer = 4 * sum(shard * one.moments for shard, one in zip(shards, those, strict=True))
     shares = [element * sharding.share(count, 2) for count in numbers]
     gradients = sum(shares) if sharding.stage == 3 else max(shares)
     bucket = element * BUCKET_ELEMENTS
@@ -176,6 +195,14 @@ def state_bytes(
 def parameter_count(network: NetworkConfig) -> int:
     """Number of parameters."""
     return _parameters(network)[0]
+
+
+@lru_cache(maxsize=64)
+def factor_count(network: NetworkConfig, lora: Lora) -> int:
+    """How many numbers the factors on a network of this architecture have."""
+    with torch.device("meta"):
+        base = build_network(network)
+    return sum(p.numel() for p in low_rank_network(network, base, lora).parameters())
 
 
 @lru_cache(maxsize=64)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 from torch import Tensor, nn
 
 from ipfm.engine.averages import SCHEDULES, Decay, LrSchedule, learning_rate, warmed_up
-from ipfm.engine.checks import at_least, check_D, check_start, is_number, not_negative, positive
+from ipfm.engine.checks import at_least, check_D, check_start, is_number, not_negative, option_name, positive
 from ipfm.engine.config import (
     InitialWeights,
     Resolved,
@@ -36,8 +36,11 @@ from ipfm.engine.objectives.initial_networks import generator_network
 from ipfm.engine.objectives.published import PaperResult
 from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.models import NetworkConfig, Precond
+from ipfm.models.low_rank import Lora, check_low_rank
 
 Start = Literal["teacher", "random"]
+# As in peft.
+DEFAULT_RANK = 8
 
 
 # Name of the average of a role that is `followed`.
@@ -64,6 +67,8 @@ class Role:
     """The optimiser keeps the moving averages of the weights that the settings name."""
     followed: bool = False
     """The optimiser keeps one moving average for the steps themselves, see `Trained.followed`."""
+    lora: Lora | None = None
+    """What is trained are factors on the teacher's weights, see `low_rank_network`; None: weights of its own."""
 
     def __post_init__(self) -> None:
         if self.averaged and self.followed:
@@ -338,6 +343,13 @@ class Distillation(RunConfig, ABC):
     lr_decay_batches: float | None = setting(None, memory=False, added=True)
     """With --lr-schedule rsqrt: updates of a network before its learning rate falls; EDM2's own: 35000 at 64 x 64,
     70000 at 512 x 512."""
+    generator: Literal["full", "lora"] = setting("full", added=True)
+    """full: the generator has weights of its own; lora: it has the teacher's, and low-rank factors of --rank, which are
+    all that is trained."""
+    rank: int | None = setting(None, added=True)
+    """Rank of the factors of a network in training that is lora. Default: 8."""
+    lora_alpha: float | None = setting(None, memory=False, added=True)
+    """The product of the factors is multiplied by this / --rank. Default: the rank, which multiplies by 1."""
     teacher_storage: TeacherStorageOption = setting("auto", identity=False, place=True)
     """How the frozen teacher is kept: fp32 on every process; half: in the run's own 16 bits wherever its arithmetic has
     no more (the same results); sharded: among the processes, by ZeRO 3. auto: half in bf16 and fp16, else fp32."""
@@ -376,6 +388,8 @@ class Distillation(RunConfig, ABC):
                 raise ValueError(f"class-counts must be numbers of images, none negative and not all 0, got {shown}")
             object.__setattr__(self, "class_counts", counts)
         self._check_first_weights()
+        self._check_training("generator", self.generator, "init", "width")
+        self._check_lora()
         at_least("heun-steps", self.heun_steps, 1)
         self._check_schedule()
         if self.teacher_storage not in ("auto", "fp32", "half", "sharded"):
@@ -444,6 +458,49 @@ class Distillation(RunConfig, ABC):
             ValueError: as `decided_precision`.
         """
         return decide_storage(self.teacher_storage, self.decided_precision)
+
+    @property
+    def low_rank_roles(self) -> tuple[str, ...]:
+        """The networks in training that have the teacher's weights and factors."""
+        return ("generator",) if self.generator == "lora" else ()
+
+    def lora_of(self, role: str) -> Lora | None:
+        """What decides over the factors of a network in training; None where it has weights of its own."""
+        if role not in self.low_rank_roles:
+            return None
+        rank = self.rank or DEFAULT_RANK
+        return Lora(rank, float(self.lora_alpha or rank))
+
+    def _check_training(self, name: str, training: str, init_name: str, width_name: str) -> None:
+        """Check how a network is trained, and that it is the teacher at first where it has the teacher's weights."""
+        if training not in ("full", "lora"):
+            raise ValueError(f"{name} must be full or lora, got {training!r}")
+        if training == "full":
+            return
+        width, init = getattr(self, width_name), getattr(self, init_name)
+        if width != 1:
+            raise ValueError(
+                f"{name} lora has the teacher's weights and so its width: leave {option_name(width_name)} {width:g} out"
+            )
+        if init == "random":
+            raise ValueError(f"{name} lora begins as the teacher: leave {option_name(init_name)} random out")
+
+    def _check_lora(self) -> None:
+        if self.rank is not None:
+            at_least("rank", self.rank, 1)
+        if self.lora_alpha is not None:
+            positive("lora-alpha", self.lora_alpha)
+        for name in ("rank", "lora_alpha"):
+            if getattr(self, name) is not None and not self.low_rank_roles:
+                raise ValueError(
+                    f"{option_name(name)} {getattr(self, name):g} was given, but no network is lora: "
+                    "give generator lora, or student lora"
+                )
+        if self.low_rank_roles and self.teacher_storage == "sharded":
+            raise ValueError(
+                f"{self.low_rank_roles[0]} lora computes with the teacher's weights, which teacher-storage sharded "
+                "takes away between two uses: give fp32 or half"
+            )
 
     def without_graphs(
         self,
@@ -547,6 +604,8 @@ class Distillation(RunConfig, ABC):
             ValueError: it cannot.
         """
         generator_network(network, self.width)
+        for role in self.low_rank_roles:
+            check_low_rank(network, role)
 
     # -- what is asked of the settings of a folder ------------------------------------------------------------------
 
@@ -591,7 +650,12 @@ class Distillation(RunConfig, ABC):
     @classmethod
     def in_words(cls, settings: Mapping[str, Any]) -> str:
         """`info_words`, and what guided the teacher."""
-        return cls.info_words(settings) + cls.guidance_words(settings)
+        return cls.info_words(settings) + cls.further_words(settings)
+
+    @classmethod
+    def further_words(cls, settings: Mapping[str, Any]) -> str:
+        """What follows the words of every objective: what guided the teacher, and which networks have its weights."""
+        return cls.guidance_words(settings) + lora_words(settings)
 
     @staticmethod
     def guidance_words(settings: Mapping[str, Any]) -> str:
@@ -608,3 +672,32 @@ class Distillation(RunConfig, ABC):
     def card_rows(cls, settings: Mapping[str, Any]) -> Mapping[str, object]:
         """Further rows of a model card's table; None is left out."""
         return {}
+
+
+def lora_words(settings: Mapping[str, Any]) -> str:
+    """Which networks have the teacher's weights: ", student and generator of rank 8"; "" where none has.
+
+    Args:
+        settings: as JSON has them.
+    """
+    names = [name for name in ("student", "generator") if settings.get(name) == "lora"]
+    rank, alpha = settings.get("rank") or DEFAULT_RANK, settings.get("lora_alpha")
+    if not names or not isinstance(rank, int):
+        return ""
+    scaled = f", lora-alpha {alpha:g}" if isinstance(alpha, (int, float)) and alpha != rank else ""
+    return f", {' and '.join(names)} of rank {rank} on the teacher's weights{scaled}"
+
+
+def lora_name(config: Distillation) -> str:
+    """What tells such runs apart, for the name of a run folder: "-student-lora8"; "" where all have their own."""
+    if not config.low_rank_roles:
+        return ""
+    lora = config.lora_of(config.low_rank_roles[0])
+    assert lora is not None
+    alpha = "" if lora.alpha == lora.rank else f"a{lora.alpha:g}"
+    return f"-{'-'.join(config.low_rank_roles)}-lora{lora.rank}{alpha}"
+
+
+def lora_title(config: Distillation) -> str:
+    """The same for lines of the log: " student lora8"."""
+    return lora_name(config).replace("-", " ")

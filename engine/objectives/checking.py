@@ -17,6 +17,8 @@ from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.base import Distillation, StepContext, check_objective_says
 from ipfm.engine.objectives.initial_networks import starting_network, trained_config
 from ipfm.models import Precond, build_network
+from ipfm.models.low_rank import low_rank_network
+from ipfm.models.precond import unguided
 
 # Name of a role -> parameter -> gradient of the mean loss, of the updates of an iteration one after the other.
 Gradients = Mapping[str, list[dict[str, Tensor]]]
@@ -117,12 +119,14 @@ class _Trial:
     def __init__(self, config: Distillation, teacher: Precond, micro_batch: int) -> None:
         trained = trained_config(teacher.config, config.dropout)
         self.objective = config.objective(trained)
+        frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.networks = {
-            role.name: PlainNetwork(_apart(starting_network(role.network, role.start, teacher, 0), role.seed(0)))
+            role.name: PlainNetwork(
+                _apart(starting_network(role.network, role.start, frozen, 0, lora=role.lora), role.seed(0))
+            )
             for role in self.objective.roles
         }
         settings = config.laid_out(D=teacher.D, stage=0, micro_batch=micro_batch, phased=False, checkpointed=False)
-        frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
         cpu = torch.device("cpu")
         real = BlankImages(teacher.config, cpu) if config.takes_real_images else None
         self.steps = self.objective.steps(StepContext(self.networks, frozen, settings, World(0, 1, cpu), real=real))
@@ -177,8 +181,15 @@ def _check_without_values(config: Distillation, teacher: Precond) -> None:
     trained = trained_config(teacher.config, config.dropout)
     objective = config.objective(trained)
     with meta:
-        networks = {role.name: PlainNetwork(build_network(role.network)) for role in objective.roles}
         frozen = build_network(trained).eval().requires_grad_(False)
+        networks = {
+            role.name: PlainNetwork(
+                build_network(role.network)
+                if role.lora is None
+                else low_rank_network(role.network, unguided(frozen), role.lora)
+            )
+            for role in objective.roles
+        }
     settings = config.laid_out(D=teacher.D, stage=0, micro_batch=config.batch, phased=True, checkpointed=False)
     try:
         real = BlankImages(trained, meta) if config.takes_real_images else None

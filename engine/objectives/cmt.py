@@ -22,7 +22,7 @@ from ipfm.engine.checks import at_least, not_negative, share
 from ipfm.engine.config import setting
 from ipfm.engine.distributed.pieces import Number, whole
 from ipfm.engine.noise_levels import check_sigmas
-from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext
+from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext, lora_title
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.losses import along, finite_samples, per_sample
 from ipfm.engine.objectives.lpips import (
@@ -202,7 +202,7 @@ class ConsistencyMidTraining:
         self.config, self.network = config, network
         self.D = network.D if config.D is None else config.D
         self.nfe = len(config.levels)
-        self.title = f"distil D={self.D:g} CMT N={config.points}"
+        self.title = f"distil D={self.D:g} CMT N={config.points}" + lora_title(config)
         self.summary = f"by consistency mid-training on {config.points} points, {config.distance}"
         self.roles: tuple[Role, ...] = (
             Role(
@@ -213,6 +213,7 @@ class ConsistencyMidTraining:
                 config.beta1,
                 rectified=True,
                 averaged=True,
+                lora=config.lora_of(self.generator),
             ),
         )
 

@@ -9,6 +9,7 @@ import torch
 
 from ipfm.engine.config import InitialWeights
 from ipfm.models import NetworkConfig, Precond, build_network
+from ipfm.models.low_rank import Lora, low_rank_network
 from ipfm.models.precond import unguided
 
 
@@ -49,7 +50,12 @@ def initial_weights(init: InitialWeights, width: float) -> Literal["teacher", "r
 
 
 def starting_network(
-    network: NetworkConfig, start: Literal["teacher", "random"], teacher: Precond, seed: int
+    network: NetworkConfig,
+    start: Literal["teacher", "random"],
+    teacher: Precond,
+    seed: int,
+    *,
+    lora: Lora | None = None,
 ) -> Precond:
     """A network to train, on the teacher's device: with the teacher's weights, or with random ones of this seed.
 
@@ -58,7 +64,10 @@ def starting_network(
         start: its first weights.
         teacher: the denoiser that is distilled.
         seed: of random weights; every process draws the same.
+        lora: it has the teacher's weights as they are, in their memory, and factors; None: weights of its own.
     """
+    if lora is not None:
+        return low_rank_network(network, unguided(teacher), lora, seed)
     if start == "teacher":
         twin = build_network(network)
         names, state = twin.state_dict().keys(), unguided(teacher).state_dict()

@@ -22,7 +22,7 @@ from ipfm.engine.data.dataset import Batch
 from ipfm.engine.distributed.pieces import Number, whole
 from ipfm.engine.noise_levels import check_sigmas, few_step_sigmas
 from ipfm.engine.objectives import discriminator
-from ipfm.engine.objectives.base import TEACHER, Distillation, Passes, Role, StepContext, Trained
+from ipfm.engine.objectives.base import TEACHER, Distillation, Passes, Role, StepContext, Trained, lora_title
 from ipfm.engine.objectives.discriminator import Adversary, DiscriminatorWeights, Tapped
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.level_laws import level_law, student_draw
@@ -78,7 +78,7 @@ class InversePoissonFlowMatching:
         self.D = network.D if config.D is None else config.D
         weighting = type(config).weighting_words(replace(config, logvar=False).to_json())
         self.title = f"distil D={self.D:g} {config.title_word} K={config.steps}" + f" {weighting}" * bool(weighting)
-        self.title += " logvar" * config.logvar
+        self.title += " logvar" * config.logvar + lora_title(config)
         self.title += "".join(f", {words}" for words in variation_rows(config.to_json()).values())
         self.summary = f"{config.summary_word} and {counted(config.steps, 'step')}"
         if config.weights != NO_REAL_DATA:
@@ -95,6 +95,7 @@ class InversePoissonFlowMatching:
                 config.student_lr or config.lr,
                 config.student_beta1,
                 followed=config.student_ema is not None,
+                lora=config.lora_of("student"),
             ),
             Role(
                 "generator",
@@ -103,6 +104,7 @@ class InversePoissonFlowMatching:
                 config.lr,
                 config.generator_beta1,
                 averaged=True,
+                lora=config.lora_of("generator"),
             ),
         )
         self.generator = "generator"
@@ -546,16 +548,16 @@ class DistillSteps:
 
     def _by_logvar(self, sigma: Tensor, weight: Tensor) -> Tensor:
         """The generator's weight by e^-u, u the student's log-variance: it knows sigma alone, and no gradient flows."""
-        student = self.student.module if self.config.student_ema is None else self.student.followed
-        inverse = self._inverse_variance(student, sigma)
+        net = self.student.module if self.config.student_ema is None else self.student.followed
+        inverse = self._inverse_variance(net, sigma)
         return self.config.generator_weight(sigma, weight) * inverse.to(weight.dtype)
 
     @staticmethod
     @torch.no_grad()
-    def _inverse_variance(student: nn.Module, sigma: Tensor) -> Tensor:
+    def _inverse_variance(net: nn.Module, sigma: Tensor) -> Tensor:
         """e^-u (B,), u the student's log-variance."""
-        assert isinstance(student, EDM2Precond)
-        return student.logvar(sigma).neg().exp()
+        assert isinstance(net, EDM2Precond)
+        return net.logvar(sigma).neg().exp()
 
     def _set_mode(self, module: nn.Module, *, training: bool) -> None:
         # A walk over all modules, and without dropout in vain.
@@ -622,6 +624,8 @@ class StudentConfig(Distillation):
     """First weights of the student, as in --init."""
     student_width: float = 1.0
     """Channels of the student by those of the teacher."""
+    student: Literal["full", "lora"] = setting("full", added=True)
+    """How the student is trained, as in --generator."""
 
     student_ema: float | None = setting(None, added=True)
     """Train the generator against a moving average of the student of this decay an update of the student, such as
@@ -692,6 +696,17 @@ class StudentConfig(Distillation):
                 "leave none for the generator: give a longer run"
             )
         check_start("student-init", self.student_init, "student-width", self.student_width)
+        self._check_training("student", self.student, "student_init", "student_width")
+        if self.student == "lora" and self.student_ema is not None:
+            raise ValueError(
+                "student-ema keeps a network of averaged weights beside the student, and with student lora there is "
+                "none of its own: leave one of them out"
+            )
+
+    @property
+    def low_rank_roles(self) -> tuple[str, ...]:
+        """See `Distillation.low_rank_roles`."""
+        return ("student",) * (self.student == "lora") + super().low_rank_roles
 
     # -- what an objective of this kind says ---------------------------------------------------------------------------
 

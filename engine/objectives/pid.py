@@ -19,7 +19,7 @@ from torch import Tensor
 from ipfm.engine.checks import at_least, number, share
 from ipfm.engine.config import setting
 from ipfm.engine.distributed.pieces import Number, whole
-from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext
+from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext, lora_title
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.losses import along, finite_samples, held, per_sample
 from ipfm.engine.objectives.lpips import (
@@ -205,7 +205,7 @@ class PhysicsInformedDistillation:
     def __init__(self, config: PidConfig, network: NetworkConfig) -> None:
         self.config, self.network = config, network
         self.D = network.D if config.D is None else config.D
-        self.title = f"distil D={self.D:g} PID {config.difference} N={config.points}"
+        self.title = f"distil D={self.D:g} PID {config.difference} N={config.points}" + lora_title(config)
         self.summary = f"by physics informed distillation, {config.difference} difference and {config.distance}"
         self.roles: tuple[Role, ...] = (
             Role(
@@ -216,6 +216,7 @@ class PhysicsInformedDistillation:
                 config.beta1,
                 rectified=True,
                 averaged=True,
+                lora=config.lora_of(self.generator),
             ),
         )
 

@@ -17,6 +17,8 @@ _WORDS = {
     "init": "first weights",
     "student_init": "first weights of the student",
     "student_width": "width of the student",
+    "generator": "weights of the generator",
+    "student": "weights of the student",
     "sigmas": "noise levels",
     "gradient": "gradient through evaluations",
     "lpips_side": "side before VGG",
@@ -116,6 +118,8 @@ _FROM_TEACHER: Mapping[str, tuple[Any, ...]] = {
     "student_width": (1.0,),
     "init": ("teacher",),
     "student_init": ("teacher",),
+    "generator": ("full",),
+    "student": ("full",),
 }
 
 

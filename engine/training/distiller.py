@@ -123,10 +123,10 @@ class Distiller(TrainingRun[Distillation]):
             start.check(self.objective.roles)
             self.first_step = start.first_step(self.config.batch)
         begun = {} if start is None else start.networks
+        self.teacher = self._execute_as_set(self._stored(teacher))
         self.networks = {r.name: self._in_training(r, teacher, begun.get(r.name)) for r in self.objective.roles}
         self.generator = self.networks[self.objective.generator]
         self.averaged = self._average_of(self.generator, self._exported())
-        self.teacher = self._execute_as_set(self._stored(teacher))
         self._make_steps()
 
     @property
@@ -136,7 +136,10 @@ class Distiller(TrainingRun[Distillation]):
 
     def _in_training(self, role: Role, teacher: Precond, start: NetworkStart | None) -> TrainedNetwork:
         """The network of a role, as it starts, under its optimiser."""
-        net = starting_network(role.network, role.start, teacher, role.seed(self.config.seed)).to(self.world.device)
+        seed = role.seed(self.config.seed)
+        # Factors are on the run's own teacher, as it is stored.
+        source = teacher if role.lora is None else self.teacher
+        net = starting_network(role.network, role.start, source, seed, lora=role.lora).to(self.world.device)
         if start is not None:
             start.put_into(net)
         trained = self._under_optimiser(

@@ -32,6 +32,7 @@ from ipfm.engine.evaluation.metrics import FrechetResult, Metric
 from ipfm.engine.evaluation.results import EvaluationHistory, best_average
 from ipfm.engine.memory import MemoryPlan
 from ipfm.engine.memory.live import bytes_in_use
+from ipfm.engine.memory.state import parameter_count
 from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.engine.random_streams import Stream, draw_labels
 from ipfm.engine.runtime.errors import Interrupted, TrainingFailed, described
@@ -303,7 +304,9 @@ class TrainingRun(ABC, Generic[C]):
         counts = [net.parameter_count for net in self.networks.values()]
         kinds = [len(net.state_kinds) for net in self.networks.values()]
         checkpoint = 4 * sum(count * kept for count, kept in zip(counts, kinds, strict=True))
-        use = disk_use(self.config, checkpoint=checkpoint, model=4 * max(counts))
+        # What is exported is whole, also where factors alone are trained.
+        model = max(parameter_count(self.averaged.network), *counts)
+        use = disk_use(self.config, checkpoint=checkpoint, model=4 * model)
         with suppress(OSError):
             print(f"disk: {use.in_words()}", file=sys.stderr)
         if (lacking := missing_room(use, path)) is not None:

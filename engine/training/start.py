@@ -19,6 +19,7 @@ from ipfm.engine.runtime.wording import counted
 from ipfm.engine.training.run_folder import SET_ASIDE, fingerprint
 from ipfm.models import NetworkConfig, Precond, build_network
 from ipfm.models.checkpoints.training_state import AdamState
+from ipfm.models.low_rank import low_rank_network
 
 # What of an architecture says nothing of its tensors, or is no obstacle: a generator needs no augmentation labels, and
 # nobody asks it for a log-variance.
@@ -61,7 +62,21 @@ class NetworkStart:
             listed = "; ".join(f"{name} is {there} there, {here} here" for name, (there, here) in differences.items())
             raise ValueError(f"{self.source} is another network than the {role.name} of this run ({listed}){more}")
         with torch.device("meta"):
-            own = build_network(role.network).state_dict()
+            whole = build_network(role.network)
+        own = whole.state_dict()
+        factors = any(name.endswith(".lora_A") for name in self.weights)
+        if role.lora is not None:
+            own = low_rank_network(role.network, whole, role.lora).state_dict()
+            if not factors:
+                raise ValueError(
+                    f"{self.source} has weights of its own, and the {role.name} of this run has the teacher's: leave "
+                    f"--{role.name} lora out"
+                )
+        elif factors:
+            raise ValueError(
+                f"{self.source} has factors on its teacher's weights, and the {role.name} of this run weights of its "
+                f"own: give --{role.name} lora, or the generator that its run has exported"
+            )
         for name, tensor in own.items():
             found = self.weights.get(name)
             if found is None and not _is_spare(name):

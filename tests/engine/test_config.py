@@ -26,7 +26,7 @@ INTEGERS = {
     **dict.fromkeys(
         (
             "batch", "micro_batch", "max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "max_bad_steps",
-            "heun_steps", "steps", "student_updates",
+            "heun_steps", "steps", "student_updates", "rank",
         ),
         ("must be an integer >= 1", (0, -1, 1.0, 2.5, "3", True)),
     ),
@@ -37,7 +37,7 @@ INTEGERS = {
 }  # fmt: skip
 REALS = {
     **dict.fromkeys(
-        ("kimg", "lr", "ema_kimg", "ema_rampup", "sigma_init", "student_lr", "width", "student_width"),
+        ("kimg", "lr", "ema_kimg", "ema_rampup", "sigma_init", "student_lr", "width", "student_width", "lora_alpha"),
         ("must be a finite number > 0", (0, -1.0, INF, NAN, "1", True)),
     ),
     **dict.fromkeys(
@@ -87,6 +87,7 @@ CHOICES = {
     ),
     "init": ("must be auto, teacher or random", ("zero", None)),
     "student_init": ("must be auto, teacher or random", ("zero", True)),
+    **dict.fromkeys(("generator", "student"), ("must be full or lora", ("peft", None, True))),
     "export_ema": ("must be best or one of ema500k", ("ema0.1", None, 1)),
     "snapshot_precision": ("must be fp32 or fp16", ("bf16", None)),
 }
@@ -112,6 +113,7 @@ def test_a_refusal_names_setting_and_value(name, says, value):
         "async_checkpoints", "compile", "deterministic", "attention_backend", "memory_format", "gradient", "init",
         "student_init", "rules", "cuda_graphs", "export_ema", "snapshot_precision", "logvar", "real_xflip",
         "weight", "levels_generator", "levels_student", "lr_schedule",
+        "generator", "student",
     )  # fmt: skip
     shown = repr(value) if name in words else str(value)
     assert str(error.value) == f"{name.replace('_', '-')} {says}, got {shown}"
@@ -173,6 +175,30 @@ def test_teacher_settings_of_the_same_name(name, value):
         (
             {"class_counts": (3, -1, 2.5)},
             "class-counts must be numbers of images, none negative and not all 0, got 3, -1, 2.5",
+        ),
+        (
+            {"student": "lora", "student_ema": 0.99},
+            "student-ema keeps a network of averaged weights beside the student, and with student lora there is none "
+            "of its own: leave one of them out",
+        ),
+        ({"rank": 4}, "rank 4 was given, but no network is lora: give generator lora, or student lora"),
+        ({"lora_alpha": 4.0}, "lora-alpha 4 was given, but no network is lora: give generator lora, or student lora"),
+        (
+            {"generator": "lora", "width": 0.5},
+            "generator lora has the teacher's weights and so its width: leave width 0.5 out",
+        ),
+        (
+            {"student": "lora", "student_width": 2.0},
+            "student lora has the teacher's weights and so its width: leave student-width 2 out",
+        ),
+        (
+            {"student": "lora", "student_init": "random"},
+            "student lora begins as the teacher: leave student-init random out",
+        ),
+        (
+            {"student": "lora", "teacher_storage": "sharded"},
+            "student lora computes with the teacher's weights, which teacher-storage sharded takes away between two "
+            "uses: give fp32 or half",
         ),
         ({"sigmas": "2.5"}, "sigmas must be a sequence of numbers, got '2.5'"),
         ({"steps": 3, "sigmas": (2.5, 1.0)}, "steps and sigmas disagree: 3 steps, 2 noise levels"),

@@ -228,7 +228,7 @@ def _objective(record: RunRecord) -> str:
         return str(record.about["words"])
     if kind is None:
         return f"an objective that {'this version does not know' if record.config else 'is not recorded'}"
-    return kind.report_words(record.config) + kind.guidance_words(record.config)
+    return kind.report_words(record.config) + kind.further_words(record.config)
 
 
 def _own(record: RunRecord) -> Mapping[str, str]:

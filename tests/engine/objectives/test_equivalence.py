@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import equivalence
+import plain_lora
 import pytest
 import torch
 
@@ -100,6 +101,13 @@ PIDS: dict[str, dict[str, Any]] = {
 HALF = (("bf16", 1), ("bf16", 3), ("fp16", 1))
 
 
+# Factors on the teacher's weights, of two processes, which `SETTINGS` cannot stand for: they begin by themselves.
+LORA = {
+    f"lora-z{stage}": {"zero": stage, "backward": ("joint", "phased")[stage % 2], "micro_batch": (4, 2, 2, 4)[stage]}
+    for stage in (0, 1, 2, 3)
+}
+
+
 def _name(setting: str, stage: int, backward: str, parts: int, more: dict[str, Any]) -> str:
     return "-".join([setting, f"z{stage}", backward, f"a{parts}", *(f"{k}={v}" for k, v in more.items())])
 
@@ -115,6 +123,8 @@ def _cases(ranks: int) -> dict[str, dict[str, Any]]:
             **BASE, **SETTINGS[setting], **more, "zero": stage, "backward": backward,
             "micro_batch": BASE["batch"] // ranks // parts,
         }  # fmt: skip
+    if ranks == 2:
+        cases |= {name: {**BASE, **plain_lora.BOTH, **more} for name, more in LORA.items()}
     return cases
 
 
@@ -148,6 +158,8 @@ def results(request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pyt
 @pytest.mark.timeout(600)
 def test_equals_the_plain_loop(results, plain) -> None:
     for name, found in results.items():
+        if name in LORA:
+            continue
         expected = plain[name.split("-")[0]]
         assert max(equivalence.difference(expected, found)) <= equivalence.LIMIT, name
         for which in ("student", "generator"):
@@ -174,6 +186,20 @@ def test_networks_put_together_as_on_a_gpu_equal_the_plain_loop(
     found = equivalence.run(teacher, tmp_path, ranks, cases, STEPS, whole=WHOLE, as_on_a_gpu=True)
     for name, tensors in found.items():
         assert max(equivalence.difference(plain["k1"], tensors)) <= equivalence.LIMIT, name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("results", [2], indirect=True, ids=["2-processes"])
+def test_factors_on_the_teachers_weights_equal_the_plain_loop(results, teacher: Path) -> None:
+    """Every ZeRO stage, joint and phased, accumulated."""
+    net = load_teacher(teacher)
+    config = DistillConfig(**{**BASE, **plain_lora.BOTH, "zero": 0})
+    first = plain_lora.weights_of(Distiller(config, net, world=World(0, 1, torch.device("cpu"))))
+    expected = plain_lora.plain(config, net, first, STEPS)
+    for name in LORA:
+        found = results[name]
+        losses = {key[5:]: loss for key, loss in found.items() if key.startswith("loss/")}
+        plain_lora.check_equals(expected, found, losses, first)
 
 
 @pytest.mark.distributed

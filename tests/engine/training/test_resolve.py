@@ -158,7 +158,7 @@ def test_settings_that_change_no_size():
     assert StepSettings(NETWORK, 4, Sharding(), config=same).config == base
     for changes in (
         {"steps": 2}, {"width": 0.5}, {"student_width": 0.5}, {"generator_beta1": 0.9}, {"augment": 0.1},
-        {"ema": (0.05,)},
+        {"ema": (0.05,)}, {"student": "lora"}, {"student": "lora", "rank": 4},
     ):  # fmt: skip
         other = StepSettings(NETWORK, 4, Sharding(), config=DistillConfig(**changes)).config
         assert other != base, changes

@@ -155,6 +155,8 @@ CHANGED = {
     "lr_warmup": 5,
     "student_first_kimg": 0.01,
     "discriminator": "encoder",
+    "generator": "lora",
+    "student": "lora",
 }
 # Of a discriminator, which a run has or has not.
 OF_A_DISCRIMINATOR = {"discriminator_weights": (1.0, 1e-3), "discriminator_kimg": (1.0, 2.0)}
@@ -193,9 +195,9 @@ FREELY = {
 def test_every_setting_is_of_one_kind():
     """A new setting has to be put on one of the two lists."""
     # Tested on their own below; a guide goes with a guidance, see test_guided_teacher.py, and the last two with a
-    # schedule of learning rates.
+    # schedule of learning rates; ranks go with a network that has any, see test_lora.py.
     elsewhere = {"kimg", "resume", "steps", "noise", "offload", "guide", "lr_end", "lr_decay_batches"}
-    elsewhere |= set(OF_A_DISCRIMINATOR)
+    elsewhere |= {"rank", "lora_alpha", *OF_A_DISCRIMINATOR}
     assert set(CHANGED) | set(FREELY) | elsewhere == set(CONFIG.to_json())
     free = free_settings(DistillConfig) | free_settings(PidConfig)
     assert set(FREELY) | {"kimg", "resume", "offload", "lpips", "guide"} == free
