@@ -4,8 +4,8 @@ A layer computes with W + s B A, where W is the weight of the same layer of anot
 s = alpha / rank. A and B are all that it trains; B starts at 0, and the networks as the same function. What has no
 factors, biases and normalisations, is the other network's too.
 
-The sum is made at each use, as an ordinary weight, and goes when autograd no longer needs it: the layer computes what
-it computes anyway, resampling and rearranged rows among it, and what is exported merged is what was trained. The other
+The sum is made at each use, as an ordinary weight, and goes when autograd needs it no more: the layer computes what it
+computes anyway, resampling and rearranged rows among it, and what is exported merged is what was trained. The other
 form, W x + s B (A x), spares the gradient with respect to W, and pays for it with two convolutions and a sum over the
 whole activation. Measured on two busy CPU cores, a 3x3 convolution forward and backward at rank 8, 64 images: of 128
 channels at 16 x 16 pixels 780 ms, the other form 1240; of 256 at 8 x 8 1160 and 2220. With 8 images the other form is
