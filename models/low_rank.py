@@ -9,8 +9,8 @@ computes anyway, resampling and rearranged rows among it, and what is exported m
 form, W x + s B (A x), spares the gradient with respect to W, and pays for it with two convolutions and a sum over the
 whole activation. Measured on two busy CPU cores, a 3x3 convolution forward and backward at rank 8, 64 images: of 128
 channels at 16 x 16 pixels 780 ms, the other form 1240; of 256 at 8 x 8 1160 and 2220. With 8 images the other form is
-the faster one, 490 and 350, 410 and 300. A sum that is kept, made once per step of the optimiser, would be a second copy
-of all weights.
+the faster one, 490 and 350, 410 and 300. A sum that is kept, made once per step of the optimiser, would be a second
+copy of all weights.
 
 `peft` takes none of this: its layers are of torch's own classes, its other way, `target_parameters`, knows no weights
 of four dimensions, and each layer that it wraps holds its W as a parameter, which ZeRO then shards and casts. The
