@@ -44,7 +44,8 @@ def weight_of(layer: nn.Module) -> Tensor:
     """The weight of a layer that has `by_pixel` as it is meant, (out, in, height, width): itself, or a view of it."""
     if "weight" not in layer._parameters:
         # Another network's, with factors of its own.
-        made: Tensor = layer.weight
+        made = layer.weight
+        assert isinstance(made, Tensor)
         return made
     weight = layer._parameters["weight"]
     assert weight is not None
