@@ -296,6 +296,19 @@ def free_parameters(layer: nn.Module | None, kinds: Container[object] | None = N
     return weight, parameters["bias"]
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of it is more than one of its `forward`: hooks, of its own or of all modules, or a compiler."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or module._compiled_call_impl
+        or torch.nn.modules.module._has_any_global_hook()
+        or torch._C._get_tracing_state()
+    )
+
+
 def free_bias(layer: nn.Module | None) -> Tensor | None:
     """The bias of a layer whose parameters may be used elsewhere; None: there is none, or it may not."""
     found = free_parameters(layer)

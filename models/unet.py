@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from ipfm.models.attention import AttentionBackend, check_attention_backend
 from ipfm.models.blocks import Entering, UNetBlock, enter_together
 from ipfm.models.embeddings import FourierEmbedding, PositionalEmbedding
-from ipfm.models.layers import Linear, residual, stored_weight, without_bias
+from ipfm.models.layers import Linear, is_watched, residual, stored_weight, without_bias
 from ipfm.models.unet_layout import Entry, Layout
+from ipfm.models.whole_block import is_plain_eager
 
 # What a U-Net gives beside F: nothing, the logits of its encoder too, or these alone, without the decoder.
 Logits = Literal["none", "too", "alone"]
@@ -253,16 +254,24 @@ class UNet(Backbone):
 
     def _run(self, block: nn.Module, emb: Tensor, entering: Entering, *parts: Tensor) -> Tensor:
         """A residual block of the concatenated `parts`."""
-
-        def run(emb: Tensor, entering: Entering, *parts: Tensor) -> Tensor:
-            x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            out: Tensor = block(x, emb, entering)
-            return out
-
         assert isinstance(block, UNetBlock)
+        if not self.activation_checkpointing:
+            return _of_parts(block, emb, entering, *parts)
         # The concatenation is made again too: its parts are the outputs of other blocks, which are kept anyway.
         tensors = (emb, entering.projected, entering.bias, *parts)
-        return self._checkpointed(run, block, block.dropout, emb, entering, *parts, tensors=tensors)
+        given = block, emb, entering, *parts
+        return self._checkpointed(_of_parts, block, block.dropout, *given, tensors=tensors)
+
+
+def _of_parts(block: UNetBlock, emb: Tensor, entering: Entering, *parts: Tensor) -> Tensor:
+    x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    out: Tensor
+    # Where its own layers may be bypassed, so may what PyTorch asks before it calls a module that nobody looks at.
+    if entering.layers is None or type(block) is not UNetBlock or is_watched(block) or not is_plain_eager():
+        out = block(x, emb, entering)
+    else:
+        out = block.forward(x, emb, entering)
+    return out
 
 
 def _joined(x: Tensor, module: nn.Module, aux: Tensor, *, divisor: float = 1.0) -> Tensor:

@@ -140,6 +140,14 @@ def test_what_looks_at_a_layer_sees_it_called(monkeypatch: pytest.MonkeyPatch) -
     handle.remove()
     denoised(net)
     assert len(seen) == 1
+    # On the block itself, and on every module.
+    calls: list[nn.Module] = []
+    for register in (block.register_forward_hook, nn.modules.module.register_module_forward_hook):
+        calls.clear()
+        handle = register(lambda module, given, out: calls.append(module))
+        denoised(net)
+        handle.remove()
+        assert block in calls
 
     class Adapted(nn.Module):
         """What programs for fine-tuning put in a layer's place."""
