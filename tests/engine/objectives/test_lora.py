@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import equivalence
@@ -16,6 +17,8 @@ from ipfm.engine.distributed.world import World
 from ipfm.engine.memory.plan import distillation_bytes
 from ipfm.engine.memory.simulate import StepSettings
 from ipfm.engine.memory.state import Sharding
+from ipfm.engine.training.checkpoint import load_checkpoint
+from ipfm.engine.training.checkpoint_writer import save_checkpoint
 from ipfm.models import presets
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -54,3 +57,17 @@ def test_three_networks_on_one_set_of_weights_take_few_bytes() -> None:
         sharding = Sharding(precision="bf16", teacher_storage="half")
         found[rank] = distillation_bytes(StepSettings(network, 1, sharding, config=config)).per_parameter
     assert found == pytest.approx({8: 3.11, 32: 5.92, 64: 9.67}, abs=0.01)
+
+
+def test_a_checkpoint_holds_factors_alone_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """In bf16."""
+    teacher = equivalence.compared_teacher().eval().requires_grad_(False)
+    run, again = (Distiller(DistillConfig(**{**BASE, "precision": "bf16"}), teacher, world=ALONE) for _ in range(2))
+    run.iteration(0)
+    checkpoint = save_checkpoint(tmp_path, 1, run.networks, ALONE)
+    run.iteration(1)
+    assert load_checkpoint(checkpoint, again.networks) == 1
+    again.iteration(1)
+    ours, theirs = trained_tensors(run), trained_tensors(again)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert {name.rpartition(".")[2] for name in ours} == {"lora_A", "lora_B"}
