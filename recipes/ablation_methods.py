@@ -10,7 +10,8 @@ Every generator sees as many images, makes one in one evaluation, and has its me
 the recipe of the method. The table has what an iteration costs besides: forward passes of an image, a backward pass
 counted as two, and the memory of a process, predicted. real is RealUID's term (--real-data names other images than the
 teacher's own), discriminator SiDA's, both the two; second is a second stage with the first of them, after the
-generator of ipfm: it has seen twice as many images. docs/objectives.md says what each needs, and which to take.
+generator of ipfm: it has seen twice as many images; lora has a student of low-rank factors on the teacher's weights.
+docs/objectives.md says what each needs, and which to take.
 
 Leaves ablation.csv, ablation.png and ablation.md in runs/ablation-methods. The same command goes on where it was
 stopped.
@@ -44,6 +45,7 @@ def variants(D: float) -> tuple[Variant, ...]:
         Variant(label=f"{name}-discriminator", D=D, settings={"real_data": OWN, "discriminator": "encoder"}),
         Variant(label=f"{name}-both", D=D, settings={"real_data": OWN, "discriminator": "encoder", **REALUID}),
         Variant(label=f"{name}-second", D=D, after=f"{name}-ipfm", settings={"real_data": OWN}),
+        Variant(label=f"{name}-lora", D=D, settings={"real_data": None, "student": "lora"}),
         Variant(label=f"{name}-dmd", D=D, of=DMD),
         Variant(label=f"{name}-cmt", D=D, of=CMT),
         Variant(label=f"{name}-pid", D=D, of=PID),

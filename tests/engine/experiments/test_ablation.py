@@ -56,7 +56,7 @@ ALL = {
     "student": ablation_student,
     "methods": ablation_methods,
 }
-METHODS = ("ipfm", "real", "discriminator", "both", "second", "dmd", "cmt", "pid")
+METHODS = ("ipfm", "real", "discriminator", "both", "second", "lora", "dmd", "cmt", "pid")
 TWO = ("--quick", "--variants", "teacher", "half-width")
 
 
