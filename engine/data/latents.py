@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import threading
 from dataclasses import dataclass, replace
 from typing import IO, ClassVar
 
@@ -25,6 +26,8 @@ from ipfm.engine.data.image_grid import pixels
 from ipfm.models.autoencoder import ENCODED_CHANNELS, LATENT_CHANNELS, Autoencoder
 
 _WANTED = f"latents are ({ENCODED_CHANNELS}, h, w) float32, mean and deviation (ipfm dataset --latents makes them)"
+# Python 3.11 parses in one thread at a time: several end in a SystemError now and then, and a header is parsed.
+_PARSING = threading.Lock()
 
 
 def are_latents(files: ImageFiles) -> bool:
@@ -75,7 +78,8 @@ def _header(file: IO[bytes], where: str) -> tuple[tuple[int, int, int], np.dtype
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
+        with _PARSING:
+            shape, fortran, dtype = read(file)
     except (ValueError, OSError, EOFError, TypeError, SyntaxError, RecursionError) as error:
         said = printable(" ".join(str(error).split())[:120])
         raise ValueError(f"{where} is no array of NumPy that can be read: {said}; {_WANTED}{GO_ON}") from None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TextIO, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TextIO, Union, get_args, get_origin
 
 from tyro.conf import arg
 from tyro.constructors import (
@@ -106,9 +106,13 @@ def local_path(text: str) -> Path:
 
 
 def _of_paths(read: Callable[[list[str]], Any], kind: Any) -> Callable[[list[str]], Any]:
-    """`read`, or for a path, or several, `local_path`."""
+    """`read`, or for a path, or several, or one beside words that are none, `local_path`."""
     if kind is Path:
         return lambda words: local_path(words[0])
+    literals = [part for part in get_args(kind) if get_origin(part) is Literal]
+    if literals and Path in get_args(kind):
+        known = {word for literal in literals for word in get_args(literal)}
+        return lambda words: words[0] if words[0] in known else local_path(words[0])
     # What tyro makes of several says nothing of the one that cannot be read.
     return (lambda words: tuple(map(local_path, words))) if kind == tuple[Path, ...] else read
 

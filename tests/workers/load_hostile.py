@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # imported by operations of PyTorch when first needed
 from fuzz_checkpoints import limit_memory
 
 from ipfm.models import load_teacher
