@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 import zipfile
 from pathlib import Path
 
@@ -121,6 +122,25 @@ def npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
+
+
+def test_headers_are_parsed_one_at_a_time(tmp_path, monkeypatch):
+    """Python 3.11's parser does not bear several threads."""
+    read, inside, most = np.lib.format.read_array_header_1_0, [], []
+
+    def slow(file):
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(0.005)
+        inside.pop()
+        return read(file)
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", slow)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for number in range(12):
+            archive.writestr(latent_name(number), npy(some_latents()[0]))
+    assert len(open_dataset(tmp_path / "x.zip")) == 12
+    assert len(most) >= 12 and set(most) == {1}
 
 
 @pytest.mark.parametrize(
