@@ -199,18 +199,36 @@ def declared(*, own: bool = True) -> Mapping[str, Declared]:
     found: dict[str, Declared] = {}
     classes: dict[str, _Class] = {}
     files = [Path(module.module_finder.path, f"{module.name}.py") for module in iter_modules(__path__)]  # type: ignore[union-attr]
-    ours = len(files)
-    for number, path in enumerate([*files, *(own_files() if own else ())]):
-        source = path.read_text(encoding="utf-8")
-        if number < ours and not re.search(r'^    kind: ClassVar\[str\] = "\w', source, re.M):
-            continue
-        said = dict(_kinds(source, classes, path.name if number < ours else str(path)))
-        if number >= ours and not said:
+    sources = {path: path.read_text(encoding="utf-8") for path in files}
+    sources = {path: s for path, s in sources.items() if re.search(r'^    kind: ClassVar\[str\] = "\w', s, re.M)}
+    read = {path: dict(_kinds(sources[path], classes, path.name)) for path in _bases_first(sources)}
+    every = [(path, read[path]) for path in sources]
+    for path in own_files() if own else ():
+        every.append((path, dict(_kinds(path.read_text(encoding="utf-8"), classes, str(path)))))
+        if not every[-1][1]:
             raise ValueError(f'{path} has no objective: no class in it has a line such as kind: ClassVar[str] = "mine"')
+    for path, said in every:
         for kind in said.keys() & found.keys():
             raise ValueError(f"two objectives have the kind {kind!r}, the second one in {path.name}")
         found |= said
     return found
+
+
+def _bases_first(sources: Mapping[Path, str]) -> list[Path]:
+    """The files of `sources` in another order: one from which another imports comes before it."""
+    names = {path.stem: path for path in sources}
+    order: list[Path] = []
+
+    def take(path: Path) -> None:
+        for name in re.findall(rf"^from {re.escape(__name__)}\.(\w+) import", sources[path], re.M):
+            if name in names and names[name] not in order:
+                take(names[name])
+        if path not in order:
+            order.append(path)
+
+    for path in sources:
+        take(path)
+    return order
 
 
 def _kinds(source: str, classes: dict[str, _Class], file: str) -> Iterator[tuple[str, Declared]]:

@@ -85,6 +85,7 @@ class DmdConfig(StudentConfig):
     planned: ClassVar[Mapping[str, str]] = {
         "steps": "K: evaluations of the generator. Default: 1.",
         "student_updates": "Student updates per generator update. Default: the objective's, 1 or 5.",
+        "discriminator": "Of IPFM and DMD: encoder, with SiDA's term.",
     }
     method: ClassVar[str] = "denoiser matching"
     readings: ClassVar[Mapping[str, str]] = {
@@ -171,8 +172,10 @@ class DmdConfig(StudentConfig):
     @classmethod
     def report_words(cls, settings: Mapping[str, Any]) -> str:
         """See `Distillation.report_words`."""
+        # Not with another term or weight beside, nor with a guided teacher.
+        alone = settings.get("discriminator") is None and settings.get("guidance") is None
         infinite = number(settings.get("D")) == math.inf
-        case = ", which at D = ∞ descends a Kullback-Leibler divergence (DMD)" if infinite else ""
+        case = ", which at D = ∞ descends a Kullback-Leibler divergence (DMD)" if infinite and alone else ""
         updates = counted(settings.get("student_updates"), "student update")
         return f"{cls.method}{case} ({updates} a generator update){cls._weighting(settings)}{cls._told(settings)}"
 
@@ -184,9 +187,15 @@ class DmdConfig(StudentConfig):
 
     @staticmethod
     def _told(settings: Mapping[str, Any]) -> str:
-        divergence = str(settings.get("f_weight", "reverse-kl"))
-        weighed = "" if RATIO_WEIGHTS.get(divergence) is None else f" and the weight of {divergence}"
+        divergence = DmdConfig._f_weight(settings)
+        weighed = "" if divergence == "reverse-kl" else f" and the weight of {divergence}"
         return words_of(settings) + weighed
+
+    @staticmethod
+    def _f_weight(settings: Mapping[str, Any]) -> str:
+        """The divergence of a folder's settings, reverse-kl where they are damaged."""
+        divergence = str(settings.get("f_weight"))
+        return divergence if divergence in RATIO_WEIGHTS else "reverse-kl"
 
     @classmethod
     def card_words(cls) -> str:
@@ -200,6 +209,7 @@ class DmdConfig(StudentConfig):
             "student updates a generator update": settings.get("student_updates"),
             "weighting": cls.weighting_words(settings) or None,
             "discriminator": settings.get("discriminator"),
+            "weight of an f-divergence": None if cls._f_weight(settings) == "reverse-kl" else cls._f_weight(settings),
             **variation_rows(settings),
         }
 

@@ -326,6 +326,8 @@ class DistillSteps:
         weight = 1 / config.noise.sigma_data**2 + 1 / every.square()
         if self._student_weighting is not None:
             weight = self._student_weighting(every, weight)
+            # Such a sample does not count in the denoising loss either.
+            weight = weight.masked_fill(~torch.isfinite(weight), 0.0)
         sigma = every[micro.index]
         factor = (0.5 * self._judges.student * weight.double().mean()).float().expand(len(sigma))
         if config.logvar:
@@ -689,11 +691,11 @@ class StudentConfig(Distillation):
         object.__setattr__(self, "discriminator_kimg", discriminator.discriminator_starts(self.discriminator_kimg))
         not_negative("student-first-kimg", self.student_first_kimg)
         long = self.max_steps is not None or self.kimg is not None
-        if self.student_first_kimg and long and self.first_whole_step >= self.total_steps:
-            alone = counted(f"{self.first_whole_step:,}", "step")
+        alone = math.ceil(self.student_first_kimg * 1000 / self.batch)
+        if alone and long and alone >= self.total_steps:
             raise ValueError(
-                f"student-first-kimg {self.student_first_kimg:g} are {alone} of the run's {self.total_steps:,}, which "
-                "leave none for the generator: give a longer run"
+                f"student-first-kimg {self.student_first_kimg:g} are {counted(f'{alone:,}', 'step')} of the run's "
+                f"{self.total_steps:,}, which leave none for the generator: give a longer run"
             )
         check_start("student-init", self.student_init, "student-width", self.student_width)
         self._check_training("student", self.student, "student_init", "student_width")
@@ -926,6 +928,7 @@ class DistillConfig(StudentConfig):
         "steps": "K: evaluations of the generator. Default: 1.",
         "student_updates": "Student updates per generator update. Default: the objective's, 1 or 5.",
         "real_weights": "Of IPFM: with real images in the student's loss, such as 0.92 0.94.",
+        "discriminator": "Of IPFM and DMD: encoder, with SiDA's term.",
     }
     plan_example: ClassVar[str] = "ipfm plan --model cifar_ipfm --gpus 1 8 --price A100=1.5 H100=2.5"
     method: ClassVar[str] = "inverse Poisson flow matching"

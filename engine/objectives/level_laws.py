@@ -61,7 +61,9 @@ class LevelLaw(NamedTuple):
         mean, scale, nu = self.numbers
         ends = math.log(noise.sigma_min), math.log(noise.sigma_max)
         s = torch.linspace(*ends, _TABLE, dtype=torch.float64, device=u.device)
-        density = (1 + ((s - mean) / scale).square() / nu) ** (-(nu + 1) / 2)
+        # By its logarithm, which is a number also where the peak is far outside of the range.
+        height = -(nu + 1) / 2 * torch.log1p(((s - mean) / scale).square() / nu)
+        density = (height - height.max()).exp()
         sums = torch.cat([density.new_zeros(1), torch.cumsum((density[1:] + density[:-1]) / 2, 0)])
         wanted = u * sums[-1]
         above = torch.searchsorted(sums, wanted).clamp(1, _TABLE - 1)
@@ -107,6 +109,8 @@ def _wrong(name: str, numbers: tuple[float, ...]) -> str:
         return "HIGH must lie in (0, 1]"
     if name == "lognormal" and not 0 < numbers[1] <= 10:
         return "STD must lie in (0, 10]"
+    if name == "lognormal" and abs(numbers[0]) > 10:
+        return "MEAN must lie in [-10, 10]"
     if name == "loguniform" and numbers and not 0 < numbers[0] < numbers[1]:
         return "LOW and HIGH must be levels that rise"
     if name == "log-t":

@@ -17,6 +17,7 @@ _WORDS = {
     "init": "first weights",
     "student_init": "first weights of the student",
     "student_width": "width of the student",
+    "discriminator_weights": "weights of the discriminator",
     "generator": "weights of the generator",
     "student": "weights of the student",
     "sigmas": "noise levels",
@@ -198,7 +199,10 @@ def discriminator_results(dataset: str, alpha: float, steps: Any) -> dict[float,
     if plain_name(dataset) not in _SIDA or steps != 1 or alpha not in (1.0, 1.2):
         return {}
     preset, fid = _SIDA[plain_name(dataset)]
-    return {math.inf: PaperResult(fid, None, None, SIDA, replace(_conditions(preset, 1), unknown=(_BEST,)))}
+    known = _conditions(preset, 1)
+    # None where the teacher, by which they are decided, is not known.
+    settings = {**known.settings, "discriminator_weights": ([1.0, 2e-4], None)}
+    return {math.inf: PaperResult(fid, None, None, SIDA, replace(known, settings=settings, unknown=(_BEST,)))}
 
 
 _ALL = {**PAPER_RESULTS, **SID_RESULTS}

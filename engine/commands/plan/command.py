@@ -89,8 +89,8 @@ class Plan:
 
     model: str
     """Preset, model folder, published checkpoint, or recipe."""
-    size: Literal["xs", "s", "m", "l", "xl", "xxl"] | None = None
-    """Of recipes for EDM2's networks. Default: the smallest."""
+    size: Annotated[Literal["xs", "s", "m", "l", "xl", "xxl"] | None, tyro.conf.arg(metavar="SIZE")] = None
+    """Of recipes for EDM2's networks: xs, s, m, l, xl, xxl. Default: the smallest."""
     guide: str | None = None
     """Network that guides the teacher, as a run's --guide; named as --model is."""
     objective: str | None = None
@@ -109,8 +109,8 @@ class Plan:
     """What lives in the host's memory."""
     teacher_storage: Literal["auto", "fp32", "half", "sharded"] | None = None
     """How the frozen teacher is kept. Default: auto."""
-    backward: Literal["auto", "joint", "phased"] | None = None
-    """Form of the generator's step. Default: auto."""
+    backward: Annotated[Literal["auto", "joint", "phased"] | None, tyro.conf.arg(metavar="FORM")] = None
+    """Form of the generator's step: auto, joint, phased. Default: auto."""
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Compute activations again on the way back."""
     teacher_training: bool = False

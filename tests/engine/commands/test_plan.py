@@ -20,7 +20,7 @@ from ipfm.engine.commands.recipes import project_recipes
 from ipfm.engine.experiments import dry_run
 from ipfm.engine.experiments.gpu_costs import Run
 from ipfm.engine.memory import gpu_budget
-from ipfm.engine.memory.arithmetic import GPUS
+from ipfm.engine.memory.arithmetic import GPUS, encoder_flops, forward_flops
 from ipfm.engine.memory.state import parameter_count
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.objectives.ipfm import InversePoissonFlowMatching
@@ -83,6 +83,18 @@ def test_latents_are_planned_with_the_autoencoder_that_shows_them(
     plan("--model", tmp_path / "latent", "--batch", 4, "--fits", 0.5, 24)
     assert "too much for GPUs of 0.5 GB" in capsys.readouterr().out.splitlines()[-1]
     assert "autoencoder" not in planned("digits", "--batch", 4)
+
+
+def test_a_discriminator_is_in_the_passes_of_both_objectives_that_have_one(planned: Any) -> None:
+    """Three of the encoder for each update of the student; two more where nothing passes back through the student."""
+    given = ("--batch", 8, "--student-updates", 1)
+    share = encoder_flops(presets.get("digits")) / forward_flops(presets.get("digits"))
+    for objective, passes, more in (("ipfm", 11, 3), ("dmd", 9, 5)):
+        alone, told = (
+            planned("digits", "--objective", objective, *given, *of)["flops"]
+            for of in ((), ("--discriminator", "encoder"))
+        )
+        assert told / alone == pytest.approx(1 + more * share / passes)
 
 
 @pytest.mark.quick
@@ -407,6 +419,7 @@ def test_long_plans_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, capsys
         ("digits_ipfm --objective pid", "objective pid was given, but digits_ipfm.py distils by ipfm: leave it out"),
         ("cifar_teacher --objective ipfm", "objective ipfm was given, but cifar_teacher.py trains a teacher"),
         ("digits_pid --student-updates 2", "the objective pid has no student-updates: leave it out"),
+        ("digits_pid --discriminator encoder", "the objective pid has no discriminator: leave it out"),
         ("digits_ipfm --lpips-side 32", "only the objective pid has lpips-side: leave it out"),
         ("cifar_teacher --backward joint", "cifar_teacher.py has no backward: leave it out"),
         ("cifar_ipfm --teacher-training", "cifar_ipfm.py trains no teacher; cifar_teacher.py, "),

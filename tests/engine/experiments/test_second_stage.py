@@ -188,6 +188,9 @@ def test_what_is_refused(teacher: Precond, first: Path, tmp_path: Path, capsys: 
         ValueError, match=r"^student-first-kimg 0\.032 are 4 steps of the run's 4, which leave none for "
     ):
         replace(config, student_first_kimg=0.032)
+    # Where a discriminator's warm-up is the longer one, that is not said of this setting.
+    later = replace(config, student_first_kimg=0.008, discriminator="encoder", discriminator_kimg=(1.0, 1.0))
+    assert later.first_whole_step == 125
 
 
 def test_plans_count_the_students_own_steps(teacher: Precond) -> None:

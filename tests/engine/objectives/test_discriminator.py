@@ -299,6 +299,17 @@ def test_a_real_image_that_is_not_finite_is_left_out_and_counted() -> None:
     assert all(bool(torch.isfinite(v).all()) for v in trained_tensors(made).values())
 
 
+def test_a_weight_that_is_no_number_is_not_in_the_mean_of_the_others() -> None:
+    class Own(DistillConfig):
+        def student_weight(self, sigma: Tensor, weight: Tensor) -> Tensor:
+            return torch.where(torch.arange(len(sigma)) == 1, math.inf, 3.0)
+
+    teacher = tiny_teacher()
+    trial = _Trial(Own(D=16.0, batch=4, precision="fp32", **TOLD).completed(teacher.config), teacher, 4)
+    found = trial.steps._student_levels(0, trial.steps._micro(0, {"step": 0, "first": 0}))[1]
+    assert found is not None and found.factor.tolist() == pytest.approx([0.5 * 3 * 3 / 4] * 4)
+
+
 def test_a_log_variance_counts_each_level_alike() -> None:
     """Of EDM2: the discriminator's loss is weighed as the denoising loss is, and does not move the log-variance."""
     torch.manual_seed(0)
@@ -361,9 +372,19 @@ def test_what_a_run_says_of_itself() -> None:
         assert words not in kind.info_words(kind().to_json()) and kind.card_rows(settings)["discriminator"] == "encoder"
     dmd = DmdConfig(discriminator="encoder", f_weight="kl")
     assert dmd.name() == "dmd5-K1-encoder-kl" and "the weight of kl" in DmdConfig.info_words(dmd.to_json())
+    # The vector alone is the gradient of that divergence.
+    words = [DmdConfig.report_words({**one.to_json(), "D": math.inf}) for one in (DmdConfig(), dmd)]
+    assert ["descends a Kullback-Leibler divergence" in one for one in words] == [True, False]
+    row = "weight of an f-divergence"
+    assert [DmdConfig.card_rows(one.to_json())[row] for one in (DmdConfig(), dmd)] == [None, "kl"]
     figures = DistillConfig.figures("cifar10", {**config.to_json(), "steps": 1})
     assert {D: figure.fid for D, figure in figures.items()} == {math.inf: 1.499}
     assert not DistillConfig.figures("cifar10", {**config.to_json(), "alpha": 0.5})
+    heavier = replace(config, discriminator_weights=(10.0, 2e-4)).to_json()
+    here, other = (
+        figures[math.inf].beside(of, presets.get("cifar10-ddpmpp")).differs for of in (config.to_json(), heavier)
+    )
+    assert set(other) - set(here) == {"weights of the discriminator 1, 0.0002 there, 10, 0.0002 here"}
     assert not DmdConfig.figures("imagenet64-cond", {**dmd.to_json(), "steps": 1})
 
 

@@ -133,6 +133,8 @@ def test_levels_of_the_generator_have_the_law_that_is_named() -> None:
         assert found.min() > 0 and found.isfinite().all()
         torch.testing.assert_close(found.log().quantile(shares), wanted.log(), rtol=0, atol=0.09, msg=law)
     far = levels(DistillConfig(levels_generator="log-t:0:0.2:0.01"))[0]
+    # A peak outside of the range: its tail, at the end.
+    assert levels(DistillConfig(levels_generator="log-t:20:0.1:1e6"))[0].min() > 70
     # TCM's: half a peak about sigma = 1, half a tail that is nearly even in ln ln sigma.
     assert 0.002 <= far.min() < 0.01 and 20 < far.max() <= 80 and 0.2 < ((far.log().abs() < 0.1).double().mean()) < 0.8
 
@@ -163,6 +165,7 @@ def test_the_student_looks_where_the_generator_does() -> None:
         ("levels_generator", "grid:0.5:0.2", "levels-generator grid: LOW and HIGH must rise within [0, 1]"),
         ("levels_generator", "rising:1.5", "levels-generator rising: HIGH must lie in (0, 1]"),
         ("levels_student", "lognormal:0:0", "levels-student lognormal: STD must lie in (0, 10]"),
+        ("levels_student", "lognormal:99:1", "levels-student lognormal: MEAN must lie in [-10, 10]"),
         ("levels_student", "loguniform:2:1", "levels-student loguniform: LOW and HIGH must be levels that rise"),
         (
             "levels_generator", "log-t:0:0.01:0.01",
