@@ -50,10 +50,11 @@ class Launch:
                 return
         with on_device(device):
             compiled = self._kernel[self._grid](*tensors, *self._values, num_warps=self._warps)
-            # The interpreter compiles nothing.
-            if compiled is not None and not begins % 16:
-                self._driver, self._start = driver._active, compiled.run
+            # The interpreter compiles nothing, and what a profiler had compiled is for as long as it looks.
+            if compiled is not None and not begins % 16 and not _hooked():
                 self._fixed = compiled.function, compiled.packed_metadata, None, None, None
+                # Last: autograd's threads launch too.
+                self._driver, self._start = driver._active, compiled.run
 
 
 def _is_current(device: torch.device) -> bool:

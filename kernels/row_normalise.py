@@ -99,7 +99,16 @@ def block_sizes(columns: int, wide: torch.dtype) -> tuple[dict[str, Any], int]:
 
 
 @lru_cache(maxsize=4096)
-def _launch(kernel: Any, rows: int, columns: int, dtypes: tuple[torch.dtype, ...], gain: float, eps: float) -> Launch:
+def _launch(
+    kernel: Any,
+    rows: int,
+    columns: int,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    gain: float,
+    eps: float,
+) -> Launch:
+    """The launch for so many rows of a length; a kernel is another for each device and for other dtypes."""
     sizes, warps = block_sizes(columns, _wide(*dtypes))
     values = {"columns": columns, "gain_bits": float64_bits(gain), "EPS": eps, **sizes}
     return Launch(kernel, (rows,), warps, values)
@@ -110,7 +119,7 @@ def _launch_forward(master: Tensor, gain: float, eps: float, out_dtype: torch.dt
     out = _weight(master, gain, eps, out_dtype)
     if out.numel():
         dtypes = (master.dtype, out_dtype)
-        launch = _launch(row_normalise_kernel, len(master), master[0].numel(), dtypes, gain, eps)
+        launch = _launch(row_normalise_kernel, len(master), master[0].numel(), master.device, dtypes, gain, eps)
         launch(master.device, master, out)
     return out
 
@@ -120,7 +129,9 @@ def _launch_backward(master: Tensor, dweight: Tensor, gain: float, eps: float) -
     out = torch.empty_like(master)
     if out.numel():
         dtypes = (master.dtype, dweight.dtype)
-        launch = _launch(row_normalise_backward_kernel, len(master), master[0].numel(), dtypes, gain, eps)
+        launch = _launch(
+            row_normalise_backward_kernel, len(master), master[0].numel(), master.device, dtypes, gain, eps
+        )
         launch(master.device, master, dweight, out)
     return out
 

@@ -1,9 +1,15 @@
 """Launches that repeat: what Triton compiled is called again where it is right, and nowhere else."""
 
+import importlib
+import inspect
+import pkgutil
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
 
+import ipfm.kernels
 from ipfm.kernels import denoising_loss, group_norm, ipfm_loss, perturb, philox, residual
 from ipfm.kernels._dispatch import float64_bits
 from ipfm.kernels._operators import launches_directly
@@ -116,6 +122,30 @@ def test_a_driver_that_is_gone_is_not_called(device):
             norm(x)
         assert (len(first.calls), len(second.calls)) == (2, 1)
     assert torch.equal(norm(x, torch.ones(32, device=device)), wanted)
+
+
+def test_what_is_compiled_for_a_profiler_is_started_by_triton_alone(monkeypatch):
+    """It may be another kernel, with instructions that measure; and the profiler is to hear of every launch."""
+    found = asked(monkeypatch)
+    x = torch.randn(2, 32, 4, 4)
+    with fake_cuda(("cpu",)) as launches:
+        with monkeypatch.context() as profiled:
+            profiled.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: None)
+            for _ in range(2):
+                norm(x)
+        assert len(found) == 2
+        for _ in range(3):
+            norm(x)
+        assert len(found) == 3 and len(launches.calls) == 5
+
+
+def test_every_device_has_launches_of_its_own():
+    """A compiled kernel is loaded on one device."""
+    names = [module.name for module in pkgutil.iter_modules(ipfm.kernels.__path__)]
+    modules = [importlib.import_module(f"ipfm.kernels.{name}") for name in names]
+    known = [module._launch for module in modules if hasattr(module, "_launch")]
+    assert len(known) == 8
+    assert all("device" in inspect.signature(launch).parameters for launch in known)
 
 
 def test_operators_are_called_where_somebody_looks():
