@@ -71,8 +71,8 @@ class TrainedNetwork:
             optimiser's state alone.
         logvar: the forward passes that are trained give the log-variance too, of a network that has one; what they
             leave out is not normalised.
-        by_pixel: where DeepSpeed keeps the weights in flat buffers, they lie there in the order of channels_last
-            activations; not at stage 3, which hands them out anew at each use.
+        by_pixel: where DeepSpeed has the weights, in flat buffers at stages 1 and 2, they lie in the order of
+            channels_last activations; not at stage 3, which hands them out anew at each use.
 
     A network with forced weight normalisation (EDM2) has plain weights in its parameters at any time, and masters in
     the optimiser's state, which `full` and `load` mean by "weight" and of which the EMA is: see `AdamEMA`.
@@ -377,7 +377,7 @@ class TrainedNetwork:
         net = self._followed
         if net is None:
             return
-        if self.stage > 0 or self._rule.used:
+        if self.stage > 0 or self._rule.used or self._by_pixel:
             self.copy_ema_to(net)
             return
         kind = self.average_kinds[0]

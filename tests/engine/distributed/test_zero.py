@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,5 +109,11 @@ def test_weights_that_lie_in_the_order_of_the_activations_are_saved_and_loaded_a
                 saved = {name: tensor.clone() for name, tensor in net.full(kind)}
                 other.load(kind, saved)
                 assert all(torch.equal(tensor, saved[name]) for name, tensor in other.full(kind)), kind
+        # At stage 0 several processes have them so too; a network that follows is a plain one.
+        settings |= {"precision": "fp32", "student_ema": 0.5, "zero": 0}
+        both = Distiller(DistillConfig(**settings), copy.deepcopy(teacher), world=replace(here, size=2))
+        student = both.networks["student"]
+        assert any(not torch.equal(p, meant[name]) for name, p in student.module.named_parameters())
+        assert all(torch.equal(p, meant[name]) for name, p in student.followed.named_parameters())
     finally:
         launcher.stop_world()
