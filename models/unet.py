@@ -255,11 +255,12 @@ class UNet(Backbone):
     def _run(self, block: nn.Module, emb: Tensor, entering: Entering, *parts: Tensor) -> Tensor:
         """A residual block of the concatenated `parts`."""
         assert isinstance(block, UNetBlock)
-        if not self.activation_checkpointing:
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return _of_parts(block, emb, entering, *parts)
         # The concatenation is made again too: its parts are the outputs of other blocks, which are kept anyway.
         tensors = (emb, entering.projected, entering.bias, *parts)
-        given = block, emb, entering, *parts
+        # And layer by layer: what is made again ends before the last one, but as one function with it.
+        given = block, emb, entering._replace(layers=None), *parts
         return self._checkpointed(_of_parts, block, block.dropout, *given, tensors=tensors)
 
 

@@ -176,6 +176,8 @@ class _WholeBlock(torch.autograd.Function):
         x, weight0, bias0, conv0, weight1, bias1, scale, shift, addend, conv1, *saved = ctx.saved_tensors
         skip, filter0, filter1, about0, c0, about1, h0, h1, mask, small = saved
         del saved
+        # Unless the graph is kept: what was needed last is let go of, not all at the end.
+        ctx.maybe_clear_saved_tensors()
         needed = ctx.needs_input_grad
         _, of_x, of_weight0, of_bias0, of_conv0, *of_second, of_conv1, of_bias, of_skip, _, _ = needed
         (dy,) = gradients
@@ -186,14 +188,16 @@ class _WholeBlock(torch.autograd.Function):
             d, to_bias = residual.backward_pass(dy, numbers.scale, of_bias, by_sample=by_sample)
             to_bias, factor = None if to_bias is None else to_bias.to(dtype), 1.0
         dh, to_conv1 = back_through_conv(d, h1, conv1, numbers.paddings[1], of_conv1)
+        del h1
         if mask is not None:
             kept = 1 - numbers.dropout
             dh = torch.ops.aten.native_dropout_backward(dh, mask, 1 / kept if kept else 0.0)
         second = weight1, bias1, scale, shift, addend
         dc, *to_second = group_norm.backward_pass(dh, c0, second, about1, of_second, True)
         assert dc is not None
+        del dh, c0, mask
         dh, to_conv0 = back_through_conv(dc, h0, conv0, numbers.paddings[0], of_conv0)
-        del dc, c0, h0, h1, mask
+        del dc, h0
         more, to_skip = d, None
         if filter0 is not None:
             dh = _back_through_filter(dh, filter0, x.shape[2:], numbers)
