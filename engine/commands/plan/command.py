@@ -289,7 +289,8 @@ class Plan:
                 self._refuse(named, [name for name in said.offered if name not in own])
 
     def _refuse(self, named: str, names: Iterable[str]) -> None:
-        given = [option_name(name) for name in names if getattr(self, name) is not None]
+        # Several objectives may have the same one.
+        given = [option_name(name) for name in dict.fromkeys(names) if getattr(self, name) is not None]
         if given:
             raise ValueError(f"{named} {' and '.join(given)}: leave it out")
 

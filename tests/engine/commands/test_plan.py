@@ -420,6 +420,7 @@ def test_long_plans_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, capsys
         ("cifar_teacher --objective ipfm", "objective ipfm was given, but cifar_teacher.py trains a teacher"),
         ("digits_pid --student-updates 2", "the objective pid has no student-updates: leave it out"),
         ("digits_pid --discriminator encoder", "the objective pid has no discriminator: leave it out"),
+        ("digits --teacher-training --steps 2", "the training of a teacher has no steps: leave it out"),
         ("digits_ipfm --lpips-side 32", "only the objective pid has lpips-side: leave it out"),
         ("cifar_teacher --backward joint", "cifar_teacher.py has no backward: leave it out"),
         ("cifar_ipfm --teacher-training", "cifar_ipfm.py trains no teacher; cifar_teacher.py, "),
