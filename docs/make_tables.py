@@ -44,6 +44,7 @@ from ipfm.recipes import (
     afhqv2_sid,
     afhqv2_sida,
     cifar_cmt,
+    cifar_ect,
     cifar_ipfm,
     cifar_pid,
     cifar_realuid,
@@ -53,6 +54,7 @@ from ipfm.recipes import (
     digits_ipfm,
     digits_pid,
     distill_cmt,
+    distill_ect,
     distill_ipfm,
     distill_pid,
     distill_sid,
@@ -79,7 +81,7 @@ RENTED = tuple(
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid, imagenet64_sid,
                    imagenet512_edm2_ipfm, imagenet64_edm2_ipfm, imagenet512_edm2_sid, imagenet64_edm2_sid,
                    cifar_realuid, cifar_sida, ffhq_sida, afhqv2_sida, imagenet64_sida, cifar_pid, imagenet64_pid,
-                   cifar_cmt, cifar_teacher, ffhq_teacher)
+                   cifar_cmt, cifar_ect, cifar_teacher, ffhq_teacher)
 )  # fmt: skip
 GPUS = (24, 48, 80, 141)
 PROCESSES = (1, 8)
@@ -216,7 +218,7 @@ def sources() -> list[str]:
     for module in (cifar_ipfm, ffhq_ipfm, afhqv2_ipfm, imagenet64_ipfm, cifar_sid, ffhq_sid, afhqv2_sid,
                    imagenet64_sid, imagenet512_edm2_ipfm, imagenet512_edm2_sid, imagenet64_edm2_ipfm,
                    imagenet64_edm2_sid, cifar_realuid, cifar_sida, ffhq_sida, afhqv2_sida, imagenet64_sida,
-                   cifar_pid, imagenet64_pid, cifar_cmt):  # fmt: skip
+                   cifar_pid, imagenet64_pid, cifar_cmt, cifar_ect):  # fmt: skip
         cells = []
         for source in [source for source in SOURCES if source != "EDM"]:
             found = {name: o.remark for name, o in module.RECIPE.origins.items() if o.source == source}
@@ -265,6 +267,20 @@ def cmt_settings() -> list[str]:
     return rows
 
 
+def ect_settings() -> list[str]:
+    """The recipe of consistency tuning: from the teacher, and as the second stage of a mid-training."""
+    names = ("recipe", "batch", "q", "stage, kimg", "lr", "dropout", "EMA half-life, kimg", "length")
+    rows = [_row(names), _row(["---"] * len(names))]
+    recipe = cifar_ect.RECIPE
+    first = recipe.base
+    second = recipe.varied({"init": Path("RUN")}, presets.get(recipe.preset, D=recipe.D))
+    for how, base in ((f"`{recipe.file}`", first), (f"`{recipe.file} --init RUN`", second)):
+        rate = _shown(base.lr) + f", linear to {base.lr * base.lr_end:g}" * (base.lr_schedule == "linear")
+        shown = map(_shown, (base.batch, base.q, base.q_kimg))
+        rows.append(_row([how, *shown, rate, *map(_shown, (base.dropout, base.ema_kimg)), _length(base)]))
+    return rows
+
+
 def teacher_settings() -> list[str]:
     """The recipes that train a teacher, a row each."""
     names = ("recipe", "preset", "D", "batch", "lr", "lr ramp, kimg", "dropout", "augment", "length")
@@ -300,7 +316,7 @@ def sizes_of_teachers() -> list[str]:
 
 def sizes_of_distillations() -> list[str]:
     """The rule of sizes for distillations: the recipe whose settings a row takes, or its own."""
-    modules = (distill_ipfm, distill_sid, distill_pid, distill_cmt)
+    modules = (distill_ipfm, distill_sid, distill_pid, distill_cmt, distill_ect)
     names = ("side, pixels", *(f"`{module.RECIPE.file}`" for module in modules))
     rows = [_row(names), _row(["---"] * len(names))]
     for row in ROWS.values():
@@ -429,6 +445,7 @@ PAGES: Mapping[str, Mapping[str, Callable[[], list[str]]]] = {
         "sources": sources,
         "settings of physics informed distillation": pid_settings,
         "settings of consistency mid-training": cmt_settings,
+        "settings of consistency tuning": ect_settings,
         "settings of teachers": teacher_settings,
         "sizes of teachers": sizes_of_teachers,
         "sizes of distillations": sizes_of_distillations,

@@ -41,7 +41,8 @@ from ipfm.engine.experiments.options import DistillationOptions, check_images, o
 from ipfm.engine.experiments.real_data import OWN, read_real
 from ipfm.engine.experiments.recipe import Plan, Recipe
 from ipfm.engine.experiments.starts import read_start
-from ipfm.engine.memory import choose_layout, device_budget
+from ipfm.engine.memory import MemoryPlan, choose_layout, device_budget
+from ipfm.engine.memory.arithmetic import step_forwards
 from ipfm.engine.objectives.base import Distillation
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.commandline import BadInput, Given, user_input
@@ -54,8 +55,11 @@ from ipfm.models import NetworkConfig, Precond, load_teacher, presets
 
 Arch = Literal["ddpmpp", "ncsnpp", "adm"]
 
-# What an objective decides itself of the settings that all have: its optimiser and its average.
-OF_THE_OBJECTIVE = ("lr", "eps", "clip_grad", "ema_kimg", "ema_rampup")
+# What an objective decides itself of the settings that all have: its optimiser, how its rate changes, and its average.
+OF_THE_OBJECTIVE = (
+    *("lr", "lr_schedule", "lr_warmup", "lr_end", "lr_decay_batches"),
+    *("eps", "clip_grad", "ema_kimg", "ema_rampup"),
+)
 
 # --quick: whether everything runs, in seconds; the numbers mean nothing.
 QUICK: Mapping[str, Any] = {
@@ -282,11 +286,15 @@ class AblationPlan(Plan):
             if run.variant in costs:
                 continue
             network, config = trained_config(self.teachers[place].network, run.config.dropout), run.config
-            budget = device_budget(run_device())
-            plan = choose_layout(config, network, ranks=launched_processes(), budget=budget).plan
-            objective = config.objective(network)
-            passes = objective.forwards(phased=plan.phased, checkpointed=plan.activation_checkpointing)
-            costs[run.variant] = (str(passes), size(plan.peak))
+            budget, objective = device_budget(run_device()), config.objective(network)
+            try:
+                plan: MemoryPlan | None = choose_layout(config, network, ranks=launched_processes(), budget=budget).plan
+            except ValueError:
+                # Runs that are only read may have been made on a larger machine.
+                plan = None
+            phased, checkpointed = plan is not None and plan.phased, plan is not None and plan.activation_checkpointing
+            passes = step_forwards(objective, network, phased=phased, checkpointed=checkpointed)
+            costs[run.variant] = (f"{passes:.3g}", "-" if plan is None else size(plan.peak))
         return costs
 
     def conclude(self, found: Mapping[str, Found], metric: str) -> None:

@@ -253,11 +253,12 @@ class Objective(Protocol):
         ...
 
 
-def check_objective_says(objective: Objective) -> None:
+def check_objective_says(objective: Objective, low_rank: Sequence[str] = ()) -> None:
     """Check that what an objective says of its result can be kept and drawn from, before anything is trained for it.
 
     Args:
         objective: the objective.
+        low_rank: the networks that its settings ask for as factors, see `Distillation.low_rank_roles`.
 
     Raises:
         ValueError: something is missing, or cannot be; one line.
@@ -271,6 +272,13 @@ def check_objective_says(objective: Objective) -> None:
         raise ValueError(f"generator is {objective.generator!r}, which is none of its roles: {', '.join(averaged)}")
     if not averaged[objective.generator]:
         raise ValueError(f"the role {objective.generator} is the result, and must have averaged=True")
+    factors = {role.name for role in objective.roles if role.lora is not None}
+    for name in low_rank:
+        if name not in factors:
+            raise ValueError(
+                f"{name} lora was given, and {whose} trains no such network by factors: leave it out, or give the role "
+                f"lora=config.lora_of({name!r})"
+            )
     facts = objective.facts
     try:
         json.dumps(facts)
@@ -432,7 +440,7 @@ class Distillation(RunConfig, ABC):
         """
         grown = warmed_up(update + 1, self.lr_warmup)
         if self.lr_schedule == "linear":
-            total = (self.total_steps - first) * times
+            total = max(self.total_steps - first, 1) * times
             return learning_rate(lr, update, "linear", grown=grown, total=total, end=self.lr_end)
         return learning_rate(lr, update, self.lr_schedule, grown=grown, hold=self.lr_decay_batches or 1.0)
 

@@ -14,6 +14,7 @@ pseudo-Huber form, does not let rule.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,15 +24,16 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from ipfm.engine.checks import is_number, not_negative, positive, share
+from ipfm.engine.checks import is_number, not_negative, number, positive, share
 from ipfm.engine.config import setting
 from ipfm.engine.data.dataset import Batch
 from ipfm.engine.distributed.pieces import Number, whole
 from ipfm.engine.noise_levels import check_sigmas
-from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext
+from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext, lora_title
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.losses import along, finite_samples, per_sample
 from ipfm.engine.objectives.phases import mark
+from ipfm.engine.objectives.published import Conditions, PaperResult, plain_name
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics, measured_as
 from ipfm.engine.random_streams import ObjectiveStream, seed_dropout
 from ipfm.engine.runtime.wording import counted
@@ -41,6 +43,8 @@ from ipfm.models import NetworkConfig, Precond
 
 # k of the gap's factor 1 + k / (1 + e^(b t)), b = 1.
 GAP = 8.0
+# Of q^-(s+1), below which float32 has no more digits for t - r; a long run's last stages have it.
+SMALLEST_GAP = 1e-6
 # Norm of an input up to which no square of an activation leaves float32; only tails of a D far below 1 reach it.
 LARGEST = 1e15
 
@@ -51,6 +55,25 @@ class EctStream(ObjectiveStream):
     LEVEL = 31
     NOISE = 32
     DROPOUT = 33
+
+
+def _figure(fid: float, source: str, q_kimg: float, *levels: float, after: tuple[str, ...] = ()) -> PaperResult:
+    settings: dict[str, tuple[Any, ...]] = {
+        "width": (1.0,), "init": ("teacher",), "generator": ("full",), "huber": (0.0,), "q_kimg": (q_kimg,),
+        # Without any it is the largest.
+        "sigmas": ([80.0, *levels], *([] if levels else [[]])),
+    }  # fmt: skip
+    return PaperResult(fid, None, None, source, Conditions("cifar10-ddpmpp", settings, unknown=after))
+
+
+_AFTER = ("a second stage after consistency mid-training there",)
+# q and evaluations of the generator -> FID of CIFAR-10.
+_FIGURES: Mapping[tuple[float, int | None], PaperResult] = {
+    (2.0, 1): _figure(3.60, "locuslab/ect", 3200.0),
+    (2.0, 2): _figure(2.11, "locuslab/ect", 3200.0, 0.821),
+    (4096.0, 1): _figure(2.74, "sony/cmt", 0.0, after=_AFTER),
+    (4096.0, 2): _figure(1.97, "sony/cmt", 0.0, 0.7757, after=_AFTER),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +147,9 @@ class EctConfig(Distillation):
         return True
 
     def gap_at(self, step: int) -> float:
-        """q^-(s+1) at 0-based `step`, s the stage by the images seen before it."""
+        """q^-(s+1) at 0-based `step`, at least 1e-6; s is the stage by the images seen before it."""
         stage = int(step * self.batch / (1000 * self.q_kimg)) if self.q_kimg else 0
-        return float(self.q) ** -(stage + 1)
+        return max(float(self.q) ** -(stage + 1), SMALLEST_GAP)
 
     def completed(self, network: NetworkConfig) -> Self:
         """See `Distillation.completed`."""
@@ -162,6 +185,14 @@ class EctConfig(Distillation):
         return len(settings.get("sigmas") or (0,))
 
     @classmethod
+    def figures(cls, dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
+        """See `Distillation.figures`: at infinite D, by q and the number of evaluations."""
+        asked = (number(settings.get("q")), cls.nfe_of(settings))
+        if plain_name(dataset) != "cifar10" or settings.get("pairs", "data") != "data" or asked not in _FIGURES:
+            return {}
+        return {math.inf: _FIGURES[asked]}
+
+    @classmethod
     def report_words(cls, settings: Mapping[str, Any]) -> str:
         """See `Distillation.report_words`."""
         return f"{cls.method} (pairs of {cls._pairs(settings)}, q = {settings.get('q')})"
@@ -192,7 +223,7 @@ class ConsistencyTuning:
         self.config, self.network = config, network
         self.D = network.D if config.D is None else config.D
         self.nfe = len(config.levels)
-        self.title = f"distil D={self.D:g} ECT {config.pairs} q={config.q:g}"
+        self.title = f"distil D={self.D:g} ECT {config.pairs} q={config.q:g}" + lora_title(config)
         self.summary = f"by consistency tuning on pairs of {config.pairs}"
         self.roles: tuple[Role, ...] = (
             Role(
@@ -203,6 +234,7 @@ class ConsistencyTuning:
                 config.beta1,
                 rectified=True,
                 averaged=True,
+                lora=config.lora_of(self.generator),
             ),
         )
 

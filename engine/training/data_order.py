@@ -36,6 +36,8 @@ def real_images(config: Distillation, network: NetworkConfig, data: ImageDataset
     if not config.takes_real_images:
         # Weights of 1 and 1 are the way to leave them out.
         if data is not None and weights is None:
+            if not hasattr(config, "discriminator"):
+                raise ValueError(f"{config.method} takes no real images: leave those of {data.name} out")
             takes = "real_weights, such as (0.92, 0.94), or " * hasattr(config, "real_weights")
             raise ValueError(f'the real images of {data.name} were given without {takes}discriminator="encoder"')
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -54,6 +55,13 @@ def test_a_constant_rate_needs_no_length() -> None:
 
 def test_a_longer_run_falls_less_steeply() -> None:
     assert [DistillConfig(max_steps=n, lr=1.0, lr_schedule="linear").lr_at(4) for n in (4, 8)] == [0.0, 0.5]
+
+
+def test_a_run_that_ends_before_its_generator_is_trained_is_planned() -> None:
+    """By the step in which the generator meets its discriminator, beyond the end of the fall."""
+    told = DistillConfig(batch=8, max_steps=2, discriminator="encoder", discriminator_kimg=(0.016, 0.032))
+    config = replace(told, lr_schedule="linear")
+    assert (config.first_whole_step, config.planned_step) == (2, 4) and config.lr_at(config.planned_step) == 0.0
 
 
 def test_older_runs_had_the_schedules_of_then() -> None:

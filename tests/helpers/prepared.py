@@ -240,7 +240,7 @@ def serve(address: str) -> dict[str, Any] | None:
 
 
 def warm_up() -> None:
-    """Have libraries do what they do at their first use alone: of a program that takes a second it is a third.
+    """Have libraries do what they do at their first use alone, some tenth of a program that takes a second.
 
     They look for fonts, read the sources of options for their help, and import what shapes of tensors need.
     """

@@ -10,6 +10,7 @@ import signal
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import idx_files
 import numpy as np
@@ -349,7 +350,7 @@ def test_nothing_else_varies(name: str, free: set[str]) -> None:
 
 
 @pytest.mark.quick
-def test_methods_are_compared_at_equal_images() -> None:
+def test_methods_are_compared_at_equal_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by its own optimiser and average, everything that all have in common alike; real images are the data's."""
     plan = plan_of(ablation_methods, "--max-steps", "7", "--seeds", "1")
     labels = [f"D{D}-{method}" for D in ("128", "inf") for method in METHODS]
@@ -359,8 +360,18 @@ def test_methods_are_compared_at_equal_images() -> None:
     assert len(shared) == 1 and {run.config.total_steps for run, _ in plan.runs} == {7}
     rates = {run.variant.partition("-")[2]: run.config.lr for run, _ in plan.runs}
     assert rates == dict.fromkeys(METHODS, 3e-4) | {"cmt": 1e-3, "pid": 1e-3}
+    # A mid-training's rate falls to 0.
+    assert {run.variant for run, _ in plan.runs if run.config.lr_at(6) < run.config.lr} == {"D128-cmt", "Dinf-cmt"}
     real = [run.variant for run, _ in plan.runs if run.real is not None]
     assert real == [label for label in labels if label.partition("-")[2] in ("real", "discriminator", "both", "second")]
+    # Where nothing fits, what larger machines have made is read all the same.
+    monkeypatch.setattr(
+        "ipfm.engine.experiments.ablation.choose_layout", mock.Mock(side_effect=ValueError("too large"))
+    )
+    costs = plan._costs()
+    assert (costs["Dinf-cmt"], costs["Dinf-ipfm"], costs["Dinf-real"]) == (("4", "-"), ("11", "-"), ("14", "-"))
+    # Of real images the encoder alone is run.
+    assert 11.5 < float(costs["Dinf-discriminator"][0]) < 13
     with pytest.raises(BadInput, match=r"lr was given, but it is what this ablation varies"):
         ablation_methods.main(["--lr", "1e-3"])
 

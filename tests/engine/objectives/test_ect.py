@@ -23,7 +23,7 @@ from ipfm.engine.random_streams import seed_dropout
 from ipfm.engine.runtime.commandline import BadInput, parse_given
 from ipfm.engine.sampling.stored_model import sample_model
 from ipfm.kernels import perturb, philox
-from ipfm.models import EDMPrecond, Precond
+from ipfm.models import EDMPrecond, Precond, presets
 from ipfm.recipes import cifar_ect, distill_ect
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -133,6 +133,8 @@ def test_gaps_by_hand() -> None:
     config = EctConfig(batch=100, q=2.0, q_kimg=1.0)
     assert [config.gap_at(step) for step in (0, 9, 10, 20, 35)] == [0.5, 0.5, 0.25, 0.125, 0.0625]
     assert EctConfig(q=4096.0, q_kimg=0.0).gap_at(10**6) == 1 / 4096
+    # Of a long run: t and r must differ in float32.
+    assert config.gap_at(10**9) == 1e-6
     assert 1 - EctConfig(q=64.0).gap_at(0) * (1 + 8 / (1 + math.e)) == pytest.approx(0.950758, abs=1e-6)
 
 
@@ -226,3 +228,14 @@ def test_recipes_have_the_settings_of_the_scripts() -> None:
     second = cifar_ect.RECIPE.varied({"init": Path("runs/cmt")}, cifar_ect.RECIPE.plan(
         parse_given(["--dry-run"], default=cifar_ect.RECIPE.base, prog="", description="")).network)  # fmt: skip
     assert (second.q, second.q_kimg, second.lr_schedule, second.kimg) == (4096.0, 0.0, "linear", 12_800)
+
+    def beside(config: EctConfig, *sigmas: float) -> str:
+        settings = replace(config, sigmas=sigmas).to_json()
+        return str(EctConfig.figure("CIFAR-10", settings, presets.get("cifar10-ddpmpp")))
+
+    first, after = planned(cifar_ect.RECIPE), "; a second stage after consistency mid-training there)"
+    assert (beside(first), beside(first, 80.0, 0.821)) == ("FID 3.6 (locuslab/ect)", "FID 2.11 (locuslab/ect)")
+    assert beside(first, 80.0, 0.5) == "FID 2.11 (locuslab/ect; noise levels 80, 0.821 there, 80, 0.5 here)"
+    assert beside(second.distillation()) == "FID 2.74 (sony/cmt" + after
+    assert beside(second.distillation(), 80.0, 0.7757) == "FID 1.97 (sony/cmt" + after
+    assert beside(replace(first, pairs="euler")) == beside(replace(first, q=3.0)) == "None"

@@ -22,11 +22,12 @@ from launch import ROOT, WORKERS
 from ipfm.engine import DistillConfig, PidConfig, objectives
 from ipfm.engine.experiments import options_for
 from ipfm.engine.objectives import DEFAULT, OBJECTIVES, declared
-from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.base import Distillation, check_objective_says
 from ipfm.engine.random_streams import ObjectiveStream, Stream
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder
 from ipfm.models import EDMPrecond, presets, save_model
 from ipfm.models.facts import GeneratorFacts, read_facts
+from ipfm.models.low_rank import Lora
 
 
 def test_kinds_and_their_settings() -> None:
@@ -40,7 +41,12 @@ def test_kinds_and_their_settings() -> None:
         assert settings.kind == kind and settings.method
         assert {name: option.help for name, option in declared()[kind].offered.items()} == settings.planned
         assert declared()[kind].example == settings.plan_example
+        of_factors = settings(generator="lora", max_steps=1).objective(presets.get("digits"))
+        found = {role.name: role.lora for role in of_factors.roles}
+        assert found == dict.fromkeys(found) | {"generator": Lora(8, 8.0)} and of_factors.title.endswith("lora8")
     assert "regression" in OBJECTIVES  # of tests/helpers, imported here
+    with pytest.raises(ValueError, match=r"^generator lora was given, and \w+ trains no such network by factors"):
+        check_objective_says(OBJECTIVES["regression"](max_steps=1).objective(presets.get("digits")), ("generator",))
     with pytest.raises(KeyError):
         OBJECTIVES["unknown"]
 
