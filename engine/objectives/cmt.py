@@ -131,7 +131,6 @@ class CmtConfig(Distillation):
                 f"points {self.points}"
             )
         self.check_network(network)
-        generator_network(network, self.width)
         if self.distance == "lpips":
             # They are looked for before anything expensive begins.
             read_weights(self.lpips)
@@ -146,6 +145,7 @@ class CmtConfig(Distillation):
                 f"trajectories go from {noise.sigma_max:g} to {noise.sigma_min:g}: give --noise.sigma-max and "
                 "--noise.sigma-min"
             )
+        super().check_network(network)
         if self.distance == "lpips":
             check_lpips_images(network, self.lpips_side)
 
