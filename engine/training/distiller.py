@@ -111,7 +111,7 @@ class Distiller(TrainingRun[Distillation]):
         self._begun = 0
         self._as_trained = trained_config(self.network, config.dropout)
         self.objective = settings.config.objective(self._as_trained)
-        check_objective_says(self.objective, self.config.low_rank_roles)
+        check_objective_says(self.objective, settings.config.low_rank_roles)
         real = real_images(settings.config, self.network, real)
         self._real = None if real is None else _ordered(real, settings.config, world)
         self.rows: list[EvaluationRow] = []

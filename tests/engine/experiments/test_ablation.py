@@ -371,7 +371,7 @@ def test_methods_are_compared_at_equal_images(monkeypatch: pytest.MonkeyPatch) -
     costs = plan._costs()
     assert (costs["Dinf-cmt"], costs["Dinf-ipfm"], costs["Dinf-real"]) == (("4", "-"), ("11", "-"), ("14", "-"))
     # Of real images the encoder alone is run.
-    assert 11.5 < float(costs["Dinf-discriminator"][0]) < 13
+    assert 11 < float(costs["Dinf-discriminator"][0]) < 12
     with pytest.raises(BadInput, match=r"lr was given, but it is what this ablation varies"):
         ablation_methods.main(["--lr", "1e-3"])
 
