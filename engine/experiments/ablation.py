@@ -350,7 +350,7 @@ class Ablation(Recipe[AblationOptions]):
         begun = [name for name in ("continue_from", "student_from", "branch") if getattr(options, name) is not None]
         begun += ["init"] if options.init_from is not None else []
         for name in map(option_name, begun):
-            raise ValueError(f"{name} was given, but the runs of an ablation all begin with their teachers")
+            raise ValueError(f"{name} was given, but an ablation says itself what its runs begin with")
         if options.labels is not None:
             raise ValueError("labels was given, but the runs of an ablation draw all classes alike: leave it out")
         suffix = "" if options.data == "digits" else f"-{options.data}"

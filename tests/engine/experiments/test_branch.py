@@ -199,7 +199,7 @@ def test_what_cannot_be_branched_is_one_line_and_writes_nothing(here: Path) -> N
     assert "run is a distillation, which this recipe does not make" in refused(
         "--branch", "run", "--data", "x", main=train_teacher.main
     )
-    assert "branch was given, but the runs of an ablation all begin with their teachers" in refused(
+    assert "branch was given, but an ablation says itself what its runs begin with" in refused(
         "--branch", "run", main=ablation_alpha.main
     )
     assert "run is the run itself: give the branch another --out" in refused("--branch", "run", out="run")

@@ -182,7 +182,7 @@ def test_what_is_refused(teacher: Precond, first: Path, tmp_path: Path, capsys: 
         assert f"is another network than the generator of this run ({differs})" in refused(config, other, first)
     narrow = replace(config, width=0.5)
     assert refused(narrow, teacher, first).endswith(": --width says how wide it is")
-    with pytest.raises(BadInput, match=r"^init was given, but the runs of an ablation all begin with their teachers$"):
+    with pytest.raises(BadInput, match=r"^init was given, but an ablation says itself what its runs begin with$"):
         ablation_alpha.main(["--init", str(first), "--dry-run"])
     with pytest.raises(
         ValueError, match=r"^student-first-kimg 0\.032 are 4 steps of the run's 4, which leave none for "
