@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from ipfm.engine.averages import LrSchedule
-from ipfm.engine.checks import at_least, not_negative, share
+from ipfm.engine.checks import at_least, not_negative
 from ipfm.engine.config import setting
 from ipfm.engine.distributed.pieces import Number, whole
-from ipfm.engine.noise_levels import check_sigmas
-from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext, lora_title
-from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
+from ipfm.engine.objectives.base import TEACHER, Objective, Passes, StepContext, lora_title
+from ipfm.engine.objectives.generator_alone import ConsistencyConfig, ConsistencyModel
 from ipfm.engine.objectives.losses import along, finite_samples, per_sample
 from ipfm.engine.objectives.lpips import (
     Lpips,
@@ -38,9 +37,8 @@ from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics, measured_as
 from ipfm.engine.random_streams import ObjectiveStream, class_shares, draw_labels, seed_dropout
 from ipfm.engine.runtime.wording import counted
-from ipfm.engine.sampling.batches import sample_generator
 from ipfm.kernels import perturb
-from ipfm.models import NetworkConfig, Precond
+from ipfm.models import NetworkConfig
 
 # The constant of the pseudo-Huber loss for an image of 3 x 64 x 64; others by the root of their elements.
 HUBER, HUBER_ELEMENTS = 0.06, 3 * 64 * 64
@@ -55,7 +53,7 @@ class CmtStream(ObjectiveStream):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CmtConfig(Distillation):
+class CmtConfig(ConsistencyConfig):
     """Consistency mid-training of a teacher into a generator of one or several steps [CMT]."""
 
     kind: ClassVar[str] = "cmt"
@@ -71,9 +69,6 @@ class CmtConfig(Distillation):
     """Points of a trajectory, each an image of the batch: the teacher is evaluated one time less."""
     order: Literal[1, 2, 3] = setting(3, memory=False)
     """Order of the multistep solver that makes the trajectories."""
-    sigmas: tuple[float, ...] = setting((), memory=False)
-    """Noise levels at which the result is evaluated, falling, such as 80 0.821. Default: the largest alone, one
-    step."""
     distance: Literal["l2", "lpips"] = "l2"
     """What measures how far an image is from the trajectory's end: l2, see --huber; lpips, in the features of VGG-16 (1
     or 3 channels)."""
@@ -85,8 +80,6 @@ class CmtConfig(Distillation):
     it is made of. Default: those of the installed package lpips and of torch's hub folder."""
     lpips_side: int | None = None
     """With --distance lpips: resize images to this side first, bilinearly. Default: as they are, at least 16."""
-    beta1: float = 0.9
-    """First decay of Rectified Adam."""
     lr_schedule: LrSchedule = setting("linear", memory=False, added=True)
     """How the learning rate falls: linear: to --lr-end at the end of the run; constant: not; rsqrt: as
     1 / sqrt(updates) after --lr-decay-batches."""
@@ -96,14 +89,6 @@ class CmtConfig(Distillation):
         at_least("points", self.points, 2)
         if self.order not in (1, 2, 3):
             raise ValueError(f"order must be 1, 2 or 3, got {self.order!r}")
-        if self.sigmas != ():
-            levels = check_sigmas(self.sigmas)
-            if levels[0] > self.noise.sigma_max or levels[-1] < self.noise.sigma_min:
-                raise ValueError(
-                    f"sigmas must lie between sigma-min and sigma-max, {self.noise.sigma_min:g} and "
-                    f"{self.noise.sigma_max:g}, got {', '.join(f'{level:g}' for level in levels)}"
-                )
-            object.__setattr__(self, "sigmas", levels)
         if self.distance not in ("l2", "lpips"):
             raise ValueError(f"distance must be l2 or lpips, got {self.distance!r}")
         if self.distance != "lpips" and not self.lpips is self.lpips_side is None:
@@ -114,14 +99,6 @@ class CmtConfig(Distillation):
                 raise ValueError("huber is a setting of --distance l2, got distance lpips")
         if self.lpips_side is not None:
             at_least("lpips-side", self.lpips_side, 16)
-        share("beta1", self.beta1)
-        if self.augment > 0:
-            raise ValueError(f"augment must be 0, as no denoiser is trained on images here, got {self.augment:g}")
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """The generator's noise levels, resolved."""
-        return self.sigmas or (self.noise.sigma_max,)
 
     def completed(self, network: NetworkConfig) -> Self:
         """See `Distillation.completed`."""
@@ -149,11 +126,6 @@ class CmtConfig(Distillation):
         if self.distance == "lpips":
             check_lpips_images(network, self.lpips_side)
 
-    @property
-    def capturable(self) -> bool:
-        """See `RunConfig.capturable`."""
-        return True
-
     def objective(self, network: NetworkConfig) -> Objective:
         """See `Distillation.objective`."""
         return ConsistencyMidTraining(self, network)
@@ -171,11 +143,6 @@ class CmtConfig(Distillation):
         return f"cmt-{self.distance}-N{self.points}"
 
     @classmethod
-    def nfe_of(cls, settings: Mapping[str, Any]) -> int | None:
-        """See `Distillation.nfe_of`."""
-        return len(settings.get("sigmas") or (0,))
-
-    @classmethod
     def report_words(cls, settings: Mapping[str, Any]) -> str:
         """See `Distillation.report_words`."""
         points, order, distance = (settings.get(name) for name in ("points", "order", "distance"))
@@ -188,55 +155,21 @@ class CmtConfig(Distillation):
         return f"{cls.method}, {settings.get('points')} points, {settings.get('distance')}, {steps}"
 
 
-class ConsistencyMidTraining:
-    """See `Objective`. One network, trained by Rectified Adam.
-
-    Args:
-        config: settings, D among them.
-        network: the teacher's architecture, as it is trained.
-    """
-
-    generator = "generator"
+class ConsistencyMidTraining(ConsistencyModel[CmtConfig]):
+    """See `Objective`."""
 
     def __init__(self, config: CmtConfig, network: NetworkConfig) -> None:
-        self.config, self.network = config, network
-        self.D = network.D if config.D is None else config.D
-        self.nfe = len(config.levels)
+        super().__init__(config, network)
         self.title = f"distil D={self.D:g} CMT N={config.points}" + lora_title(config)
         self.summary = f"by consistency mid-training on {config.points} points, {config.distance}"
-        self.roles: tuple[Role, ...] = (
-            Role(
-                self.generator,
-                generator_network(network, config.width),
-                initial_weights(config.init, config.width),
-                config.lr,
-                config.beta1,
-                rectified=True,
-                averaged=True,
-                lora=config.lora_of(self.generator),
-            ),
-        )
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """See `Objective.facts`."""
-        return {"sigmas": list(self.config.levels)}
 
     def steps(self, context: StepContext) -> CmtSteps:
         """See `Objective.steps`."""
         return CmtSteps(self.config, context, self.network)
 
-    def forwards(self, *, phased: bool, checkpointed: bool) -> int:
-        """See `Objective.forwards`."""
-        return sum(of.whole + checkpointed * of.again for of in self.passes(phased=phased).values())
-
     def passes(self, *, phased: bool) -> Mapping[str, Passes]:
         """See `Objective.forwards`: an evaluation of each, and the way back through the generator; phased is joint."""
         return {"generator": Passes.of(1, to_weights=1), TEACHER: Passes.of(1)}
-
-    def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
-        """See `Objective.sample`."""
-        return sample_generator(net, first, count, D=self.D, sigmas=self.config.levels, seed=seed)
 
 
 class Advance(NamedTuple):

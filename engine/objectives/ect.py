@@ -24,22 +24,20 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from ipfm.engine.checks import is_number, not_negative, number, positive, share
+from ipfm.engine.checks import is_number, not_negative, number, positive
 from ipfm.engine.config import setting
 from ipfm.engine.data.dataset import Batch
 from ipfm.engine.distributed.pieces import Number, whole
-from ipfm.engine.noise_levels import check_sigmas
-from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext, lora_title
-from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
+from ipfm.engine.objectives.base import TEACHER, Objective, Passes, StepContext, lora_title
+from ipfm.engine.objectives.generator_alone import ConsistencyConfig, ConsistencyModel
 from ipfm.engine.objectives.losses import along, finite_samples, per_sample
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.published import Conditions, PaperResult, plain_name
 from ipfm.engine.objectives.step_metrics import LossSum, StepMetrics, measured_as
 from ipfm.engine.random_streams import ObjectiveStream, seed_dropout
 from ipfm.engine.runtime.wording import counted
-from ipfm.engine.sampling.batches import sample_generator
 from ipfm.kernels import perturb, philox
-from ipfm.models import NetworkConfig, Precond
+from ipfm.models import NetworkConfig
 
 # k of the gap's factor 1 + k / (1 + e^(b t)), b = 1.
 GAP = 8.0
@@ -77,7 +75,7 @@ _FIGURES: Mapping[tuple[float, int | None], PaperResult] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class EctConfig(Distillation):
+class EctConfig(ConsistencyConfig):
     """Consistency tuning of a teacher, or of a generator that has begun with it, on real images [ECT]."""
 
     kind: ClassVar[str] = "ect"
@@ -105,11 +103,6 @@ class EctConfig(Distillation):
     """Standard deviation of ln t, which lies between noise.sigma-min and noise.sigma-max."""
     huber: float = setting(0.0, memory=False)
     """c of the loss (|a|^2 + c^2)^(1/2) - c; 0 takes |a|."""
-    sigmas: tuple[float, ...] = setting((), memory=False)
-    """Noise levels at which the result is evaluated, falling, such as 80 0.821. Default: the largest alone, one
-    step."""
-    beta1: float = 0.9
-    """First decay of Rectified Adam."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,22 +117,6 @@ class EctConfig(Distillation):
             raise ValueError(f"t-mean must be a number in [-100, 100], got {self.t_mean}")
         positive("t-std", self.t_std)
         not_negative("huber", self.huber)
-        if self.sigmas != ():
-            levels = check_sigmas(self.sigmas)
-            if levels[0] > self.noise.sigma_max or levels[-1] < self.noise.sigma_min:
-                raise ValueError(
-                    f"sigmas must lie between sigma-min and sigma-max, {self.noise.sigma_min:g} and "
-                    f"{self.noise.sigma_max:g}, got {', '.join(f'{level:g}' for level in levels)}"
-                )
-            object.__setattr__(self, "sigmas", levels)
-        share("beta1", self.beta1)
-        if self.augment > 0:
-            raise ValueError(f"augment must be 0, as no denoiser is trained on images here, got {self.augment:g}")
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """The generator's noise levels, resolved."""
-        return self.sigmas or (self.noise.sigma_max,)
 
     @property
     def takes_real_images(self) -> bool:
@@ -166,11 +143,6 @@ class EctConfig(Distillation):
             )
         super().check_network(network)
 
-    @property
-    def capturable(self) -> bool:
-        """See `RunConfig.capturable`."""
-        return True
-
     def objective(self, network: NetworkConfig) -> Objective:
         """See `Distillation.objective`."""
         return ConsistencyTuning(self, network)
@@ -178,11 +150,6 @@ class EctConfig(Distillation):
     def name(self) -> str:
         """See `Distillation.name`."""
         return f"ect-{self.pairs}-q{self.q:g}"
-
-    @classmethod
-    def nfe_of(cls, settings: Mapping[str, Any]) -> int | None:
-        """See `Distillation.nfe_of`."""
-        return len(settings.get("sigmas") or (0,))
 
     @classmethod
     def figures(cls, dataset: str, settings: Mapping[str, Any]) -> Mapping[float, PaperResult]:
@@ -209,57 +176,23 @@ class EctConfig(Distillation):
         return "data" if pairs in (None, "data") else f"the teacher's ODE ({pairs})"
 
 
-class ConsistencyTuning:
-    """See `Objective`. One network, trained by Rectified Adam.
-
-    Args:
-        config: settings, D among them.
-        network: the teacher's architecture, as it is trained.
-    """
-
-    generator = "generator"
+class ConsistencyTuning(ConsistencyModel[EctConfig]):
+    """See `Objective`."""
 
     def __init__(self, config: EctConfig, network: NetworkConfig) -> None:
-        self.config, self.network = config, network
-        self.D = network.D if config.D is None else config.D
-        self.nfe = len(config.levels)
+        super().__init__(config, network)
         self.title = f"distil D={self.D:g} ECT {config.pairs} q={config.q:g}" + lora_title(config)
         self.summary = f"by consistency tuning on pairs of {config.pairs}"
-        self.roles: tuple[Role, ...] = (
-            Role(
-                self.generator,
-                generator_network(network, config.width),
-                initial_weights(config.init, config.width),
-                config.lr,
-                config.beta1,
-                rectified=True,
-                averaged=True,
-                lora=config.lora_of(self.generator),
-            ),
-        )
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """See `Objective.facts`."""
-        return {"sigmas": list(self.config.levels)}
 
     def steps(self, context: StepContext) -> EctSteps:
         """See `Objective.steps`."""
         return EctSteps(self.config, context, self.network)
-
-    def forwards(self, *, phased: bool, checkpointed: bool) -> int:
-        """See `Objective.forwards`."""
-        return sum(of.whole + checkpointed * of.again for of in self.passes(phased=phased).values())
 
     def passes(self, *, phased: bool) -> Mapping[str, Passes]:
         """See `Objective.forwards`: two evaluations and the way back through one; phased is joint."""
         asked = {"data": 0, "euler": 1, "heun": 2}[self.config.pairs]
         generator = {"generator": Passes.of(2, to_weights=1)}
         return {**generator, TEACHER: Passes.of(asked)} if asked else generator
-
-    def sample(self, net: Precond, first: int, count: int, *, seed: int) -> Tensor:
-        """See `Objective.sample`."""
-        return sample_generator(net, first, count, D=self.D, sigmas=self.config.levels, seed=seed)
 
 
 class EctSteps:

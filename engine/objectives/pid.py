@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ipfm.engine.checks import at_least, number, share
+from ipfm.engine.checks import at_least, number
 from ipfm.engine.config import setting
 from ipfm.engine.distributed.pieces import Number, whole
-from ipfm.engine.objectives.base import TEACHER, Distillation, Objective, Passes, Role, StepContext, lora_title
-from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
+from ipfm.engine.objectives.base import TEACHER, Objective, Passes, StepContext, lora_title
+from ipfm.engine.objectives.generator_alone import GeneratorAlone, GeneratorAloneConfig
 from ipfm.engine.objectives.losses import along, finite_samples, held, per_sample
 from ipfm.engine.objectives.lpips import (
     Lpips,
@@ -82,7 +82,7 @@ class PidStream(ObjectiveStream):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PidConfig(Distillation):
+class PidConfig(GeneratorAloneConfig):
     """Physics informed distillation of a teacher into a one-step generator [PID]."""
 
     kind: ClassVar[str] = "pid"
@@ -110,8 +110,6 @@ class PidConfig(Distillation):
     lpips_side: int | None = None
     """With --distance lpips: resize images to this side first, bilinearly; 244 in the paper, 224 in the settings
     published beside it. Default: as they are, at least 16; 244 in the recipes of CIFAR-10 and ImageNet."""
-    beta1: float = 0.9
-    """First decay of Rectified Adam."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,9 +122,6 @@ class PidConfig(Distillation):
             raise ValueError("lpips and lpips-side are settings of --distance lpips, got distance l2")
         if self.lpips_side is not None:
             at_least("lpips-side", self.lpips_side, 16)
-        share("beta1", self.beta1)
-        if self.augment > 0:
-            raise ValueError(f"augment must be 0, as no denoiser is trained on images here, got {self.augment:g}")
 
     def completed(self, network: NetworkConfig) -> Self:
         """See `Distillation.completed`."""
@@ -146,11 +141,6 @@ class PidConfig(Distillation):
         super().check_network(network)
         if self.distance == "lpips":
             check_lpips_images(network, self.lpips_side)
-
-    @property
-    def capturable(self) -> bool:
-        """See `RunConfig.capturable`."""
-        return True
 
     def objective(self, network: NetworkConfig) -> Objective:
         """See `Distillation.objective`."""
@@ -191,34 +181,15 @@ class PidConfig(Distillation):
         return f"{cls.method}, {difference} difference, {distance}, N = {points}"
 
 
-class PhysicsInformedDistillation:
-    """See `Objective`. One network, trained by Rectified Adam.
+class PhysicsInformedDistillation(GeneratorAlone[PidConfig]):
+    """See `Objective`."""
 
-    Args:
-        config: settings, D among them.
-        network: the teacher's architecture, as it is trained.
-    """
-
-    generator = "generator"
     nfe = 1
 
     def __init__(self, config: PidConfig, network: NetworkConfig) -> None:
-        self.config, self.network = config, network
-        self.D = network.D if config.D is None else config.D
+        super().__init__(config, network)
         self.title = f"distil D={self.D:g} PID {config.difference} N={config.points}" + lora_title(config)
         self.summary = f"by physics informed distillation, {config.difference} difference and {config.distance}"
-        self.roles: tuple[Role, ...] = (
-            Role(
-                self.generator,
-                generator_network(network, config.width),
-                initial_weights(config.init, config.width),
-                config.lr,
-                config.beta1,
-                rectified=True,
-                averaged=True,
-                lora=config.lora_of(self.generator),
-            ),
-        )
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -229,10 +200,6 @@ class PhysicsInformedDistillation:
     def steps(self, context: StepContext) -> PidSteps:
         """See `Objective.steps`."""
         return PidSteps(self.config, context, self.network)
-
-    def forwards(self, *, phased: bool, checkpointed: bool) -> int:
-        """See `Objective.forwards`."""
-        return sum(of.whole + checkpointed * of.again for of in self.passes(phased=phased).values())
 
     def passes(self, *, phased: bool) -> Mapping[str, Passes]:
         """See `Objective.forwards`: two evaluations with their backward passes, and one of the teacher.
