@@ -16,19 +16,10 @@ SiD²A differs in the generator's first weights alone, those of SiD, and in its 
 
 from __future__ import annotations
 
-import math
-
-from ipfm.engine.experiments import recipe_options, run_command
+from ipfm.engine.experiments import run_command
 from ipfm.recipes import afhqv2_ipfm, afhqv2_sid, cifar_sida
 
-RECIPE = afhqv2_sid.RECIPE.with_options(
-    "afhqv2_sida.py",
-    __doc__,
-    recipe_options(cifar_sida.with_discriminator(afhqv2_ipfm.BASE, kimg=200_000)),
-    D=math.inf,
-    settings_of=cifar_sida.SETTINGS_OF,
-    origins=cifar_sida.ORIGINS,
-)
+RECIPE = cifar_sida.sida("afhqv2_sida.py", __doc__, afhqv2_sid.RECIPE, afhqv2_ipfm.BASE, kimg=200_000)
 
 main = RECIPE.main
 

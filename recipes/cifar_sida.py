@@ -21,7 +21,7 @@ import math
 from dataclasses import replace
 
 from ipfm.engine import DistillConfig
-from ipfm.engine.experiments import origins, recipe_options, run_command
+from ipfm.engine.experiments import DistilRecipe, origins, recipe_options, run_command
 from ipfm.recipes import cifar_ipfm, cifar_sid
 
 
@@ -48,14 +48,20 @@ ORIGINS = {
 }
 SETTINGS_OF = "SiDA (arXiv 2410.14919)"
 
-RECIPE = cifar_sid.RECIPE.with_options(
-    "cifar_sida.py",
-    __doc__,
-    recipe_options(with_discriminator(replace(cifar_ipfm.BASE, dropout=0.13), kimg=300_000)),
-    D=math.inf,
-    settings_of=SETTINGS_OF,
-    origins=ORIGINS,
-)
+
+def sida(file: str, about: str | None, sid: DistilRecipe, base: DistillConfig, *, kimg: float) -> DistilRecipe:
+    """The recipe of SiDA beside that of SiD for the same images; `base`: SiD's settings there."""
+    return sid.with_options(
+        file,
+        about,
+        recipe_options(with_discriminator(base, kimg=kimg)),
+        D=math.inf,
+        settings_of=SETTINGS_OF,
+        origins=ORIGINS,
+    )
+
+
+RECIPE = sida("cifar_sida.py", __doc__, cifar_sid.RECIPE, replace(cifar_ipfm.BASE, dropout=0.13), kimg=300_000)
 
 main = RECIPE.main
 

@@ -16,19 +16,10 @@ SiD²A differs in the generator's first weights alone, those of SiD, and in its 
 
 from __future__ import annotations
 
-import math
-
-from ipfm.engine.experiments import recipe_options, run_command
+from ipfm.engine.experiments import run_command
 from ipfm.recipes import cifar_sida, ffhq_ipfm, ffhq_sid
 
-RECIPE = ffhq_sid.RECIPE.with_options(
-    "ffhq_sida.py",
-    __doc__,
-    recipe_options(cifar_sida.with_discriminator(ffhq_ipfm.BASE, kimg=200_000)),
-    D=math.inf,
-    settings_of=cifar_sida.SETTINGS_OF,
-    origins=cifar_sida.ORIGINS,
-)
+RECIPE = cifar_sida.sida("ffhq_sida.py", __doc__, ffhq_sid.RECIPE, ffhq_ipfm.BASE, kimg=200_000)
 
 main = RECIPE.main
 
