@@ -450,6 +450,7 @@ def test_bad_command_lines_are_one_line(teacher: Path, state: Path) -> None:
     assert "recipes that train a teacher have it" in refused("--transfer", state)
     assert "model is a generator and no student" not in refused("--student-from", "nowhere")
     assert "with a student" in refused("--continue-from", state, main=digits_pid.main)
-    assert "but an ablation says itself what its runs begin with" in refused("--continue-from", state, main=ablation_alpha.main)
+    said = refused("--continue-from", state, main=ablation_alpha.main)
+    assert "but an ablation says itself what its runs begin with" in said
     with pytest.raises(BadInput, match="continue-from was given: give the teacher that it was distilled from too"):
         digits_ipfm.main(["--continue-from", str(state), "--dry-run"])
