@@ -16,6 +16,7 @@ from ipfm.engine.distributed.device import run_device
 from ipfm.engine.distributed.world import World
 from ipfm.engine.evaluation.evaluation import Comparison, Evaluation
 from ipfm.engine.experiments import ablation_report as report
+from ipfm.engine.experiments.ablation_numbers import DISTANCES_FILE, write_distances
 from ipfm.engine.experiments.ablation_runs import (
     Run,
     check_ablation_folder,
@@ -298,7 +299,7 @@ class AblationPlan(Plan):
         return costs
 
     def conclude(self, found: Mapping[str, Found], metric: str) -> None:
-        """Write ablation.csv, ablation.md, ablation.png and, where claims are judged, claims.csv; print the tables."""
+        """Write what was measured: CSV, table and curves, and verdicts where claims are judged; print the tables."""
         curves = [curve for its in found.values() for curve in its.curves]
         distances = {label: its.teacher for label, its in found.items()}
         costs = self._costs() if self.ablation.costs else {}
@@ -309,6 +310,7 @@ class AblationPlan(Plan):
         if self.options.quick:
             text += "\nMade with --quick: the numbers mean nothing.\n"
         report.write_csv(curves, self.path / "ablation.csv")
+        write_distances(found, self.path / DISTANCES_FILE)
         with report.atomic_write(self.path / "ablation.md") as file:
             file.write(text.encode())
         title = f"{self.ablation.title}, {counted(len(self.options.seeds), 'seed')}"

@@ -278,6 +278,32 @@ def write_csv(found: Sequence[Measured], path: Path) -> None:
         file.write(text.getvalue().encode())
 
 
+def read_csv(path: Path) -> list[Measured]:
+    """What `write_csv` wrote.
+
+    Raises:
+        ValueError: the file is none of that.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        if tuple(rows.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} has not the columns {', '.join(COLUMNS)}")
+        return [
+            Measured(
+                float(row["D"]),
+                int(row["seed"]),
+                *(float(row[name]) for name in ("sigma", "error_data", "error_out", "told_wrongly")),
+            )
+            for row in rows
+        ]
+
+
+def verdicts(found: Sequence[Measured]) -> list[Judged]:
+    """What was measured says about the claims, of the smallest and the largest D."""
+    Ds = [m.D for m in found]
+    return [question.judged(found, min(Ds), max(Ds)) for question in QUESTIONS]
+
+
 @dataclass(frozen=True)
 class OutOfLawPlan(Plan):
     """See `Plan`. `teachers` by increasing D."""
@@ -322,10 +348,10 @@ class OutOfLawPlan(Plan):
                 net = net.to(world.device).eval()
                 for seed in options.seeds:
                     found += measure(net, self.data, options, seed, bar.advance)
-        verdicts = [question.judged(found, *self.ends) for question in QUESTIONS]
-        text = f"{table(found)}\n{verdicts_table(verdicts)}"
+        judged = verdicts(found)
+        text = f"{table(found)}\n{verdicts_table(judged)}"
         write_csv(found, self.path / "out-of-law.csv")
-        write_verdicts(verdicts, self.path / "claims.csv")
+        write_verdicts(judged, self.path / "claims.csv")
         with atomic_write(self.path / "out-of-law.md") as file:
             file.write(text.encode())
         print(f"\n{text}\nnumbers: {self.path / 'out-of-law.csv'}")

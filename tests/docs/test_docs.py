@@ -6,11 +6,13 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import json
+import math
 import pkgutil
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -18,11 +20,17 @@ from typing import get_args
 from xml.etree import ElementTree
 
 import launch
+import numpy as np
 import pytest
 from PIL import Image
 
 from ipfm.engine import objectives
 from ipfm.engine.commands import main as cli
+from ipfm.engine.experiments import out_of_law
+from ipfm.engine.experiments.ablation_numbers import write_distances
+from ipfm.engine.experiments.ablation_report import Curve, write_csv
+from ipfm.engine.experiments.claims import Found
+from ipfm.engine.experiments.out_of_law import Measured
 
 ROOT = launch.ROOT
 DOCS = ROOT / "docs"
@@ -262,6 +270,120 @@ def test_the_picture_of_the_readme_shows_the_digits() -> None:
         for left in (0, ground + draw.BETWEEN):
             box = (left, draw.TOP, left + ground, stored.height - draw.BOTTOM)
             assert stored.crop(box).tobytes() == again.crop(box).tobytes()
+
+
+@pytest.fixture
+def clothes(tmp_path: Path) -> Path:
+    """What `ipfm evaluate` and `ipfm sample` leave of three of the eight networks."""
+    random = np.random.default_rng(0)
+    common = {"features_name": "classifier ab", "reference": "data", "images": 2000, "seed": 0}
+    for name, D, nfe in (("teacher-D128", 128.0, 35), ("K1-D128", 128.0, 1), ("K1-Dinf", "inf", 1)):
+        runs = [{"distance": nfe + i, "images": 2000, "seconds": 0.5 * (i + 1)} for i in range(3)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"D": D, "nfe": nfe, "runs": runs, **common}))
+        np.savez(tmp_path / f"{name}.npz", images=random.integers(0, 256, (12, 28, 28, 1), dtype=np.uint8))
+    return tmp_path
+
+
+def test_the_picture_and_the_table_of_clothes_are_made_of_what_was_measured(
+    clothes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = made_by("draw_fashion")
+    for place in ("PICTURE", "NUMBERS"):
+        monkeypatch.setattr(draw, place, clothes / getattr(draw, place).name)
+    monkeypatch.setattr(sys, "argv", ["draw_fashion.py", str(clothes)])
+    draw.main()
+    out, err = capsys.readouterr()
+    assert out.splitlines() == draw.table(draw.read(draw.NUMBERS)) and err.count("missing: left out\n") == 5
+    assert "| teacher | 35 | 36.00 (35.00 to 37.00) | 2000 | – | – |" in out
+    assert "| generator, K = 1 | 1 | 2.000 (1.000 to 3.000) | 2000 | 2.000 (1.000 to 3.000) | 2000 |" in out
+    rows = {"teacher-D128": 0, "K1-D128": 1, "K1-Dinf": 2}
+    with Image.open(draw.PICTURE) as picture:
+        for name, row in rows.items():
+            top = draw.MARGIN // 2 + draw.HEAD * (1 + name.endswith("inf")) + draw.CELL * row
+            place, images = draw.LEFT + 11 * draw.CELL, np.load(clothes / f"{name}.npz")["images"]
+            shown = picture.crop((place, top, place + 56, top + 56)).resize((28, 28), Image.Resampling.NEAREST)
+            assert (np.asarray(shown) == images[11]).all(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("K1-D128", {"features_name": "classifier cd"}, "but the networks before it have"),
+        ("K1-Dinf", {"D": 128.0}, "is of D = 128.0"),
+    ],
+)
+def test_what_cannot_be_compared_is_no_row(clothes: Path, name: str, change: dict[str, object], said: str) -> None:
+    draw, path = made_by("draw_fashion"), clothes / f"{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(draw.Wrong, match=said):
+        draw.measured(clothes)
+
+
+def an_ablation(folder: Path, name: str, runs: Mapping[str, Sequence[float]]) -> dict[str, Found]:
+    """What an ablation leaves, three seeds of each variant, each a little worse than the one before."""
+    found = {}
+    for variant, distances in runs.items():
+        curves = [
+            Curve(variant, seed, 64, tuple((60 * i, value * (1 + seed / 50)) for i, value in enumerate(distances)))
+            for seed in range(3)
+        ]
+        sets = {seed: [curve.last] * 3 for seed, curve in enumerate(curves)} if name == "steps" else {}
+        found[variant] = Found(curves, 6.5, sets, [6.5, 6.5, 6.75] if sets else [])
+    (folder / next(iter(runs)) / "seed0").mkdir(parents=True)
+    (folder / next(iter(runs)) / "seed0" / "config.json").write_text('{"config": {"lr": 0.0005}}')
+    (folder / next(iter(runs)) / "seed0" / "environment.jsonl").write_text('{"torch": "2.13.0"}\n')
+    (folder / "ablation.json").write_text(json.dumps({"ablation": name, "data": "fashion"}))
+    write_csv([curve for its in found.values() for curve in its.curves], folder / "ablation.csv")
+    write_distances(found, folder / "distances.csv")
+    return found
+
+
+def test_the_curves_and_verdicts_on_claims_are_made_again_of_what_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = made_by("draw_claims")
+    monkeypatch.setattr(draw, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(draw, "IMAGES", tmp_path)
+    few = an_ablation(tmp_path / "few", "steps", {"K2": [90.0, 9.0, 7.0], "K4": [50.0, 8.0, 6.5]})
+    lost = {"D128-alpha1": [90.0, 30.0, math.nan], "D128-alpha0.5": [90.0, 20.0, 10.0]}
+    an_ablation(tmp_path / "lost", "D-alpha", lost)
+    out_of_law.write_csv(
+        [Measured(D, seed, 1.0, 1.0, 2.0 + seed + D, 0.25) for D in (8.0, 16.0) for seed in range(3)],
+        tmp_path / "out-of-law.csv",
+    )
+    monkeypatch.setattr(sys, "argv", ["x", *(str(tmp_path / name) for name in ("few", "lost", "."))])
+    draw.main()
+    assert draw.kept()["steps"] == few
+    verdicts = {row.split(" | ")[0]: row.split(" | ")[1:] for row in capsys.readouterr().out.splitlines()}
+    assert verdicts["| a generator of K = 2 evaluations reaches its teacher"][0] == "refuted"
+    assert verdicts["| a generator of K = 4 evaluations reaches its teacher"][0] == "confirmed"
+    assert verdicts["| alpha = 1 ends lower than alpha = 1/2, at D = 128"][0] == "refuted"  # it diverged
+    (robust,) = (row for claim, row in verdicts.items() if "robust" in claim)
+    assert robust[0] == "confirmed" and len(verdicts) == 2 + 5
+    assert draw.middle(draw.kept()["D-alpha"]["D128-alpha1"]) == [(0, 90 * 1.02), (60, 30 * 1.02)]
+    about = json.loads((draw.KEPT / "D-alpha.json").read_text())
+    assert (about["data"], about["settings"]["lr"], about["environment"]["torch"]) == ("fashion", 0.0005, "2.13.0")
+    for name in ("steps", "D-alpha"):
+        with Image.open(tmp_path / f"claims-{name}.png") as picture:
+            assert np.asarray(picture.convert("L")).std() > 10
+    (tmp_path / "few" / "distances.csv").unlink()
+    with pytest.raises(ValueError, match=r"has no distances\.csv: give its command again, which then only reads"):
+        draw.keep(tmp_path / "few")
+
+
+def test_what_the_page_shows_of_claims_and_clothes_is_what_is_kept() -> None:
+    """Its numbers, as soon as they are here."""
+    draw = made_by("draw_claims")
+    text = (DOCS / "results.md").read_text(encoding="utf-8")
+    shown = {f"claims-{name}.png" for name in draw.kept()}
+    assert shown == {path.name for path in draw.IMAGES.glob("claims-*.png")}
+    assert shown == set(re.findall(r"images/(claims-.*?\.png)", text))
+    assert "\n".join(draw.table() if draw.verdicts() else []) in text
+    draw = made_by("draw_fashion")
+    assert draw.NUMBERS.exists() == draw.PICTURE.exists() == (f"images/{draw.PICTURE.name}" in text)
+    if draw.NUMBERS.exists():
+        assert "\n".join(draw.table(draw.read(draw.NUMBERS))) in text
+        assert draw.PICTURE.stat().st_size < 200_000
 
 
 def test_the_version_is_cited_and_its_changes_are_told() -> None:

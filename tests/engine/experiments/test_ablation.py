@@ -21,6 +21,7 @@ from PIL import Image
 
 from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments.ablation import OF_THE_OBJECTIVE, AblationOptions, AblationPlan, arch_of
+from ipfm.engine.experiments.ablation_numbers import read_found
 from ipfm.engine.experiments.ablation_report import GROWTH, Curve, plot, sentence, table, write_csv
 from ipfm.engine.experiments.ablation_runs import Run, shared_training, teacher_distance
 from ipfm.engine.experiments.repeats import spread
@@ -239,6 +240,12 @@ def test_ablations_of_clothes_share_teachers_and_classifier(clothes: Path, capsy
     # The first set is that of the last evaluation.
     assert sets["frechet"][0] == pytest.approx(float(rows(Path("runs/steps"))[-1]["distance"]), rel=1e-4)
     assert len(set(sets["frechet"])) == 3
+    # What was measured stands in two files, from which another machine judges the same.
+    found = read_found(Path("runs/steps/ablation.csv"), Path("runs/steps/distances.csv"))["K2"]
+    assert (found.teacher, found.sets) == (known[0]["frechet"], {0: sets["frechet"]})
+    assert found.teacher_sets == json.loads(Path("teachers/ddpmpp-D128/sets.json").read_text())["frechet"]
+    with pytest.raises(ValueError, match=r"distances\.csv has not the variants of .*, which are D128-alpha0\.5, "):
+        read_found(Path("runs/both/ablation.csv"), Path("runs/steps/distances.csv"))
     # Nobody keeps the shared teacher: another command may come in while this one goes on.
     assert folder_user(Path("teachers/ddpmpp-D128")) is None
     with pytest.raises(BadInput, match=r"has 1 step and was distilled, --teacher-steps asks for 2"):

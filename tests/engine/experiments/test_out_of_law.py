@@ -12,8 +12,19 @@ import pytest
 import scipy.stats
 import torch
 
+from ipfm.engine.experiments.claims import verdicts_table
 from ipfm.engine.experiments.fashion import training_images
-from ipfm.engine.experiments.out_of_law import QUESTIONS, Measured, OutOfLawOptions, levels, log_mixture, measure
+from ipfm.engine.experiments.out_of_law import (
+    QUESTIONS,
+    Measured,
+    OutOfLawOptions,
+    levels,
+    log_mixture,
+    measure,
+    read_csv,
+    verdicts,
+    write_csv,
+)
 from ipfm.engine.runtime.commandline import BadInput
 from ipfm.models import EDMPrecond, save_model
 from ipfm.recipes import ablation_out_of_law, fashion_ipfm
@@ -52,6 +63,12 @@ def test_from_teachers_to_verdicts(teachers: list[str], capsys: pytest.CaptureFi
     text = (folder / "out-of-law.md").read_text()
     assert text.count("| mean |") == 2 and "at D = 128 the noise hides the distance" in text and text in out
     assert len((folder / "claims.csv").read_text().splitlines()) == 3
+    measured = read_csv(folder / "out-of-law.csv")
+    write_csv(measured, Path("again.csv"))
+    assert Path("again.csv").read_text() == (folder / "out-of-law.csv").read_text()
+    assert verdicts_table(verdicts(measured)) in text
+    with pytest.raises(ValueError, match=r"claims\.csv has not the columns D, seed"):
+        read_csv(folder / "claims.csv")
     ablation_out_of_law.main([*SHORT, "--teachers", *teachers, "--out", "again"])
     assert Path("again/out-of-law.csv").read_text() == (folder / "out-of-law.csv").read_text()
 
