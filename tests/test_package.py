@@ -25,6 +25,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name and not name.startswith("tests/") and (launch.ROOT / name).is_file():
             (root / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             (root / "source" / name).write_bytes((launch.ROOT / name).read_bytes())
+    # What is kept beside the package.
+    (root / "source" / "release" / "a-model").mkdir(parents=True)
+    (root / "source" / "release" / "a-model" / "model.safetensors").write_bytes(b"weights")
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(root),
          str(root / "source")],
@@ -47,6 +50,16 @@ def test_wheel_holds_the_mapped_packages_and_nothing_beside(wheel: Path) -> None
     assert "ipfm/__init__.py" not in names, "ipfm is a namespace package"
     assert "ipfm = ipfm.engine.commands.main:main" in entry_points
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_no_archive_holds_the_released_models(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        assert [name for name in archive.namelist() if "release" in name or name.endswith(".safetensors")] == []
+    # What an archive of the sources has.
+    (listed,) = (wheel.parent / "source").glob("*.egg-info/SOURCES.txt")
+    sources = listed.read_text(encoding="utf-8").splitlines()
+    assert "recipes/fashion_ipfm.py" in sources
+    assert [name for name in sources if name.startswith("release/") or name.endswith(".safetensors")] == []
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,9 @@ from xml.etree import ElementTree
 import launch
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ipfm.engine import objectives
 from ipfm.engine.commands import main as cli
@@ -31,10 +34,15 @@ from ipfm.engine.experiments.ablation_numbers import write_distances
 from ipfm.engine.experiments.ablation_report import Curve, write_csv
 from ipfm.engine.experiments.claims import Found
 from ipfm.engine.experiments.out_of_law import Measured
+from ipfm.models import EDMPrecond, presets, save_model
 
 ROOT = launch.ROOT
 DOCS = ROOT / "docs"
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(DOCS.rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted(DOCS.rglob("*.md")),
+    *sorted((ROOT / "release").glob("*.md")),
+]
 # Executed on stand-ins from beginning to end, as the page says.
 WALKS = tuple(DOCS / f"{name}.md" for name in ("getting-started", "distil-a-checkpoint", "your-own-pictures"))
 # Where the host of a repository shows its continuous integration, as seen from the README.
@@ -384,6 +392,61 @@ def test_what_the_page_shows_of_claims_and_clothes_is_what_is_kept() -> None:
     if draw.NUMBERS.exists():
         assert "\n".join(draw.table(draw.read(draw.NUMBERS))) in text
         assert draw.PICTURE.stat().st_size < 200_000
+
+
+@pytest.fixture
+def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which a small generator and a file of a classifier were kept."""
+    keep = made_by("keep_model")
+    monkeypatch.setattr(keep, "FOLDER", tmp_path / "release")
+    torch.manual_seed(0)
+    net = EDMPrecond(replace(presets.get("digits", D=128.0), model_channels=4, channel_mult=(1,)))
+    facts = {"task": "generator", "optimizer_steps": 600, "config": {"batch": 64, "lr": 0.0005, "alpha": 1.0}}
+    save_model(net, tmp_path / "model", extra=facts)
+    measured = {"kind": "generator", "D": 128.0, "nfe": 1, "images": 2000, "features_name": "classifier ab"}
+    runs = [{"distance": float(i)} for i in (7, 8, 9)]
+    (tmp_path / "measured.json").write_text(json.dumps({**measured, "runs": runs}))
+    save_file({"x": torch.zeros(2)}, tmp_path / "classifier-ab.safetensors")
+    given = ["clothes-K1", str(tmp_path / "model"), str(tmp_path / "measured.json"), "--command", "make fashion"]
+    monkeypatch.setattr(sys, "argv", ["x", *given, "--classifier", str(tmp_path / "classifier-ab.safetensors")])
+    for _ in range(2):  # the second time in the place of the first
+        keep.main()
+    return tmp_path / "release"
+
+
+def test_a_model_is_kept_with_what_it_is(release: Path) -> None:
+    keep, text = made_by("keep_model"), (release / "README.md").read_text(encoding="utf-8")
+    assert keep.check(release) == []
+    assert re.findall(r"^## (.*)", text, flags=re.MULTILINE) == ["clothes-K1", "classifier-ab"]
+    for row in (
+        f"| sha256 | `{json.loads((release / 'clothes-K1' / 'config.json').read_text())['sha256']}` |",
+        "| what | generator, ddpm++, 4 channels, ",
+        "| trained | 600 steps of 64 generated images, lr 0.0005, alpha 1.0 |",
+        "| command | `make fashion` |",
+        "| Fréchet distance | 8.000 (7.000 to 9.000), 3 sets of 2,000 images, classifier ab |",
+    ):
+        assert row in text, row
+
+
+def test_what_a_release_should_not_hold_is_named(release: Path) -> None:
+    keep = made_by("keep_model")
+    weights, page = release / "clothes-K1" / "model.safetensors", release / "README.md"
+    page.write_text(page.read_text().replace(f"`{keep.digest(weights)}`", f"`{keep.digest(page)}`"))
+    (release / "notes.txt").write_text("mine")
+    (release / "classifier-ab.safetensors").unlink()
+    assert keep.check(release) == [
+        "clothes-K1/model.safetensors is not in README.md, or with another checksum",
+        "notes.txt is no part of a model",
+        "classifier-ab.safetensors is missing",
+    ]
+    weights.write_bytes(weights.read_bytes()[:-4] + b"0000")
+    assert any("model.safetensors" in line for line in keep.check(release)[3:])
+
+
+def test_the_models_of_the_repository_are_what_is_told_of_them() -> None:
+    """As soon as there are any."""
+    found = made_by("keep_model")
+    assert not found.FOLDER.exists() or (found.check(found.FOLDER) == [] and list(found.FOLDER.glob("*/config.json")))
 
 
 def test_the_version_is_cited_and_its_changes_are_told() -> None:
