@@ -13,7 +13,7 @@ HARDLY_USED := tests?|diffusers/pipelines|fontTools|networkx|narwhals|pygments/l
 # A process that starts a hundred others should find what Python has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo fashion help test test-gpu quick lint types quick-tests durations bench soak nodes equivalence rehearsal counts fuzz clean
+.PHONY: demo fashion help test thorough test-gpu quick lint types quick-tests durations bench soak nodes equivalence rehearsal counts fuzz clean
 
 demo: $(READY)  ## train a teacher on the digits, distil it to one step, print the table
 	$(BIN)/deepspeed --num_accelerators $$($(BIN)/python -c $(PROCESSES)) recipes/digits_ipfm.py
@@ -25,7 +25,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
 	  printf '%-18s %s\n' "$$target" "$$text"; done
 
-test: $(READY)  ## the whole suite, on a CPU: a GPU is hidden from it, and tests that need one are skipped with a reason
+test: $(READY)  ## the suite, on a CPU: a GPU is hidden from it, and tests that need one are skipped with a reason
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS)
 
 test-gpu: $(READY)  ## the tests of the kernels, and all others that are marked gpu, on this machine's GPU
@@ -36,6 +36,9 @@ quick: $(READY)  ## style, types and some fast tests of each room, within 90 sec
 
 quick-tests: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m quick $$(grep -rl --include='test_*.py' '^@pytest.mark.quick' tests)
+
+thorough: $(READY)  ## of long lists of cases what `make test` leaves out
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m thorough
 
 durations: $(READY)  ## the whole suite, recording how long each file takes, by which `make test` deals them out
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) --record-durations

@@ -32,6 +32,7 @@ COVERED: Mapping[str, str] = MappingProxyType(
         "make demo": "recipes/test_digits_recipe.py::test_the_default_start_is_deepspeed",
         "make fashion": "recipes/test_fashion_recipe.py::test_from_end_to_end_and_on_from_there",
         "make test": "docs/test_documented_commands.py::test_what_make_starts_is_there",
+        "make thorough": "docs/test_documented_commands.py::test_what_make_starts_is_there",
         "make test-gpu": "test_gpus.py::test_which_marks_ask_for_a_gpu",
         "make quick": "docs/test_documented_commands.py::test_what_make_starts_is_there",
         "make lint": "docs/test_documented_commands.py::test_what_make_starts_is_there",

@@ -10,6 +10,7 @@ from dataclasses import replace
 import launch
 import pytest
 import torch
+from parts import parts
 
 from ipfm.engine import DistillConfig, plan_memory
 from ipfm.engine.config import TeacherConfig
@@ -132,9 +133,17 @@ CASES = [
     ("ncsn++", {"phased": False, "sharding": Sharding(stage=1, precision="bf16", teacher_storage="half")}),
     ("attention", {"phased": True, "sharding": Sharding(stage=1, precision="bf16", teacher_storage="fp32")}),
 ]
+# `make thorough`: three networks stay that are compared joint and phased, two with activation checkpointing.
+LATER = [
+    *((name, {"phased": False}) for name in ("dropout", "ncsn++", "conditional", "guided")),
+    ("ncsn++", {"phased": True, "activation_checkpointing": True}),
+    ("attention", {"phased": True, "sharding": Sharding(stage=1, precision="bf16", teacher_storage="fp32")}),
+]
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "settings"), parts(CASES, LATER), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_every_phase_is_that_of_a_real_step(name, settings):
     """Within 10 %, at two micro-batches: the same code runs, on another device."""
     for micro in (2, 12):

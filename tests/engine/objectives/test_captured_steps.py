@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from parts import parts
 from recorded_graphs import Recorder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -131,7 +132,8 @@ def state(run: Distiller | TeacherTraining) -> dict[str, Tensor]:
     return found | rates | {f"{n}/steps": torch.tensor(net.steps_applied) for n, net in run.networks.items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+# "varied" and "cmt" are in fp16 too; "last" and "dropout" each by itself stay.
+@pytest.mark.parametrize("case", parts(CASES, ["fp16", "last, dropout"]))
 def test_replayed_steps_are_the_steps(case: str, teacher: Precond, tmp_path: Path) -> None:
     """With other noise, labels, learning rate and decay in each, saved and resumed between replays."""
     eager, captured = made(case, teacher, cuda_graphs="off"), made(case, teacher, cuda_graphs="on")
@@ -376,7 +378,7 @@ def trained(run: TeacherTraining, steps: range) -> list[Mapping[str, Tensor]]:
     return [{**(found := run.iteration(step)).sums, **found.bad} for step in steps]
 
 
-@pytest.mark.parametrize("case", TEACHERS)
+@pytest.mark.parametrize("case", parts(TEACHERS, ["fp16"]))
 def test_replayed_steps_of_a_teacher_are_its_steps(case: str, tmp_path: Path) -> None:
     """Of other images, labels, augmentations and dropout in each; resumed too."""
     runs = [training(case, cuda_graphs=graphs) for graphs in ("off", "on")]

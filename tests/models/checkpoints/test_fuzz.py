@@ -18,6 +18,7 @@ import pytest
 from fuzz_checkpoints import SLOWEST, Target, Wrong, check_message, run_cases
 from hostile import write_corpus
 from hostile_records import edm2_records, records
+from parts import parts
 
 from ipfm.models import NetworkConfig, build_network, load_teacher
 
@@ -38,7 +39,8 @@ def report(capsys: pytest.CaptureFixture[str], name: str, count: "collections.Co
         print(f"\n{name}: {count.total()} damaged checkpoints ({listed})")
 
 
-@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+# `make fuzz` has every byte of each.
+@pytest.mark.parametrize("path", parts(FIXTURES, FIXTURES[1:2]), ids=lambda path: path.stem)
 def test_flipped_and_missing_bytes(path, capsys):
     """Of the bytes around the tensors one in 293, of their elements one in 4999 (999), of the lengths one in 997."""
     inside = Target(path).is_element
