@@ -2,9 +2,9 @@
 
     python docs/keep_model.py NAME MODEL EVALUATION.json --command 'python recipes/fashion_ipfm.py --teacher-steps 8000'
 
-MODEL is a model folder or a run; EVALUATION.json is what `ipfm evaluate MODEL --json --repeats 3` printed; the command
-is the one that trained it. A model of the same NAME is replaced. With --classifier FILE the classifier whose features
-the distances are of is kept beside the models.
+MODEL is a model folder or a run; EVALUATION.json is what `ipfm evaluate MODEL --json --repeats 3` printed, or the
+distance.json that an ablation left beside a teacher; the command is the one that trained it. A model of the same NAME
+is replaced. With --classifier FILE the classifier whose features the distances are of is kept beside the models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ipfm.engine.experiments.repeats import spread
-from ipfm.engine.runtime.wording import symbol
+from ipfm.engine.runtime.wording import counted, significant, symbol
 from ipfm.models import load_model
 from ipfm.models.checkpoints.run_models import locate
 
@@ -53,7 +53,7 @@ def keep(name: str, model: Path, evaluation: Path, command: str) -> Path:
     place = locate(model).path
     net = load_model(place)
     about = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    found = json.loads(evaluation.read_text(encoding="utf-8"))
+    found = _measured(evaluation, net.config.D)
     if float(found["D"]) != net.config.D or found["kind"] not in (about["extra"].get("task"), None):
         raise Refused(f"{evaluation} is of a {found['kind']} of D = {found['D']}, {place} is another model")
     weights = place / "model.safetensors"
@@ -70,11 +70,21 @@ def keep(name: str, model: Path, evaluation: Path, command: str) -> Path:
     return target
 
 
+def _measured(path: Path, D: float) -> dict[str, Any]:
+    """What was measured, in the words of `ipfm evaluate`; `D`: of the model."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if "runs" in found:
+        return found
+    of_teacher = {"kind": "teacher", "D": D, "nfe": 2 * found["heun_steps"] - 1, "features_name": found["features"]}
+    return {**found, **of_teacher, "runs": [{"distance": found["frechet"]}]}
+
+
 def rows(extra: dict[str, Any], found: dict[str, Any], network: str, command: str, weights: Path) -> dict[str, str]:
     """What stands in the README, by its name there."""
     settings = extra.get("config", {})
     distances = [run["distance"] for run in found["runs"] if run.get("distance") is not None]
     features = found.get("features_name") or found["features"]
+    shown = spread(distances) if len(distances) > 1 else significant(distances[0])
     of = "generated images" if extra.get("task") == "generator" else extra.get("dataset") or "images"
     trained = f"{extra.get('optimizer_steps')} steps of {settings.get('batch')} {of}"
     trained += "".join(
@@ -86,7 +96,7 @@ def rows(extra: dict[str, Any], found: dict[str, Any], network: str, command: st
         "trained": trained,
         "command": f"`{command}`",
         "network evaluations of an image": str(found["nfe"]),
-        "Fréchet distance": f"{spread(distances)}, {len(distances)} sets of {found['images']:,} images, {features}",
+        "Fréchet distance": f"{shown}, {counted(len(distances), 'set')} of {found['images']:,} images, {features}",
         "file": f"`{weights.relative_to(FOLDER)}`, {weights.stat().st_size / 1e6:.2f} MB",
         "sha256": f"`{digest(weights)}`",
     }
@@ -161,7 +171,7 @@ def main() -> None:
         print(keep(given.name, given.model, given.evaluation, given.command))
         if given.classifier is not None:
             keep_classifier(given.classifier)
-    except (Refused, ValueError, OSError) as error:
+    except (Refused, ValueError, KeyError, OSError) as error:
         parser.error(str(error))
 
 

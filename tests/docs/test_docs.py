@@ -428,6 +428,25 @@ def test_a_model_is_kept_with_what_it_is(release: Path) -> None:
         assert row in text, row
 
 
+def test_a_teacher_is_kept_with_the_distance_of_its_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = made_by("keep_model")
+    monkeypatch.setattr(keep, "FOLDER", tmp_path / "release")
+    net = EDMPrecond(replace(presets.get("digits", D=math.inf), model_channels=4, channel_mult=(1,)))
+    config = {"batch": 64, "precision": "bf16"}
+    facts = {"task": "teacher", "dataset": "clothes", "optimizer_steps": 9, "config": config}
+    save_model(net, tmp_path / "model", extra=facts)
+    measured = {"teacher": "ab", "images": 2000, "heun_steps": 18, "features": "classifier ab", "frechet": 7.5}
+    (tmp_path / "distance.json").write_text(json.dumps(measured))
+    keep.keep("clothes", tmp_path / "model", tmp_path / "distance.json", "make fashion")
+    text = (tmp_path / "release" / "README.md").read_text(encoding="utf-8")
+    assert "| trained | 9 steps of 64 clothes, precision bf16 |" in text and "| D | ∞ |" in text
+    assert "| Fréchet distance | 7.500, 1 set of 2,000 images, classifier ab |" in text
+    of_another = {"kind": "generator", "D": "inf", "nfe": 1, "images": 8, "features": "pixels", "runs": []}
+    (tmp_path / "other.json").write_text(json.dumps(of_another))
+    with pytest.raises(keep.Refused, match=r"is of a generator of D = inf, .*model is another model"):
+        keep.keep("clothes", tmp_path / "model", tmp_path / "other.json", "make fashion")
+
+
 def test_what_a_release_should_not_hold_is_named(release: Path) -> None:
     keep = made_by("keep_model")
     weights, page = release / "clothes-K1" / "model.safetensors", release / "README.md"
