@@ -200,7 +200,8 @@ def declared(*, own: bool = True) -> Mapping[str, Declared]:
     classes: dict[str, _Class] = {}
     files = [Path(module.module_finder.path, f"{module.name}.py") for module in iter_modules(__path__)]  # type: ignore[union-attr]
     sources = {path: path.read_text(encoding="utf-8") for path in files}
-    sources = {path: s for path, s in sources.items() if re.search(r'^    kind: ClassVar\[str\] = "\w', s, re.M)}
+    # Those with a kind, and those with settings that others are made from.
+    sources = {path: s for path, s in sources.items() if re.search(_SETTINGS, s, re.M)}
     read = {path: dict(_kinds(sources[path], classes, path.name)) for path in _bases_first(sources)}
     every = [(path, read[path]) for path in sources]
     for path in own_files() if own else ():
@@ -212,6 +213,9 @@ def declared(*, own: bool = True) -> Mapping[str, Declared]:
             raise ValueError(f"two objectives have the kind {kind!r}, the second one in {path.name}")
         found |= said
     return found
+
+
+_SETTINGS = r'^    kind: ClassVar\[str\] = "\w|^class \w+Config\('
 
 
 def _bases_first(sources: Mapping[Path, str]) -> list[Path]:

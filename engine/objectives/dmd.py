@@ -29,7 +29,7 @@ from ipfm.engine.checks import number
 from ipfm.engine.config import setting
 from ipfm.engine.objectives.base import TEACHER, Passes
 from ipfm.engine.objectives.discriminator import CLAMP, Adversary, words_of
-from ipfm.engine.objectives.ipfm import InversePoissonFlowMatching, StudentConfig
+from ipfm.engine.objectives.ipfm import InversePoissonFlowMatching
 from ipfm.engine.objectives.losses import (
     GeneratorGradient,
     Noisy,
@@ -44,6 +44,7 @@ from ipfm.engine.objectives.losses import (
 )
 from ipfm.engine.objectives.phases import mark
 from ipfm.engine.objectives.published import Conditions, PaperResult, plain_name
+from ipfm.engine.objectives.student_settings import StudentConfig
 from ipfm.engine.objectives.variations import variation_name, variation_rows
 from ipfm.engine.runtime.wording import counted
 from ipfm.models import NetworkConfig

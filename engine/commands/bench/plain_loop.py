@@ -17,7 +17,7 @@ from ipfm.engine import DistillConfig
 from ipfm.engine.averages import Average
 from ipfm.engine.data.augmentation import augment
 from ipfm.engine.data.dataset import ImageDataset
-from ipfm.engine.objectives.ipfm import StudentConfig
+from ipfm.engine.objectives.student_settings import StudentConfig
 from ipfm.engine.random_streams import Stream, class_shares, draw_labels, draw_number, seed_dropout
 from ipfm.kernels import philox, reference
 from ipfm.models import Precond

@@ -26,8 +26,8 @@ from ipfm.engine.memory.live import LiveBytes, tensor_bytes
 from ipfm.engine.memory.simulate import StepSettings, simulate_distillation, simulate_teacher
 from ipfm.engine.memory.state import Sharding, parameter_count, state_bytes
 from ipfm.engine.objectives.base import StepContext
-from ipfm.engine.objectives.ipfm import DistillSteps
 from ipfm.engine.objectives.phases import listening
+from ipfm.engine.objectives.student_steps import DistillSteps
 from ipfm.engine.training.resolve import complete, resolve
 from ipfm.models import NetworkConfig, build_network, presets
 from ipfm.models.config import Guide

@@ -23,8 +23,8 @@ from ipfm.engine.memory.profile import STATE, MemoryProfiler, PhaseMemory
 from ipfm.engine.memory.timeline import Span, Timeline
 from ipfm.engine.memory.watch import MemoryWatch
 from ipfm.engine.objectives.base import StepContext
-from ipfm.engine.objectives.ipfm import DistillSteps
 from ipfm.engine.objectives.phases import mark
+from ipfm.engine.objectives.student_steps import DistillSteps
 from ipfm.kernels import AdamEMA
 from ipfm.models import EDMPrecond, NetworkConfig
 

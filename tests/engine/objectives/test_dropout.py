@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ipfm.engine import DistillConfig, Distiller, PidConfig
 from ipfm.engine.distributed.world import World
-from ipfm.engine.objectives import ipfm
+from ipfm.engine.objectives import student_steps
 from ipfm.models import NetworkConfig, Precond, build_network
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -35,13 +35,13 @@ def teacher() -> Precond:
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The images that the student has been shown."""
     images: list[Tensor] = []
-    original = ipfm.denoising_objective
+    original = student_steps.denoising_objective
 
     def recording(student: Any, y: Tensor, *args: Any, **keywords: Any) -> Any:
         images.append(y.detach().clone())
         return original(student, y, *args, **keywords)
 
-    monkeypatch.setattr(ipfm, "denoising_objective", recording)
+    monkeypatch.setattr(student_steps, "denoising_objective", recording)
     return images
 
 
@@ -73,7 +73,7 @@ def test_what_the_gradient_passes_through_has_it(teacher: Precond, backward: str
         settings = {**COMMON, "steps": 3, "gradient": gradient, "backward": backward, "dropout": 0.5, "rules": rules}
         run = Distiller(DistillConfig(**settings), teacher, world=ALONE)
         generator, student = (modes(run.networks[name].module) for name in ("generator", "student"))
-        step = next(s for s in range(99) if run.steps._last(ipfm.Stream.GENERATOR_LAST, s) == 2)
+        step = next(s for s in range(99) if run.steps._last(student_steps.Stream.GENERATOR_LAST, s) == 2)
         run.steps.generator_step(step)
         made, trained = generator[:2], generator[2:]
         assert made == ([False, False] if (gradient, rules) == ("last", 2) else [True, True]), gradient

@@ -112,7 +112,7 @@ def test_a_width_that_no_network_has_is_told_before_the_run(width):
 
 
 def test_the_weight_of_the_generators_samples_is_that_of_the_students_uncertainty():
-    from ipfm.engine.objectives.ipfm import DistillSteps
+    from ipfm.engine.objectives.student_steps import DistillSteps
 
     student = build_network(SMALL)
     steps = DistillSteps.__new__(DistillSteps)

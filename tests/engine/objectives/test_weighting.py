@@ -168,9 +168,9 @@ def test_steps_are_those_of_the_plain_loop() -> None:
 def test_the_methods_own_weights_are_left_to_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run without a weighting of its own asks for none, and computes nothing for it."""
     seen: list[Any] = []
-    from ipfm.engine.objectives import ipfm as module
+    from ipfm.engine.objectives import ipfm, student_steps
 
-    for name in ("generator_gradient", "denoising_objective"):
+    for module, name in ((ipfm, "generator_gradient"), (student_steps, "denoising_objective")):
         real = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *given, real=real, **named: seen.append(named["weighting"]) or real(*given, **named)

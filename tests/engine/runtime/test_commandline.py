@@ -20,7 +20,8 @@ import tyro
 
 from ipfm.engine.config import RunConfig, TeacherConfig
 from ipfm.engine.objectives.base import Distillation
-from ipfm.engine.objectives.ipfm import DistillConfig, StudentConfig
+from ipfm.engine.objectives.ipfm import DistillConfig
+from ipfm.engine.objectives.student_settings import StudentConfig
 from ipfm.engine.runtime import commandline, launcher, parse_errors
 from ipfm.engine.runtime.commandline import BadInput, parse, run_command, user_input
 from ipfm.engine.runtime.errors import FolderInUse, Interrupted, TrainingFailed
