@@ -355,6 +355,20 @@ class RunConfig:
         """The first step in which all is computed that ever is: plans and timings are of it."""
         return self.first_whole_step
 
+    @property
+    def decided(self) -> Mapping[str, Any]:
+        """What these settings leave to the run's length, decided: a run that is lengthened keeps it. Plain JSON."""
+        return {}
+
+    def keeping(self, decided: Mapping[str, Any]) -> Self:
+        """These settings with what a run has decided, see `decided`, where they leave it open."""
+        return self
+
+    @property
+    def images_together(self) -> int:
+        """Images of a batch that belong together: of fewer a step takes longer for each."""
+        return 1
+
     def changing_rates(self, step: int) -> Mapping[str, float]:
         """The learning rates of the networks at 0-based `step`, "generator_lr" and so on; empty where they stay."""
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -78,7 +79,8 @@ def step_time(form: Resolved[Any], network: NetworkConfig, forwards: float, devi
     local = form.config.batch // launched_processes()
     with _threads_of_a_run():
         net = _network(network, form, device, compiled=False).eval()
-        count, passes = _measurable(net, form.micro_batch, forwards, device)
+        least = min(form.config.images_together, local)
+        count, passes = _measurable(net, form.micro_batch, forwards, device, least)
         if forwards * passes > (LONGEST if count == 1 else LONGEST_OF_MORE):
             count, passes = _several(net, count, passes, form.micro_batch, device)
             if form.config.compile:
@@ -129,17 +131,22 @@ def passes_time(form: Resolved[Distillation], network: NetworkConfig, device: to
     return PassesTime(min(passes), min(p[0] for p in parts), min(p[1] for p in parts))
 
 
-def _measurable(net: Precond, micro_batch: int, forwards: float, device: torch.device) -> tuple[int, float]:
+def _measurable(
+    net: Precond, micro_batch: int, forwards: float, device: torch.device, least: int = 1
+) -> tuple[int, float]:
     """How many images of a micro-batch a step is measured on, and the seconds of a forward pass of so many.
+
+    At least `least`, and times that of a number: what belongs together is measured together.
 
     As many as can be: together they take less time each, above all on a GPU or where cores are shared. Where other
     programs want the cores too an image alone may take as long as a hundred: so it goes on beyond the patience as long
     as images cost less than half.
     """
-    count = 1
+    count = least
     seconds = _forward_seconds(net, count, device)
-    while count < micro_batch and forwards * seconds < LONGEST_OF_MORE:
-        more = min(micro_batch, 4 * count)
+    most = micro_batch - micro_batch % least
+    while count < most and forwards * seconds < LONGEST_OF_MORE:
+        more = min(most, 4 * count)
         longer = _forward_seconds(net, more, device)
         if forwards * longer > WHOLE and 2 * longer * count > seconds * more:
             break
@@ -216,7 +223,9 @@ def _distillation(
 
     def at(count: int) -> Iteration:
         config = replace(form.config, batch=count, micro_batch=None)
-        settings = replace(form, config=config, micro_batch=count)
+        # Of what belongs together there may be more than a micro-batch.
+        micro_batch = count if count <= form.micro_batch else math.gcd(count, form.micro_batch)
+        settings = replace(form, config=config, micro_batch=micro_batch)
         pieces = pieces_of(settings, network, networks, world, tell=lambda line: None)
         context = StepContext(networks, teacher, settings, world, pieces, real)
         iteration = config.objective(network).steps(context).iteration

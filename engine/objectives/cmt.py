@@ -21,6 +21,7 @@ from ipfm.engine.averages import LrSchedule
 from ipfm.engine.checks import at_least, not_negative
 from ipfm.engine.config import setting
 from ipfm.engine.distributed.pieces import Number, whole
+from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.base import TEACHER, Objective, Passes, StepContext, lora_title
 from ipfm.engine.objectives.generator_alone import ConsistencyConfig, ConsistencyModel
 from ipfm.engine.objectives.losses import along, finite_samples, per_sample
@@ -135,8 +136,16 @@ class CmtConfig(ConsistencyConfig):
         return 0 if self.distance == "l2" else lpips_flops(network.image_shape, self.lpips_side)
 
     def held_bytes(self, network: NetworkConfig, images: int) -> int:
-        """See `Distillation.held_bytes`: the points of the trajectories that they belong to."""
-        return 4 * -(-images // self.points) * self.points * math.prod(network.image_shape)
+        """See `Distillation.held_bytes`: the trajectories that they belong to, and those of the steps to come."""
+        trajectories = -(-images // self.points)
+        steps, blocks = solved_together(self, trajectories)
+        kept = steps * (blocks * self.points + self.order)
+        return 4 * trajectories * (kept * math.prod(network.image_shape) + steps * blocks * network.label_dim)
+
+    @property
+    def images_together(self) -> int:
+        """See `RunConfig.images_together`: the points of a trajectory."""
+        return self.points
 
     def name(self) -> str:
         """See `Distillation.name`."""
@@ -204,11 +213,35 @@ def solver(ratio: float, steps: int, order: int) -> tuple[Advance, ...]:
     return tuple(Advance(ratio, by_order[min(step, order - 1)]) for step in range(steps))
 
 
+# Trajectories that a pass of the teacher should have, above all on a GPU.
+TRAJECTORIES_AT_ONCE = 128
+
+
+class Solved(NamedTuple):
+    """How trajectories are solved together."""
+
+    steps: int
+    """Those of so many steps, a block."""
+    blocks: int
+    """Blocks that are kept: that which is trained on and, of several steps, the next."""
+
+
+def solved_together(config: CmtConfig, trajectories: int) -> Solved:
+    """How a process solves so many trajectories of a step: by as few steps as make passes of the teacher large."""
+    steps = min(config.points - 1, -(-TRAJECTORIES_AT_ONCE // trajectories))
+    return Solved(steps, 1 + (steps > 1))
+
+
 class CmtSteps:
     """The step of consistency mid-training.
 
     Image i of the batch is point i mod N of the trajectory i // N, whatever process or micro-batch has it: each process
-    solves the trajectories that its images belong to, a micro-batch of them at a time, and then trains on their points.
+    solves the trajectories that its images belong to, and then trains on their points.
+
+    Those of one step are few for a pass of the teacher. Where they are, N - 1 steps make a block: the trajectories of
+    the next one are solved together while this one's are trained on, by one evaluation of each in a step, so that the
+    teacher has nearly as many images at a time as the generator. What a block is made of is drawn by the numbers of its
+    steps: a run that goes on within one solves it anew.
 
     Args:
         config: settings with nothing left open but what memory decides.
@@ -223,19 +256,30 @@ class CmtSteps:
         self.local_batch = config.batch // context.world.size
         self._pieces, self._tally = context.pieces, LossSum("generator", context.world, self.local_batch)
         self.generator.module.train(config.dropout > 0)
-        first = context.world.rank * self.local_batch
-        self._first, self._end = first // config.points, -(-(first + self.local_batch) // config.points)
-        self._at_once = min(self.micro_batch, self._end - self._first)
+        self._first, self._count = _trajectories(config, context.world)
+        self._solved = solved_together(config, self._count)
+        # The trajectories of a block, and how many of them the teacher sees at a time.
+        self._rows = self._solved.steps * self._count
+        self._at_once = min(self.micro_batch, self._rows)
         noise, steps = config.noise, config.points - 1
         ratio = (noise.sigma_min / noise.sigma_max) ** (1 / steps)
-        self._solver = solver(ratio, steps, config.order)
-        self._sigmas = [noise.sigma_max * ratio**i for i in range(steps)] + [noise.sigma_min]
-        self._levels = torch.tensor(self._sigmas, dtype=torch.float64).float().to(device)
-        shape = network.image_shape
-        self._points = torch.zeros(self._end - self._first, config.points, *shape, device=device)
-        self._zeros = torch.zeros(self._at_once, *shape, device=device)
-        self._starts = [torch.full((self._at_once,), sigma, device=device) for sigma in self._sigmas[:-1]]
-        self._trajectories = torch.arange(self._at_once, device=device)
+        advances = solver(ratio, steps, config.order)
+        self._kept = advances[0].kept
+        weights = [[*advance.weights, *[0.0] * (config.order - len(advance.weights))] for advance in advances]
+        self._weights = torch.tensor(weights, dtype=torch.float64).float().to(device)
+        sigmas = [noise.sigma_max * ratio**i for i in range(steps)] + [noise.sigma_min]
+        self._levels = torch.tensor(sigmas, dtype=torch.float64).float().to(device)
+        shape, blocks = network.image_shape, self._solved.blocks
+        # Point i of the trajectory in row j is image j N + i; a block begins at a row of its own.
+        self._points = torch.zeros(blocks * self._rows * config.points, *shape, device=device)
+        self._predicted = torch.zeros(config.order * self._rows, *shape, device=device)
+        self._conditions = torch.zeros(blocks * self._rows, network.label_dim, device=device)
+        # Block number and solver's steps done, of what lies at each place; whose predictions are kept.
+        self._done = [(-1, 0)] * blocks
+        self._in_flight = -1
+        self._zeros = torch.zeros(self._count, *shape, device=device)
+        self._start = torch.full((self._count,), sigmas[0], device=device)
+        self._trajectories = torch.arange(self._rows, device=device)
         self._offsets = torch.arange(context.micro_batch, device=device)
         self._shares = class_shares(config.class_counts, network.label_dim, device)
         self._lpips = None if config.distance == "l2" else _lpips(config, device)
@@ -244,12 +288,15 @@ class CmtSteps:
 
     def iteration(self, step: int) -> StepMetrics:
         """One update of the generator and its EMA; `step` counts from 0."""
-        for first in range(self._first, self._end, self._at_once):
-            # The last ones may be solved twice: each piece has the same number.
-            first = min(first, self._end - self._at_once)
-            self._pieces.run(("the teacher's trajectories",), self._solve, step=step, first=first)
+        solver_steps, (steps, blocks) = self.config.points - 1, self._solved
+        block, within = divmod(step, steps)
+        mark("generator: trajectories")
+        self._solve(block, solver_steps)
+        if blocks > 1:
+            self._solve(block + 1, (within + 1) * solver_steps // steps)
+        row = (block % blocks) * self._rows + within * self._count
         for first in self.world.micro_batches(self.config.batch, self.micro_batch):
-            self._pieces.run(("the generator's step",), self._micro_step, step=step, first=first)
+            self._pieces.run(("the generator's step",), self._micro_step, step=step, first=first, row=row)
         mark("generator: optimiser")
         rates = {"lr": self.config.lr_at(step), "ema_decay": self.config.ema_decay(step)}
         found = self._pieces.run(("the generator's update",), self._update, **rates)
@@ -260,48 +307,71 @@ class CmtSteps:
         scale = self._tally.grad_scale(self.config.batch)
         return self._tally.taken(self.generator.step(grad_scale=scale, **numbers))
 
-    def _labels(self, trajectory: Tensor, step: int | Tensor) -> Tensor | None:
-        return draw_labels(
-            self.network.label_dim,
-            trajectory,
-            seed=self.config.seed,
-            stream=CmtStream.LABEL,
-            step=step,
-            shares=self._shares,
-        )
+    def _solve(self, block: int, upto: int) -> None:
+        """Take the trajectories of a block as far as the step `upto` of the solver."""
+        place = block % self._solved.blocks
+        known, done = self._done[place]
+        if known == block and done >= upto:
+            return
+        if known != block or self._in_flight != place:
+            done, self._in_flight = 0, place
+            self._predicted.zero_()
+            for within in range(self._solved.steps):
+                row, step = place * self._rows + within * self._count, block * self._solved.steps + within
+                self._pieces.run(("the trajectories' beginnings",), self._begin, step=step, row=row)
+        for i in range(done, upto):
+            for first in range(0, self._rows, self._at_once):
+                # The last ones may be advanced twice: each piece has the same number.
+                first = min(first, self._rows - self._at_once)
+                row = place * self._rows + first
+                self._pieces.run(("the teacher's trajectories",), self._advance, i=i, first=first, row=row)
+        self._done[place] = block, upto
 
     @torch.no_grad()
-    def _solve(self, numbers: Mapping[str, Number]) -> None:
-        """The points of the trajectories from "first" on, NaN throughout for one whose latent overflowed."""
-        step, index = whole(numbers["step"]), self._trajectories + whole(numbers["first"])
-        mark("generator: trajectories")
-        labels, place = self._labels(index, step), index - self._first
-        seed = self.config.seed
-        x = perturb(
-            self._zeros, self._starts[0], self.D, seed=seed, stream=CmtStream.LATENT, step=step, sample_index=index
-        )
+    def _begin(self, numbers: Mapping[str, Number]) -> None:
+        """The first points of the trajectories of "step", from the row "row" on: NaN for one that overflowed."""
+        step, rows = whole(numbers["step"]), self._trajectories[: self._count] + whole(numbers["row"])
+        index = self._trajectories[: self._count] + self._first
+        at: dict[str, Any] = {"seed": self.config.seed, "step": step}
+        labels = draw_labels(self.network.label_dim, index, stream=CmtStream.LABEL, shares=self._shares, **at)
+        if labels is not None:
+            self._conditions.index_copy_(0, rows, labels)
+        x = perturb(self._zeros, self._start, self.D, stream=CmtStream.LATENT, sample_index=index, **at)
+        assert isinstance(x, Tensor)
         # At small D there are such, in float32 or within the network: they must not meet the weights.
-        c_in = self.teacher.coefficients(self._starts[0].to(self.teacher.wide_dtype))[2]
+        c_in = self.teacher.coefficients(self._start.to(self.teacher.wide_dtype))[2]
         finite = finite_samples((per_sample(c_in, x) * x).to(self.teacher.input_dtype)) & finite_samples(x)
-        lost = per_sample(~finite, x)
+        self._points.index_copy_(0, rows * self.config.points, x.masked_fill(per_sample(~finite, x), float("nan")))
+
+    @torch.no_grad()
+    def _advance(self, numbers: Mapping[str, Number]) -> None:
+        """The step "i" of the solver for the trajectories from the row "row" on, the one "first" of their block."""
+        i, first = whole(numbers["i"]), whole(numbers["first"])
+        rows, order = self._trajectories[: self._at_once] + whole(numbers["row"]), self.config.order
+        # Predictions of the last steps lie in turn in as many places.
+        kept = (self._trajectories[: self._at_once] + first) * order
+        at = torch.zeros_like(rows) + i
+        x = self._points[rows * self.config.points + at]
+        lost = per_sample(~finite_samples(x), x)
         x = x.masked_fill(lost, 0.0)
-        self._points[:, 0].index_copy_(0, place, x.masked_fill(lost, float("nan")))
-        predicted: list[Tensor] = []
-        for i, advance in enumerate(self._solver):
-            predicted = [self.teacher(x, self._starts[i], labels).to(x.dtype), *predicted[:2]]
-            x = advance.kept * x
-            for weight, prediction in zip(advance.weights, predicted, strict=False):
-                x = x + weight * prediction
-            self._points[:, i + 1].index_copy_(0, place, x.masked_fill(lost, float("nan")))
+        labels = self._conditions[rows] if self.network.label_dim else None
+        predicted = self.teacher(x, self._levels[at], labels).to(x.dtype)
+        self._predicted.index_copy_(0, kept + at % order, predicted)
+        weights = self._weights[at]
+        x = self._kept * x
+        for age in range(order):
+            earlier = predicted if age == 0 else self._predicted[kept + (at - age) % order]
+            x = x + per_sample(weights[:, age], x) * earlier
+        self._points.index_copy_(0, rows * self.config.points + at + 1, x.masked_fill(lost, float("nan")))
 
     def _micro_step(self, numbers: Mapping[str, Number]) -> None:
         """Forward and backward of the micro-batch that begins with the image "first", in the update "step"."""
-        step, first = whole(numbers["step"]), whole(numbers["first"])
+        step, first, N = whole(numbers["step"]), whole(numbers["first"]), self.config.points
         index = self._offsets + first
-        trajectory, point = index // self.config.points, index % self.config.points
-        labels, place = self._labels(trajectory, step), trajectory - self._first
+        row, point = index // N - self._first + whole(numbers["row"]), index % N
         mark("generator: forward and backward")
-        x, target, level = self._points[place, point], self._points[place, -1], self._levels[point]
+        labels = self._conditions[row] if self.network.label_dim else None
+        x, target, level = self._points[row * N + point], self._points[row * N + N - 1], self._levels[point]
         finite = finite_samples(x) & finite_samples(target)
         x, target = (values.masked_fill(per_sample(~finite, values), 0.0) for values in (x, target))
         if self.config.dropout > 0:
@@ -325,6 +395,14 @@ class CmtSteps:
         root = (square + self._huber**2).sqrt()
         # Without the cancellation of the root and c where the two nearly agree.
         return square / (root + self._huber), away / per_sample(root, away), torch.isfinite(square)
+
+
+def _trajectories(config: CmtConfig, world: World) -> tuple[int, int]:
+    """The first trajectory that a process solves, and how many: of all processes alike."""
+    local, N = config.batch // world.size, config.points
+    parts = [(rank * local // N, -(-(rank + 1) * local // N)) for rank in range(world.size)]
+    count = max(end - first for first, end in parts)
+    return min(parts[world.rank][0], -(-config.batch // N) - count), count
 
 
 def _lpips(config: CmtConfig, device: torch.device) -> Lpips:

@@ -17,6 +17,7 @@ from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments import step_time
 from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.experiments.step_time import step_time as time_of
+from ipfm.engine.objectives.cmt import CmtConfig
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.models import NetworkConfig, Precond, build_network
 
@@ -29,6 +30,7 @@ SETTINGS = {
     "ipfm": DistillConfig(D=128.0, batch=8, max_steps=1, precision="fp32", teacher_storage="fp32"),
     "two steps": DistillConfig(D=128.0, batch=8, max_steps=1, precision="fp32", teacher_storage="fp32", steps=2),
     "pid": PidConfig(D=128.0, batch=8, max_steps=1, precision="fp32", teacher_storage="fp32", distance="l2"),
+    "cmt": CmtConfig(D=128.0, batch=8, max_steps=1, precision="fp32", teacher_storage="fp32", points=4),
     "teacher": TeacherConfig(D=128.0, batch=8, max_steps=1, precision="fp32"),
 }
 
@@ -66,7 +68,7 @@ def test_a_step_of_each_kind_is_measured(name: str) -> None:
     assert 0 < time_of(form_of(name, 4), SMALL, 11, CPU).seconds < 60
 
 
-@pytest.mark.parametrize("name", ["ipfm", "two steps", "pid"])
+@pytest.mark.parametrize("name", ["ipfm", "two steps", "pid", "cmt"])
 def test_what_is_measured_is_the_step_of_the_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[Counter[tuple[str, int]]] = []
 
@@ -131,6 +133,28 @@ def test_images_count_in_proportion_and_the_optimisers_once(
     found = time_of(form, SMALL, 10, CPU)
     assert found.seconds == pytest.approx(128 * 0.01 + 0.2) and found.how() == "measured"
     assert sizes == [images]
+
+
+@pytest.mark.parametrize(
+    ("forward", "micro_batch", "images"),
+    [(0.001, 64, 64), (0.001, 40, 32), (0.001, 8, 16), (0.02, 64, 16)],
+)
+def test_images_that_belong_together_are_measured_together(
+    forward: float, micro_batch: int, images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole trajectories of 16 points: of one image the teacher would follow one all the way."""
+    sizes: list[int] = []
+
+    def at(count: int) -> step_time.Iteration:
+        sizes.append(count)
+        return lambda number: None
+
+    monkeypatch.setattr(step_time, "_distillation", lambda *_: at)
+    monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, *__, **___: forward * count)
+    monkeypatch.setattr(step_time, "_timed", lambda *_: (0.01 * sizes[-1], 0.2))
+    form = form_of("cmt", 8)
+    form = replace(form, config=replace(form.config, batch=128, points=16), micro_batch=micro_batch)
+    assert time_of(form, SMALL, 4, CPU).seconds == pytest.approx(128 * 0.01 + 0.2) and sizes == [images]
 
 
 @pytest.mark.parametrize(

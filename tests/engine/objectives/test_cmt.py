@@ -23,7 +23,7 @@ from ipfm.engine.memory.simulate import StepSettings, simulate_distillation
 from ipfm.engine.memory.state import Sharding
 from ipfm.engine.objectives import check_objective
 from ipfm.engine.objectives.base import Distillation
-from ipfm.engine.objectives.cmt import CmtConfig, CmtStream, solver
+from ipfm.engine.objectives.cmt import CmtConfig, CmtStream, _trajectories, solved_together, solver
 from ipfm.engine.objectives.dmd import DmdConfig
 from ipfm.engine.random_streams import draw_labels, seed_dropout
 from ipfm.engine.runtime.commandline import parse_given
@@ -223,20 +223,52 @@ def test_lpips_of_its_images(teacher: Precond, tmp_path: Path) -> None:
     assert run.memory_plan().working > plain.memory_plan().working + 4 * 14_700_000  # VGG-16
 
 
+def test_the_teacher_has_about_as_many_images_at_a_time_as_the_generator(teacher: Precond) -> None:
+    """Trajectories of N - 1 steps are solved together, a step of the solver in each; a resumed run has the same."""
+    seen: list[int] = []
+    net = copy.deepcopy(teacher)
+    net.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    run = Distiller(CmtConfig(**{**SETTINGS, "lr": 1e-30}), net, world=ALONE)
+    measured = [run.iteration(step) for step in range(5)]
+    # The first block whole, and of the second one what is a step's; then 6 of 8 images in each.
+    assert seen == [6] * 4 + [6] * 4
+    for step in (4, 1, 2):
+        again = Distiller(CmtConfig(**{**SETTINGS, "lr": 1e-30}), net, world=ALONE) if step == 4 else run
+        assert torch.equal(again.iteration(step).sums["generator_loss"], measured[step].sums["generator_loss"])
+    assert [solved_together(CmtConfig(), n) for n in (1, 8, 9, 64, 100, 128, 500)] == [
+        (15, 2), (15, 2), (15, 2), (2, 2), (2, 2), (1, 1), (1, 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "points", "ranks"), [(24, 8, 4), (48, 16, 2), (8, 4, 2), (128, 16, 8)])
+def test_every_process_solves_as_many_trajectories(batch: int, points: int, ranks: int) -> None:
+    """Those of its images are among them; a sharded teacher is asked by all alike."""
+    config, local = CmtConfig(batch=batch, points=points), batch // ranks
+    found = [_trajectories(config, World(rank, ranks, torch.device("cpu"))) for rank in range(ranks)]
+    assert len({count for _, count in found}) == 1
+    for rank, (first, count) in enumerate(found):
+        assert 0 <= first <= rank * local // points and first + count <= batch // points
+        assert (rank + 1) * local <= (first + count) * points
+
+
 def test_the_points_of_a_processs_images_are_in_the_memory_plan(teacher: Precond) -> None:
     """All of its trajectories lie in memory at once, however few images are trained on at a time."""
     network, image = teacher.config, 4 * math.prod(teacher.config.image_shape)
+    # Two blocks of three steps, predictions of the last three, and labels.
+    trajectory = 3 * (2 * 4 + 3) * image + 3 * 2 * 4 * network.label_dim
     peaks = {}
     for batch, ranks in ((8, 1), (64, 1), (64, 2)):
         config = replace(CmtConfig(**SETTINGS), batch=batch, precision="fp32").completed(network)
         found = simulate_distillation(StepSettings(network, 4, Sharding(ranks), config=config))
         peaks[batch, ranks] = found
     for phase, least in peaks[8, 1].items():
-        assert peaks[64, 1][phase] - least == image * 56 and peaks[64, 2][phase] - least == image * 24
-    config = replace(CmtConfig(**SETTINGS), batch=24, points=8)
-    held = Distiller(config, teacher, world=ALONE).steps._points  # type: ignore[attr-defined]
-    assert held.nbytes == config.held_bytes(network, 24) == image * 24
-    assert config.held_bytes(network, 12) == image * 16  # a trajectory and a half
+        assert peaks[64, 1][phase] - least == 14 * trajectory and peaks[64, 2][phase] - least == 6 * trajectory
+    for batch, points in ((24, 8), (512, 2)):
+        config = CmtConfig(**{**SETTINGS, "batch": batch, "points": points, "micro_batch": 8, "backward": "joint"})
+        steps: Any = Distiller(config, teacher, world=ALONE).steps
+        held = (steps._points, steps._predicted, steps._conditions)
+        assert sum(one.nbytes for one in held) == config.held_bytes(network, batch)
+    assert CmtConfig(points=8).held_bytes(network, 12) == CmtConfig(points=8).held_bytes(network, 16)
 
 
 def test_a_teacher_of_edm2_takes_the_settings_of_the_script(tmp_path: Path) -> None:
