@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import get_args
+
 import torch
 import triton
 import triton.language as tl
@@ -11,39 +14,64 @@ from ipfm.kernels import _checks, reference
 from ipfm.kernels._dispatch import Backend, on_device, row_config, use_triton
 from ipfm.kernels._operators import direct, operator
 from ipfm.kernels._rows import as_rows, empty_rows
-from ipfm.kernels.reference import IpfmLoss
+from ipfm.kernels.reference import IpfmLoss, LossWeight
 
 # ---------------------------------------------------------------------------------------------------------- kernel
 
 
+# What is summed over a sample for its weight, see `ipfm_loss`.
+DISTANCE = tl.constexpr(0)
+GIVEN = tl.constexpr(1)
+SCORE = tl.constexpr(2)
+UNSQUARED = tl.constexpr(3)
+
+
 @triton.jit
 def _differences(
-    p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out,
-    A: tl.constexpr, B: tl.constexpr, RAW: tl.constexpr, COMPUTE: tl.constexpr,
+    p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, rest,
+    A: tl.constexpr, B: tl.constexpr, RAW: tl.constexpr, WEIGHT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """(T - y, e, a (T - S), e - a (T - S)), e = a (T - c) - b (y - c); 0 where masked.
+    """(what the weight sums, e, a (T - S), e - a (T - S)), e = a (T - c) - b (y - c); 0 where masked.
 
-    RAW: T = c_skip x + c_out t, likewise S, and c = c_skip x; else c = 0. At a = b = 1 e is T - y.
+    RAW: T = c_skip x + c_out t, likewise S, and c = c_skip x; else c = 0. At a = b = 1 e is T - y. The weight sums
+    |T - y|, of SCORE |x - T|^2 and of UNSQUARED |T - S|^2; GIVEN does not look at its sum.
     """
     b_t = tl.load(p_t + o_e, mask=m_e, other=0.0).to(COMPUTE)
     b_s = tl.load(p_s + o_e, mask=m_e, other=0.0).to(COMPUTE)
     b_y = tl.load(p_y + o_e, mask=m_e, other=0.0).to(COMPUTE)
+    if RAW:
+        b_x = tl.load(p_x + o_e, mask=m_e, other=0.0).to(COMPUTE)
+    if WEIGHT == SCORE:
+        b_away = rest * b_x - c_out * b_t
+        b_weigh = b_away * b_away
+    elif WEIGHT == UNSQUARED:
+        b_apart = c_out * (b_t - b_s)
+        b_weigh = b_apart * b_apart
     if A == 1.0 and B == 1.0:
         if RAW:
-            b_skipped = c_skip * tl.load(p_x + o_e, mask=m_e, other=0.0).to(COMPUTE)
+            b_skipped = c_skip * b_x
             b_ty = b_skipped + c_out * b_t - b_y
-            return b_ty, b_ty, c_out * (b_t - b_s), b_skipped + c_out * b_s - b_y
+            b_ts = c_out * (b_t - b_s)
+            b_sy = b_skipped + c_out * b_s - b_y
         else:
             b_ty = b_t - b_y
-            return b_ty, b_ty, b_t - b_s, b_s - b_y
+            b_ts = b_t - b_s
+            b_sy = b_s - b_y
+        if WEIGHT < SCORE:
+            b_weigh = tl.abs(b_ty)
     else:
         a = tl.full((), A, COMPUTE)
         b = tl.full((), B, COMPUTE)
         if RAW:
-            b_y = b_y - c_skip * tl.load(p_x + o_e, mask=m_e, other=0.0).to(COMPUTE)
+            b_y = b_y - c_skip * b_x
             b_t = c_out * b_t
             b_s = c_out * b_s
-        return b_t - b_y, a * b_t - b * b_y, a * (b_t - b_s), a * b_s - b * b_y
+        if WEIGHT < SCORE:
+            b_weigh = tl.abs(b_t - b_y)
+        b_ty = a * b_t - b * b_y
+        b_ts = a * (b_t - b_s)
+        b_sy = a * b_s - b * b_y
+    return b_weigh, b_ty, b_ts, b_sy
 
 
 @triton.jit
@@ -76,9 +104,10 @@ def _store_gradients(p_dt, p_ds, p_dy, o_e, m_e, b_dt, b_ds, b_dy, weight, weigh
 
 @triton.jit
 def ipfm_loss_kernel(
-    p_t, p_s, p_y, p_x, p_c_skip, p_c_out, p_dt, p_ds, p_dy, p_loss, p_weight, p_valid,
+    p_t, p_s, p_y, p_x, p_c_skip, p_c_out, p_factor, p_sigma, p_dt, p_ds, p_dy, p_loss, p_weight, p_valid,
     elements, st_b, ss_b, sy_b, sx_b, sdt_b, sds_b, sdy_b,
     ALPHA: tl.constexpr, BETA: tl.constexpr, A: tl.constexpr, B: tl.constexpr, FLOOR: tl.constexpr,
+    WEIGHT: tl.constexpr, BY_D: tl.constexpr, SMALL: tl.constexpr, FACTOR: tl.constexpr,
     RAW: tl.constexpr, COMPUTE: tl.constexpr,
     MAX_LOSS: tl.constexpr, MAX_GRAD: tl.constexpr, MAX_DY: tl.constexpr,
     BLOCK: tl.constexpr, RESIDENT: tl.constexpr,
@@ -91,6 +120,9 @@ def ipfm_loss_kernel(
 
     With real data beside, e = A(T-c) - B(y-c) takes the place of T - y in all but λ, see `ipfm_loss`:
     L = 2λ Σ (T-S)(e - αA(T-S)).
+
+    Other weights: GIVEN 1, SCORE (N BY_D + 1) / (|x-T|² BY_D + σ²), UNSQUARED (|T-S|² + N SMALL)^-½; with FACTOR each
+    is multiplied by the sample's own number.
 
     RAW: T = c_skip x + c_out t and S = c_skip x + c_out s, so that the gradients by t and s have the factor c_out; and
     x = y + noise, so that ∂L/∂y gains c_skip (∂L/∂T + ∂L/∂S), which is -c_skip times itself.
@@ -117,22 +149,25 @@ def ipfm_loss_kernel(
     if RESIDENT:
         o_e = tl.arange(0, BLOCK)
         m_e = o_e < elements
-        b_error, b_ty, b_ts, b_sy = _differences(p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, A, B, RAW, COMPUTE)
+        b_weigh, b_ty, b_ts, b_sy = _differences(
+            p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, rest, A, B, RAW, WEIGHT, COMPUTE
+        )
         b_dt, b_ds, b_dy = _gradients(b_ty, b_ts, b_sy, A, B, BETA)
-        b_abs = tl.abs(b_error)
         b_loss = b_ts * (b_ty - ALPHA * b_ts)
         b_peak, b_peak_y = _peaks(b_dt, b_ds, b_dy, RAW)
     else:
-        b_abs = tl.zeros((BLOCK,), COMPUTE)
+        b_weigh = tl.zeros((BLOCK,), COMPUTE)
         b_loss = tl.zeros((BLOCK,), COMPUTE)
         b_peak = tl.zeros((BLOCK,), COMPUTE)
         b_peak_y = tl.zeros((BLOCK,), COMPUTE)
         for start in range(0, elements, BLOCK):
             o_e = start + tl.arange(0, BLOCK)
             m_e = o_e < elements
-            b_error, b_ty, b_ts, b_sy = _differences(p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, A, B, RAW, COMPUTE)
+            b_share, b_ty, b_ts, b_sy = _differences(
+                p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, rest, A, B, RAW, WEIGHT, COMPUTE
+            )
             b_dt, b_ds, b_dy = _gradients(b_ty, b_ts, b_sy, A, B, BETA)
-            b_abs += tl.abs(b_error)
+            b_weigh += b_share
             b_loss += b_ts * (b_ty - ALPHA * b_ts)
             b_sizes, b_sizes_y = _peaks(b_dt, b_ds, b_dy, RAW)
             b_peak = tl.maximum(b_peak, b_sizes)
@@ -140,8 +175,21 @@ def ipfm_loss_kernel(
                 b_peak_y = tl.maximum(b_peak_y, b_sizes_y)
 
     # Reduce: λ, the loss, and whether the sample is valid.
-    mean = tl.sum(b_abs, axis=0) / tl.cast(elements, COMPUTE)
-    weight = 1.0 / tl.maximum(mean, tl.full((), FLOOR, COMPUTE))  # tl.cast would round FLOOR to float32
+    if WEIGHT == GIVEN:
+        weight = tl.full((), 1.0, COMPUTE)
+    elif WEIGHT == SCORE:
+        sigma = tl.load(p_sigma + i_b).to(COMPUTE)
+        by_D = tl.full((), BY_D, COMPUTE)
+        away = tl.sum(b_weigh, axis=0) * by_D + sigma * sigma
+        weight = (tl.cast(elements, COMPUTE) * by_D + 1.0) / away
+    elif WEIGHT == UNSQUARED:
+        apart = tl.sum(b_weigh, axis=0) + tl.cast(elements, COMPUTE) * tl.full((), SMALL, COMPUTE)
+        weight = 1.0 / tl.sqrt(apart)
+    else:
+        mean = tl.sum(b_weigh, axis=0) / tl.cast(elements, COMPUTE)
+        weight = 1.0 / tl.maximum(mean, tl.full((), FLOOR, COMPUTE))  # tl.cast would round FLOOR to float32
+    if FACTOR:
+        weight = weight * tl.load(p_factor + i_b).to(COMPUTE)
     loss = 2.0 * weight * tl.sum(b_loss, axis=0)
     if A != 1.0:
         loss = loss / tl.full((), A, COMPUTE)
@@ -164,7 +212,9 @@ def ipfm_loss_kernel(
         for start in range(0, elements, BLOCK):
             o_e = start + tl.arange(0, BLOCK)
             m_e = o_e < elements
-            b_error, b_ty, b_ts, b_sy = _differences(p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, A, B, RAW, COMPUTE)
+            _, b_ty, b_ts, b_sy = _differences(
+                p_t, p_s, p_y, p_x, o_e, m_e, c_skip, c_out, rest, A, B, RAW, WEIGHT, COMPUTE
+            )
             b_dt, b_ds, b_dy = _gradients(b_ty, b_ts, b_sy, A, B, BETA)
             _store_gradients(p_dt, p_ds, p_dy, o_e, m_e, b_dt, b_ds, b_dy, slope, slope_y, valid)
 
@@ -188,6 +238,10 @@ def launch_ipfm_loss(
     c_out: Tensor | None,
     weights: tuple[float, float],
     inplace: bool,
+    weight_by: str = "sid",
+    factor: Tensor | None = None,
+    sigma: Tensor | None = None,
+    by_D: float = 0.0,
 ) -> IpfmLoss:
     """One launch of the Triton kernel; dt and ds lie over t and s, or over copies of them in rows, if `inplace`."""
     dy = empty_rows(t, y.dtype)
@@ -196,15 +250,18 @@ def launch_ipfm_loss(
     dt, ds = (row_t, row_s) if inplace else (empty_rows(t), empty_rows(t))
     loss, weight, valid = _per_sample_outputs(y)
     compute = loss.dtype
+    kind = {"sid": DISTANCE, "given": GIVEN, "score": SCORE, "unsquared": UNSQUARED}[weight_by]
     if len(t):
         elements = t[0].numel()
         block, warps = row_config(elements, crowded=weights != (1.0, 1.0))
         with on_device(t.device):
             ipfm_loss_kernel[(len(t),)](
                 row_t, row_s, row_y, row_x, loss if c_skip is None else c_skip, loss if c_out is None else c_out,
+                loss if factor is None else factor, loss if sigma is None else sigma,
                 dt, ds, dy, loss, weight, valid,
                 elements, *(v.stride(0) for v in (row_t, row_s, row_y, row_x, dt, ds, dy)),
                 ALPHA=alpha, BETA=4 * (alpha - 0.5), A=weights[0], B=weights[1], FLOOR=reference.WEIGHT_FLOOR,
+                WEIGHT=kind.value, BY_D=by_D, SMALL=reference.SMALL_SQUARE, FACTOR=factor is not None,
                 RAW=x is not None,
                 COMPUTE=tl.float64 if compute == torch.float64 else tl.float32,
                 MAX_LOSS=torch.finfo(compute).max, MAX_GRAD=torch.finfo(t.dtype).max, MAX_DY=torch.finfo(y.dtype).max,
@@ -224,9 +281,13 @@ def _ipfm_loss(
     c_out: Tensor | None,
     a: float = 1.0,
     b: float = 1.0,
+    weight_by: str = "sid",
+    factor: Tensor | None = None,
+    sigma: Tensor | None = None,
+    by_D: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `IpfmLoss`."""
-    return launch_ipfm_loss(t, s, y, alpha, x, c_skip, c_out, (a, b), inplace=False)
+    return launch_ipfm_loss(t, s, y, alpha, x, c_skip, c_out, (a, b), False, weight_by, factor, sigma, by_D)
 
 
 @_ipfm_loss.register_fake
@@ -240,6 +301,10 @@ def _(
     c_out: Tensor | None,
     a: float = 1.0,
     b: float = 1.0,
+    weight_by: str = "sid",
+    factor: Tensor | None = None,
+    sigma: Tensor | None = None,
+    by_D: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, weight, valid = _per_sample_outputs(y)
     return loss, weight, empty_rows(t), empty_rows(t), empty_rows(t, y.dtype), valid
@@ -256,9 +321,13 @@ def _ipfm_loss_(
     c_out: Tensor | None,
     a: float = 1.0,
     b: float = 1.0,
+    weight_by: str = "sid",
+    factor: Tensor | None = None,
+    sigma: Tensor | None = None,
+    by_D: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, weight, dy, valid); dt is written over t and ds over s."""
-    got = launch_ipfm_loss(t, s, y, alpha, x, c_skip, c_out, (a, b), inplace=True)
+    got = launch_ipfm_loss(t, s, y, alpha, x, c_skip, c_out, (a, b), True, weight_by, factor, sigma, by_D)
     for given, row in ((t, got.dt), (s, got.ds)):
         if row is not given:
             given.copy_(row)
@@ -276,6 +345,10 @@ def _(
     c_out: Tensor | None,
     a: float = 1.0,
     b: float = 1.0,
+    weight_by: str = "sid",
+    factor: Tensor | None = None,
+    sigma: Tensor | None = None,
+    by_D: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, weight, valid = _per_sample_outputs(y)
     return loss, weight, empty_rows(t, y.dtype), valid
@@ -302,6 +375,10 @@ def ipfm_loss(
     c_skip: Tensor | None = None,
     c_out: Tensor | None = None,
     real_weights: tuple[float, float] = (1.0, 1.0),
+    weight: LossWeight = "sid",
+    factor: Tensor | None = None,
+    sigma: Tensor | None = None,
+    D: float = math.inf,
     backend: Backend = "auto",
 ) -> IpfmLoss:
     """The generator's loss and its gradients with respect to the teacher's and student's outputs and the sample.
@@ -325,10 +402,19 @@ def ipfm_loss(
 
     times c_out, c_out and 1 - c_skip with the preconditioning.
 
+    Other weights λ, constant for the gradients too, N the number of elements of a sample:
+
+        weight="given"      1
+        weight="score"      (N + D) / (‖x-T‖² + σ²D), with the preconditioning
+        weight="unsquared"  1 / (‖T-S‖² + 10⁻⁶ N)^½
+
+    With `factor` every λ, that of "sid" too, is multiplied by the sample's number.
+
     Source: IPFM (Shlenskii & Korotin) eq. 21 at α = ½, its regularised eq. 28 at other α; for every α it is twice SiD
     (Zhou et al. 2024) eq. 23.
     Preconditioning: EDM (Karras et al. 2022) eq. 7. Real data: RealUID (arXiv 2509.22459), with the offset c that makes
-    its targets those of the raw output.
+    its targets those of the raw output. "unsquared" is the gradient of a distance in the place of its square (RealUID,
+    A.4), and "score" that of a difference of scores sample by sample.
 
     Args:
         t: (B, C, H, W) or (B, N), float32, bfloat16, float16 or float64, any strides: the teacher's output T(x, σ).
@@ -344,6 +430,11 @@ def ipfm_loss(
         c_out: (B,) float32 or float64, factor of t and s.
         real_weights: (a, b), the share of generated samples in the student's loss, in (0, 1], and the factor of their
             targets, above 0 and up to 1e6; (1, 1) is without real data.
+        weight: "sid" for the λ above, or one of the others.
+        factor: (B,) float32 or float64, of each sample's weight. One that is not finite and above 0 leaves its sample
+            out.
+        sigma: (B,) float32 or float64, noise levels, of weight "score" alone.
+        D: of weight "score", in (0, inf].
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -388,18 +479,30 @@ def ipfm_loss(
     if abs(alpha) > 1e6:
         raise ValueError(f"{op}: alpha must be in [-1e6, 1e6]; got {alpha}")
     a, b = _checks.real_weights(op, real_weights)
+    if weight not in get_args(LossWeight):
+        raise ValueError(f"{op}: weight must be {', '.join(get_args(LossWeight))}; got {weight!r}")
+    factor = None if factor is None else _checks.per_sample(op, "factor", factor, y)
+    if (sigma is not None) != (weight == "score") or (weight == "score" and not raw):
+        raise ValueError(
+            f"{op}: sigma goes with weight score, which needs x, c_skip and c_out too; got weight {weight} "
+            f"{'with' if sigma is not None else 'without'} sigma"
+        )
+    sigma = None if sigma is None else _checks.per_sample(op, "sigma", sigma, y)
+    by_D = 1 / _checks.positive(op, "D", D, infinite=True)
     if inplace and (_share_memory(t, s, y) or (x is not None and _share_memory(t, s, x))):
         raise ValueError(f"{op}: inplace=True overwrites t and s; got tensors that share memory")
     if use_triton(op, backend, t.device):
         if not inplace:
-            return IpfmLoss(*direct(_ipfm_loss, t)(t, s, y, alpha, x, c_skip, c_out, a, b))
+            given = direct(_ipfm_loss, t)
+            return IpfmLoss(*given(t, s, y, alpha, x, c_skip, c_out, a, b, weight, factor, sigma, by_D))
         run = direct(_ipfm_loss_, t)
-        loss, weight, dy, valid = run(t, s, y, alpha, x, c_skip, c_out, a, b)
+        loss, taken, dy, valid = run(t, s, y, alpha, x, c_skip, c_out, a, b, weight, factor, sigma, by_D)
         if run is not _ipfm_loss_ and not t.is_inference():
             # An operator tells autograd for itself what it overwrote.
             torch.autograd.graph.increment_version((t, s))
-        return IpfmLoss(loss, weight, t, s, dy, valid)
+        return IpfmLoss(loss, taken, t, s, dy, valid)
     weights = (a, b)
     return reference.ipfm_loss(
-        t, s, y, alpha=alpha, inplace=inplace, x=x, c_skip=c_skip, c_out=c_out, real_weights=weights
-    )
+        t, s, y, alpha=alpha, inplace=inplace, x=x, c_skip=c_skip, c_out=c_out, real_weights=weights, weight_by=weight,
+        factor=factor, sigma=sigma, by_D=by_D,
+    )  # fmt: skip

@@ -19,7 +19,7 @@ acceptance uniform, and word 3 of trial 0 is the uniform of the boost for shapes
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from ipfm.kernels._numpy_philox import (
 )
 
 WEIGHT_FLOOR = 1e-5  # floor of the mean |y - T| below the generator loss's weight
+SMALL_SQUARE = 1e-6  # mean square of T - S below which its weight `unsquared` weighs as a square does
 LOG_RATIO_MAX = 690.0  # cap of ln sqrt(D/K): keeps 0 * inf out of x at tiny D
 
 # Trials of a gamma variable. One is accepted with probability 0.95 or more: that none of 16 is has probability 1e-21.
@@ -48,6 +49,10 @@ _TRIALS = 16
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
+
+
+# Weights of the generator's loss, see `ipfm_loss`.
+LossWeight = Literal["sid", "given", "score", "unsquared"]
 
 
 class IpfmLoss(NamedTuple):
@@ -246,6 +251,10 @@ def ipfm_loss(
     c_skip: Tensor | None = None,
     c_out: Tensor | None = None,
     real_weights: tuple[float, float] = (1.0, 1.0),
+    weight_by: LossWeight = "sid",
+    factor: Tensor | None = None,
+    sigma: Tensor | None = None,
+    by_D: float = 0.0,
 ) -> IpfmLoss:
     """L(α) = λ[‖T-y‖² - ‖S-y‖² - 2(α-½)‖T-S‖²] and its gradients [IPFM eq. 28; SiD eq. 23, L(α) = 2·L_SiD(α)].
 
@@ -254,6 +263,9 @@ def ipfm_loss(
 
     With real_weights (a, b) other than (1, 1) e = a(T-c) - b(y-c) is in the place of T - y but for λ, with c = c_skip x
     in the latter case and 0 in the former: L = 2λ Σ (T-S)(e - αa(T-S)) [RealUID, in the form of a raw output's target].
+
+    λ is 1 / mean|T-y|, or of weight_by "given" 1, "score" (N by_D + 1) / (‖x-T‖² by_D + σ²), "unsquared" (‖T-S‖² + 1e-6
+    N)^-½; times `factor`.
     """
     compute = torch.promote_types(y.dtype, torch.float32)
     dims = tuple(range(1, t.ndim))
@@ -265,7 +277,18 @@ def ipfm_loss(
         skip, out, rest = _column(c_skip, t, compute), _column(c_out, t, compute), _column(1 - c_skip, t, compute)
         T, S, ts = skip * x.to(compute) + out * T, skip * x.to(compute) + out * S, out * ts
     ty, sy = T - Y, S - Y
-    weight = 1 / ty.abs().mean(dims).clamp_(min=WEIGHT_FLOOR)
+    elements = t[0].numel() if len(t) else 1
+    if weight_by == "given":
+        weight = torch.ones_like(ty.flatten(1)[:, 0])
+    elif weight_by == "score" and x is not None and sigma is not None:
+        away = rest * x.to(compute) - out * t.to(compute)
+        weight = (elements * by_D + 1) / (away.square().sum(dims) * by_D + sigma.to(compute).square())
+    elif weight_by == "unsquared":
+        weight = (ts.square().sum(dims) + SMALL_SQUARE * elements).rsqrt()
+    else:
+        weight = 1 / ty.abs().mean(dims).clamp_(min=WEIGHT_FLOOR)
+    if factor is not None:
+        weight = weight * factor.to(compute)
     a, b = real_weights
     if real_weights != (1.0, 1.0):
         # From here on of e, of a(T-S) and of e - a(T-S) in the places of T-y, T-S and S-y.

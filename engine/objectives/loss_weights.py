@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ipfm.engine.checks import is_number
-from ipfm.engine.objectives.losses import Noisy, Weighting, per_sample
+from ipfm.engine.objectives.losses import Noisy, OnePass, Weighting, per_sample
+from ipfm.kernels.reference import SMALL_SQUARE
 
 WeightName = Literal["sid", "sigma", "edm", "score", "unsquared"]
 # The formulas, for titles and reports. N: elements of an image.
@@ -26,8 +27,6 @@ FORMULAS: Mapping[str, str] = {
     "score": "(N + D) / (|x - T|^2 + sigma^2 D)",
     "unsquared": "1 / sqrt(|T - S|^2 + c)",
 }
-# Mean square of T - S below which `unsquared` weighs as a square does: c is so much an element.
-SMALL_SQUARE = 1e-6
 # Largest power of sigma that a weight is multiplied by.
 POWER_LIMIT = 4.0
 
@@ -69,6 +68,20 @@ class ChosenWeight:
             return own if self.then is None else self.then(sigma, own)
 
         return weigh
+
+    def in_one_pass(self, noisy: Noisy) -> OnePass | None:
+        """See `losses.KernelWeighting`: all of them, unless another weighting is to take its place."""
+        if self.then is not None:
+            return None
+        tilt = noisy.sigma**self.power if self.power else None
+        if self.name == "edm":
+            square = noisy.c_out**-2
+            return OnePass("given", square if tilt is None else square * tilt)
+        if self.name == "sigma" or (self.name == "score" and math.isinf(self.D)):
+            return OnePass("given", noisy.sigma ** (self.power - 2))
+        if self.name == "score":
+            return OnePass("score", tilt, noisy.sigma, self.D)
+        return OnePass("unsquared" if self.name == "unsquared" else "sid", tilt)
 
     def _weight(self, noisy: Noisy, teacher: Tensor, student: Tensor, usual: Tensor) -> Tensor:
         sigma, c_out = noisy.sigma.to(usual.dtype), noisy.c_out.to(usual.dtype)

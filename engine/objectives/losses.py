@@ -5,6 +5,7 @@ Functions of plain networks and tensors: no optimiser, no process group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ipfm.engine.objectives.phases import mark
 from ipfm.kernels import denoising_loss, ipfm_loss, perturb
+from ipfm.kernels.reference import LossWeight
 from ipfm.models import Precond
 
 # A network with its labels bound: (c_in x (B, C, H, W) in its compute dtype, sigma (B,)) -> its raw output F.
@@ -63,6 +65,24 @@ class PredictionWeighting(Protocol):
 
     def among(self, noisy: Noisy, teacher: Tensor, student: Tensor) -> Weighting:
         """The weighting of these samples, by the raw outputs (B, C, H, W) at them."""
+        ...
+
+
+class OnePass(NamedTuple):
+    """A weight of the generator's loss as `ipfm_loss` takes it; see there."""
+
+    weight: LossWeight = "sid"
+    factor: Tensor | None = None
+    sigma: Tensor | None = None
+    D: float = math.inf
+
+
+@runtime_checkable
+class KernelWeighting(Protocol):
+    """A weighting that the kernel of the generator's loss may know."""
+
+    def in_one_pass(self, noisy: Noisy) -> OnePass | None:
+        """The weight of these samples as the kernel takes it; None where it does not know it."""
         ...
 
 
@@ -244,6 +264,8 @@ def generator_gradient(
     """
     noisy = isolate(noisy)
     sigma = noisy.sigma
+    known = weighting.in_one_pass(noisy) if isinstance(weighting, KernelWeighting) else None
+    chosen = known or OnePass()
     mark("generator: student")
     with torch.enable_grad():
         scaled = noisy.scaled.detach().requires_grad_()
@@ -262,8 +284,12 @@ def generator_gradient(
             c_skip=noisy.c_skip,
             c_out=noisy.c_out,
             real_weights=real_weights,
+            weight=chosen.weight,
+            factor=chosen.factor,
+            sigma=chosen.sigma,
+            D=chosen.D,
         )
-        own = reweighted(weighting, noisy, (t, s), result.weight)
+        own = reweighted(weighting if known is None else None, noisy, (t, s), result.weight)
         c_in = per_sample(noisy.c_in, y)
         outs: tuple[Tensor, ...] = (s,)
         pulls: tuple[Tensor, ...] = (result.ds,)

@@ -171,6 +171,11 @@ def loss_cases(
         {EAGER: ipfm_loss_of_targets}, ipfm_loss, (raw_t, raw_s, y), real, oracle=reference.ipfm_loss
     )
     yield make("ipfm_loss", "alpha=1 raw bf16 real", bytes=moved, workload=work)
+    weighed = {**keywords, "weight": "score", "factor": sigma.sqrt(), "sigma": sigma, "D": 128.0}
+    work = FunctionWorkload(
+        {EAGER: ipfm_loss_of_scores}, ipfm_loss, (raw_t, raw_s, y), weighed, oracle=weighed_reference
+    )
+    yield make("ipfm_loss", "alpha=1 raw bf16 score", bytes=moved, workload=work)
     eager = {EAGER: preconditioned_denoising_loss}
     work = FunctionWorkload(eager, denoising_loss, (raw_t, y, sigma), given, oracle=reference.denoising_loss)
     reading = half + 2 * size
@@ -226,6 +231,35 @@ def ipfm_loss_of_targets(
     return IpfmLoss(
         factor * result.loss, weight, (out * dt).to(t.dtype), (out * ds).to(s.dtype), dy.to(y.dtype), result.valid
     )
+
+
+def ipfm_loss_of_scores(
+    t: Tensor,
+    s: Tensor,
+    y: Tensor,
+    *,
+    alpha: float,
+    x: Tensor,
+    c_skip: Tensor,
+    c_out: Tensor,
+    weight: str,
+    factor: Tensor,
+    sigma: Tensor,
+    D: float,
+) -> IpfmLoss:
+    """The loss by its usual weight, and each of its gradients times the other one."""
+    skip, out = c_skip.view(-1, 1, 1, 1), c_out.view(-1, 1, 1, 1)
+    usual = preconditioned_ipfm_loss(t, s, y, alpha=alpha, x=x, c_skip=c_skip, c_out=c_out)
+    away = ((1 - skip) * x - out * t.to(x.dtype)).square().sum((1, 2, 3))
+    own = factor * (y[0].numel() / D + 1) / (away / D + sigma.square())
+    by = own / usual.weight
+    dt, ds, dy = (by.view(-1, 1, 1, 1) * g for g in (usual.dt, usual.ds, usual.dy))
+    return IpfmLoss(by * usual.loss, own, dt.to(t.dtype), ds.to(s.dtype), dy.to(y.dtype), usual.valid)
+
+
+def weighed_reference(t: Tensor, s: Tensor, y: Tensor, *, weight: Any, D: float, **given: Any) -> IpfmLoss:
+    """`reference.ipfm_loss`, which is given 1 / D."""
+    return reference.ipfm_loss(t, s, y, weight_by=weight, by_D=1 / D, **given)
 
 
 def denoising_loss_of_targets(

@@ -117,7 +117,8 @@ def scalar_accesses(kernel: str, code: Variant) -> tuple[int, int]:
         case "perturb":
             return 2 + bool(given("SCALED")) + clock, 0
         case "ipfm_loss":
-            return raw, 3
+            # A number a sample each.
+            return raw + bool(given("FACTOR")) + (given("WEIGHT") == 2), 3
         case "denoising_loss":
             return 1 + raw, 2
         case "group_norm_silu" | "group_norm_silu backward":
@@ -205,7 +206,7 @@ def perturb_situations() -> Iterator[Situation]:
 
 
 def loss_situations() -> Iterator[Situation]:
-    """Both losses; raw: with the preconditioning, x and y in float32; real: with real data beside."""
+    """Both losses; raw: preconditioned, x and y in float32; real: with real data beside; score: its weight."""
     for label, shape in (("32x32x3", (3, 32, 32)), ("64x64x3", (3, 64, 64)), ("5x7 unaligned", (1, 5, 7))):
         odd, small = label.endswith("unaligned"), label == "32x32x3"
         for dtype in ("fp32", "bf16") if odd else ("fp32", "bf16", "fp16"):
@@ -214,6 +215,7 @@ def loss_situations() -> Iterator[Situation]:
             if dtype != "fp16" and not odd:
                 yield _losses(f"{name} raw", shape, raw=True, real=False, quick=small)
                 yield _losses(f"{name} raw real", shape, raw=True, real=True, quick=half)
+                yield Situation(f"{name} raw score", partial(_weighed_loss, dtype, shape), half)
 
 
 def _losses(variant: str, shape: tuple[int, ...], *, raw: bool, real: bool, quick: bool) -> Situation:
@@ -228,6 +230,12 @@ def _losses(variant: str, shape: tuple[int, ...], *, raw: bool, real: bool, quic
         denoising_loss(t, y, each, **given, **(dict[str, Any](stretch=b / a, share=a) if real else {}))
 
     return Situation(variant, call, quick)
+
+
+def _weighed_loss(dtype: str, shape: tuple[int, ...]) -> None:
+    t, s = (_empty(64, *shape, dtype=DTYPES[dtype]) for _ in range(2))
+    y, each = _empty(64, *shape), _empty(64)
+    ipfm_loss(t, s, y, alpha=1.0, x=y, c_skip=each, c_out=each, weight="score", factor=each, sigma=each, D=128.0)
 
 
 # ------------------------------------------------------------------------------------------------------ residual blocks

@@ -348,6 +348,10 @@ def operator_cases():
         "ipfm_loss_": (generator_loss._ipfm_loss_, (y.clone(), last + 1, sliced * 2, 1.0, *none)),
         "ipfm_loss_ raw": (generator_loss._ipfm_loss_, (half + 0, half + 1, last, 1.0, y + 1, sigma, sigma)),
         "ipfm_loss_ batch inside": (generator_loss._ipfm_loss_, (inside + 0, inside + 1, y, 1.0, *none)),
+        "ipfm_loss score": (
+            generator_loss._ipfm_loss,
+            (half, half + 1, y, 0.5, last + 1, sigma, sigma, 1.0, 1.0, "score", sigma, sigma.double(), 0.1),
+        ),
         "ipfm_loss real": (generator_loss._ipfm_loss, (half, half + 1, y, 0.5, last + 1, sigma, sigma, 0.92, 0.94)),
         "denoising_loss": (LOSS._denoising_loss, (last, y + 1, sigma, 0.5, *none)),
         "denoising_loss real": (LOSS._denoising_loss, (half, y, sigma, 0.5, last + 1, sigma, sigma, 1.02, 0.92)),
