@@ -53,13 +53,13 @@ def read_real(
         return None
     first, whole = config.first_whole_step, config.planned_step
     if getattr(config, "discriminator", None) is not None and config.total_steps <= whole and is_first_process():
-        what = "generator is trained" if config.total_steps <= first else "generator meets the discriminator"
-        step = first if config.total_steps <= first else whole
+        idle = config.total_steps <= first
+        what, step = ("generator is trained", first) if idle else ("generator meets the discriminator", whole)
         starts = " ".join(f"{kimg:g}" for kimg in config.starts)  # type: ignore[attr-defined]
         with suppress(OSError):
             print(
                 f"note: by discriminator-kimg {starts} the {what} from step {step:,} on; this run has "
-                f"{counted(f'{config.total_steps:,}', 'step')}",
+                f"{counted(f'{config.total_steps:,}', 'step')}{', and its generator stays as it begins' * idle}",
                 file=sys.stderr,
             )
     if path is None:

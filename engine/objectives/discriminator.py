@@ -218,7 +218,7 @@ def decided(kind: DiscriminatorKind | None, weights: Any, network: NetworkConfig
 def starts_by_default(kimg: float | None) -> tuple[float, float]:
     """The beginnings of a run of so many thousands of images; None where it has no length.
 
-    They are no part of what a run folder records, so that a run can be lengthened.
+    A run folder records them beside its settings: a run that is lengthened keeps them.
     """
     first, then = STARTS if kimg is None else [min(s, share * kimg) for s, share in zip(STARTS, SHARES, strict=True)]
     return first, then

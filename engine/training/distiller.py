@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ipfm.engine.config import Rules
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed.agreement import attempt
 from ipfm.engine.distributed.pieces import CapturedPieces
@@ -181,8 +180,8 @@ class Distiller(TrainingRun[Distillation]):
         self._begun += 1
         return self.steps.iteration(step)
 
-    def _go_by(self, rules: Rules) -> None:
-        super()._go_by(rules)
+    def _go_by(self, config: Distillation) -> None:
+        super()._go_by(config)
         self.objective = self.config.objective(self._as_trained)
         self._make_steps()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ipfm.engine.checks import option_name
-from ipfm.engine.config import Resolved, Rules, RunConfig, place_settings
+from ipfm.engine.config import Resolved, RunConfig, place_settings
 from ipfm.engine.data.comparison import IMAGES_OF_CLASSES, Panel, examples, places, save_comparison
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.data.latents import decoded
@@ -93,6 +93,8 @@ class TrainingRun(ABC, Generic[C]):
         self.captures = False
         """The steps are captured in CUDA graphs."""
         self._about: ModelFacts = TeacherFacts()
+        # The settings as they were before a run folder had its say.
+        self._given: C | None = None
         allow_tf32(self.config.tf32)
         if self.config.deterministic:
             compute_deterministically()
@@ -256,10 +258,13 @@ class TrainingRun(ABC, Generic[C]):
             ValueError: the folder belongs to another run.
             TrainingFailed, Interrupted: from the loop.
         """
-        record = check_run_folder(path, kind, self.config, facts)
-        if record["config"]["rules"] != self.config.rules:
-            self._go_by(record["config"]["rules"])
-            if self.world.is_main:
+        record = check_run_folder(path, kind, self._given or self.config, facts)
+        before = self.config
+        begun = replace(before, rules=record["config"]["rules"]).keeping(record.get("decided", {}))
+        if begun != before:
+            self._given = self._given or before
+            self._go_by(begun)
+            if self.world.is_main and begun.rules != before.rules:
                 print(f"ipfm: {path} goes on by rules {self.config.rules}, as it began; see --rules", file=sys.stderr)
         # A result that lies among files of others stays as it is.
         kept = is_settled(path, kind, self.config) and in_the_way(path / export)
@@ -380,9 +385,9 @@ class TrainingRun(ABC, Generic[C]):
             with suppress(OSError):
                 print(f"ipfm: {text}", file=sys.stderr)
 
-    def _go_by(self, rules: Rules) -> None:
-        """Compute by these rules from now on, those that the run in the folder began with."""
-        self.config = replace(self.config, rules=rules)
+    def _go_by(self, config: C) -> None:
+        """Compute by these settings from now on: with the rules, and what is decided, of the run in the folder."""
+        self.config = config
         self.settings = replace(self.settings, config=self.config)
 
     def export(self, folder: Path, *, about: ModelFacts, steps: int, which: str | None = None) -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -93,7 +93,7 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
 
     Returns:
         The content that the folder's config.json is to have: what it has, where the run is finished and only read. Its
-        rules are those that the folder's run began with.
+        rules, and what is `decided`, are those that the folder's run began with.
 
     Raises:
         ValueError: `path` cannot be a folder or cannot be written; it holds another run, something that is no run,
@@ -105,6 +105,8 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
     record = {"format": FORMAT, "kind": kind, **config.recorded(), "config": config.to_json(), **facts}
     if about := config.about():
         record["about"] = dict(about)
+    if decided := config.decided:
+        record["decided"] = dict(decided)
     try:
         path.resolve()
     except RuntimeError:
@@ -131,6 +133,8 @@ def check_run_folder(path: Path, kind: str, config: RunConfig, facts: Mapping[st
         found["config"] = {**added_settings(type(config)), **found["config"]}
         if found["config"]["rules"] == FIRST_RULES:
             record["config"]["rules"] = FIRST_RULES
+        if checkpoints_in(path / "checkpoints") and (decided := _decided(found, config)):
+            record["decided"] = decided
         differences = _differences(found, record, free)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -245,7 +249,7 @@ def claimed(path: Path, record: Mapping[str, Any], config: RunConfig, *, write: 
         return
     lock_folder(path)
     try:
-        known = ("format", "kind", "config", "about", *config.recorded())
+        known = ("format", "kind", "config", "about", "decided", *config.recorded())
         facts = {name: value for name, value in record.items() if name not in known}
         check_run_folder(path, record["kind"], config, facts)
         yield
@@ -290,6 +294,12 @@ def _with_rules(record: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**record, "config": {"rules": FIRST_RULES if begun else CURRENT_RULES, **record["config"]}}
 
 
+def _decided(found: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """What the folder's run has decided; one that is older than the record, by the length that it has there."""
+    length = {name: found["config"].get(name) for name in ("max_steps", "kimg")}
+    return dict(found.get("decided") or replace(config, from_step=None, **length).decided)
+
+
 def _free(config: RunConfig) -> frozenset[str]:
     """Settings that may change: of this class, as it says; of others, whose runs the folder may hold, as those say."""
     kinds: tuple[type[RunConfig], ...] = (TeacherConfig, *OBJECTIVES.values())
@@ -300,7 +310,7 @@ def _free(config: RunConfig) -> frozenset[str]:
 def _differences(found: Mapping[str, Any], ours: Mapping[str, Any], free: frozenset[str]) -> list[str]:
     """What identifies the two runs and differs: "alpha is 1.0 there, 1.2 here"."""
     # A fact that one side does not know yet, such as a teacher still to be trained, is no difference.
-    known = [name for name in ours if name in found and name not in ("config", "about", "start")]
+    known = [name for name in ours if name in found and name not in ("config", "about", "start", "decided")]
     # A distillation that goes on from nothing else, and a teacher that takes nothing over, do not say so.
     name = {"distill": "continues", "teacher": "transfers"}[str(ours["kind"])]
     if ours["kind"] == found.get("kind") and name in ours.keys() | found.keys():
@@ -321,7 +331,7 @@ def differing_facts(found: Mapping[str, Any], ours: Mapping[str, Any], here: str
     """What two records have beside settings and differs: "teacher is another network, 12ab… there, 34cd… here"."""
     return [
         f"{name} is {_other(name, found)}{there} there, {own} {here}"
-        for name in sorted(found.keys() & ours.keys() - {"format", "config", "about", "start"})
+        for name in sorted(found.keys() & ours.keys() - {"format", "config", "about", "start", "decided"})
         if found[name] != ours[name]
         for there, own in [_told_apart(found[name], ours[name])]
     ]

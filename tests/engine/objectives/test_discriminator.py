@@ -30,6 +30,7 @@ from ipfm.engine.objectives.dmd import RATIO_WEIGHTS, DmdConfig, denoiser_differ
 from ipfm.engine.objectives.losses import Noisy, generator_gradient
 from ipfm.engine.runtime.commandline import BadInput
 from ipfm.engine.training.resolve import complete
+from ipfm.engine.training.run_folder import check_run_folder
 from ipfm.models import build_network, guided, presets
 from ipfm.recipes import digits_ipfm
 
@@ -435,6 +436,34 @@ def test_a_recipe_with_its_own_images_goes_on(tmp_path: Path, capsys: pytest.Cap
     generator = json.loads((tmp_path / "run" / "generator" / "config.json").read_text())
     assert '"discriminator": "encoder"' in json.dumps(generator)
     capsys.readouterr()
+
+
+def test_a_run_that_is_lengthened_keeps_its_warm_ups(tmp_path: Path) -> None:
+    """By default they are shares of the length that the run began with, which its folder records."""
+    given = {name: value for name, value in TOLD.items() if name != "discriminator_kimg"}
+    config = DistillConfig(**{**BASE, "max_steps": 2, "heun_steps": 1}, **given)
+    teacher, shares = tiny_teacher(), [0.0008, 0.0016]
+
+    def record() -> dict[str, Any]:
+        return json.loads((tmp_path / "config.json").read_text())
+
+    first = Distiller(config, teacher, real=real_images(), world=ALONE)
+    first.run(tmp_path)
+    first.run(tmp_path)
+    assert record()["decided"]["discriminator_kimg"] == pytest.approx(shares)
+    assert record()["config"]["discriminator_kimg"] is None
+    longer = Distiller(replace(config, max_steps=3), teacher, real=real_images(), world=ALONE)
+    longer.run(tmp_path)
+    assert record()["decided"]["discriminator_kimg"] == pytest.approx(shares) and record()["config"]["max_steps"] == 3
+    assert longer.config.starts == longer.steps.config.starts == pytest.approx(shares)
+    facts = {name: value for name, value in record().items() if name in ("teacher", "real_data")}
+    much = replace(longer._given or config, max_steps=400)
+    kept = check_run_folder(tmp_path, "distill", much, facts)["decided"]
+    assert much.first_whole_step >= 20 and much.keeping(kept).first_whole_step == 1
+    # One that is older than the record had them by its length so far.
+    (tmp_path / "config.json").write_text(json.dumps({n: v for n, v in record().items() if n != "decided"}))
+    kept = check_run_folder(tmp_path, "distill", much, facts)["decided"]
+    assert kept["discriminator_kimg"] == pytest.approx([0.0012, 0.0024])
 
 
 def test_what_a_recipe_refuses(tmp_path: Path) -> None:
