@@ -316,7 +316,9 @@ class _Reader:
                     f"student-from was given, but {options.continue_from} has the student of its own training: leave "
                     "student-from out"
                 )
-            start = replace(start, networks={**start.networks, STUDENT: self._student(student)})
+            elsewhere = short_name(student) if start.networks else ""
+            networks = {**start.networks, STUDENT: self._student(student)}
+            start = replace(start, networks=networks, student_source=elsewhere)
         start.check(self.objective.roles)
         for role in self.roles.values():
             if role.name not in start.networks:

@@ -192,6 +192,7 @@ class DistillationStart:
             nothing else of it.
         branch: the run whose settings are its defaults too.
         stage: nothing goes on: a generator's weights begin a second stage.
+        student_source: where the student is from, where that is elsewhere.
     """
 
     source: str
@@ -201,6 +202,7 @@ class DistillationStart:
     recorded: Mapping[str, Any] | None = None
     branch: Branch | None = None
     stage: bool = False
+    student_source: str = ""
 
     def first_step(self, batch: int) -> int:
         """Steps of this batch that the images seen are."""
@@ -225,6 +227,7 @@ class DistillationStart:
             return dict(self.recorded)
         said: dict[str, Any] = {"source": self.source, "images_seen": self.images_seen}
         said |= {"stage": True} if self.stage else {}
+        said |= {"student_source": self.student_source} if self.student_source else {}
         said |= {"networks": sorted(self.networks)} | ({} if self.branch is None else {"branch": self.branch.to_json()})
         return {"continues": fingerprint(tensors), "start": said}
 

@@ -270,7 +270,9 @@ def _summary(
             yield f"It began with {start['tensors']} of {start.get('of')} tensors of {start.get('source')}."
         else:
             second = "It is a second stage: its generator began with"
-            yield f"{second if start.get('stage') is True else 'It went on from'} {start.get('source')}{after}."
+            staged, student = start.get("stage") is True, start.get("student_source")
+            beside = f", and its student {'with' if staged else 'from'} {student}" if student else ""
+            yield f"{second if staged else 'It went on from'} {start.get('source')}{after}{beside}."
             yield from _branch(record, start)
     yield _length(record, state, images)
     for one in record.set_aside:

@@ -253,9 +253,10 @@ def _began(record: RunRecord) -> tuple[list[str], list[str]]:
         return ["--branch", f"{branch.run}:{branch.step}", "--out", record.path.resolve().name], [note]
     if record.identity.get("continues"):
         note = "It went on from another training: give that where it lies on your machine."
+        student = ["--student-from", str(start["student_source"])] if start.get("student_source") else []
         option = "--student-from" if start.get("networks") == ["student"] else "--continue-from"
         option = "--init" if start.get("stage") is True else option
-        return [option, str(start.get("source", "TRAINING"))], [note]
+        return [option, str(start.get("source", "TRAINING")), *student], [note]
     return [], []
 
 

@@ -17,6 +17,8 @@ import torch
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.commands.bench.equivalence import BASE, LIMIT, NETWORK, difference, trained_tensors
+from ipfm.engine.commands.report.facts import facts_of
+from ipfm.engine.commands.report.reproduce import _began
 from ipfm.engine.distributed.world import World
 from ipfm.engine.experiments.gpu_costs import Run
 from ipfm.engine.experiments.options import options_for
@@ -25,6 +27,7 @@ from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.objectives.pid import PidConfig
 from ipfm.engine.runtime.commandline import BadInput
 from ipfm.engine.training.resolve import complete
+from ipfm.engine.training.run_state import read_run
 from ipfm.engine.training.start import DistillationStart
 from ipfm.models import EDMPrecond, Precond, load_model, load_teacher, save_model
 from ipfm.recipes import ablation_alpha
@@ -150,6 +153,17 @@ def test_what_else_may_be_named(teacher: Precond, folder: Path, first: Path, tmp
     assert start_of(config, teacher, folder).source == f"{folder.parent.name}/model"
     both = start_of(config, teacher, first, student_from=first)
     assert both.stage and both.networks["student"].adam is None
+    # A report names both, and the command that repeats the run.
+    facts = both.facts()
+    assert facts["start"]["student_source"] == "first" and facts["start"]["networks"] == ["generator", "student"]
+    shutil.copytree(first, tmp_path / "second")
+    record = json.loads((first / "config.json").read_text()) | facts
+    (tmp_path / "second" / "config.json").write_text(json.dumps(record))
+    found = read_run(tmp_path / "second")
+    assert _began(found)[0] == ["--init", "first/generator", "--student-from", "first"]
+    said = "It is a second stage: its generator began with first/generator, and its student with first."
+    assert said in facts_of(found).summary
+    assert "student_source" not in start_of(config, teacher, first).facts()["start"]
 
 
 def refused(config: Any, teacher: Precond | None, path: Path, **more: Any) -> str:
