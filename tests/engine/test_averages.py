@@ -19,6 +19,16 @@ def test_powers_and_decays_are_the_official_ones():
     assert Average(std=0.05).decay(0, 64, rampup=0.05, seen=0) == 0
 
 
+def test_powers_and_decays_that_are_published():
+    """EDM2's widths by their powers; of SiD and SiDA the decay once the half-life is whole: at a batch of the paper."""
+    assert [exponent(std) for std in (0.01, 0.05, 0.1)] == pytest.approx([96.99, 16.97, 6.94], abs=0.005)
+    for half_life, batch, decay in (
+        (500.0, 256, 0.99965), (500.0, 512, 0.99929), (2000.0, 8192, 0.9972), (2000.0, 2048, 0.9993),
+    ):  # fmt: skip
+        found = Average(half_life=half_life).decay(10**7, batch, rampup=0.05, seen=10**9)
+        assert found == pytest.approx(decay, abs=5e-5)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("case", [0, 1])
 def test_coefficients_are_the_official_ones(case):

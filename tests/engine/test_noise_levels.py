@@ -50,6 +50,13 @@ def test_levels_of_the_generator_step():
     assert sigma.max() > 24.3  # the range is used to its end
 
 
+def test_levels_of_the_generator_step_by_their_share():
+    """Of SiD's law at every tenth, and of DMD2's ends, 2 % and 98 % of the grid."""
+    t = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.02, 0.98], dtype=torch.float64)
+    printed = [0.017, 0.085, 0.32, 0.97, 2.5, 5.8, 12.4, 24.4, 0.0032, 72]
+    assert NoiseLevels().at(t).tolist() == pytest.approx(printed, rel=0.03)
+
+
 @pytest.mark.parametrize("levels", [NoiseLevels(), OTHER], ids=["default", "other"])
 def test_denoising_law(levels):
     sigma = levels.denoising(MANY, **POSITION)

@@ -12,7 +12,7 @@ import pytest
 import ipfm.engine.experiments
 from ipfm.engine import DistillConfig, PidConfig
 from ipfm.engine.evaluation.options import EvaluationOptions
-from ipfm.engine.experiments import AblationOptions, as_ablation, options_for, recipe_options
+from ipfm.engine.experiments import AblationOptions, as_ablation, ema_kimg, options_for, recipe_options
 from ipfm.engine.objectives.base import Distillation, Objective
 from ipfm.engine.runtime.commandline import BadInput, parse
 from ipfm.models import NetworkConfig, presets
@@ -88,3 +88,15 @@ def test_no_objective_is_named_here() -> None:
     for file in Path(ipfm.engine.experiments.__file__).parent.glob("*.py"):
         text = file.read_text(encoding="utf-8")
         assert not re.search(r"\bpid\b|PidConfig|physics.informed|objectives\.(pid|ipfm)\b", text, re.I), file.name
+
+
+@pytest.mark.parametrize(
+    ("decay", "batch", "millions"),
+    [
+        (0.999, 256, 0.18), (0.9996, 256, 0.44), (0.9999, 256, 1.77),  # RealUID
+        (0.9996, 2048, 3.5), (0.9999, 2048, 14.2), (0.99995, 2048, 28.4),  # FastGen
+        (0.999, 128, 0.09), (0.9999, 128, 0.89),  # CMT, ECT
+    ],
+)  # fmt: skip
+def test_half_lives_of_published_decays(decay: float, batch: int, millions: float) -> None:
+    assert ema_kimg(decay, batch) / 1000 == pytest.approx(millions, rel=0.02)

@@ -83,6 +83,18 @@ CASES: dict[str, tuple[type[Distillation], dict[str, Any]]] = {
             "discriminator_kimg": (0.0, 0.004),
         },
     ),
+    # Its difference is weighed by the ratio that the discriminator sees.
+    "dmd, told": (
+        DmdConfig,
+        {
+            "precision": "fp32",
+            "student_updates": 2,
+            "discriminator": "encoder",
+            "discriminator_weights": (1.0, 0.02),
+            "discriminator_kimg": (0.0, 0.004),
+            "f_weight": "kl",
+        },
+    ),
 }
 
 

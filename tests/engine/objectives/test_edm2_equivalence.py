@@ -26,6 +26,8 @@ CASES = {
     "k1-z3": {"zero": 3, "backward": "joint", "parts": 2, "activation_checkpointing": "on"},
     "re-z2": {"zero": 2, "backward": "joint", "parts": 2, "real_weights": (0.7, 0.8)},
     "to-z1": {"zero": 1, "backward": "phased", **TOLD},
+    "to-z2": {"zero": 2, "backward": "joint", "parts": 2, **TOLD},
+    "to-z3": {"zero": 3, "backward": "phased", **TOLD},
 }
 
 
