@@ -117,7 +117,9 @@ class DistilPlan(Plan):
         notes, given = (*origins, *self.notes, *more), self.options.distillation()
         first = 0 if self.start is None else self.start.first_step(self.config.batch)
         images = None if self.comparison is None else self.options.eval_images
-        return describe(self.config, self.network, self.path, notes, given=given, first=first, images=images)
+        # As its run in the folder has begun, if there is one.
+        config = self.config.keeping(self.record.get("decided", {}))
+        return describe(config, self.network, self.path, notes, given=given, first=first, images=images)
 
     def show(self) -> bool:
         """See `Plan.show`."""
