@@ -514,7 +514,8 @@ def _initialize(
     if optimizer is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         trained = {"optimizer": optimizer, "model_parameters": parameters}
-    with warnings.catch_warnings(), _sent_at_once(module, deepspeed.comm), _scalars_taken(module):
+    scalars = _scalars_taken(module, stage, deepspeed.DeepSpeedEngine)
+    with warnings.catch_warnings(), _sent_at_once(module, deepspeed.comm), scalars:
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(model=module, config=_engine_config(stage, precision, offload), **trained)
     for group in getattr(engine.optimizer, "round_robin_bit16_meta", []):
@@ -551,12 +552,36 @@ def _sent_at_once(module: nn.Module, comm: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _scalars_taken(module: nn.Module) -> Iterator[None]:
+def _scalars_taken(module: nn.Module, stage: ZeroStage, engine: Any) -> Iterator[None]:
     """Have DeepSpeed take parameters without a dimension, which it could not send as bytes: they have one meanwhile.
+
+    Below stage 3 that is while it sends them. Afterwards its hooks make what accumulates a parameter's gradient, for
+    the shape that it has then, and a cast of it in a forward pass would be refused a gradient of another.
 
     Args:
         module: the network that the block gives to DeepSpeed.
+        stage: of ZeRO.
+        engine: DeepSpeed's class of engines.
     """
+    send = engine._broadcast_model
+
+    def send_with_a_dimension(self: Any) -> None:
+        with _with_a_dimension(module):
+            send(self)
+
+    if stage == 3:
+        with _with_a_dimension(module):
+            yield
+        return
+    engine._broadcast_model = send_with_a_dimension
+    try:
+        yield
+    finally:
+        engine._broadcast_model = send
+
+
+@contextmanager
+def _with_a_dimension(module: nn.Module) -> Iterator[None]:
     scalars: list[Any] = [p for p in module.parameters() if p.ndim == 0]
     for p in scalars:
         p.data = p.data.view(1)

@@ -27,8 +27,9 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = mp_silu(self.conv_in(x.to(self.gain.dtype)))
-        scale = 1 + self.linear(y.mean((2, 3)), gain=self.gain).mean(1).view(-1, 1, 1, 1)
-        return self.conv_out(y * scale)
+        # An embedding is float32 whatever the network's precision: the gain is cast.
+        scale = 1 + self.linear(y.mean((2, 3)).float(), gain=self.gain).mean(1).view(-1, 1, 1, 1)
+        return self.conv_out(y * scale.to(y.dtype))
 
 
 def small_network() -> Small:
