@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ipfm.engine.memory.series import Series
+from ipfm.engine.runtime.errors import described
 
 # Seconds between two readings: short beside a phase of a step.
 INTERVAL = 0.002
@@ -81,24 +85,31 @@ class Sampler:
 def driver_bytes(device: torch.device) -> int | None:
     """Bytes of the GPU that this process uses, as its driver (NVML) counts: context and libraries too.
 
-    Where the driver does not know this process (in a container it has another number), the bytes in use of the whole
-    GPU. None without a GPU, or without NVML.
+    Where the driver does not know this process (in a container it has another number) or does not list any, the bytes
+    in use of the whole GPU. None without a GPU, and where NVML does not speak of it (a slice of one, MIG).
     """
     if device.type != "cuda":
         return None
     try:
         import pynvml
 
-        pynvml.nvmlInit()
         try:
-            uuid = torch.cuda.get_device_properties(device).uuid
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            return _asked(pynvml, f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        except pynvml.NVMLError:
+            return None
+    except Exception as error:  # no run ends for want of this number, but what NVML has not refused is a fault
+        warnings.warn(f"what the GPU's driver counts is not known: {described(error)}", stacklevel=2)
+        return None
+
+
+def _asked(pynvml: Any, uuid: str) -> int:
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        with contextlib.suppress(pynvml.NVMLError):  # some containers may not ask for the processes
             for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
                 if process.pid == os.getpid() and process.usedGpuMemory:
                     return int(process.usedGpuMemory)
-            return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-        finally:
-            pynvml.nvmlShutdown()
-    # NVML's own errors share no base class with Python's; whatever it is, the run goes on without this number.
-    except Exception:
-        return None
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    finally:
+        pynvml.nvmlShutdown()

@@ -5,11 +5,16 @@ from __future__ import annotations
 import csv
 import gc
 import mmap
+import os
+import sys
 import threading
 import time
+import types
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -171,6 +176,68 @@ def test_resident_memory_grows_with_pages_in_use():
     assert 60 * MEGA < first - before < 80 * MEGA
     assert 1.02 * largest_resident_bytes() >= first
     assert driver_bytes(CPU) is None
+
+
+class Nvml(types.ModuleType):
+    """A driver that knows one GPU, and the processes that it is said to know; or that refuses a question."""
+
+    class NVMLError(Exception): ...
+
+    def __init__(self, *processes: tuple[int, int | None], refuses: str = "", fault: str = "") -> None:
+        super().__init__("pynvml")
+        self.processes, self.refuses, self.fault, self.open = processes, refuses, fault, 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("nvml") and name == self.refuses:
+            raise self.NVMLError("Not Supported")
+        if name.startswith("nvml") and name == self.fault:
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+    def nvmlInit(self) -> None:
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        assert uuid == "GPU-12ab"
+        return 3
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[types.SimpleNamespace]:
+        return [types.SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> types.SimpleNamespace:
+        return types.SimpleNamespace(used=900 + handle)
+
+
+@pytest.mark.parametrize(
+    ("driver", "counted"),
+    [
+        pytest.param(Nvml((1, 70), (os.getpid(), 80)), 80, id="this-process"),
+        pytest.param(Nvml((1, 70), (os.getpid(), None)), 903, id="this-process-unmeasured"),
+        pytest.param(Nvml((1, 70)), 903, id="a-container"),
+        pytest.param(Nvml(refuses="nvmlDeviceGetComputeRunningProcesses"), 903, id="no-list"),
+        pytest.param(Nvml(refuses="nvmlDeviceGetHandleByUUID"), None, id="a-slice"),
+        pytest.param(Nvml(refuses="nvmlInit"), None, id="no-driver"),
+    ],
+)
+def test_what_the_driver_counts(driver: Nvml, counted: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="12ab"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert driver_bytes(torch.device("cuda")) == counted
+    assert driver.open == 0
+
+
+def test_a_fault_in_asking_the_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ends no run."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="12ab"))
+    for driver, said in ((Nvml(fault="nvmlDeviceGetMemoryInfo"), "nvmlDeviceGetMemoryInfo"), (None, "pynvml")):
+        monkeypatch.setitem(sys.modules, "pynvml", driver)
+        with pytest.warns(UserWarning, match=f"what the GPU's driver counts is not known: .*{said}"):
+            assert driver_bytes(torch.device("cuda")) is None
 
 
 def test_the_sampler_starts_anew_and_is_bounded(monkeypatch):
