@@ -6,13 +6,18 @@ spills and shared memory from the machine code.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import multiprocessing
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
+import triton
 
 from ipfm.kernels.bench.compile_report import MachineCode, Row, compile_variant, machine_codes
 from ipfm.kernels.bench.fake_driver import Launch, Variant
@@ -72,28 +77,97 @@ def _read(variant: Variant, code: MachineCode, shared: int, capability: int) -> 
 
 
 def compile_all(
-    variants: Iterable[Variant], some: Iterable[Variant] = (), *, processes: int = 1
+    variants: Iterable[Variant],
+    some: Iterable[Variant] = (),
+    *,
+    known: Collection[tuple[Variant, int]] = (),
+    processes: int = 1,
 ) -> Iterator[list[Compiled]]:
     """Variants for the architectures of `ALL`, and those of `some` for `SOME`, some at a time as they are ready.
 
     Args:
         variants: every variant.
         some: those that are compiled for further architectures.
+        known: variants and architectures that are left out.
         processes: that work side by side.
 
     Raises:
         RuntimeError: the compiler's, or as `compile_variant`.
     """
-    tasks = [
-        (part, capability)
+    parts = [
+        ([variant for variant in chosen[i : i + TOGETHER] if (variant, capability) not in known], capability)
         for chosen, capabilities in ((list(variants), ALL), (list(some), SOME))
-        for part in (chosen[i : i + TOGETHER] for i in range(0, len(chosen), TOGETHER))
+        for i in range(0, len(chosen), TOGETHER)
         for capability in capabilities
     ]
+    tasks = [(part, capability) for part, capability in parts if part]
+    if not tasks:
+        return
     with ProcessPoolExecutor(
         processes, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         yield from pool.map(compile_some, *zip(*tasks, strict=True))
+
+
+class Kept:
+    """What was compiled, in a file of JSON lines, for a rehearsal that is interrupted to go on where it was.
+
+    Of other kernels, another Triton or another PyTorch than today's it takes nothing, and begins the file anew.
+
+    Args:
+        path: of the file; None keeps nothing.
+
+    Raises:
+        OSError: the file can be neither read nor written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._found: dict[tuple[str, int], dict[str, int]] = {}
+        if path is None:
+            return
+        first = json.dumps({"sources": sources()})
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        if not lines or lines[0] != first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{first}\n", encoding="utf-8")
+            return
+        for line in lines[1:]:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off where a process was ended
+                found = json.loads(line)
+                self._found[found.pop("variant"), found["capability"]] = found
+
+    def of(self, pairs: Iterable[tuple[Variant, int]]) -> list[Compiled]:
+        """Of these variants and architectures what is kept."""
+        asked = {pair: (_name(pair[0]), pair[1]) for pair in pairs}
+        return [Compiled(pair[0], **self._found[key]) for pair, key in asked.items() if key in self._found]
+
+    def add(self, done: Iterable[Compiled]) -> None:
+        """Keep what was compiled."""
+        if self._path is None:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            for one in done:
+                fields_ = {f.name: getattr(one, f.name) for f in fields(one) if f.name != "variant"}
+                # The line before may have been cut off.
+                file.write(f"\n{json.dumps({'variant': _name(one.variant), **fields_})}")
+
+
+def sources() -> str:
+    """A digest of all that decides what a variant is compiled to: the kernels, Triton's and PyTorch's versions."""
+    digest = hashlib.sha256(f"{triton.__version__} {torch.__version__}".encode())
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _name(variant: Variant) -> str:
+    return hashlib.sha256(repr(variant).encode()).hexdigest()
+
+
+def asked(variants: Iterable[Variant], some: Iterable[Variant]) -> list[tuple[Variant, int]]:
+    """Variants and architectures that `compile_all` compiles."""
+    return [(v, capability) for chosen, all_ in ((variants, ALL), (some, SOME)) for v in chosen for capability in all_]
 
 
 def heaviest(launches: Iterable[Launch]) -> list[Variant]:

@@ -1,12 +1,11 @@
-"""The networks of EDM2's fixtures, and EDM2's rule as the reference has it: within the forward pass."""
+"""The networks of EDM2's fixtures, and the gradient of a master as the specification has it."""
 
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from ipfm.models import EDM2Precond, NetworkConfig, build_network
 from ipfm.models.checkpoints.containers import map_file, read_container
@@ -97,12 +96,6 @@ def network(name: str, dtype: torch.dtype) -> EDM2Precond:
     return net.eval()
 
 
-def normalised(master: Tensor) -> Tensor:
-    """n(M), written out."""
-    norm = master.flatten(1).norm(dim=1).view(-1, *[1] * (master.ndim - 1))
-    return master / (1e-4 + norm / math.sqrt(master[0].numel()))
-
-
 def gradient_of_master(master: Tensor, gradient: Tensor) -> Tensor:
     """dL/dM of dL/dW, W = `plain_weight(M)`, as the specification has it for M that is normalised once.
 
@@ -115,35 +108,3 @@ def gradient_of_master(master: Tensor, gradient: Tensor) -> Tensor:
     # A row of zeros has no direction that could be suppressed.
     radial = torch.where(size > 0, inner / (elements * size * scale.square()), 0.0)
     return ((given / scale - rows * radial) / math.sqrt(elements)).view_as(master)
-
-
-class RuleInForward(nn.Module):
-    """A layer as the reference has it: it holds the master, overwrites it in training, and normalises at each use."""
-
-    def __init__(self, layer: nn.Module, master: Tensor) -> None:
-        super().__init__()
-        self.kernel, self.in_channels = layer.kernel, layer.in_channels
-        self.num_heads = getattr(layer, "num_heads", 0)
-        self.weight = nn.Parameter(master.clone())
-        self.overwrites = True
-
-    def forward(self, x: Tensor, gain: Tensor | float | None = None) -> Tensor:
-        if self.training and self.overwrites:
-            with torch.no_grad():
-                self.weight.copy_(normalised(self.weight))
-        weight = normalised(self.weight) * ((1 if gain is None else gain) / math.sqrt(self.weight[0].numel()))
-        weight = weight.to(x.dtype)
-        out = F.conv2d(x, weight, padding=self.kernel // 2) if self.kernel else F.linear(x, weight)
-        if self.num_heads:
-            # (head, channel, q|k|v) of a pixel, which the network takes as (q|k|v, head, channel) of a token.
-            out = out.flatten(2).unflatten(1, (self.num_heads, -1, 3)).permute(0, 4, 3, 1, 2).flatten(2)
-        return out
-
-
-def with_rule_in_forward(net: EDM2Precond) -> EDM2Precond:
-    """The network, each of whose layers becomes one of `RuleInForward`; its parameters are the masters, in order."""
-    for parent in list(net.modules()):
-        for name, child in list(parent.named_children()):
-            if hasattr(child, "set_master"):
-                setattr(parent, name, RuleInForward(child, child.master().detach()))
-    return net

@@ -9,21 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import launch
-import torch
-from edm2_fixtures import RuleInForward, normalised, with_rule_in_forward
 from safetensors.torch import load_file
 
 from ipfm.engine import DistillConfig
 from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.commands.bench.equivalence import BASE, LIMIT, compared_teacher, difference
-from ipfm.engine.data.dataset import ImageDataset
-from ipfm.models import EDM2Precond, NetworkConfig, Precond, build_network, load_teacher, save_model
-from ipfm.models.forced_weight_norm import masters
+from ipfm.engine.commands.bench.plain_rule import compared_edm2_teacher, distill_edm2
+from ipfm.models import load_teacher, save_model
 
-EDM2 = NetworkConfig(
-    img_resolution=8, img_channels=1, label_dim=3, model_type="EDM2UNet", model_channels=8, channel_mult=(1, 2),
-    num_blocks=1, attn_resolutions=(4,), channels_per_head=8, logvar_channels=0, D=16.0,
-)  # fmt: skip
 STAGES, RANKS, BACKWARD, ACCUMULATION = (0, 1, 2, 3), (1, 2), ("joint", "phased"), (1, 2)
 
 
@@ -34,42 +27,9 @@ def make_teacher(folder: Path) -> Path:
 
 
 def make_edm2_teacher(folder: Path) -> Path:
-    """A small conditional EDM2 network as a model folder, whose masters have rows of different sizes; D = 16."""
-    torch.manual_seed(0)
-    net = build_network(EDM2)
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            if not p.ndim:
-                p.fill_(0.5 if "emb" in name else 1.0)
-    scaled = {n: m * torch.rand(len(m), *[1] * (m.ndim - 1)).exp() for n, m in masters(net).items()}
-    net.load_state_dict(scaled, strict=False)
-    save_model(net, folder / "edm2")
+    """That of EDM2 as a model folder."""
+    save_model(compared_edm2_teacher(), folder / "edm2")
     return folder / "edm2"
-
-
-def distill_edm2(
-    teacher: Precond, config: DistillConfig, steps: int, real: ImageDataset | None = None
-) -> plain_loop.Plain:
-    """The plain loop on such a teacher: the rule is in the forward pass, masters are normalised once an update."""
-    return plain_loop.distill(teacher, config, steps, trained=_in_forward, before_update=normalise_once, real=real)
-
-
-def _in_forward(net: Precond) -> Precond:
-    assert isinstance(net, EDM2Precond)
-    inner = with_rule_in_forward(net)
-    for layer in inner.modules():
-        if isinstance(layer, RuleInForward):
-            # Twice before one backward pass would fail: the first pass needs what the second overwrites.
-            layer.overwrites = False
-    return inner
-
-
-@torch.no_grad()
-def normalise_once(net: Precond) -> None:
-    """What the rule does to masters before a forward pass."""
-    for layer in net.modules():
-        if isinstance(layer, RuleInForward):
-            layer.weight.copy_(normalised(layer.weight))
 
 
 def grid(ranks: int) -> dict[str, dict[str, Any]]:

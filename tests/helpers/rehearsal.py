@@ -5,8 +5,9 @@
 An iteration of each recipe and preset is recorded on the meta device in bf16 and channels_last, with the whole batch on
 one GPU and with its share of eight. Every launch has passed the checks of a launcher by then (the grid, the arguments'
 ranges). Each kind of launch is then compiled for sm_80, sm_90 and sm_100, the heaviest of each kernel for sm_75, sm_86,
-sm_89 and sm_120 too. Ends with exit code 1 where something does not compile, spills, or asks for more registers,
-threads or shared memory than there are.
+sm_89 and sm_120 too. With --out what is compiled is written down as it comes, in FILE with .compiled.jsonl in place of
+its suffix: a rehearsal that was interrupted, given again, compiles the rest. Ends with exit code 1 where something does
+not compile, spills, or asks for more registers, threads or shared memory than there are.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.teacher import TeacherRecipe
 from ipfm.engine.objectives.ipfm import DistillConfig
 from ipfm.kernels.bench.fake_driver import Launch
-from ipfm.kernels.bench.rehearsal import Compiled, compile_all, compile_some, heaviest, in_words
+from ipfm.kernels.bench.rehearsal import Compiled, Kept, asked, compile_all, compile_some, heaviest, in_words
 from ipfm.models import NetworkConfig, presets
 
 
@@ -95,7 +96,7 @@ def recorded(step: Step, gpus: int) -> tuple[str, list[Launch], int]:
     return f"{step.name}, {settings.micro_batch} images", list(kinds.values()), recording.operator_count
 
 
-def rehearse(chosen: list[Step], processes: int) -> dict[str, Any]:
+def rehearse(chosen: list[Step], processes: int, kept: Kept) -> dict[str, Any]:
     """Record and compile in processes side by side: the counts, and what is wrong."""
     begun = time.monotonic()
     tasks = [(step, gpus) for step in chosen for gpus in (1, GPUS)]
@@ -106,15 +107,23 @@ def rehearse(chosen: list[Step], processes: int) -> dict[str, Any]:
             print(f"{name}: {operators} operators, {len(kinds)} kinds of launches", file=sys.stderr, flush=True)
             launches += kinds
             missing += [] if kinds else [name]
-    variants = dict.fromkeys(kind.variant for kind in launches)
-    print(f"{len(variants)} kinds of launches in all", file=sys.stderr, flush=True)
-    done: list[Compiled] = []
-    for part in compile_all(variants, heaviest(launches), processes=processes):
+    return _compiled(len(tasks), launches, missing, processes, kept) | {"seconds": round(time.monotonic() - begun)}
+
+
+def _compiled(steps: int, launches: list[Launch], missing: list[str], processes: int, kept: Kept) -> dict[str, Any]:
+    """The counts of what was recorded once it is compiled; what was compiled before an interruption is not again."""
+    # Each kind once, whichever recipes and numbers of GPUs launch it.
+    variants, heavy = dict.fromkeys(kind.variant for kind in launches), heaviest(launches)
+    done = kept.of(asked(variants, heavy))
+    known = {(one.variant, one.capability) for one in done}
+    print(f"{len(variants)} kinds of launches in all, {len(done)} compiled before", file=sys.stderr, flush=True)
+    for part in compile_all(variants, heavy, known=known, processes=processes):
+        kept.add(part)
         done += part
         # What is wrong is known when it is found, not an hour later.
         print(f"{len(done)} compiled", *faults(launches, part), sep="\n", file=sys.stderr, flush=True)
-    counts = counted(len(tasks), launches, done)
-    return counts | {"faults": [*missing, *counts["faults"]], "seconds": round(time.monotonic() - begun)}
+    counts = counted(steps, launches, done)
+    return counts | {"faults": [*missing, *counts["faults"]]}
 
 
 def rehearse_quickly(chosen: list[Step]) -> dict[str, Any]:
@@ -154,7 +163,7 @@ def main() -> None:
     parser.add_argument("--recipe", nargs="+", default=[], help="only steps whose name begins with one of these")
     parser.add_argument("--processes", type=int, default=2, help="side by side (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="for sm_90, and of each kernel the largest launch alone")
-    parser.add_argument("--out", type=Path, help="a JSON file for the counts")
+    parser.add_argument("--out", type=Path, help="a JSON file for the counts; beside it what is compiled")
     options = parser.parse_args()
     if options.processes < 1:
         parser.error(f"--processes must be at least 1, got {options.processes}")
@@ -162,7 +171,11 @@ def main() -> None:
     if not chosen:
         known = ", ".join(dict.fromkeys(step.name.partition(" ")[0].rstrip(",") for step in steps()))
         parser.error(f"no step begins with {' or '.join(options.recipe)}; possible: {known}")
-    counts = rehearse_quickly(chosen) if options.quick else rehearse(chosen, options.processes)
+    try:
+        kept = Kept(None if options.out is None or options.quick else options.out.with_suffix(".compiled.jsonl"))
+    except OSError as error:
+        parser.error(f"--out {options.out} cannot be written: {error.strerror}")
+    counts = rehearse_quickly(chosen) if options.quick else rehearse(chosen, options.processes, kept)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")

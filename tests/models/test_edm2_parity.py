@@ -6,6 +6,7 @@ import torch
 from edm2_fixtures import gradient_of_master, network, recorded
 from torch import Tensor
 
+from ipfm.engine.commands.bench.plain_rule import with_rule_in_forward
 from ipfm.models.forced_weight_norm import normalised_rows, under_the_rule
 
 NAMES = tuple(edm2_fixtures.CONFIGS)
@@ -102,7 +103,7 @@ def test_the_tests_own_rule_in_the_forward_pass_is_the_recorded_one():
     data = recorded("edm2_training")
     net = network("edm2_latent_uncond", torch.float64)
     net.load_state_dict(edm2_fixtures.masters_in_file("edm2_latent_uncond"))
-    edm2_fixtures.with_rule_in_forward(net)
+    with_rule_in_forward(net)
     for training in (False, True):
         net.train(training).zero_grad()
         loss = loss_of(net, data)

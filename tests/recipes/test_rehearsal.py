@@ -72,3 +72,66 @@ def test_a_step_that_cannot_be_recorded_is_named_and_ends_no_other(monkeypatch: 
     name, kinds, operators = rehearsal.tried(next(rehearsal.steps()), 8)
     assert name.endswith(" on 8 GPUs is not recorded: RuntimeError: no such operator")
     assert (kinds, operators) == ([], 0)
+
+
+def test_an_interrupted_rehearsal_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled is not compiled again, also not what another recipe launches; by other kernels all is."""
+    from ipfm.kernels.bench import rehearsal as compiling
+    from ipfm.kernels.bench.fake_driver import Launch, Variant
+
+    def launch(elements: int) -> Launch:
+        variant = Variant("module", f"kernel{elements % 2}", (), (("BLOCK", elements), ("EPS", 1e-4)), (), 4, 3)
+        return Launch(variant, (1, 1, 1), {"x": elements}, {})
+
+    class InTurn:
+        """In place of a pool of processes."""
+
+        def __init__(self, *settings: object, **more: object) -> None: ...
+
+        def __enter__(self) -> InTurn:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        map = staticmethod(map)
+
+    compiled: list[tuple[int, int]] = []
+    dies_after = [3]
+
+    def compile_some(variants: list[Variant], capability: int) -> list[Compiled]:
+        if len(compiled) >= dies_after[0]:
+            raise KeyboardInterrupt
+        compiled.extend((variant.constant("BLOCK"), capability) for variant in variants)
+        return [Compiled(v, capability, 40, int(v.constant("BLOCK") == 4), 0, 9, 128, 64) for v in variants]
+
+    monkeypatch.setattr(compiling, "ProcessPoolExecutor", InTurn)
+    monkeypatch.setattr(compiling, "compile_some", compile_some)
+    monkeypatch.setattr(compiling, "TOGETHER", 1)
+    launches = [launch(n) for n in (2, 4, 5, 4, 2)]
+    kept = tmp_path / "new" / "r.compiled.jsonl"
+
+    def once() -> dict[str, object]:
+        compiled.clear()
+        return rehearsal._compiled(7, launches, ["x is not recorded"], 1, compiling.Kept(kept))
+
+    with pytest.raises(KeyboardInterrupt):
+        once()
+    first = list(compiled)
+    assert first == [(2, 80), (2, 90), (2, 100)]
+    # In the middle of a line.
+    text = kept.read_text()
+    kept.write_text(text[: text.rindex("{") + 9])
+    dies_after[0] = 10**6
+    counts = once()
+    # The heaviest of each kernel for four more.
+    heavy = [(n, capability) for capability in (75, 86, 89, 120) for n in (4, 5)]
+    rest = [(2, 100), *((n, capability) for n in (4, 5) for capability in (80, 90, 100))]
+    assert sorted(compiled) == sorted(rest + heavy)
+    assert counts["variants"] == 3 and counts["spills"] == 7 and counts["steps"] == 7
+    assert counts["faults"][0] == "x is not recorded" and len(counts["faults"]) == 8
+    assert once() == counts and not compiled
+    monkeypatch.setattr(compiling, "sources", lambda: "other kernels")
+    assert once() == counts and len(compiled) == 17
+    launches.append(launch(6))
+    assert once()["variants"] == 4
+    assert sorted(compiled) == [(6, capability) for capability in (75, 80, 86, 89, 90, 100, 120)]

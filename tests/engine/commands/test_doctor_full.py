@@ -250,6 +250,7 @@ def test_attention_by_backend(kind: type[Place], tmp_path: Path, monkeypatch: py
 def test_the_engine_against_the_plain_loop(tmp_path: Path) -> None:
     found = rows_of("engine", tmp_path)
     assert {row["setting"].partition(",")[0] for row in found} == {"fp32", "bf16"}
+    assert {row["network"] for row in found} == {"NCSN++", "EDM2"}
     for row in found:
         assert float(row["generator"]) <= float(row["allowed"]) < float(row["moved"])
 
@@ -259,15 +260,26 @@ def test_an_engine_that_computes_something_else_is_a_failure(tmp_path: Path, mon
     from ipfm.engine.objectives.ipfm import DistillConfig
 
     monkeypatch.setattr(
-        engine, "cases", lambda device, quick: [("other", {"zero": 0, "lr": 1.1e-3}), ("none", {"x": 1})]
+        engine,
+        "cases",
+        lambda device, quick: (
+            [("NCSN++", "none", {"x": 1})]
+            + [(network, "other", {"zero": 0, "lr": 1.1e-3}) for network in engine.NETWORKS]
+        ),
     )
-    other, none = BY_NAME["engine"].rows(Place("cpu", tmp_path, 60.0, quick=True))
-    assert other["verdict"].startswith("FAILED: differs by ") and none["verdict"].startswith("FAILED: TypeError: ")
+    none, *others = BY_NAME["engine"].rows(Place("cpu", tmp_path, 60.0, quick=True))
+    assert none["verdict"].startswith("FAILED: TypeError: ")
+    assert len(others) == 2 and all(row["verdict"].startswith("FAILED: differs by ") for row in others), others
     monkeypatch.undo()
     every = engine.cases(torch.device("cuda"))
-    assert len({name for name, _ in every}) == len(every) >= 13
-    for _, settings in every:
-        DistillConfig(**{**engine.BASE, **settings})
+    assert len({case[:2] for case in every}) == len(every) >= 20
+    for network in engine.NETWORKS:  # each at every stage, in 16 bits, and captured
+        mine = [settings for name, _, settings in every if name == network]
+        assert {settings["zero"] for settings in mine} == {0, 1, 2, 3}
+        assert {settings.get("precision") for settings in mine} >= {None, "bf16"}
+        assert any(settings.get("cuda_graphs") == "on" for settings in mine)
+        for settings in mine:
+            DistillConfig(**{**engine.BASE, **settings})
 
 
 def test_what_the_host_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,8 +364,10 @@ def test_memory_is_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     from ipfm.engine.commands.doctor.sections import memory
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(memory, "_network", lambda place: (presets.get("digits", D=128.0), 16))
+    small = memory._networks(Place("cpu", tmp_path, 60.0, quick=True))
+    monkeypatch.setattr(memory, "_networks", lambda place: small)
     found = rows_of("memory", tmp_path, StandIn)
+    assert {row["network"] for row in found} == {"ncsnpp", "edm2"}
     assert found[-1]["phase"] == "peak" and {"planned", "measured", "off"} <= set(found[1])
     monkeypatch.setattr(memory, "TOLERANCE", 0.0)
     assert [r for r in BY_NAME["memory"].rows(Place("cpu", tmp_path, 60.0, quick=True)) if "promised" in r["verdict"]]

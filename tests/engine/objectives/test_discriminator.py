@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.commands.bench.equivalence import NETWORK, compared_teacher, real_images, trained_tensors
+from ipfm.engine.commands.bench.plain_rule import EDM2
 from ipfm.engine.experiments.gpu_costs import Run
 from ipfm.engine.experiments.options import options_for
 from ipfm.engine.experiments.real_data import read_real
@@ -120,7 +121,7 @@ FAMILIES = {
                       resample_filter=(1, 1)),
     "adm": replace(presets.get("imagenet64-adm"), img_resolution=8, img_channels=1, label_dim=3, model_channels=32,
                    channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0),
-    "edm2": replace(equivalence.EDM2, logvar_channels=8),
+    "edm2": replace(EDM2, logvar_channels=8),
 }  # fmt: skip
 
 
@@ -360,7 +361,7 @@ def test_what_a_run_says_of_itself() -> None:
     assert short.starts == pytest.approx((0.96, 1.92)) and short.first_whole_step == 15
     # What a folder records is open, so that the run can be lengthened.
     assert short.discriminator_kimg is None
-    edm2 = complete(given, equivalence.EDM2, ALONE.device)
+    edm2 = complete(given, EDM2, ALONE.device)
     assert edm2.discriminator_weights == (100.0, 2e-4)
     assert given.name() == "alpha1-K1-encoder" and replace(given, real_weights=(0.9, 0.8)).name() == (
         "alpha1-K1-real0.9-0.8-encoder"

@@ -11,6 +11,7 @@ import torch
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.commands.bench.equivalence import real_images, trained_tensors
+from ipfm.engine.commands.bench.plain_rule import distill_edm2
 from ipfm.engine.distributed.world import World
 from ipfm.kernels.adam import ema_entries
 from ipfm.models import load_teacher
@@ -40,10 +41,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(teacher: Path) -> dict[str, plain_loop.Plain]:
     net = load_teacher(teacher)
     return {
-        name: equivalence.distill_edm2(net, DistillConfig(**{**BASE, "steps": steps}), STEPS)
+        name: distill_edm2(net, DistillConfig(**{**BASE, "steps": steps}), STEPS)
         for name, steps in (("k1", 1), ("k2", 2))
     } | {
-        name: equivalence.distill_edm2(net, DistillConfig(**BASE, **more), STEPS, real_images())
+        name: distill_edm2(net, DistillConfig(**BASE, **more), STEPS, real_images())
         for name, more in (("re", {"real_weights": (0.7, 0.8)}), ("to", TOLD))
     }
 
@@ -81,7 +82,7 @@ def test_twenty_steps_on_one_process_equal_those_of_the_plain_loop(teacher: Path
     run = Distiller(config, load_teacher(teacher), world=World(0, 1, torch.device("cpu")))
     for step in range(20):
         run.iteration(step)
-    expected = equivalence.distill_edm2(load_teacher(teacher), config, 20)
+    expected = distill_edm2(load_teacher(teacher), config, 20)
     assert max(equivalence.difference(expected, trained_tensors(run))) <= equivalence.LIMIT
 
 

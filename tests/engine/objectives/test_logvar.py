@@ -9,6 +9,7 @@ import torch
 from edm2_fixtures import network, recorded
 
 from ipfm.engine import DistillConfig, PidConfig
+from ipfm.engine.commands.bench import plain_rule
 from ipfm.engine.config import TeacherConfig
 from ipfm.engine.objectives.checking import check_objective
 from ipfm.engine.objectives.initial_networks import starting_network
@@ -32,7 +33,7 @@ def test_the_loss_and_its_gradients_are_edm2s():
     net, data = network("edm2_latent_uncond", torch.float64), recorded("edm2_training")
     net.load_state_dict(
         {
-            name: edm2_fixtures.normalised(value) if value.ndim > 1 else value
+            name: plain_rule.normalised(value) if value.ndim > 1 else value
             for name, value in edm2_fixtures.masters_in_file("edm2_latent_uncond").items()
         }
     )

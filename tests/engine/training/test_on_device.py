@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from ipfm.engine import DistillConfig, Distiller, PidConfig, TeacherConfig, TeacherTraining
 from ipfm.engine.commands.bench import memory_step, plain_loop
 from ipfm.engine.commands.bench.memory_step import StepCase
+from ipfm.engine.commands.bench.plain_rule import EDM2
 from ipfm.engine.config import RunConfig
 from ipfm.engine.data.dataset import ImageDataset
 from ipfm.engine.distributed import pieces
@@ -138,7 +139,7 @@ def test_networks_whose_weights_are_normalised_train_as_on_the_host(on: str) -> 
     """EDM2's: on a GPU by the kernels of its blocks and of its rows."""
     torch.manual_seed(0)
     small = {"channel_mult": (1,), "attn_resolutions": ()} if on == "cpu" else {}
-    net = build_network(replace(equivalence.EDM2, **small)).eval().requires_grad_(False)
+    net = build_network(replace(EDM2, **small)).eval().requires_grad_(False)
     found, losses = [], []
     for place in ("cpu", on):
         # (Twice the same on the CPU, which is what one can say of it there.)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ipfm.engine.commands.bench.equivalence import (
     difference,
     trained_tensors,
 )
+from ipfm.engine.commands.bench.plain_rule import compared_edm2_teacher, distill_edm2, normalise_once
 from ipfm.engine.commands.doctor.forms import EAGER, captured
 from ipfm.engine.commands.doctor.place import Place, Row, at_most, judged, tried, within
 from ipfm.engine.distributed.precision import allow_tf32, fp16_supported
@@ -34,25 +36,52 @@ LIMIT_GPU = 1e-4
 LIMIT_HALF = 0.5
 
 
+@dataclass(frozen=True)
+class Rival:
+    """A network, and what the plain loop makes of it in fp32."""
+
+    teacher: Precond
+    plain: plain_loop.Plain
+    moved: float
+    """The largest ||change|| / ||parameter|| of the generator."""
+
+    @classmethod
+    def of(cls, network: str, steps: int, device: torch.device) -> Rival:
+        """The loop's, from the same teacher each time."""
+        make, distill = NETWORKS[network]
+        teacher = make().to(device)
+        config = DistillConfig(**BASE, tf32=False)
+        plain, start = distill(teacher, config, steps), distill(teacher, config, 0).generator
+        normalise_once(start)  # as the rule does before the first step, of which no step's size is a part
+        before = {name: p.detach() for name, p in start.named_parameters()}
+        moved = max(
+            float((p.detach() - before[name]).norm() / before[name].norm())
+            for name, p in plain.generator.named_parameters()
+        )
+        return cls(teacher, plain, moved)
+
+
+# What makes a teacher, and the loop that distils it.
+NETWORKS: dict[str, tuple[Callable[[], Precond], Callable[[Precond, DistillConfig, int], plain_loop.Plain]]] = {
+    "NCSN++": (compared_teacher, plain_loop.distill),
+    "EDM2": (compared_edm2_teacher, distill_edm2),
+}
+
+
 def rows(place: Place) -> Iterator[Row]:
-    """A row a setting: how far weights and average are from those of the plain loop after some steps."""
+    """A row a network and setting: how far weights and average are from those of the plain loop after some steps."""
     world = start_world()
     steps = STEPS_QUICK if place.quick else STEPS
     # The loop in fp32, as the engine's settings below say of it.
     allow_tf32(False)
-    teacher = compared_teacher().to(world.device)
-    plain = plain_loop.distill(teacher, DistillConfig(**BASE, tf32=False), steps)
-    before = {name: p.detach() for name, p in teacher.named_parameters()}
-    moved = max(
-        float((p.detach() - before[n]).norm() / before[n].norm()) for n, p in plain.generator.named_parameters()
-    )
-    for name, settings in within(place, cases(world.device, quick=place.quick), "settings"):
-        row: Row = {"setting": name, "steps": steps}
-        yield tried(row, lambda settings=settings: _compared(place, settings, teacher, plain, moved, world))  # type: ignore[misc]
+    rivals: dict[str, Rival] = {}
+    for network, name, settings in within(place, cases(world.device, quick=place.quick), "settings"):
+        row: Row = {"network": network, "setting": name, "steps": steps}
+        yield tried(row, lambda n=network, s=settings: _compared(place, n, s, rivals, steps, world))  # type: ignore[misc]
 
 
-def cases(device: torch.device, *, quick: bool = False) -> list[tuple[str, dict[str, Any]]]:
-    """Names and settings; those that this version or device does not have are left out."""
+def cases(device: torch.device, *, quick: bool = False) -> list[tuple[str, str, dict[str, Any]]]:
+    """Networks, names and settings; those that this version or device does not have are left out."""
     forms = [
         (f"fp32, ZeRO {stage}, {backward}, {parts} micro-batch{'es' if parts > 1 else ''}",
          {"zero": stage, "backward": backward, "micro_batch": BASE["batch"] // parts})
@@ -72,27 +101,31 @@ def cases(device: torch.device, *, quick: bool = False) -> list[tuple[str, dict[
         for settings in captured(device.type)
         for backward in ("joint", "phased")
     ]
-    found = [*forms, *half, *graphs, *compiled]
-    return [forms[0], forms[-1], half[0], *graphs] if quick else found
+    chosen = {
+        "NCSN++": [forms[0], forms[-1], half[0], *graphs] if quick else [*forms, *half, *graphs],
+        # Each stage once: its masters are kept apart from its weights at each in another way.
+        "EDM2": [forms[0]] if quick else [forms[0], forms[3], forms[5], forms[6], *half[::2], *graphs],
+    }
+    found = [(network, *case) for network, cases_ in chosen.items() for case in cases_]
+    # What is compiled takes long, and comes last.
+    return found if quick else [*found, *(("NCSN++", *case) for case in compiled)]
 
 
 def _compared(
-    place: Place, settings: dict[str, Any], teacher: Precond, plain: plain_loop.Plain, moved: float, world: World
+    place: Place, network: str, settings: dict[str, Any], rivals: dict[str, Rival], steps: int, world: World
 ) -> Row:
+    if network not in rivals:
+        rivals[network] = Rival.of(network, steps, world.device)
+    rival = rivals[network]
     config = DistillConfig(**{**BASE, "precision": "fp32", "tf32": False, **EAGER, **settings})
-    distiller = Distiller(config, copy.deepcopy(teacher), world=world)
+    distiller = Distiller(config, copy.deepcopy(rival.teacher), world=world)
     # Compiling may take minutes, on a CPU above all.
     with at_most(place.left) if config.compile else contextlib.nullcontext():
-        for step in range(plain_steps(plain)):
+        for step in range(steps):
             distiller.iteration(step)
-    found = difference(plain, trained_tensors(distiller))
-    limit = LIMIT_HALF * moved if config.precision != "fp32" else LIMIT_GPU if place.cuda else LIMIT
-    return _row(found, limit, moved)
-
-
-def plain_steps(plain: plain_loop.Plain) -> int:
-    """How many steps the loop has done."""
-    return len(plain.student_loss)
+    found = difference(rival.plain, trained_tensors(distiller))
+    limit = LIMIT_HALF * rival.moved if config.precision != "fp32" else LIMIT_GPU if place.cuda else LIMIT
+    return _row(found, limit, rival.moved)
 
 
 def _row(found: Difference, limit: float, moved: float) -> Row:
