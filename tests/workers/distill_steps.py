@@ -2,13 +2,14 @@
 
 Argument (JSON): {"teacher": folder, "out": folder, "cases": [{"name", "steps", "config", "load"?, "save"?, "export"?,
 "persistent"?, "start"?, "continue_from"?}], "as_on_a_gpu"?}. "config" may name its "objective", else ipfm, and
-"guide", the folder of the network that guides the teacher.
+"guide", the folder of the network that guides the teacher, and a "teacher" of its own.
 "persistent": elements below which ZeRO 3 keeps a parameter whole; 0: all are sharded. "start": leave what is there
 before the first step too, under the name with -start. "continue_from": a training that is gone on from, for "steps"
 more. A case with "save" or "export" leaves that alone.
 """
 
 import copy
+import functools
 import gc
 import json
 import sys
@@ -49,14 +50,14 @@ def main() -> None:
         import_deepspeed().accelerator.get_accelerator().is_fp16_supported = lambda: True
     # DeepSpeed's stage 3 writes out every parameter for a message that it does not show.
     torch.nn.Parameter.__repr__ = object.__repr__
-    # The small networks of tests too are gathered in several messages.
-    zero.GATHERED_ELEMENTS = 20_000
-    teacher = load_teacher(job["teacher"])
+    teacher_in = functools.cache(load_teacher)
     for case in job["cases"]:
         zero.PERSISTENT_ELEMENTS = case.get("persistent", 0)
         settings = dict(case["config"])
         kind = OBJECTIVES[settings.pop("objective", "ipfm")]
-        distilled = teacher
+        distilled = teacher = teacher_in(settings.pop("teacher", job["teacher"]))
+        # The small networks of tests too are gathered in several messages.
+        zero.GATHERED_ELEMENTS = sum(p.numel() for p in teacher.parameters()) // 3
         if (guide := settings.pop("guide", None)) is not None:
             distilled = guided(teacher, load_teacher(guide), settings["guidance"])
         start = None

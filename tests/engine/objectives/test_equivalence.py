@@ -5,92 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import compared_cases
 import equivalence
 import plain_lora
 import pytest
 import torch
+from compared_cases import BASE, STEPS, WHOLE
 
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.bench import plain_loop
-from ipfm.engine.commands.bench.equivalence import real_images
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.pid import PidConfig
 from ipfm.kernels.adam import ema_entries
 from ipfm.models import load_teacher
 
-# `make equivalence` makes 20, and goes through every combination; here accumulation is two processes' alone.
-STEPS = 2
-# At stage 3 biases and norms stay whole, which saves two thirds of the messages; `make equivalence` shards them too.
-WHOLE = 500
-BASE = {**equivalence.BASE, "max_steps": STEPS}
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "k1": {},
-    "k2": {"steps": 2},
-    "last": {"steps": 3, "gradient": "last"},
-    "augmented": {"augment": 0.5},
-    "options": {
-        "student_updates": 2,
-        "student_lr": 5e-4,
-        "generator_beta1": 0.9,
-        "student_beta1": 0.5,
-        "alpha": 1.2,
-        "lr_warmup": 3,
-        "lr_schedule": "linear",
-        "lr_end": 0.1,
-    },
-    "clipped": {"clip_grad": 0.05, "lr_schedule": "rsqrt", "lr_decay_batches": 0.5},
-    "varied": {
-        "weight": "score",
-        "weight_power": 0.5,
-        "levels_generator": "lognormal:-0.4:1",
-        "levels_student": "half",
-        "student_ema": 0.6,
-        "student_updates": 2,
-    },
-    "real": {"real_weights": (0.7, 0.8), "augment": 0.5, "student_updates": 2, "steps": 2, "alpha": 0.5},
-    "told": {
-        "discriminator": "encoder",
-        "discriminator_weights": (1.0, 0.02),
-        "discriminator_kimg": (0.0, 0.008),
-        "augment": 0.5,
-        "steps": 2,
-    },
-    "both": {
-        "discriminator": "encoder",
-        "discriminator_weights": (1.0, 0.02),
-        "discriminator_kimg": (0.0, 0.0),
-        "real_weights": (0.7, 0.8),
-        "student_updates": 2,
-    },
-    # Masks are drawn for a micro-batch as a whole: on one process, at once, they are the plain loop's.
-    "dropout": {"dropout": 0.3, "steps": 2},
-    "droplast": {"dropout": 0.3, "steps": 3, "gradient": "last"},
-}
-# What is compared beside the grid: stage, backward, accumulation and further settings.
-MORE: tuple[tuple[str, int, str, int, dict[str, Any]], ...] = (
-    ("k2", 0, "phased", 2, {}),
-    ("k2", 2, "joint", 2, {}),
-    ("last", 1, "phased", 1, {}),
-    ("augmented", 0, "phased", 1, {}),
-    ("options", 3, "joint", 1, {}),
-    ("clipped", 2, "phased", 2, {}),
-    *(("varied", stage, ("joint", "phased")[stage % 2], 2 - stage // 3, {}) for stage in (0, 1, 3)),
-    *(("real", stage, ("joint", "phased")[stage % 2], 2 - stage // 3, {}) for stage in (0, 1, 2, 3)),
-    *(("told", stage, ("phased", "joint")[stage % 2], 2 - stage // 3, {}) for stage in (0, 1, 2, 3)),
-    ("both", 2, "joint", 2, {}),
-    ("k2", 3, "phased", 1, {"activation_checkpointing": "on"}),
-    *(("k1", stage, "phased", 2 - stage // 3, {"offload": "optimizer"}) for stage in (1, 3)),
-    ("k1", 3, "joint", 1, {"offload": "all", "teacher_storage": "sharded"}),
-    ("k1", 0, "phased", 1, {"teacher_storage": "sharded"}),
-)
-DROPOUT = tuple(
-    (setting, stage, backward, 1, {"activation_checkpointing": again})
-    for setting, stage, backward, again in (
-        ("dropout", 0, "joint", "off"), ("dropout", 0, "phased", "off"), ("dropout", 3, "phased", "on"),
-        ("droplast", 0, "joint", "off"), ("droplast", 0, "phased", "off"),
-    )
-)  # fmt: skip
 # Physics informed distillation, whose gradients are those of a difference quotient; eps as the gradients are large.
 PID = {**{name: value for name, value in BASE.items() if name != "alpha"}, "points": 50, "eps": 1.0}
 PIDS: dict[str, dict[str, Any]] = {
@@ -99,33 +27,31 @@ PIDS: dict[str, dict[str, Any]] = {
     "pid-z2-clipped": {"zero": 2, "backward": "joint", "clip_grad": 0.5},
 }
 HALF = (("bf16", 1), ("bf16", 3), ("fp16", 1))
-
-
-# Factors on the teacher's weights, of two processes, which `SETTINGS` cannot stand for: they begin by themselves.
+# Of the grid on one process: all stages, one form of each.
+ALONE = [f"k1-z{stage}-{('joint', 'phased')[stage % 2]}-a1" for stage in (0, 1, 2, 3)]
+# Factors on the teacher's weights, of two processes: no setting of `compared_cases`, as they begin by themselves.
 LORA = {
     f"lora-z{stage}": {"zero": stage, "backward": ("joint", "phased")[stage % 2], "micro_batch": (4, 2, 2, 4)[stage]}
     for stage in (0, 1, 2, 3)
 }
 
 
-def _name(setting: str, stage: int, backward: str, parts: int, more: dict[str, Any]) -> str:
-    return "-".join([setting, f"z{stage}", backward, f"a{parts}", *(f"{k}={v}" for k, v in more.items())])
+def _grid(ranks: int) -> dict[str, dict[str, Any]]:
+    """Every stage, on two processes accumulated and in both forms.
 
-
-def _cases(ranks: int) -> dict[str, dict[str, Any]]:
-    cases = {
+    `make equivalence` makes 20 steps of it, and goes through every combination.
+    """
+    return {
         name: {**config, "max_steps": STEPS}
         for name, config in equivalence.grid(ranks).items()
-        if name.endswith(f"a{ranks}")
+        if name.endswith(f"a{ranks}") and (ranks == 2 or name in ALONE)
     }
-    for setting, stage, backward, parts, more in DROPOUT if ranks == 1 else MORE:
-        cases[_name(setting, stage, backward, parts, more)] = {
-            **BASE, **SETTINGS[setting], **more, "zero": stage, "backward": backward,
-            "micro_batch": BASE["batch"] // ranks // parts,
-        }  # fmt: skip
-    if ranks == 2:
-        cases |= {name: {**BASE, **plain_lora.BOTH, **more} for name, more in LORA.items()}
-    return cases
+
+
+def _further(ranks: int) -> dict[str, dict[str, Any]]:
+    """Some cases of each further setting; `make equivalence` has all of them."""
+    every = compared_cases.beside_the_grid(ranks)
+    return {name: case for name, case in every.items() if name not in compared_cases.LEFT_TO_THE_TABLE}
 
 
 @pytest.fixture(scope="module")
@@ -134,58 +60,63 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(teacher: Path) -> dict[str, plain_loop.Plain]:
-    net = load_teacher(teacher)
-    return {
-        name: plain_loop.distill(
-            net,
-            DistillConfig(**{**BASE, **setting}),
-            STEPS,
-            real=real_images() if {"real_weights", "discriminator"} & setting.keys() else None,
-        )
-        for name, setting in SETTINGS.items()
-    }
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher of what is beside the grid, but for factors."""
+    return compared_cases.make_small_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def plain(teacher: Path) -> plain_loop.Plain:
+    """What the grid is compared with."""
+    return plain_loop.distill(load_teacher(teacher), DistillConfig(**BASE), STEPS)
+
+
+@pytest.fixture(scope="module")
+def further(small: Path) -> dict[str, plain_loop.Plain]:
+    return compared_cases.by_the_plain_loop(load_teacher(small))
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1-process", "2-processes"])
-def results(request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory):
-    return equivalence.run(
-        teacher, tmp_path_factory.mktemp("out"), request.param, _cases(request.param), STEPS, whole=WHOLE
-    )
+def results(request: pytest.FixtureRequest, teacher: Path, small: Path, tmp_path_factory: pytest.TempPathFactory):
+    ranks, out = request.param, tmp_path_factory.mktemp("out")
+    cases = _grid(ranks)
+    if ranks == 2:
+        cases |= {name: {**BASE, **plain_lora.BOTH, **more} for name, more in LORA.items()}
+    cases |= {name: {**case, "teacher": str(small)} for name, case in _further(ranks).items()}
+    return equivalence.run(teacher, out, ranks, cases, STEPS, whole=WHOLE)
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
-def test_equals_the_plain_loop(results, plain) -> None:
+def test_equals_the_plain_loop(results, plain: plain_loop.Plain, further: dict[str, plain_loop.Plain]) -> None:
+    grid = equivalence.grid(1)
     for name, found in results.items():
-        if name in LORA:
-            continue
-        expected = plain[name.split("-")[0]]
-        assert max(equivalence.difference(expected, found)) <= equivalence.LIMIT, name
-        for which in ("student", "generator"):
-            losses = torch.tensor(getattr(expected, f"{which}_loss")).double()
-            torch.testing.assert_close(found[f"loss/{which}_loss"], losses, rtol=1e-4, atol=1e-4)
-        # The student's average is the optimiser's where the generator is trained by it, and nowhere else.
-        averages = any(key.startswith("student/ema/") for key in found)
-        assert averages == name.startswith("varied")
+        if name not in LORA:
+            expected = plain if name in grid else further[name.partition("-")[0]]
+            assert max(compared_cases.check_steps(expected, found, name)) <= equivalence.LIMIT, name
+
+
+def test_what_is_left_to_the_table_is_of_a_setting_that_is_compared_here_too() -> None:
+    assert compared_cases.beside_the_grid(2).keys() > compared_cases.LEFT_TO_THE_TABLE
+    here = {name.partition("-")[0] for ranks in (1, 2) for name in _further(ranks)}
+    assert here >= compared_cases.SETTINGS.keys()
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [1, 2], ids=["1-process", "2-processes"])
 def test_networks_put_together_as_on_a_gpu_equal_the_plain_loop(
-    ranks: int, teacher: Path, plain: dict[str, plain_loop.Plain], tmp_path: Path
+    ranks: int, small: Path, further: dict[str, plain_loop.Plain], tmp_path: Path
 ) -> None:
-    """One product for all projections of the embedding, biases that leave their layers, weights in channels_last."""
+    """One product for all projections of the embedding, biases that leave their layers, weights in channels_last.
+
+    On one process the stage that one takes by itself, on two the others.
+    """
     cases = {
-        f"k1-z{stage}": {
-            **BASE, "zero": stage, "backward": ("joint", "phased")[stage % 2], "micro_batch": BASE["batch"] // ranks,
-            "activation_checkpointing": "on" if stage == 3 else "off", "memory_format": "channels_last",
-        }
-        for stage in (0, 1, 2, 3)
-    }  # fmt: skip
-    found = equivalence.run(teacher, tmp_path, ranks, cases, STEPS, whole=WHOLE, as_on_a_gpu=True)
+        name: case for name, case in compared_cases.as_on_a_gpu(ranks).items() if (name == "k1-z0") == (ranks == 1)
+    }
+    found = equivalence.run(small, tmp_path, ranks, cases, STEPS, whole=WHOLE, as_on_a_gpu=True)
     for name, tensors in found.items():
-        assert max(equivalence.difference(plain["k1"], tensors)) <= equivalence.LIMIT, name
+        assert max(compared_cases.check_steps(further["k1"], tensors, name)) <= equivalence.LIMIT, name
 
 
 @pytest.mark.distributed
@@ -203,6 +134,7 @@ def test_factors_on_the_teachers_weights_equal_the_plain_loop(results, teacher: 
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("results", [2], indirect=True, ids=["2-processes"])
 def test_joint_and_phased_agree(results) -> None:
     for stage in (0, 1, 2, 3):
         joint, phased = (
@@ -213,36 +145,36 @@ def test_joint_and_phased_agree(results) -> None:
             torch.testing.assert_close(phased[key], joint[key], rtol=1e-5, atol=2e-7)
 
 
-def test_settings_matter(plain, teacher: Path) -> None:
+def test_settings_matter(further: dict[str, plain_loop.Plain]) -> None:
     """Each setting changes the result by far more than the limit: none of the comparisons is empty."""
-    for name, run in plain.items():
+    for name, run in further.items():
         if name != "k1":
             weights = {f"generator/weight/{n}": p.detach() for n, p in run.generator.named_parameters()}
             weights |= {f"student/weight/{n}": p.detach() for n, p in run.student.named_parameters()}
             for kind, kept in zip(ema_entries(1 + len(run.others)), (run.ema, *run.others), strict=True):
                 weights |= {f"generator/{kind}/{n}": p for n, p in kept.items()}
-            assert max(equivalence.difference(plain["k1"], weights)) > 50 * equivalence.LIMIT, name
+            assert max(equivalence.difference(further["k1"], weights)) > 50 * equivalence.LIMIT, name
 
 
 @pytest.fixture(scope="module")
-def half(teacher: Path, tmp_path_factory: pytest.TempPathFactory):
+def half(small: Path, tmp_path_factory: pytest.TempPathFactory):
     """16-bit runs of two processes, at the start and after some steps."""
     out = tmp_path_factory.mktemp("half")
     cases = {f"{p}-z{z}": {**BASE, "zero": z, "precision": p, "backward": "phased"} for p, z in HALF}
     cases["fp16-z2-k2"] = {**BASE, "zero": 2, "precision": "fp16", "backward": "phased", "steps": 2}
     cases |= {f"{name}-fp16": {**PID, **more, "precision": "fp16", "objective": "pid"} for name, more in PIDS.items()}
-    return equivalence.run(teacher, out, 2, cases, STEPS, start=True, whole=WHOLE)
+    return equivalence.run(small, out, 2, cases, STEPS, start=True, whole=WHOLE)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", [*(f"{p}-z{z}" for p, z in HALF), "fp16-z2-k2"])
-def test_16_bits_keep_exact_masters_and_follow_fp32(half, plain, teacher: Path, case: str) -> None:
+def test_16_bits_keep_exact_masters_and_follow_fp32(half, further, small: Path, case: str) -> None:
     """Masters start from the fp32 weights, not from rounded ones; two steps stay near those in fp32."""
-    start = dict(load_teacher(teacher).named_parameters())
+    start = dict(load_teacher(small).named_parameters())
     for name, p in start.items():
         for key in (f"student/weight/{name}", f"generator/weight/{name}", f"generator/ema/{name}"):
             assert torch.equal(half[f"{case}-start"][key], p), key
-    found, expected = half[case], plain["k2" if case.endswith("k2") else "k1"]
+    found, expected = half[case], further["k2" if case.endswith("k2") else "k1"]
     for which, net in (("student", expected.student), ("generator", expected.generator)):
         moved = sum((p - start[n]).square().sum() for n, p in net.named_parameters()).sqrt()
         apart = sum((found[f"{which}/weight/{n}"] - p).square().sum() for n, p in net.named_parameters()).sqrt()
@@ -254,9 +186,9 @@ def test_16_bits_keep_exact_masters_and_follow_fp32(half, plain, teacher: Path, 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", PIDS)
-def test_physics_informed_distillation_in_fp16_follows_fp32(half, teacher: Path, case: str) -> None:
+def test_physics_informed_distillation_in_fp16_follows_fp32(half, small: Path, case: str) -> None:
     """Joint and phased, with clipped gradients too, at ZeRO 1 and 2: no step is lost, and the update is fp32's."""
-    net = load_teacher(teacher)
+    net = load_teacher(small)
     start = dict(net.named_parameters())
     config = PidConfig(**{**PID, **PIDS[case], "zero": 0})
     exact = Distiller(config, net, world=World(0, 1, torch.device("cpu")))
