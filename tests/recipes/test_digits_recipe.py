@@ -17,6 +17,7 @@ import prepared
 import pytest
 import soak
 import torch
+from parts import parts
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -32,8 +33,9 @@ SHORT = [
     "--teacher-steps", "8", "--max-steps", "12", "--batch", "32", "--checkpoint-every", "4", "--log-every", "4",
     "--eval-every", "6", "--eval-images", "64", "--heun-steps", "2", "--eps", "1e-3",
 ]  # fmt: skip
-# For tests that are not about the layout: no simulation of each.
+# No simulation of each: a run that chooses is that of `test_the_default_start_is_deepspeed`.
 LAYOUT = [word for name, value in soak.LAYOUT.items() for word in (f"--{name}", value)]
+WHOLE = [*SHORT, *LAYOUT, "--zero", "0"]
 
 
 def run(*arguments: str, launcher: tuple[str, ...] = (), check: bool = True, timeout: float = 300):
@@ -73,7 +75,7 @@ def equal(first: Path, second: Path) -> bool:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
     """A short run from nothing, in one process, which imports what it needs itself."""
     out = tmp_path_factory.mktemp("run") / "digits"
-    return out, run("--out", str(out), *SHORT, launcher=(sys.executable,))
+    return out, run("--out", str(out), *WHOLE, launcher=(sys.executable,))
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +128,12 @@ def test_same_command_again_only_reads(tmp_path: Path, finished) -> None:
         out / "metrics.jsonl": (out / "metrics.jsonl").stat().st_mtime_ns
     }
     before |= {out / "config.json": (out / "config.json").stat().st_mtime_ns}
-    again = run("--out", str(out), *SHORT)
+    again = run("--out", str(out), *WHOLE)
     assert (out / "results.txt").read_text() in again.stdout
     assert f"{out} is finished: this is its result after 12 steps" in again.stderr
     assert before == {p: p.stat().st_mtime_ns for p in before}
     shutil.copytree(out, tmp_path / "longer")
-    longer = run("--out", str(tmp_path / "longer"), *SHORT[:3], "14", *SHORT[4:])
+    longer = run("--out", str(tmp_path / "longer"), *WHOLE[:3], "14", *WHOLE[4:])
     assert [line["step"] for line in metrics(tmp_path / "longer")] == list(range(14))
     assert "continuing at step 12" in longer.stderr
 
@@ -148,7 +150,7 @@ def test_a_finished_run_is_shown_whatever_else_is_gone(
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     monkeypatch.setattr("ipfm.engine.experiments.recipe.start_world", None)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    digits_ipfm.main(["--out", str(out), *SHORT])
+    digits_ipfm.main(["--out", str(out), *WHOLE])
     said = capsys.readouterr()
     assert (out / "results.txt").read_text() in said.out and f"generator: {out / 'generator'}" in said.out
     expected = [f"{out} is finished: this is its result after 12 steps, nothing is trained or measured again"]
@@ -158,7 +160,7 @@ def test_a_finished_run_is_shown_whatever_else_is_gone(
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     # A longer one is none that could be shown.
     with pytest.raises(BadInput, match="cannot be written: choose another --out"):
-        digits_ipfm.main(["--out", str(out), *SHORT, "--max-steps", "14"])
+        digits_ipfm.main(["--out", str(out), *WHOLE, "--max-steps", "14"])
 
 
 @pytest.mark.distributed
@@ -167,7 +169,7 @@ def test_what_a_finished_run_lacks_of_its_result_is_made_again(tmp_path: Path, f
     """A table that cannot be read is measured, weights that are gone are stored again from the checkpoint."""
     shutil.copytree(finished[0], out := tmp_path / "run")
     (out / damaged).write_text("{") if damaged == "results.json" else (out / damaged).unlink()
-    done = run("--out", str(out), *SHORT)
+    done = run("--out", str(out), *WHOLE)
     assert "nothing is trained or measured again" not in done.stderr
     assert (out / "results.txt").read_text() in done.stdout and len(read_results(out)) == 2
     assert equal(out, finished[0])
@@ -179,7 +181,7 @@ def test_another_teacher_in_the_folder_of_a_finished_run_is_none_of_its(tmp_path
     shutil.rmtree(out / "teacher" / "model")
     shutil.copytree(thin, out / "teacher" / "model")
     with pytest.raises(BadInput, match=r"belongs to another configuration \(teacher is .* there, .* here\)"):
-        digits_ipfm.main(["--out", str(out), *SHORT])
+        digits_ipfm.main(["--out", str(out), *WHOLE])
 
 
 @pytest.mark.distributed
@@ -207,8 +209,8 @@ def test_killed_runs_continue_bit_for_bit(tmp_path: Path, finished) -> None:
     """SIGKILL in the teacher's training and in the distillation; the same command ends with the same weights."""
     whole, out = finished[0], tmp_path / "killed"
     for milestone in ("teacher/checkpoints/step-0000008", "checkpoints/step-0000008"):
-        _kill_when(out / milestone, tmp_path / "log", "--out", str(out), *SHORT)
-    last = run("--out", str(out), *SHORT)
+        _kill_when(out / milestone, tmp_path / "log", "--out", str(out), *WHOLE)
+    last = run("--out", str(out), *WHOLE)
     assert "continuing at step" in last.stderr
     assert equal(out, whole)
     assert metrics(out) == metrics(whole)
@@ -216,7 +218,9 @@ def test_killed_runs_continue_bit_for_bit(tmp_path: Path, finished) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"), parts([(signal.SIGTERM, 143), (signal.SIGINT, 130)], [(signal.SIGTERM, 143)])
+)
 def test_signals_save_and_exit(tmp_path: Path, thin: str, signum: int, code: int) -> None:
     settings = ["--teacher", thin, "--out", str(tmp_path / "run"), *SHORT, *LAYOUT, "--zero", "0"]
     log = tmp_path / "log"
