@@ -133,6 +133,11 @@ class Passes(NamedTuple):
         return ", ".join(f"{n} {kind}" for n, kind in kinds if n) + beside
 
 
+def forwards_of(passes: Mapping[str, Passes], *, checkpointed: bool) -> int:
+    """The passes of all networks together, with what activation checkpointing makes once more; see `Objective`."""
+    return sum(of.whole + checkpointed * of.again for of in passes.values())
+
+
 class Trained(Protocol):
     """What the steps need of a network in training: see `TrainedNetwork`."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ipfm.engine.checks import share
 from ipfm.engine.config import setting
 from ipfm.engine.noise_levels import check_sigmas
-from ipfm.engine.objectives.base import Distillation, Passes, Role
+from ipfm.engine.objectives.base import Distillation, Passes, Role, forwards_of
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.sampling.batches import sample_generator
 from ipfm.models import NetworkConfig, Precond
@@ -106,7 +106,7 @@ class GeneratorAlone(Generic[S]):
 
     def forwards(self, *, phased: bool, checkpointed: bool) -> int:
         """See `Objective.forwards`."""
-        return sum(of.whole + checkpointed * of.again for of in self.passes(phased=phased).values())
+        return forwards_of(self.passes(phased=phased), checkpointed=checkpointed)
 
 
 class ConsistencyModel(GeneratorAlone[C]):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ipfm.engine.checks import is_number, number
 from ipfm.engine.config import setting
 from ipfm.engine.objectives import discriminator
-from ipfm.engine.objectives.base import TEACHER, Objective, Passes, Role, StepContext, lora_title
+from ipfm.engine.objectives.base import TEACHER, Objective, Passes, Role, StepContext, forwards_of, lora_title
 from ipfm.engine.objectives.discriminator import Adversary
 from ipfm.engine.objectives.initial_networks import generator_network, initial_weights
 from ipfm.engine.objectives.losses import (
@@ -96,7 +96,7 @@ class InversePoissonFlowMatching:
 
     def forwards(self, *, phased: bool, checkpointed: bool) -> int:
         """See `Objective.forwards`."""
-        return sum(of.whole + checkpointed * of.again for of in self.passes(phased=phased).values())
+        return forwards_of(self.passes(phased=phased), checkpointed=checkpointed)
 
     def passes(self, *, phased: bool) -> Mapping[str, Passes]:
         """See `Objective.forwards`: of the student's updates, and of the generator's, in which all three take part."""

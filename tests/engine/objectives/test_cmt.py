@@ -13,7 +13,7 @@ import equivalence
 import pytest
 import stand_ins
 import torch
-from torch import Tensor
+from plain_generator import PlainGenerator
 
 from ipfm.engine import Distiller
 from ipfm.engine.commands.bench.equivalence import trained_tensors
@@ -46,18 +46,13 @@ def teacher() -> Precond:
     return equivalence.compared_teacher().eval().requires_grad_(False)
 
 
-def plain_loop(teacher: Precond, config: CmtConfig, steps: int) -> tuple[list[float], dict[str, Tensor], Precond]:
+def plain_loop(teacher: Precond, config: CmtConfig, steps: int) -> PlainGenerator:
     """The method in plain PyTorch: trajectories by the textbook's steps, torch's RAdam."""
-    G = copy.deepcopy(teacher).requires_grad_(True).train()
-    for module in G.modules():
-        if hasattr(module, "dropout"):
-            module.dropout = config.dropout
-    average = {name: p.detach().clone() for name, p in G.named_parameters()}
-    radam = torch.optim.RAdam(G.parameters(), lr=config.lr, betas=(config.beta1, 0.999), eps=config.eps)
+    plain = PlainGenerator(teacher, config)
+    G = plain.net
     grid = torch.linspace(math.log(80), math.log(0.002), config.points, dtype=torch.float64).exp()
     h, count = math.log(80 / 0.002) / (config.points - 1), config.batch // config.points
     c = 0.06 * math.sqrt(math.prod(teacher.config.image_shape) / 12288) if config.huber is None else config.huber
-    losses = []
     for step in range(steps):
         at = {"seed": config.seed, "step": step}
         index = torch.arange(count)
@@ -85,23 +80,8 @@ def plain_loop(teacher: Precond, config: CmtConfig, steps: int) -> tuple[list[fl
         y = G(x, level, None if labels is None else labels.repeat_interleave(config.points, 0))
         square = (y - target).square().sum((1, 2, 3))
         loss = (square if c == 0 else (square + c**2).sqrt() - c).mean()
-        for group in radam.param_groups:
-            group["lr"] = config.lr * (1 - (1 - config.lr_end) * step / config.total_steps)
-        radam.zero_grad()
-        loss.backward()
-        radam.step()
-        losses.append(loss.item())
-        for name, p in G.named_parameters():
-            average[name].lerp_(p.detach(), 1 - config.ema_decay(step))
-    return losses, average, G
-
-
-def check_equals(expected: tuple[list[float], dict[str, Tensor], Precond], found: dict, losses: Tensor) -> None:
-    plain, average, net = expected
-    torch.testing.assert_close(losses.double(), torch.tensor(plain).double(), rtol=1e-4, atol=1e-5)
-    kept = {f"generator/weight/{n}": p.detach() for n, p in net.named_parameters()}
-    kept |= {f"generator/ema/{n}": p for n, p in average.items()}
-    assert max(float((found[n] - p).norm() / p.norm()) for n, p in kept.items()) <= 2 * equivalence.LIMIT
+        plain.update(loss, step, lr=config.lr * (1 - (1 - config.lr_end) * step / config.total_steps))
+    return plain
 
 
 @pytest.mark.parametrize(
@@ -119,7 +99,7 @@ def test_equals_the_plain_loop(teacher: Precond, more: dict[str, Any]) -> None:
     run = Distiller(config, teacher, world=ALONE)
     measured = [run.iteration(step) for step in range(3)]
     losses = torch.stack([m.sums["generator_loss"] / m.counts["generator_loss"] for m in measured])
-    check_equals(plain_loop(teacher, config, 3), trained_tensors(run), losses)
+    plain_loop(teacher, config, 3).check(trained_tensors(run), losses)
 
 
 @pytest.mark.distributed
@@ -131,7 +111,7 @@ def test_equals_the_plain_loop_on_two_processes(teacher: Precond, tmp_path: Path
     expected = {points: plain_loop(teacher, CmtConfig(**{**SETTINGS, "points": points}), 2) for points in (4, 8)}
     found = equivalence.run(equivalence.make_teacher(tmp_path), tmp_path, 2, cases, 2, whole=500)
     for name, tensors in found.items():
-        check_equals(expected[8 if name == "shared" else 4], tensors, tensors["loss/generator_loss"])
+        expected[8 if name == "shared" else 4].check(tensors, tensors["loss/generator_loss"])
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

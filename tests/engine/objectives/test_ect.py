@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import equivalence
 import pytest
 import torch
+from plain_generator import PlainGenerator
 from torch import Tensor
 
 from ipfm.engine import Distiller
@@ -39,15 +39,11 @@ def teacher() -> Precond:
     return equivalence.compared_teacher().eval().requires_grad_(False)
 
 
-def plain_loop(teacher: Precond, config: EctConfig, steps: int) -> tuple[list[float], dict[str, Tensor], Precond]:
+def plain_loop(teacher: Precond, config: EctConfig, steps: int) -> PlainGenerator:
     """The method in plain PyTorch: the formulas as they are printed, torch's RAdam."""
-    G = copy.deepcopy(teacher).requires_grad_(True).train()
-    for module in G.modules():
-        if hasattr(module, "dropout"):
-            module.dropout = config.dropout
-    average = {name: p.detach().clone() for name, p in G.named_parameters()}
-    radam = torch.optim.RAdam(G.parameters(), lr=config.lr, betas=(config.beta1, 0.999), eps=config.eps)
-    index, data, losses = torch.arange(config.batch), real_images(), []
+    plain = PlainGenerator(teacher, config)
+    G = plain.net
+    index, data = torch.arange(config.batch), real_images()
     zeros = torch.zeros(config.batch, *teacher.config.image_shape)
 
     def wide(values: Tensor) -> Tensor:
@@ -83,21 +79,8 @@ def plain_loop(teacher: Precond, config: EctConfig, steps: int) -> tuple[list[fl
         seed_dropout(config.seed, EctStream.DROPOUT, step, 0)
         square = (G(x, t.float(), labels) - target).square().sum((1, 2, 3))
         loss = (((square + config.huber**2).sqrt() - config.huber) / (t - r).float()).mean()
-        radam.zero_grad()
-        loss.backward()
-        radam.step()
-        losses.append(loss.item())
-        for name, p in G.named_parameters():
-            average[name].lerp_(p.detach(), 1 - config.ema_decay(step))
-    return losses, average, G
-
-
-def check_equals(expected: tuple[list[float], dict[str, Tensor], Precond], found: dict, losses: Tensor) -> None:
-    plain, average, net = expected
-    torch.testing.assert_close(losses.double(), torch.tensor(plain).double(), rtol=1e-4, atol=1e-5)
-    kept = {f"generator/weight/{n}": p.detach() for n, p in net.named_parameters()}
-    kept |= {f"generator/ema/{n}": p for n, p in average.items()}
-    assert max(float((found[n] - p).norm() / p.norm()) for n, p in kept.items()) <= 2 * equivalence.LIMIT
+        plain.update(loss, step)
+    return plain
 
 
 @pytest.mark.parametrize(
@@ -114,7 +97,7 @@ def test_equals_the_plain_loop(teacher: Precond, more: dict[str, Any]) -> None:
     run = Distiller(config, teacher, real=real_images(), world=ALONE)
     measured = [run.iteration(step) for step in range(3)]
     losses = torch.stack([m.sums["generator_loss"] / m.counts["generator_loss"] for m in measured])
-    check_equals(plain_loop(teacher, config, 3), trained_tensors(run), losses)
+    plain_loop(teacher, config, 3).check(trained_tensors(run), losses)
 
 
 @pytest.mark.distributed
@@ -125,7 +108,7 @@ def test_equals_the_plain_loop_on_two_processes(teacher: Precond, tmp_path: Path
     expected = plain_loop(teacher, EctConfig(**SETTINGS), 2)
     found = equivalence.run(equivalence.make_teacher(tmp_path), tmp_path, 2, cases, 2, whole=500)
     for tensors in found.values():
-        check_equals(expected, tensors, tensors["loss/generator_loss"])
+        expected.check(tensors, tensors["loss/generator_loss"])
 
 
 def test_gaps_by_hand() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import edm2_fixtures
 import pytest
 import torch
+from small_distillation import at_six_levels, four_pixels
 from torch import Tensor
 
 from ipfm.engine import DistillConfig, Distiller
@@ -22,33 +23,12 @@ from ipfm.engine.objectives.base import Role
 from ipfm.engine.objectives.dmd import DmdConfig, denoiser_difference
 from ipfm.engine.objectives.level_laws import level_law
 from ipfm.engine.objectives.loss_weights import chosen_weight
-from ipfm.engine.objectives.losses import Noisy, add_noise, bind, generator_gradient
+from ipfm.engine.objectives.losses import bind, generator_gradient
 from ipfm.engine.training import resolve
-from ipfm.models import NetworkConfig, Precond, build_network
+from ipfm.models import build_network
 
 ALONE = World(0, 1, torch.device("cpu"))
 SMALL = replace(edm2_fixtures.SMALL, dropout=0.0)
-
-
-def network(seed: int) -> Precond:
-    torch.manual_seed(seed)
-    net = build_network(
-        NetworkConfig(
-            img_resolution=4, img_channels=2, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(),
-            dropout=0.0, D=16.0,
-        )
-    )  # fmt: skip
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return net.eval().requires_grad_(False)
-
-
-def samples(net: Precond) -> tuple[Tensor, Noisy]:
-    """y (B, C, H, W) float64 and its perturbation, at levels of a wide range."""
-    y = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64) / 2
-    sigma = torch.tensor([0.05, 0.3, 1.0, 2.0, 4.0, 20.0], dtype=torch.float64)
-    return y, add_noise(y, sigma, 16.0, net, seed=0, stream=0, step=0, sample_index=torch.arange(6))
 
 
 def weight(name: str, D: float, y: Tensor, x: Tensor, t: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
@@ -69,8 +49,8 @@ def weight(name: str, D: float, y: Tensor, x: Tensor, t: Tensor, s: Tensor, sigm
 @pytest.mark.parametrize("D", [16.0, math.inf])
 @pytest.mark.parametrize("name", ["sid", "sigma", "edm", "score", "unsquared"])
 def test_a_weight_by_name_is_autograd_of_its_formula(name: str, D: float, power: float) -> None:
-    teacher, student = network(0).double(), network(1).double()
-    y, noisy = samples(teacher)
+    teacher, student = four_pixels(0).double(), four_pixels(1).double()
+    y, noisy = at_six_levels(teacher)
     raw = bind(teacher, None), bind(student, None)
     weighting = chosen_weight(name, power, D, None)
     assert (weighting is None) == (name == "sid" and not power)
@@ -93,8 +73,8 @@ def test_a_weight_by_name_is_autograd_of_its_formula(name: str, D: float, power:
 
 def test_score_at_a_large_D_is_the_inverse_square_of_sigma() -> None:
     """(N + D) / (|x - T|^2 + sigma^2 D) goes to 1 / sigma^2, and is a number where D has more digits than a float32."""
-    teacher, student = network(0), network(1)
-    y, noisy = samples(teacher)
+    teacher, student = four_pixels(0), four_pixels(1)
+    y, noisy = at_six_levels(teacher)
     noisy = noisy._replace(**{name: getattr(noisy, name).float() for name in noisy._fields})
     for D in (1e9, 1e30):
         got = generator_gradient(
@@ -187,7 +167,7 @@ def test_varied_steps_are_a_function_of_their_number_whatever_the_micro_batch() 
         "weight": "score", "weight_power": 0.5, "levels_generator": "log-t:0:0.5:2", "levels_student": "half",
         "student_ema": 0.9, "student_updates": 2,
     }  # fmt: skip
-    check_objective(DmdConfig(batch=4, micro_batch=2, **varied), network(0))  # type: ignore[arg-type]
+    check_objective(DmdConfig(batch=4, micro_batch=2, **varied), four_pixels(0))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -198,7 +178,7 @@ def test_the_generator_is_trained_by_an_average_of_the_student(
     """The average follows every update; a checkpoint's comes back; 1 - decay is how much of the student is in it."""
     monkeypatch.setattr(resolve, "fp16_supported", lambda device: True)
     torch.manual_seed(0)
-    teacher = build_network(SMALL) if edm2 else network(0)
+    teacher = build_network(SMALL) if edm2 else four_pixels(0)
     settings: dict[str, Any] = {"batch": 2, "max_steps": 2, "precision": precision, "logvar": edm2, "lr": 1e-2}
     run = Distiller(DistillConfig(student_ema=0.75, **settings), teacher, world=ALONE)
     student = run.networks["student"]
@@ -230,7 +210,7 @@ def test_the_generator_is_trained_by_an_average_of_the_student(
 
 def test_the_average_is_in_the_memory_plan() -> None:
     """4 bytes a parameter in the optimiser, sharded, and a copy of the student, whole, in the run's own bits."""
-    net, n = network(0).config, parameter_count(network(0).config)
+    net, n = four_pixels(0).config, parameter_count(four_pixels(0).config)
     for sharding in (Sharding(), Sharding(2, 2, "bf16"), Sharding(2, 3)):
         parts = [
             distillation_bytes(StepSettings(net, 2, sharding, config=DistillConfig(student_ema=ema)))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from small_distillation import at_six_levels, four_pixels
 from torch import Tensor
 
 from ipfm.engine import DistillConfig, Distiller
@@ -17,9 +18,8 @@ from ipfm.engine.commands.bench.no_reading import NoReading
 from ipfm.engine.config import setting
 from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives import OBJECTIVES, check_objective
-from ipfm.engine.objectives.losses import add_noise, bind, denoising_objective, generator_gradient
+from ipfm.engine.objectives.losses import bind, denoising_objective, generator_gradient
 from ipfm.kernels import philox
-from ipfm.models import EDMPrecond, NetworkConfig
 
 BATCH = 6
 
@@ -51,31 +51,10 @@ class Tilted(DistillConfig):
         return f"sigma^{settings.get('power')}"
 
 
-def network(seed: int) -> EDMPrecond:
-    torch.manual_seed(seed)
-    net = EDMPrecond(
-        NetworkConfig(
-            img_resolution=4, img_channels=2, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(),
-            dropout=0.0, D=16.0,
-        )
-    )  # fmt: skip
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return net.eval().requires_grad_(False)
-
-
-def samples(net: EDMPrecond) -> tuple[Tensor, Any]:
-    """y (B, C, H, W) float64 and its perturbation, at levels of a wide range."""
-    y = torch.randn(BATCH, 2, 4, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64) / 2
-    sigma = torch.tensor([0.05, 0.3, 1.0, 2.0, 4.0, 20.0], dtype=torch.float64)
-    return y, add_noise(y, sigma, 16.0, net, seed=0, stream=0, step=0, sample_index=torch.arange(BATCH))
-
-
 @pytest.mark.parametrize("phased", [False, True], ids=["joint", "phased"])
 def test_the_generators_gradient_is_autograd_of_the_weighted_formula(phased: bool) -> None:
-    teacher, student = network(0).double(), network(1).double()
-    y, noisy = samples(teacher)
+    teacher, student = four_pixels(0).double(), four_pixels(1).double()
+    y, noisy = at_six_levels(teacher)
     raw, weighting = (bind(teacher, None), bind(student, None)), Tilted().generator_weight
     got = generator_gradient(*raw, y, noisy, alpha=1.2, phased=phased, weighting=weighting)
     leaf = y.clone().requires_grad_()
@@ -93,8 +72,8 @@ def test_the_generators_gradient_is_autograd_of_the_weighted_formula(phased: boo
 
 
 def test_the_students_gradient_is_autograd_of_the_weighted_formula() -> None:
-    student = network(1).double().requires_grad_(True)
-    y, noisy = samples(student)
+    student = four_pixels(1).double().requires_grad_(True)
+    y, noisy = at_six_levels(student)
     result = denoising_objective(bind(student, None), y, noisy, sigma_data=0.5, weighting=Tilted().student_weight)
     result.surrogate.backward()
     got = [p.grad for p in student.parameters()]
@@ -108,8 +87,8 @@ def test_the_students_gradient_is_autograd_of_the_weighted_formula() -> None:
 
 
 def test_a_weighting_that_changes_nothing_is_the_method_bit_for_bit() -> None:
-    nets = network(0), network(1)
-    y, noisy = samples(nets[0])
+    nets = four_pixels(0), four_pixels(1)
+    y, noisy = at_six_levels(nets[0])
     y, noisy = y.float(), noisy._replace(**{name: getattr(noisy, name).float() for name in noisy._fields})
     raw = [bind(net, None) for net in nets]
     for weighting in (DistillConfig().generator_weight, lambda sigma, weight: weight.clone()):
@@ -123,8 +102,8 @@ def test_a_weighting_that_changes_nothing_is_the_method_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_weight_that_is_not_finite_costs_its_sample_alone(value: float) -> None:
-    nets = network(0), network(1)
-    y, noisy = samples(nets[0])
+    nets = four_pixels(0), four_pixels(1)
+    y, noisy = at_six_levels(nets[0])
     y, noisy = y.float(), noisy._replace(**{name: getattr(noisy, name).float() for name in noisy._fields})
 
     def bad(sigma: Tensor, weight: Tensor) -> Tensor:
@@ -141,8 +120,8 @@ def test_a_weight_that_is_not_finite_costs_its_sample_alone(value: float) -> Non
 
 @pytest.mark.parametrize("returned", [lambda s, w: w[:, None], lambda s, w: 1.0], ids=["shape", "number"])
 def test_a_weighting_returns_a_number_a_sample(returned: Any) -> None:
-    net = network(0)
-    y, noisy = samples(net)
+    net = four_pixels(0)
+    y, noisy = at_six_levels(net)
     with pytest.raises(ValueError, match=r"^a weighting must return a number a sample, of shape \(6,\), got "):
         denoising_objective(bind(net.double(), None), y, noisy, sigma_data=0.5, weighting=returned)
 
@@ -152,7 +131,7 @@ def test_steps_are_those_of_the_plain_loop() -> None:
         batch=6, micro_batch=3, max_steps=4, lr=1e-3, eps=1e-2, alpha=1.0, power=0.7, zero=0, backward="phased",
         precision="fp32", activation_checkpointing="off",
     )  # fmt: skip
-    teacher = network(0)
+    teacher = four_pixels(0)
     distiller = Distiller(config, teacher, world=World(0, 1, torch.device("cpu")))
     losses = [distiller.iteration(step).sums for step in range(4)]
     plain = plain_loop.distill(teacher, config, 4)
@@ -179,15 +158,15 @@ def test_the_methods_own_weights_are_left_to_the_kernels(monkeypatch: pytest.Mon
     decided: dict[str, Any] = {"batch": 2, "micro_batch": 2, "max_steps": 1, "zero": 0, "precision": "fp32"}
     decided |= {"backward": "phased", "activation_checkpointing": "off"}
     for config in (DistillConfig(**decided), Tilted(**decided)):
-        Distiller(config, network(0), world=world).iteration(0)
+        Distiller(config, four_pixels(0), world=world).iteration(0)
     assert seen[:2] == [None, None] and all(map(callable, seen[2:])) and len(seen) == 4
 
 
 def test_weights_of_ones_own_make_the_host_wait_for_nothing() -> None:
-    check_objective(Tilted(batch=4, D=16.0), network(0))
+    check_objective(Tilted(batch=4, D=16.0), four_pixels(0))
     with NoReading(count=True) as mode:
-        nets, usual = network(0), torch.ones(BATCH)
-        y, noisy = samples(nets)
+        nets, usual = four_pixels(0), torch.ones(BATCH)
+        y, noisy = at_six_levels(nets)
         y, noisy = y.float(), noisy._replace(**{name: getattr(noisy, name).float() for name in noisy._fields})
         before = dict(mode.found)
         raw = bind(nets, None)
