@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ipfm.engine.commands.bench import plain_loop
 from ipfm.engine.data.dataset import ImageDataset
-from ipfm.engine.objectives.ipfm import StudentConfig
+from ipfm.engine.objectives.student_settings import StudentConfig
 from ipfm.models import EDM2Precond, NetworkConfig, Precond, build_network
 from ipfm.models.edm2_layers import MPConv
 from ipfm.models.forced_weight_norm import masters
