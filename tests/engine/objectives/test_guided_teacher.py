@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import compared_cases
 import equivalence
 import official_files as of
 import pytest
@@ -40,7 +41,7 @@ def weak_network() -> Precond:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return equivalence.make_teacher(tmp_path_factory.mktemp("teacher"))
+    return compared_cases.make_small_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")

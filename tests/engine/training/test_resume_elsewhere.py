@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compared_cases
 import equivalence
 import launch
 import pytest
@@ -20,7 +21,7 @@ CONFIG = {**equivalence.BASE, "max_steps": STEPS + MORE, "backward": "phased", "
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of stage 2 on two processes after two steps; three more from it in several ways; exports."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    teacher = equivalence.make_teacher(folder)
+    teacher = compared_cases.make_small_teacher(folder)
 
     def case(name: str, stage: int, micro: int, **more: str | int) -> dict:
         config = {**CONFIG, "zero": stage, "micro_batch": micro}
