@@ -7,6 +7,7 @@ from pathlib import Path
 import equivalence
 import pytest
 import torch
+from parts import parts
 
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.bench import plain_loop
@@ -30,6 +31,9 @@ CASES = {
     "to-z2": {"zero": 2, "backward": "joint", "parts": 2, **TOLD},
     "to-z3": {"zero": 3, "backward": "phased", **TOLD},
 }
+# By the number of processes what `make test` compares; the rest is left to `make thorough`.
+SOME = {1: ("k1-z0", "k1-z3", "to-z2"), 2: ("k2-z1", "k2-z2", "k1-z3", "re-z2", "to-z3")}
+REST = {ranks: tuple(name for name in CASES if name not in names) for ranks, names in SOME.items()}
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +54,17 @@ def plain(teacher: Path) -> dict[str, plain_loop.Plain]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [1, 2], ids=["1-process", "2-processes"])
+@pytest.mark.parametrize(
+    ("ranks", "names"),
+    parts([*SOME.items(), *REST.items()], REST.items()),
+    ids=["1-process", "2-processes", "1-process-rest", "2-processes-rest"],
+)
 def test_equals_the_plain_loop_with_the_rule_in_its_forward_pass(
-    ranks: int, teacher: Path, plain: dict[str, plain_loop.Plain], tmp_path: Path
+    ranks: int, names: tuple[str, ...], teacher: Path, plain: dict[str, plain_loop.Plain], tmp_path: Path
 ) -> None:
     cases = {}
-    for name, case in CASES.items():
+    for name in names:
+        case = CASES[name]
         settings = {key: value for key, value in case.items() if key != "parts"}
         cases[name] = {**BASE, **settings, "micro_batch": BASE["batch"] // ranks // case.get("parts", 1)}
     results = equivalence.run(teacher, tmp_path, ranks, cases, STEPS, whole=500, as_on_a_gpu=True)
