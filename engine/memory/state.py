@@ -128,6 +128,11 @@ class InTraining(NamedTuple):
         """How many numbers are trained."""
         return _parameters(self.network)[0] if self.lora is None else factor_count(self.network, self.lora)
 
+    @property
+    def normalised(self) -> int:
+        """How many of them are masters of normalised weights."""
+        return _parameters(self.network)[2] if self.lora is None else 0
+
 
 def state_bytes(
     network: NetworkConfig,
@@ -156,7 +161,7 @@ def state_bytes(
     stored = {"fp32": 4 * n, "half": 4 * n - 2 * halved, "sharded": 4 * -(-n // sharding.ranks)}
     kept = stored[sharding.teacher_storage] if teacher else 0
     weights = element * sum(sharding.share(count, 3) for count in numbers)
-    masters = 4 * (sum(shards) if sharding.masters else sum(_parameters(one.network)[2] for one in those))
+    masters = 4 * (sum(shards) if sharding.masters else sum(one.normalised for one in those))
     optimizer = 4 * sum(shard * one.moments for shard, one in zip(shards, those, strict=True))
     shares = [element * sharding.share(count, 2) for count in numbers]
     gradients = sum(shares) if sharding.stage == 3 else max(shares)

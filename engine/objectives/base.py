@@ -701,6 +701,13 @@ def lora_words(settings: Mapping[str, Any]) -> str:
     return f", {' and '.join(names)} of rank {rank} on the teacher's weights{scaled}"
 
 
+def lora_facts(config: RunConfig) -> Mapping[str, Any]:
+    """The same for machines, of the settings of a run: {"networks": ["student"], "rank": 8}; empty where none has."""
+    if not isinstance(config, Distillation) or not config.low_rank_roles:
+        return {}
+    return {"networks": list(config.low_rank_roles), "rank": config.rank or DEFAULT_RANK}
+
+
 def lora_name(config: Distillation) -> str:
     """What tells such runs apart, for the name of a run folder: "-student-lora8"; "" where all have their own."""
     if not config.low_rank_roles:

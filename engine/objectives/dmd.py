@@ -84,6 +84,7 @@ class DmdConfig(StudentConfig):
 
     kind: ClassVar[str] = "dmd"
     planned: ClassVar[Mapping[str, str]] = {
+        "student": "Of IPFM and DMD: full, lora, as in --generator. Default: full.",
         "steps": "K: evaluations of the generator. Default: 1.",
         "student_updates": "Student updates per generator update. Default: the objective's, 1 or 5.",
         "discriminator": "Of IPFM and DMD: encoder, with SiDA's term.",

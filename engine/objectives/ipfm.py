@@ -138,6 +138,7 @@ class DistillConfig(StudentConfig):
 
     kind: ClassVar[str] = "ipfm"
     planned: ClassVar[Mapping[str, str]] = {
+        "student": "Of IPFM and DMD: full, lora, as in --generator. Default: full.",
         "steps": "K: evaluations of the generator. Default: 1.",
         "student_updates": "Student updates per generator update. Default: the objective's, 1 or 5.",
         "real_weights": "Of IPFM: with real images in the student's loss, such as 0.92 0.94.",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import tyro
 
@@ -31,7 +31,8 @@ K = TypeVar("K", bound=type)
 DECLARED: dict[str, Declared] = {}
 # What is wrong with a file of one's own, which `ipfm` says before anything else.
 TROUBLE: list[str] = []
-OF_EVERY_DISTILLATION = ("objective", "teacher_storage", "backward", "guide")
+OF_NETWORKS = ("teacher_storage", "backward", "generator", "rank")
+OF_EVERY_DISTILLATION = ("objective", *OF_NETWORKS, "guide")
 # Options of the table of what to rent.
 OF_THE_TABLE = ("gpus", "recipe", "kimg", "max_steps", "share", "price")
 
@@ -45,7 +46,7 @@ def _with_objectives(plan: K) -> K:
         # This class is made when the command is loaded.
         TROUBLE.append(str(error))
         offered = _offered(declared(own=False), own)
-    options = {name: Annotated[o.type | None, tyro.conf.arg(help=o.help)] for name, o in offered.items()}
+    options = {name: _option(o) for name, o in offered.items()}
     for name in options:
         setattr(plan, name, None)
     plan.__annotations__ = {}
@@ -56,6 +57,13 @@ def _with_objectives(plan: K) -> K:
     examples = [said.example for said in DECLARED.values() if said.example]
     plan.__doc__ = "\n\n    ".join([(plan.__doc__ or "").strip(), *(f"Example: {example}" for example in examples)])
     return plan
+
+
+def _option(offered: Offered) -> Any:
+    """The annotation of an option that may be left out; words that its help names need not stand beside its name."""
+    if get_origin(offered.type) is Literal and all(str(word) in offered.help for word in get_args(offered.type)):
+        return Annotated[offered.type | None, tyro.conf.arg(help=offered.help, metavar="KIND")]
+    return Annotated[offered.type | None, tyro.conf.arg(help=offered.help)]
 
 
 def _offered(said: Mapping[str, Declared], own: Collection[str]) -> dict[str, Offered]:
@@ -99,23 +107,27 @@ class Plan:
     """Global batch. Default: the recipe's, else 256."""
     ranks: int | None = None
     """Number of processes. Default: 1."""
-    micro_batch: int | None = None
+    micro_batch: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Images a process handles at a time. Default: by memory, else all."""
     zero: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage. Default: the lowest that fits; at least 1 in bf16 and fp16."""
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """Of the networks. Default: for GPUs bf16, as in a run; else fp32."""
-    offload: Literal["none", "optimizer", "all"] = "none"
-    """What lives in the host's memory."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, tyro.conf.arg(metavar="KIND")] = None
+    """fp32, bf16, fp16. Default: for GPUs bf16, as in a run; else fp32."""
+    offload: Annotated[Literal["none", "optimizer", "all"], tyro.conf.arg(metavar="WHAT")] = "none"
+    """What lives in the host's memory: none, optimizer, all."""
     teacher_storage: Literal["auto", "fp32", "half", "sharded"] | None = None
     """How the frozen teacher is kept. Default: auto."""
     backward: Annotated[Literal["auto", "joint", "phased"] | None, tyro.conf.arg(metavar="FORM")] = None
     """Form of the generator's step: auto, joint, phased. Default: auto."""
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Compute activations again on the way back."""
+    generator: Annotated[Literal["full", "lora"] | None, tyro.conf.arg(metavar="KIND")] = None
+    """full; lora: as factors on the teacher's weights. Default: full."""
+    rank: int | None = None
+    """Of networks that are lora: of their factors. Default: 8."""
     teacher_training: bool = False
     """Plan the training of a teacher instead."""
-    gpu_memory: float | None = None
+    gpu_memory: Annotated[float | None, tyro.conf.arg(metavar="GB")] = None
     """Memory of one GPU in GB: largest micro-batch, cheapest form that fits."""
     fits: tuple[float, ...] = ()
     """Memory of several GPUs in GB: a table of what fits on each."""
@@ -165,6 +177,7 @@ class Plan:
         from ipfm.engine.memory.arithmetic import SHARE, flops_in_words
         from ipfm.engine.memory.autoencoder import autoencoder_bytes
         from ipfm.engine.memory.state import parameter_count
+        from ipfm.engine.objectives.base import lora_words
 
         budget = None if self.gpu_memory is None else gpu_budget(self.gpu_memory * 1e9)
         with user_input():
@@ -189,6 +202,8 @@ class Plan:
         beside = autoencoder_bytes(network)
         if beside is not None:
             lines.append(self._beside(beside, plan))
+        if words := lora_words(config.to_json()):
+            lines.insert(0, words.removeprefix(", "))
         if outside:
             lines.insert(0, f"objective {getattr(config, 'kind', None)}: {outside['info']}")
         write(self._kind(config) | _facts(layout) | _autoencoder(beside, plan) | arithmetic, "\n".join(lines))
@@ -235,11 +250,14 @@ class Plan:
         write(self._kind(config) | {"gpus": facts}, "\n".join([*fit_table(config, found), *more]))
 
     def _kind(self, config: Distillation | TeacherConfig) -> dict[str, Any]:
+        from ipfm.engine.objectives.base import lora_facts
+
         return {
             "model": self.model,
             **({} if self.guide is None else {"guide": self.guide}),
             "objective": getattr(config, "kind", None),
             **({"about": dict(about)} if (about := config.about()) else {}),
+            **({"low_rank": lora} if (lora := lora_facts(config)) else {}),
             "batch": config.batch,
             "ranks": self._ranks,
             "precision": config.decided_precision,
@@ -384,7 +402,7 @@ class Plan:
         kind = self._chosen
         self._check_objective(kind)
         declared = DECLARED[kind].offered if kind in DECLARED else ()
-        config = OBJECTIVES[kind](**self._common(), **self._given(("teacher_storage", "backward", *declared)))
+        config = OBJECTIVES[kind](**self._common(), **self._given((*OF_NETWORKS, *declared)))
         config.check_network(network)
         return config
 
@@ -403,7 +421,7 @@ class Plan:
     def _own(self) -> dict[str, Any]:
         """Settings that were given, and stand instead of a recipe's."""
         every = {name for said in DECLARED.values() for name in said.offered}
-        plain = ("batch", "micro_batch", "zero", "precision", "teacher_storage", "backward", "kimg", "max_steps")
+        plain = ("batch", "micro_batch", "zero", "precision", "kimg", "max_steps", *OF_NETWORKS)
         # Those with a default of the command's own are what was given, where they differ from that.
         more = {"offload": "none", "activation_checkpointing": "auto"}
         changed = {name: getattr(self, name) for name, usual in more.items() if getattr(self, name) != usual}

@@ -15,7 +15,7 @@ from ipfm.engine.experiments.gpu_costs import OF_A_NODE, GpuCost, Run, gpu_costs
 from ipfm.engine.memory.arithmetic import GPUS, TRAINING_FORWARDS, Gpu, flops_in_words, forward_flops, peak_in_words
 from ipfm.engine.memory.fits import gpu_precision
 from ipfm.engine.memory.state import parameter_count
-from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.base import Distillation, lora_facts, lora_words
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.runtime.json_output import plain
 from ipfm.engine.runtime.progress import ProgressBar
@@ -81,6 +81,7 @@ class RentTable:
             "model": self.model,
             "recipe": None if planned.recipe is None else planned.recipe.file,
             "objective": config.kind if isinstance(config, Distillation) else None,
+            **({"low_rank": lora} if (lora := lora_facts(config)) else {}),
             "batch": config.batch,
             "precision": config.decided_precision,
             "peak_of": peak_in_words(config.decided_precision, config.tf32),
@@ -199,6 +200,7 @@ class RentTable:
             f"{self.model}: {what}{whose}",
             f"{architecture(run.network)}, {images(run.network)}, {parameter_count(run.network.unguided):,} parameters",
             *self._guide(),
+            *([words.removeprefix(", ")] if (words := lora_words(config.to_json())) else []),
             f"batch {config.batch}, {precision}",
             *textwrap.wrap(length, WIDTH, subsequent_indent="  "),
             *textwrap.wrap(

@@ -380,6 +380,9 @@ def test_json_of_samples(models: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["plan", "--model", "digits", "--fits", "8", "--gpu-memory", "8"], "gpu-memory and fits exclude each other"),
         (["plan", "--model", "digits", "--objective", "pid", "--steps", "2"], "the objective pid has no steps"),
         (["plan", "--model", "digits", "--lpips-side", "32"], "only the objective pid has lpips-side"),
+        (["plan", "--model", "digits", "--objective", "ect", "--student", "lora"], "the objective ect has no student"),
+        (["plan", "--model", "digits", "--rank", "4"], "rank 4 was given, but no network is lora: give generator lora"),
+        (["plan", "--model", "digits", "--teacher-training", "--rank", "4"], "the training of a teacher has no rank"),
         (["plan", "--model", "digits", "--steps", "0"], "steps must be an integer >= 1, got 0"),
         (["plan", "--model", "digits", "--teacher-training", "--backward", "joint"], "of a teacher has no backward"),
         (

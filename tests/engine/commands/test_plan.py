@@ -21,11 +21,12 @@ from ipfm.engine.experiments import dry_run
 from ipfm.engine.experiments.gpu_costs import Run
 from ipfm.engine.memory import gpu_budget
 from ipfm.engine.memory.arithmetic import GPUS, encoder_flops, forward_flops
-from ipfm.engine.memory.state import parameter_count
+from ipfm.engine.memory.state import factor_count, parameter_count
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.engine.objectives.ipfm import InversePoissonFlowMatching
 from ipfm.engine.runtime.commandline import run_command
 from ipfm.models import build_network, presets, save_model
+from ipfm.models.low_rank import Lora
 from ipfm.recipes import cifar_ipfm, cifar_sid, cifar_teacher, digits_ipfm, distill_ipfm
 
 KINDS = [gpu.name for gpu in GPUS]
@@ -95,6 +96,23 @@ def test_a_discriminator_is_in_the_passes_of_both_objectives_that_have_one(plann
             for of in ((), ("--discriminator", "encoder"))
         )
         assert told / alone == pytest.approx(1 + more * share / passes)
+
+
+def test_factors_on_the_teachers_weights_are_planned(planned: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whichever network has them, of a preset and in place of a recipe's own; weights are counted once."""
+    network = presets.get("digits")
+    n, factors = parameter_count(network), factor_count(network, Lora(4, 4.0))
+    given = ("--batch", 8, "--precision", "fp32", "--backward", "joint")
+    for networks, trained in (("student", factors + n), ("generator", n + factors), ("both", 2 * factors)):
+        asked = [f"--{name}" for name in ("student", "generator") if networks in (name, "both")]
+        lora = [word for option in asked for word in (option, "lora")]
+        found = planned("digits", *given, *lora, "--rank", 4)
+        assert found["low_rank"] == {"networks": [option[2:] for option in asked], "rank": 4}
+        assert found["parts"]["weights"] == 4 * trained and found["parts"]["teacher"] == 4 * n
+    assert "low_rank" not in planned("digits", *given)
+    assert planned("digits", "--objective", "pid", *given, "--generator", "lora")["low_rank"]["rank"] == 8
+    plan("--model", "digits_ipfm", "--ranks", 1, *given, "--student", "lora", "--rank", 3)
+    assert capsys.readouterr().out.startswith("student of rank 3 on the teacher's weights\nteacher ")
 
 
 @pytest.mark.quick

@@ -31,6 +31,8 @@ from ipfm.engine.objectives.student_steps import DistillSteps
 from ipfm.engine.training.resolve import complete, resolve
 from ipfm.models import NetworkConfig, build_network, presets
 from ipfm.models.config import Guide
+from ipfm.models.low_rank import low_rank_network
+from ipfm.models.precond import unguided
 
 SMALL = NetworkConfig(
     img_resolution=16, img_channels=2, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(),
@@ -92,18 +94,18 @@ class Real:
 def measured(settings: StepSettings) -> dict[str, int]:
     """The peaks of a real step on the CPU, without the optimiser's."""
     precision = settings.sharding.precision
-    networks = settings.network, settings.network.unguided, settings.network.unguided
-    nets = [apply_precision(build_network(network), precision) for network in networks]
-    for net in nets:
-        net.activation_checkpointing = settings.activation_checkpointing
-    nets[0].eval().requires_grad_(False)
+    teacher = apply_precision(build_network(settings.network), precision).eval().requires_grad_(False)
     if settings.sharding.teacher_storage == "half":
-        halve_storage(nets[0], precision)
-    trained = {
-        name: Real(net.to(DTYPES[precision])) for name, net in zip(("student", "generator"), nets[1:], strict=True)
-    }
+        halve_storage(teacher, precision)
+    trained = {}
+    for name in ("student", "generator"):
+        network, lora = settings.network.unguided, settings.config.lora_of(name)
+        net = build_network(network) if lora is None else low_rank_network(network, unguided(teacher), lora)
+        trained[name] = Real(apply_precision(net, precision).to(DTYPES[precision]))
+    for net in (teacher, *(one.module for one in trained.values())):
+        net.activation_checkpointing = settings.activation_checkpointing
     real = BlankImages(settings.network, CPU)
-    context = StepContext(trained, nets[0], settings.resolved, World(0, 1, CPU), real=real)
+    context = StepContext(trained, teacher, settings.resolved, World(0, 1, CPU), real=real)
     steps = DistillSteps(settings.resolved.config, context, settings.network)
     gc.collect()
     peaks: dict[str, int] = {}
@@ -132,6 +134,8 @@ CASES = [
     ("conditional", {"phased": True, "config": DistillConfig(discriminator="encoder")}),
     ("ncsn++", {"phased": False, "sharding": Sharding(stage=1, precision="bf16", teacher_storage="half")}),
     ("attention", {"phased": True, "sharding": Sharding(stage=1, precision="bf16", teacher_storage="fp32")}),
+    ("ncsn++", {"phased": True, "config": DistillConfig(student="lora", rank=2)}),
+    ("edm2", {"phased": False, "config": DistillConfig(student="lora", generator="lora", rank=4)}),
 ]
 # `make thorough`: three networks stay that are compared joint and phased, two with activation checkpointing.
 LATER = [
