@@ -18,10 +18,12 @@ from ipfm.models.layers import (
     Free,
     GroupNorm,
     Linear,
+    Weight,
     branch,
     cast,
     free_parameters,
     join,
+    now,
     residual,
     triton_serves,
     without_bias,
@@ -239,8 +241,12 @@ class UNetBlock(nn.Module):
         bias = bias if bias.ndim == 2 else cast(bias, x)
         vectors = scale, shift, addend
         return whole_block(
-            numbers, Inputs(dense(x), *affine0, weight0, *affine1, *vectors, weight1, bias, weight, *filters)
-        )
+            numbers,
+            Inputs(
+                dense(x), *affine0, now(weight0, x), *affine1, *vectors, now(weight1, x), bias,
+                None if weight is None else now(weight, x), *filters,
+            ),
+        )  # fmt: skip
 
     def _whole_attention(self, x: Tensor, entering: Entering) -> Tensor | None:
         """The attention and what surrounds it, as few functions; None: its layers have to be called."""
@@ -259,7 +265,7 @@ class UNetBlock(nn.Module):
             return None
         norm = self.norm2
         numbers = whole_attention.Numbers(norm.num_groups, norm.eps, self.num_heads, self.skip_scale)
-        given = whole_attention.Inputs(dense(x), *affine, qkv, cast(qkv_bias, x), proj, bias)
+        given = whole_attention.Inputs(dense(x), *affine, now(qkv, x), cast(qkv_bias, x), now(proj, x), bias)
         return whole_attention.whole_attention(numbers, given)
 
     def _in_parts(self, x: Tensor, emb: Tensor, entering: Entering) -> Tensor:
@@ -336,8 +342,8 @@ def enter_together(blocks: Sequence[UNetBlock], emb: Tensor, x: Tensor) -> list[
 
 
 def _trained(layers: Layers) -> bool:
-    """Whether anything in them is to have a gradient."""
-    return any(t is not None and t.requires_grad for own in layers if own is not None for t in own)
+    """Whether a parameter in them is to have a gradient."""
+    return any(isinstance(t, Tensor) and t.requires_grad for own in layers if own is not None for t in own)
 
 
 def _layers(block: UNetBlock) -> Layers:
@@ -353,15 +359,17 @@ def _bias(layer: Free | None) -> Tensor | None:
 
 
 def _whole_affine(norm: Free | None) -> Affine | None:
-    if norm is None or norm[0] is None or norm[1] is None:
+    if norm is None or not isinstance(norm[0], Tensor) or norm[1] is None:
         return None
     return norm[0], norm[1]
 
 
-def _usable(conv: Free | None, x: Tensor) -> Tensor | None:
-    """The weight of a convolution as it is, in the dtype of x; None: there is none, or it has to be made."""
+def _usable(conv: Free | None, x: Tensor) -> Weight | None:
+    """The weight of a convolution, in the dtype of x where it is not made anew at each use; None: there is none."""
     weight = None if conv is None else conv[0]
-    return None if weight is None or weight.dtype != x.dtype or hasattr(weight, "ds_id") else weight
+    if not isinstance(weight, Tensor):
+        return weight
+    return None if weight.dtype != x.dtype or hasattr(weight, "ds_id") else weight
 
 
 def _closing_biases(blocks: Sequence[Layers]) -> list[Tensor | None]:
@@ -440,7 +448,8 @@ def _project(blocks: Sequence[UNetBlock], layers: Sequence[Layers], emb: Tensor)
     plain = not any(block.adaptive_scale for block in blocks)
     if len(own) < len(blocks) or len(inner) != (len(blocks) if plain else 0):
         return [None] * len(blocks)
-    rows = F.linear(emb, cast(torch.cat(weights), emb), cast(torch.cat(own), emb))
+    made = [weight if isinstance(weight, Tensor) else weight() for weight in weights]
+    rows = F.linear(emb, cast(torch.cat(made), emb), cast(torch.cat(own), emb))
     if plain:
         # Not to the other bias: the gradients of both would be one memory.
         rows = rows + cast(torch.cat(inner), emb)

@@ -5,6 +5,7 @@ the dtype of the incoming activation at each use, so one set of master weights s
 """
 
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ from ipfm.models.weight_order import orderly, weight_of
 
 # A weight and a bias.
 Affine = tuple[Tensor, Tensor]
+# A weight, or what makes it.
+Weight = Tensor | Callable[[], Tensor]
 # The same of a layer that may lack either.
-Free = tuple[Tensor | None, Tensor | None]
+Free = tuple[Weight | None, Tensor | None]
 
 
 def cast(parameter: Tensor, like: Tensor) -> Tensor:
@@ -278,22 +281,33 @@ def lay_out_weights(net: nn.Module) -> None:
 def free_parameters(layer: nn.Module | None, kinds: Container[object] | None = None) -> Free | None:
     """Weight and bias of a layer that may be bypassed and its parameters used elsewhere; None: it may not.
 
-    It may where it is of a class of this file (or of `kinds`), not of one in its place, and nothing hooks on to its
-    calls, as ZeRO 3 does to gather its parameters.
+    It may where it is of a class of this file (or of `kinds`), also with factors, not of one in its place, and nothing
+    hooks on to its calls, as ZeRO 3 does to gather its parameters. A weight with factors is made when it is asked for.
     """
     # (Asked of every layer in every pass.)
     if (
         layer is None
-        or type(layer) not in (kinds or _BYPASSED)
+        or not _is_of(type(layer), kinds or _BYPASSED)
         or (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
     ):
         return None
     parameters = layer._parameters
     if "weight" not in parameters:
-        # (Those of a network with factors are another one's: its layers are called.)
-        return None
+        # Another network's.
+        own = layer.__dict__
+        return partial(weight_of, layer) if "base" in own else own.get("weight"), own.get("bias")
     weight = weight_of(layer) if "by_pixel" in layer.__dict__ else parameters["weight"]
     return weight, parameters["bias"]
+
+
+def _is_of(kind: type[nn.Module], kinds: Container[object]) -> bool:
+    """Whether it is one of these classes, or one of them with factors on another layer's weight (`low_rank`)."""
+    return kind in kinds or getattr(kind, "computes_as", None) in kinds
+
+
+def now(weight: Weight, x: Tensor) -> Tensor:
+    """A weight in the dtype of x, made where it has to be."""
+    return cast(weight if isinstance(weight, Tensor) else weight(), x)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -315,13 +329,15 @@ def free_bias(layer: nn.Module | None) -> Tensor | None:
     return None if found is None else found[1]
 
 
-def stored_weight(layer: Linear) -> Tensor:
+def stored_weight(layer: nn.Module) -> Tensor:
     """A linear layer's weight as it is stored; of one on another's weight that one, without its factors."""
     # (Past its name, which ZeRO 3 would take for a use, and a layer with factors for the sum.)
     weight = layer._parameters.get("weight")
     if weight is None:
         weight = layer.__dict__.get("base")
-    return layer.weight if weight is None else weight
+    found = layer.weight if weight is None else weight
+    assert isinstance(found, Tensor)
+    return found
 
 
 def check_resample_filter(taps: Sequence[float]) -> tuple[float, ...]:
