@@ -83,12 +83,13 @@ class MPConv(PlainWeight):
             x: (N, in_channels), or (B, in_channels, H, W).
             gain: a learned factor.
         """
+        weight = weight_of(self)
         if not self.kernel:
-            out = F.linear(x, cast(self.weight, x))
-        elif is_frozen(x, self.weight):
-            out = frozen_conv2d(x, weight_of(self), padding=self.kernel // 2)
+            out = F.linear(x, cast(weight, x))
+        elif is_frozen(x, weight):
+            out = frozen_conv2d(x, weight, padding=self.kernel // 2)
         else:
-            out = F.conv2d(x, cast(weight_of(self), x), padding=self.kernel // 2)
+            out = F.conv2d(x, cast(weight, x), padding=self.kernel // 2)
         return out if gain is None else out * cast(gain, out)
 
     def extra_repr(self) -> str:
@@ -117,11 +118,11 @@ class MPQKVProjection(MPConv):
             x: (B, C, H, W).
             gain: a learned factor.
         """
-        tokens = x.flatten(2).transpose(1, 2)
-        if is_frozen(x, self.weight):
-            out = frozen_linear(tokens, self.weight, arrange=self._arranged)
+        tokens, weight = x.flatten(2).transpose(1, 2), weight_of(self)
+        if is_frozen(x, weight):
+            out = frozen_linear(tokens, weight, arrange=self._arranged)
         else:
-            out = F.linear(tokens, self._arranged(cast(self.weight, x)))
+            out = F.linear(tokens, self._arranged(cast(weight, x)))
         return out if gain is None else out * cast(gain, out)
 
     def _arranged(self, rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ipfm.kernels.pixel_norm_silu import unchecked_pixel_norm_silu
 from ipfm.kernels.qkv_norm import unchecked_qkv_norm
 from ipfm.models.attention import AttentionBackend, attention, head_count
 from ipfm.models.edm2_layers import MPConv, MPFourier, MPQKVProjection, mp_silu, mp_sum, resample
-from ipfm.models.layers import cast, triton_serves
+from ipfm.models.layers import cast, stored_weight, triton_serves
 from ipfm.models.unet import Backbone, Logits, encoder_logits
 from ipfm.models.unet_layout import Entry, edm2_unet_layout
 
@@ -233,10 +233,7 @@ class EDM2UNet(Backbone):
     @property
     def first_weight(self) -> Tensor:
         """See `Backbone.first_weight`."""
-        # Past its name, which ZeRO 3 would take for a use: it would gather the weight for whoever asks.
-        (weight,) = dict.values(self.emb_noise._parameters)
-        assert weight is not None
-        return weight
+        return stored_weight(self.emb_noise)
 
     def forward(
         self,

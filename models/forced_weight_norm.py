@@ -147,7 +147,12 @@ def masters(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, PlainWeight]]:
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, PlainWeight))
+    # A layer with factors on another one's weight has no master.
+    return (
+        (name, layer)
+        for name, layer in module.named_modules()
+        if isinstance(layer, PlainWeight) and "weight" in layer._parameters
+    )
 
 
 def _is_logvar(name: str) -> bool:

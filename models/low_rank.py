@@ -12,6 +12,14 @@ channels at 16 x 16 pixels 780 ms, the other form 1240; of 256 at 8 x 8 1160 and
 the faster one, 490 and 350, 410 and 300. A sum that is kept, made once per step of the optimiser, would be a second
 copy of all weights.
 
+EDM2's layers preserve magnitudes: their W has rows of size 1/√K, K the elements of a row, and is made of a master by a
+rule (`forced_weight_norm`) that a sum W + s B A breaks. Here the rule is applied to the sum, as EDM2 applies it to its
+master at each use: each row of W + s B A is divided by what makes it 1/√K again. So B = 0 is the teacher, and what a
+file holds, a master that the rule is applied to, is what was trained. That is DoRA (Liu et al. 2024, arXiv 2402.09353)
+with magnitudes that stay. The other half of EDM2's rule, which writes the normalised master back before each step, has
+no counterpart: no other factors have the product of a row of another length. It keeps the learning rate's effect from
+fading as rows grow; rows begin at size 1/√K here, and grow by what B A adds alone.
+
 `peft` takes none of this: its layers are of torch's own classes, its other way, `target_parameters`, knows no weights
 of four dimensions, and each layer that it wraps holds its W as a parameter, which ZeRO then shards and casts. The
 factors have its names and shapes.
@@ -22,12 +30,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ipfm.kernels.weight_rows import EPS
 from ipfm.models.config import NetworkConfig
+from ipfm.models.forced_weight_norm import PlainWeight, normalised_rows
 from ipfm.models.layers import Conv2d, Linear
 from ipfm.models.precond import Precond, build_network
 
@@ -58,35 +68,71 @@ class LowRank(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_scale: float
+    computes_as: ClassVar[type[nn.Module]]
+    """The class of the layer without factors."""
 
     @property
     def weight(self) -> Tensor:
         """W + s B A, made anew at each use, in the dtype of W; differentiable with respect to A and B."""
         return merged(self.base, self.lora_A, self.lora_B, self.lora_scale)
 
+    def stored(self, a: Tensor, b: Tensor) -> Tensor:
+        """What a file has as the weight of a layer without factors, of these ones; float64.
+
+        Args:
+            a: in place of `lora_A`.
+            b: in place of `lora_B`.
+        """
+        # In float64: what is exported does not depend on how the device multiplies.
+        return merged(self.base.double(), a, b, self.lora_scale)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is none of its module's names.
+        return _layer_of, (self.computes_as,), self.__dict__
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={len(self.lora_A)}"
 
 
-class LowRankLinear(LowRank, Linear):  # type: ignore[misc]
-    """A linear layer on another one's weight."""
+class NormalisedLowRank(LowRank):
+    """The same in front of a layer under forced weight normalisation: the rule is applied to the sum, by row.
+
+    It has no master: `base` is the plain weight, and a state dict has the factors.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """W + s B A with rows of the size of those of W, as `LowRank.weight`."""
+        return merged(self.base, self.lora_A, self.lora_B, self.lora_scale, normalised=True)
+
+    def stored(self, a: Tensor, b: Tensor) -> Tensor:
+        """The normalised master, see `LowRank.stored`."""
+        return normalised_rows(super().stored(a, b) * math.sqrt(self.base[0].numel()))
+
+    _apply = nn.Module._apply
+    _save_to_state_dict = nn.Module._save_to_state_dict
+    _load_from_state_dict = nn.Module._load_from_state_dict
 
 
-class LowRankConv2d(LowRank, Conv2d):  # type: ignore[misc]
-    """A convolution on another one's weight."""
+_CLASSES: dict[type[nn.Module], type[LowRank]] = {}
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {Linear: LowRankLinear, Conv2d: LowRankConv2d}
-
-
-def _low_rank_class(layer: type[nn.Module]) -> type[nn.Module]:
-    """The class of a layer with factors; that of a subclass, such as the projection of an attention layer, is made."""
+def _low_rank_class(layer: type[nn.Module]) -> type[LowRank]:
+    """The class of such a layer with factors."""
     if layer not in _CLASSES:
-        _CLASSES[layer] = type(f"LowRank{layer.__name__}", (LowRank, layer), {"__module__": __name__})
+        kind = NormalisedLowRank if issubclass(layer, PlainWeight) else LowRank
+        said = {"__module__": __name__, "__doc__": f"{layer.__name__} on another one's weight.", "computes_as": layer}
+        _CLASSES[layer] = type(f"LowRank{layer.__name__}", (kind, layer), said)
     return _CLASSES[layer]
 
 
-def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _layer_of(layer: type[nn.Module]) -> LowRank:
+    """A layer with factors that has no attributes yet."""
+    kind = _low_rank_class(layer)
+    return kind.__new__(kind)
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, *, normalised: bool = False) -> Tensor:
     """weight + scale B A, in the dtype and memory format of the weight.
 
     Args:
@@ -94,6 +140,8 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         a: (rank, ...), of any floating dtype.
         b: (rows, rank, ...), likewise.
         scale: s.
+        normalised: each row of the sum is divided by 1e-4 + its Euclidean norm, which that of a plain weight of forced
+            weight normalisation is, W = n(M)/√K of M of size 1, where 1e-4 + the norm is 1.
     """
     # In channels_last a row's elements lie in another order: nothing but A, which is small, is copied.
     last = weight.ndim == 4 and not weight.is_contiguous()
@@ -102,26 +150,12 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         return (tensor.permute(0, 2, 3, 1) if last else tensor).flatten(1)
 
     sums = torch.addmm(rows(weight), b.to(weight.dtype).flatten(1), rows(a.to(weight.dtype)), alpha=scale)
+    if normalised:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        sums = (sums / (EPS + torch.linalg.vector_norm(sums, dim=1, keepdim=True, dtype=wide))).to(weight.dtype)
     if not last:
         return sums.view(weight.shape)
     return sums.view(weight.shape[0], *weight.shape[2:], weight.shape[1]).permute(0, 3, 1, 2)
-
-
-def check_low_rank(network: NetworkConfig, role: str) -> None:
-    """Check that a network of this architecture can have factors.
-
-    Args:
-        network: its architecture.
-        role: what it is, in the message.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if network.is_edm2:
-        raise ValueError(
-            f"{role} lora adds to weights as they are stored, and those of an EDM2UNet are normalised at each step: "
-            f"leave it out"
-        )
 
 
 def low_rank_network(network: NetworkConfig, base: Precond, lora: Lora, seed: int = 0) -> Precond:
@@ -136,9 +170,8 @@ def low_rank_network(network: NetworkConfig, base: Precond, lora: Lora, seed: in
         seed: of the first A, uniform within ±1/√columns, as a layer's weight starts in PyTorch.
 
     Raises:
-        ValueError: the architecture is none that can have factors, or `base` has other weights.
+        ValueError: `base` has other weights.
     """
-    check_low_rank(network, "a network with")
     with torch.device("meta"):
         net = build_network(network)
     generator = torch.Generator().manual_seed(seed % 2**63)
@@ -167,10 +200,12 @@ def _share(module: nn.Module, other: nn.Module, lora: Lora, generator: torch.Gen
     for name in [name for name, p in module._parameters.items() if p is not None]:
         shared = cast(Tensor, other._parameters[name])
         del module._parameters[name]
-        if name != "weight" or not isinstance(module, Conv2d | Linear):
+        if name != "weight" or not isinstance(module, Conv2d | Linear | PlainWeight):
             module.__dict__[name] = shared
             continue
         object.__setattr__(module, "__class__", _low_rank_class(type(module)))
+        # Of a master that it has not.
+        module.__dict__.pop("row_scale", None)
         module.__dict__["base"] = shared
         module.__dict__["lora_scale"] = lora.scale
         for factor, start in _first_factors(shared, lora.rank, generator).items():
@@ -214,8 +249,7 @@ def merge_into(net: nn.Module, low_rank: nn.Module, factors: Mapping[str, Tensor
             if p is None:
                 continue
             if own == "weight" and isinstance(other, LowRank):
-                a, b = factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]
-                # In float64: what is exported does not depend on how the device multiplies.
-                p.copy_(merged(other.base.double(), a, b, other.lora_scale))
+                set_weight = getattr(module, "set_master", p.copy_)
+                set_weight(other.stored(factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]))
             else:
                 p.copy_(getattr(other, own))

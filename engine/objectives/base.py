@@ -36,7 +36,7 @@ from ipfm.engine.objectives.initial_networks import generator_network
 from ipfm.engine.objectives.published import PaperResult
 from ipfm.engine.objectives.step_metrics import StepMetrics
 from ipfm.models import NetworkConfig, Precond
-from ipfm.models.low_rank import Lora, check_low_rank
+from ipfm.models.low_rank import Lora
 
 Start = Literal["teacher", "random"]
 # As in peft.
@@ -617,8 +617,6 @@ class Distillation(RunConfig, ABC):
             ValueError: it cannot.
         """
         generator_network(network, self.width)
-        for role in self.low_rank_roles:
-            check_low_rank(network, role)
 
     # -- what is asked of the settings of a folder ------------------------------------------------------------------
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import equivalence
 import torch
 from torch import Tensor, nn
 
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.bench import plain_loop
 from ipfm.kernels.adam import ema_entries
-from ipfm.models import Precond
+from ipfm.models import EDM2Precond, Precond
+from ipfm.models.edm2_layers import MPConv
 from ipfm.models.layers import Conv2d, Linear
 
 # Settings of both networks with factors, and their s.
@@ -32,11 +34,11 @@ def with_factors(first: Mapping[str, Tensor], scale: float) -> Callable[[Precond
         for path, layer in net.named_modules():
             for name, p in list(layer.named_parameters(recurse=False)):
                 del layer._parameters[name]
-                if name == "weight" and isinstance(layer, Conv2d | Linear):
+                if name == "weight" and isinstance(layer, Conv2d | Linear | MPConv):
                     layer.lora_A = nn.Parameter(first[f"{path}.lora_A"].clone())
                     layer.lora_B = nn.Parameter(first[f"{path}.lora_B"].clone())
                     layer.register_buffer("W", p.detach(), persistent=False)
-                    layer.register_forward_pre_hook(_sum(scale))
+                    layer.register_forward_pre_hook(_sum(scale, rows_of_size_1=isinstance(layer, MPConv)))
                     layer.weight = p.detach()
                 else:
                     layer.register_buffer(name, p.detach())
@@ -45,10 +47,13 @@ def with_factors(first: Mapping[str, Tensor], scale: float) -> Callable[[Precond
     return trained
 
 
-def _sum(scale: float) -> Callable[[nn.Module, object], None]:
+def _sum(scale: float, *, rows_of_size_1: bool) -> Callable[[nn.Module, object], None]:
     def before(layer: nn.Module, _: object) -> None:
         a, b, w = layer.lora_A, layer.lora_B, layer.W
-        layer.weight = w + scale * torch.einsum("or,rc->oc", b.flatten(1), a.flatten(1)).view(w.shape)
+        rows = w.flatten(1) + scale * torch.einsum("or,rc->oc", b.flatten(1), a.flatten(1))
+        if rows_of_size_1:
+            rows = rows / (1e-4 + rows.square().sum(1, keepdim=True).sqrt())
+        layer.weight = rows.view(w.shape)
 
     return before
 
@@ -63,9 +68,11 @@ def plain(
 
     def trained(net: Precond) -> Precond:
         form = next(order)
-        return form(net) if next(lora) else net
+        if next(lora):
+            return form(net)
+        return equivalence.in_forward(net) if isinstance(net, EDM2Precond) else net
 
-    return plain_loop.distill(teacher, config, steps, trained=trained)
+    return plain_loop.distill(teacher, config, steps, trained=trained, before_update=equivalence.normalise_once)
 
 
 def weights_of(run: Distiller) -> dict[str, dict[str, Tensor]]:

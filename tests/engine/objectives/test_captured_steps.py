@@ -69,6 +69,7 @@ CASES: dict[str, tuple[type[Distillation], dict[str, Any]]] = {
         },
     ),
     "cmt": (CmtConfig, {"precision": "fp16", "points": 2, "micro_batch": 2}),
+    "lora": (DistillConfig, {"precision": "fp16", "student": "lora", "generator": "lora", "rank": 2, "micro_batch": 2}),
     # The real half goes on with the dropout that the other has begun.
     "real": (DistillConfig, {"precision": "fp32", "dropout": 0.3, "micro_batch": 2, "real_weights": (0.92, 0.94)}),
     # The term comes in the second step.
