@@ -64,6 +64,8 @@ COVERED: Mapping[str, str] = MappingProxyType(
         # Of networks of full size, whose simulation takes seconds each.
         "ipfm plan --model imagenet512_edm2_ipfm --size": "engine/commands/test_plan.py::"
         "test_a_recipe_for_several_sizes_is_planned_for_one",
+        "ipfm plan --model cifar10-ncsnpp --student lora": "engine/commands/test_plan.py::"
+        "test_factors_on_the_teachers_weights_are_planned",
         # It compiles, which a process with Triton's interpreter cannot.
         "ipfm bench --offline": "kernels/test_compile_report.py::test_every_kernel_is_compiled_for_every_architecture",
     }
