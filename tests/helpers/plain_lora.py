@@ -70,7 +70,11 @@ def plain(
         form = next(order)
         if next(lora):
             return form(net)
-        return equivalence.in_forward(net) if isinstance(net, EDM2Precond) else net
+        if isinstance(net, EDM2Precond):
+            net = equivalence.in_forward(net)
+            # The engine has normalised masters from the start, also where another network learns from it first.
+            equivalence.normalise_once(net)
+        return net
 
     return plain_loop.distill(teacher, config, steps, trained=trained, before_update=equivalence.normalise_once)
 
