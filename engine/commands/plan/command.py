@@ -53,16 +53,17 @@ def _with_objectives(plan: K) -> K:
     for name, annotation in own.items():
         plan.__annotations__ |= options if name == "teacher_training" else {}
         plan.__annotations__[name] = annotation
-    plan.__annotations__["objective"] = Literal[tuple(DECLARED)] | None
+    named = f"By what: {', '.join(DECLARED)}. Default: ipfm, which SiD shares."
+    plan.__annotations__["objective"] = _option(Offered(Literal[tuple(DECLARED)], named), "NAME")
     examples = [said.example for said in DECLARED.values() if said.example]
     plan.__doc__ = "\n\n    ".join([(plan.__doc__ or "").strip(), *(f"Example: {example}" for example in examples)])
     return plan
 
 
-def _option(offered: Offered) -> Any:
+def _option(offered: Offered, metavar: str = "KIND") -> Any:
     """The annotation of an option that may be left out; words that its help names need not stand beside its name."""
     if get_origin(offered.type) is Literal and all(str(word) in offered.help for word in get_args(offered.type)):
-        return Annotated[offered.type | None, tyro.conf.arg(help=offered.help, metavar="KIND")]
+        return Annotated[offered.type | None, tyro.conf.arg(help=offered.help, metavar=metavar)]
     return Annotated[offered.type | None, tyro.conf.arg(help=offered.help)]
 
 
@@ -99,10 +100,10 @@ class Plan:
     """Preset, model folder, published checkpoint, or recipe."""
     size: Annotated[Literal["xs", "s", "m", "l", "xl", "xxl"] | None, tyro.conf.arg(metavar="SIZE")] = None
     """Of recipes for EDM2's networks: xs, s, m, l, xl, xxl. Default: the smallest."""
-    guide: str | None = None
+    guide: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Network that guides the teacher, as a run's --guide; named as --model is."""
     objective: str | None = None
-    """What is distilled by. Default: ipfm, which SiD shares."""
+    """Its annotation and help are made in `_with_objectives`."""
     batch: int | None = None
     """Global batch. Default: the recipe's, else 256."""
     ranks: int | None = None
@@ -133,7 +134,7 @@ class Plan:
     """Memory of several GPUs in GB: a table of what fits on each."""
     gpus: tuple[int, ...] = ()
     """What to rent: a table for these numbers of GPUs. Default: 1 2 4 8."""
-    recipe: str | None = None
+    recipe: Annotated[str | None, tyro.conf.arg(metavar="RECIPE")] = None
     """Of it: whose settings. Default: the recipe's for such networks."""
     kimg: float | None = None
     """Of it: length in thousands of images. Default: the recipe's."""

@@ -224,7 +224,7 @@ def test_with_the_file_the_commands_know_more(without: Mapping[str, str], named:
     assert plan["objective"] == "late" and plan["about"]["info"].endswith("weighting: lambda sigma^0.5")
     text = " ".join(re.sub("[│|]", " ", named["plan --help"]).split())
     assert (
-        "{cmt,dmd,ect,ipfm,pid,mine,late}" in text
+        "By what: cmt, dmd, ect, ipfm, pid, mine, late." in text
         and "--points INT Of mine: steps of the teacher's ODE. Default: 8." in text
     )
     assert text.count("K: evaluations of the generator") == 1

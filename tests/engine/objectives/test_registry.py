@@ -193,7 +193,7 @@ def test_a_third_objective_has_a_recipe(said: Mapping[str, str]) -> None:
 
 def test_a_third_objective_is_planned(said: Mapping[str, str]) -> None:
     text = " ".join(re.sub("[│|]", " ", said["plan --help"]).split())
-    assert "--objective {cmt,dmd,ect,ipfm,pid,regression}" in text
+    assert "By what: cmt, dmd, ect, ipfm, pid, regression." in text
     assert "--level FLOAT Of regression: its noise level. Default: 2.5." in text
     assert "pupil: forward and backward" in said["plan"]
     plan = json.loads(said["plan --json"])
