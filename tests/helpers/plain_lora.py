@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import equivalence
 import torch
 from torch import Tensor, nn
 
 from ipfm.engine import DistillConfig, Distiller
-from ipfm.engine.commands.bench import plain_loop
+from ipfm.engine.commands.bench import plain_loop, plain_rule
 from ipfm.kernels.adam import ema_entries
 from ipfm.models import EDM2Precond, Precond
 from ipfm.models.edm2_layers import MPConv
@@ -71,12 +70,12 @@ def plain(
         if next(lora):
             return form(net)
         if isinstance(net, EDM2Precond):
-            net = equivalence.in_forward(net)
+            net = plain_rule.in_forward(net)
             # The engine has normalised masters from the start, also where another network learns from it first.
-            equivalence.normalise_once(net)
+            plain_rule.normalise_once(net)
         return net
 
-    return plain_loop.distill(teacher, config, steps, trained=trained, before_update=equivalence.normalise_once)
+    return plain_loop.distill(teacher, config, steps, trained=trained, before_update=plain_rule.normalise_once)
 
 
 def weights_of(run: Distiller) -> dict[str, dict[str, Tensor]]:

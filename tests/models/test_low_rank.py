@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from equivalence import EDM2
 from kept import ARCHITECTURES, build
 from on_a_gpu import put_together_as_on_a_gpu
 from random_values import rand
 from torch import Tensor
 
+from ipfm.engine.commands.bench.plain_rule import EDM2
 from ipfm.models import Precond, blocks, build_network, low_rank, whole_attention
 from ipfm.models.edm2_layers import MPConv
 from ipfm.models.forced_weight_norm import plain_weight, under_the_rule

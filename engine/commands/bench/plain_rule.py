@@ -87,10 +87,11 @@ def distill_edm2(
     teacher: Precond, config: StudentConfig, steps: int, real: ImageDataset | None = None
 ) -> plain_loop.Plain:
     """`plain_loop.distill` of such a teacher: the rule in the forward pass, masters normalised once an update."""
-    return plain_loop.distill(teacher, config, steps, trained=_in_forward, before_update=normalise_once, real=real)
+    return plain_loop.distill(teacher, config, steps, trained=in_forward, before_update=normalise_once, real=real)
 
 
-def _in_forward(net: Precond) -> Precond:
+def in_forward(net: Precond) -> Precond:
+    """A network of EDM2 in the form in which `distill_edm2` trains it."""
     assert isinstance(net, EDM2Precond)
     inner = with_rule_in_forward(net)
     for layer in inner.modules():

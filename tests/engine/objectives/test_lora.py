@@ -15,6 +15,7 @@ from plain_lora import BOTH, check_equals, plain, weights_of
 
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.bench.equivalence import NETWORK, trained_tensors
+from ipfm.engine.commands.bench.plain_rule import EDM2
 from ipfm.engine.distributed.precision import apply_precision, halve_storage
 from ipfm.engine.distributed.world import World
 from ipfm.engine.distributed.zero import TrainedNetwork
@@ -81,7 +82,7 @@ def test_three_networks_on_one_set_of_weights_take_few_bytes() -> None:
 def test_the_plan_is_what_one_process_holds(network: str, precision: str) -> None:
     """Weights of the teacher, factors, their masters, moments and averages; then the gradients of a network."""
     # In which factors and gains are small beside weights.
-    small = equivalence.EDM2 if network == "edm2" else NETWORK
+    small = EDM2 if network == "edm2" else NETWORK
     thin = replace(small, model_channels=64, channels_per_head=64)
     storage = "fp32" if precision == "fp32" else "half"
     config = DistillConfig(**{**BASE, "precision": precision, "teacher_storage": storage, "rank": 16})
