@@ -58,7 +58,7 @@ class CmtConfig(ConsistencyConfig):
     """Consistency mid-training of a teacher into a generator of one or several steps [CMT]."""
 
     kind: ClassVar[str] = "cmt"
-    planned: ClassVar[Mapping[str, str]] = {"distance": "Of CMT and PID: l2, lpips. Default: l2."}
+    planned: ClassVar[Mapping[str, str]] = {"distance": "Of CMT: l2, lpips. Default: l2."}
     method: ClassVar[str] = "consistency mid-training"
     measured: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "4 points": {"points": 4}}
     readings: ClassVar[Mapping[str, str]] = {

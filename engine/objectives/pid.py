@@ -87,7 +87,7 @@ class PidConfig(GeneratorAloneConfig):
 
     kind: ClassVar[str] = "pid"
     planned: ClassVar[Mapping[str, str]] = {
-        "distance": "Of CMT and PID: l2, lpips. Default: l2.",
+        "distance": "Of PID: l2, lpips. Default: l2.",
         "lpips_side": "Of PID with lpips: side that images are resized to. Default: as they are.",
     }
     method: ClassVar[str] = "physics informed distillation"
