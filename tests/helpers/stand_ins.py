@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+import launch
 import numpy as np
 import official_edm2
 import official_files
@@ -304,6 +305,11 @@ def _shards(path: Path) -> None:
                 archive.addfile(member, io.BytesIO(data))
 
 
+def _released(path: Path) -> None:
+    """What the repository holds itself."""
+    shutil.copytree(launch.ROOT / "release" / path.name, path)
+
+
 # Names in the pages -> what puts a stand-in there. Folders of runs and models are whole once they are named.
 MAKERS: Mapping[str, Callable[[Path], object]] = {
     r"runs/digits-D128-alpha1-K1(?=[/\s\"']|$)": _digits_run,
@@ -311,6 +317,7 @@ MAKERS: Mapping[str, Callable[[Path], object]] = {
     r"runs/cifar-D2048-alpha1-K1(?=[/\s\"']|$)": _cifar_run,
     r"runs/teacher(?=[/\s\"']|$)": _teacher_run,
     r"runs/weak/model\b": _weak_model,
+    rf"release/{NAME}": _released,
     r"\braw-snapshots\b": _raw_snapshots,
     rf"models/(?:cifar10|ffhq|afhqv2|imagenet64){NAME}": _model,
     rf"(?:{NAME}/)*{NAME}_D_\d+\.pkl": _converted,
