@@ -16,6 +16,7 @@ from pathlib import Path
 import launch
 import prepared
 import pytest
+import soak
 import torch
 
 from ipfm.engine.commands.main import _main as ipfm
@@ -25,8 +26,10 @@ from ipfm.engine.runtime.commandline import BadInput
 from ipfm.engine.runtime.launcher import free_port, launch_variables
 from ipfm.models import EDMPrecond, load_model, presets, save_model
 
+LAYOUT = [word for name, value in soak.LAYOUT.items() for word in (f"--{name}", value)]
 WORKER = launch.WORKERS / "own_objective.py"
-SMALL = ("--teacher", "teacher", "--batch", 8, "--heun-steps", 2, "--log-every", 1)
+# Laid out, which takes seconds to choose.
+SMALL = ("--teacher", "teacher", "--batch", 8, "--heun-steps", 2, "--log-every", 1, "--zero", 0, *LAYOUT)
 
 
 @pytest.fixture(scope="module")
