@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import drawn_once
 import gpus
 import interpreted
 import prepared
@@ -135,7 +136,8 @@ def surroundings() -> Iterator[None]:
 
     variables, linear, alone = dict(os.environ), torch.nn.functional.linear, not dist.is_initialized()
     settings, handlers = [get() for get, _ in SETTINGS], [signal.getsignal(signum) for signum in SIGNALS]
-    yield
+    with drawn_once.convergence():
+        yield
     if alone and dist.is_initialized():
         launcher.stop_world()
     torch.nn.functional.linear = linear
