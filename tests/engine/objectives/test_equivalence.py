@@ -33,7 +33,7 @@ ALONE = [f"k1-z{stage}-{('joint', 'phased')[stage % 2]}-a1" for stage in (0, 1, 
 LORA = {
     f"lora-z{stage}": {"zero": stage, "backward": ("joint", "phased")[stage % 2], "micro_batch": (4, 2, 2, 4)[stage]}
     for stage in (0, 1, 2, 3)
-}
+} | {"lora-z3-offload": {"zero": 3, "offload": "all", "backward": "joint", "micro_batch": 4}}
 
 
 def _grid(ranks: int) -> dict[str, dict[str, Any]]:
