@@ -6,7 +6,7 @@ one of fewer blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,8 @@ def as_on_a_gpu(ranks: int) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def by_the_plain_loop(net: Precond) -> dict[str, plain_loop.Plain]:
-    """What the plain loop makes of each setting."""
+def by_the_plain_loop(net: Precond, settings: Collection[str] = SETTINGS.keys()) -> dict[str, plain_loop.Plain]:
+    """What the plain loop makes of each of these settings."""
     return {
         name: plain_loop.distill(
             net,
@@ -150,6 +150,7 @@ def by_the_plain_loop(net: Precond) -> dict[str, plain_loop.Plain]:
             real=real_images() if {"real_weights", "discriminator"} & setting.keys() else None,
         )
         for name, setting in SETTINGS.items()
+        if name in settings
     }
 
 

@@ -33,7 +33,8 @@ SHORT = [
     "--teacher-steps", "8", "--max-steps", "12", "--batch", "32", "--checkpoint-every", "4", "--log-every", "4",
     "--eval-every", "6", "--eval-images", "64", "--heun-steps", "2", "--eps", "1e-3",
 ]  # fmt: skip
-# No simulation of each: a run that chooses is that of `test_the_default_start_is_deepspeed`.
+# No simulation of each: runs that choose are those of `test_the_default_start_is_deepspeed` and, thoroughly, of
+# `test_a_run_that_chooses_its_layout_goes_on_with_it`.
 LAYOUT = [word for name, value in soak.LAYOUT.items() for word in (f"--{name}", value)]
 WHOLE = [*SHORT, *LAYOUT, "--zero", "0"]
 
@@ -215,6 +216,21 @@ def test_killed_runs_continue_bit_for_bit(tmp_path: Path, finished) -> None:
     assert equal(out, whole)
     assert metrics(out) == metrics(whole)
     assert metrics(out / "teacher") == metrics(whole / "teacher")
+
+
+@pytest.mark.thorough
+@pytest.mark.distributed
+def test_a_run_that_chooses_its_layout_goes_on_with_it(tmp_path: Path, thin: str) -> None:
+    """Killed in the distillation, it ends as one that is not; given once more, it is only read."""
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    settings = [["--teacher", thin, "--out", str(folder), *SHORT] for folder in folders]
+    run(*settings[0])
+    _kill_when(folders[1] / "checkpoints" / "step-0000004", tmp_path / "log", *settings[1])
+    assert "continuing at step" in run(*settings[1]).stderr
+    assert equal(*folders) and metrics(folders[0]) == metrics(folders[1])
+    recorded = (folders[1] / "config.json").read_bytes()
+    assert "nothing is trained or measured again" in run(*settings[1]).stderr
+    assert (folders[1] / "config.json").read_bytes() == recorded
 
 
 @pytest.mark.distributed

@@ -58,6 +58,14 @@ def plain(teacher: Path) -> dict[str, plain_loop.Plain]:
     }
 
 
+@pytest.fixture(scope="module")
+def factors(teacher: Path) -> tuple[plain_loop.Plain, dict[str, dict[str, torch.Tensor]]]:
+    """What the plain loop makes of factors, and theirs at the start."""
+    config = DistillConfig(**{**BASE, **BOTH, "zero": 0})
+    first = plain_lora.weights_of(Distiller(config, load_teacher(teacher), world=World(0, 1, torch.device("cpu"))))
+    return plain_lora.plain(config, load_teacher(teacher), first, STEPS), first
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("ranks", "names"),
@@ -65,7 +73,7 @@ def plain(teacher: Path) -> dict[str, plain_loop.Plain]:
     ids=["1-process", "2-processes", "1-process-rest", "2-processes-rest"],
 )
 def test_equals_the_plain_loop_with_the_rule_in_its_forward_pass(
-    ranks: int, names: tuple[str, ...], teacher: Path, plain: dict[str, plain_loop.Plain], tmp_path: Path
+    ranks: int, names: tuple[str, ...], teacher: Path, plain: dict[str, plain_loop.Plain], factors, tmp_path: Path
 ) -> None:
     cases = {}
     for name in names:
@@ -73,13 +81,10 @@ def test_equals_the_plain_loop_with_the_rule_in_its_forward_pass(
         settings = {key: value for key, value in case.items() if key != "parts"}
         cases[name] = {**BASE, **settings, "micro_batch": BASE["batch"] // ranks // case.get("parts", 1)}
     results = equivalence.run(teacher, tmp_path, ranks, cases, STEPS, whole=500, as_on_a_gpu=True)
-    config = DistillConfig(**{**BASE, **BOTH, "zero": 0})
-    first = plain_lora.weights_of(Distiller(config, load_teacher(teacher), world=World(0, 1, torch.device("cpu"))))
-    factors = plain_lora.plain(config, load_teacher(teacher), first, STEPS)
     for name, found in results.items():
         if name.startswith("lo-"):
             losses = {key[5:]: loss for key, loss in found.items() if key.startswith("loss/")}
-            plain_lora.check_equals(factors, found, losses, first)
+            plain_lora.check_equals(factors[0], found, losses, factors[1])
             continue
         assert max(equivalence.difference(plain[name[:2]], found)) <= equivalence.LIMIT, name
     apart = equivalence.difference(plain["k1"], found_of(plain["k2"]))

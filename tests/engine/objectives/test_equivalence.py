@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import plain_lora
 import pytest
 import torch
 from compared_cases import BASE, STEPS, WHOLE
+from parts import parts
+from torch import Tensor
 
 from ipfm.engine import DistillConfig, Distiller
 from ipfm.engine.commands.bench import plain_loop
@@ -136,6 +139,17 @@ def test_factors_on_the_teachers_weights_equal_the_plain_loop(results, teacher: 
 @pytest.mark.distributed
 @pytest.mark.parametrize("results", [2], indirect=True, ids=["2-processes"])
 def test_joint_and_phased_agree(results) -> None:
+    check_forms(results)
+
+
+@pytest.mark.thorough
+@pytest.mark.distributed
+def test_joint_and_phased_agree_on_one_process(teacher: Path, tmp_path: Path) -> None:
+    cases = {name: {**case, "max_steps": STEPS} for name, case in equivalence.grid(1).items() if name.endswith("a1")}
+    check_forms(equivalence.run(teacher, tmp_path, 1, cases, STEPS, whole=WHOLE))
+
+
+def check_forms(results: Mapping[str, Mapping[str, Tensor]]) -> None:
     for stage in (0, 1, 2, 3):
         joint, phased = (
             next(found for name, found in results.items() if name.startswith(f"k1-z{stage}-{form}-a"))
@@ -156,25 +170,37 @@ def test_settings_matter(further: dict[str, plain_loop.Plain]) -> None:
             assert max(equivalence.difference(further["k1"], weights)) > 50 * equivalence.LIMIT, name
 
 
+@pytest.fixture(scope="module", params=parts(["1-level", "2-levels"], ["2-levels"]))
+def distilled(request: pytest.FixtureRequest, teacher: Path, small: Path) -> Path:
+    """The teacher of the runs in 16 bits."""
+    return small if request.param == "1-level" else teacher
+
+
 @pytest.fixture(scope="module")
-def half(small: Path, tmp_path_factory: pytest.TempPathFactory):
+def exact(distilled: Path) -> dict[str, plain_loop.Plain]:
+    """What those of IPFM are compared with."""
+    return compared_cases.by_the_plain_loop(load_teacher(distilled), ("k1", "k2"))
+
+
+@pytest.fixture(scope="module")
+def half(distilled: Path, tmp_path_factory: pytest.TempPathFactory):
     """16-bit runs of two processes, at the start and after some steps."""
     out = tmp_path_factory.mktemp("half")
     cases = {f"{p}-z{z}": {**BASE, "zero": z, "precision": p, "backward": "phased"} for p, z in HALF}
     cases["fp16-z2-k2"] = {**BASE, "zero": 2, "precision": "fp16", "backward": "phased", "steps": 2}
     cases |= {f"{name}-fp16": {**PID, **more, "precision": "fp16", "objective": "pid"} for name, more in PIDS.items()}
-    return equivalence.run(small, out, 2, cases, STEPS, start=True, whole=WHOLE)
+    return equivalence.run(distilled, out, 2, cases, STEPS, start=True, whole=WHOLE)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", [*(f"{p}-z{z}" for p, z in HALF), "fp16-z2-k2"])
-def test_16_bits_keep_exact_masters_and_follow_fp32(half, further, small: Path, case: str) -> None:
+def test_16_bits_keep_exact_masters_and_follow_fp32(half, exact, distilled: Path, case: str) -> None:
     """Masters start from the fp32 weights, not from rounded ones; two steps stay near those in fp32."""
-    start = dict(load_teacher(small).named_parameters())
+    start = dict(load_teacher(distilled).named_parameters())
     for name, p in start.items():
         for key in (f"student/weight/{name}", f"generator/weight/{name}", f"generator/ema/{name}"):
             assert torch.equal(half[f"{case}-start"][key], p), key
-    found, expected = half[case], further["k2" if case.endswith("k2") else "k1"]
+    found, expected = half[case], exact["k2" if case.endswith("k2") else "k1"]
     for which, net in (("student", expected.student), ("generator", expected.generator)):
         moved = sum((p - start[n]).square().sum() for n, p in net.named_parameters()).sqrt()
         apart = sum((found[f"{which}/weight/{n}"] - p).square().sum() for n, p in net.named_parameters()).sqrt()
@@ -186,9 +212,9 @@ def test_16_bits_keep_exact_masters_and_follow_fp32(half, further, small: Path, 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", PIDS)
-def test_physics_informed_distillation_in_fp16_follows_fp32(half, small: Path, case: str) -> None:
+def test_physics_informed_distillation_in_fp16_follows_fp32(half, distilled: Path, case: str) -> None:
     """Joint and phased, with clipped gradients too, at ZeRO 1 and 2: no step is lost, and the update is fp32's."""
-    net = load_teacher(small)
+    net = load_teacher(distilled)
     start = dict(net.named_parameters())
     config = PidConfig(**{**PID, **PIDS[case], "zero": 0})
     exact = Distiller(config, net, world=World(0, 1, torch.device("cpu")))
