@@ -67,7 +67,8 @@ def keep(folder: Path) -> None:
     """Keep what an ablation measured.
 
     Raises:
-        ValueError: the folder holds none, or none that judges claims.
+        ValueError: the folder holds none, none that judges claims, or none of the variants that are drawn.
+        OSError: something of it is missing, or cannot be written.
     """
     KEPT.mkdir(parents=True, exist_ok=True)
     if (folder / OUT_OF_LAW).is_file():
@@ -83,6 +84,9 @@ def keep(folder: Path) -> None:
     if not (folder / DISTANCES_FILE).is_file():
         raise ValueError(f"{folder} has no {DISTANCES_FILE}: give its command again, which then only reads")
     found = read_found(folder / "ablation.csv", folder / DISTANCES_FILE)
+    drawn = [variant for lines in JUDGES[name].panels.values() for variant in lines.values()]
+    if found.keys().isdisjoint(drawn):
+        raise ValueError(f"{folder} has none of the variants that are drawn: {', '.join(drawn)}")
     (KEPT / f"{name}.json").write_text(
         json.dumps({**about, **_first(folder, found)}, indent=1) + "\n", encoding="utf-8"
     )
@@ -168,7 +172,7 @@ def main() -> None:
     try:
         for folder in parser.parse_args().folders:
             keep(folder)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     for name, found in kept().items():
         draw(name, found)

@@ -207,7 +207,7 @@ def main() -> None:
     try:
         sets = measured(folder)
         drawn = picture(folder, sets)
-    except Wrong as error:
+    except (Wrong, OSError, ValueError) as error:
         parser.error(str(error))
     drawn.save(PICTURE, optimize=True)
     write(sets, NUMBERS)

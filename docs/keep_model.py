@@ -31,9 +31,9 @@ Models that this project trained, to try out what it does without training first
 wheel and a source archive are without them. Each is a folder as `ipfm` writes it: `ipfm info release/NAME` says more,
 `ipfm sample release/NAME --n 64 --out clothes.png` draws from it, and a teacher's is the `--teacher` of a recipe.
 
-Their licence is that of the project. They learnt Fashion-MNIST (Zalando SE, MIT licence). Distances are of the features
-of a small classifier of that set, and can be compared only with those of the very same one, which each line names; what
-all was measured, and how, is on the [page of results](../docs/results.md).
+Their licence is that of the project. They learnt Fashion-MNIST (Zalando SE, MIT licence). Distances are measured by the
+features of a small classifier of that set: only those by the very same one compare, and each table names its own. What
+was measured, and how, is on the [page of results](../docs/results.md).
 """
 
 
@@ -45,25 +45,31 @@ def keep(name: str, model: Path, evaluation: Path, command: str) -> Path:
     """Copy a model and describe it; returns its folder.
 
     Raises:
-        Refused: it is too large, the measurement is of another model, or the name is none.
+        Refused: it is too large, the measurement is of another model or none, or the name is none.
         ValueError: it is no model, or damaged.
     """
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise Refused(f"NAME must be letters, digits, dots and dashes, got {name!r}")
+    # A folder of its own, which is replaced: not "..".
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise Refused(f"NAME must be letters, digits, dots and dashes, a letter or digit first, got {name!r}")
     place = locate(model).path
     net = load_model(place)
     about = json.loads((place / "config.json").read_text(encoding="utf-8"))
     found = _measured(evaluation, net.config.D)
-    if float(found["D"]) != net.config.D or found["kind"] not in (about["extra"].get("task"), None):
+    task = about["extra"].get("task")
+    if found["D"] is None or float(found["D"]) != net.config.D or found["kind"] not in (task, None):
         raise Refused(f"{evaluation} is of a {found['kind']} of D = {found['D']}, {place} is another model")
+    if all(run.get("distance") is None for run in found["runs"]):
+        raise Refused(f"{evaluation} holds no distance")
     weights = place / "model.safetensors"
     if (size := weights.stat().st_size) >= LARGEST:
         raise Refused(f"{weights} has {size:,} bytes, the largest that is kept has {LARGEST:,}")
     target = FOLDER / name
+    # Read before the folder is replaced, as it may be the model itself, measured again.
+    files = {path.name: path.read_bytes() for path in (weights, place / "config.json")}
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    for file in (weights, place / "config.json"):
-        shutil.copyfile(file, target / file.name)
+    for file, data in files.items():
+        (target / file).write_bytes(data)
     parameters = sum(p.numel() for p in net.parameters())
     network = f"{net.config.family}, {net.config.model_channels} channels, {parameters:,} parameters"
     describe(name, rows(about["extra"], found, network, command, target / weights.name))
@@ -71,19 +77,27 @@ def keep(name: str, model: Path, evaluation: Path, command: str) -> Path:
 
 
 def _measured(path: Path, D: float) -> dict[str, Any]:
-    """What was measured, in the words of `ipfm evaluate`; `D`: of the model."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if "runs" in found:
-        return found
-    of_teacher = {"kind": "teacher", "D": D, "nfe": 2 * found["heun_steps"] - 1, "features_name": found["features"]}
-    return {**found, **of_teacher, "runs": [{"distance": found["frechet"]}]}
+    """What was measured, in the words of `ipfm evaluate`; `D`: of the model.
+
+    Raises:
+        Refused: it is no measurement.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise Refused(f"{path} is no measurement of a model")
+    if {"heun_steps", "frechet"} <= found.keys() and "runs" not in found:
+        found |= {"kind": "teacher", "D": D, "nfe": 2 * found["heun_steps"] - 1}
+        found["runs"] = [{"distance": found["frechet"]}]
+    found = {"features_name": found.get("features"), **found}
+    if missing := {"kind", "D", "nfe", "images", "runs"} - found.keys():
+        raise Refused(f"{path} is no measurement of a model: it has no {', '.join(sorted(missing))}")
+    return found
 
 
 def rows(extra: dict[str, Any], found: dict[str, Any], network: str, command: str, weights: Path) -> dict[str, str]:
     """What stands in the README, by its name there."""
     settings = extra.get("config", {})
     distances = [run["distance"] for run in found["runs"] if run.get("distance") is not None]
-    features = found.get("features_name") or found["features"]
     shown = spread(distances) if len(distances) > 1 else significant(distances[0])
     of = "generated images" if extra.get("task") == "generator" else extra.get("dataset") or "images"
     trained = f"{extra.get('optimizer_steps')} steps of {settings.get('batch')} {of}"
@@ -96,7 +110,8 @@ def rows(extra: dict[str, Any], found: dict[str, Any], network: str, command: st
         "trained": trained,
         "command": f"`{command}`",
         "network evaluations of an image": str(found["nfe"]),
-        "Fréchet distance": f"{shown}, {counted(len(distances), 'set')} of {found['images']:,} images, {features}",
+        "Fréchet distance": f"{shown}, {counted(len(distances), 'set')} of {found['images']:,} images, "
+        f"{found['features_name']}",
         "file": f"`{weights.relative_to(FOLDER)}`, {weights.stat().st_size / 1e6:.2f} MB",
         "sha256": f"`{digest(weights)}`",
     }
@@ -171,7 +186,7 @@ def main() -> None:
         print(keep(given.name, given.model, given.evaluation, given.command))
         if given.classifier is not None:
             keep_classifier(given.classifier)
-    except (Refused, ValueError, KeyError, OSError) as error:
+    except (Refused, ValueError, OSError) as error:
         parser.error(str(error))
 
 

@@ -374,6 +374,9 @@ def test_the_curves_and_verdicts_on_claims_are_made_again_of_what_is_kept(
     for name in ("steps", "D-alpha"):
         with Image.open(tmp_path / f"claims-{name}.png") as picture:
             assert np.asarray(picture.convert("L")).std() > 10
+    an_ablation(tmp_path / "other", "steps", {"K1": [90.0, 9.0]})
+    with pytest.raises(ValueError, match=r"other has none of the variants that are drawn: K2, K4$"):
+        draw.keep(tmp_path / "other")
     (tmp_path / "few" / "distances.csv").unlink()
     with pytest.raises(ValueError, match=r"has no distances\.csv: give its command again, which then only reads"):
         draw.keep(tmp_path / "few")
@@ -441,10 +444,37 @@ def test_a_teacher_is_kept_with_the_distance_of_its_ablation(tmp_path: Path, mon
     text = (tmp_path / "release" / "README.md").read_text(encoding="utf-8")
     assert "| trained | 9 steps of 64 clothes, precision bf16 |" in text and "| D | ∞ |" in text
     assert "| Fréchet distance | 7.500, 1 set of 2,000 images, classifier ab |" in text
-    of_another = {"kind": "generator", "D": "inf", "nfe": 1, "images": 8, "features": "pixels", "runs": []}
-    (tmp_path / "other.json").write_text(json.dumps(of_another))
-    with pytest.raises(keep.Refused, match=r"is of a generator of D = inf, .*model is another model"):
-        keep.keep("clothes", tmp_path / "model", tmp_path / "other.json", "make fashion")
+    # Measured again where it lies, it is read before its folder is replaced.
+    kept = tmp_path / "release" / "clothes"
+    keep.keep("clothes", kept, tmp_path / "distance.json", "make fashion")
+    assert keep.check(kept.parent) == [] and (kept.parent / "README.md").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("clothes", {"kind": "generator"}, r"is of a generator of D = inf, .*model is another model"),
+        ("clothes", {"D": 128.0}, r"is of a teacher of D = 128\.0, .*model is another model"),
+        ("clothes", {"runs": [{"left_out": 8}]}, r"holds no distance"),
+        ("clothes", {"nfe": "left out"}, r"is no measurement of a model: it has no nfe"),
+        ("..", {}, r"NAME must be letters, digits, dots and dashes, a letter or digit first, got '\.\.'"),
+    ],
+)
+def test_what_is_refused_leaves_what_is_kept(
+    name: str, change: dict[str, object], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = made_by("keep_model")
+    monkeypatch.setattr(keep, "FOLDER", tmp_path / "release")
+    net = EDMPrecond(replace(presets.get("digits", D=math.inf), model_channels=4, channel_mult=(1,)))
+    save_model(net, tmp_path / "model", extra={"task": "teacher"})
+    (tmp_path / "release" / "clothes").mkdir(parents=True)
+    (tmp_path / "release" / "clothes" / "mine").write_text("kept")
+    facts = {"kind": "teacher", "D": "inf", "nfe": 35, "images": 8, "features": "pixels", "runs": [{"distance": 7.5}]}
+    measured = {key: value for key, value in (facts | change).items() if value != "left out"}
+    (tmp_path / "measured.json").write_text(json.dumps(measured))
+    with pytest.raises(keep.Refused, match=said):
+        keep.keep(name, tmp_path / "model", tmp_path / "measured.json", "make fashion")
+    assert (tmp_path / "release" / "clothes" / "mine").read_text() == "kept"
 
 
 def test_what_a_release_should_not_hold_is_named(release: Path) -> None:
