@@ -40,7 +40,7 @@ quick-tests: $(READY)
 thorough: $(READY)  ## of long lists of cases what `make test` leaves out
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m thorough
 
-durations: $(READY)  ## the whole suite, recording how long each file takes, by which `make test` deals them out
+durations: $(READY)  ## what `make test` runs, recording how long each file takes, by which `make test` deals them out
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) --record-durations
 
 lint: $(READY)  ## style, and which room may know which
@@ -63,7 +63,7 @@ soak: $(READY)  ## kill a distillation fifty times and compare its end with an u
 nodes: $(READY)  ## two machines, as network namespaces (root): launchers, folders that are not shared, cables that are cut
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'nodes or not nodes' tests/engine/distributed/test_two_nodes.py
 
-equivalence: $(READY)  ## the engine against a plain PyTorch loop, 20 steps, every ZeRO stage: a table
+equivalence: $(READY)  ## the engine against a plain PyTorch loop, every ZeRO stage and setting: tables
 	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/equivalence.py
 
 rehearsal: $(READY)  ## what every recipe launches on a GPU, compiled for seven kinds of GPUs, in an hour or so without one
