@@ -54,20 +54,18 @@ class StepSettings:
     config: Distillation = field(default_factory=DistillConfig)
     """What is distilled, and how; of no matter to a teacher's training."""
     held: int | None = None
-    """Bytes that the steps keep beside those of a micro-batch. Default: what `config` says of a process's images."""
+    """Bytes that the steps keep beside those of the simulated micro-batch; below 0 where these are more. Default: what
+    `config` says of a process's images."""
 
     def __post_init__(self) -> None:
+        simulated = _all_that_matters(self.config, self.network, self.micro_batch, self.sharding)
         if self.held is None:
-            of_all, of_these = (
-                self.config.held_bytes(self.network, images)
-                for images in (-(-self.config.batch // self.sharding.ranks), self.micro_batch)
-            )
-            object.__setattr__(self, "held", max(0, of_all - of_these))
+            of_all = self.config.held_bytes(self.network, -(-self.config.batch // self.sharding.ranks))
+            # The simulation has those of a micro-batch by its own settings, which may be more.
+            object.__setattr__(self, "held", of_all - simulated.held_bytes(self.network, self.micro_batch))
         # D changes no size: networks that differ in it alone share a simulation.
         object.__setattr__(self, "network", self.network.at(math.inf))
-        object.__setattr__(
-            self, "config", _all_that_matters(self.config, self.network, self.micro_batch, self.sharding)
-        )
+        object.__setattr__(self, "config", simulated)
 
     @classmethod
     def of(

@@ -66,7 +66,7 @@ class CmtConfig(ConsistencyConfig):
         "trajectories: it falls.",
     }
 
-    points: int = setting(16, memory=False)
+    points: int = setting(16, memory=False, planned_as=4)
     """Points of a trajectory, each an image of the batch: the teacher is evaluated one time less."""
     order: Literal[1, 2, 3] = setting(3, memory=False)
     """Order of the multistep solver that makes the trajectories."""

@@ -249,6 +249,15 @@ def test_the_points_of_a_processs_images_are_in_the_memory_plan(teacher: Precond
         held = (steps._points, steps._predicted, steps._conditions)
         assert sum(one.nbytes for one in held) == config.held_bytes(network, batch)
     assert CmtConfig(points=8).held_bytes(network, 12) == CmtConfig(points=8).held_bytes(network, 16)
+    # Of any number of points, by a simulation that is of few.
+    for points, order in ((2, 1), (16, 3), (64, 3)):
+        settings = replace(CmtConfig(**SETTINGS), batch=64, precision="fp32").completed(network)
+        other = replace(settings, points=points, order=order)
+        one, two = (StepSettings(network, 4, Sharding(), config=c) for c in (settings, other))
+        assert one.config == two.config
+        more = other.held_bytes(network, 64) - settings.held_bytes(network, 64)
+        found = simulate_distillation(two)
+        assert found == {phase: peak + more for phase, peak in simulate_distillation(one).items()}
 
 
 def test_a_teacher_of_edm2_takes_the_settings_of_the_script(tmp_path: Path) -> None:
