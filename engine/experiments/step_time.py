@@ -136,14 +136,18 @@ def _measurable(
 ) -> tuple[int, float]:
     """How many images of a micro-batch a step is measured on, and the seconds of a forward pass of so many.
 
-    At least `least`, and times that of a number: what belongs together is measured together.
+    At least `least`, and times that of a number: what belongs together is measured together, unless a single one takes
+    too long already.
 
     As many as can be: together they take less time each, above all on a GPU or where cores are shared. Where other
     programs want the cores too an image alone may take as long as a hundred: so it goes on beyond the patience as long
     as images cost less than half.
     """
-    count = least
-    seconds = _forward_seconds(net, count, device)
+    count, seconds = 1, _forward_seconds(net, 1, device)
+    if least > 1:
+        if forwards * seconds > LONGEST:
+            return count, seconds
+        count, seconds = least, _forward_seconds(net, least, device)
     most = micro_batch - micro_batch % least
     while count < most and forwards * seconds < LONGEST_OF_MORE:
         more = min(most, 4 * count)

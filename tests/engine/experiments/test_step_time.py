@@ -157,6 +157,20 @@ def test_images_that_belong_together_are_measured_together(
     assert time_of(form, SMALL, 4, CPU).seconds == pytest.approx(128 * 0.01 + 0.2) and sizes == [images]
 
 
+def test_images_that_belong_together_are_reckoned_where_one_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large teacher on a CPU: nobody waits for sixteen of its images to learn that."""
+    sizes: list[int] = []
+
+    def seconds(net: Precond, count: int, *more: object, **named: object) -> float:
+        sizes.append(count)
+        return 0.3 * count
+
+    monkeypatch.setattr(step_time, "_forward_seconds", seconds)
+    form = form_of("cmt", 8)
+    form = replace(form, config=replace(form.config, batch=128, points=16), micro_batch=64)
+    assert time_of(form, SMALL, 4, CPU) == StepTime(pytest.approx(4 * 0.3 * 128), 1, 0.3) and max(sizes) == 4
+
+
 @pytest.mark.parametrize(
     ("passes", "seconds", "said"),
     [
