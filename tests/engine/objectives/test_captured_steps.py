@@ -68,7 +68,8 @@ CASES: dict[str, tuple[type[Distillation], dict[str, Any]]] = {
             "student_updates": 2,
         },
     ),
-    "cmt": (CmtConfig, {"precision": "fp16", "points": 2, "micro_batch": 2}),
+    # Of three steps together, and those of the next three.
+    "cmt": (CmtConfig, {"precision": "fp16", "points": 4, "micro_batch": 2}),
     "lora": (DistillConfig, {"precision": "fp16", "student": "lora", "generator": "lora", "rank": 2, "micro_batch": 2}),
     # The real half goes on with the dropout that the other has begun.
     "real": (DistillConfig, {"precision": "fp32", "dropout": 0.3, "micro_batch": 2, "real_weights": (0.92, 0.94)}),
