@@ -164,8 +164,7 @@ def _new(options: Any, kind: type[RunConfig]) -> Branch:
         raise ValueError(f"{run} is the run itself: give the branch another --out; --from-step goes back within a run")
     _check_kind(run, record, kind)
     step = _step(run, asked.word, record["kind"])
-    settings = {"rules": FIRST_RULES, **record["config"]}
-    settings = {name: value for name, value in settings.items() if name not in ("out", "resume", "from_step")}
+    settings = {n: value for n, value in _settings_of(record).items() if n not in ("out", "resume", "from_step")}
     own = run / "teacher" / EXPORTS["teacher"]
     if record["kind"] == "distill" and settings.get("teacher") is None and (own / TENSOR_FILE).is_file():
         settings["teacher"] = str(own)
@@ -251,12 +250,20 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in names if name in record}
 
 
+def _settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings, with what it has decided where they leave it open: a branch of another length keeps that."""
+    settings, decided = {"rules": FIRST_RULES, **record["config"]}, record.get("decided")
+    known = decided if isinstance(decided, dict) else {}
+    return settings | {name: value for name, value in known.items() if settings.get(name) is None}
+
+
 def _is_it(record: Mapping[str, Any], said: Branch, kind: type[RunConfig]) -> bool:
     """Whether a run is the one that was branched: what both know of what identifies it is equal."""
     free = free_settings(kind)
-    pairs = [(record["config"].get(name, value), value) for name, value in said.settings.items() if name not in free]
-    pairs += [(record.get(name, value), value) for name, value in said.facts.items()]
-    return all(there == then for there, then in pairs)
+    # What it has decided may have been recorded since.
+    known = record["config"], _settings_of(record)
+    same = (any(one.get(n, value) == value for one in known) for n, value in said.settings.items() if n not in free)
+    return all(same) and all(record.get(name, value) == value for name, value in said.facts.items())
 
 
 def _options(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -295,9 +295,18 @@ def _with_rules(record: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _decided(found: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
-    """What the folder's run has decided; one that is older than the record, by the length that it has there."""
+    """What the folder's run has decided; one that is older than the record, by the length that it has there.
+
+    Raises:
+        ValueError, TypeError: what it has there is nothing that can be decided.
+    """
+    if kept := found.get("decided"):
+        config.keeping(kept)
+        return dict(kept)
     length = {name: found["config"].get(name) for name in ("max_steps", "kimg")}
-    return dict(found.get("decided") or replace(config, from_step=None, **length).decided)
+    with suppress(ValueError):  # settings that no run of that length can have: they differ, which is told
+        return dict(replace(config, from_step=None, **length).decided)
+    return {}
 
 
 def _free(config: RunConfig) -> frozenset[str]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from ipfm.engine.commands.info import Info
 from ipfm.engine.commands.report.facts import facts_of
 from ipfm.engine.commands.report.reproduce import reproduce
+from ipfm.engine.experiments.branch import _is_it
 from ipfm.engine.experiments.recipe import Plan
 from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.runtime.commandline import BadInput, parse_given
@@ -208,6 +210,25 @@ def test_what_cannot_be_branched_is_one_line_and_writes_nothing(here: Path) -> N
     with pytest.raises(BadInput, match=r"other belongs to another configuration \(.*continues is nothing there, "):
         shutil.copytree("run", "other")
         branch("--branch", "run:2", "--max-steps", 9, out="other")
+
+
+def test_a_branch_of_another_length_keeps_the_warm_ups_of_a_discriminator(here: Path) -> None:
+    """As a run that is lengthened does: else the term would end at the branch, and begin anew some time later."""
+    record = json.loads(Path("run/config.json").read_text())
+    told = {"discriminator": "encoder", "discriminator_weights": [1.0, 2e-4], "discriminator_kimg": None}
+    decided = {"discriminator_kimg": [0.0008, 0.0016]}
+    text = json.dumps(record | {"config": record["config"] | told, "decided": decided})
+    Path("run/config.json").write_text(text)
+    words = ("--branch", "run:2", "--max-steps", 400, "--real-data", "own", "--out", "new")
+    found: Any = plan(*words)
+    assert found.config.starts == (0.0008, 0.0016) and found.config.total_steps == 400
+    # It is still the run that was branched, whether it has recorded them then or since.
+    for settings_then in (found.branch.settings, found.branch.settings | {"discriminator_kimg": None}):
+        assert _is_it(json.loads(text), replace(found.branch, settings=settings_then), type(found.config))
+    other = found.branch.settings | {"discriminator_kimg": [0.1, 0.2]}
+    assert not _is_it(json.loads(text), replace(found.branch, settings=other), type(found.config))
+    given = plan(*words, "--discriminator", "encoder", "--discriminator-kimg", 0, 1)
+    assert given.config.starts == (0.0, 1.0)  # type: ignore[attr-defined]
 
 
 def test_a_teacher_other_than_the_runs_or_none(here: Path) -> None:

@@ -461,10 +461,19 @@ def test_a_run_that_is_lengthened_keeps_its_warm_ups(tmp_path: Path) -> None:
     much = replace(longer._given or config, max_steps=400)
     kept = check_run_folder(tmp_path, "distill", much, facts)["decided"]
     assert much.first_whole_step >= 20 and much.keeping(kept).first_whole_step == 1
+    # What is damaged is no other run's beginning.
+    whole = record()
+    (tmp_path / "config.json").write_text(json.dumps(whole | {"decided": {"discriminator_kimg": [1]}}))
+    with pytest.raises(ValueError, match=r"config\.json cannot be read as a run's configuration"):
+        check_run_folder(tmp_path, "distill", much, facts)
+    (tmp_path / "config.json").write_text(json.dumps(whole))
     # One that is older than the record had them by its length so far.
     (tmp_path / "config.json").write_text(json.dumps({n: v for n, v in record().items() if n != "decided"}))
     kept = check_run_folder(tmp_path, "distill", much, facts)["decided"]
     assert kept["discriminator_kimg"] == pytest.approx([0.0012, 0.0024])
+    # Settings that no run of that length has are told as what they are.
+    with pytest.raises(ValueError, match=r"another configuration \(student_first_kimg is 0\.0 there, 0\.1 here\)"):
+        check_run_folder(tmp_path, "distill", replace(much, student_first_kimg=0.1), facts)
 
 
 def test_what_a_recipe_refuses(tmp_path: Path) -> None:
