@@ -147,7 +147,7 @@ def state(run: Distiller | TeacherTraining) -> dict[str, Tensor]:
 
 
 # "varied" and "cmt" are in fp16 too; "last" and "dropout" each by itself stay.
-@pytest.mark.parametrize("case", parts(CASES, ["fp16", "last, dropout"]))
+@pytest.mark.parametrize("case", parts(CASES, ["fp16", "last, dropout", "dropout", "varied"]))
 def test_replayed_steps_are_the_steps(case: str, teacher: Precond, tmp_path: Path) -> None:
     """With other noise, labels, learning rate and decay in each, saved and resumed between replays."""
     eager, captured = made(case, teacher, cuda_graphs="off"), made(case, teacher, cuda_graphs="on")
