@@ -61,8 +61,9 @@ def distill(
     """`steps` iterations on the whole batch at once, gradients by autograd through everything.
 
     `begun`: go on from there. `trained`: the form in which a network is trained. `before_update`: called with it before
-    the forward passes of each of its updates. `real`: images of which the student learns too [RealUID], or by which its
-    encoder is told what is real [SiDA].
+    the forward passes of each of its updates; of a generator that had none the student sees a copy with which it was
+    called once. `real`: images of which the student learns too [RealUID], or by which its encoder is told what is real
+    [SiDA].
     """
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     S, G = (
@@ -72,6 +73,8 @@ def distill(
     for module in (*S.modules(), *G.modules()):
         if hasattr(module, "dropout"):
             module.dropout = config.dropout  # type: ignore[assignment]
+    shown = copy.deepcopy(G)
+    before_update(shown)
     start, *others = ({name: p.detach().clone() for name, p in G.named_parameters()} for _ in config.averages)
     run = Plain(S, G, start, others)
     # What the generator is trained by: the student, or its average.
@@ -124,7 +127,9 @@ def distill(
         shares = class_shares(config.class_counts, teacher.label_dim, device)
         return draw_labels(teacher.label_dim, index, seed=config.seed, stream=stream, step=step, shares=shares)
 
-    def samples(stream: Stream, step: int, labels: Tensor | None, last: Stream, *, training: bool) -> Tensor:
+    def samples(
+        net: Precond, stream: Stream, step: int, labels: Tensor | None, last: Stream, *, training: bool
+    ) -> Tensor:
         y = torch.zeros(config.batch, *teacher.config.image_shape, device=device)
         ends = len(levels)
         if config.gradient == "last":
@@ -136,9 +141,9 @@ def distill(
             x = noisy(y, sigma, stream, step * len(levels) + k)
             # Dropout acts in what is trained: nothing in the student's step, and the last evaluation alone where the
             # gradient passes through no other.
-            G.train(training and (config.gradient == "all" or k == ends - 1))
+            net.train(training and (config.gradient == "all" or k == ends - 1))
             seed_dropout(config.seed, Stream.GENERATOR_DROPOUT, step * len(levels) + k, 0)
-            y = G(x, sigma, labels)
+            y = net(x, sigma, labels)
         return y
 
     # Steps in which the student learns alone.
@@ -171,7 +176,7 @@ def distill(
             if truth is not None:
                 labels = truth.labels if teacher.label_dim else None
             with torch.no_grad():
-                y = samples(Stream.STUDENT_LATENT, count, labels, Stream.STUDENT_LAST, training=False)
+                y = samples(shown, Stream.STUDENT_LATENT, count, labels, Stream.STUDENT_LAST, training=False)
             y, augment_labels = augment(
                 y, config.augment, seed=config.seed, stream=Stream.STUDENT_AUGMENT, step=count, sample_index=index
             )
@@ -211,7 +216,8 @@ def distill(
         S.requires_grad_(False).eval()
         labels = classes(Stream.GENERATOR_LABEL, step)
         before_update(G)
-        y = samples(Stream.GENERATOR_LATENT, step, labels, Stream.GENERATOR_LAST, training=True)
+        shown = G
+        y = samples(G, Stream.GENERATOR_LATENT, step, labels, Stream.GENERATOR_LAST, training=True)
         u = philox.uniform(index, 1, seed=config.seed, stream=Stream.GENERATOR_SIGMA, step=step)[:, 0].double()
         sigma = (80 ** (1 / 7) + (1 - 0.8 * u) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
         if own.generator_sigma is not DistillConfig.generator_sigma or config.levels_generator:
