@@ -277,13 +277,7 @@ def check_objective_says(objective: Objective, low_rank: Sequence[str] = ()) -> 
         raise ValueError(f"generator is {objective.generator!r}, which is none of its roles: {', '.join(averaged)}")
     if not averaged[objective.generator]:
         raise ValueError(f"the role {objective.generator} is the result, and must have averaged=True")
-    factors = {role.name for role in objective.roles if role.lora is not None}
-    for name in low_rank:
-        if name not in factors:
-            raise ValueError(
-                f"{name} lora was given, and {whose} trains no such network by factors: leave it out, or give the role "
-                f"lora=config.lora_of({name!r})"
-            )
+    check_factors(objective, low_rank)
     facts = objective.facts
     try:
         json.dumps(facts)
@@ -291,6 +285,25 @@ def check_objective_says(objective: Objective, low_rank: Sequence[str] = ()) -> 
         raise ValueError(f"facts must be plain JSON values: {error}") from None
     if not facts.get("sigmas") and facts.get("parametrisation") != "trajectory":
         raise ValueError('facts must say how the result is drawn from: {"sigmas": [...]}, or the ends of a trajectory')
+
+
+def check_factors(objective: Objective, low_rank: Sequence[str]) -> None:
+    """Check that an objective trains those networks by factors.
+
+    Args:
+        objective: the objective.
+        low_rank: the networks that its settings ask for as factors, see `Distillation.low_rank_roles`.
+
+    Raises:
+        ValueError: it does not; one line.
+    """
+    factors = {role.name for role in objective.roles if role.lora is not None}
+    for name in low_rank:
+        if name not in factors:
+            raise ValueError(
+                f"{name} lora was given, and {type(objective).__name__} trains no such network by factors: leave it "
+                f"out, or give the role lora=config.lora_of({name!r})"
+            )
 
 
 _registered: dict[str, type[Distillation]] = {}

@@ -15,7 +15,7 @@ from ipfm.engine.distributed.precision import DTYPES, bf16_supported, fp16_suppo
 from ipfm.engine.distributed.world import World
 from ipfm.engine.memory import MemoryPlan, choose_layout, choose_training, device_budget
 from ipfm.engine.noise_levels import check_trainable
-from ipfm.engine.objectives.base import Distillation
+from ipfm.engine.objectives.base import Distillation, check_factors
 from ipfm.engine.objectives.captured import check_graphs
 from ipfm.engine.objectives.initial_networks import trained_config
 from ipfm.models import NetworkConfig, build_network
@@ -103,12 +103,15 @@ def complete(config: K, network: NetworkConfig, device: torch.device) -> K:
 
     Raises:
         ValueError: D or guidance contradicts the teacher's, it takes no augmentation labels and images are to be
-            augmented, or something else does not go with it or the device.
+            augmented, factors are asked for that the objective does not train, or something else does not go with it or
+            the device.
     """
     check_augment(config.augment, network)
     config.check_network(network)
     guidance = resolve_guidance(config.guidance, network)
     config = replace(config, D=resolve_D(config.D, network), guidance=guidance).completed(network)
+    if config.low_rank_roles:
+        check_factors(config.objective(trained_config(network, config.dropout)), config.low_rank_roles)
     config = resolve_precision(config, device)
     check_attention(config, network, device)
     return resolve_graphs(replace(config, teacher_storage=config.decided_storage), network, device)

@@ -155,6 +155,7 @@ class Plan:
                 recipe = self._recipe()
                 table = self._is_table(recipe)
                 planned = self._guided(self._planned(recipe, table=table))
+                self._check_factors(planned)
                 if not table:
                     planned.config.split(self._ranks)
             if table:
@@ -235,6 +236,7 @@ class Plan:
         from ipfm.engine.memory import fits
         from ipfm.engine.memory.autoencoder import autoencoder_bytes
         from ipfm.engine.memory.fits import fit_table, with_autoencoder
+        from ipfm.engine.objectives.base import lora_words
 
         beside = autoencoder_bytes(network)
         found = list(fits(config, network, ranks=(self._ranks,), gpus=self.fits))
@@ -248,6 +250,8 @@ class Plan:
             for fit in found
         ]
         more = [] if beside is None else with_autoencoder(beside, found)
+        if words := lora_words(config.to_json()):
+            more.insert(0, words.removeprefix(", "))
         write(self._kind(config) | {"gpus": facts}, "\n".join([*fit_table(config, found), *more]))
 
     def _kind(self, config: Distillation | TeacherConfig) -> dict[str, Any]:
@@ -306,6 +310,16 @@ class Plan:
                 named = f"only the objective {kind} has" if chosen == DEFAULT else f"the objective {chosen} has no"
                 own = DECLARED[chosen].offered if chosen in DECLARED else {}
                 self._refuse(named, [name for name in said.offered if name not in own])
+
+    @staticmethod
+    def _check_factors(planned: Planned) -> None:
+        from ipfm.engine.objectives.base import Distillation, check_factors
+        from ipfm.engine.objectives.initial_networks import trained_config
+
+        config = planned.config
+        if isinstance(config, Distillation) and config.low_rank_roles:
+            objective = config.objective(trained_config(planned.network, config.dropout))
+            check_factors(objective, config.low_rank_roles)
 
     def _refuse(self, named: str, names: Iterable[str]) -> None:
         # Several objectives may have the same one.

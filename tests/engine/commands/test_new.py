@@ -166,6 +166,7 @@ def commands(place: Path, export: str) -> dict[str, list[str]]:
         "export": ["export", f"{late}/generator", export, "--samples", "4", "--json"],
         "sample": ["sample", "run/generator", "--n", "4", "--out", f"{export}.npz"],
         "plan": ["plan", "--model", "teacher", "--objective", "mine", "--points", "3", "--batch", "8"],
+        "plan lora": ["plan", "--model", "teacher", "--objective", "mine", "--generator", "lora"],
         "plan of late": ["plan", "--model", "teacher", "--objective", "late", "--steps", "2", "--batch", "8", "--json"],
         "plan by recipe": ["plan", "--model", "teacher", "--recipe", "mine.py", "--gpus", "1", "--json"],
         "plan --help": ["plan", "--help"],
@@ -223,6 +224,10 @@ def test_with_the_file_the_commands_know_more(without: Mapping[str, str], named:
     )
     assert without["plan"].startswith("error: ") and "objective" in without["plan"]
     assert named["plan"].startswith("objective mine: regression on the teacher's ODE\n")
+    assert named["plan lora"] == (
+        "error: generator lora was given, and MineObjective trains no such network by factors: leave it out, or give "
+        "the role lora=config.lora_of('generator')\n"
+    )
     plan = json.loads(named["plan of late"])
     assert plan["objective"] == "late" and plan["about"]["info"].endswith("weighting: lambda sigma^0.5")
     text = " ".join(re.sub("[│|]", " ", named["plan --help"]).split())

@@ -113,6 +113,8 @@ def test_factors_on_the_teachers_weights_are_planned(planned: Any, capsys: pytes
     assert planned("digits", "--objective", "pid", *given, "--generator", "lora")["low_rank"]["rank"] == 8
     plan("--model", "digits_ipfm", "--ranks", 1, *given, "--student", "lora", "--rank", 3)
     assert capsys.readouterr().out.startswith("student of rank 3 on the teacher's weights\nteacher ")
+    plan("--model", "digits", *given, "--fits", 8, "--generator", "lora")
+    assert capsys.readouterr().out.splitlines()[-1] == "generator of rank 8 on the teacher's weights"
 
 
 @pytest.mark.quick

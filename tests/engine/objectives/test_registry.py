@@ -24,6 +24,7 @@ from ipfm.engine.experiments import options_for
 from ipfm.engine.objectives import DEFAULT, OBJECTIVES, declared
 from ipfm.engine.objectives.base import Distillation, check_objective_says
 from ipfm.engine.random_streams import ObjectiveStream, Stream
+from ipfm.engine.training.resolve import complete
 from ipfm.engine.training.run_folder import check_run_folder, open_run_folder
 from ipfm.models import EDMPrecond, presets, save_model
 from ipfm.models.facts import GeneratorFacts, read_facts
@@ -47,6 +48,8 @@ def test_kinds_and_their_settings() -> None:
     assert "regression" in OBJECTIVES  # of tests/helpers, imported here
     with pytest.raises(ValueError, match=r"^generator lora was given, and \w+ trains no such network by factors"):
         check_objective_says(OBJECTIVES["regression"](max_steps=1).objective(presets.get("digits")), ("generator",))
+    with pytest.raises(ValueError, match=r"^generator lora was given, and \w+ trains no such network by factors"):
+        complete(OBJECTIVES["regression"](generator="lora", max_steps=1), presets.get("digits"), torch.device("cpu"))
     with pytest.raises(KeyError):
         OBJECTIVES["unknown"]
 
