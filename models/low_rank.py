@@ -16,9 +16,9 @@ EDM2's layers preserve magnitudes: their W has rows of size 1/√K, K the elemen
 rule (`forced_weight_norm`) that a sum W + s B A breaks. Here the rule is applied to the sum, as EDM2 applies it to its
 master at each use: each row of W + s B A is divided by what makes it 1/√K again. So B = 0 is the teacher, and what a
 file holds, a master that the rule is applied to, is what was trained. That is DoRA (Liu et al. 2024, arXiv 2402.09353)
-with magnitudes that stay. The other half of EDM2's rule, which writes the normalised master back before each step, has
-no counterpart: no other factors have the product of a row of another length. It keeps the learning rate's effect from
-fading as rows grow; rows begin at size 1/√K here, and grow by what B A adds alone.
+with magnitudes that stay. The other half of EDM2's rule, which writes the normalised master back before each step, is
+left out: W stays as it is, so that no change of A and B makes a row of the sum longer or shorter and nothing else. It
+keeps the learning rate's effect from fading as rows grow; here they begin at size 1/√K, and grow by what B A adds.
 
 `peft` takes none of this: its layers are of torch's own classes, its other way, `target_parameters`, knows no weights
 of four dimensions, and each layer that it wraps holds its W as a parameter, which ZeRO then shards and casts. The
@@ -204,7 +204,7 @@ def _share(module: nn.Module, other: nn.Module, lora: Lora, generator: torch.Gen
             module.__dict__[name] = shared
             continue
         object.__setattr__(module, "__class__", _low_rank_class(type(module)))
-        # Of a master that it has not.
+        # The scales of a master's rows, which a layer with factors does not have.
         module.__dict__.pop("row_scale", None)
         module.__dict__["base"] = shared
         module.__dict__["lora_scale"] = lora.scale

@@ -118,7 +118,7 @@ class Kept:
         path: of the file; None keeps nothing.
 
     Raises:
-        OSError: the file can be neither read nor written.
+        OSError: the file cannot be read, or cannot be written.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -127,7 +127,7 @@ class Kept:
         if path is None:
             return
         first = json.dumps({"sources": sources()})
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         if not lines or lines[0] != first:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{first}\n", encoding="utf-8")

@@ -171,6 +171,8 @@ def main() -> None:
     if not chosen:
         known = ", ".join(dict.fromkeys(step.name.partition(" ")[0].rstrip(",") for step in steps()))
         parser.error(f"no step begins with {' or '.join(options.recipe)}; possible: {known}")
+    if options.out is not None and options.out.is_dir():
+        parser.error(f"--out {options.out} is a folder: give a file")
     try:
         kept = Kept(None if options.out is None or options.quick else options.out.with_suffix(".compiled.jsonl"))
     except OSError as error:

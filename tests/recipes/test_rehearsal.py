@@ -74,6 +74,16 @@ def test_a_step_that_cannot_be_recorded_is_named_and_ends_no_other(monkeypatch: 
     assert (kinds, operators) == ([], 0)
 
 
+def test_a_folder_is_no_file_for_the_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is said before an hour of compiling."""
+    monkeypatch.setattr(sys, "argv", ["rehearsal.py", "--recipe", "digits", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        rehearsal.main()
+    assert f"--out {tmp_path} is a folder: give a file" in capsys.readouterr().err
+
+
 def test_an_interrupted_rehearsal_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was compiled is not compiled again, also not what another recipe launches; by other kernels all is."""
     from ipfm.kernels.bench import rehearsal as compiling
