@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from preconditioned import preconditioned
 
 from ipfm.kernels import ipfm_loss, reference
 
@@ -18,14 +19,8 @@ D = 16.0
 
 def samples(shape, dtype=torch.float64, device="cpu", raw=None):
     """t, s, y, sigma, a factor, and x, c_skip and c_out."""
-    generator = torch.Generator().manual_seed(7)
-    t, s, y, noise = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
-    sigma = torch.exp(torch.randn(shape[0], generator=generator, dtype=torch.float64))
-    skip, out = 0.25 / (sigma**2 + 0.25), sigma / (2 * (sigma**2 + 0.25).sqrt())
-    x = y + sigma.view(-1, *[1] * (y.ndim - 1)) * noise
-    t, s = (v.to(device, raw or dtype) for v in (t, s))
-    known = {"x": x.to(device, dtype), "c_skip": skip.to(device), "c_out": out.to(device)}
-    return t, s, y.to(device, dtype), sigma.to(device), sigma.sqrt().to(device), known
+    t, s, y, sigma, known = preconditioned(shape, dtype, device, raw, seed=7)
+    return t, s, y, sigma, sigma.sqrt(), known
 
 
 def arguments(weight, sigma, factor):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from preconditioned import preconditioned
 
 from ipfm.kernels import denoising_loss, ipfm_loss, reference
 
@@ -22,19 +23,6 @@ SCALARS = [
     ((0.92, 0.94), 0.2, 1.0, (-0.14976, -0.7488, 1.1168, -0.3744)),
     ((0.98, 0.96), 0.2, 1.2, (-0.16992, -0.928, 1.32, -0.3856)),
 ]
-
-
-def preconditioned(shape, dtype=torch.float64, device="cpu", raw=None):
-    """t, s, y, and x, c_skip and c_out."""
-    generator = torch.Generator().manual_seed(5)
-    t, s, y, noise = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
-    sigma = torch.exp(torch.randn(shape[0], generator=generator, dtype=torch.float64))
-    skip, out = 0.25 / (sigma**2 + 0.25), sigma / (2 * (sigma**2 + 0.25).sqrt())
-    x = y + sigma.view(-1, *[1] * (y.ndim - 1)) * noise
-    t, s = (v.to(device, raw or dtype) for v in (t, s))
-    return t, s, y.to(device, dtype), sigma.to(device), {
-        "x": x.to(device, dtype), "c_skip": skip.to(device), "c_out": out.to(device)
-    }  # fmt: skip
 
 
 @BACKENDS

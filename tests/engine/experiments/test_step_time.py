@@ -105,6 +105,20 @@ def test_networks_are_measured_as_the_run_executes_them(monkeypatch: pytest.Monk
     assert len(compiled) == 4  # the pass that evaluations take, teacher, student and generator
 
 
+def sizes_measured(monkeypatch: pytest.MonkeyPatch, forward: float) -> list[int]:
+    """Sizes at which a step is measured: `forward` seconds a pass of an image, 10 ms each, 0.2 s for the optimisers."""
+    sizes: list[int] = []
+
+    def at(count: int) -> step_time.Iteration:
+        sizes.append(count)
+        return lambda number: None
+
+    monkeypatch.setattr(step_time, "_distillation", lambda *_: at)
+    monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, *__, **___: forward * count)
+    monkeypatch.setattr(step_time, "_timed", lambda *_: (0.01 * sizes[-1], 0.2))
+    return sizes
+
+
 @pytest.mark.parametrize(
     ("forward", "micro_batch", "images"),
     [
@@ -119,15 +133,7 @@ def test_images_count_in_proportion_and_the_optimisers_once(
     forward: float, micro_batch: int, images: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """128 images a step: 10 ms each, and 0.2 s for the optimisers."""
-    sizes: list[int] = []
-
-    def at(count: int) -> step_time.Iteration:
-        sizes.append(count)
-        return lambda number: None
-
-    monkeypatch.setattr(step_time, "_distillation", lambda *_: at)
-    monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, *__, **___: forward * count)
-    monkeypatch.setattr(step_time, "_timed", lambda *_: (0.01 * sizes[-1], 0.2))
+    sizes = sizes_measured(monkeypatch, forward)
     form = form_of("ipfm", 8)
     form = replace(form, config=replace(form.config, batch=128), micro_batch=micro_batch)
     found = time_of(form, SMALL, 10, CPU)
@@ -143,15 +149,7 @@ def test_images_that_belong_together_are_measured_together(
     forward: float, micro_batch: int, images: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole trajectories of 16 points: of one image the teacher would follow one all the way."""
-    sizes: list[int] = []
-
-    def at(count: int) -> step_time.Iteration:
-        sizes.append(count)
-        return lambda number: None
-
-    monkeypatch.setattr(step_time, "_distillation", lambda *_: at)
-    monkeypatch.setattr(step_time, "_forward_seconds", lambda _, count, *__, **___: forward * count)
-    monkeypatch.setattr(step_time, "_timed", lambda *_: (0.01 * sizes[-1], 0.2))
+    sizes = sizes_measured(monkeypatch, forward)
     form = form_of("cmt", 8)
     form = replace(form, config=replace(form.config, batch=128, points=16), micro_batch=micro_batch)
     assert time_of(form, SMALL, 4, CPU).seconds == pytest.approx(128 * 0.01 + 0.2) and sizes == [images]
