@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from ipfm.kernels.weight_rows import EPS
 from ipfm.models.config import NetworkConfig
-from ipfm.models.forced_weight_norm import PlainWeight, normalised_rows
+from ipfm.models.forced_weight_norm import PlainWeight
 from ipfm.models.layers import Conv2d, Linear
 from ipfm.models.precond import Precond, build_network
 
@@ -106,8 +106,8 @@ class NormalisedLowRank(LowRank):
         return merged(self.base, self.lora_A, self.lora_B, self.lora_scale, normalised=True)
 
     def stored(self, a: Tensor, b: Tensor) -> Tensor:
-        """The normalised master, see `LowRank.stored`."""
-        return normalised_rows(super().stored(a, b) * math.sqrt(self.base[0].numel()))
+        """The master whose rows the rule makes the weight of, see `LowRank.stored`."""
+        return super().stored(a, b) * math.sqrt(self.base[0].numel())
 
     _apply = nn.Module._apply
     _save_to_state_dict = nn.Module._save_to_state_dict
