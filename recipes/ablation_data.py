@@ -86,7 +86,7 @@ def fashion_ablation(
 CLOTHES = recipe_options(
     replace(fashion_ipfm.BASE.distillation(), max_steps=600, eval_every=60),
     eval_images=2000,
-    teacher_steps=fashion_ipfm.BASE.teacher_steps,
+    teacher_steps=5000,
 )
 FASHION = fashion_ablation(CLOTHES)
 

@@ -63,8 +63,7 @@ ABLATION = Ablation(
     further=(Variant(label="D2048-ipfm", D=2048.0, settings={"real_data": None}),),
     costs=True,
     digits=digits_ablation(digits_ipfm.RECIPE, max_steps=300, eval_every=50),
-    # At a constant learning rate the ends of so short runs are mostly noise.
-    fashion=fashion_ablation(CLOTHES, max_steps=300, eval_every=50, lr_schedule="linear"),
+    fashion=fashion_ablation(CLOTHES, max_steps=300, eval_every=50),
     cifar=CIFAR,
 )
 
