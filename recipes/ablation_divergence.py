@@ -44,8 +44,8 @@ ABLATION = Ablation(
         ),
     ),
     digits=replace(DIGITS, base=as_ablation(DIGITS.base, alpha=1.2)),
-    # Long runs, and six teachers: networks of half the recipe's width. The learning rate stays, as in the paper: one that
-    # falls to 0 ends what the claim is about.
+    # Long runs, and six teachers: networks of half the recipe's width. The learning rate stays, as in SiD: to fall to 0
+    # would end what the claim is about.
     fashion=fashion_ablation(
         CLOTHES,
         channels=8,
