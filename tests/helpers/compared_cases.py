@@ -1,7 +1,7 @@
 """Settings in which the engine is compared with the plain loop beside the grid of `equivalence`: all, and some of each.
 
 `make equivalence` goes through all of them, on the network of the grid; `make test` through some of each setting, on
-one of fewer blocks.
+one of a level less.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ MORE: tuple[tuple[str, int, str, int, dict[str, Any]], ...] = (
 # What of these `make equivalence` alone compares.
 LEFT_TO_THE_TABLE = frozenset(
     {
-        "varied-z0-joint-a2", "real-z1-phased-a2", "real-z2-joint-a2", "told-z0-phased-a2", "told-z1-joint-a2",
-        "k1-z3-phased-a1-offload=optimizer",
+        "k2-z0-phased-a2", "varied-z0-joint-a2", "real-z1-phased-a2", "real-z2-joint-a2", "real-z3-phased-a1",
+        "told-z0-phased-a2", "told-z1-joint-a2", "k1-z3-phased-a1-offload=optimizer",
     }
 )  # fmt: skip
 DROPOUT = tuple(

@@ -32,6 +32,8 @@ PIDS: dict[str, dict[str, Any]] = {
 HALF = (("bf16", 1), ("bf16", 3), ("fp16", 1))
 # Of the grid on one process: all stages, one form of each.
 ALONE = [f"k1-z{stage}-{('joint', 'phased')[stage % 2]}-a1" for stage in (0, 1, 2, 3)]
+# On two processes the one of the grid's own network, of two levels; the others are of that of one.
+OF_2_LEVELS = "k1-z3-joint-a1"
 # Factors on the teacher's weights, of two processes: no setting of `compared_cases`, as they begin by themselves.
 LORA = {
     f"lora-z{stage}": {"zero": stage, "backward": ("joint", "phased")[stage % 2], "micro_batch": (4, 2, 2, 4)[stage]}
@@ -42,12 +44,12 @@ LORA = {
 def _grid(ranks: int) -> dict[str, dict[str, Any]]:
     """Every stage, on two processes accumulated and in both forms.
 
-    `make equivalence` makes 20 steps of it, and goes through every combination.
+    `make equivalence` makes 20 steps of it, and goes through every combination on the network of two levels.
     """
     return {
         name: {**config, "max_steps": STEPS}
         for name, config in equivalence.grid(ranks).items()
-        if name.endswith(f"a{ranks}") and (ranks == 2 or name in ALONE)
+        if (name.endswith("a2") or name == OF_2_LEVELS if ranks == 2 else name in ALONE)
     }
 
 
@@ -64,13 +66,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The teacher of what is beside the grid, but for factors."""
+    """The teacher of all but one case."""
     return compared_cases.make_small_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")
 def plain(teacher: Path) -> plain_loop.Plain:
-    """What the grid is compared with."""
+    """What the case of two levels is compared with."""
     return plain_loop.distill(load_teacher(teacher), DistillConfig(**BASE), STEPS)
 
 
@@ -85,17 +87,18 @@ def results(request: pytest.FixtureRequest, teacher: Path, small: Path, tmp_path
     cases = _grid(ranks)
     if ranks == 2:
         cases |= {name: {**BASE, **plain_lora.BOTH, **more} for name, more in LORA.items()}
-    cases |= {name: {**case, "teacher": str(small)} for name, case in _further(ranks).items()}
-    return equivalence.run(teacher, out, ranks, cases, STEPS, whole=WHOLE)
+    cases |= _further(ranks)
+    if ranks == 2:
+        cases[OF_2_LEVELS]["teacher"] = str(teacher)
+    return equivalence.run(small, out, ranks, cases, STEPS, whole=WHOLE)
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 def test_equals_the_plain_loop(results, plain: plain_loop.Plain, further: dict[str, plain_loop.Plain]) -> None:
-    grid = equivalence.grid(1)
     for name, found in results.items():
         if name not in LORA:
-            expected = plain if name in grid else further[name.partition("-")[0]]
+            expected = plain if name == OF_2_LEVELS else further[name.partition("-")[0]]
             assert max(compared_cases.check_steps(expected, found, name)) <= equivalence.LIMIT, name
 
 
@@ -124,9 +127,9 @@ def test_networks_put_together_as_on_a_gpu_equal_the_plain_loop(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("results", [2], indirect=True, ids=["2-processes"])
-def test_factors_on_the_teachers_weights_equal_the_plain_loop(results, teacher: Path) -> None:
+def test_factors_on_the_teachers_weights_equal_the_plain_loop(results, small: Path) -> None:
     """Every ZeRO stage, joint and phased, accumulated."""
-    net = load_teacher(teacher)
+    net = load_teacher(small)
     config = DistillConfig(**{**BASE, **plain_lora.BOTH, "zero": 0})
     first = plain_lora.weights_of(Distiller(config, net, world=World(0, 1, torch.device("cpu"))))
     expected = plain_lora.plain(config, net, first, STEPS)
@@ -139,22 +142,19 @@ def test_factors_on_the_teachers_weights_equal_the_plain_loop(results, teacher: 
 @pytest.mark.distributed
 @pytest.mark.parametrize("results", [2], indirect=True, ids=["2-processes"])
 def test_joint_and_phased_agree(results) -> None:
-    check_forms(results)
+    check_forms(results, "a2")
 
 
 @pytest.mark.thorough
 @pytest.mark.distributed
 def test_joint_and_phased_agree_on_one_process(teacher: Path, tmp_path: Path) -> None:
     cases = {name: {**case, "max_steps": STEPS} for name, case in equivalence.grid(1).items() if name.endswith("a1")}
-    check_forms(equivalence.run(teacher, tmp_path, 1, cases, STEPS, whole=WHOLE))
+    check_forms(equivalence.run(teacher, tmp_path, 1, cases, STEPS, whole=WHOLE), "a1")
 
 
-def check_forms(results: Mapping[str, Mapping[str, Tensor]]) -> None:
+def check_forms(results: Mapping[str, Mapping[str, Tensor]], accumulated: str) -> None:
     for stage in (0, 1, 2, 3):
-        joint, phased = (
-            next(found for name, found in results.items() if name.startswith(f"k1-z{stage}-{form}-a"))
-            for form in ("joint", "phased")
-        )
+        joint, phased = (results[f"k1-z{stage}-{form}-{accumulated}"] for form in ("joint", "phased"))
         for key in joint:
             torch.testing.assert_close(phased[key], joint[key], rtol=1e-5, atol=2e-7)
 
