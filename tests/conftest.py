@@ -16,6 +16,7 @@ from pathlib import Path
 import drawn_once
 import gpus
 import interpreted
+import parts
 import prepared
 import pytest
 import torch
@@ -84,6 +85,7 @@ class Recorder:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     asked = gpus.asked(config.option.markexpr)
+    parts.leave_to_thorough(items)
     mark_by_device(items, "needs a CUDA device, and torch sees none" if asked else gpus.ASKING)
     # The longest files first, so that two workers end together (with --no-loadscope-reorder).
     recorded = json.loads(DURATIONS.read_text(encoding="utf-8")) if DURATIONS.exists() else {}
@@ -117,8 +119,9 @@ def expected_seconds(file: Path, recorded: Mapping[str, float]) -> float:
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported and collected stays: nobody need look through it for garbage."""
+    """What has been imported and collected stays: nobody need look through it for garbage, nor often for new."""
     gc.freeze()
+    gc.set_threshold(*prepared.SELDOM)
     gc.enable()
 
 

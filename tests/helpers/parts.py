@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -29,3 +29,31 @@ def parts(cases: Iterable[Any], left: Collection[Any]) -> list[Any]:
         else case
         for case in every
     ]
+
+
+def is_chosen(place: Sequence[int], lengths: Sequence[int]) -> bool:
+    """Whether a point of a grid belongs to the part of it in which every two values of different axes meet.
+
+    It is one in as many as the shortest axis has values: with three axes or more no pair of values is left out.
+
+    Args:
+        place: the point, an index for each axis.
+        lengths: of the axes.
+
+    Raises:
+        ValueError: the grid has fewer than three axes, where pairs are all that there is.
+    """
+    if len(lengths) < 3:
+        raise ValueError(f"every two values meet in the whole of a grid of {len(lengths)} axes alone")
+    return sum(place) % min(lengths) == 0
+
+
+def leave_to_thorough(items: Iterable[pytest.Item]) -> None:
+    """Mark `thorough` what is not chosen of the tests that are marked `pairs`, whose axes are their `parametrize`."""
+    for item in items:
+        if item.get_closest_marker("pairs"):
+            grid = [mark.args[:2] for mark in item.iter_markers("parametrize")]
+            firsts = [names.split(",")[0].strip() if isinstance(names, str) else names[0] for names, _ in grid]
+            indices = item.callspec.indices  # type: ignore[attr-defined]
+            if not is_chosen([indices[name] for name in firsts], [len(values) for _, values in grid]):
+                item.add_marker(pytest.mark.thorough)

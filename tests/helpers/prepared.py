@@ -43,6 +43,8 @@ IMPORTS = (
 # What is read as Python starts and these are imported: a program that is to have other values is started. Not what an
 # import sets for later, as torch's compiler and DeepSpeed do in a process that tests.
 READ_ONCE = ("PYTHON", "LC_", "LANG", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+# How often Python looks for garbage of each generation: by its own setting a twentieth of what small runs take.
+SELDOM = (20_000, 20, 50)
 # The address and the environment of the server that workers share.
 SHARED = "IPFM_PREPARED_PROGRAMS"
 
@@ -205,6 +207,7 @@ def serve(address: str) -> dict[str, Any] | None:
     # What is imported stays, and nobody need look through it for garbage.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*SELDOM)
     programs: dict[int, socket.socket] = {}
     woken, wake = socket.socketpair()
     wake.setblocking(False)

@@ -261,6 +261,7 @@ def test_state_holds_no_more_than_it_needs(beta1, ema, entries, size):
     assert sum(t.numel() * t.element_size() for t in optimizer.state[p].values()) == size * 1000
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30], ids=["nan", "inf", "-inf", "square overflows"])
 @pytest.mark.parametrize("when", [0, 3], ids=["first step", "later"])
 @pytest.mark.parametrize("eps", [0.0, 1e-8])

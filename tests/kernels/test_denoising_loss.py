@@ -98,6 +98,7 @@ def assert_isolated(got, clean, bad: int) -> None:
         assert torch.equal(value[keep], getattr(clean, name)[keep]), name
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", [0, 1], ids=["pred", "y"])
@@ -230,6 +231,7 @@ def test_raw_memory_layouts(other, backend, device):
             torch.testing.assert_close(g, w, rtol=1e-2 if g.dtype == torch.bfloat16 else 5e-6, atol=1e-6)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", ["pred", "y", *RAW])

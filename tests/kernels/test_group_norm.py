@@ -88,6 +88,7 @@ def test_gradcheck(form):
         assert torch.autograd.gradcheck(run(backend), given)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=ids)
@@ -191,6 +192,7 @@ def test_gradcheck_of_an_addend(rows, backend):
     assert torch.autograd.gradcheck(call, given, fast_mode=True)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize(

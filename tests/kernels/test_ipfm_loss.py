@@ -91,6 +91,7 @@ def test_weight_floor(backend, device):
 # --------------------------------------------------------------------------------------------------- both backends
 
 
+@pytest.mark.pairs
 @pytest.mark.quick
 @pytest.mark.parametrize("alpha", [0.5, 1.2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
@@ -198,6 +199,7 @@ def assert_isolated(got, clean, bad: int) -> None:
         assert torch.equal(value[keep], other[keep]), name
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["t", "s", "y"])
@@ -299,6 +301,7 @@ def test_raw_equals_autograd_of_the_formula(shape, alpha, backend, device):
         torch.testing.assert_close(getattr(got, name), gradient, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("alpha", [0.5, 1.2])
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(map(ids, pair)))
 @pytest.mark.parametrize("shape", [(3, 1, 5, 7), (1, 3, 8, 8), (2, 4100)], ids=ids)
@@ -345,6 +348,7 @@ def test_raw_memory_layouts(other, inplace, backend, device):
             assert got.dt.stride() == got.ds.stride() == got.dy.stride() == a["t"].stride()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", ["t", "s", "y", *RAW])

@@ -58,6 +58,7 @@ def arranged(y: torch.Tensor, form: str) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------- both backends
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("D", [0.5, 128.0, INF])
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
@@ -69,6 +70,7 @@ def test_triton_is_no_worse_than_pytorch(shape, D, dtype, device, no_worse):
     no_worse(got, perturb(y, sigma, D, **at, backend="reference"), truth)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("out_dtype", [None, *DTYPES], ids=ids)
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("D", [2.0, INF])
@@ -84,6 +86,7 @@ def test_scaled_copy(D, dtype, out_dtype, device, no_worse):
         no_worse(g, p, t)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("form", ["channels_last", "sliced", "transposed", "batch inside", "expanded"])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (2, 3, 3, 5), (2, 1, 4, 4)], ids=ids)

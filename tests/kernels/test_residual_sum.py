@@ -54,6 +54,7 @@ def test_gradcheck(scale, backend):
     assert torch.autograd.gradgradcheck(call, given, fast_mode=True)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)

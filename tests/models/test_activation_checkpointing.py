@@ -29,6 +29,7 @@ def gradients(net: EDMPrecond, again: bool, wanted: list[Tensor], x: Tensor, lab
     return [y.detach(), *found, torch.get_rng_state()]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["trained", "trained-with-dropout", "frozen", "frozen-with-dropout", "labels"])
 @pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())

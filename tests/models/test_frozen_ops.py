@@ -53,6 +53,7 @@ def assert_same(
     torch.testing.assert_close(da, db, rtol=0, atol=limit)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize(
@@ -109,6 +110,7 @@ def test_squares_of_pixels(memory_format, dtype):
             assert function(x).is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("kernel", [1, 3, 5])
@@ -169,6 +171,7 @@ def test_a_weight_may_leave_the_memory_between_the_passes():
         assert torch.equal(gradient(layer, kept, put_away=False), gradient(layer, kept, put_away=True))
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)], ids=["box", "smooth"])
 @pytest.mark.parametrize("direction", ["plain", "up", "down", "fused-up", "fused-down"])
@@ -227,6 +230,7 @@ def written_out(x, groups, weight, bias, *, scale, shift, eps) -> Tensor:
     return F.silu(y if scale is None else torch.addcmul(shift, y, scale + 1))
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("rows", [None, 1, 3], ids=["plain", "one-row", "adaptive"])

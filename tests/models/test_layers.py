@@ -59,6 +59,7 @@ def naive_up(x: Tensor, taps: list[float], padding: int) -> Tensor:
 TAPS = {"box": [1, 1], "smooth": [1, 3, 3, 1], "lopsided": [1, 2], "long": [1, 2, 4, 5, 3, 1]}
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("taps", TAPS.values(), ids=TAPS.keys())
 @pytest.mark.parametrize("kernel", [0, 1, 3])
