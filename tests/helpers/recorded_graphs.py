@@ -78,6 +78,7 @@ class Tape(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self._own: dict[int, torch.UntypedStorage] = {}
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._again: list[tuple[Any, Any, Any, list[tuple[int, Tensor]]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -111,12 +112,23 @@ class Tape(TorchDispatchMode):
     def replay(self) -> None:
         """Do it all again, with the tensors of then."""
         with _disable_current_modes(), torch.no_grad():
-            for func, args, kwargs, out in self.calls:
-                given = {t.untyped_storage()._cdata for t in _tensors((args, tuple(kwargs.values())))}
-                for old, new in zip(_tensors((out,)), _tensors((func(*args, **kwargs),)), strict=True):
-                    # A view, or what was written in place, is what it was.
-                    if old.untyped_storage()._cdata not in given:
-                        old.detach().copy_(new)
+            self._again = self._again or list(self._changing())
+            for func, args, kwargs, fresh in self._again:
+                found = list(_tensors((func(*args, **kwargs),)))
+                for place, old in fresh:
+                    old.copy_(found[place])
+
+    def _changing(self) -> Iterator[tuple[Any, Any, Any, list[tuple[int, Tensor]]]]:
+        """The calls, each with those of its tensors that it makes anew, by their places; none that gives views alone.
+
+        A view, or what was written in place, is what it was.
+        """
+        for func, args, kwargs, out in self.calls:
+            given = {t.untyped_storage()._cdata for t in _tensors((args, tuple(kwargs.values())))}
+            made = enumerate(_tensors((out,)))
+            fresh = [(place, t.detach()) for place, t in made if t.untyped_storage()._cdata not in given]
+            if fresh or any(True for _ in _written(func, args, kwargs)):
+                yield func, args, kwargs, fresh
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:

@@ -43,7 +43,7 @@ NETWORK = NetworkConfig(
 )  # fmt: skip
 BASE: dict[str, Any] = {
     "batch": 4, "max_steps": 9, "lr": 1e-3, "eps": 1e-3, "ema_kimg": 0.02, "ema": (0.1,), "ema_rampup": 0.5, "seed": 5,
-    "zero": 0, "backward": "joint", "activation_checkpointing": "off",
+    "zero": 0, "micro_batch": 4, "backward": "joint", "activation_checkpointing": "off",
 }  # fmt: skip
 CASES: dict[str, tuple[type[Distillation], dict[str, Any]]] = {
     "joint": (DistillConfig, {"precision": "fp32", "activation_checkpointing": "on", "student_updates": 2}),
@@ -317,7 +317,7 @@ def test_where_graphs_do_not_go(settings: dict[str, Any], reason: str, teacher: 
 
 
 def test_where_graphs_do_not_go_besides(teacher: Precond, capsys: pytest.CaptureFixture[str]) -> None:
-    config = DistillConfig(**{**BASE, "precision": "fp32"})
+    config = DistillConfig(**{**BASE, "precision": "fp32", "micro_batch": 2})
     assert config.without_graphs(NETWORK, ranks=2, stage=0) == "the 2 processes talk within a step"
     with pytest.raises(ValueError, match=r"^cuda-graphs on is not possible here, as the 2 processes talk"):
         resolve.resolve(replace(config, cuda_graphs="on"), NETWORK, World(0, 2, CPU))
