@@ -35,7 +35,7 @@ from ipfm.engine.data.shapes import shapes
 from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.step_time import StepTime
 from ipfm.engine.runtime.commandline import BadInput
-from ipfm.models import presets
+from ipfm.models import NetworkConfig, presets
 
 COMMANDS = [command for page in documented.pages() for command in documented.commands(page)]
 TESTS = [command for command in COMMANDS if command.words[0] == "pytest"]
@@ -77,13 +77,19 @@ def stand_in_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def small(stand_in_set: Path) -> Iterator[None]:
-    """Thin networks under the presets' names, few images, and no process beside this one."""
+    """Thin networks under the presets' names and in recipes that train one, few images, no process beside this one."""
+    from ipfm.recipes import fashion_ipfm, shapes_ipfm
+
     teaching = TrainAndDistil.teaching
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(presets, "TABLE", stand_ins.THIN_PRESETS)
+        for recipe in (shapes_ipfm.RECIPE, fashion_ipfm.RECIPE):
+            patch.setitem(vars(recipe), "network", made_thin(recipe.network))
+        patch.setattr(fashion_ipfm, "small_network", made_thin(fashion_ipfm.small_network))
         patch.setattr("ipfm.engine.experiments.fashion.DEBIAN", stand_in_set)
         patch.setattr("ipfm.recipes.shapes_ipfm.shapes", lambda count, side: shapes(64, side=side))
-        patch.setattr(TrainAndDistil, "teaching", lambda *_: replace(teaching(*_), batch=4))
+        laid_out = {"batch": 4, "activation_checkpointing": "off"}
+        patch.setattr(TrainAndDistil, "teaching", lambda *_: replace(teaching(*_), **laid_out))
         patch.setattr("ipfm.engine.training.loop.PICTURE_IMAGES", 4)
         patch.setattr("ipfm.engine.commands.bench.step.ROUNDS_QUICK", 1)
         patch.setattr("ipfm.engine.commands.bench.step.WARM_UP", 0)
@@ -97,9 +103,12 @@ def small(stand_in_set: Path) -> Iterator[None]:
         patch.setattr("ipfm.engine.commands.bench.step.stop_world", lambda: None)
         patch.setattr("ipfm.engine.commands.export.program.make_program", traced_once(program.make_program))
         yield
-    from ipfm.recipes import shapes_ipfm
-
     vars(shapes_ipfm.RECIPE).pop("dataset", None)
+
+
+def made_thin(network: Callable[..., NetworkConfig]) -> Callable[..., NetworkConfig]:
+    """What a recipe makes its teacher's network by, of networks that are thin."""
+    return lambda *chosen: stand_ins.thin(network(*chosen))
 
 
 def traced_once(make_program: Callable[[ExportedNetwork], ExportedProgram]) -> Callable[..., ExportedProgram]:

@@ -32,6 +32,9 @@ from ipfm.engine.objectives.lpips_weights import shapes
 from ipfm.models import EDMPrecond, NetworkConfig, Precond, build_network, presets, save_model
 
 NAME = r"[\w.+-]+"
+# What a recipe leaves open is chosen by a simulation of every layout.
+LAYOUT: Mapping[str, object] = MappingProxyType({"zero": 0, "backward": "joint", "activation-checkpointing": "off"})
+AS_LAID_OUT = [word for name, value in LAYOUT.items() for word in (f"--{name}", str(value))]
 KIMG = 512
 """What a training state has seen, in thousands of images, where its name has no number."""
 
@@ -233,7 +236,7 @@ def _digits_run(path: Path) -> None:
 
     digits_ipfm.main([
         "--teacher-steps", "2", "--max-steps", "2", "--eval-every", "1", "--log-every", "1", "--eval-images", "16",
-        "--heun-steps", "2", "--out", str(path),
+        "--heun-steps", "2", *AS_LAID_OUT, "--out", str(path),
     ])  # fmt: skip
 
 
@@ -250,7 +253,8 @@ def _teacher_run(path: Path) -> None:
         "--data", str(data), "--D", "128", "--model-channels", "4", "--channel-mult", "1", "--num-blocks", "1",
         "--batch", "2", "--max-steps", "24", "--log-every", "24", "--eval-every", "0", "--checkpoint-every", "24",
         "--snapshot-every", "3", "--keep-snapshots", "0", "--ema", "0.05", "0.1", "--zero", "0",
-        "--heun-steps", "2", "--eval-images", "16", "--out", str(path),
+        "--activation-checkpointing", "off", "--micro-batch", "2", "--heun-steps", "2", "--eval-images", "16",
+        "--out", str(path),
     ])  # fmt: skip
 
 
@@ -288,7 +292,7 @@ def _cifar_run(path: Path) -> None:
     cifar_ipfm.main([
         "--teacher", str(with_teacher), "--batch", "4", "--max-steps", "2", "--eval-every", "1", "--log-every", "1",
         "--eval-images", "16", "--heun-steps", "2", "--reference", str(reference), "--inception", str(inception),
-        "--out", str(path),
+        *AS_LAID_OUT, "--out", str(path),
     ])  # fmt: skip
 
 
