@@ -14,23 +14,9 @@ from ipfm.kernels import _dispatch
 HEAVY = ("deepspeed", "xformers", "matplotlib", "sklearn", "scipy")
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs code in a fresh process, without the interpreter flag of this one."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
-
-
-def test_import_is_light():
-    found = python(
-        "import sys, ipfm.kernels, ipfm.kernels.bench\n"
-        f"print([m for m in {HEAVY} if m in sys.modules], __import__('torch').cuda.is_initialized())"
-    )
-    assert found.stdout.split("\n")[0] == "[] False", found.stderr
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs on this machine's CUDA device")
-def test_triton_on_the_cpu_needs_the_interpreter():
-    code = """
+CODE = f"""
+import sys, ipfm.kernels, ipfm.kernels.bench
+print([m for m in {HEAVY} if m in sys.modules], __import__('torch').cuda.is_initialized())
 import torch
 from ipfm.kernels import denoising_loss; from ipfm.kernels import ipfm_loss; from ipfm.kernels import perturb
 y = torch.ones(2, 4)
@@ -45,8 +31,22 @@ for op, arguments in (
         print(error)
     print(len(op(**arguments)))
 """
-    done = python(code)
-    lines = done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def done() -> subprocess.CompletedProcess:
+    """A fresh process, without the interpreter flag of this one."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_import_is_light(done):
+    assert done.stdout.split("\n")[0] == "[] False", done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs on this machine's CUDA device")
+def test_triton_on_the_cpu_needs_the_interpreter(done):
+    lines = done.stdout.splitlines()[1:]
     assert len(lines) == 6, done.stderr
     for op, refused in zip(("perturb", "ipfm_loss", "denoising_loss"), lines[::2], strict=True):
         assert refused.startswith(f"{op}: backend 'triton' needs CUDA tensors, got cpu")
