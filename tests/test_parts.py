@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from parts import is_chosen, leave_to_thorough, parts
+from parts import is_chosen, parts
 
 
 @pytest.mark.quick
@@ -26,31 +23,16 @@ def test_a_grid_of_two_axes_has_no_part() -> None:
         is_chosen((0, 1), (3, 3))
 
 
-class Item:
-    """A test of a grid, whose first axis has two names."""
-
-    def __init__(self, *indices: int, pairs: bool = True) -> None:
-        names, self.marks = ("a", "c", "d"), [pytest.mark.pairs.mark] * pairs
-        self.callspec = SimpleNamespace(indices={"b": indices[0], **dict(zip(names, indices, strict=True))})
-        axes: list[tuple[Any, list[Any]]] = [("a, b", [(1, 2)] * 3), (("c",), [1, 2, 3]), ("d", [1, 2, 3])]
-        self.marks += [pytest.mark.parametrize(*axis).mark for axis in axes]
-
-    def iter_markers(self, name: str) -> Iterator[pytest.Mark]:
-        return (mark for mark in self.marks if mark.name == name)
-
-    def get_closest_marker(self, name: str) -> pytest.Mark | None:
-        return next(self.iter_markers(name), None)
-
-    def add_marker(self, mark: pytest.MarkDecorator) -> None:
-        self.marks.append(mark.mark)
-
-
-def test_what_is_marked_pairs_is_thorough_but_for_that_part() -> None:
-    items = [Item(*place) for place in itertools.product(range(3), repeat=3)]
-    others = [Item(*place, pairs=False) for place in itertools.product(range(3), repeat=3)]
-    leave_to_thorough([*items, *others])  # type: ignore[list-item]
-    assert sum(item.get_closest_marker("thorough") is None for item in items) == 9
-    assert not any(item.get_closest_marker("thorough") for item in others)
+@pytest.mark.pairs
+@pytest.mark.parametrize("one", [0, 1, 2])
+@pytest.mark.parametrize(("two", "name"), [(0, "a"), (1, "b"), (2, "c"), (3, "a")])
+@pytest.mark.parametrize("three", [0, 1, 2, 3, 4])
+def test_what_is_marked_pairs_is_thorough_but_for_that_part(
+    one: int, two: int, name: str, three: int, request: pytest.FixtureRequest
+) -> None:
+    """Whichever of them is asked for."""
+    assert (request.node.get_closest_marker("thorough") is None) == is_chosen((one, two, three), (3, 4, 5))
+    assert name == "abca"[two]
 
 
 def test_what_is_left_of_a_list_is_named() -> None:

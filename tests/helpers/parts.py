@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -52,8 +52,18 @@ def leave_to_thorough(items: Iterable[pytest.Item]) -> None:
     """Mark `thorough` what is not chosen of the tests that are marked `pairs`, whose axes are their `parametrize`."""
     for item in items:
         if item.get_closest_marker("pairs"):
-            grid = [mark.args[:2] for mark in item.iter_markers("parametrize")]
-            firsts = [names.split(",")[0].strip() if isinstance(names, str) else names[0] for names, _ in grid]
-            indices = item.callspec.indices  # type: ignore[attr-defined]
-            if not is_chosen([indices[name] for name in firsts], [len(values) for _, values in grid]):
+            axes = [mark.args[:2] for mark in item.iter_markers("parametrize")]
+            params = item.callspec.params  # type: ignore[attr-defined]
+            if not is_chosen([_place(*axis, params) for axis in axes], [len(values) for _, values in axes]):
                 item.add_marker(pytest.mark.thorough)
+
+
+def _place(names: str | Sequence[str], values: Collection[Any], params: Mapping[str, Any]) -> int:
+    """Where on an axis the parameters are that a test has."""
+    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+    found = [params[name] for name in names]
+    return next(
+        place
+        for place, value in enumerate(values)
+        if all(one is other for one, other in zip([value] if len(names) == 1 else value, found, strict=True))
+    )
