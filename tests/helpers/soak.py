@@ -69,8 +69,8 @@ class Group:
 
     Args:
         arguments: of the recipe.
-        launcher: "deepspeed", "torchrun", or "hand" for processes with nothing above them; "forked" for such ones that
-            need not import anything (see prepared.py).
+        launcher: "deepspeed", which need not import anything itself (see prepared.py), "torchrun", or "hand" for
+            processes with nothing above them; "forked" for such ones that need not import anything either.
         log: file that takes their output.
         file_size: bytes beyond which the forked ones cannot write to a file.
         script: what the forked ones run.
@@ -104,10 +104,12 @@ class Group:
                 ]
                 return
             ranks = str(RANKS)
-            starts = [([sys.executable], {**env, **place}) for place in places]
             if launcher == "deepspeed":
-                starts = [([str(launch.BIN / launcher), "--num_accelerators", ranks, "--master_port", str(port)], env)]
-            elif launcher == "torchrun":
+                words = ["--num_accelerators", ranks, "--master_port", port, script, *arguments]
+                self.started = [prepared.start(launch.BIN / launcher, *words, env=env, stdout=file, stderr=file)]
+                return
+            starts = [([sys.executable], {**env, **place}) for place in places]
+            if launcher == "torchrun":
                 starts = [([str(launch.BIN / launcher), "--nproc-per-node", ranks, "--master-port", str(port)], env)]
             self.started = [
                 subprocess.Popen(
