@@ -65,6 +65,7 @@ def assert_equals_torch(
     assert (truth - start).abs().max() > 0.5
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 @pytest.mark.parametrize("eps", [1e-8, 1e-3])
 @pytest.mark.parametrize("beta1", [0.0, 0.9])

@@ -173,6 +173,7 @@ def naive_block(block: UNetBlock, x: Tensor, emb: Tensor, *, eps: float, resampl
     return x
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("resample", [None, "up", "down"])
 @pytest.mark.parametrize(
