@@ -23,7 +23,7 @@ def python(code: str, **environment: str) -> str:
     "statement",
     [
         "from ipfm.kernels import perturb",
-        "from ipfm.models import load_teacher; from ipfm.engine import DistillConfig, Distiller, generate",
+        "from ipfm.models import load_model, load_teacher; from ipfm.engine import DistillConfig, Distiller, generate",
     ],
 )
 def test_imports_are_light(statement: str) -> None:

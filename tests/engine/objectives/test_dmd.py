@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import compared_cases
 import equivalence
 import pytest
 import torch
@@ -22,7 +23,7 @@ from ipfm.engine.objectives.losses import Noisy
 from ipfm.engine.runtime.commandline import BadInput, parse_given
 from ipfm.engine.sampling.stored_model import sample_model
 from ipfm.kernels.adam import ema_entries
-from ipfm.models import build_network, presets, save_model
+from ipfm.models import build_network, load_teacher, presets, save_model
 from ipfm.recipes import distill_dmd
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -69,10 +70,11 @@ def test_equals_the_plain_loop(name: str) -> None:
 def test_equals_the_plain_loop_on_two_processes(tmp_path: Path) -> None:
     """Every ZeRO stage, phased, accumulated; in 16 bits, by an average of the student, near what fp32 does."""
     cases = {n: {**BASE, **more, "objective": "dmd"} for n, more in CASES.items() if n.startswith("z")}
-    teacher, averaged = equivalence.compared_teacher(), {**BASE, "student_ema": 0.6}
+    small, averaged = compared_cases.make_small_teacher(tmp_path), {**BASE, "student_ema": 0.6}
+    teacher = load_teacher(small)
     expected, by_average = (plain_loop.distill(teacher, DmdConfig(**settings), 2) for settings in (BASE, averaged))
     half = {f"half{z}": {**averaged, "zero": z, "precision": "bf16", "objective": "dmd"} for z in (2, 3)}
-    found = equivalence.run(equivalence.make_teacher(tmp_path), tmp_path, 2, cases | half, 2, whole=500)
+    found = equivalence.run(small, tmp_path, 2, cases | half, 2, whole=compared_cases.WHOLE)
     for name in cases:
         check_equals(expected, found[name], {n[5:]: v for n, v in found[name].items() if n.startswith("loss/")})
     start = dict(teacher.named_parameters())

@@ -106,7 +106,7 @@ def test_guided_by_two_processes(teacher: Path, weak: Path, plain: dict[str, pla
         "k1-z3": {**base, "zero": 3, "backward": "phased", "teacher_storage": "sharded"},
         "k2-z2": {**base, "zero": 2, "backward": "phased", "steps": 2, "micro_batch": 2},
     }
-    for name, found in equivalence.run(teacher, tmp_path, 2, cases, STEPS).items():
+    for name, found in equivalence.run(teacher, tmp_path, 2, cases, STEPS, whole=compared_cases.WHOLE).items():
         assert max(equivalence.difference(plain[name[:2]], found)) <= equivalence.LIMIT, name
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,19 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-STEPS, MORE = 2, 3
+from ipfm.engine import generate
+from ipfm.models import load_model
+
+STEPS, MORE = 2, 2
 CONFIG = {**equivalence.BASE, "max_steps": STEPS + MORE, "backward": "phased", "generator_beta1": 0.5}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of stage 2 on two processes after two steps; three more from it in several ways; exports."""
+    """A checkpoint of stage 2 on two processes after two steps; two more from it in several ways; exports."""
     folder = tmp_path_factory.mktemp("elsewhere")
     teacher = compared_cases.make_small_teacher(folder)
 
     def case(name: str, stage: int, micro: int, **more: str | int) -> dict:
         config = {**CONFIG, "zero": stage, "micro_batch": micro}
-        return {"name": name, "steps": STEPS + MORE, "config": config, **more}
+        return {"name": name, "steps": STEPS + MORE, "config": config, "persistent": compared_cases.WHOLE, **more}
 
     def go(ranks: int, *cases: dict) -> None:
         job = {"teacher": str(teacher), "out": str(folder), "cases": list(cases)}
@@ -46,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.distributed
 def test_same_losses_on_other_processes_and_stages(folder: Path) -> None:
-    """Stage 2 on two processes, continued on one at stages 1 and 3, and on two at stages 3 and 0: three losses."""
+    """Stage 2 on two processes, continued on one at stages 1 and 3, and on two at stages 3 and 0: two losses."""
     expected = load_file(folder / "stage2-2.safetensors")
     for name in ("stage1-1", "stage3-1", "stage3-2", "stage0-2"):
         found = load_file(folder / f"{name}.safetensors")
@@ -67,16 +69,9 @@ def test_every_stage_exports_the_same(folder: Path) -> None:
         assert len(contents) == 1, name
 
 
-def test_exports_load_without_deepspeed(folder: Path) -> None:
-    """And sample, in a process in which importing it fails."""
-    code = f"""
-import sys
-sys.modules["deepspeed"] = None
-import torch
-from ipfm.engine import generate
-from ipfm.models import load_model
-net = load_model({str(folder / "generator-3-2")!r})
-images = generate(net, 3, D=net.D, sigmas=[2.5], seed=0)
-assert images.shape == (3, 1, 8, 8) and bool(torch.isfinite(images).all())
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, env=launch.environment())
+def test_exports_load_without_deepspeed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And sample, where importing it fails; that nothing imported here has: tests/engine/test_imports.py."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    net = load_model(folder / "generator-3-2")
+    images = generate(net, 3, D=net.D, sigmas=[2.5], seed=0)
+    assert images.shape == (3, 1, 8, 8) and bool(torch.isfinite(images).all())
