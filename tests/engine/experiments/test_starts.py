@@ -133,7 +133,13 @@ def test_two_processes_continue_as_the_plain_loop(teacher: Path, tmp_path: Path)
     path = write(at_start, tmp_path / "training-state-000004.pt", pfgmpp=True, D=128)
     plain = plain_loop.distill(net, DistillConfig(**BASE), 1, at_start)
     cases = [
-        {"name": f"z{zero}", "steps": 1, "config": {**BASE, "zero": zero}, "continue_from": str(path)}
+        {
+            "name": f"z{zero}",
+            "steps": 1,
+            "config": {**BASE, "zero": zero},
+            "continue_from": str(path),
+            "persistent": 500,
+        }
         for zero in (1, 3)
     ]
     equivalence.launch.run_workers(
