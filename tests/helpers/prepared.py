@@ -34,9 +34,12 @@ from typing import IO, Any
 
 IMPORTS = (
     "scipy.linalg", "scipy.stats", "matplotlib.figure", "matplotlib.backends.backend_agg", "tyro",
-    "PIL.Image", "PIL.PngImagePlugin", "torch._dynamo", "torch.utils.tensorboard", "tensorboard.compat.proto",
+    "PIL.Image", "PIL.PngImagePlugin", "PIL.ImageFont", "torch._dynamo", "torch.utils.tensorboard",
+    "tensorboard.compat.proto", "tensorboard.plugins.hparams.api_pb2",
     "ipfm.recipes.digits_ipfm", "ipfm.recipes.cifar_ipfm", "ipfm.engine.training.distiller",
-    "ipfm.engine.training.teacher", "ipfm.engine.evaluation.metrics", "ipfm.engine.memory.watch", "deepspeed",
+    "ipfm.engine.training.teacher", "ipfm.engine.evaluation.metrics", "ipfm.engine.memory.watch",
+    "ipfm.engine.data.class_counts",
+    *(f"ipfm.engine.objectives.{name}" for name in ("cmt", "dmd", "ect", "lpips", "pid")), "deepspeed",
     # What `deepspeed.initialize` imports: a second's worth, Inductor above all.
     "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer", "setuptools",
 )  # fmt: skip
@@ -44,7 +47,7 @@ IMPORTS = (
 # import sets for later, as torch's compiler and DeepSpeed do in a process that tests.
 READ_ONCE = ("PYTHON", "LC_", "LANG", "OMP_NUM_THREADS", "TRITON_INTERPRET")
 # How often Python looks for garbage of each generation: by its own setting a twentieth of what small runs take.
-SELDOM = (20_000, 20, 50)
+SELDOM = (10_000, 10, 10)
 # The address and the environment of the server that workers share.
 SHARED = "IPFM_PREPARED_PROGRAMS"
 

@@ -6,14 +6,13 @@ import gc
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import launch
+import prepared
 import pytest
 import regression
 import torch
@@ -179,10 +178,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     small = replace(presets.get("digits", D=128.0), model_channels=8, channel_mult=(1,))
     save_model(EDMPrecond(small), out / "teacher", extra={"task": "teacher", "D": 128.0})
     argument = json.dumps([str(out / "objectives"), str(out / "teacher"), str(out)])
-    done = subprocess.run(
-        [sys.executable, str(WORKERS / "third_objective.py"), argument],
-        env=launch.environment(), capture_output=True, text=True,
-    )  # fmt: skip
+    done = prepared.run(WORKERS / "third_objective.py", argument, env=launch.environment())
     assert done.returncode == 0, done.stderr
     return {**json.loads(done.stdout.splitlines()[-1]), "out": str(out)}
 
