@@ -60,8 +60,13 @@ def resolve_training(config: TeacherConfig, network: NetworkConfig, world: World
             suffice.
     """
     config = complete_training(config, network, world.device)
+    _, micro = config.split(world.size)
+    stage, checkpointing = config.zero, config.activation_checkpointing
     trained = replace(network, dropout=config.dropout)
-    check_graphs(config, trained, ranks=world.size, stage=config.zero, **_given_form(config))
+    check_graphs(config, trained, ranks=world.size, stage=stage, **_given_form(config))
+    if config.micro_batch is not None and stage is not None and checkpointing != "auto":
+        checkpointed = checkpointing == "on"
+        return config.laid_out(D=network.D, stage=stage, micro_batch=micro, phased=False, checkpointed=checkpointed)
     plan = choose_training(config, trained, ranks=world.size, budget=device_budget(world.device))
     _check_planned(config, trained, plan, world)
     return _as_planned(config, plan, network.D)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import csv
 import re
+import subprocess
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import launch
+import prepared
 import pytest
 
+from ipfm.engine.commands.bench import memory, memory_step
 from ipfm.engine.commands.bench.memory import bench_network, report, run_memory
 from ipfm.engine.commands.bench.memory_step import StepRow
 from ipfm.engine.commands.main import _main
@@ -23,6 +30,20 @@ def row(step: str, live: float, rss: float, predicted: float | None = None) -> S
     state = GIGA // 10
     live, rss, predicted = (round(value * GIGA) for value in (live, rss, live if predicted is None else predicted))
     return StepRow(step, live, rss, predicted, state, live - state, "generator: backward", 1.0)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are forked, and not started."""
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:3] == [sys.executable, "-m", memory_step.__name__]
+        return prepared.run(memory_step.__file__, *command[3:], env=env)
+
+    monkeypatch.setattr(memory, "subprocess", types.SimpleNamespace(run=run))
+    for name, value in launch.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 def ipfm(*arguments: object) -> None:
@@ -117,6 +138,7 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert int(rows["phased"]["live_bytes"]) < int(rows["joint"]["live_bytes"])
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_row_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("IPFM_TIMEOUT", "soon")
     with pytest.raises(

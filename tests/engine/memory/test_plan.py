@@ -28,7 +28,7 @@ from ipfm.engine.memory.state import Sharding, parameter_count, state_bytes
 from ipfm.engine.objectives.base import StepContext
 from ipfm.engine.objectives.phases import listening
 from ipfm.engine.objectives.student_steps import DistillSteps
-from ipfm.engine.training.resolve import complete, resolve
+from ipfm.engine.training.resolve import complete, resolve, resolve_training
 from ipfm.models import NetworkConfig, build_network, presets
 from ipfm.models.config import Guide
 from ipfm.models.low_rank import low_rank_network
@@ -137,9 +137,11 @@ CASES = [
     ("ncsn++", {"phased": True, "config": DistillConfig(student="lora", rank=2)}),
     ("edm2", {"phased": False, "config": DistillConfig(student="lora", generator="lora", rank=4)}),
 ]
-# `make thorough`: three networks stay that are compared joint and phased, two with activation checkpointing.
+# `make thorough`: two networks stay that are compared joint and phased, two with activation checkpointing; each of the
+# others is compared with one of these or with further settings.
 LATER = [
-    *((name, {"phased": False}) for name in ("dropout", "ncsn++", "conditional", "guided")),
+    *((name, {"phased": False}) for name in ("attention", "dropout", "ncsn++", "conditional", "guided")),
+    *((name, {"phased": True}) for name in ("dropout", "ncsn++", "conditional")),
     ("ncsn++", {"phased": True, "activation_checkpointing": True}),
     ("attention", {"phased": True, "sharding": Sharding(stage=1, precision="bf16", teacher_storage="fp32")}),
 ]
@@ -371,6 +373,9 @@ def test_a_run_takes_the_stage_that_was_chosen(monkeypatch):
     monkeypatch.setattr("ipfm.engine.training.resolve.device_budget", pytest.fail)
     run = resolve(given, network, world)
     assert (run.micro_batch, run.phased, run.checkpointed) == (2, True, True) and run.config == given
+    shape = {"batch": 8, "micro_batch": 2, "zero": 1, "activation_checkpointing": "on"}
+    training = resolve_training(TeacherConfig(**shape, max_steps=1, precision="fp32"), network, world)
+    assert (training.stage, training.micro_batch, training.checkpointed) == (1, 2, True)
 
 
 def test_choice_respects_what_is_fixed():
@@ -408,7 +413,10 @@ def test_costs():
     assert forwards(steps=3, gradient="last") == 11 + 2 * 2
 
 
-@pytest.mark.parametrize(("size", "gpu"), [("s", 24), ("l", 48), ("xxl", 80)])
+SIZES = [("s", 24), ("l", 48), ("xxl", 80)]
+
+
+@pytest.mark.parametrize(("size", "gpu"), parts(SIZES, SIZES[:2]))
 def test_three_networks_of_edm2_on_one_gpu(size, gpu):
     """In bf16, nothing offloaded, 16 images at a time: 28 bytes a parameter, effective weights, activations, VAE."""
     network = presets.get(f"edm2-img512-{size}")
