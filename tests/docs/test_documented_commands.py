@@ -26,11 +26,9 @@ import pytest
 import stand_ins
 import torch
 from documented import Block, Command
-from safetensors.torch import save
-from torch.export import ExportedProgram
+from traced_once import traced_once
 
 from ipfm.engine.commands.export import program
-from ipfm.engine.commands.export.network import ExportedNetwork
 from ipfm.engine.data.shapes import shapes
 from ipfm.engine.experiments.local import TrainAndDistil
 from ipfm.engine.experiments.step_time import StepTime
@@ -109,20 +107,6 @@ def small(stand_in_set: Path) -> Iterator[None]:
 def made_thin(network: Callable[..., NetworkConfig]) -> Callable[..., NetworkConfig]:
     """What a recipe makes its teacher's network by, of networks that are thin."""
     return lambda *chosen: stand_ins.thin(network(*chosen))
-
-
-def traced_once(make_program: Callable[[ExportedNetwork], ExportedProgram]) -> Callable[..., ExportedProgram]:
-    """One program for a network that is exported to several formats."""
-    programs: dict[bytes, ExportedProgram] = {}
-
-    def make(network: ExportedNetwork) -> ExportedProgram:
-        tensors = {name: tensor.detach().clone() for name, tensor in network.net.state_dict().items()}
-        key = network.facts_json().encode() + save(tensors)
-        if key not in programs:
-            programs[key] = make_program(network)
-        return programs[key]
-
-    return make
 
 
 def measured_here(command: list[str], **_: object) -> types.SimpleNamespace:

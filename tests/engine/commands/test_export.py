@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,15 +20,17 @@ from random_values import randomise
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
+from traced_once import traced_once
 
 from ipfm.engine import generate
 from ipfm.engine.commands.export import onnx_file, plain
+from ipfm.engine.commands.export import program as program_module
 from ipfm.engine.commands.export.comparison import LIMIT, ExportFailed
 from ipfm.engine.commands.export.hub_folder import export_folder, obstacle
 from ipfm.engine.commands.export.model_card import Origin
 from ipfm.engine.commands.export.network import ExportedNetwork, open_network
 from ipfm.engine.commands.export.onnx_file import export_onnx
-from ipfm.engine.commands.export.program import export_program, foreign_operators, make_program
+from ipfm.engine.commands.export.program import export_program, foreign_operators
 from ipfm.engine.commands.main import _main
 from ipfm.engine.evaluation.results import EvaluationRow, write_results
 from ipfm.engine.random_streams import Stream
@@ -67,6 +70,14 @@ class Traced(NamedTuple):
     program: ExportedProgram
 
 
+@pytest.fixture(scope="module", autouse=True)
+def once() -> Iterator[None]:
+    """Each network is traced once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program_module, "make_program", traced_once(program_module.make_program))
+        yield
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every model by its name, "run/generator" within a run folder."""
@@ -98,7 +109,7 @@ def traced(models: Path, folder: Path) -> dict[str, Traced]:
     networks = {name: open_network(models / name, D=None) for name in MODELS}
     written = torch.export.load(folder / "generator.pt2")
     return {
-        name: Traced(network, written if name == "run/generator" else make_program(network))
+        name: Traced(network, written if name == "run/generator" else program_module.make_program(network))
         for name, network in networks.items()
     }
 
