@@ -28,6 +28,8 @@ from ipfm.models import EDMPrecond, load_model, presets, save_model
 
 LAYOUT = [word for name, value in soak.LAYOUT.items() for word in (f"--{name}", value)]
 WORKER = launch.WORKERS / "own_objective.py"
+# Enough to be killed on the way.
+STEPS = 24
 # Laid out, which takes seconds to choose.
 SMALL = ("--teacher", "teacher", "--batch", 8, "--heun-steps", 2, "--log-every", 1, "--zero", 0, *LAYOUT)
 
@@ -42,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with contextlib.chdir(folder):
         for what, name in (("objective", "mine"), ("weighting", "late")):
             ipfm(["new", what, name])
-        recipe("mine.py", *SMALL, "--max-steps", 40, "--checkpoint-every", 5, "--out", "run")
+        recipe("mine.py", *SMALL, "--max-steps", STEPS, "--checkpoint-every", 5, "--out", "run")
         recipe("late.py", *SMALL, "--max-steps", 3, "--power", 1, "--steps", 2)
         yield folder
 
@@ -122,7 +124,7 @@ def test_settings_of_the_file_stand_over_those_of_the_rule(place: Path) -> None:
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(place: Path) -> None:
-    words = ("mine.py", *SMALL, "--max-steps", 40, "--checkpoint-every", 5, "--out", "killed")
+    words = ("mine.py", *SMALL, "--max-steps", STEPS, "--checkpoint-every", 5, "--out", "killed")
     with tempfile.TemporaryFile() as nothing:
         program = prepared.start(*words, env=launch.environment(), stdout=nothing, stderr=nothing)
         while not (place / "killed" / "checkpoints" / "step-0000005").exists() and program.poll() is None:
@@ -137,7 +139,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(place: Path) -> None:
 @pytest.mark.distributed
 def test_two_processes_under_zero_make_the_same(place: Path) -> None:
     port = free_port()
-    words = ("mine.py", *SMALL, "--max-steps", 40, "--zero", 2, "--micro-batch", 2, "--out", "two")
+    words = ("mine.py", *SMALL, "--max-steps", STEPS, "--zero", 2, "--micro-batch", 2, "--out", "two")
     with contextlib.ExitStack() as stack:
         started = []
         for rank in range(2):
@@ -320,12 +322,12 @@ def test_a_file_that_cannot_be_used_is_named_with_its_line(name: str, tmp_path: 
 
 
 def test_a_run_goes_on_from_one_of_ones_own_where_its_file_is_named(place: Path) -> None:
-    words = (launch.ROOT / "recipes" / "distill_ipfm.py", *SMALL, "--continue-from", "run", "--max-steps", 41)
+    words = (launch.ROOT / "recipes" / "distill_ipfm.py", *SMALL, "--continue-from", "run", "--max-steps", STEPS + 1)
     done = prepared.run(*words, env=launch.environment())
     assert done.returncode == 2 and done.stderr.endswith(
         "run is a run of the objective mine, which is not known here: set IPFM_OBJECTIVES=mine.py to continue it\n"
     )
-    recipe("mine.py", *SMALL, "--continue-from", "run", "--max-steps", 41, "--out", "further")
+    recipe("mine.py", *SMALL, "--continue-from", "run", "--max-steps", STEPS + 1, "--out", "further")
     assert json.loads((place / "further" / "config.json").read_text())["objective"] == "mine"
 
 
