@@ -108,12 +108,13 @@ def found_of(run: plain_loop.Plain) -> dict[str, torch.Tensor]:
     }
 
 
-def test_twenty_steps_on_one_process_equal_those_of_the_plain_loop(teacher: Path) -> None:
+@pytest.mark.parametrize("steps", parts([8, 20], [20]))
+def test_many_steps_on_one_process_equal_those_of_the_plain_loop(steps: int, teacher: Path) -> None:
     config = DistillConfig(**{**equivalence.BASE, "batch": 4, "zero": 0, "micro_batch": 2, "backward": "joint"})
     run = Distiller(config, load_teacher(teacher), world=World(0, 1, torch.device("cpu")))
-    for step in range(20):
+    for step in range(steps):
         run.iteration(step)
-    expected = distill_edm2(load_teacher(teacher), config, 20)
+    expected = distill_edm2(load_teacher(teacher), config, steps)
     assert max(equivalence.difference(expected, trained_tensors(run))) <= equivalence.LIMIT
 
 
