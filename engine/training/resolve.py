@@ -40,12 +40,8 @@ def resolve(config: K, network: NetworkConfig, world: World) -> Resolved[K]:
         ValueError: what `complete` raises; the batch does not divide among the processes, or memory does not suffice.
     """
     config = complete(config, network, world.device)
-    _, micro = config.split(world.size)
-    stage, backward, checkpointing = config.zero, config.backward, config.activation_checkpointing
-    check_graphs(config, network, ranks=world.size, stage=stage, **_given_form(config))
-    if config.micro_batch is not None and stage is not None and "auto" not in (backward, checkpointing):
-        phased, checkpointed = backward == "phased", checkpointing == "on"
-        return config.laid_out(D=network.D, stage=stage, micro_batch=micro, phased=phased, checkpointed=checkpointed)
+    if given := _as_given(config, network, world, config.backward):
+        return given
     trained = trained_config(network, config.dropout)
     layout = choose_layout(config, trained, ranks=world.size, budget=device_budget(world.device))
     _check_planned(config, network, layout.plan, world)
@@ -60,16 +56,23 @@ def resolve_training(config: TeacherConfig, network: NetworkConfig, world: World
             suffice.
     """
     config = complete_training(config, network, world.device)
-    _, micro = config.split(world.size)
-    stage, checkpointing = config.zero, config.activation_checkpointing
     trained = replace(network, dropout=config.dropout)
-    check_graphs(config, trained, ranks=world.size, stage=stage, **_given_form(config))
-    if config.micro_batch is not None and stage is not None and checkpointing != "auto":
-        checkpointed = checkpointing == "on"
-        return config.laid_out(D=network.D, stage=stage, micro_batch=micro, phased=False, checkpointed=checkpointed)
+    if given := _as_given(config, trained, world, "joint"):
+        return given
     plan = choose_training(config, trained, ranks=world.size, budget=device_budget(world.device))
     _check_planned(config, trained, plan, world)
     return _as_planned(config, plan, network.D)
+
+
+def _as_given(config: C, network: NetworkConfig, world: World, backward: str) -> Resolved[C] | None:
+    """The settings laid out as they are, None where that leaves something open; checked as far as they are given."""
+    _, micro = config.split(world.size)
+    stage, checkpointing = config.zero, config.activation_checkpointing
+    check_graphs(config, network, ranks=world.size, stage=stage, **_given_form(config))
+    if config.micro_batch is None or stage is None or "auto" in (backward, checkpointing):
+        return None
+    phased, checkpointed = backward == "phased", checkpointing == "on"
+    return config.laid_out(D=network.D, stage=stage, micro_batch=micro, phased=phased, checkpointed=checkpointed)
 
 
 def _given_form(config: RunConfig) -> dict[str, bool]:
