@@ -297,8 +297,8 @@ def test_clothes_are_another_ablation_with_its_own_sizes(clothes: Path) -> None:
     assert found == [(600, 60, 5000, 2000, "linear")] * 2
     plan = plan_of(ablation_divergence, "--data", "fashion")
     assert plan.path == Path("runs/ablation-divergence-fashion")
-    assert {(r.config.alpha, r.config.total_steps, r.config.batch) for r, _ in plan.runs} == {(1.2, 1200, 64)}
-    assert plan.options.lr_schedule == "constant" and plan.options.teacher_steps == 3000
+    assert {(r.config.alpha, r.config.total_steps, r.config.batch) for r, _ in plan.runs} == {(1.2, 800, 64)}
+    assert plan.options.lr_schedule == "constant" and plan.options.teacher_steps == 2000
     assert len(plan.runs) == 18 and {t.network.model_channels for t in plan.teachers.values()} == {8 // 2}
     assert [claim.source for claim in plan.claims] == ["arXiv 2509.22454, appendix B"]
     shared = plan_of(ablation_divergence, "--data", "fashion", "--teachers-from", "~/teachers").teachers
