@@ -40,6 +40,7 @@ class Judge:
 
 
 _DS = {"D = 128": "D128", "D = 2048": "D2048", "D = ∞": "Dinf"}
+_ALPHAS = {"α = ½": "0.5", "α = 1": "1", "α = 1.2": "1.2", "α = 1.5": "1.5"}
 JUDGES = {
     judge.ablation.name: judge
     for judge in (
@@ -48,7 +49,8 @@ JUDGES = {
             {
                 f"α = {shown}": {name: f"{D}-alpha{alpha}" for name, D in _DS.items() if D != "D2048"}
                 for shown, alpha in (("½", "0.5"), ("1", "1"))
-            },
+            }
+            | {"D = 128": {line: f"D128-alpha{alpha}" for line, alpha in _ALPHAS.items()}},
         ),
         Judge(ablation_steps.ABLATION, {"": {"K = 2": "K2", "K = 4": "K4"}}),
         Judge(
@@ -60,7 +62,9 @@ JUDGES = {
         ),
     )
 }
-COLOURS = {"D = 128": "#1f77b4", "D = 2048": "#2ca02c", "D = ∞": "#d62728", "K = 2": "#1f77b4", "K = 4": "#d62728"}
+BLUE, GREEN, RED, ORANGE = "#1f77b4", "#2ca02c", "#d62728", "#ff7f0e"
+COLOURS = {"D = 128": BLUE, "D = 2048": GREEN, "D = ∞": RED, "K = 2": BLUE, "K = 4": RED}
+COLOURS |= dict(zip(_ALPHAS, (GREEN, BLUE, ORANGE, RED), strict=True))
 
 
 def keep(folder: Path) -> None:
@@ -84,7 +88,7 @@ def keep(folder: Path) -> None:
     if not (folder / DISTANCES_FILE).is_file():
         raise ValueError(f"{folder} has no {DISTANCES_FILE}: give its command again, which then only reads")
     found = read_found(folder / "ablation.csv", folder / DISTANCES_FILE)
-    drawn = [variant for lines in JUDGES[name].panels.values() for variant in lines.values()]
+    drawn = list(dict.fromkeys(variant for lines in JUDGES[name].panels.values() for variant in lines.values()))
     if found.keys().isdisjoint(drawn):
         raise ValueError(f"{folder} has none of the variants that are drawn: {', '.join(drawn)}")
     (KEPT / f"{name}.json").write_text(
