@@ -1,4 +1,4 @@
-"""Draws images/claims-*.png and prints the verdicts on the paper's claims, of what is kept in examples/claims.
+"""Draws images/claims-*.png and prints the distances and the verdicts of what is kept in examples/claims.
 
     python docs/draw_claims.py [FOLDER ...]
 
@@ -22,8 +22,11 @@ from typing import Any
 from ipfm.engine.evaluation.results import distance_axis
 from ipfm.engine.experiments import Ablation, out_of_law
 from ipfm.engine.experiments.ablation_numbers import DISTANCES_FILE, read_found
+from ipfm.engine.experiments.ablation_report import how_many_diverged
 from ipfm.engine.experiments.claims import Found, Judged, judged, verdicts_table
+from ipfm.engine.experiments.repeats import spread
 from ipfm.engine.runtime.figures import file_figure
+from ipfm.engine.runtime.wording import significant
 from ipfm.recipes import ablation_D_alpha, ablation_divergence, ablation_steps
 
 FOLDER = Path(__file__).parent
@@ -126,6 +129,16 @@ def table() -> list[str]:
     return verdicts_table(verdicts()).partition("\n\n")[0].splitlines()
 
 
+def distances(found: Mapping[str, Found]) -> list[str]:
+    """Markdown: a row for each variant, of its seeds the mean (smallest to largest) at the best and at the end."""
+    lines = ["| variant | teacher | Fréchet distance: best | last | diverged |", "|---|---|---|---|---|"]
+    for variant, its in found.items():
+        best, last = spread([curve.best for curve in its.curves]), spread([curve.last for curve in its.curves])
+        gone = how_many_diverged(its.curves)
+        lines.append(f"| {variant} | {significant(its.teacher)} | {best} | {last} | {gone} |")
+    return lines
+
+
 def draw(name: str, found: Mapping[str, Found]) -> None:
     """Distance over images: the median of the seeds, each of them thin, teachers dashed; a panel each."""
     panels = {
@@ -170,7 +183,7 @@ def _drawn(batch: int, points: Sequence[tuple[int, float]]) -> tuple[list[float]
 
 
 def main() -> None:
-    """Keep what is new, draw, and print the table."""
+    """Keep what is new, draw, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER")
     try:
@@ -180,6 +193,7 @@ def main() -> None:
         parser.error(str(error))
     for name, found in kept().items():
         draw(name, found)
+        print(*distances(found), "", sep="\n")
     print(*table(), sep="\n")
 
 

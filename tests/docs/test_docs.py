@@ -362,7 +362,10 @@ def test_the_curves_and_verdicts_on_claims_are_made_again_of_what_is_kept(
     monkeypatch.setattr(sys, "argv", ["x", *(str(tmp_path / name) for name in ("few", "lost", "."))])
     draw.main()
     assert draw.kept()["steps"] == few
-    verdicts = {row.split(" | ")[0]: row.split(" | ")[1:] for row in capsys.readouterr().out.splitlines()}
+    printed = capsys.readouterr().out.split("\n\n")
+    assert "| K2 | 6.500 | 7.140 (7.000 to 7.280) | 7.140 (7.000 to 7.280) | 0 of 3 |" in printed[1]
+    assert "| D128-alpha1 | 6.500 | 30.60 (30.00 to 31.20) | - | 3 of 3, from step 120 |" in printed[0]
+    verdicts = {row.split(" | ")[0]: row.split(" | ")[1:] for row in printed[2].splitlines()}
     assert verdicts["| a generator of K = 2 evaluations reaches its teacher"][0] == "refuted"
     assert verdicts["| a generator of K = 4 evaluations reaches its teacher"][0] == "confirmed"
     assert verdicts["| alpha = 1 ends lower than alpha = 1/2, at D = 128"][0] == "refuted"  # it diverged
@@ -390,6 +393,8 @@ def test_what_the_page_shows_of_claims_and_clothes_is_what_is_kept() -> None:
     assert shown == {path.name for path in draw.IMAGES.glob("claims-*.png")}
     assert shown == set(re.findall(r"images/(claims-.*?\.png)", text))
     assert "\n".join(draw.table() if draw.verdicts() else []) in text
+    for name, found in draw.kept().items():
+        assert "\n".join(draw.distances(found)) in text, name
     draw = made_by("draw_fashion")
     assert draw.NUMBERS.exists() == draw.PICTURE.exists() == (f"images/{draw.PICTURE.name}" in text)
     if draw.NUMBERS.exists():
