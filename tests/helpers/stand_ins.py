@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+import idx_files
 import launch
 import numpy as np
 import official_edm2
@@ -311,7 +312,8 @@ def _shards(path: Path) -> None:
 
 def _released(path: Path) -> None:
     """What the repository holds itself."""
-    shutil.copytree(launch.ROOT / "release" / path.name, path)
+    kept = launch.ROOT / "release" / path.name
+    (shutil.copytree if kept.is_dir() else shutil.copyfile)(kept, path)
 
 
 # Names in the pages -> what puts a stand-in there. Folders of runs and models are whole once they are named.
@@ -342,6 +344,7 @@ MAKERS: Mapping[str, Callable[[Path], object]] = {
     rf"(?:{NAME}/)*(?:lpips-)?vgg\.pth": _lpips,
     r"\bmy-photos\b": _photos,
     r"\bimagenet-1k/data\b": _shards,
+    r"\bfashion-mnist\b": idx_files.write_idx,
     r"\b(?:ffhq/images1024x1024|imagenet/train|my-images)\b": _folder,
 }
 
