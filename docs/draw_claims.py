@@ -22,9 +22,8 @@ from typing import Any
 from ipfm.engine.evaluation.results import distance_axis
 from ipfm.engine.experiments import Ablation, out_of_law
 from ipfm.engine.experiments.ablation_numbers import DISTANCES_FILE, read_found
-from ipfm.engine.experiments.ablation_report import how_many_diverged
+from ipfm.engine.experiments.ablation_report import ended
 from ipfm.engine.experiments.claims import Found, Judged, judged, verdicts_table
-from ipfm.engine.experiments.repeats import spread
 from ipfm.engine.runtime.figures import file_figure
 from ipfm.engine.runtime.wording import significant
 from ipfm.recipes import ablation_D_alpha, ablation_divergence, ablation_steps
@@ -50,8 +49,9 @@ JUDGES = {
         Judge(
             ablation_D_alpha.ABLATION,
             {
-                f"α = {shown}": {name: f"{D}-alpha{alpha}" for name, D in _DS.items() if D != "D2048"}
-                for shown, alpha in (("½", "0.5"), ("1", "1"))
+                title: {name: f"{D}-alpha{alpha}" for name, D in _DS.items() if D != "D2048"}
+                for title, alpha in _ALPHAS.items()
+                if alpha in ("0.5", "1")
             }
             | {"D = 128": {line: f"D128-alpha{alpha}" for line, alpha in _ALPHAS.items()}},
         ),
@@ -132,11 +132,8 @@ def table() -> list[str]:
 def distances(found: Mapping[str, Found]) -> list[str]:
     """Markdown: a row for each variant, of its seeds the mean (smallest to largest) at the best and at the end."""
     lines = ["| variant | teacher | Fréchet distance: best | last | diverged |", "|---|---|---|---|---|"]
-    for variant, its in found.items():
-        best, last = spread([curve.best for curve in its.curves]), spread([curve.last for curve in its.curves])
-        gone = how_many_diverged(its.curves)
-        lines.append(f"| {variant} | {significant(its.teacher)} | {best} | {last} | {gone} |")
-    return lines
+    rows = [f"| {variant} | {significant(its.teacher)} | {ended(its.curves)} |" for variant, its in found.items()]
+    return lines + rows
 
 
 def draw(name: str, found: Mapping[str, Found]) -> None:

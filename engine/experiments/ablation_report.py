@@ -111,22 +111,22 @@ def table(
     ]
     for variant, group in by_variant(curves).items():
         start = spread([curve.points[0][1] for curve in group if curve.points])
-        best, last = spread([curve.best for curve in group]), spread([curve.last for curve in group])
         rate = max((c.images_per_second for c in group if math.isfinite(c.images_per_second)), default=math.nan)
         drawn = significant(rate) if math.isfinite(rate) else "-"
         cost = "".join(f"{part} | " for part in costs[variant]) if costs else ""
         lines.append(
-            f"| {variant} | {group[0].nfe} | {drawn} | {cost}{significant(teachers[variant])} | {start} | {best} "
-            f"| {last} | {how_many_diverged(group)} |"
+            f"| {variant} | {group[0].nfe} | {drawn} | {cost}{significant(teachers[variant])} | {start} "
+            f"| {ended(group)} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def how_many_diverged(curves: Sequence[Curve]) -> str:
-    """Of the runs of a variant, and the first step from which one did: `1 of 3, from step 240`."""
+def ended(curves: Sequence[Curve]) -> str:
+    """Three cells of a variant's row: its best and its last distances, and how many runs diverged, and when."""
+    best, last = spread([curve.best for curve in curves]), spread([curve.last for curve in curves])
     since = [curve.diverged for curve in curves if curve.diverged is not None]
     when = f", from step {min(since)}" if since else ""
-    return f"{len(since)} of {len(curves)}{when}"
+    return f"{best} | {last} | {len(since)} of {len(curves)}{when}"
 
 
 def sentence(curves: Sequence[Curve]) -> str:
