@@ -21,7 +21,6 @@ from ipfm.engine.averages import LrSchedule
 from ipfm.engine.checks import at_least, not_negative
 from ipfm.engine.config import setting
 from ipfm.engine.distributed.pieces import Number, whole
-from ipfm.engine.distributed.world import World
 from ipfm.engine.objectives.base import TEACHER, Objective, Passes, StepContext, lora_title
 from ipfm.engine.objectives.generator_alone import ConsistencyConfig, ConsistencyModel
 from ipfm.engine.objectives.losses import along, finite_samples, per_sample
@@ -137,7 +136,7 @@ class CmtConfig(ConsistencyConfig):
 
     def held_bytes(self, network: NetworkConfig, images: int) -> int:
         """See `Distillation.held_bytes`: the trajectories that they belong to, and those of the steps to come."""
-        trajectories = -(-images // self.points)
+        _, trajectories = _trajectories(self, -(-self.batch // images))
         steps, blocks = solved_together(self, trajectories)
         kept = steps * (blocks * self.points + self.order)
         return 4 * trajectories * (kept * math.prod(network.image_shape) + steps * blocks * network.label_dim)
@@ -256,7 +255,7 @@ class CmtSteps:
         self.local_batch = config.batch // context.world.size
         self._pieces, self._tally = context.pieces, LossSum("generator", context.world, self.local_batch)
         self.generator.module.train(config.dropout > 0)
-        self._first, self._count = _trajectories(config, context.world)
+        self._first, self._count = _trajectories(config, context.world.size, context.world.rank)
         self._solved = solved_together(config, self._count)
         # The trajectories of a block, and how many of them the teacher sees at a time.
         self._rows = self._solved.steps * self._count
@@ -397,12 +396,12 @@ class CmtSteps:
         return square / (root + self._huber), away / per_sample(root, away), torch.isfinite(square)
 
 
-def _trajectories(config: CmtConfig, world: World) -> tuple[int, int]:
+def _trajectories(config: CmtConfig, processes: int, rank: int = 0) -> tuple[int, int]:
     """The first trajectory that a process solves, and how many: of all processes alike."""
-    local, N = config.batch // world.size, config.points
-    parts = [(rank * local // N, -(-(rank + 1) * local // N)) for rank in range(world.size)]
+    local, N = config.batch // processes, config.points
+    parts = [(rank * local // N, -(-(rank + 1) * local // N)) for rank in range(processes)]
     count = max(end - first for first, end in parts)
-    return min(parts[world.rank][0], -(-config.batch // N) - count), count
+    return min(parts[rank][0], -(-config.batch // N) - count), count
 
 
 def _lpips(config: CmtConfig, device: torch.device) -> Lpips:
