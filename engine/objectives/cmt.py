@@ -25,12 +25,11 @@ from ipfm.engine.objectives.base import TEACHER, Objective, Passes, StepContext,
 from ipfm.engine.objectives.generator_alone import ConsistencyConfig, ConsistencyModel
 from ipfm.engine.objectives.losses import along, finite_samples, per_sample
 from ipfm.engine.objectives.lpips import (
-    Lpips,
+    check_distance,
     check_lpips_images,
     load_lpips,
     lpips_flops,
     lpips_gradient,
-    lpips_without_values,
 )
 from ipfm.engine.objectives.lpips_weights import read_weights
 from ipfm.engine.objectives.phases import mark
@@ -89,16 +88,11 @@ class CmtConfig(ConsistencyConfig):
         at_least("points", self.points, 2)
         if self.order not in (1, 2, 3):
             raise ValueError(f"order must be 1, 2 or 3, got {self.order!r}")
-        if self.distance not in ("l2", "lpips"):
-            raise ValueError(f"distance must be l2 or lpips, got {self.distance!r}")
-        if self.distance != "lpips" and not self.lpips is self.lpips_side is None:
-            raise ValueError("lpips and lpips-side are settings of --distance lpips, got distance l2")
+        check_distance(self.distance, self.lpips, self.lpips_side)
         if self.huber is not None:
             not_negative("huber", self.huber)
             if self.distance != "l2":
                 raise ValueError("huber is a setting of --distance l2, got distance lpips")
-        if self.lpips_side is not None:
-            at_least("lpips-side", self.lpips_side, 16)
 
     def completed(self, network: NetworkConfig) -> Self:
         """See `Distillation.completed`."""
@@ -281,7 +275,7 @@ class CmtSteps:
         self._trajectories = torch.arange(self._rows, device=device)
         self._offsets = torch.arange(context.micro_batch, device=device)
         self._shares = class_shares(config.class_counts, network.label_dim, device)
-        self._lpips = None if config.distance == "l2" else _lpips(config, device)
+        self._lpips = None if config.distance == "l2" else load_lpips(config.lpips, device, resize=config.lpips_side)
         usual = HUBER * math.sqrt(math.prod(shape) / HUBER_ELEMENTS)
         self._huber = usual if config.huber is None else config.huber
 
@@ -402,10 +396,3 @@ def _trajectories(config: CmtConfig, processes: int, rank: int = 0) -> tuple[int
     parts = [(rank * local // N, -(-(rank + 1) * local // N)) for rank in range(processes)]
     count = max(end - first for first, end in parts)
     return min(parts[rank][0], -(-config.batch // N) - count), count
-
-
-def _lpips(config: CmtConfig, device: torch.device) -> Lpips:
-    """The distance; for a memory plan without values."""
-    if device.type != "meta":
-        return load_lpips(config.lpips, device, resize=config.lpips_side)
-    return lpips_without_values(config.lpips_side)

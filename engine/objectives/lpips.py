@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ipfm.engine.checks import at_least
 from ipfm.engine.objectives.losses import finite_samples, per_sample
 from ipfm.engine.objectives.lpips_weights import (
     SCALE,
@@ -31,6 +32,25 @@ from ipfm.models import NetworkConfig
 _SMALLEST_SIDE = 16
 # Added to the length of a feature vector, as in the published distance.
 _EPSILON = 1e-10
+
+
+def check_distance(distance: str, lpips: Path | None, side: int | None) -> None:
+    """Check the settings of an objective that measures by l2 or lpips.
+
+    Args:
+        distance: l2 or lpips.
+        lpips: where its weights are, see `load_lpips`.
+        side: that images are resized to first; None keeps them.
+
+    Raises:
+        ValueError: distance is neither, side is too small, or one of the others is given with l2; one line.
+    """
+    if distance not in ("l2", "lpips"):
+        raise ValueError(f"distance must be l2 or lpips, got {distance!r}")
+    if distance != "lpips" and not lpips is side is None:
+        raise ValueError("lpips and lpips-side are settings of --distance lpips, got distance l2")
+    if side is not None:
+        at_least("lpips-side", side, _SMALLEST_SIDE)
 
 
 def check_lpips_images(network: NetworkConfig, side: int | None) -> None:
@@ -192,18 +212,17 @@ def load_lpips(path: Path | str | None, device: torch.device | str = "cpu", *, r
     Args:
         path: the state dict of lpips.LPIPS(net="vgg"), or a folder with the two files that it is made of. None looks
             for these in the installed package lpips and in torch's hub folder. See `lpips_weights.read_weights`.
-        device: of the weights.
+        device: of the weights; on PyTorch's meta device, which computes nothing, no file is read.
         resize: as in `Lpips`.
 
     Raises:
         ValueError: there are no such weights; one line that says what was found and what is possible.
     """
-    return Lpips(read_weights(None if path is None else Path(path)), resize=resize).to(device)
-
-
-def lpips_without_values(resize: int | None = None) -> Lpips:
-    """LPIPS on PyTorch's meta device, which computes nothing, for counting what it takes."""
-    return Lpips({name: torch.empty(size, device="meta") for name, size in shapes().items()}, resize=resize)
+    if torch.device(device).type == "meta":
+        weights = {name: torch.empty(size, device="meta") for name, size in shapes().items()}
+    else:
+        weights = read_weights(None if path is None else Path(path))
+    return Lpips(weights, resize=resize).to(device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -214,7 +233,7 @@ def lpips_flops(shape: tuple[int, int, int], resize: int | None = None) -> int:
     """
     image = torch.empty(1, *shape, device="meta")
     with FlopCounterMode(display=False) as counter:
-        lpips_gradient(lpips_without_values(resize), image, image)
+        lpips_gradient(load_lpips(None, "meta", resize=resize), image, image)
     return int(counter.get_total_flops())
 
 

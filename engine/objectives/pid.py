@@ -23,12 +23,11 @@ from ipfm.engine.objectives.base import TEACHER, Objective, Passes, StepContext,
 from ipfm.engine.objectives.generator_alone import GeneratorAlone, GeneratorAloneConfig
 from ipfm.engine.objectives.losses import along, finite_samples, held, per_sample
 from ipfm.engine.objectives.lpips import (
-    Lpips,
+    check_distance,
     check_lpips_images,
     load_lpips,
     lpips_flops,
     lpips_gradient,
-    lpips_without_values,
 )
 from ipfm.engine.objectives.lpips_weights import read_weights
 from ipfm.engine.objectives.phases import mark
@@ -116,12 +115,7 @@ class PidConfig(GeneratorAloneConfig):
         at_least("points", self.points, 2)
         if self.difference not in ("first", "central"):
             raise ValueError(f"difference must be first or central, got {self.difference!r}")
-        if self.distance not in ("l2", "lpips"):
-            raise ValueError(f"distance must be l2 or lpips, got {self.distance!r}")
-        if self.distance != "lpips" and not self.lpips is self.lpips_side is None:
-            raise ValueError("lpips and lpips-side are settings of --distance lpips, got distance l2")
-        if self.lpips_side is not None:
-            at_least("lpips-side", self.lpips_side, 16)
+        check_distance(self.distance, self.lpips, self.lpips_side)
 
     def completed(self, network: NetworkConfig) -> Self:
         """See `Distillation.completed`."""
@@ -287,7 +281,7 @@ class PidSteps:
         device = context.world.device
         # Once, as it is a walk over all modules: only evaluations without dropout change it for a while.
         self.generator.module.train(config.dropout > 0)
-        self._lpips = None if config.distance == "l2" else _lpips(config, device)
+        self._lpips = None if config.distance == "l2" else load_lpips(config.lpips, device, resize=config.lpips_side)
         self._grid = config.noise.karras(config.points)[:-1].to(device)
         self._zeros = torch.zeros(context.micro_batch, *network.image_shape, device=device)
         self._start = torch.full((context.micro_batch,), config.noise.sigma_max, device=device)
@@ -399,10 +393,3 @@ class PidSteps:
         if self.config.dropout > 0:
             # With dropout nothing is captured, and the numbers are those of the host.
             seed_dropout(self.config.seed, PidStream.DROPOUT, int(step), int(first))
-
-
-def _lpips(config: PidConfig, device: torch.device) -> Lpips:
-    """The distance; for a memory plan without values."""
-    if device.type != "meta":
-        return load_lpips(config.lpips, device, resize=config.lpips_side)
-    return lpips_without_values(config.lpips_side)
