@@ -95,8 +95,10 @@ class TrainAndDistilPlan(Plan):
         notes, given = self.begins_with, self.options.distillation()
         first = 0 if self.start is None else self.start.first_step(self.config.batch)
         images = self.options.eval_images
+        # As its run in the folder has begun, if there is one.
+        config = self.config.keeping(self.record.get("decided", {}))
         return describe(
-            self.config, self.network, self.path, notes, given=given, teaching=teaching, first=first, images=images
+            config, self.network, self.path, notes, given=given, teaching=teaching, first=first, images=images
         )
 
     def show(self) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -398,7 +398,8 @@ def _short(value: Any) -> str:
 PATIENCE = 120.0
 
 
-_held: dict[Path, IO[str]] = {}
+# Folder -> the descriptor of its lock; one is held until the process ends, and then nobody need close it.
+_held: dict[Path, int] = {}
 
 
 def lock_folder(path: Path, patience: float = PATIENCE) -> None:
@@ -412,29 +413,35 @@ def lock_folder(path: Path, patience: float = PATIENCE) -> None:
     if path in _held:
         return
     path.mkdir(parents=True, exist_ok=True)
-    file = open(path / "run.lock", "a+")  # noqa: SIM115 (held until the process ends)
+    file = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+        _wait_for(file, path, patience)
+        os.truncate(file, 0)
+        os.write(file, f"{os.getpid()}\n".encode())
+    except BaseException:
+        os.close(file)
+        raise
+    _held[path] = file
+
+
+def _wait_for(file: int, path: Path, patience: float) -> None:
+    """Lock the file of the folder `path`. FolderInUse: another process still has it after `patience` seconds."""
     deadline, told = time.monotonic() + patience, False
     while not _locked(file):
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
+        owner = os.pread(file, 100, 0).decode(errors="replace").strip() or "unknown"
         if time.monotonic() > deadline:
-            file.close()
             raise FolderInUse(f"{path} is in use by process {owner}: stop it, or choose another --out")
         if not told:
             print(f"{path} is in use by process {owner}: waiting for it to stop", file=sys.stderr, flush=True)
             told = True
         time.sleep(0.5)
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    _held[path] = file
 
 
 def release_folder(path: Path) -> None:
     """Let others into the run folder `path` again."""
     file = _held.pop(path.resolve(), None)
     if file is not None:
-        file.close()
+        os.close(file)
 
 
 def folder_user(path: Path) -> str | None:
@@ -450,7 +457,7 @@ def folder_user(path: Path) -> str | None:
     return None
 
 
-def _locked(file: IO[str]) -> bool:
+def _locked(file: int) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -146,7 +146,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     # This process goes on; its locks are not of these runs any more.
     for folder in (out, out / "teacher"):
-        run_folder._held.pop(folder.resolve()).close()
+        run_folder.release_folder(folder)
     return out
 
 

@@ -19,7 +19,7 @@ import tyro
 
 from ipfm.engine import DistillConfig
 from ipfm.engine.distributed.world import World
-from ipfm.engine.experiments import distil, recipe_options
+from ipfm.engine.experiments import distil, local, recipe_options
 from ipfm.engine.experiments import recipe as choreography
 from ipfm.engine.experiments.local import check_own_teacher
 from ipfm.engine.experiments.recipe import Plan, Recipe
@@ -336,3 +336,17 @@ def test_the_teacher_in_a_runs_folder_is_not_trained_on_once_it_is_distilled(ask
     with pytest.raises(ValueError) if said else nullcontext() as error:
         check_own_teacher(Path("run/teacher"), teaching, distilled=distilled)
     assert not said or (said in str(error.value) and str(error.value).endswith("or choose another --out"))
+
+
+@pytest.mark.parametrize(("module", "recipe"), [(local, digits_ipfm), (distil, cifar_ipfm)], ids=["local", "distil"])
+def test_a_dry_run_of_a_lengthened_run_has_its_warm_ups(
+    module: ModuleType, recipe: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the run in the folder began with; without one, shares of the length."""
+    words = ["--discriminator", "encoder", "--max-steps", "400", "--dry-run"]
+    plan = recipe.RECIPE.plan(parse_given(words, default=recipe.RECIPE.defaults, prog="recipe.py", description=""))
+    described: list[Any] = []
+    monkeypatch.setattr(module, "describe", lambda config, *_, **__: described.append(config) or "")
+    plan.describe()
+    replace(plan, record={"decided": {"discriminator_kimg": [0.0008, 0.0016]}}).describe()
+    assert [config.starts == (0.0008, 0.0016) for config in described] == [False, True]

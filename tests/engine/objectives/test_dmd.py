@@ -81,7 +81,7 @@ def test_equals_the_plain_loop_on_two_processes(tmp_path: Path) -> None:
     for name in half:
         tensors = found[name]
         for which, net in (("student", by_average.student), ("generator", by_average.generator)):
-            pairs = [(start[n], tensors[f"{which}/weight/{n}"], p) for n, p in net.named_parameters()]
+            pairs = [(start[n], tensors[f"{which}/weight/{n}"], p.detach()) for n, p in net.named_parameters()]
             moved, apart = (sum(float((p - q[i]).square().sum()) for *q, p in pairs) ** 0.5 for i in (0, 1))
             assert 0 < apart < 0.2 * moved, f"{name}, {which}: {apart:.2e} apart after moving {moved:.2e}"
         # Four updates: 0.6^4 of the start is left in the average, of fp32 weights, shares of both processes.

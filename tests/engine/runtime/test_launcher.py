@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import socket
 import subprocess
@@ -56,6 +57,24 @@ def test_a_folder_in_use_is_refused_and_names_its_process(tmp_path: Path, capsys
     lock_folder(tmp_path, patience=5)
     lock_folder(tmp_path, patience=0)
     assert (tmp_path / "run.lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_process_that_ends_says_nothing_of_its_lock(tmp_path: Path) -> None:
+    script = HOLDER.replace("time.sleep(100)", "")
+    words = [sys.executable, "-W", "always::ResourceWarning", "-c", script, str(tmp_path)]
+    done = subprocess.run(words, env=launch.environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "held\n") and "run.lock" not in done.stderr
+
+
+def test_a_lock_that_cannot_be_noted_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the disk is full, say: a later start in this process takes it anew."""
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
+        with pytest.raises(OSError, match="no space"):
+            lock_folder(tmp_path, patience=0)
+    holder = _hold(tmp_path)  # another one can have it
+    holder.kill()
+    holder.wait()
 
 
 def test_a_start_waits_for_processes_that_are_leaving(tmp_path: Path) -> None:
