@@ -33,6 +33,7 @@ from ipfm.kernels.row_normalise import row_normalise
 from ipfm.kernels.weight_rows import WeightRows, row_blocks
 
 _empty = partial(torch.empty, device="meta")
+REAL_WEIGHTS = (0.92, 0.94)  # (a, b) of real data beside: any but 1 are other code
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 # What the reports call a kernel, where its own name does not say whose it is.
 _NAMES = {
@@ -206,16 +207,19 @@ def perturb_situations() -> Iterator[Situation]:
 
 
 def loss_situations() -> Iterator[Situation]:
-    """Both losses; raw: preconditioned, x and y in float32; real: with real data beside; score: its weight."""
-    for label, shape in (("32x32x3", (3, 32, 32)), ("64x64x3", (3, 64, 64)), ("5x7 unaligned", (1, 5, 7))):
-        odd, small = label.endswith("unaligned"), label == "32x32x3"
+    """Both losses; raw: preconditioned, x and y in float32; real: with real data beside; last, a weight."""
+    for size, shape in (("32x32x3", (3, 32, 32)), ("64x64x3", (3, 64, 64)), ("5x7 unaligned", (1, 5, 7))):
+        odd, small = size.endswith("unaligned"), size == "32x32x3"
         for dtype in ("fp32", "bf16") if odd else ("fp32", "bf16", "fp16"):
-            name, half = f"{dtype} {label}", small and dtype == "bf16"
+            name, half = f"{dtype} {size}", small and dtype == "bf16"
             yield _losses(name, shape, raw=False, real=False, quick=dtype == "fp32" or half)
             if dtype != "fp16" and not odd:
                 yield _losses(f"{name} raw", shape, raw=True, real=False, quick=small)
                 yield _losses(f"{name} raw real", shape, raw=True, real=True, quick=half)
-                yield Situation(f"{name} raw score", partial(_weighed_loss, dtype, shape), half)
+                for weight in ("score", "unsquared", "given"):
+                    for real in (False, True):
+                        label, quick = f"{name} raw {weight}{' real' * real}", half and weight == "score" and not real
+                        yield Situation(label, partial(_weighed_loss, dtype, shape, weight, real=real), quick)
 
 
 def _losses(variant: str, shape: tuple[int, ...], *, raw: bool, real: bool, quick: bool) -> Situation:
@@ -225,17 +229,20 @@ def _losses(variant: str, shape: tuple[int, ...], *, raw: bool, real: bool, quic
         y = _empty(64, *shape, dtype=torch.float32 if raw else dtype)
         each = _empty(64)
         given: dict[str, Any] = {"x": torch.empty_like(y), "c_skip": each, "c_out": each} if raw else {}
-        a, b = (0.92, 0.94) if real else (1.0, 1.0)
+        a, b = REAL_WEIGHTS if real else (1.0, 1.0)
         ipfm_loss(t, s, y, alpha=1.0, **given, **(dict[str, Any](real_weights=(a, b)) if real else {}))
         denoising_loss(t, y, each, **given, **(dict[str, Any](stretch=b / a, share=a) if real else {}))
 
     return Situation(variant, call, quick)
 
 
-def _weighed_loss(dtype: str, shape: tuple[int, ...]) -> None:
+def _weighed_loss(dtype: str, shape: tuple[int, ...], weight: str, *, real: bool) -> None:
     t, s = (_empty(64, *shape, dtype=DTYPES[dtype]) for _ in range(2))
     y, each = _empty(64, *shape), _empty(64)
-    ipfm_loss(t, s, y, alpha=1.0, x=y, c_skip=each, c_out=each, weight="score", factor=each, sigma=each, D=128.0)
+    given: dict[str, Any] = {"weight": weight, "factor": each}
+    given |= {"sigma": each, "D": 128.0} if weight == "score" else {}
+    given |= {"real_weights": REAL_WEIGHTS} if real else {}
+    ipfm_loss(t, s, y, alpha=1.0, x=y, c_skip=each, c_out=each, **given)
 
 
 # ------------------------------------------------------------------------------------------------------ residual blocks
