@@ -20,6 +20,7 @@ import stand_ins
 import torch
 
 from ipfm.engine.commands.bench import short_run
+from ipfm.engine.commands.bench.plain_rule import EDM2
 from ipfm.engine.commands.bench.step import Variant
 from ipfm.engine.commands.doctor import command, full, outcome, page, page_mark, section, sections
 from ipfm.engine.commands.doctor.forms import BEFORE_REPLAY
@@ -302,6 +303,14 @@ def test_what_the_host_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     places: list[str] = []
     row = waiting._seen_by_cuda(task, places)  # type: ignore[arg-type]
     assert modes == ["warn", "default"] and row["warnings"] == 1 and __file__ in places[0]
+    # Each network eagerly and captured on a GPU; the large ones only there.
+    every = [name for name, *_ in waiting._cases(Place("cuda", tmp_path, 60.0, quick=False))]
+    assert len(set(every)) == len(every)
+    for network in ("digits, ", "edm2, ", "ncsnpp, batch 32, ", "edm2-img64-xs, batch 32, "):
+        mine = [name for name in every if name.startswith(network)]
+        assert {name.endswith("CUDA graphs") for name in mine} == {False, True}
+    on_cpu = {name.split(",")[0] for name, *_ in waiting._cases(Place("cpu", tmp_path, 60.0, quick=False))}
+    assert on_cpu == {"digits", "edm2"}
 
 
 def event(name: str, start: float, end: float, device: str = "DeviceType.CPU") -> types.SimpleNamespace:
@@ -330,14 +339,18 @@ def test_a_step_is_timed_beside_plain_pytorch(tmp_path: Path, monkeypatch: pytes
     from ipfm.engine.commands.doctor.sections import time as timing
 
     monkeypatch.setattr(timing, "BATCHES", (2,))
-    monkeypatch.setattr(timing, "_network", lambda: presets.get("digits", D=128.0))
+    published = timing._compared()
+    digits = presets.get("digits", D=128.0)
+    monkeypatch.setattr(timing, "_compared", lambda: {"digits": (digits, (2,)), "edm2": (EDM2, (2,))})
     monkeypatch.setattr(timing, "ROUNDS_QUICK", 1)
     compiled = timing._compiled
     monkeypatch.setattr(timing, "_compiled", lambda precision, world: [])
     monkeypatch.setattr(timing, "_eager", lambda precision, world, quick=False: EAGER)
     found = rows_of("time", tmp_path, StandIn)
-    forms = [row["form"] for row in found]
-    assert forms[:2] == ["plain", "plain tuned"] and "joint" in forms
+    assert {name: batches for name, (_, batches) in published.items()} == {"ncsnpp": (2,), "edm2-img64-xs": (2,)}
+    for network in ("digits", "edm2"):
+        forms = [row["form"] for row in found if row["network"] == network]
+        assert forms[:2] == ["plain", "plain tuned"] and "joint" in forms
     assert all(float(row["expected of an H100, ms"]) > 0 for row in found) and {row["precision"] for row in found} == {
         "bf16"
     }

@@ -22,13 +22,15 @@ from ipfm.models import NetworkConfig, presets
 
 ROUNDS, ROUNDS_QUICK = 8, 1
 BATCHES = (32, 256)
+EDM2 = "edm2-img64-xs"
 SMALLEST = 32
 
 
 def rows(place: Place) -> Iterator[Row]:
     """A row a form of the step and batch; those that compile come last."""
     # Before anything is on a GPU, for which the meta device passes there.
-    expected = {batch: step_expectation(_network(), batch).ms for batch in BATCHES} if place.cuda else {}
+    compared = _compared() if place.cuda else {}
+    expected = {(n, b): step_expectation(network, b).ms for n, (network, batches) in compared.items() for b in batches}
     world = start_world()
     rounds = ROUNDS_QUICK if place.quick else ROUNDS
     cases = _cases(place, world)
@@ -38,7 +40,7 @@ def rows(place: Place) -> Iterator[Row]:
         try:
             # Compiling large networks may take longer than there is.
             with at_most(place.left) if any(v.compiled for v in variants) else contextlib.nullcontext():
-                for row in _timed(about, network, variants, rounds, world, expected.get(batch)):
+                for row in _timed(about, network, variants, rounds, world, expected.get((name, batch))):
                     refused = refused or "memory" in str(row["verdict"])
                     yield row
         except TookTooLong as error:
@@ -52,17 +54,20 @@ def rows(place: Place) -> Iterator[Row]:
 
 
 def _cases(place: Place, world: World) -> list[tuple[str, NetworkConfig, int, list[Variant]]]:
-    """Name, network, batch and forms; CIFAR-10's network where there is a GPU."""
+    """Name, network, batch and forms; published networks where there is a GPU."""
     if not place.cuda:
         digits = presets.get("digits", D=128.0)
         return [("digits", digits, 4 if place.quick else 64, _eager("fp32", world, quick=place.quick))]
-    network = _network()
-    eager = [("ncsnpp", network, batch, _eager("bf16", world)) for batch in BATCHES]
-    return [*eager, ("ncsnpp", network, BATCHES[0], _compiled("bf16", world))]
+    compared = _compared()
+    eager = [(n, network, b, _eager("bf16", world)) for n, (network, batches) in compared.items() for b in batches]
+    name, (network, (batch, *_)) = next(iter(compared.items()))
+    return [*eager, (name, network, batch, _compiled("bf16", world))]
 
 
-def _network() -> NetworkConfig:
-    return replace(presets.get("ncsnpp", D=2048.0), dropout=0.0)
+def _compared() -> dict[str, tuple[NetworkConfig, tuple[int, ...]]]:
+    """Name -> the network, without dropout, and the batches of its steps; of the first one also compiled."""
+    ncsnpp, edm2 = (replace(network, dropout=0.0) for network in (presets.get("ncsnpp", D=2048.0), presets.get(EDM2)))
+    return {"ncsnpp": (ncsnpp, BATCHES), EDM2: (edm2, BATCHES[:1])}
 
 
 def _eager(precision: Precision, world: World, *, quick: bool = False) -> list[Variant]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ipfm.engine.commands.bench.no_reading import ON_A_CPU_ALONE, NoReading, synchronizations
+from ipfm.engine.commands.bench.plain_rule import EDM2
 from ipfm.engine.commands.doctor.forms import BEFORE_REPLAY, EAGER, captured
 from ipfm.engine.commands.doctor.place import Place, Row, judged, tried, within
 from ipfm.engine.distributed.world import World, start_world
@@ -53,13 +54,19 @@ def _cases(place: Place) -> list[tuple[str, NetworkConfig, dict[str, Any], bool]
         for backward in ("joint", "phased")
     ]
     found = [(f"digits, {name}", digits, {"batch": 8, **more}, read) for name, more, read in forms]
+    if place.quick:
+        return found[2:3]
+    # EDM2's rule for weights, and what normalises in the place of groups.
+    edm2 = [*forms[1:2], *forms[3:4], *forms[6:]]
+    found += [(f"edm2, {name}", EDM2, {"batch": 8, **more}, read) for name, more, read in edm2]
     if place.cuda:
-        large = presets.get("ncsnpp", D=2048.0)
+        large = {"ncsnpp": presets.get("ncsnpp", D=2048.0), "edm2-img64-xs": presets.get("edm2-img64-xs")}
         found += [
-            (f"ncsnpp, batch 32, {name}", large, {"batch": 32, **more}, read)
+            (f"{label}, batch 32, {name}", network, {"batch": 32, **more}, read)
+            for label, network in large.items()
             for name, more, read in (*forms[1:3], *forms[6:7])
         ]
-    return found[2:3] if place.quick else found
+    return found
 
 
 def _counted(network: NetworkConfig, settings: dict[str, Any], read: bool, world: World) -> Row:
