@@ -3,6 +3,7 @@
 Also NaN-filled allocations, and comparison with float64.
 """
 
+import contextlib
 import gc
 import json
 import math
@@ -126,8 +127,11 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def surroundings() -> Iterator[None]:
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """As they were, for the next file: which files share a process is the schedule's choice.
+
+    A file's tests start in an empty folder, and leave nothing there: what the one in which pytest was started holds,
+    such as the runs of a demo, is none of theirs.
 
     The environment's variables, the process group that a network trained here has made, PyTorch's linear layer, in
     whose place DeepSpeed puts its own where weights are sharded, and what torch.compile has made of code or has given
@@ -139,7 +143,8 @@ def surroundings() -> Iterator[None]:
 
     variables, linear, alone = dict(os.environ), torch.nn.functional.linear, not dist.is_initialized()
     settings, handlers = [get() for get, _ in SETTINGS], [signal.getsignal(signum) for signum in SIGNALS]
-    with drawn_once.convergence():
+    folder = tmp_path_factory.mktemp("elsewhere")
+    with drawn_once.convergence(), contextlib.chdir(folder):
         yield
     if alone and dist.is_initialized():
         launcher.stop_world()
@@ -155,6 +160,7 @@ def surroundings() -> Iterator[None]:
     os.environ.update(variables)
     for name in os.environ.keys() - variables.keys():
         del os.environ[name]
+    assert not os.listdir(folder), "a test has left files where it was started"
 
 
 @pytest.fixture
