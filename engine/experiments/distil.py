@@ -37,7 +37,7 @@ from ipfm.engine.training.data_order import real_facts
 from ipfm.engine.training.distiller import Distiller, remark_on_metrics
 from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.resolve import complete
-from ipfm.engine.training.run_folder import check_run_folder, claimed, teacher_facts
+from ipfm.engine.training.run_folder import as_begun, check_run_folder, claimed, teacher_facts
 from ipfm.engine.training.snapshots import best_said
 from ipfm.engine.training.start import Branch, DistillationStart, start_facts
 from ipfm.models import NetworkConfig, Precond, presets
@@ -117,8 +117,7 @@ class DistilPlan(Plan):
         notes, given = (*origins, *self.notes, *more), self.options.distillation()
         first = 0 if self.start is None else self.start.first_step(self.config.batch)
         images = None if self.comparison is None else self.options.eval_images
-        # As its run in the folder has begun, if there is one.
-        config = self.config.keeping(self.record.get("decided", {}))
+        config = as_begun(self.config, self.record)
         return describe(config, self.network, self.path, notes, given=given, first=first, images=images)
 
     def show(self) -> bool:

@@ -45,6 +45,7 @@ from ipfm.engine.training.monitor import COMPARISON_FILE
 from ipfm.engine.training.resolve import complete, resolve_precision
 from ipfm.engine.training.run_folder import (
     EXPORTS,
+    as_begun,
     check_run_folder,
     claimed,
     exported_steps,
@@ -95,8 +96,7 @@ class TrainAndDistilPlan(Plan):
         notes, given = self.begins_with, self.options.distillation()
         first = 0 if self.start is None else self.start.first_step(self.config.batch)
         images = self.options.eval_images
-        # As its run in the folder has begun, if there is one.
-        config = self.config.keeping(self.record.get("decided", {}))
+        config = as_begun(self.config, self.record)
         return describe(
             config, self.network, self.path, notes, given=given, teaching=teaching, first=first, images=images
         )

@@ -42,7 +42,7 @@ from ipfm.engine.training.board import conclude
 from ipfm.engine.training.disk import disk_use, missing_room
 from ipfm.engine.training.loop import PICTURE_SEED, Progress, train
 from ipfm.engine.training.monitor import COMPARISON_FILE
-from ipfm.engine.training.run_folder import RunFolder, check_run_folder, is_settled, open_run_folder
+from ipfm.engine.training.run_folder import RunFolder, as_begun, check_run_folder, is_settled, open_run_folder
 from ipfm.engine.training.set_aside import go_back
 from ipfm.models import NetworkConfig, Precond, build_network, save_model
 from ipfm.models.atomic_files import why
@@ -260,7 +260,7 @@ class TrainingRun(ABC, Generic[C]):
         """
         record = check_run_folder(path, kind, self._given or self.config, facts)
         before = self.config
-        begun = replace(before, rules=record["config"]["rules"]).keeping(record.get("decided", {}))
+        begun = as_begun(replace(before, rules=record["config"]["rules"]), record)
         if begun != before:
             self._given = self._given or before
             self._go_by(begun)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ ABLATION_FILE = "ablation.json"
 # Facts of a run that are digests, of which another one stands for:
 _HASHED = {"teacher": "another network", "pictures": "another set of images"}
 _DIGEST = re.compile(r"[0-9a-f]{16,64}")
+
+C = TypeVar("C", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -294,6 +296,11 @@ def _with_rules(record: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**record, "config": {"rules": FIRST_RULES if begun else CURRENT_RULES, **record["config"]}}
 
 
+def as_begun(config: C, record: Mapping[str, Any]) -> C:
+    """`config` with what the run of this record, see `check_run_folder`, decided when it began, if anything."""
+    return config.keeping(record.get("decided", {}))
+
+
 def _decided(found: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
     """What the folder's run has decided; one that is older than the record, by the length that it has there.
 
@@ -428,7 +435,7 @@ def _wait_for(file: int, path: Path, patience: float) -> None:
     """Lock the file of the folder `path`. FolderInUse: another process still has it after `patience` seconds."""
     deadline, told = time.monotonic() + patience, False
     while not _locked(file):
-        owner = os.pread(file, 100, 0).decode(errors="replace").strip() or "unknown"
+        owner = _owner(file)
         if time.monotonic() > deadline:
             raise FolderInUse(f"{path} is in use by process {owner}: stop it, or choose another --out")
         if not told:
@@ -451,10 +458,15 @@ def folder_user(path: Path) -> str | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return file.read().strip() or "unknown"
+                return _owner(file.fileno())
     except OSError:  # no lock to look at
         pass
     return None
+
+
+def _owner(file: int) -> str:
+    """The number of the process that a lock's file names."""
+    return os.pread(file, 100, 0).decode(errors="replace").strip() or "unknown"
 
 
 def _locked(file: int) -> bool:

@@ -28,12 +28,15 @@ from ipfm.kernels.mp_sum import mp_sum
 from ipfm.kernels.perturbation import perturb
 from ipfm.kernels.pixel_norm_silu import pixel_norm_silu
 from ipfm.kernels.qkv_norm import qkv_norm
+from ipfm.kernels.reference import LossWeight
 from ipfm.kernels.residual import residual_sum
 from ipfm.kernels.row_normalise import row_normalise
 from ipfm.kernels.weight_rows import WeightRows, row_blocks
 
 _empty = partial(torch.empty, device="meta")
-REAL_WEIGHTS = (0.92, 0.94)  # (a, b) of real data beside: any but 1 are other code
+# (a, b) without real data beside, and with: any but 1 are other code.
+REAL_WEIGHTS = ((1.0, 1.0), (0.92, 0.94))
+WEIGHTS: tuple[LossWeight, ...] = ("score", "unsquared", "given")  # beside the default
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 # What the reports call a kernel, where its own name does not say whose it is.
 _NAMES = {
@@ -216,7 +219,7 @@ def loss_situations() -> Iterator[Situation]:
             if dtype != "fp16" and not odd:
                 yield _losses(f"{name} raw", shape, raw=True, real=False, quick=small)
                 yield _losses(f"{name} raw real", shape, raw=True, real=True, quick=half)
-                for weight in ("score", "unsquared", "given"):
+                for weight in WEIGHTS:
                     for real in (False, True):
                         label, quick = f"{name} raw {weight}{' real' * real}", half and weight == "score" and not real
                         yield Situation(label, partial(_weighed_loss, dtype, shape, weight, real=real), quick)
@@ -229,20 +232,21 @@ def _losses(variant: str, shape: tuple[int, ...], *, raw: bool, real: bool, quic
         y = _empty(64, *shape, dtype=torch.float32 if raw else dtype)
         each = _empty(64)
         given: dict[str, Any] = {"x": torch.empty_like(y), "c_skip": each, "c_out": each} if raw else {}
-        a, b = REAL_WEIGHTS if real else (1.0, 1.0)
-        ipfm_loss(t, s, y, alpha=1.0, **given, **(dict[str, Any](real_weights=(a, b)) if real else {}))
-        denoising_loss(t, y, each, **given, **(dict[str, Any](stretch=b / a, share=a) if real else {}))
+        a, b = REAL_WEIGHTS[real]
+        ipfm_loss(t, s, y, alpha=1.0, real_weights=(a, b), **given)
+        denoising_loss(t, y, each, stretch=b / a, share=a, **given)
 
     return Situation(variant, call, quick)
 
 
-def _weighed_loss(dtype: str, shape: tuple[int, ...], weight: str, *, real: bool) -> None:
+def _weighed_loss(dtype: str, shape: tuple[int, ...], weight: LossWeight, *, real: bool) -> None:
     t, s = (_empty(64, *shape, dtype=DTYPES[dtype]) for _ in range(2))
     y, each = _empty(64, *shape), _empty(64)
-    given: dict[str, Any] = {"weight": weight, "factor": each}
-    given |= {"sigma": each, "D": 128.0} if weight == "score" else {}
-    given |= {"real_weights": REAL_WEIGHTS} if real else {}
-    ipfm_loss(t, s, y, alpha=1.0, x=y, c_skip=each, c_out=each, **given)
+    given: dict[str, Any] = {"sigma": each, "D": 128.0} if weight == "score" else {}
+    ipfm_loss(
+        t, s, y, alpha=1.0, x=y, c_skip=each, c_out=each, real_weights=REAL_WEIGHTS[real], weight=weight, factor=each,
+        **given,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ residual blocks

@@ -22,7 +22,6 @@ from ipfm.models import NetworkConfig, presets
 
 ROUNDS, ROUNDS_QUICK = 8, 1
 BATCHES = (32, 256)
-EDM2 = "edm2-img64-xs"
 SMALLEST = 32
 
 
@@ -66,8 +65,9 @@ def _cases(place: Place, world: World) -> list[tuple[str, NetworkConfig, int, li
 
 def _compared() -> dict[str, tuple[NetworkConfig, tuple[int, ...]]]:
     """Name -> the network, without dropout, and the batches of its steps; of the first one also compiled."""
-    ncsnpp, edm2 = (replace(network, dropout=0.0) for network in (presets.get("ncsnpp", D=2048.0), presets.get(EDM2)))
-    return {"ncsnpp": (ncsnpp, BATCHES), EDM2: (edm2, BATCHES[:1])}
+    ncsnpp, edm2 = presets.get("ncsnpp", D=2048.0), presets.get("edm2-img64-xs")
+    compared = {"ncsnpp": (ncsnpp, BATCHES), "edm2-img64-xs": (edm2, BATCHES[:1])}
+    return {name: (replace(network, dropout=0.0), batches) for name, (network, batches) in compared.items()}
 
 
 def _eager(precision: Precision, world: World, *, quick: bool = False) -> list[Variant]:
